@@ -1,0 +1,32 @@
+# Both main targets work on a fresh machine that has nothing but Python >= 3.11.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export JAX_PLATFORMS ?= cpu
+
+.PHONY: quickstart test test-all lint
+
+quickstart: $(VENV)/installed  ## tune a prompt on the shipped backbone, on CPU
+	$(BIN)/python -m ptjax.train --gin_file=quickstart.gin
+
+test: $(VENV)/installed-dev  ## everything but the markers slow, oracle, tpu, shared
+	$(BIN)/python -m pytest
+
+test-all: $(VENV)/installed-oracle  ## everything
+	$(BIN)/python -m pytest -m "$(shell $(BIN)/python tests/markers.py)"
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e . && touch $@
+
+$(VENV)/installed-dev: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' && touch $@ $(VENV)/installed
+
+$(VENV)/installed-oracle: $(VENV)/installed-dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 && \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,oracle]' && touch $@

@@ -1,0 +1,85 @@
+"""Our own checkpoints: what trains, the optimizer, step, key, data position, selection state.
+
+Orbax writes them asynchronously and commits each with a marker written last; nothing of the frozen
+backbone is in them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+from etils import epath
+from orbax.checkpoint import v1 as ocp
+
+from ptjax.errors import InputError
+from ptjax.training.step import TrainState
+
+
+class Checkpoints:
+    """The newest `keep` checkpoints under `directory`, by step.
+
+    `progress` and `identity` are plain JSON: where the run stands, and which run it is.
+    """
+
+    def __init__(self, directory: epath.Path, *, keep: int = 2) -> None:
+        self.directory = directory
+        policy = ocp.training.preservation_policies.LatestN(keep)
+        self._orbax = ocp.training.Checkpointer(
+            directory, preservation_policy=policy, cleanup_tmp_directories=True
+        )
+
+    @property
+    def latest(self) -> int | None:
+        """Step of the newest complete checkpoint."""
+        return self._orbax.latest.step if self._orbax.latest else None
+
+    def check_identity(self, identity: dict[str, Any]) -> None:
+        """Refuses to go on with the checkpoints of another run.
+
+        Raises:
+            InputError: naming the first setting that differs.
+        """
+        if self.latest is None:
+            return
+        saved = self._orbax.load_checkpointables(self.latest, {"identity": None})["identity"]
+        for name in sorted(set(saved) | set(identity)):
+            if saved.get(name) != identity.get(name):
+                raise InputError(
+                    f"{self.directory.parent} holds a run with {name} = {saved.get(name)!r}, not "
+                    f"{identity.get(name)!r}; choose another MODEL_DIR or restore that setting"
+                )
+
+    def restore(
+        self, like: TrainState, data: grain.DatasetIterator
+    ) -> tuple[TrainState, dict[str, Any]]:
+        """(state with `like`'s shapes and shardings, progress); moves `data` to its position."""
+        loaded = self._orbax.load_checkpointables(
+            self.latest, {"state": like, "data": data, "progress": None}
+        )
+        return loaded["state"], loaded["progress"]
+
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        data: grain.DatasetIterator,
+        progress: dict[str, Any],
+        identity: dict[str, Any],
+    ) -> None:
+        """Starts writing; `wait` returns when everything started is committed."""
+        # The next step donates the state, and on CPU Orbax may still be reading the very buffers.
+        state = jax.tree.map(jnp.copy, state)
+        self._orbax.save_checkpointables_async(
+            step,
+            {"state": state, "data": data, "progress": progress, "identity": identity},
+            force=True,
+        )
+
+    def wait(self) -> None:
+        self._orbax.wait()
+
+    def close(self) -> None:
+        self._orbax.close()

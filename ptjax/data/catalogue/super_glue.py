@@ -1,0 +1,97 @@
+"""SuperGLUE's records as its templates want them.
+
+Each function takes the fields of one record, as the official JSON lines or TFDS have them, and
+yields the fields of the examples that come out of it. Formats are those of T5's preprocessors.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+Fields = dict[str, Any]
+
+
+def multirc(record: Fields) -> Iterator[Fields]:
+    """One example per answer: question, answer, paragraph, group (the question) and label."""
+    if "passage" not in record:  # TFDS has one record per answer
+        index = record.get("idx", {})
+        group = f"{index.get('paragraph')}/{index.get('question')}"
+        yield _without_html({**record, "group": group}, "question", "answer", "paragraph")
+        return
+    for question in record["passage"]["questions"]:
+        for answer in question["answers"]:
+            fields = {
+                "question": question["question"],
+                "answer": answer["text"],
+                "paragraph": record["passage"]["text"],
+                "group": f"{record['idx']}/{question['idx']}",
+            }
+            if "label" in answer:  # the official test set has none
+                fields["label"] = answer["label"]
+            yield _without_html(fields, "question", "answer", "paragraph")
+
+
+def _without_html(fields: Fields, *names: str) -> Fields:
+    for name in names:
+        fields[name] = re.sub("</?b>", "", fields[name].replace("<br>", " "))
+    return fields
+
+
+def wsc(record: Fields) -> Iterator[Fields]:
+    """Adds `marked_text`, the text with the pronoun between asterisks, and `referent`.
+
+    Raises:
+        ValueError: the pronoun does not stand where the record says.
+    """
+    spans = record.get("target", record)
+    words = record["text"].split(" ")
+    start, pronoun = spans["span2_index"], spans["span2_text"]
+    length = len(pronoun.split(" "))
+    # One of the official records points to the word before its pronoun.
+    for first in (start, start + 1):
+        found = " ".join(words[first : first + length])
+        rest = found.removeprefix(pronoun)
+        # Three have punctuation that sticks to it ('him,"'); T5 sets that apart.
+        if rest != found and not any(map(str.isalnum, rest)):
+            words[first : first + length] = [f"*{pronoun}*", *filter(None, [rest])]
+            yield {**record, "marked_text": " ".join(words), "referent": spans["span1_text"]}
+            return
+    raise ValueError(f"word {start} of the text is not the pronoun '{pronoun}'")
+
+
+def wsc_referents(record: Fields) -> Iterator[Fields]:
+    """`wsc` for training: only records whose candidate is the referent have a target to learn."""
+    if record["label"]:
+        yield from wsc(record)
+
+
+def record(record: Fields) -> Iterator[Fields]:
+    """One example per query: passage, query, entities ('a, b'), answers and answer (the first)."""
+    if "qas" not in record:  # TFDS has one record per query
+        yield _record_query(record, record["passage"], record["entities"])
+        return
+    passage = record["passage"]["text"]
+    spans = record["passage"]["entities"]
+    entities = {passage[span["start"] : span["end"] + 1] for span in spans}
+    for query in record["qas"]:
+        answers = sorted({answer["text"] for answer in query.get("answers", ())})
+        fields = {"query": query["query"], "answers": answers}
+        yield _record_query(fields, passage, sorted(entities))
+
+
+def record_answers(fields: Fields) -> Iterator[Fields]:
+    """`record` for training: one example per answer."""
+    for example in record(fields):
+        for answer in example["answers"]:
+            yield {**example, "answer": answer}
+
+
+def _record_query(fields: Fields, passage: str, entities: list[str]) -> Fields:
+    # The highlights become sentences of the passage.
+    passage = re.sub("([.?!\"'])\n@highlight\n", r"\1 ", passage)
+    passage = passage.replace("\n@highlight\n", ". ")
+    answers = fields["answers"]
+    first = {"answer": answers[0]} if answers else {}
+    return {**fields, "passage": passage, "entities": ", ".join(entities), **first}

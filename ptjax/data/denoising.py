@@ -1,0 +1,126 @@
+"""Pre-training examples from running text: span corruption and prefix LM (T5, sections 3.1, 3.2).
+
+Both cut a stream of tokens into pieces of fixed length, so every example of an objective has the
+same lengths and nothing is padded. The cuts and the noise are drawn from (seed, epoch, index).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ptjax.data.tokenizer import Tokenizer
+from ptjax.errors import InputError
+
+
+class _Stream:
+    """Pieces of a token stream; each epoch starts them at another offset."""
+
+    def __init__(
+        self, stream: np.ndarray, piece: int, input_length: int, target_length: int, seed: int
+    ) -> None:
+        if len(stream) < 2 * piece:
+            raise InputError(f"{len(stream)} tokens of text are too few for pieces of {piece}")
+        self.stream, self.piece, self.seed = stream, piece, seed
+        self._size = len(stream) // piece - 1
+        self.input_lengths = np.full(self._size, input_length, np.int32)
+        self.target_lengths = np.full(self._size, target_length, np.int32)
+
+    def __len__(self) -> int:
+        return self._size
+
+    def _piece(self, index: int, epoch: int) -> tuple[np.ndarray, np.random.Generator]:
+        offset = np.random.default_rng((self.seed, epoch)).integers(self.piece)
+        start = offset + index * self.piece
+        rng = np.random.default_rng((self.seed, epoch, index))
+        return self.stream[start : start + self.piece].astype(np.int32), rng
+
+
+class SpanCorruption(_Stream):
+    """Random spans of the input become sentinels; the target lists what they stood for.
+
+    Args:
+        stream: token ids [N].
+        input_length: T of every example, EOS included (`random_spans_helper` in t5's
+            preprocessors finds the piece that shrinks to it).
+    """
+
+    def __init__(
+        self,
+        stream: np.ndarray,
+        tokenizer: Tokenizer,
+        *,
+        input_length: int = 128,
+        noise_density: float = 0.15,
+        mean_span: float = 3.0,
+        seed: int = 0,
+    ) -> None:
+        self.tokenizer = tokenizer
+        piece = input_length
+        while _corrupted_lengths(piece + 1, noise_density, mean_span)[0] <= input_length:
+            piece += 1
+        inputs, targets = _corrupted_lengths(piece, noise_density, mean_span)
+        self.noise, self.spans = _noise(piece, noise_density, mean_span)
+        super().__init__(stream, piece, inputs, targets, seed)
+
+    def tokens(self, index: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        piece, rng = self._piece(index, epoch)
+        noise = _segments(rng, self.noise, self.spans)
+        clean = _segments(rng, self.piece - self.noise, self.spans)
+        inputs, targets, start = [], [], 0
+        for k, (keep, drop) in enumerate(zip(clean, noise, strict=True)):
+            sentinel = [self.tokenizer.sentinel_id(k)]
+            inputs += [piece[start : start + keep], sentinel]
+            targets += [sentinel, piece[start + keep : start + keep + drop]]
+            start += keep + drop
+        eos = [self.tokenizer.eos_id]
+        return (
+            np.concatenate([*inputs, eos]).astype(np.int32),
+            np.concatenate([*targets, eos]).astype(np.int32),
+        )
+
+
+class PrefixLM(_Stream):
+    """The input is 1 to `input_length` tokens, the target the `target_length` that follow.
+
+    The paper's LM adaptation: the model learns to go on with a text, without sentinels.
+    """
+
+    def __init__(
+        self,
+        stream: np.ndarray,
+        tokenizer: Tokenizer,
+        *,
+        input_length: int = 64,
+        target_length: int = 32,
+        seed: int = 0,
+    ) -> None:
+        self.tokenizer, self.input_length, self.target_length = (
+            tokenizer,
+            input_length,
+            target_length,
+        )
+        super().__init__(stream, input_length + target_length, input_length, target_length, seed)
+
+    def tokens(self, index: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        piece, rng = self._piece(index, epoch)
+        length = int(rng.integers(1, self.input_length))
+        prefix, rest = np.split(piece[-self.target_length - length :], [length])
+        return np.append(prefix, np.int32(self.tokenizer.eos_id)), rest
+
+
+def _noise(piece: int, density: float, mean_span: float) -> tuple[int, int]:
+    """(number of noise tokens, number of spans) in a piece."""
+    noise = min(max(round(piece * density), 1), piece - 1)
+    return noise, max(round(noise / mean_span), 1)
+
+
+def _corrupted_lengths(piece: int, density: float, mean_span: float) -> tuple[int, int]:
+    """(input, target) lengths that a piece shrinks to, sentinels and EOS included."""
+    noise, spans = _noise(piece, density, mean_span)
+    return piece - noise + spans + 1, noise + spans + 1
+
+
+def _segments(rng: np.random.Generator, total: int, parts: int) -> np.ndarray:
+    """`parts` positive random lengths that add up to `total`."""
+    cuts = np.sort(rng.choice(np.arange(1, total), parts - 1, replace=False))
+    return np.diff(np.concatenate([[0], cuts, [total]]))

@@ -1,0 +1,220 @@
+"""How good predictions are, as fractions.
+
+A metric takes the predicted and the wanted texts, both [N], and what else it names in
+`METRICS[name].needs`. A prediction that is no label of the task is wrong, whatever the metric.
+Correlations lie in [-1, 1], everything else in [0, 1]; where a metric is undefined (an F1 without
+positives, a correlation with constant predictions) it is 0.0, never NaN.
+"""
+
+from __future__ import annotations
+
+import collections
+import math
+import re
+import string
+import warnings
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+Texts = Sequence[str]
+
+
+def accuracy(predictions: Texts, targets: Texts) -> float:
+    """The share of predictions that are the target, outer white space aside."""
+    return _mean([p.strip() == t.strip() for p, t in zip(predictions, targets, strict=True)])
+
+
+def mean_f1(predictions: Texts, targets: Texts, *, labels: Texts) -> float:
+    """The mean over the task's classes of each class's F1 (SuperGLUE's for CB)."""
+    from sklearn.metrics import f1_score  # slow to import
+
+    wanted, given = _class_ids(targets, labels), _class_ids(predictions, labels)
+    classes = list(range(len(labels)))
+    return float(f1_score(wanted, given, labels=classes, average="macro", zero_division=0.0))
+
+
+def f1(predictions: Texts, targets: Texts, *, labels: Texts) -> float:
+    """F1 of the positive class, the last of two labels (GLUE's for MRPC and QQP, F1a of MultiRC).
+
+    An invalid prediction counts as the wrong one of the two labels, as T5's metric has it.
+    """
+    from sklearn.metrics import f1_score  # slow to import
+
+    wanted, given = _class_ids(targets, labels), _class_ids(predictions, labels)
+    given = np.where(given < 0, 1 - wanted, given)
+    return float(f1_score(wanted, given, pos_label=1, average="binary", zero_division=0.0))
+
+
+def matthews(predictions: Texts, targets: Texts, *, labels: Texts) -> float:
+    """Matthews' correlation (GLUE's for CoLA); invalid predictions are a class of their own."""
+    from sklearn.metrics import matthews_corrcoef  # slow to import
+
+    wanted, given = _class_ids(targets, labels), _class_ids(predictions, labels)
+    if len(set(wanted.tolist())) < 2 or len(set(given.tolist())) < 2:
+        return 0.0
+    return float(matthews_corrcoef(wanted, given))
+
+
+def pearson(predictions: Texts, targets: Texts) -> float:
+    """Pearson's correlation of the texts as numbers; what is no number counts as -1, as in T5."""
+    from scipy import stats  # slow to import
+
+    return _correlation(stats.pearsonr, predictions, targets)
+
+
+def spearman(predictions: Texts, targets: Texts) -> float:
+    """Spearman's rank correlation of the texts as numbers; what is no number counts as -1."""
+    from scipy import stats  # slow to import
+
+    return _correlation(stats.spearmanr, predictions, targets)
+
+
+def exact_match(
+    predictions: Texts, targets: Texts, *, answers: Sequence[Texts] | None = None
+) -> float:
+    """SQuAD's exact match: equal to one of the answers after SQuAD's normalisation.
+
+    Args:
+        predictions: texts [N].
+        targets: texts [N], the answer of each example where `answers` is None.
+        answers: all right answers of each example [N][any].
+    """
+    return _best_over_answers(lambda p, a: float(p == a), predictions, targets, answers)
+
+
+def squad_f1(
+    predictions: Texts, targets: Texts, *, answers: Sequence[Texts] | None = None
+) -> float:
+    """SQuAD's F1 over words, the best over the answers; arguments as in `exact_match`."""
+    return _best_over_answers(_word_f1, predictions, targets, answers)
+
+
+def group_exact_match(predictions: Texts, targets: Texts, *, groups: Sequence[Hashable]) -> float:
+    """The share of groups (MultiRC's questions) in which every prediction is right."""
+    right: dict[Hashable, bool] = {}
+    for prediction, target, group in zip(predictions, targets, groups, strict=True):
+        right[group] = right.get(group, True) and prediction.strip() == target.strip()
+    return _mean(list(right.values()))
+
+
+# Words that do not decide whether two phrases name the same thing (t5's wsc_simple).
+# fmt: off
+_DETERMINERS = frozenset({
+    "a", "an", "few", "her", "his", "each", "every", "many", "much", "my", "our", "some", "that",
+    "the", "their", "these", "this", "those", "which", "whose", "your",
+})
+# fmt: on
+
+
+def referent_accuracy(
+    predictions: Texts, targets: Texts, *, label_values: Sequence[object]
+) -> float:
+    """Accuracy on WSC, where the model writes out what the pronoun refers to.
+
+    The prediction says 'yes' when it names the candidate, the target text: the words of one are
+    among those of the other. That is compared with the record's own label (true or false).
+    """
+    right = []
+    for prediction, target, label in zip(predictions, targets, label_values, strict=True):
+        given, wanted = _referent_words(prediction), _referent_words(target)
+        same = given <= wanted or wanted <= given
+        # 'Bob' is not "Bob's hat".
+        same = same and ("'" in " ".join(given)) == ("'" in " ".join(wanted))
+        right.append(bool(given) and same == (str(label).lower() in ("true", "1")))
+    return _mean(right)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric and the keyword arguments it needs beside predictions and targets.
+
+    `needs` holds some of 'labels' (the task's label texts), 'answers', 'groups' and
+    'label_values' (per example).
+    """
+
+    function: Callable[..., float]
+    needs: tuple[str, ...] = ()
+
+
+METRICS: Mapping[str, Metric] = {
+    "accuracy": Metric(accuracy),
+    "mean_f1": Metric(mean_f1, ("labels",)),
+    "f1": Metric(f1, ("labels",)),
+    "matthews": Metric(matthews, ("labels",)),
+    "pearson": Metric(pearson),
+    "spearman": Metric(spearman),
+    "exact_match": Metric(exact_match, ("answers",)),
+    "squad_f1": Metric(squad_f1, ("answers",)),
+    "group_exact_match": Metric(group_exact_match, ("groups",)),
+    "referent_accuracy": Metric(referent_accuracy, ("label_values",)),
+}
+
+
+def normalize_answer(text: str) -> str:
+    """SQuAD's normalisation: lower case, no punctuation, no articles, single spaces."""
+    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def _mean(values: Sequence[bool | float]) -> float:
+    if not values:
+        raise ValueError("a metric needs at least one example")
+    return float(np.mean(values))
+
+
+def _class_ids(texts: Texts, labels: Texts) -> np.ndarray:
+    """Index [N] of each text among the labels, -1 for what is no label."""
+    if not texts:
+        raise ValueError("a metric needs at least one example")
+    index = {label.strip(): i for i, label in enumerate(labels)}
+    return np.array([index.get(text.strip(), -1) for text in texts])
+
+
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        return -1.0
+    return value if math.isfinite(value) else -1.0
+
+
+def _correlation(function: Callable, predictions: Texts, targets: Texts) -> float:
+    given = np.array([_number(text) for text in predictions])
+    wanted = np.array([_number(text) for text in targets])
+    if len(given) != len(wanted):
+        raise ValueError(f"{len(given)} predictions for {len(wanted)} targets")
+    if len(given) < 2 or np.ptp(given) == 0 or np.ptp(wanted) == 0:
+        return 0.0
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore")  # scipy warns of nearly constant input
+        value = float(function(given, wanted).statistic)
+    return value if math.isfinite(value) else 0.0
+
+
+def _best_over_answers(
+    score: Callable[[str, str], float],
+    predictions: Texts,
+    targets: Texts,
+    answers: Sequence[Texts] | None,
+) -> float:
+    if answers is None:
+        answers = [[target] for target in targets]
+    scores = []
+    for prediction, right in zip(predictions, answers, strict=True):
+        given = normalize_answer(prediction)
+        scores.append(max((score(given, normalize_answer(a)) for a in right), default=0.0))
+    return _mean(scores)
+
+
+def _word_f1(prediction: str, answer: str) -> float:
+    given, wanted = prediction.split(), answer.split()
+    if not given or not wanted:
+        return float(given == wanted)
+    common = sum((collections.Counter(given) & collections.Counter(wanted)).values())
+    return 2 * common / (len(given) + len(wanted))
+
+
+def _referent_words(text: str) -> set[str]:
+    return {word for word in text.strip().lower().split() if word not in _DETERMINERS}

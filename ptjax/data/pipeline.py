@@ -1,0 +1,225 @@
+"""The order of an epoch is a plan, and Grain maps over its batch numbers.
+
+Every host computes the same plan from (seed, epoch, token lengths) and takes its rows of the same
+global batch, so shapes agree everywhere, the position in the data is one integer, and resuming is
+exact.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import grain
+import numpy as np
+
+from ptjax.data.batch import Batch, make_batch
+from ptjax.errors import InputError
+
+Bucket = tuple[int, int]
+"""(T, L): a batch's input and target length."""
+
+
+class ExampleSource(Protocol):
+    """Tokenised examples of known length; `tokens` may depend on the epoch, lengths may not."""
+
+    input_lengths: np.ndarray
+    target_lengths: np.ndarray
+
+    def __len__(self) -> int: ...
+
+    def tokens(self, index: int, epoch: int) -> tuple[np.ndarray, np.ndarray]: ...
+
+
+class Batches(Protocol):
+    """Global training batches by number, without end."""
+
+    shapes: list[Bucket]
+
+    def batch(self, number: int) -> Batch: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedBatch:
+    """One batch before its tokens are looked up: a bucket and the examples [B] in it."""
+
+    bucket: Bucket
+    examples: np.ndarray
+
+
+def make_buckets(source: ExampleSource, *, smallest: int = 32) -> list[Bucket]:
+    """Input lengths that double from `smallest` to what the longest example needs.
+
+    All share one target length, the longest: decoders of classification tasks are short.
+    """
+    longest = int(source.input_lengths.max())
+    lengths = [smallest]
+    while lengths[-1] < longest:
+        lengths.append(2 * lengths[-1])
+    # The last one holds the longest example without doubling past it, in multiples of 16.
+    lengths[-1] = min(lengths[-1], -(-longest // 16) * 16)
+    return [(length, int(source.target_lengths.max())) for length in lengths]
+
+
+def assign_buckets(source: ExampleSource, buckets: Sequence[Bucket]) -> np.ndarray:
+    """Index [N] of the first bucket in which each example fits.
+
+    Raises:
+        InputError: an example fits in none.
+    """
+    sizes = np.asarray(buckets)
+    fits = (source.input_lengths[:, None] <= sizes[:, 0]) & (
+        source.target_lengths[:, None] <= sizes[:, 1]
+    )
+    if not fits.any(axis=1).all():
+        bad = int(np.argmin(fits.any(axis=1)))
+        raise InputError(
+            f"example {bad} has {source.input_lengths[bad]} input and "
+            f"{source.target_lengths[bad]} target tokens, more than any bucket of {list(buckets)}"
+        )
+    return fits.argmax(axis=1)
+
+
+def plan_epoch(
+    assigned: np.ndarray, buckets: Sequence[Bucket], batch_size: int, seed: int, epoch: int
+) -> list[PlannedBatch]:
+    """An epoch's batches, each full, in random order.
+
+    Examples that do not fill a batch of their bucket go to the next larger one; the last batch is
+    filled up from the front of the epoch. Every example stands in it at least once, and the number
+    of batches is the same in every epoch.
+    """
+    rng = np.random.default_rng((seed, epoch))
+    order = rng.permutation(len(assigned))
+    planned = []
+    left = order[:0]
+    for index, bucket in enumerate(buckets):
+        waiting = np.concatenate([left, order[assigned[order] == index]])
+        if index == len(buckets) - 1 and len(waiting) % batch_size:
+            waiting = np.concatenate([waiting, np.resize(order, -len(waiting) % batch_size)])
+        full = len(waiting) - len(waiting) % batch_size
+        planned += [PlannedBatch(bucket, rows) for rows in waiting[:full].reshape(-1, batch_size)]
+        left = waiting[full:]
+    return [planned[i] for i in rng.permutation(len(planned))]
+
+
+class TrainBatches:
+    """Shuffled, bucketed batches of one example source, epoch after epoch."""
+
+    def __init__(
+        self, source: ExampleSource, *, buckets: Sequence[Bucket], batch_size: int, seed: int
+    ) -> None:
+        self.source, self.batch_size = source, batch_size
+        # Larger last, whatever the order given: left-over examples move up.
+        self.buckets = sorted(buckets, key=lambda bucket: (bucket[0] * bucket[1], bucket))
+        assigned = assign_buckets(source, self.buckets)
+        self._plan = functools.lru_cache(maxsize=2)(
+            lambda epoch: plan_epoch(assigned, self.buckets, batch_size, seed, epoch)
+        )
+        self.batches_per_epoch = len(self._plan(0))
+        self.shapes = sorted({planned.bucket for planned in self._plan(0)})
+
+    def batch(self, number: int) -> Batch:
+        epoch, index = divmod(number, self.batches_per_epoch)
+        planned = self._plan(epoch)[index]
+        return build_batch(self.source, planned, epoch)
+
+    def padding(self) -> float:
+        """Share of padded input positions over the first epoch."""
+        real = sum(int(self.source.input_lengths[p.examples].sum()) for p in self._plan(0))
+        return 1 - real / sum(p.bucket[0] * len(p.examples) for p in self._plan(0))
+
+
+class MixtureBatches:
+    """Batches drawn from several pipelines at fixed rates; each batch comes from one of them.
+
+    The schedule is drawn block by block with exact counts, so a batch number alone tells which
+    component it comes from and how many that component gave before.
+    """
+
+    BLOCK = 1000
+
+    def __init__(self, components: Sequence[Batches], rates: Sequence[float], seed: int) -> None:
+        if len(components) != len(rates) or not components or min(rates) <= 0:
+            raise InputError(f"a mixture needs one positive rate per component, not {list(rates)}")
+        self.components, self.seed = list(components), seed
+        share = np.cumsum(np.asarray(rates, float)) / np.sum(rates)
+        self._counts = np.diff(np.round(share * self.BLOCK).astype(int), prepend=0)
+        self.shapes = sorted({shape for component in components for shape in component.shapes})
+        self._schedule = functools.lru_cache(maxsize=2)(self._draw)
+
+    def _draw(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """(component, its own batch number) of every batch in `block`."""
+        component = np.repeat(np.arange(len(self.components)), self._counts)
+        component = np.random.default_rng((self.seed, block)).permutation(component)
+        number = np.zeros_like(component)
+        for index, count in enumerate(self._counts):
+            number[component == index] = block * count + np.arange(count)
+        return component, number
+
+    def batch(self, number: int) -> Batch:
+        block, index = divmod(number, self.BLOCK)
+        component, own = self._schedule(block)
+        return self.components[component[index]].batch(int(own[index]))
+
+
+def build_batch(source: ExampleSource, planned: PlannedBatch, epoch: int) -> Batch:
+    """Looks the tokens up; example -1 is an empty row."""
+    empty = np.zeros(0, np.int32), np.zeros(0, np.int32)
+    rows = [source.tokens(int(i), epoch) if i >= 0 else empty for i in planned.examples]
+    input_length, target_length = planned.bucket
+    return make_batch(
+        [inputs for inputs, _ in rows],
+        [targets for _, targets in rows],
+        input_length=input_length,
+        target_length=target_length,
+    )
+
+
+def plan_evaluation(
+    source: ExampleSource, buckets: Sequence[Bucket], batch_size: int
+) -> list[PlannedBatch]:
+    """Every example exactly once, by length; -1 fills what is left of a bucket's last batch."""
+    assigned = assign_buckets(source, buckets)
+    planned = []
+    for index, bucket in enumerate(buckets):
+        rows = np.flatnonzero(assigned == index)
+        rows = np.concatenate([rows, np.full(-len(rows) % batch_size, -1)])
+        planned += [PlannedBatch(bucket, part) for part in rows.reshape(-1, batch_size)]
+    return planned
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """Grain's view of a pipeline: this host's rows of batches 0 ... stop - 1."""
+
+    batches: Batches
+    stop: int
+    host: int
+    hosts: int
+
+    def __len__(self) -> int:
+        return self.stop
+
+    def __getitem__(self, number: Any) -> Batch:
+        return host_rows(self.batches.batch(int(number)), self.host, self.hosts)
+
+
+def host_rows(batch: Batch, host: int, hosts: int) -> Batch:
+    """Host `host`'s equal share of a global batch's rows."""
+    size = len(next(iter(batch.values()))) // hosts
+    return {name: array[host * size : (host + 1) * size] for name, array in batch.items()}
+
+
+def make_iterator(
+    batches: Batches, stop: int, *, host: int = 0, hosts: int = 1
+) -> grain.DatasetIterator:
+    """Iterates over batches 0 ... stop - 1, built ahead in threads; its state is one integer."""
+    dataset = grain.MapDataset.source(_Rows(batches, stop, host, hosts))
+    return iter(
+        dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=16))
+    )
+
+

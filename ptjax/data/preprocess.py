@@ -1,0 +1,119 @@
+"""Examples to token ids, by T5's convention, stored without padding."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ptjax.data.tasks import Example
+from ptjax.data.tokenizer import Tokenizer
+from ptjax.errors import InputError
+
+_CHUNK = 4096  # texts at once: the ids of a chunk are Python integers for a moment
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """N rows of ids of any length, one after the other.
+
+    `ids` int32 [sum of lengths]; row i is `ids[offsets[i] : offsets[i + 1]]`, `offsets` int64
+    [N + 1]; `truncated` counts the rows that were cut.
+    """
+
+    ids: np.ndarray
+    offsets: np.ndarray
+    truncated: int
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """Row `index`, int32 [length]; a view."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        return self.ids[self.offsets[index] : self.offsets[index + 1]]
+
+    @functools.cached_property
+    def lengths(self) -> np.ndarray:
+        """int32 [N]."""
+        return np.diff(self.offsets).astype(np.int32)
+
+
+@dataclass(frozen=True)
+class TokenizedExamples:
+    """Tokenised examples, the same in every epoch. Serves as a pipeline's `ExampleSource`."""
+
+    inputs: TokenRows
+    targets: TokenRows
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    @property
+    def input_lengths(self) -> np.ndarray:
+        """int32 [N], the end of sequence included."""
+        return self.inputs.lengths
+
+    @property
+    def target_lengths(self) -> np.ndarray:
+        """int32 [N], the end of sequence included."""
+        return self.targets.lengths
+
+    def tokens(self, index: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs int32 [t] and targets int32 [l] of an example; views."""
+        del epoch  # the same tokens in every epoch
+        return self.inputs[index], self.targets[index]
+
+
+def tokenize_texts(texts: Sequence[str], tokenizer: Tokenizer, length: int) -> TokenRows:
+    """Encodes texts, cuts each to `length` - 1 ids and appends the end of sequence, as T5 does.
+
+    Raises:
+        InputError: `length` leaves no room for a token.
+    """
+    if length < 2:
+        raise InputError(f"a length of {length} tokens has no room for text and its end; use more")
+    chunks: list[np.ndarray] = []
+    lengths = np.zeros(len(texts) + 1, np.int64)
+    truncated = 0
+    for start in range(0, len(texts), _CHUNK):
+        rows = tokenizer.encode_batch(texts[start : start + _CHUNK])
+        for i, row in enumerate(rows, start + 1):
+            truncated += len(row) > length - 1
+            lengths[i] = min(len(row), length - 1) + 1
+        eos = [tokenizer.eos_id]
+        chunks.append(np.array([t for row in rows for t in row[: length - 1] + eos], np.int32))
+    ids = np.concatenate(chunks) if chunks else np.zeros(0, np.int32)
+    return TokenRows(ids, np.cumsum(lengths), truncated)
+
+
+def tokenize_examples(
+    examples: Sequence[Example], tokenizer: Tokenizer, input_length: int, target_length: int
+) -> TokenizedExamples:
+    """Inputs and targets of the examples as ids, in order; see `tokenize_texts`."""
+    return TokenizedExamples(
+        tokenize_texts([example.inputs for example in examples], tokenizer, input_length),
+        tokenize_texts([example.targets for example in examples], tokenizer, target_length),
+    )
+
+
+def check_labels(labels: Sequence[str], tokenizer: Tokenizer, target_length: int) -> None:
+    """Refuses labels that the model could never give back as text.
+
+    A vocabulary without some character of a label, or a target length that cuts it, would leave
+    every prediction of it wrong.
+
+    Raises:
+        InputError: a label does not survive encoding, cutting and decoding.
+    """
+    rows = tokenize_texts(labels, tokenizer, target_length)
+    for i, label in enumerate(labels):
+        text = tokenizer.decode(rows[i])
+        if text.strip() != label.strip():
+            raise InputError(
+                f"the label '{label}' comes back as '{text}' from {tokenizer.name} with "
+                f"{target_length} target tokens; choose another text or a larger target length"
+            )

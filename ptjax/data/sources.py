@@ -1,0 +1,355 @@
+"""Records out of files: JSON lines, CSV, TSV and plain lines.
+
+A record is a dict of field name to value together with the file and line it stands on, so that
+everything that is wrong with it can be reported where it is. Files may be compressed (.gz, .xz,
+.bz2) and may lie anywhere that `etils.epath` reads.
+"""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import importlib.resources
+import io
+import json
+import lzma
+import os
+import re
+import sys
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from etils import epath
+
+from ptjax.errors import InputError
+
+FORMATS = ("jsonl", "csv", "tsv", "text")
+ON_BAD_RECORD = ("error", "skip")
+_FORMAT_OF_SUFFIX = {
+    ".jsonl": "jsonl",
+    ".json": "jsonl",
+    ".ndjson": "jsonl",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".txt": "text",
+}
+_DECOMPRESS: dict[str, Callable[[bytes], bytes]] = {
+    ".gz": gzip.decompress,
+    ".xz": lzma.decompress,
+    ".bz2": bz2.decompress,
+}
+
+# What a row is while it is being read: its fields, or the text that says what is wrong with it.
+_Row = dict[str, Any] | str
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One record: its fields and where it stands (line counts from 1)."""
+
+    fields: dict[str, Any]
+    file: str
+    line: int
+
+    @property
+    def where(self) -> str:
+        """'file:line', as it stands in error messages."""
+        return f"{self.file}:{self.line}"
+
+
+@dataclass
+class BadRecords:
+    """What becomes of records that cannot be used: 'error' stops at the first, 'skip' counts."""
+
+    policy: str = "error"
+    count: int = 0
+    first: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.policy not in ON_BAD_RECORD:
+            raise InputError(f"on_bad_record={self.policy!r}: it must be 'error' or 'skip'")
+
+    def report(self, where: str, problem: str) -> None:
+        """Takes note of one bad record.
+
+        Raises:
+            InputError: at once, under the policy 'error'.
+        """
+        if self.policy == "error":
+            raise InputError(
+                f"{where}: {problem} (on_bad_record='skip' leaves such records out and counts them)"
+            )
+        self.count += 1
+        self.first = self.first or f"{where}: {problem}"
+
+
+@dataclass(frozen=True)
+class Records(Sequence[Record]):
+    """The records of one source, in file order; `bad` says how many were left out and why."""
+
+    records: list[Record]
+    bad: BadRecords = field(default_factory=BadRecords)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index):
+        return self.records[index]
+
+    def __iter__(self) -> Iterator[Record]:
+        return iter(self.records)
+
+
+def resolve_path(path: str | os.PathLike[str]) -> epath.Path:
+    """The path itself, '~' expanded; 'package:NAME' is ptjax's own data, the folder assets/NAME."""
+    text = os.fspath(path)
+    if not text.startswith("package:"):
+        return epath.Path(text).expanduser()
+    parts = [part for part in text.removeprefix("package:").split("/") if part]
+    if not parts or ".." in parts:
+        raise InputError(f"{text}: after 'package:' stands the name of data that ptjax ships")
+    folder = importlib.resources.files("ptjax") / "assets"
+    for part in parts:
+        folder = folder / part
+    return epath.Path(str(folder))
+
+
+def find_files(pattern: str | os.PathLike[str]) -> list[epath.Path]:
+    """The file of this name, else the files that match it as a glob, sorted by name.
+
+    Raises:
+        InputError: nothing of that name, a folder, or a glob without a match.
+    """
+    path = resolve_path(pattern)
+    if path.is_dir():
+        raise InputError(f"{path}: a folder; name a file in it or a glob such as {path}/*.jsonl")
+    if path.exists():
+        return [path]
+    text = os.fspath(path)
+    magic = re.search(r"[*?\[]", text)
+    if magic is None:
+        raise InputError(f"{path}: no such file; correct the path (or DATA_DIR)")
+    base, _, rest = (text[: magic.start()]).rpartition("/")
+    glob = rest + text[magic.start() :]
+    root = epath.Path(base or ("/" if text.startswith("/") else "."))
+    found = sorted((p for p in root.glob(glob) if not p.is_dir()), key=os.fspath)
+    if not found:
+        raise InputError(f"{path}: no file matches; correct the glob (or DATA_DIR)")
+    return found
+
+
+def read_records(
+    pattern: str | os.PathLike[str],
+    *,
+    format: str | None = None,
+    columns: Sequence[str] | None = None,
+    quoting: bool | None = None,
+    encoding: str = "utf-8",
+    on_bad_record: str = "error",
+) -> Records:
+    """Reads all records of a file or of the files of a glob. Blank lines are no records.
+
+    Args:
+        pattern: a path, a glob, or 'package:NAME/FILE' (see `resolve_path`).
+        format: 'jsonl' (one JSON object a line), 'csv', 'tsv' or 'text' (one record a line, with
+          the field 'text'); None tells it from the suffix.
+        columns: the field names of a CSV or TSV without a header line, or of 'text' (one name).
+        quoting: whether double quotes enclose fields. None: in CSV they do, in TSV they are
+          ordinary characters (a quoting reader would swallow whole rows of MRPC).
+        encoding: of the files; a byte-order mark is dropped.
+        on_bad_record: 'error' stops at the first malformed record, 'skip' counts them in `.bad`.
+
+    Raises:
+        InputError: no such file, no record in it, a malformed record, a wrong encoding, a
+          compressed file that is damaged, or settings that do not fit the format.
+    """
+    bad = BadRecords(on_bad_record)
+    records: list[Record] = []
+    for path in find_files(pattern):
+        name = os.fspath(path)
+        kind = _format_of(name, format)
+        if kind == "jsonl" and columns is not None:
+            raise InputError(f"{name}: JSON lines name their fields, `columns` does not apply")
+        if kind in ("jsonl", "text") and quoting is not None:
+            raise InputError(f"{name}: `quoting` applies to csv and tsv, this is {kind}")
+        text, clean = _decode(_read_bytes(path), encoding, name, bad)
+        for line, row in _rows(text, kind, columns, quoting, name):
+            # JSON can hold lone surrogates as escapes even where every byte was text.
+            if isinstance(row, dict) and (kind == "jsonl" or not clean) and not _is_text(row):
+                row = f"characters that are not {encoding} text; correct it or set `encoding`"
+            if isinstance(row, str):
+                bad.report(f"{name}:{line}", row)
+            else:
+                records.append(Record(row, name, line))
+    return non_empty(Records(records, bad), os.fspath(pattern))
+
+
+def non_empty(records: Records, source: str) -> Records:
+    """The records themselves; InputError when there are none."""
+    if records:
+        return records
+    if records.bad.count:
+        raise InputError(
+            f"{source}: no usable record, {records.bad.count} bad ones; the first: "
+            f"{records.bad.first}"
+        )
+    raise InputError(f"{source}: no records in it; name a file that has some")
+
+
+def _format_of(name: str, format: str | None) -> str:
+    if format is not None:
+        if format not in FORMATS:
+            raise InputError(f"format={format!r}: it must be one of {', '.join(FORMATS)}")
+        return format
+    stem, suffix = os.path.splitext(name)
+    if suffix in _DECOMPRESS:
+        suffix = os.path.splitext(stem)[1]
+    if suffix not in _FORMAT_OF_SUFFIX:
+        raise InputError(
+            f"{name}: its name does not tell the format; set `format` to one of "
+            f"{', '.join(FORMATS)}"
+        )
+    return _FORMAT_OF_SUFFIX[suffix]
+
+
+def _read_bytes(path: epath.Path) -> bytes:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+    suffix = path.suffix
+    if suffix not in _DECOMPRESS:
+        return data
+    try:
+        return _DECOMPRESS[suffix](data)
+    except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
+        raise InputError(
+            f"{path}: not a whole {suffix} file ({error}); copy it again or correct its name"
+        ) from error
+
+
+def _decode(data: bytes, encoding: str, name: str, bad: BadRecords) -> tuple[str, bool]:
+    """The text, and whether every byte of it was text in that encoding."""
+    clean = True
+    try:
+        text = data.decode(encoding)
+    except LookupError as error:
+        raise InputError(f"encoding={encoding!r}: Python knows no such encoding") from error
+    except UnicodeDecodeError as error:
+        line = data[: error.start].decode(encoding, "replace").count("\n") + 1
+        problem = f"not {encoding} text ({error.reason}); set `encoding` to the file's own"
+        if bad.policy == "error":
+            bad.report(f"{name}:{line}", problem)
+        try:
+            # Keeps the lines; those with bytes that are no text hold surrogates, found later.
+            text, clean = data.decode(encoding, "surrogateescape"), False
+        except UnicodeDecodeError:
+            raise InputError(f"{name}:{line}: {problem}") from error
+    return text.removeprefix("\ufeff"), clean
+
+
+def _is_text(row: dict[str, Any]) -> bool:
+    """Whether all strings can be written as UTF-8: lone surrogates would crash a tokenizer."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _rows(
+    text: str, kind: str, columns: Sequence[str] | None, quoting: bool | None, name: str
+) -> Iterator[tuple[int, _Row]]:
+    if kind == "jsonl":
+        return _json_rows(text)
+    if kind == "text":
+        names = tuple(columns or ("text",))
+        if len(names) != 1:
+            raise InputError(f"{name}: a plain line has one field, `columns` names {len(names)}")
+        return ((line, {names[0]: cells}) for line, cells in _lines(text))
+    delimiter = "," if kind == "csv" else "\t"
+    if quoting if quoting is not None else kind == "csv":
+        cells = _quoted_cells(text, delimiter)
+    else:
+        cells = ((line, row.split(delimiter)) for line, row in _lines(text))
+    return _table(iter(cells), columns, name)
+
+
+def _lines(text: str) -> Iterator[tuple[int, str]]:
+    # Not str.splitlines: it also splits at U+2028, U+0085 and others, which are text here.
+    for number, line in enumerate(text.split("\n"), 1):
+        line = line.removesuffix("\r")
+        if line and not line.isspace():
+            yield number, line
+
+
+def _json_rows(text: str) -> Iterator[tuple[int, _Row]]:
+    for number, line in _lines(text):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            reason = getattr(error, "msg", str(error))
+            yield number, f"not valid JSON ({reason}); write one JSON object a line"
+            continue
+        if isinstance(row, dict):
+            yield number, row
+        else:
+            kind = "an array" if isinstance(row, list) else "a bare value"
+            yield number, f"{kind}, not a JSON object; write one JSON object a line"
+
+
+def _quoted_cells(text: str, delimiter: str) -> list[tuple[int, list[str] | str]]:
+    """Rows by the csv module, each with the line it starts on (a quoted field may span lines)."""
+    rows: list[tuple[int, list[str] | str]] = []
+    limit = csv.field_size_limit(sys.maxsize)  # the default refuses texts over 128 KiB
+    try:
+        # strict: a stray quote is an error here; otherwise it silently swallows rows.
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        while True:
+            start = reader.line_num + 1
+            try:
+                row = next(reader)
+            except StopIteration:
+                return rows
+            except csv.Error as error:
+                problem = f"bad quoting ({error}); where quotes are plain text, set quoting=False"
+                rows.append((start, problem))
+                continue
+            if row:
+                rows.append((start, row))
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _table(
+    rows: Iterator[tuple[int, list[str] | str]], columns: Sequence[str] | None, name: str
+) -> Iterator[tuple[int, _Row]]:
+    if columns is None:
+        line, header = next(rows, (1, None))
+        if header is None:
+            return
+        if isinstance(header, str):
+            raise InputError(f"{name}:{line}: {header}")
+        columns = [cell.strip() for cell in header]
+        where = f"{name}:{line}: the header line"
+    else:
+        where = f"{name}: `columns`"
+    if not all(columns) or len(set(columns)) < len(columns):
+        raise InputError(
+            f"{where} has an empty or a repeated name ({', '.join(columns)}); "
+            "for a file without a header line set `columns`"
+        )
+    for line, row in rows:
+        if isinstance(row, list) and len(row) != len(columns):
+            yield (
+                line,
+                (
+                    f"{len(row)} columns instead of {len(columns)} ({', '.join(columns)}); correct "
+                    "the line, `columns` or `quoting`"
+                ),
+            )
+        else:
+            yield line, row if isinstance(row, str) else dict(zip(columns, row, strict=True))

@@ -1,0 +1,85 @@
+"""Templates: 'sentence: {sentence}' over the fields of a record."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+class RecordError(ValueError):
+    """A record that does not fit; the caller knows its file and line."""
+
+
+@dataclass(frozen=True)
+class Template:
+    """A text with fields. `parts` are pairs of literal text and the field after it, if any."""
+
+    text: str
+    parts: tuple[tuple[str, str | None], ...]
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The fields it names, each once, in order."""
+        return tuple(dict.fromkeys(field for _, field in self.parts if field is not None))
+
+    def render(self, record: Mapping[str, Any]) -> str:
+        """The text for a record.
+
+        Raises:
+            RecordError: a field is missing, empty (None) or no plain value.
+        """
+        pieces = []
+        for literal, field in self.parts:
+            pieces.append(literal)
+            if field is not None:
+                pieces.append(as_text(find_field(record, field), field))
+        return "".join(pieces)
+
+
+def parse_template(text: str) -> Template:
+    """Parses '{field}' and '{field.inner}'; '{{' and '}}' are braces.
+
+    Raises:
+        ValueError: unbalanced braces, an empty field name, a conversion or a format.
+    """
+    parts: list[tuple[str, str | None]] = []
+    for literal, field, spec, conversion in string.Formatter().parse(text):
+        if field is not None and (not field.strip() or spec or conversion):
+            shown = field + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
+            raise ValueError(f"{{{shown}}} is no field; write {{name}}, and {{{{ for a brace")
+        parts.append((literal, field))
+    return Template(text, tuple(parts))
+
+
+def find_field(record: Mapping[str, Any], field: str) -> Any:
+    """The value of a field; 'a.b' is also the field b of the object a.
+
+    Raises:
+        RecordError: the record has no such field, or it is None.
+    """
+    value: Any = record
+    if field in record:
+        value = record[field]
+    else:
+        for name in field.split("."):
+            if not isinstance(value, Mapping) or name not in value:
+                known = ", ".join(map(str, record)) or "none"
+                raise RecordError(f"no field '{field}' (fields: {known})")
+            value = value[name]
+    if value is None:
+        raise RecordError(f"the field '{field}' is null")
+    return value
+
+
+def as_text(value: Any, field: str) -> str:
+    """A plain value as text: True is 'True', 1 is '1'.
+
+    Raises:
+        RecordError: the value is a list or an object.
+    """
+    if isinstance(value, (Mapping, list, tuple)):
+        kind = "an object" if isinstance(value, Mapping) else "a list"
+        raise RecordError(f"the field '{field}' is {kind}; a template takes text and numbers")
+    return str(value)

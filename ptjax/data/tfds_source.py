@@ -1,0 +1,68 @@
+"""Records out of TFDS data sets, without TensorFlow."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any
+
+from ptjax.data.sources import Record, Records, non_empty
+from ptjax.errors import InputError
+
+_TFDS_SOURCE = re.compile(r"tfds:(?P<name>[^:@]+)(?::(?P<version>[^:@]+))?(?:@(?P<split>.+))?")
+
+
+def is_tfds(source: str | os.PathLike[str]) -> bool:
+    """Whether `source` names a TFDS data set ('tfds:NAME[:VERSION][@SPLIT]')."""
+    return os.fspath(source).startswith("tfds:")
+
+
+def read_tfds(source: str, *, split: str, data_dir: str | None = None) -> Records:
+    """Reads a split of a TFDS data set through `tfds.data_source`, without TensorFlow.
+
+    The data set must be prepared in the array_record format, or be one that TFDS can prepare
+    here. Strings are decoded; class labels stay integers.
+
+    Args:
+        source: 'tfds:NAME[:VERSION][@SPLIT]', for example 'tfds:glue/sst2:2.0.0@train[:90%]'.
+        split: the TFDS split where `source` names none.
+        data_dir: TFDS's folder of prepared data sets; None is TFDS's default.
+
+    Raises:
+        InputError: TFDS does not have it, or cannot give it without TensorFlow.
+    """
+    match = _TFDS_SOURCE.fullmatch(source)
+    if match is None:
+        raise InputError(f"{source}: write tfds:NAME, tfds:NAME:VERSION or tfds:NAME@SPLIT")
+    import tensorflow_datasets as tfds  # slow to import, and few tasks need it
+
+    name = ":".join(filter(None, (match["name"], match["version"])))
+    split = match["split"] or split
+    file = f"tfds:{name}@{split}"
+    try:
+        rows = tfds.data_source(name, split=split, data_dir=data_dir or None)
+        fields = [_plain(row) for row in rows]
+    except (
+        ArithmeticError, AssertionError, ImportError, LookupError, NotImplementedError, OSError,
+        RuntimeError, ValueError,
+    ) as error:  # fmt: skip
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(
+            f"{file}: TFDS cannot provide it ({type(error).__name__}: {reason}); check name, "
+            "version, split and data_dir, or prepare it with `tfds build "
+            "--file_format=array_record`"
+        ) from error
+    return non_empty(Records([Record(f, file, i) for i, f in enumerate(fields, 1)]), file)
+
+
+def _plain(value: Any) -> Any:
+    """TFDS values as JSON has them: numpy scalars and arrays, bytes, nested features."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8")
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    return value

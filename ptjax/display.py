@@ -1,0 +1,69 @@
+"""What a person sees of a run: a progress bar on a terminal, plain lines elsewhere, TensorBoard."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+from typing import Any
+
+from absl import logging
+from etils import epath
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+HIDDEN = {"gradient_norm", "learning_rate", "evaluation_seconds"}
+"""Written to the files, but not shown beside the bar."""
+
+
+class Display:
+    """Use as a context manager around the steps."""
+
+    def __init__(self, model_dir: epath.Path, steps: int, start: int) -> None:
+        from tensorboardX import SummaryWriter
+
+        self._events = SummaryWriter(
+            logdir=str(model_dir / "tensorboard"), purge_step=start + 1 if start else None
+        )
+        self._latest: dict[str, float] = {}
+        self._steps = steps
+        self._bar: Progress | None = None
+        if sys.stderr.isatty():
+            self._bar = Progress(
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[shown]}"),
+                console=Console(stderr=True),
+            )
+            self._task = self._bar.add_task("train", total=steps, completed=start, shown="")
+
+    def __enter__(self) -> Display:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar:
+            self._bar.stop()
+        self._events.close()
+
+    def step(self, step: int) -> None:
+        if self._bar:
+            self._bar.update(self._task, completed=step)
+
+    def metrics(self, step: int, values: dict[str, Any]) -> None:
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
+        self._latest |= {name.split("/", 1)[1]: value for name, value in values.items()}
+        chosen = {k: v for k, v in self._latest.items() if k not in HIDDEN}
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in chosen.items())
+        if self._bar:
+            self._bar.update(self._task, completed=step, shown=shown)
+        else:
+            logging.info("step %d/%d  %s", step, self._steps, shown)

@@ -1,0 +1,141 @@
+"""Predicting a split of a task with given variables, and hard prompts to compare with."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from absl import logging
+
+from ptjax.backbone import Backbone
+from ptjax.data.pipeline import make_buckets
+from ptjax.data.preprocess import TokenizedExamples, check_labels, tokenize_examples, tokenize_texts
+from ptjax.data.tasks import Example, Task
+from ptjax.data.tokenizer import Tokenizer
+from ptjax.errors import InputError
+from ptjax.inference import predict_labels, predict_texts
+
+Tree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """How predictions are made and how many.
+
+    Attributes:
+        split: what selects the best prompt.
+        examples: cap per split, evenly spread over it; None is all. Said in the output.
+        predict: "rank" compares the likelihoods of a closed set of labels, "decode" generates
+            greedily; "auto" ranks where the set is closed.
+        batch_size: examples at once.
+    """
+
+    split: str = "validation"
+    examples: int | None = None
+    predict: Literal["auto", "rank", "decode"] = "auto"
+    batch_size: int = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class HardPrompt:
+    """A text in front of the input; nothing is trained.
+
+    Attributes:
+        text: put before the input, or around it where it says `{inputs}`.
+        shots: training examples put in front, in context; drawn with the run's seed.
+        separator: between a shot's input and its target, and behind each shot.
+    """
+
+    text: str
+    shots: int = 0
+    separator: str = " "
+
+    def apply(self, inputs: str) -> str:
+        if "{inputs}" in self.text:
+            return self.text.replace("{inputs}", inputs)
+        return f"{self.text} {inputs}" if self.text else inputs
+
+    def rewording(self, train: Sequence[Example], seed: int) -> Callable[[str], str]:
+        """Inputs -> the text that the backbone reads, shots included."""
+        chosen = np.random.default_rng(seed).permutation(len(train))[: self.shots]
+        shots = "".join(
+            f"{self.apply(train[i].inputs)}{self.separator}{train[i].targets}{self.separator}"
+            for i in chosen
+        )
+        return lambda inputs: shots + self.apply(inputs)
+
+
+class Evaluator:
+    """Predicts and scores splits of one task with one backbone, reusing what it compiled."""
+
+    def __init__(
+        self,
+        task: Task,
+        backbone: Backbone,
+        tokenizer: Tokenizer,
+        lengths: Mapping[str, int],
+        settings: Evaluation,
+    ) -> None:
+        self.task, self.backbone, self.tokenizer = task, backbone, tokenizer
+        self.lengths, self.settings = lengths, settings
+        closed = task.labels is not None
+        self.ranks = settings.predict == "rank" or (settings.predict == "auto" and closed)
+        if self.ranks and not closed:
+            raise InputError(f"task {task.name}: predict = 'rank' needs a verbalizer; use 'decode'")
+        if task.labels is not None:
+            check_labels(task.labels, tokenizer, lengths["targets"])
+        self.examples = functools.cache(self._load)
+        self._source = functools.cache(lambda split: self._tokenize(self.examples(split), str))
+
+    def __call__(
+        self, variables: Tree, split: str, rewording: Callable[[str], str] | None = None
+    ) -> dict[str, float]:
+        """Metrics of `split`, every example exactly once; `rewording` changes the inputs' text."""
+        return self.task.evaluate(
+            self.predict(variables, split, rewording), self.examples(split)
+        )
+
+    def predict(
+        self, variables: Tree, split: str, rewording: Callable[[str], str] | None = None
+    ) -> list[str]:
+        """A text for every example of `split`, in its order."""
+        if rewording is None:
+            source = self._source(split)
+        else:
+            source = self._tokenize(self.examples(split), rewording)
+        apply_fn, buckets = self.backbone.apply_fn, make_buckets(source)
+        size = self.settings.batch_size
+        if self.ranks:
+            labels = self.task.labels or ()
+            rows = tokenize_texts(labels, self.tokenizer, self.lengths["targets"])
+            tokens = [rows[i] for i in range(len(rows))]
+            chosen = predict_labels(apply_fn, variables, source, tokens, buckets, size)
+            return [labels[i] for i in chosen]
+        length = self.lengths["targets"]
+        ids = predict_texts(apply_fn, variables, source, buckets, size, max_length=length)
+        return [self.tokenizer.decode(row) for row in ids]
+
+    def majority(self, train: Sequence[Example], split: str) -> float:
+        """The metric of always saying what stands most often in the training targets."""
+        most, _ = collections.Counter(example.targets for example in train).most_common(1)[0]
+        examples = self.examples(split)
+        return self.task.evaluate([most] * len(examples), examples)[self.task.metrics[0]]
+
+    def _load(self, split: str) -> list[Example]:
+        examples = self.task.load(split, limit=self.settings.examples)
+        capped = len(examples) == self.settings.examples
+        note = " (EVAL_EXAMPLES caps them)" if capped else ""
+        logging.info("%s, split %s: %d examples%s", self.task.name, split, len(examples), note)
+        return examples
+
+    def _tokenize(
+        self, examples: Sequence[Example], rewording: Callable[[str], str]
+    ) -> TokenizedExamples:
+        reworded = [dataclasses.replace(e, inputs=rewording(e.inputs)) for e in examples]
+        return tokenize_examples(
+            reworded, self.tokenizer, self.lengths["inputs"], self.lengths["targets"]
+        )

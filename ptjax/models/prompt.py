@@ -1,0 +1,174 @@
+"""The soft prompt: its Flax module and the ways to initialise it."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float
+
+from ptjax.data.tokenizer import Tokenizer
+from ptjax.errors import InputError
+
+
+class Prompt(nn.Module):
+    """The learned matrix P [P, D] (float32), in the variable collection `prompt`.
+
+    It is put in front of the embedded input, [P; E] (Lester et al. 2021, section 2). An array
+    [B, P, D] in its place gives every example its own prompt.
+    """
+
+    @nn.compact
+    def __call__(
+        self, embedded: Float[Array, "B T D"], mask: Bool[Array, "B T"]
+    ) -> tuple[Float[Array, "B S D"], Bool[Array, "B S"]]:
+        prompt = self.get_variable("prompt", "prompt")
+        shape = (len(embedded), *prompt.shape[-2:])
+        # Broadcast in float32 and cast after it: the sum of the examples' gradients, which is the
+        # transpose of this broadcast, then adds up in float32.
+        prompt = jnp.broadcast_to(prompt, shape).astype(embedded.dtype)
+        seen = jnp.ones(shape[:2], bool)
+        return jnp.concatenate([prompt, embedded], 1), jnp.concatenate([seen, mask], 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Surroundings:
+    """What an initialiser may look at.
+
+    Attributes:
+        embedding: the backbone's table [V, D].
+        labels: the verbalizers of a closed label set, else None.
+        texts: the training inputs, formatted by the task's template; read only when called.
+    """
+
+    embedding: jax.Array
+    tokenizer: Tokenizer | None
+    labels: Sequence[str] | None
+    texts: Callable[[], Iterable[str]]
+
+    def rows(self, ids: Sequence[int] | np.ndarray) -> Float[Array, "n D"]:
+        return self.embedding[jnp.asarray(ids)].astype(jnp.float32)
+
+    def phrase(self, text: str) -> Float[Array, "D"]:
+        """The average of the embeddings of a text's pieces."""
+        return jnp.mean(self.rows(self.encode(text)), axis=0)
+
+    def encode(self, text: str) -> list[int]:
+        if self.tokenizer is None:
+            raise InputError(
+                "this prompt initialiser needs the backbone's tokenizer; give load_backbone the "
+                "argument tokenizer="
+            )
+        return self.tokenizer.encode(text)
+
+
+class Initializer(Protocol):
+    """`(key, length, surroundings) -> P [length, D]`, float32."""
+
+    def __call__(
+        self, key: Array, length: int, surroundings: Surroundings
+    ) -> Float[Array, "P D"]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Uniform:
+    """U(-scale, scale) per entry: the paper's "random uniform" with 0.5 (its code draws [0, 0.5))."""
+
+    scale: float = 0.5
+
+    def __call__(self, key: Array, length: int, surroundings: Surroundings) -> Float[Array, "P D"]:
+        shape = (length, surroundings.embedding.shape[1])
+        return jax.random.uniform(key, shape, minval=-self.scale, maxval=self.scale)
+
+
+@dataclasses.dataclass(frozen=True)
+class SampledVocabulary:
+    """Embeddings of random tokens among the `population` most common.
+
+    SentencePiece orders a unigram vocabulary by frequency, behind padding, EOS and unknown, which
+    are left out. No token is drawn twice unless the prompt is longer than the population.
+    """
+
+    population: int = 5000
+    special_tokens: int = 3
+
+    def __call__(self, key: Array, length: int, surroundings: Surroundings) -> Float[Array, "P D"]:
+        end = min(self.special_tokens + self.population, len(surroundings.embedding))
+        common = np.arange(self.special_tokens, end)
+        ids = jax.random.choice(key, common, (length,), replace=length > len(common))
+        return surroundings.rows(ids)
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassLabels:
+    """One row per class label, its pieces averaged; other rows by `rest` (paper, section 3.2).
+
+    Attributes:
+        labels: texts to use instead of the task's verbalizers (the paper gives ReCoRD and WSC
+            words of their own).
+    """
+
+    labels: tuple[str, ...] | None = None
+    rest: Initializer = SampledVocabulary()
+
+    def __call__(self, key: Array, length: int, surroundings: Surroundings) -> Float[Array, "P D"]:
+        labels = self.labels or surroundings.labels
+        if not labels:
+            raise InputError(
+                "class-label initialisation needs a closed label set: give the task a verbalizer, "
+                "set ClassLabels.labels, or choose SampledVocabulary"
+            )
+        return _fill([surroundings.phrase(x) for x in labels], self.rest, key, length, surroundings)
+
+
+@dataclasses.dataclass(frozen=True)
+class FromText:
+    """The embedded pieces of `text`, cut to the prompt's length; other rows by `rest`."""
+
+    text: str
+    rest: Initializer = SampledVocabulary()
+
+    def __call__(self, key: Array, length: int, surroundings: Surroundings) -> Float[Array, "P D"]:
+        rows = list(surroundings.rows(surroundings.encode(self.text)))
+        return _fill(rows, self.rest, key, length, surroundings)
+
+
+@dataclasses.dataclass(frozen=True)
+class FrequentWords:
+    """The words that stand most often in the training inputs, each its pieces averaged.
+
+    Stop words, punctuation and numbers do not count; other rows by `rest`.
+    """
+
+    minimum_letters: int = 3
+    rest: Initializer = SampledVocabulary()
+
+    def __call__(self, key: Array, length: int, surroundings: Surroundings) -> Float[Array, "P D"]:
+        words = [surroundings.phrase(word) for word in self.words(length, surroundings.texts())]
+        return _fill(words, self.rest, key, length, surroundings)
+
+    def words(self, count: int, texts: Iterable[str]) -> list[str]:
+        """The `count` most frequent, ties in alphabetical order."""
+        # Imported here: scikit-learn takes a second to load and only this initialiser needs it.
+        from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
+
+        pattern = re.compile(rf"[^\W\d_]{{{self.minimum_letters},}}")
+        counts = collections.Counter(w for text in texts for w in pattern.findall(text.lower()))
+        ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+        return [word for word, _ in ranked if word not in ENGLISH_STOP_WORDS][:count]
+
+
+def _fill(
+    rows: list[Array], rest: Initializer, key: Array, length: int, surroundings: Surroundings
+) -> Float[Array, "P D"]:
+    """`rows`, cut to `length` or followed by rows of `rest`."""
+    rows = rows[:length]
+    others = rest(key, length, surroundings)[len(rows) :]
+    return jnp.concatenate([jnp.stack(rows), others]) if rows else others

@@ -1,0 +1,129 @@
+"""What is frozen, said once.
+
+A freeze map is a prefix tree over the variables, True = frozen: `{"params": True, "prompt": False}`
+is prompt tuning. The gradient, the optimizer, the checkpoint and the start-up report all read it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import optax
+
+from ptjax.errors import InputError
+
+Tree = Any
+Freeze = Any
+"""A bool, or a dict of `Freeze` whose keys are those of the variables."""
+
+METHODS: dict[str, Mapping[str, bool]] = {
+    "prompt_tuning": {"params/.*": True, "prompt/.*": False},
+    "model_tuning": {"params/.*": False},
+    "hard_prompt": {"params/.*": True},
+}
+"""Method -> rules for `make_freeze`. Whatever is not trained is frozen by name, never by default."""
+
+
+def flatten_paths(tree: Tree, prefix: str = "") -> dict[str, Any]:
+    """A nested dict as `{"a/b": leaf}`. Inverse of `unflatten_paths`."""
+    if not isinstance(tree, Mapping):
+        return {prefix: tree}
+    paths = {}
+    for name, child in tree.items():
+        paths |= flatten_paths(child, f"{prefix}/{name}" if prefix else name)
+    return paths
+
+
+def unflatten_paths(paths: Mapping[str, Any]) -> Tree:
+    """`{"a/b": leaf}` as a nested dict. Inverse of `flatten_paths`."""
+    tree: dict[str, Any] = {}
+    for path, leaf in paths.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree
+
+
+def make_freeze(variables: Tree, rules: Mapping[str, bool]) -> Freeze:
+    """The full tree of bools that `rules` (pattern of a whole path -> frozen) give `variables`.
+
+    Raises:
+        InputError: a pattern matches no variable, two patterns disagree about one, or none covers
+            it.
+    """
+    decided: dict[str, bool] = {}
+    used = set()
+    for path in flatten_paths(variables):
+        verdicts = {p: frozen for p, frozen in rules.items() if re.fullmatch(p, path)}
+        used |= set(verdicts)
+        if len(set(verdicts.values())) != 1:
+            what = "no freeze rule covers" if not verdicts else f"rules {verdicts} disagree about"
+            raise InputError(f"{what} variable {path!r}; say True (frozen) or False once")
+        decided[path] = next(iter(verdicts.values()))
+    if unused := set(rules) - used:
+        raise InputError(f"freeze rule {sorted(unused)[0]!r} matches no variable")
+    return unflatten_paths(decided)
+
+
+def split(variables: Tree, freeze: Freeze) -> tuple[Tree, Tree]:
+    """(trainable, frozen) halves of nested dicts. Inverse of `combine`.
+
+    >>> split({"params": {"w": 1}, "prompt": {"p": 2}}, {"params": True, "prompt": False})
+    ({'prompt': {'p': 2}}, {'params': {'w': 1}})
+    """
+    if isinstance(freeze, bool):
+        return ({}, variables) if freeze else (variables, {})
+    trainable, frozen = {}, {}
+    for name, child in variables.items():
+        if isinstance(freeze[name], bool):
+            (frozen if freeze[name] else trainable)[name] = child
+            continue
+        train_child, frozen_child = split(child, freeze[name])
+        if train_child:
+            trainable[name] = train_child
+        if frozen_child:
+            frozen[name] = frozen_child
+    return trainable, frozen
+
+
+def combine(trainable: Tree, frozen: Tree) -> Tree:
+    """The variables that `split` took apart.
+
+    >>> combine({"prompt": {"p": 2}}, {"params": {"w": 1}})
+    {'params': {'w': 1}, 'prompt': {'p': 2}}
+    """
+    merged = dict(frozen)
+    for name, child in trainable.items():
+        merged[name] = combine(child, frozen[name]) if name in frozen else child
+    return merged
+
+
+def lock(optimizer: optax.GradientTransformation, freeze: Freeze) -> optax.GradientTransformation:
+    """`optimizer` for the trainable variables alone; every other update becomes zero.
+
+    The second lock behind `split`: it works on the trainable half and on the whole tree alike.
+    (`optax.masked` would let the raw gradients of frozen weights through.)
+    """
+
+    def restrict(freeze: Freeze, tree: Tree) -> Freeze:
+        if isinstance(freeze, bool):
+            return freeze
+        return {name: restrict(freeze[name], child) for name, child in tree.items()}
+
+    return optax.transforms.selective_transform(
+        optimizer, freeze_mask=lambda updates: restrict(freeze, updates)
+    )
+
+
+def sizes(tree: Tree) -> tuple[int, int]:
+    """(number of elements, bytes) of the arrays or shapes in `tree`."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype")]
+    counts = [math.prod(leaf.shape) for leaf in leaves]
+    return sum(counts), sum(n * leaf.dtype.itemsize for n, leaf in zip(counts, leaves, strict=True))
+

@@ -1,0 +1,63 @@
+"""T5X's training loss."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """Cross-entropy with z-loss, summed over target tokens (`t5x/losses.py`).
+
+    T5X does not normalise (LOSS_NORMALIZING_FACTOR = None) and neither does the paper's recipe;
+    Adafactor does not notice the scale, other optimizers do.
+
+    Attributes:
+        z_loss: weight of log(Z)^2, which keeps the logits' normaliser near 1.
+        label_smoothing: probability mass spread over the vocabulary; the loss of a perfect
+            prediction is subtracted, so it is 0.
+        per_token: divide by the number of target tokens in the batch.
+    """
+
+    z_loss: float = 1e-4
+    label_smoothing: float = 0.0
+    per_token: bool = False
+
+    def __call__(
+        self,
+        logits: Float[Array, "B L V"],
+        targets: Int[Array, "B L"],
+        weights: Float[Array, "B L"],
+    ) -> Float[Array, ""]:
+        """The weighted sum; divide it by `normalizer` of all the weights that belong to it."""
+        return jnp.sum(self.per_position(logits.astype(jnp.float32), targets) * weights)
+
+    def normalizer(self, weights: Float[Array, "B L"]) -> Float[Array, ""] | float:
+        return jnp.maximum(jnp.sum(weights), 1.0) if self.per_token else 1.0
+
+    def per_position(
+        self, logits: Float[Array, "B L V"], targets: Int[Array, "B L"]
+    ) -> Float[Array, "B L"]:
+        log_z = jax.nn.logsumexp(logits, axis=-1)
+        target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        loss = log_z - target_logits
+        if self.label_smoothing:
+            vocab = logits.shape[-1]
+            high, low = 1.0 - self.label_smoothing, self.label_smoothing / (vocab - 1)
+            everywhere = vocab * log_z - jnp.sum(logits, axis=-1)
+            perfect = -(high * np.log(high) + (vocab - 1) * low * np.log(low + 1e-20))
+            loss = (high - low) * loss + low * everywhere - perfect
+        return loss + self.z_loss * jnp.square(log_z)
+
+
+def log_likelihood(
+    logits: Float[Array, "B L V"], targets: Int[Array, "B L"], weights: Float[Array, "B L"]
+) -> Float[Array, "B"]:
+    """Sum over a target's tokens of log p(token); ranks the verbalizers of a closed label set."""
+    plain = Loss(z_loss=0.0)
+    return -jnp.sum(plain.per_position(logits.astype(jnp.float32), targets) * weights, axis=-1)

@@ -1,0 +1,89 @@
+"""Adafactor as T5X and the paper run it, by optax."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+Tree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Adafactor:
+    """Settings of `optax.adafactor`; the defaults are the paper's recipe (Lester et al., App. A).
+
+    Attributes:
+        learning_rate: a number, or an optax schedule (step -> number).
+        learning_rate_scale: "absolute" as in the paper, or "embedding_rms", where the learning
+            rate is in units of the embedding table's RMS. T5 1.1's entries have an RMS of about
+            10, so the paper's 0.3 moves an entry by 3% of it a step; on a backbone with RMS 0.5
+            the same 0.3 moves it by 60% and stays at chance.
+        weight_decay: not multiplied by the learning rate, as in T5X.
+        step_offset: where the step counter starts. T5X restores the backbone's own step (1,100,000
+            for the public LM-adapted files), so there the second moment decays by 1 - 1.5e-5 from
+            the first update on and the clipping at RMS 1 acts throughout; from 0 it does not.
+        min_dim_size_to_factor: second moments are factored when both sides reach it. The rule in
+            prompt-tuning's gin file that switches this off for prompts never takes effect (T5X
+            falls back to the heuristic for rank 2), so a prompt of 128 rows or more is factored.
+        multiply_by_parameter_scale: off for prompts, on for T5X's own fine-tuning.
+    """
+
+    learning_rate: float | optax.Schedule = 0.3
+    learning_rate_scale: Literal["absolute", "embedding_rms"] = "absolute"
+    weight_decay: float = 1e-5
+    step_offset: int = 0
+    min_dim_size_to_factor: int = 128
+    multiply_by_parameter_scale: bool = False
+    decay_rate: float = 0.8
+    clipping_threshold: float = 1.0
+
+    def rate_at(self, step: int | jax.Array, embedding_rms: float) -> float | jax.Array:
+        """The absolute learning rate of update `step` (0 is the first of this run)."""
+        rate = self.learning_rate(step) if callable(self.learning_rate) else self.learning_rate
+        return rate * embedding_rms if self.learning_rate_scale == "embedding_rms" else rate
+
+    def make(self, embedding_rms: float = 1.0) -> optax.GradientTransformation:
+        """The optimizer. Its second moments are float32 for float32 parameters."""
+        optimizer = optax.adafactor(
+            # The schedule counts this run's steps, whatever the offset of the second moment is.
+            learning_rate=lambda count: self.rate_at(count, embedding_rms),
+            min_dim_size_to_factor=self.min_dim_size_to_factor,
+            decay_rate=self.decay_rate,
+            multiply_by_parameter_scale=self.multiply_by_parameter_scale,
+            clipping_threshold=self.clipping_threshold,
+            momentum=None,
+            weight_decay_rate=self.weight_decay or None,
+            eps=1e-30,
+        )
+
+        def init(params: Tree) -> optax.OptState:
+            return _with_count(optimizer.init(params), self.step_offset)
+
+        return optax.GradientTransformation(init, optimizer.update)
+
+
+def _with_count(state: optax.OptState, count: int) -> optax.OptState:
+    """`state` with the factored second moment's step counter at `count`.
+
+    optax's own `decay_offset` counts the other way and gives NaN when positive.
+    """
+
+    def set_count(node: Any) -> Any:
+        if isinstance(node, optax.FactoredState):
+            return node._replace(count=jnp.asarray(count, jnp.int32))
+        return node
+
+    return jax.tree.map(set_count, state, is_leaf=lambda n: isinstance(n, optax.FactoredState))
+
+
+def embedding_rms(embedding: jax.Array) -> float:
+    """Root mean square of the embedding table [V, D], over the rows that are not all zero.
+
+    Padded vocabularies end in unused rows that some checkpoints hold as zeros.
+    """
+    squares = jnp.mean(jnp.square(embedding.astype(jnp.float32)), axis=1)
+    return float(jnp.sqrt(jnp.sum(squares) / jnp.maximum(jnp.sum(squares > 0), 1)))

@@ -1,0 +1,88 @@
+"""The train step: a pure function of state, frozen weights and batch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ptjax.training import freeze as freezing
+from ptjax.training.loss import Loss
+
+Tree = Any
+Batch = Mapping[str, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything that changes: donated, checkpointed, and without a frozen weight in it."""
+
+    step: jax.Array
+    trainable: Tree
+    opt_state: optax.OptState
+    key: jax.Array
+
+
+def init_train_state(
+    trainable: Tree, optimizer: optax.GradientTransformation, key: jax.Array
+) -> TrainState:
+    return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable), key)
+
+
+def make_train_step(
+    apply_fn: Callable[..., jax.Array],
+    optimizer: optax.GradientTransformation,
+    loss: Loss,
+    *,
+    microbatches: int = 1,
+) -> Callable[[TrainState, Tree, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """`(state, frozen, batch) -> (state, metrics)`, to be jitted with the state donated.
+
+    `jax.grad` sees the trainable half only, so no gradient of a frozen weight is ever formed. The
+    batch [B, ...] is taken in `microbatches` equal parts whose gradients add up.
+    """
+
+    def part_loss(trainable: Tree, frozen: Tree, batch: Batch, key: jax.Array) -> jax.Array:
+        logits = apply_fn(
+            freezing.combine(trainable, frozen),
+            batch["encoder_input_tokens"],
+            batch["decoder_input_tokens"],
+            train=True,
+            rngs={"dropout": key},
+        )
+        return loss(logits, batch["decoder_target_tokens"], batch["decoder_loss_weights"])
+
+    def train_step(
+        state: TrainState, frozen: Tree, batch: Batch
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        value_and_grad = jax.value_and_grad(part_loss)
+        key = jax.random.fold_in(state.key, state.step)
+        if microbatches == 1:
+            value, grads = value_and_grad(state.trainable, frozen, batch, key)
+        else:
+            keys = jax.random.split(key, microbatches)
+            parts = jax.tree.map(lambda x: x.reshape(microbatches, -1, *x.shape[1:]), dict(batch))
+
+            def add(total: Tree, part: tuple[Batch, jax.Array]) -> tuple[Tree, None]:
+                more = value_and_grad(state.trainable, frozen, *part)
+                return jax.tree.map(jnp.add, total, more), None
+
+            zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.trainable))
+            (value, grads), _ = jax.lax.scan(add, zero, (parts, keys))
+        normalizer = loss.normalizer(batch["decoder_loss_weights"])
+        value, grads = jax.tree.map(lambda x: x / normalizer, (value, grads))
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        metrics = {
+            "loss": value,
+            "target_tokens": jnp.sum(batch["decoder_loss_weights"]),
+            "gradient_norm": optax.global_norm(grads),
+        }
+        return TrainState(state.step + 1, trainable, opt_state, state.key), metrics
+
+    return train_step

@@ -1,0 +1,346 @@
+"""`tune`: a task, a frozen backbone and a recipe become a prompt and `results.json`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from etils import epath
+
+from ptjax import __version__, atomic
+from ptjax.backbone import Backbone, load_backbone, save_backbone
+from ptjax.data.pipeline import Bucket, TrainBatches, make_buckets
+from ptjax.data.preprocess import tokenize_examples
+from ptjax.data.tasks import Example, Task
+from ptjax.errors import InputError
+from ptjax.evaluation import Evaluation, Evaluator, HardPrompt
+from ptjax.interop.prompt_file import load_prompt, save_prompt
+from ptjax.loop import BEST, Exports, Pace, Run
+from ptjax.models.prompt import ClassLabels, Initializer, SampledVocabulary, Surroundings
+from ptjax.models.prompted import with_prompt
+from ptjax.scale import sharding
+from ptjax.training import freeze as freezing
+from ptjax.training.loss import Loss
+from ptjax.training.optimizer import Adafactor, embedding_rms
+from ptjax.training.step import TrainState, init_train_state, make_train_step
+
+Tree = Any
+
+
+def tune(
+    model_dir: str | os.PathLike[str],
+    task: Task,
+    backbone: Backbone,
+    *,
+    method: Literal["prompt_tuning", "model_tuning", "hard_prompt"] = "prompt_tuning",
+    prompt_length: int = 100,
+    init_prompt: Initializer | None = None,
+    optimizer: Adafactor = Adafactor(),
+    loss: Loss = Loss(),
+    pace: Pace = Pace(),
+    batch_size: int = 32,
+    microbatches: int = 1,
+    feature_lengths: Mapping[str, int] | None = None,
+    buckets: Sequence[Bucket] | None = None,
+    evaluation: Evaluation = Evaluation(),
+    hard_prompt: HardPrompt | None = None,
+    other_hard_prompts: Mapping[str, HardPrompt] | None = None,
+    seed: int = 0,
+    dry_run: bool = False,
+) -> dict[str, Any]:
+    """Trains, selects on `evaluation.split`, and scores the best on the test split.
+
+    Args:
+        model_dir: receives everything; a run that was stopped there goes on.
+        method: what trains, see `training.freeze.METHODS`; "hard_prompt" only scores.
+        prompt_length: P.
+        init_prompt: None is class labels for a closed label set, else sampled vocabulary.
+        feature_lengths: T5X's {"inputs": T, "targets": L}, EOS included; longer ones are cut,
+            counted and reported.
+        buckets: batch shapes (T, L); None takes input lengths that double from 32.
+        hard_prompt: scored beside the tuned prompt ("hard_prompt" in the results).
+        other_hard_prompts: more of them, by name.
+        dry_run: compile, report, stop before the first step.
+
+    Returns:
+        What `results.json` holds.
+
+    Raises:
+        InputError: settings that do not fit together, or a `model_dir` of another run.
+    """
+    if backbone.tokenizer is None:
+        raise InputError(f"{backbone.name} has no tokenizer; set load_backbone.tokenizer")
+    if method not in freezing.METHODS:
+        raise InputError(f"no method {method!r}; choose one of {', '.join(freezing.METHODS)}")
+    lengths = {"inputs": 512, "targets": 16} | dict(feature_lengths or {})
+    evaluator = Evaluator(task, backbone, backbone.tokenizer, lengths, evaluation)
+    train = task.load("train")
+    variables = backbone.variables
+    if method == "prompt_tuning":
+        prompt = _initial_prompt(init_prompt, prompt_length, backbone, task, train, seed)
+        variables = with_prompt(variables, prompt)
+    freeze = freezing.make_freeze(variables, freezing.METHODS[method])
+    trainable, frozen = freezing.split(variables, freeze)
+    scores = _Scores(evaluator, train, backbone, seed, hard_prompt, other_hard_prompts or {})
+    counts = {
+        "trainable_parameters": freezing.sizes(trainable)[0],
+        "frozen_parameters": freezing.sizes(frozen)[0],
+    }
+    if method == "hard_prompt":
+        results = scores.hard_prompt_only() | counts
+    else:
+        source = tokenize_examples(train, backbone.tokenizer, lengths["inputs"], lengths["targets"])
+        batches = TrainBatches(
+            source, buckets=buckets or make_buckets(source), batch_size=batch_size, seed=seed
+        )
+        _report_data(task, train, source, batches, lengths)
+        sharding.check_batch_size(batch_size // microbatches, backbone.mesh)
+        rms = embedding_rms(backbone.variables["params"]["token_embedder"]["embedding"])
+        locked = freezing.lock(optimizer.make(rms), freeze)
+        state = _init_state(trainable, locked, seed, backbone)
+        _report_start(method, backbone, state, frozen, optimizer, rms)
+        metadata = _metadata(task, backbone, lengths, seed)
+        run = Run(
+            epath.Path(model_dir),
+            pace,
+            identity=_identity(metadata, method, prompt_length, batch_size, microbatches),
+            exports=_exports(method, epath.Path(model_dir), backbone, metadata),
+            metric=task.metrics[0],
+            evaluate=lambda s: evaluator(freezing.combine(s.trainable, frozen), evaluation.split),
+            rate_at=lambda step: float(optimizer.rate_at(step, rms)),
+        )
+        step = make_train_step(backbone.apply_fn, locked, loss, microbatches=microbatches)
+        run.fit(
+            state, frozen, step, batches, backbone.mesh, batch_size=batch_size, dry_run=dry_run
+        )
+        if dry_run:
+            return {}
+        best = _load_best(method, run.exports.path(BEST), backbone)
+        results = scores.tuned(best, variables) | {"step": run.progress.best_step} | counts
+    if jax.process_index() == 0:
+        text = json.dumps(results, indent=2) + "\n"
+        atomic.write_bytes(epath.Path(model_dir) / "results.json", text.encode())
+    return results
+
+
+class _Scores:
+    """The numbers of `results.json`, on the test split or else on the one selected on."""
+
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        train: Sequence[Example],
+        backbone: Backbone,
+        seed: int,
+        hard_prompt: HardPrompt | None,
+        others: Mapping[str, HardPrompt],
+    ) -> None:
+        self.evaluator, self.train, self.backbone, self.seed = evaluator, train, backbone, seed
+        self.main, self.others = hard_prompt, others
+        self.metric = evaluator.task.metrics[0]
+        self.selected_on = evaluator.settings.split
+        self.split = "test" if "test" in evaluator.task.splits else self.selected_on
+
+    def _hard_prompt(self, hard_prompt: HardPrompt) -> dict[str, float]:
+        rewording = hard_prompt.rewording(self.train, self.seed)
+        return self.evaluator(self.backbone.variables, self.split, rewording)
+
+    def tuned(self, best: Tree, before: Tree) -> dict[str, Any]:
+        hard = None if self.main is None else self._hard_prompt(self.main)[self.metric]
+        before_value = self.evaluator(before, self.split)[self.metric]
+        return self._results(self.evaluator(best, self.split), before_value, hard)
+
+    def hard_prompt_only(self) -> dict[str, Any]:
+        if self.main is None:
+            raise InputError("method 'hard_prompt' needs a text: set tune.hard_prompt")
+        metrics = self._hard_prompt(self.main)
+        return self._results(metrics, None, metrics[self.metric]) | {"step": 0}
+
+    def _results(
+        self, metrics: dict[str, float], before: float | None, hard: float | None
+    ) -> dict[str, Any]:
+        return {
+            "task": self.evaluator.task.name,
+            "split": self.split,
+            "metric": self.metric,
+            "value": metrics[self.metric],
+            "metrics": metrics,
+            "seed": self.seed,
+            "majority": self.evaluator.majority(self.train, self.split),
+            "before": before,
+            "hard_prompt": hard,
+            "other_hard_prompts": {
+                name: self._hard_prompt(other)[self.metric] for name, other in self.others.items()
+            },
+            "selected_on": self.selected_on,
+        }
+
+
+def _initial_prompt(
+    initializer: Initializer | None,
+    length: int,
+    backbone: Backbone,
+    task: Task,
+    train: Sequence[Example],
+    seed: int,
+) -> jax.Array:
+    """P [P, D], float32, replicated on the backbone's mesh."""
+    if length < 1:
+        raise InputError(f"PROMPT_LENGTH = {length}: a prompt has at least one row")
+    if initializer is None:
+        initializer = ClassLabels() if task.labels else SampledVocabulary()
+    surroundings = Surroundings(
+        embedding=backbone.variables["params"]["token_embedder"]["embedding"],
+        tokenizer=backbone.tokenizer,
+        labels=task.labels,
+        texts=lambda: (example.inputs for example in train),
+    )
+    # Its own stream: the same seed drives dropout through the train state's key.
+    key = jax.random.fold_in(jax.random.key(seed), 1)
+    prompt = np.asarray(initializer(key, length, surroundings), np.float32)
+    if prompt.shape != (length, backbone.config.emb_dim):
+        raise InputError(
+            f"the initial prompt has shape {prompt.shape}, the run wants "
+            f"({length}, {backbone.config.emb_dim}); change PROMPT_LENGTH or the initialiser"
+        )
+    return jax.device_put(prompt, sharding.replicated(backbone.mesh))
+
+
+def _init_state(trainable: Tree, optimizer: Any, seed: int, backbone: Backbone) -> TrainState:
+    """The first state, on the mesh: one that is elsewhere would compile the step twice."""
+
+    def init(trainable: Tree, key: jax.Array) -> TrainState:
+        # A copy: the step donates its state, and these arrays belong to the caller.
+        return init_train_state(jax.tree.map(jnp.copy, trainable), optimizer, key)
+
+    key = jax.device_put(jax.random.key(seed), sharding.replicated(backbone.mesh))
+    return jax.jit(init)(trainable, key)
+
+
+def _metadata(
+    task: Task, backbone: Backbone, lengths: Mapping[str, int], seed: int
+) -> dict[str, Any]:
+    """What an exported prompt says of itself."""
+    tokenizer = backbone.tokenizer
+    return {
+        "ptjax_version": __version__,
+        "backbone_name": backbone.name,
+        "backbone_fingerprint": backbone.fingerprint,
+        "tokenizer_fingerprint": tokenizer.fingerprint if tokenizer else None,
+        "task": task.describe(),
+        "input_length": lengths["inputs"],
+        "target_length": lengths["targets"],
+        "seed": seed,
+    }
+
+
+def _identity(
+    metadata: dict[str, Any], method: str, prompt_length: int, batch_size: int, microbatches: int
+) -> dict[str, Any]:
+    """What may not change when a run goes on; as JSON gives it back."""
+    # The same weights may have moved, and a newer ptjax may go on.
+    kept = {k: v for k, v in metadata.items() if k not in ("backbone_name", "ptjax_version")}
+    run = {"method": method, "batch_size": batch_size, "microbatches": microbatches}
+    if method == "prompt_tuning":
+        run["prompt_length"] = prompt_length
+    return json.loads(json.dumps(kept | run))
+
+
+def _exports(
+    method: str, model_dir: epath.Path, backbone: Backbone, metadata: dict[str, Any]
+) -> Exports:
+    def write_prompt(path: epath.Path, state: TrainState, more: dict[str, Any]) -> None:
+        save_prompt(path, np.asarray(state.trainable["prompt"]["prompt"]), metadata | more)
+
+    def write_model(path: epath.Path, state: TrainState, more: dict[str, Any]) -> None:
+        # float32: the tuned weights as they are, whatever the backbone's activations.
+        params = state.trainable["params"]
+        save_backbone(
+            path, backbone.config, params, tokenizer=backbone.tokenizer, dtype="float32"
+        )
+
+    if method == "model_tuning":
+        return Exports(model_dir / "models", "", write_model)
+    return Exports(model_dir / "prompts", ".safetensors", write_prompt)
+
+
+def _load_best(method: str, path: epath.Path, backbone: Backbone) -> Tree:
+    """Variables with the best export, read back from its file."""
+    if method == "model_tuning":
+        dtype = backbone.config.dtype
+        return load_backbone(path, dtype=dtype, mesh=backbone.mesh).variables
+    return with_prompt(backbone.variables, load_prompt(path).prompt)
+
+
+def _report_data(
+    task: Task,
+    train: Any,
+    source: Any,
+    batches: TrainBatches,
+    lengths: Mapping[str, int],
+) -> None:
+    logging.info("%s, split train: %d examples", task.name, len(train))
+    if train.bad.count:
+        logging.warning("left out %d bad records; the first: %s", train.bad.count, train.bad.first)
+    for side, rows in (("inputs", source.inputs), ("targets", source.targets)):
+        if rows.truncated:
+            logging.warning(
+                "%d of %d %s are longer than %d tokens and were cut (TASK_FEATURE_LENGTHS)",
+                rows.truncated,
+                len(rows),
+                side,
+                lengths[side],
+            )
+    logging.info(
+        "%d batches an epoch, %.0f%% of the input positions are padding",
+        batches.batches_per_epoch,
+        100 * batches.padding(),
+    )
+
+
+def _report_start(
+    method: str, backbone: Backbone, state: TrainState, frozen: Tree, optimizer: Adafactor, rms: float
+) -> None:
+    """Sizes, and the learning rate against the embedding's scale."""
+    (trained, trained_bytes), (kept, kept_bytes) = (
+        freezing.sizes(state.trainable),
+        freezing.sizes(frozen),
+    )
+    _, optimizer_bytes = freezing.sizes(state.opt_state)
+    logging.info("backbone %s, %s", backbone.name, backbone.fingerprint[:19])
+    logging.info(
+        "%s: %s parameters train (%.4f%%), %s are frozen (%s)",
+        method,
+        f"{trained:,}",
+        100 * trained / (trained + kept),
+        f"{kept:,}",
+        _megabytes(kept_bytes),
+    )
+    logging.info(
+        "optimizer state %s, a checkpoint about %s",
+        _megabytes(optimizer_bytes),
+        _megabytes(trained_bytes + optimizer_bytes),
+    )
+    rate = float(optimizer.rate_at(0, rms))
+    logging.info(
+        "learning rate %.4g: %.2g%% of the embedding's RMS (%.3g) a step",
+        rate,
+        100 * rate / rms,
+        rms,
+    )
+    if method == "prompt_tuning" and rate > 0.1 * rms:
+        logging.warning(
+            "one step may move a prompt entry by %.0f%% of the embedding's RMS; 1-3%% learns "
+            "best: set Adafactor.learning_rate_scale = 'embedding_rms' and learning_rate = 0.03",
+            100 * rate / rms,
+        )
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.2f} MB"

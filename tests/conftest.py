@@ -1,0 +1,121 @@
+"""What every test shares: eight virtual CPU devices, a compile cache, a tiny model, the fixtures."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Before jax is imported anywhere: it reads these once.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+).strip()
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax")
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from ptjax.data.batch import Batch, make_batch
+from ptjax.models.prompted import PromptedT5
+from ptjax.models.t5 import T5Config, init_params
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # A test run that was killed may leave half a file in the compile cache; jax compiles again.
+    config.addinivalue_line(
+        "filterwarnings", "ignore:Error (reading|writing) persistent compilation cache"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiny:
+    """A random T5 1.1 with a prompt [5, 16]; H * K is not D, and nothing is read from a file."""
+
+    config: T5Config
+    params: dict[str, Any]
+    prompt: jax.Array
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        return {"params": self.params, "prompt": {"prompt": self.prompt}}
+
+    def apply_fn(self, **changes: Any) -> Callable[..., Any]:
+        """`PromptedT5.apply` for this config with `changes`."""
+        return PromptedT5(dataclasses.replace(self.config, **changes)).apply
+
+    def jitted(self, **changes: Any) -> Callable[..., Any]:
+        """The same, compiled once for all tests: eager calls take seconds."""
+        return _jitted(dataclasses.replace(self.config, **changes))
+
+
+@functools.cache
+def _jitted(config: T5Config) -> Callable[..., Any]:
+    return jax.jit(PromptedT5(config).apply, static_argnames=("method", "train"))
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Tiny:
+    config = T5Config(
+        vocab_size=64,
+        emb_dim=16,
+        num_heads=4,
+        num_encoder_layers=2,
+        num_decoder_layers=2,
+        head_dim=8,
+        mlp_dim=32,
+    )
+    params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
+    return Tiny(config, params, jax.random.normal(jax.random.key(1), (5, config.emb_dim)))
+
+
+@pytest.fixture(scope="session")
+def tiny_batch() -> Batch:
+    """Eight examples of unequal lengths, padded to T = 12, L = 6; ids from 1 to 63."""
+    rng = np.random.default_rng(0)
+    inputs = [rng.integers(2, 64, n) for n in (12, 7, 1, 9, 12, 3, 5, 10)]
+    targets = [rng.integers(2, 64, n) for n in (6, 2, 4, 1, 3, 6, 5, 2)]
+    return make_batch(inputs, targets, input_length=12, target_length=6)
+
+
+def load_expected(name: str) -> dict[str, dict[str, np.ndarray]]:
+    """The recorded arrays of a fixture, "short/logits" as ["short"]["logits"]."""
+    file = "oracle.npz" if name == "prompt_oracle" else "expected.npz"
+    expected: dict[str, dict[str, np.ndarray]] = {}
+    with np.load(FIXTURES / name / file) as arrays:
+        for key in arrays.files:
+            group, _, leaf = key.rpartition("/")
+            expected.setdefault(group, {})[leaf] = arrays[key]
+    return expected
+
+
+@pytest.fixture(scope="session")
+def oracle() -> dict[str, dict[str, np.ndarray]]:
+    """What google-research/prompt-tuning computed on the weights of t5_1_1_tiny_legacy."""
+    return load_expected("prompt_oracle")
+
+
+@pytest.fixture(scope="session")
+def t5_1_1() -> Any:
+    """The backbone of t5_1_1_tiny_legacy, float32."""
+    from ptjax.backbone import load_backbone
+
+    return load_backbone(FIXTURES / "t5_1_1_tiny_legacy", dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def t5_1_0() -> Any:
+    """The backbone of t5_1_0_tiny_legacy, float32."""
+    from ptjax.backbone import load_backbone
+
+    return load_backbone(FIXTURES / "t5_1_0_tiny_legacy", dtype="float32")

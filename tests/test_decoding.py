@@ -1,0 +1,266 @@
+"""Decoding: greedy, sampling and beam search against teacher forcing and brute force."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ptjax.data.batch import shift_right
+from ptjax.models import decoding
+from ptjax.models.prompted import PromptedT5, with_prompt
+from ptjax.models.t5 import T5Config, init_params
+
+EOS = 1
+STATIC = ("apply_fn", "max_length", "num_beams")
+decode = jax.jit(decoding.decode, static_argnames=STATIC)
+beam_search = jax.jit(decoding.beam_search, static_argnames=STATIC)
+
+
+@functools.cache
+def _model(vocab_size: int):
+    config = T5Config(
+        vocab_size=vocab_size,
+        emb_dim=16,
+        num_heads=2,
+        num_encoder_layers=1,
+        num_decoder_layers=2,
+        head_dim=8,
+        mlp_dim=32,
+    )
+    params = init_params(config, jax.random.key(3))
+    prompt = jax.random.normal(jax.random.key(4), (3, 16))
+    return PromptedT5(config).apply, with_prompt({"params": params}, prompt)
+
+
+@pytest.fixture
+def model():
+    return _model(24)
+
+
+def _inputs(rows: int, vocab_size: int) -> np.ndarray:
+    """Random inputs, each a little shorter than the one before."""
+    tokens = np.random.default_rng(0).integers(2, vocab_size, (rows, 7), dtype=np.int32)
+    for i, row in enumerate(tokens):
+        row[7 - i % 4 :] = 0
+    return tokens
+
+
+def _log_probs(model, inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Teacher-forced log p [B, L, V]."""
+    apply_fn, variables = model
+    logits = apply_fn(variables, inputs, shift_right(targets))
+    return np.asarray(jax.nn.log_softmax(logits))
+
+
+def _log_likelihood(model, inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    chosen = np.take_along_axis(_log_probs(model, inputs, targets), targets[..., None], -1)[..., 0]
+    return (chosen * (np.arange(targets.shape[1]) < _lengths(targets)[:, None])).sum(axis=1)
+
+
+def _lengths(targets: np.ndarray, eos_id: int = EOS) -> np.ndarray:
+    """Tokens up to the first end of sequence, which is counted."""
+    ended = targets == eos_id
+    return np.where(ended.any(axis=1), ended.argmax(axis=1) + 1, targets.shape[1])
+
+
+def test_greedy_is_the_teacher_forced_argmax(model):
+    inputs = _inputs(6, 24)
+    tokens, scores = decode(*model, inputs, max_length=8, eos_id=-1)
+    tokens = np.asarray(tokens)
+    log_probs = _log_probs(model, inputs, tokens)
+    np.testing.assert_array_equal(tokens, log_probs.argmax(axis=-1))
+    np.testing.assert_allclose(scores, log_probs.max(axis=-1).sum(axis=1), rtol=1e-5)
+
+
+def test_a_row_stops_at_its_end_of_sequence(model):
+    inputs = _inputs(8, 24)
+    free, _ = decode(*model, inputs, max_length=8, eos_id=-1)
+    free = np.asarray(free)
+    # The token that most rows write, but not all of them at the same step.
+    eos_id = int(np.argmax([sum(t in row for row in free) for t in range(24)]))
+    tokens, scores = decode(*model, inputs, max_length=8, eos_id=eos_id)
+    lengths = _lengths(free, eos_id)
+    assert len(set(lengths)) > 1
+    inside = np.arange(8) < lengths[:, None]
+    np.testing.assert_array_equal(tokens, np.where(inside, free, 0))
+    gained = _log_probs(model, inputs, free).max(axis=-1)
+    np.testing.assert_allclose(scores, (gained * inside).sum(axis=1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_the_loop_ends_with_the_last_row_and_never_waits_for_filler(model, num_beams, monkeypatch):
+    steps = []
+    start = decoding._start
+
+    def counted(*args):
+        step, cache = start(*args)
+
+        def counting(last, cache, position):
+            jax.debug.callback(steps.append, position)
+            return step(last, cache, position)
+
+        return counting, cache
+
+    monkeypatch.setattr(decoding, "_start", counted)
+    inputs = _inputs(3, 24)
+    inputs[1:] = 0
+    free, _ = decoding.decode(*model, inputs, max_length=6, eos_id=-1)
+    steps.clear()
+    # With alpha = 0 an end at the first step with p > 1/2 cannot be improved on; greedy takes it.
+    certain = _certain(model, int(free[0, 0]))
+    settings = {"max_length": 6, "num_beams": num_beams, "alpha": 0.0, "eos_id": int(free[0, 0])}
+    tokens, _ = decoding.decode(*certain, inputs, **settings)
+    jax.effects_barrier()
+    assert np.asarray(tokens)[0].tolist() == [int(free[0, 0]), 0, 0, 0, 0, 0]
+    # Beam search goes on until its other beams are beaten too, but not to the end.
+    assert len(steps) == 1 if num_beams == 1 else len(steps) < 6
+
+
+def _certain(model, token: int):
+    """A model whose every step prefers `token` by far."""
+    apply_fn, variables = model
+
+    def biased(*args, **kwargs):
+        out = apply_fn(*args, **kwargs)
+        if kwargs.get("method") != "decode_step":
+            return out
+        return out[0] + 4.0 * jax.nn.one_hot(token, out[0].shape[-1]), out[1]
+
+    return biased, variables
+
+
+def test_filler_rows_do_not_change_the_others(model):
+    inputs = _inputs(4, 24)
+    filled = np.concatenate([inputs, np.zeros_like(inputs[:2])])
+    for num_beams in (1, 3):
+        settings = {"max_length": 5, "num_beams": num_beams}
+        tokens, scores = decode(*model, inputs, **settings)
+        more_tokens, more_scores = decode(*model, filled, **settings)
+        np.testing.assert_array_equal(tokens, more_tokens[:4])
+        np.testing.assert_allclose(scores, more_scores[:4], rtol=1e-5)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.6, 2.0])
+def test_a_wide_beam_search_is_brute_force(alpha):
+    vocab_size, length = 5, 3
+    model = _model(vocab_size)
+    inputs = _inputs(2, vocab_size)
+    bodies = [t for t in range(vocab_size) if t != EOS]
+    ended = [
+        [*body, EOS, *[0] * (length - n - 1)]
+        for n in range(length)
+        for body in itertools.product(bodies, repeat=n)
+    ]
+    ended = np.asarray(ended, np.int32)
+    tokens, scores = beam_search(*model, inputs, max_length=length, num_beams=40, alpha=alpha)
+    for row, row_tokens, row_scores in zip(inputs, tokens, scores, strict=True):
+        likelihood = _log_likelihood(model, np.tile(row, (len(ended), 1)), ended)
+        expected = likelihood / ((5 + _lengths(ended)) / 6) ** alpha
+        order = np.argsort(-expected)
+        np.testing.assert_allclose(row_scores[: len(ended)], expected[order], rtol=1e-5)
+        np.testing.assert_array_equal(row_tokens[: len(ended)], ended[order])
+        assert np.all(np.isneginf(row_scores[len(ended) :]))
+
+
+def test_a_narrow_beam_search_reports_its_own_sequences_scores(model):
+    inputs = _inputs(5, 24)
+    tokens, scores = beam_search(*model, inputs, max_length=7, num_beams=4, alpha=0.6, eos_id=-1)
+    tokens, scores = np.asarray(tokens), np.asarray(scores)
+    assert np.all(np.diff(scores, axis=1) <= 0)
+    for beam in range(4):
+        assert len({tuple(row) for row in tokens.reshape(-1, 7)}) == 20
+        likelihood = _log_likelihood(model, inputs, tokens[:, beam])
+        np.testing.assert_allclose(scores[:, beam], likelihood / (12 / 6) ** 0.6, rtol=1e-5)
+    best, best_scores = decode(*model, inputs, max_length=7, num_beams=4, alpha=0.6, eos_id=-1)
+    np.testing.assert_array_equal(best, tokens[:, 0])
+    np.testing.assert_array_equal(best_scores, scores[:, 0])
+    _, greedy_scores = decode(*model, inputs, max_length=7, eos_id=-1)
+    assert np.all(scores[:, 0] * 2**0.6 >= greedy_scores - 1e-5)
+
+
+def test_one_beam_that_never_ends_is_greedy(model):
+    inputs = _inputs(5, 24)
+    tokens, _ = beam_search(*model, inputs, max_length=7, num_beams=1, eos_id=-1)
+    greedy, _ = decode(*model, inputs, max_length=7, eos_id=-1)
+    np.testing.assert_array_equal(tokens[:, 0], greedy)
+
+
+def _first_tokens(model, row: np.ndarray, draws: int, **settings) -> np.ndarray:
+    """Relative frequency [V] of the first token over `draws` samples."""
+    inputs = np.tile(row, (draws, 1))
+    keys = jax.random.split(jax.random.key(0), draws)
+    tokens, _ = decode(*model, inputs, max_length=1, keys=keys, **settings)
+    return np.bincount(np.asarray(tokens)[:, 0], minlength=24) / draws
+
+
+def test_sampling_follows_the_softmax(model):
+    row = _inputs(1, 24)[0]
+    log_probs = _log_probs(model, row[None], np.zeros((1, 1), np.int32))[0, 0]
+    for temperature in (1.0, 0.5):
+        expected = np.asarray(jax.nn.softmax(log_probs / temperature))
+        drawn = _first_tokens(model, row, 8192, temperature=temperature)
+        np.testing.assert_allclose(drawn, expected, atol=4 * np.sqrt(0.25 / 8192))
+        assert 0.5 * np.abs(drawn - expected).sum() < 0.03
+
+
+def test_top_p_keeps_the_fewest_tokens_that_reach_it(model):
+    row = _inputs(1, 24)[0]
+    probs = np.exp(_log_probs(model, row[None], np.zeros((1, 1), np.int32))[0, 0])
+    order = np.argsort(-probs)
+    kept = order[: int(np.searchsorted(np.cumsum(probs[order]), 0.6)) + 1]
+    assert 1 < len(kept) < 24
+    expected = np.zeros(24)
+    expected[kept] = probs[kept] / probs[kept].sum()
+    drawn = _first_tokens(model, row, 8192, top_p=0.6)
+    assert set(np.flatnonzero(drawn)) == set(kept)
+    np.testing.assert_allclose(drawn, expected, atol=4 * np.sqrt(0.25 / 8192))
+
+
+def test_a_vanishing_top_p_is_greedy(model):
+    inputs = _inputs(6, 24)
+    keys = jax.random.split(jax.random.key(1), 6)
+    tokens, scores = decode(*model, inputs, max_length=6, keys=keys, top_p=1e-6, temperature=2.0)
+    greedy, greedy_scores = decode(*model, inputs, max_length=6)
+    np.testing.assert_array_equal(tokens, greedy)
+    np.testing.assert_allclose(scores, greedy_scores, rtol=1e-6)
+
+
+def test_samples_differ_between_steps_and_keys_but_not_with_the_rest_of_the_batch(model):
+    inputs = np.tile(_inputs(1, 24), (6, 1))
+    keys = jax.random.split(jax.random.key(2), 6)
+    settings = {"max_length": 6, "temperature": 5.0, "eos_id": -1}
+    tokens, scores = decode(*model, inputs, keys=keys, **settings)
+    tokens = np.asarray(tokens)
+    assert len({tuple(row) for row in tokens}) == 6
+    assert all(len(set(row)) > 1 for row in tokens)
+    some, _ = decode(*model, inputs[2:4], keys=keys[2:4], **settings)
+    np.testing.assert_array_equal(some, tokens[2:4])
+    np.testing.assert_allclose(scores, _log_likelihood(model, inputs, tokens), rtol=1e-5)
+
+
+def test_bfloat16_activations_decode_too():
+    config = T5Config(
+        vocab_size=24,
+        emb_dim=16,
+        num_heads=2,
+        num_encoder_layers=1,
+        num_decoder_layers=1,
+        head_dim=8,
+        mlp_dim=32,
+        logits_via_embedding=True,
+        dtype="bfloat16",
+    )
+    variables = {"params": init_params(config, jax.random.key(0))}
+    variables = jax.tree.map(lambda x: x.astype(jnp.bfloat16), variables)
+    for num_beams in (1, 2):
+        tokens, scores = decode(
+            PromptedT5(config).apply, variables, _inputs(2, 24), max_length=3, num_beams=num_beams
+        )
+        assert tokens.shape == (2, 3)
+        assert scores.dtype == jnp.float32
+        assert np.all(np.isfinite(scores))

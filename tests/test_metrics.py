@@ -1,0 +1,165 @@
+"""Metrics on cases counted by hand, their edges, and properties that hold for all inputs."""
+
+from __future__ import annotations
+
+import math
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+
+from ptjax.data import metrics
+
+LABELS = ("no", "maybe", "yes")
+
+
+def test_accuracy():
+    assert metrics.accuracy(["a", " b ", "x"], ["a", "b", "c"]) == pytest.approx(2 / 3)
+    assert metrics.accuracy(["A"], ["a"]) == 0.0
+
+
+def test_mean_f1_is_over_the_tasks_classes():
+    targets = ["no", "no", "yes", "yes"]
+    # no: precision 1/2, recall 1/2; yes: 1, 1/2; maybe: never seen, 0.
+    predictions = ["no", "maybe", "yes", "no"]
+    expected = (1 / 2 + 2 / 3 + 0) / 3
+    assert metrics.mean_f1(predictions, targets, labels=LABELS) == pytest.approx(expected)
+    assert metrics.mean_f1(targets, targets, labels=("no", "yes")) == 1.0
+
+
+def test_mean_f1_counts_an_invalid_prediction_as_missed():
+    # no: 1, 1/2 -> 2/3; yes: 1.
+    value = metrics.mean_f1(["no", "??", "yes"], ["no", "no", "yes"], labels=("no", "yes"))
+    assert value == pytest.approx((2 / 3 + 1) / 2)
+
+
+def test_f1_is_of_the_last_label():
+    targets = ["no", "yes", "yes", "yes"]
+    predictions = ["yes", "yes", "yes", "no"]  # precision 2/3, recall 2/3
+    assert metrics.f1(predictions, targets, labels=("no", "yes")) == pytest.approx(2 / 3)
+    # The other way round: the one 'no' is missed.
+    assert metrics.f1(predictions, targets, labels=("yes", "no")) == 0.0
+
+
+def test_f1_counts_an_invalid_prediction_as_the_wrong_label():
+    # On 'yes' a miss, on 'no' a false alarm: precision 1/2, recall 1/2.
+    value = metrics.f1(["yes", "?", "?"], ["yes", "yes", "no"], labels=("no", "yes"))
+    assert value == pytest.approx(1 / 2)
+
+
+def test_matthews():
+    targets = ["yes", "yes", "yes", "no", "no", "no"]
+    predictions = ["yes", "yes", "no", "no", "no", "yes"]  # tp 2, fn 1, tn 2, fp 1
+    expected = (2 * 2 - 1 * 1) / math.sqrt(3 * 3 * 3 * 3)
+    assert metrics.matthews(predictions, targets, labels=("no", "yes")) == pytest.approx(expected)
+    inverted = ["no" if t == "yes" else "yes" for t in targets]
+    assert metrics.matthews(inverted, targets, labels=("no", "yes")) == pytest.approx(-1)
+
+
+def test_correlations():
+    targets, predictions = ["1", "2", "3", "4"], ["1", "4", "9", "16"]
+    assert metrics.spearman(predictions, targets) == pytest.approx(1)
+    assert metrics.pearson(predictions, targets) == pytest.approx(0.984374, abs=1e-6)
+    assert metrics.pearson(["4", "3", "2", "1"], targets) == pytest.approx(-1)
+
+
+@pytest.mark.parametrize("text", ["", "good", "nan", "inf", "1e999"])
+def test_correlations_count_what_is_no_number_as_minus_one(text):
+    targets = ["1", "2", "3"]
+    for metric in (metrics.pearson, metrics.spearman):
+        assert metric(["1", "2", text], targets) == metric(["1", "2", "-1"], targets)
+
+
+def test_undefined_values_are_zero_and_nothing_warns():
+    same, targets = ["yes"] * 3, ["yes", "no", "yes"]
+    assert metrics.matthews(same, targets, labels=("no", "yes")) == 0.0
+    assert metrics.matthews(same, same, labels=("no", "yes")) == 0.0
+    assert metrics.f1(["no"] * 3, ["no"] * 3, labels=("no", "yes")) == 0.0
+    for metric in (metrics.pearson, metrics.spearman):
+        assert metric(["1", "1", "1"], ["1", "2", "3"]) == 0.0
+        assert metric(["1", "2", "3"], ["2", "2", "2"]) == 0.0
+        assert metric(["1"], ["1"]) == 0.0
+        assert metric(["1e308", "-1e308", "1"], ["1e308", "2", "1"]) is not None
+
+
+def test_squad_normalisation_and_best_answer():
+    answers = [["Paris", "the city of Paris"], ["42"]]
+    predictions = ["The Paris!", "forty two"]
+    assert metrics.normalize_answer("The Eiffel-Tower, a  landmark.") == "eiffeltower landmark"
+    assert metrics.exact_match(predictions, ["", ""], answers=answers) == 0.5
+    assert metrics.exact_match(["an answer"], ["Answer"]) == 1.0
+    # 'big city' against 'city of paris': precision 1/2, recall 1/3; against 'Paris': 0.
+    value = metrics.squad_f1(["big city"], [""], answers=[answers[0]])
+    assert value == pytest.approx(2 * (1 / 2) * (1 / 3) / (1 / 2 + 1 / 3))
+    # Words count as often as they stand there.
+    assert metrics.squad_f1(["x x x"], ["x"]) == pytest.approx(1 / 2)
+    assert metrics.squad_f1(["the"], ["a"]) == 1.0
+    assert metrics.squad_f1([""], ["x"]) == 0.0
+    assert metrics.squad_f1(["x"], [""], answers=[[]]) == 0.0
+
+
+def test_group_exact_match():
+    predictions, targets = ["a", "b", "c", "x"], ["a", "b", "c", "d"]
+    groups = ["p", "p", "q", "q"]
+    assert metrics.group_exact_match(predictions, targets, groups=groups) == 0.5
+    assert metrics.group_exact_match(predictions, targets, groups=range(4)) == 0.75
+
+
+@pytest.mark.parametrize(
+    ("prediction", "target", "label", "right"),
+    [
+        ("Bob", "bob", True, True),
+        ("the trophy", "trophy", True, True),
+        ("trophy", "the big trophy", True, True),
+        ("the big trophy", "Trophy", 1, True),
+        ("suitcase", "trophy", True, False),
+        ("suitcase", "trophy", False, True),
+        ("trophy", "trophy", "false", False),
+        ("Bob", "Bob's hat", True, False),
+        ("", "trophy", False, False),
+        ("the", "trophy", False, False),
+    ],
+)
+def test_referent_accuracy(prediction, target, label, right):
+    value = metrics.referent_accuracy([prediction], [target], label_values=[label])
+    assert value == float(right)
+
+
+texts = st.sampled_from(["no", "yes", "maybe", "", "?", "1", "2.5", "-3", "nan"])
+
+
+@hypothesis.given(st.lists(st.tuples(texts, texts), min_size=1, max_size=8), st.data())
+def test_every_metric_is_a_finite_fraction_and_perfect_is_the_best(pairs, data):
+    predictions, targets = (list(side) for side in zip(*pairs, strict=True))
+    keywords = {
+        "labels": ("no", "yes"),
+        "answers": [[target] for target in targets],
+        "groups": data.draw(st.lists(st.integers(0, 2), min_size=len(pairs), max_size=len(pairs))),
+        "label_values": [True] * len(pairs),
+    }
+    in_labels = ["yes" if target == "yes" else "no" for target in targets]
+    for name, metric in metrics.METRICS.items():
+        # f1 takes a task's own targets, which are labels; predictions may be anything.
+        wanted = in_labels if "labels" in metric.needs else targets
+        needs = {need: keywords[need] for need in metric.needs}
+        value = metric.function(predictions, wanted, **needs)
+        lowest = -1.0 if name in ("matthews", "pearson", "spearman") else 0.0
+        assert lowest - 1e-9 <= value <= 1 + 1e-9, name
+        if name != "referent_accuracy":
+            assert value <= max(metric.function(wanted, wanted, **needs), value), name
+
+
+@pytest.mark.parametrize("name", sorted(metrics.METRICS))
+def test_no_examples_and_unequal_lengths_are_refused(name):
+    metric = metrics.METRICS[name]
+    empty = {need: [] for need in metric.needs}
+    if name not in ("pearson", "spearman"):
+        with pytest.raises(ValueError, match="at least one example"):
+            metric.function([], [], **empty)
+    one = {need: ["yes"] for need in metric.needs}
+    if "labels" in one:
+        one["labels"] = ("no", "yes")
+    if "answers" in one:
+        one["answers"] = [["yes"]]
+    with pytest.raises(ValueError):
+        metric.function(["yes", "no"], ["yes"], **one)

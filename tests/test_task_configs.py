@@ -1,0 +1,146 @@
+"""Every declaration in gin_configs/tasks parses, builds, and reads the files it was written for."""
+
+from __future__ import annotations
+
+import collections
+import json
+from pathlib import Path
+
+import gin
+import pytest
+
+from ptjax.data import tasks
+
+CONFIGS = Path(__file__).parents[1] / "gin_configs" / "tasks"
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+NAMES = sorted(path.stem for path in CONFIGS.glob("*.gin"))
+
+# Examples per split. WSC's training set holds the true ones of its 554 records.
+COUNTS = {
+    "sst2": {"train": 67_349, "validation": 872, "test": 1_821},
+    "imdb": {"train": 25_000, "test": 25_000},
+    "ag_news": {"train": 10_001, "test": 7_600},
+    "mrpc": {"train": 4_076, "test": 1_725},
+    "qqp": {"train": 10_000, "validation": 10_000},
+    "cb": {"train": 250, "validation": 56},
+    "rte": {"train": 2_490, "validation": 277},
+    "wic": {"train": 5_428, "validation": 638},
+    "copa": {"train": 400, "validation": 100},
+    "wsc": {"train": 259, "validation": 104},
+    "multirc": {"train": 27_243, "validation": 4_848},
+    "boolq": {"validation": 3_270},
+    "record": {},
+}
+
+
+def _build(name: str, data_dir: Path | str) -> tasks.Task:
+    gin.clear_config()
+    gin.parse_config_files_and_bindings(
+        [str(CONFIGS / f"{name}.gin")], [f"DATA_DIR = '{data_dir}'"]
+    )
+    try:
+        return gin.get_configurable(tasks.Task)()
+    finally:
+        gin.clear_config()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_task_builds_and_its_description_formats_alike(name, tmp_path):
+    task = _build(name, tmp_path)
+    assert task.name == name
+    assert task.data_dir == ("package:sentiment" if name == "sentiment" else str(tmp_path))
+    assert {"train"} <= set(task.splits) <= {"train", "validation", "test"}
+    described = tasks.Task.from_description(json.loads(json.dumps(task.describe())))
+    assert described.describe() == task.describe()
+    assert described.labels == task.labels
+
+
+def test_the_projects_own_set():
+    task = _build("sentiment", "")
+    assert {split: len(task.load(split)) for split in task.splits} == {
+        "train": 800, "validation": 200, "test": 200
+    }  # fmt: skip
+    for split in task.splits:
+        counts = collections.Counter(example.targets for example in task.load(split))
+        assert counts["negative"] == counts["positive"]
+
+
+def test_counts_are_stated_for_every_task():
+    assert set(COUNTS) == set(NAMES) - {"sentiment"}
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("name", sorted(COUNTS))
+def test_every_split_that_exists_loads_whole(name):
+    task = _build(name, SHARED)
+    existing = {s: file for s, file in task.splits.items() if (SHARED / file).exists()}
+    counts = {}
+    for split in existing:
+        examples = task.load(split)
+        counts[split] = len(examples)
+        assert examples.bad.count == 0
+        if task.labels:
+            assert {example.targets for example in examples} == set(task.labels)
+        scores = task.evaluate([example.targets for example in examples], examples)
+        perfect = dict.fromkeys(task.metrics, 1.0)
+        if name == "wsc":  # naming the candidate is right only where it is the referent
+            right = sum(example.fields["label"] for example in examples)
+            perfect["referent_accuracy"] = right / len(examples)
+        assert scores == pytest.approx(perfect)
+    assert counts == COUNTS[name]
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize(
+    ("name", "split", "index", "inputs", "targets"),
+    [
+        (
+            "cb",
+            "train",
+            0,
+            "hypothesis: the language was peeled down premise: It was a complex language. Not "
+            "written down but handed down. One might say it was peeled down.",
+            "entailment",
+        ),
+        (
+            "copa",
+            "validation",
+            0,
+            "choice1: The toilet filled with water. choice2: Water flowed from the spout. "
+            "premise: The man turned on the faucet. question: effect",
+            "choice2",
+        ),
+        (
+            "wic",
+            "train",
+            2,
+            "sentence1: Run rogue. sentence2: She ran 10 miles that day. word: run",
+            "False",
+        ),
+        (
+            "wsc",
+            "validation",
+            0,
+            "Bernard , who had not told the government official that he was less than 21 when he "
+            "filed for a homestead claim, did not consider that he had done anything dishonest. "
+            "Still, anyone who knew that he was 19 years old could take his claim away from "
+            "*him* .",
+            "anyone",
+        ),
+    ],
+)
+def test_examples_read_as_t5_writes_them(name, split, index, inputs, targets):
+    example = _build(name, SHARED).load(split)[index]
+    assert (example.inputs, example.targets) == (inputs, targets)
+
+
+@pytest.mark.shared
+def test_record_on_fewglue_has_one_training_example_per_answer():
+    task = _build("record", SHARED)
+    folder = SHARED / "few_glue_32dev" / "ReCoRD"
+    files = {"train": str(folder / "train.jsonl"), "validation": str(folder / "train.jsonl")}
+    task = tasks.Task(**{**vars(task), "splits": files})
+    train, validation = task.load("train"), task.load("validation")
+    assert len(train) == sum(len(example.fields["answers"]) for example in validation)
+    assert all("@highlight" not in example.inputs for example in validation)
+    assert task.evaluate([e.targets for e in validation], validation)["exact_match"] == 1.0

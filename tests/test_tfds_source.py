@@ -1,0 +1,74 @@
+"""TFDS data sets: one is prepared here as array_record, and read without TensorFlow."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+
+from ptjax.data import tfds_source
+from ptjax.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def tfds_dir(tmp_path_factory):
+    """A TFDS data set of five and two examples, written as array_record."""
+    import tensorflow_datasets as tfds
+
+    class TinyReviews(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.2.0")
+
+        def _info(self):
+            features = {
+                "sentence": tfds.features.Text(),
+                "label": tfds.features.ClassLabel(names=["negative", "positive"]),
+                "answers": {"text": tfds.features.Sequence(tfds.features.Text())},
+                "score": np.float32,
+            }
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict(features)
+            )
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples(5), "validation": self._generate_examples(2)}
+
+        def _generate_examples(self, count):
+            for i in range(count):
+                yield (
+                    i,
+                    {
+                        "sentence": f"été {i}",
+                        "label": i % 2,
+                        "answers": {"text": ["a", "é"]},
+                        "score": 0.5,
+                    },
+                )
+
+    folder = tmp_path_factory.mktemp("tfds")
+    TinyReviews(data_dir=str(folder), file_format="array_record").download_and_prepare()
+    return str(folder)
+
+
+def test_tfds_data_sets_without_tensorflow(tfds_dir):
+    source = "tfds:tiny_reviews:1.2.0"
+    assert tfds_source.is_tfds(source)
+    assert not tfds_source.is_tfds("data/train.jsonl")
+    records = tfds_source.read_tfds(source, split="train", data_dir=tfds_dir)
+    assert sorted(record.fields["sentence"] for record in records) == [f"été {i}" for i in range(5)]
+    fields = records[0].fields
+    assert fields["answers"] == {"text": ["a", "é"]}
+    assert fields["score"] == 0.5
+    assert type(fields["label"]) is int
+    assert records[4].where == "tfds:tiny_reviews:1.2.0@train:5"
+    half = tfds_source.read_tfds("tfds:tiny_reviews@train[:3]", split="test", data_dir=tfds_dir)
+    assert len(half) == 3
+    assert "tensorflow" not in sys.modules
+
+
+@pytest.mark.parametrize("source", ["tfds:tiny_reviews@nope", "tfds:tiny_reviews:9.9.9@train"])
+def test_what_tfds_does_not_have(tfds_dir, source):
+    with pytest.raises(InputError, match=r"TFDS cannot provide it.*check name, version, split"):
+        tfds_source.read_tfds(source, split="train", data_dir=tfds_dir)
+    with pytest.raises(InputError, match="write tfds:NAME"):
+        tfds_source.read_tfds("tfds:", split="train")
