@@ -13,11 +13,11 @@ from absl import logging
 
 from ptjax.backbone import Backbone
 from ptjax.data.pipeline import make_buckets
-from ptjax.data.preprocess import TokenizedExamples, check_labels, tokenize_examples, tokenize_texts
+from ptjax.data.preprocess import TokenizedExamples, check_labels, tokenize_examples
 from ptjax.data.tasks import Example, Task
 from ptjax.data.tokenizer import Tokenizer
 from ptjax.errors import InputError
-from ptjax.inference import predict_labels, predict_texts
+from ptjax.inference import make_label_tokens, predict_labels, predict_texts
 
 Tree = Any
 
@@ -108,16 +108,15 @@ class Evaluator:
         else:
             source = self._tokenize(self.examples(split), rewording)
         apply_fn, buckets = self.backbone.apply_fn, make_buckets(source)
-        size = self.settings.batch_size
-        if self.ranks:
-            labels = self.task.labels or ()
-            rows = tokenize_texts(labels, self.tokenizer, self.lengths["targets"])
-            tokens = [rows[i] for i in range(len(rows))]
-            chosen = predict_labels(apply_fn, variables, source, tokens, buckets, size)
-            return [labels[i] for i in chosen]
-        length = self.lengths["targets"]
-        ids = predict_texts(apply_fn, variables, source, buckets, size, max_length=length)
-        return [self.tokenizer.decode(row) for row in ids]
+        size, length = self.settings.batch_size, self.lengths["targets"]
+        if not self.ranks:
+            return predict_texts(
+                apply_fn, variables, source, self.tokenizer, buckets, size, max_length=length
+            )[0]
+        labels = self.task.labels or ()
+        tokens = make_label_tokens(labels, self.tokenizer, length)
+        chosen, _ = predict_labels(apply_fn, variables, source, tokens, buckets, size)
+        return [labels[i] for i in chosen]
 
     def majority(self, train: Sequence[Example], split: str) -> float:
         """The metric of always saying what stands most often in the training targets."""

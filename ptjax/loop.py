@@ -14,7 +14,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -28,7 +28,7 @@ from jax.sharding import Mesh
 
 from ptjax import atomic
 from ptjax.checkpoint import Checkpoints
-from ptjax.data.pipeline import Batches, make_iterator
+from ptjax.data.pipeline import Batches, Shape, make_iterator
 from ptjax.display import Display
 from ptjax.errors import InputError
 from ptjax.scale import sharding
@@ -132,8 +132,10 @@ class Run:
         metric: str | None,
         evaluate: Callable[[TrainState], dict[str, float]] | None,
         rate_at: Callable[[int], float],
+        config: str = "",
     ) -> None:
         self.model_dir, self.pace, self.identity = model_dir, pace, identity
+        self.config = config
         self.exports, self.metric, self.evaluate = exports, metric, evaluate
         self.rate_at = rate_at
         self.checkpoints = Checkpoints(model_dir / "checkpoints")
@@ -149,7 +151,6 @@ class Run:
         batches: Batches,
         mesh: Mesh,
         *,
-        batch_size: int,
         dry_run: bool = False,
     ) -> TrainState:
         """Trains to the end (or patience) and returns the last state; `progress` names the best.
@@ -165,13 +166,15 @@ class Run:
             batches, self.pace.train_steps, host=jax.process_index(), hosts=hosts
         )
         if dry_run:
-            compile_steps(train_step, state, frozen, batches.shapes, batch_size, mesh)
+            compile_steps(train_step, state, frozen, batches.shapes, mesh)
             return state
         state = self._resume(state, data)
+        if self.config and jax.process_index() == 0:
+            atomic.write_bytes(self.model_dir / "config.gin", self.config.encode())
         with Display(self.model_dir, self.pace.train_steps, self.progress.step) as display:
-            steps = compile_steps(train_step, state, frozen, batches.shapes, batch_size, mesh)
+            steps = compile_steps(train_step, state, frozen, batches.shapes, mesh)
             with _signals() as caught:
-                state = self._steps(state, frozen, steps, data, mesh, display, batch_size, caught)
+                state = self._steps(state, frozen, steps, data, mesh, display, caught)
         self.checkpoints.wait()
         last = sorted(self._kept_steps())
         self.exports.prune({self.progress.best_step, *last[-self.pace.keep :]})
@@ -182,25 +185,24 @@ class Run:
         self,
         state: TrainState,
         frozen: Tree,
-        steps: dict[tuple[int, int], Callable[..., Any]],
+        steps: dict[Shape, Callable[..., Any]],
         data: grain.DatasetIterator,
         mesh: Mesh,
         display: Display,
-        batch_size: int,
         caught: list[int],
     ) -> TrainState:
         progress, pace = self.progress, self.pace
         waiting: dict[str, jax.Array] | None = None
-        started = time.perf_counter()
+        started, examples = time.perf_counter(), 0
         while progress.step < pace.train_steps and not progress.stopped:
-            batch = next(data)
-            shape = batch["encoder_input_tokens"].shape[1], batch["decoder_input_tokens"].shape[1]
-            state, metrics = steps[shape](state, frozen, sharding.put_batch(batch, mesh))
+            batch = sharding.put_batch(next(data), mesh)
+            state, metrics = steps[shape_of(batch)](state, frozen, batch)
             # The metrics of the step before are there by now; these are not waited for.
             if waiting is not None:
                 self._add(waiting)
             waiting = metrics
             progress.step += 1
+            examples += shape_of(batch)[0]
             at_end = progress.step == pace.train_steps
             log = progress.step % pace.log_period == 0 or at_end
             evaluation = progress.step % pace.eval_period == 0 or at_end
@@ -210,10 +212,11 @@ class Run:
             if log:
                 seconds = time.perf_counter() - started
                 started = time.perf_counter()
-                self._log(display, seconds, batch_size * progress.steps_summed)
+                self._log(display, examples / seconds)
+                examples = 0
             if evaluation:
                 self._evaluate(state, display)
-                started = time.perf_counter()
+                started, examples = time.perf_counter(), 0
             if evaluation or caught:
                 self.checkpoints.save(
                     progress.step, state, data, dataclasses.asdict(progress), self.identity
@@ -255,7 +258,7 @@ class Run:
         self.progress.norm_sum += norm
         self.progress.steps_summed += 1
 
-    def _log(self, display: Display, seconds: float, examples: int) -> None:
+    def _log(self, display: Display, rate: float) -> None:
         progress = self.progress
         count = max(progress.steps_summed, 1)
         values = {
@@ -265,7 +268,7 @@ class Run:
         }
         progress.loss_sum = progress.norm_sum = 0.0
         progress.steps_summed = 0
-        self._write(display, values | {"time/examples_per_second": examples / seconds})
+        self._write(display, values | {"time/examples_per_second": rate})
 
     def _write(self, display: Display, values: dict[str, float]) -> None:
         """One line of metrics.jsonl; the file is whole at any instant."""
@@ -315,26 +318,30 @@ class Run:
         return [int(name) for name in names if name.isdigit()]
 
 
+def shape_of(batch: Mapping[str, Any]) -> Shape:
+    rows, input_length = batch["encoder_input_tokens"].shape
+    return rows, input_length, batch["decoder_input_tokens"].shape[1]
+
+
 def compile_steps(
     train_step: Callable[..., Any],
     state: TrainState,
     frozen: Tree,
-    shapes: list[tuple[int, int]],
-    batch_size: int,
+    shapes: list[Shape],
     mesh: Mesh,
-) -> dict[tuple[int, int], Callable[..., Any]]:
+) -> dict[Shape, Callable[..., Any]]:
     """The step compiled for every batch shape, before the first batch is seen.
 
     A compiled step refuses any other shape, so nothing is ever compiled again on the way.
     """
-    rows = sharding.batch_sharding(mesh)
+    over_rows = sharding.batch_sharding(mesh)
     # The state goes out as it came in, so the next step takes it without moving anything.
     places = jax.tree.map(lambda x: x.sharding, state)
     jitted = jax.jit(train_step, donate_argnums=0, out_shardings=(places, None))
 
-    def compile_step(input_length: int, target_length: int) -> Callable[..., Any]:
+    def compile_step(rows: int, input_length: int, target_length: int) -> Callable[..., Any]:
         def array(length: int, dtype: Any) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct((batch_size, length), dtype, sharding=rows)
+            return jax.ShapeDtypeStruct((rows, length), dtype, sharding=over_rows)
 
         batch = {
             "encoder_input_tokens": array(input_length, np.int32),
@@ -350,7 +357,7 @@ def compile_steps(
         "compiled the step for %d batch shapes in %.1f s: %s",
         len(shapes),
         time.perf_counter() - started,
-        ", ".join(f"{t}+{n}" for t, n in shapes),
+        ", ".join(f"{b}x{t}+{n}" for b, t, n in shapes),
     )
     return compiled
 

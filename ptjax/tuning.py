@@ -52,6 +52,7 @@ def tune(
     hard_prompt: HardPrompt | None = None,
     other_hard_prompts: Mapping[str, HardPrompt] | None = None,
     seed: int = 0,
+    config: str = "",
     dry_run: bool = False,
 ) -> dict[str, Any]:
     """Trains, selects on `evaluation.split`, and scores the best on the test split.
@@ -66,6 +67,7 @@ def tune(
         buckets: batch shapes (T, L); None takes input lengths that double from 32.
         hard_prompt: scored beside the tuned prompt ("hard_prompt" in the results).
         other_hard_prompts: more of them, by name.
+        config: the settings as text, kept as `config.gin`.
         dry_run: compile, report, stop before the first step.
 
     Returns:
@@ -114,11 +116,10 @@ def tune(
             metric=task.metrics[0],
             evaluate=lambda s: evaluator(freezing.combine(s.trainable, frozen), evaluation.split),
             rate_at=lambda step: float(optimizer.rate_at(step, rms)),
+            config=config,
         )
         step = make_train_step(backbone.apply_fn, locked, loss, microbatches=microbatches)
-        run.fit(
-            state, frozen, step, batches, backbone.mesh, batch_size=batch_size, dry_run=dry_run
-        )
+        run.fit(state, frozen, step, batches, backbone.mesh, dry_run=dry_run)
         if dry_run:
             return {}
         best = _load_best(method, run.exports.path(BEST), backbone)

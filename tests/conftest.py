@@ -1,4 +1,4 @@
-"""What every test shares: eight virtual CPU devices, a compile cache, a tiny model, the fixtures."""
+"""What tests share: eight virtual CPU devices, a compile cache, a tiny model, the fixtures."""
 
 from __future__ import annotations
 

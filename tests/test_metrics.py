@@ -79,7 +79,7 @@ def test_undefined_values_are_zero_and_nothing_warns():
         assert metric(["1", "1", "1"], ["1", "2", "3"]) == 0.0
         assert metric(["1", "2", "3"], ["2", "2", "2"]) == 0.0
         assert metric(["1"], ["1"]) == 0.0
-        assert metric(["1e308", "-1e308", "1"], ["1e308", "2", "1"]) is not None
+        assert math.isfinite(metric(["1e308", "-1e308", "1"], ["1e308", "2", "1"]))
 
 
 def test_squad_normalisation_and_best_answer():
@@ -99,7 +99,7 @@ def test_squad_normalisation_and_best_answer():
 
 
 def test_group_exact_match():
-    predictions, targets = ["a", "b", "c", "x"], ["a", "b", "c", "d"]
+    predictions, targets = ["a", "b", "x", "c"], ["a", "b", "d", "c"]
     groups = ["p", "p", "q", "q"]
     assert metrics.group_exact_match(predictions, targets, groups=groups) == 0.5
     assert metrics.group_exact_match(predictions, targets, groups=range(4)) == 0.75
@@ -117,6 +117,7 @@ def test_group_exact_match():
         ("trophy", "trophy", "false", False),
         ("Bob", "Bob's hat", True, False),
         ("", "trophy", False, False),
+        ("", "trophy", True, False),
         ("the", "trophy", False, False),
     ],
 )
@@ -145,8 +146,8 @@ def test_every_metric_is_a_finite_fraction_and_perfect_is_the_best(pairs, data):
         value = metric.function(predictions, wanted, **needs)
         lowest = -1.0 if name in ("matthews", "pearson", "spearman") else 0.0
         assert lowest - 1e-9 <= value <= 1 + 1e-9, name
-        if name != "referent_accuracy":
-            assert value <= max(metric.function(wanted, wanted, **needs), value), name
+        if name != "referent_accuracy":  # which scores against the label, not the target
+            assert value <= metric.function(wanted, wanted, **needs) + 1e-9, name
 
 
 @pytest.mark.parametrize("name", sorted(metrics.METRICS))

@@ -100,10 +100,13 @@ def test_csv_gives_back_what_the_csv_module_wrote(tmp_path_factory, rows):
 
 
 def test_long_csv_fields_and_the_limit_of_the_module_stays(tmp_path):
-    limit = csv.field_size_limit()
     path = _write(tmp_path / "a.csv", "a,b\n" + "x" * 200_000 + ",1\n")
-    assert len(read_records(path)[0].fields["a"]) == 200_000
-    assert csv.field_size_limit() == limit
+    limit = csv.field_size_limit(1000)
+    try:
+        assert len(read_records(path)[0].fields["a"]) == 200_000
+        assert csv.field_size_limit() == 1000
+    finally:
+        csv.field_size_limit(limit)
 
 
 def test_columns_name_the_fields_of_files_without_a_header(tmp_path):
@@ -139,7 +142,7 @@ def test_a_wrong_encoding_names_file_and_line_or_is_counted(tmp_path):
     records = read_records(path, on_bad_record="skip")
     assert [record.line for record in records] == [1, 2, 4]
     assert records.bad.count == 1
-    assert records.bad.first.startswith(f"{path}:3: characters that are not utf-8 text")
+    assert f"{path}:3: characters that are not utf-8 text" in str(records.bad.first)
     with pytest.raises(InputError, match="knows no such encoding"):
         read_records(path, encoding="utf-9")
 
@@ -173,7 +176,7 @@ def test_a_malformed_record_is_an_error_with_its_line_or_is_counted(
     records = read_records(path, on_bad_record="skip")
     assert len(records) == 2
     assert records.bad.count == 1
-    assert records.bad.first in str(error.value)
+    assert str(records.bad.first) in str(error.value)
 
 
 @pytest.mark.parametrize("header", ["a,a", "a,", ""])

@@ -46,7 +46,7 @@ BYT5 = {
 }
 SIZES = (
     [("t5_1_1", size, 32128, row) for size, row in T5_1_1.items()]
-    + [("mt5", size, 250112, (*row[:-1], MT5_TOTALS[size])) for size, row in T5_1_1.items()]
+    + [("mt5", size, 250112, (*T5_1_1[size][:-1], total)) for size, total in MT5_TOTALS.items()]
     + [("t5_1_0", size, 32128, row) for size, row in T5_1_0.items()]
     + [("byt5", size, 384, row) for size, row in BYT5.items()]
 )

@@ -30,7 +30,7 @@ def mean_f1(predictions: Texts, targets: Texts, *, labels: Texts) -> float:
     """The mean over the task's classes of each class's F1 (SuperGLUE's for CB)."""
     from sklearn.metrics import f1_score  # slow to import
 
-    wanted, given = _class_ids(targets, labels), _class_ids(predictions, labels)
+    given, wanted = _class_ids(predictions, targets, labels)
     classes = list(range(len(labels)))
     return float(f1_score(wanted, given, labels=classes, average="macro", zero_division=0.0))
 
@@ -42,7 +42,7 @@ def f1(predictions: Texts, targets: Texts, *, labels: Texts) -> float:
     """
     from sklearn.metrics import f1_score  # slow to import
 
-    wanted, given = _class_ids(targets, labels), _class_ids(predictions, labels)
+    given, wanted = _class_ids(predictions, targets, labels)
     given = np.where(given < 0, 1 - wanted, given)
     return float(f1_score(wanted, given, pos_label=1, average="binary", zero_division=0.0))
 
@@ -51,8 +51,8 @@ def matthews(predictions: Texts, targets: Texts, *, labels: Texts) -> float:
     """Matthews' correlation (GLUE's for CoLA); invalid predictions are a class of their own."""
     from sklearn.metrics import matthews_corrcoef  # slow to import
 
-    wanted, given = _class_ids(targets, labels), _class_ids(predictions, labels)
-    if len(set(wanted.tolist())) < 2 or len(set(given.tolist())) < 2:
+    given, wanted = _class_ids(predictions, targets, labels)
+    if (given == given[0]).all() or (wanted == wanted[0]).all():
         return 0.0
     return float(matthews_corrcoef(wanted, given))
 
@@ -164,12 +164,14 @@ def _mean(values: Sequence[bool | float]) -> float:
     return float(np.mean(values))
 
 
-def _class_ids(texts: Texts, labels: Texts) -> np.ndarray:
-    """Index [N] of each text among the labels, -1 for what is no label."""
-    if not texts:
+def _class_ids(predictions: Texts, targets: Texts, labels: Texts) -> tuple[np.ndarray, np.ndarray]:
+    """Index [N] of each prediction and each target among the labels, -1 for what is no label."""
+    if not targets:
         raise ValueError("a metric needs at least one example")
     index = {label.strip(): i for i, label in enumerate(labels)}
-    return np.array([index.get(text.strip(), -1) for text in texts])
+    pairs = zip(predictions, targets, strict=True)
+    ids = np.array([[index.get(text.strip(), -1) for text in pair] for pair in pairs])
+    return ids[:, 0], ids[:, 1]
 
 
 def _number(text: str) -> float:
@@ -185,10 +187,10 @@ def _correlation(function: Callable, predictions: Texts, targets: Texts) -> floa
     wanted = np.array([_number(text) for text in targets])
     if len(given) != len(wanted):
         raise ValueError(f"{len(given)} predictions for {len(wanted)} targets")
-    if len(given) < 2 or np.ptp(given) == 0 or np.ptp(wanted) == 0:
+    if len(given) < 2:
         return 0.0
     with warnings.catch_warnings(), np.errstate(all="ignore"):
-        warnings.simplefilter("ignore")  # scipy warns of nearly constant input
+        warnings.simplefilter("ignore")  # of constant and of nearly constant input
         value = float(function(given, wanted).statistic)
     return value if math.isfinite(value) else 0.0
 

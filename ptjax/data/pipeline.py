@@ -19,7 +19,10 @@ from ptjax.data.batch import Batch, make_batch
 from ptjax.errors import InputError
 
 Bucket = tuple[int, int]
-"""(T, L): a batch's input and target length."""
+"""(T, L): input and target length of the batches that an example may go to."""
+
+Shape = tuple[int, int, int]
+"""(B, T, L) of a global batch."""
 
 
 class ExampleSource(Protocol):
@@ -36,7 +39,7 @@ class ExampleSource(Protocol):
 class Batches(Protocol):
     """Global training batches by number, without end."""
 
-    shapes: list[Bucket]
+    shapes: list[Shape]
 
     def batch(self, number: int) -> Batch: ...
 
@@ -119,7 +122,7 @@ class TrainBatches:
             lambda epoch: plan_epoch(assigned, self.buckets, batch_size, seed, epoch)
         )
         self.batches_per_epoch = len(self._plan(0))
-        self.shapes = sorted({planned.bucket for planned in self._plan(0)})
+        self.shapes = sorted({(batch_size, *planned.bucket) for planned in self._plan(0)})
 
     def batch(self, number: int) -> Batch:
         epoch, index = divmod(number, self.batches_per_epoch)
@@ -218,8 +221,4 @@ def make_iterator(
 ) -> grain.DatasetIterator:
     """Iterates over batches 0 ... stop - 1, built ahead in threads; its state is one integer."""
     dataset = grain.MapDataset.source(_Rows(batches, stop, host, hosts))
-    return iter(
-        dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=16))
-    )
-
-
+    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)))

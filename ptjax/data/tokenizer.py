@@ -23,6 +23,7 @@ from ptjax.data.sources import resolve_path
 from ptjax.errors import InputError
 
 T5_SENTINELS = 100
+_PB2: Any = sentencepiece_model_pb2  # its classes are made at run time
 _SENTINEL = re.compile(r"\s*<extra_id_(\d+)>")
 _MODEL_FILES = ("spiece.model", "sentencepiece.model")
 _CONFIG_FILE = "tokenizer_config.json"
@@ -106,7 +107,7 @@ class SentencePieceTokenizer:
                 # With the space, as seqio has it: the space before a sentinel belongs to it.
                 piece=f"▁<extra_id_{k}>",
                 score=0.0,
-                type=sentencepiece_model_pb2.ModelProto.SentencePiece.USER_DEFINED,
+                type=_PB2.ModelProto.SentencePiece.USER_DEFINED,
             )
         self._processor = sentencepiece.SentencePieceProcessor(
             model_proto=proto.SerializeToString()
@@ -121,7 +122,7 @@ class SentencePieceTokenizer:
 
     def _parse(self) -> Any:
         try:
-            proto = sentencepiece_model_pb2.ModelProto.FromString(self._model)
+            proto = _PB2.ModelProto.FromString(self._model)
             # SentencePiece itself checks what protobuf does not (an empty file parses).
             sentencepiece.SentencePieceProcessor().LoadFromSerializedProto(self._model)
         except Exception as error:  # protobuf and SentencePiece raise classes of their own

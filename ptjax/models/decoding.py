@@ -132,11 +132,11 @@ def beam_search(
         # Twice the beams: should the better half of them end here, as many others live on.
         best, index = jax.lax.top_k(log_probs.reshape(rows, -1), 2 * width)
         beam, token = jnp.divmod(index, vocabulary)
-        grown = _pick(state.live, beam).at[:, :, state.position].set(token)
+        tokens = _pick(state.live, beam).at[:, :, state.position].set(token)
         ended = token == eos_id
         scores = jnp.where(ended, best / penalty(state.position + 1), -jnp.inf)
         scores, kept = jax.lax.top_k(jnp.concatenate([state.scores, scores], axis=1), width)
-        finished = _pick(jnp.concatenate([state.finished, grown], axis=1), kept)
+        finished = _pick(jnp.concatenate([state.finished, tokens], axis=1), kept)
         live_log_likelihood, kept = jax.lax.top_k(jnp.where(ended, -jnp.inf, best), width)
         beam = _pick(beam, kept)
 
@@ -150,7 +150,7 @@ def beam_search(
         ]
         return _Beams(
             position=state.position + 1,
-            live=_pick(grown, kept),
+            live=_pick(tokens, kept),
             last=_pick(token, kept),
             live_log_likelihood=live_log_likelihood,
             finished=finished,

@@ -16,6 +16,7 @@ Preprocess = Callable[[dict[str, Any]], Iterable[dict[str, Any]]]
 CATALOGUE: Mapping[str, Preprocess] = {
     f"{function.__module__}.{function.__qualname__}": function
     for function in (
+        reviews.sentences,
         reviews.without_line_breaks,
         super_glue.multirc,
         super_glue.record,

@@ -10,3 +10,11 @@ from typing import Any
 def without_line_breaks(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """IMDb's HTML line breaks in the field `text` become single spaces."""
     yield {**record, "text": re.sub(r"\s*(?:<br ?/?>\s*)+", " ", record["text"])}
+
+
+def sentences(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Every sentence of the field `text` with three words or more, each with the record's label."""
+    for whole in without_line_breaks(record):
+        for text in re.split(r"(?<=[.!?])\s+", whole["text"]):
+            if len(text.split()) >= 3:
+                yield {**whole, "text": text}

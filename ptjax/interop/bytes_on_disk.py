@@ -1,0 +1,84 @@
+"""Parts of arrays out of larger files, and files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import uuid
+from collections.abc import Iterator
+from typing import IO
+
+import ml_dtypes
+import numpy as np
+from etils import epath
+
+from ptjax.interop.stored import Index
+
+
+def numpy_dtype(name: str) -> np.dtype:
+    """numpy's dtype of a name, "bfloat16" included; little-endian as in every file read here."""
+    if name == "bfloat16":
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(name).newbyteorder("<")
+
+
+def read_part(
+    file: epath.Path,
+    offset: int,
+    shape: tuple[int, ...],
+    dtype: str,
+    index: Index,
+    strides: tuple[int, ...] | None = None,
+) -> np.ndarray:
+    """The part `index` of an array that begins at byte `offset` of `file`, as a copy.
+
+    A local file is mapped, so that only the pages of that part are touched; of a gs:// object
+    the rows of that part are fetched.
+
+    Args:
+        shape: of the whole array.
+        index: one slice per axis, step 1.
+        strides: in elements; None means C order.
+
+    Raises:
+        ValueError: the array reaches past the end of the file.
+    """
+    kind = numpy_dtype(dtype)
+    if strides is None:
+        strides = tuple(int(np.prod(shape[axis + 1 :])) for axis in range(len(shape)))
+    bounds = [part.indices(size)[:2] for part, size in zip(index, shape, strict=True)]
+    wanted = tuple(max(stop - start, 0) for start, stop in bounds)
+    if 0 in wanted:
+        return np.empty(wanted, kind)
+    first = sum(start * stride for (start, _), stride in zip(bounds, strides, strict=True))
+    span = 1 + sum((size - 1) * stride for size, stride in zip(wanted, strides, strict=True))
+    begin, length = offset + first * kind.itemsize, span * kind.itemsize
+    if "://" in os.fspath(file):
+        with file.open("rb") as stream:
+            stream.seek(begin)
+            buffer: object = stream.read(length)
+    else:
+        buffer = np.memmap(file.expanduser(), np.uint8, "r", begin, (length,))
+    in_bytes = tuple(stride * kind.itemsize for stride in strides)
+    return np.array(np.ndarray(wanted, kind, buffer, strides=in_bytes))
+
+
+@contextlib.contextmanager
+def written_whole(path: epath.Path) -> Iterator[IO[bytes]]:
+    """A stream into `path`; a reader finds the old file or the whole new one, never a part.
+
+    Locally under another name first, then renamed. An object on gs:// appears when it is closed,
+    and renaming there would be a copy.
+    """
+    if "://" in os.fspath(path):
+        with path.open("wb") as stream:
+            yield stream
+        return
+    path = path.expanduser()
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with temporary.open("wb") as stream:
+            yield stream
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

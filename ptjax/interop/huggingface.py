@@ -1,0 +1,302 @@
+"""Hugging Face's T5: weights in and out, and the hub. The names are in `huggingface_format`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import huggingface_hub
+import huggingface_hub.errors
+import numpy as np
+from etils import epath
+
+from ptjax.errors import InputError
+from ptjax.interop import safetensors_file, torch_file
+from ptjax.interop.bytes_on_disk import numpy_dtype, written_whole
+from ptjax.interop.huggingface_format import (
+    COPIES,
+    EMBEDDING,
+    LOGITS,
+    UNUSED,
+    Sizes,
+    expected_names,
+    load_config,
+    make_config_json,
+    read_config,
+    to_huggingface,
+    to_t5x,
+)
+from ptjax.interop.stored import Index, StoredArray
+
+_WEIGHTS = "model.safetensors"
+_TORCH = "pytorch_model.bin"
+_DOWNLOADS = (
+    "config.json",
+    "generation_config.json",
+    "spiece.model",
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+
+
+def load_huggingface(directory: str | os.PathLike[str]) -> dict[str, StoredArray]:
+    """Opens a Hugging Face T5; its weights stay on disk until they are read.
+
+    Args:
+        directory: holds `config.json` and `model.safetensors`, or several of it with
+            `model.safetensors.index.json`, or else `pytorch_model.bin`, one or several.
+
+    Returns:
+        T5X parameter name -> array in T5X's orientation. `decoder/logits_dense/kernel` is there
+        exactly when the logits have weights of their own.
+
+    Raises:
+        InputError: a file or tensor is missing, damaged, or none of T5's.
+    """
+    directory = epath.Path(directory)
+    config = read_config(directory)
+    tensors = _open_tensors(directory)
+    for copy in [tensors.pop(name) for name in COPIES if name in tensors]:
+        # Where tensors are shared, writers keep any one of the names. transformers 5 can untie
+        # encoder and decoder too, which is no T5.
+        if not _equal(tensors.setdefault("shared.weight", copy), copy):
+            raise InputError(
+                f"{copy.where}: this embedding differs from shared.weight; in a T5, encoder and "
+                "decoder share one"
+            )
+    for name in UNUSED:
+        tensors.pop(name, None)
+    arrays = {}
+    for name, tensor in tensors.items():
+        if (translated := to_t5x(name)) is None:
+            raise InputError(f"{tensor.where}: the tensor {name} is none of T5's")
+        ours, transposed = translated
+        arrays[ours] = _transpose(tensor) if transposed else tensor
+    _decide_logits(arrays, config, directory)
+    for name in expected_names(load_config(directory)):
+        if name not in arrays:
+            theirs, _ = to_huggingface(name) or (name, False)
+            raise InputError(
+                f"{directory}: the tensor {theirs} (parameter {name}) is missing from the weights"
+            )
+    return arrays
+
+
+def _decide_logits(
+    arrays: dict[str, StoredArray], config: Mapping[str, Any], directory: epath.Path
+) -> None:
+    """Leaves `LOGITS` in `arrays` exactly when T5X's network would have it.
+
+    Tied logits in T5 are also scaled by 1/sqrt(D), untied ones are not. transformers 5 tells the
+    scale apart (`scale_decoder_outputs`) and calls every config tied; before it,
+    `tie_word_embeddings` meant both. Tied files may still hold the embedding as `lm_head.weight`.
+    """
+    embedding, head = arrays.get(EMBEDDING), arrays.get(LOGITS)
+    says_tied = config.get("tie_word_embeddings", True) is not False
+    scaled = config.get("scale_decoder_outputs", says_tied)
+    if embedding is None:
+        return
+    if head is None:
+        if not says_tied:
+            raise InputError(
+                f"{directory}: the tensor lm_head.weight (parameter {LOGITS}) is missing from the "
+                "weights, config.json says that it is not tied to the embedding"
+            )
+        if not scaled:
+            arrays[LOGITS] = _transpose(embedding)
+    elif scaled and _equal(embedding, _transpose(head)):
+        del arrays[LOGITS]
+    elif scaled and "scale_decoder_outputs" in config:
+        # transformers 5 unties by itself, and goes on scaling: so does the kernel.
+        arrays[LOGITS] = _scaled(head, embedding.shape[1] ** -0.5)
+
+
+def _equal(one: StoredArray, other: StoredArray) -> bool:
+    """Whether two [V, D] arrays are the same, compared a few rows at a time."""
+    if one.shape != other.shape:
+        return False
+    rows = 1024
+    return all(
+        np.array_equal(one.read(part), other.read(part))
+        for start in range(0, one.shape[0], rows)
+        for part in [(slice(start, min(start + rows, one.shape[0])), slice(0, one.shape[1]))]
+    )
+
+
+def _transpose(array: StoredArray) -> StoredArray:
+    def read(index: Index) -> np.ndarray:
+        return array.read(index[::-1]).T
+
+    return StoredArray(array.shape[::-1], array.dtype, read, array.where)
+
+
+def _scaled(array: StoredArray, factor: float) -> StoredArray:
+    def read(index: Index) -> np.ndarray:
+        return array.read(index).astype(np.float32) * np.float32(factor)
+
+    return StoredArray(array.shape, "float32", read, array.where)
+
+
+def _open_tensors(directory: epath.Path) -> dict[str, StoredArray]:
+    """Every tensor of the weight files, under Hugging Face's names."""
+    for name in (_WEIGHTS, f"{_WEIGHTS}.index.json", _TORCH, f"{_TORCH}.index.json"):
+        if (directory / name).exists():
+            return (_open_shards if name.endswith(".json") else _open_file)(directory / name)
+    raise InputError(
+        f"{directory}: no weights here, neither {_WEIGHTS} nor {_TORCH} nor the index of several; "
+        "copy the directory again"
+    )
+
+
+def _open_file(file: epath.Path) -> dict[str, StoredArray]:
+    if file.suffix == ".safetensors":
+        return safetensors_file.open_safetensors(file)[0]
+    return torch_file.open_torch(file)
+
+
+def _open_shards(index: epath.Path) -> dict[str, StoredArray]:
+    try:
+        files = json.loads(index.read_text())["weight_map"]
+        by_file: dict[str, list[str]] = {}
+        for tensor, name in files.items():
+            by_file.setdefault(name, []).append(tensor)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{index}: the index is truncated or damaged ({error!r})") from error
+    tensors = {}
+    for name, wanted in by_file.items():
+        if "/" in name or name in ("", ".", ".."):
+            raise InputError(f"{index}: the file {name!r} of {wanted[0]} is not beside the index")
+        if not (index.parent / name).exists():
+            raise InputError(
+                f"{index.parent / name}: the file of tensor {wanted[0]} and {len(wanted) - 1} more "
+                "is missing"
+            )
+        held = _open_file(index.parent / name)
+        for tensor in wanted:
+            if tensor not in held:
+                raise InputError(f"{index.parent / name}: the tensor {tensor} is missing from it")
+            tensors[tensor] = held[tensor]
+    return tensors
+
+
+# Weights out
+
+
+def save_huggingface(
+    directory: str | os.PathLike[str],
+    params: Mapping[str, Any],
+    config: Sizes,
+    *,
+    dtype: str = "bfloat16",
+    max_shard_bytes: int | None = None,
+) -> None:
+    """Writes what `transformers.T5ForConditionalGeneration.from_pretrained` loads.
+
+    `config.json` is written last and removed first: a directory without it is not finished.
+
+    Args:
+        params: T5X name -> array (numpy or jax).
+        dtype: "float32" or "bfloat16" (T5 overflows in float16).
+        max_shard_bytes: split the weights into files of at most this size.
+
+    Raises:
+        InputError: a name that is none of T5's, a dtype that is not supported, or a tensor that
+            does not fit into `max_shard_bytes` alone.
+    """
+    if dtype not in ("float32", "bfloat16"):
+        raise InputError(f"a T5 is saved in float32 or bfloat16, not in {dtype}")
+    config_json = make_config_json(config, dtype)
+    layout, sources = {}, {}
+    for name in sorted(params):
+        if (translated := to_huggingface(name)) is None:
+            raise InputError(f"parameter {name} has no place in Hugging Face's T5")
+        theirs, transposed = translated
+        shape = tuple(params[name].shape)
+        layout[theirs] = (shape[::-1] if transposed else shape, dtype)
+        sources[theirs] = (name, transposed)
+    shards = _plan_shards(layout, max_shard_bytes)
+    directory = epath.Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    stale = ["config.json", f"{_WEIGHTS}.index.json", _WEIGHTS]
+    for name in [*stale, *(p.name for p in directory.glob("model-*-of-*.safetensors"))]:
+        (directory / name).unlink(missing_ok=True)
+    files = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors" if shards[1:] else _WEIGHTS
+        files |= dict.fromkeys(shard, file)
+        safetensors_file.save_safetensors(
+            directory / file,
+            ((name, _converted(params, *sources[name], dtype)) for name in shard),
+            shard,
+            metadata={"format": "pt"},
+        )
+    if len(shards) > 1:
+        total = sum(safetensors_file.nbytes(*entry) for entry in layout.values())
+        index = {"metadata": {"total_size": total}, "weight_map": files}
+        _write_json(directory / f"{_WEIGHTS}.index.json", index)
+    _write_json(directory / "config.json", config_json)
+
+
+def _converted(params: Mapping[str, Any], name: str, transposed: bool, dtype: str) -> np.ndarray:
+    array = np.asarray(params[name]).astype(numpy_dtype(dtype))
+    return array.T if transposed else array
+
+
+def _plan_shards(
+    layout: Mapping[str, tuple[tuple[int, ...], str]], limit: int | None
+) -> list[dict[str, tuple[tuple[int, ...], str]]]:
+    """`layout` in consecutive parts, each a file of at most `limit` bytes."""
+
+    def size(shard: Mapping[str, tuple[tuple[int, ...], str]]) -> int:
+        header = safetensors_file.header_bytes(shard, {"format": "pt"})
+        return len(header) + sum(safetensors_file.nbytes(*entry) for entry in shard.values())
+
+    shards: list[dict[str, tuple[tuple[int, ...], str]]] = [{}]
+    for name, entry in layout.items():
+        if limit is not None and size({name: entry}) > limit:
+            raise InputError(
+                f"tensor {name} alone takes {size({name: entry}):,} bytes, more than the "
+                f"{limit:,} of a file"
+            )
+        if limit is not None and size(shards[-1] | {name: entry}) > limit:
+            shards.append({})
+        shards[-1][name] = entry
+    return shards
+
+
+def _write_json(path: epath.Path, value: Any) -> None:
+    with written_whole(path) as stream:
+        stream.write(f"{json.dumps(value, indent=2, sort_keys=True)}\n".encode())
+
+
+# The hub
+
+
+def download(repo_id: str, revision: str | None = None) -> tuple[epath.Path, str]:
+    """(local directory, commit) of a model on the Hugging Face hub, from its cache if offline.
+
+    Weights come as safetensors; `pytorch_model.bin` only where there are none.
+
+    Raises:
+        InputError: there is no such model, or the hub cannot be reached.
+    """
+
+    def fetch(*weights: str) -> epath.Path:
+        patterns = [*_DOWNLOADS, *weights]
+        return epath.Path(
+            huggingface_hub.snapshot_download(repo_id, revision=revision, allow_patterns=patterns)
+        )
+
+    try:
+        directory = fetch("model*.safetensors", f"{_WEIGHTS}.index.json")
+        if not any(directory.glob("*.safetensors")):
+            directory = fetch("pytorch_model*.bin", f"{_TORCH}.index.json")
+    except (huggingface_hub.errors.HFValidationError, OSError, RuntimeError) as error:
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise InputError(
+            f"{repo_id}: neither a path here nor a model that the Hugging Face hub gives ({reason})"
+        ) from error
+    return directory, directory.name

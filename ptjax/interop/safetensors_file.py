@@ -1,0 +1,140 @@
+"""safetensors files: any part of any tensor, also bfloat16 and on gs://, one tensor in memory.
+
+The layout is 8 bytes of header length (little-endian), a JSON header, then the tensors end to end.
+The safetensors package reads and writes local files only, and it writes from whole dicts in
+memory; tests hold both sides of this module to it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from ptjax.errors import InputError
+from ptjax.interop import bytes_on_disk
+from ptjax.interop.stored import Index, StoredArray
+
+_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+def open_safetensors(
+    path: str | os.PathLike[str],
+) -> tuple[dict[str, StoredArray], dict[str, str]]:
+    """(name -> array, metadata of the header); the data stays in the file.
+
+    Raises:
+        InputError: the file is missing, truncated or no safetensors file, or it holds a tensor
+            whose type is not floating point.
+    """
+    path = epath.Path(path)
+    header, begin = _read_header(path)
+    metadata = header.pop("__metadata__", {})
+    end = path.stat().length - begin
+    arrays, used = {}, 0
+    for name, entry in header.items():
+        try:
+            kind, shape, (start, stop) = (entry[key] for key in ("dtype", "shape", "data_offsets"))
+            shape = tuple(int(size) for size in shape)
+            if kind not in _DTYPES:
+                raise InputError(f"{path}: tensor {name} is {kind}, not floating point")
+            dtype = _DTYPES[kind]
+            size = int(np.prod(shape, dtype=object)) * bytes_on_disk.numpy_dtype(dtype).itemsize
+            if min(start, *shape, 0) < 0 or stop - start != size:
+                raise ValueError("its bytes do not fit its shape")
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{path}: the entry of tensor {name} is damaged ({error})") from error
+        if stop > end:
+            raise InputError(
+                f"{path}: the file is truncated, {end:,} bytes of data where tensor {name} ends "
+                f"at {stop:,}; copy it again"
+            )
+        used = max(used, stop)
+        arrays[name] = StoredArray(
+            shape, dtype, _reader(path, begin + start, shape, dtype), f"{path} ({name})"
+        )
+    if used != end:
+        raise InputError(f"{path}: {end - used:,} bytes after the last tensor; copy it again")
+    return arrays, metadata
+
+
+def save_safetensors(
+    path: str | os.PathLike[str],
+    arrays: Iterable[tuple[str, Any]],
+    layout: Mapping[str, tuple[tuple[int, ...], str]],
+    metadata: Mapping[str, str],
+) -> None:
+    """Writes one file, whole or not at all.
+
+    Args:
+        arrays: (name, numpy array), in the order of `layout`; taken one at a time, so that an
+            iterator needs the memory of one tensor.
+        layout: name -> (shape, dtype name) of each.
+        metadata: strings for the header.
+    """
+    with bytes_on_disk.written_whole(epath.Path(path)) as stream:
+        stream.write(header_bytes(layout, metadata))
+        for (name, array), (expected, (shape, dtype)) in zip(arrays, layout.items(), strict=True):
+            if (name, array.shape, array.dtype.name) != (expected, tuple(shape), dtype):
+                raise ValueError(f"{name} {array.shape} {array.dtype} is not {expected} {shape}")
+            stream.write(np.ascontiguousarray(array).tobytes())
+
+
+def header_bytes(
+    layout: Mapping[str, tuple[tuple[int, ...], str]], metadata: Mapping[str, str]
+) -> bytes:
+    """The file up to its data."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for name, (shape, dtype) in layout.items():
+        end = offset + nbytes(shape, dtype)
+        header[name] = {
+            "dtype": _NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8
+    return len(text).to_bytes(8, "little") + text
+
+
+def nbytes(shape: tuple[int, ...], dtype: str) -> int:
+    return int(np.prod(shape, dtype=np.int64)) * bytes_on_disk.numpy_dtype(dtype).itemsize
+
+
+def _read_header(path: epath.Path) -> tuple[dict[str, Any], int]:
+    """(the header, the byte at which the data begins)."""
+    if not path.exists():
+        raise InputError(f"{path}: the file is missing")
+    size = path.stat().length
+    with path.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise InputError(f"{path}: the file is truncated or is no safetensors file")
+        try:
+            header = json.loads(stream.read(length))
+        except ValueError as error:
+            raise InputError(f"{path}: this is no safetensors file ({error})") from error
+    if not isinstance(header, dict):
+        raise InputError(f"{path}: this is no safetensors file (its header is no object)")
+    return header, 8 + length
+
+
+def _reader(path: epath.Path, offset: int, shape: tuple[int, ...], dtype: str):
+    def read(index: Index) -> np.ndarray:
+        try:
+            return bytes_on_disk.read_part(path, offset, shape, dtype, index)
+        except (OSError, TypeError, ValueError) as error:
+            raise InputError(
+                f"{path}: the file was changed or cut off while it was read ({error})"
+            ) from error
+
+    return read

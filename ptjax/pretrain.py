@@ -1,0 +1,29 @@
+"""`python -m ptjax.pretrain`: a backbone from scratch, or the LM adaptation of one."""
+
+from __future__ import annotations
+
+import gin
+
+from ptjax import cli, pretraining
+
+
+def main() -> None:
+    parser = cli.make_parser(
+        "pretrain",
+        "Trains all weights of a T5 on span corruption, prefix LM and supervised tasks, and "
+        "writes MODEL_DIR/models/best in Hugging Face's layout. A run that was stopped goes on "
+        "when the same command is given again.",
+        gin_help="For example runs/pretrain_nano.gin.",
+    )
+    parser.add_argument("--dry_run", action="store_true", help="compile the steps and stop")
+    arguments = cli.parse(parser)
+
+    def body() -> None:
+        cli.load_gin(arguments)
+        cli.bound(pretraining.pretrain)(config=gin.config_str(), dry_run=arguments.dry_run)
+
+    cli.run(body)
+
+
+if __name__ == "__main__":
+    main()
