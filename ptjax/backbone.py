@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib import resources
 from typing import Any
 
@@ -20,14 +22,13 @@ from jax.sharding import Mesh
 from ptjax.data.tokenizer import Tokenizer, check_vocabulary, find_tokenizer, load_tokenizer
 from ptjax.errors import InputError
 from ptjax.interop import huggingface, t5x
+from ptjax.interop.huggingface_format import load_config
+from ptjax.interop.prompt_file import T5X_PROMPT
 from ptjax.interop.stored import StoredArray
 from ptjax.models.prompted import PromptedT5
 from ptjax.models.t5 import T5Config, parameter_shapes
 from ptjax.scale import sharding
 from ptjax.training.freeze import flatten_paths, sizes, unflatten_paths
-
-PROMPT_PATH = "encoder/prompt/prompt/prompt"
-"""Where google-research/prompt-tuning keeps a prompt inside a T5X checkpoint."""
 
 SIZE_FIELDS = (
     "vocab_size",
@@ -73,54 +74,42 @@ def load_backbone(
     dtype: str | None = None,
     mesh: Mesh | None = None,
     tokenizer: str | os.PathLike[str] | Tokenizer | None = None,
-    revision: str | None = None,
     **config_overrides: Any,
 ) -> Backbone:
     """Loads a T5X checkpoint (legacy or Orbax) or a Hugging Face directory or hub id.
 
     Args:
-        path: local or gs://; "ptjax-nano" is the backbone that ptjax ships. A folder of several
-            `checkpoint_N` means the newest.
+        path: local or gs://; "ptjax-nano" is the backbone that ptjax ships; a hub id may end in
+            "@revision". A folder of several `checkpoint_N` means the newest.
         dtype: of weights and activations; None is bfloat16 on TPU and GPU and float32 on CPU.
         mesh: arrays go straight to their place on it; None is this process's first device.
         tokenizer: a tokenizer, or where to find one; None looks beside the weights.
-        revision: of a hub id.
         **config_overrides: fields of `T5Config` that the files do not tell or tell wrongly.
 
     Raises:
-        InputError: the path holds no backbone, or an incomplete one.
+        InputError: the path holds no backbone, or an incomplete or damaged one; a setting does
+            not fit it.
     """
-    stored, settings, name, directory = _open(path, revision)
-    if unknown := set(config_overrides) - {f.name for f in dataclasses.fields(T5Config)}:
-        raise InputError(f"T5Config has no field {sorted(unknown)[0]!r}")
-    dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    if stored.pop(PROMPT_PATH, None) is not None:
-        logging.info("%s also holds a prompt, left out here; load_prompt(path) returns it", name)
-    settings = infer_config(stored, name) | settings | config_overrides | {"dtype": dtype}
-    config = T5Config(**settings)
-    assumed = tuple(
-        f.name
-        for f in dataclasses.fields(T5Config)
-        if f.name not in settings and f.default is not dataclasses.MISSING
-    )
-    _check(stored, config, name)
     mesh = mesh or sharding.make_mesh(devices=jax.local_devices()[:1])
-    params = {key: place(key, array, dtype, mesh) for key, array in stored.items()}
-    if tokenizer is None:
-        found = find_tokenizer(directory)
-    elif isinstance(tokenizer, str | os.PathLike):
-        found = load_tokenizer(tokenizer)
-    else:
-        found = tokenizer
+    dtype = dtype or ("float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16")
+    if dtype not in ("float32", "bfloat16"):
+        raise InputError(f"dtype = {dtype!r}: a T5 runs in 'float32' or 'bfloat16' (not in fp16)")
+    stored, told, name, folders = _open(path)
+    if stored.pop(T5X_PROMPT, None) is not None:
+        logging.warning("%s also holds a prompt, left out here; load_prompt(path) returns it", name)
+    config, assumed = _make_config(stored, told, config_overrides, dtype, name)
+    _check(stored, config, name)
+    # Before the weights are read: a wrong tokenizer is found in a second, not after minutes.
+    found = _tokenizer_of(tokenizer, folders)
     if found is not None:
         check_vocabulary(found, config.vocab_size)
-    variables = {"params": unflatten_paths(params)}
+    params = unflatten_paths({key: place(key, array, dtype, mesh) for key, array in stored.items()})
     return Backbone(
         config=config,
-        variables=variables,
+        variables={"params": params},
         apply_fn=PromptedT5(config).apply,
         tokenizer=found,
-        fingerprint=fingerprint(config, variables["params"], mesh),
+        fingerprint=fingerprint(config, params, mesh),
         name=name,
         mesh=mesh,
         assumed=assumed,
@@ -128,32 +117,73 @@ def load_backbone(
 
 
 def _open(
-    path: str | os.PathLike[str], revision: str | None
-) -> tuple[dict[str, StoredArray], dict[str, Any], str, epath.Path]:
-    """(lazy arrays, config fields the files state, name, directory) of whatever `path` is."""
+    path: str | os.PathLike[str],
+) -> tuple[dict[str, StoredArray], dict[str, Any], str, tuple[epath.Path, ...]]:
+    """(lazy arrays, config fields the files state, name, folders of the files beside) of `path`."""
     name = os.fspath(path)
-    directory = shipped(name) or epath.Path(path)
+    directory = shipped(name) or epath.Path(path).expanduser()
     if not directory.exists():
         if name.count("/") > 1 or name.startswith((".", "/", "~", "gs://")):
             raise InputError(f"no backbone at {name}: the path does not exist")
-        directory, revision = huggingface.download(name, revision)
-        name = f"{name}@{revision}"
-    if (directory / "config.json").exists():
-        return (
-            huggingface.load_huggingface(directory),
-            huggingface.load_config(directory),
-            name,
-            directory,
-        )
+        repo_id, _, revision = name.partition("@")
+        directory, revision = huggingface.download(repo_id, revision or None)
+        name = f"{repo_id}@{revision}"
     if not t5x.is_t5x(directory):
-        raise InputError(
-            f"{name} holds no backbone that ptjax knows: neither a T5X checkpoint (checkpoint_N) "
-            "nor a Hugging Face directory (config.json beside *.safetensors)"
-        )
+        if not (directory / "config.json").exists():
+            raise InputError(
+                f"{name} holds no backbone that ptjax knows: neither a T5X checkpoint "
+                "(checkpoint_N) nor a Hugging Face directory (config.json beside *.safetensors)"
+            )
+        arrays = huggingface.load_huggingface(directory)
+        return arrays, load_config(directory), name, (directory,)
     found = t5x.find_checkpoint(directory)
-    if found != directory:
-        logging.info("%s: loading the newest checkpoint, %s", name, found.name)
-    return t5x.load_t5x(found), {}, os.fspath(found), found
+    if found.parent == directory and len(list(directory.glob("checkpoint_*"))) > 1:
+        logging.warning("%s: loading the newest of its checkpoints, %s", name, found.name)
+    folders = (found, found.parent)
+    told = next((load_config(x) for x in folders if (x / "config.json").exists()), {})
+    return t5x.load_t5x(found), told, os.fspath(found), folders
+
+
+def _tokenizer_of(
+    tokenizer: str | os.PathLike[str] | Tokenizer | None, folders: Iterable[epath.Path]
+) -> Tokenizer | None:
+    """The tokenizer that the user names, else the first one in `folders`."""
+    if isinstance(tokenizer, str | os.PathLike):
+        return load_tokenizer(tokenizer)
+    if tokenizer is not None:
+        return tokenizer
+    return next(filter(None, map(find_tokenizer, folders)), None)
+
+
+def _make_config(
+    stored: Mapping[str, StoredArray],
+    told: Mapping[str, Any],
+    overrides: Mapping[str, Any],
+    dtype: str,
+    name: str,
+) -> tuple[T5Config, tuple[str, ...]]:
+    """(config, fields at T5's values that neither files nor user tell).
+
+    What config.json tells stands above what names and shapes tell, and the user above both.
+    """
+    inferred = infer_config(stored, name)
+    defaults = {
+        f.name: f.default
+        for f in dataclasses.fields(T5Config)
+        if f.default is not dataclasses.MISSING
+    }
+    kinds = {field: type(value) for field, value in (defaults | inferred).items()}
+    for field, value in overrides.items():
+        if field not in kinds:
+            near = difflib.get_close_matches(field, kinds, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise InputError(f"load_backbone: T5Config has no field {field!r}{hint}")
+        if not isinstance(value, (int, float) if kinds[field] is float else kinds[field]):
+            raise InputError(f"load_backbone: {field} = {value!r} is no {kinds[field].__name__}")
+    # Names tell one branch from two, not what is applied to them.
+    untold = {"mlp_activations", *defaults} - (set(inferred) - {"mlp_activations"})
+    assumed = tuple(sorted(untold - set(told) - set(overrides) - {"dtype"}))
+    return T5Config(**(inferred | dict(told) | dict(overrides) | {"dtype": dtype})), assumed
 
 
 def shipped(name: str) -> epath.Path | None:
@@ -173,6 +203,11 @@ def infer_config(stored: Mapping[str, StoredArray], name: str) -> dict[str, Any]
     def shape(path: str) -> tuple[int, ...]:
         if path not in stored:
             raise InputError(f"{name}: parameter {path} is missing; is the checkpoint complete?")
+        if len(stored[path].shape) != 2:
+            raise InputError(
+                f"{stored[path].where}: parameter {path} has shape {stored[path].shape}, a T5's "
+                "has two axes"
+            )
         return stored[path].shape
 
     def layers(stack: str) -> int:
@@ -198,7 +233,10 @@ def infer_config(stored: Mapping[str, StoredArray], name: str) -> dict[str, Any]
 
 def _check(stored: Mapping[str, StoredArray], config: T5Config, name: str) -> None:
     """Every parameter of `config`, each of its shape, and no other."""
-    expected = flatten_paths(parameter_shapes(config))
+    try:
+        expected = flatten_paths(parameter_shapes(config))
+    except Exception as error:  # sizes of 0 or activations unknown to Flax, deep inside the network
+        raise InputError(f"{name}: these sizes make no T5: {config} ({error})") from error
     for path, leaf in expected.items():
         if path not in stored:
             raise InputError(f"{name}: parameter {path} is missing; is the checkpoint complete?")
@@ -212,44 +250,55 @@ def _check(stored: Mapping[str, StoredArray], config: T5Config, name: str) -> No
 
 
 def place(path: str, stored: StoredArray, dtype: str, mesh: Mesh) -> jax.Array:
-    """`stored` on the mesh as `dtype`; each device's part is read and cast by itself."""
+    """`stored` on the mesh as `dtype`.
+
+    Only the parts that this process's devices hold are read, each once and cast by itself, however
+    many devices hold it.
+    """
+    parts: dict[tuple[tuple[int, int, int], ...], np.ndarray] = {}
+
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        bounds = tuple(part.indices(size) for part, size in zip(index, stored.shape, strict=True))
+        if bounds not in parts:
+            part = stored.read(tuple(slice(*bound) for bound in bounds))
+            parts[bounds] = part.astype(jnp.dtype(dtype), copy=False)
+        return parts[bounds]
+
     where = sharding.sharding_of(f"params/{path}", stored.shape, mesh)
-
-    def read(index: tuple[slice, ...] | None) -> np.ndarray:
-        return np.asarray(stored.read(index or ())).astype(jnp.dtype(dtype))
-
     return jax.make_array_from_callback(stored.shape, where, read)
 
 
 def fingerprint(config: T5Config, params: Mapping[str, Any], mesh: Mesh) -> str:
-    """"sha256:..." over the sizes and the bfloat16 bytes of a fixed sample of the weights.
+    """ "sha256:..." over the sizes and the bfloat16 bytes of a fixed sample of the weights.
 
     The sample, in sorted T5X names: embedding rows 0, 97, 194, ..., every norm scale, the first
-    row of each `wo` kernel. bfloat16 is the coarsest dtype that backbones are kept in.
+    row of each `wo` kernel. bfloat16 is the coarsest dtype that backbones are kept in. It is taken
+    from the arrays on their devices, so that no file is read a second time.
     """
     digest = hashlib.sha256()
     digest.update(json.dumps({f: getattr(config, f) for f in SIZE_FIELDS}).encode())
-
-    @jax.jit
-    def sample(chosen: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        rows = {"embedding": np.s_[::97], "scale": np.s_[:], "kernel": np.s_[:1]}
-        return {
-            path: jax.lax.with_sharding_constraint(
-                array[rows[path.rsplit("/", 1)[1]]].astype(jnp.bfloat16), sharding.replicated(mesh)
-            )
-            for path, array in chosen.items()
-        }
-
     chosen = {
         path: array
         for path, array in flatten_paths(params).items()
         if path.endswith(("/embedding", "/scale", "/wo/kernel"))
     }
-    values = jax.device_get(sample(chosen))
+    values = jax.device_get(_sample(chosen, mesh))
     for path in sorted(values):
         digest.update(path.encode())
         digest.update(np.ascontiguousarray(values[path]).tobytes())
     return f"sha256:{digest.hexdigest()}"
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _sample(chosen: dict[str, jax.Array], mesh: Mesh) -> dict[str, jax.Array]:
+    """The fingerprint's rows of each array, bfloat16, on every device."""
+    rows = {"embedding": np.s_[::97], "scale": np.s_[:], "kernel": np.s_[:1]}
+    return {
+        path: jax.lax.with_sharding_constraint(
+            array[rows[path.rsplit("/", 1)[1]]].astype(jnp.bfloat16), sharding.replicated(mesh)
+        )
+        for path, array in chosen.items()
+    }
 
 
 def save_backbone(

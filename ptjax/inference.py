@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int
 
 from ptjax.data.batch import pad
@@ -287,7 +287,7 @@ def rank(
     return jax.lax.map(likelihood, label_tokens, batch_size=LABELS_AT_ONCE).T
 
 
-def prompt_array(backbone: Backbone, prompt: Any) -> Float[np.ndarray, "P D"] | None:
+def prompt_array(backbone: Backbone, prompt: Any) -> Float[Array, "P D"] | None:
     """A prompt, given as an array or as something that has one, as float32 [P, D].
 
     Raises:
@@ -370,8 +370,7 @@ def _map_examples(
     Batches are dispatched one after the other and fetched together. Where the variables live on a
     mesh, its data axis shares the rows.
     """
-    leaf = jax.tree.leaves(variables)[0]
-    where = getattr(leaf, "sharding", None)
+    where = getattr(jax.tree.leaves(variables)[0], "sharding", None)
     mesh = where.mesh if isinstance(where, NamedSharding) else None
     planned = plan_evaluation(source, buckets, batch_size)
     outputs = []
@@ -384,7 +383,7 @@ def _map_examples(
     return jax.tree.map(lambda *parts: np.concatenate(parts)[position], *jax.device_get(outputs))
 
 
-def _share(rows: np.ndarray, mesh: Mesh | None) -> Any:
+def _share(rows: np.ndarray, mesh: Any) -> Any:
     """Rows that every host has whole, over the mesh's data axis where it divides them."""
     if mesh is None:
         return rows
@@ -393,7 +392,7 @@ def _share(rows: np.ndarray, mesh: Mesh | None) -> Any:
     return jax.make_array_from_callback(rows.shape, where, lambda index: rows[index])
 
 
-def _gather(results: Any, mesh: Mesh | None) -> Any:
+def _gather(results: Any, mesh: Any) -> Any:
     """Results that every host can read."""
     return results if mesh is None else jax.device_put(results, replicated(mesh))
 

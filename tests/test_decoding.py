@@ -94,46 +94,46 @@ def test_a_row_stops_at_its_end_of_sequence(model):
     np.testing.assert_allclose(scores, (gained * inside).sum(axis=1), rtol=1e-5)
 
 
-@pytest.mark.parametrize("num_beams", [1, 3])
-def test_the_loop_ends_with_the_last_row_and_never_waits_for_filler(model, num_beams, monkeypatch):
-    steps = []
-    start = decoding._start
+class Constant:
+    """An `apply_fn` whose next token never depends on anything; it counts the decoder's steps."""
 
-    def counted(*args):
-        step, cache = start(*args)
+    def __init__(self, probs: list[float]) -> None:
+        self.logits, self.steps = np.log(np.asarray(probs, np.float32)), []
 
-        def counting(last, cache, position):
-            jax.debug.callback(steps.append, position)
-            return step(last, cache, position)
+    def __call__(self, variables, *args, method):
+        if method == "encode":
+            return jnp.zeros((*args[0].shape, 1)), args[0] > 0
+        if method == "init_cache":
+            empty = jnp.zeros((len(args[0]), args[1], 1, 1))
+            return [{"self_key": empty, "self_value": empty}]
+        last, cache, position, _ = args
+        jax.debug.callback(self.steps.append, position)
+        return jnp.broadcast_to(self.logits, (*last.shape, len(self.logits))), cache
 
-        return counting, cache
 
-    monkeypatch.setattr(decoding, "_start", counted)
-    inputs = _inputs(3, 24)
-    inputs[1:] = 0
-    free, _ = decoding.decode(*model, inputs, max_length=6, eos_id=-1)
-    steps.clear()
-    # With alpha = 0 an end at the first step with p > 1/2 cannot be improved on; greedy takes it.
-    certain = _certain(model, int(free[0, 0]))
-    settings = {"max_length": 6, "num_beams": num_beams, "alpha": 0.0, "eos_id": int(free[0, 0])}
-    tokens, _ = decoding.decode(*certain, inputs, **settings)
+@pytest.mark.parametrize("num_beams", [1, 2])
+@pytest.mark.parametrize("filler", [False, True])
+def test_the_loop_ends_as_soon_as_nothing_can_change(num_beams, filler):
+    # Greedy stops at once. Of two beams (0.9, 0.09 * 0.9) both are final after two steps.
+    apply_fn = Constant([1e-9, 0.9, 0.09, 0.01])
+    inputs = np.asarray([[2], [0 if filler else 3]], np.int32)
+    tokens, scores = decode(apply_fn, {}, inputs, max_length=6, num_beams=num_beams, alpha=0.0)
     jax.effects_barrier()
-    assert np.asarray(tokens)[0].tolist() == [int(free[0, 0]), 0, 0, 0, 0, 0]
-    # Beam search goes on until its other beams are beaten too, but not to the end.
-    assert len(steps) == 1 if num_beams == 1 else len(steps) < 6
+    assert len(apply_fn.steps) == num_beams
+    assert np.asarray(tokens)[0].tolist() == [1, 0, 0, 0, 0, 0]
+    assert scores[0] == pytest.approx(np.log(0.9), rel=1e-5)
 
 
-def _certain(model, token: int):
-    """A model whose every step prefers `token` by far."""
-    apply_fn, variables = model
-
-    def biased(*args, **kwargs):
-        out = apply_fn(*args, **kwargs)
-        if kwargs.get("method") != "decode_step":
-            return out
-        return out[0] + 4.0 * jax.nn.one_hot(token, out[0].shape[-1]), out[1]
-
-    return biased, variables
+def test_unfinished_rows_run_to_the_full_length():
+    apply_fn = Constant([1e-9, 1e-9, 0.7, 0.3])
+    for num_beams in (1, 2):
+        apply_fn.steps.clear()
+        settings = {"max_length": 4, "num_beams": num_beams, "alpha": 0.0, "eos_id": -1}
+        tokens, scores = decode(apply_fn, {}, np.ones((1, 1), np.int32), **settings)
+        jax.effects_barrier()
+        assert len(apply_fn.steps) == 4
+        assert np.asarray(tokens).tolist() == [[2, 2, 2, 2]]
+        assert scores[0] == pytest.approx(4 * np.log(0.7), rel=1e-5)
 
 
 def test_filler_rows_do_not_change_the_others(model):
@@ -257,8 +257,12 @@ def test_bfloat16_activations_decode_too():
         logits_via_embedding=True,
         dtype="bfloat16",
     )
-    variables = {"params": init_params(config, jax.random.key(0))}
-    variables = jax.tree.map(lambda x: x.astype(jnp.bfloat16), variables)
+
+    @jax.jit
+    def init(key):
+        return {"params": jax.tree.map(lambda x: x.astype(jnp.bfloat16), init_params(config, key))}
+
+    variables = init(jax.random.key(0))
     for num_beams in (1, 2):
         tokens, scores = decode(
             PromptedT5(config).apply, variables, _inputs(2, 24), max_length=3, num_beams=num_beams

@@ -174,7 +174,8 @@ def test_frozen_arrays_are_bitwise_equal_after_training(tiny, tiny_batch) -> Non
     trainable, frozen = split(tiny.variables, freeze)
     before = jax.tree.map(np.array, frozen)
     optimizer = freezing.lock(Adafactor().make(), freeze)
-    step = jax.jit(make_train_step(tiny.apply_fn(), optimizer, Loss()))
+    apply = tiny.apply_fn(num_encoder_layers=1, num_decoder_layers=1, dropout_rate=0.0)
+    step = jax.jit(make_train_step(apply, optimizer, Loss()))
     state = init_train_state(trainable, optimizer, jax.random.key(0))
     for _ in range(5):
         state, _ = step(state, frozen, tiny_batch)

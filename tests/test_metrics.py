@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import hypothesis
 import hypothesis.strategies as st
@@ -157,7 +158,7 @@ def test_no_examples_and_unequal_lengths_are_refused(name):
     if name not in ("pearson", "spearman"):
         with pytest.raises(ValueError, match="at least one example"):
             metric.function([], [], **empty)
-    one = {need: ["yes"] for need in metric.needs}
+    one: dict[str, Any] = {need: ["yes"] for need in metric.needs}
     if "labels" in one:
         one["labels"] = ("no", "yes")
     if "answers" in one:

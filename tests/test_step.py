@@ -17,20 +17,37 @@ from ptjax.training.loss import Loss
 from ptjax.training.optimizer import Adafactor
 from ptjax.training.step import init_train_state, make_train_step
 
-# One layer each is enough here and compiles fast; without dropout, runs can be compared.
-SMALL = {"num_encoder_layers": 1, "num_decoder_layers": 1}
-EXACT = SMALL | {"dropout_rate": 0.0}
 SGD = optax.sgd(1e-2)
 
 
-def begin(tiny, optimizer=SGD, seed=0):
-    """(state, frozen), with a state of its own: the step donates it."""
+def make_apply(dropout_rate: float = 0.0):
+    """A stand-in for the network that compiles in no time: the step does not look inside."""
+
+    def apply(variables, inputs, targets, *, train, rngs):
+        table, prompt = variables["params"]["table"], variables["prompt"]["prompt"]
+        context = jnp.mean(table[inputs], 1) + jnp.sum(jnp.tanh(prompt), 0)
+        keep = jax.random.bernoulli(rngs["dropout"], 1 - dropout_rate, context.shape)
+        assert train
+        return jnp.tanh(context * keep)[:, None] * table[targets] @ table.T
+
+    return apply
+
+
+def begin(optimizer=SGD, seed=0):
+    """(state, frozen) for `make_apply`."""
+    table = jax.random.normal(jax.random.key(7), (64, 16))
+    prompt = {"prompt": {"prompt": jax.random.normal(jax.random.key(8), (5, 16))}}
+    return init_train_state(prompt, optimizer, jax.random.key(seed)), {"params": {"table": table}}
+
+
+def begin_t5(tiny, optimizer=SGD):
+    """(state, frozen) of the tiny T5, with a state of its own: the step donates it."""
     prompt = {"prompt": {"prompt": jnp.array(tiny.prompt)}}
-    return init_train_state(prompt, optimizer, jax.random.key(seed)), {"params": tiny.params}
+    return init_train_state(prompt, optimizer, jax.random.key(0)), {"params": tiny.params}
 
 
-def compiled(tiny, loss=Loss(), *, optimizer=SGD, microbatches=1, **changes):  # noqa: B008
-    step = make_train_step(tiny.apply_fn(**changes), optimizer, loss, microbatches=microbatches)
+def compiled(apply, optimizer=SGD, loss=Loss(), microbatches=1):  # noqa: B008
+    step = make_train_step(apply, optimizer, loss, microbatches=microbatches)
     return jax.jit(step, donate_argnums=0)
 
 
@@ -38,62 +55,78 @@ def prompt_of(state):
     return np.asarray(state.trainable["prompt"]["prompt"])
 
 
-def test_compiles_once_per_batch_shape_and_donates_its_state(tiny, tiny_batch) -> None:
-    step = compiled(tiny, optimizer=Adafactor().make(), **SMALL)
-    state, frozen = begin(tiny, Adafactor().make())
+def test_compiles_once_per_batch_shape_and_donates_its_state(tiny_batch) -> None:
+    traces = []
+
+    def apply(*args, **kwargs):
+        traces.append(args[1].shape)
+        return make_apply(0.1)(*args, **kwargs)
+
+    optimizer = Adafactor().make()
+    step = compiled(apply, optimizer)
+    state, frozen = begin(optimizer)
     shorter = {name: array[:, :6] for name, array in tiny_batch.items()}
     for number in range(6):
         old = state
         state, metrics = step(state, frozen, shorter if number % 2 else tiny_batch)
-        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old.trainable))
-        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old.opt_state) if leaf.ndim)
+        assert old.trainable["prompt"]["prompt"].is_deleted()
+        # The unused slots of Adafactor, of one element, are constants and not passed on.
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old.opt_state) if leaf.size > 1)
         assert math.isfinite(metrics["loss"])
-    assert step._cache_size() == 2
+    assert traces == [(8, 12), (8, 6)]
     assert state.step == 6
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(frozen))
 
 
-def test_metrics_are_the_loss_the_tokens_and_the_gradient(tiny, tiny_batch) -> None:
-    state, frozen = begin(tiny)
-    _, metrics = compiled(tiny, **EXACT)(state, frozen, tiny_batch)
+def test_metrics_are_the_loss_the_tokens_and_the_gradient(tiny_batch) -> None:
+    state, frozen = begin()
+    prompt = jnp.array(prompt_of(state))
+    after, metrics = compiled(make_apply())(state, frozen, tiny_batch)
+    tokens, targets, real, weights = tiny_batch.values()
 
     def loss(prompt):
-        inputs = tiny_batch["encoder_input_tokens"], tiny_batch["decoder_input_tokens"]
-        logits = tiny.apply_fn(**EXACT)(with_prompt(frozen, prompt), *inputs)
-        targets, weights = tiny_batch["decoder_target_tokens"], tiny_batch["decoder_loss_weights"]
-        return Loss()(logits, targets, weights)
+        rngs = {"dropout": jax.random.key(0)}
+        logits = make_apply()(with_prompt(frozen, prompt), tokens, targets, train=True, rngs=rngs)
+        return Loss()(logits, real, weights)
 
-    value, gradient = jax.jit(jax.value_and_grad(loss))(tiny.prompt)
+    value, gradient = jax.jit(jax.value_and_grad(loss))(prompt)
     np.testing.assert_allclose(metrics["loss"], value, rtol=1e-6)
     np.testing.assert_allclose(metrics["gradient_norm"], jnp.linalg.norm(gradient), rtol=1e-5)
-    assert metrics["target_tokens"] == (tiny_batch["decoder_target_tokens"] > 0).sum()
+    np.testing.assert_allclose(prompt_of(after), prompt - 1e-2 * gradient, rtol=0, atol=1e-5)
+    assert metrics["target_tokens"] == (real > 0).sum()
 
 
 @pytest.mark.parametrize("per_token", [False, True])
-def test_microbatches_add_up_to_the_whole_batch(tiny, tiny_batch, per_token) -> None:
+def test_microbatches_add_up_to_the_whole_batch(tiny_batch, per_token) -> None:
     # Uneven weights: the parts of the batch do not count the same.
     weights = tiny_batch["decoder_loss_weights"] * np.arange(8)[:, None] / 4
     batch = tiny_batch | {"decoder_loss_weights": weights.astype(np.float32)}
-    loss = Loss(per_token=per_token)
+    start = prompt_of(begin()[0])
     results = []
     for microbatches in (1, 4):
-        state, frozen = begin(tiny)
-        step = compiled(tiny, loss, microbatches=microbatches, **EXACT)
-        state, metrics = step(state, frozen, batch)
-        results.append((prompt_of(state) - np.asarray(tiny.prompt), jax.device_get(metrics)))
+        step = compiled(make_apply(), SGD, Loss(per_token=per_token), microbatches)
+        state, metrics = step(*begin(), batch)
+        results.append((prompt_of(state) - start, jax.device_get(metrics)))
     (whole, whole_metrics), (parts, part_metrics) = results
-    # Sums of float32 in another order: 1e-6 of the largest.
-    np.testing.assert_allclose(parts, whole, rtol=0, atol=1e-5 * np.abs(whole).max())
+    # Sums of float32 in another order; the difference to a prompt of size 1 keeps 5 digits.
+    np.testing.assert_allclose(parts, whole, rtol=0, atol=1e-5 * max(np.abs(whole).max(), 0.1))
     for name, value in whole_metrics.items():
         np.testing.assert_allclose(part_metrics[name], value, rtol=1e-5)
 
 
-def test_dropout_follows_the_key_and_the_step(tiny, tiny_batch) -> None:
+def test_per_token_is_the_mean_over_target_tokens(tiny_batch) -> None:
+    total = compiled(make_apply())(*begin(), tiny_batch)[1]
+    mean = compiled(make_apply(), SGD, Loss(per_token=True))(*begin(), tiny_batch)[1]
+    for name in ("loss", "gradient_norm"):
+        np.testing.assert_allclose(mean[name], total[name] / total["target_tokens"], rtol=1e-5)
+
+
+def test_dropout_follows_the_key_and_the_step(tiny_batch) -> None:
     still = optax.set_to_zero()  # the prompt stays, so only dropout can change the loss
-    step = compiled(tiny, optimizer=still, **SMALL)
+    step = compiled(make_apply(0.5), still)
 
     def losses(seed):
-        state, frozen = begin(tiny, still, seed)
+        state, frozen = begin(still, seed)
         out = []
         for _ in range(3):
             state, metrics = step(state, frozen, tiny_batch)
@@ -103,26 +136,32 @@ def test_dropout_follows_the_key_and_the_step(tiny, tiny_batch) -> None:
     first = losses(0)
     assert len(set(first)) == 3
     assert losses(0) == first
-    assert losses(1) != first
+    assert not set(losses(1)) & set(first)
 
 
-def test_microbatches_draw_different_dropout(tiny, tiny_batch) -> None:
+def test_microbatches_draw_different_dropout(tiny_batch) -> None:
     # The same two examples four times: with one mask for all parts, the loss is 4 times a part's.
-    batch = {name: np.tile(array[:2], (4, 1)) for name, array in tiny_batch.items()}
     small = {name: array[:2] for name, array in tiny_batch.items()}
-    state, frozen = begin(tiny)
-    keys = jax.random.split(jax.random.fold_in(state.key, 0), 4)
-    _, metrics = compiled(tiny, microbatches=4, **SMALL)(state, frozen, batch)
-
-    @jax.jit
-    def part(key):
-        inputs = small["encoder_input_tokens"], small["decoder_input_tokens"]
-        logits = tiny.apply_fn(**SMALL)(tiny.variables, *inputs, train=True, rngs={"dropout": key})
-        return Loss()(logits, small["decoder_target_tokens"], small["decoder_loss_weights"])
-
-    losses = [float(part(key)) for key in keys]
-    assert len(set(losses)) == 4
-    np.testing.assert_allclose(metrics["loss"], sum(losses), rtol=1e-5)
+    batch = {name: np.tile(array, (4, 1)) for name, array in small.items()}
+    for rate, same in ((0.0, True), (0.5, False)):
+        once = compiled(make_apply(rate))(*begin(), small)[1]["loss"]
+        four = compiled(make_apply(rate), microbatches=4)(*begin(), batch)[1]["loss"]
+        state, frozen = begin()
+        masks = jax.random.split(jax.random.fold_in(state.key, 0), 4)
+        parts = []
+        for key in masks:
+            logits = make_apply(rate)(
+                frozen | state.trainable,
+                small["encoder_input_tokens"],
+                small["decoder_input_tokens"],
+                train=True,
+                rngs={"dropout": key},
+            )
+            weights = small["decoder_loss_weights"]
+            parts.append(float(Loss()(logits, small["decoder_target_tokens"], weights)))
+        np.testing.assert_allclose(four, sum(parts), rtol=1e-5)
+        assert np.isclose(four, 4 * once, rtol=1e-4) is np.bool_(same)
+        assert (len(set(parts)) == 1) is same
 
 
 def dot_flops(jaxpr) -> int:
@@ -151,49 +190,41 @@ def flops_of(function, *args) -> int:
 
 def test_no_gradient_of_a_frozen_weight_is_formed(tiny, tiny_batch) -> None:
     apply = tiny.apply_fn()
-    state, frozen = begin(tiny)
     inputs = tiny_batch["encoder_input_tokens"], tiny_batch["decoder_input_tokens"]
     forward = flops_of(lambda v: apply(v, *inputs), tiny.variables)
-    step = flops_of(make_train_step(apply, SGD, Loss()), state, frozen, tiny_batch)
+    step = flops_of(make_train_step(apply, SGD, Loss()), *begin_t5(tiny), tiny_batch)
 
+    plain = flops_of(lambda v: apply(v, *inputs), {"params": tiny.params})
     everything = init_train_state({"params": tiny.params}, SGD, jax.random.key(0))
     full = flops_of(make_train_step(apply, SGD, Loss()), everything, {}, tiny_batch)
-    plain = flops_of(lambda v: apply(v, *inputs), {"params": tiny.params})
     # Forward and back once: 2. The gradients of the weights would be the third.
     assert 1.9 < step / forward < 2.3
     assert full / plain > 2.7
 
 
-def test_training_lowers_the_loss_of_a_fixed_batch(tiny, tiny_batch) -> None:
-    optimizer = Adafactor(learning_rate=0.1).make()
-    step = compiled(tiny, optimizer=optimizer, **EXACT)
-    state, frozen = begin(tiny, optimizer)
-    losses = []
-    for _ in range(60):
-        state, metrics = step(state, frozen, tiny_batch)
-        losses.append(float(metrics["loss"]))
-    assert losses[-1] < 0.8 * losses[0]
-
-
-def test_one_device_and_eight_agree(tiny, tiny_batch) -> None:
-    state, frozen = begin(tiny)
-    alone, alone_metrics = compiled(tiny, **EXACT)(state, frozen, tiny_batch)
-
+def test_training_lowers_the_loss_and_one_device_equals_eight(tiny, tiny_batch) -> None:
+    # One layer each compiles fast; without dropout, and under SGD, runs can be compared.
+    apply = tiny.apply_fn(num_encoder_layers=1, num_decoder_layers=1, dropout_rate=0.0)
+    sgd = optax.sgd(0.1)
     mesh = make_mesh()
     assert mesh.shape["data"] == 8
-    step = compiled(tiny, **EXACT)
-    state, frozen = jax.device_put(begin(tiny), replicated(mesh))
-    batch = put_batch(tiny_batch, mesh)
-    together, metrics = step(state, frozen, batch)
-    moved = prompt_of(alone) - np.asarray(tiny.prompt)
-    # The sum over examples is taken device by device: float32 rounding, 1e-6 of the largest.
-    np.testing.assert_allclose(
-        prompt_of(together), prompt_of(alone), rtol=0, atol=1e-5 * np.abs(moved).max()
-    )
-    for name, value in alone_metrics.items():
-        np.testing.assert_allclose(metrics[name], value, rtol=1e-5)
-
-    # The state stays where it was put, so the second step is not compiled again.
-    assert together.trainable["prompt"]["prompt"].sharding.is_equivalent_to(replicated(mesh), 2)
-    step(together, frozen, batch)
-    assert step._cache_size() == 1
+    step = compiled(apply, sgd)
+    state, frozen = begin_t5(tiny, sgd)
+    spread_state, spread_frozen = jax.device_put(begin_t5(tiny, sgd), replicated(mesh))
+    spread_batch = put_batch(tiny_batch, mesh)
+    # Told to leave the state where it is, one executable takes its own output, step after step.
+    train_step = make_train_step(apply, sgd, Loss())
+    spread = jax.jit(train_step, donate_argnums=0, out_shardings=(replicated(mesh), None))
+    spread = spread.lower(spread_state, spread_frozen, spread_batch).compile()
+    losses = []
+    for _ in range(10):
+        state, metrics = step(state, frozen, tiny_batch)
+        spread_state, spread_metrics = spread(spread_state, spread_frozen, spread_batch)
+        losses.append(float(metrics["loss"]))
+        # The sum over examples is taken device by device: float32 rounding, and ten steps of it.
+        for name, value in metrics.items():
+            np.testing.assert_allclose(spread_metrics[name], value, rtol=1e-4)
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < 0.98 * losses[0]
+    moved = np.abs(prompt_of(state) - np.asarray(tiny.prompt)).max()
+    np.testing.assert_allclose(prompt_of(spread_state), prompt_of(state), rtol=0, atol=1e-4 * moved)

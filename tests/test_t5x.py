@@ -221,6 +221,8 @@ def test_is_t5x(tmp_path, legacy):
     assert t5x.is_t5x(legacy.parent)
     assert t5x.is_t5x(FIXTURES / "t5_1_1_tiny_orbax")
     assert not t5x.is_t5x(tmp_path / "nothing here")
+    (tmp_path / "other" / "checkpoint_5").mkdir(parents=True)
+    assert not t5x.is_t5x(tmp_path / "other")
     assert not t5x.is_t5x(FIXTURES / "prompt_oracle")
     assert not t5x.is_t5x(FIXTURES / "prompt_oracle" / "oracle.npz")
     with pytest.raises(InputError, match="no T5X checkpoint here"):

@@ -79,6 +79,6 @@ def written_whole(path: epath.Path) -> Iterator[IO[bytes]]:
     try:
         with temporary.open("wb") as stream:
             yield stream
-        temporary.replace(path)
+        path.write_bytes(temporary.read_bytes())
     finally:
         temporary.unlink(missing_ok=True)

@@ -59,6 +59,8 @@ def load_huggingface(directory: str | os.PathLike[str]) -> dict[str, StoredArray
     directory = epath.Path(directory)
     config = read_config(directory)
     tensors = _open_tensors(directory)
+    for name in UNUSED:
+        tensors.pop(name, None)
     for copy in [tensors.pop(name) for name in COPIES if name in tensors]:
         # Where tensors are shared, writers keep any one of the names. transformers 5 can untie
         # encoder and decoder too, which is no T5.
@@ -67,13 +69,13 @@ def load_huggingface(directory: str | os.PathLike[str]) -> dict[str, StoredArray
                 f"{copy.where}: this embedding differs from shared.weight; in a T5, encoder and "
                 "decoder share one"
             )
-    for name in UNUSED:
-        tensors.pop(name, None)
     arrays = {}
     for name, tensor in tensors.items():
         if (translated := to_t5x(name)) is None:
             raise InputError(f"{tensor.where}: the tensor {name} is none of T5's")
         ours, transposed = translated
+        if len(tensor.shape) != (1 if ours.endswith("/scale") else 2):
+            raise InputError(f"{tensor.where}: the tensor {name} has shape {list(tensor.shape)}")
         arrays[ours] = _transpose(tensor) if transposed else tensor
     _decide_logits(arrays, config, directory)
     for name in expected_names(load_config(directory)):
@@ -116,7 +118,7 @@ def _decide_logits(
 
 def _equal(one: StoredArray, other: StoredArray) -> bool:
     """Whether two [V, D] arrays are the same, compared a few rows at a time."""
-    if one.shape != other.shape:
+    if one.shape != other.shape or len(one.shape) != 2:
         return False
     rows = 1024
     return all(

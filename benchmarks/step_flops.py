@@ -1,0 +1,102 @@
+"""FLOPs of the prompt-tuning step, beside those of the forward pass, for every T5 1.1.
+
+    python benchmarks/step_flops.py [--output=FILE.json]
+
+Counted from the jaxpr (`ptjax.scale.flops`), so no weights exist and XXL takes seconds. Going back
+through a frozen network costs its activations' gradients alone: step / forward is 2 and a little.
+3.0 would mean that the gradients of frozen weights are computed too. Exits 1 above 2.25.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+
+from ptjax.models.prompted import PromptedT5
+from ptjax.models.t5 import T5Config, parameter_shapes
+from ptjax.scale.flops import step_flops
+from ptjax.training import freeze as freezing
+from ptjax.training.optimizer import Adafactor
+
+LIMIT = 2.25
+SIZES = {  # D, H, layers of either stack, F
+    "small": (512, 6, 8, 1024),
+    "base": (768, 12, 12, 2048),
+    "large": (1024, 16, 24, 2816),
+    "xl": (2048, 32, 24, 5120),
+    "xxl": (4096, 64, 24, 10240),
+}
+
+
+def t5_1_1(size: str) -> T5Config:
+    """The configuration of `gin_configs/models/t5_1_1_<size>.gin`."""
+    width, heads, layers, mlp = SIZES[size]
+    return T5Config(
+        vocab_size=32128,
+        emb_dim=width,
+        num_heads=heads,
+        num_encoder_layers=layers,
+        num_decoder_layers=layers,
+        head_dim=64,
+        mlp_dim=mlp,
+    )
+
+
+def batch_shapes(batch: int, inputs: int, targets: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """A training batch [B, T] -> [B, L] without its values."""
+    return {
+        "encoder_input_tokens": jax.ShapeDtypeStruct((batch, inputs), jnp.int32),
+        "decoder_input_tokens": jax.ShapeDtypeStruct((batch, targets), jnp.int32),
+        "decoder_target_tokens": jax.ShapeDtypeStruct((batch, targets), jnp.int32),
+        "decoder_loss_weights": jax.ShapeDtypeStruct((batch, targets), jnp.float32),
+    }
+
+
+def prompt_step_flops(
+    size: str, batch: int, inputs: int, prompt: int, targets: int
+) -> tuple[int, int]:
+    """(forward, step) of prompt tuning with the paper's recipe."""
+    config = t5_1_1(size)
+    variables = {
+        "params": parameter_shapes(config),
+        "prompt": {"prompt": jax.ShapeDtypeStruct((prompt, config.emb_dim), jnp.float32)},
+    }
+    freeze = freezing.make_freeze(variables, freezing.METHODS["prompt_tuning"])
+    optimizer = freezing.lock(Adafactor().make(), freeze)
+    shapes = batch_shapes(batch, inputs, targets)
+    return step_flops(PromptedT5(config).apply, variables, freeze, shapes, optimizer)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--inputs", type=int, default=512, help="T, input tokens")
+    parser.add_argument("--prompt", type=int, default=100, help="P, rows of the prompt")
+    parser.add_argument("--targets", type=int, default=16, help="L, target tokens")
+    parser.add_argument("--output", help="a JSON file to write")
+    flags = parser.parse_args()
+    shape = {name: getattr(flags, name) for name in ("batch", "inputs", "prompt", "targets")}
+
+    print(f"T5 1.1, prompt tuning, {shape}")
+    print(f"{'size':6} {'forward':>10} {'step':>10} {'step / forward':>15}")
+    rows = []
+    for size in SIZES:
+        forward, step = prompt_step_flops(size, **shape)
+        print(f"{size:6} {forward:10.3e} {step:10.3e} {step / forward:15.3f}")
+        rows.append({"size": size, "forward": forward, "step": step, "ratio": step / forward})
+    if flags.output:
+        result = {"shape": shape, "jax": jax.__version__, "limit": LIMIT, "sizes": rows}
+        with open(flags.output, "w", encoding="utf-8") as file:
+            json.dump(result, file, indent=2)
+    if above := [row["size"] for row in rows if row["ratio"] > LIMIT]:
+        print(f"above {LIMIT}, so gradients of frozen weights are computed: {', '.join(above)}")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""Prompt files: our own, and every other that holds a prompt for a T5.
+
+Ours is a safetensors file with one tensor, `prompt` float32 [P, D], whose header says where it was
+trained and how its inputs are written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from etils import epath
+
+from ptjax.errors import InputError
+from ptjax.interop import peft, safetensors_file, t5x
+
+TENSOR = "prompt"
+T5X_PROMPT = "encoder/prompt/prompt/prompt"
+"""Where google-research/prompt-tuning keeps a prompt inside a T5X checkpoint."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptFile:
+    """A prompt as it was stored.
+
+    Attributes:
+        prompt: float32 [P, D], finite.
+        metadata: what its file says of it; empty for formats other than ours.
+    """
+
+    prompt: np.ndarray
+    metadata: dict[str, Any]
+
+
+def save_prompt(
+    path: str | os.PathLike[str], prompt: np.ndarray, metadata: Mapping[str, Any]
+) -> None:
+    """Writes `prompt` [P, D] as float32, whole or not at all.
+
+    Args:
+        metadata: values that JSON can hold; `load_prompt` gives them back.
+
+    Raises:
+        InputError: the prompt is not finite or not [P, D].
+    """
+    prompt = _checked(np.asarray(prompt), os.fspath(path))
+    safetensors_file.save_safetensors(
+        path,
+        [(TENSOR, prompt)],
+        {TENSOR: (prompt.shape, "float32")},
+        {key: json.dumps(value, ensure_ascii=False) for key, value in metadata.items()},
+    )
+
+
+def load_prompt(path: str | os.PathLike[str]) -> PromptFile:
+    """Finds out what `path` is and returns the prompt in it.
+
+    It may be ptjax's file, a numpy file of google-research/prompt-tuning (with .npy or without), a
+    directory of PEFT (or its weights file), or a T5X checkpoint that holds a prompt; local or gs://.
+
+    Raises:
+        InputError: it is none of these, or the prompt is damaged, not finite, not [P, D].
+    """
+    path = epath.Path(path)
+    if not path.exists():
+        raise InputError(f"{path}: no prompt here, the path does not exist")
+    if path.name in (peft.WEIGHTS, "adapter_model.bin") and peft.is_peft(path.parent):
+        path = path.parent
+    if path.is_dir() or path.name == "checkpoint":
+        return PromptFile(_checked(_load_directory(path), os.fspath(path)), {})
+    with path.open("rb") as stream:
+        start = stream.read(9)
+    if start.startswith(b"\x93NUMPY"):
+        return PromptFile(_checked(_load_numpy(path), os.fspath(path)), {})
+    if start[8:] == b"{":
+        return _load_safetensors(path)
+    kind = {b"\x80": "a pickle, which could run anything", b"P": "a zip (.npz or torch)"}
+    raise InputError(
+        f"{path}: no prompt file, but {kind.get(start[:1], 'something else')}; ptjax reads "
+        "safetensors, .npy, PEFT directories and T5X checkpoints"
+    )
+
+
+def _load_directory(path: epath.Path) -> np.ndarray:
+    if peft.is_peft(path):
+        return peft.load_peft(path)
+    if not t5x.is_t5x(path):
+        raise InputError(
+            f"{path}: no prompt in this directory, neither PEFT's {peft.CONFIG} nor a T5X "
+            "checkpoint; name the prompt's file"
+        )
+    checkpoint = t5x.find_checkpoint(path)
+    arrays = t5x.load_t5x(checkpoint)
+    if T5X_PROMPT not in arrays:
+        raise InputError(f"{checkpoint}: the checkpoint holds no prompt (parameter {T5X_PROMPT})")
+    return arrays[T5X_PROMPT].read_all()
+
+
+def _load_numpy(path: epath.Path) -> np.ndarray:
+    try:
+        array = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
+    except Exception as error:  # numpy has many, and all mean a file that is none of ours
+        reason = str(error).split("\n")[0]
+        raise InputError(f"{path}: the numpy file is truncated or damaged ({reason})") from error
+    # numpy has no name for bfloat16 and writes it as two bytes of nothing in particular.
+    return array.view(ml_dtypes.bfloat16) if array.dtype == np.dtype("V2") else array
+
+
+def _load_safetensors(path: epath.Path) -> PromptFile:
+    arrays, header = safetensors_file.open_safetensors(path)
+    if TENSOR not in arrays:
+        raise InputError(f"{path}: the file holds {sorted(arrays)[:3]}, not the tensor {TENSOR!r}")
+    metadata = {}
+    for key, text in header.items():
+        try:
+            metadata[key] = json.loads(text)
+        except (TypeError, ValueError):
+            metadata[key] = text  # somebody else's header
+    return PromptFile(_checked(arrays[TENSOR].read_all(), os.fspath(path)), metadata)
+
+
+def _checked(prompt: np.ndarray, where: str) -> np.ndarray:
+    """`prompt` as float32 [P, D]."""
+    floating = np.issubdtype(prompt.dtype, np.floating) or prompt.dtype == ml_dtypes.bfloat16
+    if not floating:
+        raise InputError(f"{where}: the prompt is of {prompt.dtype}, not floating point")
+    if prompt.ndim != 2 or 0 in prompt.shape:
+        raise InputError(f"{where}: the prompt has shape {list(prompt.shape)}, not [P, D]")
+    with np.errstate(over="ignore"):
+        prompt = np.ascontiguousarray(prompt, np.float32)
+    if not np.isfinite(prompt).all():
+        row = int(np.flatnonzero(~np.isfinite(prompt).all(axis=1))[0])
+        raise InputError(f"{where}: the prompt is not finite (row {row})")
+    return prompt

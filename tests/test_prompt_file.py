@@ -1,0 +1,186 @@
+"""Prompt files: ours, and the others that hold a prompt."""
+
+from __future__ import annotations
+
+import pathlib
+import pickle
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+import tensorstore as ts
+from flax import serialization
+
+from ptjax.errors import InputError
+from ptjax.interop.peft import export_peft
+from ptjax.interop.prompt_file import T5X_PROMPT, load_prompt, save_prompt
+
+FIXTURES = pathlib.Path(__file__).parent / "fixtures"
+METADATA = {
+    "ptjax_version": "0.1.0",
+    "task": "sst2",
+    "template": 'Kritik: "{text}" → {label}\n',
+    "verbalizers": {"0": "negative", "1": "positive"},
+    "step": 1200,
+    "metric": 0.93,
+    "fingerprint": None,
+}
+
+
+@pytest.fixture
+def prompt():
+    return np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32)
+
+
+def test_a_prompt_and_its_metadata_come_back(tmp_path, prompt):
+    save_prompt(tmp_path / "prompt.safetensors", prompt, METADATA)
+    loaded = load_prompt(tmp_path / "prompt.safetensors")
+    assert loaded.prompt.dtype == np.float32
+    np.testing.assert_array_equal(loaded.prompt, prompt)
+    assert loaded.metadata == METADATA
+    tensors = safetensors.numpy.load_file(tmp_path / "prompt.safetensors")
+    assert list(tensors) == ["prompt"]
+    assert [path.name for path in tmp_path.iterdir()] == ["prompt.safetensors"]
+
+
+def test_a_reader_of_the_old_file_is_not_disturbed(tmp_path, prompt):
+    """The new file takes the old one's name in one step."""
+    file = tmp_path / "prompt.safetensors"
+    save_prompt(file, prompt, {})
+    before = file.read_bytes()
+    with file.open("rb") as old:
+        save_prompt(file, prompt + 1, {})
+        assert old.read() == before
+    np.testing.assert_array_equal(load_prompt(file).prompt, prompt + 1)
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path, prompt):
+    file = tmp_path / "prompt.safetensors"
+    save_prompt(file, prompt, {})
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        save_prompt(file, prompt + 1, {"bad": object()})
+    with pytest.raises(InputError, match=r"not finite \(row 2\)"):
+        prompt_with_nan = prompt.copy()
+        prompt_with_nan[2, 3] = np.nan
+        save_prompt(file, prompt_with_nan, {})
+    np.testing.assert_array_equal(load_prompt(file).prompt, prompt)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("name", ["prompt.npy", "encoder.prompt.prompt.prompt"])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, ml_dtypes.bfloat16, ">f4"])
+def test_a_numpy_file_of_prompt_tuning(tmp_path, prompt, name, dtype):
+    with (tmp_path / name).open("wb") as stream:
+        np.save(stream, prompt.astype(dtype))
+    loaded = load_prompt(tmp_path / name)
+    assert loaded.prompt.dtype == np.float32
+    np.testing.assert_array_equal(loaded.prompt, prompt.astype(dtype).astype(np.float32))
+    assert loaded.metadata == {}
+
+
+def test_a_peft_directory_or_its_weights(tmp_path, prompt):
+    export_peft(tmp_path, prompt, num_heads=2, num_layers=3)
+    for path in (tmp_path, tmp_path / "adapter_model.safetensors"):
+        np.testing.assert_array_equal(load_prompt(path).prompt, prompt)
+
+
+def write_t5x_prompt(checkpoint, prompt):
+    path = f"target.{T5X_PROMPT.replace('/', '.')}"
+    metadata = {"chunks": [3, 6], "dtype": "<f4", "shape": list(prompt.shape)}
+    kvstore = {"driver": "file", "path": f"{checkpoint / path}/"}
+    spec = {"driver": "zarr", "kvstore": kvstore, "metadata": metadata}
+    ts.open(spec, create=True).result().write(prompt).result()
+    leaf = {**spec, "kvstore": {"driver": "gfile", "path": path}}
+    target = {"encoder": {"prompt": {"prompt": {"prompt": leaf}}}}
+    (checkpoint / "checkpoint").write_bytes(
+        serialization.msgpack_serialize({"version": 3, "optimizer": {"target": target}})
+    )
+
+
+def test_a_t5x_checkpoint_with_a_prompt(tmp_path, prompt):
+    for step, value in ((9, prompt), (10, prompt + 1)):
+        write_t5x_prompt(tmp_path / f"checkpoint_{step}", value)
+    np.testing.assert_array_equal(load_prompt(tmp_path).prompt, prompt + 1)
+    for path in (tmp_path / "checkpoint_9", tmp_path / "checkpoint_9" / "checkpoint"):
+        np.testing.assert_array_equal(load_prompt(path).prompt, prompt)
+
+
+def test_a_t5x_checkpoint_without_a_prompt():
+    with pytest.raises(InputError, match=rf"checkpoint_3: .* holds no prompt \(.*{T5X_PROMPT}"):
+        load_prompt(FIXTURES / "t5_1_1_tiny_legacy")
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (np.zeros(6, np.float32), r"shape \[6\], not \[P, D\]"),
+        (np.zeros((2, 3, 4), np.float32), r"shape \[2, 3, 4\]"),
+        (np.zeros((0, 4), np.float32), r"shape \[0, 4\]"),
+        (np.array([[0, np.nan]], np.float32), r"not finite \(row 0\)"),
+        (np.array([[0.0], [np.inf]], np.float32), r"not finite \(row 1\)"),
+        (np.array([[1e300]]), "not finite"),
+    ],
+)
+@pytest.mark.parametrize("name", ["x.npy", "x.safetensors"])
+def test_a_prompt_that_is_none(tmp_path, value, message, name):
+    if name.endswith(".npy"):
+        np.save(tmp_path / name, value)
+    else:
+        safetensors.numpy.save_file({"prompt": value}, tmp_path / name)
+    with pytest.raises(InputError, match=rf"{name}: the prompt .*{message}"):
+        load_prompt(tmp_path / name)
+
+
+def test_integers_are_no_prompt(tmp_path):
+    np.save(tmp_path / "x.npy", np.zeros((2, 2), np.int32))
+    with pytest.raises(InputError, match="of int32, not floating point"):
+        load_prompt(tmp_path / "x.npy")
+
+
+@pytest.mark.parametrize("keep", [0, 5, 50, 130, -1])
+def test_a_truncated_numpy_file(tmp_path, prompt, keep):
+    np.save(tmp_path / "x.npy", prompt)
+    data = (tmp_path / "x.npy").read_bytes()[:keep]
+    (tmp_path / "x.npy").write_bytes(data)
+    with pytest.raises(InputError, match=r"x\.npy: (the numpy file is truncated|no prompt file)"):
+        load_prompt(tmp_path / "x.npy")
+
+
+def test_a_truncated_safetensors_file(tmp_path, prompt):
+    file = tmp_path / "x.safetensors"
+    save_prompt(file, prompt, METADATA)
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(InputError, match=r"x\.safetensors: the file is truncated"):
+        load_prompt(file)
+
+
+def test_pickled_arrays_are_refused_unopened(tmp_path, prompt):
+    np.save(tmp_path / "x.npy", np.array([[{"a": 1}]], dtype=object), allow_pickle=True)
+    with pytest.raises(InputError, match="Object arrays cannot be loaded"):
+        load_prompt(tmp_path / "x.npy")
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps(prompt))
+    with pytest.raises(InputError, match="a pickle, which could run anything"):
+        load_prompt(tmp_path / "x.pkl")
+    np.savez(tmp_path / "x.npz", prompt=prompt)
+    with pytest.raises(InputError, match="a zip"):
+        load_prompt(tmp_path / "x.npz")
+
+
+def test_somebody_else_s_safetensors(tmp_path, prompt):
+    file = tmp_path / "x.safetensors"
+    safetensors.numpy.save_file({"prompt": prompt}, file, metadata={"format": "pt"})
+    assert load_prompt(file).metadata == {"format": "pt"}
+    safetensors.numpy.save_file({"weight": prompt}, file)
+    with pytest.raises(InputError, match=r"holds \['weight'\], not the tensor 'prompt'"):
+        load_prompt(file)
+
+
+def test_paths_that_hold_nothing(tmp_path):
+    with pytest.raises(InputError, match="the path does not exist"):
+        load_prompt(tmp_path / "gone.npy")
+    with pytest.raises(InputError, match="no prompt in this directory"):
+        load_prompt(tmp_path)
+    (tmp_path / "x.txt").write_text("hello, this is text")
+    with pytest.raises(InputError, match="no prompt file, but something else"):
+        load_prompt(tmp_path / "x.txt")

@@ -1,0 +1,148 @@
+"""Our reader and writer of safetensors against the safetensors package."""
+
+from __future__ import annotations
+
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+
+from ptjax.errors import InputError
+from ptjax.interop.safetensors_file import open_safetensors, save_safetensors
+
+
+@pytest.fixture
+def tensors():
+    rng = np.random.default_rng(0)
+    return {
+        "matrix": rng.normal(size=(7, 5)).astype(np.float32),
+        "brain": rng.normal(size=(4, 3)).astype(ml_dtypes.bfloat16),
+        "half": rng.normal(size=3).astype(np.float16),
+        "scalar": np.array(2.5),
+        "empty": np.zeros((0, 4), np.float32),
+    }
+
+
+def save(path, tensors, metadata):
+    layout = {name: (value.shape, value.dtype.name) for name, value in tensors.items()}
+    save_safetensors(path, tensors.items(), layout, metadata)
+
+
+def test_what_the_package_writes_we_read(tmp_path, tensors):
+    safetensors.numpy.save_file(tensors, tmp_path / "x.safetensors", metadata={"a": "b"})
+    arrays, metadata = open_safetensors(tmp_path / "x.safetensors")
+    assert metadata == {"a": "b"}
+    assert set(arrays) == set(tensors)
+    for name, value in tensors.items():
+        assert (arrays[name].shape, arrays[name].dtype) == (value.shape, value.dtype.name)
+        np.testing.assert_array_equal(arrays[name].read_all(), value)
+
+
+def test_what_we_write_the_package_reads(tmp_path, tensors):
+    save(tmp_path / "x.safetensors", tensors, {"format": "pt"})
+    read = safetensors.numpy.load_file(tmp_path / "x.safetensors")
+    assert set(read) == set(tensors)
+    for name, value in tensors.items():
+        assert read[name].dtype == value.dtype
+        np.testing.assert_array_equal(read[name], value)
+    with safetensors.safe_open(tmp_path / "x.safetensors", framework="numpy") as file:
+        assert file.metadata() == {"format": "pt"}
+    assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        (slice(2, 5), slice(1, 3)),
+        (slice(None), slice(4, 5)),
+        (slice(6, 7), slice(None)),
+        (slice(3, 3), slice(None)),
+    ],
+)
+def test_a_part_is_the_part_of_the_whole(tmp_path, tensors, index):
+    save(tmp_path / "x.safetensors", tensors, {})
+    array = open_safetensors(tmp_path / "x.safetensors")[0]["matrix"]
+    np.testing.assert_array_equal(array.read(index), tensors["matrix"][index])
+
+
+def test_opening_reads_the_header_alone(tmp_path, tensors):
+    """Values changed after opening are seen: nothing was in memory."""
+    file = tmp_path / "x.safetensors"
+    save(file, {"matrix": tensors["matrix"]}, {})
+    array = open_safetensors(file)[0]["matrix"]
+    data = file.read_bytes()
+    file.write_bytes(data[:-140] + np.ones((7, 5), np.float32).tobytes())
+    np.testing.assert_array_equal(array.read_all(), np.ones((7, 5)))
+    file.write_bytes(data[:-1])
+    with pytest.raises(InputError, match=r"x\.safetensors: the file was changed or cut off"):
+        array.read_all()
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path, tensors):
+    file = tmp_path / "x.safetensors"
+    save(file, tensors, {})
+    before = file.read_bytes()
+
+    def interrupted():
+        yield "matrix", tensors["matrix"]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        save_safetensors(
+            file, interrupted(), {"matrix": ((7, 5), "float32"), "b": ((1,), "float32")}, {}
+        )
+    assert file.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"gone\.safetensors: the file is missing"):
+        open_safetensors(tmp_path / "gone.safetensors")
+
+
+@pytest.mark.parametrize("keep", [0, 4, 8, 40, -1, -60])
+def test_a_truncated_file_is_named(tmp_path, tensors, keep):
+    file = tmp_path / "x.safetensors"
+    safetensors.numpy.save_file(tensors, file)
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(InputError, match=r"x\.safetensors: the file is truncated"):
+        open_safetensors(file)
+
+
+def test_bytes_that_no_tensor_claims_are_an_error(tmp_path, tensors):
+    file = tmp_path / "x.safetensors"
+    safetensors.numpy.save_file(tensors, file)
+    file.write_bytes(file.read_bytes() + b"more")
+    with pytest.raises(InputError, match="4 bytes after the last tensor"):
+        open_safetensors(file)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"dtype": "I64", "shape": [1], "data_offsets": [0, 8]}, "tensor t is I64"),
+        ({"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}, "entry of tensor t is damaged"),
+        ({"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}, "entry of tensor t is damaged"),
+        ({"dtype": "F32", "shape": [-2], "data_offsets": [8, 0]}, "entry of tensor t is damaged"),
+        ({"dtype": "F32", "shape": [2]}, "entry of tensor t is damaged"),
+        ({"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}, "the file is truncated"),
+        ([], "entry of tensor t is damaged"),
+    ],
+)
+def test_a_header_that_lies(tmp_path, entry, message):
+    header = json.dumps({"t": entry}).encode()
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    with pytest.raises(InputError, match=message):
+        open_safetensors(file)
+
+
+@pytest.mark.parametrize("header", [b"[1, 2]", b"not json"])
+def test_no_safetensors_file(tmp_path, header):
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(InputError, match="this is no safetensors file"):
+        open_safetensors(file)
