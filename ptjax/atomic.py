@@ -2,26 +2,47 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
+import tempfile
 import uuid
+from collections.abc import Iterator
+from typing import IO
 
 from etils import epath
 
+IN_MEMORY = 1 << 24
+"""Bytes of a remote file that wait in memory; what is more waits in a temporary file."""
 
-def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
-    """Writes `data` so that no reader ever sees a part of it.
 
-    A local file is written under a temporary name and renamed; an object store makes an object
-    visible when its upload is complete.
+@contextlib.contextmanager
+def written_whole(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """A stream into `path`; a reader finds the old file or the whole new one, never a part.
+
+    A local file is written under another name and renamed. Renaming an object on gs:// would be a
+    copy, and leaving a half-written one closes it; so it is sent when everything is there.
     """
     target = epath.Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
     if "://" in os.fspath(target):
-        target.write_bytes(data)
+        with tempfile.SpooledTemporaryFile(IN_MEMORY) as waiting:
+            yield waiting
+            waiting.seek(0)
+            with target.open("wb") as stream:
+                shutil.copyfileobj(waiting, stream)
         return
-    temporary = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.tmp"
+    target = target.expanduser()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
-        temporary.write_bytes(data)
+        with temporary.open("wb") as stream:
+            yield stream
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+    """Writes a whole file at once; see `written_whole`."""
+    with written_whole(path) as stream:
+        stream.write(data)

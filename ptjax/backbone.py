@@ -167,7 +167,7 @@ def _make_config(
     What config.json tells stands above what names and shapes tell, and the user above both.
     """
     inferred = infer_config(stored, name)
-    defaults = {
+    defaults: dict[str, Any] = {
         f.name: f.default
         for f in dataclasses.fields(T5Config)
         if f.default is not dataclasses.MISSING
@@ -183,7 +183,8 @@ def _make_config(
     # Names tell one branch from two, not what is applied to them.
     untold = {"mlp_activations", *defaults} - (set(inferred) - {"mlp_activations"})
     assumed = tuple(sorted(untold - set(told) - set(overrides) - {"dtype"}))
-    return T5Config(**(inferred | dict(told) | dict(overrides) | {"dtype": dtype})), assumed
+    settings: dict[str, Any] = {**inferred, **told, **overrides, "dtype": dtype}
+    return T5Config(**settings), assumed
 
 
 def shipped(name: str) -> epath.Path | None:

@@ -26,9 +26,15 @@ class Checkpoints:
 
     def __init__(self, directory: epath.Path, *, keep: int = 2) -> None:
         self.directory = directory
-        policy = ocp.training.preservation_policies.LatestN(keep)
+        context = ocp.Context()
+        context.checkpointables.registry = ocp.handlers.local_registry()
+        for name in ("identity", "progress"):
+            context.checkpointables.registry.add(ocp.handlers.JsonHandler, checkpointable_name=name)
         self._orbax = ocp.training.Checkpointer(
-            directory, preservation_policy=policy, cleanup_tmp_directories=True
+            directory,
+            context=context,
+            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            cleanup_tmp_directories=True,
         )
 
     @property
@@ -59,7 +65,9 @@ class Checkpoints:
         loaded = self._orbax.load_checkpointables(
             self.latest, {"state": like, "data": data, "progress": None}
         )
-        return loaded["state"], loaded["progress"]
+        # A typed key comes back with a spec of its raw data's rank.
+        state = jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), loaded["state"], like)
+        return state, loaded["progress"]
 
     def save(
         self,

@@ -95,9 +95,7 @@ class Evaluator:
         self, variables: Tree, split: str, rewording: Callable[[str], str] | None = None
     ) -> dict[str, float]:
         """Metrics of `split`, every example exactly once; `rewording` changes the inputs' text."""
-        return self.task.evaluate(
-            self.predict(variables, split, rewording), self.examples(split)
-        )
+        return self.task.evaluate(self.predict(variables, split, rewording), self.examples(split))
 
     def predict(
         self, variables: Tree, split: str, rewording: Callable[[str], str] | None = None

@@ -107,10 +107,9 @@ def generate(
 
     Args:
         texts: formatted inputs; a prompt's template is not applied here.
-        prompt: as for `forward`. Its `.metadata`, if any, holds the defaults of the two lengths
-            under `target_length` and `input_length`.
-        max_new_tokens: the most tokens to write, end of sequence included (else 64).
-        input_length: longer inputs are cut to as many tokens, with a warning (else 512).
+        prompt: as for `forward`. Its `.metadata` may hold the two lengths' defaults.
+        max_new_tokens: the most to write, end of sequence included (else `target_length`, or 64).
+        input_length: longer inputs are cut to it, with a warning (else the prompt's, or 512).
         num_beams: 1 is greedy or sampling; above it, a beam search with brevity penalty `alpha`.
         temperature: 0 is greedy; above it, samples.
         top_p: samples from the fewest tokens whose probabilities reach it.
@@ -370,14 +369,16 @@ def _map_examples(
     Batches are dispatched one after the other and fetched together. Where the variables live on a
     mesh, its data axis shares the rows.
     """
-    where = getattr(jax.tree.leaves(variables)[0], "sharding", None)
-    mesh = where.mesh if isinstance(where, NamedSharding) else None
+    where: Any = getattr(jax.tree.leaves(variables)[0], "sharding", None)
+    mesh: Any = where.mesh if isinstance(where, NamedSharding) else None
     planned = plan_evaluation(source, buckets, batch_size)
     outputs = []
     for part in planned:
         tokens = build_batch(source, part, 0)["encoder_input_tokens"]
         rows = [_share(rows, mesh) for rows in (tokens, part.examples.astype(np.uint32))]
-        outputs.append(_gather(compute(*rows), mesh))
+        result = compute(*rows)
+        # Replicated, so that every host can read it.
+        outputs.append(result if mesh is None else jax.device_put(result, replicated(mesh)))
     order = np.concatenate([part.examples for part in planned])
     position = np.argsort(order, kind="stable")[-len(source) :]  # behind the filler, which is -1
     return jax.tree.map(lambda *parts: np.concatenate(parts)[position], *jax.device_get(outputs))
@@ -390,11 +391,6 @@ def _share(rows: np.ndarray, mesh: Any) -> Any:
     divides = len(rows) % mesh.shape["data"] == 0
     where = batch_sharding(mesh) if divides else replicated(mesh)
     return jax.make_array_from_callback(rows.shape, where, lambda index: rows[index])
-
-
-def _gather(results: Any, mesh: Any) -> Any:
-    """Results that every host can read."""
-    return results if mesh is None else jax.device_put(results, replicated(mesh))
 
 
 def _tokens(batch: Mapping[str, Any], name: str) -> np.ndarray:

@@ -38,7 +38,7 @@ Tree = Any
 BEST = "best"
 
 
-class TrainingFailed(RuntimeError):
+class TrainingError(RuntimeError):
     """The run cannot go on; what it saved before is good. Exit code 1."""
 
 
@@ -158,27 +158,28 @@ class Run:
         With `dry_run` it compiles the steps and returns.
 
         Raises:
-            TrainingFailed: a loss is not finite.
+            TrainingError: a loss is not finite.
             SystemExit: SIGTERM (143) or Ctrl-C (130), after saving.
         """
         hosts = jax.process_count()
-        data = make_iterator(
-            batches, self.pace.train_steps, host=jax.process_index(), hosts=hosts
-        )
+        data = make_iterator(batches, self.pace.train_steps, host=jax.process_index(), hosts=hosts)
         if dry_run:
             compile_steps(train_step, state, frozen, batches.shapes, mesh)
             return state
-        state = self._resume(state, data)
-        if self.config and jax.process_index() == 0:
-            atomic.write_bytes(self.model_dir / "config.gin", self.config.encode())
-        with Display(self.model_dir, self.pace.train_steps, self.progress.step) as display:
-            steps = compile_steps(train_step, state, frozen, batches.shapes, mesh)
-            with _signals() as caught:
-                state = self._steps(state, frozen, steps, data, mesh, display, caught)
-        self.checkpoints.wait()
-        last = sorted(self._kept_steps())
-        self.exports.prune({self.progress.best_step, *last[-self.pace.keep :]})
-        self.checkpoints.close()
+        try:
+            state = self._resume(state, data)
+            if self.config and jax.process_index() == 0:
+                atomic.write_bytes(self.model_dir / "config.gin", self.config.encode())
+            with Display(self.model_dir, self.pace.train_steps, self.progress.step) as display:
+                steps = compile_steps(train_step, state, frozen, batches.shapes, mesh)
+                with _signals() as caught:
+                    state = self._steps(state, frozen, steps, data, mesh, display, caught)
+            self.checkpoints.wait()
+            last = sorted(self._kept_steps())
+            self.exports.prune({self.progress.best_step, *last[-self.pace.keep :]})
+        finally:
+            # Also when something failed: what is being written is finished.
+            self.checkpoints.close()
         return state
 
     def _steps(
@@ -250,7 +251,7 @@ class Run:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             best = self.progress.best_step
             kept = f"the prompt of step {best} is kept" if best else "nothing was exported yet"
-            raise TrainingFailed(
+            raise TrainingError(
                 f"the loss of a step near {self.progress.step} is not finite ({loss}, gradient "
                 f"norm {norm}); {kept}. A smaller learning rate usually helps"
             )
@@ -312,9 +313,11 @@ class Run:
 
     def _kept_steps(self) -> list[int]:
         directory = self.exports.directory
-        names = [p.name.removesuffix(self.exports.suffix) for p in directory.iterdir()] if (
-            directory.exists()
-        ) else []
+        names = (
+            [p.name.removesuffix(self.exports.suffix) for p in directory.iterdir()]
+            if (directory.exists())
+            else []
+        )
         return [int(name) for name in names if name.isdigit()]
 
 
@@ -369,7 +372,9 @@ def _signals() -> Iterator[list[int]]:
 
     def note(number: int, frame: FrameType | None) -> None:
         caught.append(number)
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else old[number])
+        signal.signal(
+            number, signal.default_int_handler if number == signal.SIGINT else old[number]
+        )
         logging.info("signal %d: saving at the end of this step", number)
 
     if threading.current_thread() is not threading.main_thread():

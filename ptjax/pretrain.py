@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gin
-
-from ptjax import cli, pretraining
+from ptjax import cli
 
 
 def main() -> None:
@@ -14,13 +12,16 @@ def main() -> None:
         "writes MODEL_DIR/models/best in Hugging Face's layout. A run that was stopped goes on "
         "when the same command is given again.",
         gin_help="For example runs/pretrain_nano.gin.",
+        exit_codes=cli.RUN_EXIT_CODES,
     )
     parser.add_argument("--dry_run", action="store_true", help="compile the steps and stop")
     arguments = cli.parse(parser)
 
     def body() -> None:
+        from ptjax import pretraining  # here, so that --help need not wait for JAX
+
         cli.load_gin(arguments)
-        cli.bound(pretraining.pretrain)(config=gin.config_str(), dry_run=arguments.dry_run)
+        cli.bound(pretraining.pretrain)(config=cli.config_text(), dry_run=arguments.dry_run)
 
     cli.run(body)
 

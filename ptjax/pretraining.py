@@ -57,7 +57,9 @@ class Text:
             for record in read_records(path)[:: self.take_every.get(file, 1)]:
                 if field not in record.fields:
                     raise InputError(f"{record.where}: no field {field!r}")
-                made = [record.fields] if self.preprocess is None else self.preprocess(record.fields)
+                made = (
+                    [record.fields] if self.preprocess is None else self.preprocess(record.fields)
+                )
                 yield from (fields[field] for fields in made)
 
     def tokenize(self, tokenizer: Tokenizer, seed: int) -> np.ndarray:
@@ -68,7 +70,9 @@ class Text:
         rows = []
         for start in range(0, len(order), 4096):
             texts = [documents[i] for i in order[start : start + 4096]]
-            rows += [np.array([*ids, tokenizer.eos_id], dtype) for ids in tokenizer.encode_batch(texts)]
+            rows += [
+                np.array([*ids, tokenizer.eos_id], dtype) for ids in tokenizer.encode_batch(texts)
+            ]
         stream = np.concatenate(rows)
         logging.info("%d documents, %d tokens of running text", len(documents), len(stream))
         return stream
@@ -206,7 +210,9 @@ def pretrain(
         model, mesh, found = backbone.config, backbone.mesh, backbone.tokenizer
         params = backbone.variables["params"]
         if any(leaf.dtype != np.float32 for leaf in jax.tree.leaves(params)):
-            raise InputError("pretrain updates float32 weights: set load_backbone.dtype = 'float32'")
+            raise InputError(
+                "pretrain updates float32 weights: set load_backbone.dtype = 'float32'"
+            )
     else:
         mesh, found = sharding.make_mesh(), None
         params = _init_on_mesh(model, seed, mesh)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import gin
-
-from ptjax import cli, tuning
+from ptjax import cli
 
 
 def main() -> None:
@@ -15,7 +13,8 @@ def main() -> None:
         "Tunes a soft prompt on a frozen T5 and writes MODEL_DIR: prompts/best.safetensors, "
         "results.json, metrics.jsonl, tensorboard/, checkpoints/, config.gin. A run that was "
         "stopped goes on when the same command is given again.",
-        gin_help="For example quickstart.gin, or models/..., tasks/... and runs/prompt_tune.gin.",
+        gin_help="For example quickstart.gin, or tasks/sst2.gin and runs/prompt_tune.gin.",
+        exit_codes=cli.RUN_EXIT_CODES,
     )
     parser.add_argument(
         "--dry_run", action="store_true", help="compile the step, print the report, stop"
@@ -23,8 +22,10 @@ def main() -> None:
     arguments = cli.parse(parser)
 
     def body() -> None:
+        from ptjax import tuning  # here, so that --help need not wait for JAX
+
         cli.load_gin(arguments)
-        results = cli.bound(tuning.tune)(config=gin.config_str(), dry_run=arguments.dry_run)
+        results = cli.bound(tuning.tune)(config=cli.config_text(), dry_run=arguments.dry_run)
         if results:
             print(summary(results, cli.macro("MODEL_DIR")))
 
@@ -47,7 +48,9 @@ def summary(results: dict[str, Any], model_dir: str | None) -> str:
         f"  {results['trainable_parameters']:,} trained, {results['frozen_parameters']:,} frozen",
     ]
     if model_dir:
-        rows.append(f"\ntry it:  python -m ptjax.infer --model_dir={model_dir} 'a text of your own'")
+        rows.append(
+            f"\ntry it:  python -m ptjax.infer --model_dir={model_dir} 'a text of your own'"
+        )
     return "\n".join(line for line in rows if line)
 
 

@@ -262,9 +262,7 @@ def _exports(
     def write_model(path: epath.Path, state: TrainState, more: dict[str, Any]) -> None:
         # float32: the tuned weights as they are, whatever the backbone's activations.
         params = state.trainable["params"]
-        save_backbone(
-            path, backbone.config, params, tokenizer=backbone.tokenizer, dtype="float32"
-        )
+        save_backbone(path, backbone.config, params, tokenizer=backbone.tokenizer, dtype="float32")
 
     if method == "model_tuning":
         return Exports(model_dir / "models", "", write_model)
@@ -306,7 +304,12 @@ def _report_data(
 
 
 def _report_start(
-    method: str, backbone: Backbone, state: TrainState, frozen: Tree, optimizer: Adafactor, rms: float
+    method: str,
+    backbone: Backbone,
+    state: TrainState,
+    frozen: Tree,
+    optimizer: Adafactor,
+    rms: float,
 ) -> None:
     """Sizes, and the learning rate against the embedding's scale."""
     (trained, trained_bytes), (kept, kept_bytes) = (

@@ -95,7 +95,10 @@ def test_a_row_stops_at_its_end_of_sequence(model):
 
 
 class Constant:
-    """An `apply_fn` whose next token never depends on anything; it counts the decoder's steps."""
+    """An `apply_fn` of one distribution at every step, which counts the decoder's steps.
+
+    Rows without any input never end.
+    """
 
     def __init__(self, probs: list[float]) -> None:
         self.logits, self.steps = np.log(np.asarray(probs, np.float32)), []
@@ -106,9 +109,10 @@ class Constant:
         if method == "init_cache":
             empty = jnp.zeros((len(args[0]), args[1], 1, 1))
             return [{"self_key": empty, "self_value": empty}]
-        last, cache, position, _ = args
+        _, cache, position, mask = args
         jax.debug.callback(self.steps.append, position)
-        return jnp.broadcast_to(self.logits, (*last.shape, len(self.logits))), cache
+        endless = jnp.arange(len(self.logits)) * 1e3
+        return jnp.where(mask.any(axis=1)[:, None, None], self.logits, endless), cache
 
 
 @pytest.mark.parametrize("num_beams", [1, 2])

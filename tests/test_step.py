@@ -139,29 +139,27 @@ def test_dropout_follows_the_key_and_the_step(tiny_batch) -> None:
     assert not set(losses(1)) & set(first)
 
 
-def test_microbatches_draw_different_dropout(tiny_batch) -> None:
+@pytest.mark.parametrize(("rate", "same"), [(0.0, True), (0.5, False)])
+def test_microbatches_draw_different_dropout(tiny_batch, rate, same) -> None:
     # The same two examples four times: with one mask for all parts, the loss is 4 times a part's.
     small = {name: array[:2] for name, array in tiny_batch.items()}
     batch = {name: np.tile(array, (4, 1)) for name, array in small.items()}
-    for rate, same in ((0.0, True), (0.5, False)):
-        once = compiled(make_apply(rate))(*begin(), small)[1]["loss"]
-        four = compiled(make_apply(rate), microbatches=4)(*begin(), batch)[1]["loss"]
-        state, frozen = begin()
-        masks = jax.random.split(jax.random.fold_in(state.key, 0), 4)
-        parts = []
-        for key in masks:
-            logits = make_apply(rate)(
-                frozen | state.trainable,
-                small["encoder_input_tokens"],
-                small["decoder_input_tokens"],
-                train=True,
-                rngs={"dropout": key},
-            )
-            weights = small["decoder_loss_weights"]
-            parts.append(float(Loss()(logits, small["decoder_target_tokens"], weights)))
-        np.testing.assert_allclose(four, sum(parts), rtol=1e-5)
-        assert np.isclose(four, 4 * once, rtol=1e-4) is np.bool_(same)
-        assert (len(set(parts)) == 1) is same
+    once = compiled(make_apply(rate))(*begin(), small)[1]["loss"]
+    four = compiled(make_apply(rate), microbatches=4)(*begin(), batch)[1]["loss"]
+    state, frozen = begin()
+    tokens, targets, real, weights = small.values()
+
+    @jax.jit
+    def part(key):
+        variables = frozen | state.trainable
+        logits = make_apply(rate)(variables, tokens, targets, train=True, rngs={"dropout": key})
+        return Loss()(logits, real, weights)
+
+    keys = jax.random.split(jax.random.fold_in(state.key, 0), 4)
+    parts = [float(part(key)) for key in keys]
+    np.testing.assert_allclose(four, sum(parts), rtol=1e-5)
+    assert len(set(parts)) == (1 if same else 4)
+    assert np.isclose(four, 4 * once, rtol=1e-4) == same
 
 
 def dot_flops(jaxpr) -> int:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import load_expected
+from conftest import FIXTURES, load_expected
 
 from ptjax.models.t5 import T5, T5Config, parameter_shapes, relative_position_bucket
+from ptjax.training.freeze import flatten_paths
 from ptjax.training.loss import Loss
 
 # D, F, H, K, encoder layers, decoder layers, total. T5 1.1's equal Table 4 of Lester et al. 2021;
@@ -73,6 +75,15 @@ def test_parameter_totals_of_every_released_size(family, vocab_size, row) -> Non
     leaves = jax.tree.leaves(parameter_shapes(config))
     assert sum(math.prod(leaf.shape) for leaf in leaves) == total
     assert {leaf.dtype for leaf in leaves} == {np.dtype("float32")}
+
+
+@pytest.mark.parametrize("name", ["t5_1_1", "t5_1_0"])
+def test_parameter_paths_and_shapes_are_t5x(name, request) -> None:
+    config = request.getfixturevalue(name).config
+    manifest = json.loads((FIXTURES / f"{name}_tiny_legacy" / "params_manifest.json").read_text())
+    leaves = flatten_paths(parameter_shapes(config))
+    shapes = {path: list(leaf.shape) for path, leaf in leaves.items()}
+    assert shapes == {path: row["shape"] for path, row in manifest.items()}
 
 
 def real(expected: dict[str, np.ndarray]) -> np.ndarray:
@@ -233,13 +244,19 @@ def test_bfloat16_activations_give_float32_logits(tiny, tiny_batch) -> None:
         assert (rounded != rounded.astype(jnp.bfloat16).astype(jnp.float32)).mean() > 0.9
 
 
-def test_dropout_acts_in_training_alone_and_follows_its_key(tiny, tiny_batch) -> None:
-    def run(seed=None, **changes):
-        inputs = tiny_batch["encoder_input_tokens"], tiny_batch["decoder_input_tokens"]
+@pytest.mark.parametrize("half", ["encode", "decode"])
+def test_dropout_acts_in_training_alone_and_follows_its_key(tiny, tiny_batch, half) -> None:
+    inputs, tokens = tiny_batch["encoder_input_tokens"], tiny_batch["decoder_input_tokens"]
+    shape = (*inputs.shape, tiny.config.emb_dim)
+    encoded = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    args = (inputs,) if half == "encode" else (encoded, inputs > 0, tokens)
+
+    def run(seed=None):
         rngs = None if seed is None else {"dropout": jax.random.key(seed)}
-        return tiny.jitted(**changes)(tiny.variables, *inputs, train=seed is not None, rngs=rngs)
+        train = seed is not None
+        plain = {"params": tiny.params}
+        return jax.tree.leaves(tiny.jitted()(plain, *args, train=train, rngs=rngs, method=half))[0]
 
     np.testing.assert_array_equal(run(0), run(0))
     assert (run(0) != run(1)).any()
     assert (run(0) != run()).any()
-    np.testing.assert_array_equal(run(0, dropout_rate=0.0), run(dropout_rate=0.0))

@@ -28,8 +28,11 @@ Shape = tuple[int, int, int]
 class ExampleSource(Protocol):
     """Tokenised examples of known length; `tokens` may depend on the epoch, lengths may not."""
 
-    input_lengths: np.ndarray
-    target_lengths: np.ndarray
+    @property
+    def input_lengths(self) -> np.ndarray: ...
+
+    @property
+    def target_lengths(self) -> np.ndarray: ...
 
     def __len__(self) -> int: ...
 
@@ -206,8 +209,8 @@ class _Rows:
     def __len__(self) -> int:
         return self.stop
 
-    def __getitem__(self, number: Any) -> Batch:
-        return host_rows(self.batches.batch(int(number)), self.host, self.hosts)
+    def __getitem__(self, index: Any) -> Batch:
+        return host_rows(self.batches.batch(int(index)), self.host, self.hosts)
 
 
 def host_rows(batch: Batch, host: int, hosts: int) -> Batch:

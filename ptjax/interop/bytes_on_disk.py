@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import uuid
-from collections.abc import Iterator
-from typing import IO
 
 import ml_dtypes
 import numpy as np
@@ -56,29 +52,8 @@ def read_part(
     if "://" in os.fspath(file):
         with file.open("rb") as stream:
             stream.seek(begin)
-            buffer: object = stream.read(length)
+            buffer: bytes | np.ndarray = stream.read(length)
     else:
         buffer = np.memmap(file.expanduser(), np.uint8, "r", begin, (length,))
     in_bytes = tuple(stride * kind.itemsize for stride in strides)
     return np.array(np.ndarray(wanted, kind, buffer, strides=in_bytes))
-
-
-@contextlib.contextmanager
-def written_whole(path: epath.Path) -> Iterator[IO[bytes]]:
-    """A stream into `path`; a reader finds the old file or the whole new one, never a part.
-
-    Locally under another name first, then renamed. An object on gs:// appears when it is closed,
-    and renaming there would be a copy.
-    """
-    if "://" in os.fspath(path):
-        with path.open("wb") as stream:
-            yield stream
-        return
-    path = path.expanduser()
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("wb") as stream:
-            yield stream
-        path.write_bytes(temporary.read_bytes())
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -12,9 +12,10 @@ import huggingface_hub.errors
 import numpy as np
 from etils import epath
 
+from ptjax.atomic import written_whole
 from ptjax.errors import InputError
 from ptjax.interop import safetensors_file, torch_file
-from ptjax.interop.bytes_on_disk import numpy_dtype, written_whole
+from ptjax.interop.bytes_on_disk import numpy_dtype
 from ptjax.interop.huggingface_format import (
     COPIES,
     EMBEDDING,
@@ -211,7 +212,8 @@ def save_huggingface(
     if dtype not in ("float32", "bfloat16"):
         raise InputError(f"a T5 is saved in float32 or bfloat16, not in {dtype}")
     config_json = make_config_json(config, dtype)
-    layout, sources = {}, {}
+    layout: dict[str, tuple[tuple[int, ...], str]] = {}
+    sources: dict[str, tuple[str, bool]] = {}
     for name in sorted(params):
         if (translated := to_huggingface(name)) is None:
             raise InputError(f"parameter {name} has no place in Hugging Face's T5")

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from ptjax.atomic import written_whole
 from ptjax.errors import InputError
 from ptjax.interop import safetensors_file, torch_file
-from ptjax.interop.bytes_on_disk import written_whole
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

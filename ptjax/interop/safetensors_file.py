@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from ptjax.atomic import written_whole
 from ptjax.errors import InputError
 from ptjax.interop import bytes_on_disk
 from ptjax.interop.stored import Index, StoredArray
@@ -79,7 +80,7 @@ def save_safetensors(
         layout: name -> (shape, dtype name) of each.
         metadata: strings for the header.
     """
-    with bytes_on_disk.written_whole(epath.Path(path)) as stream:
+    with written_whole(epath.Path(path)) as stream:
         stream.write(header_bytes(layout, metadata))
         for (name, array), (expected, (shape, dtype)) in zip(arrays, layout.items(), strict=True):
             if (name, array.shape, array.dtype.name) != (expected, tuple(shape), dtype):

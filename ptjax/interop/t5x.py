@@ -10,11 +10,12 @@ there before they return anything.
 
 from __future__ import annotations
 
+import concurrent.futures
 import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,8 @@ from ptjax.interop.stored import Index, StoredArray
 DTYPES = ("float32", "bfloat16")
 _NUMBERED = re.compile(r"checkpoint_(\d+)")
 _PLACEHOLDER = "PLACEHOLDER://"
+# A checkpoint does not change under its reader: no request asks whether what is cached is stale.
+_FINISHED = {"open": True, "recheck_cached_data": False, "recheck_cached_metadata": False}
 # Files of `state/` that tell Orbax's formats, the first one also that saving came to its end.
 _ORBAX_FILES = ("manifest.ocdbt", "_METADATA", "checkpoint", "ocdbt.process_0")
 
@@ -141,16 +144,12 @@ def _load_legacy(file: epath.Path) -> dict[str, StoredArray]:
             )
         else:
             specs[name] = leaf
-    folders = {name: _folder_of(spec, name, file) for name, spec in specs.items()}
-
-    def kvstore(name: str) -> dict[str, Any]:
-        return _kvstore_spec(file.parent / folders[name])
-
-    keys = _list_keys({name: kvstore(name) for name in specs})
+    folders = {name: file.parent / _folder_of(spec, name, file) for name, spec in specs.items()}
+    keys = _list_folders(folders.values())
     stored = _open_zarrs(
         {
-            name: (kvstore(name), keys[name], os.fspath(file.parent / folders[name]))
-            for name in specs
+            name: (_kvstore_spec(folder), held, os.fspath(folder))
+            for (name, folder), held in zip(folders.items(), keys, strict=True)
         }
     )
     for name, spec in specs.items():
@@ -162,7 +161,6 @@ def _load_legacy(file: epath.Path) -> dict[str, StoredArray]:
                 f"{file} says {list(wanted)}"
             )
         _check_dtype(name, spec.get("dtype", stored[name].dtype), stored[name].where)
-    # In the order of the file: the two kinds mixed.
     return {name: arrays.get(name) or stored[name] for name in leaves}
 
 
@@ -325,11 +323,14 @@ def _kvstore_spec(folder: epath.Path) -> dict[str, Any]:
     return {"driver": "file", "path": f"{os.fspath(folder.expanduser().absolute())}/"}
 
 
-def _list_keys(kvstores: Mapping[str, dict[str, Any]]) -> dict[str, set[str]]:
-    """The keys in each store, all listed at once."""
-    stores = {name: ts.KvStore.open(spec) for name, spec in kvstores.items()}
-    lists = {name: store.result().list() for name, store in stores.items()}
-    return {name: {key.decode() for key in keys.result()} for name, keys in lists.items()}
+def _list_folders(folders: Iterable[epath.Path]) -> list[set[str]]:
+    """The names in each folder; many at once, for on gs:// each is a request."""
+
+    def names(folder: epath.Path) -> set[str]:
+        return {child.name for child in folder.iterdir()} if folder.is_dir() else set()
+
+    with concurrent.futures.ThreadPoolExecutor(32) as pool:
+        return list(pool.map(names, folders))
 
 
 def _open_zarrs(
@@ -340,13 +341,15 @@ def _open_zarrs(
     With futures, not asyncio: a notebook's event loop is already running.
     """
     opening = {}
+    context = ts.Context()  # caches of its own: the next load looks at the files anew
     for name, (kvstore, keys, where) in requests.items():
         if ".zarray" not in keys:
             raise InputError(
                 f"{where}/.zarray: the file of parameter {name} is missing; copy the checkpoint "
                 "again, dotfiles included"
             )
-        opening[name] = ts.open({"driver": "zarr", "kvstore": kvstore}, open=True, read=True)
+        spec = {"driver": "zarr", "kvstore": kvstore, **_FINISHED}
+        opening[name] = ts.open(spec, read=True, context=context)
     arrays = {}
     for name, (_, keys, where) in requests.items():
         try:

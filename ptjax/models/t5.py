@@ -117,7 +117,10 @@ class RelativePositionBias(nn.Module):
     bidirectional: bool
 
     @nn.compact
-    def __call__(self, queries: int, keys: int) -> Float[Array, "1 H q k"]:
+    def __call__(
+        self, queries: int, keys: int, position: Int[Array, ""] | int = 0
+    ) -> Float[Array, "1 H q k"]:
+        """Bias of queries `position ... position + queries - 1` for keys 0 ... keys - 1."""
         cfg = self.config
         table = self.param(
             "rel_embedding",
@@ -126,11 +129,14 @@ class RelativePositionBias(nn.Module):
             jnp.float32,
         )
         buckets = relative_position_bucket(
-            np.arange(keys)[None, :] - np.arange(queries)[:, None],
+            np.arange(keys)[None, :] - np.arange(keys)[:, None],
             bidirectional=self.bidirectional,
             num_buckets=cfg.relpos_buckets,
             max_distance=cfg.relpos_max_distance,
         )
+        if queries != keys:
+            # The rows are picked before the table is looked up: a decoding step needs one of them.
+            buckets = jax.lax.dynamic_slice_in_dim(jnp.asarray(buckets), position, queries)
         return table.astype(cfg.dtype)[None, :, buckets]
 
 
@@ -316,10 +322,9 @@ class Decoder(nn.Module):
     ) -> tuple[Float[Array, "B l D"], Cache]:
         cfg = self.config
         steps, length = embedded.shape[1], cache[0]["self_key"].shape[1]
-        causal = np.where(np.tri(length, dtype=bool), 0.0, MASKED)
-        self_bias = self.relpos_bias(length, length) + causal.astype(cfg.dtype)
-        if steps != length:
-            self_bias = jax.lax.dynamic_slice_in_dim(self_bias, position, steps, axis=2)
+        seen = jnp.arange(length) <= position + jnp.arange(steps)[:, None]
+        causal = jnp.where(seen, 0.0, MASKED).astype(cfg.dtype)
+        self_bias = self.relpos_bias(steps, length, position) + causal
         cross_bias = mask_bias(encoder_mask, cfg.dtype)
         x = self.input_dropout(embedded, deterministic).astype(cfg.dtype)
         updated = []

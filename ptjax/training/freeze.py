@@ -126,4 +126,3 @@ def sizes(tree: Tree) -> tuple[int, int]:
     leaves = [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype")]
     counts = [math.prod(leaf.shape) for leaf in leaves]
     return sum(counts), sum(n * leaf.dtype.itemsize for n, leaf in zip(counts, leaves, strict=True))
-

@@ -81,7 +81,7 @@ def make_train_step(
         metrics = {
             "loss": value,
             "target_tokens": jnp.sum(batch["decoder_loss_weights"]),
-            "gradient_norm": optax.global_norm(grads),
+            "gradient_norm": optax.tree.norm(grads),
         }
         return TrainState(state.step + 1, trainable, opt_state, state.key), metrics
 

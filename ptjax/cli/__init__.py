@@ -1,0 +1,148 @@
+"""Flags -> gin -> a library function, shared by the thin commands.
+
+The library has no `@gin.configurable`: gin files name functions through dynamic registration.
+Errors of the user end as one line and exit code 2, failures as exit code 1. Nothing heavy is
+imported here, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from ptjax.cli import logs
+from ptjax.cli.gin_files import bound, config_text, load_gin, macro, near, settings
+from ptjax.errors import InputError
+
+__all__ = [
+    "EXIT_CODES",
+    "RUN_EXIT_CODES",
+    "bound",
+    "config_text",
+    "load_gin",
+    "macro",
+    "make_parser",
+    "parse",
+    "run",
+    "settings",
+]
+
+GIN = """\
+gin: a gin file binds arguments of Python functions and names macros (NAME = value).
+  --gin.NAME=VALUE sets a macro, or any argument of a function, for example
+    --gin.MODEL_DIR="'/tmp/run'"  --gin.TRAIN_STEPS=1000  --gin.tuning.tune.seed=3
+  Strings need quotes of their own. Files are looked for in the current folder, in the
+  --gin_search_paths, and among ptjax's own (models/, tasks/, runs/, quickstart.gin).
+"""
+EXIT_CODES = "exit codes: 0 finished, 1 failed, 2 bad input"
+RUN_EXIT_CODES = f"""\
+{EXIT_CODES},
+  130 and 143 stopped by Ctrl-C and SIGTERM (saved; the same command goes on)"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """One line for what is wrong, with the nearest valid flag."""
+
+    def error(self, message: str) -> NoReturn:
+        if unknown := re.match(r"unrecognized arguments: (\S+)", message):
+            name = unknown[1].split("=")[0]
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            kind = "flag" if name.startswith("-") else "argument"
+            message = f"unknown {kind} {name}" + near(name, flags)
+        print(f"error: {message} (see --help)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def make_parser(
+    command: str, description: str, *, gin_help: str = "", exit_codes: str = EXIT_CODES
+) -> argparse.ArgumentParser:
+    """A parser with the gin flags that all commands share.
+
+    Args:
+        description: paragraphs, which are filled; lines that start with a space stay as they are.
+    """
+    paragraphs = textwrap.dedent(description).strip().split("\n\n")
+    parser = _Parser(
+        prog=f"python -m ptjax.{command}",
+        description="\n\n".join(
+            text if text.startswith(" ") else textwrap.fill(text, 90) for text in paragraphs
+        ),
+        epilog=GIN + exit_codes,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    settings = parser.add_argument_group("settings")
+    settings.add_argument(
+        "--gin_file",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a gin file; may be repeated, later ones win. " + gin_help,
+    )
+    settings.add_argument(
+        "--gin_search_paths",
+        default="",
+        metavar="DIRS",
+        help="comma-separated folders where gin files are looked for too",
+    )
+    settings.add_argument(
+        "--gin_bindings",
+        action="append",
+        default=[],
+        metavar="'NAME = VALUE'",
+        help="a line of gin; may be repeated. --gin.NAME=VALUE is the short form",
+    )
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Flags as usual, with `--gin.NAME=VALUE` turned into a binding."""
+    argv, rest, bindings = list(sys.argv[1:] if argv is None else argv), [], []
+    for argument in argv:
+        name, equals, value = argument.removeprefix("--gin.").partition("=")
+        if not argument.startswith("--gin."):
+            rest.append(argument)
+        elif not equals:
+            parser.error(f"{argument} needs a value: {argument}=VALUE")
+        else:
+            bindings.append(f"{name} = {value}")
+    arguments = parser.parse_intermixed_args(rest)
+    arguments.gin_bindings += bindings
+    return arguments
+
+
+def run(body: Callable[[], Any]) -> NoReturn:
+    """Runs a command's body; turns its outcome into an exit code."""
+    logs.prepare()
+    try:
+        body()
+        sys.stdout.flush()
+    except InputError as error:
+        # gin appends lines to what is raised inside of it.
+        raise SystemExit(_say("error", error, 2)) from None
+    except BrokenPipeError:
+        # The reader went away (`| head`); Python must not flush into the void when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+    except OSError as error:
+        raise SystemExit(_say("failed", error, 1)) from None
+    except RuntimeError as error:
+        from ptjax.loop import TrainingError  # not before: most commands need no loop
+
+        if not isinstance(error, TrainingError):
+            raise
+        raise SystemExit(_say("failed", error, 1)) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    raise SystemExit(0)
+
+
+def _say(what: str, error: BaseException, code: int) -> int:
+    print(f"{what}: {str(error).splitlines()[0]}", file=sys.stderr)
+    return code

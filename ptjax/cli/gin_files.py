@@ -1,0 +1,318 @@
+"""Reading gin files: what they bind, and one line for whatever is wrong with them."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import difflib
+import functools
+import importlib.util  # noqa: F401  (gin uses it and leaves the import to others)
+import inspect
+import os
+import pkgutil
+import pprint
+import re
+import sys
+import tokenize
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib import resources
+from typing import Any
+
+import gin
+from etils import epath
+
+from ptjax.errors import InputError
+
+# What a binding on the command line may name, beyond what the gin files have imported.
+_IMPORTS = """\
+from __gin__ import dynamic_registration
+import optax
+from ptjax import backbone
+from ptjax import evaluation
+from ptjax import loop
+from ptjax import tuning
+from ptjax.data import tasks
+from ptjax.models import prompt
+from ptjax.models import t5
+from ptjax.scale import sharding
+from ptjax.training import loss
+from ptjax.training import optimizer
+"""
+
+
+def gin_configs() -> epath.Path:
+    """ptjax's own gin files: inside an installed package, or at the top of a clone."""
+    package = epath.Path(os.fspath(resources.files("ptjax")))  # type: ignore[arg-type]
+    inside = package / "gin_configs"
+    return inside if inside.exists() else package.parent / "gin_configs"
+
+
+def near(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """ "; did you mean X?" with the nearest of `known`, or nothing."""
+    found = difflib.get_close_matches(name, list(known), 1, cutoff)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def load_gin(
+    arguments: argparse.Namespace, macros: Mapping[str, Any] | None = None, *, runs: bool = True
+) -> None:
+    """Reads the gin files and bindings, and checks every macro.
+
+    Args:
+        macros: set last, where the files use them.
+        runs: whether MODEL_DIR is needed; a command that only reads can do without.
+
+    Raises:
+        InputError: one line with file, line and the nearest valid name.
+    """
+    gin.clear_config()
+    paths = ["", *filter(None, arguments.gin_search_paths.split(",")), os.fspath(gin_configs())]
+    for path in paths:
+        gin.add_config_file_search_path(path)
+    gin.config.register_file_reader(_open_remote, _is_remote)
+    files = []
+    for file in arguments.gin_file:
+        with _explained(paths, file):
+            files += _flat(gin.parse_config_file(file), paths)
+    imports = [line for line in arguments.gin_bindings if re.match(r"(import|from)\s", line)]
+    for line in arguments.gin_bindings:
+        with _explained(paths, f"command line, {line}", line):
+            _bind(line, _IMPORTS + "\n".join(x for x in imports if "__gin__" not in x))
+    used, bound = _macros()
+    for name, value in (macros or {}).items():
+        if name in used:
+            gin.bind_parameter((name, "gin.macro", "value"), value)
+    _check_macros(used, bound, files, optional=() if runs else ("MODEL_DIR",))
+
+
+def _open_remote(path: str) -> Any:
+    return epath.Path(path).open()
+
+
+def _is_remote(path: str) -> bool:
+    # The search paths are put in front of everything: "folder/gs://..." is no remote file.
+    return re.match(r"\w+://", path) is not None and epath.Path(path).exists()
+
+
+def _bind(line: str, imports: str) -> None:
+    """One binding of the command line; it may name what no gin file has named so far."""
+    try:
+        gin.parse_config(line)
+    except ValueError as error:
+        if not str(error).startswith("No configurable matching"):
+            raise
+        gin.parse_config(f"{imports}\n{line}")
+
+
+def _flat(parsed: Any, paths: Sequence[str]) -> list[epath.Path]:
+    """A gin file and all that it includes."""
+    candidates = [epath.Path(os.path.join(path, parsed.filename)) for path in paths]
+    files = [path for path in candidates if path.exists()][:1]
+    return files + [file for inner in parsed.includes for file in _flat(inner, paths)]
+
+
+class _explained:  # noqa: N801
+    """Turns what gin raises into an InputError of one line."""
+
+    def __init__(self, paths: Sequence[str], where: str, line: str = "") -> None:
+        self.paths, self.where, self.line = paths, where, line
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, InputError) or not isinstance(
+            error,
+            ValueError
+            | NameError
+            | AttributeError
+            | ImportError
+            | OSError
+            | SyntaxError
+            | tokenize.TokenError,
+        ):
+            return
+        text = _explain(error, self.paths, self.line)
+        where = _place(error) or self.where
+        missing = isinstance(error, OSError) and where == self.where
+        raise InputError(text if missing else f"{where}: {text}") from error
+
+
+def _place(error: BaseException) -> str:
+    """ "file:line" of a mistake in a gin file."""
+    if isinstance(error, SyntaxError):
+        place = error.args[1] if len(error.args) > 1 else None
+        filename, number = getattr(place, "filename", None), getattr(place, "line_num", None)
+        return f"{filename}:{number}" if filename else ""
+    # The innermost of nested includes comes first.
+    found = re.search(r'\n  In file "([^"]+)",? line (\d+)', str(error))
+    return f"{found[1]}:{found[2]}" if found else ""
+
+
+def _explain(error: BaseException, paths: Sequence[str], line: str) -> str:
+    """gin's message in one line, with the nearest valid name where something is unknown."""
+    if isinstance(error, SyntaxError | tokenize.TokenError):
+        if match := re.match(r"([\w./]+) = ([^'\"@%\[({\d\s].*)$", line):
+            return f"a string needs its own quotes: --gin.{match[1]}=\"'{match[2]}'\""
+        what = error.args[0] if error.args else ""
+        told = "; it says: " + what.rstrip(".") if "malformed node" not in what else ""
+        return (
+            "gin cannot read this; see whether a quote or a bracket is missing, and whether every "
+            f"string has quotes{told}"
+        )
+    text = str(error).split("\n  In ")[0].replace("\n", " ")
+    if match := re.match(r"Configurable '([\w./]+)' doesn't have a parameter named '(\w+)'", text):
+        function = gin.config._REGISTRY.get_match(match[1])  # the last part is enough for gin
+        function = function or gin.config._REGISTRY.get_match(match[1].rsplit(".", 1)[-1])
+        names = inspect.signature(function.wrapped).parameters if function else ()
+        return f"{match[1]} has no parameter {match[2]}" + near(match[2], [*names], 0.0)
+    if match := re.match(
+        r"Couldn't resolve selector ([\w.]+); <module '([\w.]+)'.* (\w+)\.$", text
+    ):
+        module = sys.modules[match[2]]
+        names = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+        return f"{match[2]} has no {match[3]}" + near(match[3], names, 0.3)
+    if match := re.match(r"No module named '([\w.]+)'", text):
+        package, _, name = match[1].rpartition(".")
+        folder = getattr(sys.modules.get(package), "__path__", None)
+        known = [module.name for module in pkgutil.iter_modules(folder)] if folder else []
+        return f"there is no module {match[1]}" + near(name, known)
+    if match := re.match(r"'(\w+)' was not provided by an import", text):
+        known = re.findall(r"import (\w+)\n", _IMPORTS)
+        return f"{match[1]} is not imported here" + (
+            near(match[1], known) or "; add a line such as: from ptjax.data import tasks"
+        )
+    if match := re.match(r"No configurable matching (?:reference )?'@?([\w./]+)", text):
+        known = [f"{c.module.rsplit('.', 1)[-1]}.{c.name}" for _, c in gin.config._REGISTRY.items()]
+        return f"gin knows no {match[1]}" + near(match[1], known)
+    if match := re.match(r"Unable to open file: (\S+)\. Searched", text):
+        own = gin_configs()
+        known = [os.path.relpath(p, own) for glob in ("*.gin", "*/*.gin") for p in own.glob(glob)]
+        looked = ", ".join(path or "the current folder" for path in dict.fromkeys(paths))
+        return f"no gin file {match[1]} (looked in {looked})" + near(match[1], known)
+    return text
+
+
+def _macros() -> tuple[dict[str, str], set[str]]:
+    """(macro that is used -> an argument that uses it, macros that are bound)."""
+    config = gin.config._CONFIG  # gin has no public list of its macros
+    used = {
+        reference.scoped_selector.rsplit("/", 1)[0]: f"{selector.rsplit('.', 1)[-1]}.{argument}"
+        for (_, selector), bindings in config.items()
+        for argument, value in bindings.items()
+        for reference in gin.config.iterate_references(value)
+        if reference.selector in ("gin.macro", "macro")
+    }
+    return used, {scope for scope, selector in config if selector == "gin.macro"}
+
+
+def _check_macros(
+    used: Mapping[str, str], bound: set[str], files: Sequence[epath.Path], optional: Sequence[str]
+) -> None:
+    """A macro that is bound but never used, or used but never bound, is a mistake."""
+
+    def where(pattern: str) -> str:
+        for file in files:
+            for number, line in enumerate(file.read_text().splitlines(), 1):
+                if re.search(pattern, line):
+                    return f"{file}:{number}: "
+        return ""
+
+    if unused := sorted(bound - set(used) - set(optional)):
+        name = unused[0]
+        raise InputError(
+            where(rf"^\s*{re.escape(name)}\s*=")
+            + f"the macro {name} is set but nothing uses it"
+            + (near(name, list(used)) or "; remove it")
+        )
+    if missing := sorted(set(used) - bound - set(optional)):
+        name = missing[0]
+        raise InputError(
+            where(rf"%{re.escape(name)}\b")
+            + f"the macro {name} ({used[name]}) has no value; set it with --gin.{name}=VALUE"
+            + (" (quotes around strings)" if name.endswith(("DIR", "PATH")) else "")
+        )
+
+
+def bound(function: Callable[..., Any], *, given: Sequence[str] = ()) -> Callable[..., Any]:
+    """`function` with the arguments that gin binds.
+
+    Args:
+        given: arguments that the caller brings.
+
+    Raises:
+        InputError: an argument without a default is not bound, here or in anything bound to it.
+    """
+    selector = _selector(function)
+    _check_required(function, [], given)
+    return function if selector is None else gin.get_configurable(function)
+
+
+def _selector(function: Callable[..., Any]) -> str | None:
+    found = gin.config._inverse_lookup(function)
+    return found.selector if found else None
+
+
+def _check_required(
+    function: Callable[..., Any], scopes: list[str], given: Sequence[str] = ()
+) -> None:
+    selector = _selector(function)
+    bindings: dict[str, Any] = {}
+    if selector is not None:
+        scoped = "/".join([*scopes, selector])
+        bindings = gin.get_bindings(scoped, resolve_references=False)
+    for name, parameter in inspect.signature(function).parameters.items():
+        variadic = parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+        if (
+            parameter.default is parameter.empty
+            and not variadic
+            and name not in (*bindings, *given)
+        ):
+            module = function.__module__.rsplit(".", 1)[-1]
+            prefix = "".join(f"{scope}/" for scope in scopes)
+            raise InputError(
+                f"{prefix}{module}.{function.__name__} needs `{name}`, which nothing sets; add a "
+                "--gin_file that does (see --help)"
+            )
+    for reference in gin.config.iterate_references(bindings):
+        if reference.evaluate and reference.selector not in ("gin.macro", "macro"):
+            *own, _ = reference.scoped_selector.split("/")
+            _check_required(reference.configurable.wrapped, own or scopes)
+
+
+def settings(selector: str, *names: str) -> dict[str, Any]:
+    """Values of the arguments `names` of a function, as far as gin binds them.
+
+    Args:
+        selector: the function's full name; it need not be imported.
+    """
+    if gin.config._REGISTRY.get_match(selector) is None:
+        return {}
+    bindings = gin.get_bindings(selector, resolve_references=False)
+    chosen = {name: bindings[name] for name in names if name in bindings}
+    for reference in gin.config.iterate_references(chosen):
+        if reference.evaluate and reference.selector not in ("gin.macro", "macro"):
+            _check_required(reference.configurable.wrapped, [])
+    return copy.deepcopy(chosen)  # which is how gin evaluates references
+
+
+def macro(name: str) -> Any:
+    """The value of a macro, or None."""
+    try:
+        return copy.deepcopy(gin.query_parameter(f"%{name}"))
+    except ValueError:
+        return None
+
+
+def config_text() -> str:
+    """All settings as a gin file that needs no other; dicts keep their order.
+
+    gin sorts the keys of dicts, but the order of a verbalizer is the order of the labels.
+    """
+    ordered = functools.partial(pprint.pformat, sort_dicts=False)
+    gin.config.pprint = types.SimpleNamespace(pformat=ordered)
+    try:
+        return gin.config_str()
+    finally:
+        gin.config.pprint = pprint

@@ -1,0 +1,64 @@
+"""What a person reads on stderr: plain lines of ptjax, and of others what matters."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from typing import TextIO
+
+import ptjax
+
+_PACKAGE = os.path.dirname(os.path.abspath(ptjax.__file__))
+
+
+class _Plain(logging.Formatter):
+    """The message, behind "warning: " or "error: " where it is one."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        kind = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        return kind + record.getMessage()
+
+
+class _Stderr(logging.StreamHandler):
+    """Writes to whatever `sys.stderr` is now: a progress bar puts itself in its place."""
+
+    @property
+    def stream(self) -> TextIO:
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, value: TextIO) -> None:
+        del value
+
+
+def _matters(record: logging.LogRecord) -> bool:
+    """Ours; of JAX warnings (an unused GPU); of all others errors.
+
+    Orbax, Grain and TFDS log every step of their work through absl, as ptjax does. gin reports
+    every folder in which it does not find a file as an error.
+    """
+    if os.path.abspath(record.pathname).startswith(_PACKAGE + os.sep):
+        return True
+    if f"{os.sep}gin{os.sep}" in record.pathname:
+        return False
+    jax = record.name.split(".")[0] == "jax"
+    return record.levelno >= (logging.WARNING if jax else logging.ERROR)
+
+
+def prepare() -> None:
+    """Logging to stderr, and a compile cache that later runs start from."""
+    root = logging.getLogger()
+    root.handlers[:] = [h for h in root.handlers if not isinstance(h, _Stderr)]
+    handler = _Stderr()
+    handler.setFormatter(_Plain())
+    handler.addFilter(_matters)
+    root.addHandler(handler)
+    logging.getLogger("absl").setLevel(logging.INFO)
+    warnings.filterwarnings("ignore", module=r"(orbax|flax|grain|etils|tensorstore|tensorboardX)\b")
+    import jax
+
+    if not jax.config.jax_compilation_cache_dir:
+        cache = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
+        jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "ptjax", "xla"))

@@ -1,0 +1,25 @@
+"""Prints the marker expression for `make test-all`: everything whose needs this machine has.
+
+What is left out is said by `conftest.pytest_report_header`.
+"""
+
+import importlib.util
+import pathlib
+
+SHARED = pathlib.Path(__file__).parent.parent.parent / "shared"
+
+
+def missing() -> dict[str, str]:
+    """Marker -> what it needs and this machine lacks."""
+    lacks = {}
+    if not (SHARED / "data").exists():
+        lacks["shared"] = "the data sets beside the clone"
+    if not importlib.util.find_spec("libtpu"):
+        lacks["tpu"] = "libtpu"
+    if not (importlib.util.find_spec("torch") and importlib.util.find_spec("peft")):
+        lacks["oracle"] = "torch and peft"
+    return lacks
+
+
+if __name__ == "__main__":
+    print(" and ".join(f"not {marker}" for marker in missing()) or "slow or not slow")

@@ -1,0 +1,284 @@
+"""The loop end to end on a tiny random backbone: files, resume, selection, signals, failures."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from ptjax import loop, tuning
+from ptjax.backbone import Backbone, load_backbone, save_backbone
+from ptjax.data.tasks import Task
+from ptjax.data.tokenizer import load_tokenizer
+from ptjax.errors import InputError
+from ptjax.evaluation import Evaluation, Evaluator, HardPrompt
+from ptjax.interop.prompt_file import load_prompt
+from ptjax.loop import Pace, TrainingError
+from ptjax.models.t5 import T5Config, init_params
+from ptjax.training.freeze import flatten_paths
+from ptjax.training.optimizer import Adafactor
+
+WORDS = {
+    "positive": "lovely great warm bright".split(),
+    "negative": "awful dull cold broken".split(),
+}
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
+    """A random T5 1.1 of width 16 with the shipped vocabulary; tokens as long as the embedding's."""
+    config = T5Config(8192, 16, 2, 1, 1, 8, 32, dropout_rate=0.1)
+    params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
+    directory = tmp_path_factory.mktemp("backbone")
+    save_backbone(
+        directory, config, params, tokenizer=load_tokenizer("package:nano"), dtype="float32"
+    )
+    return load_backbone(directory)
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
+    """48 training, 16 validation and 16 test sentences whose words tell the label."""
+    directory = tmp_path_factory.mktemp("task")
+    rng = np.random.default_rng(0)
+    for split, count in {"train": 48, "validation": 16, "test": 16}.items():
+        rows = []
+        for i in range(count):
+            label = ("positive", "negative")[i % 2]
+            words = rng.choice(WORDS[label], rng.integers(1, 40))
+            rows.append(json.dumps({"text": " ".join(words), "label": label}))
+        (directory / f"{split}.jsonl").write_text("\n".join(rows) + "\n")
+    return Task(
+        name="words",
+        data_dir=str(directory),
+        splits={s: f"{s}.jsonl" for s in ("train", "validation", "test")},
+        inputs="text: {text}",
+        label="label",
+        verbalizer={"positive": "positive", "negative": "negative"},
+    )
+
+
+def tune(directory: Path, task: Task, backbone: Backbone, **changes: Any) -> dict[str, Any]:
+    settings = {
+        "prompt_length": 4,
+        "optimizer": Adafactor(learning_rate=0.05, learning_rate_scale="embedding_rms"),
+        "pace": Pace(train_steps=12, eval_period=3, log_period=2, keep=2),
+        "batch_size": 8,
+        "feature_lengths": {"inputs": 64, "targets": 4},
+        "evaluation": Evaluation(batch_size=16),
+        "seed": 3,
+    }
+    return tuning.tune(directory, task, backbone, **(settings | changes))
+
+
+def outcome(directory: Path) -> dict[str, Any]:
+    """Everything that an interrupted run has to share with an uninterrupted one."""
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return {
+        "prompts": {p.name: p.read_bytes() for p in (directory / "prompts").iterdir()},
+        "metrics": [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows],
+        "results": json.loads((directory / "results.json").read_text()),
+        "checkpoints": sorted(p.name for p in (directory / "checkpoints").iterdir()),
+    }
+
+
+@pytest.fixture(scope="module")
+def whole(
+    backbone: Backbone, task: Task, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
+    """One uninterrupted run."""
+    directory = tmp_path_factory.mktemp("whole")
+    before = {k: np.asarray(v) for k, v in flatten_paths(backbone.variables).items()}
+    tune(directory, task, backbone)
+    for path, array in flatten_paths(backbone.variables).items():
+        np.testing.assert_array_equal(np.asarray(array), before[path], err_msg=path)
+    return directory, outcome(directory)
+
+
+def test_a_run_leaves_what_the_documentation_lists(whole, backbone, task):
+    directory, made = whole
+    names = {p.name for p in directory.iterdir()}
+    assert {"checkpoints", "metrics.jsonl", "prompts", "results.json", "tensorboard"} <= names
+    results = made["results"]
+    assert results["split"] == "test" and results["selected_on"] == "validation"
+    assert results["trainable_parameters"] == 4 * 16
+    assert results["majority"] == 0.5
+    best = load_prompt(directory / "prompts" / "best.safetensors")
+    assert best.prompt.shape == (4, 16)
+    assert best.metadata["backbone_fingerprint"] == backbone.fingerprint
+    assert best.metadata["step"] == results["step"]
+    assert best.metadata["task"]["inputs"] == task.inputs
+    steps = [row["step"] for row in made["metrics"]]
+    assert steps == [2, 3, 4, 6, 6, 8, 9, 10, 12, 12]
+    # The prompt as exported is what was scored.
+    kept = {int(n.split(".")[0]) for n in made["prompts"] if n[0].isdigit()}
+    assert kept == {results["step"], 9, 12}
+
+
+def test_best_is_the_export_with_the_highest_validation_metric(whole):
+    directory, made = whole
+    values = {
+        row["step"]: row["validation/accuracy"]
+        for row in made["metrics"]
+        if "validation/accuracy" in row
+    }
+    first_highest = max(values, key=lambda step: (values[step], -step))
+    assert made["results"]["step"] == first_highest
+    assert made["prompts"]["best.safetensors"] == made["prompts"][f"{first_highest}.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("where", "count"),
+    [("write_bytes", 5), ("write_bytes", 9), ("save", 1), ("save", 3), ("evaluate", 2)],
+)
+def test_killed_and_started_again_equals_never_killed(
+    whole, backbone, task, tmp_path, monkeypatch, where, count
+):
+    """Dies before the count-th write, checkpoint or evaluation; every kind of gap between files."""
+    calls = 0
+
+    def dies(function):
+        def wrapper(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls == count:
+                raise KeyError("killed")
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    with monkeypatch.context() as patch:
+        if where == "write_bytes":
+            patch.setattr(loop.atomic, where, dies(loop.atomic.write_bytes))
+        elif where == "save":
+            patch.setattr(loop.Checkpoints, where, dies(loop.Checkpoints.save))
+        else:
+            patch.setattr(Evaluator, "__call__", dies(Evaluator.__call__))
+        with pytest.raises(KeyError, match="killed"):
+            tune(tmp_path, task, backbone)
+    tune(tmp_path, task, backbone)
+    assert outcome(tmp_path) == whole[1]
+
+
+def test_sigterm_saves_at_the_end_of_the_step(whole, backbone, task, tmp_path, monkeypatch):
+    add = loop.Run._add
+
+    def signalled(self, metrics):
+        add(self, metrics)
+        if self.progress.step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Run, "_add", signalled)
+        with pytest.raises(SystemExit) as stopped:
+            tune(tmp_path, task, backbone)
+    assert stopped.value.code == 143
+    assert not (tmp_path / "results.json").exists()
+    steps = {p.name for p in (tmp_path / "checkpoints").iterdir()}
+    assert not steps.isdisjoint({"4", "5"})
+    tune(tmp_path, task, backbone)
+    made, expected = outcome(tmp_path), dict(whole[1])
+    assert made == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"prompt_length": 5}, "prompt_length"),
+        ({"seed": 4}, "seed"),
+        ({"batch_size": 16}, "batch_size"),
+        ({"feature_lengths": {"inputs": 32, "targets": 4}}, "input_length"),
+    ],
+)
+def test_a_model_dir_of_another_run_is_refused(whole, backbone, task, changes, named):
+    with pytest.raises(InputError, match=named):
+        tune(whole[0], task, backbone, **changes)
+    assert outcome(whole[0]) == whole[1]
+
+
+def test_another_task_or_backbone_is_refused(whole, backbone, task):
+    with pytest.raises(InputError, match="task"):
+        tune(whole[0], dataclasses.replace(task, inputs="{text}"), backbone)
+    with pytest.raises(InputError, match="backbone_fingerprint"):
+        tune(whole[0], task, dataclasses.replace(backbone, fingerprint="sha256:other"))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_prompt(
+    backbone, task, tmp_path
+):
+    def rate(step):
+        return jax.numpy.where(step < 7, 0.05, np.inf)
+
+    with pytest.raises(TrainingError, match="not finite"):
+        tune(tmp_path, task, backbone, optimizer=Adafactor(learning_rate=rate))
+    best = load_prompt(tmp_path / "prompts" / "best.safetensors")
+    assert np.isfinite(best.prompt).all()
+    assert best.metadata["step"] <= 6
+
+
+def test_patience_stops_early(backbone, task, tmp_path):
+    # A learning rate of 0 never gains after the first evaluation.
+    pace = Pace(train_steps=30, eval_period=2, log_period=2, patience=2)
+    results = tune(tmp_path, task, backbone, pace=pace, optimizer=Adafactor(0.0, weight_decay=0.0))
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["step"] == 6
+    assert results["step"] == 2
+    assert results["value"] == results["before"]
+
+
+def test_nothing_is_compiled_after_the_first_steps(backbone, task, tmp_path, monkeypatch):
+    """All batch shapes are compiled before step 1, and evaluation compiles in its first round."""
+    compiled: list[str] = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, duration, **kw: compiled.append(name) if "backend_compile" in name else None
+    )
+    counts = {}
+    evaluate = loop.Run._evaluate
+
+    def counting(self, state, display):
+        counts[self.progress.step, "before"] = len(compiled)
+        evaluate(self, state, display)
+        counts[self.progress.step, "after"] = len(compiled)
+
+    monkeypatch.setattr(loop.Run, "_evaluate", counting)
+    tune(tmp_path, task, backbone)
+    assert counts[3, "before"] > 0
+    assert counts[6, "before"] == counts[3, "after"]
+    assert counts[12, "after"] == counts[6, "after"]
+
+
+def test_model_tuning_trains_everything_and_is_scored_from_its_file(backbone, task, tmp_path):
+    optimizer = Adafactor(learning_rate=1e-3, multiply_by_parameter_scale=True)
+    results = tune(tmp_path, task, backbone, method="model_tuning", optimizer=optimizer)
+    assert results["frozen_parameters"] == 0
+    tuned = load_backbone(tmp_path / "models" / "best", dtype="float32")
+    before = flatten_paths(backbone.variables["params"])
+    moved = {
+        path: bool((np.asarray(array) != np.asarray(before[path])).any())
+        for path, array in flatten_paths(tuned.variables["params"]).items()
+    }
+    assert all(moved.values()), [path for path, did in moved.items() if not did]
+
+
+def test_a_hard_prompt_is_scored_and_nothing_trains(backbone, task, tmp_path):
+    hard = HardPrompt("Is it good or bad? {inputs} It is", shots=2)
+    results = tune(tmp_path, task, backbone, method="hard_prompt", hard_prompt=hard)
+    assert results["trainable_parameters"] == 0
+    assert results["value"] == results["hard_prompt"]
+    assert not (tmp_path / "prompts").exists()
+    train = task.load("train")
+    text = hard.rewording(train, 3)("text: x")
+    assert text.endswith("Is it good or bad? text: x It is")
+    assert sum(text.count(word) for word in ("positive", "negative")) == 2
+
+
+def test_dry_run_writes_nothing(backbone, task, tmp_path):
+    assert tune(tmp_path / "new", task, backbone, dry_run=True) == {}
+    assert not any(p.is_file() for p in tmp_path.rglob("*"))
