@@ -94,26 +94,54 @@ def load_backbone(
     dtype = dtype or ("float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16")
     if dtype not in ("float32", "bfloat16"):
         raise InputError(f"dtype = {dtype!r}: a T5 runs in 'float32' or 'bfloat16' (not in fp16)")
-    stored, told, name, folders = _open(path)
-    if stored.pop(T5X_PROMPT, None) is not None:
-        logging.warning("%s also holds a prompt, left out here; load_prompt(path) returns it", name)
-    config, assumed = _make_config(stored, told, config_overrides, dtype, name)
-    _check(stored, config, name)
+    opened = open_backbone(path, dtype=dtype, tokenizer=tokenizer, **config_overrides)
+    if opened.prompt is not None:
+        logging.warning(
+            "%s also holds a prompt, left out here; load_prompt(path) returns it", opened.name
+        )
+    placed = {key: place(key, array, dtype, mesh) for key, array in opened.arrays.items()}
+    params = unflatten_paths(placed)
+    return Backbone(
+        config=opened.config,
+        variables={"params": params},
+        apply_fn=PromptedT5(opened.config).apply,
+        tokenizer=opened.tokenizer,
+        fingerprint=fingerprint(opened.config, params, mesh),
+        name=opened.name,
+        mesh=mesh,
+        assumed=opened.assumed,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenBackbone:
+    """A backbone whose weights are still in their files; `prompt` is one beside them."""
+
+    arrays: dict[str, StoredArray]
+    prompt: StoredArray | None
+    config: T5Config
+    tokenizer: Tokenizer | None
+    name: str
+    assumed: tuple[str, ...]
+
+
+def open_backbone(
+    path: str | os.PathLike[str],
+    *,
+    dtype: str = "float32",
+    tokenizer: str | os.PathLike[str] | Tokenizer | None = None,
+    **config_overrides: Any,
+) -> OpenBackbone:
+    """`load_backbone` up to the point where weights would be read; args and errors as there."""
+    arrays, told, name, folders = _open(path)
+    prompt = arrays.pop(T5X_PROMPT, None)
+    config, assumed = _make_config(arrays, told, config_overrides, dtype, name)
+    _check(arrays, config, name)
     # Before the weights are read: a wrong tokenizer is found in a second, not after minutes.
     found = _tokenizer_of(tokenizer, folders)
     if found is not None:
         check_vocabulary(found, config.vocab_size)
-    params = unflatten_paths({key: place(key, array, dtype, mesh) for key, array in stored.items()})
-    return Backbone(
-        config=config,
-        variables={"params": params},
-        apply_fn=PromptedT5(config).apply,
-        tokenizer=found,
-        fingerprint=fingerprint(config, params, mesh),
-        name=name,
-        mesh=mesh,
-        assumed=assumed,
-    )
+    return OpenBackbone(arrays, prompt, config, found, name, assumed)
 
 
 def _open(
@@ -339,3 +367,39 @@ def describe(backbone: Backbone) -> dict[str, Any]:
         "tokenizer": backbone.tokenizer.name if backbone.tokenizer else None,
         "tokenizer_fingerprint": backbone.tokenizer.fingerprint if backbone.tokenizer else None,
     }
+
+
+def check_prompt(backbone: Backbone, prompt: Any, *, allow_mismatch: bool = False) -> None:
+    """Refuses a prompt that was tuned on another backbone or for another tokenizer.
+
+    Args:
+        prompt: a loaded prompt, with `.prompt` [P, D] and `.metadata`.
+        allow_mismatch: say so instead of refusing; the width has to fit all the same.
+
+    Raises:
+        InputError: another width, or another fingerprint.
+    """
+    width = backbone.config.emb_dim
+    if prompt.prompt.shape[1] != width:
+        raise InputError(
+            f"the prompt {list(prompt.prompt.shape)} does not fit {backbone.name}, whose width is "
+            f"{width}; it was tuned on {prompt.metadata.get('backbone_name', 'another backbone')}"
+        )
+    tokenizer = backbone.tokenizer
+    for what, own in (
+        ("backbone", backbone.fingerprint),
+        ("tokenizer", tokenizer.fingerprint if tokenizer else None),
+    ):
+        wanted = prompt.metadata.get(f"{what}_fingerprint")
+        if what == "backbone" and wanted is None:
+            logging.info("the prompt does not say which backbone it was tuned on; its width fits")
+        if wanted is None or own is None or wanted == own:
+            continue
+        name = prompt.metadata.get("backbone_name", "?")
+        problem = (
+            f"the prompt was tuned on {name} with the {what} {wanted[:19]}, not with that of "
+            f"{backbone.name}, {own[:19]}"
+        )
+        if not allow_mismatch:
+            raise InputError(f"{problem}; load its own, or override with allow_mismatch")
+        logging.warning("%s; used all the same", problem)

@@ -26,8 +26,8 @@ from ptjax.training.freeze import flatten_paths
 from ptjax.training.optimizer import Adafactor
 
 WORDS = {
-    "positive": "lovely great warm bright".split(),
-    "negative": "awful dull cold broken".split(),
+    "positive": ["lovely", "great", "warm", "bright"],
+    "negative": ["awful", "dull", "cold", "broken"],
 }
 
 

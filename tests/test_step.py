@@ -46,7 +46,7 @@ def begin_t5(tiny, optimizer=SGD):
     return init_train_state(prompt, optimizer, jax.random.key(0)), {"params": tiny.params}
 
 
-def compiled(apply, optimizer=SGD, loss=Loss(), microbatches=1):  # noqa: B008
+def compiled(apply, optimizer=SGD, loss=Loss(), microbatches=1):
     step = make_train_step(apply, optimizer, loss, microbatches=microbatches)
     return jax.jit(step, donate_argnums=0)
 

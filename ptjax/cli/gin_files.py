@@ -55,13 +55,13 @@ def near(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
 
 
 def load_gin(
-    arguments: argparse.Namespace, macros: Mapping[str, Any] | None = None, *, runs: bool = True
+    arguments: argparse.Namespace, macros: Mapping[str, Any] | None = None, *, trains: bool = True
 ) -> None:
     """Reads the gin files and bindings, and checks every macro.
 
     Args:
         macros: set last, where the files use them.
-        runs: whether MODEL_DIR is needed; a command that only reads can do without.
+        trains: whether MODEL_DIR is needed; a command that only reads can do without.
 
     Raises:
         InputError: one line with file, line and the nearest valid name.
@@ -83,7 +83,7 @@ def load_gin(
     for name, value in (macros or {}).items():
         if name in used:
             gin.bind_parameter((name, "gin.macro", "value"), value)
-    _check_macros(used, bound, files, optional=() if runs else ("MODEL_DIR",))
+    _check_macros(used, bound, files, optional=() if trains else ("MODEL_DIR",))
 
 
 def _open_remote(path: str) -> Any:

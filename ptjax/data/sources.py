@@ -175,16 +175,45 @@ def read_records(
             raise InputError(f"{name}: JSON lines name their fields, `columns` does not apply")
         if kind in ("jsonl", "text") and quoting is not None:
             raise InputError(f"{name}: `quoting` applies to csv and tsv, this is {kind}")
-        text, clean = _decode(_read_bytes(path), encoding, name, bad)
-        for line, row in _rows(text, kind, columns, quoting, name):
-            # JSON can hold lone surrogates as escapes even where every byte was text.
-            if isinstance(row, dict) and (kind == "jsonl" or not clean) and not _is_text(row):
-                row = f"characters that are not {encoding} text; correct it or set `encoding`"
-            if isinstance(row, str):
-                bad.report(f"{name}:{line}", row)
-            else:
-                records.append(Record(row, name, line))
+        records += parse_records(
+            _read_bytes(path),
+            name,
+            kind,
+            bad,
+            columns=columns,
+            quoting=quoting,
+            encoding=encoding,
+        )
     return non_empty(Records(records, bad), os.fspath(pattern))
+
+
+def parse_records(
+    data: bytes,
+    name: str,
+    format: str,
+    bad: BadRecords,
+    *,
+    columns: Sequence[str] | None = None,
+    quoting: bool | None = None,
+    encoding: str = "utf-8",
+) -> list[Record]:
+    """The records in the bytes of one file; settings as for `read_records`.
+
+    Args:
+        name: of the file, for messages.
+        bad: told of every record that cannot be used.
+    """
+    records = []
+    text, clean = _decode(data, encoding, name, bad)
+    for line, row in _rows(text, format, columns, quoting, name):
+        # JSON can hold lone surrogates as escapes even where every byte was text.
+        if isinstance(row, dict) and (format == "jsonl" or not clean) and not _is_text(row):
+            row = f"characters that are not {encoding} text; correct it or set `encoding`"
+        if isinstance(row, str):
+            bad.report(f"{name}:{line}", row)
+        else:
+            records.append(Record(row, name, line))
+    return records
 
 
 def non_empty(records: Records, source: str) -> Records:

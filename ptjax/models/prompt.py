@@ -79,7 +79,7 @@ class Initializer(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Uniform:
-    """U(-scale, scale) per entry: the paper's "random uniform" with 0.5 (its code draws [0, 0.5))."""
+    """U(-scale, scale) per entry, as the paper says; its code draws from [0, 0.5)."""
 
     scale: float = 0.5
 

@@ -59,7 +59,7 @@ class T5Config:
 def relative_position_bucket(
     relative_position: np.ndarray, *, bidirectional: bool, num_buckets: int, max_distance: int
 ) -> np.ndarray:
-    """Buckets of `key position - query position` (int [...]): exact when near, logarithmic when far.
+    """Buckets of `key - query` positions (int [...]): exact when near, logarithmic when far.
 
     Computed in numpy, as T5X does, so that every backend agrees on the rounding of the logarithm.
     """

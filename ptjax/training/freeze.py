@@ -25,7 +25,7 @@ METHODS: dict[str, Mapping[str, bool]] = {
     "model_tuning": {"params/.*": False},
     "hard_prompt": {"params/.*": True},
 }
-"""Method -> rules for `make_freeze`. Whatever is not trained is frozen by name, never by default."""
+"""Method -> rules for `make_freeze`. What does not train is frozen by name, never by default."""
 
 
 def flatten_paths(tree: Tree, prefix: str = "") -> dict[str, Any]:
@@ -111,14 +111,14 @@ def lock(optimizer: optax.GradientTransformation, freeze: Freeze) -> optax.Gradi
     (`optax.masked` would let the raw gradients of frozen weights through.)
     """
 
-    def restrict(freeze: Freeze, tree: Tree) -> Freeze:
+    def labels(tree: Tree, freeze: Freeze = freeze) -> Tree:
         if isinstance(freeze, bool):
-            return freeze
-        return {name: restrict(freeze[name], child) for name, child in tree.items()}
+            return "freeze" if freeze else "train"
+        return {name: labels(child, freeze[name]) for name, child in tree.items()}
 
-    return optax.transforms.selective_transform(
-        optimizer, freeze_mask=lambda updates: restrict(freeze, updates)
-    )
+    # What `optax.transforms.selective_transform` does; its mask cannot depend on the tree given.
+    transforms = {"train": optimizer, "freeze": optax.set_to_zero()}
+    return optax.transforms.partition(transforms, labels)
 
 
 def sizes(tree: Tree) -> tuple[int, int]:

@@ -1,0 +1,137 @@
+"""Which prompt, backbone and task a command works with: from its flags, a run, a gin file."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import Any
+
+import gin
+from etils import epath
+
+from ptjax.cli.gin_files import load_gin, settings
+from ptjax.errors import InputError
+
+TUNE = "ptjax.tuning.tune"
+LOAD_BACKBONE = "ptjax.backbone.load_backbone"
+BEST_PROMPT = "prompts/best.safetensors"
+BEST_MODEL = "models/best"
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("which prompt, on which backbone")
+    group.add_argument(
+        "--model_dir",
+        metavar="DIR",
+        help="what `python -m ptjax.train` wrote: its config.gin (unless --gin_file is given) "
+        "and its best prompt are used",
+    )
+    group.add_argument(
+        "--prompt",
+        metavar="PATH",
+        help="a prompt instead of the best one of DIR: ptjax's file, a .npy, a PEFT directory; "
+        "'none' is the backbone alone",
+    )
+    group.add_argument(
+        "--backbone",
+        metavar="PATH",
+        help="instead of the one in the gin file: a T5X checkpoint, a Hugging Face directory "
+        "or hub id, or ptjax-nano",
+    )
+    group.add_argument(
+        "--allow_mismatch",
+        action="store_true",
+        help="use a prompt that was tuned on another backbone or tokenizer",
+    )
+
+
+def load(arguments: argparse.Namespace) -> None:
+    """Reads the gin files that the flags name, MODEL_DIR/config.gin where they name none."""
+    macros = {}
+    if arguments.model_dir is not None:
+        model_dir = epath.Path(arguments.model_dir).expanduser()
+        if not model_dir.exists():
+            raise InputError(f"--model_dir={arguments.model_dir}: no such directory")
+        if not arguments.gin_file and (model_dir / "config.gin").exists():
+            arguments.gin_file = [os.fspath(model_dir / "config.gin")]
+        macros = {"MODEL_DIR": os.fspath(model_dir)}
+    load_gin(arguments, macros, trains=False)
+
+
+def model_dir(arguments: argparse.Namespace) -> epath.Path | None:
+    """MODEL_DIR of the flag, else of the gin file."""
+    if arguments.model_dir is not None:
+        return epath.Path(arguments.model_dir).expanduser()
+    try:
+        found = settings(TUNE, "model_dir").get("model_dir")
+    except (TypeError, ValueError):  # the gin file leaves the macro open
+        return None
+    return None if found is None else epath.Path(found)
+
+
+def prompt_path(arguments: argparse.Namespace) -> str | None:
+    """The prompt's path; None is the backbone alone (also one that the run itself tuned).
+
+    Raises:
+        InputError: nothing names one.
+    """
+    if arguments.prompt is not None:
+        return None if arguments.prompt == "none" else arguments.prompt
+    directory = model_dir(arguments)
+    if directory is None:
+        raise InputError(
+            "which prompt? Name one with --prompt=PATH or --model_dir=DIR; --prompt=none is the "
+            "backbone alone"
+        )
+    if (directory / BEST_PROMPT).exists():
+        return os.fspath(directory / BEST_PROMPT)
+    if (directory / BEST_MODEL).exists():
+        return None
+    raise InputError(
+        f"{directory} has no {BEST_PROMPT} (its run has not come to an evaluation, or it tuned no "
+        "prompt); name one with --prompt=PATH, or --prompt=none for the backbone alone"
+    )
+
+
+def load_backbone(arguments: argparse.Namespace, metadata: dict[str, Any]) -> Any:
+    """The backbone of the flags, else tuned by the run, else of the gin file, else the prompt's."""
+    from ptjax import backbone
+
+    path, directory = arguments.backbone, model_dir(arguments)
+    if path is None and arguments.prompt is None and directory is not None:
+        tuned = directory / BEST_MODEL
+        if tuned.exists() and not (directory / BEST_PROMPT).exists():
+            path = os.fspath(tuned)
+    bound = settings(LOAD_BACKBONE, "path", "tokenizer")
+    if path is None and not bound:
+        path = metadata.get("backbone_name")
+    if path is None and not bound:
+        raise InputError("which backbone? Name it with --backbone=PATH or a --gin_file")
+    if path is None:
+        return settings(TUNE, "backbone").get("backbone") or gin.get_configurable(LOAD_BACKBONE)()
+    # The other settings of the gin file (tokenizer, mesh, dtype) hold for this path as well.
+    if gin.config._REGISTRY.get_match(LOAD_BACKBONE) is None:
+        return backbone.load_backbone(path)
+    return gin.get_configurable(LOAD_BACKBONE)(path)
+
+
+def load_prompt(arguments: argparse.Namespace) -> Any:
+    """The loaded prompt, or None."""
+    from ptjax.interop import prompt_file
+
+    path = prompt_path(arguments)
+    return None if path is None else prompt_file.load_prompt(path)
+
+
+def task() -> Any:
+    """The task of the gin file, or None."""
+    return settings(TUNE, "task").get("task")
+
+
+def lengths(metadata: dict[str, Any]) -> dict[str, int]:
+    """{"inputs", "targets"} as far as they are known: the prompt's own, else the gin file's."""
+    found = dict(settings(TUNE, "feature_lengths").get("feature_lengths") or {})
+    for side, key in (("inputs", "input_length"), ("targets", "target_length")):
+        if isinstance(metadata.get(key), int):
+            found[side] = metadata[key]
+    return found

@@ -1,0 +1,108 @@
+"""`python -m ptjax.export`: a prompt in the format of others."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+
+from ptjax import cli
+from ptjax.cli import chosen
+from ptjax.errors import InputError
+
+FORMATS = ("safetensors", "npy", "huggingface")
+
+
+def main() -> None:
+    parser = cli.make_parser(
+        "export",
+        """
+        Writes a prompt for others. safetensors: ptjax's own file, one tensor `prompt` [P, D] with
+        all it knows of itself in the header. npy: the numpy file that
+        google-research/prompt-tuning reads. huggingface: a directory for
+        peft.PeftModel.from_pretrained, which needs the backbone's sizes. The last two keep nothing
+        of the task: its template has to travel beside them.
+
+          python -m ptjax.export --model_dir=runs/quickstart --to=npy --output=prompt.npy
+        """,
+        gin_help="It may name MODEL_DIR and the backbone.",
+    )
+    parser.add_argument(
+        "prompt",
+        nargs="?",
+        metavar="PROMPT",
+        help="any prompt that ptjax reads; default: the best one of MODEL_DIR",
+    )
+    parser.add_argument("--to", required=True, choices=FORMATS, help="the format")
+    parser.add_argument("--output", required=True, metavar="PATH", help="a file, or a directory")
+    parser.add_argument("--model_dir", metavar="DIR", help="what `python -m ptjax.train` wrote")
+    parser.add_argument(
+        "--backbone",
+        metavar="PATH",
+        help="whose sizes huggingface's config tells; default: the gin file's or the prompt's own",
+    )
+    parser.add_argument("--force", action="store_true", help="overwrite what is there")
+    arguments = cli.parse(parser)
+    cli.run(lambda: export(arguments))
+
+
+def export(arguments: argparse.Namespace) -> None:
+    import numpy as np
+    from etils import epath
+
+    from ptjax import atomic
+    from ptjax.interop import peft
+    from ptjax.interop.prompt_file import save_prompt
+
+    chosen.load(arguments)
+    source = chosen.prompt_path(arguments)
+    prompt = chosen.load_prompt(arguments)
+    if prompt is None:
+        raise InputError("there is no prompt to export: the run tuned the backbone itself")
+    output = epath.Path(arguments.output).expanduser()
+    if output.exists() and not arguments.force:
+        raise InputError(f"{output} is there already; overwrite it with --force")
+    if arguments.to != "huggingface" and output.is_dir():
+        raise InputError(f"{output} is a directory; name a file for --to={arguments.to}")
+    if arguments.to == "safetensors":
+        save_prompt(output, prompt.prompt, prompt.metadata)
+    elif arguments.to == "npy":
+        stream = io.BytesIO()
+        np.save(stream, prompt.prompt, allow_pickle=False)
+        atomic.write_bytes(output, stream.getvalue())
+    else:
+        if output.exists() and not output.is_dir():
+            raise InputError(f"{output} is a file; name a directory for --to=huggingface")
+        name, heads, layers, width = backbone_sizes(arguments, prompt.metadata)
+        if width != prompt.prompt.shape[1]:
+            raise InputError(
+                f"{source} has width {prompt.prompt.shape[1]}, the backbone {name} {width}"
+            )
+        peft.export_peft(
+            output,
+            prompt.prompt,
+            num_heads=heads,
+            num_layers=layers,
+            base_model=name,
+            metadata=prompt.metadata,
+        )
+    print(f"{os.fspath(output)}: {arguments.to}, {list(prompt.prompt.shape)} from {source}")
+
+
+def backbone_sizes(
+    arguments: argparse.Namespace, metadata: dict[str, object]
+) -> tuple[str, int, int, int]:
+    """(name, heads, encoder layers, width) of the backbone, whose weights are not read."""
+    from ptjax.backbone import open_backbone
+
+    bound = cli.settings(chosen.LOAD_BACKBONE, "path").get("path")
+    path = arguments.backbone or bound or metadata.get("backbone_name")
+    if path is None:
+        raise InputError("--to=huggingface needs the backbone's sizes; name it with --backbone")
+    opened = open_backbone(str(path))
+    config = opened.config
+    return opened.name, config.num_heads, config.num_encoder_layers, config.emb_dim
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""`python -m ptjax.inspect`: what a checkpoint, a prompt or a MODEL_DIR is."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from ptjax import cli
+from ptjax.cli import chosen
+from ptjax.errors import InputError
+
+
+def main() -> None:
+    parser = cli.make_parser(
+        "inspect",
+        """
+        Says what PATH is. A backbone (T5X checkpoint, Hugging Face directory or hub id,
+        ptjax-nano): its sizes, the ones that its files do not tell and ptjax assumes, parameters,
+        fingerprints, tokenizer. A prompt (ptjax's file, .npy, PEFT directory): shape, norms, what
+        it was tuned for, and the vocabulary tokens nearest to each row. A MODEL_DIR: its results,
+        newest checkpoint and best prompt. Weights are not loaded, so any size will do.
+
+          python -m ptjax.inspect runs/quickstart/prompts/best.safetensors
+        """,
+        gin_help="It may name the backbone and its tokenizer.",
+    )
+    parser.add_argument("path", metavar="PATH")
+    parser.add_argument(
+        "--backbone",
+        metavar="PATH",
+        help="whose vocabulary to compare a prompt with; default: the gin file's, or the one that "
+        "the prompt names",
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=3, metavar="N", help="nearest tokens per row; default: 3"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    arguments = cli.parse(parser)
+    cli.run(lambda: inspect(arguments))
+
+
+def inspect(arguments: argparse.Namespace) -> None:
+    from ptjax import inspection
+
+    cli.load_gin(arguments, trains=False)
+    bound = cli.settings(chosen.LOAD_BACKBONE, "path", "tokenizer")
+    described = inspection.describe(arguments.path, bound.get("tokenizer"))
+    prompt = described.get("best_prompt") or (described if described["kind"] == "prompt" else None)
+    if prompt is not None:
+        add_tokens(prompt, arguments, bound)
+    print(
+        json.dumps(described, indent=2, ensure_ascii=False) if arguments.json else show(described)
+    )
+
+
+def add_tokens(
+    described: dict[str, Any], arguments: argparse.Namespace, bound: dict[str, Any]
+) -> None:
+    """Adds "compared_with" and "nearest_tokens", or "not_compared" with the reason."""
+    from ptjax import inspection
+
+    asked = arguments.backbone or bound.get("path")
+    name = asked or described["metadata"].get("backbone_name")
+    if name is None:
+        described["not_compared"] = "name the backbone with --backbone to see the nearest tokens"
+        return
+    try:
+        described["nearest_tokens"] = inspection.compare(
+            described["path"], name, bound.get("tokenizer"), arguments.tokens
+        )
+    except InputError as error:
+        if asked:
+            raise
+        described["not_compared"] = f"{str(error).splitlines()[0]}; name it with --backbone"
+        return
+    described["compared_with"] = name
+
+
+def show(described: dict[str, Any], indent: int = 0) -> str:
+    """Nested values as indented lines."""
+    lines = []
+    for name, value in described.items():
+        shown = name.replace("_", " ")
+        if name == "nearest_tokens":
+            lines.append(f"{shown} (cosine):")
+            lines += [f"  {i:4}  {row_text(row)}" for i, row in enumerate(value)]
+        elif isinstance(value, dict) and value:
+            lines += [f"{shown}:", show(value, indent=2)]
+        elif isinstance(value, list):
+            lines.append(f"{shown}: {', '.join(map(str, value)) or 'none'}")
+        elif value is not None:
+            number = isinstance(value, int) and not isinstance(value, bool)
+            lines.append(f"{shown}: {value:,}" if number else f"{shown}: {plain(value)}")
+    return "\n".join(" " * indent + line for text in lines for line in text.split("\n"))
+
+
+def plain(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def row_text(row: list[tuple[str, float]]) -> str:
+    return "  ".join(f"{piece} {cosine:.2f}" for piece, cosine in row)
+
+
+if __name__ == "__main__":
+    main()

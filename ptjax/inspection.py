@@ -1,0 +1,171 @@
+"""What a path holds: a prompt, a run's MODEL_DIR, or a backbone."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from ptjax.backbone import OpenBackbone, fingerprint, open_backbone
+from ptjax.data.tokenizer import Tokenizer
+from ptjax.errors import InputError
+from ptjax.interop import peft
+from ptjax.interop.prompt_file import PromptFile, load_prompt
+from ptjax.scale.sharding import make_mesh
+from ptjax.training.freeze import unflatten_paths
+
+BEST_PROMPT = "prompts/best.safetensors"
+BEST_MODEL = "models/best"
+
+
+def is_run(path: epath.Path) -> bool:
+    """Whether `path` is the MODEL_DIR of a run."""
+    return any((path / name).exists() for name in ("config.gin", "results.json", "prompts"))
+
+
+def describe(
+    path: str | os.PathLike[str], tokenizer: str | None = None, **config_overrides: Any
+) -> dict[str, Any]:
+    """What `path` is, as plain JSON values; "kind" is "prompt", "run" or "backbone".
+
+    Raises:
+        InputError: it is none of them, or damaged.
+    """
+    place = epath.Path(path).expanduser()
+    if place.is_dir() and is_run(place):
+        return {"kind": "run"} | describe_run(place)
+    if peft.is_peft(place) or (place.is_file() and place.name != "checkpoint"):
+        return {"kind": "prompt", "path": os.fspath(path)} | describe_prompt(load_prompt(place))
+    opened = open_backbone(path, tokenizer=tokenizer, **config_overrides)
+    return {"kind": "backbone"} | describe_backbone(opened)
+
+
+def describe_backbone(opened: OpenBackbone) -> dict[str, Any]:
+    """Sizes, parameters, bytes, dtypes, fingerprints, without loading the weights.
+
+    Only the fingerprint's sample is read, so a backbone may be larger than this machine's memory.
+    """
+
+    def sample(name: str) -> Any:
+        array = opened.arrays[name]
+        rows = 1 if name.endswith("/wo/kernel") else array.shape[0]
+        index = (slice(0, rows), *(slice(0, size) for size in array.shape[1:]))
+        return jnp.asarray(array.read(index), jnp.float32)
+
+    kinds = ("/embedding", "/scale", "/wo/kernel")
+    params = unflatten_paths({n: sample(n) for n in opened.arrays if n.endswith(kinds)})
+    mesh = make_mesh(devices=jax.local_devices()[:1])
+    counts = {name: int(np.prod(array.shape)) for name, array in opened.arrays.items()}
+    widths = {name: jnp.dtype(array.dtype).itemsize for name, array in opened.arrays.items()}
+    tokenizer = opened.tokenizer
+    return {
+        "name": opened.name,
+        "config": {k: v for k, v in dataclasses.asdict(opened.config).items() if k != "dtype"},
+        "assumed": list(opened.assumed),
+        "parameters": sum(counts.values()),
+        "bytes": sum(counts[name] * widths[name] for name in counts),
+        "stored_as": sorted({array.dtype for array in opened.arrays.values()}),
+        "fingerprint": fingerprint(opened.config, params, mesh),
+        "tokenizer": tokenizer.name if tokenizer else None,
+        "tokenizer_fingerprint": tokenizer.fingerprint if tokenizer else None,
+        "prompt_inside": list(opened.prompt.shape) if opened.prompt else None,
+    }
+
+
+def describe_prompt(file: PromptFile) -> dict[str, Any]:
+    """Shape, bytes, norms and metadata of a prompt."""
+    norms = np.linalg.norm(file.prompt, axis=1)
+    return {
+        "shape": list(file.prompt.shape),
+        "bytes": file.prompt.nbytes,
+        "rms": float(np.sqrt(np.mean(np.square(file.prompt)))),
+        "row_norms": {
+            "least": float(norms.min()),
+            "median": float(np.median(norms)),
+            "greatest": float(norms.max()),
+        },
+        "metadata": file.metadata,
+    }
+
+
+def describe_run(model_dir: epath.Path) -> dict[str, Any]:
+    """Results, newest checkpoint and best prompt of a MODEL_DIR, as far as they are there."""
+    steps = [int(p.name) for p in _children(model_dir / "checkpoints") if p.name.isdigit()]
+    best = model_dir / BEST_PROMPT
+    described: dict[str, Any] = {
+        "path": os.fspath(model_dir),
+        "finished": (model_dir / "results.json").exists(),
+        "newest_checkpoint": max(steps, default=None),
+        "results": _read_json(model_dir / "results.json"),
+    }
+    if best.exists():
+        described["best_prompt"] = {"path": os.fspath(best)} | describe_prompt(load_prompt(best))
+    if (model_dir / BEST_MODEL).exists():
+        described["best_model"] = os.fspath(model_dir / BEST_MODEL)
+    return described
+
+
+def nearest_tokens(
+    prompt: np.ndarray, embedding: np.ndarray, tokenizer: Tokenizer | None, count: int = 3
+) -> list[list[tuple[str, float]]]:
+    """The `count` vocabulary tokens nearest to each row, best first, with their cosines.
+
+    Args:
+        prompt: [P, D].
+        embedding: [V, D].
+        tokenizer: without one, tokens are shown by number.
+
+    Raises:
+        InputError: the widths differ.
+    """
+    if prompt.shape[1] != embedding.shape[1]:
+        raise InputError(
+            f"the prompt has width {prompt.shape[1]}, the backbone {embedding.shape[1]}; name the "
+            "backbone that it was tuned on"
+        )
+    cosines = _unit(prompt) @ _unit(embedding).T
+    order = np.argsort(-cosines, axis=1, kind="stable")[:, :count]
+
+    def show(index: int) -> str:
+        return tokenizer.id_to_piece(index) if tokenizer else f"<{index}>"
+
+    return [
+        [(show(int(i)), float(row[i])) for i in best]
+        for row, best in zip(cosines, order, strict=True)
+    ]
+
+
+def compare(
+    prompt: str | os.PathLike[str], backbone: str, tokenizer: str | None = None, count: int = 3
+) -> list[list[tuple[str, float]]]:
+    """`nearest_tokens` of the prompt at a path in the vocabulary of the backbone at another.
+
+    Of the backbone only the embedding is read.
+    """
+    opened = open_backbone(backbone, tokenizer=tokenizer)
+    embedding = opened.arrays["token_embedder/embedding"].read_all().astype(np.float32)
+    return nearest_tokens(load_prompt(prompt).prompt, embedding, opened.tokenizer, count)
+
+
+def _unit(rows: np.ndarray) -> np.ndarray:
+    # Rows of zeros (never trained) have no direction: their cosine is 0.
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+
+
+def _children(folder: epath.Path) -> list[epath.Path]:
+    return list(folder.iterdir()) if folder.exists() else []
+
+
+def _read_json(file: epath.Path) -> Any:
+    if not file.exists():
+        return None
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise InputError(f"{file}: the file is no JSON ({error})") from error

@@ -1,0 +1,139 @@
+"""Records in, predictions out, in the way that a prompt wants its inputs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from absl import logging
+from scipy.special import softmax
+
+from ptjax.backbone import Backbone
+from ptjax.data.pipeline import make_buckets
+from ptjax.data.preprocess import TokenizedExamples, TokenRows, check_labels, tokenize_texts
+from ptjax.data.sources import Record
+from ptjax.data.tasks import Task
+from ptjax.data.templates import parse_template
+from ptjax.errors import InputError
+from ptjax.inference import (
+    generate_with_scores,
+    make_label_tokens,
+    predict_labels,
+    prompt_array,
+)
+from ptjax.models.prompted import with_prompt
+
+RAW_FIELD = "inputs"
+"""The field of a record that holds an input which is formatted already."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """What the model says to one input.
+
+    Attributes:
+        text: the label or the generated text.
+        score: its log-likelihood (after a beam search with brevity penalty).
+        probabilities: of each label among the labels, where they were ranked.
+    """
+
+    text: str
+    score: float
+    probabilities: dict[str, float] | None = None
+
+
+def format_record(record: Record, task: Task | None) -> tuple[str, dict[str, Any]]:
+    """(the model's input, the record's fields).
+
+    A plain line, which is a record with the one field `None`, fills the template's only field.
+
+    Args:
+        task: None where the inputs are formatted already.
+
+    Raises:
+        InputError: a field is missing; with file and line.
+    """
+    fields: dict[Any, Any] = dict(record.fields)
+    plain = None in fields
+    try:
+        if task is None:
+            name = None if plain else RAW_FIELD
+            if not isinstance(fields.get(name), str):
+                raise InputError(f"no text in the field '{RAW_FIELD}', which is taken as it is")
+            return fields[name], {} if plain else fields
+        if plain:
+            line = fields[None]
+            text = task.format_line(line)
+            return text, {parse_template(task.inputs).fields[0]: line}
+        return task.format_inputs(fields), fields
+    except InputError as error:
+        raise InputError(f"{record.where}: {error}") from error
+
+
+def rank(
+    backbone: Backbone,
+    texts: Sequence[str],
+    labels: Sequence[str],
+    prompt: Any = None,
+    *,
+    input_length: int = 512,
+    target_length: int = 16,
+    batch_size: int = 32,
+) -> list[Prediction]:
+    """The likeliest of a closed set of labels for each text, in order.
+
+    Args:
+        texts: formatted inputs.
+        prompt: as for `inference.forward`.
+        input_length, target_length: longer inputs are cut, with a warning; labels may not be.
+
+    Raises:
+        InputError: no tokenizer, a label that it cannot write, a prompt that does not fit.
+    """
+    tokenizer = backbone.tokenizer
+    if tokenizer is None:
+        raise InputError(f"{backbone.name} has no tokenizer; set load_backbone.tokenizer")
+    check_labels(labels, tokenizer, target_length)
+    if not texts:
+        return []
+    inputs = tokenize_texts(texts, tokenizer, input_length)
+    if inputs.truncated:
+        logging.warning("%d of %d texts were cut to %d tokens", inputs.truncated, len(texts),
+                        input_length)  # fmt: skip
+    nothing = TokenRows(np.zeros(0, np.int32), np.zeros(len(texts) + 1, np.int64), truncated=0)
+    source = TokenizedExamples(inputs, nothing)
+    chosen, likelihoods = predict_labels(
+        backbone.apply_fn,
+        with_prompt(backbone.variables, prompt_array(backbone, prompt)),
+        source,
+        make_label_tokens(labels, tokenizer, target_length),
+        make_buckets(source),
+        min(batch_size, 1 << (len(texts) - 1).bit_length()),
+    )
+    shares = softmax(likelihoods.astype(np.float64), axis=1)
+    return [
+        Prediction(labels[i], float(row[i]), dict(zip(labels, map(float, share), strict=True)))
+        for i, row, share in zip(chosen, likelihoods, shares, strict=True)
+    ]
+
+
+def decode(
+    backbone: Backbone, texts: Sequence[str], prompt: Any = None, **settings: Any
+) -> list[Prediction]:
+    """What the backbone writes for each text, in order; settings as for `inference.generate`."""
+    written, scores = generate_with_scores(backbone, texts, prompt, **settings)
+    return [Prediction(text, float(score)) for text, score in zip(written, scores, strict=True)]
+
+
+def task_of(metadata: Mapping[str, Any], fallback: Task | None = None) -> Task | None:
+    """The task that a prompt was tuned for, from its metadata; `fallback` where it names none.
+
+    A `preprocess` function of the user's own is taken from `fallback`.
+    """
+    description = metadata.get("task")
+    if not isinstance(description, Mapping):
+        return fallback
+    same = fallback is not None and fallback.describe()["preprocess"] == description["preprocess"]
+    return Task.from_description(description, fallback.preprocess if fallback and same else None)
