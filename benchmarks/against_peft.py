@@ -6,7 +6,9 @@ Both sides tune the same prompt (P = 100) on the same random T5 1.1 small in flo
 batches, with dropout and Adafactor. Each side runs in a process of its own, so that its peak memory
 is its own, and has compiled and warmed up before the clock starts. The sides then take turns for
 several rounds: other work on the machine slows both, so believe the ratio of a run and not a time.
-Their logits must agree before anything is timed.
+With --threads=1 the CPU seconds of a step hardly see that other work at all (with more, PyTorch's
+threads count the time in which they wait for each other). The logits of both sides must agree
+before anything is timed.
 """
 
 from __future__ import annotations
@@ -199,10 +201,13 @@ def work(flags: argparse.Namespace) -> None:
     steps(flags.warm_up)
     print(json.dumps({"trained": trained, "loaded_bytes": loaded}), file=answers, flush=True)
     for line in sys.stdin:
-        began = time.perf_counter()
+        began, cpu_began = time.perf_counter(), time.process_time()
         steps(int(line))
-        seconds = time.perf_counter() - began
-        answer = {"seconds": seconds, "peak_bytes": peak_bytes()}
+        answer = {
+            "seconds": time.perf_counter() - began,
+            "cpu_seconds": time.process_time() - cpu_began,
+            "peak_bytes": peak_bytes(),
+        }
         print(json.dumps(answer), file=answers, flush=True)
 
 
@@ -239,6 +244,7 @@ def compare(flags: argparse.Namespace) -> dict[str, Any]:
     pythons = {"ptjax": sys.executable, "peft": flags.peft_python}
     workers: dict[str, subprocess.Popen[str]] = {}
     seconds: dict[str, list[float]] = {side: [] for side in SIDES}
+    cpu_seconds: dict[str, list[float]] = {side: [] for side in SIDES}
     peaks: dict[str, int] = {}
     try:
         for side in SIDES:
@@ -256,6 +262,7 @@ def compare(flags: argparse.Namespace) -> dict[str, Any]:
             for side in SIDES if turn % 2 == 0 else reversed(SIDES):
                 answer = ask(workers[side], str(flags.steps))
                 seconds[side].append(answer["seconds"] / flags.steps)
+                cpu_seconds[side].append(answer["cpu_seconds"] / flags.steps)
                 peaks[side] = answer["peak_bytes"]
     finally:
         for worker in workers.values():
@@ -270,6 +277,7 @@ def compare(flags: argparse.Namespace) -> dict[str, Any]:
             side: {
                 "examples_per_second": flags.batch / statistics.median(seconds[side]),
                 "seconds_per_step": seconds[side],
+                "cpu_seconds_per_step": statistics.median(cpu_seconds[side]),
                 "peak_bytes": peaks[side],
                 "loaded_bytes": ready[side]["loaded_bytes"],
             }
@@ -347,10 +355,13 @@ def main() -> None:
             flags.inputs = int(inputs)
             result = compare(flags)
             ours, theirs = (result["sides"][side] for side in SIDES)
+            rates, cpu, peaks = (
+                [float(side[name]) for side in (ours, theirs)]
+                for name in ("examples_per_second", "cpu_seconds_per_step", "peak_bytes")
+            )
             print(
-                f"{flags.inputs:4} {ours['examples_per_second']:11.2f} "
-                f"{theirs['examples_per_second']:10.2f} {result['ratio']:6.2f} "
-                f"{ours['peak_bytes'] / 1e9:9.2f} {theirs['peak_bytes'] / 1e9:8.2f}",
+                f"{flags.inputs:4} {rates[0]:7.2f} {rates[1]:6.2f} {result['ratio']:6.2f} "
+                f"{cpu[0]:7.2f} {cpu[1]:5.2f} {peaks[0] / 1e9:7.2f} {peaks[1] / 1e9:5.2f}",
                 flush=True,
             )
             results.append(result)

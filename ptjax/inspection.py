@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from etils import epath
 
 from ptjax.backbone import OpenBackbone, fingerprint, open_backbone
@@ -146,11 +147,15 @@ def compare(
 ) -> list[list[tuple[str, float]]]:
     """`nearest_tokens` of the prompt at a path in the vocabulary of the backbone at another.
 
-    Of the backbone only the embedding is read.
+    Of the backbone only the embedding and the fingerprint's sample are read; a warning says when
+    it is another one than the prompt was tuned on.
     """
-    opened = open_backbone(backbone, tokenizer=tokenizer)
+    file, opened = load_prompt(prompt), open_backbone(backbone, tokenizer=tokenizer)
+    wanted = file.metadata.get("backbone_fingerprint")
+    if wanted not in (None, describe_backbone(opened)["fingerprint"]):
+        logging.warning("%s has not the weights that the prompt was tuned on", opened.name)
     embedding = opened.arrays["token_embedder/embedding"].read_all().astype(np.float32)
-    return nearest_tokens(load_prompt(prompt).prompt, embedding, opened.tokenizer, count)
+    return nearest_tokens(file.prompt, embedding, opened.tokenizer, count)
 
 
 def _unit(rows: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -302,3 +303,22 @@ def test_tfds_sources(monkeypatch):
     task = Task(**YES_NO, splits={"validation": "tfds:glue/sst2:2.0.0"}, data_dir="/tfds")
     assert _pairs(task.load("validation")) == [("text: a", "yes")]
     assert asked == [("tfds:glue/sst2:2.0.0", "validation", "/tfds")]
+
+
+def test_held_out_examples_leave_train_and_make_validation(tmp_path):
+    (tmp_path / "train.jsonl").write_text("".join(f'{{"text": "t{i}"}}\n' for i in range(10)))
+    task = Task(
+        name="t",
+        data_dir=str(tmp_path),
+        splits={"train": "train.jsonl"},
+        inputs="{text}",
+        targets="{text}",
+        held_out=3,
+    )
+    train, held = ([e.inputs for e in task.load(s)] for s in ("train", "validation"))
+    assert held == ["t0", "t3", "t6"]
+    assert train == ["t1", "t2", "t4", "t5", "t7", "t8", "t9"]
+    with pytest.raises(InputError, match="held_out"):
+        dataclasses.replace(task, held_out=10).load("train")
+    with pytest.raises(InputError, match="held_out"):
+        dataclasses.replace(task, splits={"train": "a", "validation": "b"})

@@ -8,6 +8,8 @@ import sys
 import warnings
 from typing import TextIO
 
+from absl import logging as absl_logging
+
 import ptjax
 
 _PACKAGE = os.path.dirname(os.path.abspath(ptjax.__file__))
@@ -55,7 +57,7 @@ def prepare() -> None:
     handler.setFormatter(_Plain())
     handler.addFilter(_matters)
     root.addHandler(handler)
-    logging.getLogger("absl").setLevel(logging.INFO)
+    absl_logging.set_verbosity(absl_logging.INFO)
     warnings.filterwarnings("ignore", module=r"(orbax|flax|grain|etils|tensorstore|tensorboardX)\b")
     import jax
 

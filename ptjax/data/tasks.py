@@ -60,6 +60,8 @@ class Task:
         train_preprocess: the same for the split 'train', where that one differs.
         answers: the field with all right answers, for exact_match and squad_f1.
         group: the field that tells which examples belong together, for group_exact_match.
+        held_out: where there is no split 'validation', one is made of this many examples, taken
+            evenly out of 'train', which then lacks them.
 
     Raises:
         InputError: settings that contradict each other, an unknown metric, a broken template.
@@ -82,6 +84,7 @@ class Task:
     train_preprocess: Preprocess | None = None
     answers: str | None = None
     group: str | None = None
+    held_out: int = 0
 
     def __post_init__(self) -> None:
         metrics = (self.metrics,) if isinstance(self.metrics, str) else tuple(self.metrics)
@@ -92,6 +95,8 @@ class Task:
                 raise self._error(f"two keys of the verbalizer read the same: {self.verbalizer}")
             object.__setattr__(self, "verbalizer", texts)
         BadRecords(self.on_bad_record)  # refuses what is no policy
+        if self.held_out and ("validation" in self.splits or self.held_out < 0):
+            raise self._error(f"held_out={self.held_out} beside a split 'validation'; drop one")
         self._check_targets()
         self._check_metrics()
 
@@ -157,20 +162,34 @@ class Task:
         Raises:
             InputError: no such split, nothing in it, or a record that does not fit (file, line).
         """
-        if split not in self.splits:
+        if self.held_out and split in ("train", "validation"):
+            examples = self._divide(split)
+        elif split not in self.splits:
             known = ", ".join(self.splits) or "none"
             raise self._error(f"no split '{split}' (splits: {known})")
-        try:
-            records = self._read(split)
-            examples = self._make_examples(records, split)
-        except InputError as error:
-            raise self._error(f"split '{split}': {error}") from error
+        else:
+            examples = self._load(split)
         if limit is not None and limit < len(examples):
             if limit < 1:
                 raise self._error(f"a limit of {limit} examples; it must be at least 1")
             kept = [examples[i * len(examples) // limit] for i in range(limit)]
             return Examples(kept, examples.bad)
         return examples
+
+    def _divide(self, split: str) -> Examples:
+        """'train' without the held-out examples, or those alone; files are often sorted."""
+        train = self._load("train")
+        if self.held_out >= len(train):
+            raise self._error(f"held_out={self.held_out} of {len(train)} training examples")
+        held = {i * len(train) // self.held_out for i in range(self.held_out)}
+        wanted = split == "validation"
+        return Examples((e for i, e in enumerate(train) if (i in held) == wanted), train.bad)
+
+    def _load(self, split: str) -> Examples:
+        try:
+            return self._make_examples(self._read(split), split)
+        except InputError as error:
+            raise self._error(f"split '{split}': {error}") from error
 
     def _read(self, split: str) -> Records:
         source = os.fspath(self.splits[split])

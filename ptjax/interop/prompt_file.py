@@ -138,3 +138,22 @@ def _checked(prompt: np.ndarray, where: str) -> np.ndarray:
         row = int(np.flatnonzero(~np.isfinite(prompt).all(axis=1))[0])
         raise InputError(f"{where}: the prompt is not finite (row {row})")
     return prompt
+
+
+@dataclasses.dataclass(frozen=True)
+class FromFile:
+    """Initialises a prompt from any file that `load_prompt` reads (SPoT's transfer).
+
+    Raises:
+        InputError: its length is not the run's.
+    """
+
+    path: str
+
+    def __call__(self, key: Any, length: int, surroundings: Any) -> np.ndarray:
+        prompt = load_prompt(self.path).prompt
+        if len(prompt) != length:
+            raise InputError(
+                f"{self.path}: {len(prompt)} rows, the run wants {length}; set PROMPT_LENGTH to it"
+            )
+        return prompt

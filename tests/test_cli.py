@@ -1,0 +1,327 @@
+"""Flags and gin files: help, one line for every mistake, exit codes, logging, config.gin."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import gin
+import pytest
+from absl import logging as absl_logging
+
+import ptjax
+from ptjax import cli, tuning
+from ptjax.cli import gin_files, logs
+from ptjax.errors import InputError
+from ptjax.loop import TrainingError
+
+COMMANDS = ("train", "evaluate", "infer", "inspect", "export", "pretrain")
+HEADER = "from __gin__ import dynamic_registration\nfrom ptjax.data import tasks\n"
+
+
+@pytest.fixture(autouse=True)
+def _restore(monkeypatch, tmp_path):
+    """Commands own their process: what they set up is undone here."""
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "handlers", list(root.handlers))
+    monkeypatch.setattr(gin.config, "_LOCATION_PREFIXES", [""])
+    monkeypatch.chdir(tmp_path)
+    before = absl_logging.get_verbosity()
+    yield
+    absl_logging.set_verbosity(before)
+    gin.clear_config()
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """`call("train", "--flag")` -> (exit code, stdout, stderr), in this process."""
+
+    def run(command: str, *arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [f"ptjax.{command}", *arguments])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            importlib.import_module(f"ptjax.{command}").main()
+        out, err = capsys.readouterr()
+        return stopped.value.code or 0, out, err
+
+    return run
+
+
+@pytest.fixture
+def fails(call):
+    """The error line of a command that ends with exit code 2, and with nothing else to say."""
+
+    def run(*arguments: str, command: str = "train") -> str:
+        code, out, err = call(command, *arguments)
+        assert (code, out) == (2, ""), err
+        assert err.startswith("error: ") and err.count("\n") == 1, err
+        return err.removeprefix("error: ").rstrip("\n")
+
+    return run
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_names_every_flag(call, command):
+    code, out, err = call(command, "--help")
+    assert (code, err) == (0, "")
+    shared = {"--gin_file", "--gin_search_paths", "--gin_bindings", "--gin.NAME=VALUE"}
+    own = {
+        "train": {"--dry_run"},
+        "pretrain": {"--dry_run"},
+        "evaluate": {"--model_dir", "--prompt", "--backbone", "--split", "--output"},
+        "infer": {"--model_dir", "--prompt", "--backbone", "--allow_mismatch", "--input"}
+        | {"--format", "--raw", "--output", "--decode", "--num_beams", "--temperature"}
+        | {"--top_p", "--max_new_tokens", "--seed", "--batch_size"},
+        "inspect": {"PATH", "--backbone", "--tokens", "--json"},
+        "export": {"PROMPT", "--to", "--output", "--model_dir", "--backbone", "--force"},
+    }
+    assert {flag for flag in shared | own[command] if flag not in out} == set()
+    assert "exit codes: 0 finished, 1 failed, 2 bad input" in out
+    assert ("143" in out) == (command in ("train", "pretrain"))
+    assert max(map(len, out.splitlines())) <= 100
+
+
+def test_help_waits_for_nothing_heavy():
+    code = (
+        "import sys, runpy; sys.argv = ['x', '--help']\n"
+        "try: runpy.run_module(f'ptjax.{name}', run_name='__main__')\n"
+        "except SystemExit as e: code = e.code\n"
+    )
+    script = f"for name in {COMMANDS}:\n" + "".join(f"  {line}\n" for line in code.splitlines())
+    script += "print([m for m in ('jax', 'numpy', 'orbax') if m in sys.modules], code)"
+    done = _python("-c", script)
+    assert done.stdout.splitlines()[-1] == "[] 0", done.stderr
+
+
+def test_a_command_runs_as_a_module_and_shadows_nothing():
+    """`python -m ptjax.inspect` beside the standard library's `inspect`."""
+    done = _python("-m", "ptjax.inspect", "--nope")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ")
+
+
+def _python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(Path(ptjax.__file__).parents[1])}
+    return subprocess.run(
+        [sys.executable, *arguments], env=environment, capture_output=True, text=True
+    )
+
+
+def test_unknown_flags(fails):
+    assert fails("--gin_fil=x") == (
+        "unknown flag --gin_fil; did you mean --gin_file? (see --help)"
+    )
+    assert fails("more") == "unknown argument more (see --help)"
+    assert fails("--gin.TRAIN_STEPS").startswith("--gin.TRAIN_STEPS needs a value")
+    assert "--to" in fails("x", "--to=onnx", "--output=y", command="export")
+    assert "give either texts or --input" in fails("--prompt=p", command="infer")
+
+
+MISTAKES = {
+    "tasks.Task.nam = 'x'": "bad.gin:3: tasks.Task has no parameter nam; did you mean name?",
+    "tasks.Tusk.name = 'x'": "bad.gin:3: ptjax.data.tasks has no Tusk; did you mean Task?",
+    "tasks.Task.name = @tasks.Tosk()": "bad.gin:3: ptjax.data.tasks has no Tosk; did you mean Task?",
+    "task.Task.name = 'x'": "bad.gin:3: task is not imported here; did you mean tasks?",
+    "from ptjax.data import tosks": "bad.gin:3: there is no module ptjax.data.tosks; did you mean "
+    "tasks?",
+    "include 'tasks/sst.gin'": "bad.gin:3: no gin file tasks/sst.gin (looked in the current folder,"
+    f" {gin_files.gin_configs()}); did you mean tasks/sst2.gin?",
+    "tasks.Task.name = 'x": "bad.gin:3: gin cannot read this; see whether a quote or a bracket is "
+    "missing, and whether every string has quotes; it says: Unable to parse value",
+    "tasks.Task.name = x": "bad.gin:3: gin cannot read this; see whether a quote or a bracket is "
+    "missing, and whether every string has quotes",
+    "tasks.Task.splits = {'train':": "bad.gin: gin cannot read this; see whether a quote or a "
+    "bracket is missing, and whether every string has quotes; it says: EOF in multi-line statement",
+    "TRAIN_STEPS = 3": "bad.gin:3: the macro TRAIN_STEPS is set but nothing uses it; remove it",
+    "tasks.Task.name = %NAME": "bad.gin:3: the macro NAME (Task.name) has no value; set it with "
+    "--gin.NAME=VALUE",
+}
+
+
+@pytest.mark.parametrize("line", MISTAKES)
+def test_a_mistake_in_a_gin_file_is_one_line_with_its_place(fails, line):
+    Path("bad.gin").write_text(f"{HEADER}{line}\n")
+    assert fails("--gin_file=bad.gin") == MISTAKES[line]
+
+
+def test_a_mistake_in_an_included_file_names_that_file(fails):
+    Path("inner.gin").write_text(f"{HEADER}\ntasks.Task.nam = 'x'\n")
+    Path("outer.gin").write_text("include 'inner.gin'\n")
+    assert fails("--gin_file=outer.gin").startswith("inner.gin:4: tasks.Task has no parameter nam")
+
+
+def test_mistakes_on_the_command_line(fails):
+    quick = "--gin_file=quickstart.gin"
+    assert fails("--gin_file=quickstar.gin").endswith("did you mean quickstart.gin?")
+    assert fails(quick, "--gin.TRAIN_STEP=5") == (
+        "the macro TRAIN_STEP is set but nothing uses it; did you mean TRAIN_STEPS?"
+    )
+    assert fails(quick, "--gin.MODEL_DIR=/tmp/x") == (
+        "command line, MODEL_DIR = /tmp/x: a string needs its own quotes: "
+        "--gin.MODEL_DIR=\"'/tmp/x'\""
+    )
+    assert fails(quick, "--gin.tuning.tune.sed=5") == (
+        "command line, tuning.tune.sed = 5: tuning.tune has no parameter sed; did you mean seed?"
+    )
+    assert fails(quick, "--gin.tune.sed=5").endswith("tune has no parameter sed; did you mean seed?")
+    assert fails(quick, "--gin_bindings=tuning.tume.seed = 5").endswith(
+        "ptjax.tuning has no tume; did you mean tune?"
+    )
+
+
+def test_required_bindings_are_missed_before_anything_is_loaded(fails):
+    assert fails().startswith("tuning.tune needs `model_dir`, which nothing sets")
+    settings = ("--gin.MODEL_DIR='m'", "--gin.INITIAL_CHECKPOINT_PATH='/nowhere'")
+    missing = fails("--gin_file=runs/prompt_tune.gin", *settings)
+    assert missing.startswith("tasks.Task needs `name`, which nothing sets")
+
+
+def test_required_bindings_count_within_their_scope(fails):
+    Path("bad.gin").write_text(
+        f"{HEADER}from ptjax import pretraining\n"
+        "pretraining.pretrain.model_dir = 'm'\npretraining.pretrain.model = @t5.T5Config()\n"
+        "pretraining.pretrain.tokenizer = 'ptjax-nano'\n"
+        "pretraining.pretrain.parts = [@a/pretraining.TaskPart()]\n"
+        "a/pretraining.TaskPart.task = @tasks.Task()\na/pretraining.TaskPart.rate = 1.0\n"
+        "a/pretraining.TaskPart.phrasings = []\n"
+        "a/tasks.Task.name = 'a'\nb/tasks.Task.inputs = '{x}'\n"
+        "include 'models/ptjax_nano.gin'\n".replace("HEADER", HEADER)
+    )
+    text = Path("bad.gin").read_text().replace(HEADER, HEADER + "from ptjax.models import t5\n")
+    Path("bad.gin").write_text(text)
+    said = fails("--gin_file=bad.gin", command="pretrain")
+    assert said.startswith("a/tasks.Task needs `inputs`, which nothing sets")
+
+
+def test_an_input_error_inside_gin_keeps_its_first_line_only(fails):
+    quick = "--gin_file=quickstart.gin"
+    assert fails(quick, "--gin.tasks.Task.metrics=('accurracy',)") == (
+        "task sentiment: no metric is called 'accurracy'; did you mean 'accuracy'?"
+    )
+
+
+def _load(*arguments: str, **settings) -> None:
+    cli.load_gin(cli.parse(cli.make_parser("x", ""), arguments), **settings)
+
+
+def test_bindings_reach_what_no_gin_file_has_named():
+    _load("--gin_file=quickstart.gin", "--gin.tuning.tune.init_prompt=@prompt.Uniform()")
+    Path("mine.py").write_text("def other(): pass\n")
+    _load("--gin_file=quickstart.gin", "--gin.prompt.Uniform.scale=0.25",
+          "--gin_bindings=tune.init_prompt = @prompt.Uniform()")  # fmt: skip
+    assert cli.settings("ptjax.tuning.tune", "init_prompt")["init_prompt"].scale == 0.25
+
+
+def test_later_files_and_bindings_win_and_search_paths_are_searched(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "short.gin").write_text("TRAIN_STEPS = 7\nEVAL_PERIOD = 7\n")
+    _load("--gin_search_paths=mine", "--gin_file=quickstart.gin", "--gin_file=short.gin",
+          "--gin.EVAL_PERIOD=3")  # fmt: skip
+    assert (cli.macro("TRAIN_STEPS"), cli.macro("EVAL_PERIOD"), cli.macro("NO")) == (7, 3, None)
+
+
+def test_model_dir_may_be_open_where_nothing_trains():
+    Path("part.gin").write_text("include 'tasks/sentiment.gin'\ninclude 'runs/prompt_tune.gin'\n")
+    flags = ("--gin_file=part.gin", "--gin.INITIAL_CHECKPOINT_PATH='ptjax-nano'")
+    with pytest.raises(InputError, match="the macro MODEL_DIR"):
+        _load(*flags)
+    _load(*flags, trains=False)
+    _load(*flags, macros={"MODEL_DIR": "/m"})
+    assert cli.settings("ptjax.tuning.tune", "model_dir") == {"model_dir": "/m"}
+
+
+def test_config_text_reads_back_equal_without_the_files_it_came_from(monkeypatch):
+    Path("order.gin").write_text(
+        f"{HEADER}tasks.Task.verbalizer = {{'z': 'last', 'b': 'middle', 'a': 'first'}}\n"
+    )
+    _load("--gin_file=quickstart.gin", "--gin_file=order.gin",
+          "--gin.tuning.tune.init_prompt=@prompt.Uniform()")  # fmt: skip
+    text = cli.config_text()
+    assert "include" not in text
+    Path("order.gin").unlink()
+    Path("config.gin").write_text(text)
+    monkeypatch.setattr(gin_files, "gin_configs", lambda: Path("gone"))
+    monkeypatch.setattr(gin.config, "_LOCATION_PREFIXES", [""])
+    _load("--gin_file=config.gin")
+    assert cli.config_text() == text
+    task = cli.settings("ptjax.tuning.tune", "task")["task"]
+    assert task.labels == ("last", "middle", "first")
+    assert cli.bound(tuning.tune) is not tuning.tune
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (InputError("bad\n  In call to configurable 'x'"), 2, "error: bad\n"),
+        (TrainingError("not finite\nmore"), 1, "failed: not finite\n"),
+        (PermissionError(13, "no", "f"), 1, "failed: [Errno 13] no: 'f'\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (SystemExit(143), 143, ""),
+        (None, 0, ""),
+    ],
+)
+def test_exit_codes(capsys, error, code, said):
+    def body():
+        if error is not None:
+            raise error
+
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(body)
+    assert (stopped.value.code, capsys.readouterr().err) == (code, said)
+
+
+def test_a_bug_keeps_its_traceback():
+    def body():
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.run(body)
+
+
+def test_log_lines_are_plain_and_only_ours(capsys, tmp_path):
+    logs.prepare()
+    logs.prepare()  # a second time adds nothing
+    records = [
+        (logs._PACKAGE + "/tuning.py", "absl", logging.INFO, "we start"),
+        (logs._PACKAGE + "/tuning.py", "absl", logging.WARNING, "we wonder"),
+        ("/x/orbax/checkpoint.py", "absl", logging.INFO, "orbax info"),
+        ("/x/orbax/checkpoint.py", "absl", logging.WARNING, "orbax warns"),
+        ("/x/orbax/checkpoint.py", "absl", logging.ERROR, "orbax fails"),
+        ("/x/jax/xla_bridge.py", "jax._src.xla_bridge", logging.WARNING, "no GPU"),
+        ("/x/site-packages/gin/resource_reader.py", "root", logging.ERROR, "Path not found"),
+    ]
+    for path, name, level, message in records:
+        logger = logging.getLogger() if name == "root" else logging.getLogger(name)
+        logger.handle(logger.makeRecord(name, level, path, 1, message, (), None))
+    shown = ["we start", "warning: we wonder", "error: orbax fails", "warning: no GPU"]
+    assert capsys.readouterr().err.splitlines() == shown
+
+
+def test_log_lines_of_the_library_are_shown(capsys, monkeypatch):
+    """absl's own level is WARNING until somebody says otherwise."""
+    absl_logging.set_verbosity(absl_logging.WARNING)
+    logs.prepare()
+    from ptjax.data import preprocess  # any module of ours, by its file
+
+    source = "from absl import logging\nlogging.info('%d examples', 3)"
+    exec(compile(source, preprocess.__file__, "exec"), {})
+    assert capsys.readouterr().err == "3 examples\n"
+
+
+def test_train_prints_its_results_and_how_to_try_them():
+    train = importlib.import_module("ptjax.train")
+    results = json.loads(
+        '{"task": "t", "metric": "accuracy", "split": "test", "majority": 0.5, "hard_prompt": null,'
+        '"other_hard_prompts": {"named": 0.6}, "before": 0.51, "step": 20, "value": 0.9,'
+        '"trainable_parameters": 2560, "frozen_parameters": 2754816}'
+    )
+    text = train.summary(results, "runs/x")
+    rows = {line[:36].strip(): line[36:].strip() for line in text.splitlines()}
+    assert rows["tuned (step 20)"] == "0.900" and rows["hard prompt: named"] == "0.600"
+    assert "hard prompt" not in rows and "2,560 trained, 2,754,816 frozen" in text
+    assert "python -m ptjax.infer --model_dir=runs/x 'a text of your own'" in text

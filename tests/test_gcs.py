@@ -1,0 +1,253 @@
+"""Every path may be gs://: weights in, prompts and whole runs out, on a storage emulator.
+
+The emulator (gcp-storage-emulator) keeps its objects in memory. gcsfs, behind `etils.epath`, and
+tensorstore, behind the T5X readers and Orbax, find it through the environment.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socketserver
+from collections.abc import Iterator
+from pathlib import Path
+
+import gcsfs
+import jax
+import numpy as np
+import pytest
+from conftest import FIXTURES
+from etils import epath
+from gcp_storage_emulator import server as emulator
+from gcp_storage_emulator.handlers import objects
+
+from ptjax import atomic, loop, tuning
+from ptjax.backbone import Backbone, load_backbone, save_backbone
+from ptjax.data.tasks import Task
+from ptjax.data.tokenizer import load_tokenizer
+from ptjax.errors import InputError
+from ptjax.evaluation import Evaluation
+from ptjax.interop.prompt_file import load_prompt, save_prompt
+from ptjax.loop import Pace
+from ptjax.models.t5 import T5Config, init_params
+from ptjax.training.freeze import flatten_paths
+from ptjax.training.optimizer import Adafactor
+
+
+def list_range(request, response, storage, *args, **kwargs) -> None:
+    """The emulator's listing, with `startOffset` and `endOffset`, by which tensorstore lists."""
+    start, end = (request.query.get(name, [""])[0] for name in ("startOffset", "endOffset"))
+    send = response.json
+
+    def send_range(listing):
+        items = [x for x in listing["items"] if start <= x["name"] and (not end or x["name"] < end)]
+        send({**listing, "items": items})
+
+    response.json = send_range
+    objects.ls(request, response, storage, *args, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[epath.Path]:
+    """An empty bucket, gs://bucket."""
+    with pytest.MonkeyPatch.context() as patch:
+        handlers = [
+            (path, {k: list_range if f is objects.ls else f for k, f in methods.items()})
+            for path, methods in emulator.HANDLERS
+        ]
+        patch.setattr(emulator, "HANDLERS", tuple(handlers))
+        # A client that has read enough hangs up; the server need not print a traceback of it.
+        patch.setattr(socketserver.BaseServer, "handle_error", lambda *_: None)
+        with emulator.create_server(
+            "localhost", 0, in_memory=True, default_bucket="bucket"
+        ) as made:
+            address = f"http://localhost:{made._api._httpd.server_address[1]}"
+            patch.setenv("STORAGE_EMULATOR_HOST", address)
+            patch.setenv("TENSORSTORE_GCS_HTTP_URL", address)
+            patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "nobody checks it")
+            patch.setenv("GOOGLE_CLOUD_PROJECT", "test")
+            patch.setenv("NO_GCE_CHECK", "true")  # no credentials are looked for on the network
+            patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+            gcsfs.GCSFileSystem.clear_instance_cache()
+            yield epath.Path("gs://bucket")
+            gcsfs.GCSFileSystem.clear_instance_cache()
+
+
+@pytest.fixture
+def folder(bucket, request) -> epath.Path:
+    """A folder of this test alone."""
+    return bucket / request.node.name.replace("[", "-").replace("]", "")
+
+
+def upload(source: Path, target: epath.Path) -> epath.Path:
+    for file in source.rglob("*"):
+        if file.is_file():
+            (target / str(file.relative_to(source))).write_bytes(file.read_bytes())
+    return target
+
+
+def assert_same_weights(one: Backbone, other: Backbone) -> None:
+    assert one.fingerprint == other.fingerprint
+    theirs = flatten_paths(other.variables)
+    for path, value in flatten_paths(one.variables).items():
+        np.testing.assert_array_equal(value, theirs[path], err_msg=path)
+
+
+# Weights in
+
+
+@pytest.mark.parametrize("name", ["t5_1_1_tiny_legacy", "t5_1_1_tiny_orbax"])
+def test_a_t5x_checkpoint(folder, t5_1_1, name):
+    checkpoint = upload(FIXTURES / name / "checkpoint_3", folder / "checkpoint_3")
+    loaded = load_backbone(folder)
+    assert loaded.name == os.fspath(checkpoint)
+    assert_same_weights(loaded, t5_1_1)
+
+
+def test_a_checkpoint_that_is_not_all_there_is_no_zeros(folder):
+    checkpoint = upload(FIXTURES / "t5_1_1_tiny_legacy" / "checkpoint_3", folder / "checkpoint_3")
+    chunk = "target.encoder.layers_1.mlp.wo.kernel/0.0"
+    (checkpoint / chunk).unlink()
+    with pytest.raises(InputError, match=f"{checkpoint}/{chunk}: a chunk of parameter .* missing"):
+        load_backbone(checkpoint)
+
+
+def test_a_hugging_face_directory_out_and_in(folder, t5_1_1):
+    tokenizer = load_tokenizer("byt5")
+    params = t5_1_1.variables["params"]
+    save_backbone(folder, t5_1_1.config, params, dtype="float32", max_shard_bytes=60_000)
+    tokenizer.save(folder)
+    with pytest.raises(InputError, match="384 ids do not fit"):  # so it was found
+        load_backbone(folder)
+    (folder / "tokenizer_config.json").unlink()
+    assert_same_weights(load_backbone(folder), t5_1_1)
+
+
+def test_nothing_there(bucket):
+    with pytest.raises(
+        InputError, match="no backbone at gs://bucket/none: the path does not exist"
+    ):
+        load_backbone("gs://bucket/none")
+
+
+# Files
+
+
+def test_prompts_out_and_in(folder):
+    prompt = np.random.default_rng(0).normal(size=(5, 16)).astype(np.float32)
+    save_prompt(folder / "best.safetensors", prompt, {"step": 3})
+    loaded = load_prompt(folder / "best.safetensors")
+    np.testing.assert_array_equal(loaded.prompt, prompt)
+    assert loaded.metadata == {"step": 3}
+    local = FIXTURES / "peft" / "prompt_tuning"
+    np.testing.assert_array_equal(
+        load_prompt(upload(local, folder / "peft")).prompt, load_prompt(local).prompt
+    )
+
+
+def test_a_file_is_whole_or_the_one_before(folder):
+    file = folder / "results.json"
+    atomic.write_bytes(file, b"the first")
+    atomic.write_bytes(file, b"the second")
+    with pytest.raises(KeyError), atomic.written_whole(file) as stream:
+        stream.write(b"half of the th")
+        raise KeyError
+    assert file.read_bytes() == b"the second"
+    assert [path.name for path in folder.iterdir()] == ["results.json"]
+
+
+# A run
+
+
+@pytest.fixture(scope="module")
+def tiny_backbone(bucket) -> Backbone:
+    """Read from gs:// as well."""
+    config = T5Config(8192, 8, 2, 1, 1, 4, 8, dropout_rate=0.1)
+    params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
+    directory = bucket / "backbone"
+    save_backbone(
+        directory, config, params, tokenizer=load_tokenizer("package:nano"), dtype="float32"
+    )
+    return load_backbone(directory)
+
+
+@pytest.fixture(scope="module")
+def task(bucket) -> Task:
+    """16 training and 8 validation sentences on gs://."""
+    directory = bucket / "task"
+    for split, count in {"train": 16, "validation": 8}.items():
+        rows = [
+            json.dumps({"text": ("a warm film", "a dull film")[i % 2], "label": i % 2})
+            for i in range(count)
+        ]
+        atomic.write_bytes(directory / f"{split}.jsonl", "\n".join(rows).encode())
+    return Task(
+        name="words",
+        data_dir=os.fspath(directory),
+        splits={split: f"{split}.jsonl" for split in ("train", "validation")},
+        inputs="{text}",
+        label="label",
+        verbalizer={"0": "good", "1": "bad"},
+    )
+
+
+def tune(model_dir: epath.Path | Path, task: Task, backbone: Backbone) -> None:
+    tuning.tune(
+        model_dir,
+        task,
+        backbone,
+        prompt_length=3,
+        optimizer=Adafactor(learning_rate=0.05, learning_rate_scale="embedding_rms"),
+        pace=Pace(train_steps=6, eval_period=2, log_period=1, keep=1),
+        batch_size=8,
+        feature_lengths={"inputs": 8, "targets": 4},
+        evaluation=Evaluation(batch_size=8),
+        config="SEED = 0",
+    )
+
+
+def outcome(directory: epath.Path) -> dict[str, object]:
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return {
+        "prompts": {p.name: p.read_bytes() for p in (directory / "prompts").iterdir()},
+        "metrics": [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows],
+        "results": json.loads((directory / "results.json").read_text()),
+        "checkpoints": sorted(p.name for p in (directory / "checkpoints").iterdir()),
+        "config": (directory / "config.gin").read_text(),
+    }
+
+
+def test_a_run_is_stopped_and_goes_on(folder, task, tiny_backbone, tmp_path, monkeypatch):
+    """And leaves what one on a local disk leaves that was never stopped."""
+    tune(tmp_path, task, tiny_backbone)
+    add = loop.Run._add
+
+    def signalled(self, metrics):
+        add(self, metrics)
+        if self.progress.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Run, "_add", signalled)
+        with pytest.raises(SystemExit) as stopped:
+            tune(folder, task, tiny_backbone)
+    assert stopped.value.code == 143
+    assert not (folder / "results.json").exists()
+    checkpoints = {path.name for path in (folder / "checkpoints").iterdir()}
+    assert checkpoints & {"3", "4"}
+    tune(folder, task, tiny_backbone)
+    assert outcome(folder) == outcome(epath.Path(tmp_path))
+    assert any((folder / "tensorboard").iterdir())
+
+
+def test_a_checkpoint_that_was_not_finished_is_not_gone_on_from(folder, task, tiny_backbone):
+    """A kill while it was written: everything is there but the marker that is written last."""
+    tune(folder, task, tiny_backbone)
+    expected = outcome(folder)
+    (folder / "checkpoints" / "6" / "commit_success.txt").unlink()
+    (folder / "results.json").unlink()
+    gcsfs.GCSFileSystem.clear_instance_cache()
+    tune(folder, task, tiny_backbone)
+    assert outcome(folder)["prompts"] == expected["prompts"]
+    assert outcome(folder)["results"] == expected["results"]

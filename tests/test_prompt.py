@@ -1,0 +1,94 @@
+"""The prompt's initialisers."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+from ptjax.data.tokenizer import load_tokenizer
+from ptjax.errors import InputError
+from ptjax.interop.prompt_file import FromFile, save_prompt
+from ptjax.models.prompt import (
+    ClassLabels,
+    FrequentWords,
+    FromText,
+    SampledVocabulary,
+    Surroundings,
+    Uniform,
+)
+
+KEY = jax.random.key(0)
+TOKENIZER = load_tokenizer("package:nano")
+TEXTS = ["The plot is the plot, and the acting!", "A plot of 12 twists; acting, acting, acting."]
+
+
+@pytest.fixture(scope="module")
+def surroundings() -> Surroundings:
+    """Row i of the table is (i, i): a row of a prompt tells which tokens it came from."""
+    table = np.repeat(np.arange(8192, dtype=np.float32)[:, None], 2, axis=1)
+    return Surroundings(jax.numpy.asarray(table), TOKENIZER, ("positive", "no"), lambda: TEXTS)
+
+
+def mean_id(text: str) -> float:
+    return float(np.mean(TOKENIZER.encode(text)))
+
+
+def test_uniform_fills_its_interval_evenly(surroundings):
+    rows = np.asarray(Uniform(0.5)(KEY, 5000, surroundings))
+    assert rows.shape == (5000, 2)
+    assert rows.min() < -0.49 and rows.max() > 0.49
+    assert abs(rows).max() <= 0.5
+    # Standard error of the mean of 10,000 draws: 0.0029.
+    assert abs(rows.mean()) < 0.012
+
+
+def test_sampled_vocabulary_draws_common_tokens_once(surroundings):
+    ids = np.asarray(SampledVocabulary(population=50)(KEY, 50, surroundings))[:, 0]
+    assert sorted(ids) == list(range(3, 53))
+    again = np.asarray(SampledVocabulary(population=50)(jax.random.key(1), 50, surroundings))[:, 0]
+    assert list(ids) != list(again)
+    longer = np.asarray(SampledVocabulary(population=5)(KEY, 40, surroundings))[:, 0]
+    assert set(longer) == set(range(3, 8))
+
+
+def test_class_labels_average_their_pieces_and_fill_up(surroundings):
+    rows = np.asarray(ClassLabels()(KEY, 6, surroundings))
+    assert rows[:2, 0].tolist() == [mean_id("positive"), mean_id("no")]
+    np.testing.assert_array_equal(rows[2:], SampledVocabulary()(KEY, 6, surroundings)[2:])
+    own = np.asarray(ClassLabels(labels=("commonsense reasoning",))(KEY, 1, surroundings))
+    assert own[0, 0] == pytest.approx(mean_id("commonsense reasoning"))
+    open_set = Surroundings(surroundings.embedding, TOKENIZER, None, lambda: TEXTS)
+    with pytest.raises(InputError, match="closed label set"):
+        ClassLabels()(KEY, 6, open_set)
+
+
+def test_a_text_is_cut_or_filled_up(surroundings):
+    ids = TOKENIZER.encode("a rather long text about nothing")
+    cut = np.asarray(FromText("a rather long text about nothing")(KEY, 3, surroundings))
+    assert cut[:, 0].tolist() == ids[:3]
+    filled = np.asarray(FromText("a rather long text about nothing")(KEY, 20, surroundings))
+    assert filled[: len(ids), 0].tolist() == ids
+    assert len(filled) == 20
+
+
+def test_frequent_words_leave_out_stop_words_and_punctuation(surroundings):
+    assert FrequentWords().words(9, TEXTS) == ["acting", "plot", "twists"]
+    rows = np.asarray(FrequentWords()(KEY, 3, surroundings))
+    assert rows[:, 0].tolist() == pytest.approx([mean_id(w) for w in ("acting", "plot", "twists")])
+
+
+def test_from_file_wants_the_same_length(surroundings, tmp_path):
+    path = tmp_path / "p.safetensors"
+    save_prompt(path, np.arange(8, dtype=np.float32).reshape(4, 2), {})
+    np.testing.assert_array_equal(
+        FromFile(str(path))(KEY, 4, surroundings), np.arange(8).reshape(4, 2)
+    )
+    with pytest.raises(InputError, match="4 rows, the run wants 5"):
+        FromFile(str(path))(KEY, 5, surroundings)
+
+
+def test_without_a_tokenizer_the_message_names_the_argument(surroundings):
+    bare = Surroundings(surroundings.embedding, None, ("yes",), lambda: TEXTS)
+    with pytest.raises(InputError, match="tokenizer="):
+        ClassLabels()(KEY, 2, bare)
