@@ -6,6 +6,7 @@ backbone is in them.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import grain
@@ -30,8 +31,10 @@ class Checkpoints:
         context.checkpointables.registry = ocp.handlers.local_registry()
         for name in ("identity", "progress"):
             context.checkpointables.registry.add(ocp.handlers.JsonHandler, checkpointable_name=name)
+        # Orbax writes to absolute paths only, and says so in the middle of a save.
+        remote = "://" in os.fspath(directory)
         self._orbax = ocp.training.Checkpointer(
-            directory,
+            directory if remote else directory.absolute(),
             context=context,
             preservation_policy=ocp.training.preservation_policies.LatestN(keep),
             cleanup_tmp_directories=True,

@@ -127,18 +127,18 @@ def predict(
 ) -> list[Any]:
     from ptjax import prediction
 
-    generates = arguments.decode or task is None or task.labels is None
+    labels = None if arguments.decode or task is None else task.labels
     settings = {name: getattr(arguments, name) for name in ("num_beams", "temperature", "top_p")}
-    if not generates:
+    if labels is not None:
         if settings != {"num_beams": 1, "temperature": 0.0, "top_p": 1.0}:
             raise InputError(
-                f"the task has a closed set of labels ({', '.join(task.labels)}), which are ranked;"
+                f"the task has a closed set of labels ({', '.join(labels)}), which are ranked;"
                 " --num_beams, --temperature and --top_p go with --decode"
             )
         return prediction.rank(
             backbone,
             texts,
-            task.labels,
+            labels,
             prompt,
             input_length=lengths.get("inputs", 512),
             target_length=lengths.get("targets", 16),
@@ -157,12 +157,13 @@ def predict(
 
 
 def records_of(arguments: argparse.Namespace) -> list[Any]:
-    """The inputs; a plain line is a record with the one field None."""
+    """The inputs as records; a plain line is one with the field `prediction.PLAIN`."""
+    from ptjax import prediction
     from ptjax.data import sources
 
     if arguments.texts:
         return [
-            sources.Record({None: text}, "the command line, text", i)
+            sources.Record({prediction.PLAIN: text}, "the command line, text", i)
             for i, text in enumerate(arguments.texts, 1)
         ]
     name, kind = arguments.input, arguments.format
@@ -178,7 +179,7 @@ def records_of(arguments: argparse.Namespace) -> list[Any]:
         kind = kind or ("text" if os.path.splitext(stem)[1] == ".txt" else None)
     if kind != "text":
         return list(records)
-    return [sources.Record({None: r.fields["text"]}, r.file, r.line) for r in records]
+    return [sources.Record({prediction.PLAIN: r.fields["text"]}, r.file, r.line) for r in records]
 
 
 if __name__ == "__main__":

@@ -28,6 +28,9 @@ from ptjax.models.prompted import with_prompt
 RAW_FIELD = "inputs"
 """The field of a record that holds an input which is formatted already."""
 
+PLAIN = "\0line"
+"""The one field of a record that is a plain line; no file has a field of this name."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
@@ -47,7 +50,7 @@ class Prediction:
 def format_record(record: Record, task: Task | None) -> tuple[str, dict[str, Any]]:
     """(the model's input, the record's fields).
 
-    A plain line, which is a record with the one field `None`, fills the template's only field.
+    A plain line (see `PLAIN`) fills the template's only field.
 
     Args:
         task: None where the inputs are formatted already.
@@ -55,16 +58,16 @@ def format_record(record: Record, task: Task | None) -> tuple[str, dict[str, Any
     Raises:
         InputError: a field is missing; with file and line.
     """
-    fields: dict[Any, Any] = dict(record.fields)
-    plain = None in fields
+    fields = record.fields
+    plain = PLAIN in fields
     try:
         if task is None:
-            name = None if plain else RAW_FIELD
+            name = PLAIN if plain else RAW_FIELD
             if not isinstance(fields.get(name), str):
                 raise InputError(f"no text in the field '{RAW_FIELD}', which is taken as it is")
             return fields[name], {} if plain else fields
         if plain:
-            line = fields[None]
+            line = fields[PLAIN]
             text = task.format_line(line)
             return text, {parse_template(task.inputs).fields[0]: line}
         return task.format_inputs(fields), fields
@@ -114,7 +117,7 @@ def rank(
     )
     shares = softmax(likelihoods.astype(np.float64), axis=1)
     return [
-        Prediction(labels[i], float(row[i]), dict(zip(labels, map(float, share), strict=True)))
+        Prediction(str(labels[i]), float(row[i]), dict(zip(labels, map(float, share), strict=True)))
         for i, row, share in zip(chosen, likelihoods, shares, strict=True)
     ]
 

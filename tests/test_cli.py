@@ -8,6 +8,7 @@ import logging
 import os
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import gin
@@ -113,9 +114,7 @@ def _python(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_unknown_flags(fails):
-    assert fails("--gin_fil=x") == (
-        "unknown flag --gin_fil; did you mean --gin_file? (see --help)"
-    )
+    assert fails("--gin_fil=x") == ("unknown flag --gin_fil; did you mean --gin_file? (see --help)")
     assert fails("more") == "unknown argument more (see --help)"
     assert fails("--gin.TRAIN_STEPS").startswith("--gin.TRAIN_STEPS needs a value")
     assert "--to" in fails("x", "--to=onnx", "--output=y", command="export")
@@ -125,7 +124,8 @@ def test_unknown_flags(fails):
 MISTAKES = {
     "tasks.Task.nam = 'x'": "bad.gin:3: tasks.Task has no parameter nam; did you mean name?",
     "tasks.Tusk.name = 'x'": "bad.gin:3: ptjax.data.tasks has no Tusk; did you mean Task?",
-    "tasks.Task.name = @tasks.Tosk()": "bad.gin:3: ptjax.data.tasks has no Tosk; did you mean Task?",
+    "tasks.Task.name = @tasks.Tosk()": "bad.gin:3: ptjax.data.tasks has no Tosk; did you mean "
+    "Task?",
     "task.Task.name = 'x'": "bad.gin:3: task is not imported here; did you mean tasks?",
     "from ptjax.data import tosks": "bad.gin:3: there is no module ptjax.data.tosks; did you mean "
     "tasks?",
@@ -168,7 +168,9 @@ def test_mistakes_on_the_command_line(fails):
     assert fails(quick, "--gin.tuning.tune.sed=5") == (
         "command line, tuning.tune.sed = 5: tuning.tune has no parameter sed; did you mean seed?"
     )
-    assert fails(quick, "--gin.tune.sed=5").endswith("tune has no parameter sed; did you mean seed?")
+    assert fails(quick, "--gin.tune.sed=5").endswith(
+        "tune has no parameter sed; did you mean seed?"
+    )
     assert fails(quick, "--gin_bindings=tuning.tume.seed = 5").endswith(
         "ptjax.tuning has no tume; did you mean tune?"
     )
@@ -182,18 +184,21 @@ def test_required_bindings_are_missed_before_anything_is_loaded(fails):
 
 
 def test_required_bindings_count_within_their_scope(fails):
-    Path("bad.gin").write_text(
-        f"{HEADER}from ptjax import pretraining\n"
-        "pretraining.pretrain.model_dir = 'm'\npretraining.pretrain.model = @t5.T5Config()\n"
-        "pretraining.pretrain.tokenizer = 'ptjax-nano'\n"
-        "pretraining.pretrain.parts = [@a/pretraining.TaskPart()]\n"
-        "a/pretraining.TaskPart.task = @tasks.Task()\na/pretraining.TaskPart.rate = 1.0\n"
-        "a/pretraining.TaskPart.phrasings = []\n"
-        "a/tasks.Task.name = 'a'\nb/tasks.Task.inputs = '{x}'\n"
-        "include 'models/ptjax_nano.gin'\n".replace("HEADER", HEADER)
-    )
-    text = Path("bad.gin").read_text().replace(HEADER, HEADER + "from ptjax.models import t5\n")
-    Path("bad.gin").write_text(text)
+    lines = """
+    from ptjax import pretraining
+    from ptjax.models import t5
+    include 'models/ptjax_nano.gin'
+    pretraining.pretrain.model_dir = 'm'
+    pretraining.pretrain.model = @t5.T5Config()
+    pretraining.pretrain.tokenizer = 'ptjax-nano'
+    pretraining.pretrain.parts = [@a/pretraining.TaskPart()]
+    a/pretraining.TaskPart.task = @tasks.Task()
+    a/pretraining.TaskPart.rate = 1.0
+    a/pretraining.TaskPart.phrasings = []
+    a/tasks.Task.name = 'a'
+    b/tasks.Task.inputs = '{x}'
+    """
+    Path("bad.gin").write_text(HEADER + textwrap.dedent(lines))
     said = fails("--gin_file=bad.gin", command="pretrain")
     assert said.startswith("a/tasks.Task needs `inputs`, which nothing sets")
 
@@ -211,7 +216,6 @@ def _load(*arguments: str, **settings) -> None:
 
 def test_bindings_reach_what_no_gin_file_has_named():
     _load("--gin_file=quickstart.gin", "--gin.tuning.tune.init_prompt=@prompt.Uniform()")
-    Path("mine.py").write_text("def other(): pass\n")
     _load("--gin_file=quickstart.gin", "--gin.prompt.Uniform.scale=0.25",
           "--gin_bindings=tune.init_prompt = @prompt.Uniform()")  # fmt: skip
     assert cli.settings("ptjax.tuning.tune", "init_prompt")["init_prompt"].scale == 0.25

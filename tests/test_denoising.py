@@ -86,6 +86,12 @@ MAKE = {
 }
 
 
+def patterns(source, epoch: int) -> list[np.ndarray]:
+    """Where each example's text stops for a sentinel or the end, whatever the text is."""
+    examples = (source.tokens(index, epoch)[0] for index in range(len(source)))
+    return [np.flatnonzero((inputs >= 1000) | (inputs == 1)) for inputs in examples]
+
+
 @pytest.mark.parametrize("make", list(MAKE.values()), ids=list(MAKE))
 def test_examples_follow_from_seed_epoch_and_index(make) -> None:
     def all_of(source, epoch):
@@ -96,6 +102,13 @@ def test_examples_follow_from_seed_epoch_and_index(make) -> None:
     assert len(set(first)) == len(first)
     assert not set(all_of(make(), 1)) & set(first)
     assert not set(all_of(make(1), 0)) & set(first)
+    # Not the cuts of the text alone: what is hidden in a piece is drawn anew as well.
+    drawn = [
+        tuple(tuple(inputs) for inputs in patterns(make(seed), epoch))
+        for seed, epoch in ((0, 0), (0, 1), (1, 0))
+    ]
+    assert len(set(drawn)) == 3
+    assert all(len(set(epoch)) > 5 for epoch in drawn)
 
 
 def test_a_prefix_and_what_follows_it() -> None:

@@ -6,10 +6,12 @@ tensorstore, behind the T5X readers and Orbax, find it through the environment.
 
 from __future__ import annotations
 
+import gc
+import http.server
 import json
+import logging
 import os
 import signal
-import socketserver
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,6 +37,16 @@ from ptjax.training.freeze import flatten_paths
 from ptjax.training.optimizer import Adafactor
 
 
+class PatientServer(http.server.ThreadingHTTPServer):
+    """The emulator's own serves one request at a time and drops the sixth that waits."""
+
+    request_queue_size = 256
+    daemon_threads = True
+
+    def handle_error(self, request, client_address) -> None:
+        """A client that has read enough hangs up: no reason for a traceback."""
+
+
 def list_range(request, response, storage, *args, **kwargs) -> None:
     """The emulator's listing, with `startOffset` and `endOffset`, by which tensorstore lists."""
     start, end = (request.query.get(name, [""])[0] for name in ("startOffset", "endOffset"))
@@ -57,8 +69,7 @@ def bucket() -> Iterator[epath.Path]:
             for path, methods in emulator.HANDLERS
         ]
         patch.setattr(emulator, "HANDLERS", tuple(handlers))
-        # A client that has read enough hangs up; the server need not print a traceback of it.
-        patch.setattr(socketserver.BaseServer, "handle_error", lambda *_: None)
+        patch.setattr(emulator.server, "HTTPServer", PatientServer)
         with emulator.create_server(
             "localhost", 0, in_memory=True, default_bucket="bucket"
         ) as made:
@@ -71,6 +82,7 @@ def bucket() -> Iterator[epath.Path]:
             patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
             gcsfs.GCSFileSystem.clear_instance_cache()
             yield epath.Path("gs://bucket")
+            gc.collect()  # tensorboardX uploads once more when its writers are deleted
             gcsfs.GCSFileSystem.clear_instance_cache()
 
 
@@ -81,9 +93,8 @@ def folder(bucket, request) -> epath.Path:
 
 
 def upload(source: Path, target: epath.Path) -> epath.Path:
-    for file in source.rglob("*"):
-        if file.is_file():
-            (target / str(file.relative_to(source))).write_bytes(file.read_bytes())
+    """A local folder as `target`, all files at once."""
+    gcsfs.GCSFileSystem().put(f"{source}/", f"{target}/", recursive=True)
     return target
 
 
@@ -199,7 +210,7 @@ def tune(model_dir: epath.Path | Path, task: Task, backbone: Backbone) -> None:
         backbone,
         prompt_length=3,
         optimizer=Adafactor(learning_rate=0.05, learning_rate_scale="embedding_rms"),
-        pace=Pace(train_steps=6, eval_period=2, log_period=1, keep=1),
+        pace=Pace(train_steps=4, eval_period=2, log_period=1, keep=1),
         batch_size=8,
         feature_lengths={"inputs": 8, "targets": 4},
         evaluation=Evaluation(batch_size=8),
@@ -218,8 +229,12 @@ def outcome(directory: epath.Path) -> dict[str, object]:
     }
 
 
-def test_a_run_is_stopped_and_goes_on(folder, task, tiny_backbone, tmp_path, monkeypatch):
-    """And leaves what one on a local disk leaves that was never stopped."""
+def test_a_run_is_stopped_and_goes_on(folder, task, tiny_backbone, tmp_path, monkeypatch, caplog):
+    """And leaves what one on a local disk leaves that was never stopped.
+
+    The checkpoint that it saved when it was stopped lacks the marker that is written last, as if a
+    kill had been faster; so it is passed over for the one before.
+    """
     tune(tmp_path, task, tiny_backbone)
     add = loop.Run._add
 
@@ -234,20 +249,11 @@ def test_a_run_is_stopped_and_goes_on(folder, task, tiny_backbone, tmp_path, mon
             tune(folder, task, tiny_backbone)
     assert stopped.value.code == 143
     assert not (folder / "results.json").exists()
-    checkpoints = {path.name for path in (folder / "checkpoints").iterdir()}
-    assert checkpoints & {"3", "4"}
-    tune(folder, task, tiny_backbone)
+    saved = {path.name for path in (folder / "checkpoints").iterdir()}
+    assert saved == {"2", "3"}
+    (folder / "checkpoints" / "3" / "commit_success.txt").unlink()
+    with caplog.at_level(logging.INFO):
+        tune(folder, task, tiny_backbone)
+    assert f"going on from step 2 of {folder}" in caplog.messages
     assert outcome(folder) == outcome(epath.Path(tmp_path))
     assert any((folder / "tensorboard").iterdir())
-
-
-def test_a_checkpoint_that_was_not_finished_is_not_gone_on_from(folder, task, tiny_backbone):
-    """A kill while it was written: everything is there but the marker that is written last."""
-    tune(folder, task, tiny_backbone)
-    expected = outcome(folder)
-    (folder / "checkpoints" / "6" / "commit_success.txt").unlink()
-    (folder / "results.json").unlink()
-    gcsfs.GCSFileSystem.clear_instance_cache()
-    tune(folder, task, tiny_backbone)
-    assert outcome(folder)["prompts"] == expected["prompts"]
-    assert outcome(folder)["results"] == expected["results"]

@@ -6,10 +6,9 @@ import argparse
 import os
 from typing import Any
 
-import gin
 from etils import epath
 
-from ptjax.cli.gin_files import load_gin, settings
+from ptjax.cli.gin_files import configured, load_gin, settings
 from ptjax.errors import InputError
 
 TUNE = "ptjax.tuning.tune"
@@ -108,11 +107,10 @@ def load_backbone(arguments: argparse.Namespace, metadata: dict[str, Any]) -> An
     if path is None and not bound:
         raise InputError("which backbone? Name it with --backbone=PATH or a --gin_file")
     if path is None:
-        return settings(TUNE, "backbone").get("backbone") or gin.get_configurable(LOAD_BACKBONE)()
+        found = settings(TUNE, "backbone").get("backbone")
+        return found or configured(LOAD_BACKBONE, backbone.load_backbone)()
     # The other settings of the gin file (tokenizer, mesh, dtype) hold for this path as well.
-    if gin.config._REGISTRY.get_match(LOAD_BACKBONE) is None:
-        return backbone.load_backbone(path)
-    return gin.get_configurable(LOAD_BACKBONE)(path)
+    return configured(LOAD_BACKBONE, backbone.load_backbone)(path)
 
 
 def load_prompt(arguments: argparse.Namespace) -> Any:

@@ -20,9 +20,13 @@ from importlib import resources
 from typing import Any
 
 import gin
+import gin.config
 from etils import epath
 
 from ptjax.errors import InputError
+
+# What gin has no public names for: its registry, its bindings, how it writes values.
+_gin: Any = gin.config
 
 # What a binding on the command line may name, beyond what the gin files have imported.
 _IMPORTS = """\
@@ -70,7 +74,7 @@ def load_gin(
     paths = ["", *filter(None, arguments.gin_search_paths.split(",")), os.fspath(gin_configs())]
     for path in paths:
         gin.add_config_file_search_path(path)
-    gin.config.register_file_reader(_open_remote, _is_remote)
+    _gin.register_file_reader(_open_remote, _is_remote)
     files = []
     for file in arguments.gin_file:
         with _explained(paths, file):
@@ -79,11 +83,11 @@ def load_gin(
     for line in arguments.gin_bindings:
         with _explained(paths, f"command line, {line}", line):
             _bind(line, _IMPORTS + "\n".join(x for x in imports if "__gin__" not in x))
-    used, bound = _macros()
-    for name, value in (macros or {}).items():
-        if name in used:
-            gin.bind_parameter((name, "gin.macro", "value"), value)
-    _check_macros(used, bound, files, optional=() if trains else ("MODEL_DIR",))
+    used, known = _macros()
+    for name in set(macros or ()) & set(used):
+        gin.bind_parameter((name, "gin.macro", "value"), (macros or {})[name])
+        known.add(name)
+    _check_macros(used, known, files, optional=() if trains else ("MODEL_DIR",))
 
 
 def _open_remote(path: str) -> Any:
@@ -163,8 +167,8 @@ def _explain(error: BaseException, paths: Sequence[str], line: str) -> str:
         )
     text = str(error).split("\n  In ")[0].replace("\n", " ")
     if match := re.match(r"Configurable '([\w./]+)' doesn't have a parameter named '(\w+)'", text):
-        function = gin.config._REGISTRY.get_match(match[1])  # the last part is enough for gin
-        function = function or gin.config._REGISTRY.get_match(match[1].rsplit(".", 1)[-1])
+        function = _gin._REGISTRY.get_match(match[1])  # the last part is enough for gin
+        function = function or _gin._REGISTRY.get_match(match[1].rsplit(".", 1)[-1])
         names = inspect.signature(function.wrapped).parameters if function else ()
         return f"{match[1]} has no parameter {match[2]}" + near(match[2], [*names], 0.0)
     if match := re.match(
@@ -184,7 +188,7 @@ def _explain(error: BaseException, paths: Sequence[str], line: str) -> str:
             near(match[1], known) or "; add a line such as: from ptjax.data import tasks"
         )
     if match := re.match(r"No configurable matching (?:reference )?'@?([\w./]+)", text):
-        known = [f"{c.module.rsplit('.', 1)[-1]}.{c.name}" for _, c in gin.config._REGISTRY.items()]
+        known = [f"{c.module.rsplit('.', 1)[-1]}.{c.name}" for _, c in _gin._REGISTRY.items()]
         return f"gin knows no {match[1]}" + near(match[1], known)
     if match := re.match(r"Unable to open file: (\S+)\. Searched", text):
         own = gin_configs()
@@ -196,12 +200,12 @@ def _explain(error: BaseException, paths: Sequence[str], line: str) -> str:
 
 def _macros() -> tuple[dict[str, str], set[str]]:
     """(macro that is used -> an argument that uses it, macros that are bound)."""
-    config = gin.config._CONFIG  # gin has no public list of its macros
+    config = _gin._CONFIG
     used = {
         reference.scoped_selector.rsplit("/", 1)[0]: f"{selector.rsplit('.', 1)[-1]}.{argument}"
         for (_, selector), bindings in config.items()
         for argument, value in bindings.items()
-        for reference in gin.config.iterate_references(value)
+        for reference in _gin.iterate_references(value)
         if reference.selector in ("gin.macro", "macro")
     }
     return used, {scope for scope, selector in config if selector == "gin.macro"}
@@ -250,7 +254,7 @@ def bound(function: Callable[..., Any], *, given: Sequence[str] = ()) -> Callabl
 
 
 def _selector(function: Callable[..., Any]) -> str | None:
-    found = gin.config._inverse_lookup(function)
+    found = _gin._inverse_lookup(function)
     return found.selector if found else None
 
 
@@ -275,10 +279,16 @@ def _check_required(
                 f"{prefix}{module}.{function.__name__} needs `{name}`, which nothing sets; add a "
                 "--gin_file that does (see --help)"
             )
-    for reference in gin.config.iterate_references(bindings):
+    for reference in _gin.iterate_references(bindings):
         if reference.evaluate and reference.selector not in ("gin.macro", "macro"):
             *own, _ = reference.scoped_selector.split("/")
             _check_required(reference.configurable.wrapped, own or scopes)
+
+
+def configured(selector: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, whose full name is `selector`, with what gin binds to it, if anything."""
+    known = _gin._REGISTRY.get_match(selector) is not None
+    return gin.get_configurable(selector) if known else function
 
 
 def settings(selector: str, *names: str) -> dict[str, Any]:
@@ -287,11 +297,11 @@ def settings(selector: str, *names: str) -> dict[str, Any]:
     Args:
         selector: the function's full name; it need not be imported.
     """
-    if gin.config._REGISTRY.get_match(selector) is None:
+    if _gin._REGISTRY.get_match(selector) is None:
         return {}
     bindings = gin.get_bindings(selector, resolve_references=False)
     chosen = {name: bindings[name] for name in names if name in bindings}
-    for reference in gin.config.iterate_references(chosen):
+    for reference in _gin.iterate_references(chosen):
         if reference.evaluate and reference.selector not in ("gin.macro", "macro"):
             _check_required(reference.configurable.wrapped, [])
     return copy.deepcopy(chosen)  # which is how gin evaluates references
@@ -311,8 +321,8 @@ def config_text() -> str:
     gin sorts the keys of dicts, but the order of a verbalizer is the order of the labels.
     """
     ordered = functools.partial(pprint.pformat, sort_dicts=False)
-    gin.config.pprint = types.SimpleNamespace(pformat=ordered)
+    _gin.pprint = types.SimpleNamespace(pformat=ordered)
     try:
         return gin.config_str()
     finally:
-        gin.config.pprint = pprint
+        _gin.pprint = pprint

@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import warnings
-from typing import TextIO
+from typing import Any, TextIO
 
 from absl import logging as absl_logging
 
@@ -61,6 +61,7 @@ def prepare() -> None:
     warnings.filterwarnings("ignore", module=r"(orbax|flax|grain|etils|tensorstore|tensorboardX)\b")
     import jax
 
-    if not jax.config.jax_compilation_cache_dir:
+    config: Any = jax.config
+    if not config.jax_compilation_cache_dir:
         cache = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
-        jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "ptjax", "xla"))
+        config.update("jax_compilation_cache_dir", os.path.join(cache, "ptjax", "xla"))

@@ -1,0 +1,495 @@
+"""evaluate, infer, inspect and export, from their flags to their output, on a tiny backbone."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import logging
+import shutil
+import sys
+from pathlib import Path
+
+import gin
+import jax
+import numpy as np
+import pytest
+from absl import logging as absl_logging
+
+from ptjax import cli, inspection, prediction
+from ptjax.backbone import check_prompt, load_backbone, save_backbone
+from ptjax.data.sources import Record
+from ptjax.data.tasks import Task
+from ptjax.data.tokenizer import load_tokenizer
+from ptjax.errors import InputError
+from ptjax.inference import generate, generate_with_scores
+from ptjax.interop.prompt_file import load_prompt, save_prompt
+from ptjax.models.t5 import T5Config, init_params
+
+FIXTURES = Path(__file__).parent / "fixtures"
+SIZES = dict(emb_dim=16, num_heads=2, head_dim=8, mlp_dim=32)
+SENTIMENT = Task(
+    name="sentiment",
+    inputs="sentence: {text}",
+    label="label",
+    verbalizer={"positive": "positive", "negative": "negative"},
+)
+
+
+@pytest.fixture(autouse=True)
+def _restore(monkeypatch, tmp_path):
+    """Commands own their process: what they set up is undone here."""
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "handlers", list(root.handlers))
+    monkeypatch.setattr(gin.config, "_LOCATION_PREFIXES", [""])
+    monkeypatch.chdir(tmp_path)
+    before = absl_logging.get_verbosity()
+    gin.clear_config()
+    yield
+    absl_logging.set_verbosity(before)
+    gin.clear_config()
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """`call("infer", "--flag", stdin=b"...")` -> (exit code, stdout, stderr), in this process."""
+
+    def run(command: str, *arguments: object, stdin: bytes = b"") -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [command, *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            importlib.import_module(f"ptjax.{command}").main()
+        return (stopped.value.code or 0, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def fails(call):
+    def run(command: str, *arguments: object, stdin: bytes = b"") -> str:
+        code, out, err = call(command, *arguments, stdin=stdin)
+        assert (code, out) == (2, ""), err
+        return next(line for line in err.splitlines() if line.startswith("error: "))[7:]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A tiny backbone, another one, and prompts for the first."""
+    folder = tmp_path_factory.mktemp("commands")
+    tokenizer = load_tokenizer("package:nano/spiece.model")
+    config = T5Config(vocab_size=8192, num_encoder_layers=1, num_decoder_layers=1, **SIZES)
+    for seed, name in enumerate(("backbone", "other")):
+        params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(seed))
+        save_backbone(folder / name, config, params, tokenizer=tokenizer, dtype="float32")
+    backbone = load_backbone(folder / "backbone")
+    embedding = np.asarray(backbone.variables["params"]["token_embedder"]["embedding"])
+    metadata = {
+        "ptjax_version": "0.1.0",
+        "backbone_name": str(folder / "backbone"),
+        "backbone_fingerprint": backbone.fingerprint,
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "task": SENTIMENT.describe(),
+        "input_length": 24,
+        "target_length": 5,
+        "step": 3,
+        "metric": "accuracy",
+        "value": 0.5,
+    }
+    prompt = 2 * embedding[[7, 4000, 11]]
+    save_prompt(folder / "prompt.safetensors", prompt, metadata)
+    np.save(folder / "bare.npy", prompt)
+    np.save(folder / "narrow.npy", prompt[:, :8])
+    open_task = Task(name="copy", inputs="{a} and {b}", targets="{a}")
+    save_prompt(folder / "open.safetensors", prompt, metadata | {"task": open_task.describe()})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def backbone(place):
+    return load_backbone(place / "backbone")
+
+
+@pytest.fixture
+def run_dir(place, tmp_path) -> Path:
+    """MODEL_DIR as `tune` leaves it, made in a folder that is gone: its config.gin is relative."""
+    folder = tmp_path / "moved"
+    (folder / "prompts").mkdir(parents=True)
+    (folder / "checkpoints" / "3").mkdir(parents=True)
+    (folder / "checkpoints" / "12").mkdir()
+    (folder / "checkpoints" / "40.orbax-checkpoint-tmp").mkdir()
+    shutil.copy(place / "prompt.safetensors", folder / "prompts" / "best.safetensors")
+    flags = [
+        "--gin_file=quickstart.gin",
+        "--gin.MODEL_DIR='relative/and/gone'",
+        f"--gin.INITIAL_CHECKPOINT_PATH='{place / 'backbone'}'",
+        "--gin.EVAL_EXAMPLES=12",
+        "--gin.TASK_FEATURE_LENGTHS={'inputs': 16, 'targets': 5}",
+    ]
+    cli.load_gin(cli.parse(cli.make_parser("x", ""), flags))
+    (folder / "config.gin").write_text(cli.config_text())
+    (folder / "results.json").write_text('{"task": "sentiment", "value": 0.625}\n')
+    gin.clear_config()
+    return folder
+
+
+def _rows(text: str) -> list[dict]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+# evaluate
+
+
+def test_evaluate_a_run_whose_model_dir_has_moved(call, run_dir, place, backbone):
+    code, out, err = call("evaluate", f"--model_dir={run_dir}", "--output=p/predictions.jsonl")
+    assert code == 0, err
+    result = json.loads(out)
+    rows = _rows(Path("p/predictions.jsonl").read_text())
+    right = [row["prediction"] == row["targets"] == row["label"] for row in rows]
+    assert result["value"] == result["metrics"]["accuracy"] == sum(right) / 12
+    assert {k: result[k] for k in ("task", "split", "metric", "examples", "step")} == {
+        "task": "sentiment", "split": "test", "metric": "accuracy", "examples": 12, "step": 3,
+    }  # fmt: skip
+    assert result["prompt"] == str(run_dir / "prompts" / "best.safetensors")
+    # The prompt's own input length, 24, and not the gin file's 16.
+    prompt = load_prompt(place / "prompt.safetensors")
+    ranked = prediction.rank(
+        backbone, [r["inputs"] for r in rows], ("negative", "positive"), prompt, input_length=24,
+        target_length=5,
+    )  # fmt: skip
+    assert [row["prediction"] for row in rows] == [one.text for one in ranked]
+    assert {row["prediction"] for row in rows} == {"positive", "negative"}
+    assert all(row["inputs"] == f"sentence: {row['text']}" for row in rows)
+
+
+def test_evaluate_without_a_prompt_and_on_another_split(call, run_dir):
+    flags = ("--gin_file", run_dir / "config.gin", "--prompt=none", "--split=validation")
+    code, out, err = call("evaluate", *flags)
+    assert code == 0, err
+    result = json.loads(out)
+    assert (result["prompt"], result["split"], result["step"]) == (None, "validation", None)
+
+
+def test_evaluate_a_run_that_tuned_the_backbone(call, run_dir, place):
+    (run_dir / "prompts" / "best.safetensors").unlink()
+    shutil.copytree(place / "other", run_dir / "models" / "best")
+    code, out, err = call("evaluate", f"--model_dir={run_dir}")
+    assert code == 0, err
+    assert json.loads(out)["backbone"] == str(run_dir / "models" / "best")
+    assert json.loads(out)["prompt"] is None
+
+
+def test_evaluate_refuses(fails, run_dir, place):
+    directory = f"--model_dir={run_dir}"
+    assert "no split 'tset'" in fails("evaluate", directory, "--split=tset")
+    assert fails("evaluate", "--model_dir=nowhere") == "--model_dir=nowhere: no such directory"
+    assert fails("evaluate", "--prompt=none").startswith("which task? ")
+    other = f"--backbone={place / 'other'}"
+    assert "override with allow_mismatch" in fails("evaluate", directory, other)
+    (run_dir / "prompts" / "best.safetensors").unlink()
+    assert "has no prompts/best.safetensors" in fails("evaluate", directory)
+
+
+# infer
+
+
+def test_infer_ranks_the_labels_with_the_prompts_template_and_lengths(
+    call, run_dir, place, backbone
+):
+    code, out, err = call("infer", "a fine film", "no", f"--model_dir={run_dir}")
+    assert code == 0, err
+    rows = _rows(out)
+    prompt = load_prompt(place / "prompt.safetensors")
+    for row, text in zip(rows, ["a fine film", "no"], strict=True):
+        assert row["text"] == text and row["inputs"] == f"sentence: {text}"
+        shares = row["probabilities"]
+        assert sum(shares.values()) == pytest.approx(1) and set(shares) == set(SENTIMENT.labels)
+        assert row["prediction"] == max(shares, key=shares.__getitem__)
+    one = prediction.rank(backbone, ["sentence: no"], SENTIMENT.labels, prompt, input_length=24,
+                          target_length=5)[0]  # fmt: skip
+    assert rows[1]["score"] == pytest.approx(one.score, abs=1e-5)
+    assert np.log(rows[1]["probabilities"][one.text]) > one.score  # among the labels, not all texts
+
+
+def test_infer_keeps_order_and_fields_of_a_file_and_writes_whole_files(call, place):
+    texts = [f"text {'long ' * (i % 5)}{i}" for i in range(9)]
+    lines = [json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(texts)]
+    Path("in.jsonl").write_text("".join(lines))
+    flags = (f"--prompt={place / 'prompt.safetensors'}", "--input=in.jsonl", "--output=out.jsonl")
+    code, out, err = call("infer", *flags, "--batch_size=4")
+    assert (code, out) == (0, ""), err
+    rows = _rows(Path("out.jsonl").read_text())
+    assert [(row["id"], row["text"]) for row in rows] == list(enumerate(texts))
+    Path("in.jsonl").write_text("".join([*lines, '{"id": 9, "txet": "x"}\n']))
+    before = Path("out.jsonl").read_bytes()
+    code, out, err = call("infer", *flags)
+    assert code == 2 and "error: in.jsonl:10: task sentiment: no field 'text'" in err
+    Path("in.jsonl").write_text("".join([*lines, "{nope\n"]))
+    code, out, err = call("infer", *flags)
+    assert code == 2 and "error: in.jsonl:10: not valid JSON" in err
+    assert Path("out.jsonl").read_bytes() == before
+
+
+def test_infer_reads_standard_input_as_lines_or_records(call, fails, place):
+    prompt = f"--prompt={place / 'prompt.safetensors'}"
+    _, out, err = call("infer", prompt, "--input=-", stdin=b"one\n\n  two words\n")
+    assert [row["inputs"] for row in _rows(out)] == ["sentence: one", "sentence:   two words"], err
+    _, out, err = call("infer", prompt, "--input=-", stdin=b'\n{"text": "one", "n": 1}\n')
+    assert [(row["text"], row["n"]) for row in _rows(out)] == [("one", 1)], err
+    _, out, err = call("infer", prompt, "--input=-", "--format=text", stdin=b"{one}\n")
+    assert [row["inputs"] for row in _rows(out)] == ["sentence: {one}"], err
+    said = fails("infer", prompt, "--input=-", stdin=b'{"text": "a"}\n{"text": 3\n')
+    assert said.startswith("standard input:2: not valid JSON")
+    assert fails("infer", prompt, "--input=-").startswith("standard input: no records in it")
+
+
+def test_infer_decodes_on_request_and_for_open_targets(call, place, backbone):
+    prompt = load_prompt(place / "prompt.safetensors")
+    flags = (f"--prompt={place / 'prompt.safetensors'}", "a text")
+    _, out, err = call("infer", *flags, "--decode", "--num_beams=3", "--max_new_tokens=4")
+    texts, scores = generate_with_scores(
+        backbone, ["sentence: a text"], prompt, num_beams=3, max_new_tokens=4
+    )
+    row = _rows(out)[0]
+    assert row["prediction"] == texts[0] and "probabilities" not in row, err
+    assert row["score"] == pytest.approx(float(scores[0]), abs=1e-5)
+    sampled = ("--decode", "--temperature=1.5", "--top_p=0.9", "--seed=5")
+    _, out, err = call("infer", *flags, *sampled)
+    expected = generate(backbone, ["sentence: a text"], prompt, temperature=1.5, top_p=0.9, seed=5)
+    assert _rows(out)[0]["prediction"] == expected[0], err
+    open_targets = (f"--prompt={place / 'open.safetensors'}", "--input=-")
+    _, out, err = call("infer", *open_targets, stdin=b'{"a": "x", "b": "y"}\n')
+    assert _rows(out)[0]["prediction"] == generate(backbone, ["x and y"], prompt)[0], err
+
+
+def test_infer_raw_takes_inputs_as_they_are(call, place):
+    flags = (f"--prompt={place / 'prompt.safetensors'}", "--raw", "--input=-")
+    _, out, err = call("infer", *flags, stdin=b'{"inputs": "sentence: x", "id": 4}\n')
+    row = _rows(out)[0]
+    assert (row["inputs"], row["id"]) == ("sentence: x", 4), err
+    _, out, err = call("infer", *flags, stdin=b"sentence: x\n")
+    assert _rows(out)[0] == {k: v for k, v in row.items() if k != "id"}, err
+
+
+def test_infer_without_a_prompt_takes_the_gin_files_task(call, run_dir, place):
+    flags = ("--gin_file", run_dir / "config.gin", "--prompt=none")
+    _, out, err = call("infer", "x", *flags)
+    assert _rows(out)[0]["inputs"] == "sentence: x", err
+    _, out, err = call("infer", "x", "--prompt=none", f"--backbone={place / 'backbone'}")
+    assert _rows(out)[0]["inputs"] == "x" and "probabilities" not in _rows(out)[0], err
+
+
+def test_infer_says_when_it_cuts_inputs(call, place):
+    _, _, err = call("infer", f"--prompt={place / 'prompt.safetensors'}", "long " * 60, "short")
+    assert "warning: 1 of 2 texts were cut to 24 tokens" in err
+
+
+def test_infer_refuses(fails, place):
+    prompt = f"--prompt={place / 'prompt.safetensors'}"
+    assert fails("infer", "x").startswith("which prompt? ")
+    assert fails("infer", "x", "--prompt=gone.npy").startswith("gone.npy: no prompt here")
+    assert fails("infer", "x", "--prompt=none").startswith("which backbone? ")
+    assert "go with --decode" in fails("infer", prompt, "x", "--num_beams=2")
+    assert fails("infer", prompt, "x", "--batch_size=0").startswith("--batch_size=0: ")
+    two_fields = f"--prompt={place / 'open.safetensors'}"
+    said = fails("infer", two_fields, "x")
+    assert said.startswith("the command line, text:1: task copy: a plain line cannot fill")
+    assert fails("infer", prompt, "--input=no.txt").startswith("no.txt: no such file")
+    Path("in.weird").write_text("x\n")
+    assert "set `format` to one of" in fails("infer", prompt, "--input=in.weird")
+
+
+def test_a_prompt_of_another_backbone_is_refused_unless_allowed(call, fails, place):
+    flags = (f"--prompt={place / 'prompt.safetensors'}", f"--backbone={place / 'other'}", "x")
+    said = fails("infer", *flags)
+    assert said.startswith(
+        f"the prompt was tuned on {place / 'backbone'} with the backbone sha256:"
+    )
+    code, out, err = call("infer", *flags, "--allow_mismatch")
+    assert code == 0 and len(_rows(out)) == 1
+    assert "warning: the prompt was tuned on" in err
+    bare = (f"--prompt={place / 'bare.npy'}", f"--backbone={place / 'other'}", "x")
+    code, _, err = call("infer", *bare)
+    assert code == 0 and err.count("does not say which backbone") == 1
+    narrow = f"--prompt={place / 'narrow.npy'}"
+    assert "does not fit" in fails("infer", narrow, *bare[1:], "--allow_mismatch")
+
+
+def test_check_prompt_looks_at_the_tokenizer_too(place, backbone):
+    file = load_prompt(place / "prompt.safetensors")
+    check_prompt(backbone, file)
+    file.metadata["tokenizer_fingerprint"] = "sha256:" + "0" * 64
+    with pytest.raises(InputError, match="with the tokenizer sha256:0000"):
+        check_prompt(backbone, file)
+    check_prompt(backbone, file, allow_mismatch=True)
+
+
+def test_a_users_own_preprocess_comes_from_the_gin_files_task():
+    task = Task(name="t", inputs="{a}", targets="{b}", preprocess=_doubled)
+    metadata = {"task": json.loads(json.dumps(task.describe()))}
+    with pytest.raises(InputError, match="give the task's gin file"):
+        prediction.task_of(metadata)
+    same = prediction.task_of(metadata, task)
+    assert same is not None
+    record = Record({"a": "x", "b": ""}, "f", 1)
+    assert prediction.format_record(record, same)[0] == "xx"
+    assert prediction.task_of({}, task) is task
+
+
+def _doubled(fields):
+    yield fields | {"a": fields["a"] * 2}
+
+
+# inspect
+
+
+def test_inspect_a_prompt(call, place):
+    code, out, err = call("inspect", place / "prompt.safetensors", "--json", "--tokens=2")
+    assert code == 0, err
+    described = json.loads(out)
+    assert (described["kind"], described["shape"]) == ("prompt", [3, 16])
+    assert described["metadata"]["input_length"] == 24
+    pieces = [load_tokenizer("package:nano/spiece.model").id_to_piece(i) for i in (7, 4000, 11)]
+    nearest = described["nearest_tokens"]
+    assert [row[0][0] for row in nearest] == pieces and {len(row) for row in nearest} == {2}
+    assert [row[0][1] for row in nearest] == pytest.approx([1, 1, 1])
+    norms = np.linalg.norm(load_prompt(place / "prompt.safetensors").prompt, axis=1)
+    assert described["row_norms"]["greatest"] == pytest.approx(norms.max())
+    code, out, err = call("inspect", place / "prompt.safetensors")
+    assert "shape: 3, 16" in out and f"{pieces[1]} 1.00" in out
+
+
+def test_inspect_a_prompt_that_names_no_backbone(call, fails, place):
+    _, out, err = call("inspect", place / "bare.npy", "--json")
+    assert "--backbone" in json.loads(out)["not_compared"], err
+    _, out, err = call("inspect", place / "bare.npy", "--json", f"--backbone={place / 'backbone'}")
+    assert json.loads(out)["compared_with"] == str(place / "backbone"), err
+    flag = f"--backbone={place / 'backbone'}"
+    assert fails("inspect", place / "narrow.npy", flag).startswith("the prompt has width 8")
+    _, _, err = call("inspect", place / "prompt.safetensors", f"--backbone={place / 'other'}")
+    assert "has not the weights that the prompt was tuned on" in err
+
+
+def test_inspect_a_prompt_whose_backbone_is_gone(call, place):
+    file = load_prompt(place / "prompt.safetensors")
+    save_prompt("p.safetensors", file.prompt, file.metadata | {"backbone_name": "/no/such"})
+    code, out, err = call("inspect", "p.safetensors", "--json")
+    assert code == 0 and "no backbone at /no/such" in json.loads(out)["not_compared"], err
+
+
+@pytest.mark.parametrize("name", ["t5_1_1_tiny_legacy", "t5_1_0_tiny_legacy", "t5_1_1_tiny_orbax"])
+def test_inspect_a_t5x_checkpoint(call, name):
+    code, out, err = call("inspect", FIXTURES / name, "--json")
+    assert code == 0, err
+    described = json.loads(out)
+    loaded = load_backbone(FIXTURES / name, dtype="float32")
+    assert described["kind"] == "backbone" and described["fingerprint"] == loaded.fingerprint
+    leaves = jax.tree.leaves(loaded.variables)
+    assert described["parameters"] == sum(leaf.size for leaf in leaves)
+    assert "relpos_max_distance" in described["assumed"] and described["tokenizer"] is None
+    assert described["config"]["emb_dim"] == loaded.config.emb_dim
+
+
+def test_inspect_the_shipped_backbone(call):
+    _, out, err = call("inspect", "ptjax-nano")
+    assert "emb dim: 128" in out and "stored as: bfloat16" in out, err
+    _, out, err = call("inspect", "ptjax-nano", "--json")
+    assert json.loads(out)["fingerprint"] == load_backbone("ptjax-nano").fingerprint
+
+
+def test_inspect_a_model_dir(call, run_dir):
+    code, out, err = call("inspect", run_dir, "--json")
+    assert code == 0, err
+    described = json.loads(out)
+    assert (described["kind"], described["finished"]) == ("run", True)
+    assert described["newest_checkpoint"] == 12
+    assert described["results"] == {"task": "sentiment", "value": 0.625}
+    assert described["best_prompt"]["shape"] == [3, 16]
+    assert len(described["best_prompt"]["nearest_tokens"]) == 3
+
+
+def test_inspect_refuses(fails, tmp_path, run_dir):
+    assert fails("inspect", "/no/such/path").startswith("no backbone at /no/such/path")
+    Path("x.safetensors").write_bytes(b"short")
+    assert fails("inspect", "x.safetensors").startswith("x.safetensors: ")
+    Path("empty").mkdir()
+    assert "holds no backbone that ptjax knows" in fails("inspect", tmp_path / "empty")
+    (run_dir / "results.json").write_text("{")
+    assert "results.json: the file is no JSON" in fails("inspect", run_dir)
+
+
+def test_nearest_tokens_are_in_order_and_survive_rows_of_zeros():
+    embedding = np.array([[1, 0], [1, 1], [0, 2], [-1, 0]], np.float32)
+    rows = inspection.nearest_tokens(np.array([[2, 0.1], [0, 0]], np.float32), embedding, None)
+    assert [piece for piece, _ in rows[0]] == ["<0>", "<1>", "<2>"]
+    assert rows[0][1][1] == pytest.approx(2.1 / np.sqrt(4.01) / np.sqrt(2))
+    assert [cosine for _, cosine in rows[1]] == [0, 0, 0]
+
+
+# export
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "npy", "huggingface"])
+def test_export_reads_back(call, fails, run_dir, place, kind):
+    code, out, err = call("export", f"--model_dir={run_dir}", f"--to={kind}", "--output=out/p")
+    assert code == 0 and "[3, 16]" in out, err
+    original, copy = load_prompt(place / "prompt.safetensors"), load_prompt("out/p")
+    np.testing.assert_array_equal(copy.prompt, original.prompt)
+    if kind == "safetensors":
+        assert copy.metadata == original.metadata
+    if kind == "npy":
+        array = np.load("out/p")
+        assert array.dtype == np.float32 and array.shape == (3, 16)
+    if kind == "huggingface":
+        config = json.loads(Path("out/p/adapter_config.json").read_text())
+        assert (config["num_layers"], config["num_attention_heads"]) == (1, 2)
+        assert config["base_model_name_or_path"] == str(place / "backbone")
+    again = ("export", place / "bare.npy", f"--to={kind}", "--output=out/p")
+    if kind == "huggingface":
+        again += (f"--backbone={place / 'backbone'}",)
+    assert fails(*again) == "out/p is there already; overwrite it with --force"
+    code, out, err = call(*again, "--force")
+    assert code == 0, err
+
+
+def test_export_refuses(fails, place):
+    assert fails("export", "--to=npy", "--output=p").startswith("which prompt? ")
+    bare = ("export", place / "bare.npy", "--output=p")
+    assert "needs the backbone's sizes" in fails(*bare, "--to=huggingface")
+    assert "no prompt here" in fails("export", "gone", "--to=npy", "--output=p")
+    narrow = ("export", place / "narrow.npy", "--output=p", "--to=huggingface")
+    assert "has width 8" in fails(*narrow, f"--backbone={place / 'backbone'}")
+    Path("p").mkdir()
+    assert "is a directory" in fails(*bare, "--to=npy", "--force")
+    assert not list(Path("p").iterdir())
+
+
+# train, and what the others make of it
+
+
+def test_a_run_in_a_relative_model_dir_is_trained_and_used(call, place, tmp_path, monkeypatch):
+    tune = (
+        "--gin_file=quickstart.gin",
+        "--gin.MODEL_DIR='runs/a'",
+        f"--gin.INITIAL_CHECKPOINT_PATH='{place / 'backbone'}'",
+        "--gin.backbone.load_backbone.mesh=None",
+        "--gin.TRAIN_STEPS=2",
+        "--gin.EVAL_PERIOD=1",
+        "--gin.EVAL_EXAMPLES=8",
+        "--gin.BATCH_SIZE=8",
+        "--gin.PROMPT_LENGTH=3",
+        "--gin.TASK_FEATURE_LENGTHS={'inputs': 16, 'targets': 5}",
+    )
+    code, out, err = call("train", *tune)
+    assert code == 0 and "try it:  python -m ptjax.infer --model_dir=runs/a" in out, err
+    assert "absl" not in err and "orbax" not in err
+    results = json.loads(Path("runs/a/results.json").read_text())
+    _, out, err = call("inspect", "runs/a", "--json")
+    assert json.loads(out)["newest_checkpoint"] == 2, err
+    _, out, err = call("evaluate", "--model_dir=runs/a")
+    assert json.loads(out)["metrics"] == results["metrics"], err
+    monkeypatch.chdir(tmp_path / "runs")
+    code, out, err = call("infer", "--model_dir=a", "a text of your own")
+    assert _rows(out)[0]["inputs"] == "sentence: a text of your own", err
