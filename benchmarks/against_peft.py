@@ -343,9 +343,8 @@ def main() -> None:
     machine = describe_machine(flags)
     print(f"{machine['processor']}, {flags.threads} threads; {machine['versions']}")
     print(f"T5 1.1 small, float32, batch {flags.batch}, P = {flags.prompt}, L = {flags.targets}")
-    print(
-        f"{'T':>4} {'ptjax ex/s':>11} {'PEFT ex/s':>10} {'ratio':>6} {'ptjax GB':>9} {'PEFT GB':>8}"
-    )
+    print("          examples/s           CPU s/step    peak GB")
+    print("   T   ptjax   PEFT  ratio   ptjax  PEFT   ptjax  PEFT")
     results = []
     with tempfile.TemporaryDirectory() as flags.folder:
         flags.inputs = 0

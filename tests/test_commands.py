@@ -126,6 +126,7 @@ def run_dir(place, tmp_path) -> Path:
         "--gin.MODEL_DIR='relative/and/gone'",
         f"--gin.INITIAL_CHECKPOINT_PATH='{place / 'backbone'}'",
         "--gin.EVAL_EXAMPLES=12",
+        "--gin.tasks.Task.inputs='sentence: {text}'",
         "--gin.TASK_FEATURE_LENGTHS={'inputs': 16, 'targets': 5}",
     ]
     cli.load_gin(cli.parse(cli.make_parser("x", ""), flags))
@@ -475,9 +476,11 @@ def test_a_run_in_a_relative_model_dir_is_trained_and_used(call, place, tmp_path
         "--gin.MODEL_DIR='runs/a'",
         f"--gin.INITIAL_CHECKPOINT_PATH='{place / 'backbone'}'",
         "--gin.backbone.load_backbone.mesh=None",
+        "--gin.tuning.tune.hard_prompt=None",
         "--gin.TRAIN_STEPS=2",
         "--gin.EVAL_PERIOD=1",
         "--gin.EVAL_EXAMPLES=8",
+        "--gin.tasks.Task.inputs='sentence: {text}'",
         "--gin.BATCH_SIZE=8",
         "--gin.PROMPT_LENGTH=3",
         "--gin.TASK_FEATURE_LENGTHS={'inputs': 16, 'targets': 5}",
