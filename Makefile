@@ -16,7 +16,7 @@ test-all: $(VENV)/installed-oracle  ## everything
 	$(BIN)/python -m pytest -m "$(shell $(BIN)/python tests/markers.py)"
 
 lint: $(VENV)/installed-dev
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright --pythonpath $(BIN)/python
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

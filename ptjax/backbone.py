@@ -23,7 +23,7 @@ from ptjax.data.tokenizer import Tokenizer, check_vocabulary, find_tokenizer, lo
 from ptjax.errors import InputError
 from ptjax.interop import huggingface, t5x
 from ptjax.interop.huggingface_format import load_config
-from ptjax.interop.prompt_file import T5X_PROMPT
+from ptjax.interop.prompt_file import T5X_PROMPT, PromptFile
 from ptjax.interop.stored import StoredArray
 from ptjax.models.prompted import PromptedT5
 from ptjax.models.t5 import T5Config, parameter_shapes
@@ -286,8 +286,9 @@ def place(path: str, stored: StoredArray, dtype: str, mesh: Mesh) -> jax.Array:
     """
     parts: dict[tuple[tuple[int, int, int], ...], np.ndarray] = {}
 
-    def read(index: tuple[slice, ...]) -> np.ndarray:
-        bounds = tuple(part.indices(size) for part, size in zip(index, stored.shape, strict=True))
+    def read(index: tuple[slice, ...] | None) -> np.ndarray:
+        pairs = zip(index or (), stored.shape, strict=True)
+        bounds = tuple(part.indices(size) for part, size in pairs)
         if bounds not in parts:
             part = stored.read(tuple(slice(*bound) for bound in bounds))
             parts[bounds] = part.astype(jnp.dtype(dtype), copy=False)
@@ -369,12 +370,16 @@ def describe(backbone: Backbone) -> dict[str, Any]:
     }
 
 
-def check_prompt(backbone: Backbone, prompt: Any, *, allow_mismatch: bool = False) -> None:
+def check_prompt(
+    backbone: Backbone, prompt: PromptFile, *, allow_mismatch: bool = False
+) -> PromptFile:
     """Refuses a prompt that was tuned on another backbone or for another tokenizer.
 
     Args:
-        prompt: a loaded prompt, with `.prompt` [P, D] and `.metadata`.
         allow_mismatch: say so instead of refusing; the width has to fit all the same.
+
+    Returns:
+        The prompt, without a fingerprint that was found not to match.
 
     Raises:
         InputError: another width, or another fingerprint.
@@ -403,3 +408,6 @@ def check_prompt(backbone: Backbone, prompt: Any, *, allow_mismatch: bool = Fals
         if not allow_mismatch:
             raise InputError(f"{problem}; load its own, or override with allow_mismatch")
         logging.warning("%s; used all the same", problem)
+        kept = {k: v for k, v in prompt.metadata.items() if k != f"{what}_fingerprint"}
+        prompt = dataclasses.replace(prompt, metadata=kept)
+    return prompt

@@ -33,10 +33,11 @@ class Checkpoints:
             context.checkpointables.registry.add(ocp.handlers.JsonHandler, checkpointable_name=name)
         # Orbax writes to absolute paths only, and says so in the middle of a save.
         remote = "://" in os.fspath(directory)
+        policy: Any = ocp.training.preservation_policies.LatestN(n=keep)
         self._orbax = ocp.training.Checkpointer(
             directory if remote else directory.absolute(),
             context=context,
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            preservation_policy=policy,
             cleanup_tmp_directories=True,
         )
 

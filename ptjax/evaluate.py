@@ -50,7 +50,7 @@ def evaluate(arguments: Any) -> None:
     if loaded.tokenizer is None:
         raise InputError(f"{loaded.name} has no tokenizer; set load_backbone.tokenizer")
     if prompt is not None:
-        backbone.check_prompt(loaded, prompt, allow_mismatch=arguments.allow_mismatch)
+        prompt = backbone.check_prompt(loaded, prompt, allow_mismatch=arguments.allow_mismatch)
     lengths = {"inputs": 512, "targets": 16} | chosen.lengths(metadata)
     evaluator = evaluation.Evaluator(task, loaded, loaded.tokenizer, lengths, settings)
     variables = with_prompt(loaded.variables, None if prompt is None else prompt.prompt)

@@ -111,7 +111,7 @@ class Evaluator:
             return predict_texts(
                 apply_fn, variables, source, self.tokenizer, buckets, size, max_length=length
             )[0]
-        labels = self.task.labels or ()
+        labels = list(self.task.labels or ())
         tokens = make_label_tokens(labels, self.tokenizer, length)
         chosen, _ = predict_labels(apply_fn, variables, source, tokens, buckets, size)
         return [labels[i] for i in chosen]

@@ -102,7 +102,7 @@ def infer(arguments: argparse.Namespace) -> None:
     formatted = [prediction.format_record(record, template) for record in records_of(arguments)]
     loaded = chosen.load_backbone(arguments, metadata)
     if prompt is not None:
-        backbone.check_prompt(loaded, prompt, allow_mismatch=arguments.allow_mismatch)
+        prompt = backbone.check_prompt(loaded, prompt, allow_mismatch=arguments.allow_mismatch)
     texts = [text for text, _ in formatted]
     found = predict(arguments, loaded, texts, prompt, task, chosen.lengths(metadata))
     lines = []

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from absl import logging
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int
 
+from ptjax.backbone import Backbone, check_prompt
 from ptjax.data.batch import pad
 from ptjax.data.pipeline import Bucket, ExampleSource, build_batch, make_buckets, plan_evaluation
 from ptjax.data.preprocess import TokenizedExamples, TokenRows, tokenize_texts
@@ -27,9 +28,6 @@ from ptjax.models import decoding
 from ptjax.models.prompted import with_prompt
 from ptjax.scale.sharding import batch_sharding, replicated
 from ptjax.training.loss import Loss, log_likelihood
-
-if TYPE_CHECKING:
-    from ptjax.backbone import Backbone
 
 Variables = dict[str, Any]
 
@@ -251,7 +249,7 @@ def predict_labels(
     label_tokens: Int[np.ndarray, "C L"],
     buckets: Sequence[Bucket],
     batch_size: int,
-) -> tuple[Int[np.ndarray, "N"], Float[np.ndarray, "N C"]]:
+) -> tuple[Int[np.ndarray, " N"], Float[np.ndarray, "N C"]]:
     """Index of the likeliest label of every example, in order, and all log-likelihoods."""
 
     def compute(tokens: Any, examples: Any) -> Array:
@@ -277,7 +275,7 @@ def rank(
     encoded, mask = apply_fn(variables, encoder_input_tokens, method="encode")
     cache = apply_fn(variables, encoded, label_tokens.shape[1], method="init_cache")
 
-    def likelihood(label: Int[Array, "L"]) -> Float[Array, "B"]:
+    def likelihood(label: Int[Array, " L"]) -> Float[Array, " B"]:
         targets = jnp.broadcast_to(label, (len(encoder_input_tokens), len(label)))
         inputs = jnp.pad(targets[:, :-1], ((0, 0), (1, 0)))
         logits, _ = apply_fn(variables, inputs, cache, 0, mask, method="decode_step")
@@ -290,10 +288,13 @@ def prompt_array(backbone: Backbone, prompt: Any) -> Float[Array, "P D"] | None:
     """A prompt, given as an array or as something that has one, as float32 [P, D].
 
     Raises:
-        InputError: it is not a matrix as wide as the backbone.
+        InputError: it is not a matrix as wide as the backbone, or a loaded prompt that was tuned
+            on another one (pass its `.prompt` to use it all the same).
     """
     if prompt is None:
         return None
+    if getattr(prompt, "metadata", None):
+        check_prompt(backbone, prompt)
     array = getattr(prompt, "prompt", prompt)
     width = backbone.config.emb_dim
     if np.ndim(array) != 2 or np.shape(array)[1] != width:

@@ -208,7 +208,7 @@ class Run:
             log = progress.step % pace.log_period == 0 or at_end
             evaluation = progress.step % pace.eval_period == 0 or at_end
             if log or evaluation or caught:
-                self._add(waiting)
+                self._add(metrics)
                 waiting = None
             if log:
                 seconds = time.perf_counter() - started
@@ -373,7 +373,7 @@ def _signals() -> Iterator[list[int]]:
     def note(number: int, frame: FrameType | None) -> None:
         caught.append(number)
         signal.signal(
-            number, signal.default_int_handler if number == signal.SIGINT else old[number]
+            number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
         )
         logging.info("signal %d: saving at the end of this step", number)
 

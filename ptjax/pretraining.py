@@ -162,11 +162,12 @@ class TaskPart:
     def make(
         self, tokenizer: Tokenizer, stream: np.ndarray | None, seed: int
     ) -> list[TrainBatches]:
-        made = []
+        made, count = [], 0
         for number, (inputs, verbalizer) in enumerate(self.phrasings):
             verbalizer = self.task.verbalizer if verbalizer is None else verbalizer
             task = dataclasses.replace(self.task, inputs=inputs, verbalizer=verbalizer)
             examples = task.load("train")
+            count = len(examples)
             source = tokenize_examples(examples, tokenizer, self.input_length, self.target_length)
             buckets = self.buckets or make_buckets(source)
             made.append(
@@ -174,7 +175,7 @@ class TaskPart:
                     source, buckets=buckets, batch_size=self.batch_size, seed=seed + number
                 )
             )
-        logging.info("%s: %d examples in %d phrasings", self.task.name, len(examples), len(made))
+        logging.info("%s: %d examples in %d phrasings", self.task.name, count, len(made))
         return made
 
 
@@ -204,18 +205,18 @@ def pretrain(
     Raises:
         InputError: neither or both of `model` and `backbone`, or parts without what they need.
     """
-    if (model is None) == (backbone is None):
-        raise InputError("pretrain starts either from sizes (pretrain.model) or from a backbone")
-    if backbone is not None:
+    if backbone is not None and model is None:
         model, mesh, found = backbone.config, backbone.mesh, backbone.tokenizer
         params = backbone.variables["params"]
         if any(leaf.dtype != np.float32 for leaf in jax.tree.leaves(params)):
             raise InputError(
                 "pretrain updates float32 weights: set load_backbone.dtype = 'float32'"
             )
-    else:
+    elif model is not None and backbone is None:
         mesh, found = sharding.make_mesh(), None
         params = _init_on_mesh(model, seed, mesh)
+    else:
+        raise InputError("pretrain starts either from sizes (pretrain.model) or from a backbone")
     if tokenizer is not None:
         found = load_tokenizer(tokenizer)
     if found is None:
@@ -249,7 +250,8 @@ def pretrain(
         rate_at=lambda step: float(optimizer.rate_at(step, 1.0)),
         config=config,
     )
-    step = make_train_step(PromptedT5(model).apply, locked, loss, microbatches=microbatches)
+    apply_fn: Any = PromptedT5(model).apply
+    step = make_train_step(apply_fn, locked, loss, microbatches=microbatches)
     run.fit(state, {}, step, batches, mesh, dry_run=dry_run)
 
 

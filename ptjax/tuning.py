@@ -125,6 +125,8 @@ def tune(
         best = _load_best(method, run.exports.path(BEST), backbone)
         results = scores.tuned(best, variables) | {"step": run.progress.best_step} | counts
     if jax.process_index() == 0:
+        if config and method == "hard_prompt":
+            atomic.write_bytes(epath.Path(model_dir) / "config.gin", config.encode())
         text = json.dumps(results, indent=2) + "\n"
         atomic.write_bytes(epath.Path(model_dir) / "results.json", text.encode())
     return results

@@ -144,3 +144,28 @@ def test_too_little_text_is_refused() -> None:
             PrefixLM(text, TOKENIZER, input_length=16, target_length=8)
     with pytest.raises(InputError, match="too few"):
         SpanCorruption(STREAM[:50], TOKENIZER, input_length=32)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"noise_density": 0.9, "mean_span": 1.0}, "sentinels"),
+        ({"noise_density": 1.0}, "noise_density"),
+        ({"input_length": 2}, "input_length"),
+        ({"input_length": 4000}, "sentinels"),
+    ],
+)
+def test_impossible_span_corruption_is_refused(settings, named):
+    with pytest.raises(InputError, match=named):
+        SpanCorruption(np.arange(20_000) % 90 + 3, TOKENIZER, **settings)
+
+
+def test_impossible_prefix_lm_is_refused():
+    with pytest.raises(InputError, match="input_length"):
+        PrefixLM(np.arange(1000) % 90 + 3, TOKENIZER, input_length=1)
+
+
+def test_short_pieces_have_the_length_they_declare():
+    source = SpanCorruption(np.arange(500) % 90 + 3, TOKENIZER, input_length=8)
+    assert source.input_lengths[0] <= 8
+    assert len(source.tokens(0, 0)[0]) == source.input_lengths[0]

@@ -33,7 +33,7 @@ WORDS = {
 
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
-    """A random T5 1.1 of width 16 with the shipped vocabulary; tokens as long as the embedding's."""
+    """A random T5 1.1 of width 16 with the shipped vocabulary."""
     config = T5Config(8192, 16, 2, 1, 1, 8, 32, dropout_rate=0.1)
     params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
     directory = tmp_path_factory.mktemp("backbone")
@@ -123,7 +123,7 @@ def test_a_run_leaves_what_the_documentation_lists(whole, backbone, task):
 
 
 def test_best_is_the_export_with_the_highest_validation_metric(whole):
-    directory, made = whole
+    _, made = whole
     values = {
         row["step"]: row["validation/accuracy"]
         for row in made["metrics"]

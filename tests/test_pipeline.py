@@ -284,3 +284,16 @@ def test_make_batch_pads_shifts_and_weighs() -> None:
     np.testing.assert_array_equal(batch["decoder_target_tokens"], [[7, 8, 1, 0], [0, 0, 0, 0]])
     np.testing.assert_array_equal(batch["decoder_loss_weights"], [[1, 1, 1, 0], [0, 0, 0, 0]])
     assert [a.dtype.name for a in batch.values()] == ["int32", "int32", "int32", "float32"]
+
+
+def test_buckets_that_do_not_hold_each_other_are_refused():
+    source = Source(np.full(4, 10, np.int32), np.full(4, 5, np.int32))
+    with pytest.raises(InputError, match="the larger has to hold the smaller"):
+        TrainBatches(source, buckets=[(32, 8), (16, 32)], batch_size=2, seed=0)
+
+
+def test_a_rate_that_would_never_be_drawn_is_refused():
+    source = Source(np.full(4, 10, np.int32), np.full(4, 5, np.int32))
+    part = TrainBatches(source, buckets=[(16, 8)], batch_size=2, seed=0)
+    with pytest.raises(InputError, match="too small"):
+        MixtureBatches([part, part], [10_000, 1], seed=0)

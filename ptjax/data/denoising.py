@@ -1,7 +1,7 @@
 """Pre-training examples from running text: span corruption and prefix LM (T5, sections 3.1, 3.2).
 
-Both cut a stream of tokens into pieces of fixed length, so every example of an objective has the
-same lengths and nothing is padded. The cuts and the noise are drawn from (seed, epoch, index).
+Both cut a stream of tokens into pieces of fixed length, so all examples of an objective fit one
+batch shape. The cuts and the noise are drawn from (seed, epoch, index).
 """
 
 from __future__ import annotations
@@ -54,12 +54,22 @@ class SpanCorruption(_Stream):
         mean_span: float = 3.0,
         seed: int = 0,
     ) -> None:
+        if not (0 < noise_density < 1 and mean_span >= 1 and input_length >= 8):
+            raise InputError(
+                f"span corruption with noise_density = {noise_density}, mean_span = {mean_span}, "
+                f"input_length = {input_length}: they must be in (0, 1), at least 1, at least 8"
+            )
         self.tokenizer = tokenizer
-        piece = input_length
+        piece = 4
         while _corrupted_lengths(piece + 1, noise_density, mean_span)[0] <= input_length:
             piece += 1
         inputs, targets = _corrupted_lengths(piece, noise_density, mean_span)
         self.noise, self.spans = _noise(piece, noise_density, mean_span)
+        if self.spans > min(100, piece - self.noise):
+            raise InputError(
+                f"span corruption of {piece} tokens wants {self.spans} spans, more than there are "
+                "sentinels (100) or tokens between them; lower noise_density or input_length"
+            )
         super().__init__(stream, piece, inputs, targets, seed)
 
     def tokens(self, index: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
@@ -94,11 +104,13 @@ class PrefixLM(_Stream):
         target_length: int = 32,
         seed: int = 0,
     ) -> None:
-        self.tokenizer, self.input_length, self.target_length = (
-            tokenizer,
-            input_length,
-            target_length,
-        )
+        if input_length < 2 or target_length < 1:
+            raise InputError(
+                f"prefix LM with input_length = {input_length}, target_length = {target_length}: "
+                "they must be at least 2 and 1"
+            )
+        self.tokenizer = tokenizer
+        self.input_length, self.target_length = input_length, target_length
         super().__init__(stream, input_length + target_length, input_length, target_length, seed)
 
     def tokens(self, index: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -120,6 +121,9 @@ class TrainBatches:
         self.source, self.batch_size = source, batch_size
         # Larger last, whatever the order given: left-over examples move up.
         self.buckets = sorted(buckets, key=lambda bucket: (bucket[0] * bucket[1], bucket))
+        for small, large in itertools.pairwise(self.buckets):
+            if small[0] > large[0] or small[1] > large[1]:
+                raise InputError(f"buckets {small} and {large}: the larger has to hold the smaller")
         assigned = assign_buckets(source, self.buckets)
         self._plan = functools.lru_cache(maxsize=2)(
             lambda epoch: plan_epoch(assigned, self.buckets, batch_size, seed, epoch)
@@ -153,6 +157,11 @@ class MixtureBatches:
         self.components, self.seed = list(components), seed
         share = np.cumsum(np.asarray(rates, float)) / np.sum(rates)
         self._counts = np.diff(np.round(share * self.BLOCK).astype(int), prepend=0)
+        if not self._counts.all():
+            raise InputError(
+                f"a rate of {min(rates)} in {sum(rates)} is too small: fewer than one batch in "
+                f"{self.BLOCK}"
+            )
         self.shapes = sorted({shape for component in components for shape in component.shapes})
         self._schedule = functools.lru_cache(maxsize=2)(self._draw)
 

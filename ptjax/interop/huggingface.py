@@ -21,7 +21,6 @@ from ptjax.interop.huggingface_format import (
     EMBEDDING,
     LOGITS,
     UNUSED,
-    Sizes,
     expected_names,
     load_config,
     make_config_json,
@@ -30,6 +29,7 @@ from ptjax.interop.huggingface_format import (
     to_t5x,
 )
 from ptjax.interop.stored import Index, StoredArray
+from ptjax.models.t5 import T5Config
 
 _WEIGHTS = "model.safetensors"
 _TORCH = "pytorch_model.bin"
@@ -191,7 +191,7 @@ def _open_shards(index: epath.Path) -> dict[str, StoredArray]:
 def save_huggingface(
     directory: str | os.PathLike[str],
     params: Mapping[str, Any],
-    config: Sizes,
+    config: T5Config,
     *,
     dtype: str = "bfloat16",
     max_shard_bytes: int | None = None,

@@ -10,11 +10,12 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from etils import epath
 
 from ptjax.errors import InputError
+from ptjax.models.t5 import T5Config
 
 EMBEDDING = "token_embedder/embedding"
 LOGITS = "decoder/logits_dense/kernel"
@@ -93,24 +94,6 @@ _OPTIONAL = {
     "relpos_max_distance": "relative_attention_max_distance",
 }
 _ACTIVATIONS = {"relu": ("relu",), "gated-gelu": ("gelu", "linear")}
-
-
-class Sizes(Protocol):
-    """The fields of `ptjax.models.t5.T5Config` that are written."""
-
-    vocab_size: int
-    emb_dim: int
-    num_heads: int
-    num_encoder_layers: int
-    num_decoder_layers: int
-    head_dim: int
-    mlp_dim: int
-    mlp_activations: tuple[str, ...]
-    logits_via_embedding: bool
-    dropout_rate: float
-    relpos_buckets: int
-    relpos_max_distance: int
-    layer_norm_epsilon: float
 
 
 # Names
@@ -193,7 +176,7 @@ def load_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
     return fields | {"mlp_activations": _ACTIVATIONS[activation]}
 
 
-def make_config_json(config: Sizes, dtype: str) -> dict[str, Any]:
+def make_config_json(config: T5Config, dtype: str) -> dict[str, Any]:
     """What `config.json` says of `config`; `load_config` is its inverse.
 
     `tie_word_embeddings: false` also tells transformers not to scale the decoder's output.

@@ -26,11 +26,11 @@ def decode(
     max_length: int,
     num_beams: int = 1,
     alpha: float | Array = 0.6,
-    keys: Key[Array, "B"] | None = None,
+    keys: Key[Array, " B"] | None = None,
     temperature: float | Array = 1.0,
     top_p: float | Array = 1.0,
     eos_id: int | Array = 1,
-) -> tuple[Int[Array, "B L"], Float[Array, "B"]]:
+) -> tuple[Int[Array, "B L"], Float[Array, " B"]]:
     """The targets that the model writes, and their scores.
 
     Greedy by default, the best of a beam search with `num_beams > 1`, sampled with `keys`. A row
@@ -181,8 +181,8 @@ class _Rows(NamedTuple):
 
     position: Int[Array, ""]
     tokens: Int[Array, "B L"]
-    last: Int[Array, "B"]
-    log_likelihood: Float[Array, "B"]
+    last: Int[Array, " B"]
+    log_likelihood: Float[Array, " B"]
     ended: Array
     cache: Cache
 
@@ -227,11 +227,11 @@ def _pick(x: Array, index: Int[Array, "B k"]) -> Array:
 
 def _sample(
     log_probs: Float[Array, "B V"],
-    keys: Key[Array, "B"],
+    keys: Key[Array, " B"],
     position: Int[Array, ""],
     temperature: float | Array,
     top_p: float | Array,
-) -> Int[Array, "B"]:
+) -> Int[Array, " B"]:
     def nucleus(logits: Array) -> Array:
         probs = jax.nn.softmax(logits)
         descending = jnp.sort(probs, axis=-1, descending=True)

@@ -53,10 +53,10 @@ class Surroundings:
     labels: Sequence[str] | None
     texts: Callable[[], Iterable[str]]
 
-    def rows(self, ids: Sequence[int] | np.ndarray) -> Float[Array, "n D"]:
+    def rows(self, ids: Sequence[int] | np.ndarray | Array) -> Float[Array, "n D"]:
         return self.embedding[jnp.asarray(ids)].astype(jnp.float32)
 
-    def phrase(self, text: str) -> Float[Array, "D"]:
+    def phrase(self, text: str) -> Float[Array, " D"]:
         """The average of the embeddings of a text's pieces."""
         return jnp.mean(self.rows(self.encode(text)), axis=0)
 

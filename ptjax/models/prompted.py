@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
@@ -69,7 +70,9 @@ class PromptedT5(nn.Module):
         return self.decode(encoded, mask, decoder_input_tokens, train=train)
 
 
-def with_prompt(variables: dict[str, Any], prompt: Float[Array, "P D"] | None) -> dict[str, Any]:
+def with_prompt(
+    variables: dict[str, Any], prompt: Float[Array, "P D"] | np.ndarray | None
+) -> dict[str, Any]:
     """`variables` with `prompt` as its prompt collection, or without one."""
     variables = {name: tree for name, tree in variables.items() if name != "prompt"}
     if prompt is None:

@@ -405,9 +405,11 @@ def init_params(config: T5Config, key: Array) -> dict[str, Any]:
         encoded = module.encode_embedded(module.embed(tokens), tokens > 0)
         module.decode(encoded, tokens > 0, tokens)
 
-    return nn.init(everything, T5(config))(key)["params"]
+    variables: Any = nn.init(everything, T5(config))(key)
+    return variables["params"]
 
 
+@functools.cache
 def parameter_shapes(config: T5Config) -> dict[str, Any]:
     """The parameter tree as float32 `jax.ShapeDtypeStruct`s; nothing is computed."""
     return jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))

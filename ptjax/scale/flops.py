@@ -83,9 +83,9 @@ def _equation_flops(equation: JaxprEqn) -> int:
         raise ValueError(f"count_flops does not know the work of {name!r}")
     if name == "dot_general":
         (contracted, _), _ = equation.params["dimension_numbers"]
-        left = equation.invars[0].aval.shape
-        result = equation.outvars[0].aval.shape
-        return 2 * math.prod(result) * math.prod(left[axis] for axis in contracted)
+        left: Any = equation.invars[0].aval
+        result: Any = equation.outvars[0].aval
+        return 2 * math.prod(result.shape) * math.prod(left.shape[axis] for axis in contracted)
     inner = [_jaxpr_flops(jaxpr) for jaxpr in _inner_jaxprs(equation)]
     if name == "scan":
         return equation.params["length"] * sum(inner)

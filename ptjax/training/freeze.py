@@ -117,8 +117,7 @@ def lock(optimizer: optax.GradientTransformation, freeze: Freeze) -> optax.Gradi
         return {name: labels(child, freeze[name]) for name, child in tree.items()}
 
     # What `optax.transforms.selective_transform` does; its mask cannot depend on the tree given.
-    transforms = {"train": optimizer, "freeze": optax.set_to_zero()}
-    return optax.transforms.partition(transforms, labels)
+    return optax.transforms.partition({"train": optimizer, "freeze": optax.set_to_zero()}, labels)
 
 
 def sizes(tree: Tree) -> tuple[int, int]:

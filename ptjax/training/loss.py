@@ -57,7 +57,7 @@ class Loss:
 
 def log_likelihood(
     logits: Float[Array, "B L V"], targets: Int[Array, "B L"], weights: Float[Array, "B L"]
-) -> Float[Array, "B"]:
+) -> Float[Array, " B"]:
     """Sum over a target's tokens of log p(token); ranks the verbalizers of a closed label set."""
     plain = Loss(z_loss=0.0)
     return -jnp.sum(plain.per_position(logits.astype(jnp.float32), targets) * weights, axis=-1)

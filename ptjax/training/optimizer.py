@@ -41,7 +41,7 @@ class Adafactor:
     decay_rate: float = 0.8
     clipping_threshold: float = 1.0
 
-    def rate_at(self, step: int | jax.Array, embedding_rms: float) -> float | jax.Array:
+    def rate_at(self, step: Any, embedding_rms: float) -> Any:
         """The absolute learning rate of update `step` (0 is the first of this run)."""
         rate = self.learning_rate(step) if callable(self.learning_rate) else self.learning_rate
         return rate * embedding_rms if self.learning_rate_scale == "embedding_rms" else rate
