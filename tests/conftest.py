@@ -23,6 +23,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from markers import missing
 
 from ptjax.data.batch import Batch, make_batch
 from ptjax.models.prompted import PromptedT5
@@ -36,6 +37,13 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "filterwarnings", "ignore:Error (reading|writing) persistent compilation cache"
     )
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    """Selection is by marker, never by skip; what it leaves out is said here."""
+    lacks = "; ".join(f"{marker} (needs {what})" for marker, what in missing().items())
+    chosen = config.option.markexpr or "everything"
+    return f"selected: {chosen}. Not possible on this machine: {lacks or 'nothing'}"
 
 
 @dataclasses.dataclass(frozen=True)
