@@ -177,6 +177,7 @@ class Run:
             self.checkpoints.wait()
             last = sorted(self._kept_steps())
             self.exports.prune({self.progress.best_step, *last[-self.pace.keep :]})
+            report_memory()
         finally:
             # Also when something failed: what is being written is finished.
             self.checkpoints.close()
@@ -319,6 +320,13 @@ class Run:
             else []
         )
         return [int(name) for name in names if name.isdigit()]
+
+
+def report_memory() -> None:
+    """The most memory that a device held, where it counts that (a CPU does not)."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if peak := stats.get("peak_bytes_in_use"):
+        logging.info("peak memory of a device: %.2f GB", peak / 1e9)
 
 
 def shape_of(batch: Mapping[str, Any]) -> Shape:

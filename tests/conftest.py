@@ -17,6 +17,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 import dataclasses
 import functools
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -94,6 +95,17 @@ def tiny_batch() -> Batch:
     inputs = [rng.integers(2, 64, n) for n in (12, 7, 1, 9, 12, 3, 5, 10)]
     targets = [rng.integers(2, 64, n) for n in (6, 2, 4, 1, 3, 6, 5, 2)]
     return make_batch(inputs, targets, input_length=12, target_length=6)
+
+
+def outcome(directory: Any) -> dict[str, Any]:
+    """Everything that an interrupted run has to share with an uninterrupted one: all but times."""
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return {
+        "prompts": {p.name: p.read_bytes() for p in (directory / "prompts").iterdir()},
+        "metrics": [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows],
+        "results": json.loads((directory / "results.json").read_text()),
+        "checkpoints": sorted(p.name for p in (directory / "checkpoints").iterdir()),
+    }
 
 
 def load_expected(name: str) -> dict[str, dict[str, np.ndarray]]:

@@ -152,7 +152,7 @@ def test_the_newest_of_several_checkpoints_is_loaded_and_said(legacy, caplog):
         newer,
         lambda target: target["decoder"].update(decoder_norm=target["decoder"].pop("other_norm")),
     )
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="absl"):
         loaded = load_backbone(folder)
     np.testing.assert_array_equal(
         loaded.variables["params"]["decoder"]["decoder_norm"]["scale"], scale
@@ -370,7 +370,7 @@ def test_a_parameter_of_another_network_is_named(legacy):
 def test_a_prompt_inside_a_checkpoint_is_left_out_and_said(legacy, t5_1_1, caplog):
     prompt = np.random.default_rng(0).normal(size=(5, 32)).astype(np.float32)
     add_zarr(legacy, PROMPT, prompt)
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="absl"):
         loaded = load_backbone(legacy)
     assert_same_weights(loaded, t5_1_1)
     assert loaded.fingerprint == t5_1_1.fingerprint

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
@@ -10,9 +9,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
+from conftest import outcome
 
 pytestmark = pytest.mark.slow
 REPOSITORY = Path(__file__).parents[1]
@@ -34,15 +33,6 @@ def start(directory: Path, log: Path) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
             command, cwd=directory.parent, env=environment, stdout=stream, stderr=stream
         )
-
-
-def outcome(directory: Path) -> dict[str, Any]:
-    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return {
-        "prompts": {p.name: p.read_bytes() for p in sorted((directory / "prompts").iterdir())},
-        "metrics": [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows],
-        "results": json.loads((directory / "results.json").read_text()),
-    }
 
 
 def test_killed_at_ten_random_moments(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from conftest import outcome
 
 from ptjax import loop, tuning
 from ptjax.backbone import Backbone, load_backbone, save_backbone
@@ -76,17 +77,6 @@ def tune(directory: Path, task: Task, backbone: Backbone, **changes: Any) -> dic
         "seed": 3,
     }
     return tuning.tune(directory, task, backbone, **(settings | changes))
-
-
-def outcome(directory: Path) -> dict[str, Any]:
-    """Everything that an interrupted run has to share with an uninterrupted one."""
-    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return {
-        "prompts": {p.name: p.read_bytes() for p in (directory / "prompts").iterdir()},
-        "metrics": [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows],
-        "results": json.loads((directory / "results.json").read_text()),
-        "checkpoints": sorted(p.name for p in (directory / "checkpoints").iterdir()),
-    }
 
 
 @pytest.fixture(scope="module")

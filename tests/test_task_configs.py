@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import json
 from pathlib import Path
 
@@ -72,7 +73,7 @@ def test_counts_are_stated_for_every_task():
 @pytest.mark.shared
 @pytest.mark.parametrize("name", sorted(COUNTS))
 def test_every_split_that_exists_loads_whole(name):
-    task = _build(name, SHARED)
+    task = dataclasses.replace(_build(name, SHARED), held_out=0)
     existing = {s: file for s, file in task.splits.items() if (SHARED / file).exists()}
     counts = {}
     for split in existing:
