@@ -132,11 +132,11 @@ MISTAKES = {
     "include 'tasks/sst.gin'": "bad.gin:3: no gin file tasks/sst.gin (looked in the current folder,"
     f" {gin_files.gin_configs()}); did you mean tasks/sst2.gin?",
     "tasks.Task.name = 'x": "bad.gin:3: gin cannot read this; see whether a quote or a bracket is "
-    "missing, and whether every string has quotes; it says: Unable to parse value",
+    "missing, and whether every string has quotes",
     "tasks.Task.name = x": "bad.gin:3: gin cannot read this; see whether a quote or a bracket is "
     "missing, and whether every string has quotes",
     "tasks.Task.splits = {'train':": "bad.gin: gin cannot read this; see whether a quote or a "
-    "bracket is missing, and whether every string has quotes; it says: EOF in multi-line statement",
+    "bracket is missing, and whether every string has quotes",
     "TRAIN_STEPS = 3": "bad.gin:3: the macro TRAIN_STEPS is set but nothing uses it; remove it",
     "tasks.Task.name = %NAME": "bad.gin:3: the macro NAME (Task.name) has no value; set it with "
     "--gin.NAME=VALUE",

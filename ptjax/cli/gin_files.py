@@ -138,13 +138,16 @@ class _explained:  # noqa: N801
         ):
             return
         text = _explain(error, self.paths, self.line)
-        where = _place(error) or self.where
+        where = (not self.line and _place(error, self.where)) or self.where
         missing = isinstance(error, OSError) and where == self.where
         raise InputError(text if missing else f"{where}: {text}") from error
 
 
-def _place(error: BaseException) -> str:
+def _place(error: BaseException, file: str) -> str:
     """ "file:line" of a mistake in a gin file."""
+    if isinstance(error, tokenize.TokenError):  # a bracket left open is seen at the file's end only
+        message, (number, _) = error.args
+        return "" if "EOF" in message else f"{file}:{number}"
     if isinstance(error, SyntaxError):
         place = error.args[1] if len(error.args) > 1 else None
         filename, number = getattr(place, "filename", None), getattr(place, "line_num", None)
@@ -159,11 +162,9 @@ def _explain(error: BaseException, paths: Sequence[str], line: str) -> str:
     if isinstance(error, SyntaxError | tokenize.TokenError):
         if match := re.match(r"([\w./]+) = ([^'\"@%\[({\d\s].*)$", line):
             return f"a string needs its own quotes: --gin.{match[1]}=\"'{match[2]}'\""
-        what = error.args[0] if error.args else ""
-        told = "; it says: " + what.rstrip(".") if "malformed node" not in what else ""
         return (
             "gin cannot read this; see whether a quote or a bracket is missing, and whether every "
-            f"string has quotes{told}"
+            "string has quotes"
         )
     text = str(error).split("\n  In ")[0].replace("\n", " ")
     if match := re.match(r"Configurable '([\w./]+)' doesn't have a parameter named '(\w+)'", text):

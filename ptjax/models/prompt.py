@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,10 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
-from ptjax.data.tokenizer import Tokenizer
 from ptjax.errors import InputError
+
+if TYPE_CHECKING:  # the network runs where no SentencePiece is installed
+    from ptjax.data.tokenizer import Tokenizer
 
 
 class Prompt(nn.Module):
