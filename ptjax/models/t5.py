@@ -104,10 +104,16 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
-        x = x.astype(jnp.float32)
-        mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
-        normed = x * jax.lax.rsqrt(mean_square + self.epsilon)
-        return normed.astype(self.dtype) * scale.astype(self.dtype)
+
+        # Recomputed on the way back: cheaper than to store float32 copies of every x.
+        @jax.checkpoint
+        def normalize(x: Array, scale: Array) -> Array:
+            x = x.astype(jnp.float32)
+            mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+            normed = x * jax.lax.rsqrt(mean_square + self.epsilon)
+            return normed.astype(self.dtype) * scale.astype(self.dtype)
+
+        return normalize(x, scale)
 
 
 class RelativePositionBias(nn.Module):
@@ -175,11 +181,15 @@ class Attention(nn.Module):
         bias: Float[Array, "#B #H #q k"],
         deterministic: bool,
     ) -> Float[Array, "B q D"]:
-        logits = jnp.einsum("bqhd,bkhd->bhqk", self._split(self.query(x)), keys) + bias
+        # Heads first: XLA's CPU products over a leading batch are twice as fast.
+        queries, keys, values = (
+            jnp.swapaxes(y, 1, 2) for y in (self._split(self.query(x)), keys, values)
+        )
+        logits = jnp.einsum("bhqd,bhkd->bhqk", queries, keys) + bias
         weights = jax.nn.softmax(logits).astype(self.config.dtype)
         weights = self.dropout(weights, deterministic=deterministic)
-        attended = jnp.einsum("bhqk,bkhd->bqhd", weights, values)
-        return self.out(attended.reshape(*x.shape[:2], -1))
+        attended = jnp.einsum("bhqk,bhkd->bhqd", weights, values)
+        return self.out(jnp.swapaxes(attended, 1, 2).reshape(*x.shape[:2], -1))
 
 
 class MLP(nn.Module):
@@ -191,11 +201,19 @@ class MLP(nn.Module):
     def __call__(self, x: Float[Array, "B t D"], deterministic: bool) -> Float[Array, "B t D"]:
         cfg = self.config
         gated = len(cfg.mlp_activations) > 1
-        branches = []
-        for index, name in enumerate(cfg.mlp_activations):
-            branch = Dense(cfg.mlp_dim, cfg.dtype, name=f"wi_{index}" if gated else "wi")(x)
-            branches.append(branch if name == "linear" else getattr(nn, name)(branch))
-        hidden = functools.reduce(jnp.multiply, branches)
+        names = [f"wi_{i}" for i in range(len(cfg.mlp_activations))] if gated else ["wi"]
+        branches = [Dense(cfg.mlp_dim, cfg.dtype, name=name)(x) for name in names]
+
+        # Recomputed on the way back: a GELU's derivative would store five arrays of this size.
+        @jax.checkpoint
+        def activate(*branches: Array) -> Array:
+            activated = [
+                branch if name == "linear" else getattr(nn, name)(branch)
+                for name, branch in zip(cfg.mlp_activations, branches, strict=True)
+            ]
+            return functools.reduce(jnp.multiply, activated)
+
+        hidden = activate(*branches)
         hidden = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))(hidden, deterministic)
         return Dense(cfg.emb_dim, cfg.dtype, name="wo")(hidden)
 
