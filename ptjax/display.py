@@ -60,10 +60,17 @@ class Display:
     def metrics(self, step: int, values: dict[str, Any]) -> None:
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
-        self._latest |= {name.split("/", 1)[1]: value for name, value in values.items()}
-        chosen = {k: v for k, v in self._latest.items() if k not in HIDDEN}
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in chosen.items())
+        fresh = {
+            name.removeprefix("train/").removeprefix("time/").replace("/", " "): value
+            for name, value in values.items()
+        }
+        fresh = {name: value for name, value in fresh.items() if name not in HIDDEN}
+        self._latest |= fresh
         if self._bar:
-            self._bar.update(self._task, completed=step, shown=shown)
+            self._bar.update(self._task, completed=step, shown=_text(self._latest))
         else:
-            logging.info("step %d/%d  %s", step, self._steps, shown)
+            logging.info("step %d/%d  %s", step, self._steps, _text(fresh))
+
+
+def _text(values: dict[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4g}" for name, value in values.items())
