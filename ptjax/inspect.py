@@ -43,6 +43,8 @@ def main() -> None:
 def inspect(arguments: argparse.Namespace) -> None:
     from ptjax import inspection
 
+    if arguments.tokens < 1:
+        raise InputError(f"--tokens={arguments.tokens}: show 1 or more")
     cli.load_gin(arguments, trains=False)
     bound = cli.settings(chosen.LOAD_BACKBONE, "path", "tokenizer")
     described = inspection.describe(arguments.path, bound.get("tokenizer"))

@@ -16,7 +16,7 @@ from etils import epath
 from ptjax.backbone import OpenBackbone, fingerprint, open_backbone
 from ptjax.data.tokenizer import Tokenizer
 from ptjax.errors import InputError
-from ptjax.interop import peft
+from ptjax.interop import peft, t5x
 from ptjax.interop.prompt_file import PromptFile, load_prompt
 from ptjax.scale.sharding import make_mesh
 from ptjax.training.freeze import unflatten_paths
@@ -39,7 +39,8 @@ def describe(
         InputError: it is none of them, or damaged.
     """
     place = epath.Path(path).expanduser()
-    if place.is_dir() and is_run(place):
+    # A MODEL_DIR of T5X has a config.gin too.
+    if place.is_dir() and is_run(place) and not t5x.is_t5x(place):
         return {"kind": "run"} | describe_run(place)
     if peft.is_peft(place) or (place.is_file() and place.name != "checkpoint"):
         return {"kind": "prompt", "path": os.fspath(path)} | describe_prompt(load_prompt(place))
