@@ -498,7 +498,9 @@ def test_export_refuses(fails, place):
 # train, and what the others make of it
 
 
-def test_a_run_in_a_relative_model_dir_is_trained_and_used(call, place, tmp_path, monkeypatch):
+def test_a_run_in_a_relative_model_dir_is_trained_and_used(
+    call, fails, place, tmp_path, monkeypatch
+):
     tune = (
         "--gin_file=quickstart.gin",
         "--gin.MODEL_DIR='runs/a'",
@@ -519,6 +521,15 @@ def test_a_run_in_a_relative_model_dir_is_trained_and_used(call, place, tmp_path
     results = json.loads(Path("runs/a/results.json").read_text())
     _, out, err = call("inspect", "runs/a", "--json")
     assert json.loads(out)["newest_checkpoint"] == 2, err
+    _, out, err = call("inspect", "runs/a/checkpoints/2", "--json")
+    described = json.loads(out)
+    assert (described["kind"], described["run"]["prompt_length"]) == ("checkpoint", 3), err
+    assert described["arrays"]["trainable/prompt/prompt"] == "[3, 16] float32"
+    shutil.copytree("runs/a/checkpoints/2", "cut")
+    Path("cut/state/manifest.ocdbt").unlink()
+    assert fails("inspect", "cut").startswith("cut: the checkpoint is incomplete")
+    assert "is it one of a run of ptjax" in fails("infer", "--backbone=runs/a/checkpoints/2", "x",
+                                                  "--prompt=none")  # fmt: skip
     _, out, err = call("evaluate", "--model_dir=runs/a")
     assert json.loads(out)["metrics"] == results["metrics"], err
     monkeypatch.chdir(tmp_path / "runs")

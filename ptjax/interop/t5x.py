@@ -87,7 +87,10 @@ def load_t5x(path: str | os.PathLike[str]) -> dict[str, StoredArray]:
     legacy = checkpoint / "checkpoint"
     arrays = _load_legacy(legacy) if legacy.exists() else _load_orbax(checkpoint / "state")
     if not arrays:
-        raise InputError(f"{checkpoint}: the checkpoint holds no parameters (`target` is empty)")
+        raise InputError(
+            f"{checkpoint}: the checkpoint holds no model (`target` is empty); is it one of a run "
+            "of ptjax, which keeps only what trains?"
+        )
     for name, array in arrays.items():
         _refuse_scanned(name, array)
         _check_dtype(name, array.dtype, array.where)
