@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import difflib
 import functools
@@ -99,7 +100,9 @@ def load_backbone(
         logging.warning(
             "%s also holds a prompt, left out here; load_prompt(path) returns it", opened.name
         )
-    placed = {key: place(key, array, dtype, mesh) for key, array in opened.arrays.items()}
+    # Popped, for an array inside of a T5X msgpack is in memory already.
+    stored = opened.arrays
+    placed = {key: place(key, stored.pop(key), dtype, mesh) for key in list(stored)}
     params = unflatten_paths(placed)
     return Backbone(
         config=opened.config,
@@ -229,31 +232,35 @@ def infer_config(stored: Mapping[str, StoredArray], name: str) -> dict[str, Any]
         InputError: a parameter that every T5 has is missing.
     """
 
-    def shape(path: str) -> tuple[int, ...]:
-        if path not in stored:
-            raise InputError(f"{name}: parameter {path} is missing; is the checkpoint complete?")
-        if len(stored[path].shape) != 2:
+    def shape(ending: str) -> tuple[int, ...]:
+        # The usual one of all layers, so that `_check` names the parameter that differs.
+        found = {path: array.shape for path, array in stored.items() if path.endswith(ending)}
+        if not found:
+            what = ending.removeprefix("/")
+            raise InputError(f"{name}: parameter {what} is missing; is the checkpoint complete?")
+        [(usual, _)] = collections.Counter(found.values()).most_common(1)
+        if len(usual) != 2 or 0 in usual:
+            path = next(path for path in found if found[path] == usual)
             raise InputError(
-                f"{stored[path].where}: parameter {path} has shape {stored[path].shape}, a T5's "
-                "has two axes"
+                f"{stored[path].where}: parameter {path} has shape {usual}, which is no T5's"
             )
-        return stored[path].shape
+        return usual
 
     def layers(stack: str) -> int:
         return len({p.split("/")[1] for p in stored if p.startswith(f"{stack}/layers_")})
 
-    vocab_size, emb_dim = shape("token_embedder/embedding")
-    num_heads, relpos_buckets = shape("encoder/relpos_bias/rel_embedding")
-    gated = "encoder/layers_0/mlp/wi_0/kernel" in stored
-    wi = "wi_0" if gated else "wi"
+    vocab_size, _ = shape("token_embedder/embedding")
+    num_heads, relpos_buckets = shape("/relpos_bias/rel_embedding")
+    emb_dim, joined = shape("attention/query/kernel")
+    gated = any(path.endswith(("/wi_0/kernel", "/wi_1/kernel")) for path in stored)
     return {
         "vocab_size": vocab_size,
         "emb_dim": emb_dim,
         "num_heads": num_heads,
         "num_encoder_layers": layers("encoder"),
         "num_decoder_layers": layers("decoder"),
-        "head_dim": shape("encoder/layers_0/attention/query/kernel")[1] // num_heads,
-        "mlp_dim": shape(f"encoder/layers_0/mlp/{wi}/kernel")[1],
+        "head_dim": joined // num_heads,
+        "mlp_dim": shape("/mlp/wi_0/kernel" if gated else "/mlp/wi/kernel")[1],
         "mlp_activations": ("gelu", "linear") if gated else ("relu",),
         "logits_via_embedding": "decoder/logits_dense/kernel" not in stored,
         "relpos_buckets": relpos_buckets,
@@ -346,7 +353,7 @@ def save_backbone(
         params: nested dict under T5X's names.
         max_shard_bytes: split the weights into files of at most this size.
     """
-    target = epath.Path(directory)
+    target = epath.Path(directory).expanduser()
     target.mkdir(parents=True, exist_ok=True)
     if tokenizer is not None:
         tokenizer.save(target)
@@ -379,7 +386,7 @@ def check_prompt(
         allow_mismatch: say so instead of refusing; the width has to fit all the same.
 
     Returns:
-        The prompt, without a fingerprint that was found not to match.
+        The prompt with this backbone's fingerprints, so that no later check says it all again.
 
     Raises:
         InputError: another width, or another fingerprint.
@@ -391,13 +398,17 @@ def check_prompt(
             f"{width}; it was tuned on {prompt.metadata.get('backbone_name', 'another backbone')}"
         )
     tokenizer = backbone.tokenizer
+    checked = dict(prompt.metadata)
     for what, own in (
         ("backbone", backbone.fingerprint),
         ("tokenizer", tokenizer.fingerprint if tokenizer else None),
     ):
         wanted = prompt.metadata.get(f"{what}_fingerprint")
+        checked[f"{what}_fingerprint"] = own or wanted
         if what == "backbone" and wanted is None:
-            logging.info("the prompt does not say which backbone it was tuned on; its width fits")
+            logging.warning(
+                "the prompt does not say which backbone it was tuned on; its width fits"
+            )
         if wanted is None or own is None or wanted == own:
             continue
         name = prompt.metadata.get("backbone_name", "?")
@@ -408,6 +419,4 @@ def check_prompt(
         if not allow_mismatch:
             raise InputError(f"{problem}; load its own, or override with allow_mismatch")
         logging.warning("%s; used all the same", problem)
-        kept = {k: v for k, v in prompt.metadata.items() if k != f"{what}_fingerprint"}
-        prompt = dataclasses.replace(prompt, metadata=kept)
-    return prompt
+    return PromptFile(prompt.prompt, checked)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import re
 
 from ptjax import cli
 from ptjax.cli import chosen
@@ -28,11 +29,12 @@ def main() -> None:
         gin_help="It may name MODEL_DIR and the backbone.",
     )
     parser.add_argument(
-        "prompt",
+        "path",
         nargs="?",
         metavar="PROMPT",
         help="any prompt that ptjax reads; default: the best one of MODEL_DIR",
     )
+    parser.add_argument("--prompt", metavar="PATH", help="the same as a flag, as other commands")
     parser.add_argument("--to", required=True, choices=FORMATS, help="the format")
     parser.add_argument("--output", required=True, metavar="PATH", help="a file, or a directory")
     parser.add_argument("--model_dir", metavar="DIR", help="what `python -m ptjax.train` wrote")
@@ -54,6 +56,9 @@ def export(arguments: argparse.Namespace) -> None:
     from ptjax.interop import peft
     from ptjax.interop.prompt_file import save_prompt
 
+    if arguments.path is not None and arguments.prompt is not None:
+        raise InputError(f"two prompts, {arguments.path} and {arguments.prompt}; name one")
+    arguments.prompt = arguments.prompt or arguments.path
     chosen.load(arguments)
     source = chosen.prompt_path(arguments)
     prompt = chosen.load_prompt(arguments)
@@ -74,6 +79,8 @@ def export(arguments: argparse.Namespace) -> None:
         if output.exists() and not output.is_dir():
             raise InputError(f"{output} is a file; name a directory for --to=huggingface")
         name, heads, layers, width = backbone_sizes(arguments, prompt.metadata)
+        # "id@commit" is how ptjax records a model of the hub.
+        hub = re.fullmatch(r"(.+)@([0-9a-f]{40})", name)
         if width != prompt.prompt.shape[1]:
             raise InputError(
                 f"{source} has width {prompt.prompt.shape[1]}, the backbone {name} {width}"
@@ -83,7 +90,8 @@ def export(arguments: argparse.Namespace) -> None:
             prompt.prompt,
             num_heads=heads,
             num_layers=layers,
-            base_model=name,
+            base_model=hub[1] if hub else name,
+            revision=hub[2] if hub else None,
             metadata=prompt.metadata,
         )
     print(f"{os.fspath(output)}: {arguments.to}, {list(prompt.prompt.shape)} from {source}")

@@ -48,12 +48,8 @@ def forward(
         InputError: a name is missing from the batch, or the prompt has another width.
     """
     variables = with_prompt(backbone.variables, prompt_array(backbone, prompt))
-    return _forward(
-        backbone.apply_fn,
-        variables,
-        _tokens(batch, "encoder_input_tokens"),
-        _tokens(batch, "decoder_input_tokens"),
-    )
+    inputs, targets = _tokens(backbone, batch, "encoder_input_tokens", "decoder_input_tokens")
+    return _forward(backbone.apply_fn, variables, inputs, targets)
 
 
 def loss_and_prompt_gradient(
@@ -72,15 +68,18 @@ def loss_and_prompt_gradient(
     array = prompt_array(backbone, prompt)
     if array is None:
         raise InputError("loss_and_prompt_gradient needs a prompt [P, D], not None")
-    targets = _tokens(batch, "decoder_target_tokens")
+    names = ("encoder_input_tokens", "decoder_input_tokens", "decoder_target_tokens")
+    inputs, decoder_inputs, targets = _tokens(backbone, batch, *names)
+    weights = batch.get("decoder_loss_weights")
+    weights = np.asarray(targets > 0 if weights is None else weights, np.float32)
+    if not decoder_inputs.shape == targets.shape == weights.shape:
+        raise InputError(
+            f"decoder_input_tokens {list(decoder_inputs.shape)}, decoder_target_tokens "
+            f"{list(targets.shape)} and decoder_loss_weights {list(weights.shape)} have to be of "
+            "one shape"
+        )
     return _loss_and_prompt_gradient(
-        backbone.apply_fn,
-        backbone.variables,
-        array,
-        _tokens(batch, "encoder_input_tokens"),
-        _tokens(batch, "decoder_input_tokens"),
-        targets,
-        np.asarray(batch.get("decoder_loss_weights", targets > 0), np.float32),
+        backbone.apply_fn, backbone.variables, array, inputs, decoder_inputs, targets, weights
     )
 
 
@@ -293,8 +292,6 @@ def prompt_array(backbone: Backbone, prompt: Any) -> Float[Array, "P D"] | None:
     """
     if prompt is None:
         return None
-    if getattr(prompt, "metadata", None):
-        check_prompt(backbone, prompt)
     array = getattr(prompt, "prompt", prompt)
     width = backbone.config.emb_dim
     if np.ndim(array) != 2 or np.shape(array)[1] != width:
@@ -302,7 +299,10 @@ def prompt_array(backbone: Backbone, prompt: Any) -> Float[Array, "P D"] | None:
             f"a prompt for {backbone.name} has the shape [P, {width}], this one has "
             f"{list(np.shape(array))}; was it tuned on another backbone?"
         )
-    return jnp.asarray(array, jnp.float32)
+    if getattr(prompt, "metadata", None) is not None:
+        check_prompt(backbone, prompt)
+    # It may come from another mesh, that of the run that tuned it.
+    return jax.device_put(jnp.asarray(array, jnp.float32), replicated(backbone.mesh))
 
 
 @functools.partial(jax.jit, static_argnames="apply_fn")
@@ -394,7 +394,20 @@ def _share(rows: np.ndarray, mesh: Any) -> Any:
     return jax.make_array_from_callback(rows.shape, where, lambda index: rows[index])
 
 
-def _tokens(batch: Mapping[str, Any], name: str) -> np.ndarray:
-    if name not in batch:
-        raise InputError(f"the batch has no {name!r}; it has {sorted(batch)}")
-    return np.asarray(batch[name], np.int32)
+def _tokens(backbone: Backbone, batch: Mapping[str, Any], *names: str) -> list[np.ndarray]:
+    """Tokens int32 [B, ...] under each name. JAX itself would clip an id that has no embedding."""
+    found = []
+    for name in names:
+        if name not in batch:
+            raise InputError(f"the batch has no {name!r}; it has {sorted(batch)}")
+        tokens = np.asarray(batch[name], np.int32)
+        if tokens.ndim != 2 or len(tokens) != len(found[0] if found else tokens):
+            raise InputError(f"{name} has shape {list(tokens.shape)}, not rows [B, length] as all")
+        rows = backbone.config.vocab_size
+        if tokens.size and not 0 <= tokens.min() <= tokens.max() < rows:
+            raise InputError(
+                f"{name} holds ids from {tokens.min()} to {tokens.max()}, {backbone.name} has "
+                f"{rows}; tokenize with its own tokenizer"
+            )
+        found.append(tokens)
+    return found

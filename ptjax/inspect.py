@@ -19,7 +19,8 @@ def main() -> None:
         ptjax-nano): its sizes, the ones that its files do not tell and ptjax assumes, parameters,
         fingerprints, tokenizer. A prompt (ptjax's file, .npy, PEFT directory): shape, norms, what
         it was tuned for, and the vocabulary tokens nearest to each row. A MODEL_DIR: its results,
-        newest checkpoint and best prompt. Weights are not loaded, so any size will do.
+        newest checkpoint and best prompt. A checkpoint in it: of which run, how far, and what it
+        holds. Weights are not loaded, so any size will do.
 
           python -m ptjax.inspect runs/quickstart/prompts/best.safetensors
         """,
@@ -43,6 +44,8 @@ def main() -> None:
 def inspect(arguments: argparse.Namespace) -> None:
     from ptjax import inspection
 
+    if arguments.tokens < 1:
+        raise InputError(f"--tokens={arguments.tokens}: show 1 or more")
     cli.load_gin(arguments, trains=False)
     bound = cli.settings(chosen.LOAD_BACKBONE, "path", "tokenizer")
     described = inspection.describe(arguments.path, bound.get("tokenizer"))

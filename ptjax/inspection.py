@@ -1,4 +1,4 @@
-"""What a path holds: a prompt, a run's MODEL_DIR, or a backbone."""
+"""What a path holds: a prompt, a run's MODEL_DIR, a checkpoint in it, or a backbone."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from etils import epath
+from orbax.checkpoint import v1 as ocp
 
 from ptjax.backbone import OpenBackbone, fingerprint, open_backbone
 from ptjax.data.tokenizer import Tokenizer
 from ptjax.errors import InputError
-from ptjax.interop import peft
+from ptjax.interop import peft, t5x
 from ptjax.interop.prompt_file import PromptFile, load_prompt
 from ptjax.scale.sharding import make_mesh
 from ptjax.training.freeze import unflatten_paths
@@ -33,14 +34,17 @@ def is_run(path: epath.Path) -> bool:
 def describe(
     path: str | os.PathLike[str], tokenizer: str | None = None, **config_overrides: Any
 ) -> dict[str, Any]:
-    """What `path` is, as plain JSON values; "kind" is "prompt", "run" or "backbone".
+    """What `path` is, as plain JSON values; "kind" is "prompt", "run", "checkpoint" or "backbone".
 
     Raises:
         InputError: it is none of them, or damaged.
     """
     place = epath.Path(path).expanduser()
-    if place.is_dir() and is_run(place):
+    # A MODEL_DIR of T5X has a config.gin too.
+    if place.is_dir() and is_run(place) and not t5x.is_t5x(place):
         return {"kind": "run"} | describe_run(place)
+    if (place / "identity").is_dir() and (place / "state").is_dir():
+        return {"kind": "checkpoint"} | describe_checkpoint(place)
     if peft.is_peft(place) or (place.is_file() and place.name != "checkpoint"):
         return {"kind": "prompt", "path": os.fspath(path)} | describe_prompt(load_prompt(place))
     opened = open_backbone(path, tokenizer=tokenizer, **config_overrides)
@@ -110,6 +114,29 @@ def describe_run(model_dir: epath.Path) -> dict[str, Any]:
     if (model_dir / BEST_MODEL).exists():
         described["best_model"] = os.fspath(model_dir / BEST_MODEL)
     return described
+
+
+def describe_checkpoint(folder: epath.Path) -> dict[str, Any]:
+    """Of which run a checkpoint of ptjax is, how far that was, and what it holds."""
+    remote = "://" in os.fspath(folder)  # Orbax wants an absolute path, but epath knows none of gs
+    try:
+        place = folder if remote else folder.absolute()
+        state: Any = ocp.metadata(place, "state").metadata
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder}: the checkpoint is incomplete or damaged ({error})") from error
+    leaves = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+    }
+    if not leaves:
+        raise InputError(f"{folder}: the checkpoint is incomplete, nothing of its state is there")
+    return {
+        "path": os.fspath(folder),
+        "run": _read_json(folder / "identity" / "data.json"),
+        "progress": _read_json(folder / "progress" / "data.json"),
+        "arrays": {name: f"{list(leaf.shape)} {leaf.dtype}" for name, leaf in leaves.items()},
+        "bytes": sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in leaves.values()),
+    }
 
 
 def nearest_tokens(

@@ -35,6 +35,8 @@ LEGACY = FIXTURES / "t5_1_1_tiny_legacy"
 ORBAX = FIXTURES / "t5_1_1_tiny_orbax"
 OLD = FIXTURES / "t5_1_0_tiny_legacy"
 WO = "encoder/layers_1/mlp/wo/kernel"
+WI = "encoder/layers_0/mlp/wi_0/kernel"
+QUERY = "encoder/layers_0/attention/query/kernel"
 EMBEDDING = "token_embedder/embedding"
 PROMPT = "encoder/prompt/prompt/prompt"
 
@@ -286,7 +288,7 @@ def test_the_mesh_decides_the_default_dtype(monkeypatch, platform, dtype):
 
 def test_a_missing_parameter_is_named(legacy):
     edit_msgpack(legacy, lambda target: target["encoder"]["layers_1"]["mlp"].pop("wo"))
-    with pytest.raises(InputError, match=f"{legacy}: parameter {WO} is missing"):
+    with pytest.raises(InputError, match=f"{legacy}/checkpoint: parameter {WO} is missing"):
         load_backbone(legacy)
 
 
@@ -298,8 +300,14 @@ def test_a_missing_parameter_that_tells_the_sizes_is_named(legacy, name):
         (target[stack] if stack == "token_embedder" else target[stack]["relpos_bias"]).pop(leaf)
 
     edit_msgpack(legacy, change)
-    with pytest.raises(InputError, match=f"{legacy}: parameter {name} is missing"):
+    with pytest.raises(InputError, match=f"{legacy}/checkpoint: parameter {name} is missing"):
         load_backbone(legacy)
+
+
+def test_a_gate_is_known_by_either_branch():
+    stored = t5x.load_t5x(LEGACY)
+    del stored[WI]
+    assert backbones.infer_config(stored, "x")["mlp_activations"] == ("gelu", "linear")
 
 
 def test_a_missing_chunk_is_named(legacy):
@@ -322,8 +330,10 @@ def test_a_truncated_chunk_is_named(legacy):
         (WO, (64, 31), rf"wo.kernel: parameter {WO} has shape \(64, 31\), .* wants \(64, 32\)"),
         (WO, (64,), rf"wo.kernel: parameter {WO} has shape \(64,\), .* wants \(64, 32\)"),
         (EMBEDDING, (64,), rf"embedding: parameter {EMBEDDING} has shape \(64,\)"),
-        # The embedding tells D, so it is another parameter that does not fit.
-        (EMBEDDING, (64, 31), r"has shape \(32,\), the config wants \(31,\)"),
+        # Sizes are what most parameters tell, so the one that differs is the one that is named.
+        (EMBEDDING, (256, 31), rf"{EMBEDDING} has shape \(256, 31\), .* wants \(256, 32\)"),
+        (QUERY, (32, 28), rf"parameter {QUERY} has shape \(32, 28\), .* wants \(32, 32\)"),
+        (WI, (32, 63), rf"parameter {WI} has shape \(32, 63\), .* wants \(32, 64\)"),
     ],
 )
 def test_a_shape_that_does_not_fit_is_named(legacy, name, shape, message):
@@ -552,6 +562,14 @@ def test_a_vocabulary_that_is_too_large_is_found_before_the_weights_are_read(
     write_nano_tokenizer(legacy.parent / where)
     with pytest.raises(InputError, match="8192 ids do not fit the model's 256 embedding rows"):
         load_backbone(legacy.parent)
+
+
+def test_a_backbone_is_saved_below_home(tmp_path, t5_1_1, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    save_backbone("~/hf", t5_1_1.config, t5_1_1.variables["params"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
+    assert load_backbone("~/hf").fingerprint == t5_1_1.fingerprint
 
 
 def test_a_saved_backbone_brings_its_tokenizer(tmp_path, wide):

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 from absl import logging as absl_logging
+from etils import epath
 
 from ptjax import cli, inspection, prediction
 from ptjax.backbone import check_prompt, load_backbone, save_backbone
@@ -23,6 +24,7 @@ from ptjax.data.tasks import Task
 from ptjax.data.tokenizer import load_tokenizer
 from ptjax.errors import InputError
 from ptjax.inference import generate, generate_with_scores
+from ptjax.interop import huggingface
 from ptjax.interop.prompt_file import load_prompt, save_prompt
 from ptjax.models.t5 import T5Config, init_params
 
@@ -310,7 +312,7 @@ def test_a_prompt_of_another_backbone_is_refused_unless_allowed(call, fails, pla
     )
     code, out, err = call("infer", *flags, "--allow_mismatch")
     assert code == 0 and len(_rows(out)) == 1
-    assert "warning: the prompt was tuned on" in err
+    assert "warning: the prompt was tuned on" in err and "does not say" not in err
     bare = (f"--prompt={place / 'bare.npy'}", f"--backbone={place / 'other'}", "x")
     code, _, err = call("infer", *bare)
     assert code == 0 and err.count("does not say which backbone") == 1
@@ -411,7 +413,15 @@ def test_inspect_a_model_dir(call, run_dir):
     assert len(described["best_prompt"]["nearest_tokens"]) == 3
 
 
+def test_inspect_a_model_dir_of_t5x(call, tmp_path):
+    shutil.copytree(FIXTURES / "t5_1_1_tiny_legacy", tmp_path / "t5x")
+    (tmp_path / "t5x" / "config.gin").touch()  # as in ours
+    _, out, err = call("inspect", tmp_path / "t5x", "--json")
+    assert json.loads(out)["kind"] == "backbone", err
+
+
 def test_inspect_refuses(fails, tmp_path, run_dir):
+    assert fails("inspect", "ptjax-nano", "--tokens=-2").startswith("--tokens=-2: ")
     assert fails("inspect", "/no/such/path").startswith("no backbone at /no/such/path")
     Path("x.safetensors").write_bytes(b"short")
     assert fails("inspect", "x.safetensors").startswith("x.safetensors: ")
@@ -455,6 +465,24 @@ def test_export_reads_back(call, fails, run_dir, place, kind):
     assert code == 0, err
 
 
+def test_export_takes_the_prompt_as_a_flag(call, fails, place):
+    flag = f"--prompt={place / 'bare.npy'}"
+    code, _, err = call("export", flag, "--to=npy", "--output=p")
+    assert code == 0, err
+    assert fails("export", "p", flag, "--to=npy", "--output=q").startswith("two prompts")
+
+
+def test_export_tells_peft_a_model_of_the_hub_and_its_commit(call, place, monkeypatch):
+    commit = "0a" * 20
+    found = (epath.Path(place / "backbone"), commit)
+    monkeypatch.setattr(huggingface, "download", lambda repo_id, revision: found)
+    flags = ("--backbone=google/t5", "--to=huggingface", "--output=p")
+    code, _, err = call("export", place / "bare.npy", *flags)
+    assert code == 0, err
+    config = json.loads(Path("p/adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("google/t5", commit)
+
+
 def test_export_refuses(fails, place):
     assert fails("export", "--to=npy", "--output=p").startswith("which prompt? ")
     bare = ("export", place / "bare.npy", "--output=p")
@@ -470,7 +498,9 @@ def test_export_refuses(fails, place):
 # train, and what the others make of it
 
 
-def test_a_run_in_a_relative_model_dir_is_trained_and_used(call, place, tmp_path, monkeypatch):
+def test_a_run_in_a_relative_model_dir_is_trained_and_used(
+    call, fails, place, tmp_path, monkeypatch
+):
     tune = (
         "--gin_file=quickstart.gin",
         "--gin.MODEL_DIR='runs/a'",
@@ -491,6 +521,15 @@ def test_a_run_in_a_relative_model_dir_is_trained_and_used(call, place, tmp_path
     results = json.loads(Path("runs/a/results.json").read_text())
     _, out, err = call("inspect", "runs/a", "--json")
     assert json.loads(out)["newest_checkpoint"] == 2, err
+    _, out, err = call("inspect", "runs/a/checkpoints/2", "--json")
+    described = json.loads(out)
+    assert (described["kind"], described["run"]["prompt_length"]) == ("checkpoint", 3), err
+    assert described["arrays"]["trainable/prompt/prompt"] == "[3, 16] float32"
+    shutil.copytree("runs/a/checkpoints/2", "cut")
+    Path("cut/state/manifest.ocdbt").unlink()
+    assert fails("inspect", "cut").startswith("cut: the checkpoint is incomplete")
+    assert "is it one of a run of ptjax" in fails("infer", "--backbone=runs/a/checkpoints/2", "x",
+                                                  "--prompt=none")  # fmt: skip
     _, out, err = call("evaluate", "--model_dir=runs/a")
     assert json.loads(out)["metrics"] == results["metrics"], err
     monkeypatch.chdir(tmp_path / "runs")

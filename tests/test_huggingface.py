@@ -459,6 +459,9 @@ def test_a_broken_set_of_shards(tmp_path):
     edit_json(index, lambda raw: raw["weight_map"].update({"lm_head.weight": "../x.safetensors"}))
     with pytest.raises(InputError, match=r"'\.\./x\.safetensors' of lm_head\.weight is not beside"):
         huggingface.load_huggingface(tmp_path)
+    edit_json(index, lambda raw: raw["weight_map"].update({"lm_head.weight": 3}))
+    with pytest.raises(InputError, match=r"the file 3 of lm_head\.weight is not beside"):
+        huggingface.load_huggingface(tmp_path)
     for text in ("{", "[]", '{"weight_map": ["a"]}', '{"weight_map": {"a": ["b"]}}'):
         index.write_text(text)
         with pytest.raises(InputError, match=r"index\.json: the index is truncated or damaged"):

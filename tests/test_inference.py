@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +13,14 @@ import numpy as np
 import pytest
 
 from ptjax import inference
+from ptjax.backbone import check_prompt
 from ptjax.data.batch import shift_right
 from ptjax.data.pipeline import make_buckets
 from ptjax.data.preprocess import TokenizedExamples, TokenRows, tokenize_texts
 from ptjax.errors import InputError
+from ptjax.interop.prompt_file import PromptFile
 from ptjax.models import decoding
-from ptjax.scale.sharding import make_mesh, sharding_of
+from ptjax.scale.sharding import make_mesh, replicated, sharding_of
 from ptjax.training.freeze import flatten_paths, unflatten_paths
 from ptjax.training.loss import Loss
 
@@ -45,6 +48,7 @@ def backbone(tiny):
         tokenizer=LetterTokenizer(),
         fingerprint="sha256:0",
         name="tiny",
+        mesh=make_mesh(devices=jax.devices()[:1]),
     )
 
 
@@ -89,7 +93,9 @@ def test_loss_and_gradient_are_t5x_defaults(backbone, tiny, tiny_batch):
     weighted["decoder_loss_weights"] = tiny_batch["decoder_loss_weights"] * np.float32(0.5)
     unweighted = dict(tiny_batch)
     weights = unweighted.pop("decoder_loss_weights")
-    for batch, scale in ((tiny_batch, 1.0), (weighted, 0.5), (unweighted, 1.0)):
+    unsaid: Any = tiny_batch | {"decoder_loss_weights": None}
+    cases = ((tiny_batch, 1.0), (weighted, 0.5), (unweighted, 1.0), (unsaid, 1.0))
+    for batch, scale in cases:
         value, gradient = inference.loss_and_prompt_gradient(backbone, batch, tiny.prompt)
         expected = jax.value_and_grad(loss)(tiny.prompt, weights * scale)
         np.testing.assert_allclose(value, expected[0], rtol=1e-5)
@@ -107,6 +113,43 @@ def test_bad_prompts_and_batches_are_named(backbone, tiny, tiny_batch):
         inference.forward(backbone, {"encoder_input_tokens": np.ones((1, 2))})
     with pytest.raises(InputError, match="needs a prompt"):
         inference.loss_and_prompt_gradient(backbone, tiny_batch, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("encoder_input_tokens", np.full((8, 3), 64), "ids from 64 to 64, tiny has 64"),
+        ("decoder_target_tokens", np.full((8, 6), -100), "ids from -100 to -100"),
+        ("encoder_input_tokens", np.ones(8), r"encoder_input_tokens has shape \[8\]"),
+        ("decoder_input_tokens", np.ones((1, 6)), r"decoder_input_tokens has shape \[1, 6\]"),
+        ("decoder_target_tokens", np.ones((8, 1)), "have to be of one shape"),
+        ("decoder_loss_weights", np.ones((8, 1)), "have to be of one shape"),
+    ],
+)
+def test_what_jax_would_clip_or_broadcast_is_refused(
+    backbone, tiny, tiny_batch, name, value, message
+):
+    with pytest.raises(InputError, match=message):
+        inference.loss_and_prompt_gradient(backbone, tiny_batch | {name: value}, tiny.prompt)
+
+
+def test_a_loaded_prompt_without_a_fingerprint_is_said_once(backbone, tiny, tiny_batch, caplog):
+    bare = PromptFile(np.asarray(tiny.prompt), {})
+    inference.forward(backbone, tiny_batch, check_prompt(backbone, bare))
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    caplog.clear()
+    inference.forward(backbone, tiny_batch, bare)
+    assert "does not say which backbone" in caplog.text
+
+
+def test_a_prompt_may_live_on_another_mesh(backbone, tiny, tiny_batch):
+    elsewhere = jax.device_put(tiny.prompt, replicated(make_mesh()))
+    variables = jax.device_put(backbone.variables, jax.devices()[0])
+    placed: Any = types.SimpleNamespace(**{**vars(backbone), "variables": variables})
+    np.testing.assert_array_equal(
+        inference.forward(placed, tiny_batch, elsewhere),
+        inference.forward(placed, tiny_batch, tiny.prompt),
+    )
 
 
 def test_a_missing_tokenizer_names_the_argument(backbone):

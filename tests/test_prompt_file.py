@@ -176,6 +176,12 @@ def test_somebody_else_s_safetensors(tmp_path, prompt):
         load_prompt(file)
 
 
+def test_a_path_below_home(tmp_path, prompt, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save_prompt("~/p.safetensors", prompt, {})
+    np.testing.assert_array_equal(load_prompt("~/p.safetensors").prompt, prompt)
+
+
 def test_paths_that_hold_nothing(tmp_path):
     with pytest.raises(InputError, match="the path does not exist"):
         load_prompt(tmp_path / "gone.npy")

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tensorstore as ts
 from flax import serialization
+from orbax import checkpoint as ocp
 
 from ptjax.errors import InputError
 from ptjax.interop import t5x
@@ -220,6 +221,8 @@ def test_is_t5x(tmp_path, legacy):
     assert t5x.is_t5x(legacy)
     assert t5x.is_t5x(legacy.parent)
     assert t5x.is_t5x(FIXTURES / "t5_1_1_tiny_orbax")
+    state = FIXTURES / "t5_1_1_tiny_orbax" / "checkpoint_3" / "state"
+    assert t5x.is_t5x(state) and t5x.find_checkpoint(state) == state.parent
     assert not t5x.is_t5x(tmp_path / "nothing here")
     (tmp_path / "other" / "checkpoint_5").mkdir(parents=True)
     assert not t5x.is_t5x(tmp_path / "other")
@@ -327,6 +330,29 @@ def test_uint16_is_refused_in_the_msgpack_and_in_zarr(tmp_path):
     write_checkpoint(tmp_path / "checkpoint_3", {"b/scale": np.zeros(4, np.int32)})
     with pytest.raises(InputError, match="b/scale is int32, not one of float32, bfloat16"):
         t5x.load_t5x(tmp_path / "checkpoint_3")
+
+
+@pytest.mark.parametrize("name", ["decoder/logits_dense/kernel", "encoder/layers_1/mlp/wo/kernel"])
+def test_a_parameter_that_the_optimizer_knows_is_missed(legacy, name):
+    def change(contents):
+        node, key = leaf_of(contents, name)
+        del node[key]
+
+    edit_msgpack(legacy, change)
+    with pytest.raises(InputError, match=f"checkpoint: parameter {name} is missing"):
+        t5x.load_t5x(legacy)
+
+
+def test_a_parameter_that_the_optimizer_in_orbax_knows_is_missed(tmp_path):
+    ocp.PyTreeCheckpointer().save(
+        tmp_path / "checkpoint_1" / "state",
+        {
+            "target": {"encoder": {"encoder_norm": {"scale": np.ones(3, np.float32)}}},
+            "state": {"param_states": {"decoder": {"logits_dense": {"kernel": {"v": np.ones(1)}}}}},
+        },
+    )
+    with pytest.raises(InputError, match="parameter decoder/logits_dense/kernel is missing"):
+        t5x.load_t5x(tmp_path)
 
 
 def test_other_versions_are_refused(legacy):

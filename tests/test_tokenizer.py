@@ -227,6 +227,17 @@ def test_broken_json_files(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(InputError, match=r"tokenizer_config\.json: not valid JSON"):
         tokenizers.load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(InputError, match=r"tokenizer_config\.json: no JSON object"):
+        tokenizers.load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("count", [-1, "100", 1.5, True])
+def test_a_number_of_sentinels_that_is_none(tmp_path, nano, count):
+    nano.save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"extra_ids": count}))
+    with pytest.raises(InputError, match=f"spiece.model: extra_ids is {count!r}"):
+        tokenizers.load_tokenizer(tmp_path)
 
 
 def test_a_model_without_padding_at_zero_is_refused(tmp_path):

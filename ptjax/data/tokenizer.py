@@ -97,8 +97,10 @@ class SentencePieceTokenizer:
             if not path.exists():
                 raise InputError(f"{path}: no such tokenizer file; correct the path")
             self.name, self._model = name or os.fspath(path), path.read_bytes()
-        if extra_ids < 0:
-            raise InputError(f"{self.name}: extra_ids is {extra_ids}; it cannot be negative")
+        if type(extra_ids) is not int or extra_ids < 0:
+            raise InputError(
+                f"{self.name}: extra_ids is {extra_ids!r}; it has to be a number from 0 up"
+            )
         proto = self._parse()
         own = [p for p in proto.pieces if re.fullmatch(r"▁?<extra_id_\d+>", p.piece)]
         self.extra_ids = 0 if own else extra_ids
@@ -330,6 +332,8 @@ def find_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer | None:
             config = json.loads((folder / _CONFIG_FILE).read_text())
         except ValueError as error:
             raise InputError(f"{folder / _CONFIG_FILE}: not valid JSON ({error})") from error
+        if not isinstance(config, dict):
+            raise InputError(f"{folder / _CONFIG_FILE}: no JSON object; copy the tokenizer again")
     for file in _MODEL_FILES:
         if (folder / file).exists():
             extra_ids = config.get("extra_ids")

@@ -170,7 +170,7 @@ def _open_shards(index: epath.Path) -> dict[str, StoredArray]:
         raise InputError(f"{index}: the index is truncated or damaged ({error!r})") from error
     tensors = {}
     for name, wanted in by_file.items():
-        if "/" in name or name in ("", ".", ".."):
+        if not isinstance(name, str) or "/" in name or name in ("", ".", ".."):
             raise InputError(f"{index}: the file {name!r} of {wanted[0]} is not beside the index")
         if not (index.parent / name).exists():
             raise InputError(

@@ -90,6 +90,7 @@ def export_peft(
     num_heads: int,
     num_layers: int,
     base_model: str | None = None,
+    revision: str | None = None,
     metadata: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a directory that `peft.PeftModel.from_pretrained(t5, directory)` loads.
@@ -98,6 +99,7 @@ def export_peft(
         prompt: [P, D], written as float32.
         num_heads: of the backbone; with `num_layers` (the encoder's) for the config's sake.
         base_model: the backbone's name on the hub, which PEFT records and does not check.
+        revision: its commit there.
         metadata: goes into the header of the weights file, where PEFT does not look; keys of
             its config that PEFT does not know would make it warn.
     """
@@ -116,7 +118,7 @@ def export_peft(
         "peft_version": _PEFT_VERSION,
         "prompt_tuning_init": "RANDOM",  # TEXT would want a tokenizer, even to load
         "prompt_tuning_init_text": None,
-        "revision": None,
+        "revision": revision,
         "task_type": "SEQ_2_SEQ_LM",
         "token_dim": width,
         "tokenizer_kwargs": None,

@@ -67,7 +67,7 @@ def load_prompt(path: str | os.PathLike[str]) -> PromptFile:
     Raises:
         InputError: it is none of these, or the prompt is damaged, not finite, not [P, D].
     """
-    path = epath.Path(path)
+    path = epath.Path(path).expanduser()
     if not path.exists():
         raise InputError(f"{path}: no prompt here, the path does not exist")
     if path.name in (peft.WEIGHTS, "adapter_model.bin") and peft.is_peft(path.parent):

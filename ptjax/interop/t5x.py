@@ -29,6 +29,8 @@ from ptjax.interop.stored import Index, StoredArray
 DTYPES = ("float32", "bfloat16")
 _NUMBERED = re.compile(r"checkpoint_(\d+)")
 _PLACEHOLDER = "PLACEHOLDER://"
+_TARGET, _STATES = "target/", "state/param_states/"
+_SLOTS = {"m", "v", "v_row", "v_col"}  # what T5X's Adafactor keeps of a parameter
 # A checkpoint does not change under its reader: no request asks whether what is cached is stale.
 _FINISHED = {"open": True, "recheck_cached_data": False, "recheck_cached_metadata": False}
 # Files of `state/` that tell Orbax's formats, the first one also that saving came to its end.
@@ -40,7 +42,7 @@ def is_t5x(path: str | os.PathLike[str]) -> bool:
     path = epath.Path(path)
     if path.is_file():
         return path.name == "checkpoint"
-    return path.is_dir() and (_is_checkpoint(path) or any(_numbered(path)))
+    return path.is_dir() and (_is_checkpoint(path) or _is_state(path) or any(_numbered(path)))
 
 
 def find_checkpoint(path: str | os.PathLike[str]) -> epath.Path:
@@ -55,7 +57,7 @@ def find_checkpoint(path: str | os.PathLike[str]) -> epath.Path:
     path = epath.Path(path)
     if path.name == "checkpoint" and path.is_file():
         return path.parent
-    if path.name == "state" and (path / "manifest.ocdbt").exists():
+    if _is_state(path):
         return path.parent
     if _is_checkpoint(path):
         return path
@@ -85,7 +87,10 @@ def load_t5x(path: str | os.PathLike[str]) -> dict[str, StoredArray]:
     legacy = checkpoint / "checkpoint"
     arrays = _load_legacy(legacy) if legacy.exists() else _load_orbax(checkpoint / "state")
     if not arrays:
-        raise InputError(f"{checkpoint}: the checkpoint holds no parameters (`target` is empty)")
+        raise InputError(
+            f"{checkpoint}: the checkpoint holds no model (`target` is empty); is it one of a run "
+            "of ptjax, which keeps only what trains?"
+        )
     for name, array in arrays.items():
         _refuse_scanned(name, array)
         _check_dtype(name, array.dtype, array.where)
@@ -106,6 +111,10 @@ def _is_checkpoint(path: epath.Path) -> bool:
     return any((path / "state" / name).exists() for name in _ORBAX_FILES)
 
 
+def _is_state(path: epath.Path) -> bool:
+    return path.name == "state" and (path / "manifest.ocdbt").exists()
+
+
 def _is_complete(path: epath.Path) -> bool:
     return (path / "checkpoint").is_file() or (path / "state" / "manifest.ocdbt").exists()
 
@@ -118,6 +127,18 @@ def _refuse_scanned(name: str, array: StoredArray) -> None:
         raise InputError(
             f"{array.where}: parameter {name} {list(array.shape)} belongs to a scanned model, "
             "whose layers are stacked along a `layers` axis; ptjax reads unscanned T5X checkpoints"
+        )
+
+
+def _check_trained(trained: Iterable[str], kept: set[str], where: epath.Path) -> None:
+    """A parameter that was trained and is not there has been lost.
+
+    Logits without weights of their own are otherwise taken for tied ones, without a word.
+    """
+    if lost := sorted(set(trained) - kept):
+        raise InputError(
+            f"{where}: parameter {lost[0]} is missing, the optimizer's state has it; copy the "
+            "checkpoint again"
         )
 
 
@@ -196,7 +217,21 @@ def _restore_target(file: epath.Path) -> Mapping[str, Any]:
     optimizer = contents["optimizer"]
     if not isinstance(optimizer, dict) or not isinstance(optimizer.get("target"), dict):
         raise InputError(f"{file}: the checkpoint has no weights (`optimizer/target`)")
-    return optimizer["target"]
+    target, state = optimizer["target"], optimizer.get("state")
+    if isinstance(state, dict) and isinstance(state.get("param_states"), dict):
+        kept = {name for name, _ in _flatten(target, (), file)}
+        _check_trained(_trained(state["param_states"], ()), kept, file)
+    return target
+
+
+def _trained(states: Mapping[str, Any], prefix: tuple[str, ...]) -> Iterator[str]:
+    """Name of each parameter that the optimizer keeps something of: `.../kernel/v_row`."""
+    if _SLOTS & set(states):
+        yield "/".join(prefix)
+        return
+    for key, value in states.items():
+        if isinstance(value, dict):
+            yield from _trained(value, (*prefix, key))
 
 
 def _has_placeholder(tree: Any) -> bool:
@@ -266,15 +301,19 @@ def _load_orbax(state: epath.Path) -> dict[str, StoredArray]:
         raise
     except ValueError as error:  # tensorstore's only exception
         raise InputError(f"{state}: the checkpoint is damaged ({_reason(error)})") from error
-    names = {key.rsplit("/", 1)[0] for key in keys if key.startswith("target.")}
+    names = {key.rsplit("/", 1)[0].replace(".", "/") for key in keys}
+    targets = {name.removeprefix(_TARGET) for name in names if name.startswith(_TARGET)}
+    states = [name.removeprefix(_STATES) for name in names if name.startswith(_STATES)]
+    trained = {path for path, _, slot in (x.rpartition("/") for x in states) if slot in _SLOTS}
+    _check_trained(trained, targets, state)
     requests = {}
-    for dotted in sorted(names):
+    for name in sorted(targets):
+        dotted = f"{_TARGET}{name}".replace("/", ".")
         prefix = f"{dotted}/"
         inside = {key.removeprefix(prefix) for key in keys if key.startswith(prefix)}
         if "zarr.json" in inside:
             raise InputError(f"{state}: {dotted} is in zarr 3; ptjax reads T5X's zarr 2")
         kvstore = {"driver": "ocdbt", "base": base, "path": prefix}
-        name = dotted.removeprefix("target.").replace(".", "/")
         requests[name] = (kvstore, inside, f"{state} ({dotted})")
     return _open_zarrs(requests)
 
