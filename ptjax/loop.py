@@ -30,7 +30,7 @@ from ptjax import atomic
 from ptjax.checkpoint import Checkpoints
 from ptjax.data.pipeline import Batches, Shape, make_iterator
 from ptjax.display import Display
-from ptjax.errors import InputError
+from ptjax.errors import check_at_least
 from ptjax.scale import sharding
 from ptjax.training.step import TrainState
 
@@ -61,9 +61,7 @@ class Pace:
     keep: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("train_steps", "eval_period", "log_period", "keep"):
-            if getattr(self, name) < 1:
-                raise InputError(f"Pace.{name} = {getattr(self, name)}: it has to be at least 1")
+        check_at_least(1, "Pace", **dataclasses.asdict(self))
 
 
 @dataclasses.dataclass

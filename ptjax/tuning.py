@@ -16,10 +16,10 @@ from etils import epath
 from ptjax import __version__, atomic
 from ptjax.backbone import Backbone, load_backbone, save_backbone
 from ptjax.data.pipeline import Bucket, TrainBatches, make_buckets
-from ptjax.data.preprocess import tokenize_examples
-from ptjax.data.tasks import Example, Task
-from ptjax.errors import InputError
-from ptjax.evaluation import Evaluation, Evaluator, HardPrompt
+from ptjax.data.preprocess import TokenizedExamples, tokenize_examples
+from ptjax.data.tasks import Example, Examples, Task
+from ptjax.errors import InputError, check_at_least
+from ptjax.evaluation import Evaluation, Evaluator, HardPrompt, report_cut, report_examples
 from ptjax.interop.prompt_file import load_prompt, save_prompt
 from ptjax.loop import BEST, Exports, Pace, Run
 from ptjax.models.prompt import ClassLabels, Initializer, SampledVocabulary, Surroundings
@@ -80,7 +80,14 @@ def tune(
         raise InputError(f"{backbone.name} has no tokenizer; set load_backbone.tokenizer")
     if method not in freezing.METHODS:
         raise InputError(f"no method {method!r}; choose one of {', '.join(freezing.METHODS)}")
-    lengths = {"inputs": 512, "targets": 16} | dict(feature_lengths or {})
+    check_at_least(1, PROMPT_LENGTH=prompt_length, BATCH_SIZE=batch_size, MICROBATCHES=microbatches)
+    check_at_least(0, RANDOM_SEED=seed)
+    if batch_size % microbatches:
+        raise InputError(f"BATCH_SIZE = {batch_size} is no multiple of {microbatches} MICROBATCHES")
+    lengths = {"inputs": 512, "targets": 16}
+    if unknown := sorted(set(feature_lengths or {}) - set(lengths)):
+        raise InputError(f"TASK_FEATURE_LENGTHS has {unknown[0]!r}, not 'inputs' or 'targets'")
+    lengths |= feature_lengths or {}
     evaluator = Evaluator(task, backbone, backbone.tokenizer, lengths, evaluation)
     train = task.load("train")
     variables = backbone.variables
@@ -90,6 +97,8 @@ def tune(
     freeze = freezing.make_freeze(variables, freezing.METHODS[method])
     trainable, frozen = freezing.split(variables, freeze)
     scores = _Scores(evaluator, train, backbone, seed, hard_prompt, other_hard_prompts or {})
+    for split in (scores.selected_on, scores.split):
+        evaluator.examples(split)  # what is wrong with them shows before the training, not after
     counts = {
         "trainable_parameters": freezing.sizes(trainable)[0],
         "frozen_parameters": freezing.sizes(frozen)[0],
@@ -194,8 +203,6 @@ def _initial_prompt(
     seed: int,
 ) -> jax.Array:
     """P [P, D], float32, replicated on the backbone's mesh."""
-    if length < 1:
-        raise InputError(f"PROMPT_LENGTH = {length}: a prompt has at least one row")
     if initializer is None:
         initializer = ClassLabels() if task.labels else SampledVocabulary()
     surroundings = Surroundings(
@@ -281,23 +288,13 @@ def _load_best(method: str, path: epath.Path, backbone: Backbone) -> Tree:
 
 def _report_data(
     task: Task,
-    train: Any,
-    source: Any,
+    train: Examples,
+    source: TokenizedExamples,
     batches: TrainBatches,
     lengths: Mapping[str, int],
 ) -> None:
-    logging.info("%s, split train: %d examples", task.name, len(train))
-    if train.bad.count:
-        logging.warning("left out %d bad records; the first: %s", train.bad.count, train.bad.first)
-    for side, rows in (("inputs", source.inputs), ("targets", source.targets)):
-        if rows.truncated:
-            logging.warning(
-                "%d of %d %s are longer than %d tokens and were cut (TASK_FEATURE_LENGTHS)",
-                rows.truncated,
-                len(rows),
-                side,
-                lengths[side],
-            )
+    report_examples(task, "train", train)
+    report_cut(source, lengths)
     logging.info(
         "%d batches an epoch, %.0f%% of the input positions are padding",
         batches.batches_per_epoch,

@@ -329,3 +329,89 @@ def test_train_prints_its_results_and_how_to_try_them():
     assert rows["tuned (step 20)"] == "0.900" and rows["hard prompt: named"] == "0.600"
     assert "hard prompt" not in rows and "2,560 trained, 2,754,816 frozen" in text
     assert "python -m ptjax.infer --model_dir=runs/x 'a text of your own'" in text
+
+
+WRONG = {
+    "BATCH_SIZE = 'x'": "BATCH_SIZE = 'x': tuning.tune.batch_size takes a whole number",
+    "TRAIN_STEPS = 2.5": "TRAIN_STEPS = 2.5: loop.Pace.train_steps takes a whole number",
+    "PROMPT_LENGTH = True": "PROMPT_LENGTH = True: tuning.tune.prompt_length takes a whole number",
+    "LEARNING_RATE = 'a'": "LEARNING_RATE = 'a': optimizer.Adafactor.learning_rate takes a number "
+    "or a function such as @module.name",
+    "LEARNING_RATE_SCALE = 'rms'": "LEARNING_RATE_SCALE = 'rms': "
+    "optimizer.Adafactor.learning_rate_scale takes one of 'absolute', 'embedding_rms'",
+    "TASK_FEATURE_LENGTHS = {'inputs': 'a'}": "TASK_FEATURE_LENGTHS = {'inputs': 'a'}: tuning.tune."
+    "feature_lengths takes a dict {a text in quotes: a whole number} or None",
+    "tasks.Task.columns = 'text'": "tasks.Task.columns = 'text': it takes a list [a text in quotes,"
+    " ...] or None",
+    "tasks.Task.quoting = 'no'": "tasks.Task.quoting = 'no': it takes True or False or None",
+    "tuning.tune.task = 'sst2'": "tuning.tune.task = 'sst2': it takes a reference such as "
+    "@tasks.Task()",
+    "tuning.tune.pace = @loop.Pace": "tuning.tune.pace = @loop.Pace: it takes a reference such as "
+    "@loop.Pace()",
+    "tuning.tune.loss = @loop.Pace()": "tuning.tune.loss = @loop.Pace(): it takes a reference such "
+    "as @loss.Loss()",
+    "tuning.tune.init_prompt = 'uniform'": "tuning.tune.init_prompt = 'uniform': it takes a "
+    "reference such as @prompt.NAME() or None",
+    "tuning.tune.buckets = [32]": "tuning.tune.buckets = [32]: it takes a list [(a whole number, a "
+    "whole number), ...] or None",
+    "tasks.Task.preprocess = 'f'": "tasks.Task.preprocess = 'f': it takes a function such as "
+    "@module.name or None",
+}
+
+
+@pytest.mark.parametrize("line", WRONG)
+def test_a_value_of_the_wrong_type_is_one_line_with_its_place(fails, line):
+    assert fails("--gin_file=quickstart.gin", f"--gin_bindings={line}") == (
+        f"command line: {WRONG[line]}"
+    )
+    imports = "".join(f"from ptjax import {name}\n" for name in ("loop", "tuning"))
+    Path("bad.gin").write_text(f"{HEADER}{imports}include 'quickstart.gin'\n{line}\n")
+    assert fails("--gin_file=bad.gin") == f"bad.gin:6: {WRONG[line]}"
+
+
+RANGES = {
+    "EVAL_PERIOD=0": "Pace.eval_period = 0: it has to be at least 1",
+    "loop.Pace.patience=0": "Pace.patience = 0: it has to be at least 1",
+    "PROMPT_LENGTH=-1": "PROMPT_LENGTH = -1: it has to be at least 1",
+    "BATCH_SIZE=0": "BATCH_SIZE = 0: it has to be at least 1",
+    "MICROBATCHES=0": "MICROBATCHES = 0: it has to be at least 1",
+    "MICROBATCHES=5": "BATCH_SIZE = 32 is no multiple of 5 MICROBATCHES",
+    "RANDOM_SEED=-1": "RANDOM_SEED = -1: it has to be at least 0",
+    "EVAL_EXAMPLES=0": "EVAL_EXAMPLES = 0: it has to be at least 1",
+    "evaluation.Evaluation.batch_size=0": "Evaluation.batch_size = 0: it has to be at least 1",
+    "instruction/evaluation.HardPrompt.shots=-1": "HardPrompt.shots = -1: it has to be at least 0",
+    "LEARNING_RATE=-0.3": "Adafactor.learning_rate = -0.3: it has to be at least 0",
+    "STEP_OFFSET=-1": "Adafactor.step_offset = -1: it has to be at least 0",
+    "Z_LOSS=-1": "Loss.z_loss = -1: it has to be at least 0",
+    "LABEL_SMOOTHING=1.0": "Loss.label_smoothing = 1.0: it has to be at least 0 and less than 1",
+    "DROPOUT_RATE=2": "T5Config.dropout_rate = 2: it has to be at least 0 and less than 1",
+    "TASK_FEATURE_LENGTHS={'input': 64}": "TASK_FEATURE_LENGTHS has 'input', not 'inputs' or "
+    "'targets'",
+    # Not after thousands of steps, when the first evaluation comes.
+    "evaluation.Evaluation.split='dev'": "task sentiment: no split 'dev' (splits: train, "
+    "validation, test)",
+}
+
+
+@pytest.mark.parametrize("binding", RANGES)
+def test_a_value_out_of_range_is_one_line(call, binding):
+    code, out, err = call("train", "--gin_file=quickstart.gin", "--dry_run", f"--gin.{binding}")
+    assert (code, out) == (2, ""), err
+    assert err.splitlines()[-1] == f"error: {RANGES[binding]}"
+
+
+def test_a_macro_counts_as_used_where_another_file_binds_its_argument_anew(fails):
+    Path("mine.gin").write_text(
+        "from __gin__ import dynamic_registration\nimport optax\n"
+        "from ptjax.training import optimizer\ninclude 'quickstart.gin'\n"
+        "optimizer.Adafactor.learning_rate = @optax.linear_schedule()\n"
+        "optax.linear_schedule.init_value = 0.3\noptax.linear_schedule.end_value = 0.1\n"
+        "optax.linear_schedule.transition_steps = 10\n"
+    )
+    _load("--gin_file=mine.gin")
+    Path("config.gin").write_text(cli.config_text())
+    _load("--gin_file=config.gin")
+    # On the command line it would be lost without a word.
+    assert fails("--gin_file=mine.gin", "--gin.LEARNING_RATE=0.1").startswith(
+        "the macro LEARNING_RATE is set but nothing uses it"
+    )

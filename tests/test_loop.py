@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -267,6 +268,25 @@ def test_a_hard_prompt_is_scored_and_nothing_trains(backbone, task, tmp_path):
     text = hard.rewording(train, 3)("text: x")
     assert text.endswith("Is it good or bad? text: x It is")
     assert sum(text.count(word) for word in ("positive", "negative")) == 2
+
+
+def test_what_evaluation_leaves_out_or_cuts_is_said(backbone, task, tmp_path, caplog):
+    records = [{"text": "great " * 80, "label": "positive"}, {"text": "dull", "label": "so so"}]
+    for split in ("train", "validation"):
+        text = Path(task.data_dir, f"{split}.jsonl").read_text()
+        text += "".join(json.dumps(record) + "\n" for record in records)
+        (tmp_path / f"{split}.jsonl").write_text(text)
+    splits = {"train": "train.jsonl", "validation": "validation.jsonl"}
+    noisy = dataclasses.replace(task, data_dir=str(tmp_path), splits=splits, on_bad_record="skip")
+    hard = HardPrompt("Good or bad?", shots=4)
+    with caplog.at_level("INFO"):
+        tune(tmp_path / "run", noisy, backbone, method="hard_prompt", hard_prompt=hard)
+    said = [record.getMessage() for record in caplog.records]
+    assert "words, split validation: 17 examples" in said
+    assert any(f"left out 1 bad records; the first: {tmp_path}/validation" in s for s in said)
+    assert any(
+        re.match(r"\d+ of 17 inputs are longer than 64 tokens and were cut", s) for s in said
+    )
 
 
 def test_dry_run_writes_nothing(backbone, task, tmp_path):

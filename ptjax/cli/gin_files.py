@@ -23,6 +23,7 @@ import gin
 import gin.config
 from etils import epath
 
+from ptjax.cli import gin_types
 from ptjax.errors import InputError
 
 # What gin has no public names for: its registry, its bindings, how it writes values.
@@ -78,7 +79,7 @@ def load_gin(
     files = []
     for file in arguments.gin_file:
         with _explained(paths, file):
-            files += _flat(gin.parse_config_file(file), paths)
+            files = _flat(gin.parse_config_file(file), paths) + files  # later ones win
     imports = [line for line in arguments.gin_bindings if re.match(r"(import|from)\s", line)]
     for line in arguments.gin_bindings:
         with _explained(paths, f"command line, {line}", line):
@@ -87,7 +88,9 @@ def load_gin(
     for name in set(macros or ()) & set(used):
         gin.bind_parameter((name, "gin.macro", "value"), (macros or {})[name])
         known.add(name)
-    _check_macros(used, known, files, optional=() if trains else ("MODEL_DIR",))
+    given = {line.partition("=")[0].strip() for line in arguments.gin_bindings}
+    _check_macros(used, known, files, given, optional=() if trains else ("MODEL_DIR",))
+    _check_types(files, arguments.gin_bindings)
 
 
 def _open_remote(path: str) -> Any:
@@ -207,37 +210,75 @@ def _macros() -> tuple[dict[str, str], set[str]]:
         for (_, selector), bindings in config.items()
         for argument, value in bindings.items()
         for reference in _gin.iterate_references(value)
-        if reference.selector in ("gin.macro", "macro")
+        if gin_types.is_macro(reference)
     }
     return used, {scope for scope, selector in config if selector == "gin.macro"}
 
 
+def _where(pattern: str, files: Sequence[epath.Path]) -> str:
+    """ "file:line: " of the line that counts, in gin files of which the first one wins."""
+    for file in files:
+        lines = file.read_text().splitlines()
+        if found := [n for n, line in enumerate(lines, 1) if re.search(pattern, line)]:
+            return f"{file}:{found[-1]}: "
+    return ""
+
+
 def _check_macros(
-    used: Mapping[str, str], bound: set[str], files: Sequence[epath.Path], optional: Sequence[str]
+    used: Mapping[str, str],
+    bound: set[str],
+    files: Sequence[epath.Path],
+    given: set[str],
+    optional: Sequence[str],
 ) -> None:
-    """A macro that is bound but never used, or used but never bound, is a mistake."""
+    """A macro that is bound but never used, or used but never bound, is a mistake.
 
-    def where(pattern: str) -> str:
-        for file in files:
-            for number, line in enumerate(file.read_text().splitlines(), 1):
-                if re.search(pattern, line):
-                    return f"{file}:{number}: "
-        return ""
+    A file may use a macro for an argument that another file binds anew; on the command line
+    (`given`) that would be lost without a word.
+    """
 
-    if unused := sorted(bound - set(used) - set(optional)):
-        name = unused[0]
-        raise InputError(
-            where(rf"^\s*{re.escape(name)}\s*=")
-            + f"the macro {name} is set but nothing uses it"
-            + (near(name, list(used)) or "; remove it")
-        )
+    def use(name: str) -> str:
+        return _where(rf"^[^#]*%{re.escape(name)}\b", files)
+
+    for name in sorted(bound - set(used) - set(optional)):
+        if name in given or not use(name):
+            raise InputError(
+                ("" if name in given else _where(rf"^\s*{re.escape(name)}\s*=", files))
+                + f"the macro {name} is set but nothing uses it"
+                + (near(name, list(used)) or "; remove it")
+            )
+        del _gin._CONFIG[name, "gin.macro"]  # config.gin has no file that says %NAME
     if missing := sorted(set(used) - bound - set(optional)):
         name = missing[0]
         raise InputError(
-            where(rf"%{re.escape(name)}\b")
+            use(name)
             + f"the macro {name} ({used[name]}) has no value; set it with --gin.{name}=VALUE"
             + (" (quotes around strings)" if name.endswith(("DIR", "PATH")) else "")
         )
+
+
+def _check_types(files: Sequence[epath.Path], command_line: Sequence[str]) -> None:
+    """Every bound value against the annotation of its argument."""
+    for (scope, selector), bindings in list(_gin._CONFIG.items()):
+        function = _gin._REGISTRY.get_match(selector).wrapped
+        kinds = gin_types.argument_types(function)
+        scoped = f"{scope}/" if scope else ""
+        function_name = scoped + f"{function.__module__.rsplit('.', 1)[-1]}.{function.__name__}"
+        for argument, value in bindings.items():
+            if argument not in kinds or gin_types.fits(value, kinds[argument]):
+                continue
+            name = told = f"{function_name}.{argument}"
+            pattern = rf"^\s*{re.escape(scoped)}(\w+\.)*{function.__name__}\.{argument}\s*="
+            while gin_types.is_macro(value):
+                name = value.scoped_selector.rsplit("/", 1)[0]
+                pattern = rf"^\s*{re.escape(name)}\s*="
+                value = gin_types.macro_value(value)
+            typed = any(re.search(pattern, line) for line in command_line)
+            raise InputError(
+                ("command line: " if typed else _where(pattern, files))
+                + f"{name} = {value!r}: {told if name != told else 'it'} takes "
+                + gin_types.describe(kinds[argument])
+            )
 
 
 def bound(function: Callable[..., Any], *, given: Sequence[str] = ()) -> Callable[..., Any]:
@@ -281,7 +322,7 @@ def _check_required(
                 "--gin_file that does (see --help)"
             )
     for reference in _gin.iterate_references(bindings):
-        if reference.evaluate and reference.selector not in ("gin.macro", "macro"):
+        if reference.evaluate and not gin_types.is_macro(reference):
             *own, _ = reference.scoped_selector.split("/")
             _check_required(reference.configurable.wrapped, own or scopes)
 
@@ -303,7 +344,7 @@ def settings(selector: str, *names: str) -> dict[str, Any]:
     bindings = gin.get_bindings(selector, resolve_references=False)
     chosen = {name: bindings[name] for name in names if name in bindings}
     for reference in _gin.iterate_references(chosen):
-        if reference.evaluate and reference.selector not in ("gin.macro", "macro"):
+        if reference.evaluate and not gin_types.is_macro(reference):
             _check_required(reference.configurable.wrapped, [])
     return copy.deepcopy(chosen)  # which is how gin evaluates references
 

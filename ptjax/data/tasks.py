@@ -73,7 +73,7 @@ class Task:
     label: str | None = None
     verbalizer: Mapping[Any, str] | None = None
     targets: str | None = None
-    metrics: Sequence[str] = ("accuracy",)
+    metrics: str | Sequence[str] = ("accuracy",)
     data_dir: str = ""
     format: str | None = None
     columns: Sequence[str] | None = None
