@@ -15,13 +15,14 @@ from etils import epath
 
 from ptjax import __version__, atomic
 from ptjax.backbone import Backbone, load_backbone, save_backbone
+from ptjax.checkpoint import Checkpoints
 from ptjax.data.pipeline import Bucket, TrainBatches, make_buckets
 from ptjax.data.preprocess import TokenizedExamples, tokenize_examples
 from ptjax.data.tasks import Example, Examples, Task
 from ptjax.errors import InputError, check_at_least
 from ptjax.evaluation import Evaluation, Evaluator, HardPrompt, report_cut, report_examples
 from ptjax.interop.prompt_file import load_prompt, save_prompt
-from ptjax.loop import BEST, Exports, Pace, Run
+from ptjax.loop import BEST, Exports, Pace, Run, report_memory
 from ptjax.models.prompt import ClassLabels, Initializer, SampledVocabulary, Surroundings
 from ptjax.models.prompted import with_prompt
 from ptjax.scale import sharding
@@ -103,8 +104,15 @@ def tune(
         "trainable_parameters": freezing.sizes(trainable)[0],
         "frozen_parameters": freezing.sizes(frozen)[0],
     }
+    metadata = _metadata(task, backbone, lengths, seed)
+    identity = _identity(metadata, method, prompt_length, batch_size, microbatches)
     if method == "hard_prompt":
+        _refuse_another_run(epath.Path(model_dir) / "checkpoints", identity)
+        _report_sizes(method, backbone, trainable, {}, frozen)
+        if dry_run:
+            return {}
         results = scores.hard_prompt_only() | counts
+        report_memory()
     else:
         source = tokenize_examples(train, backbone.tokenizer, lengths["inputs"], lengths["targets"])
         batches = TrainBatches(
@@ -115,12 +123,12 @@ def tune(
         rms = embedding_rms(backbone.variables["params"]["token_embedder"]["embedding"])
         locked = freezing.lock(optimizer.make(rms), freeze)
         state = _init_state(trainable, locked, seed, backbone)
-        _report_start(method, backbone, state, frozen, optimizer, rms)
-        metadata = _metadata(task, backbone, lengths, seed)
+        _report_sizes(method, backbone, state.trainable, state.opt_state, frozen)
+        _report_rate(method, optimizer, rms)
         run = Run(
             epath.Path(model_dir),
             pace,
-            identity=_identity(metadata, method, prompt_length, batch_size, microbatches),
+            identity=identity,
             exports=_exports(method, epath.Path(model_dir), backbone, metadata),
             metric=task.metrics[0],
             evaluate=lambda s: evaluator(freezing.combine(s.trainable, frozen), evaluation.split),
@@ -262,6 +270,16 @@ def _identity(
     return json.loads(json.dumps(kept | run))
 
 
+def _refuse_another_run(directory: epath.Path, identity: dict[str, Any]) -> None:
+    """A hard prompt has no checkpoints of its own; its results may not replace a run's."""
+    if directory.exists():
+        checkpoints = Checkpoints(directory)
+        try:
+            checkpoints.check_identity(identity)
+        finally:
+            checkpoints.close()
+
+
 def _exports(
     method: str, model_dir: epath.Path, backbone: Backbone, metadata: dict[str, Any]
 ) -> Exports:
@@ -302,20 +320,14 @@ def _report_data(
     )
 
 
-def _report_start(
-    method: str,
-    backbone: Backbone,
-    state: TrainState,
-    frozen: Tree,
-    optimizer: Adafactor,
-    rms: float,
+def _report_sizes(
+    method: str, backbone: Backbone, trainable: Tree, opt_state: Tree, frozen: Tree
 ) -> None:
-    """Sizes, and the learning rate against the embedding's scale."""
     (trained, trained_bytes), (kept, kept_bytes) = (
-        freezing.sizes(state.trainable),
+        freezing.sizes(trainable),
         freezing.sizes(frozen),
     )
-    _, optimizer_bytes = freezing.sizes(state.opt_state)
+    _, optimizer_bytes = freezing.sizes(opt_state)
     logging.info("backbone %s, %s", backbone.name, backbone.fingerprint[:19])
     logging.info(
         "%s: %s parameters train (%.4f%%), %s are frozen (%s)",
@@ -330,6 +342,10 @@ def _report_start(
         _megabytes(optimizer_bytes),
         _megabytes(trained_bytes + optimizer_bytes),
     )
+
+
+def _report_rate(method: str, optimizer: Adafactor, rms: float) -> None:
+    """The learning rate against the embedding's scale."""
     rate = float(optimizer.rate_at(0, rms))
     logging.info(
         "learning rate %.4g: %.2g%% of the embedding's RMS (%.3g) a step",

@@ -6,6 +6,7 @@ import importlib
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -277,6 +278,14 @@ def test_exit_codes(capsys, error, code, said):
     with pytest.raises(SystemExit) as stopped:
         cli.run(body)
     assert (stopped.value.code, capsys.readouterr().err) == (code, said)
+
+
+def test_sigterm_outside_of_the_loop_exits_with_its_code(capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert (stopped.value.code, capsys.readouterr().err) == (143, "terminated\n")
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_bug_keeps_its_traceback():
