@@ -139,6 +139,11 @@ MISTAKES = {
     "tasks.Task.splits = {'train':": "bad.gin: gin cannot read this; see whether a quote or a "
     "bracket is missing, and whether every string has quotes",
     "TRAIN_STEPS = 3": "bad.gin:3: the macro TRAIN_STEPS is set but nothing uses it; remove it",
+    "include 'bad.gin'": "bad.gin:3: it includes itself; remove one of the includes",
+    "tasks.Task = 3": "bad.gin:3: this names a function; a binding sets an argument of it, "
+    "module.name.argument",
+    "tasks.Task.name = %A\nA = %B\nB = %A": "a macro stands for itself (A = %B and B = %A); give "
+    "it a value",
     "tasks.Task.name = %NAME": "bad.gin:3: the macro NAME (Task.name) has no value; set it with "
     "--gin.NAME=VALUE",
 }
@@ -220,6 +225,20 @@ def test_bindings_reach_what_no_gin_file_has_named():
     _load("--gin_file=quickstart.gin", "--gin.prompt.Uniform.scale=0.25",
           "--gin_bindings=tune.init_prompt = @prompt.Uniform()")  # fmt: skip
     assert cli.settings("ptjax.tuning.tune", "init_prompt")["init_prompt"].scale == 0.25
+
+
+def test_a_folder_of_runs_hides_no_gin_file():
+    """What `python -m ptjax.train` finds the second time, when runs/quickstart is there."""
+    Path("runs/quickstart").mkdir(parents=True)
+    environment = {"PYTHONPATH": str(Path(ptjax.__file__).parents[1])}
+    command = "from ptjax import cli; cli.load_gin(cli.parse(cli.make_parser('x', '')))"
+    done = subprocess.run(
+        [sys.executable, "-c", command, "--gin_file=quickstart.gin"],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_later_files_and_bindings_win_and_search_paths_are_searched(tmp_path):
@@ -338,6 +357,7 @@ def test_train_prints_its_results_and_how_to_try_them():
     assert rows["tuned (step 20)"] == "0.900" and rows["hard prompt: named"] == "0.600"
     assert "hard prompt" not in rows and "2,560 trained, 2,754,816 frozen" in text
     assert "python -m ptjax.infer --model_dir=runs/x 'a text of your own'" in text
+    assert "python -m ptjax.infer" not in train.summary(results | {"step": 0}, "runs/x")
 
 
 WRONG = {

@@ -75,7 +75,9 @@ def load_gin(
     paths = ["", *filter(None, arguments.gin_search_paths.split(",")), os.fspath(gin_configs())]
     for path in paths:
         gin.add_config_file_search_path(path)
-    _gin.register_file_reader(_open_remote, _is_remote)
+    # Without gin's own reader of Python packages: a folder `runs` here, which every run may make,
+    # is a package to it, and it fails on `include 'runs/prompt_tune.gin'`.
+    _gin._FILE_READERS = [(open, os.path.isfile), (_open_remote, _is_remote)]
     files = []
     for file in arguments.gin_file:
         with _explained(paths, file):
@@ -90,7 +92,10 @@ def load_gin(
         known.add(name)
     given = {line.partition("=")[0].strip() for line in arguments.gin_bindings}
     _check_macros(used, known, files, given, optional=() if trains else ("MODEL_DIR",))
-    _check_types(files, arguments.gin_bindings)
+    try:
+        _check_types(files, arguments.gin_bindings)
+    except RecursionError:
+        raise InputError("a macro stands for itself (A = %B and B = %A); give it a value") from None
 
 
 def _open_remote(path: str) -> Any:
@@ -137,6 +142,7 @@ class _explained:  # noqa: N801
             | ImportError
             | OSError
             | SyntaxError
+            | RecursionError
             | tokenize.TokenError,
         ):
             return
@@ -169,7 +175,11 @@ def _explain(error: BaseException, paths: Sequence[str], line: str) -> str:
             "gin cannot read this; see whether a quote or a bracket is missing, and whether every "
             "string has quotes"
         )
+    if isinstance(error, RecursionError):
+        return "it includes itself; remove one of the includes"
     text = str(error).split("\n  In ")[0].replace("\n", " ")
+    if text.startswith("not enough values to unpack"):
+        return "this names a function; a binding sets an argument of it, module.name.argument"
     if match := re.match(r"Configurable '([\w./]+)' doesn't have a parameter named '(\w+)'", text):
         function = _gin._REGISTRY.get_match(match[1])  # the last part is enough for gin
         function = function or _gin._REGISTRY.get_match(match[1].rsplit(".", 1)[-1])
