@@ -187,6 +187,9 @@ def test_required_bindings_are_missed_before_anything_is_loaded(fails):
     settings = ("--gin.MODEL_DIR='m'", "--gin.INITIAL_CHECKPOINT_PATH='/nowhere'")
     missing = fails("--gin_file=runs/prompt_tune.gin", *settings)
     assert missing.startswith("tasks.Task needs `name`, which nothing sets")
+    schedule = "--gin.LEARNING_RATE=@optax.linear_schedule()"
+    missing = fails("--gin_file=quickstart.gin", schedule)
+    assert ".linear_schedule needs `init_value`, which nothing sets" in missing
 
 
 def test_required_bindings_count_within_their_scope(fails):

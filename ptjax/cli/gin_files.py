@@ -15,7 +15,7 @@ import re
 import sys
 import tokenize
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 from typing import Any
 
@@ -331,10 +331,19 @@ def _check_required(
                 f"{prefix}{module}.{function.__name__} needs `{name}`, which nothing sets; add a "
                 "--gin_file that does (see --help)"
             )
-    for reference in _gin.iterate_references(bindings):
-        if reference.evaluate and not gin_types.is_macro(reference):
+    for reference in _references(bindings):
+        if reference.evaluate:
             *own, _ = reference.scoped_selector.split("/")
             _check_required(reference.configurable.wrapped, own or scopes)
+
+
+def _references(value: Any) -> Iterator[Any]:
+    """All references in a value; a macro stands for those in its own."""
+    for reference in _gin.iterate_references(value):
+        if gin_types.is_macro(reference):
+            yield from _references(gin_types.macro_value(reference))
+        else:
+            yield reference
 
 
 def configured(selector: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -353,8 +362,8 @@ def settings(selector: str, *names: str) -> dict[str, Any]:
         return {}
     bindings = gin.get_bindings(selector, resolve_references=False)
     chosen = {name: bindings[name] for name in names if name in bindings}
-    for reference in _gin.iterate_references(chosen):
-        if reference.evaluate and not gin_types.is_macro(reference):
+    for reference in _references(chosen):
+        if reference.evaluate:
             _check_required(reference.configurable.wrapped, [])
     return copy.deepcopy(chosen)  # which is how gin evaluates references
 
