@@ -77,6 +77,7 @@ def tune(
     Raises:
         InputError: settings that do not fit together, or a `model_dir` of another run.
     """
+    model_dir = epath.Path(model_dir).expanduser()
     if backbone.tokenizer is None:
         raise InputError(f"{backbone.name} has no tokenizer; set load_backbone.tokenizer")
     if method not in freezing.METHODS:
@@ -107,7 +108,7 @@ def tune(
     metadata = _metadata(task, backbone, lengths, seed)
     identity = _identity(metadata, method, prompt_length, batch_size, microbatches)
     if method == "hard_prompt":
-        _refuse_another_run(epath.Path(model_dir) / "checkpoints", identity)
+        _refuse_another_run(model_dir / "checkpoints", identity)
         _report_sizes(method, backbone, trainable, {}, frozen)
         if dry_run:
             return {}
@@ -126,10 +127,10 @@ def tune(
         _report_sizes(method, backbone, state.trainable, state.opt_state, frozen)
         _report_rate(method, optimizer, rms)
         run = Run(
-            epath.Path(model_dir),
+            model_dir,
             pace,
             identity=identity,
-            exports=_exports(method, epath.Path(model_dir), backbone, metadata),
+            exports=_exports(method, model_dir, backbone, metadata),
             metric=task.metrics[0],
             evaluate=lambda s: evaluator(freezing.combine(s.trainable, frozen), evaluation.split),
             rate_at=lambda step: float(optimizer.rate_at(step, rms)),
@@ -143,9 +144,9 @@ def tune(
         results = scores.tuned(best, variables) | {"step": run.progress.best_step} | counts
     if jax.process_index() == 0:
         if config and method == "hard_prompt":
-            atomic.write_bytes(epath.Path(model_dir) / "config.gin", config.encode())
+            atomic.write_bytes(model_dir / "config.gin", config.encode())
         text = json.dumps(results, indent=2) + "\n"
-        atomic.write_bytes(epath.Path(model_dir) / "results.json", text.encode())
+        atomic.write_bytes(model_dir / "results.json", text.encode())
     return results
 
 

@@ -312,6 +312,14 @@ def test_what_evaluation_leaves_out_or_cuts_is_said(backbone, task, tmp_path, ca
     )
 
 
+def test_a_model_dir_in_the_home_folder(backbone, task, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    tune(Path("~/run"), task, backbone, pace=Pace(train_steps=1, eval_period=1))
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+    assert (tmp_path / "home" / "run" / "checkpoints" / "1").exists()
+
+
 def test_dry_run_writes_nothing(backbone, task, tmp_path):
     assert tune(tmp_path / "new", task, backbone, dry_run=True) == {}
     hard = {"method": "hard_prompt", "hard_prompt": HardPrompt("Good?")}
