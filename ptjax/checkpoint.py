@@ -16,6 +16,7 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from ptjax.errors import InputError
+from ptjax.training.freeze import flatten_paths
 from ptjax.training.step import TrainState
 
 
@@ -34,12 +35,18 @@ class Checkpoints:
         # Orbax writes to absolute paths only, and says so in the middle of a save.
         remote = "://" in os.fspath(directory)
         policy: Any = ocp.training.preservation_policies.LatestN(n=keep)
-        self._orbax = ocp.training.Checkpointer(
-            directory if remote else directory.absolute(),
-            context=context,
-            preservation_policy=policy,
-            cleanup_tmp_directories=True,
-        )
+        try:
+            self._orbax = ocp.training.Checkpointer(
+                directory if remote else directory.absolute(),
+                context=context,
+                preservation_policy=policy,
+                cleanup_tmp_directories=True,
+            )
+        except OSError as error:
+            raise InputError(
+                f"MODEL_DIR = {directory.parent}: it cannot be written to "
+                f"({error.strerror or error}); choose another"
+            ) from error
 
     @property
     def latest(self) -> int | None:
@@ -54,12 +61,13 @@ class Checkpoints:
         """
         if self.latest is None:
             return
-        saved = self._orbax.load_checkpointables(self.latest, {"identity": None})["identity"]
-        for name in sorted(set(saved) | set(identity)):
-            if saved.get(name) != identity.get(name):
+        loaded = self._orbax.load_checkpointables(self.latest, {"identity": None})["identity"]
+        saved, wanted = flatten_paths(loaded), flatten_paths(identity)
+        for name in sorted(set(saved) | set(wanted)):
+            if saved.get(name) != wanted.get(name):
                 raise InputError(
                     f"{self.directory.parent} holds a run with {name} = {saved.get(name)!r}, not "
-                    f"{identity.get(name)!r}; choose another MODEL_DIR or restore that setting"
+                    f"{wanted.get(name)!r}; choose another MODEL_DIR or restore that setting"
                 )
 
     def restore(

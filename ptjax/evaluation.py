@@ -14,9 +14,9 @@ from absl import logging
 from ptjax.backbone import Backbone
 from ptjax.data.pipeline import make_buckets
 from ptjax.data.preprocess import TokenizedExamples, check_labels, tokenize_examples
-from ptjax.data.tasks import Example, Task
+from ptjax.data.tasks import Example, Examples, Task
 from ptjax.data.tokenizer import Tokenizer
-from ptjax.errors import InputError
+from ptjax.errors import InputError, check_at_least
 from ptjax.inference import make_label_tokens, predict_labels, predict_texts
 
 Tree = Any
@@ -39,6 +39,10 @@ class Evaluation:
     predict: Literal["auto", "rank", "decode"] = "auto"
     batch_size: int = 64
 
+    def __post_init__(self) -> None:
+        check_at_least(1, EVAL_EXAMPLES=self.examples)
+        check_at_least(1, "Evaluation", batch_size=self.batch_size)
+
 
 @dataclasses.dataclass(frozen=True)
 class HardPrompt:
@@ -53,6 +57,9 @@ class HardPrompt:
     text: str
     shots: int = 0
     separator: str = " "
+
+    def __post_init__(self) -> None:
+        check_at_least(0, "HardPrompt", shots=self.shots)
 
     def apply(self, inputs: str) -> str:
         if "{inputs}" in self.text:
@@ -122,17 +129,39 @@ class Evaluator:
         examples = self.examples(split)
         return self.task.evaluate([most] * len(examples), examples)[self.task.metrics[0]]
 
-    def _load(self, split: str) -> list[Example]:
+    def _load(self, split: str) -> Examples:
         examples = self.task.load(split, limit=self.settings.examples)
         capped = len(examples) == self.settings.examples
         note = " (EVAL_EXAMPLES caps them)" if capped else ""
-        logging.info("%s, split %s: %d examples%s", self.task.name, split, len(examples), note)
+        report_examples(self.task, split, examples, note)
         return examples
 
     def _tokenize(
         self, examples: Sequence[Example], rewording: Callable[[str], str]
     ) -> TokenizedExamples:
         reworded = [dataclasses.replace(e, inputs=rewording(e.inputs)) for e in examples]
-        return tokenize_examples(
+        source = tokenize_examples(
             reworded, self.tokenizer, self.lengths["inputs"], self.lengths["targets"]
         )
+        report_cut(source, self.lengths)
+        return source
+
+
+def report_examples(task: Task, split: str, examples: Examples, note: str = "") -> None:
+    """How many there are, and what was left out of them."""
+    logging.info("%s, split %s: %d examples%s", task.name, split, len(examples), note)
+    if bad := examples.bad.count:
+        logging.warning("left out %d bad records; the first: %s", bad, examples.bad.first)
+
+
+def report_cut(source: TokenizedExamples, lengths: Mapping[str, int]) -> None:
+    """How many texts did not fit; a hard prompt with many shots may leave nothing of the input."""
+    for side, rows in (("inputs", source.inputs), ("targets", source.targets)):
+        if rows.truncated:
+            logging.warning(
+                "%d of %d %s are longer than %d tokens and were cut (TASK_FEATURE_LENGTHS)",
+                rows.truncated,
+                len(rows),
+                side,
+                lengths[side],
+            )

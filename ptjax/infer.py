@@ -129,6 +129,7 @@ def predict(
 
     labels = None if arguments.decode or task is None else task.labels
     settings = {name: getattr(arguments, name) for name in ("num_beams", "temperature", "top_p")}
+    length = arguments.max_new_tokens
     if labels is not None:
         if settings != {"num_beams": 1, "temperature": 0.0, "top_p": 1.0}:
             raise InputError(
@@ -148,7 +149,7 @@ def predict(
         backbone,
         texts,
         prompt,
-        max_new_tokens=arguments.max_new_tokens or lengths.get("targets"),
+        max_new_tokens=lengths.get("targets") if length is None else length,
         input_length=lengths.get("inputs"),
         seed=arguments.seed,
         batch_size=arguments.batch_size,

@@ -21,6 +21,7 @@ from typing import Any
 
 import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from etils import epath
@@ -30,8 +31,9 @@ from ptjax import atomic
 from ptjax.checkpoint import Checkpoints
 from ptjax.data.pipeline import Batches, Shape, make_iterator
 from ptjax.display import Display
-from ptjax.errors import InputError
+from ptjax.errors import check_at_least
 from ptjax.scale import sharding
+from ptjax.training.freeze import flatten_paths
 from ptjax.training.step import TrainState
 
 Tree = Any
@@ -61,9 +63,7 @@ class Pace:
     keep: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("train_steps", "eval_period", "log_period", "keep"):
-            if getattr(self, name) < 1:
-                raise InputError(f"Pace.{name} = {getattr(self, name)}: it has to be at least 1")
+        check_at_least(1, "Pace", **dataclasses.asdict(self))
 
 
 @dataclasses.dataclass
@@ -217,6 +217,7 @@ class Run:
                 self._log(display, examples / seconds)
                 examples = 0
             if evaluation:
+                self._check_finite(state)
                 self._evaluate(state, display)
                 started, examples = time.perf_counter(), 0
             if evaluation or caught:
@@ -250,15 +251,24 @@ class Run:
     def _add(self, metrics: dict[str, jax.Array]) -> None:
         loss, norm = float(metrics["loss"]), float(metrics["gradient_norm"])
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            best = self.progress.best_step
-            kept = f"the prompt of step {best} is kept" if best else "nothing was exported yet"
-            raise TrainingError(
-                f"the loss of a step near {self.progress.step} is not finite ({loss}, gradient "
-                f"norm {norm}); {kept}. A smaller learning rate usually helps"
-            )
+            raise self._not_finite(f"the loss ({loss}, gradient norm {norm})")
         self.progress.loss_sum += loss
         self.progress.norm_sum += norm
         self.progress.steps_summed += 1
+
+    def _check_finite(self, state: TrainState) -> None:
+        """The last update comes after the last loss."""
+        for path, array in flatten_paths(state.trainable).items():
+            if not bool(jnp.isfinite(array).all()):
+                raise self._not_finite(f"{path} after the update")
+
+    def _not_finite(self, what: str) -> TrainingError:
+        best = self.progress.best_step
+        kept = f"the prompt of step {best} is kept" if best else "nothing was exported yet"
+        return TrainingError(
+            f"{what} of a step near {self.progress.step} is not finite; {kept}. A smaller learning "
+            "rate usually helps"
+        )
 
     def _log(self, display: Display, rate: float) -> None:
         progress = self.progress

@@ -236,7 +236,7 @@ def pretrain(
         save_backbone(path, model, state.trainable["params"], tokenizer=found, dtype="float32")
 
     run = Run(
-        epath.Path(model_dir),
+        epath.Path(model_dir).expanduser(),
         pace,
         identity={
             "start": fingerprint(model, params, mesh),
@@ -244,7 +244,7 @@ def pretrain(
             "seed": seed,
             "microbatches": microbatches,
         },
-        exports=Exports(epath.Path(model_dir) / "models", "", write),
+        exports=Exports(epath.Path(model_dir).expanduser() / "models", "", write),
         metric=None,
         evaluate=None,
         rate_at=lambda step: float(optimizer.rate_at(step, 1.0)),

@@ -47,7 +47,7 @@ def summary(results: dict[str, Any], model_dir: str | None) -> str:
         row(f"tuned (step {results['step']})", results["value"] if results["step"] else None),
         f"  {results['trainable_parameters']:,} trained, {results['frozen_parameters']:,} frozen",
     ]
-    if model_dir:
+    if model_dir and results["step"]:  # a hard prompt leaves nothing to infer with
         rows.append(
             f"\ntry it:  python -m ptjax.infer --model_dir={model_dir} 'a text of your own'"
         )

@@ -15,13 +15,14 @@ from etils import epath
 
 from ptjax import __version__, atomic
 from ptjax.backbone import Backbone, load_backbone, save_backbone
+from ptjax.checkpoint import Checkpoints
 from ptjax.data.pipeline import Bucket, TrainBatches, make_buckets
-from ptjax.data.preprocess import tokenize_examples
-from ptjax.data.tasks import Example, Task
-from ptjax.errors import InputError
-from ptjax.evaluation import Evaluation, Evaluator, HardPrompt
+from ptjax.data.preprocess import TokenizedExamples, tokenize_examples
+from ptjax.data.tasks import Example, Examples, Task
+from ptjax.errors import InputError, check_at_least
+from ptjax.evaluation import Evaluation, Evaluator, HardPrompt, report_cut, report_examples
 from ptjax.interop.prompt_file import load_prompt, save_prompt
-from ptjax.loop import BEST, Exports, Pace, Run
+from ptjax.loop import BEST, Exports, Pace, Run, report_memory
 from ptjax.models.prompt import ClassLabels, Initializer, SampledVocabulary, Surroundings
 from ptjax.models.prompted import with_prompt
 from ptjax.scale import sharding
@@ -76,11 +77,19 @@ def tune(
     Raises:
         InputError: settings that do not fit together, or a `model_dir` of another run.
     """
+    model_dir = epath.Path(model_dir).expanduser()
     if backbone.tokenizer is None:
         raise InputError(f"{backbone.name} has no tokenizer; set load_backbone.tokenizer")
     if method not in freezing.METHODS:
         raise InputError(f"no method {method!r}; choose one of {', '.join(freezing.METHODS)}")
-    lengths = {"inputs": 512, "targets": 16} | dict(feature_lengths or {})
+    check_at_least(1, PROMPT_LENGTH=prompt_length, BATCH_SIZE=batch_size, MICROBATCHES=microbatches)
+    check_at_least(0, RANDOM_SEED=seed)
+    if batch_size % microbatches:
+        raise InputError(f"BATCH_SIZE = {batch_size} is no multiple of {microbatches} MICROBATCHES")
+    lengths = {"inputs": 512, "targets": 16}
+    if unknown := sorted(set(feature_lengths or {}) - set(lengths)):
+        raise InputError(f"TASK_FEATURE_LENGTHS has {unknown[0]!r}, not 'inputs' or 'targets'")
+    lengths |= feature_lengths or {}
     evaluator = Evaluator(task, backbone, backbone.tokenizer, lengths, evaluation)
     train = task.load("train")
     variables = backbone.variables
@@ -90,12 +99,21 @@ def tune(
     freeze = freezing.make_freeze(variables, freezing.METHODS[method])
     trainable, frozen = freezing.split(variables, freeze)
     scores = _Scores(evaluator, train, backbone, seed, hard_prompt, other_hard_prompts or {})
+    for split in (scores.selected_on, scores.split):
+        evaluator.examples(split)  # what is wrong with them shows before the training, not after
     counts = {
         "trainable_parameters": freezing.sizes(trainable)[0],
         "frozen_parameters": freezing.sizes(frozen)[0],
     }
+    metadata = _metadata(task, backbone, lengths, seed)
+    identity = _identity(metadata, method, prompt_length, batch_size, microbatches)
     if method == "hard_prompt":
+        _refuse_another_run(model_dir / "checkpoints", identity)
+        _report_sizes(method, backbone, trainable, {}, frozen)
+        if dry_run:
+            return {}
         results = scores.hard_prompt_only() | counts
+        report_memory()
     else:
         source = tokenize_examples(train, backbone.tokenizer, lengths["inputs"], lengths["targets"])
         batches = TrainBatches(
@@ -106,13 +124,13 @@ def tune(
         rms = embedding_rms(backbone.variables["params"]["token_embedder"]["embedding"])
         locked = freezing.lock(optimizer.make(rms), freeze)
         state = _init_state(trainable, locked, seed, backbone)
-        _report_start(method, backbone, state, frozen, optimizer, rms)
-        metadata = _metadata(task, backbone, lengths, seed)
+        _report_sizes(method, backbone, state.trainable, state.opt_state, frozen)
+        _report_rate(method, optimizer, rms)
         run = Run(
-            epath.Path(model_dir),
+            model_dir,
             pace,
-            identity=_identity(metadata, method, prompt_length, batch_size, microbatches),
-            exports=_exports(method, epath.Path(model_dir), backbone, metadata),
+            identity=identity,
+            exports=_exports(method, model_dir, backbone, metadata),
             metric=task.metrics[0],
             evaluate=lambda s: evaluator(freezing.combine(s.trainable, frozen), evaluation.split),
             rate_at=lambda step: float(optimizer.rate_at(step, rms)),
@@ -126,9 +144,9 @@ def tune(
         results = scores.tuned(best, variables) | {"step": run.progress.best_step} | counts
     if jax.process_index() == 0:
         if config and method == "hard_prompt":
-            atomic.write_bytes(epath.Path(model_dir) / "config.gin", config.encode())
+            atomic.write_bytes(model_dir / "config.gin", config.encode())
         text = json.dumps(results, indent=2) + "\n"
-        atomic.write_bytes(epath.Path(model_dir) / "results.json", text.encode())
+        atomic.write_bytes(model_dir / "results.json", text.encode())
     return results
 
 
@@ -194,8 +212,6 @@ def _initial_prompt(
     seed: int,
 ) -> jax.Array:
     """P [P, D], float32, replicated on the backbone's mesh."""
-    if length < 1:
-        raise InputError(f"PROMPT_LENGTH = {length}: a prompt has at least one row")
     if initializer is None:
         initializer = ClassLabels() if task.labels else SampledVocabulary()
     surroundings = Surroundings(
@@ -255,6 +271,16 @@ def _identity(
     return json.loads(json.dumps(kept | run))
 
 
+def _refuse_another_run(directory: epath.Path, identity: dict[str, Any]) -> None:
+    """A hard prompt has no checkpoints of its own; its results may not replace a run's."""
+    if directory.exists():
+        checkpoints = Checkpoints(directory)
+        try:
+            checkpoints.check_identity(identity)
+        finally:
+            checkpoints.close()
+
+
 def _exports(
     method: str, model_dir: epath.Path, backbone: Backbone, metadata: dict[str, Any]
 ) -> Exports:
@@ -281,23 +307,13 @@ def _load_best(method: str, path: epath.Path, backbone: Backbone) -> Tree:
 
 def _report_data(
     task: Task,
-    train: Any,
-    source: Any,
+    train: Examples,
+    source: TokenizedExamples,
     batches: TrainBatches,
     lengths: Mapping[str, int],
 ) -> None:
-    logging.info("%s, split train: %d examples", task.name, len(train))
-    if train.bad.count:
-        logging.warning("left out %d bad records; the first: %s", train.bad.count, train.bad.first)
-    for side, rows in (("inputs", source.inputs), ("targets", source.targets)):
-        if rows.truncated:
-            logging.warning(
-                "%d of %d %s are longer than %d tokens and were cut (TASK_FEATURE_LENGTHS)",
-                rows.truncated,
-                len(rows),
-                side,
-                lengths[side],
-            )
+    report_examples(task, "train", train)
+    report_cut(source, lengths)
     logging.info(
         "%d batches an epoch, %.0f%% of the input positions are padding",
         batches.batches_per_epoch,
@@ -305,20 +321,14 @@ def _report_data(
     )
 
 
-def _report_start(
-    method: str,
-    backbone: Backbone,
-    state: TrainState,
-    frozen: Tree,
-    optimizer: Adafactor,
-    rms: float,
+def _report_sizes(
+    method: str, backbone: Backbone, trainable: Tree, opt_state: Tree, frozen: Tree
 ) -> None:
-    """Sizes, and the learning rate against the embedding's scale."""
     (trained, trained_bytes), (kept, kept_bytes) = (
-        freezing.sizes(state.trainable),
+        freezing.sizes(trainable),
         freezing.sizes(frozen),
     )
-    _, optimizer_bytes = freezing.sizes(state.opt_state)
+    _, optimizer_bytes = freezing.sizes(opt_state)
     logging.info("backbone %s, %s", backbone.name, backbone.fingerprint[:19])
     logging.info(
         "%s: %s parameters train (%.4f%%), %s are frozen (%s)",
@@ -333,6 +343,10 @@ def _report_start(
         _megabytes(optimizer_bytes),
         _megabytes(trained_bytes + optimizer_bytes),
     )
+
+
+def _report_rate(method: str, optimizer: Adafactor, rms: float) -> None:
+    """The learning rate against the embedding's scale."""
     rate = float(optimizer.rate_at(0, rms))
     logging.info(
         "learning rate %.4g: %.2g%% of the embedding's RMS (%.3g) a step",

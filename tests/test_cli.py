@@ -6,6 +6,7 @@ import importlib
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -138,6 +139,11 @@ MISTAKES = {
     "tasks.Task.splits = {'train':": "bad.gin: gin cannot read this; see whether a quote or a "
     "bracket is missing, and whether every string has quotes",
     "TRAIN_STEPS = 3": "bad.gin:3: the macro TRAIN_STEPS is set but nothing uses it; remove it",
+    "include 'bad.gin'": "bad.gin:3: it includes itself; remove one of the includes",
+    "tasks.Task = 3": "bad.gin:3: this names a function; a binding sets an argument of it, "
+    "module.name.argument",
+    "tasks.Task.name = %A\nA = %B\nB = %A": "a macro stands for itself (A = %B and B = %A); give "
+    "it a value",
     "tasks.Task.name = %NAME": "bad.gin:3: the macro NAME (Task.name) has no value; set it with "
     "--gin.NAME=VALUE",
 }
@@ -181,6 +187,9 @@ def test_required_bindings_are_missed_before_anything_is_loaded(fails):
     settings = ("--gin.MODEL_DIR='m'", "--gin.INITIAL_CHECKPOINT_PATH='/nowhere'")
     missing = fails("--gin_file=runs/prompt_tune.gin", *settings)
     assert missing.startswith("tasks.Task needs `name`, which nothing sets")
+    schedule = "--gin.LEARNING_RATE=@optax.linear_schedule()"
+    missing = fails("--gin_file=quickstart.gin", schedule)
+    assert ".linear_schedule needs `init_value`, which nothing sets" in missing
 
 
 def test_required_bindings_count_within_their_scope(fails):
@@ -219,6 +228,20 @@ def test_bindings_reach_what_no_gin_file_has_named():
     _load("--gin_file=quickstart.gin", "--gin.prompt.Uniform.scale=0.25",
           "--gin_bindings=tune.init_prompt = @prompt.Uniform()")  # fmt: skip
     assert cli.settings("ptjax.tuning.tune", "init_prompt")["init_prompt"].scale == 0.25
+
+
+def test_a_folder_of_runs_hides_no_gin_file():
+    """What `python -m ptjax.train` finds the second time, when runs/quickstart is there."""
+    Path("runs/quickstart").mkdir(parents=True)
+    environment = {"PYTHONPATH": str(Path(ptjax.__file__).parents[1])}
+    command = "from ptjax import cli; cli.load_gin(cli.parse(cli.make_parser('x', '')))"
+    done = subprocess.run(
+        [sys.executable, "-c", command, "--gin_file=quickstart.gin"],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_later_files_and_bindings_win_and_search_paths_are_searched(tmp_path):
@@ -279,6 +302,14 @@ def test_exit_codes(capsys, error, code, said):
     assert (stopped.value.code, capsys.readouterr().err) == (code, said)
 
 
+def test_sigterm_outside_of_the_loop_exits_with_its_code(capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert (stopped.value.code, capsys.readouterr().err) == (143, "terminated\n")
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
 def test_a_bug_keeps_its_traceback():
     def body():
         raise RuntimeError("a bug")
@@ -329,3 +360,90 @@ def test_train_prints_its_results_and_how_to_try_them():
     assert rows["tuned (step 20)"] == "0.900" and rows["hard prompt: named"] == "0.600"
     assert "hard prompt" not in rows and "2,560 trained, 2,754,816 frozen" in text
     assert "python -m ptjax.infer --model_dir=runs/x 'a text of your own'" in text
+    assert "python -m ptjax.infer" not in train.summary(results | {"step": 0}, "runs/x")
+
+
+WRONG = {
+    "BATCH_SIZE = 'x'": "BATCH_SIZE = 'x': tuning.tune.batch_size takes a whole number",
+    "TRAIN_STEPS = 2.5": "TRAIN_STEPS = 2.5: loop.Pace.train_steps takes a whole number",
+    "PROMPT_LENGTH = True": "PROMPT_LENGTH = True: tuning.tune.prompt_length takes a whole number",
+    "LEARNING_RATE = 'a'": "LEARNING_RATE = 'a': optimizer.Adafactor.learning_rate takes a number "
+    "or a function such as @module.name",
+    "LEARNING_RATE_SCALE = 'rms'": "LEARNING_RATE_SCALE = 'rms': "
+    "optimizer.Adafactor.learning_rate_scale takes one of 'absolute', 'embedding_rms'",
+    "TASK_FEATURE_LENGTHS = {'inputs': 'a'}": "TASK_FEATURE_LENGTHS = {'inputs': 'a'}: tuning.tune."
+    "feature_lengths takes a dict {a text in quotes: a whole number} or None",
+    "tasks.Task.columns = 'text'": "tasks.Task.columns = 'text': it takes a list [a text in quotes,"
+    " ...] or None",
+    "tasks.Task.quoting = 'no'": "tasks.Task.quoting = 'no': it takes True or False or None",
+    "tuning.tune.task = 'sst2'": "tuning.tune.task = 'sst2': it takes a reference such as "
+    "@tasks.Task()",
+    "tuning.tune.pace = @loop.Pace": "tuning.tune.pace = @loop.Pace: it takes a reference such as "
+    "@loop.Pace()",
+    "tuning.tune.loss = @loop.Pace()": "tuning.tune.loss = @loop.Pace(): it takes a reference such "
+    "as @loss.Loss()",
+    "tuning.tune.init_prompt = 'uniform'": "tuning.tune.init_prompt = 'uniform': it takes a "
+    "reference such as @prompt.NAME() or None",
+    "tuning.tune.buckets = [32]": "tuning.tune.buckets = [32]: it takes a list [(a whole number, a "
+    "whole number), ...] or None",
+    "tasks.Task.preprocess = 'f'": "tasks.Task.preprocess = 'f': it takes a function such as "
+    "@module.name or None",
+}
+
+
+@pytest.mark.parametrize("line", WRONG)
+def test_a_value_of_the_wrong_type_is_one_line_with_its_place(fails, line):
+    assert fails("--gin_file=quickstart.gin", f"--gin_bindings={line}") == (
+        f"command line: {WRONG[line]}"
+    )
+    imports = "".join(f"from ptjax import {name}\n" for name in ("loop", "tuning"))
+    Path("bad.gin").write_text(f"{HEADER}{imports}include 'quickstart.gin'\n{line}\n")
+    assert fails("--gin_file=bad.gin") == f"bad.gin:6: {WRONG[line]}"
+
+
+RANGES = {
+    "EVAL_PERIOD=0": "Pace.eval_period = 0: it has to be at least 1",
+    "loop.Pace.patience=0": "Pace.patience = 0: it has to be at least 1",
+    "PROMPT_LENGTH=-1": "PROMPT_LENGTH = -1: it has to be at least 1",
+    "BATCH_SIZE=0": "BATCH_SIZE = 0: it has to be at least 1",
+    "MICROBATCHES=0": "MICROBATCHES = 0: it has to be at least 1",
+    "MICROBATCHES=5": "BATCH_SIZE = 32 is no multiple of 5 MICROBATCHES",
+    "RANDOM_SEED=-1": "RANDOM_SEED = -1: it has to be at least 0",
+    "EVAL_EXAMPLES=0": "EVAL_EXAMPLES = 0: it has to be at least 1",
+    "evaluation.Evaluation.batch_size=0": "Evaluation.batch_size = 0: it has to be at least 1",
+    "instruction/evaluation.HardPrompt.shots=-1": "HardPrompt.shots = -1: it has to be at least 0",
+    "LEARNING_RATE=-0.3": "Adafactor.learning_rate = -0.3: it has to be at least 0",
+    "STEP_OFFSET=-1": "Adafactor.step_offset = -1: it has to be at least 0",
+    "Z_LOSS=-1": "Loss.z_loss = -1: it has to be at least 0",
+    "LABEL_SMOOTHING=1.0": "Loss.label_smoothing = 1.0: it has to be at least 0 and less than 1",
+    "DROPOUT_RATE=2": "T5Config.dropout_rate = 2: it has to be at least 0 and less than 1",
+    "TASK_FEATURE_LENGTHS={'input': 64}": "TASK_FEATURE_LENGTHS has 'input', not 'inputs' or "
+    "'targets'",
+    # Not after thousands of steps, when the first evaluation comes.
+    "evaluation.Evaluation.split='dev'": "task sentiment: no split 'dev' (splits: train, "
+    "validation, test)",
+}
+
+
+@pytest.mark.parametrize("binding", RANGES)
+def test_a_value_out_of_range_is_one_line(call, binding):
+    code, out, err = call("train", "--gin_file=quickstart.gin", "--dry_run", f"--gin.{binding}")
+    assert (code, out) == (2, ""), err
+    assert err.splitlines()[-1] == f"error: {RANGES[binding]}"
+
+
+def test_a_macro_counts_as_used_where_another_file_binds_its_argument_anew(fails):
+    Path("mine.gin").write_text(
+        "from __gin__ import dynamic_registration\nimport optax\n"
+        "from ptjax.training import optimizer\ninclude 'quickstart.gin'\n"
+        "optimizer.Adafactor.learning_rate = @optax.linear_schedule()\n"
+        "optax.linear_schedule.init_value = 0.3\noptax.linear_schedule.end_value = 0.1\n"
+        "optax.linear_schedule.transition_steps = 10\n"
+    )
+    _load("--gin_file=mine.gin")
+    Path("config.gin").write_text(cli.config_text())
+    _load("--gin_file=config.gin")
+    # On the command line it would be lost without a word.
+    assert fails("--gin_file=mine.gin", "--gin.LEARNING_RATE=0.1").startswith(
+        "the macro LEARNING_RATE is set but nothing uses it"
+    )

@@ -296,6 +296,8 @@ def test_infer_refuses(fails, place):
     assert fails("infer", "x", "--prompt=none").startswith("which backbone? ")
     assert "go with --decode" in fails("infer", prompt, "x", "--num_beams=2")
     assert fails("infer", prompt, "x", "--batch_size=0").startswith("--batch_size=0: ")
+    none = fails("infer", prompt, "x", "--decode", "--max_new_tokens=0")
+    assert "the length to generate" in none and "must be 1 or more" in none
     two_fields = f"--prompt={place / 'open.safetensors'}"
     said = fails("infer", two_fields, "x")
     assert said.startswith("the command line, text:1: task copy: a plain line cannot fill")

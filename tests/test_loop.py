@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -194,7 +195,7 @@ def test_a_model_dir_of_another_run_is_refused(whole, backbone, task, changes, n
 
 
 def test_another_task_or_backbone_is_refused(whole, backbone, task):
-    with pytest.raises(InputError, match="task"):
+    with pytest.raises(InputError, match=r"a run with task/inputs = 'text: {text}', not '{text}';"):
         tune(whole[0], dataclasses.replace(task, inputs="{text}"), backbone)
     with pytest.raises(InputError, match="backbone_fingerprint"):
         tune(whole[0], task, dataclasses.replace(backbone, fingerprint="sha256:other"))
@@ -211,6 +212,29 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_prompt(
     best = load_prompt(tmp_path / "prompts" / "best.safetensors")
     assert np.isfinite(best.prompt).all()
     assert best.metadata["step"] <= 6
+
+
+def test_an_update_that_is_not_finite_is_never_exported(backbone, task, tmp_path):
+    def rate(step):  # the loss of step 9 is finite still, and step 9 is evaluated
+        return jax.numpy.where(step < 8, 0.05, np.inf)
+
+    with pytest.raises(TrainingError, match="prompt/prompt after the update of a step near 9"):
+        tune(tmp_path, task, backbone, optimizer=Adafactor(learning_rate=rate))
+    kept = {path.name for path in (tmp_path / "prompts").iterdir()}
+    assert kept == {"3.safetensors", "6.safetensors", "best.safetensors"}
+
+
+def test_a_hard_prompt_does_not_replace_the_results_of_another_run(whole, backbone, task):
+    results = (whole[0] / "results.json").read_bytes()
+    with pytest.raises(InputError, match="holds a run with method = 'prompt_tuning'"):
+        tune(whole[0], task, backbone, method="hard_prompt", hard_prompt=HardPrompt("Good?"))
+    assert (whole[0] / "results.json").read_bytes() == results
+
+
+def test_a_model_dir_that_cannot_be_is_bad_input(backbone, task, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"MODEL_DIR = .*file: it cannot be written to \(Not a"):
+        tune(tmp_path / "file", task, backbone)
 
 
 def test_patience_stops_early(backbone, task, tmp_path):
@@ -269,6 +293,35 @@ def test_a_hard_prompt_is_scored_and_nothing_trains(backbone, task, tmp_path):
     assert sum(text.count(word) for word in ("positive", "negative")) == 2
 
 
+def test_what_evaluation_leaves_out_or_cuts_is_said(backbone, task, tmp_path, caplog):
+    records = [{"text": "great " * 80, "label": "positive"}, {"text": "dull", "label": "so so"}]
+    for split in ("train", "validation"):
+        text = Path(task.data_dir, f"{split}.jsonl").read_text()
+        text += "".join(json.dumps(record) + "\n" for record in records)
+        (tmp_path / f"{split}.jsonl").write_text(text)
+    splits = {"train": "train.jsonl", "validation": "validation.jsonl"}
+    noisy = dataclasses.replace(task, data_dir=str(tmp_path), splits=splits, on_bad_record="skip")
+    hard = HardPrompt("Good or bad?", shots=4)
+    with caplog.at_level("INFO"):
+        tune(tmp_path / "run", noisy, backbone, method="hard_prompt", hard_prompt=hard)
+    said = [record.getMessage() for record in caplog.records]
+    assert "words, split validation: 17 examples" in said
+    assert any(f"left out 1 bad records; the first: {tmp_path}/validation" in s for s in said)
+    assert any(
+        re.match(r"\d+ of 17 inputs are longer than 64 tokens and were cut", s) for s in said
+    )
+
+
+def test_a_model_dir_in_the_home_folder(backbone, task, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    tune(Path("~/run"), task, backbone, pace=Pace(train_steps=1, eval_period=1))
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+    assert (tmp_path / "home" / "run" / "checkpoints" / "1").exists()
+
+
 def test_dry_run_writes_nothing(backbone, task, tmp_path):
     assert tune(tmp_path / "new", task, backbone, dry_run=True) == {}
+    hard = {"method": "hard_prompt", "hard_prompt": HardPrompt("Good?")}
+    assert tune(tmp_path / "new", task, backbone, dry_run=True, **hard) == {}
     assert not any(p.is_file() for p in tmp_path.rglob("*"))

@@ -72,6 +72,12 @@ def test_a_text_is_cut_or_filled_up(surroundings):
     assert len(filled) == 20
 
 
+@pytest.mark.parametrize("initializer", [FromText(" "), ClassLabels(("good", ""))])
+def test_a_text_without_pieces_is_refused(surroundings, initializer):
+    with pytest.raises(InputError, match=r"no prompt can be made of the text ' ?': it has no pie"):
+        initializer(KEY, 3, surroundings)
+
+
 def test_frequent_words_leave_out_stop_words_and_punctuation(surroundings):
     assert FrequentWords().words(9, TEXTS) == ["acting", "plot", "twists"]
     rows = np.asarray(FrequentWords()(KEY, 3, surroundings))

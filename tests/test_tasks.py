@@ -240,6 +240,19 @@ def test_answers_are_compared_with_all_of_them(write):
     assert scores == {"exact_match": 0.0, "squad_f1": 0.0}
 
 
+@pytest.mark.parametrize("answer", ["Paris", 1912, ["Rome", 1912]])
+def test_one_answer_need_not_be_a_list_nor_a_text(write, answer):
+    settings = write(
+        {"text": "a", "answer": answer},
+        label=None, verbalizer=None, targets="{text}", metrics=("exact_match", "squad_f1"),
+    )  # fmt: skip
+    task = Task(**settings, answers="answer")
+    right = str(answer[-1] if isinstance(answer, list) else answer)
+    scores = task.evaluate([right], task.load("train"))
+    assert scores == {"exact_match": 1.0, "squad_f1": 1.0}
+    assert task.evaluate([right[0]], task.load("train")) == {"exact_match": 0.0, "squad_f1": 0.0}
+
+
 def test_a_described_task_formats_and_scores_alike(write):
     task = Task(**write({"text": "a", "label": True}, verbalizer={False: "no", True: "yes"}))
     description = json.loads(json.dumps(task.describe()))

@@ -72,3 +72,9 @@ def test_what_tfds_does_not_have(tfds_dir, source):
         tfds_source.read_tfds(source, split="train", data_dir=tfds_dir)
     with pytest.raises(InputError, match="write tfds:NAME"):
         tfds_source.read_tfds("tfds:", split="train")
+
+
+def test_an_unknown_data_set_is_said_without_the_list_of_all_others():
+    with pytest.raises(InputError, match=r"Dataset nonsense not found\.\); check name") as raised:
+        tfds_source.read_tfds("tfds:nonsense", split="train")
+    assert len(str(raised.value)) < 250

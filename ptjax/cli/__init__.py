@@ -10,8 +10,10 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import signal
 import sys
 import textwrap
+import types
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -119,6 +121,8 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
 def run(body: Callable[[], Any]) -> NoReturn:
     """Runs a command's body; turns its outcome into an exit code."""
     logs.prepare()
+    # Outside of the loop, which saves first: the exit code is 143 here as there.
+    before = signal.signal(signal.SIGTERM, _terminate)
     try:
         body()
         sys.stdout.flush()
@@ -140,7 +144,15 @@ def run(body: Callable[[], Any]) -> NoReturn:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
     raise SystemExit(0)
+
+
+def _terminate(number: int, frame: types.FrameType | None) -> NoReturn:
+    del frame
+    print("terminated", file=sys.stderr)
+    raise SystemExit(128 + number)
 
 
 def _say(what: str, error: BaseException, code: int) -> int:

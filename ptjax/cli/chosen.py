@@ -65,7 +65,7 @@ def model_dir(arguments: argparse.Namespace) -> epath.Path | None:
         found = settings(TUNE, "model_dir").get("model_dir")
     except (TypeError, ValueError):  # the gin file leaves the macro open
         return None
-    return None if found is None else epath.Path(found)
+    return None if found is None else epath.Path(found).expanduser()
 
 
 def prompt_path(arguments: argparse.Namespace) -> str | None:

@@ -15,7 +15,7 @@ import re
 import sys
 import tokenize
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 from typing import Any
 
@@ -23,6 +23,7 @@ import gin
 import gin.config
 from etils import epath
 
+from ptjax.cli import gin_types
 from ptjax.errors import InputError
 
 # What gin has no public names for: its registry, its bindings, how it writes values.
@@ -74,11 +75,13 @@ def load_gin(
     paths = ["", *filter(None, arguments.gin_search_paths.split(",")), os.fspath(gin_configs())]
     for path in paths:
         gin.add_config_file_search_path(path)
-    _gin.register_file_reader(_open_remote, _is_remote)
+    # Without gin's own reader of Python packages: a folder `runs` here, which every run may make,
+    # is a package to it, and it fails on `include 'runs/prompt_tune.gin'`.
+    _gin._FILE_READERS = [(open, os.path.isfile), (_open_remote, _is_remote)]
     files = []
     for file in arguments.gin_file:
         with _explained(paths, file):
-            files += _flat(gin.parse_config_file(file), paths)
+            files = _flat(gin.parse_config_file(file), paths) + files  # later ones win
     imports = [line for line in arguments.gin_bindings if re.match(r"(import|from)\s", line)]
     for line in arguments.gin_bindings:
         with _explained(paths, f"command line, {line}", line):
@@ -87,7 +90,12 @@ def load_gin(
     for name in set(macros or ()) & set(used):
         gin.bind_parameter((name, "gin.macro", "value"), (macros or {})[name])
         known.add(name)
-    _check_macros(used, known, files, optional=() if trains else ("MODEL_DIR",))
+    given = {line.partition("=")[0].strip() for line in arguments.gin_bindings}
+    _check_macros(used, known, files, given, optional=() if trains else ("MODEL_DIR",))
+    try:
+        _check_types(files, arguments.gin_bindings)
+    except RecursionError:
+        raise InputError("a macro stands for itself (A = %B and B = %A); give it a value") from None
 
 
 def _open_remote(path: str) -> Any:
@@ -134,6 +142,7 @@ class _explained:  # noqa: N801
             | ImportError
             | OSError
             | SyntaxError
+            | RecursionError
             | tokenize.TokenError,
         ):
             return
@@ -166,7 +175,11 @@ def _explain(error: BaseException, paths: Sequence[str], line: str) -> str:
             "gin cannot read this; see whether a quote or a bracket is missing, and whether every "
             "string has quotes"
         )
+    if isinstance(error, RecursionError):
+        return "it includes itself; remove one of the includes"
     text = str(error).split("\n  In ")[0].replace("\n", " ")
+    if text.startswith("not enough values to unpack"):
+        return "this names a function; a binding sets an argument of it, module.name.argument"
     if match := re.match(r"Configurable '([\w./]+)' doesn't have a parameter named '(\w+)'", text):
         function = _gin._REGISTRY.get_match(match[1])  # the last part is enough for gin
         function = function or _gin._REGISTRY.get_match(match[1].rsplit(".", 1)[-1])
@@ -207,37 +220,75 @@ def _macros() -> tuple[dict[str, str], set[str]]:
         for (_, selector), bindings in config.items()
         for argument, value in bindings.items()
         for reference in _gin.iterate_references(value)
-        if reference.selector in ("gin.macro", "macro")
+        if gin_types.is_macro(reference)
     }
     return used, {scope for scope, selector in config if selector == "gin.macro"}
 
 
+def _where(pattern: str, files: Sequence[epath.Path]) -> str:
+    """ "file:line: " of the line that counts, in gin files of which the first one wins."""
+    for file in files:
+        lines = file.read_text().splitlines()
+        if found := [n for n, line in enumerate(lines, 1) if re.search(pattern, line)]:
+            return f"{file}:{found[-1]}: "
+    return ""
+
+
 def _check_macros(
-    used: Mapping[str, str], bound: set[str], files: Sequence[epath.Path], optional: Sequence[str]
+    used: Mapping[str, str],
+    bound: set[str],
+    files: Sequence[epath.Path],
+    given: set[str],
+    optional: Sequence[str],
 ) -> None:
-    """A macro that is bound but never used, or used but never bound, is a mistake."""
+    """A macro that is bound but never used, or used but never bound, is a mistake.
 
-    def where(pattern: str) -> str:
-        for file in files:
-            for number, line in enumerate(file.read_text().splitlines(), 1):
-                if re.search(pattern, line):
-                    return f"{file}:{number}: "
-        return ""
+    A file may use a macro for an argument that another file binds anew; on the command line
+    (`given`) that would be lost without a word.
+    """
 
-    if unused := sorted(bound - set(used) - set(optional)):
-        name = unused[0]
-        raise InputError(
-            where(rf"^\s*{re.escape(name)}\s*=")
-            + f"the macro {name} is set but nothing uses it"
-            + (near(name, list(used)) or "; remove it")
-        )
+    def use(name: str) -> str:
+        return _where(rf"^[^#]*%{re.escape(name)}\b", files)
+
+    for name in sorted(bound - set(used) - set(optional)):
+        if name in given or not use(name):
+            raise InputError(
+                ("" if name in given else _where(rf"^\s*{re.escape(name)}\s*=", files))
+                + f"the macro {name} is set but nothing uses it"
+                + (near(name, list(used)) or "; remove it")
+            )
+        del _gin._CONFIG[name, "gin.macro"]  # config.gin has no file that says %NAME
     if missing := sorted(set(used) - bound - set(optional)):
         name = missing[0]
         raise InputError(
-            where(rf"%{re.escape(name)}\b")
+            use(name)
             + f"the macro {name} ({used[name]}) has no value; set it with --gin.{name}=VALUE"
             + (" (quotes around strings)" if name.endswith(("DIR", "PATH")) else "")
         )
+
+
+def _check_types(files: Sequence[epath.Path], command_line: Sequence[str]) -> None:
+    """Every bound value against the annotation of its argument."""
+    for (scope, selector), bindings in list(_gin._CONFIG.items()):
+        function = _gin._REGISTRY.get_match(selector).wrapped
+        kinds = gin_types.argument_types(function)
+        scoped = f"{scope}/" if scope else ""
+        function_name = scoped + f"{function.__module__.rsplit('.', 1)[-1]}.{function.__name__}"
+        for argument, value in bindings.items():
+            if argument not in kinds or gin_types.fits(value, kinds[argument]):
+                continue
+            name = told = f"{function_name}.{argument}"
+            pattern = rf"^\s*{re.escape(scoped)}(\w+\.)*{function.__name__}\.{argument}\s*="
+            while gin_types.is_macro(value):
+                name = value.scoped_selector.rsplit("/", 1)[0]
+                pattern = rf"^\s*{re.escape(name)}\s*="
+                value = gin_types.macro_value(value)
+            typed = any(re.search(pattern, line) for line in command_line)
+            raise InputError(
+                ("command line: " if typed else _where(pattern, files))
+                + f"{name} = {value!r}: {told if name != told else 'it'} takes "
+                + gin_types.describe(kinds[argument])
+            )
 
 
 def bound(function: Callable[..., Any], *, given: Sequence[str] = ()) -> Callable[..., Any]:
@@ -280,10 +331,19 @@ def _check_required(
                 f"{prefix}{module}.{function.__name__} needs `{name}`, which nothing sets; add a "
                 "--gin_file that does (see --help)"
             )
-    for reference in _gin.iterate_references(bindings):
-        if reference.evaluate and reference.selector not in ("gin.macro", "macro"):
+    for reference in _references(bindings):
+        if reference.evaluate:
             *own, _ = reference.scoped_selector.split("/")
             _check_required(reference.configurable.wrapped, own or scopes)
+
+
+def _references(value: Any) -> Iterator[Any]:
+    """All references in a value; a macro stands for those in its own."""
+    for reference in _gin.iterate_references(value):
+        if gin_types.is_macro(reference):
+            yield from _references(gin_types.macro_value(reference))
+        else:
+            yield reference
 
 
 def configured(selector: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -302,8 +362,8 @@ def settings(selector: str, *names: str) -> dict[str, Any]:
         return {}
     bindings = gin.get_bindings(selector, resolve_references=False)
     chosen = {name: bindings[name] for name in names if name in bindings}
-    for reference in _gin.iterate_references(chosen):
-        if reference.evaluate and reference.selector not in ("gin.macro", "macro"):
+    for reference in _references(chosen):
+        if reference.evaluate:
             _check_required(reference.configurable.wrapped, [])
     return copy.deepcopy(chosen)  # which is how gin evaluates references
 

@@ -73,7 +73,7 @@ class Task:
     label: str | None = None
     verbalizer: Mapping[Any, str] | None = None
     targets: str | None = None
-    metrics: Sequence[str] = ("accuracy",)
+    metrics: str | Sequence[str] = ("accuracy",)
     data_dir: str = ""
     format: str | None = None
     columns: Sequence[str] | None = None
@@ -299,7 +299,8 @@ class Task:
         if name is None:
             return None
         try:
-            return [find_field(example.fields, name) for example in examples]
+            values = [find_field(example.fields, name) for example in examples]
+            return [_answers(value, name) for value in values] if need == "answers" else values
         except RecordError as error:
             raise self._error(f"{error}, which its metrics need") from error
 
@@ -347,6 +348,11 @@ class Task:
             if not isinstance(settings.get(key), str):
                 raise InputError(f"the description of a task lacks '{key}'; export the prompt anew")
         return cls(**settings, preprocess=preprocess)
+
+
+def _answers(value: Any, field: str) -> list[str]:
+    """All right answers of an example, of which there may be but one."""
+    return [as_text(one, field) for one in (value if isinstance(value, list | tuple) else [value])]
 
 
 def _apply(preprocess: Preprocess | None, fields: dict[str, Any]) -> Iterator[dict[str, Any]]:

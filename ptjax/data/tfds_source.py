@@ -46,7 +46,8 @@ def read_tfds(source: str, *, split: str, data_dir: str | None = None) -> Record
         ArithmeticError, AssertionError, ImportError, LookupError, NotImplementedError, OSError,
         RuntimeError, ValueError,
     ) as error:  # fmt: skip
-        reason = " ".join(str(error).split())[:300]
+        # Without the names of all its data sets.
+        reason = " ".join(str(error).partition("Available datasets")[0].split())[:300]
         raise InputError(
             f"{file}: TFDS cannot provide it ({type(error).__name__}: {reason}); check name, "
             "version, split and data_dir, or prepare it with `tfds build "

@@ -68,7 +68,10 @@ class Surroundings:
                 "this prompt initialiser needs the backbone's tokenizer; give load_backbone the "
                 "argument tokenizer="
             )
-        return self.tokenizer.encode(text)
+        ids = self.tokenizer.encode(text)
+        if not ids:
+            raise InputError(f"no prompt can be made of the text {text!r}: it has no pieces")
+        return ids
 
 
 class Initializer(Protocol):

@@ -19,6 +19,8 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
+from ptjax.errors import check_share
+
 Cache = list[dict[str, Array]]
 """Per decoder layer: self_key, self_value [B, L, H, K] and cross_key, cross_value [B, S, H, K]."""
 
@@ -54,6 +56,9 @@ class T5Config:
     relpos_max_distance: int = 128
     layer_norm_epsilon: float = 1e-6
     dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        check_share("T5Config", dropout_rate=self.dropout_rate)
 
 
 def relative_position_bucket(

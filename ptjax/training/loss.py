@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from ptjax.errors import check_at_least, check_share
+
 
 @dataclasses.dataclass(frozen=True)
 class Loss:
@@ -27,6 +29,10 @@ class Loss:
     z_loss: float = 1e-4
     label_smoothing: float = 0.0
     per_token: bool = False
+
+    def __post_init__(self) -> None:
+        check_share("Loss", label_smoothing=self.label_smoothing)
+        check_at_least(0, "Loss", z_loss=self.z_loss)
 
     def __call__(
         self,

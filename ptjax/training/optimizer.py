@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ptjax.errors import check_at_least
+
 Tree = Any
 
 
@@ -40,6 +42,11 @@ class Adafactor:
     multiply_by_parameter_scale: bool = False
     decay_rate: float = 0.8
     clipping_threshold: float = 1.0
+
+    def __post_init__(self) -> None:
+        rate = None if callable(self.learning_rate) else self.learning_rate
+        decay, offset = self.weight_decay, self.step_offset
+        check_at_least(0, "Adafactor", learning_rate=rate, weight_decay=decay, step_offset=offset)
 
     def rate_at(self, step: Any, embedding_rms: float) -> Any:
         """The absolute learning rate of update `step` (0 is the first of this run)."""

@@ -1,0 +1,115 @@
+"""Whether what gin binds is of the type that the signature says, and how to say it if not."""
+
+from __future__ import annotations
+
+import collections.abc
+import inspect
+import os
+import types
+from collections.abc import Callable
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import gin.config
+
+_gin: Any = gin.config
+
+UNBOUND = object()
+"""A macro without a value, which some commands allow."""
+
+_WORDS = {
+    bool: "True or False",
+    int: "a whole number",
+    float: "a number",
+    str: "a text in quotes",
+    types.NoneType: "None",
+}
+
+
+def argument_types(function: Callable[..., Any]) -> dict[str, Any]:
+    """Argument -> type, of a function or a dataclass; empty where its types cannot be read."""
+    try:
+        return get_type_hints(function)
+    except (NameError, TypeError):  # imported for type checkers only, or not a function of Python
+        return {}
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a bound value, references included, is of the annotated type."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if isinstance(value, _gin.ConfigurableReference):
+        return _reference_fits(value, kind)
+    if origin in (Union, types.UnionType):
+        return any(fits(value, one) for one in inner)
+    if origin is Literal:
+        return value in inner
+    if origin is tuple and inner[-1] is not ...:
+        same = isinstance(value, (list, tuple)) and len(value) == len(inner)
+        return same and all(map(fits, value, inner))
+    if origin in (tuple, collections.abc.Sequence):  # gin files write either for both
+        return isinstance(value, (list, tuple)) and all(fits(item, inner[0]) for item in value)
+    if origin is collections.abc.Mapping:
+        return isinstance(value, dict) and all(
+            fits(key, inner[0]) and fits(item, inner[1]) for key, item in value.items()
+        )
+    if _is_function(kind):
+        return callable(value)
+    if kind in (int, float):
+        return isinstance(value, (int, kind)) and not isinstance(value, bool)
+    known = origin or kind
+    return kind is Any or not inspect.isclass(known) or isinstance(value, known)
+
+
+def _reference_fits(reference: Any, kind: Any) -> bool:
+    """A macro is its value, `@f()` what f returns, `@f` the function or class itself."""
+    if is_macro(reference):
+        value = macro_value(reference)
+        return value is UNBOUND or fits(value, kind)
+    target = reference.configurable.wrapped
+    kinds = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+    if Any in kinds or (reference.evaluate and not inspect.isclass(target)):
+        return True  # what a function returns is seen when it is called
+    if reference.evaluate:
+        return any(_is_function(k) or (inspect.isclass(k) and issubclass(target, k)) for k in kinds)
+    # A class where an object of it belongs lacks its brackets.
+    return any(_is_function(k) and not inspect.isclass(target) for k in kinds)
+
+
+def _is_function(kind: Any) -> bool:
+    """A `Callable`, or one of our protocols, which a function may be as well as an object."""
+    return get_origin(kind) is collections.abc.Callable or getattr(kind, "_is_protocol", False)
+
+
+def is_macro(value: Any) -> bool:
+    reference = isinstance(value, _gin.ConfigurableReference)
+    return reference and value.selector in ("gin.macro", "macro")
+
+
+def macro_value(reference: Any) -> Any:
+    """What a macro is bound to, which may be another macro, or `UNBOUND`."""
+    scope = reference.scoped_selector.rsplit("/", 1)[0]
+    return _gin._CONFIG.get((scope, "gin.macro"), {}).get("value", UNBOUND)
+
+
+def describe(kind: Any) -> str:
+    """ "a whole number or None", as it stands in a message."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        return " or ".join(dict.fromkeys(describe(one) for one in inner))
+    if origin is Literal:
+        return "one of " + ", ".join(map(repr, inner))
+    if origin is collections.abc.Mapping:
+        return f"a dict {{{describe(inner[0])}: {describe(inner[1])}}}"
+    if origin is tuple and inner[-1] is not ...:
+        return f"({', '.join(map(describe, inner))})"
+    if origin in (tuple, collections.abc.Sequence):
+        return f"a list [{describe(inner[0])}, ...]"
+    if origin is os.PathLike:
+        return _WORDS[str]
+    if origin is collections.abc.Callable:
+        return "a function such as @module.name"
+    if kind in _WORDS:
+        return _WORDS[kind]
+    if kind is Any:
+        return "anything"
+    name = "NAME" if _is_function(kind) else kind.__name__
+    return f"a reference such as @{kind.__module__.rsplit('.', 1)[-1]}.{name}()"
