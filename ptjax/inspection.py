@@ -118,6 +118,8 @@ def describe_run(model_dir: epath.Path) -> dict[str, Any]:
 
 def describe_checkpoint(folder: epath.Path) -> dict[str, Any]:
     """Of which run a checkpoint of ptjax is, how far that was, and what it holds."""
+    if not (folder / "state" / "manifest.ocdbt").exists():
+        raise InputError(f"{folder}: the checkpoint is incomplete, its arrays are not there")
     remote = "://" in os.fspath(folder)  # Orbax wants an absolute path, but epath knows none of gs
     try:
         place = folder if remote else folder.absolute()
@@ -128,8 +130,6 @@ def describe_checkpoint(folder: epath.Path) -> dict[str, Any]:
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(state)
     }
-    if not leaves:
-        raise InputError(f"{folder}: the checkpoint is incomplete, nothing of its state is there")
     return {
         "path": os.fspath(folder),
         "run": _read_json(folder / "identity" / "data.json"),

@@ -363,7 +363,7 @@ def test_other_versions_are_refused(legacy):
     with pytest.raises(InputError, match="lacks `version` or `optimizer`"):
         t5x.load_t5x(legacy)
     edit_msgpack(legacy, lambda contents: contents.update(version=3, optimizer={"target": {}}))
-    with pytest.raises(InputError, match="holds no parameters"):
+    with pytest.raises(InputError, match="holds no model"):
         t5x.load_t5x(legacy)
 
 
