@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Two at once, each file in one of them: its fixtures are made once.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 export JAX_PLATFORMS ?= cpu
 
 .PHONY: quickstart test test-all lint
@@ -10,10 +12,10 @@ quickstart: $(VENV)/installed  ## tune a prompt on the shipped backbone, on CPU
 	$(BIN)/python -m ptjax.train --gin_file=quickstart.gin
 
 test: $(VENV)/installed-dev  ## everything but the markers slow, oracle, tpu, shared
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-all: $(VENV)/installed-oracle  ## everything
-	$(BIN)/python -m pytest -m "$(shell $(BIN)/python tests/markers.py)"
+	$(PYTEST) -m "$(shell $(BIN)/python tests/markers.py)"
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright --pythonpath $(BIN)/python

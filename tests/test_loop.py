@@ -302,7 +302,7 @@ def test_what_evaluation_leaves_out_or_cuts_is_said(backbone, task, tmp_path, ca
     splits = {"train": "train.jsonl", "validation": "validation.jsonl"}
     noisy = dataclasses.replace(task, data_dir=str(tmp_path), splits=splits, on_bad_record="skip")
     hard = HardPrompt("Good or bad?", shots=4)
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="absl"):
         tune(tmp_path / "run", noisy, backbone, method="hard_prompt", hard_prompt=hard)
     said = [record.getMessage() for record in caplog.records]
     assert "words, split validation: 17 examples" in said
