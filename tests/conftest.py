@@ -24,6 +24,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import shape_checks  # noqa: F401
 from markers import missing
 
 from ptjax.data.batch import Batch, make_batch

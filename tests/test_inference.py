@@ -87,7 +87,9 @@ def test_loss_and_gradient_are_t5x_defaults(backbone, tiny, tiny_batch):
         logits = tiny.jitted()(
             variables, tiny_batch["encoder_input_tokens"], tiny_batch["decoder_input_tokens"]
         )
-        return Loss(z_loss=1e-4)(logits, tiny_batch["decoder_target_tokens"], weights)
+        return Loss(z_loss=1e-4)(
+            logits, jnp.asarray(tiny_batch["decoder_target_tokens"]), jnp.asarray(weights)
+        )
 
     weighted = dict(tiny_batch)
     weighted["decoder_loss_weights"] = tiny_batch["decoder_loss_weights"] * np.float32(0.5)

@@ -14,6 +14,7 @@ rng = np.random.default_rng(0)
 LOGITS = (3 * rng.standard_normal((3, 4, 11))).astype(np.float32)
 TARGETS = rng.integers(1, 11, (3, 4))
 WEIGHTS = np.array([[1, 1, 1, 1], [1, 1, 0, 0], [0.25, 0, 2, 0]], np.float32)
+GIVEN = jax.tree.map(jnp.asarray, (LOGITS, TARGETS, WEIGHTS))
 
 
 def by_hand(z_loss: float, smoothing: float) -> float:
@@ -34,42 +35,42 @@ def by_hand(z_loss: float, smoothing: float) -> float:
 @pytest.mark.parametrize("z_loss", [0.0, 1e-4, 0.1])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_is_t5x_formula(z_loss, smoothing) -> None:
-    loss = Loss(z_loss=z_loss, label_smoothing=smoothing)(LOGITS, TARGETS, WEIGHTS)
+    loss = Loss(z_loss=z_loss, label_smoothing=smoothing)(*GIVEN)
     assert loss.dtype == jnp.float32
     np.testing.assert_allclose(loss, by_hand(z_loss, smoothing), rtol=1e-6)
 
 
 def test_defaults_are_a_sum_with_z_loss() -> None:
-    np.testing.assert_allclose(Loss()(LOGITS, TARGETS, WEIGHTS), by_hand(1e-4, 0.0), rtol=1e-6)
-    twice = [np.concatenate([x, x]) for x in (LOGITS, TARGETS, WEIGHTS)]
+    np.testing.assert_allclose(Loss()(*GIVEN), by_hand(1e-4, 0.0), rtol=1e-6)
+    twice = [jnp.concatenate([x, x]) for x in GIVEN]
     np.testing.assert_allclose(Loss()(*twice), 2 * by_hand(1e-4, 0.0), rtol=1e-6)
-    assert Loss().normalizer(WEIGHTS) == 1.0
+    assert Loss().normalizer(GIVEN[2]) == 1.0
 
 
 def test_per_token_divides_by_the_weight_of_the_targets() -> None:
     loss = Loss(per_token=True)
-    assert loss.normalizer(WEIGHTS) == WEIGHTS.sum() == 8.25
+    assert loss.normalizer(GIVEN[2]) == WEIGHTS.sum() == 8.25
     # A batch of padding alone must not divide by zero.
-    assert loss.normalizer(np.zeros_like(WEIGHTS)) == 1.0
+    assert loss.normalizer(jnp.zeros_like(GIVEN[2])) == 1.0
 
 
 def test_perfect_prediction_costs_nothing_even_when_smoothed() -> None:
     vocab, smoothing = LOGITS.shape[-1], 0.2
     wanted = np.full((*TARGETS.shape, vocab), smoothing / (vocab - 1), np.float32)
     np.put_along_axis(wanted, TARGETS[..., None], 1 - smoothing, axis=-1)
-    loss = Loss(z_loss=0.0, label_smoothing=smoothing)(np.log(wanted), TARGETS, WEIGHTS)
+    loss = Loss(z_loss=0.0, label_smoothing=smoothing)(jnp.log(wanted), *GIVEN[1:])
     np.testing.assert_allclose(loss, 0.0, atol=1e-5)
 
 
 def test_bfloat16_logits_are_summed_in_float32() -> None:
     rounded = jnp.asarray(LOGITS, jnp.bfloat16)
-    loss = Loss()(rounded, TARGETS, WEIGHTS)
+    loss = Loss()(rounded, *GIVEN[1:])
     assert loss.dtype == jnp.float32
-    np.testing.assert_array_equal(loss, Loss()(rounded.astype(jnp.float32), TARGETS, WEIGHTS))
+    np.testing.assert_array_equal(loss, Loss()(rounded.astype(jnp.float32), *GIVEN[1:]))
 
 
 def test_positions_of_weight_zero_give_no_gradient() -> None:
-    gradient = jax.grad(Loss(label_smoothing=0.1))(LOGITS, TARGETS, WEIGHTS)
+    gradient = jax.grad(Loss(label_smoothing=0.1))(*GIVEN)
     moves = np.abs(gradient).sum(-1)
     np.testing.assert_array_equal(moves > 0, WEIGHTS > 0)
 
@@ -77,5 +78,5 @@ def test_positions_of_weight_zero_give_no_gradient() -> None:
 def test_log_likelihood_ranks_by_the_probability_of_each_target() -> None:
     seen = WEIGHTS > 0
     per_token = np.take_along_axis(log_softmax(LOGITS, -1), TARGETS[..., None], -1)[..., 0]
-    got = log_likelihood(LOGITS, TARGETS, seen.astype(np.float32))
+    got = log_likelihood(*GIVEN[:2], jnp.asarray(seen))
     np.testing.assert_allclose(got, (per_token * seen).sum(-1), rtol=1e-5)

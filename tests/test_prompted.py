@@ -13,7 +13,7 @@ from ptjax.training.loss import Loss
 
 
 def tokens_of(batch):
-    return batch["encoder_input_tokens"], batch["decoder_input_tokens"]
+    return jnp.asarray(batch["encoder_input_tokens"]), jnp.asarray(batch["decoder_input_tokens"])
 
 
 def test_prompt_of_length_zero_is_plain_t5(tiny, tiny_batch) -> None:
@@ -70,8 +70,8 @@ def test_prompt_gradient_adds_up_in_float32_under_bfloat16(tiny, tiny_batch) -> 
     @jax.grad
     def gradient(prompt):
         logits = apply(with_prompt({"params": tiny.params}, prompt), *tokens_of(tiny_batch))
-        weights = tiny_batch["decoder_loss_weights"]
-        return Loss()(logits, tiny_batch["decoder_target_tokens"], weights)
+        names = ("decoder_target_tokens", "decoder_loss_weights")
+        return Loss()(logits, *(jnp.asarray(tiny_batch[name]) for name in names))
 
     shared = gradient(tiny.prompt)
     # The same prompt for each example gives each example's own gradient.
@@ -100,7 +100,7 @@ def test_oracle_logits_encoding_loss_and_gradient(t5_1_1, oracle) -> None:
     def run(prompt):
         def loss(prompt):
             logits = t5_1_1.apply_fn(with_prompt(t5_1_1.variables, prompt), *tokens_of(batch))
-            return Loss()(logits, targets, weights), logits
+            return Loss()(logits, jnp.asarray(targets), jnp.asarray(weights)), logits
 
         return jax.value_and_grad(loss, has_aux=True)(prompt)
 

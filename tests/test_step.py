@@ -82,7 +82,7 @@ def test_metrics_are_the_loss_the_tokens_and_the_gradient(tiny_batch) -> None:
     state, frozen = begin()
     prompt = jnp.array(prompt_of(state))
     after, metrics = compiled(make_apply())(state, frozen, tiny_batch)
-    tokens, targets, real, weights = tiny_batch.values()
+    tokens, targets, real, weights = map(jnp.asarray, tiny_batch.values())
 
     def loss(prompt):
         rngs = {"dropout": jax.random.key(0)}
@@ -147,7 +147,7 @@ def test_microbatches_draw_different_dropout(tiny_batch, rate, same) -> None:
     once = compiled(make_apply(rate))(*begin(), small)[1]["loss"]
     four = compiled(make_apply(rate), microbatches=4)(*begin(), batch)[1]["loss"]
     state, frozen = begin()
-    tokens, targets, real, weights = small.values()
+    tokens, targets, real, weights = map(jnp.asarray, small.values())
 
     @jax.jit
     def part(key):
@@ -189,10 +189,10 @@ def flops_of(function, *args) -> int:
 def test_no_gradient_of_a_frozen_weight_is_formed(tiny, tiny_batch) -> None:
     apply = tiny.apply_fn()
     inputs = tiny_batch["encoder_input_tokens"], tiny_batch["decoder_input_tokens"]
-    forward = flops_of(lambda v: apply(v, *inputs), tiny.variables)
+    forward = flops_of(apply, tiny.variables, *inputs)
     step = flops_of(make_train_step(apply, SGD, Loss()), *begin_t5(tiny), tiny_batch)
 
-    plain = flops_of(lambda v: apply(v, *inputs), {"params": tiny.params})
+    plain = flops_of(apply, {"params": tiny.params}, *inputs)
     everything = init_train_state({"params": tiny.params}, SGD, jax.random.key(0))
     full = flops_of(make_train_step(apply, SGD, Loss()), everything, {}, tiny_batch)
     # Forward and back once: 2. The gradients of the weights would be the third.

@@ -79,7 +79,8 @@ def test_logits_and_loss_are_t5x(name, backbone, length, request) -> None:
         backbone.variables, want["encoder_input_tokens"], want["decoder_input_tokens"]
     )
     np.testing.assert_allclose(logits[real(want)], want["logits"][real(want)], rtol=0, atol=1e-4)
-    targets, weights = want["decoder_target_tokens"], real(want).astype(np.float32)
+    targets = jnp.asarray(want["decoder_target_tokens"])
+    weights = jnp.asarray(real(want), jnp.float32)
     loss = Loss()(logits, targets, weights)
     np.testing.assert_allclose(loss, want["loss"], rtol=1e-5)
     z_loss = loss - Loss(z_loss=0.0)(logits, targets, weights)

@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -74,6 +74,7 @@ class Surroundings:
         return ids
 
 
+@runtime_checkable
 class Initializer(Protocol):
     """`(key, length, surroundings) -> P [length, D]`, float32."""
 

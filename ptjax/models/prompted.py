@@ -71,7 +71,7 @@ class PromptedT5(nn.Module):
 
 
 def with_prompt(
-    variables: dict[str, Any], prompt: Float[Array, "P D"] | np.ndarray | None
+    variables: dict[str, Any], prompt: Float[Array, "*B P D"] | np.ndarray | None
 ) -> dict[str, Any]:
     """`variables` with `prompt` as its prompt collection, or without one."""
     variables = {name: tree for name, tree in variables.items() if name != "prompt"}

@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from ptjax.errors import check_at_least, check_share
 
@@ -62,7 +62,7 @@ class Loss:
 
 
 def log_likelihood(
-    logits: Float[Array, "B L V"], targets: Int[Array, "B L"], weights: Float[Array, "B L"]
+    logits: Float[Array, "B L V"], targets: Int[Array, "B L"], weights: Bool[Array, "B L"]
 ) -> Float[Array, " B"]:
     """Sum over a target's tokens of log p(token); ranks the verbalizers of a closed label set."""
     plain = Loss(z_loss=0.0)
