@@ -17,16 +17,24 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 import dataclasses
 import functools
+import importlib
+import io
 import json
+import logging
+import signal
+import sys
 from collections.abc import Callable
 from typing import Any
 
+import gin
 import jax
 import numpy as np
 import pytest
 import shape_checks  # noqa: F401
+from absl import logging as absl_logging
 from markers import missing
 
+from ptjax import loop
 from ptjax.data.batch import Batch, make_batch
 from ptjax.models.prompted import PromptedT5
 from ptjax.models.t5 import T5Config, init_params
@@ -107,6 +115,56 @@ def outcome(directory: Any) -> dict[str, Any]:
         "results": json.loads((directory / "results.json").read_text()),
         "checkpoints": sorted(p.name for p in (directory / "checkpoints").iterdir()),
     }
+
+
+@pytest.fixture
+def own_process(monkeypatch, tmp_path):
+    """Commands own their process: what they set up is undone here. In a folder of its own."""
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "handlers", list(root.handlers))
+    monkeypatch.setattr(gin.config, "_LOCATION_PREFIXES", [""])
+    monkeypatch.chdir(tmp_path)
+    before = absl_logging.get_verbosity()
+    gin.clear_config()
+    yield
+    absl_logging.set_verbosity(before)
+    gin.clear_config()
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """`call("infer", "--flag", stdin=b"...")` -> (exit code, stdout, stderr), in this process."""
+
+    def run(command: str, *arguments: object, stdin: bytes = b"") -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [f"ptjax.{command}", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            importlib.import_module(f"ptjax.{command}").main()
+        return (stopped.value.code or 0, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def stopped_by_sigterm(monkeypatch):
+    """`stopped_by_sigterm(4, train)` runs `train()` with a SIGTERM in step 4; the exit code."""
+
+    def run(step: int, train: Callable[[], Any]) -> Any:
+        add = loop.Run._add
+
+        def signalled(self, metrics):
+            add(self, metrics)
+            if self.progress.step == step:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(loop.Run, "_add", signalled)
+            with pytest.raises(SystemExit) as stopped:
+                train()
+        return stopped.value.code
+
+    return run
 
 
 def load_expected(name: str) -> dict[str, dict[str, np.ndarray]]:

@@ -23,35 +23,8 @@ from ptjax.errors import InputError
 from ptjax.loop import TrainingError
 
 COMMANDS = ("train", "evaluate", "infer", "inspect", "export", "pretrain")
+pytestmark = pytest.mark.usefixtures("own_process")
 HEADER = "from __gin__ import dynamic_registration\nfrom ptjax.data import tasks\n"
-
-
-@pytest.fixture(autouse=True)
-def _restore(monkeypatch, tmp_path):
-    """Commands own their process: what they set up is undone here."""
-    root = logging.getLogger()
-    monkeypatch.setattr(root, "handlers", list(root.handlers))
-    monkeypatch.setattr(gin.config, "_LOCATION_PREFIXES", [""])
-    monkeypatch.chdir(tmp_path)
-    before = absl_logging.get_verbosity()
-    yield
-    absl_logging.set_verbosity(before)
-    gin.clear_config()
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """`call("train", "--flag")` -> (exit code, stdout, stderr), in this process."""
-
-    def run(command: str, *arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [f"ptjax.{command}", *arguments])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            importlib.import_module(f"ptjax.{command}").main()
-        out, err = capsys.readouterr()
-        return stopped.value.code or 0, out, err
-
-    return run
 
 
 @pytest.fixture

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-import io
 import json
-import logging
 import shutil
-import sys
 from pathlib import Path
 
 import gin
 import jax
 import numpy as np
 import pytest
-from absl import logging as absl_logging
 from etils import epath
 
 from ptjax import cli, inspection, prediction
@@ -28,6 +23,7 @@ from ptjax.interop import huggingface
 from ptjax.interop.prompt_file import load_prompt, save_prompt
 from ptjax.models.t5 import T5Config, init_params
 
+pytestmark = pytest.mark.usefixtures("own_process")
 FIXTURES = Path(__file__).parent / "fixtures"
 SIZES = dict(emb_dim=16, num_heads=2, head_dim=8, mlp_dim=32)
 SENTIMENT = Task(
@@ -36,35 +32,6 @@ SENTIMENT = Task(
     label="label",
     verbalizer={"positive": "positive", "negative": "negative"},
 )
-
-
-@pytest.fixture(autouse=True)
-def _restore(monkeypatch, tmp_path):
-    """Commands own their process: what they set up is undone here."""
-    root = logging.getLogger()
-    monkeypatch.setattr(root, "handlers", list(root.handlers))
-    monkeypatch.setattr(gin.config, "_LOCATION_PREFIXES", [""])
-    monkeypatch.chdir(tmp_path)
-    before = absl_logging.get_verbosity()
-    gin.clear_config()
-    yield
-    absl_logging.set_verbosity(before)
-    gin.clear_config()
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """`call("infer", "--flag", stdin=b"...")` -> (exit code, stdout, stderr), in this process."""
-
-    def run(command: str, *arguments: object, stdin: bytes = b"") -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [command, *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            importlib.import_module(f"ptjax.{command}").main()
-        return (stopped.value.code or 0, *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ import http.server
 import json
 import logging
 import os
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from gcp_storage_emulator import server as emulator
 from gcp_storage_emulator.handlers import objects
 from tensorboardX import record_writer
 
-from ptjax import atomic, loop, tuning
+from ptjax import atomic, tuning
 from ptjax.backbone import Backbone, load_backbone, save_backbone
 from ptjax.data.tasks import Task
 from ptjax.data.tokenizer import load_tokenizer
@@ -220,25 +219,16 @@ def tune(model_dir: epath.Path | Path, task: Task, backbone: Backbone) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_is_stopped_and_goes_on(folder, task, tiny_backbone, tmp_path, monkeypatch, caplog):
+def test_a_run_is_stopped_and_goes_on(
+    folder, task, tiny_backbone, tmp_path, stopped_by_sigterm, caplog
+):
     """And leaves what one on a local disk leaves that was never stopped.
 
     The checkpoint that it saved when it was stopped lacks the marker that is written last, as if a
     kill had been faster; so it is passed over for the one before.
     """
     tune(tmp_path, task, tiny_backbone)
-    add = loop.Run._add
-
-    def signalled(self, metrics):
-        add(self, metrics)
-        if self.progress.step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop.Run, "_add", signalled)
-        with pytest.raises(SystemExit) as stopped:
-            tune(folder, task, tiny_backbone)
-    assert stopped.value.code == 143
+    assert stopped_by_sigterm(3, lambda: tune(folder, task, tiny_backbone)) == 143
     assert not (folder / "results.json").exists()
     saved = {path.name for path in (folder / "checkpoints").iterdir()}
     assert saved == {"2", "3"}

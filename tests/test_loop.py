@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -158,19 +156,8 @@ def test_killed_and_started_again_equals_never_killed(
     assert outcome(tmp_path) == whole[1]
 
 
-def test_sigterm_saves_at_the_end_of_the_step(whole, backbone, task, tmp_path, monkeypatch):
-    add = loop.Run._add
-
-    def signalled(self, metrics):
-        add(self, metrics)
-        if self.progress.step == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop.Run, "_add", signalled)
-        with pytest.raises(SystemExit) as stopped:
-            tune(tmp_path, task, backbone)
-    assert stopped.value.code == 143
+def test_sigterm_saves_at_the_end_of_the_step(whole, backbone, task, tmp_path, stopped_by_sigterm):
+    assert stopped_by_sigterm(4, lambda: tune(tmp_path, task, backbone)) == 143
     assert not (tmp_path / "results.json").exists()
     steps = {p.name for p in (tmp_path / "checkpoints").iterdir()}
     assert not steps.isdisjoint({"4", "5"})

@@ -11,7 +11,9 @@ import pytest
 import safetensors.numpy
 import tensorstore as ts
 from flax import serialization
+from markers import SHARED
 
+from ptjax.backbone import check_prompt, load_backbone
 from ptjax.errors import InputError
 from ptjax.interop.peft import export_peft
 from ptjax.interop.prompt_file import T5X_PROMPT, load_prompt, save_prompt
@@ -180,6 +182,21 @@ def test_a_path_below_home(tmp_path, prompt, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     save_prompt("~/p.safetensors", prompt, {})
     np.testing.assert_array_equal(load_prompt("~/p.safetensors").prompt, prompt)
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("name", ["sst2", "mrpc", "rte"])
+def test_a_prompt_that_google_released(tmp_path, name):
+    file = SHARED / "fixtures" / "released_prompts" / f"{name}.npy"
+    released = load_prompt(file).prompt
+    assert (released.shape, released.dtype) == ((100, 768), np.float32)
+    np.testing.assert_array_equal(released, np.load(file, allow_pickle=False))
+    save_prompt(tmp_path / "p.safetensors", released, {})
+    assert load_prompt(tmp_path / "p.safetensors").prompt.tobytes() == released.tobytes()
+    with pytest.raises(
+        InputError, match=r"\[100, 768\] does not fit ptjax-nano, whose width is 128"
+    ):
+        check_prompt(load_backbone("ptjax-nano"), load_prompt(tmp_path / "p.safetensors"))
 
 
 def test_paths_that_hold_nothing(tmp_path):

@@ -13,12 +13,13 @@ from pathlib import Path
 import hypothesis
 import hypothesis.strategies as st
 import pytest
+from markers import SHARED
 
 from ptjax.data import sources
 from ptjax.data.sources import read_records
 from ptjax.errors import InputError
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
+DATA = SHARED / "data"
 
 
 def _write(path: Path, content: str | bytes) -> Path:
@@ -247,7 +248,7 @@ def test_package_data_and_home(tmp_path, monkeypatch):
 @pytest.mark.shared
 @pytest.mark.parametrize(("name", "lines"), [("train", 4076), ("test", 1725)])
 def test_mrpc_gives_exactly_its_lines(name, lines):
-    path = SHARED / "mrpc" / f"{name}.tsv"
+    path = DATA / "mrpc" / f"{name}.tsv"
     records = read_records(path, columns=("label", "id1", "id2", "sentence1", "sentence2"))
     assert len(records) == lines == path.read_bytes().count(b"\n")
     assert {record.fields["label"] for record in records} == {"0", "1"}

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import gin
 import pytest
+from markers import SHARED
 
 from ptjax.data import tasks
 
 CONFIGS = Path(__file__).parents[1] / "gin_configs" / "tasks"
-SHARED = Path(__file__).parents[2] / "shared" / "data"
+DATA = SHARED / "data"
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.gin"))
 
 # Examples per split. WSC's training set holds the true ones of its 554 records.
@@ -73,8 +74,8 @@ def test_counts_are_stated_for_every_task():
 @pytest.mark.shared
 @pytest.mark.parametrize("name", sorted(COUNTS))
 def test_every_split_that_exists_loads_whole(name):
-    task = dataclasses.replace(_build(name, SHARED), held_out=0)
-    existing = {s: file for s, file in task.splits.items() if (SHARED / file).exists()}
+    task = dataclasses.replace(_build(name, DATA), held_out=0)
+    existing = {s: file for s, file in task.splits.items() if (DATA / file).exists()}
     counts = {}
     for split in existing:
         examples = task.load(split)
@@ -131,14 +132,14 @@ def test_every_split_that_exists_loads_whole(name):
     ],
 )
 def test_examples_read_as_t5_writes_them(name, split, index, inputs, targets):
-    example = _build(name, SHARED).load(split)[index]
+    example = _build(name, DATA).load(split)[index]
     assert (example.inputs, example.targets) == (inputs, targets)
 
 
 @pytest.mark.shared
 def test_record_on_fewglue_has_one_training_example_per_answer():
-    task = _build("record", SHARED)
-    folder = SHARED / "few_glue_32dev" / "ReCoRD"
+    task = _build("record", DATA)
+    folder = DATA / "few_glue_32dev" / "ReCoRD"
     files = {"train": str(folder / "train.jsonl"), "validation": str(folder / "train.jsonl")}
     task = tasks.Task(**{**vars(task), "splits": files})
     train, validation = task.load("train"), task.load("validation")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import huggingface_hub
 import hypothesis
@@ -11,12 +10,12 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import sentencepiece
+from markers import SHARED
 
 from ptjax.data import tokenizer as tokenizers
 from ptjax.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, TransformersTokenizer
 from ptjax.errors import InputError
 
-SHARED = Path(__file__).parents[2] / "shared" / "tokenizers"
 NANO = "package:nano/spiece.model"
 TEXTS = ["a fine film .", "the plot is <extra_id_0> thin", "", "  spaces   inside ", "naïve 電影"]
 
@@ -275,7 +274,7 @@ def test_train_sentencepiece(tmp_path):
 
 @pytest.mark.shared
 def test_the_real_t5_vocabulary():
-    tokenizer = SentencePieceTokenizer(SHARED / "t5_32k.model")
+    tokenizer = SentencePieceTokenizer(SHARED / "tokenizers" / "t5_32k.model")
     ids = tokenizer.encode("translate English to German: The house is wonderful.")
     assert ids == [13959, 1566, 12, 2968, 10, 37, 629, 19, 1627, 5]
     assert tokenizer.vocab_size == 32_100
