@@ -34,24 +34,25 @@ def main() -> None:
 
 def summary(results: dict[str, Any], model_dir: str | None) -> str:
     """The results as a person reads them."""
-
-    def row(name: str, value: float | None) -> str:
-        return f"  {name:<34}{value:8.3f}" if value is not None else ""
-
+    values = {
+        "always the majority": results["majority"],
+        "hard prompt": results["hard_prompt"],
+        **{f"hard prompt: {name}": value for name, value in results["other_hard_prompts"].items()},
+        "before training": results["before"],
+        f"tuned (step {results['step']})": results["value"] if results["step"] else None,
+    }
+    shown = {name: value for name, value in values.items() if value is not None}
+    width = max(map(len, shown))
     rows = [
         f"\n{results['task']}, {results['metric']} on {results['split']}:",
-        row("always the majority", results["majority"]),
-        row("hard prompt", results["hard_prompt"]),
-        *(row(f"hard prompt: {k}", v) for k, v in results["other_hard_prompts"].items()),
-        row("before training", results["before"]),
-        row(f"tuned (step {results['step']})", results["value"] if results["step"] else None),
+        *(f"  {name:<{width}}  {value:.3f}" for name, value in shown.items()),
         f"  {results['trainable_parameters']:,} trained, {results['frozen_parameters']:,} frozen",
     ]
     if model_dir and results["step"]:  # a hard prompt leaves nothing to infer with
         rows.append(
             f"\ntry it:  python -m ptjax.infer --model_dir={model_dir} 'a text of your own'"
         )
-    return "\n".join(line for line in rows if line)
+    return "\n".join(rows)
 
 
 if __name__ == "__main__":

@@ -329,7 +329,9 @@ def test_train_prints_its_results_and_how_to_try_them():
         '"trainable_parameters": 2560, "frozen_parameters": 2754816}'
     )
     text = train.summary(results, "runs/x")
-    rows = {line[:36].strip(): line[36:].strip() for line in text.splitlines()}
+    rows = dict(line.strip().rsplit("  ", 1) for line in text.splitlines() if line[-4:-3] == ".")
+    assert len({line.rindex(" ") for line in text.splitlines() if line[-4:-3] == "."}) == 1
+    rows = {name.strip(): value for name, value in rows.items()}
     assert rows["tuned (step 20)"] == "0.900" and rows["hard prompt: named"] == "0.600"
     assert "hard prompt" not in rows and "2,560 trained, 2,754,816 frozen" in text
     assert "python -m ptjax.infer --model_dir=runs/x 'a text of your own'" in text
