@@ -1,0 +1,140 @@
+"""Pre-training end to end on a tiny T5: what it learns from, leaves, and goes on from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from ptjax.backbone import Backbone, load_backbone, save_backbone
+from ptjax.data.tasks import Task
+from ptjax.data.tokenizer import load_tokenizer
+from ptjax.errors import InputError
+from ptjax.loop import Pace
+from ptjax.models.t5 import T5Config, init_params
+from ptjax.pretraining import PrefixLMPart, SpanCorruptionPart, TaskPart, Text, pretrain
+from ptjax.training.optimizer import Adafactor
+
+CONFIG = T5Config(8192, 16, 2, 1, 1, 8, 32, dropout_rate=0.0, logits_via_embedding=True)
+LINES = [f"The {a} {b} of the town was {c}." for a in ("old", "new") for b in ("mill", "bridge",
+         "market", "school") for c in ("built of stone", "sold", "lost in a fire")]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    rows = [json.dumps({"text": line, "label": str(i % 2)}) for i, line in enumerate(LINES)]
+    (folder / "text.jsonl").write_text("\n".join(rows * 8) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory) -> Backbone:
+    folder = tmp_path_factory.mktemp("start")
+    params = jax.jit(init_params, static_argnums=0)(CONFIG, jax.random.key(0))
+    save_backbone(folder, CONFIG, params, tokenizer=load_tokenizer("package:nano"), dtype="float32")
+    return load_backbone(folder, dtype="float32")
+
+
+def mixture(corpus: Path) -> dict:
+    task = Task(
+        name="even",
+        splits={"train": "text.jsonl"},
+        data_dir=str(corpus),
+        inputs="{text}",
+        label="label",
+        verbalizer={"0": "yes", "1": "no"},
+    )
+    phrasings = [("even: {text}", None), ("odd: {text}", {"0": "no", "1": "yes"})]
+    return {
+        "text": Text({"text.jsonl": "text"}, data_dir=str(corpus)),
+        "parts": [
+            SpanCorruptionPart(0.25, batch_size=8, input_length=32),
+            PrefixLMPart(0.25, batch_size=8, input_length=16, target_length=8),
+            TaskPart(0.5, task, phrasings, batch_size=8, input_length=32, target_length=4),
+        ],
+        "optimizer": Adafactor(learning_rate=0.02, multiply_by_parameter_scale=True),
+        "pace": Pace(train_steps=12, eval_period=6, log_period=6),
+    }
+
+
+def made(model_dir: Path) -> tuple[bytes, list]:
+    rows = [json.loads(line) for line in (model_dir / "metrics.jsonl").read_text().splitlines()]
+    kept = [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+    return (model_dir / "models" / "best" / "model.safetensors").read_bytes(), kept
+
+
+def test_from_scratch_stopped_and_gone_on(corpus, tmp_path, stopped_by_sigterm):
+    scratch = {"model": CONFIG, "tokenizer": "package:nano", **mixture(corpus)}
+    pretrain(tmp_path / "whole", **scratch)
+    weights, rows = made(tmp_path / "whole")
+    assert rows[-1]["train/loss"] < rows[0]["train/loss"] < 1.1 * np.log(CONFIG.vocab_size)
+    written = load_backbone(tmp_path / "whole" / "models" / "best")
+    assert written.config == CONFIG and written.tokenizer is not None
+    assert stopped_by_sigterm(8, lambda: pretrain(tmp_path / "stopped", **scratch)) == 143
+    pretrain(tmp_path / "stopped", **scratch)
+    assert made(tmp_path / "stopped") == (weights, rows)
+
+
+def test_from_a_backbone(corpus, start, tmp_path):
+    still = Adafactor(learning_rate=0.0, weight_decay=0.0)
+    settings = mixture(corpus) | {"optimizer": still, "pace": Pace(train_steps=1, eval_period=1)}
+    pretrain(tmp_path / "still", backbone=start, **settings)
+    assert load_backbone(tmp_path / "still" / "models" / "best").fingerprint == start.fingerprint
+    pretrain(tmp_path / "moved", backbone=start, **mixture(corpus))
+    assert load_backbone(tmp_path / "moved" / "models" / "best").fingerprint != start.fingerprint
+    with pytest.raises(InputError, match="start = "):
+        pretrain(tmp_path / "moved", model=CONFIG, tokenizer="package:nano", seed=9, **settings)
+
+
+def test_a_phrasing_has_answers_of_its_own(corpus):
+    [_, _, part] = mixture(corpus)["parts"]
+    tokenizer = load_tokenizer("package:nano")
+    told = []
+    for batches in part.make(tokenizer, None, seed=0):
+        batch = batches.batch(0)
+        pairs = zip(batch["encoder_input_tokens"], batch["decoder_target_tokens"], strict=True)
+        told.append({tokenizer.decode(x).split(": ")[1]: tokenizer.decode(y) for x, y in pairs})
+    both = set(told[0]) & set(told[1])
+    assert both and all({told[0][text], told[1][text]} == {"yes", "no"} for text in both)
+
+
+def test_what_it_needs_is_said(corpus, start, tmp_path):
+    settings = mixture(corpus)
+    with pytest.raises(InputError, match="either from sizes"):
+        pretrain(tmp_path, **settings)
+    with pytest.raises(InputError, match="either from sizes"):
+        pretrain(tmp_path, model=CONFIG, backbone=start, **settings)
+    with pytest.raises(InputError, match="needs a tokenizer"):
+        pretrain(tmp_path, model=CONFIG, **settings)
+    with pytest.raises(InputError, match=r"set pretrain\.text"):
+        pretrain(tmp_path, backbone=start, **settings | {"text": None})
+    rounded = load_backbone(start.name, dtype="bfloat16")
+    with pytest.raises(InputError, match="dtype = 'float32'"):
+        pretrain(tmp_path, backbone=rounded, **settings)
+    with pytest.raises(InputError, match=r"text.jsonl:1: no field 'body'"):
+        wrong = Text({"text.jsonl": "body"}, data_dir=str(corpus))
+        pretrain(tmp_path, backbone=start, **settings | {"text": wrong})
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_the_gin_files_that_go_on_from_a_checkpoint(
+    call, own_process, corpus, start, tmp_path, capsys
+):
+    code, _, err = call(
+        "pretrain",
+        "--gin_file=runs/lm_adapt.gin",
+        f"--gin.INITIAL_CHECKPOINT_PATH='{start.name}'",
+        f"--gin.MODEL_DIR='{tmp_path / 'run'}'",
+        f"--gin.CORPUS_DIR='{corpus}'",
+        "--gin.CORPUS_FILES={'text.jsonl': 'text'}",
+        "--gin.BATCH_SIZE=8",
+        "--gin.pretraining.PrefixLMPart.input_length=16",
+        "--gin.pretraining.PrefixLMPart.target_length=8",
+        "--gin.TRAIN_STEPS=2",
+    )
+    assert code == 0 and "step 2/2" in err, err
+    assert (tmp_path / "run" / "models" / "best" / "model.safetensors").exists()
