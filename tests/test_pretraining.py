@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -87,7 +88,8 @@ def test_from_a_backbone(corpus, start, tmp_path):
     pretrain(tmp_path / "moved", backbone=start, **mixture(corpus))
     assert load_backbone(tmp_path / "moved" / "models" / "best").fingerprint != start.fingerprint
     with pytest.raises(InputError, match="start = "):
-        pretrain(tmp_path / "moved", model=CONFIG, tokenizer="package:nano", seed=9, **settings)
+        other = dataclasses.replace(CONFIG, mlp_dim=64)
+        pretrain(tmp_path / "moved", model=other, tokenizer="package:nano", **settings)
 
 
 def test_a_phrasing_has_answers_of_its_own(corpus):
