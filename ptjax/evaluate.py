@@ -56,7 +56,7 @@ def evaluate(arguments: Any) -> None:
     variables = with_prompt(loaded.variables, None if prompt is None else prompt.prompt)
     predictions = evaluator.predict(variables, split)
     examples = evaluator.examples(split)
-    metrics = task.evaluate(predictions, examples)
+    metrics = evaluator.score(predictions, split)
     if arguments.output:
         rows = [
             example.fields
@@ -69,8 +69,8 @@ def evaluate(arguments: Any) -> None:
         "task": task.name,
         "split": split,
         "examples": len(examples),
-        "metric": task.metrics[0],
-        "value": metrics[task.metrics[0]],
+        "metric": evaluator.metric,
+        "value": metrics[evaluator.metric],
         "metrics": metrics,
         "backbone": loaded.name,
         "prompt": chosen.prompt_path(arguments),

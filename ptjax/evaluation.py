@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -77,7 +78,11 @@ class HardPrompt:
 
 
 class Evaluator:
-    """Predicts and scores splits of one task with one backbone, reusing what it compiled."""
+    """Predicts and scores splits of one task with one backbone, reusing what it compiled.
+
+    Attributes:
+        metric: what prompts are selected by; of several metrics it is their mean, as in the paper.
+    """
 
     def __init__(
         self,
@@ -89,6 +94,7 @@ class Evaluator:
     ) -> None:
         self.task, self.backbone, self.tokenizer = task, backbone, tokenizer
         self.lengths, self.settings = lengths, settings
+        self.metric = task.metrics[0] if len(task.metrics) == 1 else "mean"
         closed = task.labels is not None
         self.ranks = settings.predict == "rank" or (settings.predict == "auto" and closed)
         if self.ranks and not closed:
@@ -102,7 +108,12 @@ class Evaluator:
         self, variables: Tree, split: str, rewording: Callable[[str], str] | None = None
     ) -> dict[str, float]:
         """Metrics of `split`, every example exactly once; `rewording` changes the inputs' text."""
-        return self.task.evaluate(self.predict(variables, split, rewording), self.examples(split))
+        return self.score(self.predict(variables, split, rewording), split)
+
+    def score(self, predictions: Sequence[str], split: str) -> dict[str, float]:
+        """The task's metrics of a text for every example of `split`, and the mean of several."""
+        values = self.task.evaluate(predictions, self.examples(split))
+        return values if len(values) == 1 else values | {"mean": statistics.fmean(values.values())}
 
     def predict(
         self, variables: Tree, split: str, rewording: Callable[[str], str] | None = None
@@ -126,8 +137,7 @@ class Evaluator:
     def majority(self, train: Sequence[Example], split: str) -> float:
         """The metric of always saying what stands most often in the training targets."""
         most, _ = collections.Counter(example.targets for example in train).most_common(1)[0]
-        examples = self.examples(split)
-        return self.task.evaluate([most] * len(examples), examples)[self.task.metrics[0]]
+        return self.score([most] * len(self.examples(split)), split)[self.metric]
 
     def _load(self, split: str) -> Examples:
         examples = self.task.load(split, limit=self.settings.examples)

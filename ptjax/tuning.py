@@ -131,7 +131,7 @@ def tune(
             pace,
             identity=identity,
             exports=_exports(method, model_dir, backbone, metadata),
-            metric=task.metrics[0],
+            metric=evaluator.metric,
             evaluate=lambda s: evaluator(freezing.combine(s.trainable, frozen), evaluation.split),
             rate_at=lambda step: float(optimizer.rate_at(step, rms)),
             config=config,
@@ -164,7 +164,7 @@ class _Scores:
     ) -> None:
         self.evaluator, self.train, self.backbone, self.seed = evaluator, train, backbone, seed
         self.main, self.others = hard_prompt, others
-        self.metric = evaluator.task.metrics[0]
+        self.metric = evaluator.metric
         self.selected_on = evaluator.settings.split
         self.split = "test" if "test" in evaluator.task.splits else self.selected_on
 

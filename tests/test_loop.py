@@ -307,6 +307,18 @@ def test_a_model_dir_in_the_home_folder(backbone, task, tmp_path, monkeypatch):
     assert (tmp_path / "home" / "run" / "checkpoints" / "1").exists()
 
 
+def test_several_metrics_select_by_their_mean(backbone, task, tmp_path):
+    several = dataclasses.replace(task, metrics=("f1", "accuracy"))
+    tune(tmp_path, several, backbone, pace=Pace(train_steps=2, eval_period=1))
+    results = json.loads((tmp_path / "results.json").read_text())
+    metrics = results["metrics"]
+    assert results["metric"] == "mean" and results["value"] == metrics["mean"]
+    assert metrics["mean"] == (metrics["f1"] + metrics["accuracy"]) / 2
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    means = [row["validation/mean"] for row in rows if "validation/mean" in row]
+    assert results["step"] == 1 + means.index(max(means))
+
+
 def test_dry_run_writes_nothing(backbone, task, tmp_path):
     assert tune(tmp_path / "new", task, backbone, dry_run=True) == {}
     hard = {"method": "hard_prompt", "hard_prompt": HardPrompt("Good?")}

@@ -51,7 +51,7 @@ class Task:
             are compared as text (1 and '1' are the same), True also as 'true'. The texts are the
             closed label set.
         targets: instead of a verbalizer, the template of the target.
-        metrics: names of `ptjax.data.metrics.METRICS`; the first is the one to select by.
+        metrics: names of `ptjax.data.metrics.METRICS`; of several, their mean selects.
         data_dir: where relative paths start ('package:NAME' is data shipped with ptjax), and
             TFDS's folder of prepared data sets.
         format, columns, quoting, encoding: see `ptjax.data.sources.read_records`.
