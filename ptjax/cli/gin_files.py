@@ -16,6 +16,7 @@ import sys
 import tokenize
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import resources
 from typing import Any
 
@@ -124,32 +125,24 @@ def _flat(parsed: Any, paths: Sequence[str]) -> list[epath.Path]:
     return files + [file for inner in parsed.includes for file in _flat(inner, paths)]
 
 
-class _explained:  # noqa: N801
-    """Turns what gin raises into an InputError of one line."""
+_MISTAKES = (
+    ValueError, NameError, AttributeError, ImportError, OSError, SyntaxError, RecursionError,
+    tokenize.TokenError,
+)  # fmt: skip
 
-    def __init__(self, paths: Sequence[str], where: str, line: str = "") -> None:
-        self.paths, self.where, self.line = paths, where, line
 
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, InputError) or not isinstance(
-            error,
-            ValueError
-            | NameError
-            | AttributeError
-            | ImportError
-            | OSError
-            | SyntaxError
-            | RecursionError
-            | tokenize.TokenError,
-        ):
-            return
-        text = _explain(error, self.paths, self.line)
-        where = (not self.line and _place(error, self.where)) or self.where
-        missing = isinstance(error, OSError) and where == self.where
-        raise InputError(text if missing else f"{where}: {text}") from error
+@contextmanager
+def _explained(paths: Sequence[str], where: str, line: str = "") -> Iterator[None]:
+    """Turns what gin raises into an InputError of one line; `line` is one of the command line."""
+    try:
+        yield
+    except InputError:
+        raise
+    except _MISTAKES as error:
+        text = _explain(error, paths, line)
+        place = (not line and _place(error, where)) or where
+        missing = isinstance(error, OSError) and place == where
+        raise InputError(text if missing else f"{place}: {text}") from error
 
 
 def _place(error: BaseException, file: str) -> str:
