@@ -56,7 +56,7 @@ Side = tuple[np.ndarray, int, Callable[[int], None]]
 
 def ptjax_config(dropout: float) -> Any:
     """T5 1.1 small."""
-    from ptjax.models.t5 import T5Config
+    from ptjax.models.config import T5Config
 
     return T5Config(
         vocab_size=32128,

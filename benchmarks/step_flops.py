@@ -16,8 +16,9 @@ import sys
 import jax
 import jax.numpy as jnp
 
+from ptjax.models.config import T5Config
 from ptjax.models.prompted import PromptedT5
-from ptjax.models.t5 import T5Config, parameter_shapes
+from ptjax.models.t5 import parameter_shapes
 from ptjax.scale.flops import step_flops
 from ptjax.training import freeze as freezing
 from ptjax.training.optimizer import Adafactor

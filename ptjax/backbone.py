@@ -26,8 +26,9 @@ from ptjax.interop import huggingface, t5x
 from ptjax.interop.huggingface_format import load_config
 from ptjax.interop.prompt_file import T5X_PROMPT, PromptFile
 from ptjax.interop.stored import StoredArray
+from ptjax.models.config import T5Config
 from ptjax.models.prompted import PromptedT5
-from ptjax.models.t5 import T5Config, parameter_shapes
+from ptjax.models.t5 import parameter_shapes
 from ptjax.scale import sharding
 from ptjax.training.freeze import flatten_paths, sizes, unflatten_paths
 

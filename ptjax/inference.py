@@ -271,13 +271,13 @@ def rank(
     The encoder and the cross-attention's keys and values are computed once a row; the labels are
     a batch dimension of the decoder's queries alone, so nothing is copied per label.
     """
-    encoded, mask = apply_fn(variables, encoder_input_tokens, method="encode")
+    encoded = apply_fn(variables, encoder_input_tokens, method="encode")
     cache = apply_fn(variables, encoded, label_tokens.shape[1], method="init_cache")
 
     def likelihood(label: Int[Array, " L"]) -> Float[Array, " B"]:
         targets = jnp.broadcast_to(label, (len(encoder_input_tokens), len(label)))
         inputs = jnp.pad(targets[:, :-1], ((0, 0), (1, 0)))
-        logits, _ = apply_fn(variables, inputs, cache, 0, mask, method="decode_step")
+        logits, _ = apply_fn(variables, inputs, cache, 0, encoded, method="decode_step")
         return log_likelihood(logits, targets, targets > 0)
 
     return jax.lax.map(likelihood, label_tokens, batch_size=LABELS_AT_ONCE).T

@@ -25,8 +25,9 @@ from ptjax.data.tasks import Task
 from ptjax.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from ptjax.errors import InputError
 from ptjax.loop import Exports, Pace, Run
+from ptjax.models.config import T5Config
 from ptjax.models.prompted import PromptedT5
-from ptjax.models.t5 import T5Config, init_params
+from ptjax.models.t5 import init_params
 from ptjax.scale import sharding
 from ptjax.training import freeze as freezing
 from ptjax.training.loss import Loss

@@ -36,8 +36,9 @@ from markers import missing
 
 from ptjax import loop
 from ptjax.data.batch import Batch, make_batch
+from ptjax.models.config import T5Config
 from ptjax.models.prompted import PromptedT5
-from ptjax.models.t5 import T5Config, init_params
+from ptjax.models.t5 import init_params
 
 FIXTURES = Path(__file__).parent / "fixtures"
 

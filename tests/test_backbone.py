@@ -27,7 +27,7 @@ from ptjax.data.tokenizer import ByteTokenizer
 from ptjax.errors import InputError
 from ptjax.interop import huggingface, t5x
 from ptjax.interop.stored import StoredArray
-from ptjax.models.t5 import T5Config
+from ptjax.models.config import T5Config
 from ptjax.scale import sharding
 from ptjax.training.freeze import flatten_paths, unflatten_paths
 

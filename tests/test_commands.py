@@ -21,7 +21,8 @@ from ptjax.errors import InputError
 from ptjax.inference import generate, generate_with_scores
 from ptjax.interop import huggingface
 from ptjax.interop.prompt_file import load_prompt, save_prompt
-from ptjax.models.t5 import T5Config, init_params
+from ptjax.models.config import T5Config
+from ptjax.models.t5 import init_params
 
 pytestmark = pytest.mark.usefixtures("own_process")
 FIXTURES = Path(__file__).parent / "fixtures"

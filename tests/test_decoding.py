@@ -12,8 +12,9 @@ import pytest
 
 from ptjax.data.batch import shift_right
 from ptjax.models import decoding
+from ptjax.models.config import T5Config
 from ptjax.models.prompted import PromptedT5, with_prompt
-from ptjax.models.t5 import T5Config, init_params
+from ptjax.models.t5 import Encoded, init_params
 
 EOS = 1
 STATIC = ("apply_fn", "max_length", "num_beams")
@@ -105,14 +106,15 @@ class Constant:
 
     def __call__(self, variables, *args, method):
         if method == "encode":
-            return jnp.zeros((*args[0].shape, 1)), args[0] > 0
+            return Encoded(jnp.zeros((*args[0].shape, 1)), (args[0] > 0).astype(int))
         if method == "init_cache":
-            empty = jnp.zeros((len(args[0]), args[1], 1, 1))
+            empty = jnp.zeros((len(args[0].states), args[1], 1, 1))
             return [{"self_key": empty, "self_value": empty}]
-        _, cache, position, mask = args
+        _, cache, position, encoded = args
         jax.debug.callback(self.steps.append, position)
         endless = jnp.arange(len(self.logits)) * 1e3
-        return jnp.where(mask.any(axis=1)[:, None, None], self.logits, endless), cache
+        real = encoded.segment_ids.any(axis=1)[:, None, None]
+        return jnp.where(real, self.logits, endless), cache
 
 
 @pytest.mark.parametrize("num_beams", [1, 2])

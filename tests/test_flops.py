@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from ptjax.models.config import T5Config
 from ptjax.models.prompted import PromptedT5
-from ptjax.models.t5 import T5Config, parameter_shapes
+from ptjax.models.t5 import parameter_shapes
 from ptjax.scale.flops import count_flops, step_flops
 from ptjax.training import freeze as freezing
 from ptjax.training.optimizer import Adafactor

@@ -31,7 +31,8 @@ from ptjax.errors import InputError
 from ptjax.evaluation import Evaluation
 from ptjax.interop.prompt_file import load_prompt, save_prompt
 from ptjax.loop import Pace
-from ptjax.models.t5 import T5Config, init_params
+from ptjax.models.config import T5Config
+from ptjax.models.t5 import init_params
 from ptjax.training.freeze import flatten_paths
 from ptjax.training.optimizer import Adafactor
 

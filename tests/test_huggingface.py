@@ -17,7 +17,8 @@ from etils import epath
 
 from ptjax.errors import InputError
 from ptjax.interop import huggingface, huggingface_format, safetensors_file, t5x
-from ptjax.models.t5 import T5Config, parameter_shapes
+from ptjax.models.config import T5Config
+from ptjax.models.t5 import parameter_shapes
 from ptjax.training.freeze import flatten_paths
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"

@@ -21,7 +21,8 @@ from ptjax.errors import InputError
 from ptjax.evaluation import Evaluation, Evaluator, HardPrompt
 from ptjax.interop.prompt_file import load_prompt
 from ptjax.loop import Pace, TrainingError
-from ptjax.models.t5 import T5Config, init_params
+from ptjax.models.config import T5Config
+from ptjax.models.t5 import init_params
 from ptjax.training.freeze import flatten_paths
 from ptjax.training.optimizer import Adafactor
 

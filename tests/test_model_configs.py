@@ -10,7 +10,8 @@ from pathlib import Path
 import gin
 import pytest
 
-from ptjax.models.t5 import T5Config, parameter_shapes
+from ptjax.models.config import T5Config
+from ptjax.models.t5 import parameter_shapes
 from ptjax.scale import sharding
 from ptjax.training.freeze import flatten_paths
 

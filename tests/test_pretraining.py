@@ -15,7 +15,8 @@ from ptjax.data.tasks import Task
 from ptjax.data.tokenizer import load_tokenizer
 from ptjax.errors import InputError
 from ptjax.loop import Pace
-from ptjax.models.t5 import T5Config, init_params
+from ptjax.models.config import T5Config
+from ptjax.models.t5 import init_params
 from ptjax.pretraining import PrefixLMPart, SpanCorruptionPart, TaskPart, Text, pretrain
 from ptjax.training.optimizer import Adafactor
 

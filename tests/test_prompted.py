@@ -34,9 +34,9 @@ def test_prompt_copied_from_the_embedding_is_typing_those_tokens(tiny, tiny_batc
     np.testing.assert_array_equal(
         run(with_prompt(plain, prompt), inputs, targets), run(plain, longer, targets)
     )
-    encoded, mask = run(with_prompt(plain, prompt), inputs, method="encode")
-    np.testing.assert_array_equal(mask, longer > 0)
-    assert encoded.shape == (*longer.shape, tiny.config.emb_dim)
+    encoded = run(with_prompt(plain, prompt), inputs, method="encode")
+    np.testing.assert_array_equal(encoded.segment_ids, longer > 0)
+    assert encoded.states.shape == (*longer.shape, tiny.config.emb_dim)
 
 
 def test_every_parameter_keeps_its_t5x_path(tiny, tiny_batch) -> None:
@@ -113,5 +113,6 @@ def test_oracle_logits_encoding_loss_and_gradient(t5_1_1, oracle) -> None:
 
     encode = jax.jit(t5_1_1.apply_fn, static_argnames="method")
     variables = with_prompt(t5_1_1.variables, want["prompt"])
-    encoded, mask = encode(variables, batch["encoder_input_tokens"], method="encode")
-    np.testing.assert_allclose(encoded[mask], want["encoded"][mask], rtol=0, atol=1e-5)
+    encoded = encode(variables, batch["encoder_input_tokens"], method="encode")
+    real = encoded.segment_ids > 0
+    np.testing.assert_allclose(encoded.states[real], want["encoded"][real], rtol=0, atol=1e-5)

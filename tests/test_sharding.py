@@ -12,7 +12,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from ptjax.errors import InputError
-from ptjax.models.t5 import T5Config, parameter_shapes
+from ptjax.models.config import T5Config
+from ptjax.models.t5 import parameter_shapes
 from ptjax.scale import sharding
 from ptjax.training.freeze import flatten_paths, unflatten_paths
 

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 from conftest import FIXTURES, load_expected
 
-from ptjax.models.t5 import T5, T5Config, parameter_shapes, relative_position_bucket
+from ptjax.models.config import T5Config
+from ptjax.models.layers import relative_position_bucket
+from ptjax.models.t5 import T5, Encoded, parameter_shapes
 from ptjax.training.freeze import flatten_paths
 from ptjax.training.loss import Loss
 
@@ -93,9 +95,10 @@ def test_encoder_output_is_t5x(name, backbone, request) -> None:
     want = load_expected(name)["short"]
     tokens = want["encoder_input_tokens"]
     apply = jax.jit(backbone.apply_fn, static_argnames="method")
-    encoded, mask = apply(backbone.variables, tokens, method="encode")
-    np.testing.assert_array_equal(mask, tokens > 0)
-    np.testing.assert_allclose(encoded[tokens > 0], want["encoded"][tokens > 0], rtol=0, atol=1e-5)
+    encoded = apply(backbone.variables, tokens, method="encode")
+    np.testing.assert_array_equal(encoded.segment_ids, tokens > 0)
+    real = tokens > 0
+    np.testing.assert_allclose(encoded.states[real], want["encoded"][real], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("prompted", [False, True])
@@ -106,18 +109,18 @@ def test_decoding_step_by_step_equals_teacher_forcing(tiny, tiny_batch, prompted
 
     @jax.jit
     def begin(inputs):
-        encoded, mask = apply(variables, inputs, method="encode")
-        return mask, apply(variables, encoded, tokens.shape[1], method="init_cache")
+        encoded = apply(variables, inputs, method="encode")
+        return encoded, apply(variables, encoded, tokens.shape[1], method="init_cache")
 
     @jax.jit
-    def step(tokens, cache, position, mask):
-        return apply(variables, tokens, cache, position, mask, method="decode_step")
+    def step(tokens, cache, position, encoded):
+        return apply(variables, tokens, cache, position, encoded, method="decode_step")
 
     whole = tiny.jitted()(variables, inputs, tokens)
-    mask, cache = begin(inputs)
+    encoded, cache = begin(inputs)
     # Two tokens at once, then one by one: a prefix may come in a piece.
     for start, stop in ((0, 2), (2, 3), (3, 4), (4, 5), (5, 6)):
-        logits, cache = step(tokens[:, start:stop], cache, start, mask)
+        logits, cache = step(tokens[:, start:stop], cache, start, encoded)
         np.testing.assert_allclose(logits, whole[:, start:stop], rtol=0, atol=2e-5)
 
 
@@ -137,12 +140,13 @@ def test_padding_of_inputs_and_targets_is_invisible(tiny, tiny_batch) -> None:
 
 
 def test_what_stands_at_masked_positions_changes_nothing(tiny, tiny_batch) -> None:
-    # The mask is an argument of `decode`, so here real garbage can stand behind it.
+    # `decode` takes states and segments apart, so here real garbage can stand behind the mask.
     apply, variables = tiny.jitted(), tiny.variables
-    encoded, mask = apply(variables, tiny_batch["encoder_input_tokens"], method="encode")
-    garbage = jnp.where(mask[..., None], encoded, 1e3)
+    encoded = apply(variables, tiny_batch["encoder_input_tokens"], method="encode")
+    garbage = jnp.where((encoded.segment_ids > 0)[..., None], encoded.states, 1e3)
+    both = encoded, encoded._replace(states=garbage)
     tokens = tiny_batch["decoder_input_tokens"]
-    clean, dirty = (apply(variables, x, mask, tokens, method="decode") for x in (encoded, garbage))
+    clean, dirty = (apply(variables, x, tokens, method="decode") for x in both)
     np.testing.assert_array_equal(clean, dirty)
 
 
@@ -158,13 +162,14 @@ def test_a_row_of_padding_alone_is_finite(tiny) -> None:
 def test_decoder_sees_only_what_is_before(tiny) -> None:
     module = T5(tiny.config)
     rng = np.random.default_rng(0)
-    encoded = jnp.asarray(rng.standard_normal((1, 5, tiny.config.emb_dim)), jnp.float32)
+    states = jnp.asarray(rng.standard_normal((1, 5, tiny.config.emb_dim)), jnp.float32)
+    encoded = Encoded(states, jnp.ones((1, 5), jnp.int32))
     inputs = jnp.asarray(rng.standard_normal((1, 6, tiny.config.emb_dim)), jnp.float32)
 
     def run(inputs):
         def decode(module, inputs):
             cache = module.init_cache(encoded, 6)
-            return module.decoder(inputs, cache, 0, jnp.ones((1, 5), bool), True)[0]
+            return module.decoder(inputs, cache, 0, encoded, True)[0]
 
         return module.apply({"params": tiny.params}, inputs, method=decode)[0]
 
@@ -223,7 +228,8 @@ def test_dropout_acts_in_training_alone_and_follows_its_key(tiny, tiny_batch, ha
     inputs, tokens = tiny_batch["encoder_input_tokens"], tiny_batch["decoder_input_tokens"]
     shape = (*inputs.shape, tiny.config.emb_dim)
     encoded = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-    args = (inputs,) if half == "encode" else (encoded, inputs > 0, tokens)
+    read = Encoded(encoded, (inputs > 0).astype(np.int32))
+    args = (inputs,) if half == "encode" else (read, tokens)
 
     def run(seed=None):
         rngs = None if seed is None else {"dropout": jax.random.key(seed)}

@@ -22,7 +22,8 @@ from conftest import FIXTURES
 
 from ptjax.backbone import Backbone, load_backbone, save_backbone
 from ptjax.interop.huggingface_format import COPIES
-from ptjax.models.t5 import T5Config, init_params
+from ptjax.models.config import T5Config
+from ptjax.models.t5 import init_params
 from ptjax.training.freeze import flatten_paths
 
 PARITY = FIXTURES / "torch_parity"

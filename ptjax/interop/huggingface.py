@@ -29,7 +29,7 @@ from ptjax.interop.huggingface_format import (
     to_t5x,
 )
 from ptjax.interop.stored import Index, StoredArray
-from ptjax.models.t5 import T5Config
+from ptjax.models.config import T5Config
 
 _WEIGHTS = "model.safetensors"
 _TORCH = "pytorch_model.bin"

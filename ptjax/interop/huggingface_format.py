@@ -15,7 +15,7 @@ from typing import Any
 from etils import epath
 
 from ptjax.errors import InputError
-from ptjax.models.t5 import T5Config
+from ptjax.models.config import T5Config
 
 EMBEDDING = "token_embedder/embedding"
 LOGITS = "decoder/logits_dense/kernel"

@@ -207,13 +207,16 @@ def _start(
     width: int,
 ) -> tuple[Step, Cache]:
     """A function of (last token [B*K], cache, position) -> (log p [B*K, V], cache), first cache."""
-    encoded, mask = apply_fn(variables, encoder_input_tokens, method="encode")
+    encoded = apply_fn(variables, encoder_input_tokens, method="encode")
     cache = apply_fn(variables, encoded, max_length, method="init_cache")
-    cache, mask = jax.tree.map(lambda x: jnp.repeat(x, width, axis=0), (cache, mask))
+    # Every row its beams; a prompt that all rows share stays one.
+    repeated = cache, encoded.segment_ids
+    cache, segment_ids = jax.tree.map(lambda x: jnp.repeat(x, width, axis=0), repeated)
+    encoded = encoded._replace(segment_ids=segment_ids)
 
     def step(last: Array, cache: Cache, position: Array) -> tuple[Array, Cache]:
         logits, cache = apply_fn(
-            variables, last[:, None], cache, position, mask, method="decode_step"
+            variables, last[:, None], cache, position, encoded, method="decode_step"
         )
         return jax.nn.log_softmax(logits[:, 0]), cache
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from ptjax.errors import InputError
 
@@ -25,19 +25,47 @@ class Prompt(nn.Module):
 
     It is put in front of the embedded input, [P; E] (Lester et al. 2021, section 2). An array
     [B, P, D] in its place gives every example its own prompt.
+
+    Attributes:
+        sees_input: as in the paper, where the prompt is read in the light of the input. Without it
+            the prompt's positions attend to the prompt alone; text still attends to prompt and
+            text. What the layers make of the prompt is then the same for every example and is
+            computed once.
     """
 
-    @nn.compact
-    def __call__(
-        self, embedded: Float[Array, "B T D"], mask: Bool[Array, "B T"]
-    ) -> tuple[Float[Array, "B S D"], Bool[Array, "B S"]]:
-        prompt = self.get_variable("prompt", "prompt")
-        shape = (len(embedded), *prompt.shape[-2:])
+    sees_input: bool = True
+
+    def matrix(self) -> Float[Array, "*B P D"]:
+        return self.get_variable("prompt", "prompt")
+
+    def before(
+        self, embedded: Float[Array, "B T D"], segment_ids: Int[Array, "B T"]
+    ) -> tuple[Float[Array, "B S D"], Int[Array, "B S"], Bool[Array, "#B #S S"]]:
+        """[P; E], its segments, and which positions each position may see."""
+        prompt = self.matrix()
+        rows, length = len(embedded), prompt.shape[-2]
         # Broadcast in float32 and cast after it: the sum of the examples' gradients, which is the
         # transpose of this broadcast, then adds up in float32.
-        prompt = jnp.broadcast_to(prompt, shape).astype(embedded.dtype)
-        seen = jnp.ones(shape[:2], bool)
-        return jnp.concatenate([prompt, embedded], 1), jnp.concatenate([seen, mask], 1)
+        prompt = jnp.broadcast_to(prompt, (rows, *prompt.shape[-2:])).astype(embedded.dtype)
+        segment_ids = jnp.pad(segment_ids, ((0, 0), (length, 0)), constant_values=1)
+        mask = (segment_ids > 0)[:, None]
+        if not self.sees_input:
+            of_prompt = jnp.arange(segment_ids.shape[1]) < length
+            mask = mask & (of_prompt[None, :] | ~of_prompt[:, None])
+        return jnp.concatenate([prompt, embedded], axis=1), segment_ids, mask
+
+    def inside(
+        self,
+        embedded: Float[Array, "B S D"],
+        segment_ids: Int[Array, "B S"],
+        positions: Int[Array, "B S"],
+    ) -> Float[Array, "B S D"]:
+        """Packed rows, with P in the first places of every segment, which are kept for it."""
+        prompt = self.matrix()
+        own = (positions < len(prompt)) & (segment_ids > 0)
+        # Looked up in float32 and cast after it, as in `before`.
+        rows = prompt[jnp.where(own, positions, 0)].astype(embedded.dtype)
+        return jnp.where(own[..., None], rows, embedded)
 
 
 @dataclasses.dataclass(frozen=True)

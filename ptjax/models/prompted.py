@@ -7,46 +7,81 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
+from ptjax.models.config import T5Config
+from ptjax.models.layers import positions_in_segments, same_segment
 from ptjax.models.prompt import Prompt
-from ptjax.models.t5 import T5, Cache, T5Config
+from ptjax.models.t5 import T5, Cache, Encoded, PromptStates
 
 
 class PromptedT5(nn.Module):
     """T5 that reads its prompt from the collection `prompt`, and is plain T5 without one.
 
     The backbone shares this module's scope, so its parameters keep T5X's paths.
+
+    The collection holds `prompt`, a matrix [P, D] or one for every row [B, P, D], or `states`, the
+    `PromptStates` of a prompt that sees no input.
     """
 
     config: T5Config
+    sees_input: bool = True
 
     def setup(self) -> None:
         self.backbone = T5(self.config)
         nn.share_scope(self, self.backbone)
-        self.prompt = Prompt()
+        self.prompt = Prompt(self.sees_input)
         nn.share_scope(self, self.prompt)
 
     def encode(
-        self, encoder_input_tokens: Int[Array, "B T"], *, train: bool = False
-    ) -> tuple[Float[Array, "B S D"], Bool[Array, "B S"]]:
-        """Encoder output [B, P + T, D] and the mask of its real positions [B, P + T]."""
-        embedded, mask = self.backbone.embed(encoder_input_tokens), encoder_input_tokens > 0
-        if self.has_variable("prompt", "prompt"):
-            embedded, mask = self.prompt(embedded, mask)
-        return self.backbone.encode_embedded(embedded, mask, train=train), mask
+        self,
+        encoder_input_tokens: Int[Array, "B T"],
+        encoder_segment_ids: Int[Array, "B T"] | None = None,
+        *,
+        train: bool = False,
+    ) -> Encoded:
+        """What the decoder reads, S = P + T positions a row, or T where they are packed.
+
+        Args:
+            encoder_segment_ids: of packed rows. There a prompt that sees its input has places of
+                its own: the first P of every segment.
+        """
+        packed = encoder_segment_ids is not None
+        segment_ids = encoder_segment_ids if packed else (encoder_input_tokens > 0).astype(int)
+        embedded = self.backbone.embed(encoder_input_tokens)
+        mask = same_segment(segment_ids, segment_ids) if packed else (segment_ids > 0)[:, None]
+        positions = positions_in_segments(segment_ids) if packed else None
+        states = None
+        if self.has_variable("prompt", "states"):
+            states = self.get_variable("prompt", "states")
+        elif self.has_variable("prompt", "prompt"):
+            matrix = self.prompt.matrix()
+            if matrix.ndim == 2 and not self.sees_input:
+                states = self.backbone.prompt_states(matrix, train=train)
+            elif packed:
+                embedded = self.prompt.inside(embedded, segment_ids, positions)
+            else:
+                embedded, segment_ids, mask = self.prompt.before(embedded, segment_ids)
+        encoded = self.backbone.encode_embedded(
+            embedded, mask, prompt=states, positions=positions, train=train
+        )
+        return Encoded(encoded, segment_ids, states)
+
+    def prompt_states(self) -> PromptStates:
+        """What every example shares of a prompt that sees no input."""
+        return self.backbone.prompt_states(self.prompt.matrix())
 
     def decode(
         self,
-        encoded: Float[Array, "B S D"],
-        encoder_mask: Bool[Array, "B S"],
+        encoded: Encoded,
         decoder_input_tokens: Int[Array, "B L"],
+        decoder_segment_ids: Int[Array, "B L"] | None = None,
         *,
         train: bool = False,
     ) -> Float[Array, "B L V"]:
-        return self.backbone.decode(encoded, encoder_mask, decoder_input_tokens, train=train)
+        return self.backbone.decode(encoded, decoder_input_tokens, decoder_segment_ids, train=train)
 
-    def init_cache(self, encoded: Float[Array, "B S D"], length: int) -> Cache:
+    def init_cache(self, encoded: Encoded, length: int) -> Cache:
         return self.backbone.init_cache(encoded, length)
 
     def decode_step(
@@ -54,27 +89,31 @@ class PromptedT5(nn.Module):
         tokens: Int[Array, "B l"],
         cache: Cache,
         position: Int[Array, ""] | int,
-        encoder_mask: Bool[Array, "B S"],
+        encoded: Encoded,
     ) -> tuple[Float[Array, "B l V"], Cache]:
-        return self.backbone.decode_step(tokens, cache, position, encoder_mask)
+        return self.backbone.decode_step(tokens, cache, position, encoded)
 
     def __call__(
         self,
         encoder_input_tokens: Int[Array, "B T"],
         decoder_input_tokens: Int[Array, "B L"],
+        encoder_segment_ids: Int[Array, "B T"] | None = None,
+        decoder_segment_ids: Int[Array, "B L"] | None = None,
         *,
         train: bool = False,
     ) -> Float[Array, "B L V"]:
         """Float32 logits. With `train`, dropout draws from the rng stream `dropout`."""
-        encoded, mask = self.encode(encoder_input_tokens, train=train)
-        return self.decode(encoded, mask, decoder_input_tokens, train=train)
+        encoded = self.encode(encoder_input_tokens, encoder_segment_ids, train=train)
+        return self.decode(encoded, decoder_input_tokens, decoder_segment_ids, train=train)
 
 
 def with_prompt(
-    variables: dict[str, Any], prompt: Float[Array, "*B P D"] | np.ndarray | None
+    variables: dict[str, Any], prompt: Float[Array, "*B P D"] | np.ndarray | PromptStates | None
 ) -> dict[str, Any]:
     """`variables` with `prompt` as its prompt collection, or without one."""
     variables = {name: tree for name, tree in variables.items() if name != "prompt"}
     if prompt is None:
         return variables
+    if isinstance(prompt, PromptStates):
+        return variables | {"prompt": {"states": prompt}}
     return variables | {"prompt": {"prompt": jnp.asarray(prompt, jnp.float32)}}

@@ -1,0 +1,234 @@
+"""The layers of T5, with the formulas of `t5x/examples/t5/layers.py`.
+
+Letters: B batch, t positions, q queries, k keys, P prompt length, D model width, H heads, K head
+width, J = H * K.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float, Int
+
+from ptjax.models.config import T5Config
+
+KeysValues = tuple[Array, Array]
+"""Of one layer, for attention: two arrays of one shape."""
+
+MASKED = -1e10
+
+
+def relative_position_bucket(
+    relative_position: np.ndarray, *, bidirectional: bool, num_buckets: int, max_distance: int
+) -> np.ndarray:
+    """Buckets of `key - query` positions (int [...]): exact when near, logarithmic when far.
+
+    Computed in numpy, as T5X does, so that every backend agrees on the rounding of the logarithm.
+    """
+    n = -relative_position
+    offset = np.zeros_like(n)
+    if bidirectional:
+        num_buckets //= 2
+        offset = (n < 0).astype(np.int32) * num_buckets
+        n = np.abs(n)
+    else:
+        n = np.maximum(n, 0)
+    max_exact = num_buckets // 2
+    far = max_exact + (
+        np.log(n.astype(np.float32) / max_exact + np.finfo(np.float32).eps)
+        / np.log(max_distance / max_exact)
+        * (num_buckets - max_exact)
+    ).astype(np.int32)
+    return offset + np.where(n < max_exact, n, np.minimum(far, num_buckets - 1))
+
+
+class Dense(nn.Module):
+    """A linear map without bias; input and kernel are cast to `dtype`."""
+
+    features: int
+    dtype: Any
+    kernel_init: Callable[..., Array] = nn.initializers.variance_scaling(
+        1.0, "fan_in", "truncated_normal"
+    )
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
+        return jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
+
+
+class RMSNorm(nn.Module):
+    """T5's layer norm: no mean, no bias; the mean square is taken in float32."""
+
+    epsilon: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+
+        # Recomputed on the way back: cheaper than to store float32 copies of every x.
+        @jax.checkpoint
+        def normalize(x: Array, scale: Array) -> Array:
+            x = x.astype(jnp.float32)
+            mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+            normed = x * jax.lax.rsqrt(mean_square + self.epsilon)
+            return normed.astype(self.dtype) * scale.astype(self.dtype)
+
+        return normalize(x, scale)
+
+
+class RelativePositionBias(nn.Module):
+    """One table per stack, [H, buckets], shared by its layers."""
+
+    config: T5Config
+    bidirectional: bool
+
+    @nn.compact
+    def __call__(
+        self, queries: int, keys: int, position: Int[Array, ""] | int = 0
+    ) -> Float[Array, "1 H q k"]:
+        """Bias of queries `position ... position + queries - 1` for keys 0 ... keys - 1."""
+        cfg = self.config
+        table = self.param(
+            "rel_embedding",
+            nn.initializers.variance_scaling(1.0, "fan_avg", "uniform"),
+            (cfg.num_heads, cfg.relpos_buckets),
+            jnp.float32,
+        )
+        buckets = relative_position_bucket(
+            np.arange(keys)[None, :] - np.arange(keys)[:, None],
+            bidirectional=self.bidirectional,
+            num_buckets=cfg.relpos_buckets,
+            max_distance=cfg.relpos_max_distance,
+        )
+        if queries != keys:
+            # The rows are picked before the table is looked up: a decoding step needs one of them.
+            buckets = jax.lax.dynamic_slice_in_dim(jnp.asarray(buckets), position, queries)
+        return table.astype(cfg.dtype)[None, :, buckets]
+
+
+class Attention(nn.Module):
+    """Multi-head attention without 1/sqrt(K): T5 folds it into the query's initialisation."""
+
+    config: T5Config
+
+    def setup(self) -> None:
+        cfg = self.config
+        normal = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+
+        def query_init(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+            return normal(key, shape, dtype) / np.sqrt(cfg.head_dim)
+
+        joined = cfg.num_heads * cfg.head_dim
+        self.query = Dense(joined, cfg.dtype, query_init)
+        self.key = Dense(joined, cfg.dtype, normal)
+        self.value = Dense(joined, cfg.dtype, normal)
+        self.out = Dense(cfg.emb_dim, cfg.dtype, normal)
+        self.dropout = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
+
+    def _split(self, x: Float[Array, "B t J"]) -> Float[Array, "B t H K"]:
+        return x.reshape(*x.shape[:2], self.config.num_heads, self.config.head_dim)
+
+    def keys_values(
+        self, x: Float[Array, "B k D"]
+    ) -> tuple[Float[Array, "B k H K"], Float[Array, "B k H K"]]:
+        return self._split(self.key(x)), self._split(self.value(x))
+
+    def __call__(
+        self,
+        x: Float[Array, "B q D"],
+        keys: Float[Array, "B k H K"],
+        values: Float[Array, "B k H K"],
+        bias: Float[Array, "#B #H #q k"],
+        deterministic: bool,
+        prompt: tuple[KeysValues, Float[Array, "#B #H #q P"]] | None = None,
+    ) -> Float[Array, "B q D"]:
+        """`prompt`: keys and values [P, H, K] that stand before everyone's own, and their bias."""
+        # Heads first: XLA's CPU products over a leading batch are twice as fast.
+        queries, keys, values = (
+            jnp.swapaxes(y, 1, 2) for y in (self._split(self.query(x)), keys, values)
+        )
+        logits = jnp.einsum("bhqd,bhkd->bhqk", queries, keys) + bias
+        if prompt is None:
+            weights = jax.nn.softmax(logits).astype(self.config.dtype)
+            weights = self.dropout(weights, deterministic=deterministic)
+            attended = jnp.einsum("bhqk,bhkd->bhqd", weights, values)
+        else:
+            attended = self._attend_to_both(queries, logits, values, *prompt, deterministic)
+        return self.out(jnp.swapaxes(attended, 1, 2).reshape(*x.shape[:2], -1))
+
+    def _attend_to_both(
+        self,
+        queries: Float[Array, "B H q K"],
+        logits: Float[Array, "B H q k"],
+        values: Float[Array, "B H k K"],
+        prompt: KeysValues,
+        prompt_bias: Float[Array, "#B #H #q P"],
+        deterministic: bool,
+    ) -> Float[Array, "B H q K"]:
+        """One softmax over the prompt's keys and everyone's own, without laying them together."""
+        prompt_keys, prompt_values = prompt
+        prompt_logits = jnp.einsum("bhqd,phd->bhqp", queries, prompt_keys) + prompt_bias
+        both = logits, prompt_logits
+        top = functools.reduce(jnp.maximum, (x.max(-1, keepdims=True) for x in both))
+        weights, prompt_weights = (jnp.exp(x - jax.lax.stop_gradient(top)) for x in both)
+        total = weights.sum(-1, keepdims=True) + prompt_weights.sum(-1, keepdims=True)
+        weights, prompt_weights = (
+            self.dropout(x, deterministic=deterministic) for x in (weights, prompt_weights)
+        )
+        attended = jnp.einsum("bhqk,bhkd->bhqd", weights, values)
+        return (attended + jnp.einsum("bhqp,phd->bhqd", prompt_weights, prompt_values)) / total
+
+
+class MLP(nn.Module):
+    """wo(dropout(activation(wi x))), or the product of two such branches when gated."""
+
+    config: T5Config
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B t D"], deterministic: bool) -> Float[Array, "B t D"]:
+        cfg = self.config
+        gated = len(cfg.mlp_activations) > 1
+        names = [f"wi_{i}" for i in range(len(cfg.mlp_activations))] if gated else ["wi"]
+        branches = [Dense(cfg.mlp_dim, cfg.dtype, name=name)(x) for name in names]
+
+        # Recomputed on the way back: a GELU's derivative would store five arrays of this size.
+        @jax.checkpoint
+        def activate(*branches: Array) -> Array:
+            activated = [
+                branch if name == "linear" else getattr(nn, name)(branch)
+                for name, branch in zip(cfg.mlp_activations, branches, strict=True)
+            ]
+            return functools.reduce(jnp.multiply, activated)
+
+        hidden = activate(*branches)
+        hidden = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))(hidden, deterministic)
+        return Dense(cfg.emb_dim, cfg.dtype, name="wo")(hidden)
+
+
+def mask_bias(mask: Bool[Array, "#B #q k"], dtype: Any) -> Float[Array, "#B 1 #q k"]:
+    """0 where a key may be seen, -1e10 elsewhere.
+
+    T5X masks padded queries too. Their outputs reach neither the loss nor any real position, so
+    here they are left to attend as they like.
+    """
+    return jnp.where(mask, 0.0, MASKED).astype(dtype)[:, None]
+
+
+def same_segment(queries: Int[Array, "B q"], keys: Int[Array, "B k"]) -> Bool[Array, "B q k"]:
+    """Whether query and key belong to the same example of a packed row."""
+    return queries[:, :, None] == keys[:, None, :]
+
+
+def positions_in_segments(segment_ids: Int[Array, "B t"]) -> Int[Array, "B t"]:
+    """Positions that start at 0 with every example of a packed row."""
+    index = jnp.arange(segment_ids.shape[1])
+    before = jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)))
+    return index - jax.lax.cummax(jnp.where(segment_ids != before, index, 0), axis=1)
