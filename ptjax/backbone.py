@@ -27,7 +27,7 @@ from ptjax.interop.huggingface_format import load_config
 from ptjax.interop.prompt_file import T5X_PROMPT, PromptFile
 from ptjax.interop.stored import StoredArray
 from ptjax.models.config import T5Config
-from ptjax.models.prompted import PromptedT5
+from ptjax.models.prompted import make_apply_fn
 from ptjax.models.t5 import parameter_shapes
 from ptjax.scale import sharding
 from ptjax.training.freeze import flatten_paths, sizes, unflatten_paths
@@ -52,7 +52,7 @@ class Backbone:
 
     Attributes:
         variables: `{"params": ...}` under T5X's names.
-        apply_fn: `PromptedT5(config).apply`.
+        apply_fn: `make_apply_fn(config)`, for prompts that see their input.
         fingerprint: "sha256:..." of sizes and a sample of the weights; equal whatever file format,
             dtype or number of devices they came through.
         name: what the user called it: a path, a hub id with its revision, "ptjax-nano".
@@ -108,7 +108,7 @@ def load_backbone(
     return Backbone(
         config=opened.config,
         variables={"params": params},
-        apply_fn=PromptedT5(opened.config).apply,
+        apply_fn=make_apply_fn(opened.config),
         tokenizer=opened.tokenizer,
         fingerprint=fingerprint(opened.config, params, mesh),
         name=opened.name,

@@ -34,8 +34,7 @@ def main() -> None:
 
 
 def evaluate(arguments: Any) -> None:
-    from ptjax import atomic, backbone, evaluation
-    from ptjax.models.prompted import with_prompt
+    from ptjax import atomic, backbone, evaluation, inference
 
     chosen.load(arguments)
     task = chosen.task()
@@ -52,8 +51,10 @@ def evaluate(arguments: Any) -> None:
     if prompt is not None:
         prompt = backbone.check_prompt(loaded, prompt, allow_mismatch=arguments.allow_mismatch)
     lengths = {"inputs": 512, "targets": 16} | chosen.lengths(metadata)
-    evaluator = evaluation.Evaluator(task, loaded, loaded.tokenizer, lengths, settings)
-    variables = with_prompt(loaded.variables, None if prompt is None else prompt.prompt)
+    evaluator = evaluation.Evaluator(
+        task, loaded, loaded.tokenizer, lengths, settings, inference.sees_input(prompt)
+    )
+    _, variables = inference.prompted(loaded, prompt)
     predictions = evaluator.predict(variables, split)
     examples = evaluator.examples(split)
     metrics = evaluator.score(predictions, split)

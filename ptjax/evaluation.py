@@ -19,6 +19,7 @@ from ptjax.data.tasks import Example, Examples, Task
 from ptjax.data.tokenizer import Tokenizer
 from ptjax.errors import InputError, check_at_least
 from ptjax.inference import make_label_tokens, predict_labels, predict_texts
+from ptjax.models.prompted import make_apply_fn
 
 Tree = Any
 
@@ -82,6 +83,7 @@ class Evaluator:
 
     Attributes:
         metric: what prompts are selected by; of several metrics it is their mean, as in the paper.
+        apply_fn: for the kind of prompt that is evaluated; without a prompt both kinds are one.
     """
 
     def __init__(
@@ -91,7 +93,9 @@ class Evaluator:
         tokenizer: Tokenizer,
         lengths: Mapping[str, int],
         settings: Evaluation,
+        sees_input: bool = True,
     ) -> None:
+        self.apply_fn = make_apply_fn(backbone.config, sees_input)
         self.task, self.backbone, self.tokenizer = task, backbone, tokenizer
         self.lengths, self.settings = lengths, settings
         self.metric = task.metrics[0] if len(task.metrics) == 1 else "mean"
@@ -123,7 +127,7 @@ class Evaluator:
             source = self._source(split)
         else:
             source = self._tokenize(self.examples(split), rewording)
-        apply_fn, buckets = self.backbone.apply_fn, make_buckets(source)
+        apply_fn, buckets = self.apply_fn, make_buckets(source)
         size, length = self.settings.batch_size, self.lengths["targets"]
         if not self.ranks:
             return predict_texts(

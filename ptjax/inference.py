@@ -25,7 +25,7 @@ from ptjax.data.preprocess import TokenizedExamples, TokenRows, tokenize_texts
 from ptjax.data.tokenizer import Tokenizer
 from ptjax.errors import InputError
 from ptjax.models import decoding
-from ptjax.models.prompted import with_prompt
+from ptjax.models.prompted import make_apply_fn, with_prompt
 from ptjax.scale.sharding import batch_sharding, replicated
 from ptjax.training.loss import Loss, log_likelihood
 
@@ -42,14 +42,15 @@ def forward(
 
     Args:
         batch: `encoder_input_tokens` [B, T] and `decoder_input_tokens` [B, L].
-        prompt: an array [P, D], something with such an array as its `.prompt`, or None.
+        prompt: an array [P, D], something with such an array as its `.prompt` (what `load_prompt`
+            gives: whether it sees its input is its own affair), or None.
 
     Raises:
         InputError: a name is missing from the batch, or the prompt has another width.
     """
-    variables = with_prompt(backbone.variables, prompt_array(backbone, prompt))
+    apply_fn, variables = prompted(backbone, prompt)
     inputs, targets = _tokens(backbone, batch, "encoder_input_tokens", "decoder_input_tokens")
-    return _forward(backbone.apply_fn, variables, inputs, targets)
+    return _forward(apply_fn, variables, inputs, targets)
 
 
 def loss_and_prompt_gradient(
@@ -66,6 +67,7 @@ def loss_and_prompt_gradient(
         InputError: as `forward`, or there is no prompt.
     """
     array = prompt_array(backbone, prompt)
+    apply_fn = make_apply_fn(backbone.config, sees_input(prompt))
     if array is None:
         raise InputError("loss_and_prompt_gradient needs a prompt [P, D], not None")
     names = ("encoder_input_tokens", "decoder_input_tokens", "decoder_target_tokens")
@@ -79,7 +81,7 @@ def loss_and_prompt_gradient(
             "one shape"
         )
     return _loss_and_prompt_gradient(
-        backbone.apply_fn, backbone.variables, array, inputs, decoder_inputs, targets, weights
+        apply_fn, backbone.variables, array, inputs, decoder_inputs, targets, weights
     )
 
 
@@ -156,7 +158,7 @@ def generate_with_scores(
         max_new_tokens = int(metadata.get("target_length", 64))
     if input_length is None:
         input_length = int(metadata.get("input_length", 512))
-    variables = with_prompt(backbone.variables, prompt_array(backbone, prompt))
+    apply_fn, variables = prompted(backbone, prompt)
     if not texts:
         return [], np.zeros(0, np.float32)
     inputs = tokenize_texts(texts, tokenizer, input_length)
@@ -167,7 +169,7 @@ def generate_with_scores(
     nothing = TokenRows(np.zeros(0, np.int32), np.zeros(len(texts) + 1, np.int64), truncated=0)
     source = TokenizedExamples(inputs, nothing)
     return predict_texts(
-        backbone.apply_fn,
+        apply_fn,
         variables,
         source,
         tokenizer,
@@ -281,6 +283,26 @@ def rank(
         return log_likelihood(logits, targets, targets > 0)
 
     return jax.lax.map(likelihood, label_tokens, batch_size=LABELS_AT_ONCE).T
+
+
+def sees_input(prompt: Any) -> bool:
+    """Whether a prompt, of whatever kind, was tuned to see its input; a bare array was."""
+    return bool((getattr(prompt, "metadata", None) or {}).get("sees_input", True))
+
+
+def prompted(backbone: Backbone, prompt: Any) -> tuple[Callable[..., Any], Variables]:
+    """`(apply_fn, variables)` of the backbone with a prompt, given as for `forward`.
+
+    One that was compiled for this backbone brings its states along, and its own way through the
+    encoder is saved.
+    """
+    array = prompt_array(backbone, prompt)
+    states = getattr(prompt, "states", None)
+    if states is not None:
+        cast = jax.tree.map(lambda x: jnp.asarray(x, backbone.config.dtype), states)
+        array = jax.device_put(cast, replicated(backbone.mesh))
+    variables = with_prompt(backbone.variables, array)
+    return make_apply_fn(backbone.config, sees_input(prompt)), variables
 
 
 def prompt_array(backbone: Backbone, prompt: Any) -> Float[Array, "P D"] | None:

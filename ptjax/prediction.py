@@ -21,9 +21,8 @@ from ptjax.inference import (
     generate_with_scores,
     make_label_tokens,
     predict_labels,
-    prompt_array,
+    prompted,
 )
-from ptjax.models.prompted import with_prompt
 
 RAW_FIELD = "inputs"
 """The field of a record that holds an input which is formatted already."""
@@ -108,8 +107,7 @@ def rank(
     nothing = TokenRows(np.zeros(0, np.int32), np.zeros(len(texts) + 1, np.int64), truncated=0)
     source = TokenizedExamples(inputs, nothing)
     chosen, likelihoods = predict_labels(
-        backbone.apply_fn,
-        with_prompt(backbone.variables, prompt_array(backbone, prompt)),
+        *prompted(backbone, prompt),
         source,
         make_label_tokens(labels, tokenizer, target_length),
         make_buckets(source),

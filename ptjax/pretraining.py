@@ -26,7 +26,7 @@ from ptjax.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from ptjax.errors import InputError
 from ptjax.loop import Exports, Pace, Run
 from ptjax.models.config import T5Config
-from ptjax.models.prompted import PromptedT5
+from ptjax.models.prompted import make_apply_fn
 from ptjax.models.t5 import init_params
 from ptjax.scale import sharding
 from ptjax.training import freeze as freezing
@@ -251,8 +251,7 @@ def pretrain(
         rate_at=lambda step: float(optimizer.rate_at(step, 1.0)),
         config=config,
     )
-    apply_fn: Any = PromptedT5(model).apply
-    step = make_train_step(apply_fn, locked, loss, microbatches=microbatches)
+    step = make_train_step(make_apply_fn(model), locked, loss, microbatches=microbatches)
     run.fit(state, {}, step, batches, mesh, dry_run=dry_run)
 
 

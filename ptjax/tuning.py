@@ -23,7 +23,7 @@ from ptjax.errors import InputError, check_at_least
 from ptjax.evaluation import Evaluation, Evaluator, HardPrompt, report_cut, report_examples
 from ptjax.interop.prompt_file import load_prompt, save_prompt
 from ptjax.loop import BEST, Exports, Pace, Run, report_memory
-from ptjax.models.prompt import ClassLabels, Initializer, SampledVocabulary, Surroundings
+from ptjax.models.prompt import ClassLabels, Initializer, Prompt, SampledVocabulary, Surroundings
 from ptjax.models.prompted import with_prompt
 from ptjax.scale import sharding
 from ptjax.training import freeze as freezing
@@ -40,6 +40,7 @@ def tune(
     backbone: Backbone,
     *,
     method: Literal["prompt_tuning", "model_tuning", "hard_prompt"] = "prompt_tuning",
+    prompt: Prompt = Prompt(),
     prompt_length: int = 100,
     init_prompt: Initializer | None = None,
     optimizer: Adafactor = Adafactor(),
@@ -61,6 +62,7 @@ def tune(
     Args:
         model_dir: receives everything; a run that was stopped there goes on.
         method: what trains, see `training.freeze.METHODS`; "hard_prompt" only scores.
+        prompt: how the prompt is read.
         prompt_length: P.
         init_prompt: None is class labels for a closed label set, else sampled vocabulary.
         feature_lengths: T5X's {"inputs": T, "targets": L}, EOS included; longer ones are cut,
@@ -90,12 +92,14 @@ def tune(
     if unknown := sorted(set(feature_lengths or {}) - set(lengths)):
         raise InputError(f"TASK_FEATURE_LENGTHS has {unknown[0]!r}, not 'inputs' or 'targets'")
     lengths |= feature_lengths or {}
-    evaluator = Evaluator(task, backbone, backbone.tokenizer, lengths, evaluation)
+    evaluator = Evaluator(
+        task, backbone, backbone.tokenizer, lengths, evaluation, prompt.sees_input
+    )
     train = task.load("train")
     variables = backbone.variables
     if method == "prompt_tuning":
-        prompt = _initial_prompt(init_prompt, prompt_length, backbone, task, train, seed)
-        variables = with_prompt(variables, prompt)
+        matrix = _initial_prompt(init_prompt, prompt_length, backbone, task, train, seed)
+        variables = with_prompt(variables, matrix)
     freeze = freezing.make_freeze(variables, freezing.METHODS[method])
     trainable, frozen = freezing.split(variables, freeze)
     scores = _Scores(evaluator, train, backbone, seed, hard_prompt, other_hard_prompts or {})
@@ -105,7 +109,7 @@ def tune(
         "trainable_parameters": freezing.sizes(trainable)[0],
         "frozen_parameters": freezing.sizes(frozen)[0],
     }
-    metadata = _metadata(task, backbone, lengths, seed)
+    metadata = _metadata(task, backbone, lengths, seed) | {"sees_input": prompt.sees_input}
     identity = _identity(metadata, method, prompt_length, batch_size, microbatches)
     if method == "hard_prompt":
         _refuse_another_run(model_dir / "checkpoints", identity)
@@ -136,7 +140,7 @@ def tune(
             rate_at=lambda step: float(optimizer.rate_at(step, rms)),
             config=config,
         )
-        step = make_train_step(backbone.apply_fn, locked, loss, microbatches=microbatches)
+        step = make_train_step(evaluator.apply_fn, locked, loss, microbatches=microbatches)
         run.fit(state, frozen, step, batches, backbone.mesh, dry_run=dry_run)
         if dry_run:
             return {}

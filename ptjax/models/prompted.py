@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -46,11 +48,13 @@ class PromptedT5(nn.Module):
             encoder_segment_ids: of packed rows. There a prompt that sees its input has places of
                 its own: the first P of every segment.
         """
-        packed = encoder_segment_ids is not None
-        segment_ids = encoder_segment_ids if packed else (encoder_input_tokens > 0).astype(int)
         embedded = self.backbone.embed(encoder_input_tokens)
-        mask = same_segment(segment_ids, segment_ids) if packed else (segment_ids > 0)[:, None]
-        positions = positions_in_segments(segment_ids) if packed else None
+        if encoder_segment_ids is None:
+            segment_ids, positions = (encoder_input_tokens > 0).astype(jnp.int32), None
+            mask = (segment_ids > 0)[:, None]
+        else:
+            segment_ids, positions = encoder_segment_ids, positions_in_segments(encoder_segment_ids)
+            mask = same_segment(segment_ids, segment_ids)
         states = None
         if self.has_variable("prompt", "states"):
             states = self.get_variable("prompt", "states")
@@ -58,7 +62,7 @@ class PromptedT5(nn.Module):
             matrix = self.prompt.matrix()
             if matrix.ndim == 2 and not self.sees_input:
                 states = self.backbone.prompt_states(matrix, train=train)
-            elif packed:
+            elif positions is not None:
                 embedded = self.prompt.inside(embedded, segment_ids, positions)
             else:
                 embedded, segment_ids, mask = self.prompt.before(embedded, segment_ids)
@@ -105,6 +109,12 @@ class PromptedT5(nn.Module):
         """Float32 logits. With `train`, dropout draws from the rng stream `dropout`."""
         encoded = self.encode(encoder_input_tokens, encoder_segment_ids, train=train)
         return self.decode(encoded, decoder_input_tokens, decoder_segment_ids, train=train)
+
+
+@functools.cache
+def make_apply_fn(config: T5Config, sees_input: bool = True) -> Callable[..., Any]:
+    """`PromptedT5(...).apply`, the same object for the same settings: jit caches by it."""
+    return PromptedT5(config, sees_input).apply
 
 
 def with_prompt(

@@ -160,15 +160,16 @@ class Encoder(nn.Module):
         x = self.input_dropout(embedded, deterministic).astype(self.config.dtype)
         length = x.shape[1]
         bias = self.relpos_bias(length, length) + mask_bias(mask, self.config.dtype)
+        shared: list[Any] = [None] * len(self.layers)
         if prompt is not None:
             before = len(prompt[0][0])
             prompt_bias = self.relpos_bias(length, before + length, before)[..., :before]
             if positions is not None:
                 prompt_bias = jnp.swapaxes(prompt_bias[0][:, positions], 0, 1)
+            shared = [(keys_values, prompt_bias) for keys_values in prompt]
         made = []
-        for index, layer in enumerate(self.layers):
-            shared = None if prompt is None else (prompt[index], prompt_bias)
-            x, keys_values = layer(x, bias, deterministic, shared)
+        for layer, layer_prompt in zip(self.layers, shared, strict=True):
+            x, keys_values = layer(x, bias, deterministic, layer_prompt)
             made.append(keys_values)
         return self.output_dropout(self.encoder_norm(x), deterministic), tuple(made)
 

@@ -13,7 +13,7 @@ from jax.interpreters import partial_eval
 
 from ptjax.training import freeze as freezing
 from ptjax.training.loss import Loss
-from ptjax.training.step import init_train_state, make_train_step
+from ptjax.training.step import batch_loss, init_train_state, make_train_step
 
 _UNKNOWN = ("conv_general_dilated", "ragged_dot_general", "pallas_call", "shard_map")
 
@@ -65,9 +65,7 @@ def step_flops(
     state = jax.eval_shape(lambda t, k: init_train_state(t, optimizer, k), trainable, key)
 
     def forward(variables: Any, batch: Any, key: jax.Array) -> jax.Array:
-        tokens = batch["encoder_input_tokens"], batch["decoder_input_tokens"]
-        logits = apply_fn(variables, *tokens, train=True, rngs={"dropout": key})
-        return loss(logits, batch["decoder_target_tokens"], batch["decoder_loss_weights"])
+        return batch_loss(apply_fn, loss, variables, batch, key)
 
     step = make_train_step(apply_fn, optimizer, loss)
     return count_flops(forward, variables, batch, key), count_flops(step, state, frozen, batch)

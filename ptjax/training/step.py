@@ -34,6 +34,22 @@ def init_train_state(
     return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable), key)
 
 
+def batch_loss(
+    apply_fn: Callable[..., jax.Array], loss: Loss, variables: Tree, batch: Batch, key: jax.Array
+) -> jax.Array:
+    """The loss of a batch, summed over its targets; dropout draws from `key`."""
+    logits = apply_fn(
+        variables,
+        batch["encoder_input_tokens"],
+        batch["decoder_input_tokens"],
+        batch.get("encoder_segment_ids"),
+        batch.get("decoder_segment_ids"),
+        train=True,
+        rngs={"dropout": key},
+    )
+    return loss(logits, batch["decoder_target_tokens"], batch["decoder_loss_weights"])
+
+
 def make_train_step(
     apply_fn: Callable[..., jax.Array],
     optimizer: optax.GradientTransformation,
@@ -48,14 +64,7 @@ def make_train_step(
     """
 
     def part_loss(trainable: Tree, frozen: Tree, batch: Batch, key: jax.Array) -> jax.Array:
-        logits = apply_fn(
-            freezing.combine(trainable, frozen),
-            batch["encoder_input_tokens"],
-            batch["decoder_input_tokens"],
-            train=True,
-            rngs={"dropout": key},
-        )
-        return loss(logits, batch["decoder_target_tokens"], batch["decoder_loss_weights"])
+        return batch_loss(apply_fn, loss, freezing.combine(trainable, frozen), batch, key)
 
     def train_step(
         state: TrainState, frozen: Tree, batch: Batch
