@@ -205,9 +205,8 @@ class PackedBatches:
         order = order[np.argsort(self._keys[order], kind="stable")]
         strata = order[self._places(int(rng.integers(len(order))))]
         examples = rng.permuted(strata, axis=1)
-        for start, stop in itertools.pairwise(self._bounds):
-            part = strata[self._stratum, start:stop]
-            examples[self._stratum, start:stop] = rng.permutation(part)
+        # The parts of the cut stratum stay in place; the others meet them in random order.
+        examples[self._stratum] = strata[self._stratum]
         batches = rng.permutation(self.batches_per_epoch)
         templates = np.searchsorted(self._bounds, batches, side="right") - 1
         return np.ascontiguousarray(examples[:, batches].T), templates
