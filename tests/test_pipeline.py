@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from ptjax.data.batch import make_batch, shift_right
 from ptjax.data.pipeline import (
     MixtureBatches,
+    Shape,
     TrainBatches,
     assign_buckets,
     build_batch,
@@ -141,14 +142,14 @@ def test_an_example_that_fits_in_no_bucket_is_refused() -> None:
 def test_batches_hold_the_planned_tokens_and_count_their_padding() -> None:
     source = Source([3, 20, 16, 1, 9, 30, 2], [1, 2, 3, 1, 2, 3, 1])
     batches = TrainBatches(source, buckets=make_buckets(source, smallest=16), batch_size=2, seed=5)
-    assert batches.shapes == [(2, 16, 3), (2, 32, 3)]
+    assert batches.shapes == [Shape(2, 16, 3), Shape(2, 32, 3)]
     assert batches.batches_per_epoch == 4
     seen, real, positions = set(), 0, 0
     for number in range(8):
         batch = batches.batch(number)
         epoch = number // 4
         tokens = batch["encoder_input_tokens"]
-        assert (*tokens.shape, batch["decoder_target_tokens"].shape[1]) in batches.shapes
+        assert Shape(*tokens.shape, batch["decoder_target_tokens"].shape[1]) in batches.shapes
         for row, target in zip(tokens, batch["decoder_target_tokens"], strict=True):
             index = row[0] - 1
             seen.add((epoch, index))
@@ -170,7 +171,7 @@ def test_the_order_of_the_buckets_does_not_matter() -> None:
     source = Source(np.arange(1, 33))
     for buckets in ([(8, 2), (16, 2), (32, 2)], [(32, 2), (8, 2), (16, 2)]):
         batches = TrainBatches(source, buckets=buckets, batch_size=3, seed=0)
-        assert batches.shapes == [(3, 8, 2), (3, 16, 2), (3, 32, 2)]
+        assert batches.shapes == [Shape(3, 8, 2), Shape(3, 16, 2), Shape(3, 32, 2)]
         tokens = np.concatenate([batches.batch(n)["decoder_target_tokens"] for n in range(11)])
         assert set(tokens[:, 0]) == set(range(1, 33))
 
@@ -231,7 +232,7 @@ def test_a_mixture_draws_exact_counts_and_each_components_own_order() -> None:
     mixture = MixtureBatches(parts, [6, 3, 1], seed=0)
     again = MixtureBatches(parts, [0.6, 0.3, 0.1], seed=0)
     other = MixtureBatches(parts, [6, 3, 1], seed=1)
-    assert mixture.shapes == [(1, 3, 2), (1, 4, 2), (1, 5, 2)]
+    assert mixture.shapes == [Shape(1, 3, 2), Shape(1, 4, 2), Shape(1, 5, 2)]
     drawn = {3: [], 4: [], 5: []}
     order, orders = [], []
     for number in range(2000):

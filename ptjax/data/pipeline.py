@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import grain
 import numpy as np
@@ -22,8 +22,14 @@ from ptjax.errors import InputError
 Bucket = tuple[int, int]
 """(T, L): input and target length of the batches that an example may go to."""
 
-Shape = tuple[int, int, int]
-"""(B, T, L) of a global batch."""
+
+class Shape(NamedTuple):
+    """A global batch: its rows, T and L, and whether a row holds several examples."""
+
+    rows: int
+    inputs: int
+    targets: int
+    packed: bool = False
 
 
 class ExampleSource(Protocol):
@@ -129,7 +135,7 @@ class TrainBatches:
             lambda epoch: plan_epoch(assigned, self.buckets, batch_size, seed, epoch)
         )
         self.batches_per_epoch = len(self._plan(0))
-        self.shapes = sorted({(batch_size, *planned.bucket) for planned in self._plan(0)})
+        self.shapes = sorted({Shape(batch_size, *planned.bucket) for planned in self._plan(0)})
 
     def batch(self, number: int) -> Batch:
         epoch, index = divmod(number, self.batches_per_epoch)

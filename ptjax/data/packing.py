@@ -1,0 +1,272 @@
+"""Packing: the plan of an epoch whose rows hold several examples each.
+
+The examples, sorted by length, are cut into as many strata as a batch has examples. A batch takes
+one example from every stratum, so all batches are nearly alike, and one template holds them all:
+slot k has room for the longest example of stratum k, and the slots share rows of one length.
+What a slot wastes is at most the spread of its stratum; over a batch that adds up to about half
+the spread of all lengths, however many examples a batch has.
+
+A few examples far longer than the others would stretch one slot of every batch. Where it pays,
+that stratum is cut, and the batches that draw from its longer part have a template of their own.
+
+The room for targets follows the longest target of each stratum, which sorting by input length does
+not bound: long targets of uneven length stay padded, as they do in unpacked batches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import heapq
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+
+from ptjax.data.batch import Batch, make_packed_batch
+from ptjax.data.pipeline import ExampleSource, Shape
+from ptjax.errors import InputError
+
+_MOST_TEMPLATES = 4  # each costs a compilation, like a bucket
+_WORTH_A_TEMPLATE = 0.05  # share of an epoch's cost that one more must save
+_ATTENTION = 4096  # attention over T positions adds T / 6D to the cost of one, about this for T5
+_LENGTH_STEP = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Template:
+    """Where the B slots of a batch lie.
+
+    `slots` int [B] names them row by row and `rows` int [B], ascending, the row of each; slots of
+    one row lie behind one another.
+    """
+
+    shape: Shape
+    slots: np.ndarray
+    rows: np.ndarray
+
+    @property
+    def cost(self) -> float:
+        """Positions of encoder and decoder, those of long rows at more: each attends to its row."""
+        rows, inputs, targets, _ = self.shape
+        return rows * (inputs * (1 + inputs / _ATTENTION) + targets)
+
+
+def first_fit(needs: np.ndarray, row_length: int) -> np.ndarray:
+    """Row [B] of every slot: longest first, each into the first row with room for it."""
+    room = np.full(len(needs), row_length)
+    rows = np.zeros(len(needs), int)
+    for slot in np.argsort(-needs, kind="stable"):
+        rows[slot] = np.argmax(room >= needs[slot])
+        room[rows[slot]] -= needs[slot]
+    return rows
+
+
+def spread_evenly(needs: np.ndarray, row_count: int) -> np.ndarray:
+    """Row [B] of every slot: longest first, each into the row that is least full."""
+    full = [(0, row) for row in range(row_count)]
+    rows = np.zeros(len(needs), int)
+    for slot in np.argsort(-needs, kind="stable"):
+        used, rows[slot] = full[0]
+        heapq.heapreplace(full, (used + int(needs[slot]), int(rows[slot])))
+    return rows
+
+
+def place_slots(needs: np.ndarray, row_length: int, row_multiple: int) -> np.ndarray:
+    """Row [B] of every slot, in as few rows of `row_length` positions as the two rules find.
+
+    An even spread comes first: its rows have like numbers of examples, so targets take less room.
+    """
+    rows = first_fit(needs, row_length)
+    least = -(-int(needs.sum()) // row_length)
+    for count in range(_round_up(least, row_multiple), rows.max() + 1 + row_multiple, row_multiple):
+        even = spread_evenly(needs, count)
+        if np.bincount(even, needs).max() <= row_length:
+            return even
+    return rows
+
+
+def make_template(
+    needs: np.ndarray,
+    targets: np.ndarray,
+    *,
+    row_length: int | None = None,
+    row_multiple: int = 1,
+) -> Template:
+    """Puts slots into rows.
+
+    Args:
+        needs: encoder positions [B] of the slots, at most `row_length`.
+        targets: decoder positions [B] of the slots.
+        row_length: T, or None: the one that costs the least.
+        row_multiple: the number of rows is a multiple of it.
+    """
+    found = []
+    for length in _row_lengths(needs) if row_length is None else [row_length]:
+        rows = place_slots(needs, length, row_multiple)
+        row_count = _round_up(int(rows.max()) + 1, row_multiple)
+        if row_length is None:
+            length = _round_up(int(np.bincount(rows, needs).max()), _LENGTH_STEP)
+        shape = Shape(row_count, length, int(np.bincount(rows, targets).max()), packed=True)
+        slots = np.argsort(rows, kind="stable")
+        found.append(Template(shape, slots, rows[slots]))
+    return min(found, key=lambda template: template.cost)
+
+
+def _row_lengths(needs: np.ndarray) -> list[int]:
+    """Lengths to try: the longest slot's and up to 4 times it; longer rows hardly fill better."""
+    longest = int(needs.max())
+    most = min(int(needs.sum()), max(4 * longest, 256))
+    tried = np.geomspace(longest, most, 33)
+    return sorted({_round_up(int(np.ceil(length)), _LENGTH_STEP) for length in tried})
+
+
+class PackedBatches:
+    """Shuffled, packed batches of exactly `batch_size` examples, epoch after epoch.
+
+    Args:
+        prompt_slots: positions in front of every example's input that its copy of the prompt takes;
+            0 when the prompt does not see the input.
+        row_length: T of the rows, prompt slots included; None chooses it.
+        row_multiple: the number of rows is a multiple of it: data axis times microbatches.
+
+    Raises:
+        InputError: an example and its prompt are longer than `row_length`.
+    """
+
+    def __init__(
+        self,
+        source: ExampleSource,
+        *,
+        batch_size: int,
+        seed: int,
+        prompt_slots: int = 0,
+        row_length: int | None = None,
+        row_multiple: int = 1,
+    ) -> None:
+        self.source, self.batch_size, self.seed = source, batch_size, seed
+        self.prompt_slots = prompt_slots
+        self.batches_per_epoch = -(-len(source) // batch_size)
+        _check_row_length(source.input_lengths, prompt_slots, row_length)
+        inputs = source.input_lengths.astype(np.int64)
+        # Ascending keys are descending lengths; equal targets stay together within equal inputs.
+        self._keys = -(inputs * (int(source.target_lengths.max()) + 1) + source.target_lengths)
+        self._stratum, self._bounds, self._templates = _make_templates(
+            *self._longest(), prompt_slots, row_length, row_multiple
+        )
+        self.shapes = sorted({template.shape for template in self._templates})
+        self._plan = functools.lru_cache(maxsize=2)(self._draw)
+
+    def batch(self, number: int) -> Batch:
+        """Global batch `number`; examples of a row are in the order of its segment ids."""
+        epoch, index = divmod(number, self.batches_per_epoch)
+        examples, templates = self._plan(epoch)
+        template = self._templates[templates[index]]
+        tokens = [self.source.tokens(int(i), epoch) for i in examples[index, template.slots]]
+        return make_packed_batch(
+            [inputs for inputs, _ in tokens],
+            [targets for _, targets in tokens],
+            template.rows,
+            row_count=template.shape.rows,
+            input_length=template.shape.inputs,
+            target_length=template.shape.targets,
+            prompt_slots=self.prompt_slots,
+        )
+
+    def padding(self) -> float:
+        """Share of padded encoder positions over the first epoch; prompt slots are none."""
+        examples, templates = self._plan(0)
+        real = int(self.source.input_lengths[examples].sum()) + self.prompt_slots * examples.size
+        sizes = np.array([t.shape.rows * t.shape.inputs for t in self._templates])
+        return 1 - real / int(sizes[templates].sum())
+
+    def _places(self, offset: int) -> np.ndarray:
+        """Strata [B, batches] of places among the sorted examples, every place at least once.
+
+        Where the examples do not fill the last batch, some places come twice, evenly apart; an
+        `offset` of 0 ... N - 1 says which, and moves a place of the strata by one at most.
+        """
+        size = self.batch_size * self.batches_per_epoch
+        places = (np.arange(size) * len(self.source) + offset) // size
+        return places.reshape(self.batch_size, -1)
+
+    def _longest(self) -> tuple[np.ndarray, np.ndarray]:
+        """The longest input and target [B, batches] of each element of the strata in any epoch."""
+        order = np.argsort(self._keys, kind="stable")
+        inputs, targets = self.source.input_lengths[order], self.source.target_lengths[order]
+        first, last = self._places(0), self._places(len(order) - 1)
+        return inputs[first], np.maximum(targets[first], targets[last])
+
+    def _draw(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Examples [batches, B] of an epoch by slot, and the template [batches] of each batch."""
+        rng = np.random.default_rng((self.seed, epoch))
+        # Examples of equal length change places, so that strata mix as far as they can.
+        order = rng.permutation(len(self._keys))
+        order = order[np.argsort(self._keys[order], kind="stable")]
+        strata = order[self._places(int(rng.integers(len(order))))]
+        examples = rng.permuted(strata, axis=1)
+        # The parts of the cut stratum stay in place; the others meet them in random order.
+        examples[self._stratum] = strata[self._stratum]
+        batches = rng.permutation(self.batches_per_epoch)
+        templates = np.searchsorted(self._bounds, batches, side="right") - 1
+        return np.ascontiguousarray(examples[:, batches].T), templates
+
+
+def _make_templates(
+    inputs: np.ndarray,
+    targets: np.ndarray,
+    prompt_slots: int,
+    row_length: int | None,
+    row_multiple: int,
+) -> tuple[int, list[int], list[Template]]:
+    """The stratum that is cut, the bounds of its parts, and the template of every part.
+
+    `inputs` and `targets` [B, batches] are the strata's lengths, longest input first.
+    """
+    count = inputs.shape[1]
+    stratum = int((_savings(inputs).max(axis=1)).argmax())
+
+    @functools.cache
+    def make_part(start: int, stop: int) -> Template:
+        needs, room = inputs[:, 0] + prompt_slots, targets.max(axis=1)
+        needs[stratum] = inputs[stratum, start] + prompt_slots
+        room[stratum] = targets[stratum, start:stop].max()
+        return make_template(needs, room, row_length=row_length, row_multiple=row_multiple)
+
+    def cost(bounds: Sequence[int]) -> float:
+        return sum((b - a) * make_part(a, b).cost for a, b in itertools.pairwise(bounds))
+
+    bounds = [0, count]
+    while len(bounds) <= min(_MOST_TEMPLATES, count - 1):
+        finer = sorted({*bounds, _best_cut(inputs[stratum], bounds)})
+        if cost(finer) > (1 - _WORTH_A_TEMPLATE) * cost(bounds):
+            break
+        bounds = finer
+    return stratum, bounds, [make_part(a, b) for a, b in itertools.pairwise(bounds)]
+
+
+def _savings(lengths: np.ndarray) -> np.ndarray:
+    """Positions [..., n] that a cut in front of each element saves; `lengths` [..., n] descend."""
+    behind = lengths.shape[-1] - np.arange(lengths.shape[-1])
+    return behind * (lengths[..., :1].astype(np.int64) - lengths)
+
+
+def _best_cut(lengths: np.ndarray, bounds: Sequence[int]) -> int:
+    """Where one more cut of `lengths` [n], descending, saves the most."""
+    savings = np.concatenate([_savings(lengths[a:b]) for a, b in itertools.pairwise(bounds)])
+    return int(savings.argmax())
+
+
+def _check_row_length(lengths: np.ndarray, prompt_slots: int, row_length: int | None) -> None:
+    worst = int(lengths.argmax())
+    needed = int(lengths[worst]) + prompt_slots
+    if row_length is not None and needed > row_length:
+        raise InputError(
+            f"example {worst} has {lengths[worst]} input tokens behind {prompt_slots} prompt slots,"
+            f" more than a row of {row_length}; set row_length to {needed} or more, or shorten the "
+            f"inputs"
+        )
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
