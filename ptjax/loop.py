@@ -22,13 +22,13 @@ from typing import Any
 import grain
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import logging
 from etils import epath
 from jax.sharding import Mesh
 
 from ptjax import atomic
 from ptjax.checkpoint import Checkpoints
+from ptjax.data.batch import count_examples
 from ptjax.data.pipeline import Batches, Shape, make_iterator
 from ptjax.display import Display
 from ptjax.errors import check_at_least
@@ -197,14 +197,15 @@ class Run:
         waiting: dict[str, jax.Array] | None = None
         started, examples = time.perf_counter(), 0
         while progress.step < pace.train_steps and not progress.stopped:
-            batch = sharding.put_batch(next(data), mesh)
+            rows = next(data)
+            batch = sharding.put_batch(rows, mesh)
             state, metrics = steps[shape_of(batch)](state, frozen, batch)
             # The metrics of the step before are there by now; these are not waited for.
             if waiting is not None:
                 self._add(waiting)
             waiting = metrics
             progress.step += 1
-            examples += shape_of(batch)[0]
+            examples += count_examples(rows) * jax.process_count()
             at_end = progress.step == pace.train_steps
             log = progress.step % pace.log_period == 0 or at_end
             evaluation = progress.step % pace.eval_period == 0 or at_end
@@ -340,8 +341,10 @@ def report_memory() -> None:
 
 
 def shape_of(batch: Mapping[str, Any]) -> Shape:
-    rows, input_length = batch["encoder_input_tokens"].shape
-    return rows, input_length, batch["decoder_input_tokens"].shape[1]
+    targets = batch["decoder_input_tokens"].shape[1]
+    packed = "encoder_segment_ids" in batch
+    rows, inputs = batch["encoder_input_tokens"].shape
+    return Shape(rows, inputs, targets, packed)
 
 
 def compile_steps(
@@ -360,25 +363,20 @@ def compile_steps(
     places = jax.tree.map(lambda x: x.sharding, state)
     jitted = jax.jit(train_step, donate_argnums=0, out_shardings=(places, None))
 
-    def compile_step(rows: int, input_length: int, target_length: int) -> Callable[..., Any]:
-        def array(length: int, dtype: Any) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct((rows, length), dtype, sharding=over_rows)
-
+    def compile_step(shape: Shape) -> Callable[..., Any]:
         batch = {
-            "encoder_input_tokens": array(input_length, np.int32),
-            "decoder_input_tokens": array(target_length, np.int32),
-            "decoder_target_tokens": array(target_length, np.int32),
-            "decoder_loss_weights": array(target_length, np.float32),
+            name: jax.ShapeDtypeStruct(size, dtype, sharding=over_rows)
+            for name, (size, dtype) in shape.arrays().items()
         }
         return jitted.lower(state, frozen, batch).compile()
 
     started = time.perf_counter()
-    compiled = {shape: compile_step(*shape) for shape in shapes}
+    compiled = {shape: compile_step(shape) for shape in shapes}
     logging.info(
         "compiled the step for %d batch shapes in %.1f s: %s",
         len(shapes),
         time.perf_counter() - started,
-        ", ".join(f"{b}x{t}+{n}" for b, t, n in shapes),
+        ", ".join(f"{rows}x{inputs}+{targets}" for rows, inputs, targets, _ in shapes),
     )
     return compiled
 

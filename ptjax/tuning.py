@@ -16,9 +16,10 @@ from etils import epath
 from ptjax import __version__, atomic
 from ptjax.backbone import Backbone, load_backbone, save_backbone
 from ptjax.checkpoint import Checkpoints
+from ptjax.data.packing import PackedBatches
 from ptjax.data.pipeline import Bucket, TrainBatches, make_buckets
 from ptjax.data.preprocess import TokenizedExamples, tokenize_examples
-from ptjax.data.tasks import Example, Examples, Task
+from ptjax.data.tasks import Example, Task
 from ptjax.errors import InputError, check_at_least
 from ptjax.evaluation import Evaluation, Evaluator, HardPrompt, report_cut, report_examples
 from ptjax.interop.prompt_file import load_prompt, save_prompt
@@ -50,6 +51,8 @@ def tune(
     microbatches: int = 1,
     feature_lengths: Mapping[str, int] | None = None,
     buckets: Sequence[Bucket] | None = None,
+    pack: bool = False,
+    row_length: int | None = None,
     evaluation: Evaluation = Evaluation(),
     hard_prompt: HardPrompt | None = None,
     other_hard_prompts: Mapping[str, HardPrompt] | None = None,
@@ -68,6 +71,8 @@ def tune(
         feature_lengths: T5X's {"inputs": T, "targets": L}, EOS included; longer ones are cut,
             counted and reported.
         buckets: batch shapes (T, L); None takes input lengths that double from 32.
+        pack: short examples share rows instead; a batch holds as many examples as before.
+        row_length: T of such rows, with the prompt's places where it sees its input; None chooses.
         hard_prompt: scored beside the tuned prompt ("hard_prompt" in the results).
         other_hard_prompts: more of them, by name.
         config: the settings as text, kept as `config.gin`.
@@ -120,11 +125,23 @@ def tune(
         report_memory()
     else:
         source = tokenize_examples(train, backbone.tokenizer, lengths["inputs"], lengths["targets"])
-        batches = TrainBatches(
-            source, buckets=buckets or make_buckets(source), batch_size=batch_size, seed=seed
-        )
-        _report_data(task, train, source, batches, lengths)
-        sharding.check_batch_size(batch_size // microbatches, backbone.mesh)
+        report_examples(task, "train", train)
+        report_cut(source, lengths)
+        if pack:
+            batches = PackedBatches(
+                source,
+                batch_size=batch_size,
+                seed=seed,
+                prompt_slots=prompt_length if "prompt" in variables and prompt.sees_input else 0,
+                row_length=row_length,
+                row_multiple=microbatches * backbone.mesh.shape["data"],
+            )
+        else:
+            sharding.check_batch_size(batch_size // microbatches, backbone.mesh)
+            batches = TrainBatches(
+                source, buckets=buckets or make_buckets(source), batch_size=batch_size, seed=seed
+            )
+        _report_padding(source, batches, lengths["inputs"], pack)
         rms = embedding_rms(backbone.variables["params"]["token_embedder"]["embedding"])
         locked = freezing.lock(optimizer.make(rms), freeze)
         state = _init_state(trainable, locked, seed, backbone)
@@ -309,19 +326,17 @@ def _load_best(method: str, path: epath.Path, backbone: Backbone) -> Tree:
     return with_prompt(backbone.variables, load_prompt(path).prompt)
 
 
-def _report_data(
-    task: Task,
-    train: Examples,
-    source: TokenizedExamples,
-    batches: TrainBatches,
-    lengths: Mapping[str, int],
+def _report_padding(
+    source: TokenizedExamples, batches: TrainBatches | PackedBatches, length: int, pack: bool
 ) -> None:
-    report_examples(task, "train", train)
-    report_cut(source, lengths)
+    before = 1 - float(source.input_lengths.mean()) / length
     logging.info(
-        "%d batches an epoch, %.0f%% of the input positions are padding",
+        "%d batches an epoch; padding of the inputs %.0f%% -> %.0f%% (to %d tokens -> %s)",
         batches.batches_per_epoch,
+        100 * before,
         100 * batches.padding(),
+        length,
+        "packed, the prompt's places included" if pack else "in buckets",
     )
 
 

@@ -26,6 +26,13 @@ def shift_right(targets: np.ndarray) -> np.ndarray:
     return np.concatenate([np.zeros_like(targets[..., :1]), targets[..., :-1]], axis=-1)
 
 
+def count_examples(batch: Batch) -> int:
+    """How many examples a batch holds."""
+    if "encoder_segment_ids" not in batch:
+        return len(batch["encoder_input_tokens"])
+    return int(batch["encoder_segment_ids"].max(axis=1).sum())
+
+
 def pad(rows: Sequence[Sequence[int] | np.ndarray], length: int) -> np.ndarray:
     """Rows of at most `length` ids as int32 [B, length], padded with 0."""
     out = np.zeros((len(rows), length), np.int32)

@@ -31,6 +31,20 @@ class Shape(NamedTuple):
     targets: int
     packed: bool = False
 
+    def arrays(self) -> dict[str, tuple[tuple[int, int], type]]:
+        """Shape and dtype of every array of such a batch."""
+        encoder, decoder = (self.rows, self.inputs), (self.rows, self.targets)
+        arrays: dict[str, tuple[tuple[int, int], type]] = {
+            "encoder_input_tokens": (encoder, np.int32),
+            "decoder_input_tokens": (decoder, np.int32),
+            "decoder_target_tokens": (decoder, np.int32),
+            "decoder_loss_weights": (decoder, np.float32),
+        }
+        if self.packed:
+            arrays["encoder_segment_ids"] = (encoder, np.int32)
+            arrays["decoder_segment_ids"] = (decoder, np.int32)
+        return arrays
+
 
 class ExampleSource(Protocol):
     """Tokenised examples of known length; `tokens` may depend on the epoch, lengths may not."""
