@@ -2,9 +2,9 @@
 
     python benchmarks/sees_input.py --data_dir=DIR --output_dir=DIR
 
-SST-2, IMDb (cut to 128 tokens) and AG News, three seeds, 1,000 steps of 32 examples, P = 20; at most
-2,000 test examples. Every run is a `python -m ptjax.train` of its own, printed before it starts; one
-that finished is not run again. DATA_DIR is laid out as the gin files of the tasks say.
+SST-2, IMDb (cut to 128 tokens) and AG News, three seeds, 1,000 steps of 32 examples, P = 20; at
+most 2,000 test examples. Every run is a `python -m ptjax.train` of its own, printed before it
+starts; one that finished is not run again. DATA_DIR is laid out as the tasks' gin files say.
 """
 
 from __future__ import annotations
