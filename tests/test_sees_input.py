@@ -65,7 +65,7 @@ def assert_same(got, want, tolerance=1e-5) -> None:
 def masked_network(tiny, prompt, batch):
     """Logits of plain T5 run on [P; E] with a mask that forbids prompt -> input."""
     module, length = T5(tiny.config), len(prompt)
-    tokens = jnp.asarray(batch["encoder_input_tokens"])
+    tokens = batch["encoder_input_tokens"]
     rows, total = len(tokens), length + tokens.shape[1]
     real = np.concatenate([np.ones((rows, length), bool), tokens > 0], axis=1)
     mask = np.broadcast_to(real[:, None], (rows, total, total)).copy()
@@ -73,7 +73,7 @@ def masked_network(tiny, prompt, batch):
     mask = jnp.asarray(mask)
 
     def run(module, prompt):
-        embedded = module.embed(tokens)
+        embedded = module.embed(jnp.asarray(tokens))
         prompt = jnp.broadcast_to(prompt, (rows, *prompt.shape))
         states = module.encode_embedded(jnp.concatenate([prompt, embedded], axis=1), mask)
         encoded = Encoded(states, jnp.asarray(real, jnp.int32))
