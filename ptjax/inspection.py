@@ -47,7 +47,8 @@ def describe(
         return {"kind": "checkpoint"} | describe_checkpoint(place)
     if peft.is_peft(place) or (place.is_file() and place.name != "checkpoint"):
         return {"kind": "prompt", "path": os.fspath(path)} | describe_prompt(load_prompt(place))
-    if below := prompts_below(place):
+    backbone_here = t5x.is_t5x(place) or (place / "config.json").exists()
+    if place.is_dir() and not backbone_here and (below := prompts_below(place)):
         raise InputError(f"{path}: no prompt itself; did you mean {below[0]}?")
     opened = open_backbone(path, tokenizer=tokenizer, **config_overrides)
     return {"kind": "backbone"} | describe_backbone(opened)

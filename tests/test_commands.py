@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -22,7 +23,7 @@ from ptjax.errors import InputError
 from ptjax.inference import generate, generate_with_scores
 from ptjax.interop import huggingface
 from ptjax.interop.peft import export_peft
-from ptjax.interop.prompt_file import load_prompt, save_prompt
+from ptjax.interop.prompt_file import PromptFile, load_prompt, save_prompt
 from ptjax.models.t5 import T5Config, init_params
 
 pytestmark = pytest.mark.usefixtures("own_process")
@@ -300,6 +301,18 @@ def test_check_prompt_looks_at_the_tokenizer_too(place, backbone):
     check_prompt(backbone, file, allow_mismatch=True)
 
 
+def test_check_prompt_takes_a_hub_id_for_any_commit_of_it(backbone, caplog):
+    """PEFT writes the id alone."""
+    of_hub = dataclasses.replace(backbone, name="google/t5@" + "0a" * 20)
+    prompt = np.ones((3, 16), np.float32)
+    for name in (of_hub.name, "google/t5"):
+        check_prompt(of_hub, PromptFile(prompt, {"backbone_name": name}))
+    assert not caplog.records
+    for name in ("google/t5@main", "google/mt5"):
+        check_prompt(of_hub, PromptFile(prompt, {"backbone_name": name}))
+        assert f"tuned on {name} and does not tell its weights" in caplog.text
+
+
 def test_a_users_own_preprocess_comes_from_the_gin_files_task():
     task = Task(name="t", inputs="{a}", targets="{b}", preprocess=_doubled)
     metadata = {"task": json.loads(json.dumps(task.describe()))}
@@ -398,6 +411,8 @@ def test_inspect_refuses(fails, tmp_path, run_dir):
     assert fails("inspect", "x.safetensors").startswith("x.safetensors: ")
     Path("empty").mkdir()
     assert "holds no backbone that ptjax knows" in fails("inspect", tmp_path / "empty")
+    export_peft("above/named", np.ones((3, 16), np.float32), num_heads=2, num_layers=1)
+    assert fails("inspect", "above").endswith("did you mean above/named?")
     (run_dir / "results.json").write_text("{")
     assert "results.json: the file is no JSON" in fails("inspect", run_dir)
 

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from conftest import FIXTURES
 from test_torch_parity import (
-    SIZES,
     assert_same_logits,
     load_into_torch,
     make_tokens,
@@ -140,7 +139,8 @@ WRITTEN = {
 
 @pytest.mark.parametrize("safetensors", [True, False], ids=["safetensors", "bin"])
 @pytest.mark.parametrize(
-    ("written", "kind"), [*((name, "t5_1_1") for name in WRITTEN), ("text", "t5_1_0"), ("text", "byt5")]
+    ("written", "kind"),
+    [*((name, "t5_1_1") for name in WRITTEN), ("text", "t5_1_0"), ("text", "byt5")],
 )
 def test_ptjax_computes_what_peft_computes_with_a_prompt_that_peft_tuned(
     written, kind, safetensors

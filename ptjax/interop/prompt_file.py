@@ -94,12 +94,10 @@ def prompts_below(directory: epath.Path) -> list[epath.Path]:
     PEFT gives an adapter with a name a folder of its own; google-research/prompt-tuning has
     `numpy_checkpoints/checkpoint_N/encoder.prompt.prompt.prompt`.
     """
-    if not directory.is_dir():
-        return []
     numpy_name = T5X_PROMPT.replace("/", ".")
-    found = [directory / numpy_name, *(child / numpy_name for child in directory.iterdir())]
-    named = [child for child in directory.iterdir() if peft.is_peft(child)]
-    return sorted([*named, *(file for file in found if file.exists())], key=os.fspath)
+    found = [file for glob in ("", "*/") for file in directory.glob(glob + numpy_name)]
+    found += [config.parent for config in directory.glob(f"*/{peft.CONFIG}")]
+    return sorted(found, key=os.fspath)
 
 
 def _load_directory(path: epath.Path) -> tuple[np.ndarray, dict[str, Any]]:
