@@ -155,7 +155,7 @@ def _open(
     name = os.fspath(path)
     directory = shipped(name) or epath.Path(path).expanduser()
     if not directory.exists():
-        if name.count("/") > 1 or name.startswith((".", "/", "~", "gs://")):
+        if not _may_be_hub_id(name):
             raise InputError(f"no backbone at {name}: the path does not exist")
         repo_id, _, revision = name.partition("@")
         directory, revision = huggingface.download(repo_id, revision or None)
@@ -174,6 +174,19 @@ def _open(
     folders = (found, found.parent)
     told = next((load_config(x) for x in folders if (x / "config.json").exists()), {})
     return t5x.load_t5x(found), told, os.fspath(found), folders
+
+
+def _may_be_hub_id(name: str) -> bool:
+    return name.count("/") <= 1 and not name.startswith((".", "/", "~", "gs://"))
+
+
+def would_download(path: str | os.PathLike[str]) -> bool:
+    """Whether `path` may be a model of the hub of which this machine has no copy."""
+    name = os.fspath(path)
+    if shipped(name) or not _may_be_hub_id(name) or epath.Path(path).exists():
+        return False
+    repo_id, _, revision = name.partition("@")
+    return not huggingface.is_downloaded(repo_id, revision or None)
 
 
 def _tokenizer_of(
@@ -399,6 +412,8 @@ def check_prompt(
             f"{width}; it was tuned on {prompt.metadata.get('backbone_name', 'another backbone')}"
         )
     tokenizer = backbone.tokenizer
+    own_name, own_id = backbone.name, backbone.name.partition("@")[0]
+    name = prompt.metadata.get("backbone_name")
     checked = dict(prompt.metadata)
     for what, own in (
         ("backbone", backbone.fingerprint),
@@ -406,16 +421,23 @@ def check_prompt(
     ):
         wanted = prompt.metadata.get(f"{what}_fingerprint")
         checked[f"{what}_fingerprint"] = own or wanted
-        if what == "backbone" and wanted is None:
+        if what == "backbone" and wanted is None and name is None:
             logging.warning(
                 "the prompt does not say which backbone it was tuned on; its width fits"
             )
+        # PEFT records a name, and of a model of the hub seldom the commit.
+        elif what == "backbone" and wanted is None and name not in (own_name, own_id):
+            logging.warning(
+                "the prompt was tuned on %s and does not tell its weights; that they are those of "
+                "%s cannot be checked, its width fits",
+                name,
+                own_name,
+            )
         if wanted is None or own is None or wanted == own:
             continue
-        name = prompt.metadata.get("backbone_name", "?")
         problem = (
-            f"the prompt was tuned on {name} with the {what} {wanted[:19]}, not with that of "
-            f"{backbone.name}, {own[:19]}"
+            f"the prompt was tuned on {name or 'a backbone'} with the {what} {wanted[:19]}, not "
+            f"with that of {own_name}, {own[:19]}"
         )
         if not allow_mismatch:
             raise InputError(f"{problem}; load its own, or override with allow_mismatch")

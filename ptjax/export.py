@@ -20,9 +20,9 @@ def main() -> None:
         """
         Writes a prompt for others. safetensors: ptjax's own file, one tensor `prompt` [P, D] with
         all it knows of itself in the header. npy: the numpy file that
-        google-research/prompt-tuning reads. huggingface: a directory for
-        peft.PeftModel.from_pretrained, which needs the backbone's sizes. The last two keep nothing
-        of the task: its template has to travel beside them.
+        google-research/prompt-tuning reads; it keeps nothing of the task. huggingface: a directory
+        for peft.PeftModel.from_pretrained, which needs the backbone's sizes; ptjax finds the task
+        in it again, for PEFT the template has to travel beside it.
 
           python -m ptjax.export --model_dir=runs/quickstart --to=npy --output=prompt.npy
         """,
@@ -100,14 +100,29 @@ def export(arguments: argparse.Namespace) -> None:
 def backbone_sizes(
     arguments: argparse.Namespace, metadata: dict[str, object]
 ) -> tuple[str, int, int, int]:
-    """(name, heads, encoder layers, width) of the backbone, whose weights are not read."""
+    """(name, heads, encoder layers, width) of the backbone, of whose weights a sample is read.
+
+    Raises:
+        InputError: nothing names it, or the prompt was tuned on another one.
+    """
+    from ptjax import inspection
     from ptjax.backbone import open_backbone
 
-    bound = cli.settings(chosen.LOAD_BACKBONE, "path").get("path")
-    path = arguments.backbone or bound or metadata.get("backbone_name")
-    if path is None:
+    path = arguments.backbone or cli.settings(chosen.LOAD_BACKBONE, "path").get("path")
+    named = metadata.get("backbone_name")
+    if path is None and named is None:
         raise InputError("--to=huggingface needs the backbone's sizes; name it with --backbone")
-    opened = open_backbone(str(path))
+    if path is None:
+        with chosen.naming_it(str(named)):
+            opened = open_backbone(str(named))
+    else:
+        opened = open_backbone(str(path))
+    wanted = metadata.get("backbone_fingerprint")
+    if wanted not in (None, inspection.describe_backbone(opened)["fingerprint"]):
+        raise InputError(
+            f"the prompt was not tuned on the weights of {opened.name}, which PEFT would be told; "
+            f"name its own backbone, {named}, with --backbone"
+        )
     config = opened.config
     return opened.name, config.num_heads, config.num_encoder_layers, config.emb_dim
 

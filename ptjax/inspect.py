@@ -61,12 +61,17 @@ def add_tokens(
     described: dict[str, Any], arguments: argparse.Namespace, bound: dict[str, Any]
 ) -> None:
     """Adds "compared_with" and "nearest_tokens", or "not_compared" with the reason."""
-    from ptjax import inspection
+    from ptjax import backbone, inspection
 
     asked = arguments.backbone or bound.get("path")
     name = asked or described["metadata"].get("backbone_name")
     if name is None:
         described["not_compared"] = "name the backbone with --backbone to see the nearest tokens"
+        return
+    if not asked and backbone.would_download(name):
+        described["not_compared"] = (
+            f"its backbone, {name}, is not on this machine; --backbone={name} downloads it"
+        )
         return
     try:
         described["nearest_tokens"] = inspection.compare(

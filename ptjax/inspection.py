@@ -18,7 +18,7 @@ from ptjax.backbone import OpenBackbone, fingerprint, open_backbone
 from ptjax.data.tokenizer import Tokenizer
 from ptjax.errors import InputError
 from ptjax.interop import peft, t5x
-from ptjax.interop.prompt_file import PromptFile, load_prompt
+from ptjax.interop.prompt_file import PromptFile, load_prompt, prompts_below
 from ptjax.scale.sharding import make_mesh
 from ptjax.training.freeze import unflatten_paths
 
@@ -47,6 +47,9 @@ def describe(
         return {"kind": "checkpoint"} | describe_checkpoint(place)
     if peft.is_peft(place) or (place.is_file() and place.name != "checkpoint"):
         return {"kind": "prompt", "path": os.fspath(path)} | describe_prompt(load_prompt(place))
+    backbone_here = t5x.is_t5x(place) or (place / "config.json").exists()
+    if place.is_dir() and not backbone_here and (below := prompts_below(place)):
+        raise InputError(f"{path}: no prompt itself; did you mean {below[0]}?")
     opened = open_backbone(path, tokenizer=tokenizer, **config_overrides)
     return {"kind": "backbone"} | describe_backbone(opened)
 

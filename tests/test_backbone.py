@@ -188,6 +188,16 @@ def test_a_path_that_does_not_exist_is_not_looked_for_on_the_hub(path, monkeypat
         load_backbone(path)
 
 
+def test_only_a_hub_id_that_is_not_here_would_be_downloaded(saved, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface, "is_downloaded", lambda repo_id, revision: revision == "0a")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "t5").mkdir(parents=True)
+    for name in ("ptjax-nano", saved, "runs/t5", "/nowhere/t5", "a/b/c", "google/t5@0a"):
+        assert not backbones.would_download(name), name
+    for name in ("google/t5", "google/t5@0b", "t5-small"):
+        assert backbones.would_download(name), name
+
+
 def test_a_folder_of_something_else(tmp_path):
     (tmp_path / "notes.txt").write_text("hello")
     with pytest.raises(InputError, match="holds no backbone that ptjax knows"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
+from markers import SHARED
 
 from ptjax import cli, inspection, prediction
 from ptjax.backbone import check_prompt, load_backbone, save_backbone
@@ -20,7 +22,8 @@ from ptjax.data.tokenizer import load_tokenizer
 from ptjax.errors import InputError
 from ptjax.inference import generate, generate_with_scores
 from ptjax.interop import huggingface
-from ptjax.interop.prompt_file import load_prompt, save_prompt
+from ptjax.interop.peft import export_peft
+from ptjax.interop.prompt_file import PromptFile, load_prompt, save_prompt
 from ptjax.models.config import T5Config
 from ptjax.models.t5 import init_params
 
@@ -299,6 +302,18 @@ def test_check_prompt_looks_at_the_tokenizer_too(place, backbone):
     check_prompt(backbone, file, allow_mismatch=True)
 
 
+def test_check_prompt_takes_a_hub_id_for_any_commit_of_it(backbone, caplog):
+    """PEFT writes the id alone."""
+    of_hub = dataclasses.replace(backbone, name="google/t5@" + "0a" * 20)
+    prompt = np.ones((3, 16), np.float32)
+    for name in (of_hub.name, "google/t5"):
+        check_prompt(of_hub, PromptFile(prompt, {"backbone_name": name}))
+    assert not caplog.records
+    for name in ("google/t5@main", "google/mt5"):
+        check_prompt(of_hub, PromptFile(prompt, {"backbone_name": name}))
+        assert f"tuned on {name} and does not tell its weights" in caplog.text
+
+
 def test_a_users_own_preprocess_comes_from_the_gin_files_task():
     task = Task(name="t", inputs="{a}", targets="{b}", preprocess=_doubled)
     metadata = {"task": json.loads(json.dumps(task.describe()))}
@@ -397,6 +412,8 @@ def test_inspect_refuses(fails, tmp_path, run_dir):
     assert fails("inspect", "x.safetensors").startswith("x.safetensors: ")
     Path("empty").mkdir()
     assert "holds no backbone that ptjax knows" in fails("inspect", tmp_path / "empty")
+    export_peft("above/named", np.ones((3, 16), np.float32), num_heads=2, num_layers=1)
+    assert fails("inspect", "above").endswith("did you mean above/named?")
     (run_dir / "results.json").write_text("{")
     assert "results.json: the file is no JSON" in fails("inspect", run_dir)
 
@@ -463,6 +480,129 @@ def test_export_refuses(fails, place):
     Path("p").mkdir()
     assert "is a directory" in fails(*bare, "--to=npy", "--force")
     assert not list(Path("p").iterdir())
+
+
+def test_a_prompt_goes_through_every_format_and_back(call, place):
+    """Bitwise, and with all it knows of itself where the format can carry it."""
+    original = load_prompt(place / "prompt.safetensors")
+    source = place / "prompt.safetensors"
+    for i, kind in enumerate(("huggingface", "safetensors", "huggingface", "npy", "safetensors")):
+        code, _, err = call("export", source, f"--to={kind}", f"--output={i}")
+        assert code == 0, err
+        source, copy = Path(f"{i}"), load_prompt(f"{i}")
+        assert copy.prompt.tobytes() == original.prompt.tobytes()
+        assert copy.metadata == (original.metadata if i < 3 else {})
+
+
+def test_a_peft_directory_of_ours_is_used_like_our_own_file(call, place):
+    """Its backbone, template and labels are in it."""
+    own = place / "prompt.safetensors"
+    code, _, err = call("export", own, "--to=huggingface", "--output=peft")
+    assert code == 0, err
+    _, expected, _ = call("infer", f"--prompt={own}", "a text")
+    _, out, err = call("infer", "--prompt=peft", "a text")
+    assert out == expected and "probabilities" in _rows(out)[0] and "warning" not in err, err
+    _, expected, _ = call("inspect", own)
+    _, out, err = call("inspect", "peft")
+    assert out == expected.replace(f"path: {own}", "path: peft"), err
+
+
+def test_a_peft_directory_of_others_names_its_backbone_alone(call, fails, place):
+    export_peft(
+        "peft", load_prompt(place / "bare.npy").prompt, num_heads=2, num_layers=1,
+        base_model=str(place / "backbone"),
+    )  # fmt: skip
+    code, out, err = call("infer", "--prompt=peft", "a text", "--max_new_tokens=2")
+    assert code == 0 and _rows(out)[0]["inputs"] == "a text" and "warning" not in err, err
+    flags = ("--prompt=peft", "a text", "--max_new_tokens=2", f"--backbone={place / 'other'}")
+    code, _, err = call("infer", *flags)
+    said = f"warning: the prompt was tuned on {place / 'backbone'} and does not tell its weights"
+    assert code == 0 and err.count(said) == 1
+    _, out, err = call("inspect", "peft", "--json")
+    assert json.loads(out)["compared_with"] == str(place / "backbone"), err
+    config = json.loads(Path("peft/adapter_config.json").read_text())
+    Path("peft/adapter_config.json").write_text(
+        json.dumps(config | {"base_model_name_or_path": "/gone/t5"})
+    )
+    export = ("export", "peft", "--to=huggingface", "--output=p")
+    for command in (("infer", "x", "--prompt=peft"), export):
+        said = fails(*command)
+        assert said.startswith("no backbone at /gone/t5: ") and "--backbone=PATH" in said
+
+
+def test_inspect_downloads_nothing_unasked(call, place, monkeypatch):
+    monkeypatch.setattr(huggingface, "is_downloaded", lambda repo_id, revision: False)
+    monkeypatch.setattr(huggingface, "download", None)
+    prompt = load_prompt(place / "bare.npy").prompt
+    export_peft("peft", prompt, num_heads=2, num_layers=1, base_model="google/t5", revision="v1")
+    code, out, err = call("inspect", "peft", "--json")
+    assert code == 0, err
+    assert json.loads(out)["not_compared"] == (
+        "its backbone, google/t5@v1, is not on this machine; --backbone=google/t5@v1 downloads it"
+    )
+
+
+def test_export_tells_peft_no_other_backbone_than_the_prompt_s(fails, call, place):
+    flags = ("export", place / "prompt.safetensors", "--to=huggingface", "--output=p")
+    said = fails(*flags, f"--backbone={place / 'other'}")
+    assert said.startswith(f"the prompt was not tuned on the weights of {place / 'other'}, ")
+    assert not Path("p").exists()
+    shutil.copytree(place / "backbone", "moved")
+    code, _, err = call(*flags, "--backbone=moved")
+    assert code == 0, err
+    assert json.loads(Path("p/adapter_config.json").read_text())["base_model_name_or_path"] == (
+        "moved"
+    )
+
+
+def released(folder: Path) -> Path:
+    """Like those that google-research/prompt-tuning released: entries of some tens."""
+    prompt = np.random.default_rng(0).normal(scale=30, size=(100, 768)).astype(np.float32)
+    np.save(folder / "like_released.npy", prompt)
+    return folder / "like_released.npy"
+
+
+@pytest.fixture(scope="module")
+def base_wide(tmp_path_factory) -> Path:
+    """A backbone as wide as T5 base, and else tiny."""
+    folder = tmp_path_factory.mktemp("wide")
+    sizes = dict(emb_dim=768, num_heads=1, head_dim=8, mlp_dim=8)
+    config = T5Config(vocab_size=64, num_encoder_layers=1, num_decoder_layers=1, **sizes)
+    params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
+    save_backbone(folder, config, params, dtype="float32")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        pytest.param(released, id="like_released"),
+        *(
+            pytest.param(
+                lambda _, name=name: SHARED / "fixtures" / "released_prompts" / f"{name}.npy",
+                marks=pytest.mark.shared,
+                id=name,
+            )
+            for name in ("sst2", "mrpc", "rte")
+        ),
+    ],
+)
+def test_a_released_prompt_is_imported_exported_and_inspected(call, tmp_path, base_wide, source):
+    file = source(tmp_path)
+    prompt = np.load(file)
+    _, out, err = call("inspect", file, "--json", f"--backbone={base_wide}")
+    described, norms = json.loads(out), np.linalg.norm(prompt, axis=1)
+    assert (described["shape"], described["bytes"]) == ([100, 768], 307_200), err
+    assert described["row_norms"]["least"] == pytest.approx(norms.min())
+    assert described["row_norms"]["least"] > 100 and len(described["nearest_tokens"]) == 100
+    flags = {"safetensors": (), "npy": (), "huggingface": (f"--backbone={base_wide}",)}
+    for kind, more in flags.items():
+        code, _, err = call("export", file, f"--to={kind}", f"--output=to/{kind}", *more)
+        assert code == 0, err
+        assert load_prompt(f"to/{kind}").prompt.tobytes() == prompt.tobytes()
+        code, _, err = call("export", f"to/{kind}", "--to=npy", f"--output=back/{kind}.npy")
+        assert code == 0, err
+        assert Path(f"back/{kind}.npy").read_bytes() == file.read_bytes()
 
 
 # train, and what the others make of it

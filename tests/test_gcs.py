@@ -29,6 +29,7 @@ from ptjax.data.tasks import Task
 from ptjax.data.tokenizer import load_tokenizer
 from ptjax.errors import InputError
 from ptjax.evaluation import Evaluation
+from ptjax.interop.peft import export_peft
 from ptjax.interop.prompt_file import load_prompt, save_prompt
 from ptjax.loop import Pace
 from ptjax.models.config import T5Config
@@ -152,10 +153,16 @@ def test_prompts_out_and_in(folder):
     loaded = load_prompt(folder / "best.safetensors")
     np.testing.assert_array_equal(loaded.prompt, prompt)
     assert loaded.metadata == {"step": 3}
+    for changed in (prompt + 1, prompt):  # the second replaces the first
+        export_peft(folder / "ours", changed, num_heads=2, num_layers=1, metadata={"step": 3})
+        np.testing.assert_array_equal(load_prompt(folder / "ours").prompt, changed)
+    assert load_prompt(folder / "ours").metadata == {"step": 3}
     local = FIXTURES / "peft" / "prompt_tuning"
     np.testing.assert_array_equal(
         load_prompt(upload(local, folder / "peft")).prompt, load_prompt(local).prompt
     )
+    with pytest.raises(InputError, match=f"did you mean {folder}/ours"):
+        load_prompt(folder)
 
 
 def test_a_file_is_whole_or_the_one_before(folder):

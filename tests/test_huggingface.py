@@ -497,6 +497,19 @@ def test_download_asks_for_torch_files_only_where_there_is_nothing_better(tmp_pa
     assert len(asked) == 1
 
 
+def test_what_the_cache_of_the_hub_holds(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    commit, folder = "0a" * 20, tmp_path / "models--google--t5"
+    (folder / "snapshots" / commit).mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(commit)
+    assert not huggingface.is_downloaded("google/t5")
+    (folder / "snapshots" / commit / "config.json").touch()
+    assert huggingface.is_downloaded("google/t5") and huggingface.is_downloaded("google/t5", commit)
+    for repo_id, revision in (("google/t5", "0b" * 20), ("google/mt5", None), ("no such", None)):
+        assert not huggingface.is_downloaded(repo_id, revision)
+
+
 @pytest.mark.parametrize("repo_id", ["google/t5-small-lm-adapt", "no such name"])
 def test_offline_is_one_line(tmp_path, monkeypatch, repo_id):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)

@@ -10,7 +10,8 @@ import pytest
 import safetensors.numpy
 
 from ptjax.errors import InputError
-from ptjax.interop.peft import export_peft, load_peft
+from ptjax.interop import safetensors_file
+from ptjax.interop.peft import export_peft, is_peft, load_peft
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures" / "peft"
 
@@ -38,14 +39,19 @@ def change_tensors(directory, **tensors):
 
 @pytest.mark.parametrize("name", ["prompt_tuning", "prompt_tuning_two", "p_tuning", "bin"])
 def test_what_peft_wrote(name):
-    """With one submodule, with PEFT's default of two, an MLP's output, an old pickled file."""
+    """With one submodule, with PEFT's default of two, an MLP's output, an old pickled file.
+
+    What it writes today, `test_peft_parity` sees.
+    """
     expected = np.load(FIXTURES / "expected.npz")[name]
-    np.testing.assert_array_equal(load_peft(FIXTURES / name), expected)
+    prompt, metadata = load_peft(FIXTURES / name)
+    np.testing.assert_array_equal(prompt, expected)
+    assert metadata == {}
 
 
 def test_our_config_is_peft_s_own_for_the_same_prompt(tmp_path):
     """Byte for byte, but for the name of the backbone."""
-    prompt = load_peft(FIXTURES / "prompt_tuning")
+    prompt, _ = load_peft(FIXTURES / "prompt_tuning")
     theirs = (FIXTURES / "prompt_tuning/adapter_config.json").read_text()
     base_model = json.loads(theirs)["base_model_name_or_path"]
     export_peft(tmp_path, prompt, num_heads=2, num_layers=1, base_model=base_model)
@@ -53,23 +59,53 @@ def test_our_config_is_peft_s_own_for_the_same_prompt(tmp_path):
 
 
 def test_an_exported_prompt_comes_back_bitwise(exported, prompt):
-    np.testing.assert_array_equal(load_peft(exported), prompt)
+    np.testing.assert_array_equal(load_peft(exported)[0], prompt)
     tensors = safetensors.numpy.load_file(exported / "adapter_model.safetensors")
     assert list(tensors) == ["prompt_embeddings"]
     assert tensors["prompt_embeddings"].dtype == np.float32
 
 
-def test_metadata_stands_in_the_header(tmp_path, prompt):
-    export_peft(tmp_path, prompt, num_heads=2, num_layers=3, metadata={"step": 7, "task": "sst2"})
+def test_metadata_stands_in_the_header_and_comes_back(tmp_path, prompt):
+    metadata = {"step": 7, "task": {"inputs": "Kritik: {text} →"}, "backbone_fingerprint": None}
+    export_peft(tmp_path, prompt, num_heads=2, num_layers=3, metadata=metadata)
     with safetensors.safe_open(tmp_path / "adapter_model.safetensors", "numpy") as file:
-        assert file.metadata() == {"format": "pt", "step": "7", "task": '"sst2"'}
+        assert file.metadata()["format"] == "pt" and file.metadata()["step"] == "7"
+    assert load_peft(tmp_path)[1] == metadata
+
+
+@pytest.mark.parametrize(
+    ("base_model", "revision", "name"),
+    [("google/t5", None, "google/t5"), ("google/t5", "main", "google/t5@main"), ("", None, None)],
+)
+def test_the_config_names_the_backbone(exported, base_model, revision, name):
+    change_config(exported, base_model_name_or_path=base_model, revision=revision)
+    assert load_peft(exported)[1].get("backbone_name") == name
+
+
+def test_the_name_that_was_exported_stands_above_the_config_s(tmp_path, prompt):
+    metadata = {"backbone_name": "gs://bucket/t5"}
+    export_peft(
+        tmp_path, prompt, num_heads=2, num_layers=3, base_model="google/t5", metadata=metadata
+    )
+    assert load_peft(tmp_path)[1] == metadata
+
+
+def test_an_export_that_was_cut_off_is_no_prompt(exported, prompt, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(safetensors_file, "save_safetensors", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        export_peft(exported, prompt + 1, num_heads=2, num_layers=3)
+    with pytest.raises(InputError, match=r"adapter_config\.json: the file is missing"):
+        load_peft(exported)
 
 
 @pytest.mark.parametrize("keys", [{"num_transformer_submodules": 2}, {}])
 def test_the_dead_second_half_is_dropped(exported, prompt, keys):
     change_config(exported, **({"num_transformer_submodules": "absent"} | keys))
     change_tensors(exported, prompt_embeddings=np.concatenate([prompt, prompt + 1]))
-    np.testing.assert_array_equal(load_peft(exported), prompt)
+    np.testing.assert_array_equal(load_peft(exported)[0], prompt)
 
 
 @pytest.mark.parametrize(
@@ -79,9 +115,10 @@ def test_the_dead_second_half_is_dropped(exported, prompt, keys):
         ({"peft_type": "MULTITASK_PROMPT_TUNING"}, r"prefix_task_cols\[t\] @ prefix_task_rows"),
         ({"peft_type": "CARTRIDGE"}, "of CARTRIDGE"),
         ({"peft_type": "LORA"}, "of LORA, which cannot be read: it is no soft prompt"),
-        ({"peft_type": "absent"}, "of None"),
-        ({"task_type": "absent"}, "task_type is None"),
-        ({"task_type": "CAUSAL_LM"}, "task_type is 'CAUSAL_LM'"),
+        ({"peft_type": "CPT"}, "of CPT, which cannot be read: it belongs to decoder-only"),
+        ({"peft_type": "absent"}, "peft_type is missing"),
+        ({"task_type": "absent"}, 'task_type is missing.* set it to "SEQ_2_SEQ_LM"'),
+        ({"task_type": "CAUSAL_LM"}, "task_type is CAUSAL_LM, .* SEQ_2_SEQ_LM"),
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save names \['lm_head'\]"),
         ({"num_virtual_tokens": "absent"}, "num_virtual_tokens is None"),
         ({"num_virtual_tokens": 0}, "num_virtual_tokens is 0"),
@@ -94,6 +131,15 @@ def test_the_dead_second_half_is_dropped(exported, prompt, keys):
 def test_where_peft_is_silent_we_are_not(exported, keys, message):
     change_config(exported, **keys)
     with pytest.raises(InputError, match=message):
+        load_peft(exported)
+
+
+def test_weights_of_the_backbone_beside_the_prompt_are_refused(exported, prompt):
+    shared = {"base_model.shared.weight": np.ones((9, 6), np.float32)}
+    change_tensors(exported, prompt_embeddings=prompt, **shared)
+    with pytest.raises(
+        InputError, match=r"also holds base_model\.shared\.weight.* save_embedding_layers=False"
+    ):
         load_peft(exported)
 
 
@@ -118,3 +164,13 @@ def test_broken_directories(exported, prompt):
     (exported / "adapter_config.json").unlink()
     with pytest.raises(InputError, match=r"adapter_config\.json: the file is missing"):
         load_peft(exported)
+
+
+@pytest.mark.parametrize(
+    "name", ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"]
+)
+def test_half_a_directory_is_peft_s_too(tmp_path, name):
+    """Or the message would be that of a directory of no kind."""
+    assert not is_peft(tmp_path)
+    (tmp_path / name).touch()
+    assert is_peft(tmp_path)

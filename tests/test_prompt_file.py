@@ -19,6 +19,7 @@ from ptjax.interop.peft import export_peft
 from ptjax.interop.prompt_file import T5X_PROMPT, load_prompt, save_prompt
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
+NUMPY_NAME = "encoder.prompt.prompt.prompt"
 METADATA = {
     "ptjax_version": "0.1.0",
     "task": "sst2",
@@ -70,7 +71,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, prompt):
     assert len(list(tmp_path.iterdir())) == 1
 
 
-@pytest.mark.parametrize("name", ["prompt.npy", "encoder.prompt.prompt.prompt"])
+@pytest.mark.parametrize("name", ["prompt.npy", NUMPY_NAME])
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, ml_dtypes.bfloat16, ">f4"])
 def test_a_numpy_file_of_prompt_tuning(tmp_path, prompt, name, dtype):
     with (tmp_path / name).open("wb") as stream:
@@ -82,9 +83,28 @@ def test_a_numpy_file_of_prompt_tuning(tmp_path, prompt, name, dtype):
 
 
 def test_a_peft_directory_or_its_weights(tmp_path, prompt):
-    export_peft(tmp_path, prompt, num_heads=2, num_layers=3)
-    for path in (tmp_path, tmp_path / "adapter_model.safetensors"):
+    export_peft(tmp_path, prompt, num_heads=2, num_layers=3, metadata=METADATA)
+    files = ("adapter_model.safetensors", "adapter_config.json")
+    for path in (tmp_path, *(tmp_path / file for file in files)):
         np.testing.assert_array_equal(load_prompt(path).prompt, prompt)
+        assert load_prompt(path).metadata == METADATA
+    (tmp_path / "adapter_config.json").unlink()
+    with pytest.raises(InputError, match=r"adapter_config\.json: the file is missing"):
+        load_prompt(tmp_path / "adapter_model.safetensors")
+
+
+def test_a_directory_above_prompts(tmp_path, prompt):
+    """An adapter with a name is in a folder of its own, and a numpy prompt below its step."""
+    adapter, numpy_file = tmp_path / "named", tmp_path / "checkpoint_9" / NUMPY_NAME
+    export_peft(adapter, prompt, num_heads=2, num_layers=3)
+    with pytest.raises(InputError, match=rf"did you mean {adapter}\?"):
+        load_prompt(tmp_path)
+    numpy_file.parent.mkdir()
+    with numpy_file.open("wb") as stream:
+        np.save(stream, prompt)
+    for folder in (tmp_path, numpy_file.parent):
+        with pytest.raises(InputError, match=rf"did you mean {numpy_file}\?"):
+            load_prompt(folder)
 
 
 def write_t5x_prompt(checkpoint, prompt):
@@ -187,6 +207,7 @@ def test_a_path_below_home(tmp_path, prompt, monkeypatch):
 @pytest.mark.shared
 @pytest.mark.parametrize("name", ["sst2", "mrpc", "rte"])
 def test_a_prompt_that_google_released(tmp_path, name):
+    """What the commands make of it, `test_commands` sees."""
     file = SHARED / "fixtures" / "released_prompts" / f"{name}.npy"
     released = load_prompt(file).prompt
     assert (released.shape, released.dtype) == ((100, 768), np.float32)

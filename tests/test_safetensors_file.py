@@ -11,7 +11,12 @@ import safetensors
 import safetensors.numpy
 
 from ptjax.errors import InputError
-from ptjax.interop.safetensors_file import open_safetensors, save_safetensors
+from ptjax.interop.safetensors_file import (
+    from_header,
+    open_safetensors,
+    save_safetensors,
+    to_header,
+)
 
 
 @pytest.fixture
@@ -138,6 +143,22 @@ def test_a_header_that_lies(tmp_path, entry, message):
     file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
     with pytest.raises(InputError, match=message):
         open_safetensors(file)
+
+
+def test_metadata_that_is_no_object(tmp_path):
+    header = b'{"__metadata__": ["pt"]}'
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(InputError, match="the metadata of the header is damaged"):
+        open_safetensors(file)
+
+
+def test_any_json_fits_into_a_header():
+    metadata = {"step": 3, "value": 0.1, "none": None, "task": {"text": "→ 3"}, "number": "3"}
+    header = to_header(metadata)
+    assert all(isinstance(text, str) for text in header.values())
+    assert from_header(header) == metadata
+    assert from_header({"format": "pt"}) == {"format": "pt"}
 
 
 @pytest.mark.parametrize("header", [b"[1, 2]", b"not json"])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
@@ -102,15 +104,29 @@ def load_backbone(arguments: argparse.Namespace, metadata: dict[str, Any]) -> An
         if tuned.exists() and not (directory / BEST_PROMPT).exists():
             path = os.fspath(tuned)
     bound = settings(LOAD_BACKBONE, "path", "tokenizer")
+    named = metadata.get("backbone_name")
     if path is None and not bound:
-        path = metadata.get("backbone_name")
-    if path is None and not bound:
-        raise InputError("which backbone? Name it with --backbone=PATH or a --gin_file")
+        if named is None:
+            raise InputError("which backbone? Name it with --backbone=PATH or a --gin_file")
+        with naming_it(named):
+            return configured(LOAD_BACKBONE, backbone.load_backbone)(named)
     if path is None:
         found = settings(TUNE, "backbone").get("backbone")
         return found or configured(LOAD_BACKBONE, backbone.load_backbone)()
     # The other settings of the gin file (tokenizer, mesh, dtype) hold for this path as well.
     return configured(LOAD_BACKBONE, backbone.load_backbone)(path)
+
+
+@contextlib.contextmanager
+def naming_it(name: str) -> Iterator[None]:
+    """Tells a user who named no backbone where the one that fails to load comes from."""
+    try:
+        yield
+    except InputError as error:
+        problem = str(error).splitlines()[0]  # gin appends lines to what is raised inside of it
+        raise InputError(
+            f"{problem}; the prompt names {name}, where that is now goes into --backbone=PATH"
+        ) from error
 
 
 def load_prompt(arguments: argparse.Namespace) -> Any:

@@ -279,6 +279,15 @@ def _write_json(path: epath.Path, value: Any) -> None:
 # The hub
 
 
+def is_downloaded(repo_id: str, revision: str | None = None) -> bool:
+    """Whether the hub's cache on this machine holds the model's config."""
+    try:
+        file = huggingface_hub.try_to_load_from_cache(repo_id, "config.json", revision=revision)
+    except huggingface_hub.errors.HFValidationError:
+        return False
+    return isinstance(file, str)
+
+
 def download(repo_id: str, revision: str | None = None) -> tuple[epath.Path, str]:
     """(local directory, commit) of a model on the Hugging Face hub, from its cache if offline.
 

@@ -18,10 +18,14 @@ from etils import epath
 from ptjax.atomic import written_whole
 from ptjax.errors import InputError
 from ptjax.interop import safetensors_file, torch_file
+from ptjax.interop.stored import StoredArray
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+TORCH_WEIGHTS = "adapter_model.bin"
+FILES = (CONFIG, WEIGHTS, TORCH_WEIGHTS)
 _TENSOR = "prompt_embeddings"
+_FORMAT = {"format": "pt"}  # in every header that PEFT writes
 _PEFT_VERSION = "0.21.2"  # the version whose layout `export_peft` writes
 _REFUSED = {
     "PREFIX_TUNING": "it holds keys and values for the decoder's layers, which no input prompt can "
@@ -30,36 +34,32 @@ _REFUSED = {
     "express; train with PROMPT_TUNING instead",
     "MULTITASK_PROMPT_TUNING": "it holds a prompt per task; in PEFT, multiply prompt_embeddings by "
     "prefix_task_cols[t] @ prefix_task_rows[t] and save that as PROMPT_TUNING",
+    "CPT": "it belongs to decoder-only models",
 }
 
 
 def is_peft(path: str | os.PathLike[str]) -> bool:
-    """Whether `path` is a directory of PEFT."""
-    return (epath.Path(path) / CONFIG).exists()
+    """Whether `path` is a directory of PEFT, complete or not."""
+    return any((epath.Path(path) / name).exists() for name in FILES)
 
 
-def load_peft(directory: str | os.PathLike[str]) -> np.ndarray:
-    """The prompt, [P, D] in the dtype of the file, of a PEFT directory for T5.
+def load_peft(directory: str | os.PathLike[str]) -> tuple[np.ndarray, dict[str, Any]]:
+    """(prompt [P, D] in the dtype of the file, metadata) of a PEFT directory for T5.
 
     PEFT keeps two prompts for encoder-decoders by default (`num_transformer_submodules` 2) and uses
-    the first alone; the second is dropped.
+    the first alone; the second is dropped. How it began (`prompt_tuning_init`) no longer matters.
+
+    The metadata is what `export_peft` was given, and "backbone_name", "NAME" or "NAME@REVISION" in
+    any directory whose config names the backbone.
 
     Raises:
-        InputError: another method, another kind of model, sizes that contradict each other, a
-            missing or damaged file.
+        InputError: another method, another kind of model, weights of the backbone beside the
+            prompt, sizes that contradict each other, a missing or damaged file.
     """
     directory = epath.Path(directory)
     file = directory / CONFIG
     config = _read_config(file)
-    method, task = config.get("peft_type"), config.get("task_type")
-    if method not in ("PROMPT_TUNING", "P_TUNING"):
-        why = _REFUSED.get(str(method), "it is no soft prompt")
-        raise InputError(f"{file}: the adapter is of {method}, which cannot be read: {why}")
-    if task != "SEQ_2_SEQ_LM":
-        raise InputError(
-            f"{file}: task_type is {task!r} where a T5's prompt has 'SEQ_2_SEQ_LM' (PEFT silently "
-            "leaves a prompt without task_type out); set it if this prompt was trained on a T5"
-        )
+    _check_method(config, file)
     if config.get("modules_to_save"):
         raise InputError(
             f"{file}: modules_to_save names {config['modules_to_save']}, parts of the backbone that"
@@ -67,9 +67,15 @@ def load_peft(directory: str | os.PathLike[str]) -> np.ndarray:
         )
     length = _size(config, "num_virtual_tokens", None, file)
     copies = _size(config, "num_transformer_submodules", 2, file)
-    tensors, weights = _open_weights(directory)
+    tensors, header, weights = _open_weights(directory)
     if _TENSOR not in tensors:
         raise InputError(f"{weights}: the tensor {_TENSOR} is missing")
+    if others := sorted(set(tensors) - {_TENSOR}):
+        raise InputError(
+            f"{weights}: the file also holds {', '.join(others)}, which PEFT saves where the "
+            "backbone's vocabulary was resized; without them it is another model. If the prompt "
+            "does not need them, save it again with save_embedding_layers=False"
+        )
     shape = tensors[_TENSOR].shape
     if len(shape) != 2 or shape[0] != length * copies:
         raise InputError(
@@ -80,7 +86,8 @@ def load_peft(directory: str | os.PathLike[str]) -> np.ndarray:
         raise InputError(
             f"{weights}: {_TENSOR} has rows of {shape[1]}, {CONFIG} says {config['token_dim']}"
         )
-    return tensors[_TENSOR].read((slice(0, length), slice(0, shape[1])))
+    prompt = tensors[_TENSOR].read((slice(0, length), slice(0, shape[1])))
+    return prompt, _metadata(config, header)
 
 
 def export_peft(
@@ -95,13 +102,15 @@ def export_peft(
 ) -> None:
     """Writes a directory that `peft.PeftModel.from_pretrained(t5, directory)` loads.
 
+    The config is removed first and written last: a directory without it is not finished.
+
     Args:
         prompt: [P, D], written as float32.
         num_heads: of the backbone; with `num_layers` (the encoder's) for the config's sake.
         base_model: the backbone's name on the hub, which PEFT records and does not check.
         revision: its commit there.
-        metadata: goes into the header of the weights file, where PEFT does not look; keys of
-            its config that PEFT does not know would make it warn.
+        metadata: goes into the header of the weights file, where PEFT does not look and
+            `load_peft` does; keys of its config that PEFT does not know would make it warn.
     """
     prompt = np.asarray(prompt, np.float32)
     length, width = prompt.shape
@@ -126,12 +135,12 @@ def export_peft(
     }
     directory = epath.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    header = {key: json.dumps(value) for key, value in (metadata or {}).items()}
+    (directory / CONFIG).unlink(missing_ok=True)
     safetensors_file.save_safetensors(
         directory / WEIGHTS,
         [(_TENSOR, prompt)],
         {_TENSOR: (prompt.shape, "float32")},
-        header | {"format": "pt"},
+        safetensors_file.to_header(metadata or {}) | _FORMAT,
     )
     with written_whole(directory / CONFIG) as stream:
         stream.write(json.dumps(config, indent=2, sort_keys=True).encode())
@@ -149,6 +158,25 @@ def _read_config(file: epath.Path) -> dict[str, Any]:
     return config
 
 
+def _check_method(config: Mapping[str, Any], file: epath.Path) -> None:
+    method, task = config.get("peft_type"), config.get("task_type")
+    if method is None:
+        raise InputError(f"{file}: peft_type is missing; a prompt's is PROMPT_TUNING or P_TUNING")
+    if method not in ("PROMPT_TUNING", "P_TUNING"):
+        why = _REFUSED.get(str(method), "it is no soft prompt")
+        raise InputError(f"{file}: the adapter is of {method}, which cannot be read: {why}")
+    if task is None:
+        raise InputError(
+            f"{file}: task_type is missing; without it PEFT leaves the prompt out and says nothing."
+            ' If this prompt was trained on a T5, set it to "SEQ_2_SEQ_LM"'
+        )
+    if task != "SEQ_2_SEQ_LM":
+        raise InputError(
+            f"{file}: task_type is {task}, a T5's prompt has SEQ_2_SEQ_LM; a prompt of another "
+            "model is of no use to a T5"
+        )
+
+
 def _size(config: Mapping[str, Any], key: str, default: int | None, file: epath.Path) -> int:
     value = default if config.get(key) is None else config[key]
     if type(value) is not int or value < 1:
@@ -156,12 +184,24 @@ def _size(config: Mapping[str, Any], key: str, default: int | None, file: epath.
     return value
 
 
-def _open_weights(directory: epath.Path):
-    """(name -> array, the file)."""
-    for name, open_file in (
-        (WEIGHTS, lambda file: safetensors_file.open_safetensors(file)[0]),
-        ("adapter_model.bin", torch_file.open_torch),
-    ):
-        if (directory / name).exists():
-            return open_file(directory / name), directory / name
-    raise InputError(f"{directory}: neither {WEIGHTS} nor adapter_model.bin is here")
+def _open_weights(
+    directory: epath.Path,
+) -> tuple[dict[str, StoredArray], dict[str, str], epath.Path]:
+    """(name -> array, header, the file)."""
+    file = directory / WEIGHTS
+    if file.exists():
+        return *safetensors_file.open_safetensors(file), file
+    file = directory / TORCH_WEIGHTS
+    if file.exists():
+        return torch_file.open_torch(file), {}, file
+    raise InputError(f"{directory}: neither {WEIGHTS} nor {TORCH_WEIGHTS} is here")
+
+
+def _metadata(config: Mapping[str, Any], header: Mapping[str, str]) -> dict[str, Any]:
+    metadata = safetensors_file.from_header(
+        {key: text for key, text in header.items() if key not in _FORMAT}
+    )
+    name, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if isinstance(name, str) and name:
+        metadata.setdefault("backbone_name", f"{name}@{revision}" if revision else name)
+    return metadata

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import json
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -31,7 +30,8 @@ class PromptFile:
 
     Attributes:
         prompt: float32 [P, D], finite.
-        metadata: what its file says of it; empty for formats other than ours.
+        metadata: what its file says of it: ours all, a PEFT directory what `peft.load_peft` finds,
+            others nothing.
     """
 
     prompt: np.ndarray
@@ -54,7 +54,7 @@ def save_prompt(
         path,
         [(TENSOR, prompt)],
         {TENSOR: (prompt.shape, "float32")},
-        {key: json.dumps(value, ensure_ascii=False) for key, value in metadata.items()},
+        safetensors_file.to_header(metadata),
     )
 
 
@@ -62,7 +62,7 @@ def load_prompt(path: str | os.PathLike[str]) -> PromptFile:
     """Finds out what `path` is and returns the prompt in it.
 
     It may be ptjax's file, a numpy file of google-research/prompt-tuning (with .npy or without), a
-    directory of PEFT (or its weights file), or a T5X checkpoint that holds a prompt; local or gs://.
+    directory of PEFT (or a file of it), or a T5X checkpoint that holds a prompt; local or gs://.
 
     Raises:
         InputError: it is none of these, or the prompt is damaged, not finite, not [P, D].
@@ -70,10 +70,11 @@ def load_prompt(path: str | os.PathLike[str]) -> PromptFile:
     path = epath.Path(path).expanduser()
     if not path.exists():
         raise InputError(f"{path}: no prompt here, the path does not exist")
-    if path.name in (peft.WEIGHTS, "adapter_model.bin") and peft.is_peft(path.parent):
+    if path.name in peft.FILES:
         path = path.parent
     if path.is_dir() or path.name == "checkpoint":
-        return PromptFile(_checked(_load_directory(path), os.fspath(path)), {})
+        prompt, metadata = _load_directory(path)
+        return PromptFile(_checked(prompt, os.fspath(path)), metadata)
     with path.open("rb") as stream:
         start = stream.read(9)
     if start.startswith(b"\x93NUMPY"):
@@ -87,19 +88,33 @@ def load_prompt(path: str | os.PathLike[str]) -> PromptFile:
     )
 
 
-def _load_directory(path: epath.Path) -> np.ndarray:
+def prompts_below(directory: epath.Path) -> list[epath.Path]:
+    """What was probably meant by a directory that is no prompt itself.
+
+    PEFT gives an adapter with a name a folder of its own; google-research/prompt-tuning has
+    `numpy_checkpoints/checkpoint_N/encoder.prompt.prompt.prompt`.
+    """
+    numpy_name = T5X_PROMPT.replace("/", ".")
+    found = [file for glob in ("", "*/") for file in directory.glob(glob + numpy_name)]
+    found += [config.parent for config in directory.glob(f"*/{peft.CONFIG}")]
+    return sorted(found, key=os.fspath)
+
+
+def _load_directory(path: epath.Path) -> tuple[np.ndarray, dict[str, Any]]:
+    """(prompt [P, D] as stored, metadata)."""
     if peft.is_peft(path):
         return peft.load_peft(path)
     if not t5x.is_t5x(path):
+        below = prompts_below(path)
         raise InputError(
             f"{path}: no prompt in this directory, neither PEFT's {peft.CONFIG} nor a T5X "
-            "checkpoint; name the prompt's file"
+            + (f"checkpoint; did you mean {below[0]}?" if below else "checkpoint; name its file")
         )
     checkpoint = t5x.find_checkpoint(path)
     arrays = t5x.load_t5x(checkpoint)
     if T5X_PROMPT not in arrays:
         raise InputError(f"{checkpoint}: the checkpoint holds no prompt (parameter {T5X_PROMPT})")
-    return arrays[T5X_PROMPT].read_all()
+    return arrays[T5X_PROMPT].read_all(), {}
 
 
 def _load_numpy(path: epath.Path) -> np.ndarray:
@@ -116,13 +131,8 @@ def _load_safetensors(path: epath.Path) -> PromptFile:
     arrays, header = safetensors_file.open_safetensors(path)
     if TENSOR not in arrays:
         raise InputError(f"{path}: the file holds {sorted(arrays)[:3]}, not the tensor {TENSOR!r}")
-    metadata = {}
-    for key, text in header.items():
-        try:
-            metadata[key] = json.loads(text)
-        except (TypeError, ValueError):
-            metadata[key] = text  # somebody else's header
-    return PromptFile(_checked(arrays[TENSOR].read_all(), os.fspath(path)), metadata)
+    prompt = _checked(arrays[TENSOR].read_all(), os.fspath(path))
+    return PromptFile(prompt, safetensors_file.from_header(header))
 
 
 def _checked(prompt: np.ndarray, where: str) -> np.ndarray:

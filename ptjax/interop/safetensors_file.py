@@ -36,6 +36,8 @@ def open_safetensors(
     path = epath.Path(path)
     header, begin = _read_header(path)
     metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict):
+        raise InputError(f"{path}: the metadata of the header is damaged, it is no object")
     end = path.stat().length - begin
     arrays, used = {}, 0
     for name, entry in header.items():
@@ -86,6 +88,22 @@ def save_safetensors(
             if (name, array.shape, array.dtype.name) != (expected, tuple(shape), dtype):
                 raise ValueError(f"{name} {array.shape} {array.dtype} is not {expected} {shape}")
             stream.write(np.ascontiguousarray(array).tobytes())
+
+
+def to_header(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """JSON values as the strings that a header holds: {"step": 3} -> {"step": "3"}."""
+    return {key: json.dumps(value, ensure_ascii=False) for key, value in metadata.items()}
+
+
+def from_header(header: Mapping[str, str]) -> dict[str, Any]:
+    """The inverse of `to_header`; a text that is no JSON is somebody else's and stays one."""
+    metadata = {}
+    for key, text in header.items():
+        try:
+            metadata[key] = json.loads(text)
+        except (TypeError, ValueError):
+            metadata[key] = text
+    return metadata
 
 
 def header_bytes(
