@@ -24,7 +24,7 @@ from ptjax.data.tokenizer import Tokenizer, check_vocabulary, find_tokenizer, lo
 from ptjax.errors import InputError
 from ptjax.interop import huggingface, t5x
 from ptjax.interop.huggingface_format import load_config
-from ptjax.interop.prompt_file import T5X_PROMPT, PromptFile
+from ptjax.interop.prompt_file import T5X_PROMPT
 from ptjax.interop.stored import StoredArray
 from ptjax.models.config import T5Config
 from ptjax.models.prompted import make_apply_fn
@@ -389,57 +389,3 @@ def describe(backbone: Backbone) -> dict[str, Any]:
         "tokenizer": backbone.tokenizer.name if backbone.tokenizer else None,
         "tokenizer_fingerprint": backbone.tokenizer.fingerprint if backbone.tokenizer else None,
     }
-
-
-def check_prompt(
-    backbone: Backbone, prompt: PromptFile, *, allow_mismatch: bool = False
-) -> PromptFile:
-    """Refuses a prompt that was tuned on another backbone or for another tokenizer.
-
-    Args:
-        allow_mismatch: say so instead of refusing; the width has to fit all the same.
-
-    Returns:
-        The prompt with this backbone's fingerprints, so that no later check says it all again.
-
-    Raises:
-        InputError: another width, or another fingerprint.
-    """
-    width = backbone.config.emb_dim
-    if prompt.prompt.shape[1] != width:
-        raise InputError(
-            f"the prompt {list(prompt.prompt.shape)} does not fit {backbone.name}, whose width is "
-            f"{width}; it was tuned on {prompt.metadata.get('backbone_name', 'another backbone')}"
-        )
-    tokenizer = backbone.tokenizer
-    own_name, own_id = backbone.name, backbone.name.partition("@")[0]
-    name = prompt.metadata.get("backbone_name")
-    checked = dict(prompt.metadata)
-    for what, own in (
-        ("backbone", backbone.fingerprint),
-        ("tokenizer", tokenizer.fingerprint if tokenizer else None),
-    ):
-        wanted = prompt.metadata.get(f"{what}_fingerprint")
-        checked[f"{what}_fingerprint"] = own or wanted
-        if what == "backbone" and wanted is None and name is None:
-            logging.warning(
-                "the prompt does not say which backbone it was tuned on; its width fits"
-            )
-        # PEFT records a name, and of a model of the hub seldom the commit.
-        elif what == "backbone" and wanted is None and name not in (own_name, own_id):
-            logging.warning(
-                "the prompt was tuned on %s and does not tell its weights; that they are those of "
-                "%s cannot be checked, its width fits",
-                name,
-                own_name,
-            )
-        if wanted is None or own is None or wanted == own:
-            continue
-        problem = (
-            f"the prompt was tuned on {name or 'a backbone'} with the {what} {wanted[:19]}, not "
-            f"with that of {own_name}, {own[:19]}"
-        )
-        if not allow_mismatch:
-            raise InputError(f"{problem}; load its own, or override with allow_mismatch")
-        logging.warning("%s; used all the same", problem)
-    return PromptFile(prompt.prompt, checked)

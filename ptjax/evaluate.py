@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def evaluate(arguments: Any) -> None:
-    from ptjax import atomic, backbone, evaluation, inference
+    from ptjax import atomic, evaluation, prompting
 
     chosen.load(arguments)
     task = chosen.task()
@@ -49,12 +49,12 @@ def evaluate(arguments: Any) -> None:
     if loaded.tokenizer is None:
         raise InputError(f"{loaded.name} has no tokenizer; set load_backbone.tokenizer")
     if prompt is not None:
-        prompt = backbone.check_prompt(loaded, prompt, allow_mismatch=arguments.allow_mismatch)
+        prompt = prompting.check_prompt(loaded, prompt, allow_mismatch=arguments.allow_mismatch)
     lengths = {"inputs": 512, "targets": 16} | chosen.lengths(metadata)
     evaluator = evaluation.Evaluator(
-        task, loaded, loaded.tokenizer, lengths, settings, inference.sees_input(prompt)
+        task, loaded, loaded.tokenizer, lengths, settings, prompting.sees_input(prompt)
     )
-    _, variables = inference.prompted(loaded, prompt)
+    _, variables = prompting.prompted(loaded, prompt)
     predictions = evaluator.predict(variables, split)
     examples = evaluator.examples(split)
     metrics = evaluator.score(predictions, split)

@@ -11,7 +11,7 @@ from ptjax import cli
 from ptjax.cli import chosen
 from ptjax.errors import InputError
 
-FORMATS = ("safetensors", "npy", "huggingface")
+FORMATS = ("safetensors", "compiled", "npy", "huggingface")
 
 
 def main() -> None:
@@ -19,7 +19,9 @@ def main() -> None:
         "export",
         """
         Writes a prompt for others. safetensors: ptjax's own file, one tensor `prompt` [P, D] with
-        all it knows of itself in the header. npy: the numpy file that
+        all it knows of itself in the header. compiled: the same file with the keys and values of
+        every layer of its backbone, for a prompt that does not see its input (SEES_INPUT = False);
+        no command has to compute them again. npy: the numpy file that
         google-research/prompt-tuning reads; it keeps nothing of the task. huggingface: a directory
         for peft.PeftModel.from_pretrained, which needs the backbone's sizes; ptjax finds the task
         in it again, for PEFT the template has to travel beside it.
@@ -41,7 +43,8 @@ def main() -> None:
     parser.add_argument(
         "--backbone",
         metavar="PATH",
-        help="whose sizes huggingface's config tells; default: the gin file's or the prompt's own",
+        help="that compiled is for, or whose sizes huggingface's config tells; default: the gin "
+        "file's or the prompt's own",
     )
     parser.add_argument("--force", action="store_true", help="overwrite what is there")
     arguments = cli.parse(parser)
@@ -52,7 +55,7 @@ def export(arguments: argparse.Namespace) -> None:
     import numpy as np
     from etils import epath
 
-    from ptjax import atomic
+    from ptjax import atomic, prompting
     from ptjax.interop import peft
     from ptjax.interop.prompt_file import save_prompt
 
@@ -69,8 +72,17 @@ def export(arguments: argparse.Namespace) -> None:
         raise InputError(f"{output} is there already; overwrite it with --force")
     if arguments.to != "huggingface" and output.is_dir():
         raise InputError(f"{output} is a directory; name a file for --to={arguments.to}")
+    if arguments.to in ("npy", "huggingface") and not prompt.sees_input:
+        raise InputError(
+            f"{source} does not see its input, which --to={arguments.to} cannot tell: others would "
+            "read it in another way than it was tuned"
+        )
     if arguments.to == "safetensors":
         save_prompt(output, prompt.prompt, prompt.metadata)
+    elif arguments.to == "compiled":
+        loaded = chosen.load_backbone(arguments, prompt.metadata)
+        compiled = prompting.compile_prompt(loaded, prompting.check_prompt(loaded, prompt))
+        save_prompt(output, prompt.prompt, compiled.metadata, compiled.states)
     elif arguments.to == "npy":
         stream = io.BytesIO()
         np.save(stream, prompt.prompt, allow_pickle=False)

@@ -89,7 +89,7 @@ def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def infer(arguments: argparse.Namespace) -> None:
-    from ptjax import atomic, backbone, prediction
+    from ptjax import atomic, prediction, prompting
 
     if arguments.batch_size < 1:
         raise InputError(f"--batch_size={arguments.batch_size}: it has to be at least 1")
@@ -102,7 +102,7 @@ def infer(arguments: argparse.Namespace) -> None:
     formatted = [prediction.format_record(record, template) for record in records_of(arguments)]
     loaded = chosen.load_backbone(arguments, metadata)
     if prompt is not None:
-        prompt = backbone.check_prompt(loaded, prompt, allow_mismatch=arguments.allow_mismatch)
+        prompt = prompting.check_prompt(loaded, prompt, allow_mismatch=arguments.allow_mismatch)
     texts = [text for text, _ in formatted]
     found = predict(arguments, loaded, texts, prompt, task, chosen.lengths(metadata))
     lines = []

@@ -18,7 +18,7 @@ from absl import logging
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int
 
-from ptjax.backbone import Backbone, check_prompt
+from ptjax.backbone import Backbone
 from ptjax.data.batch import pad
 from ptjax.data.pipeline import Bucket, ExampleSource, build_batch, make_buckets, plan_evaluation
 from ptjax.data.preprocess import TokenizedExamples, TokenRows, tokenize_texts
@@ -26,6 +26,7 @@ from ptjax.data.tokenizer import Tokenizer
 from ptjax.errors import InputError
 from ptjax.models import decoding
 from ptjax.models.prompted import make_apply_fn, with_prompt
+from ptjax.prompting import prompt_array, prompted, sees_input
 from ptjax.scale.sharding import batch_sharding, replicated
 from ptjax.training.loss import Loss, log_likelihood
 
@@ -283,48 +284,6 @@ def rank(
         return log_likelihood(logits, targets, targets > 0)
 
     return jax.lax.map(likelihood, label_tokens, batch_size=LABELS_AT_ONCE).T
-
-
-def sees_input(prompt: Any) -> bool:
-    """Whether a prompt, of whatever kind, was tuned to see its input; a bare array was."""
-    return bool((getattr(prompt, "metadata", None) or {}).get("sees_input", True))
-
-
-def prompted(backbone: Backbone, prompt: Any) -> tuple[Callable[..., Any], Variables]:
-    """`(apply_fn, variables)` of the backbone with a prompt, given as for `forward`.
-
-    One that was compiled for this backbone brings its states along, and its own way through the
-    encoder is saved.
-    """
-    array = prompt_array(backbone, prompt)
-    states = getattr(prompt, "states", None)
-    if states is not None:
-        cast = jax.tree.map(lambda x: jnp.asarray(x, backbone.config.dtype), states)
-        array = jax.device_put(cast, replicated(backbone.mesh))
-    variables = with_prompt(backbone.variables, array)
-    return make_apply_fn(backbone.config, sees_input(prompt)), variables
-
-
-def prompt_array(backbone: Backbone, prompt: Any) -> Float[Array, "P D"] | None:
-    """A prompt, given as an array or as something that has one, as float32 [P, D].
-
-    Raises:
-        InputError: it is not a matrix as wide as the backbone, or a loaded prompt that was tuned
-            on another one (pass its `.prompt` to use it all the same).
-    """
-    if prompt is None:
-        return None
-    array = getattr(prompt, "prompt", prompt)
-    width = backbone.config.emb_dim
-    if np.ndim(array) != 2 or np.shape(array)[1] != width:
-        raise InputError(
-            f"a prompt for {backbone.name} has the shape [P, {width}], this one has "
-            f"{list(np.shape(array))}; was it tuned on another backbone?"
-        )
-    if getattr(prompt, "metadata", None) is not None:
-        check_prompt(backbone, prompt)
-    # It may come from another mesh, that of the run that tuned it.
-    return jax.device_put(jnp.asarray(array, jnp.float32), replicated(backbone.mesh))
 
 
 @functools.partial(jax.jit, static_argnames="apply_fn")

@@ -21,8 +21,8 @@ from ptjax.inference import (
     generate_with_scores,
     make_label_tokens,
     predict_labels,
-    prompted,
 )
+from ptjax.prompting import prompted
 
 RAW_FIELD = "inputs"
 """The field of a record that holds an input which is formatted already."""

@@ -25,6 +25,7 @@ ROOMS = (
     "scale",
     "interop",
     "backbone",
+    "prompting",
     "inference",
     "evaluation",
     "prediction",

@@ -15,7 +15,7 @@ from etils import epath
 from markers import SHARED
 
 from ptjax import cli, inspection, prediction
-from ptjax.backbone import check_prompt, load_backbone, save_backbone
+from ptjax.backbone import load_backbone, save_backbone
 from ptjax.data.sources import Record
 from ptjax.data.tasks import Task
 from ptjax.data.tokenizer import load_tokenizer
@@ -26,6 +26,7 @@ from ptjax.interop.peft import export_peft
 from ptjax.interop.prompt_file import PromptFile, load_prompt, save_prompt
 from ptjax.models.config import T5Config
 from ptjax.models.t5 import init_params
+from ptjax.prompting import check_prompt
 
 pytestmark = pytest.mark.usefixtures("own_process")
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -645,3 +646,47 @@ def test_a_run_in_a_relative_model_dir_is_trained_and_used(
     monkeypatch.chdir(tmp_path / "runs")
     code, out, err = call("infer", "--model_dir=a", "a text of your own")
     assert _rows(out)[0]["inputs"] == "sentence: a text of your own", err
+
+
+def test_an_unseeing_prompt_is_compiled_and_used(call, tmp_path) -> None:
+    backbone = load_backbone("ptjax-nano")
+    rows = np.random.default_rng(0).normal(size=(6, 128)).astype(np.float32)
+    metadata = {
+        "backbone_name": "ptjax-nano",
+        "backbone_fingerprint": backbone.fingerprint,
+        "sees_input": False,
+    }
+    save_prompt("blind.safetensors", rows, metadata)
+    code, _, err = call("export", "blind.safetensors", "--to=compiled", "--output=c.safetensors")
+    assert code == 0, err
+    file = load_prompt("c.safetensors")
+    assert metadata.items() <= file.metadata.items()
+    np.testing.assert_array_equal(file.prompt, rows)
+    assert file.states is not None and len(file.states.encoder) == 4
+    assert "compiled: yes" in call("inspect", "c.safetensors")[1]
+    ask = ("infer", "--raw", "--max_new_tokens=5", "a lovely film", "nothing at all")
+    answers = [call(*ask, f"--prompt={name}") for name in ("blind.safetensors", "c.safetensors")]
+    assert answers[0][0] == 0, answers[0][2]
+    one, other = ([json.loads(x) for x in answer[1].splitlines()] for answer in answers)
+    for a, b in zip(one, other, strict=True):
+        # Another program of the same sums: float32 rounding.
+        assert a["prediction"] == b["prediction"]
+        assert a["score"] == pytest.approx(b["score"], abs=1e-4)
+    # Its states are what answers: with those of another prompt it says something else.
+    assert file.states.encoder[0][0].shape == (6, 4, 32)
+    twisted = jax.tree.map(lambda x: -x, file.states)
+    save_prompt("twisted.safetensors", rows, metadata, twisted)
+    scores = [
+        json.loads(x)["score"] for x in call(*ask, "--prompt=twisted.safetensors")[1].splitlines()
+    ]
+    assert scores[0] != pytest.approx(one[0]["score"], abs=1e-2)
+
+    # Others would read it in another way.
+    for kind in ("npy", "huggingface"):
+        code, _, err = call("export", "c.safetensors", f"--to={kind}", "--output=other")
+        assert (code, len(err.strip().splitlines())) == (2, 1)
+        assert "does not see its input" in err
+    save_prompt("seeing.safetensors", rows, metadata | {"sees_input": True})
+    code, _, err = call("export", "seeing.safetensors", "--to=compiled", "--output=x.safetensors")
+    assert code == 2 and "only a prompt that does not see its input" in err
+    assert not (tmp_path / "x.safetensors").exists()

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 
 from ptjax import inference
-from ptjax.backbone import check_prompt
 from ptjax.data.batch import shift_right
 from ptjax.data.pipeline import make_buckets
 from ptjax.data.preprocess import TokenizedExamples, TokenRows, tokenize_texts
 from ptjax.errors import InputError
 from ptjax.interop.prompt_file import PromptFile
 from ptjax.models import decoding
+from ptjax.prompting import check_prompt
 from ptjax.scale.sharding import make_mesh, replicated, sharding_of
 from ptjax.training.freeze import flatten_paths, unflatten_paths
 from ptjax.training.loss import Loss

@@ -1,7 +1,7 @@
 """Prompt files: our own, and every other that holds a prompt for a T5.
 
 Ours is a safetensors file with one tensor, `prompt` float32 [P, D], whose header says where it was
-trained and how its inputs are written.
+trained and how its inputs are written. A compiled prompt has its states beside it.
 """
 
 from __future__ import annotations
@@ -18,8 +18,11 @@ from etils import epath
 
 from ptjax.errors import InputError
 from ptjax.interop import peft, safetensors_file, t5x
+from ptjax.interop.stored import StoredArray
+from ptjax.models.t5 import PromptStates
 
 TENSOR = "prompt"
+_KINDS = ("keys", "values")
 T5X_PROMPT = "encoder/prompt/prompt/prompt"
 """Where google-research/prompt-tuning keeps a prompt inside a T5X checkpoint."""
 
@@ -32,28 +35,43 @@ class PromptFile:
         prompt: float32 [P, D], finite.
         metadata: what its file says of it: ours all, a PEFT directory what `peft.load_peft` finds,
             others nothing.
+        states: of a compiled prompt: keys and values for the backbone that its metadata names.
     """
 
     prompt: np.ndarray
     metadata: dict[str, Any]
+    states: PromptStates | None = None
+
+    @property
+    def sees_input(self) -> bool:
+        """Whether it was tuned to attend to its input, as every prompt but some of ours was."""
+        return bool(self.metadata.get("sees_input", True))
 
 
 def save_prompt(
-    path: str | os.PathLike[str], prompt: np.ndarray, metadata: Mapping[str, Any]
+    path: str | os.PathLike[str],
+    prompt: np.ndarray,
+    metadata: Mapping[str, Any],
+    states: PromptStates | None = None,
 ) -> None:
     """Writes `prompt` [P, D] as float32, whole or not at all.
 
     Args:
         metadata: values that JSON can hold; `load_prompt` gives them back.
+        states: of a compiled prompt; written in their own dtype, [layers, P, H, K] each.
 
     Raises:
         InputError: the prompt is not finite or not [P, D].
     """
-    prompt = _checked(np.asarray(prompt), os.fspath(path))
+    tensors = {TENSOR: _checked(np.asarray(prompt), os.fspath(path))}
+    if states is not None:
+        for stack, layers in states._asdict().items():
+            for kind, arrays in zip(_KINDS, zip(*layers, strict=True), strict=True):
+                tensors[f"{stack}_{kind}"] = np.stack([np.asarray(array) for array in arrays])
     safetensors_file.save_safetensors(
         path,
-        [(TENSOR, prompt)],
-        {TENSOR: (prompt.shape, "float32")},
+        tensors.items(),
+        {name: (array.shape, array.dtype.name) for name, array in tensors.items()},
         safetensors_file.to_header(metadata),
     )
 
@@ -132,7 +150,32 @@ def _load_safetensors(path: epath.Path) -> PromptFile:
     if TENSOR not in arrays:
         raise InputError(f"{path}: the file holds {sorted(arrays)[:3]}, not the tensor {TENSOR!r}")
     prompt = _checked(arrays[TENSOR].read_all(), os.fspath(path))
-    return PromptFile(prompt, safetensors_file.from_header(header))
+    file = PromptFile(prompt, safetensors_file.from_header(header), _load_states(path, arrays))
+    if file.states is not None and file.sees_input:
+        raise InputError(f"{path}: a compiled prompt that sees its input; compile it again")
+    if file.states is not None and file.states.encoder[0][0].shape[0] != len(prompt):
+        raise InputError(f"{path}: the states are not of this prompt of {len(prompt)} rows")
+    return file
+
+
+def _load_states(path: epath.Path, arrays: Mapping[str, StoredArray]) -> PromptStates | None:
+    """The states of a compiled prompt, if the file has any."""
+    names = [[f"{stack}_{kind}" for kind in _KINDS] for stack in PromptStates._fields]
+    if not any(name in arrays for pair in names for name in pair):
+        return None
+    stacks = []
+    for pair in names:
+        if missing := [name for name in pair if name not in arrays]:
+            raise InputError(f"{path}: the compiled prompt has no tensor {missing[0]!r}")
+        keys, values = (arrays[name].read_all() for name in pair)
+        if keys.ndim != 4 or keys.shape != values.shape or not len(keys):
+            raise InputError(
+                f"{path}: {pair[0]} has shape {list(keys.shape)}, not [layers, P, H, K]"
+            )
+        if not all(np.isfinite(array.astype(np.float32)).all() for array in (keys, values)):
+            raise InputError(f"{path}: {pair[0]} or {pair[1]} is not finite")
+        stacks.append(tuple(zip(keys, values, strict=True)))
+    return PromptStates(*stacks)
 
 
 def _checked(prompt: np.ndarray, where: str) -> np.ndarray:
