@@ -97,25 +97,6 @@ def test_twenty_steps_of_sgd_equal_those_of_each_member_alone(tiny, batches) -> 
         assert np.abs(prompts(state) - prompts(states(tiny, optax.sgd)[0][number])).max() > 1e-2
 
 
-class Given:
-    """An `apply_fn` whose loss has the same gradient for whoever computes it: the targets."""
-
-    def __call__(self, variables, inputs, targets, *_, **settings):
-        prompt = variables["prompt"]["prompt"]
-        return jnp.einsum("pd,bl->blpd", prompt, targets.astype(jnp.float32)).reshape(
-            *targets.shape, -1
-        )
-
-
-class Sum(Loss):
-    def __call__(self, logits, targets, weights):
-        return jnp.sum(logits * variant_of(targets))
-
-
-def variant_of(targets):
-    return jnp.sum(targets) * 1e-3
-
-
 def test_adafactor_of_a_member_is_bitwise_that_of_the_prompt_alone(tiny) -> None:
     rng = np.random.default_rng(1)
     rates, length = (0.1, 0.2, 0.3), 130  # 130 x 130 is factored

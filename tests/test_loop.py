@@ -20,6 +20,8 @@ from ptjax.errors import InputError
 from ptjax.evaluation import Evaluator, HardPrompt
 from ptjax.interop.prompt_file import load_prompt
 from ptjax.loop import Pace, TrainingError
+from ptjax.models.prompt import Prompt
+from ptjax.scale.sharding import make_mesh, replicated
 from ptjax.training.freeze import flatten_paths
 from ptjax.training.optimizer import Adafactor
 
@@ -270,3 +272,24 @@ def test_dry_run_writes_nothing(backbone, task, tmp_path):
     hard = {"method": "hard_prompt", "hard_prompt": HardPrompt("Good?")}
     assert tune(tmp_path / "new", task, backbone, dry_run=True, **hard) == {}
     assert not any(p.is_file() for p in tmp_path.rglob("*"))
+
+
+@pytest.mark.parametrize("sees_input", [True, False])
+def test_packed_rows_in_microbatches_on_two_devices(backbone, task, tmp_path, sees_input):
+    """The same examples a batch, however the rows are cut: the same losses."""
+    settings = {"pack": True, "prompt": Prompt(sees_input=sees_input)}
+    still = dataclasses.replace(backbone.config, dropout_rate=0.0)
+    alone = dataclasses.replace(backbone, config=still)
+    mesh = make_mesh(devices=jax.devices()[:2])
+    where = jax.device_put(backbone.variables, replicated(mesh))
+    spread = dataclasses.replace(alone, variables=where, mesh=mesh)
+    tune(tmp_path / "one", task, alone, **settings)
+    tune(tmp_path / "two", task, spread, microbatches=2, **settings)
+    one, two = (
+        [json.loads(x) for x in (tmp_path / d / "metrics.jsonl").read_text().splitlines()]
+        for d in ("one", "two")
+    )
+    losses = [[row["train/loss"] for row in rows if "train/loss" in row] for rows in (one, two)]
+    # Sums in another order, and Adafactor makes rounding grow over the twelve steps.
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-2)
+    np.testing.assert_allclose(losses[0][0], losses[1][0], rtol=1e-4)
