@@ -12,13 +12,13 @@ from typing import Any, Literal
 import numpy as np
 from absl import logging
 
+from ptjax.answering import make_label_tokens, predict_labels, predict_texts
 from ptjax.backbone import Backbone
 from ptjax.data.pipeline import make_buckets
 from ptjax.data.preprocess import TokenizedExamples, check_labels, tokenize_examples
 from ptjax.data.tasks import Example, Examples, Task
 from ptjax.data.tokenizer import Tokenizer
 from ptjax.errors import InputError, check_at_least
-from ptjax.inference import make_label_tokens, predict_labels, predict_texts
 from ptjax.models.prompted import make_apply_fn
 
 Tree = Any

@@ -7,22 +7,24 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from absl import logging
 from scipy.special import softmax
 
+from ptjax.answering import (
+    make_label_tokens,
+    predict_labels,
+    rows_at_once,
+    stack_label_sets,
+    tokenize_inputs,
+)
 from ptjax.backbone import Backbone
 from ptjax.data.pipeline import make_buckets
-from ptjax.data.preprocess import TokenizedExamples, TokenRows, check_labels, tokenize_texts
+from ptjax.data.preprocess import check_labels
 from ptjax.data.sources import Record
 from ptjax.data.tasks import Task
 from ptjax.data.templates import parse_template
 from ptjax.errors import InputError
-from ptjax.inference import (
-    generate_with_scores,
-    make_label_tokens,
-    predict_labels,
-)
-from ptjax.prompting import prompted
+from ptjax.inference import INPUT_LENGTH, PromptIds, generate_with_scores
+from ptjax.prompting import choose_prompts, prompted
 
 RAW_FIELD = "inputs"
 """The field of a record that holds an input which is formatted already."""
@@ -77,19 +79,22 @@ def format_record(record: Record, task: Task | None) -> tuple[str, dict[str, Any
 def rank(
     backbone: Backbone,
     texts: Sequence[str],
-    labels: Sequence[str],
+    labels: Sequence[str] | Sequence[Sequence[str]],
     prompt: Any = None,
     *,
-    input_length: int = 512,
-    target_length: int = 16,
+    prompt_ids: PromptIds = None,
+    input_length: int | Sequence[int] = INPUT_LENGTH,
+    target_length: int | Sequence[int] = 16,
     batch_size: int = 32,
 ) -> list[Prediction]:
     """The likeliest of a closed set of labels for each text, in order.
 
     Args:
         texts: formatted inputs.
-        prompt: as for `inference.forward`.
-        input_length, target_length: longer inputs are cut, with a warning; labels may not be.
+        labels: one set for all texts, or one for each.
+        prompt, prompt_ids: as for `inference.forward`.
+        input_length, target_length: longer inputs are cut, with a warning; labels may not be. One
+            for all texts, or one for each.
 
     Raises:
         InputError: no tokenizer, a label that it cannot write, a prompt that does not fit.
@@ -97,26 +102,30 @@ def rank(
     tokenizer = backbone.tokenizer
     if tokenizer is None:
         raise InputError(f"{backbone.name} has no tokenizer; set load_backbone.tokenizer")
-    check_labels(labels, tokenizer, target_length)
+    ids = choose_prompts(prompt, prompt_ids, len(texts))
     if not texts:
         return []
-    inputs = tokenize_texts(texts, tokenizer, input_length)
-    if inputs.truncated:
-        logging.warning("%d of %d texts were cut to %d tokens", inputs.truncated, len(texts),
-                        input_length)  # fmt: skip
-    nothing = TokenRows(np.zeros(0, np.int32), np.zeros(len(texts) + 1, np.int64), truncated=0)
-    source = TokenizedExamples(inputs, nothing)
+    each: Any = [labels] * len(texts) if isinstance(labels[0], str) else labels
+    lengths = np.broadcast_to(target_length, len(texts)).tolist()
+    keys = [(tuple(one), length) for one, length in zip(each, lengths, strict=True)]
+    sets = list(dict.fromkeys(keys))
+    for one, length in sets:
+        check_labels(one, tokenizer, length)
+    source = tokenize_inputs(texts, tokenizer, input_length)
     chosen, likelihoods = predict_labels(
         *prompted(backbone, prompt),
         source,
-        make_label_tokens(labels, tokenizer, target_length),
+        stack_label_sets([make_label_tokens(one, tokenizer, length) for one, length in sets]),
         make_buckets(source),
-        min(batch_size, 1 << (len(texts) - 1).bit_length()),
+        rows_at_once(len(texts), batch_size),
+        label_sets=np.array([sets.index(key) for key in keys], np.int32),
+        prompt_ids=ids,
     )
     shares = softmax(likelihoods.astype(np.float64), axis=1)
     return [
-        Prediction(str(labels[i]), float(row[i]), dict(zip(labels, map(float, share), strict=True)))
-        for i, row, share in zip(chosen, likelihoods, shares, strict=True)
+        # A smaller set's row ends in -inf, and in shares of 0.
+        Prediction(str(one[i]), float(row[i]), dict(zip(one, map(float, share), strict=False)))
+        for one, i, row, share in zip(each, chosen, likelihoods, shares, strict=True)
     ]
 
 
