@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from absl import logging
 from scipy.special import softmax
 
 from ptjax.answering import (
@@ -23,11 +24,18 @@ from ptjax.data.sources import Record
 from ptjax.data.tasks import Task
 from ptjax.data.templates import parse_template
 from ptjax.errors import InputError
-from ptjax.inference import INPUT_LENGTH, PromptIds, generate_with_scores
-from ptjax.prompting import choose_prompts, prompted
+from ptjax.inference import INPUT_LENGTH, MAX_NEW_TOKENS, PromptIds, generate_with_scores
+from ptjax.interop.prompt_file import NO_PROMPT
+from ptjax.prompting import PromptBank, choose_prompts, prompted
 
 RAW_FIELD = "inputs"
 """The field of a record that holds an input which is formatted already."""
+
+LABEL_LENGTH = 16
+"""The most tokens of a label, where nothing says."""
+
+PROMPT_FIELD = "prompt"
+"""The field in which a record names its prompt, one of a bank."""
 
 PLAIN = "\0line"
 """The one field of a record that is a plain line; no file has a field of this name."""
@@ -46,6 +54,68 @@ class Prediction:
     text: str
     score: float
     probabilities: dict[str, float] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Manner:
+    """How inputs are read with a prompt.
+
+    Attributes:
+        task: formats them and knows the labels; None where they are formatted already.
+        input_length, target_length: in tokens; None where nothing says.
+    """
+
+    task: Task | None
+    input_length: int | None = None
+    target_length: int | None = None
+
+
+def prompt_of(record: Record, bank: PromptBank) -> int:
+    """The number of the prompt that a record names, -1 for none.
+
+    Raises:
+        InputError: it names none, or one that the bank lacks; with file and line.
+    """
+    try:
+        if PLAIN in record.fields:
+            raise InputError("a plain text names no prompt of many; give records, or one --prompt")
+        if PROMPT_FIELD not in record.fields:
+            raise InputError(
+                f"no field '{PROMPT_FIELD}', which names one of the prompts ('{NO_PROMPT}' is none)"
+            )
+        name = record.fields[PROMPT_FIELD]
+        if not isinstance(name, str | None):
+            raise InputError(f"the field '{PROMPT_FIELD}' is {name!r}, not a prompt's name")
+        return bank.id_of(name)
+    except InputError as error:
+        raise InputError(f"{record.where}: {error}") from None
+
+
+def check_prompt_fields(
+    records: Sequence[Record], manners: Sequence[Manner], prompt_ids: Sequence[int] | None
+) -> None:
+    """A field 'prompt' names a prompt or is part of a template; if neither, that is said.
+
+    Raises:
+        InputError: it would be both.
+    """
+    unread = 0
+    for record, manner in zip(records, manners, strict=True):
+        template = "" if manner.task is None or manner.task.preprocess else manner.task.inputs
+        read = PROMPT_FIELD in (field.split(".")[0] for field in parse_template(template).fields)
+        if read and prompt_ids is not None:
+            raise InputError(
+                f"{record.where}: the field '{PROMPT_FIELD}' names the prompt, and the inputs of "
+                f"its task are made of a field of that name, {template!r}; use --prompt for it"
+            )
+        unread += PROMPT_FIELD in record.fields and not read
+    if unread and prompt_ids is None:
+        logging.warning(
+            "%d of %d records have a field '%s', which chooses none without --prompts",
+            unread,
+            len(records),
+            PROMPT_FIELD,
+        )
 
 
 def format_record(record: Record, task: Task | None) -> tuple[str, dict[str, Any]]:
@@ -84,7 +154,7 @@ def rank(
     *,
     prompt_ids: PromptIds = None,
     input_length: int | Sequence[int] = INPUT_LENGTH,
-    target_length: int | Sequence[int] = 16,
+    target_length: int | Sequence[int] = LABEL_LENGTH,
     batch_size: int = 32,
 ) -> list[Prediction]:
     """The likeliest of a closed set of labels for each text, in order.
@@ -135,6 +205,62 @@ def decode(
     """What the backbone writes for each text, in order; settings as for `inference.generate`."""
     written, scores = generate_with_scores(backbone, texts, prompt, **settings)
     return [Prediction(text, float(score)) for text, score in zip(written, scores, strict=True)]
+
+
+def predict(
+    backbone: Backbone,
+    texts: Sequence[str],
+    manners: Sequence[Manner],
+    prompt: Any = None,
+    prompt_ids: PromptIds = None,
+    *,
+    decode_all: bool = False,
+    max_new_tokens: int | None = None,
+    batch_size: int = 32,
+    seed: int = 0,
+    **settings: Any,
+) -> list[Prediction]:
+    """A prediction for each text, in order: ranked where its task has labels, else generated.
+
+    Args:
+        texts: formatted inputs.
+        manners: of the prompt of each.
+        prompt, prompt_ids: as for `inference.forward`.
+        decode_all: generate, whatever the task.
+        max_new_tokens: instead of the target lengths, of what is generated.
+        seed, settings: of what is generated, as for `inference.generate`.
+
+    Raises:
+        InputError: as `rank` and `decode`; or settings of generation, and nothing is generated.
+    """
+    labels = [None if manner.task is None else manner.task.labels for manner in manners]
+    ranked = [i for i, one in enumerate(labels) if one is not None and not decode_all]
+    written = sorted(set(range(len(texts))) - set(ranked))
+    if ranked and not written and settings != dict(num_beams=1, temperature=0.0, top_p=1.0):
+        raise InputError(
+            f"the task has a closed set of labels ({', '.join(labels[0] or ())}), which are ranked;"
+            " --num_beams, --temperature and --top_p go with --decode"
+        )
+    found: dict[int, Prediction] = {}
+    for rows in filter(None, (ranked, written)):
+        own = [manners[i] for i in rows]
+        shared: dict[str, Any] = {
+            "prompt": prompt,
+            "prompt_ids": None if prompt_ids is None else [prompt_ids[i] for i in rows],
+            "input_length": [manner.input_length or INPUT_LENGTH for manner in own],
+            "batch_size": batch_size,
+        }
+        asked = [texts[i] for i in rows]
+        if rows is ranked:
+            lengths = [manner.target_length or LABEL_LENGTH for manner in own]
+            closed = [labels[i] or () for i in rows]
+            said = rank(backbone, asked, closed, target_length=lengths, **shared)
+        else:
+            lengths = [manner.target_length or MAX_NEW_TOKENS for manner in own]
+            most = lengths if max_new_tokens is None else max_new_tokens
+            said = decode(backbone, asked, max_new_tokens=most, seed=seed, **shared, **settings)
+        found |= dict(zip(rows, said, strict=True))
+    return [found[i] for i in range(len(texts))]
 
 
 def task_of(metadata: Mapping[str, Any], fallback: Task | None = None) -> Task | None:
