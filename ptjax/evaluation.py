@@ -13,7 +13,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 from absl import logging
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from ptjax.answering import make_label_tokens, predict_labels, predict_texts
 from ptjax.backbone import Backbone
@@ -138,14 +138,15 @@ class Evaluator:
 
     def ensemble(
         self,
-        prompts: Float[Array, "N P D"] | Sequence[np.ndarray] | Bank,
+        prompts: Sequence[np.ndarray | Array] | np.ndarray | Array | Bank,
         split: str,
         names: Sequence[str] | None = None,
     ) -> dict[str, Any]:
         """The scores of N prompts and of their ensembles, as `score_ensemble` has them.
 
         Args:
-            prompts: matrices [P_i, D] of the kind that is evaluated, or a bank.
+            prompts: matrices [P_i, D] or an array [N, P, D], of the kind that is evaluated, or a
+                bank.
             names: of the prompts; default: their numbers.
         """
         bank = prompts if isinstance(prompts, Bank) else stack_prompts(prompts, self.sees_input)

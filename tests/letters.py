@@ -27,7 +27,7 @@ class LetterTokenizer:
         return "".join(chr(i + 95) for i in ids[: ids.index(1)] if i)
 
 
-LETTERS = LetterTokenizer()
+LETTERS: Any = LetterTokenizer()
 
 
 def make_backbone(tiny: Any) -> Any:

@@ -38,7 +38,8 @@ class Bank(NamedTuple):
 
 
 def stack_prompts(
-    prompts: Sequence[np.ndarray | Array] | Array, sees_input: Sequence[bool] | bool = True
+    prompts: Sequence[np.ndarray | Array] | np.ndarray | Array,
+    sees_input: Sequence[bool] | bool = True,
 ) -> Bank:
     """N matrices [P_i, D], or an array [N, P, D], as a bank of numpy arrays."""
     matrices = [np.asarray(prompt, np.float32) for prompt in prompts]
