@@ -260,6 +260,22 @@ def test_evaluate_prints_members_average_best_and_ensemble(call, place, gin_file
     assert len(set(values)) > 1, values
 
 
+def test_prompts_go_to_the_backbone_of_the_gin_file(call, place, gin_file, tmp_path):
+    """And not to one that the run of --model_dir tuned."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(place / "backbone", run_dir / "models" / "best")
+    backbone = f"'{place / 'backbone'}'"
+    named = f"from ptjax import backbone\nbackbone.load_backbone.path = {backbone}\n"
+    gin_text = Path(gin_file.removeprefix("--gin_file=")).read_text()
+    (run_dir / "config.gin").write_text(
+        gin_text + named + "tuning.tune.backbone = @backbone.load_backbone()\n"
+    )
+    prompts = f"--prompts={place / 'seeds' / 'prompts'}"
+    code, out, err = call("evaluate", f"--model_dir={run_dir}", prompts)
+    assert code == 0, err
+    assert json.loads(out)["backbone"] == str(place / "backbone")
+
+
 def test_evaluate_refuses_prompts_that_are_no_ensemble(fails, place, gin_file, tmp_path):
     flags = (gin_file, f"--backbone={place / 'backbone'}")
     said = fails("evaluate", *flags, f"--prompts={place / 'mixed'}")

@@ -26,7 +26,7 @@ NAMES = ("short", "blind", "long", "blind_long")
 MATRICES = [RNG.normal(size=(n, 16)).astype(np.float32) for n in (3, 4, 7, 6)]
 SEES = [True, False, True, False]
 IDS = np.array([0, -1, 2, 1, 3, 0, -1, 2], np.int32)
-LENGTHS = [(24, 4), (9, 6), (24, 4), (31, 5)]
+LENGTHS = [(24, 4), (9, 6), (12, 4), (31, 5)]
 
 
 @pytest.fixture(scope="module")
