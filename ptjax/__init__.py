@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from ptjax.data.tasks import Task
     from ptjax.errors import InputError
     from ptjax.inference import forward, generate, loss_and_prompt_gradient
-    from ptjax.interop.prompt_file import load_prompt, save_prompt
+    from ptjax.interop.prompt_file import load_prompt, load_prompts, save_prompt
+    from ptjax.prompting import make_bank
     from ptjax.tuning import tune
 
 _HOMES = {
@@ -26,7 +27,9 @@ _HOMES = {
     "generate": "ptjax.inference",
     "load_backbone": "ptjax.backbone",
     "load_prompt": "ptjax.interop.prompt_file",
+    "load_prompts": "ptjax.interop.prompt_file",
     "loss_and_prompt_gradient": "ptjax.inference",
+    "make_bank": "ptjax.prompting",
     "save_backbone": "ptjax.backbone",
     "save_prompt": "ptjax.interop.prompt_file",
     "tune": "ptjax.tuning",
@@ -40,7 +43,9 @@ __all__ = [
     "generate",
     "load_backbone",
     "load_prompt",
+    "load_prompts",
     "loss_and_prompt_gradient",
+    "make_bank",
     "save_backbone",
     "save_prompt",
     "tune",

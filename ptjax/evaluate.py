@@ -17,12 +17,22 @@ def main() -> None:
         Scores a prompt on a split of the gin file's task and prints the metrics as JSON
         (fractions). Every example counts exactly once; logs go to stderr.
 
+        With --prompts=DIR, scores every prompt of one task and what all of them say together, N
+        prompts in one forward pass: "members", their "average", the "best" (chosen on the split
+        that is scored, which flatters it) and the "ensemble": a majority vote (the mean likelihood
+        breaks ties) and, where labels are ranked, the mean of the labels' probabilities.
+
           python -m ptjax.evaluate --model_dir=runs/quickstart
+          python -m ptjax.evaluate --gin_file=quickstart.gin --prompts=runs/seeds/prompts
           python -m ptjax.evaluate --gin_file=quickstart.gin --prompt=none --split=validation
         """,
         gin_help="It names task and backbone; --model_dir brings its own.",
     )
-    chosen.add_flags(parser)
+    chosen.add_flags(
+        parser,
+        "score every prompt in DIR (files, PEFT directories, folders with a best.safetensors) and "
+        "their ensemble",
+    )
     parser.add_argument(
         "--split", metavar="NAME", help="a split of the task; default: test if it has one"
     )
@@ -43,41 +53,94 @@ def evaluate(arguments: Any) -> None:
     bound = cli.settings(chosen.TUNE, "evaluation").get("evaluation")
     settings = bound or evaluation.Evaluation()
     split = arguments.split or ("test" if "test" in task.splits else settings.split)
-    prompt = chosen.load_prompt(arguments)
-    metadata = {} if prompt is None else prompt.metadata
+    many = arguments.prompts is not None
+    prompt = chosen.load_bank(arguments) if many else chosen.load_prompt(arguments)
+    metadata = shared_metadata(prompt) if many else {} if prompt is None else prompt.metadata
     loaded = chosen.load_backbone(arguments, metadata)
     if loaded.tokenizer is None:
         raise InputError(f"{loaded.name} has no tokenizer; set load_backbone.tokenizer")
     if prompt is not None:
-        prompt = prompting.check_prompt(loaded, prompt, allow_mismatch=arguments.allow_mismatch)
+        check = prompting.check_bank if many else prompting.check_prompt
+        prompt = check(loaded, prompt, allow_mismatch=arguments.allow_mismatch)
     lengths = {"inputs": 512, "targets": 16} | chosen.lengths(metadata)
     evaluator = evaluation.Evaluator(
         task, loaded, loaded.tokenizer, lengths, settings, prompting.sees_input(prompt)
     )
-    _, variables = prompting.prompted(loaded, prompt)
-    predictions = evaluator.predict(variables, split)
+    scores, said = (of_many if many else of_one)(evaluator, prompt, split)
     examples = evaluator.examples(split)
-    metrics = evaluator.score(predictions, split)
     if arguments.output:
         rows = [
-            example.fields
-            | {"inputs": example.inputs, "targets": example.targets, "prediction": prediction}
-            for example, prediction in zip(examples, predictions, strict=True)
+            example.fields | {"inputs": example.inputs, "targets": example.targets} | one
+            for example, one in zip(examples, said, strict=True)
         ]
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         atomic.write_bytes(arguments.output, text.encode())
-    result = {
+    described = {
         "task": task.name,
         "split": split,
         "examples": len(examples),
         "metric": evaluator.metric,
-        "value": metrics[evaluator.metric],
-        "metrics": metrics,
-        "backbone": loaded.name,
-        "prompt": chosen.prompt_path(arguments),
-        "step": metadata.get("step"),
     }
-    print(json.dumps(result, indent=2))
+    if many:
+        source = {"backbone": loaded.name, "prompts": arguments.prompts}
+    else:
+        source = {"backbone": loaded.name, "prompt": chosen.prompt_path(arguments)}
+        source["step"] = metadata.get("step")
+    print(json.dumps(described | scores | source, indent=2))
+
+
+def of_one(evaluator: Any, prompt: Any, split: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(scores, what is said to every example) of a prompt, or of the backbone alone."""
+    from ptjax import prompting
+
+    _, variables = prompting.prompted(evaluator.backbone, prompt)
+    predictions = evaluator.predict(variables, split)
+    metrics = evaluator.score(predictions, split)
+    scores = {"value": metrics[evaluator.metric], "metrics": metrics}
+    return scores, [{"prediction": prediction} for prediction in predictions]
+
+
+def of_many(evaluator: Any, bank: Any, split: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(scores, what is said to every example) of the prompts of a bank, one by one and together."""
+    answers = evaluator.ask(bank.arrays, split)
+    together = {"majority_vote": answers.majority_vote}
+    if answers.mean_likelihood is not None:
+        together["mean_likelihood"] = answers.mean_likelihood
+    said = [
+        {"predictions": dict(zip(bank.names, members, strict=True))}
+        | {way: texts[i] for way, texts in together.items()}
+        for i, members in enumerate(zip(*answers.members, strict=True))
+    ]
+    return evaluator.score_ensemble(answers, split, bank.names), said
+
+
+def shared_metadata(bank: Any) -> dict[str, Any]:
+    """What prompts of one task say alike, as far as they say anything.
+
+    Raises:
+        InputError: two were tuned for different tasks or lengths; it names both.
+    """
+    shared: dict[str, Any] = {}
+    sayers: dict[str, str] = {}
+    for name, metadata in zip(bank.names, bank.metadata, strict=True):
+        said = metadata or {}
+        task = said.get("task")
+        shared.setdefault("backbone_name", said.get("backbone_name"))
+        for key, value in (
+            ("task", task.get("name") if isinstance(task, dict) else None),
+            ("input_length", said.get("input_length")),
+            ("target_length", said.get("target_length")),
+        ):
+            if value is None:
+                continue
+            if shared.setdefault(key, value) != value:
+                raise InputError(
+                    f"prompt {name!r} has the {key.replace('_', ' ')} {value!r}, prompt "
+                    f"{sayers[key]!r} {shared[key]!r}; prompts are scored together on one task, in "
+                    "one way; move one elsewhere"
+                )
+            sayers.setdefault(key, name)
+    return shared
 
 
 if __name__ == "__main__":

@@ -5,21 +5,27 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+import jax
 import numpy as np
 from absl import logging
+from jaxtyping import Array
 
+from ptjax.answering import make_label_tokens, predict_labels, predict_texts
 from ptjax.backbone import Backbone
-from ptjax.data.pipeline import make_buckets
+from ptjax.data.pipeline import ExampleSource, make_buckets
 from ptjax.data.preprocess import TokenizedExamples, check_labels, tokenize_examples
 from ptjax.data.tasks import Example, Examples, Task
 from ptjax.data.tokenizer import Tokenizer
+from ptjax.ensembling import Answers, Repeated, mean_shares, vote_on_labels, vote_on_texts
 from ptjax.errors import InputError, check_at_least
-from ptjax.inference import make_label_tokens, predict_labels, predict_texts
-from ptjax.models.prompted import make_apply_fn
+from ptjax.models.prompt import Bank, stack_prompts
+from ptjax.models.prompted import make_apply_fn, with_prompt
+from ptjax.scale.sharding import replicated
 
 Tree = Any
 
@@ -85,6 +91,7 @@ class Evaluator:
         metric: what prompts are selected by; of several metrics it is their mean, as in the paper.
         reported_split: the test split, or else the one that selects.
         apply_fn: for the kind of prompt that is evaluated; without a prompt both kinds are one.
+        sees_input: that kind.
     """
 
     def __init__(
@@ -96,7 +103,7 @@ class Evaluator:
         settings: Evaluation,
         sees_input: bool = True,
     ) -> None:
-        self.apply_fn = make_apply_fn(backbone.config, sees_input)
+        self.apply_fn, self.sees_input = make_apply_fn(backbone.config, sees_input), sees_input
         self.task, self.backbone, self.tokenizer = task, backbone, tokenizer
         self.lengths, self.settings = lengths, settings
         self.metric = task.metrics[0] if len(task.metrics) == 1 else "mean"
@@ -129,16 +136,98 @@ class Evaluator:
             source = self._source(split)
         else:
             source = self._tokenize(self.examples(split), rewording)
-        apply_fn, buckets = self.apply_fn, make_buckets(source)
-        size, length = self.settings.batch_size, self.lengths["targets"]
+        return self._predict(variables, source, self.settings.batch_size)[0]
+
+    def ensemble(
+        self,
+        prompts: Sequence[np.ndarray | Array] | np.ndarray | Array | Bank,
+        split: str,
+        names: Sequence[str] | None = None,
+    ) -> dict[str, Any]:
+        """The scores of N prompts and of their ensembles, as `score_ensemble` has them.
+
+        Args:
+            prompts: matrices [P_i, D] or an array [N, P, D], of the kind that is evaluated, or a
+                bank.
+            names: of the prompts; default: their numbers.
+        """
+        bank = prompts if isinstance(prompts, Bank) else stack_prompts(prompts, self.sees_input)
+        return self.score_ensemble(self.ask(bank, split), split, names)
+
+    def ask(self, bank: Bank, split: str) -> Answers:
+        """What every prompt of a bank says to every example of `split`, and what all say together.
+
+        The prompts of an example share a batch: N rows of one forward pass.
+        """
+        count, examples = len(bank.lengths), len(self.examples(split))
+        source = Repeated(self._source(split), count)
+        # A batch holds all rows of an example, and divides over the mesh.
+        step = math.lcm(count, self.backbone.mesh.shape["data"])
+        placed = jax.device_put(bank, replicated(self.backbone.mesh))
+        texts, scores = self._predict(
+            with_prompt(self.backbone.variables, placed),
+            source,
+            step * max(1, self.settings.batch_size // step),
+            np.tile(np.arange(count, dtype=np.int32), examples),
+        )
+        members = [texts[member::count] for member in range(count)]
+        scores = scores.reshape(examples, count, *scores.shape[1:])
+        if not self.ranks:
+            said = zip(zip(*members, strict=True), scores, strict=True)
+            return Answers(members, [vote_on_texts(*one) for one in said], None)
+        labels = list(self.task.labels or ())
+        majority, mean = vote_on_labels(scores), mean_shares(scores).argmax(axis=1)
+        return Answers(members, [labels[i] for i in majority], [labels[i] for i in mean])
+
+    def score_ensemble(
+        self, answers: Answers, split: str, names: Sequence[str] | None = None
+    ) -> dict[str, Any]:
+        """Scores as in the paper's Table 3, all on `split`.
+
+        Returns:
+            "members": metrics by name; "average": the mean of each metric over them; "best": name
+            and value of the member with the best metric on this very split, which flatters it;
+            "ensemble": metrics of "majority_vote" and, where labels were ranked, of
+            "mean_likelihood".
+        """
+        names = names or [str(number) for number in range(len(answers.members))]
+        scores = [self.score(member, split) for member in answers.members]
+        best = max(range(len(scores)), key=lambda member: scores[member][self.metric])
+        ensemble = {"majority_vote": self.score(answers.majority_vote, split)}
+        if answers.mean_likelihood is not None:
+            ensemble["mean_likelihood"] = self.score(answers.mean_likelihood, split)
+        return {
+            "members": dict(zip(names, scores, strict=True)),
+            "average": {name: statistics.fmean(one[name] for one in scores) for name in scores[0]},
+            "best": {"name": names[best], "value": scores[best][self.metric]},
+            "ensemble": ensemble,
+        }
+
+    def _predict(
+        self,
+        variables: Tree,
+        source: ExampleSource,
+        batch_size: int,
+        prompt_ids: np.ndarray | None = None,
+    ) -> tuple[list[str], np.ndarray]:
+        """A text for every example, in order, and its score [N]; of all labels [N, C] if ranked."""
+        buckets, length = make_buckets(source), self.lengths["targets"]
+        where = self.apply_fn, variables, source
         if not self.ranks:
             return predict_texts(
-                apply_fn, variables, source, self.tokenizer, buckets, size, max_length=length
-            )[0]
+                *where,
+                self.tokenizer,
+                buckets,
+                batch_size,
+                max_length=length,
+                prompt_ids=prompt_ids,
+            )
         labels = list(self.task.labels or ())
         tokens = make_label_tokens(labels, self.tokenizer, length)
-        chosen, _ = predict_labels(apply_fn, variables, source, tokens, buckets, size)
-        return [labels[i] for i in chosen]
+        chosen, likelihoods = predict_labels(
+            *where, tokens, buckets, batch_size, prompt_ids=prompt_ids
+        )
+        return [labels[i] for i in chosen], likelihoods
 
     def majority(self, train: Sequence[Example], split: str) -> float:
         """The metric of always saying what stands most often in the training targets."""

@@ -27,8 +27,13 @@ def main() -> None:
         model read), "prediction", "score" (its log-likelihood; after a beam search with brevity
         penalty) and, where labels were ranked, "probabilities".
 
+        With --prompts=DIR, the field "prompt" of every record names the prompt that it is read
+        with ("none" or null: the backbone alone); each record gets that prompt's template, lengths
+        and labels, and records of different prompts share batches.
+
           python -m ptjax.infer --model_dir=runs/quickstart 'a text of your own'
           python -m ptjax.infer --prompt=best.safetensors --input=new.jsonl --output=answers.jsonl
+          python -m ptjax.infer --prompts=DIR --input=mixed.jsonl --output=answers.jsonl
         """,
         gin_help="It names the backbone where --backbone and --model_dir do not.",
     )
@@ -50,7 +55,11 @@ def main() -> None:
     parser.add_argument(
         "--output", metavar="FILE", help="written whole or not at all; default: standard output"
     )
-    chosen.add_flags(parser)
+    chosen.add_flags(
+        parser,
+        "the prompts in DIR (files, PEFT directories, folders with a best.safetensors), each named "
+        "as its file or folder; every record of --input names its own in the field 'prompt'",
+    )
     add_decoding_flags(parser)
     arguments = cli.parse(parser)
     if bool(arguments.texts) == bool(arguments.input):
@@ -94,17 +103,42 @@ def infer(arguments: argparse.Namespace) -> None:
     if arguments.batch_size < 1:
         raise InputError(f"--batch_size={arguments.batch_size}: it has to be at least 1")
     chosen.load(arguments)
-    prompt = chosen.load_prompt(arguments)
-    metadata = {} if prompt is None else prompt.metadata
-    task = prediction.task_of(metadata, chosen.task())
-    template = None if arguments.raw else task
+    many = arguments.prompts is not None
+    prompt = chosen.load_bank(arguments) if many else chosen.load_prompt(arguments)
+    records = records_of(arguments)
+    if many:
+        ids = [prediction.prompt_of(record, prompt) for record in records]
+        # The backbone alone stands last, where -1 finds it.
+        said = [metadata or {} for metadata in (*prompt.metadata, None)]
+    else:
+        ids, said = None, [{} if prompt is None else prompt.metadata]
+    used = ids or [0] * len(records)
+    known = {i: manner_of(said[i]) for i in set(used)}
+    manners = [known[i] for i in used]
+    prediction.check_prompt_fields(records, manners, ids)
     # Before the backbone is loaded: a bad line is found in a second, not after minutes.
-    formatted = [prediction.format_record(record, template) for record in records_of(arguments)]
-    loaded = chosen.load_backbone(arguments, metadata)
+    formatted = [
+        prediction.format_record(record, None if arguments.raw else manner.task)
+        for record, manner in zip(records, manners, strict=True)
+    ]
+    loaded = chosen.load_backbone(arguments, said[0])
     if prompt is not None:
-        prompt = prompting.check_prompt(loaded, prompt, allow_mismatch=arguments.allow_mismatch)
-    texts = [text for text, _ in formatted]
-    found = predict(arguments, loaded, texts, prompt, task, chosen.lengths(metadata))
+        check = prompting.check_bank if many else prompting.check_prompt
+        prompt = check(loaded, prompt, allow_mismatch=arguments.allow_mismatch)
+    found = prediction.predict(
+        loaded,
+        [text for text, _ in formatted],
+        manners,
+        prompt,
+        ids,
+        decode_all=arguments.decode,
+        max_new_tokens=arguments.max_new_tokens,
+        batch_size=arguments.batch_size,
+        num_beams=arguments.num_beams,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+    )
     lines = []
     for (text, fields), one in zip(formatted, found, strict=True):
         row = fields | {"inputs": text, "prediction": one.text, "score": one.score}
@@ -117,44 +151,12 @@ def infer(arguments: argparse.Namespace) -> None:
         sys.stdout.write("".join(lines))
 
 
-def predict(
-    arguments: argparse.Namespace,
-    backbone: Any,
-    texts: list[str],
-    prompt: Any,
-    task: Any,
-    lengths: dict[str, int],
-) -> list[Any]:
+def manner_of(metadata: dict[str, Any]) -> Any:
     from ptjax import prediction
 
-    labels = None if arguments.decode or task is None else task.labels
-    settings = {name: getattr(arguments, name) for name in ("num_beams", "temperature", "top_p")}
-    length = arguments.max_new_tokens
-    if labels is not None:
-        if settings != {"num_beams": 1, "temperature": 0.0, "top_p": 1.0}:
-            raise InputError(
-                f"the task has a closed set of labels ({', '.join(labels)}), which are ranked;"
-                " --num_beams, --temperature and --top_p go with --decode"
-            )
-        return prediction.rank(
-            backbone,
-            texts,
-            labels,
-            prompt,
-            input_length=lengths.get("inputs", 512),
-            target_length=lengths.get("targets", 16),
-            batch_size=arguments.batch_size,
-        )
-    return prediction.decode(
-        backbone,
-        texts,
-        prompt,
-        max_new_tokens=lengths.get("targets") if length is None else length,
-        input_length=lengths.get("inputs"),
-        seed=arguments.seed,
-        batch_size=arguments.batch_size,
-        **settings,
-    )
+    lengths = chosen.lengths(metadata)
+    task = prediction.task_of(metadata, chosen.task())
+    return prediction.Manner(task, lengths.get("inputs"), lengths.get("targets"))
 
 
 def records_of(arguments: argparse.Namespace) -> list[Any]:

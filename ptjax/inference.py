@@ -1,9 +1,4 @@
-"""What a backbone and a prompt say: logits, gradients, texts and label likelihoods.
-
-Everything that touches the device is one of the module-level jitted functions below, so a shape
-compiles once per process, whoever asks for it. Every example is computed exactly once; the host
-waits once, at the end.
-"""
+"""From Python, what a backbone and a prompt say: logits, gradients, texts."""
 
 from __future__ import annotations
 
@@ -12,46 +7,46 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from absl import logging
-from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int
 
+from ptjax.answering import predict_texts, rows_at_once, tokenize_inputs
 from ptjax.backbone import Backbone
-from ptjax.data.batch import pad
-from ptjax.data.pipeline import Bucket, ExampleSource, build_batch, make_buckets, plan_evaluation
-from ptjax.data.preprocess import TokenizedExamples, TokenRows, tokenize_texts
-from ptjax.data.tokenizer import Tokenizer
+from ptjax.data.pipeline import make_buckets
 from ptjax.errors import InputError
-from ptjax.models import decoding
 from ptjax.models.prompted import make_apply_fn, with_prompt
-from ptjax.prompting import prompt_array, prompted, sees_input
-from ptjax.scale.sharding import batch_sharding, replicated
-from ptjax.training.loss import Loss, log_likelihood
+from ptjax.prompting import PromptBank, choose_prompts, prompt_array, prompted, sees_input
+from ptjax.training.loss import Loss
 
 Variables = dict[str, Any]
+PromptIds = Sequence[str | int | None] | np.ndarray | None
 
-LABELS_AT_ONCE = 16
-"""Labels whose logits [B, L, V] are held at the same time by `rank`."""
+INPUT_LENGTH, MAX_NEW_TOKENS = 512, 64
+"""In tokens, where neither the caller nor the prompt says."""
 
 
 def forward(
-    backbone: Backbone, batch: Mapping[str, Any], prompt: Any = None
+    backbone: Backbone,
+    batch: Mapping[str, Any],
+    prompt: Any = None,
+    prompt_ids: PromptIds = None,
 ) -> Float[Array, "B L V"]:
     """Float32 logits for a batch under T5X's names, dropout off.
 
     Args:
         batch: `encoder_input_tokens` [B, T] and `decoder_input_tokens` [B, L].
         prompt: an array [P, D], something with such an array as its `.prompt` (what `load_prompt`
-            gives: whether it sees its input is its own affair), or None.
+            gives: whether it sees its input is its own affair), None, or a `PromptBank`.
+        prompt_ids: of a bank, each row's prompt: its name or number; None, "none" or -1 is none.
 
     Raises:
-        InputError: a name is missing from the batch, or the prompt has another width.
+        InputError: a name is missing from the batch, the prompt has another width, or the bank has
+            no such prompt.
     """
     apply_fn, variables = prompted(backbone, prompt)
     inputs, targets = _tokens(backbone, batch, "encoder_input_tokens", "decoder_input_tokens")
-    return _forward(apply_fn, variables, inputs, targets)
+    ids = choose_prompts(prompt, prompt_ids, len(inputs))
+    return _forward(apply_fn, variables, inputs, targets, ids)
 
 
 def loss_and_prompt_gradient(
@@ -62,7 +57,7 @@ def loss_and_prompt_gradient(
     Args:
         batch: as for `forward`, with `decoder_target_tokens` [B, L] and, unless every target but
             padding counts 1, `decoder_loss_weights` [B, L].
-        prompt: as for `forward`, but not None.
+        prompt: as for `forward`, but neither None nor a bank.
 
     Raises:
         InputError: as `forward`, or there is no prompt.
@@ -91,8 +86,9 @@ def generate(
     texts: Sequence[str],
     prompt: Any = None,
     *,
-    max_new_tokens: int | None = None,
-    input_length: int | None = None,
+    prompt_ids: PromptIds = None,
+    max_new_tokens: int | Sequence[int] | None = None,
+    input_length: int | Sequence[int] | None = None,
     num_beams: int = 1,
     alpha: float = 0.6,
     temperature: float = 0.0,
@@ -108,8 +104,11 @@ def generate(
     Args:
         texts: formatted inputs; a prompt's template is not applied here.
         prompt: as for `forward`. Its `.metadata` may hold the two lengths' defaults.
-        max_new_tokens: the most to write, end of sequence included (else `target_length`, or 64).
-        input_length: longer inputs are cut to it, with a warning (else the prompt's, or 512).
+        prompt_ids: as for `forward`, one for each text.
+        max_new_tokens: the most to write, end of sequence included (else `target_length`, or 64);
+            one for all texts, or one for each.
+        input_length: longer inputs are cut to it, with a warning (else the prompt's, or 512); one
+            for all texts, or one for each.
         num_beams: 1 is greedy or sampling; above it, a beam search with brevity penalty `alpha`.
         temperature: 0 is greedy; above it, samples.
         top_p: samples from the fewest tokens whose probabilities reach it.
@@ -124,6 +123,7 @@ def generate(
         backbone,
         texts,
         prompt,
+        prompt_ids=prompt_ids,
         max_new_tokens=max_new_tokens,
         input_length=input_length,
         batch_size=batch_size,
@@ -140,8 +140,9 @@ def generate_with_scores(
     texts: Sequence[str],
     prompt: Any = None,
     *,
-    max_new_tokens: int | None = None,
-    input_length: int | None = None,
+    prompt_ids: PromptIds = None,
+    max_new_tokens: int | Sequence[int] | None = None,
+    input_length: int | Sequence[int] | None = None,
     batch_size: int = 32,
     **settings: Any,
 ) -> tuple[list[str], np.ndarray]:
@@ -154,143 +155,58 @@ def generate_with_scores(
             f"the backbone {backbone.name} came without a tokenizer; name one with the argument "
             "`tokenizer=` of load_backbone (a *.model file, a folder, 'byt5' or a hub id)"
         )
-    metadata = getattr(prompt, "metadata", None) or {}
-    if max_new_tokens is None:
-        max_new_tokens = int(metadata.get("target_length", 64))
-    if input_length is None:
-        input_length = int(metadata.get("input_length", 512))
     apply_fn, variables = prompted(backbone, prompt)
-    if not texts:
-        return [], np.zeros(0, np.float32)
-    inputs = tokenize_texts(texts, tokenizer, input_length)
-    if inputs.truncated:
-        logging.warning(
-            "%d of %d texts were cut to %d tokens", inputs.truncated, len(texts), input_length
-        )
-    nothing = TokenRows(np.zeros(0, np.int32), np.zeros(len(texts) + 1, np.int64), truncated=0)
-    source = TokenizedExamples(inputs, nothing)
-    return predict_texts(
-        apply_fn,
-        variables,
-        source,
-        tokenizer,
-        make_buckets(source),
-        # A few texts do not pay for a full batch; powers of two keep the shapes few.
-        min(batch_size, 1 << (len(texts) - 1).bit_length()),
-        max_length=max_new_tokens,
-        **settings,
-    )
-
-
-def predict_texts(
-    apply_fn: Callable[..., Any],
-    variables: Variables,
-    source: ExampleSource,
-    tokenizer: Tokenizer,
-    buckets: Sequence[Bucket],
-    batch_size: int,
-    *,
-    max_length: int,
-    num_beams: int = 1,
-    alpha: float = 0.6,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
-) -> tuple[list[str], np.ndarray]:
-    """The text that the model writes for every example, in order, and their scores float32 [N].
-
-    Settings as for `generate`, `max_length` as its `max_new_tokens`.
-
-    Raises:
-        InputError: an impossible setting, or an example that fits no bucket.
-    """
-    if num_beams < 1 or max_length < 1 or batch_size < 1:
-        raise InputError("num_beams, the length to generate and batch_size must be 1 or more")
-    if temperature < 0 or not 0 < top_p <= 1:
-        raise InputError(
-            f"temperature = {temperature} must be 0 or more, top_p = {top_p} above 0 and up to 1"
-        )
-    if num_beams > 1 and temperature > 0:
-        raise InputError("a beam search does not sample: choose num_beams = 1 or temperature = 0")
-
-    def compute(tokens: Any, examples: Any) -> tuple[Array, Array]:
-        return _decode(
+    ids = choose_prompts(prompt, prompt_ids, len(texts))
+    said = _metadata(prompt, ids, len(texts))
+    longest = _for_each(max_new_tokens, said, "target_length", MAX_NEW_TOKENS)
+    cut_to = _for_each(input_length, said, "input_length", INPUT_LENGTH)
+    written, scores = [""] * len(texts), np.zeros(len(texts), np.float32)
+    # A beam search up to another length may end elsewhere, so texts of one length go together.
+    for length in np.unique(longest):
+        rows = np.flatnonzero(longest == length)
+        source = tokenize_inputs([texts[int(i)] for i in rows], tokenizer, cut_to[rows])
+        found, scores[rows] = predict_texts(
             apply_fn,
             variables,
-            tokens,
-            examples,
-            np.uint32(seed % 2**32),
-            settings,
-            max_length=max_length,
-            num_beams=num_beams,
-            sample=temperature > 0,
+            source,
+            tokenizer,
+            make_buckets(source),
+            rows_at_once(len(rows), batch_size),
+            max_length=int(length),
+            prompt_ids=None if ids is None else ids[rows],
+            numbers=rows,
+            **settings,
         )
-
-    settings = {
-        "alpha": alpha,
-        "temperature": temperature,
-        "top_p": top_p,
-        "eos_id": tokenizer.eos_id,
-    }
-    tokens, scores = _map_examples(compute, variables, source, buckets, batch_size)
-    return [tokenizer.decode(row) for row in tokens.tolist()], scores
+        for i, text in zip(rows, found, strict=True):
+            written[i] = text
+    return written, scores
 
 
-def make_label_tokens(
-    labels: Sequence[str], tokenizer: Tokenizer, target_length: int
-) -> Int[np.ndarray, "C L"]:
-    """A closed label set as target tokens, end of sequence included, as short as they fit."""
-    rows = tokenize_texts(labels, tokenizer, target_length)
-    return pad([rows[i] for i in range(len(rows))], int(rows.lengths.max()))
+def _metadata(prompt: Any, ids: np.ndarray | None, count: int) -> list[Mapping[str, Any]]:
+    """What the prompt of each of `count` texts says of itself."""
+    if isinstance(prompt, PromptBank) and ids is not None:
+        return [(prompt.metadata[i] or {}) if i >= 0 else {} for i in ids]
+    return [getattr(prompt, "metadata", None) or {}] * count
 
 
-def predict_labels(
-    apply_fn: Callable[..., Any],
-    variables: Variables,
-    source: ExampleSource,
-    label_tokens: Int[np.ndarray, "C L"],
-    buckets: Sequence[Bucket],
-    batch_size: int,
-) -> tuple[Int[np.ndarray, " N"], Float[np.ndarray, "N C"]]:
-    """Index of the likeliest label of every example, in order, and all log-likelihoods."""
-
-    def compute(tokens: Any, examples: Any) -> Array:
-        del examples
-        return rank(apply_fn, variables, tokens, label_tokens)
-
-    likelihoods = _map_examples(compute, variables, source, buckets, batch_size)
-    return likelihoods.argmax(axis=1).astype(np.int32), likelihoods
-
-
-@functools.partial(jax.jit, static_argnames="apply_fn")
-def rank(
-    apply_fn: Callable[..., Any],
-    variables: Variables,
-    encoder_input_tokens: Int[Array, "B T"],
-    label_tokens: Int[Array, "C L"],
-) -> Float[Array, "B C"]:
-    """log p(label | input) of every label (end of sequence included) for every row.
-
-    The encoder and the cross-attention's keys and values are computed once a row; the labels are
-    a batch dimension of the decoder's queries alone, so nothing is copied per label.
-    """
-    encoded = apply_fn(variables, encoder_input_tokens, method="encode")
-    cache = apply_fn(variables, encoded, label_tokens.shape[1], method="init_cache")
-
-    def likelihood(label: Int[Array, " L"]) -> Float[Array, " B"]:
-        targets = jnp.broadcast_to(label, (len(encoder_input_tokens), len(label)))
-        inputs = jnp.pad(targets[:, :-1], ((0, 0), (1, 0)))
-        logits, _ = apply_fn(variables, inputs, cache, 0, encoded, method="decode_step")
-        return log_likelihood(logits, targets, targets > 0)
-
-    return jax.lax.map(likelihood, label_tokens, batch_size=LABELS_AT_ONCE).T
+def _for_each(
+    given: int | Sequence[int] | None, said: Sequence[Mapping[str, Any]], name: str, default: int
+) -> Int[np.ndarray, " N"]:
+    """A setting for each text: the caller's, else what its prompt says under `name`."""
+    if given is None:
+        given = [int(metadata.get(name, default)) for metadata in said]
+    return np.broadcast_to(np.asarray(given, np.int64), len(said))
 
 
 @functools.partial(jax.jit, static_argnames="apply_fn")
 def _forward(
-    apply_fn: Callable[..., Any], variables: Variables, inputs: Array, targets: Array
+    apply_fn: Callable[..., Any],
+    variables: Variables,
+    inputs: Array,
+    targets: Array,
+    prompt_ids: Array | None,
 ) -> Array:
-    return apply_fn(variables, inputs, targets)
+    return apply_fn(variables, inputs, targets, prompt_ids=prompt_ids)
 
 
 @functools.partial(jax.jit, static_argnames="apply_fn")
@@ -310,69 +226,6 @@ def _loss_and_prompt_gradient(
         )
 
     return jax.value_and_grad(loss)(prompt)
-
-
-@functools.partial(jax.jit, static_argnames=("apply_fn", "max_length", "num_beams", "sample"))
-def _decode(
-    apply_fn: Callable[..., Any],
-    variables: Variables,
-    tokens: Array,
-    examples: Array,
-    seed: Array,
-    settings: dict[str, Any],
-    *,
-    max_length: int,
-    num_beams: int,
-    sample: bool,
-) -> tuple[Array, Array]:
-    keys = None
-    if sample:
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), examples)
-    return decoding.decode(
-        apply_fn,
-        variables,
-        tokens,
-        max_length=max_length,
-        num_beams=num_beams,
-        keys=keys,
-        **settings,
-    )
-
-
-def _map_examples(
-    compute: Callable[[Any, Any], Any],
-    variables: Variables,
-    source: ExampleSource,
-    buckets: Sequence[Bucket],
-    batch_size: int,
-) -> Any:
-    """`compute(encoder tokens [B, T], example numbers uint32 [B])` of every example once, in order.
-
-    Batches are dispatched one after the other and fetched together. Where the variables live on a
-    mesh, its data axis shares the rows.
-    """
-    where: Any = getattr(jax.tree.leaves(variables)[0], "sharding", None)
-    mesh: Any = where.mesh if isinstance(where, NamedSharding) else None
-    planned = plan_evaluation(source, buckets, batch_size)
-    outputs = []
-    for part in planned:
-        tokens = build_batch(source, part, 0)["encoder_input_tokens"]
-        rows = [_share(rows, mesh) for rows in (tokens, part.examples.astype(np.uint32))]
-        result = compute(*rows)
-        # Replicated, so that every host can read it.
-        outputs.append(result if mesh is None else jax.device_put(result, replicated(mesh)))
-    order = np.concatenate([part.examples for part in planned])
-    position = np.argsort(order, kind="stable")[-len(source) :]  # behind the filler, which is -1
-    return jax.tree.map(lambda *parts: np.concatenate(parts)[position], *jax.device_get(outputs))
-
-
-def _share(rows: np.ndarray, mesh: Any) -> Any:
-    """Rows that every host has whole, over the mesh's data axis where it divides them."""
-    if mesh is None:
-        return rows
-    divides = len(rows) % mesh.shape["data"] == 0
-    where = batch_sharding(mesh) if divides else replicated(mesh)
-    return jax.make_array_from_callback(rows.shape, where, lambda index: rows[index])
 
 
 def _tokens(backbone: Backbone, batch: Mapping[str, Any], *names: str) -> list[np.ndarray]:

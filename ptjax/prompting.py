@@ -1,21 +1,23 @@
-"""A loaded backbone and a prompt, put together: do they fit, and what runs them."""
+"""A loaded backbone and a prompt, or many, put together: do they fit, and what runs them."""
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from ptjax.backbone import Backbone
 from ptjax.errors import InputError
-from ptjax.interop.prompt_file import PromptFile
+from ptjax.interop.prompt_file import NO_PROMPT, PromptFile
+from ptjax.models.prompt import Bank, stack_prompts
 from ptjax.models.prompted import make_apply_fn, with_prompt
 from ptjax.models.t5 import PromptStates
 from ptjax.scale.sharding import replicated
@@ -37,46 +39,170 @@ def check_prompt(
     Raises:
         InputError: another width, or another fingerprint.
     """
+    checked = _check_origin(
+        backbone, prompt.prompt.shape, prompt.metadata, "the prompt", allow_mismatch
+    )
+    # Keys and values of another backbone mean nothing here; the prompt is run again instead.
+    same = prompt.metadata.get("backbone_fingerprint") == backbone.fingerprint
+    return PromptFile(prompt.prompt, checked, prompt.states if same else None)
+
+
+def _check_origin(
+    backbone: Backbone,
+    shape: Sequence[int],
+    metadata: Mapping[str, Any],
+    called: str,
+    allow_mismatch: bool,
+) -> dict[str, Any]:
+    """`check_prompt` of what a prompt says of itself; `called` is what messages call it."""
     width = backbone.config.emb_dim
-    if prompt.prompt.shape[1] != width:
+    if shape[-1] != width:
         raise InputError(
-            f"the prompt {list(prompt.prompt.shape)} does not fit {backbone.name}, whose width is "
-            f"{width}; it was tuned on {prompt.metadata.get('backbone_name', 'another backbone')}"
+            f"{called} {list(shape)} does not fit {backbone.name}, whose width is {width}; it was "
+            f"tuned on {metadata.get('backbone_name', 'another backbone')}"
         )
     tokenizer = backbone.tokenizer
     own_name, own_id = backbone.name, backbone.name.partition("@")[0]
-    name = prompt.metadata.get("backbone_name")
-    checked = dict(prompt.metadata)
+    name = metadata.get("backbone_name")
+    checked = dict(metadata)
     for what, own in (
         ("backbone", backbone.fingerprint),
         ("tokenizer", tokenizer.fingerprint if tokenizer else None),
     ):
-        wanted = prompt.metadata.get(f"{what}_fingerprint")
+        wanted = metadata.get(f"{what}_fingerprint")
         checked[f"{what}_fingerprint"] = own or wanted
         if what == "backbone" and wanted is None and name is None:
             logging.warning(
-                "the prompt does not say which backbone it was tuned on; its width fits"
+                "%s does not say which backbone it was tuned on; its width fits", called
             )
         # PEFT records a name, and of a model of the hub seldom the commit.
         elif what == "backbone" and wanted is None and name not in (own_name, own_id):
             logging.warning(
-                "the prompt was tuned on %s and does not tell its weights; that they are those of "
-                "%s cannot be checked, its width fits",
+                "%s was tuned on %s and does not tell its weights; that they are those of %s "
+                "cannot be checked, its width fits",
+                called,
                 name,
                 own_name,
             )
         if wanted is None or own is None or wanted == own:
             continue
         problem = (
-            f"the prompt was tuned on {name or 'a backbone'} with the {what} {wanted[:19]}, not "
-            f"with that of {own_name}, {own[:19]}"
+            f"{called} was tuned on {name or 'a backbone'} with the {what} {wanted[:19]}, not with "
+            f"that of {own_name}, {own[:19]}"
         )
         if not allow_mismatch:
             raise InputError(f"{problem}; load its own, or override with allow_mismatch")
         logging.warning("%s; used all the same", problem)
-    # Keys and values of another backbone mean nothing here; the prompt is run again instead.
-    same = prompt.metadata.get("backbone_fingerprint") == backbone.fingerprint
-    return PromptFile(prompt.prompt, checked, prompt.states if same else None)
+    return checked
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptBank:
+    """Prompts by name, of which every example of a batch takes its own.
+
+    Attributes:
+        names: of the N prompts.
+        arrays: the prompts side by side.
+        metadata: what each says of itself; None for a bare array.
+    """
+
+    names: tuple[str, ...]
+    arrays: Bank
+    metadata: tuple[dict[str, Any] | None, ...]
+
+    def id_of(self, prompt: str | int | None) -> int:
+        """The number of a prompt, given by name or number; -1 for None, "none" and -1.
+
+        Raises:
+            InputError: the bank has no such prompt.
+        """
+        if prompt is None or prompt == NO_PROMPT:
+            return -1
+        if prompt in self.names:
+            return self.names.index(prompt)
+        if not isinstance(prompt, bool | str) and prompt in range(-1, len(self.names)):
+            return int(prompt)
+        if not isinstance(prompt, str):
+            raise InputError(f"no prompt has the number {prompt}; there are {len(self.names)}")
+        near = difflib.get_close_matches(prompt, self.names, 3, 0.4) or self.names[:5]
+        more = ", ..." if len(near) < len(self.names) else ""
+        raise InputError(
+            f"no prompt is called {prompt!r}; there are {', '.join(near)}{more}, and '{NO_PROMPT}' "
+            "for the backbone alone"
+        )
+
+
+def make_bank(prompts: Mapping[str, Any]) -> PromptBank:
+    """A bank of prompts of any lengths, given by name as for `inference.forward`.
+
+    >>> bank = make_bank(load_prompts("runs/prompts"))  # doctest: +SKIP
+
+    What was compiled of a prompt is not used: in a bank every row runs its own.
+
+    Raises:
+        InputError: no prompt, or one that is no matrix or not as wide as the first; it is named.
+    """
+    if not prompts:
+        raise InputError("a bank needs a prompt at least")
+    matrices = {name: np.asarray(getattr(x, "prompt", x)) for name, x in prompts.items()}
+    first, width = next(iter(matrices)), next(iter(matrices.values())).shape[-1:]
+    for name, matrix in matrices.items():
+        if matrix.ndim != 2 or matrix.shape[1:] != width:
+            raise InputError(
+                f"prompt {name!r} has the shape {list(matrix.shape)}, prompt {first!r} "
+                f"{list(matrices[first].shape)}; those of a bank are matrices [P, D] of one width D"
+            )
+    return PromptBank(
+        tuple(prompts),
+        stack_prompts([*matrices.values()], [sees_input(prompt) for prompt in prompts.values()]),
+        tuple(getattr(prompt, "metadata", None) for prompt in prompts.values()),
+    )
+
+
+def check_bank(backbone: Backbone, bank: PromptBank, *, allow_mismatch: bool = False) -> PromptBank:
+    """`check_prompt` of every prompt of a bank; messages name the one.
+
+    Returns:
+        The bank with this backbone's fingerprints, its arrays on the backbone's mesh.
+
+    Raises:
+        InputError: another width, or another fingerprint.
+    """
+    width, checked = bank.arrays.prompt.shape[-1], []
+    lengths = np.asarray(bank.arrays.lengths).tolist()
+    for name, length, metadata in zip(bank.names, lengths, bank.metadata, strict=True):
+        # A bare array is used without a word, as everywhere.
+        said = {"backbone_name": backbone.name} if metadata is None else metadata
+        own = _check_origin(backbone, (length, width), said, f"prompt {name!r}", allow_mismatch)
+        checked.append(None if metadata is None else own)
+    arrays = jax.device_put(bank.arrays, replicated(backbone.mesh))
+    return PromptBank(bank.names, arrays, tuple(checked))
+
+
+def choose_prompts(
+    prompt: Any, prompt_ids: Sequence[str | int | None] | np.ndarray | None, count: int
+) -> Int[np.ndarray, " B"] | None:
+    """`prompt_ids` as int32 [count] where `prompt` is a bank, else None.
+
+    Raises:
+        InputError: a bank without them or the other way round, another number of them, or one that
+            names no prompt of the bank; with its place.
+    """
+    if not isinstance(prompt, PromptBank):
+        if prompt_ids is not None:
+            raise InputError("prompt_ids choose from a bank of prompts; make one with make_bank")
+        return None
+    if prompt_ids is None:
+        raise InputError("a bank of prompts needs prompt_ids: a name, or None, for every example")
+    if isinstance(prompt_ids, str) or len(prompt_ids) != count:
+        raise InputError(f"prompt_ids has to be a list with one for each of {count} examples")
+    ids = np.zeros(count, np.int32)
+    for i, one in enumerate(prompt_ids):
+        try:
+            ids[i] = prompt.id_of(one)
+        except InputError as error:
+            raise InputError(f"prompt_ids[{i}]: {error}") from None
+    return ids
 
 
 def sees_input(prompt: Any) -> bool:
@@ -110,6 +236,9 @@ def prompted(backbone: Backbone, prompt: Any) -> tuple[Callable[..., Any], Varia
     One that was compiled for this backbone brings its states along, and its own way through the
     encoder is saved.
     """
+    if isinstance(prompt, PromptBank):
+        arrays = check_bank(backbone, prompt).arrays
+        return make_apply_fn(backbone.config), with_prompt(backbone.variables, arrays)
     array = prompt_array(backbone, prompt)
     states = getattr(prompt, "states", None)
     if states is not None:
@@ -129,6 +258,8 @@ def prompt_array(backbone: Backbone, prompt: Any) -> Float[Array, "P D"] | None:
     """
     if prompt is None:
         return None
+    if isinstance(prompt, PromptBank):
+        raise InputError("one prompt is needed here, not a bank of them")
     array = getattr(prompt, "prompt", prompt)
     width = backbone.config.emb_dim
     if np.ndim(array) != 2 or np.shape(array)[1] != width:

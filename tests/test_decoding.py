@@ -104,7 +104,7 @@ class Constant:
     def __init__(self, probs: list[float]) -> None:
         self.logits, self.steps = np.log(np.asarray(probs, np.float32)), []
 
-    def __call__(self, variables, *args, method):
+    def __call__(self, variables, *args, method, prompt_ids=None):
         if method == "encode":
             return Encoded(jnp.zeros((*args[0].shape, 1)), (args[0] > 0).astype(int))
         if method == "init_cache":

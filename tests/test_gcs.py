@@ -30,7 +30,7 @@ from ptjax.data.tokenizer import load_tokenizer
 from ptjax.errors import InputError
 from ptjax.evaluation import Evaluation
 from ptjax.interop.peft import export_peft
-from ptjax.interop.prompt_file import load_prompt, save_prompt
+from ptjax.interop.prompt_file import load_prompt, load_prompts, save_prompt
 from ptjax.loop import Pace
 from ptjax.models.config import T5Config
 from ptjax.models.t5 import init_params
@@ -163,6 +163,10 @@ def test_prompts_out_and_in(folder):
     )
     with pytest.raises(InputError, match=f"did you mean {folder}/ours"):
         load_prompt(folder)
+    save_prompt(folder / "seed" / "best.safetensors", prompt - 1, {})
+    found = load_prompts(folder)
+    assert list(found) == ["best", "ours", "peft", "seed"]
+    np.testing.assert_array_equal(found["seed"].prompt, prompt - 1)
 
 
 def test_a_file_is_whole_or_the_one_before(folder):

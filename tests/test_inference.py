@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import types
 from typing import Any
@@ -11,58 +10,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from letters import LETTERS, make_backbone, random_texts, text_source
 
 from ptjax import inference
 from ptjax.data.batch import shift_right
-from ptjax.data.pipeline import make_buckets
-from ptjax.data.preprocess import TokenizedExamples, TokenRows, tokenize_texts
 from ptjax.errors import InputError
 from ptjax.interop.prompt_file import PromptFile
 from ptjax.models import decoding
 from ptjax.prompting import check_prompt
-from ptjax.scale.sharding import make_mesh, replicated, sharding_of
-from ptjax.training.freeze import flatten_paths, unflatten_paths
+from ptjax.scale.sharding import make_mesh, replicated
 from ptjax.training.loss import Loss
-
-
-class LetterTokenizer:
-    """'a' is 2, 'b' is 3, ...; every id of the tiny model's 64 is a text of its own."""
-
-    name, vocab_size, pad_id, eos_id = "letters", 64, 0, 1
-    fingerprint = "sha256:letters"
-
-    def encode_batch(self, texts):
-        return [[ord(c) - 95 for c in text] for text in texts]
-
-    def decode(self, ids):
-        ids = [*ids, 1]
-        return "".join(chr(i + 95) for i in ids[: ids.index(1)] if i)
 
 
 @pytest.fixture(scope="module")
 def backbone(tiny):
-    return types.SimpleNamespace(
-        config=tiny.config,
-        variables={"params": tiny.params},
-        apply_fn=tiny.apply_fn(),
-        tokenizer=LetterTokenizer(),
-        fingerprint="sha256:0",
-        name="tiny",
-        mesh=make_mesh(devices=jax.devices()[:1]),
-    )
-
-
-def _source(texts: list[str]) -> TokenizedExamples:
-    tokens = tokenize_texts(texts, LetterTokenizer(), 64)
-    return TokenizedExamples(tokens, TokenRows(np.zeros(0), np.zeros(len(texts) + 1, int), 0))
-
-
-def _texts(count: int, longest: int = 40) -> list[str]:
-    rng = np.random.default_rng(count)
-    return [
-        "".join(chr(97 + c) for c in rng.integers(0, 26, rng.integers(1, longest)))
-        for _ in range(count)
-    ]
+    return make_backbone(tiny)
 
 
 def test_forward_is_the_model_without_dropout(backbone, tiny, tiny_batch):
@@ -178,7 +140,7 @@ def test_impossible_settings_are_refused(backbone, settings):
 
 
 def test_generate_answers_every_text_in_order_whatever_the_batch(backbone, tiny):
-    texts = _texts(11)
+    texts = random_texts(11)
     settings = {"prompt": tiny.prompt, "max_new_tokens": 6}
     together, scores = inference.generate_with_scores(backbone, texts, batch_size=4, **settings)
     assert len(set(together)) > 5
@@ -187,7 +149,7 @@ def test_generate_answers_every_text_in_order_whatever_the_batch(backbone, tiny)
     assert reversed_texts[::-1] == together
     # One by one and by hand: the prompt, the text, one end of sequence, then the argmax.
     for text, answer, score in list(zip(texts, together, scores, strict=True))[:4]:
-        tokens = np.asarray([[*LetterTokenizer().encode_batch([text])[0], 1]], np.int32)
+        tokens = np.asarray([[*LETTERS.encode_batch([text])[0], 1]], np.int32)
         target, likelihood = np.zeros((1, 6), np.int32), 0.0
         for i in range(6):
             inputs = np.zeros((1, 48), np.int32)
@@ -197,24 +159,24 @@ def test_generate_answers_every_text_in_order_whatever_the_batch(backbone, tiny)
             likelihood += float(jax.nn.log_softmax(logits).max())
             if target[0, i] == 1:
                 break
-        assert answer == LetterTokenizer().decode(target[0].tolist())
+        assert answer == LETTERS.decode(target[0].tolist())
         assert score == pytest.approx(likelihood, rel=1e-4)
 
 
 def test_beam_settings_are_passed_on(backbone, tiny):
-    texts, settings = _texts(6), {"prompt": tiny.prompt, "max_new_tokens": 5}
+    texts, settings = random_texts(6), {"prompt": tiny.prompt, "max_new_tokens": 5}
     greedy = inference.generate(backbone, texts, **settings)
     written, scores = inference.generate_with_scores(
         backbone, texts, num_beams=4, alpha=2.0, **settings
     )
     assert written != greedy
     tokens = np.zeros((6, 48), np.int32)
-    source = _source(texts)
+    source = text_source(texts)
     for i in range(6):
         tokens[i, : source.input_lengths[i]] = source.tokens(i, 0)[0]
     beams = functools.partial(decoding.decode, tiny.apply_fn(), max_length=5, num_beams=4)
     expected, expected_scores = jax.jit(beams)(tiny.variables, tokens, alpha=2.0)
-    assert written == [LetterTokenizer().decode(row) for row in expected.tolist()]
+    assert written == [LETTERS.decode(row) for row in expected.tolist()]
     np.testing.assert_allclose(scores, expected_scores, rtol=1e-4)
 
 
@@ -237,123 +199,3 @@ def test_lengths_come_from_the_prompts_metadata(backbone, tiny, caplog):
     assert "1 of 2 texts were cut to 4 tokens" in caplog.text
     longer = inference.generate(backbone, ["abcdefgh"], prompt, max_new_tokens=6, input_length=9)
     assert longer == inference.generate(backbone, ["abcdefgh"], tiny.prompt, max_new_tokens=6)
-
-
-LABELS = ["yes", "no", "maybe", "b"]
-
-
-def test_label_tokens_end_and_are_as_short_as_they_fit():
-    tokens = inference.make_label_tokens(["ab", "c"], LetterTokenizer(), 8)
-    np.testing.assert_array_equal(tokens, [[2, 3, 1], [4, 1, 0]])
-    cut = inference.make_label_tokens(["abcd"], LetterTokenizer(), 3)
-    np.testing.assert_array_equal(cut, [[2, 3, 1]])
-
-
-@pytest.mark.parametrize("copies", [1, 5])  # 20 labels are more than are ranked at once
-def test_ranking_is_each_labels_own_log_likelihood(tiny, tiny_batch, copies):
-    labels = inference.make_label_tokens(LABELS * copies, LetterTokenizer(), 8)
-    inputs = tiny_batch["encoder_input_tokens"]
-    ranked = inference.rank(tiny.apply_fn(), tiny.variables, inputs, labels)
-    assert ranked.shape == (8, 4 * copies)
-    for c, label in enumerate(labels[:4]):
-        label = label[label > 0]  # its own length: padding does not count
-        targets = np.tile(label, (8, 1))
-        logits = tiny.jitted()(tiny.variables, inputs, shift_right(targets))
-        log_probs = np.asarray(jax.nn.log_softmax(logits))
-        expected = np.take_along_axis(log_probs, targets[..., None], -1).sum((1, 2))
-        for copy in range(copies):
-            np.testing.assert_allclose(ranked[:, c + 4 * copy], expected, rtol=1e-4)
-
-
-def test_label_predictions_are_in_order(backbone, tiny):
-    source, labels = _source(_texts(19)), inference.make_label_tokens(LABELS, LetterTokenizer(), 8)
-    buckets = make_buckets(source, smallest=16)
-    assert len(buckets) > 1
-    best, likelihoods = inference.predict_labels(
-        backbone.apply_fn, tiny.variables, source, labels, buckets, 4
-    )
-    inputs = np.zeros((19, 48), np.int32)
-    for i in range(19):
-        row, _ = source.tokens(i, 0)
-        inputs[i, : len(row)] = row
-    expected = inference.rank(backbone.apply_fn, tiny.variables, inputs, labels)
-    np.testing.assert_allclose(likelihoods, expected, atol=1e-4)
-    np.testing.assert_array_equal(best, np.argmax(expected, axis=1))
-    assert best.dtype == np.int32
-
-
-def test_a_later_evaluation_compiles_nothing(tiny):
-    traced = []
-
-    def apply_fn(*args, **kwargs):  # it runs only while jax traces
-        traced.append(kwargs.get("method"))
-        return tiny.apply_fn()(*args, **kwargs)
-
-    source, labels = _source(_texts(19)), inference.make_label_tokens(LABELS, LetterTokenizer(), 8)
-    buckets = make_buckets(source, smallest=16)
-    likelihoods = []
-    for step in range(2):
-        variables = tiny.variables | {"prompt": {"prompt": tiny.prompt + step}}
-        where = (apply_fn, variables, source)
-        likelihoods.append(inference.predict_labels(*where, labels, buckets, 4)[1])
-        inference.predict_texts(*where, LetterTokenizer(), buckets, 4, max_length=3)
-        # Ranking and decoding each encode once per shape.
-        assert traced.count("encode") == 2 * len(buckets)
-    assert not np.allclose(*likelihoods, atol=1e-2)
-
-
-@dataclasses.dataclass
-class CountingSource:
-    """Counts how often each example's tokens are asked for."""
-
-    source: TokenizedExamples
-
-    def __post_init__(self):
-        self.asked = np.zeros(len(self.source), int)
-        self.input_lengths = self.source.input_lengths
-        self.target_lengths = self.source.target_lengths
-
-    def __len__(self):
-        return len(self.source)
-
-    def tokens(self, index, epoch):
-        self.asked[index] += 1
-        return self.source.tokens(index, epoch)
-
-
-def test_every_example_is_computed_once(backbone, tiny):
-    source = CountingSource(_source(_texts(19)))
-    labels = inference.make_label_tokens(LABELS, LetterTokenizer(), 8)
-    buckets = make_buckets(source, smallest=16)
-    inference.predict_labels(backbone.apply_fn, tiny.variables, source, labels, buckets, 4)
-    assert source.asked.tolist() == [1] * 19
-
-
-@pytest.mark.parametrize("batch_size", [8, 3])
-def test_a_sharded_backbone_predicts_the_same(backbone, tiny, batch_size):
-    mesh = make_mesh(2)
-    shared = inference._share(np.zeros((batch_size, 2)), mesh)
-    assert shared.is_fully_replicated == (batch_size % mesh.shape["data"] > 0)
-    sharded = unflatten_paths(
-        {
-            path: jax.device_put(array, sharding_of(path, array.shape, mesh))
-            for path, array in flatten_paths(tiny.variables).items()
-        }
-    )
-    source, labels = (
-        _source(_texts(9, 15)),
-        inference.make_label_tokens(LABELS, LetterTokenizer(), 8),
-    )
-    rest = (source, labels, [(16, 0)], batch_size)
-    _, likelihoods = inference.predict_labels(backbone.apply_fn, sharded, *rest)
-    _, expected = inference.predict_labels(backbone.apply_fn, tiny.variables, *rest)
-    np.testing.assert_allclose(likelihoods, expected, atol=1e-4)
-    for settings in ({}, {"num_beams": 3}, {"temperature": 1.0}):
-        rest = (source, LetterTokenizer(), [(16, 0)], batch_size)
-        texts, _ = inference.predict_texts(
-            backbone.apply_fn, sharded, *rest, max_length=4, **settings
-        )
-        same, _ = inference.predict_texts(
-            backbone.apply_fn, tiny.variables, *rest, max_length=4, **settings
-        )
-        assert texts == same

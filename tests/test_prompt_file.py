@@ -16,7 +16,7 @@ from markers import SHARED
 from ptjax.backbone import load_backbone
 from ptjax.errors import InputError
 from ptjax.interop.peft import export_peft
-from ptjax.interop.prompt_file import T5X_PROMPT, load_prompt, save_prompt
+from ptjax.interop.prompt_file import T5X_PROMPT, load_prompt, load_prompts, save_prompt
 from ptjax.prompting import check_prompt
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
@@ -229,3 +229,67 @@ def test_paths_that_hold_nothing(tmp_path):
     (tmp_path / "x.txt").write_text("hello, this is text")
     with pytest.raises(InputError, match="no prompt file, but something else"):
         load_prompt(tmp_path / "x.txt")
+
+
+# Many of them
+
+
+def test_every_prompt_of_a_directory_by_name(tmp_path, prompt, caplog):
+    """Files, PEFT's directories, members of a bank, runs; nothing hidden, nothing else."""
+    wanted = {name: prompt + i for i, name in enumerate(("dash-ed", "file", "peft", "run", "seed"))}
+    save_prompt(tmp_path / "file.safetensors", wanted["file"], METADATA)
+    np.save(tmp_path / "dash-ed.npy", wanted["dash-ed"])
+    export_peft(tmp_path / "peft", wanted["peft"], num_heads=2, num_layers=1)
+    save_prompt(tmp_path / "seed" / "best.safetensors", wanted["seed"], {})
+    save_prompt(tmp_path / "seed" / "step_3.safetensors", prompt - 1, {})
+    save_prompt(tmp_path / "run" / "prompts" / "best.safetensors", wanted["run"], {})
+    save_prompt(tmp_path / ".hidden.safetensors", prompt - 1, {})
+    save_prompt(tmp_path / ".tmp" / "best.safetensors", prompt - 1, {})
+    (tmp_path / "results.json").write_text("{}")
+    (tmp_path / "unfinished" / "prompts").mkdir(parents=True)
+    found = load_prompts(tmp_path)
+    assert list(found) == sorted(wanted)
+    for name, want in wanted.items():
+        np.testing.assert_array_equal(found[name].prompt, want)
+    assert found["file"].metadata == METADATA
+    assert [r.getMessage() for r in caplog.records] == [
+        f"{tmp_path / 'unfinished'}: no prompt in this folder, left out"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ((), "no prompt in this directory$"),
+        (("notes.txt",), "no prompt in this directory$"),
+        (
+            ("prompts/a/best.safetensors",),
+            "no prompt in this directory; did you mean .*/prompts\\?",
+        ),
+        (("a.safetensors", "a.npy"), "a.npy and .*a.safetensors: two prompts of one name"),
+        (("a.safetensors", "a/best.safetensors"), "two prompts of one name"),
+        (("a/best.safetensors", "a/prompts/best.safetensors"), "two prompts of one name"),
+        (("none.npy",), "none.npy: the name 'none' means no prompt"),
+        (("a.npy", "broken.safetensors"), "broken.safetensors: "),
+        (("adapter_model.safetensors",), "a PEFT directory holds one prompt"),
+    ],
+)
+def test_a_directory_that_cannot_be_taken_as_it_is(tmp_path, prompt, names, message):
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith(".npy"):
+            np.save(tmp_path / name, prompt)
+        elif name.startswith(("broken", "notes")):
+            (tmp_path / name).write_text("no prompt")
+        else:
+            save_prompt(tmp_path / name, prompt, {})
+    with pytest.raises(InputError, match=message):
+        load_prompts(tmp_path)
+
+
+def test_a_path_that_is_no_directory(tmp_path, prompt):
+    save_prompt(tmp_path / "a.safetensors", prompt, {})
+    with pytest.raises(InputError, match="a file, not a directory"):
+        load_prompts(tmp_path / "a.safetensors")
+    with pytest.raises(InputError, match="gone: no such directory"):
+        load_prompts(tmp_path / "gone")

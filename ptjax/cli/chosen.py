@@ -19,7 +19,8 @@ BEST_PROMPT = "prompts/best.safetensors"
 BEST_MODEL = "models/best"
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
+def add_flags(parser: argparse.ArgumentParser, many: str = "") -> None:
+    """`many`: what --prompts does, in a command that takes several."""
     group = parser.add_argument_group("which prompt, on which backbone")
     group.add_argument(
         "--model_dir",
@@ -39,15 +40,21 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="instead of the one in the gin file: a T5X checkpoint, a Hugging Face directory "
         "or hub id, or ptjax-nano",
     )
+    if many:
+        group.add_argument("--prompts", metavar="DIR", help=many)
+    else:
+        parser.set_defaults(prompts=None)
     group.add_argument(
         "--allow_mismatch",
         action="store_true",
-        help="use a prompt that was tuned on another backbone or tokenizer",
+        help="use prompts that were tuned on another backbone or tokenizer",
     )
 
 
 def load(arguments: argparse.Namespace) -> None:
     """Reads the gin files that the flags name, MODEL_DIR/config.gin where they name none."""
+    if arguments.prompts is not None and arguments.prompt is not None:
+        raise InputError("--prompt is one prompt, --prompts=DIR many; give one of the flags")
     macros = {}
     if arguments.model_dir is not None:
         model_dir = epath.Path(arguments.model_dir).expanduser()
@@ -90,7 +97,7 @@ def prompt_path(arguments: argparse.Namespace) -> str | None:
         return None
     raise InputError(
         f"{directory} has no {BEST_PROMPT} (its run has not come to an evaluation, or it tuned no "
-        "prompt); name one with --prompt=PATH, or --prompt=none for the backbone alone"
+        "prompt, or many); name one with --prompt=PATH, or --prompt=none for the backbone alone"
     )
 
 
@@ -99,7 +106,8 @@ def load_backbone(arguments: argparse.Namespace, metadata: dict[str, Any]) -> An
     from ptjax import backbone
 
     path, directory = arguments.backbone, model_dir(arguments)
-    if path is None and arguments.prompt is None and directory is not None:
+    named_here = arguments.prompt is not None or arguments.prompts is not None
+    if path is None and not named_here and directory is not None:
         tuned = directory / BEST_MODEL
         if tuned.exists() and not (directory / BEST_PROMPT).exists():
             path = os.fspath(tuned)
@@ -135,6 +143,18 @@ def load_prompt(arguments: argparse.Namespace) -> Any:
 
     path = prompt_path(arguments)
     return None if path is None else prompt_file.load_prompt(path)
+
+
+def load_bank(arguments: argparse.Namespace) -> Any:
+    """The prompts below --prompts, as a bank."""
+    from ptjax import prompting
+    from ptjax.interop import prompt_file
+
+    prompts = prompt_file.load_prompts(arguments.prompts)
+    try:
+        return prompting.make_bank(prompts)
+    except InputError as error:
+        raise InputError(f"--prompts={arguments.prompts}: {error}") from error
 
 
 def task() -> Any:

@@ -14,6 +14,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from absl import logging
 from etils import epath
 
 from ptjax.errors import InputError
@@ -25,6 +26,10 @@ TENSOR = "prompt"
 _KINDS = ("keys", "values")
 T5X_PROMPT = "encoder/prompt/prompt/prompt"
 """Where google-research/prompt-tuning keeps a prompt inside a T5X checkpoint."""
+NO_PROMPT = "none"
+"""What commands and records call the backbone alone; no prompt can have this name."""
+_SUFFIXES = (".safetensors", ".npy")
+_BEST = ("best.safetensors", "prompts/best.safetensors")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +109,53 @@ def load_prompt(path: str | os.PathLike[str]) -> PromptFile:
         f"{path}: no prompt file, but {kind.get(start[:1], 'something else')}; ptjax reads "
         "safetensors, .npy, PEFT directories and T5X checkpoints"
     )
+
+
+def load_prompts(directory: str | os.PathLike[str]) -> dict[str, PromptFile]:
+    """Every prompt in a directory, by name, in the names' order; local or gs://.
+
+    Prompts are files (*.safetensors, *.npy), PEFT directories, and folders with a
+    `best.safetensors` or `prompts/best.safetensors` (the members of a bank, or runs); each is named
+    as its file, without the suffix, or its folder. Hidden ones do not count; a folder without a
+    prompt is left out with a warning.
+
+    Raises:
+        InputError: no prompt there, two of one name, one called 'none', or one that `load_prompt`
+            refuses; it names the path.
+    """
+    directory = epath.Path(directory).expanduser()
+    if not directory.is_dir():
+        problem = "a file, not a directory" if directory.exists() else "no such directory"
+        raise InputError(f"{directory}: {problem}; many prompts are given as the one they are in")
+    if peft.is_peft(directory):
+        raise InputError(f"{directory}: a PEFT directory holds one prompt; name the one above it")
+    found: dict[str, epath.Path] = {}
+    for path in sorted(directory.iterdir(), key=os.fspath):
+        if path.name.startswith("."):
+            continue
+        name = path.name if path.is_dir() else path.stem
+        for prompt in _prompts_at(path):
+            if name in found:
+                raise InputError(f"{found[name]} and {prompt}: two prompts of one name; move one")
+            if name == NO_PROMPT:
+                raise InputError(f"{prompt}: the name {name!r} means no prompt; rename it")
+            found[name] = prompt
+    if not found:
+        inner = directory / "prompts"
+        hint = f"; did you mean {inner}?" if inner.is_dir() else ""
+        raise InputError(f"{directory}: no prompt in this directory{hint}")
+    return {name: load_prompt(found[name]) for name in sorted(found)}
+
+
+def _prompts_at(path: epath.Path) -> list[epath.Path]:
+    """The prompts that a file or folder is taken for: one, or by mistake several, or none."""
+    if not path.is_dir():
+        return [path] if path.suffix in _SUFFIXES else []
+    inside = [path / best for best in _BEST if (path / best).exists()]
+    inside += [path] if peft.is_peft(path) else []
+    if not inside:
+        logging.warning("%s: no prompt in this folder, left out", path)
+    return inside
 
 
 def prompts_below(directory: epath.Path) -> list[epath.Path]:

@@ -24,6 +24,7 @@ def decode(
     encoder_input_tokens: Int[Array, "B T"],
     *,
     max_length: int,
+    prompt_ids: Int[Array, " B"] | None = None,
     num_beams: int = 1,
     alpha: float | Array = 0.6,
     keys: Key[Array, " B"] | None = None,
@@ -38,6 +39,7 @@ def decode(
 
     Args:
         max_length: L; static under `jax.jit`, as are `apply_fn` and `num_beams`.
+        prompt_ids: where the variables hold a bank of prompts, which is each row's.
         alpha: of the beam search's brevity penalty.
         keys: one per row, so that what a row draws does not depend on the other rows.
         temperature: divides the logits before sampling; > 0.
@@ -54,12 +56,13 @@ def decode(
             variables,
             encoder_input_tokens,
             max_length=max_length,
+            prompt_ids=prompt_ids,
             num_beams=num_beams,
             alpha=alpha,
             eos_id=eos_id,
         )
         return tokens[:, 0], scores[:, 0]
-    step, cache = _start(apply_fn, variables, encoder_input_tokens, max_length, 1)
+    step, cache = _start(apply_fn, variables, encoder_input_tokens, prompt_ids, max_length, 1)
 
     def unfinished(state: _Rows) -> Array:
         return (state.position < max_length) & ~jnp.all(state.ended)
@@ -101,6 +104,7 @@ def beam_search(
     *,
     max_length: int,
     num_beams: int,
+    prompt_ids: Int[Array, " B"] | None = None,
     alpha: float | Array = 0.6,
     eos_id: int | Array = 1,
 ) -> tuple[Int[Array, "B K L"], Float[Array, "B K"]]:
@@ -112,7 +116,7 @@ def beam_search(
     stopping at every step, with one beam too.
     """
     rows, width = len(encoder_input_tokens), num_beams
-    step, cache = _start(apply_fn, variables, encoder_input_tokens, max_length, width)
+    step, cache = _start(apply_fn, variables, encoder_input_tokens, prompt_ids, max_length, width)
 
     def penalty(length: Array | int) -> Array:
         return ((5.0 + length) / 6.0) ** jnp.float32(alpha)
@@ -203,11 +207,12 @@ def _start(
     apply_fn: Callable[..., Any],
     variables: dict[str, Any],
     encoder_input_tokens: Int[Array, "B T"],
+    prompt_ids: Int[Array, " B"] | None,
     max_length: int,
     width: int,
 ) -> tuple[Step, Cache]:
     """A function of (last token [B*K], cache, position) -> (log p [B*K, V], cache), first cache."""
-    encoded = apply_fn(variables, encoder_input_tokens, method="encode")
+    encoded = apply_fn(variables, encoder_input_tokens, prompt_ids=prompt_ids, method="encode")
     cache = apply_fn(variables, encoded, max_length, method="init_cache")
     # Every row its beams; a prompt that all rows share stays one.
     repeated = cache, encoded.segment_ids

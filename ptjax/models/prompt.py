@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +20,40 @@ if TYPE_CHECKING:  # the network runs where no SentencePiece is installed
     from ptjax.data.tokenizer import Tokenizer
 
 
+class Bank(NamedTuple):
+    """Prompts of one width, of which every row of a batch takes its own.
+
+    A shorter one stands in the last of its P places, so that it keeps its distance to the text; the
+    places before it are padding.
+
+    Attributes:
+        prompt: float32 [N, P, D].
+        lengths: int32 [N], up to P.
+        sees_input: bool [N], as `Prompt.sees_input`.
+    """
+
+    prompt: Array | np.ndarray
+    lengths: Array | np.ndarray
+    sees_input: Array | np.ndarray
+
+
+def stack_prompts(
+    prompts: Sequence[np.ndarray | Array] | np.ndarray | Array,
+    sees_input: Sequence[bool] | bool = True,
+) -> Bank:
+    """N matrices [P_i, D], or an array [N, P, D], as a bank of numpy arrays."""
+    matrices = [np.asarray(prompt, np.float32) for prompt in prompts]
+    lengths = np.array([len(matrix) for matrix in matrices], np.int32)
+    places = [((lengths.max() - len(matrix), 0), (0, 0)) for matrix in matrices]
+    stacked = np.stack([np.pad(m, place) for m, place in zip(matrices, places, strict=True)])
+    return Bank(stacked, lengths, np.broadcast_to(sees_input, lengths.shape))
+
+
 class Prompt(nn.Module):
     """The learned matrix P [P, D] (float32), in the variable collection `prompt`.
 
     It is put in front of the embedded input, [P; E] (Lester et al. 2021, section 2). An array
-    [B, P, D] in its place gives every example its own prompt.
+    [B, P, D] in its place gives every example its own prompt, a `Bank` the one that it names.
 
     Attributes:
         sees_input: as in the paper, where the prompt is read in the light of the input. Without it
@@ -38,20 +67,39 @@ class Prompt(nn.Module):
     def matrix(self) -> Float[Array, "*B P D"]:
         return self.get_variable("prompt", "prompt")
 
+    def is_bank(self) -> bool:
+        return self.has_variable("prompt", "lengths")
+
     def before(
-        self, embedded: Float[Array, "B T D"], segment_ids: Int[Array, "B T"]
+        self,
+        embedded: Float[Array, "B T D"],
+        segment_ids: Int[Array, "B T"],
+        prompt_ids: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B S D"], Int[Array, "B S"], Bool[Array, "#B #S S"]]:
-        """[P; E], its segments, and which positions each position may see."""
-        prompt = self.matrix()
+        """[P; E], its segments, and which positions each position may see.
+
+        Args:
+            prompt_ids: of a bank, the prompt of every row; -1 is none.
+        """
+        prompt, sees_input = self.matrix(), self.sees_input
         rows, length = len(embedded), prompt.shape[-2]
+        own = jnp.ones((rows, length), segment_ids.dtype)
+        if prompt_ids is not None:
+            chosen = jnp.maximum(prompt_ids, 0)
+            prompt, lengths, sees_input = (
+                self.get_variable("prompt", name)[chosen] for name in Bank._fields
+            )
+            lengths = jnp.where(prompt_ids < 0, 0, lengths)
+            own *= jnp.arange(length) >= length - lengths[:, None]
         # Broadcast in float32 and cast after it: the sum of the examples' gradients, which is the
         # transpose of this broadcast, then adds up in float32.
         prompt = jnp.broadcast_to(prompt, (rows, *prompt.shape[-2:])).astype(embedded.dtype)
-        segment_ids = jnp.pad(segment_ids, ((0, 0), (length, 0)), constant_values=1)
+        segment_ids = jnp.concatenate([own, segment_ids], axis=1)
         mask = (segment_ids > 0)[:, None]
-        if not self.sees_input:
+        if sees_input is not True:
             of_prompt = jnp.arange(segment_ids.shape[1]) < length
-            mask = mask & (of_prompt[None, :] | ~of_prompt[:, None])
+            seen = of_prompt[None, :] | ~of_prompt[:, None]
+            mask = mask & (seen | jnp.reshape(sees_input, (-1, 1, 1)))
         return jnp.concatenate([prompt, embedded], axis=1), segment_ids, mask
 
     def inside(

@@ -11,9 +11,10 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
+from ptjax.errors import InputError
 from ptjax.models.config import T5Config
 from ptjax.models.layers import positions_in_segments, same_segment
-from ptjax.models.prompt import Prompt
+from ptjax.models.prompt import Bank, Prompt
 from ptjax.models.t5 import T5, Cache, Encoded, PromptStates
 
 
@@ -22,8 +23,9 @@ class PromptedT5(nn.Module):
 
     The backbone shares this module's scope, so its parameters keep T5X's paths.
 
-    The collection holds `prompt`, a matrix [P, D] or one for every row [B, P, D], or `states`, the
-    `PromptStates` of a prompt that sees no input.
+    The collection holds `prompt`, a matrix [P, D] or one for every row [B, P, D]; or the arrays of
+    a `Bank`, from which `prompt_ids` choose; or `states`, the `PromptStates` of a prompt that sees
+    no input.
     """
 
     config: T5Config
@@ -40,6 +42,7 @@ class PromptedT5(nn.Module):
         encoder_input_tokens: Int[Array, "B T"],
         encoder_segment_ids: Int[Array, "B T"] | None = None,
         *,
+        prompt_ids: Int[Array, " B"] | None = None,
         train: bool = False,
     ) -> Encoded:
         """What the decoder reads, S = P + T positions a row, or T where they are packed.
@@ -47,7 +50,12 @@ class PromptedT5(nn.Module):
         Args:
             encoder_segment_ids: of packed rows. There a prompt that sees its input has places of
                 its own: the first P of every segment.
+            prompt_ids: of a bank, the prompt of every row; -1 is none, and equals plain T5.
+
+        Raises:
+            InputError: `prompt_ids` without a bank or the other way round, or with packed rows.
         """
+        self._check_choice(prompt_ids, packed=encoder_segment_ids is not None)
         embedded = self.backbone.embed(encoder_input_tokens)
         if encoder_segment_ids is None:
             segment_ids, positions = (encoder_input_tokens > 0).astype(jnp.int32), None
@@ -65,11 +73,20 @@ class PromptedT5(nn.Module):
             elif positions is not None:
                 embedded = self.prompt.inside(embedded, segment_ids, positions)
             else:
-                embedded, segment_ids, mask = self.prompt.before(embedded, segment_ids)
+                embedded, segment_ids, mask = self.prompt.before(embedded, segment_ids, prompt_ids)
         encoded = self.backbone.encode_embedded(
             embedded, mask, prompt=states, positions=positions, train=train
         )
         return Encoded(encoded, segment_ids, states)
+
+    def _check_choice(self, prompt_ids: Int[Array, " B"] | None, packed: bool) -> None:
+        """A prompt is neither taken for another nor left out without a word."""
+        if self.prompt.is_bank() and prompt_ids is None:
+            raise InputError("a bank of prompts needs prompt_ids, one for every row; -1 is none")
+        if prompt_ids is not None and not self.prompt.is_bank():
+            raise InputError("prompt_ids choose from a bank of prompts, and there is none")
+        if prompt_ids is not None and packed:
+            raise InputError("prompt_ids are one for every row; rows of several examples lack them")
 
     def prompt_states(self) -> PromptStates:
         """What every example shares of a prompt that sees no input."""
@@ -104,10 +121,13 @@ class PromptedT5(nn.Module):
         encoder_segment_ids: Int[Array, "B T"] | None = None,
         decoder_segment_ids: Int[Array, "B L"] | None = None,
         *,
+        prompt_ids: Int[Array, " B"] | None = None,
         train: bool = False,
     ) -> Float[Array, "B L V"]:
         """Float32 logits. With `train`, dropout draws from the rng stream `dropout`."""
-        encoded = self.encode(encoder_input_tokens, encoder_segment_ids, train=train)
+        encoded = self.encode(
+            encoder_input_tokens, encoder_segment_ids, prompt_ids=prompt_ids, train=train
+        )
         return self.decode(encoded, decoder_input_tokens, decoder_segment_ids, train=train)
 
 
@@ -118,7 +138,8 @@ def make_apply_fn(config: T5Config, sees_input: bool = True) -> Callable[..., An
 
 
 def with_prompt(
-    variables: dict[str, Any], prompt: Float[Array, "*B P D"] | np.ndarray | PromptStates | None
+    variables: dict[str, Any],
+    prompt: Float[Array, "*B P D"] | np.ndarray | Bank | PromptStates | None,
 ) -> dict[str, Any]:
     """`variables` with `prompt` as its prompt collection, or without one."""
     variables = {name: tree for name, tree in variables.items() if name != "prompt"}
@@ -126,4 +147,6 @@ def with_prompt(
         return variables
     if isinstance(prompt, PromptStates):
         return variables | {"prompt": {"states": prompt}}
+    if isinstance(prompt, Bank):
+        return variables | {"prompt": prompt._asdict()}
     return variables | {"prompt": {"prompt": jnp.asarray(prompt, jnp.float32)}}

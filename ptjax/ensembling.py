@@ -1,0 +1,75 @@
+"""Several prompts of one task, asked together: how their answers become one (paper, section 5)."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float, Int
+from scipy.special import softmax
+
+from ptjax.data.pipeline import ExampleSource
+
+
+@dataclasses.dataclass(frozen=True)
+class Repeated:
+    """An example source in which every example stands `times` times, one behind the other."""
+
+    source: ExampleSource
+    times: int
+
+    def __len__(self) -> int:
+        return len(self.source) * self.times
+
+    @property
+    def input_lengths(self) -> np.ndarray:
+        return np.repeat(self.source.input_lengths, self.times)
+
+    @property
+    def target_lengths(self) -> np.ndarray:
+        return np.repeat(self.source.target_lengths, self.times)
+
+    def tokens(self, index: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        return self.source.tokens(index // self.times, epoch)
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """What N prompts and their ensembles say to M examples.
+
+    Attributes:
+        members: N lists of M texts.
+        majority_vote: M texts.
+        mean_likelihood: M texts, or None where the texts were generated: there are no likelihoods
+            of what the others wrote.
+    """
+
+    members: list[list[str]]
+    majority_vote: list[str]
+    mean_likelihood: list[str] | None
+
+
+def mean_shares(likelihoods: Float[np.ndarray, "M N C"]) -> Float[np.ndarray, "M C"]:
+    """The mean over N prompts of each label's probability among the labels.
+
+    Of probabilities, not of log-likelihoods: there, one prompt that is sure of itself outweighs all
+    others.
+    """
+    return softmax(likelihoods.astype(np.float64), axis=2).mean(axis=1)
+
+
+def vote_on_labels(likelihoods: Float[np.ndarray, "M N C"]) -> Int[np.ndarray, " M"]:
+    """The label that most of N prompts hold likeliest; of a tie, by `mean_shares`."""
+    votes = (likelihoods.argmax(axis=2)[..., None] == np.arange(likelihoods.shape[2])).sum(axis=1)
+    most = votes == votes.max(axis=1, keepdims=True)
+    return np.where(most, mean_shares(likelihoods), -1.0).argmax(axis=1)
+
+
+def vote_on_texts(texts: Sequence[str], scores: Float[np.ndarray, " N"]) -> str:
+    """What most of N prompts wrote; of a tie, what its authors hold likeliest in the mean."""
+    written: dict[str, list[float]] = collections.defaultdict(list)
+    for text, score in zip(texts, scores, strict=True):
+        written[text].append(float(score))
+    return max(written, key=lambda text: (len(written[text]), float(np.mean(written[text]))))

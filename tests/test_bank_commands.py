@@ -1,0 +1,294 @@
+"""infer and evaluate with --prompts, from their flags to their output, on a tiny backbone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from ptjax.backbone import load_backbone, save_backbone
+from ptjax.data.tasks import Task
+from ptjax.data.tokenizer import load_tokenizer
+from ptjax.interop.prompt_file import load_prompt, save_prompt
+from ptjax.models.config import T5Config
+from ptjax.models.t5 import init_params
+
+pytestmark = pytest.mark.usefixtures("own_process")
+
+LABELS = {"mood": ("good", "bad"), "kind": ("book", "film", "play")}
+GIN = """
+from __gin__ import dynamic_registration
+from ptjax import tuning
+from ptjax.data import tasks
+tuning.tune.task = @tasks.Task()
+tasks.Task.name = 'mood'
+tasks.Task.inputs = 'mood: {text}'
+tasks.Task.splits = {'test': %DATA}
+tasks.Task.label = 'label'
+tasks.Task.verbalizer = {'0': 'good', '1': 'bad'}
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A tiny backbone; `mixed`, prompts of three tasks; `seeds`, three prompts of one."""
+    folder = tmp_path_factory.mktemp("banks")
+    tokenizer = load_tokenizer("package:nano/spiece.model")
+    config = T5Config(
+        vocab_size=8192,
+        emb_dim=16,
+        num_heads=2,
+        num_encoder_layers=1,
+        num_decoder_layers=1,
+        head_dim=8,
+        mlp_dim=32,
+    )
+    params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
+    save_backbone(folder / "backbone", config, params, tokenizer=tokenizer, dtype="float32")
+    said = {
+        "backbone_name": str(folder / "backbone"),
+        "backbone_fingerprint": load_backbone(folder / "backbone").fingerprint,
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+    }
+    rng = np.random.default_rng(0)
+
+    def save(name: str, length: int, task: Task, lengths: tuple[int, int], **more) -> None:
+        prompt = 2 * rng.normal(size=(length, 16)).astype(np.float32)
+        sizes = dict(zip(("input_length", "target_length"), lengths, strict=True))
+        save_prompt(folder / name, prompt, said | sizes | {"task": task.describe()} | more)
+
+    tasks = {
+        name: Task(
+            name=name,
+            inputs=f"{name}: {{text}}",
+            label="label",
+            verbalizer={str(i): text for i, text in enumerate(labels)},
+        )
+        for name, labels in LABELS.items()
+    }
+    opened = Task(name="copy", inputs="copy {text} {other}", targets="{text}")
+    save("mixed/mood/best.safetensors", 5, tasks["mood"], (24, 5))
+    save("mixed/kind.safetensors", 3, tasks["kind"], (9, 6), sees_input=False)
+    save("mixed/copy/prompts/best.safetensors", 4, opened, (16, 7))
+    for seed in range(3):
+        save(f"seeds/prompts/seed_{seed}/best.safetensors", 4, tasks["mood"], (24, 5), seed=seed)
+    return folder
+
+
+@pytest.fixture
+def fails(call):
+    def run(command: str, *arguments: object, stdin: bytes = b"") -> str:
+        code, out, err = call(command, *arguments, stdin=stdin)
+        assert (code, out) == (2, ""), err
+        return next(line for line in err.splitlines() if line.startswith("error: "))[7:]
+
+    return run
+
+
+@pytest.fixture
+def gin_file(place, tmp_path) -> str:
+    """The task `mood` with 12 examples of unequal lengths."""
+    rows = [{"text": f"word {'long ' * (i % 5)}{i}", "label": i % 2} for i in range(12)]
+    data = tmp_path / "test.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "mood.gin").write_text(GIN.replace("%DATA", f"'{data}'"))
+    return f"--gin_file={tmp_path / 'mood.gin'}"
+
+
+def _rows(text: str) -> list[dict]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+RECORDS = [
+    {"id": i, "prompt": name, "text": f"some {'long ' * (i % 4)}text {i}", "other": "x"}
+    for i, name in enumerate(["kind", "mood", "copy", "mood", "kind", "copy", "copy", "kind"])
+]
+
+
+def test_every_record_is_read_with_its_own_prompt(call, place):
+    """Each with its template, its lengths and its labels, as a run with that prompt alone."""
+    Path("mixed.jsonl").write_text("".join(json.dumps(r) + "\n" for r in RECORDS))
+    many = (f"--prompts={place / 'mixed'}", "--batch_size=4", "--input=mixed.jsonl")
+    paths = {
+        "mood": "mood/best.safetensors",
+        "kind": "kind.safetensors",
+        "copy": "copy/prompts/best.safetensors",
+    }
+    for flags in ((), ("--decode", "--num_beams=2")):
+        code, out, err = call("infer", *many, *flags)
+        assert code == 0, err
+        mixed = _rows(out)
+        assert [{k: row[k] for k in RECORDS[0]} for row in mixed] == RECORDS
+        for name, path in paths.items():
+            own = [row for row in RECORDS if row["prompt"] == name]
+            Path("own.jsonl").write_text("".join(json.dumps(r) + "\n" for r in own))
+            one = (f"--prompt={place / 'mixed' / path}", "--input=own.jsonl")
+            code, out, err = call("infer", *one, *flags)
+            assert code == 0, err
+            got = [row for row in mixed if row["prompt"] == name]
+            for row, want in zip(got, _rows(out), strict=True):
+                for key in ("score", "probabilities"):
+                    assert row.pop(key, 0) == pytest.approx(want.pop(key, 0), abs=1e-4)
+                assert row == want
+    code, out, err = call("infer", *many, "--num_beams=2")  # for what is written, here
+    assert code == 0 and "probabilities" in _rows(out)[0] and "probabilities" not in _rows(out)[2]
+
+
+def test_records_without_a_prompt_go_to_the_backbone_alone(call, place):
+    lines = [
+        {"prompt": "none", "inputs": "one two"},
+        {"prompt": "mood", "inputs": "three"},
+        {"prompt": None, "inputs": "one two"},
+    ]
+    Path("raw.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
+    flags = (f"--prompts={place / 'mixed'}", "--raw", "--decode", "--max_new_tokens=4")
+    code, out, err = call("infer", *flags, "--input=raw.jsonl")
+    assert code == 0, err
+    backbone = f"--backbone={place / 'backbone'}"
+    plain = ("--prompt=none", backbone, "--raw", "--decode", "--max_new_tokens=4")
+    _, alone, err = call("infer", *plain, "one two")
+    first, middle, last = _rows(out)
+    assert first["prediction"] == last["prediction"] == _rows(alone)[0]["prediction"], err
+    assert (first["prompt"], last["prompt"]) == ("none", None)
+    _, alone, err = call("infer", f"--prompt={place / 'mixed/mood/best.safetensors'}", *plain[2:],
+                         "three")  # fmt: skip
+    assert middle["prediction"] == _rows(alone)[0]["prediction"], err
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"text": "x"}, "in.jsonl:2: no field 'prompt', which names one of the prompts"),
+        (
+            {"text": "x", "prompt": "moot"},
+            "in.jsonl:2: no prompt is called 'moot'; there are mood, ..., and 'none'",
+        ),
+        ({"text": "x", "prompt": 0}, "in.jsonl:2: the field 'prompt' is 0, not a prompt's name"),
+        ({"text": "x", "prompt": ""}, "in.jsonl:2: no prompt is called ''"),
+        ({"txet": "x", "prompt": "mood"}, "in.jsonl:2: task mood: no field 'text'"),
+        ({"text": "x", "prompt": None}, "in.jsonl:2: no text in the field 'inputs'"),
+    ],
+)
+def test_a_record_whose_prompt_is_missing_is_named(fails, place, record, message):
+    lines = [{"text": "x", "prompt": "mood"}, record]
+    Path("in.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
+    said = fails("infer", f"--prompts={place / 'mixed'}", "--input=in.jsonl")
+    assert said.startswith(message)
+
+
+def test_infer_refuses_what_names_no_prompt(fails, place, tmp_path):
+    many = f"--prompts={place / 'mixed'}"
+    one = f"--prompt={place / 'mixed' / 'kind.safetensors'}"
+    assert fails("infer", many, one, "x").startswith("--prompt is one prompt, --prompts=DIR many")
+    plain = "a plain text names no prompt of many; give records, or one --prompt"
+    assert fails("infer", many, "x") == f"the command line, text:1: {plain}"
+    assert fails("infer", many, "--input=-", stdin=b"x\n") == f"standard input:1: {plain}"
+    assert fails("infer", "--prompts=gone", "x") == (
+        "gone: no such directory; many prompts are given as the one they are in"
+    )
+    shutil.copytree(place / "mixed", tmp_path / "bank")
+    np.save(tmp_path / "bank" / "narrow.npy", np.ones((2, 8), np.float32))
+    said = fails("infer", f"--prompts={tmp_path / 'bank'}", "--input=-", stdin=b'{"prompt": "x"}')
+    assert said.startswith(f"--prompts={tmp_path / 'bank'}: prompt 'narrow' has the shape [2, 8]")
+
+
+def test_a_member_of_another_backbone_is_named(call, fails, place, tmp_path):
+    shutil.copytree(place / "mixed", tmp_path / "bank")
+    file = load_prompt(place / "mixed" / "kind.safetensors")
+    other = file.metadata | {"backbone_fingerprint": "sha256:" + "0" * 64}
+    save_prompt(tmp_path / "bank" / "odd.safetensors", file.prompt, other)
+    flags = ("infer", f"--prompts={tmp_path / 'bank'}", "--input=-")
+    record = b'{"prompt": "mood", "text": "x"}'
+    assert fails(*flags, stdin=record).startswith("prompt 'odd' was tuned on ")
+    code, _, err = call(*flags, "--allow_mismatch", stdin=record)
+    assert code == 0 and "warning: prompt 'odd' was tuned on" in err
+
+
+def test_a_field_called_prompt_is_data_a_choice_or_warned_about(call, fails, place, tmp_path):
+    one = f"--prompt={place / 'mixed' / 'kind.safetensors'}"
+    record = b'{"prompt": "mood", "text": "x"}\n{"text": "y"}\n'
+    code, out, err = call("infer", one, "--input=-", stdin=record)
+    assert code == 0 and _rows(out)[0]["prompt"] == "mood"
+    assert "warning: 1 of 2 records have a field 'prompt', which chooses none without" in err
+    task = Task(name="ask", inputs="answer: {prompt}", targets="{t}")
+    file = load_prompt(place / "mixed" / "kind.safetensors")
+    reads_it = tmp_path / "bank" / "ask.safetensors"
+    save_prompt(reads_it, file.prompt, file.metadata | {"task": task.describe()})
+    record = b'{"prompt": "ask"}'
+    code, out, err = call("infer", f"--prompt={reads_it}", "--input=-", stdin=record)
+    assert code == 0 and _rows(out)[0]["inputs"] == "answer: ask" and "chooses none" not in err
+    said = fails("infer", f"--prompts={reads_it.parent}", "--input=-", stdin=record)
+    assert said.startswith("standard input:1: the field 'prompt' names the prompt, and the inputs")
+
+
+# evaluate
+
+
+def test_evaluate_prints_members_average_best_and_ensemble(call, place, gin_file):
+    directory = place / "seeds" / "prompts"
+    flags = (gin_file, f"--backbone={place / 'backbone'}")
+    code, out, err = call("evaluate", *flags, f"--prompts={directory}", "--output=rows.jsonl")
+    assert code == 0, err
+    result, rows = json.loads(out), _rows(Path("rows.jsonl").read_text())
+    names = ["seed_0", "seed_1", "seed_2"]
+    alone = {}
+    for name in names:
+        prompt = f"--prompt={directory / name / 'best.safetensors'}"
+        code, out, err = call("evaluate", *flags, prompt, f"--output={name}.jsonl")
+        assert code == 0, err
+        alone[name] = json.loads(out)
+        own = [row["prediction"] for row in _rows(Path(f"{name}.jsonl").read_text())]
+        assert [row["predictions"][name] for row in rows] == own
+    assert result["members"] == {name: one["metrics"] for name, one in alone.items()}
+    values = [one["value"] for one in alone.values()]
+    assert result["average"] == {"accuracy": pytest.approx(np.mean(values))}
+    assert result["best"] == {"name": names[int(np.argmax(values))], "value": max(values)}
+    for way in ("majority_vote", "mean_likelihood"):
+        right = [row[way] == row["targets"] for row in rows]
+        assert result["ensemble"][way] == {"accuracy": np.mean(right)}
+    for row in rows:  # of three votes on two labels, one has two
+        said = [row["predictions"][name] for name in names]
+        assert row["majority_vote"] == max(said, key=said.count)
+    assert {k: result[k] for k in ("task", "split", "examples", "metric", "prompts")} == {
+        "task": "mood", "split": "test", "examples": 12, "metric": "accuracy",
+        "prompts": str(directory),
+    }  # fmt: skip
+    assert len(set(values)) > 1, values
+
+
+def test_prompts_go_to_the_backbone_of_the_gin_file(call, place, gin_file, tmp_path):
+    """And not to one that the run of --model_dir tuned."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(place / "backbone", run_dir / "models" / "best")
+    backbone = f"'{place / 'backbone'}'"
+    named = f"from ptjax import backbone\nbackbone.load_backbone.path = {backbone}\n"
+    gin_text = Path(gin_file.removeprefix("--gin_file=")).read_text()
+    (run_dir / "config.gin").write_text(
+        gin_text + named + "tuning.tune.backbone = @backbone.load_backbone()\n"
+    )
+    prompts = f"--prompts={place / 'seeds' / 'prompts'}"
+    code, out, err = call("evaluate", f"--model_dir={run_dir}", prompts)
+    assert code == 0, err
+    assert json.loads(out)["backbone"] == str(place / "backbone")
+
+
+def test_evaluate_refuses_prompts_that_are_no_ensemble(fails, place, gin_file, tmp_path):
+    flags = (gin_file, f"--backbone={place / 'backbone'}")
+    said = fails("evaluate", *flags, f"--prompts={place / 'mixed'}")
+    assert said.startswith("prompt 'kind' has the task 'kind', prompt 'copy' 'copy'; ")
+    shutil.copytree(place / "seeds" / "prompts", tmp_path / "bank")
+    file = load_prompt(place / "seeds" / "prompts" / "seed_0" / "best.safetensors")
+    longer = file.metadata | {"input_length": 48}
+    save_prompt(tmp_path / "bank" / "longer.safetensors", file.prompt, longer)
+    said = fails("evaluate", *flags, f"--prompts={tmp_path / 'bank'}")
+    assert said.startswith("prompt 'seed_0' has the input length 24, prompt 'longer' 48; ")
+    said = fails("evaluate", *flags, f"--prompts={place / 'seeds'}")
+    assert said == (
+        f"{place / 'seeds'}: no prompt in this directory; did you mean {place / 'seeds'}/prompts?"
+    )
+    both = (f"--prompts={place / 'mixed'}", "--prompt=none")
+    assert fails("evaluate", *flags, *both).startswith("--prompt is one prompt")

@@ -1,0 +1,294 @@
+"""A prompt for every row: each row of a mixed batch against a run of its prompt alone."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from letters import LETTERS, make_backbone, random_texts, text_source
+
+from ptjax import answering, inference, prediction
+from ptjax.data.pipeline import make_buckets
+from ptjax.data.tasks import Task
+from ptjax.errors import InputError
+from ptjax.interop.prompt_file import PromptFile
+from ptjax.models import decoding
+from ptjax.models.prompt import stack_prompts
+from ptjax.models.prompted import make_apply_fn, with_prompt
+from ptjax.prompting import PromptBank, check_bank, make_bank
+
+RNG = np.random.default_rng(5)
+NAMES = ("short", "blind", "long", "blind_long")
+MATRICES = [RNG.normal(size=(n, 16)).astype(np.float32) for n in (3, 4, 7, 6)]
+SEES = [True, False, True, False]
+IDS = np.array([0, -1, 2, 1, 3, 0, -1, 2], np.int32)
+LENGTHS = [(24, 4), (9, 6), (12, 4), (31, 5)]
+
+
+@pytest.fixture(scope="module")
+def backbone(tiny):
+    return make_backbone(tiny)
+
+
+def files() -> dict[str, PromptFile]:
+    """The four prompts as they come from files, with lengths and tasks of their own."""
+    return {
+        name: PromptFile(
+            matrix,
+            {
+                "backbone_fingerprint": "sha256:0",
+                "sees_input": sees,
+                "input_length": lengths[0],
+                "target_length": lengths[1],
+            },
+        )
+        for name, matrix, sees, lengths in zip(NAMES, MATRICES, SEES, LENGTHS, strict=True)
+    }
+
+
+@pytest.fixture(scope="module")
+def bank() -> PromptBank:
+    return make_bank(files())
+
+
+@pytest.fixture(scope="module")
+def tokens(tiny_batch):
+    return tiny_batch["encoder_input_tokens"], tiny_batch["decoder_input_tokens"]
+
+
+@functools.cache
+def jitted(config, sees_input: bool):
+    return jax.jit(make_apply_fn(config, sees_input), static_argnames="method")
+
+
+def alone(tiny, i: int) -> tuple[bool, dict[str, Any]]:
+    """Whether prompt i sees its input, and the variables of a run with it alone."""
+    prompt = None if i < 0 else MATRICES[i]
+    return i < 0 or SEES[i], with_prompt({"params": tiny.params}, prompt)
+
+
+def test_a_bank_stands_on_the_right(bank):
+    arrays = bank.arrays
+    assert arrays.prompt.shape == (4, 7, 16)
+    assert (arrays.lengths.tolist(), arrays.sees_input.tolist()) == ([3, 4, 7, 6], SEES)
+    assert arrays.prompt.dtype == np.float32 and arrays.lengths.dtype == np.int32
+    np.testing.assert_array_equal(arrays.prompt[0, 4:], MATRICES[0])
+    assert not arrays.prompt[0, :4].any()
+    same = stack_prompts(jnp.ones((2, 3, 16)), sees_input=False)
+    assert same.prompt.shape == (2, 3, 16) and not same.sees_input.any()
+
+
+def test_every_row_is_the_run_of_its_prompt_alone(tiny, bank, tokens):
+    mixed = jitted(tiny.config, True)(
+        with_prompt({"params": tiny.params}, bank.arrays), *tokens, prompt_ids=IDS
+    )
+    wants = []
+    for i in range(-1, 4):
+        sees_input, variables = alone(tiny, i)
+        want = jitted(tiny.config, sees_input)(variables, *tokens)
+        np.testing.assert_allclose(mixed[i == IDS], want[i == IDS], rtol=0, atol=2e-5)
+        wants.append(want)
+    # No two of them say the same, so each row could be told from its neighbours'.
+    for one, want in enumerate(wants):
+        for other in wants[:one]:
+            assert np.abs(want - other).max() > 1e-2
+
+
+def test_the_encoder_reads_past_what_is_not_there(tiny, bank, tokens):
+    """Padding in front: the decoder reads a row's own prompt and text, and nothing else."""
+    variables = with_prompt({"params": tiny.params}, bank.arrays)
+    encoded = jitted(tiny.config, True)(variables, tokens[0], prompt_ids=IDS, method="encode")
+    lengths = np.array([0 if i < 0 else len(MATRICES[i]) for i in IDS])
+    own = np.arange(7) >= 7 - lengths[:, None]
+    np.testing.assert_array_equal(encoded.segment_ids, np.concatenate([own, tokens[0] > 0], axis=1))
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_decoding_a_mixed_batch(tiny, bank, tokens, num_beams):
+    decode = jax.jit(decoding.decode, static_argnames=("apply_fn", "max_length", "num_beams"))
+    settings = dict(max_length=6, num_beams=num_beams)
+    written, scores = decode(
+        make_apply_fn(tiny.config),
+        with_prompt({"params": tiny.params}, bank.arrays),
+        tokens[0],
+        prompt_ids=IDS,
+        **settings,
+    )
+    for i in range(-1, 4):
+        sees_input, variables = alone(tiny, i)
+        want = decode(make_apply_fn(tiny.config, sees_input), variables, tokens[0], **settings)
+        np.testing.assert_array_equal(written[i == IDS], want[0][i == IDS])
+        np.testing.assert_allclose(scores[i == IDS], want[1][i == IDS], rtol=0, atol=1e-4)
+
+
+def test_one_compiled_function_serves_any_mix(tiny, bank):
+    traced = []
+
+    def apply_fn(*args, **kwargs):  # it runs only while jax traces
+        traced.append(kwargs.get("method"))
+        return make_apply_fn(tiny.config)(*args, **kwargs)
+
+    source = text_source(random_texts(16, 20))
+    buckets = make_buckets(source)
+    labels = answering.stack_label_sets(
+        [answering.make_label_tokens(one, LETTERS, 8) for one in (["a", "bc"], ["d", "e", "f"])]
+    )
+    for number in range(4):
+        mix = np.random.default_rng(number).permutation(np.tile(IDS, 2))
+        if number < 2:
+            mix = np.full_like(mix, -number)  # one prompt for all, none for any
+        other = bank.arrays._replace(prompt=bank.arrays.prompt * (1 + number))
+        variables = with_prompt({"params": tiny.params}, other)
+        where = apply_fn, variables, source
+        sets = (mix > 0).astype(np.int32)
+        answering.predict_labels(*where, labels, buckets, 16, label_sets=sets, prompt_ids=mix)
+        answering.predict_texts(*where, LETTERS, buckets, 16, max_length=3, prompt_ids=mix)
+        assert traced.count("encode") == 2
+
+
+# From Python
+
+
+def test_forward_takes_names_numbers_and_none(backbone, bank, tiny_batch, tiny, tokens):
+    mixed = inference.forward(backbone, tiny_batch, bank, IDS)
+    names = [None, *NAMES]
+    said = [names[i + 1] for i in IDS]
+    np.testing.assert_array_equal(inference.forward(backbone, tiny_batch, bank, said), mixed)
+    said[1] = "none"
+    np.testing.assert_array_equal(inference.forward(backbone, tiny_batch, bank, said), mixed)
+    want = inference.forward(backbone, tiny_batch, files()["blind"])
+    np.testing.assert_allclose(mixed[3], want[3], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 2}, {"temperature": 1.5, "seed": 3}])
+def test_generated_texts_keep_their_order_and_their_prompts_lengths(backbone, bank, settings):
+    texts = random_texts(13)
+    ids = np.resize(IDS, 13).tolist()
+    mixed, scores = inference.generate_with_scores(
+        backbone, texts, bank, prompt_ids=ids, batch_size=4, max_new_tokens=None, **settings
+    )
+    for i, name in enumerate([*NAMES, None]):
+        prompt = None if name is None else files()[name]
+        want, want_scores = inference.generate_with_scores(backbone, texts, prompt, **settings)
+        rows = [row for row in range(13) if ids[row] == (i if name else -1)]
+        assert rows and [mixed[row] for row in rows] == [want[row] for row in rows]
+        np.testing.assert_allclose(scores[rows], want_scores[rows], rtol=1e-4)
+    assert len(set(map(len, mixed))) > 2
+
+
+def test_ranking_takes_every_texts_own_labels_and_lengths(backbone, bank):
+    texts = random_texts(13)
+    ids = np.resize(IDS, 13)
+    sets = {-1: ("x", "y"), 0: ("yes", "no", "maybe"), 1: ("b", "a"), 2: ("x", "y"), 3: ("q", "r")}
+    said: dict[str, Any] = dict(input_length=[9 + i % 3 for i in range(13)])
+    mixed = prediction.rank(
+        backbone, texts, [sets[int(i)] for i in ids], bank, prompt_ids=ids, batch_size=4, **said
+    )
+    for i in range(-1, 4):
+        prompt = None if i < 0 else files()[NAMES[i]]
+        want = prediction.rank(backbone, texts, sets[i], prompt, **said)
+        for row in np.flatnonzero(ids == i):
+            assert mixed[row].text == want[row].text
+            assert mixed[row].score == pytest.approx(want[row].score, abs=1e-4)
+            assert mixed[row].probabilities == pytest.approx(want[row].probabilities, abs=1e-4)
+            assert tuple(mixed[row].probabilities or ()) == sets[i]
+
+
+def test_predictions_rank_or_write_as_each_prompts_task_wants(backbone, bank):
+    closed = Task(name="c", inputs="{t}", label="l", verbalizer={"0": "no", "1": "yes"})
+    opened = Task(name="o", inputs="{t}", targets="{t}")
+    tasks = [closed, opened, None]
+    texts = random_texts(9)
+    manners = [prediction.Manner(tasks[i % 3], 20, 4 + i % 2) for i in range(9)]
+    ids = [i % 5 - 1 for i in range(9)]
+    settings: dict[str, Any] = dict(num_beams=2, temperature=0.0, top_p=1.0)
+    found = prediction.predict(backbone, texts, manners, bank, ids, **settings)
+    own: dict[str, Any] = dict(prompt_ids=ids, input_length=20)
+    ranked = prediction.rank(backbone, texts, ("no", "yes"), bank, **own)
+    longest = [4 + i % 2 for i in range(9)]
+    wrote = prediction.decode(backbone, texts, bank, max_new_tokens=longest, **own, **settings)
+    for i, one in enumerate(found):
+        want = wrote[i] if i % 3 else ranked[i]
+        assert (one.text, one.probabilities is None) == (want.text, i % 3 > 0)
+        assert one.score == pytest.approx(want.score, abs=1e-4)
+    written = prediction.predict(
+        backbone, texts, manners, bank, ids, decode_all=True, max_new_tokens=2, **settings
+    )
+    assert all(one.probabilities is None and len(one.text) <= 2 for one in written)
+
+
+def test_a_bank_is_placed_and_checked_once(backbone, bank, caplog):
+    bare = make_bank({"a": PromptFile(MATRICES[0], {}), "b": MATRICES[1]})
+    checked = check_bank(backbone, bare)
+    assert [r.getMessage() for r in caplog.records] == [
+        "prompt 'a' does not say which backbone it was tuned on; its width fits"
+    ]
+    caplog.clear()
+    inference.generate(backbone, ["x"], checked, prompt_ids=["b"], max_new_tokens=2)
+    assert not caplog.records
+    assert isinstance(checked.arrays.prompt, jax.Array) and checked.metadata[1] is None
+
+
+# What is refused
+
+
+def test_a_bank_of_unequal_widths_names_the_member(backbone):
+    with pytest.raises(InputError, match=r"prompt 'b' has .* \[3, 8\], prompt 'a' \[3, 16\]"):
+        make_bank({"a": MATRICES[0], "b": MATRICES[0][:, :8]})
+    with pytest.raises(InputError, match=r"prompt 'a' has the shape \[16\]"):
+        make_bank({"a": MATRICES[0][0]})
+    with pytest.raises(InputError, match="a prompt at least"):
+        make_bank({})
+    narrow = make_bank({"a": MATRICES[0][:, :8], "b": MATRICES[2][:, :8]})
+    with pytest.raises(InputError, match=r"prompt 'a' \[3, 8\] does not fit tiny, whose"):
+        inference.generate(backbone, ["x"], narrow, prompt_ids=["a"])
+
+
+def test_a_member_of_another_backbone_is_named(backbone):
+    members = files() | {"odd": PromptFile(MATRICES[0], {"backbone_fingerprint": "sha256:1"})}
+    with pytest.raises(InputError, match="prompt 'odd' was tuned on a backbone with the backbone"):
+        inference.generate(backbone, ["x"], make_bank(members), prompt_ids=["short"])
+    allowed = check_bank(backbone, make_bank(members), allow_mismatch=True)
+    inference.generate(backbone, ["x"], allowed, prompt_ids=["odd"], max_new_tokens=2)
+
+
+@pytest.mark.parametrize(
+    ("prompt_ids", "message"),
+    [
+        (["short", "bilnd"], r"prompt_ids\[1\]: no prompt is called 'bilnd'; there are blind"),
+        (["short", 4], r"prompt_ids\[1\]: no prompt has the number 4; there are 4"),
+        (["short", -2], "no prompt has the number -2"),
+        (["short", True], "no prompt has the number True"),
+        (["short"], "one for each of 2 examples"),
+        ("short", "one for each of 2 examples"),
+        (None, "needs prompt_ids"),
+    ],
+)
+def test_a_choice_that_means_nothing_is_refused(backbone, bank, prompt_ids, message):
+    with pytest.raises(InputError, match=message):
+        inference.generate(backbone, ["x", "y"], bank, prompt_ids=prompt_ids)
+
+
+def test_a_choice_without_a_bank_and_the_other_way_round(backbone, bank, tiny, tiny_batch, tokens):
+    with pytest.raises(InputError, match="choose from a bank"):
+        inference.generate(backbone, ["x"], tiny.prompt, prompt_ids=[0])
+    with pytest.raises(InputError, match="one prompt is needed here, not a bank"):
+        inference.loss_and_prompt_gradient(backbone, tiny_batch, bank)
+    apply_fn, plain, ids = make_apply_fn(tiny.config), {"params": tiny.params}, jnp.asarray(IDS)
+    many = with_prompt(plain, bank.arrays)
+    for variables, settings, message in (
+        (many, {}, "a bank of prompts needs prompt_ids"),
+        (tiny.variables, {"prompt_ids": ids}, "there is none"),
+        (plain, {"prompt_ids": ids}, "there is none"),
+        (
+            many,
+            {"prompt_ids": ids, "encoder_segment_ids": jnp.asarray(tokens[0])},
+            "several examples",
+        ),
+    ):
+        with pytest.raises(InputError, match=message):
+            jax.eval_shape(functools.partial(apply_fn, **settings), variables, *tokens)
