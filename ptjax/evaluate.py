@@ -24,6 +24,7 @@ def main() -> None:
 
           python -m ptjax.evaluate --model_dir=runs/quickstart
           python -m ptjax.evaluate --gin_file=quickstart.gin --prompts=runs/seeds/prompts
+          python -m ptjax.evaluate --model_dir=runs/seeds
           python -m ptjax.evaluate --gin_file=quickstart.gin --prompt=none --split=validation
         """,
         gin_help="It names task and backbone; --model_dir brings its own.",
@@ -47,6 +48,8 @@ def evaluate(arguments: Any) -> None:
     from ptjax import atomic, evaluation, prompting
 
     chosen.load(arguments)
+    if arguments.prompt is None and arguments.prompts is None:
+        arguments.prompts = chosen.trained_bank(arguments)
     task = chosen.task()
     if task is None:
         raise InputError("which task? Name it with a --gin_file or --model_dir (see --help)")

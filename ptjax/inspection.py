@@ -114,6 +114,9 @@ def describe_run(model_dir: epath.Path) -> dict[str, Any]:
         "newest_checkpoint": max(steps, default=None),
         "results": _read_json(model_dir / "results.json"),
     }
+    members = sorted((model_dir / "prompts").glob("*/best.safetensors"))
+    if members:
+        described["best_prompts"] = {path.parent.name: os.fspath(path) for path in members}
     if best.exists():
         described["best_prompt"] = {"path": os.fspath(best)} | describe_prompt(load_prompt(best))
     if (model_dir / BEST_MODEL).exists():

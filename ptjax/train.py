@@ -60,13 +60,16 @@ def summary(results: dict[str, Any], model_dir: str | None) -> str:
 def bank_summary(results: dict[str, Any], model_dir: str | None) -> str:
     """A line for every member."""
     members, best = results["members"], results["best"]["member"]
-    width = max(map(len, [*members, "average"]))
+    width = max(map(len, [*members, "ensemble"]))
     rows = [""]
     for name, found in members.items():
         what = f"{found['value']:.3f}  {found['task']}, {found['metric']} on {found['split']}"
         chosen = ", the best when it was chosen" if name == best else ""
         rows.append(f"  {name:<{width}}  {what}, step {found['step']}{chosen}")
     rows.append(f"  {'average':<{width}}  {results['average']:.3f}")
+    for way, metrics in results.get("ensemble", {}).items():
+        metric = members[best]["metric"]
+        rows.append(f"  {'ensemble':<{width}}  {metrics[metric]:.3f}  {way.replace('_', ' ')}")
     if results["failed"]:
         rows.append(f"  failed (a loss was not finite): {', '.join(results['failed'])}")
     rows.append(

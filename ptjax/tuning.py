@@ -142,14 +142,19 @@ def tune(
         if dry_run:
             return {}
         of_subject = {start.subject: scores(start.subject) for start in starts}
-        found = {}
+        found, prompts = {}, []
         for start, standing in zip(starts, run.progress.standings, strict=True):
             if standing.best_step is not None:
                 best = preparation.load_best(start.member)
                 tuned = of_subject[start.subject].tuned(best, start.variables, start.seed)
                 found[start.member.name] = tuned | {"step": standing.best_step}
+                prompts.append(best.get("prompt", {}).get("prompt"))
         results = of_bank(found, run) if bank else found[""]
         results |= counts
+        if bank and len(of_subject) == 1:
+            evaluator = starts[0].subject.evaluator
+            together = evaluator.ensemble(prompts, evaluator.reported_split)
+            results["ensemble"] = together["ensemble"]
     _write(model_dir / "results.json", json.dumps(results, indent=2) + "\n")
     return results
 

@@ -19,7 +19,7 @@ from ptjax.data.batch import make_batch
 from ptjax.data.pipeline import BankBatches, Shape, TrainBatches, host_rows, make_buckets
 from ptjax.data.preprocess import TokenizedExamples, TokenRows
 from ptjax.errors import InputError
-from ptjax.evaluation import Evaluator
+from ptjax.evaluation import Evaluation, Evaluator
 from ptjax.interop.prompt_file import load_prompt
 from ptjax.loop import Pace, TrainingError
 from ptjax.models.prompt import Uniform
@@ -191,6 +191,11 @@ def test_a_bank_end_to_end(backbone, task, tmp_path, stopped_by_sigterm) -> None
     values = [found["value"] for found in results["members"].values()]
     assert results["average"] == pytest.approx(np.mean(values))
     assert results["members"][results["best"]["member"]]["value"] == results["best"]["value"]
+    files = [load_prompt(tmp_path / f"whole/prompts/{n}/best.safetensors").prompt for n in BANK]
+    tokenizer, lengths = backbone.tokenizer, {"inputs": 64, "targets": 4}
+    evaluator = Evaluator(task, backbone, tokenizer, lengths, Evaluation(batch_size=16))
+    assert results["ensemble"] == evaluator.ensemble(files, "test")["ensemble"]
+    assert set(results["ensemble"]) == {"majority_vote", "mean_likelihood"}
     assert results == json.loads((tmp_path / "whole" / "results.json").read_text())
     for name, found in results["members"].items():
         file = load_prompt(tmp_path / "whole" / "prompts" / name / "best.safetensors")

@@ -95,10 +95,24 @@ def prompt_path(arguments: argparse.Namespace) -> str | None:
         return os.fspath(directory / BEST_PROMPT)
     if (directory / BEST_MODEL).exists():
         return None
+    if bank := trained_bank(arguments):
+        names = [path.parent.name for path in sorted(epath.Path(bank).glob("*/best.safetensors"))]
+        raise InputError(
+            f"the run of {directory} trained a bank, {', '.join(names)}; name one of them with "
+            f"--prompt={bank}/{names[0]}/best.safetensors"
+        )
     raise InputError(
         f"{directory} has no {BEST_PROMPT} (its run has not come to an evaluation, or it tuned no "
-        "prompt, or many); name one with --prompt=PATH, or --prompt=none for the backbone alone"
+        "prompt); name one with --prompt=PATH, or --prompt=none for the backbone alone"
     )
+
+
+def trained_bank(arguments: argparse.Namespace) -> str | None:
+    """Where the run of MODEL_DIR left the prompts of its bank, if it trained one."""
+    directory = model_dir(arguments)
+    if directory is None or not any((directory / "prompts").glob("*/best.safetensors")):
+        return None
+    return os.fspath(directory / "prompts")
 
 
 def load_backbone(arguments: argparse.Namespace, metadata: dict[str, Any]) -> Any:
