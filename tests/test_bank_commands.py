@@ -292,3 +292,20 @@ def test_evaluate_refuses_prompts_that_are_no_ensemble(fails, place, gin_file, t
     )
     both = (f"--prompts={place / 'mixed'}", "--prompt=none")
     assert fails("evaluate", *flags, *both).startswith("--prompt is one prompt")
+
+
+def test_the_model_dir_of_a_bank(call, tmp_path) -> None:
+    rng = np.random.default_rng(0)
+    for name in ("a", "b"):
+        (tmp_path / "run/prompts" / name).mkdir(parents=True)
+        path = tmp_path / f"run/prompts/{name}/best.safetensors"
+        save_prompt(path, rng.normal(size=(3, 128)).astype(np.float32), {})
+    files = ("--gin_file=quickstart.gin", "--gin.EVAL_EXAMPLES=8")
+    code, out, err = call("evaluate", f"--model_dir={tmp_path / 'run'}", *files)
+    assert code == 0, err
+    assert set(json.loads(out)["members"]) == {"a", "b"}
+    assert json.loads(out)["examples"] == 8
+    code, _, err = call("infer", f"--model_dir={tmp_path / 'run'}", *files, "a text")
+    assert code == 2
+    assert "trained a bank, a, b; name one of them" in err
+    assert "run/prompts/a/best.safetensors" in err
