@@ -70,16 +70,15 @@ class Checkpoints:
                     f"{wanted.get(name)!r}; choose another MODEL_DIR or restore that setting"
                 )
 
-    def restore(
-        self, like: TrainState, data: grain.DatasetIterator
-    ) -> tuple[TrainState, dict[str, Any]]:
-        """(state with `like`'s shapes and shardings, progress); moves `data` to its position."""
-        loaded = self._orbax.load_checkpointables(
-            self.latest, {"state": like, "data": data, "progress": None}
-        )
+    def restore_progress(self) -> dict[str, Any]:
+        """Where the run stands: what `restore` needs to know."""
+        return self._orbax.load_checkpointables(self.latest, {"progress": None})["progress"]
+
+    def restore(self, like: TrainState, data: grain.DatasetIterator) -> TrainState:
+        """The state, with `like`'s shapes and shardings; moves `data` to its position."""
+        loaded = self._orbax.load_checkpointables(self.latest, {"state": like, "data": data})
         # A typed key comes back with a spec of its raw data's rank.
-        state = jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), loaded["state"], like)
-        return state, loaded["progress"]
+        return jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), loaded["state"], like)
 
     def save(
         self,

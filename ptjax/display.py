@@ -63,6 +63,7 @@ class Display:
         fresh = {
             name.removeprefix("train/").removeprefix("time/").replace("/", " "): value
             for name, value in values.items()
+            if name.count("/") < 2  # of a bank the mean is enough, not every member
         }
         fresh = {name: value for name, value in fresh.items() if name not in HIDDEN}
         self._latest |= fresh

@@ -89,6 +89,7 @@ class Evaluator:
 
     Attributes:
         metric: what prompts are selected by; of several metrics it is their mean, as in the paper.
+        reported_split: the test split, or else the one that selects.
         apply_fn: for the kind of prompt that is evaluated; without a prompt both kinds are one.
         sees_input: that kind.
     """
@@ -106,6 +107,7 @@ class Evaluator:
         self.task, self.backbone, self.tokenizer = task, backbone, tokenizer
         self.lengths, self.settings = lengths, settings
         self.metric = task.metrics[0] if len(task.metrics) == 1 else "mean"
+        self.reported_split = "test" if "test" in task.splits else settings.split
         closed = task.labels is not None
         self.ranks = settings.predict == "rank" or (settings.predict == "auto" and closed)
         if self.ranks and not closed:

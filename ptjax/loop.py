@@ -12,9 +12,10 @@ import dataclasses
 import json
 import math
 import signal
+import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -22,6 +23,7 @@ from typing import Any
 import grain
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import logging
 from etils import epath
 from jax.sharding import Mesh
@@ -29,15 +31,16 @@ from jax.sharding import Mesh
 from ptjax import atomic
 from ptjax.checkpoint import Checkpoints
 from ptjax.data.batch import count_examples
-from ptjax.data.pipeline import Batches, Shape, make_iterator
+from ptjax.data.pipeline import BankBatches, Batches, Shape, make_iterator
 from ptjax.display import Display
 from ptjax.errors import check_at_least
+from ptjax.members import Member, Progress, Standing
 from ptjax.scale import sharding
+from ptjax.scale.compiled import compile_steps
 from ptjax.training.freeze import flatten_paths
 from ptjax.training.step import TrainState
 
 Tree = Any
-BEST = "best"
 
 
 class TrainingError(RuntimeError):
@@ -66,81 +69,28 @@ class Pace:
         check_at_least(1, "Pace", **dataclasses.asdict(self))
 
 
-@dataclasses.dataclass
-class Progress:
-    """Where a run stands; plain JSON inside the checkpoint. Sums start at the last logged step."""
-
-    step: int = 0
-    best_value: float | None = None
-    best_step: int | None = None
-    without_gain: int = 0
-    stopped: bool = False
-    loss_sum: float = 0.0
-    norm_sum: float = 0.0
-    steps_summed: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Exports:
-    """What a run leaves behind at each evaluation.
-
-    Attributes:
-        directory: `MODEL_DIR/prompts`, say.
-        suffix: of one export's name, "" when it is a folder.
-        write: `(path, state, metadata)` writes one, whole or not at all.
-    """
-
-    directory: epath.Path
-    suffix: str
-    write: Callable[[epath.Path, TrainState, dict[str, Any]], None]
-
-    def path(self, name: int | str) -> epath.Path:
-        return self.directory / f"{name}{self.suffix}"
-
-    def prune(self, keep: set[int | None], *, newer_than: int | None = None) -> None:
-        """Removes exports by step: those not in `keep`, or those ahead of `newer_than`."""
-        for path in self.directory.iterdir() if self.directory.exists() else ():
-            name = path.name.removesuffix(self.suffix) if self.suffix else path.name
-            if not name.isdigit():
-                continue
-            ahead = newer_than is not None and int(name) > newer_than
-            if ahead or (newer_than is None and int(name) not in keep):
-                path.rmtree() if path.is_dir() else path.unlink()
-
-    def promote(self, step: int) -> None:
-        """Makes the export of `step` the best one."""
-        source, target = self.path(step), self.path(BEST)
-        if not source.is_dir():
-            atomic.write_bytes(target, source.read_bytes())
-            return
-        if target.exists():
-            target.rmtree()
-        for path in sorted(source.iterdir()):
-            atomic.write_bytes(target / path.name, path.read_bytes())
-
-
 class Run:
-    """One training run in MODEL_DIR, from wherever it was left to its end."""
+    """One training run in MODEL_DIR, from wherever it was left to its end.
+
+    With several members (a bank) the arrays of the train state have a leading axis, one entry for
+    every member that it holds, and so have those of the batches.
+    """
 
     def __init__(
         self,
         model_dir: epath.Path,
         pace: Pace,
+        members: Sequence[Member],
         *,
         identity: dict[str, Any],
-        exports: Exports,
-        metric: str | None,
-        evaluate: Callable[[TrainState], dict[str, float]] | None,
-        rate_at: Callable[[int], float],
         config: str = "",
     ) -> None:
-        self.model_dir, self.pace, self.identity = model_dir, pace, identity
-        self.config = config
-        self.exports, self.metric, self.evaluate = exports, metric, evaluate
-        self.rate_at = rate_at
+        self.model_dir, self.pace, self.members = model_dir, pace, list(members)
+        self.identity, self.config = identity, config
+        self.bank = any(member.name for member in members)
         self.checkpoints = Checkpoints(model_dir / "checkpoints")
         self.checkpoints.check_identity(identity)
-        self.progress = Progress()
+        self.progress = Progress([Standing() for _ in members], list(range(len(members))))
         self.rows: list[dict[str, Any]] = []
 
     def fit(
@@ -148,7 +98,6 @@ class Run:
         state: TrainState,
         frozen: Tree,
         train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]],
-        batches: Batches,
         mesh: Mesh,
         *,
         dry_run: bool = False,
@@ -158,25 +107,31 @@ class Run:
         With `dry_run` it compiles the steps and returns.
 
         Raises:
-            TrainingError: a loss is not finite.
+            TrainingError: a loss is not finite (in a bank: the last one that was).
             SystemExit: SIGTERM (143) or Ctrl-C (130), after saving.
         """
-        hosts = jax.process_count()
-        data = make_iterator(batches, self.pace.train_steps, host=jax.process_index(), hosts=hosts)
+
+        def compile_all(state: TrainState) -> dict[Shape, Callable[..., Any]]:
+            return compile_steps(train_step, state, frozen, self._batches().shapes, mesh)
+
         if dry_run:
-            compile_steps(train_step, state, frozen, batches.shapes, mesh)
+            compile_all(state)
             return state
         try:
-            state = self._resume(state, data)
+            state, data = self._resume(state)
             if self.config and jax.process_index() == 0:
                 atomic.write_bytes(self.model_dir / "config.gin", self.config.encode())
             with Display(self.model_dir, self.pace.train_steps, self.progress.step) as display:
-                steps = compile_steps(train_step, state, frozen, batches.shapes, mesh)
+                steps = compile_all(state)
                 with _signals() as caught:
-                    state = self._steps(state, frozen, steps, data, mesh, display, caught)
+                    while data is not None:
+                        state, data = self._steps(state, frozen, steps, data, mesh, display, caught)
+                        if data is not None:
+                            steps = compile_all(state)
             self.checkpoints.wait()
-            last = sorted(self._kept_steps())
-            self.exports.prune({self.progress.best_step, *last[-self.pace.keep :]})
+            for member, standing in zip(self.members, self.progress.standings, strict=True):
+                last = member.exports.steps()[-self.pace.keep :]
+                member.exports.prune({standing.best_step, *last})
             report_memory()
         finally:
             # Also when something failed: what is being written is finished.
@@ -192,20 +147,21 @@ class Run:
         mesh: Mesh,
         display: Display,
         caught: list[int],
-    ) -> TrainState:
+    ) -> tuple[TrainState, grain.DatasetIterator | None]:
+        """Steps until the run is over (None), or its bank has become smaller (its new data)."""
         progress, pace = self.progress, self.pace
         waiting: dict[str, jax.Array] | None = None
         started, examples = time.perf_counter(), 0
-        while progress.step < pace.train_steps and not progress.stopped:
+        while progress.step < pace.train_steps and progress.running:
             rows = next(data)
-            batch = sharding.put_batch(rows, mesh)
-            state, metrics = steps[shape_of(batch)](state, frozen, batch)
+            examples += count_examples(rows) * jax.process_count()
+            batch = sharding.put_batch(rows | self._settings(), mesh)
+            state, metrics = steps[Shape.of(batch)](state, frozen, batch)
             # The metrics of the step before are there by now; these are not waited for.
             if waiting is not None:
                 self._add(waiting)
             waiting = metrics
             progress.step += 1
-            examples += count_examples(rows) * jax.process_count()
             at_end = progress.step == pace.train_steps
             log = progress.step % pace.log_period == 0 or at_end
             evaluation = progress.step % pace.eval_period == 0 or at_end
@@ -217,9 +173,14 @@ class Run:
                 started = time.perf_counter()
                 self._log(display, examples / seconds)
                 examples = 0
+            smaller = None
             if evaluation:
                 self._check_finite(state)
                 self._evaluate(state, display)
+                smaller = self._smaller()
+                if smaller is not None:
+                    state = _take(state, smaller)
+                    progress.held = [progress.held[place] for place in smaller]
                 started, examples = time.perf_counter(), 0
             if evaluation or caught:
                 self.checkpoints.save(
@@ -230,58 +191,131 @@ class Run:
                 logging.info("saved at step %d; the same command goes on from here", progress.step)
                 raise SystemExit(128 + caught[0])
             display.step(progress.step)
-        return state
+            if smaller is not None:
+                return state, self._data(data.get_state())
+        return state, None
 
-    def _resume(self, state: TrainState, data: grain.DatasetIterator) -> TrainState:
+    def _batches(self) -> Batches:
+        """Those of the members that the train state holds."""
+        held = [self.members[number].batches for number in self.progress.held]
+        return BankBatches(held) if self.bank else held[0]
+
+    def _data(self, position: Any = None) -> grain.DatasetIterator:
+        hosts, host = jax.process_count(), jax.process_index()
+        data = make_iterator(self._batches(), self.pace.train_steps, host=host, hosts=hosts)
+        if position is not None:
+            data.set_state(position)
+        return data
+
+    def _settings(self) -> dict[str, np.ndarray]:
+        """What a bank's step is told beside the batch: who trains, and how fast."""
+        if not self.bank:
+            return {}
+        progress = self.progress
+        active = [not progress.standings[number].stopped for number in progress.held]
+        rates = [self.members[number].rate_at(progress.step) for number in progress.held]
+        return {"active": np.array(active), "learning_rate": np.array(rates, np.float32)}
+
+    def _smaller(self) -> list[int] | None:
+        """Places in the train state that a bank of half the size, or less, keeps, if it can."""
+        held, running = len(self.progress.held), self.progress.running
+        size = held
+        while running and size // 2 >= len(running):
+            size //= 2
+        if size == held:
+            return None
+        logging.info("%d of %d members still train: the bank goes on with %d places", len(running),
+                     held, size)  # fmt: skip
+        kept = [place for place, _ in running]
+        others = [place for place in range(held) if place not in kept]
+        return sorted(kept + others[: size - len(kept)])
+
+    def _resume(self, state: TrainState) -> tuple[TrainState, grain.DatasetIterator]:
         rows = self.model_dir / "metrics.jsonl"
         if self.checkpoints.latest is None:
             rows.unlink(missing_ok=True)
-            self.exports.prune(set())
-            return state
-        state, progress = self.checkpoints.restore(state, data)
-        self.progress.__dict__.update(progress)
-        step = self.progress.step
+            for member in self.members:
+                member.exports.prune(set())
+            return state, self._data()
+        loaded = self.checkpoints.restore_progress()
+        loaded["standings"] = [Standing(**standing) for standing in loaded["standings"]]
+        self.progress = Progress(**loaded)
+        step, held = self.progress.step, self.progress.held
+        data = self._data()
+        like = _take(state, held) if len(held) < len(self.members) else state
+        state = self.checkpoints.restore(like, data)
         logging.info("going on from step %d of %s", step, self.model_dir)
-        self.exports.prune(set(), newer_than=step)
-        if self.progress.best_step is not None:
-            self.exports.promote(self.progress.best_step)
+        for member, standing in zip(self.members, self.progress.standings, strict=True):
+            member.exports.prune(set(), newer_than=step)
+            if standing.best_step is not None:
+                member.exports.promote(standing.best_step)
         lines = rows.read_text().splitlines() if rows.exists() else []
         self.rows = [row for row in map(json.loads, lines) if row["step"] <= step]
-        return state
+        return state, data
 
     def _add(self, metrics: dict[str, jax.Array]) -> None:
-        loss, norm = float(metrics["loss"]), float(metrics["gradient_norm"])
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise self._not_finite(f"the loss ({loss}, gradient norm {norm})")
-        self.progress.loss_sum += loss
-        self.progress.norm_sum += norm
+        losses, norms = (np.atleast_1d(metrics[name]) for name in ("loss", "gradient_norm"))
+        for place, number in self.progress.running:
+            loss, norm = float(losses[place]), float(norms[place])
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                self._fail(number, f"the loss ({loss}, gradient norm {norm})")
+                continue
+            self.progress.standings[number].loss_sum += loss
+            self.progress.standings[number].norm_sum += norm
         self.progress.steps_summed += 1
 
     def _check_finite(self, state: TrainState) -> None:
         """The last update comes after the last loss."""
-        for path, array in flatten_paths(state.trainable).items():
-            if not bool(jnp.isfinite(array).all()):
-                raise self._not_finite(f"{path} after the update")
+        for place, number in self.progress.running:
+            for path, array in flatten_paths(self._trainable(state, place)).items():
+                if not bool(jnp.isfinite(array).all()):
+                    self._fail(number, f"{path} after the update")
+                    break
 
-    def _not_finite(self, what: str) -> TrainingError:
-        best = self.progress.best_step
+    def _fail(self, number: int, what: str) -> None:
+        """Ends a member's training, and the run's with the last one's."""
+        standing, name = self.progress.standings[number], self.members[number].name
+        best = standing.best_step
         kept = f"the prompt of step {best} is kept" if best else "nothing was exported yet"
-        return TrainingError(
-            f"{what} of a step near {self.progress.step} is not finite; {kept}. A smaller learning "
-            "rate usually helps"
+        problem = (
+            f"{f'{name}: ' if name else ''}{what} of a step near {self.progress.step} is not "
+            f"finite; {kept}. A smaller learning rate usually helps"
         )
+        standing.stopped = standing.failed = True
+        if all(other.failed for other in self.progress.standings):
+            raise TrainingError(problem)
+        logging.warning("%s. The others go on", problem)
+
+    def _trainable(self, state: TrainState, place: int) -> Tree:
+        """The trainable variables of one member."""
+        return jax.tree.map(lambda x: x[place], state.trainable) if self.bank else state.trainable
 
     def _log(self, display: Display, rate: float) -> None:
         progress = self.progress
         count = max(progress.steps_summed, 1)
-        values = {
-            "train/loss": progress.loss_sum / count,
-            "train/gradient_norm": progress.norm_sum / count,
-            "train/learning_rate": self.rate_at(progress.step - 1),
-        }
-        progress.loss_sum = progress.norm_sum = 0.0
+        values = {}
+        for _, number in progress.running:
+            standing = progress.standings[number]
+            values[number] = {
+                "train/loss": standing.loss_sum / count,
+                "train/gradient_norm": standing.norm_sum / count,
+                "train/learning_rate": self.members[number].rate_at(progress.step - 1),
+            }
+            standing.loss_sum = standing.norm_sum = 0.0
         progress.steps_summed = 0
-        self._write(display, values | {"time/examples_per_second": rate})
+        self._write(display, self._named(values) | {"time/examples_per_second": rate})
+
+    def _named(self, values: dict[int, dict[str, float]]) -> dict[str, float]:
+        """Metrics by member's number as one row: in a bank, their mean and then each one's."""
+        names = dict.fromkeys(name for metrics in values.values() for name in metrics)
+        row = {
+            name: statistics.fmean(metrics[name] for metrics in values.values() if name in metrics)
+            for name in names
+        }
+        if self.bank:
+            for number, metrics in values.items():
+                row |= {f"{k}/{self.members[number].name}": v for k, v in metrics.items()}
+        return row
 
     def _write(self, display: Display, values: dict[str, float]) -> None:
         """One line of metrics.jsonl; the file is whole at any instant."""
@@ -293,44 +327,55 @@ class Run:
 
     def _evaluate(self, state: TrainState, display: Display) -> None:
         """Evaluates, exports, and moves the selection state."""
-        progress, value = self.progress, None
-        if self.evaluate is not None and self.metric is not None:
-            started = time.perf_counter()
-            metrics = self.evaluate(state)
-            value = metrics[self.metric]
+        progress, started = self.progress, time.perf_counter()
+        running = [(n, self._trainable(state, place)) for place, n in progress.running]
+        found = {}
+        for number, trainable in running:
+            evaluate = self.members[number].evaluate
+            if evaluate is not None:
+                found[number] = evaluate(trainable)
+        if found:
             took = {"time/evaluation_seconds": time.perf_counter() - started}
-            self._write(display, {f"validation/{k}": v for k, v in metrics.items()} | took)
-        # Without an evaluation the newest is the best.
-        gained = value is None or progress.best_value is None or value > progress.best_value
-        metadata = {"step": progress.step, "metric": self.metric, "value": value}
-        kept = sorted(self._kept_steps())
-        if jax.process_index() == 0:
-            self.exports.write(self.exports.path(progress.step), state, metadata)
-        if gained:
-            previous, progress.best_step, progress.best_value = (
-                progress.best_step,
-                progress.step,
-                value,
-            )
-            progress.without_gain = 0
-            self.exports.promote(progress.step)
-        else:
-            previous = progress.best_step
-            progress.without_gain += 1
-            patience = self.pace.patience
-            progress.stopped = patience is not None and progress.without_gain >= patience
+            validation = {
+                n: {f"validation/{k}": v for k, v in metrics.items()}
+                for n, metrics in found.items()
+            }
+            self._write(display, self._named(validation) | took)
+        keep = []
+        for number, trainable in running:
+            exports, standing = self.members[number].exports, progress.standings[number]
+            kept = exports.steps()[-self.pace.keep :]
+            previous = self._select(number, trainable, found.get(number))
+            keep.append((exports, {previous, standing.best_step, progress.step, *kept}))
         # The last committed checkpoint may still name `previous`; one not yet written cannot.
         self.checkpoints.wait()
-        self.exports.prune({previous, progress.best_step, progress.step, *kept[-self.pace.keep :]})
+        for exports, steps in keep:
+            exports.prune(steps)
 
-    def _kept_steps(self) -> list[int]:
-        directory = self.exports.directory
-        names = (
-            [p.name.removesuffix(self.exports.suffix) for p in directory.iterdir()]
-            if (directory.exists())
-            else []
-        )
-        return [int(name) for name in names if name.isdigit()]
+    def _select(self, number: int, trainable: Tree, metrics: dict[str, float] | None) -> int | None:
+        """Exports a member, and makes it the best if it is; the step that was so far."""
+        member, standing = self.members[number], self.progress.standings[number]
+        value = metrics[member.metric] if metrics and member.metric else None
+        # Without an evaluation the newest is the best.
+        gained = value is None or standing.best_value is None or value > standing.best_value
+        step, previous = self.progress.step, standing.best_step
+        metadata = {"step": step, "metric": member.metric, "value": value}
+        if jax.process_index() == 0:
+            member.exports.write(member.exports.path(step), trainable, metadata)
+        if gained:
+            standing.best_step, standing.best_value, standing.without_gain = step, value, 0
+            member.exports.promote(step)
+        else:
+            standing.without_gain += 1
+            patience = self.pace.patience
+            standing.stopped = patience is not None and standing.without_gain >= patience
+        return previous
+
+
+def _take(state: TrainState, places: Sequence[int]) -> TrainState:
+    """The members of a bank at `places` of its state, where they were on the mesh."""
+    index = np.array(places)
+    return jax.tree.map(lambda x: jax.device_put(x[index], x.sharding), state)
 
 
 def report_memory() -> None:
@@ -338,47 +383,6 @@ def report_memory() -> None:
     stats = jax.local_devices()[0].memory_stats() or {}
     if peak := stats.get("peak_bytes_in_use"):
         logging.info("peak memory of a device: %.2f GB", peak / 1e9)
-
-
-def shape_of(batch: Mapping[str, Any]) -> Shape:
-    targets = batch["decoder_input_tokens"].shape[1]
-    packed = "encoder_segment_ids" in batch
-    rows, inputs = batch["encoder_input_tokens"].shape
-    return Shape(rows, inputs, targets, packed)
-
-
-def compile_steps(
-    train_step: Callable[..., Any],
-    state: TrainState,
-    frozen: Tree,
-    shapes: list[Shape],
-    mesh: Mesh,
-) -> dict[Shape, Callable[..., Any]]:
-    """The step compiled for every batch shape, before the first batch is seen.
-
-    A compiled step refuses any other shape, so nothing is ever compiled again on the way.
-    """
-    over_rows = sharding.batch_sharding(mesh)
-    # The state goes out as it came in, so the next step takes it without moving anything.
-    places = jax.tree.map(lambda x: x.sharding, state)
-    jitted = jax.jit(train_step, donate_argnums=0, out_shardings=(places, None))
-
-    def compile_step(shape: Shape) -> Callable[..., Any]:
-        batch = {
-            name: jax.ShapeDtypeStruct(size, dtype, sharding=over_rows)
-            for name, (size, dtype) in shape.arrays().items()
-        }
-        return jitted.lower(state, frozen, batch).compile()
-
-    started = time.perf_counter()
-    compiled = {shape: compile_step(shape) for shape in shapes}
-    logging.info(
-        "compiled the step for %d batch shapes in %.1f s: %s",
-        len(shapes),
-        time.perf_counter() - started,
-        ", ".join(f"{rows}x{inputs}+{targets}" for rows, inputs, targets, _ in shapes),
-    )
-    return compiled
 
 
 @contextmanager

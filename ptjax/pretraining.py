@@ -24,7 +24,9 @@ from ptjax.data.sources import read_records
 from ptjax.data.tasks import Task
 from ptjax.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from ptjax.errors import InputError
-from ptjax.loop import Exports, Pace, Run
+from ptjax.exports import Exports
+from ptjax.loop import Pace, Run
+from ptjax.members import Member
 from ptjax.models.config import T5Config
 from ptjax.models.prompted import make_apply_fn
 from ptjax.models.t5 import init_params
@@ -32,7 +34,7 @@ from ptjax.scale import sharding
 from ptjax.training import freeze as freezing
 from ptjax.training.loss import Loss
 from ptjax.training.optimizer import Adafactor
-from ptjax.training.step import TrainState, init_train_state, make_train_step
+from ptjax.training.step import init_train_state, make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,26 +235,29 @@ def pretrain(
     )
     logging.info("pre-training %s parameters", f"{freezing.sizes(trainable)[0]:,}")
 
-    def write(path: epath.Path, state: TrainState, metadata: dict[str, Any]) -> None:
-        save_backbone(path, model, state.trainable["params"], tokenizer=found, dtype="float32")
+    def write(path: epath.Path, trainable: Any, metadata: dict[str, Any]) -> None:
+        save_backbone(path, model, trainable["params"], tokenizer=found, dtype="float32")
 
+    directory = epath.Path(model_dir).expanduser()
+    member = Member(
+        batches,
+        Exports(directory / "models", "", write),
+        rate_at=lambda step: float(optimizer.rate_at(step, 1.0)),
+    )
     run = Run(
-        epath.Path(model_dir).expanduser(),
+        directory,
         pace,
+        [member],
         identity={
             "start": fingerprint(model, params, mesh),
             "tokenizer_fingerprint": found.fingerprint,
             "seed": seed,
             "microbatches": microbatches,
         },
-        exports=Exports(epath.Path(model_dir).expanduser() / "models", "", write),
-        metric=None,
-        evaluate=None,
-        rate_at=lambda step: float(optimizer.rate_at(step, 1.0)),
         config=config,
     )
     step = make_train_step(make_apply_fn(model), locked, loss, microbatches=microbatches)
-    run.fit(state, {}, step, batches, mesh, dry_run=dry_run)
+    run.fit(state, {}, step, mesh, dry_run=dry_run)
 
 
 def _init_on_mesh(model: T5Config, seed: int, mesh: Any) -> Any:

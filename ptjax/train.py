@@ -34,6 +34,8 @@ def main() -> None:
 
 def summary(results: dict[str, Any], model_dir: str | None) -> str:
     """The results as a person reads them."""
+    if "members" in results:
+        return bank_summary(results, model_dir)
     values = {
         "always the majority": results["majority"],
         "hard prompt": results["hard_prompt"],
@@ -51,6 +53,29 @@ def summary(results: dict[str, Any], model_dir: str | None) -> str:
     if model_dir and results["step"]:  # a hard prompt leaves nothing to infer with
         rows.append(
             f"\ntry it:  python -m ptjax.infer --model_dir={model_dir} 'a text of your own'"
+        )
+    return "\n".join(rows)
+
+
+def bank_summary(results: dict[str, Any], model_dir: str | None) -> str:
+    """A line for every member."""
+    members, best = results["members"], results["best"]["member"]
+    width = max(map(len, [*members, "average"]))
+    rows = [""]
+    for name, found in members.items():
+        what = f"{found['value']:.3f}  {found['task']}, {found['metric']} on {found['split']}"
+        chosen = ", the best when it was chosen" if name == best else ""
+        rows.append(f"  {name:<{width}}  {what}, step {found['step']}{chosen}")
+    rows.append(f"  {'average':<{width}}  {results['average']:.3f}")
+    if results["failed"]:
+        rows.append(f"  failed (a loss was not finite): {', '.join(results['failed'])}")
+    rows.append(
+        f"  {results['trainable_parameters']:,} trained, {results['frozen_parameters']:,} frozen"
+    )
+    if model_dir:
+        rows.append(
+            f"\ntry it:  python -m ptjax.infer --prompt={model_dir}/prompts/{best}/best.safetensors"
+            " 'a text of your own'"
         )
     return "\n".join(rows)
 

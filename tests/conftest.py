@@ -199,3 +199,67 @@ def t5_1_0() -> Any:
     from ptjax.backbone import load_backbone
 
     return load_backbone(FIXTURES / "t5_1_0_tiny_legacy", dtype="float32")
+
+
+WORDS = {
+    "positive": ["lovely", "great", "warm", "bright"],
+    "negative": ["awful", "dull", "cold", "broken"],
+}
+
+
+@pytest.fixture(scope="session")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A random T5 1.1 of width 16 with the shipped vocabulary."""
+    from ptjax.backbone import load_backbone, save_backbone
+    from ptjax.data.tokenizer import load_tokenizer
+
+    config = T5Config(8192, 16, 2, 1, 1, 8, 32, dropout_rate=0.1)
+    params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
+    directory = tmp_path_factory.mktemp("backbone")
+    save_backbone(
+        directory, config, params, tokenizer=load_tokenizer("package:nano"), dtype="float32"
+    )
+    return load_backbone(directory)
+
+
+@pytest.fixture(scope="session")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """48 training, 16 validation and 16 test sentences whose words tell the label."""
+    from ptjax.data.tasks import Task
+
+    directory = tmp_path_factory.mktemp("task")
+    rng = np.random.default_rng(0)
+    for split, count in {"train": 48, "validation": 16, "test": 16}.items():
+        rows = []
+        for i in range(count):
+            label = ("positive", "negative")[i % 2]
+            words = rng.choice(WORDS[label], rng.integers(1, 40))
+            rows.append(json.dumps({"text": " ".join(words), "label": label}))
+        (directory / f"{split}.jsonl").write_text("\n".join(rows) + "\n")
+    return Task(
+        name="words",
+        data_dir=str(directory),
+        splits={s: f"{s}.jsonl" for s in ("train", "validation", "test")},
+        inputs="text: {text}",
+        label="label",
+        verbalizer={"positive": "positive", "negative": "negative"},
+    )
+
+
+def tune(directory: Path, task: Any, backbone: Any, **changes: Any) -> dict[str, Any]:
+    """A short run of the random backbone on the words."""
+    from ptjax import tuning
+    from ptjax.evaluation import Evaluation
+    from ptjax.loop import Pace
+    from ptjax.training.optimizer import Adafactor
+
+    settings = {
+        "prompt_length": 4,
+        "optimizer": Adafactor(learning_rate=0.05, learning_rate_scale="embedding_rms"),
+        "pace": Pace(train_steps=12, eval_period=3, log_period=2, keep=2),
+        "batch_size": 8,
+        "feature_lengths": {"inputs": 64, "targets": 4},
+        "evaluation": Evaluation(batch_size=16),
+        "seed": 3,
+    }
+    return tuning.tune(directory, task, backbone, **(settings | changes))

@@ -11,72 +11,19 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from conftest import outcome
+from conftest import outcome, tune
 
-from ptjax import loop, tuning
-from ptjax.backbone import Backbone, load_backbone, save_backbone
+from ptjax import loop
+from ptjax.backbone import Backbone, load_backbone
 from ptjax.data.tasks import Task
-from ptjax.data.tokenizer import load_tokenizer
 from ptjax.errors import InputError
-from ptjax.evaluation import Evaluation, Evaluator, HardPrompt
+from ptjax.evaluation import Evaluator, HardPrompt
 from ptjax.interop.prompt_file import load_prompt
 from ptjax.loop import Pace, TrainingError
-from ptjax.models.config import T5Config
-from ptjax.models.t5 import init_params
+from ptjax.models.prompt import Prompt
+from ptjax.scale.sharding import make_mesh, replicated
 from ptjax.training.freeze import flatten_paths
 from ptjax.training.optimizer import Adafactor
-
-WORDS = {
-    "positive": ["lovely", "great", "warm", "bright"],
-    "negative": ["awful", "dull", "cold", "broken"],
-}
-
-
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
-    """A random T5 1.1 of width 16 with the shipped vocabulary."""
-    config = T5Config(8192, 16, 2, 1, 1, 8, 32, dropout_rate=0.1)
-    params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
-    directory = tmp_path_factory.mktemp("backbone")
-    save_backbone(
-        directory, config, params, tokenizer=load_tokenizer("package:nano"), dtype="float32"
-    )
-    return load_backbone(directory)
-
-
-@pytest.fixture(scope="module")
-def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
-    """48 training, 16 validation and 16 test sentences whose words tell the label."""
-    directory = tmp_path_factory.mktemp("task")
-    rng = np.random.default_rng(0)
-    for split, count in {"train": 48, "validation": 16, "test": 16}.items():
-        rows = []
-        for i in range(count):
-            label = ("positive", "negative")[i % 2]
-            words = rng.choice(WORDS[label], rng.integers(1, 40))
-            rows.append(json.dumps({"text": " ".join(words), "label": label}))
-        (directory / f"{split}.jsonl").write_text("\n".join(rows) + "\n")
-    return Task(
-        name="words",
-        data_dir=str(directory),
-        splits={s: f"{s}.jsonl" for s in ("train", "validation", "test")},
-        inputs="text: {text}",
-        label="label",
-        verbalizer={"positive": "positive", "negative": "negative"},
-    )
-
-
-def tune(directory: Path, task: Task, backbone: Backbone, **changes: Any) -> dict[str, Any]:
-    settings = {
-        "prompt_length": 4,
-        "optimizer": Adafactor(learning_rate=0.05, learning_rate_scale="embedding_rms"),
-        "pace": Pace(train_steps=12, eval_period=3, log_period=2, keep=2),
-        "batch_size": 8,
-        "feature_lengths": {"inputs": 64, "targets": 4},
-        "evaluation": Evaluation(batch_size=16),
-        "seed": 3,
-    }
-    return tuning.tune(directory, task, backbone, **(settings | changes))
 
 
 @pytest.fixture(scope="module")
@@ -325,3 +272,24 @@ def test_dry_run_writes_nothing(backbone, task, tmp_path):
     hard = {"method": "hard_prompt", "hard_prompt": HardPrompt("Good?")}
     assert tune(tmp_path / "new", task, backbone, dry_run=True, **hard) == {}
     assert not any(p.is_file() for p in tmp_path.rglob("*"))
+
+
+@pytest.mark.parametrize("sees_input", [True, False])
+def test_packed_rows_in_microbatches_on_two_devices(backbone, task, tmp_path, sees_input):
+    """The same examples a batch, however the rows are cut: the same losses."""
+    settings = {"pack": True, "prompt": Prompt(sees_input=sees_input)}
+    still = dataclasses.replace(backbone.config, dropout_rate=0.0)
+    alone = dataclasses.replace(backbone, config=still)
+    mesh = make_mesh(devices=jax.devices()[:2])
+    where = jax.device_put(backbone.variables, replicated(mesh))
+    spread = dataclasses.replace(alone, variables=where, mesh=mesh)
+    tune(tmp_path / "one", task, alone, **settings)
+    tune(tmp_path / "two", task, spread, microbatches=2, **settings)
+    one, two = (
+        [json.loads(x) for x in (tmp_path / d / "metrics.jsonl").read_text().splitlines()]
+        for d in ("one", "two")
+    )
+    losses = [[row["train/loss"] for row in rows if "train/loss" in row] for rows in (one, two)]
+    # Sums in another order, and Adafactor makes rounding grow over the twelve steps.
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-2)
+    np.testing.assert_allclose(losses[0][0], losses[1][0], rtol=1e-4)

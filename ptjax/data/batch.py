@@ -12,6 +12,7 @@ does its encoder segment, with as many as a copy of the prompt needs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -27,10 +28,10 @@ def shift_right(targets: np.ndarray) -> np.ndarray:
 
 
 def count_examples(batch: Batch) -> int:
-    """How many examples a batch holds."""
-    if "encoder_segment_ids" not in batch:
-        return len(batch["encoder_input_tokens"])
-    return int(batch["encoder_segment_ids"].max(axis=1).sum())
+    """How many examples a batch holds, or the batches of a bank together."""
+    if "encoder_segment_ids" in batch:
+        return int(batch["encoder_segment_ids"].max(axis=-1).sum())
+    return math.prod(batch["encoder_input_tokens"].shape[:-1])
 
 
 def pad(rows: Sequence[Sequence[int] | np.ndarray], length: int) -> np.ndarray:

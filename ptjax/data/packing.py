@@ -48,7 +48,7 @@ class Template:
     @property
     def cost(self) -> float:
         """Positions of encoder and decoder, those of long rows at more: each attends to its row."""
-        rows, inputs, targets, _ = self.shape
+        rows, inputs, targets = self.shape[:3]
         return rows * (inputs * (1 + inputs / _ATTENTION) + targets)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import grain
@@ -24,17 +24,34 @@ Bucket = tuple[int, int]
 
 
 class Shape(NamedTuple):
-    """A global batch: its rows, T and L, and whether a row holds several examples."""
+    """A global batch: its rows, T and L, and whether a row holds several examples.
+
+    That of a bank has `members` such batches, one above the other.
+    """
 
     rows: int
     inputs: int
     targets: int
     packed: bool = False
+    members: int | None = None
 
-    def arrays(self) -> dict[str, tuple[tuple[int, int], type]]:
-        """Shape and dtype of every array of such a batch."""
-        encoder, decoder = (self.rows, self.inputs), (self.rows, self.targets)
-        arrays: dict[str, tuple[tuple[int, int], type]] = {
+    @classmethod
+    def of(cls, batch: Mapping[str, Any]) -> Shape:
+        """The shape that a batch has."""
+        *_, rows, inputs = batch["encoder_input_tokens"].shape
+        targets = batch["decoder_input_tokens"].shape[-1]
+        members = len(batch["active"]) if "active" in batch else None
+        return cls(rows, inputs, targets, "encoder_segment_ids" in batch, members)
+
+    def __str__(self) -> str:
+        members = "" if self.members is None else f"{self.members}x"
+        return f"{members}{self.rows}x{self.inputs}+{self.targets}"
+
+    def arrays(self) -> dict[str, tuple[tuple[int, ...], type]]:
+        """Shape and dtype of every array of such a batch, a bank's settings included."""
+        lead = (self.rows,) if self.members is None else (self.members, self.rows)
+        encoder, decoder = (*lead, self.inputs), (*lead, self.targets)
+        arrays: dict[str, tuple[tuple[int, ...], type]] = {
             "encoder_input_tokens": (encoder, np.int32),
             "decoder_input_tokens": (decoder, np.int32),
             "decoder_target_tokens": (decoder, np.int32),
@@ -43,6 +60,9 @@ class Shape(NamedTuple):
         if self.packed:
             arrays["encoder_segment_ids"] = (encoder, np.int32)
             arrays["decoder_segment_ids"] = (decoder, np.int32)
+        if self.members is not None:
+            arrays["active"] = ((self.members,), np.bool_)
+            arrays["learning_rate"] = ((self.members,), np.float32)
         return arrays
 
 
@@ -200,6 +220,36 @@ class MixtureBatches:
         return self.components[component[index]].batch(int(own[index]))
 
 
+class BankBatches:
+    """The members' batches of one number, laid above each other: arrays [N, rows, length].
+
+    Each has its own examples in its own order. What is smaller than the largest of them is padded,
+    so every shape that may come is the largest of some combination of theirs.
+    """
+
+    def __init__(self, members: Sequence[Batches]) -> None:
+        self.members = list(members)
+        found = set(members[0].shapes)
+        for member in members[1:]:
+            found = {_larger(a, b) for a in found for b in member.shapes}
+        self.shapes = sorted(shape._replace(members=len(members)) for shape in found)
+
+    def batch(self, number: int) -> Batch:
+        parts = [member.batch(number) for member in self.members]
+        names = parts[0]
+        sizes = {n: np.max([part[n].shape for part in parts], axis=0) for n in names}
+        return {n: np.stack([_pad_to(part[n], sizes[n]) for part in parts]) for n in names}
+
+
+def _larger(one: Shape, other: Shape) -> Shape:
+    rows, inputs, targets = map(max, one[:3], other[:3])
+    return Shape(rows, inputs, targets, one.packed)
+
+
+def _pad_to(array: np.ndarray, size: np.ndarray) -> np.ndarray:
+    return np.pad(array, [(0, int(n) - m) for n, m in zip(size, array.shape, strict=True)])
+
+
 def build_batch(source: ExampleSource, planned: PlannedBatch, epoch: int) -> Batch:
     """Looks the tokens up; example -1 is an empty row."""
     empty = np.zeros(0, np.int32), np.zeros(0, np.int32)
@@ -243,9 +293,10 @@ class _Rows:
 
 
 def host_rows(batch: Batch, host: int, hosts: int) -> Batch:
-    """Host `host`'s equal share of a global batch's rows."""
-    size = len(next(iter(batch.values()))) // hosts
-    return {name: array[host * size : (host + 1) * size] for name, array in batch.items()}
+    """Host `host`'s equal share of a global batch's rows, the last axis but one."""
+    size = batch["encoder_input_tokens"].shape[-2] // hosts
+    rows = slice(host * size, (host + 1) * size)
+    return {name: array[..., rows, :] for name, array in batch.items()}
 
 
 def make_iterator(

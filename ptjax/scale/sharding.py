@@ -67,16 +67,16 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over `data`, everything else whole."""
-    return NamedSharding(mesh, P("data"))
+def batch_sharding(mesh: Mesh, rank: int = 2) -> NamedSharding:
+    """Rows, the last axis but one, over `data`; everything else whole."""
+    return NamedSharding(mesh, P(*[None] * (rank - 2), "data") if rank > 1 else P())
 
 
 def put_batch(batch: dict[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
-    """This host's rows as global arrays [B, ...] sharded over `data`."""
-    sharding = batch_sharding(mesh)
+    """This host's rows as global arrays sharded over `data`, see `batch_sharding`."""
     return {
-        name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()
+        name: jax.make_array_from_process_local_data(batch_sharding(mesh, rows.ndim), rows)
+        for name, rows in batch.items()
     }
 
 

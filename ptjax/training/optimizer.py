@@ -53,11 +53,21 @@ class Adafactor:
         rate = self.learning_rate(step) if callable(self.learning_rate) else self.learning_rate
         return rate * embedding_rms if self.learning_rate_scale == "embedding_rms" else rate
 
-    def make(self, embedding_rms: float = 1.0) -> optax.GradientTransformation:
-        """The optimizer. Its second moments are float32 for float32 parameters."""
-        optimizer = optax.adafactor(
+    def make(
+        self, embedding_rms: float = 1.0, rate: jax.Array | None = None
+    ) -> optax.GradientTransformation:
+        """The optimizer. Its second moments are float32 for float32 parameters.
+
+        Args:
+            rate: the absolute learning rate, where it is known outside (a bank has many).
+        """
+
+        def rate_at(count: Any) -> Any:
             # The schedule counts this run's steps, whatever the offset of the second moment is.
-            learning_rate=lambda count: self.rate_at(count, embedding_rms),
+            return self.rate_at(count, embedding_rms) if rate is None else rate
+
+        optimizer = optax.adafactor(
+            learning_rate=rate_at,
             min_dim_size_to_factor=self.min_dim_size_to_factor,
             decay_rate=self.decay_rate,
             multiply_by_parameter_scale=self.multiply_by_parameter_scale,

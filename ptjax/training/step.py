@@ -95,3 +95,36 @@ def make_train_step(
         return TrainState(state.step + 1, trainable, opt_state, state.key), metrics
 
     return train_step
+
+
+def make_bank_step(
+    apply_fn: Callable[..., jax.Array],
+    make_optimizer: Callable[[jax.Array], optax.GradientTransformation],
+    loss: Loss,
+    *,
+    microbatches: int = 1,
+) -> Callable[[TrainState, Tree, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """The train step of N prompts over one frozen backbone: everything else has an axis N in front.
+
+    Each member has its own batch, dropout and optimizer state (factored moments and clipping see
+    one prompt only). Of the batch, `active` bool [N] says who trains: the others' state stays bit
+    by bit; `learning_rate` float32 [N] goes to `make_optimizer`.
+    """
+
+    def member_step(
+        state: TrainState, frozen: Tree, batch: Batch, active: jax.Array, rate: jax.Array
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        optimizer = make_optimizer(rate)
+        step = make_train_step(apply_fn, optimizer, loss, microbatches=microbatches)
+        after, metrics = step(state, frozen, batch)
+        return jax.tree.map(lambda new, old: jnp.where(active, new, old), after, state), metrics
+
+    def bank_step(
+        state: TrainState, frozen: Tree, batch: Batch
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        examples = dict(batch)
+        settings = examples.pop("active"), examples.pop("learning_rate")
+        each = jax.vmap(member_step, in_axes=(0, None, 0, 0, 0))
+        return each(state, frozen, examples, *settings)
+
+    return bank_step

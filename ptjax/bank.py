@@ -1,0 +1,74 @@
+"""Prompt banks: many prompts trained in one job over one frozen backbone."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ptjax.data.tasks import Task
+from ptjax.errors import InputError, check_at_least
+from ptjax.models.prompt import Initializer
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """What one member of a bank has of its own; None is what the run has.
+
+    Attributes:
+        seed: of its data order, its initialisation and its dropout.
+        learning_rate: a number, in the run's scale.
+    """
+
+    seed: int | None = None
+    learning_rate: float | None = None
+    init_prompt: Initializer | None = None
+    task: Task | None = None
+
+    def __post_init__(self) -> None:
+        check_at_least(0, "Variant", seed=self.seed, learning_rate=self.learning_rate)
+
+    def describe(self) -> dict[str, Any]:
+        """Plain values that tell one variant from another."""
+        return {
+            "seed": self.seed,
+            "learning_rate": self.learning_rate,
+            "init_prompt": None if self.init_prompt is None else repr(self.init_prompt),
+            "task": None if self.task is None else self.task.name,
+        }
+
+
+def sweep(
+    seeds: Sequence[int] = (),
+    learning_rates: Sequence[float] = (),
+    init_prompts: Mapping[str, Initializer] | None = None,
+    tasks: Sequence[Task] = (),
+) -> dict[str, Variant]:
+    """Every combination of what is given, named by it: "sst2_seed1_rate0.3".
+
+    Raises:
+        InputError: nothing is given, or something twice.
+    """
+    choices = {
+        "task": {task.name: task for task in tasks},
+        "init_prompt": dict(init_prompts or {}),
+        "seed": {f"seed{seed}": seed for seed in seeds},
+        "learning_rate": {f"rate{rate:g}": rate for rate in learning_rates},
+    }
+    given = {field: found for field, found in choices.items() if found}
+    count = len(tasks) + len(init_prompts or {}) + len(seeds) + len(learning_rates)
+    if not given or count != sum(map(len, given.values())):
+        raise InputError("a sweep needs seeds, learning_rates, init_prompts or tasks, none twice")
+    return {
+        "_".join(names): Variant(**{f: given[f][n] for f, n in zip(given, names, strict=True)})
+        for names in itertools.product(*given.values())
+    }
+
+
+def check_names(members: Mapping[str, Variant]) -> None:
+    """InputError unless every name can be a folder's."""
+    for name in members:
+        if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name):
+            raise InputError(f"a bank's member is called {name!r}; use letters, digits, _ . + -")

@@ -1,0 +1,332 @@
+"""Banks: every member is what it would be alone, and stops alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import operator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import tune
+
+from ptjax import loop
+from ptjax.bank import Variant, sweep
+from ptjax.data.batch import make_batch
+from ptjax.data.pipeline import BankBatches, Shape, TrainBatches, host_rows, make_buckets
+from ptjax.data.preprocess import TokenizedExamples, TokenRows
+from ptjax.errors import InputError
+from ptjax.evaluation import Evaluator
+from ptjax.interop.prompt_file import load_prompt
+from ptjax.loop import Pace, TrainingError
+from ptjax.models.prompt import Uniform
+from ptjax.training.loss import Loss
+from ptjax.training.optimizer import Adafactor
+from ptjax.training.step import init_train_state, make_bank_step, make_train_step
+
+SIZES = ((12, 6), (20, 4), (8, 3))
+
+
+@pytest.fixture(scope="module")
+def batches():
+    """One batch of four examples for every member, all of different shapes."""
+    rng = np.random.default_rng(0)
+    made = []
+    for inputs, targets in SIZES:
+        rows = [rng.integers(2, 64, rng.integers(1, inputs + 1)) for _ in range(4)]
+        outs = [rng.integers(2, 64, rng.integers(1, targets + 1)) for _ in range(4)]
+        made.append(make_batch(rows, outs, input_length=inputs, target_length=targets))
+    return made
+
+
+class Fixed:
+    """The same batch under every number."""
+
+    def __init__(self, batch) -> None:
+        self.held = batch
+        inputs, targets = batch["encoder_input_tokens"], batch["decoder_input_tokens"]
+        self.shapes = [Shape(*inputs.shape, targets.shape[1])]
+
+    def batch(self, number):
+        return self.held
+
+
+def bank_batch(batches, active=(True, True, True), rates=(0.1, 0.2, 0.3)):
+    settings = {"active": np.array(active), "learning_rate": np.array(rates, np.float32)}
+    return BankBatches([Fixed(batch) for batch in batches]).batch(0) | settings
+
+
+def states(tiny, make_optimizer, count=3):
+    """(state of each member alone, state of all together)."""
+    alone = []
+    for seed in range(count):
+        prompt = tiny.prompt + 0.1 * jax.random.normal(jax.random.key(seed), tiny.prompt.shape)
+        trainable = {"prompt": {"prompt": prompt}}
+        optimizer = make_optimizer(jnp.float32(0))
+        alone.append(init_train_state(trainable, optimizer, jax.random.key(seed)))
+    return alone, jax.tree.map(lambda *x: jnp.stack(x), *alone)
+
+
+def prompts(state) -> np.ndarray:
+    return np.asarray(state.trainable["prompt"]["prompt"])
+
+
+def test_twenty_steps_of_sgd_equal_those_of_each_member_alone(tiny, batches) -> None:
+    apply_fn, frozen = tiny.apply_fn(dropout_rate=0.0), {"params": tiny.params}
+    alone, together = states(tiny, optax.sgd)
+    rates = (0.001, 0.002, 0.003)
+    bank_step = jax.jit(make_bank_step(apply_fn, optax.sgd, Loss()))
+    batch = bank_batch(batches, rates=rates)
+    steps = [jax.jit(make_train_step(apply_fn, optax.sgd(rate), Loss())) for rate in rates]
+    first, metrics = bank_step(together, frozen, batch)
+    for number, (state, step) in enumerate(zip(alone, steps, strict=True)):
+        after, want = step(state, frozen, batches[number])
+        moved = prompts(after) - prompts(state)
+        got = prompts(first)[number] - prompts(state)
+        # One step of SGD is the gradient; the difference of two prompts keeps 5 digits of it.
+        np.testing.assert_allclose(got, moved, rtol=0, atol=1e-5 * max(np.abs(moved).max(), 0.1))
+        np.testing.assert_allclose(metrics["loss"][number], want["loss"], rtol=1e-5)
+    for _ in range(20):
+        together, _ = bank_step(together, frozen, batch)
+        alone = [s(a, frozen, b)[0] for s, a, b in zip(steps, alone, batches, strict=True)]
+    for number, state in enumerate(alone):
+        np.testing.assert_allclose(prompts(together)[number], prompts(state), rtol=0, atol=1e-5)
+        assert np.abs(prompts(state) - prompts(states(tiny, optax.sgd)[0][number])).max() > 1e-2
+
+
+def test_adafactor_of_a_member_is_bitwise_that_of_the_prompt_alone(tiny) -> None:
+    rng = np.random.default_rng(1)
+    rates, length = (0.1, 0.2, 0.3), 130  # 130 x 130 is factored
+    start = rng.normal(size=(3, length, length)).astype(np.float32)
+    gradients = rng.normal(size=(5, 3, length, length)).astype(np.float32)
+    settings = Adafactor(weight_decay=1e-3)
+
+    def update(rate, state, prompt, gradient):
+        updates, state = settings.make(1.0, rate).update(gradient, state, prompt)
+        return optax.apply_updates(prompt, updates), state
+
+    one, many = jax.jit(update), jax.jit(jax.vmap(update))
+    init = settings.make(1.0, jnp.float32(0)).init
+    bank, bank_state = jnp.asarray(start), jax.vmap(init)(jnp.asarray(start))
+    members = [(jnp.asarray(prompt), init(jnp.asarray(prompt))) for prompt in start]
+    for step in range(5):
+        bank, bank_state = many(jnp.asarray(rates, jnp.float32), bank_state, bank, gradients[step])
+        members = [
+            one(jnp.float32(rate), state, prompt, gradients[step, k])
+            for k, (rate, (prompt, state)) in enumerate(zip(rates, members, strict=True))
+        ]
+    for number, (prompt, state) in enumerate(members):
+        np.testing.assert_array_equal(bank[number], prompt)
+        own = jax.tree.map(operator.itemgetter(number), bank_state)
+        jax.tree.map(np.testing.assert_array_equal, own, state)
+    assert np.abs(np.asarray(bank) - start).max() > 0.1
+
+
+def test_a_stopped_member_stays_bit_by_bit(tiny, batches) -> None:
+    def make_optimizer(rate):
+        return Adafactor().make(1.0, rate)
+
+    _, state = states(tiny, make_optimizer)
+    step = jax.jit(make_bank_step(tiny.apply_fn(), make_optimizer, Loss()))
+    batch = bank_batch(batches, active=(True, False, True))
+    after, _ = step(state, {"params": tiny.params}, batch)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_array_equal(jax.device_get(a[1]), jax.device_get(b[1])),
+        (after.trainable, after.opt_state, after.step),
+        (state.trainable, state.opt_state, state.step),
+    )
+    for number in (0, 2):
+        assert np.abs(prompts(after)[number] - prompts(state)[number]).max() > 1e-3
+
+
+def test_batches_above_each_other(batches) -> None:
+    bank = BankBatches([Fixed(batch) for batch in batches])
+    assert bank.shapes == [Shape(4, 20, 6, members=3)]
+    made = bank.batch(0)
+    for number, batch in enumerate(batches):
+        for name, array in batch.items():
+            rows, length = array.shape
+            np.testing.assert_array_equal(made[name][number, :rows, :length], array)
+            assert not made[name][number, :, length:].any()
+    halves = [host_rows(made, host, 2) for host in range(2)]
+    for name, array in made.items():
+        np.testing.assert_array_equal(np.concatenate([h[name] for h in halves], axis=1), array)
+
+
+def test_every_shape_that_comes_is_announced() -> None:
+    rng = np.random.default_rng(0)
+    parts = []
+    for seed, most in enumerate((30, 90, 200)):
+        lengths = rng.integers(2, most, 40)
+        rows = TokenRows(np.ones(lengths.sum(), np.int32), np.r_[0, np.cumsum(lengths)], 0)
+        targets = TokenRows(np.ones(40, np.int32), np.arange(41), 0)
+        source = TokenizedExamples(rows, targets)
+        buckets = make_buckets(source, smallest=16)
+        parts.append(TrainBatches(source, buckets=buckets, batch_size=4, seed=seed))
+    bank = BankBatches(parts)
+    settings = {"active": np.ones(3, bool), "learning_rate": np.ones(3, np.float32)}
+    seen = {Shape.of(bank.batch(number) | settings) for number in range(60)}
+    assert seen <= set(bank.shapes)
+    assert len(seen) > 1
+
+
+def test_sweeps_name_every_combination() -> None:
+    members = sweep(seeds=(0, 2), learning_rates=(0.3, 1))
+    assert list(members) == ["seed0_rate0.3", "seed0_rate1", "seed2_rate0.3", "seed2_rate1"]
+    assert members["seed2_rate0.3"] == Variant(seed=2, learning_rate=0.3)
+    for bad in ({}, {"seeds": (1, 1)}):
+        with pytest.raises(InputError, match="none twice"):
+            sweep(**bad)
+
+
+BANK = {"a": Variant(seed=3), "b": Variant(seed=4, learning_rate=0.1), "c": Variant(seed=5)}
+
+
+def test_a_bank_end_to_end(backbone, task, tmp_path, stopped_by_sigterm) -> None:
+    results = tune(tmp_path / "whole", task, backbone, bank=BANK, pack=True)
+    assert list(results["members"]) == ["a", "b", "c"]
+    values = [found["value"] for found in results["members"].values()]
+    assert results["average"] == pytest.approx(np.mean(values))
+    assert results["members"][results["best"]["member"]]["value"] == results["best"]["value"]
+    assert results == json.loads((tmp_path / "whole" / "results.json").read_text())
+    for name, found in results["members"].items():
+        file = load_prompt(tmp_path / "whole" / "prompts" / name / "best.safetensors")
+        assert file.metadata["seed"] == found["seed"] == BANK[name].seed
+        assert file.metadata["step"] == found["step"]
+
+    rows = losses(tmp_path / "whole")
+    for name, rate in (("a", 0.05), ("b", 0.1)):
+        # The run alone: the same prompt, data and dropout, but for Adafactor's growing rounding.
+        optimizer = Adafactor(learning_rate=rate, learning_rate_scale="embedding_rms")
+        seed = BANK[name].seed
+        tune(tmp_path / name, task, backbone, pack=True, seed=seed, optimizer=optimizer)
+        for one, other in zip(rows, losses(tmp_path / name), strict=True):
+            assert one[f"train/loss/{name}"] == pytest.approx(other["train/loss"], rel=0.003)
+            rates = (
+                row["train/learning_rate" + end] for row, end in ((one, f"/{name}"), (other, ""))
+            )
+            assert next(rates) == next(rates)
+
+    def again():
+        return tune(tmp_path / "stopped", task, backbone, bank=BANK, pack=True)
+
+    assert stopped_by_sigterm(7, again) == 143
+    again()
+    assert bank_outcome(tmp_path / "stopped") == bank_outcome(tmp_path / "whole")
+
+
+def losses(directory):
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if "train/loss" in row]
+
+
+def bank_outcome(directory):
+    found = {}
+    for member in sorted(p.name for p in (directory / "prompts").iterdir()):
+        found[member] = {p.name: p.read_bytes() for p in (directory / "prompts" / member).iterdir()}
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    kept = [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+    return found, kept, json.loads((directory / "results.json").read_text())
+
+
+def test_members_stop_alone_and_the_bank_shrinks(
+    backbone,
+    task,
+    tmp_path,
+    monkeypatch,
+    caplog,
+    stopped_by_sigterm,
+) -> None:
+    """Scores are dictated: a gains to the end, b and c stop after two, d after three."""
+    gains = {"a": 9, "b": 0, "c": 0, "d": 1}
+    bank = {name: Variant(seed=seed) for seed, name in enumerate(gains)}
+    dictated: list[float] = []
+    evaluate, score = loop.Run._evaluate, Evaluator.__call__
+
+    def begin_evaluation(self, state, display):
+        names = [self.members[number].name for _, number in self.progress.running]
+        dictated[:] = [min(self.progress.step // 2 - 1, gains[name or "a"]) / 10 for name in names]
+        evaluate(self, state, display)
+
+    def dictate(self, variables, split, rewording=None):
+        return {"accuracy": dictated.pop(0)} if dictated else score(self, variables, split)
+
+    monkeypatch.setattr(loop.Run, "_evaluate", begin_evaluation)
+    monkeypatch.setattr(Evaluator, "__call__", dictate)
+    pace = Pace(train_steps=12, eval_period=2, log_period=2, patience=2, keep=6)
+
+    def run(directory):
+        return tune(tmp_path / directory, task, backbone, bank=bank, pack=True, pace=pace)
+
+    with caplog.at_level("INFO", logger="absl"):
+        results = run("whole")
+    shrunk = [r.getMessage() for r in caplog.records if "goes on with" in r.getMessage()]
+    assert [line.split(":")[0] for line in shrunk] == [
+        "2 of 4 members still train",
+        "1 of 2 members still train",
+    ]
+    compiled = [r.getMessage() for r in caplog.records if "compiled the step" in r.getMessage()]
+    assert [line.split(": ")[1].split("x")[0] for line in compiled] == ["4", "2", "1"]
+    steps = {name: found["step"] for name, found in results["members"].items()}
+    assert steps["a"] == 12 and steps["b"] == steps["c"] == 2 and steps["d"] == 4
+    for name in "bcd":
+        exports = [int(p.stem) for p in (tmp_path / "whole/prompts" / name).glob("[0-9]*")]
+        assert max(exports) == (6 if name != "d" else 8)
+
+    # What is left goes on with its own data.
+    tune(tmp_path / "a", task, backbone, pack=True, pace=pace, seed=0)
+    for one, other in zip(losses(tmp_path / "whole"), losses(tmp_path / "a"), strict=True):
+        assert one["train/loss/a"] == pytest.approx(other["train/loss"], rel=0.003)
+
+    # Stopped when two members have left the bank, and gone on.
+    assert stopped_by_sigterm(9, lambda: run("stopped")) == 143
+    run("stopped")
+    assert bank_outcome(tmp_path / "stopped") == bank_outcome(tmp_path / "whole")
+
+
+def test_a_member_whose_loss_is_not_finite_leaves_the_others_alone(
+    backbone,
+    task,
+    tmp_path,
+    caplog,
+) -> None:
+    bank = {"good": Variant(seed=3), "wild": Variant(learning_rate=float("inf"))}
+    with caplog.at_level("WARNING", logger="absl"):
+        results = tune(tmp_path / "one", task, backbone, bank=bank)
+    assert results["failed"] == ["wild"]
+    assert "wild: " in caplog.text and "The others go on" in caplog.text
+    assert results["members"]["good"]["value"] == results["best"]["value"]
+    with pytest.raises(TrainingError, match="wild"):
+        tune(tmp_path / "all", task, backbone, bank={"wild": Variant(learning_rate=float("inf"))})
+
+
+def test_several_tasks_in_one_bank(backbone, task, tmp_path) -> None:
+    other = dataclasses.replace(task, name="others", inputs="read this: {text}")
+    bank = sweep(tasks=(task, other))
+    results = tune(tmp_path, task, backbone, bank=bank)
+    assert {n: found["task"] for n, found in results["members"].items()} == {
+        "words": "words",
+        "others": "others",
+    }
+    files = {name: load_prompt(tmp_path / f"prompts/{name}/best.safetensors") for name in bank}
+    assert files["others"].metadata["task"]["inputs"] == "read this: {text}"
+
+
+def test_what_a_bank_cannot_be(backbone, task, tmp_path) -> None:
+    class Narrow:
+        def __call__(self, key, length, surroundings):
+            return Uniform()(key, length, surroundings)[:, :5]
+
+    for bank, method, what in (
+        ({"x": Variant(init_prompt=Narrow())}, "prompt_tuning", "initial prompt of x has shape"),
+        ({"../x": Variant()}, "prompt_tuning", "'../x'"),
+        ({"x": Variant()}, "model_tuning", "every member of a bank has a prompt"),
+    ):
+        with pytest.raises(InputError, match=what):
+            tune(tmp_path, task, backbone, bank=bank, method=method)
+    tune(tmp_path, task, backbone, bank={"x": Variant()})
+    with pytest.raises(InputError, match="bank/x/seed"):
+        tune(tmp_path, task, backbone, bank={"x": Variant(seed=9)})
