@@ -47,6 +47,7 @@ def main() -> None:
         "file's or the prompt's own",
     )
     parser.add_argument("--force", action="store_true", help="overwrite what is there")
+    parser.set_defaults(prompts=None)  # one at a time
     arguments = cli.parse(parser)
     cli.run(lambda: export(arguments))
 

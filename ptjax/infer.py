@@ -121,7 +121,8 @@ def infer(arguments: argparse.Namespace) -> None:
         prediction.format_record(record, None if arguments.raw else manner.task)
         for record, manner in zip(records, manners, strict=True)
     ]
-    loaded = chosen.load_backbone(arguments, said[0])
+    tells = next((metadata for metadata in said if metadata.get("backbone_name")), {})
+    loaded = chosen.load_backbone(arguments, tells)
     if prompt is not None:
         check = prompting.check_bank if many else prompting.check_prompt
         prompt = check(loaded, prompt, allow_mismatch=arguments.allow_mismatch)

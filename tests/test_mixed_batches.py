@@ -20,6 +20,7 @@ from ptjax.models import decoding
 from ptjax.models.prompt import stack_prompts
 from ptjax.models.prompted import make_apply_fn, with_prompt
 from ptjax.prompting import PromptBank, check_bank, make_bank
+from ptjax.scale.sharding import make_mesh, replicated
 
 RNG = np.random.default_rng(5)
 NAMES = ("short", "blind", "long", "blind_long")
@@ -150,6 +151,30 @@ def test_one_compiled_function_serves_any_mix(tiny, bank):
         assert traced.count("encode") == 2
 
 
+@pytest.mark.parametrize("batch_size", [8, 3])  # 3 rows are no share for every device
+def test_a_mesh_shares_the_rows_and_their_prompts(tiny, bank, batch_size):
+    mesh = make_mesh(2)
+    variables = with_prompt({"params": tiny.params}, bank.arrays)
+    placed = jax.device_put(variables, replicated(mesh))
+    source, labels = (
+        text_source(random_texts(8, 15)),
+        answering.make_label_tokens("abc", LETTERS, 2),
+    )
+    found = [
+        answering.predict_labels(
+            make_apply_fn(tiny.config),
+            where,
+            source,
+            labels,
+            make_buckets(source),
+            batch_size,
+            prompt_ids=IDS,
+        )[1]
+        for where in (placed, variables)
+    ]
+    np.testing.assert_allclose(found[0], found[1], rtol=0, atol=1e-4)
+
+
 # From Python
 
 
@@ -264,7 +289,7 @@ def test_a_member_of_another_backbone_is_named(backbone):
         (["short", -2], "no prompt has the number -2"),
         (["short", True], "no prompt has the number True"),
         (["short"], "one for each of 2 examples"),
-        ("short", "one for each of 2 examples"),
+        ("xy", "one for each of 2 examples"),
         (None, "needs prompt_ids"),
     ],
 )

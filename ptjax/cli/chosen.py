@@ -19,8 +19,8 @@ BEST_PROMPT = "prompts/best.safetensors"
 BEST_MODEL = "models/best"
 
 
-def add_flags(parser: argparse.ArgumentParser, many: str = "") -> None:
-    """`many`: what --prompts does, in a command that takes several."""
+def add_flags(parser: argparse.ArgumentParser, many: str) -> None:
+    """`many`: what --prompts does in this command."""
     group = parser.add_argument_group("which prompt, on which backbone")
     group.add_argument(
         "--model_dir",
@@ -40,10 +40,7 @@ def add_flags(parser: argparse.ArgumentParser, many: str = "") -> None:
         help="instead of the one in the gin file: a T5X checkpoint, a Hugging Face directory "
         "or hub id, or ptjax-nano",
     )
-    if many:
-        group.add_argument("--prompts", metavar="DIR", help=many)
-    else:
-        parser.set_defaults(prompts=None)
+    group.add_argument("--prompts", metavar="DIR", help=many)
     group.add_argument(
         "--allow_mismatch",
         action="store_true",
