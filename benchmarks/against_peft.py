@@ -249,38 +249,40 @@ def draw(file: Path, result: dict[str, Any]) -> None:
     from matplotlib import pyplot
 
     tasks = list(dict.fromkeys((one["task"], one["length"]) for one in result["speed"]))
-    panels = len(tasks) + bool(result["accuracy"])
-    figure, axes = pyplot.subplots(1, panels, figsize=(4.2 * panels, 3.2), layout="constrained")
-    axes = np.atleast_1d(axes)
     sides = [side for side in NAMES if any(side == one["side"] for one in result["speed"])]
-    sides = sides or list(result["accuracy"])
     places = {side: -i for i, side in enumerate(sides)}
     colors = {side: "#9aa0a6" if side.startswith("peft") else "#1a73e8" for side in sides}
+    panels = len(tasks) + bool(result["accuracy"])
+    size = 3 + 3.2 * panels, 1.5 + 0.4 * len(sides)
+    pyplot.rcParams["font.size"] = 9
+    figure, axes = pyplot.subplots(1, panels, sharey=True, figsize=size, layout="constrained")
+    axes = np.atleast_1d(axes)
     for axis, (task, length) in zip(axes, tasks, strict=False):
-        for one in result["speed"]:
-            if (one["task"], one["length"]) == (task, length):
-                rate, place = one["examples_per_second"], places[one["side"]]
-                axis.barh(place, rate, color=colors[one["side"]])
-                axis.text(rate, place, f" {rate:.1f} ({one['ratio']:.1f}x)", va="center")
-        axis.set_title(f"{task}, inputs of at most {length} tokens")
+        rows = [one for one in result["speed"] if (one["task"], one["length"]) == (task, length)]
+        for one in rows:
+            rate, place = one["examples_per_second"], places[one["side"]]
+            axis.barh(place, rate, color=colors[one["side"]])
+            axis.text(rate, place, f" {rate:.1f} ({one['ratio']:.1f}x)", va="center")
+        axis.set_xlim(0, 1.5 * max(one["examples_per_second"] for one in rows))
+        axis.set_title(f"{task}, inputs of at most {length} tokens", fontsize=9)
         axis.set_xlabel("real examples a second")
-        axis.margins(x=0.35)
     if result["accuracy"]:
         for side, found in result["accuracy"].items():
             values = [one["value"] for one in found]
             axes[-1].plot(values, [places[side]] * len(values), "o", color=colors[side], alpha=0.6)
             axes[-1].plot(statistics.mean(values), places[side], "|", color="black", ms=16)
-        axes[-1].set_title("sst2, test accuracy, ptjax-nano")
+        axes[-1].set_title("sst2 on ptjax-nano, accuracy", fontsize=9)
         axes[-1].set_xlabel("each seed, and the mean")
         axes[-1].margins(x=0.2)
     for axis in axes:
-        axis.set_yticks([])
         axis.spines[["top", "right", "left"]].set_visible(False)
+        axis.tick_params(left=False)
     axes[0].set_yticks(list(places.values()), [NAMES[side] for side in sides])
     machine, settings = result["machine"], result["settings"]
     what = f"T5 1.1 {settings['size']}, {settings['dtype']}, P = {settings['prompt']}"
     where = machine["gpu"] or f"{machine['processor']}, {settings['threads']} threads"
-    figure.suptitle(f"Prompt tuning: {what}, {settings['batch']} examples a step; {where}")
+    what = f"{what}, {settings['batch']} examples a step"
+    figure.suptitle(f"Prompt tuning, {what}\n{where}", fontsize=10)
     figure.savefig(file, dpi=150)
 
 
@@ -300,7 +302,7 @@ def parse() -> argparse.Namespace:
     speed.add_argument("--batch", type=int, default=32, help="examples of a step")
     speed.add_argument("--prompt", type=int, default=100, help="P, rows of the prompt")
     speed.add_argument("--dropout", type=float, default=0.1, help="on the frozen backbone")
-    speed.add_argument("--rounds", type=int, default=5, help="turns of every side")
+    speed.add_argument("--rounds", type=int, default=4, help="turns of every side")
     speed.add_argument("--batches", type=int, default=6, help="steps of a turn")
     speed.add_argument("--peak_tflops", type=float, help="of the GPU, if it is none of the known")
     parser.add_argument("--seeds", type=int, default=3, help="of the accuracy")
@@ -318,13 +320,20 @@ def main() -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"  # this process only prepares
     flags.output_dir.mkdir(parents=True, exist_ok=True)
     file = flags.output_dir / "against_peft.json"
-    # A part that is not measured now keeps what was measured before.
+    # What is not measured now keeps what was measured before, tasks of other settings excepted.
     result = json.loads(file.read_text()) if file.exists() else {"speed": [], "accuracy": {}}
     if flags.part != "accuracy":
-        result |= {"machine": describe_machine(flags), "speed": measure_speed(flags)}
         names = ("size", "dtype", "batch", "prompt", "dropout", "threads", "rounds", "batches")
-        result["settings"] = {name: getattr(flags, name) for name in names}
-        print(result["machine"])
+        now = {
+            "machine": describe_machine(flags),
+            "settings": {name: getattr(flags, name) for name in names},
+        }
+        print(json.dumps(now, indent=2))
+        speed = measure_speed(flags)
+        if now == {name: result.get(name) for name in now}:
+            measured = {one["task"] for one in speed}
+            speed = [one for one in result["speed"] if one["task"] not in measured] + speed
+        result |= now | {"speed": speed}
         show_speed(result["speed"], peak_flops(flags, result["machine"]))
     if flags.part != "speed":
         result["accuracy"] = measure_accuracy(flags)
