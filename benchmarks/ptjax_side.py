@@ -77,8 +77,13 @@ def write_speed_inputs(
             for name, array in batch.items()
         }
         np.savez(folder / f"{side}.npz", **arrays)
-        flops = [count_step_flops(config, flags.prompt, batch, sees_input)[1] for batch in batches]
-        about[side] = {"flops_per_example": sum(flops) / (flags.batch * len(batches))}
+        shapes = [tuple(array.shape for array in batch.values()) for batch in batches]
+        flops = {
+            shape: count_step_flops(config, flags.prompt, batch, sees_input)[1]
+            for shape, batch in dict(zip(shapes, batches, strict=True)).items()
+        }
+        total = sum(flops[shape] for shape in shapes)
+        about[side] = {"flops_per_example": total / (flags.batch * len(batches))}
     return about
 
 

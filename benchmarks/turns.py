@@ -113,4 +113,6 @@ class Turns:
                 if not answer:
                     raise SystemExit(f"{name} ended with {worker.wait()}")
                 answers[name].append(json.loads(answer))
+            told = (f"{name} {taken[-1]['seconds']:.2f} s" for name, taken in answers.items())
+            print(f"round {turn + 1} of {rounds}: {', '.join(told)}", file=sys.stderr)
         return answers
