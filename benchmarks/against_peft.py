@@ -12,9 +12,11 @@ is not timed. Each side runs in a process of its own, so that its peak memory is
 compiled and warmed up before the clock starts. The logits must agree before anything is timed.
 
 On a CPU the sides take turns for several rounds, and the ratio is the median over the rounds: what
-else the machine does slows all. On a GPU, in bfloat16, each has the device for itself; PEFT comes
-with torch.compile too, and FLOP/s are set against the device's peak. The FLOPs are those of the
-matrix products on the batches as each side pads them, counted by ptjax.scale.flops.
+else the machine does slows all. With --threads=1 the CPU seconds, compared too, hardly see that
+other work (with more, PyTorch's threads count the time in which they wait for each other). On a
+GPU, in bfloat16, each side has the device for itself; PEFT comes with torch.compile too, and FLOP/s
+are set against the device's peak. The FLOPs are those of the matrix products on the batches as each
+side pads them, counted by ptjax.scale.flops.
 
 Accuracy: the shipped backbone on the CPU, SST-2, 1,000 steps of 32 examples, P = 20, the recipe of
 `sst2.py`, the same first prompts; the best step on validation, judged on the test split by the
@@ -93,11 +95,14 @@ def compare(
             check_agreement(folder, about, TOLERANCE[flags.dtype])
             answers |= turns.take(flags.rounds)
     examples = flags.batch * flags.batches
-    seconds = {side: [one["seconds"] for one in answers[side]] for side in answers}
     results = []
-    for side, taken in seconds.items():
+    for side, given in answers.items():
+        taken, cpu = ([one[name] for one in given] for name in ("seconds", "cpu_seconds"))
         rate = examples / statistics.median(taken)
-        ratios = (theirs / ours for ours, theirs in zip(taken, seconds["peft"], strict=True))
+        ratios, cpu_ratios = (
+            [theirs[n] / ours[n] for ours, theirs in zip(given, answers["peft"], strict=True)]
+            for n in ("seconds", "cpu_seconds")
+        )
         results.append(
             {
                 "task": task,
@@ -105,10 +110,12 @@ def compare(
                 "side": side,
                 "examples_per_second": rate,
                 "ratio": statistics.median(ratios),
-                "peak_bytes": max(one["peak_bytes"] for one in answers[side]),
+                "cpu_ratio": statistics.median(cpu_ratios),
+                "peak_bytes": max(one["peak_bytes"] for one in given),
                 "flops_per_example": known[side]["flops_per_example"],
                 "flops_per_second": known[side]["flops_per_example"] * rate,
                 "seconds": taken,
+                "cpu_seconds": cpu,
             }
         )
     return results
@@ -221,15 +228,15 @@ def peak_flops(flags: argparse.Namespace, machine: dict[str, Any]) -> float | No
 def show_speed(results: list[dict[str, Any]], peak: float | None) -> None:
     """A Markdown table."""
     share = "| of the peak " if peak else ""
-    print(f"\n| | | examples/s | ratio | peak GB | GFLOP / example | GFLOP/s {share}|")
-    print("|---|---|" + "--:|" * (6 if peak else 5))
+    print(f"\n| | | examples/s | ratio | CPU ratio | peak GB | GFLOP / example | GFLOP/s {share}|")
+    print("|---|---|" + "--:|" * (7 if peak else 6))
     for one in results:
         share = f"| {one['flops_per_second'] / peak:.1%} " if peak else ""
         print(
             f"| {one['task']}, T <= {one['length']} | {NAMES[one['side']]} "
             f"| {one['examples_per_second']:.2f} | {one['ratio']:.2f} "
-            f"| {one['peak_bytes'] / 1e9:.2f} | {one['flops_per_example'] / 1e9:.1f} "
-            f"| {one['flops_per_second'] / 1e9:.0f} {share}|"
+            f"| {one['cpu_ratio']:.2f} | {one['peak_bytes'] / 1e9:.2f} "
+            f"| {one['flops_per_example'] / 1e9:.1f} | {one['flops_per_second'] / 1e9:.0f} {share}|"
         )
 
 

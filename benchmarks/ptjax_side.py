@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -178,13 +179,15 @@ def start(folder: Path, side: str) -> turns.Side:
     )
     about = {"trained": state.trainable["prompt"]["prompt"].size}
 
-    def steps() -> None:
+    def run(chosen: Iterable[dict[str, jax.Array]]) -> None:
         nonlocal state
-        for batch in batches:
+        for batch in chosen:
             state, metrics = step(state, frozen, batch)
         jax.block_until_ready((state, metrics))
 
-    return turns.Side(steps, about, peak_bytes)
+    shapes = [tuple(array.shape for array in batch.values()) for batch in batches]
+    one_of_each = dict(zip(shapes, batches, strict=True)).values()
+    return turns.Side(lambda: run(one_of_each), lambda: run(batches), about, peak_bytes)
 
 
 if __name__ == "__main__":

@@ -29,11 +29,13 @@ class Side:
     """What a process does for the clock.
 
     Attributes:
+        warm_up: compiles whatever a turn needs.
         steps: one turn; returns when all its steps are done.
         about: what it says of itself beforehand, as JSON has it.
         peak_bytes: the largest memory so far, on the device that it steps on.
     """
 
+    warm_up: Callable[[], None]
     steps: Callable[[], None]
     about: Mapping[str, Any]
     peak_bytes: Callable[[], int] = resident_bytes
@@ -45,12 +47,16 @@ def serve(start: Callable[[], Side]) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     side = start()
-    side.steps()
+    side.warm_up()
     print(json.dumps(dict(side.about)), file=answers, flush=True)
     for _ in sys.stdin:
-        began = time.perf_counter()
+        began, cpu_began = time.perf_counter(), time.process_time()
         side.steps()
-        answer = {"seconds": time.perf_counter() - began, "peak_bytes": side.peak_bytes()}
+        answer = {
+            "seconds": time.perf_counter() - began,
+            "cpu_seconds": time.process_time() - cpu_began,
+            "peak_bytes": side.peak_bytes(),
+        }
         print(json.dumps(answer), file=answers, flush=True)
 
 
