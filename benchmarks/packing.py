@@ -23,6 +23,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from typing import Any
 
@@ -96,6 +97,7 @@ class Steps:
         for shape, batch in self.batches.items():
             self.compiled[shape] = self.step.lower(self.state, self.frozen, batch).compile()
             self.bytes[shape] = self.compiled[shape].memory_analysis().temp_size_in_bytes
+            print(f"compiled {shape}", file=sys.stderr)
         self.seconds: dict[Shape, list[float]] = {shape: [] for shape in batches}
 
     def run(self, shape: Shape, repeats: int) -> float:
@@ -108,10 +110,11 @@ class Steps:
 
     def turn(self, shape: Shape, least: float) -> None:
         """Times a shape for at least about `least` seconds; its first turn warms up."""
-        first = self.run(shape, 1)
-        if first < least or not self.seconds[shape]:
-            first = self.run(shape, max(1, round(least / first)))
-        self.seconds[shape].append(first)
+        seconds = self.run(shape, 1)
+        if seconds < least or not self.seconds[shape]:
+            seconds = self.run(shape, max(1, round(least / seconds)))
+        self.seconds[shape].append(seconds)
+        print(f"{shape}: {seconds:.2f} s", file=sys.stderr)
 
 
 def measure(
