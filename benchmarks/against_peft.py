@@ -287,7 +287,7 @@ def draw(file: Path, result: dict[str, Any]) -> None:
     axes[0].set_yticks(list(places.values()), [NAMES[side] for side in sides])
     machine, settings = result["machine"], result["settings"]
     what = f"T5 1.1 {settings['size']}, {settings['dtype']}, P = {settings['prompt']}"
-    where = machine["gpu"] or f"{machine['processor']}, {settings['threads']} threads"
+    where = machine["gpu"] or f"{machine['processor']}, threads: {settings['threads']}"
     what = f"{what}, {settings['batch']} examples a step"
     figure.suptitle(f"Prompt tuning, {what}\n{where}", fontsize=10)
     figure.savefig(file, dpi=150)
