@@ -1,14 +1,29 @@
-"""ptjax beside Hugging Face PEFT: the same prompt tuning step on the CPU, in turn, in one run.
+"""ptjax beside Hugging Face PEFT: real examples a second, memory, and accuracy, in one run.
 
-    python benchmarks/against_peft.py [--peft_python=PYTHON] [--threads=2] [--output=FILE.json]
+    python benchmarks/against_peft.py --data_dir=DIR --output_dir=DIR [--peft_python=PYTHON]
+        [--part=speed] [--device=gpu --size=xl]
 
-Both sides tune the same prompt (P = 100) on the same random T5 1.1 small in float32, on the same
-batches, with dropout and Adafactor. Each side runs in a process of its own, so that its peak memory
-is its own, and has compiled and warmed up before the clock starts. The sides then take turns for
-several rounds: other work on the machine slows both, so believe the ratio of a run and not a time.
-With --threads=1 the CPU seconds of a step hardly see that other work at all (with more, PyTorch's
-threads count the time in which they wait for each other). The logits of both sides must agree
-before anything is timed.
+Speed: both tune the same prompt (P = 100) on the same random T5 1.1, on real examples that were
+tokenised once, 32 a step, with dropout and Adafactor. PEFT pads a batch to its longest example, as
+its users' collators do. ptjax goes four ways: as in the paper (length buckets), packed, with a
+prompt that does not see its input, and both. The timed batches stand for an epoch: all its batches,
+sorted by size, are cut into equal parts, and the middle one of each part is taken. Making batches
+is not timed. Each side runs in a process of its own, so that its peak memory is its own, and has
+compiled and warmed up before the clock starts. The logits must agree before anything is timed.
+
+On a CPU the sides take turns for several rounds, and the ratio is the median over the rounds: what
+else the machine does slows all. With --threads=1 the CPU seconds, compared too, hardly see that
+other work (with more, PyTorch's threads count the time in which they wait for each other). On a
+GPU, in bfloat16, each side has the device for itself; PEFT comes with torch.compile too, and FLOP/s
+are set against the device's peak. The FLOPs are those of the matrix products on the batches as each
+side pads them, counted by ptjax.scale.flops.
+
+Accuracy: the shipped backbone on the CPU, SST-2, 1,000 steps of 32 examples, P = 20, the recipe of
+`sst2.py`, the same first prompts; the best step on validation, judged on the test split by the
+likelihood of the two labels. ptjax's runs are `python -m ptjax.train`; what is finished is not run
+again.
+
+Writes OUTPUT_DIR/against_peft.json and .png. DATA_DIR is laid out as the tasks' gin files say.
 """
 
 from __future__ import annotations
@@ -18,281 +33,167 @@ import importlib.metadata
 import json
 import os
 import platform
-import resource
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from turns import Turns
 
-SIDES = ("ptjax", "peft")
-LEARNING_RATE, WEIGHT_DECAY = 0.3, 1e-5
-CHECKED_EXAMPLES = 4
-TOLERANCE = 1e-3
+HERE = Path(__file__).resolve().parent
+NAMES = {  # in the order of the table; the first is what the others are compared with
+    "peft": "PEFT",
+    "peft_compiled": "PEFT, torch.compile",
+    "paper": "ptjax, as in the paper",
+    "packed": "ptjax, packed",
+    "unseeing": "ptjax, sees_input = False",
+    "both": "ptjax, packed, sees_input = False",
+}
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
 """Of the logits, in units of their standard deviation."""
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
+"""A second, dense, bfloat16, as the maker's data sheets have it."""
 
 
-def make_inputs(flags: argparse.Namespace) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The same on both sides: inputs int32 [B, T], targets int32 [B, L], prompt float32 [P, D].
-
-    No position is padding: a batch of full rows, as bucketing by length makes them.
-    """
-    rng = np.random.default_rng(0)
-    inputs = rng.integers(3, 32000, (flags.batch, flags.inputs), dtype=np.int32)
-    targets = rng.integers(3, 32000, (flags.batch, flags.targets), dtype=np.int32)
-    return inputs, targets, rng.uniform(-0.5, 0.5, (flags.prompt, 512)).astype(np.float32)
+# Speed
 
 
-# The two sides. Each returns its logits of the first examples, how many numbers it trains, and
-# `steps(n)`, which returns when n steps are done.
-
-Side = tuple[np.ndarray, int, Callable[[int], None]]
-
-
-def ptjax_config(dropout: float) -> Any:
-    """T5 1.1 small."""
-    from ptjax.models.config import T5Config
-
-    return T5Config(
-        vocab_size=32128,
-        emb_dim=512,
-        num_heads=6,
-        num_encoder_layers=8,
-        num_decoder_layers=8,
-        head_dim=64,
-        mlp_dim=1024,
-        dropout_rate=dropout,
-    )
+def measure_speed(flags: argparse.Namespace) -> list[dict[str, Any]]:
+    """A result for every side of every task."""
+    results = []
+    sides = [side for side in NAMES if side != "peft_compiled" or flags.device == "gpu"]
+    for task in flags.tasks.split(","):
+        name, length = task.split(":")
+        with tempfile.TemporaryDirectory() as folder:
+            results += compare(flags, Path(folder), name, int(length), sides)
+    return results
 
 
-def write_backbone(flags: argparse.Namespace) -> None:
-    """The random backbone, as the Hugging Face directory that both sides read."""
-    import jax
+def compare(
+    flags: argparse.Namespace, folder: Path, task: str, length: int, sides: list[str]
+) -> list[dict[str, Any]]:
+    """Times every side on one task."""
+    from ptjax_side import write_speed_inputs
 
-    from ptjax.interop.huggingface import save_huggingface
-    from ptjax.models.t5 import init_params
-    from ptjax.training.freeze import flatten_paths
-
-    config = ptjax_config(flags.dropout)
-    params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
-    directory = Path(flags.folder) / "backbone"
-    save_huggingface(directory, flatten_paths(params), config, dtype="float32")
-
-
-def start_ptjax(flags: argparse.Namespace) -> Side:
-    import jax
-    import jax.numpy as jnp
-
-    from ptjax.interop.huggingface import load_huggingface
-    from ptjax.models.prompted import PromptedT5
-    from ptjax.training import freeze as freezing
-    from ptjax.training.loss import Loss
-    from ptjax.training.optimizer import Adafactor
-    from ptjax.training.step import init_train_state, make_train_step
-
-    inputs, targets, prompt = make_inputs(flags)
-    decoder_inputs = np.concatenate([np.zeros_like(targets[:, :1]), targets[:, :-1]], axis=1)
-    stored = load_huggingface(Path(flags.folder) / "backbone")
-    params = {name: jnp.asarray(array.read_all()) for name, array in stored.items()}
-    variables = {
-        "params": freezing.unflatten_paths(params),
-        "prompt": {"prompt": jnp.asarray(prompt)},
+    known = write_speed_inputs(folder, flags, task, length, sides)
+    commands = {
+        side: [flags.peft_python, str(HERE / "peft_side.py"), "step", str(folder), side]
+        if side.startswith("peft")
+        else [sys.executable, str(HERE / "ptjax_side.py"), str(folder), side]
+        for side in sides
     }
-    apply_fn = PromptedT5(ptjax_config(flags.dropout)).apply
-    few = slice(CHECKED_EXAMPLES)
-    logits = np.asarray(jax.jit(apply_fn)(variables, inputs[few], decoder_inputs[few]))
-
-    freeze = freezing.make_freeze(variables, freezing.METHODS["prompt_tuning"])
-    trainable, frozen = freezing.split(variables, freeze)
-    optimizer = Adafactor(learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY).make()
-    optimizer = freezing.lock(optimizer, freeze)
-    state = init_train_state(trainable, optimizer, jax.random.key(0))
-    step = jax.jit(make_train_step(apply_fn, optimizer, Loss()), donate_argnums=0)
-    batch = jax.device_put(
-        {
-            "encoder_input_tokens": inputs,
-            "decoder_input_tokens": decoder_inputs,
-            "decoder_target_tokens": targets,
-            "decoder_loss_weights": np.ones(targets.shape, np.float32),
-        }
-    )
-
-    def steps(count: int) -> None:
-        nonlocal state
-        for _ in range(count):
-            state, metrics = step(state, frozen, batch)
-        jax.block_until_ready((state, metrics))
-
-    return logits, freezing.sizes(trainable)[0], steps
-
-
-def start_peft(flags: argparse.Namespace) -> Side:
-    import peft
-    import torch
-    import transformers
-
-    torch.set_num_threads(flags.threads)
-    torch.manual_seed(0)
-    inputs, targets, prompt = (torch.from_numpy(array) for array in make_inputs(flags))
-    inputs, targets = inputs.long(), targets.long()
-    backbone = transformers.T5ForConditionalGeneration.from_pretrained(
-        Path(flags.folder) / "backbone", dtype=torch.float32
-    )
-    # PEFT's default, two submodules, would double the prompt and never read the second half.
-    model = peft.get_peft_model(
-        backbone,
-        peft.PromptTuningConfig(
-            task_type="SEQ_2_SEQ_LM",
-            num_virtual_tokens=flags.prompt,
-            num_transformer_submodules=1,
-        ),
-    )
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with torch.no_grad():
-        trainable[0].copy_(prompt)
-
-    def run(examples: slice) -> Any:
-        mask = torch.ones_like(inputs[examples])
-        return model(input_ids=inputs[examples], attention_mask=mask, labels=targets[examples])
-
-    model.eval()
-    with torch.no_grad():
-        logits = run(slice(CHECKED_EXAMPLES)).logits.numpy()
-    model.train()
-    optimizer = transformers.Adafactor(
-        trainable,
-        lr=LEARNING_RATE,
-        weight_decay=WEIGHT_DECAY,
-        scale_parameter=False,
-        relative_step=False,
-    )
-
-    def steps(count: int) -> None:
-        for _ in range(count):
-            optimizer.zero_grad()
-            run(slice(None)).loss.backward()
-            optimizer.step()
-
-    return logits, sum(parameter.numel() for parameter in trainable), steps
+    about: dict[str, Any] = {}
+    answers: dict[str, Any] = {}
+    for group in [sides] if flags.device == "cpu" else [[side] for side in sides]:
+        some = {side: commands[side] for side in group}
+        with Turns(some, environment(flags), optional=["peft_compiled"]) as turns:
+            about |= turns.about
+            check_agreement(folder, about, TOLERANCE[flags.dtype])
+            answers |= turns.take(flags.rounds)
+    examples = flags.batch * flags.batches
+    results = []
+    for side, given in answers.items():
+        taken, cpu = ([one[name] for one in given] for name in ("seconds", "cpu_seconds"))
+        rate = examples / statistics.median(taken)
+        ratios, cpu_ratios = (
+            [theirs[n] / ours[n] for ours, theirs in zip(given, answers["peft"], strict=True)]
+            for n in ("seconds", "cpu_seconds")
+        )
+        results.append(
+            {
+                "task": task,
+                "length": length,
+                "side": side,
+                "examples_per_second": rate,
+                "ratio": statistics.median(ratios),
+                "cpu_ratio": statistics.median(cpu_ratios),
+                "peak_bytes": max(one["peak_bytes"] for one in given),
+                "flops_per_example": known[side]["flops_per_example"],
+                "flops_per_second": known[side]["flops_per_example"] * rate,
+                "seconds": taken,
+                "cpu_seconds": cpu,
+            }
+        )
+    return results
 
 
-# The processes
+def check_agreement(folder: Path, about: dict[str, Any], tolerance: float) -> None:
+    """Ends the run unless sides of one kind of prompt compute the same logits and train alike."""
+    logits = {side: np.load(folder / f"{side}_logits.npy") for side in about}
+    for kind in ({"unseeing", "both"}, set(NAMES) - {"unseeing", "both"}):
+        first, *others = [side for side in about if side in kind] or [None]
+        for other in others:
+            worst = np.abs(logits[other] - logits[first]).max() / logits[first].std()
+            if worst > tolerance:
+                raise SystemExit(f"the logits of {first} and {other} differ by {worst:.1e}")
+    if len({told["trained"] for told in about.values()}) != 1:
+        raise SystemExit(f"the sides train differently many numbers: {about}")
 
 
-def peak_bytes() -> int:
-    """Largest resident memory of this process so far (Linux counts in KiB, macOS in bytes)."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def work(flags: argparse.Namespace) -> None:
-    """One side: a line of JSON when ready, then one for every number of steps read from stdin."""
-    # Libraries may print; the answers go out on a descriptor of their own.
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    logits, trained, steps = {"ptjax": start_ptjax, "peft": start_peft}[flags.worker](flags)
-    np.save(Path(flags.folder) / f"{flags.worker}.npy", logits)
-    loaded = peak_bytes()
-    steps(flags.warm_up)
-    print(json.dumps({"trained": trained, "loaded_bytes": loaded}), file=answers, flush=True)
-    for line in sys.stdin:
-        began, cpu_began = time.perf_counter(), time.process_time()
-        steps(int(line))
-        answer = {
-            "seconds": time.perf_counter() - began,
-            "cpu_seconds": time.process_time() - cpu_began,
-            "peak_bytes": peak_bytes(),
-        }
-        print(json.dumps(answer), file=answers, flush=True)
-
-
-def command(python: str, flags: argparse.Namespace, *, worker: str) -> list[str]:
-    """This file again, as `worker`, with the settings of this run."""
-    names = ("batch", "inputs", "prompt", "targets", "threads", "dropout", "warm_up", "folder")
-    return [python, __file__, f"--worker={worker}"] + [f"--{n}={getattr(flags, n)}" for n in names]
-
-
-def environment(threads: int) -> dict[str, str]:
-    root = str(Path(__file__).resolve().parents[1])
-    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+def environment(flags: argparse.Namespace) -> dict[str, str]:
+    path = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
     return os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "OMP_NUM_THREADS": str(threads),
+        "JAX_PLATFORMS": "cpu" if flags.device == "cpu" else "cuda",
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        "OMP_NUM_THREADS": str(flags.threads),
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": path,
     }
 
 
-def ask(process: subprocess.Popen[str], question: str | None = None) -> dict[str, Any]:
-    """The next line of a worker, after sending it `question`."""
-    if question is not None:
-        process.stdin.write(question + "\n")
-        process.stdin.flush()
-    answer = process.stdout.readline()
-    if not answer:
-        raise SystemExit(f"{' '.join(process.args[:3])} ended with {process.wait()}")
-    return json.loads(answer)
+# Accuracy
 
 
-def compare(flags: argparse.Namespace) -> dict[str, Any]:
-    """One input length: starts both sides, checks that they agree, and times them in turn."""
-    pythons = {"ptjax": sys.executable, "peft": flags.peft_python}
-    workers: dict[str, subprocess.Popen[str]] = {}
-    seconds: dict[str, list[float]] = {side: [] for side in SIDES}
-    cpu_seconds: dict[str, list[float]] = {side: [] for side in SIDES}
-    peaks: dict[str, int] = {}
-    try:
-        for side in SIDES:
-            workers[side] = subprocess.Popen(
-                command(pythons[side], flags, worker=side),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                env=environment(flags.threads),
-            )
-        # One after the other is slower than both at once, but a compiler may need the memory.
-        ready = {side: ask(worker) for side, worker in workers.items()}
-        check_agreement(flags, ready)
-        for turn in range(flags.rounds):
-            for side in SIDES if turn % 2 == 0 else reversed(SIDES):
-                answer = ask(workers[side], str(flags.steps))
-                seconds[side].append(answer["seconds"] / flags.steps)
-                cpu_seconds[side].append(answer["cpu_seconds"] / flags.steps)
-                peaks[side] = answer["peak_bytes"]
-    finally:
-        for worker in workers.values():
-            worker.kill()
-            worker.wait()
-    return {
-        "inputs": flags.inputs,
-        "ratio": statistics.median(
-            theirs / ours for ours, theirs in zip(seconds["ptjax"], seconds["peft"], strict=True)
-        ),
-        "sides": {
-            side: {
-                "examples_per_second": flags.batch / statistics.median(seconds[side]),
-                "seconds_per_step": seconds[side],
-                "cpu_seconds_per_step": statistics.median(cpu_seconds[side]),
-                "peak_bytes": peaks[side],
-                "loaded_bytes": ready[side]["loaded_bytes"],
-            }
-            for side in SIDES
-        },
+def measure_accuracy(flags: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    """Each side's results by seed."""
+    import runs
+    import sst2
+    from ptjax_side import WAYS, write_accuracy_inputs
+
+    run, settings = sst2.METHODS["prompt tuning, P = 20"]
+    settings = sst2.COMMON | settings | {"DATA_DIR": flags.data_dir}
+    train = {
+        "device": "cpu",
+        "dtype": "float32",
+        "threads": flags.threads,
+        "batch_size": 32,
+        "weight_decay": 1e-5,
+        "train_steps": settings["TRAIN_STEPS"],
+        "eval_period": settings["EVAL_PERIOD"],
     }
+    found: dict[str, list[dict[str, Any]]] = {"peft": []}
+    with tempfile.TemporaryDirectory() as folder:
+        write_accuracy_inputs(Path(folder), flags, settings, train)
+        for seed in range(flags.seeds):
+            result = flags.output_dir / f"peft_{seed}.json"
+            if not result.exists():
+                program = [flags.peft_python, str(HERE / "peft_side.py"), "train", folder]
+                done = subprocess.run(
+                    [*program, str(seed)],
+                    check=True,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                    env=environment(flags),
+                )
+                result.write_text(done.stdout)
+            found["peft"].append(json.loads(result.read_text()))
+    for side, (sees_input, pack) in WAYS.items():
+        found[side] = [
+            runs.train(
+                flags.output_dir / side / str(seed),
+                ["tasks/sst2.gin", f"runs/{run}.gin"],
+                settings | {"SEES_INPUT": sees_input, "PACK": pack, "RANDOM_SEED": seed},
+            )
+            for seed in range(flags.seeds)
+        ]
+    return found
 
 
-def check_agreement(flags: argparse.Namespace, ready: dict[str, dict[str, Any]]) -> None:
-    """Ends the run unless both sides train as many numbers and compute the same logits."""
-    ours, theirs = (np.load(Path(flags.folder) / f"{side}.npy") for side in SIDES)
-    worst = float(np.abs(ours - theirs).max() / ours.std())
-    trained = {side: ready[side]["trained"] for side in SIDES}
-    if worst > TOLERANCE or len(set(trained.values())) != 1:
-        raise SystemExit(f"the sides differ: logits by {worst:.1e}, trained numbers {trained}")
+# What comes out
 
 
 def describe_machine(flags: argparse.Namespace) -> dict[str, Any]:
@@ -303,10 +204,14 @@ def describe_machine(flags: argparse.Namespace) -> dict[str, Any]:
         "print(json.dumps({n: m.version(n) for n in ('torch', 'transformers', 'peft')}))"
     )
     theirs = subprocess.run([flags.peft_python, "-c", code], capture_output=True, check=True)
+    gpu = None
+    if flags.device == "gpu":
+        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        gpu = subprocess.run(query, capture_output=True, check=True, text=True).stdout.splitlines()
     return {
         "processor": models[0] if models else platform.processor(),
+        "gpu": gpu and gpu[0],
         "cores": os.cpu_count(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "system": platform.platform(),
         "python": platform.python_version(),
         "versions": {n: importlib.metadata.version(n) for n in ("jax", "jaxlib", "flax", "optax")}
@@ -314,61 +219,135 @@ def describe_machine(flags: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def peak_flops(flags: argparse.Namespace, machine: dict[str, Any]) -> float | None:
+    if flags.peak_tflops:
+        return flags.peak_tflops * 1e12
+    return next((peak for n, peak in PEAK_FLOPS.items() if n in (machine["gpu"] or "")), None)
+
+
+def show_speed(results: list[dict[str, Any]], peak: float | None) -> None:
+    """A Markdown table."""
+    share = "| of the peak " if peak else ""
+    print(f"\n| | | examples/s | ratio | CPU ratio | peak GB | GFLOP / example | GFLOP/s {share}|")
+    print("|---|---|" + "--:|" * (7 if peak else 6))
+    for one in results:
+        share = f"| {one['flops_per_second'] / peak:.1%} " if peak else ""
+        print(
+            f"| {one['task']}, T <= {one['length']} | {NAMES[one['side']]} "
+            f"| {one['examples_per_second']:.2f} | {one['ratio']:.2f} "
+            f"| {one['cpu_ratio']:.2f} | {one['peak_bytes'] / 1e9:.2f} "
+            f"| {one['flops_per_example'] / 1e9:.1f} | {one['flops_per_second'] / 1e9:.0f} {share}|"
+        )
+
+
+def show_accuracy(found: dict[str, list[dict[str, Any]]]) -> None:
+    import runs
+
+    print("\n| SST-2, test accuracy | mean | std | seeds |\n|---|--:|--:|---|")
+    for side, results in found.items():
+        print(f"| {NAMES[side]} | {runs.show([one['value'] for one in results])} |")
+
+
+def draw(file: Path, result: dict[str, Any]) -> None:
+    """Examples a second of every task, and the accuracy where it was measured."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    tasks = list(dict.fromkeys((one["task"], one["length"]) for one in result["speed"]))
+    sides = [side for side in NAMES if any(side == one["side"] for one in result["speed"])]
+    places = {side: -i for i, side in enumerate(sides)}
+    colors = {side: "#9aa0a6" if side.startswith("peft") else "#1a73e8" for side in sides}
+    panels = len(tasks) + bool(result["accuracy"])
+    size = 3 + 3.2 * panels, 1.5 + 0.4 * len(sides)
+    pyplot.rcParams["font.size"] = 9
+    figure, axes = pyplot.subplots(1, panels, sharey=True, figsize=size, layout="constrained")
+    axes = np.atleast_1d(axes)
+    for axis, (task, length) in zip(axes, tasks, strict=False):
+        rows = [one for one in result["speed"] if (one["task"], one["length"]) == (task, length)]
+        for one in rows:
+            rate, place = one["examples_per_second"], places[one["side"]]
+            axis.barh(place, rate, color=colors[one["side"]])
+            axis.text(rate, place, f" {rate:.1f} ({one['ratio']:.1f}x)", va="center")
+        axis.set_xlim(0, 1.5 * max(one["examples_per_second"] for one in rows))
+        axis.set_title(f"{task}, inputs of at most {length} tokens", fontsize=9)
+        axis.set_xlabel("real examples a second")
+    if result["accuracy"]:
+        for side, found in result["accuracy"].items():
+            values = [one["value"] for one in found]
+            axes[-1].plot(values, [places[side]] * len(values), "o", color=colors[side], alpha=0.6)
+            axes[-1].plot(statistics.mean(values), places[side], "|", color="black", ms=16)
+        axes[-1].set_title("sst2 on ptjax-nano, accuracy", fontsize=9)
+        axes[-1].set_xlabel("each seed, and the mean")
+        axes[-1].margins(x=0.2)
+    for axis in axes:
+        axis.spines[["top", "right", "left"]].set_visible(False)
+        axis.tick_params(left=False)
+    axes[0].set_yticks(list(places.values()), [NAMES[side] for side in sides])
+    machine, settings = result["machine"], result["settings"]
+    what = f"T5 1.1 {settings['size']}, {settings['dtype']}, P = {settings['prompt']}"
+    where = machine["gpu"] or f"{machine['processor']}, threads: {settings['threads']}"
+    what = f"{what}, {settings['batch']} examples a step"
+    figure.suptitle(f"Prompt tuning, {what}\n{where}", fontsize=10)
+    figure.savefig(file, dpi=150)
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data_dir", required=True, type=os.path.abspath)
+    parser.add_argument("--output_dir", required=True, type=Path)
     parser.add_argument("--peft_python", default=sys.executable, help="has torch and peft")
-    parser.add_argument("--lengths", default="32,64,128", help="values of T, input tokens")
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--prompt", type=int, default=100, help="P, rows of the prompt")
-    parser.add_argument("--targets", type=int, default=8, help="L, target tokens")
-    parser.add_argument("--dropout", type=float, default=0.1, help="on the frozen backbone")
+    parser.add_argument("--part", default="both", choices=["speed", "accuracy", "both"])
+    parser.add_argument("--device", choices=["cpu", "gpu"], help="default: a GPU if there is one")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--rounds", type=int, default=7, help="turns of either side")
-    parser.add_argument("--steps", type=int, default=2, help="steps in a turn")
-    parser.add_argument("--warm_up", type=int, default=2, help="steps before the clock starts")
-    parser.add_argument("--output", help="a JSON file to write")
-    for internal in ("worker", "folder"):
-        parser.add_argument(f"--{internal}", help=argparse.SUPPRESS)
-    parser.add_argument("--inputs", type=int, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    speed = parser.add_argument_group("speed")
+    speed.add_argument("--tasks", default="sst2:64,imdb:128", help="name:longest input, ...")
+    speed.add_argument("--tokenizer", default="package:nano")
+    speed.add_argument("--size", default="small", help="of T5 1.1")
+    speed.add_argument("--dtype", help="default: float32 on a CPU, bfloat16 on a GPU")
+    speed.add_argument("--batch", type=int, default=32, help="examples of a step")
+    speed.add_argument("--prompt", type=int, default=100, help="P, rows of the prompt")
+    speed.add_argument("--dropout", type=float, default=0.1, help="on the frozen backbone")
+    speed.add_argument("--rounds", type=int, default=4, help="turns of every side")
+    speed.add_argument("--batches", type=int, default=6, help="steps of a turn")
+    speed.add_argument("--peak_tflops", type=float, help="of the GPU, if it is none of the known")
+    parser.add_argument("--seeds", type=int, default=3, help="of the accuracy")
+    flags = parser.parse_args()
+    flags.device = flags.device or ("gpu" if shutil.which("nvidia-smi") else "cpu")
+    flags.torch_device = "cpu" if flags.device == "cpu" else "cuda"
+    flags.dtype = flags.dtype or ("float32" if flags.device == "cpu" else "bfloat16")
+    return flags
 
 
 def main() -> None:
     flags = parse()
-    # Before either library starts its threads: XLA makes as many as it may use processors.
+    # Before any library starts its threads: XLA makes as many as it may use processors.
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: flags.threads])
-    if flags.worker:
-        work(flags) if flags.worker in SIDES else write_backbone(flags)
-        return
-    machine = describe_machine(flags)
-    print(f"{machine['processor']}, {flags.threads} threads; {machine['versions']}")
-    print(f"T5 1.1 small, float32, batch {flags.batch}, P = {flags.prompt}, L = {flags.targets}")
-    print("          examples/s           CPU s/step    peak GB")
-    print("   T   ptjax   PEFT  ratio   ptjax  PEFT   ptjax  PEFT")
-    results = []
-    with tempfile.TemporaryDirectory() as flags.folder:
-        flags.inputs = 0
-        writer = command(sys.executable, flags, worker="backbone")
-        subprocess.run(writer, check=True, env=environment(flags.threads))
-        for inputs in flags.lengths.split(","):
-            flags.inputs = int(inputs)
-            result = compare(flags)
-            ours, theirs = (result["sides"][side] for side in SIDES)
-            rates, cpu, peaks = (
-                [float(side[name]) for side in (ours, theirs)]
-                for name in ("examples_per_second", "cpu_seconds_per_step", "peak_bytes")
-            )
-            print(
-                f"{flags.inputs:4} {rates[0]:7.2f} {rates[1]:6.2f} {result['ratio']:6.2f} "
-                f"{cpu[0]:7.2f} {cpu[1]:5.2f} {peaks[0] / 1e9:7.2f} {peaks[1] / 1e9:5.2f}",
-                flush=True,
-            )
-            results.append(result)
-    if flags.output:
-        names = ("batch", "prompt", "targets", "dropout", "threads", "rounds", "steps")
-        settings = {name: getattr(flags, name) for name in names}
-        text = json.dumps({"machine": machine, "settings": settings, "results": results}, indent=2)
-        Path(flags.output).write_text(text + "\n")
+    os.environ["JAX_PLATFORMS"] = "cpu"  # this process only prepares
+    flags.output_dir.mkdir(parents=True, exist_ok=True)
+    file = flags.output_dir / "against_peft.json"
+    # What is not measured now keeps what was measured before, tasks of other settings excepted.
+    result = json.loads(file.read_text()) if file.exists() else {"speed": [], "accuracy": {}}
+    if flags.part != "accuracy":
+        names = ("size", "dtype", "batch", "prompt", "dropout", "threads", "rounds", "batches")
+        now = {
+            "machine": describe_machine(flags),
+            "settings": {name: getattr(flags, name) for name in names},
+        }
+        print(json.dumps(now, indent=2))
+        speed = measure_speed(flags)
+        if now == {name: result.get(name) for name in now}:
+            measured = {one["task"] for one in speed}
+            speed = [one for one in result["speed"] if one["task"] not in measured] + speed
+        result |= now | {"speed": speed}
+        show_speed(result["speed"], peak_flops(flags, result["machine"]))
+    if flags.part != "speed":
+        result["accuracy"] = measure_accuracy(flags)
+        show_accuracy(result["accuracy"])
+    file.write_text(json.dumps(result, indent=2) + "\n")
+    if result["speed"]:
+        draw(file.with_suffix(".png"), result)
 
 
 if __name__ == "__main__":

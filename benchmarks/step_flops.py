@@ -15,36 +15,9 @@ import sys
 
 import jax
 import jax.numpy as jnp
-
-from ptjax.models.config import T5Config
-from ptjax.models.prompted import PromptedT5
-from ptjax.models.t5 import parameter_shapes
-from ptjax.scale.flops import step_flops
-from ptjax.training import freeze as freezing
-from ptjax.training.optimizer import Adafactor
+from prompt_step import SIZES, count_step_flops, t5_1_1
 
 LIMIT = 2.25
-SIZES = {  # D, H, layers of either stack, F
-    "small": (512, 6, 8, 1024),
-    "base": (768, 12, 12, 2048),
-    "large": (1024, 16, 24, 2816),
-    "xl": (2048, 32, 24, 5120),
-    "xxl": (4096, 64, 24, 10240),
-}
-
-
-def t5_1_1(size: str) -> T5Config:
-    """The configuration of `gin_configs/models/t5_1_1_<size>.gin`."""
-    width, heads, layers, mlp = SIZES[size]
-    return T5Config(
-        vocab_size=32128,
-        emb_dim=width,
-        num_heads=heads,
-        num_encoder_layers=layers,
-        num_decoder_layers=layers,
-        head_dim=64,
-        mlp_dim=mlp,
-    )
 
 
 def batch_shapes(batch: int, inputs: int, targets: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -57,21 +30,6 @@ def batch_shapes(batch: int, inputs: int, targets: int) -> dict[str, jax.ShapeDt
     }
 
 
-def prompt_step_flops(
-    size: str, batch: int, inputs: int, prompt: int, targets: int
-) -> tuple[int, int]:
-    """(forward, step) of prompt tuning with the paper's recipe."""
-    config = t5_1_1(size)
-    variables = {
-        "params": parameter_shapes(config),
-        "prompt": {"prompt": jax.ShapeDtypeStruct((prompt, config.emb_dim), jnp.float32)},
-    }
-    freeze = freezing.make_freeze(variables, freezing.METHODS["prompt_tuning"])
-    optimizer = freezing.lock(Adafactor().make(), freeze)
-    shapes = batch_shapes(batch, inputs, targets)
-    return step_flops(PromptedT5(config).apply, variables, freeze, shapes, optimizer)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=32)
@@ -82,11 +40,12 @@ def main() -> int:
     flags = parser.parse_args()
     shape = {name: getattr(flags, name) for name in ("batch", "inputs", "prompt", "targets")}
 
+    batch = batch_shapes(flags.batch, flags.inputs, flags.targets)
     print(f"T5 1.1, prompt tuning, {shape}")
     print(f"{'size':6} {'forward':>10} {'step':>10} {'step / forward':>15}")
     rows = []
     for size in SIZES:
-        forward, step = prompt_step_flops(size, **shape)
+        forward, step = count_step_flops(t5_1_1(size), flags.prompt, batch)
         print(f"{size:6} {forward:10.3e} {step:10.3e} {step / forward:15.3f}")
         rows.append({"size": size, "forward": forward, "step": step, "ratio": step / forward})
     if flags.output:

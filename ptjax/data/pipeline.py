@@ -11,13 +11,15 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-import grain
 import numpy as np
 
 from ptjax.data.batch import Batch, make_batch
 from ptjax.errors import InputError
+
+if TYPE_CHECKING:
+    import grain
 
 Bucket = tuple[int, int]
 """(T, L): input and target length of the batches that an example may go to."""
@@ -303,5 +305,7 @@ def make_iterator(
     batches: Batches, stop: int, *, host: int = 0, hosts: int = 1
 ) -> grain.DatasetIterator:
     """Iterates over batches 0 ... stop - 1, built ahead in threads; its state is one integer."""
+    import grain  # only here: plans and batches are plain numpy, also where no Grain is installed
+
     dataset = grain.MapDataset.source(_Rows(batches, stop, host, hosts))
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)))

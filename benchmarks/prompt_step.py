@@ -1,0 +1,67 @@
+"""The prompt tuning step that the benchmarks measure: any T5 1.1, the paper's recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ptjax.models.config import T5Config
+from ptjax.models.prompted import make_apply_fn
+from ptjax.models.t5 import parameter_shapes
+from ptjax.scale.flops import step_flops
+from ptjax.training import freeze as freezing
+from ptjax.training.loss import Loss
+from ptjax.training.optimizer import Adafactor
+from ptjax.training.step import TrainState, init_train_state, make_train_step
+
+SIZES = {  # D, H, layers of either stack, F
+    "small": (512, 6, 8, 1024),
+    "base": (768, 12, 12, 2048),
+    "large": (1024, 16, 24, 2816),
+    "xl": (2048, 32, 24, 5120),
+    "xxl": (4096, 64, 24, 10240),
+}
+
+
+def t5_1_1(size: str, **settings: Any) -> T5Config:
+    """The configuration of `gin_configs/models/t5_1_1_<size>.gin`."""
+    width, heads, layers, mlp = SIZES[size]
+    return T5Config(
+        vocab_size=32128,
+        emb_dim=width,
+        num_heads=heads,
+        num_encoder_layers=layers,
+        num_decoder_layers=layers,
+        head_dim=64,
+        mlp_dim=mlp,
+        **settings,
+    )
+
+
+def make_step(
+    config: T5Config, params: Any, prompt: Any, sees_input: bool
+) -> tuple[Callable[..., Any], TrainState, Any]:
+    """`(step, state, frozen)`; `step(state, frozen, batch)` is jitted and donates the state."""
+    variables = {"params": params, "prompt": {"prompt": jnp.asarray(prompt)}}
+    freeze = freezing.make_freeze(variables, freezing.METHODS["prompt_tuning"])
+    trainable, frozen = freezing.split(variables, freeze)
+    optimizer = freezing.lock(Adafactor().make(), freeze)
+    step = make_train_step(make_apply_fn(config, sees_input), optimizer, Loss())
+    state = init_train_state(trainable, optimizer, jax.random.key(0))
+    return jax.jit(step, donate_argnums=0), state, frozen
+
+
+def count_step_flops(
+    config: T5Config, prompt: int, batch: Mapping[str, Any], sees_input: bool = True
+) -> tuple[int, int]:
+    """(forward, step) for a batch of arrays or shapes and a prompt of so many rows."""
+    variables = {
+        "params": parameter_shapes(config),
+        "prompt": {"prompt": jax.ShapeDtypeStruct((prompt, config.emb_dim), jnp.float32)},
+    }
+    freeze = freezing.make_freeze(variables, freezing.METHODS["prompt_tuning"])
+    optimizer = freezing.lock(Adafactor().make(), freeze)
+    return step_flops(make_apply_fn(config, sees_input), variables, freeze, batch, optimizer)
