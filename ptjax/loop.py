@@ -154,8 +154,9 @@ class Run:
         started, examples = time.perf_counter(), 0
         while progress.step < pace.train_steps and progress.running:
             rows = next(data)
-            examples += count_examples(rows) * jax.process_count()
-            batch = sharding.put_batch(rows | self._settings(), mesh)
+            settings = self._settings()
+            examples += count_examples(rows, settings.get("active")) * jax.process_count()
+            batch = sharding.put_batch(rows | settings, mesh)
             state, metrics = steps[Shape.of(batch)](state, frozen, batch)
             # The metrics of the step before are there by now; these are not waited for.
             if waiting is not None:
@@ -177,7 +178,7 @@ class Run:
             if evaluation:
                 self._check_finite(state)
                 self._evaluate(state, display)
-                smaller = self._smaller()
+                smaller = None if at_end else self._smaller()
                 if smaller is not None:
                     state = _take(state, smaller)
                     progress.held = [progress.held[place] for place in smaller]

@@ -172,6 +172,23 @@ def test_every_shape_that_comes_is_announced() -> None:
     assert seen <= set(bank.shapes)
     assert len(seen) > 1
 
+    class Uneven(Fixed):
+        """Batches of many shapes."""
+
+        def __init__(self, sizes):
+            self.sizes = sizes
+            self.shapes = [Shape(4, n, 3) for n in sizes]
+
+        def batch(self, number):
+            rows = [np.ones(n, int) for n in (1, 2, 2, self.sizes[number % len(self.sizes)])]
+            length = self.sizes[number % len(self.sizes)]
+            return make_batch(rows, [[1]] * 4, input_length=length, target_length=3)
+
+    # Too many combinations to compile: all come in the largest.
+    many = BankBatches([Uneven(range(5, 12)), Uneven(range(7, 20))])
+    assert many.shapes == [Shape(4, 19, 3, members=2)]
+    assert {Shape.of(many.batch(n) | {"active": np.ones(2)}) for n in range(9)} == set(many.shapes)
+
 
 def test_sweeps_name_every_combination() -> None:
     members = sweep(seeds=(0, 2), learning_rates=(0.3, 1))

@@ -27,11 +27,12 @@ def shift_right(targets: np.ndarray) -> np.ndarray:
     return np.concatenate([np.zeros_like(targets[..., :1]), targets[..., :-1]], axis=-1)
 
 
-def count_examples(batch: Batch) -> int:
-    """How many examples a batch holds, or the batches of a bank together."""
+def count_examples(batch: Batch, active: np.ndarray | None = None) -> int:
+    """How many examples a batch holds, or those of a bank's `active` members (bool [N])."""
+    members = ... if active is None else active
     if "encoder_segment_ids" in batch:
-        return int(batch["encoder_segment_ids"].max(axis=-1).sum())
-    return math.prod(batch["encoder_input_tokens"].shape[:-1])
+        return int(batch["encoder_segment_ids"][members].max(axis=-1).sum())
+    return math.prod(batch["encoder_input_tokens"][members].shape[:-1])
 
 
 def pad(rows: Sequence[Sequence[int] | np.ndarray], length: int) -> np.ndarray:

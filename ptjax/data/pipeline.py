@@ -225,22 +225,28 @@ class MixtureBatches:
 class BankBatches:
     """The members' batches of one number, laid above each other: arrays [N, rows, length].
 
-    Each has its own examples in its own order. What is smaller than the largest of them is padded,
-    so every shape that may come is the largest of some combination of theirs.
+    Each has its own examples in its own order. Smaller ones are padded: to the largest of them
+    where the combinations are few, else always to the largest of all.
     """
+
+    MOST_SHAPES = 8  # each is compiled
 
     def __init__(self, members: Sequence[Batches]) -> None:
         self.members = list(members)
         found = set(members[0].shapes)
         for member in members[1:]:
             found = {_larger(a, b) for a in found for b in member.shapes}
+        if len(found) > self.MOST_SHAPES:
+            found = {functools.reduce(_larger, found)}
         self.shapes = sorted(shape._replace(members=len(members)) for shape in found)
 
     def batch(self, number: int) -> Batch:
         parts = [member.batch(number) for member in self.members]
-        names = parts[0]
-        sizes = {n: np.max([part[n].shape for part in parts], axis=0) for n in names}
-        return {n: np.stack([_pad_to(part[n], sizes[n]) for part in parts]) for n in names}
+        shape = functools.reduce(_larger, map(Shape.of, parts))._replace(members=len(parts))
+        if shape not in self.shapes:
+            [shape] = self.shapes
+        sizes = {name: size[1:] for name, (size, _) in shape.arrays().items()}
+        return {n: np.stack([_pad_to(part[n], sizes[n]) for part in parts]) for n in parts[0]}
 
 
 def _larger(one: Shape, other: Shape) -> Shape:
@@ -248,8 +254,8 @@ def _larger(one: Shape, other: Shape) -> Shape:
     return Shape(rows, inputs, targets, one.packed)
 
 
-def _pad_to(array: np.ndarray, size: np.ndarray) -> np.ndarray:
-    return np.pad(array, [(0, int(n) - m) for n, m in zip(size, array.shape, strict=True)])
+def _pad_to(array: np.ndarray, size: Sequence[int]) -> np.ndarray:
+    return np.pad(array, [(0, n - m) for n, m in zip(size, array.shape, strict=True)])
 
 
 def build_batch(source: ExampleSource, planned: PlannedBatch, epoch: int) -> Batch:
