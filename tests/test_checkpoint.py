@@ -35,7 +35,7 @@ def test_state_progress_and_position_come_back(tmp_path):
     read.append(next(rows))
     checkpoints.wait()
     again = iter(ROWS)
-    restored, progress = checkpoints.restore(state, again)
+    restored, progress = checkpoints.restore(state, again), checkpoints.restore_progress()
     assert (checkpoints.latest, progress) == (4, {"step": 4, "best_value": None})
     assert [next(again)] == read[-1:]
     assert jax.tree.structure(restored) == jax.tree.structure(state)

@@ -259,7 +259,7 @@ def test_slots_fit_in_their_rows(needs, spare, multiple) -> None:
     targets = needs % 5 + 1
     for length in (None, int(needs.max()) + spare):
         template = make_template(needs, targets, row_length=length, row_multiple=multiple)
-        rows, inputs, room, packed = template.shape
+        rows, inputs, room, packed, _ = template.shape
         assert packed and rows % multiple == 0
         assert sorted(template.slots) == list(range(len(needs)))
         assert (np.diff(template.rows) >= 0).all() and template.rows.max() < rows

@@ -23,7 +23,8 @@ SGD = optax.sgd(1e-2)
 def make_apply(dropout_rate: float = 0.0):
     """A stand-in for the network that compiles in no time: the step does not look inside."""
 
-    def apply(variables, inputs, targets, *, train, rngs):
+    def apply(variables, inputs, targets, encoder_segments, decoder_segments, *, train, rngs):
+        assert encoder_segments is None and decoder_segments is None  # no rows are packed here
         table, prompt = variables["params"]["table"], variables["prompt"]["prompt"]
         context = jnp.mean(table[inputs], 1) + jnp.sum(jnp.tanh(prompt), 0)
         keep = jax.random.bernoulli(rngs["dropout"], 1 - dropout_rate, context.shape)
@@ -86,7 +87,8 @@ def test_metrics_are_the_loss_the_tokens_and_the_gradient(tiny_batch) -> None:
 
     def loss(prompt):
         rngs = {"dropout": jax.random.key(0)}
-        logits = make_apply()(with_prompt(frozen, prompt), tokens, targets, train=True, rngs=rngs)
+        prompted = with_prompt(frozen, prompt)
+        logits = make_apply()(prompted, tokens, targets, None, None, train=True, rngs=rngs)
         return Loss()(logits, real, weights)
 
     value, gradient = jax.jit(jax.value_and_grad(loss))(prompt)
@@ -152,7 +154,8 @@ def test_microbatches_draw_different_dropout(tiny_batch, rate, same) -> None:
     @jax.jit
     def part(key):
         variables = frozen | state.trainable
-        logits = make_apply(rate)(variables, tokens, targets, train=True, rngs={"dropout": key})
+        rngs = {"dropout": key}
+        logits = make_apply(rate)(variables, tokens, targets, None, None, train=True, rngs=rngs)
         return Loss()(logits, real, weights)
 
     keys = jax.random.split(jax.random.fold_in(state.key, 0), 4)
