@@ -21,9 +21,9 @@ from typing import Any
 
 import jax
 import numpy as np
+from prompt_step import t5_1_1
 
 from ptjax.data.pipeline import Shape
-from ptjax.models.config import T5Config
 from ptjax.models.prompted import make_apply_fn
 from ptjax.models.t5 import init_params
 from ptjax.training import freeze as freezing
@@ -31,15 +31,7 @@ from ptjax.training.loss import Loss
 from ptjax.training.optimizer import Adafactor
 from ptjax.training.step import TrainState, init_train_state, make_bank_step, make_train_step
 
-CONFIG = T5Config(
-    vocab_size=32128,
-    emb_dim=512,
-    num_heads=6,
-    num_encoder_layers=8,
-    num_decoder_layers=8,
-    head_dim=64,
-    mlp_dim=1024,
-)
+CONFIG = t5_1_1("small")
 FREEZE = {"params": True, "prompt": False}
 
 

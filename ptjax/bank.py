@@ -31,11 +31,14 @@ class Variant:
         check_at_least(0, "Variant", seed=self.seed, learning_rate=self.learning_rate)
 
     def describe(self) -> dict[str, Any]:
-        """Plain values that tell one variant from another."""
+        """Plain values that tell one variant from another, in every process alike."""
+        initializer = self.init_prompt
+        # Without fields to show, an object's repr is its address.
+        shown = repr if dataclasses.is_dataclass(initializer) else lambda x: type(x).__name__
         return {
             "seed": self.seed,
             "learning_rate": self.learning_rate,
-            "init_prompt": None if self.init_prompt is None else repr(self.init_prompt),
+            "init_prompt": None if initializer is None else shown(initializer),
             "task": None if self.task is None else self.task.name,
         }
 

@@ -55,7 +55,6 @@ def evaluate(arguments: Any) -> None:
         raise InputError("which task? Name it with a --gin_file or --model_dir (see --help)")
     bound = cli.settings(chosen.TUNE, "evaluation").get("evaluation")
     settings = bound or evaluation.Evaluation()
-    split = arguments.split or ("test" if "test" in task.splits else settings.split)
     many = arguments.prompts is not None
     prompt = chosen.load_bank(arguments) if many else chosen.load_prompt(arguments)
     metadata = shared_metadata(prompt) if many else {} if prompt is None else prompt.metadata
@@ -69,6 +68,7 @@ def evaluate(arguments: Any) -> None:
     evaluator = evaluation.Evaluator(
         task, loaded, loaded.tokenizer, lengths, settings, prompting.sees_input(prompt)
     )
+    split = arguments.split or evaluator.reported_split
     scores, said = (of_many if many else of_one)(evaluator, prompt, split)
     examples = evaluator.examples(split)
     if arguments.output:

@@ -179,13 +179,14 @@ class Preparation:
 
     def _batches(self, subject: Subject, seed: int) -> TrainBatches | PackedBatches:
         source, mesh = subject.source, self.backbone.mesh
+        own = self.pack and self.method == "prompt_tuning" and self.prompt.sees_input
+        slots = self.prompt_length if own else 0
         if self.pack:
-            own = self.method == "prompt_tuning" and self.prompt.sees_input
             batches = PackedBatches(
                 source,
                 batch_size=self.batch_size,
                 seed=seed,
-                prompt_slots=self.prompt_length if own else 0,
+                prompt_slots=slots,
                 row_length=self.row_length,
                 row_multiple=self.microbatches * mesh.shape["data"],
             )
@@ -197,10 +198,10 @@ class Preparation:
         logging.info(
             "%d batches an epoch; padding %.0f%% -> %.0f%% (to %d tokens -> %s)",
             batches.batches_per_epoch,
-            100 * (1 - float(source.input_lengths.mean()) / length),
+            100 * (1 - (float(source.input_lengths.mean()) + slots) / (length + slots)),
             100 * batches.padding(),
             length,
-            "packed, the prompt's places included" if self.pack else "in buckets",
+            ("packed" if self.pack else "in buckets") + (", all with their prompts" if own else ""),
         )
         return batches
 

@@ -110,6 +110,8 @@ class Prompt(nn.Module):
     ) -> Float[Array, "B S D"]:
         """Packed rows, with P in the first places of every segment, which are kept for it."""
         prompt = self.matrix()
+        if prompt.ndim != 2:
+            raise InputError("packed rows share one prompt [P, D]; one for every row has no place")
         own = (positions < len(prompt)) & (segment_ids > 0)
         # Looked up in float32 and cast after it, as in `before`.
         rows = prompt[jnp.where(own, positions, 0)].astype(embedded.dtype)
