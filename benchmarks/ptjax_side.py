@@ -20,10 +20,10 @@ import turns
 from prompt_step import count_step_flops, make_step, t5_1_1
 from real_batches import TARGET_LENGTH, bucket, load_examples, make_task, pack, pad_to_longest, pick
 
+from ptjax.answering import make_label_tokens
 from ptjax.backbone import load_backbone, save_backbone
 from ptjax.data.batch import Batch, make_batch, make_packed_batch
 from ptjax.data.preprocess import TokenizedExamples
-from ptjax.inference import make_label_tokens
 from ptjax.models.prompt import ClassLabels, Surroundings
 from ptjax.models.prompted import make_apply_fn, with_prompt
 from ptjax.models.t5 import init_params
