@@ -25,9 +25,10 @@ from ptjax.errors import InputError
 from ptjax.interop import huggingface, t5x
 from ptjax.interop.huggingface_format import load_config
 from ptjax.interop.prompt_file import T5X_PROMPT
-from ptjax.interop.stored import StoredArray
+from ptjax.interop.stored import StoredArray, stack
 from ptjax.models.config import T5Config
 from ptjax.models.prompted import make_apply_fn
+from ptjax.models.stacking import Unstacked, stack_paths
 from ptjax.models.t5 import parameter_shapes
 from ptjax.scale import sharding
 from ptjax.training.freeze import flatten_paths, sizes, unflatten_paths
@@ -44,6 +45,9 @@ SIZE_FIELDS = (
     "logits_via_embedding",
     "relpos_buckets",
 )
+
+_CHOSEN_FIELDS = {"dtype", "scan_layers", "remat"}
+"""Of `T5Config`: how the network is run, which no file could tell."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +107,8 @@ def load_backbone(
         )
     # Popped, for an array inside of a T5X msgpack is in memory already.
     stored = opened.arrays
+    if opened.config.scan_layers:
+        stored = stack_paths(stored, stack)
     placed = {key: place(key, stored.pop(key), dtype, mesh) for key in list(stored)}
     params = unflatten_paths(placed)
     return Backbone(
@@ -227,7 +233,7 @@ def _make_config(
             raise InputError(f"load_backbone: {field} = {value!r} is no {kinds[field].__name__}")
     # Names tell one branch from two, not what is applied to them.
     untold = {"mlp_activations", *defaults} - (set(inferred) - {"mlp_activations"})
-    assumed = tuple(sorted(untold - set(told) - set(overrides) - {"dtype"}))
+    assumed = tuple(sorted(untold - set(told) - set(overrides) - _CHOSEN_FIELDS))
     settings: dict[str, Any] = {**inferred, **told, **overrides, "dtype": dtype}
     return T5Config(**settings), assumed
 
@@ -284,7 +290,8 @@ def infer_config(stored: Mapping[str, StoredArray], name: str) -> dict[str, Any]
 def _check(stored: Mapping[str, StoredArray], config: T5Config, name: str) -> None:
     """Every parameter of `config`, each of its shape, and no other."""
     try:
-        expected = flatten_paths(parameter_shapes(config))
+        of_layers = dataclasses.replace(config, scan_layers=False)
+        expected = flatten_paths(parameter_shapes(of_layers))
     except Exception as error:  # sizes of 0 or activations unknown to Flax, deep inside the network
         raise InputError(f"{name}: these sizes make no T5: {config} ({error})") from error
     for path, leaf in expected.items():
@@ -348,7 +355,7 @@ def _sample(chosen: dict[str, jax.Array], mesh: Mesh) -> dict[str, jax.Array]:
         path: jax.lax.with_sharding_constraint(
             array[rows[path.rsplit("/", 1)[1]]].astype(jnp.bfloat16), sharding.replicated(mesh)
         )
-        for path, array in chosen.items()
+        for path, array in Unstacked(chosen).items()
     }
 
 
@@ -364,7 +371,7 @@ def save_backbone(
     """Writes the Hugging Face layout (which `load_backbone` and `transformers` read).
 
     Args:
-        params: nested dict under T5X's names.
+        params: nested dict under T5X's names, layers stacked or not.
         max_shard_bytes: split the weights into files of at most this size.
     """
     target = epath.Path(directory).expanduser()
@@ -372,7 +379,11 @@ def save_backbone(
     if tokenizer is not None:
         tokenizer.save(target)
     huggingface.save_huggingface(
-        target, flatten_paths(params), config, dtype=dtype, max_shard_bytes=max_shard_bytes
+        target,
+        Unstacked(flatten_paths(params)),
+        config,
+        dtype=dtype,
+        max_shard_bytes=max_shard_bytes,
     )
 
 

@@ -275,14 +275,14 @@ def prompt_array(backbone: Backbone, prompt: Any) -> Float[Array, "P D"] | None:
 
 def _check_states(backbone: Backbone, states: PromptStates) -> None:
     config = backbone.config
-    for stack, layers, wanted in (
+    for stack, arrays, wanted in (
         ("encoder", states.encoder, config.num_encoder_layers),
         ("decoder", states.decoder, config.num_decoder_layers),
     ):
-        heads = layers[0][0].shape[1:]
-        if len(layers) != wanted or heads != (config.num_heads, config.head_dim):
+        layers, heads = len(arrays[0]), arrays[0].shape[2:]
+        if layers != wanted or heads != (config.num_heads, config.head_dim):
             raise InputError(
-                f"the prompt was compiled for another backbone: {len(layers)} {stack} layers with "
+                f"the prompt was compiled for another backbone: {layers} {stack} layers with "
                 f"heads {list(heads)}, {backbone.name} has {wanted} with "
                 f"{[config.num_heads, config.head_dim]}"
             )

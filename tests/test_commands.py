@@ -662,7 +662,7 @@ def test_an_unseeing_prompt_is_compiled_and_used(call, tmp_path) -> None:
     file = load_prompt("c.safetensors")
     assert metadata.items() <= file.metadata.items()
     np.testing.assert_array_equal(file.prompt, rows)
-    assert file.states is not None and len(file.states.encoder) == 4
+    assert file.states is not None and len(file.states.encoder[0]) == 4
     assert "compiled: yes" in call("inspect", "c.safetensors")[1]
     ask = ("infer", "--raw", "--max_new_tokens=5", "a lovely film", "nothing at all")
     answers = [call(*ask, f"--prompt={name}") for name in ("blind.safetensors", "c.safetensors")]
@@ -673,7 +673,7 @@ def test_an_unseeing_prompt_is_compiled_and_used(call, tmp_path) -> None:
         assert a["prediction"] == b["prediction"]
         assert a["score"] == pytest.approx(b["score"], abs=1e-4)
     # Its states are what answers: with those of another prompt it says something else.
-    assert file.states.encoder[0][0].shape == (6, 4, 32)
+    assert file.states.encoder[0].shape == (4, 6, 4, 32)
     twisted = jax.tree.map(lambda x: -x, file.states)
     save_prompt("twisted.safetensors", rows, metadata, twisted)
     scores = [

@@ -168,8 +168,7 @@ def test_decoder_sees_only_what_is_before(tiny) -> None:
 
     def run(inputs):
         def decode(module, inputs):
-            cache = module.init_cache(encoded, 6)
-            return module.decoder(inputs, cache, 0, encoded, True)[0]
+            return module.decoder(inputs, encoded, True)[0]
 
         return module.apply({"params": tiny.params}, inputs, method=decode)[0]
 

@@ -70,9 +70,9 @@ def save_prompt(
     """
     tensors = {TENSOR: _checked(np.asarray(prompt), os.fspath(path))}
     if states is not None:
-        for stack, layers in states._asdict().items():
-            for kind, arrays in zip(_KINDS, zip(*layers, strict=True), strict=True):
-                tensors[f"{stack}_{kind}"] = np.stack([np.asarray(array) for array in arrays])
+        for stack, arrays in states._asdict().items():
+            for kind, array in zip(_KINDS, arrays, strict=True):
+                tensors[f"{stack}_{kind}"] = np.asarray(array)
     safetensors_file.save_safetensors(
         path,
         tensors.items(),
@@ -205,7 +205,7 @@ def _load_safetensors(path: epath.Path) -> PromptFile:
     file = PromptFile(prompt, safetensors_file.from_header(header), _load_states(path, arrays))
     if file.states is not None and file.sees_input:
         raise InputError(f"{path}: a compiled prompt that sees its input; compile it again")
-    if file.states is not None and file.states.encoder[0][0].shape[0] != len(prompt):
+    if file.states is not None and file.states.encoder[0].shape[1] != len(prompt):
         raise InputError(f"{path}: the states are not of this prompt of {len(prompt)} rows")
     return file
 
@@ -226,7 +226,7 @@ def _load_states(path: epath.Path, arrays: Mapping[str, StoredArray]) -> PromptS
             )
         if not all(np.isfinite(array.astype(np.float32)).all() for array in (keys, values)):
             raise InputError(f"{path}: {pair[0]} or {pair[1]} is not finite")
-        stacks.append(tuple(zip(keys, values, strict=True)))
+        stacks.append((keys, values))
     return PromptStates(*stacks)
 
 

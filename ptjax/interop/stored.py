@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -33,3 +33,14 @@ class StoredArray:
     def read_all(self) -> np.ndarray:
         """The whole array, `[*shape]` in `dtype`."""
         return self.read(tuple(slice(0, size) for size in self.shape))
+
+
+def stack(arrays: Sequence[StoredArray]) -> StoredArray:
+    """Arrays of one shape as one with a leading axis, of which a part is read from each."""
+
+    def read(index: Index) -> np.ndarray:
+        return np.stack([array.read(index[1:]) for array in arrays[index[0]]])
+
+    first = arrays[0]
+    where = f"{first.where} and those of {len(arrays) - 1} more layers"
+    return StoredArray((len(arrays), *first.shape), first.dtype, read, where)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from ptjax.errors import check_share
+from ptjax.errors import InputError, check_share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +20,10 @@ class T5Config:
         mlp_activations: `("relu",)` is T5 1.0, `("gelu", "linear")` (gated) is T5 1.1.
         logits_via_embedding: True ties the logits to the embedding, scaled by 1/sqrt(D) (T5 1.0).
         dtype: of the activations; the parameters' own dtype is decided where they are loaded.
+        scan_layers: compile one layer of a stack and scan over them; see `models.stacking`.
+        remat: what a layer computes again on the way back instead of keeping it: "none", "dots"
+            (all but the outputs of its projections; half a per cent more work) or "full" (all but
+            its input; 40% more work).
     """
 
     vocab_size: int
@@ -36,6 +40,10 @@ class T5Config:
     relpos_max_distance: int = 128
     layer_norm_epsilon: float = 1e-6
     dtype: str = "float32"
+    scan_layers: bool = False
+    remat: str = "none"
 
     def __post_init__(self) -> None:
         check_share("T5Config", dropout_rate=self.dropout_rate)
+        if self.remat not in ("none", "dots", "full"):
+            raise InputError(f"T5Config.remat = {self.remat!r}; choose 'none', 'dots' or 'full'")

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
+from ptjax.models.stacking import map_layers
 from ptjax.models.t5 import Cache
 
 Step = Callable[[Array, Cache, Array], tuple[Array, Cache]]
@@ -148,10 +149,9 @@ def beam_search(
             return _pick(x.reshape(rows, width, *x.shape[1:]), beam).reshape(x.shape)
 
         # Beams of one row share their encoder states: only what they wrote has to move.
-        cache = [
-            layer | {name: reorder(layer[name]) for name in ("self_key", "self_value")}
-            for layer in cache
-        ]
+        cache = map_layers(
+            lambda layer: layer | {k: reorder(layer[k]) for k in ("self_key", "self_value")}, cache
+        )
         return _Beams(
             position=state.position + 1,
             live=_pick(tokens, kept),
@@ -214,9 +214,12 @@ def _start(
     """A function of (last token [B*K], cache, position) -> (log p [B*K, V], cache), first cache."""
     encoded = apply_fn(variables, encoder_input_tokens, prompt_ids=prompt_ids, method="encode")
     cache = apply_fn(variables, encoded, max_length, method="init_cache")
+
     # Every row its beams; a prompt that all rows share stays one.
-    repeated = cache, encoded.segment_ids
-    cache, segment_ids = jax.tree.map(lambda x: jnp.repeat(x, width, axis=0), repeated)
+    def repeat(x: Any) -> Any:
+        return jax.tree.map(lambda leaf: jnp.repeat(leaf, width, axis=0), x)
+
+    cache, segment_ids = map_layers(repeat, cache), repeat(encoded.segment_ids)
     encoded = encoded._replace(segment_ids=segment_ids)
 
     def step(last: Array, cache: Cache, position: Array) -> tuple[Array, Cache]:

@@ -9,7 +9,6 @@ K head width, F feed-forward, V vocabulary.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -29,23 +28,26 @@ from ptjax.models.layers import (
     mask_bias,
     same_segment,
 )
+from ptjax.models.stacking import Layers, make_layers, map_layers, run_layers, stack, unstack
 
-Cache = list[dict[str, Array]]
-"""Per decoder layer: self_key, self_value [B, L, H, K] and cross_key, cross_value [B, S, H, K]."""
+LayerCache = dict[str, Array]
+"""Of a decoder layer: self_key, self_value [B, L, H, K] and cross_key, cross_value [B, S, H, K]."""
+
+Cache = Layers[LayerCache]
 
 
 class PromptStates(NamedTuple):
-    """What a prompt that sees no input leaves behind: keys and values [P, H, K] of every layer.
+    """What a prompt that sees no input leaves behind: keys and values [layers, P, H, K].
 
     They hold for every example, so they are computed once, and no row ever has a copy of them.
 
     Attributes:
-        encoder: per encoder layer, for the text's self-attention.
-        decoder: per decoder layer, for the cross-attention.
+        encoder: for the text's self-attention in every encoder layer.
+        decoder: for the cross-attention in every decoder layer.
     """
 
-    encoder: tuple[KeysValues, ...]
-    decoder: tuple[KeysValues, ...]
+    encoder: KeysValues
+    decoder: KeysValues
 
 
 class Encoded(NamedTuple):
@@ -76,7 +78,7 @@ class EncoderLayer(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B S D"],
-        bias: Float[Array, "B H S S"],
+        bias: Float[Array, "#B H S S"],
         deterministic: bool,
         prompt: tuple[KeysValues, Float[Array, "#B H S P"]] | None = None,
     ) -> tuple[Float[Array, "B S D"], KeysValues]:
@@ -105,27 +107,36 @@ class DecoderLayer(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B l D"],
-        cache: dict[str, Array],
+        encoded: Float[Array, "B S D"] | LayerCache,
         position: Int[Array, ""] | int,
         self_bias: Float[Array, "#B H l L"],
         cross_bias: Float[Array, "B 1 #l S"],
         deterministic: bool,
-        prompt: tuple[KeysValues, Float[Array, "#B #H #l P"]] | None = None,
-    ) -> tuple[Float[Array, "B l D"], dict[str, Array]]:
-        """Runs targets `position ... position + l - 1`; their keys and values go into the cache."""
+        prompt: KeysValues | None = None,
+    ) -> tuple[Float[Array, "B l D"], LayerCache | None]:
+        """Whole targets, which read `encoded`; or, with a cache in its place, a part of them.
+
+        Those are targets `position ... position + l - 1`, whose keys and values the returned cache
+        has.
+        """
         y = self.pre_self_attention_layer_norm(x)
         key, value = self.self_attention.keys_values(y)
-        if key.shape != cache["self_key"].shape:
-            start = (0, position, 0, 0)
-            key = jax.lax.dynamic_update_slice(cache["self_key"], key, start)
-            value = jax.lax.dynamic_update_slice(cache["self_value"], value, start)
-        cache = cache | {"self_key": key, "self_value": value}
+        cache = None
+        if isinstance(encoded, dict):
+            cross_keys_values = encoded["cross_key"], encoded["cross_value"]
+            if key.shape != encoded["self_key"].shape:
+                start = (0, position, 0, 0)
+                key = jax.lax.dynamic_update_slice(encoded["self_key"], key, start)
+                value = jax.lax.dynamic_update_slice(encoded["self_value"], value, start)
+            cache = encoded | {"self_key": key, "self_value": value}
+        else:
+            cross_keys_values = self.encoder_decoder_attention.keys_values(encoded)
         y = self.self_attention(y, key, value, self_bias, deterministic)
         x = x + self.dropout(y, deterministic)
         y = self.pre_cross_attention_layer_norm(x)
-        y = self.encoder_decoder_attention(
-            y, cache["cross_key"], cache["cross_value"], cross_bias, deterministic, prompt
-        )
+        # Everyone may see all of a prompt, and cross-attention has no relative positions.
+        shared = None if prompt is None else (prompt, jnp.zeros((1, 1, 1, 1), x.dtype))
+        y = self.encoder_decoder_attention(y, *cross_keys_values, cross_bias, deterministic, shared)
         x = x + self.dropout(y, deterministic)
         y = self.mlp(self.pre_mlp_layer_norm(x), deterministic)
         return x + self.dropout(y, deterministic), cache
@@ -137,7 +148,7 @@ class Encoder(nn.Module):
     def setup(self) -> None:
         cfg = self.config
         self.relpos_bias = RelativePositionBias(cfg, bidirectional=True)
-        self.layers = [EncoderLayer(cfg) for _ in range(cfg.num_encoder_layers)]
+        self.layers = make_layers(EncoderLayer, cfg, cfg.num_encoder_layers)
         self.encoder_norm = RMSNorm(cfg.layer_norm_epsilon, cfg.dtype)
         self.input_dropout = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
         self.output_dropout = nn.Dropout(cfg.dropout_rate)
@@ -147,31 +158,39 @@ class Encoder(nn.Module):
         embedded: Float[Array, "B S D"],
         mask: Bool[Array, "#B #S S"],
         deterministic: bool,
-        prompt: Sequence[KeysValues] | None = None,
+        prompt: KeysValues | None = None,
         positions: Int[Array, "B S"] | None = None,
-    ) -> tuple[Float[Array, "B S D"], tuple[KeysValues, ...]]:
-        """The output, and each layer's keys and values [B, S, H, K].
+        *,
+        keep: bool = False,
+    ) -> tuple[Float[Array, "B S D"], KeysValues | None]:
+        """The output, and with `keep` the keys and values [layers, B, S, H, K] behind it.
 
         Args:
             mask: which keys a query may see.
             prompt: `PromptStates.encoder`, of a prompt that stands before every example.
             positions: inside the example, where rows hold several of them.
         """
-        x = self.input_dropout(embedded, deterministic).astype(self.config.dtype)
+        cfg = self.config
+        x = self.input_dropout(embedded, deterministic).astype(cfg.dtype)
         length = x.shape[1]
-        bias = self.relpos_bias(length, length) + mask_bias(mask, self.config.dtype)
-        shared: list[Any] = [None] * len(self.layers)
+        bias = self.relpos_bias(length, length) + mask_bias(mask, cfg.dtype)
+        prompt_bias: Any = None
         if prompt is not None:
-            before = len(prompt[0][0])
+            before = prompt[0].shape[1]
             prompt_bias = self.relpos_bias(length, before + length, before)[..., :before]
             if positions is not None:
                 prompt_bias = jnp.swapaxes(prompt_bias[0][:, positions], 0, 1)
-            shared = [(keys_values, prompt_bias) for keys_values in prompt]
-        made = []
-        for layer, layer_prompt in zip(self.layers, shared, strict=True):
-            x, keys_values = layer(x, bias, deterministic, layer_prompt)
-            made.append(keys_values)
-        return self.output_dropout(self.encoder_norm(x), deterministic), tuple(made)
+
+        def run(layer: EncoderLayer, x: Array, prompt: KeysValues | None) -> tuple[Array, Any]:
+            shared = None if prompt is None else (prompt, prompt_bias)
+            x, keys_values = layer(x, bias, deterministic, shared)
+            return x, keys_values if keep else None
+
+        count = cfg.num_encoder_layers
+        own = unstack(cfg, count, prompt)
+        x, made = run_layers(cfg, count, run, self.layers, x, own)
+        states = self.output_dropout(self.encoder_norm(x), deterministic)
+        return states, stack(made) if keep else None
 
 
 class Decoder(nn.Module):
@@ -180,7 +199,7 @@ class Decoder(nn.Module):
     def setup(self) -> None:
         cfg = self.config
         self.relpos_bias = RelativePositionBias(cfg, bidirectional=False)
-        self.layers = [DecoderLayer(cfg) for _ in range(cfg.num_decoder_layers)]
+        self.layers = make_layers(DecoderLayer, cfg, cfg.num_decoder_layers)
         self.decoder_norm = RMSNorm(cfg.layer_norm_epsilon, cfg.dtype)
         self.input_dropout = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
         self.output_dropout = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
@@ -188,21 +207,29 @@ class Decoder(nn.Module):
             # Float32 whatever the activations are, as T5X does: the softmax needs the digits.
             self.logits_dense = Dense(cfg.vocab_size, jnp.float32)
 
-    def cross_keys_values(self, encoded: Float[Array, "B S D"]) -> tuple[KeysValues, ...]:
+    def cross_keys_values(self, encoded: Float[Array, "B S D"]) -> Layers[KeysValues]:
         """Each layer's keys and values [B, S, H, K] of what the encoder made."""
-        return tuple(layer.encoder_decoder_attention.keys_values(encoded) for layer in self.layers)
+
+        def of_layer(layer: DecoderLayer, _: None) -> tuple[None, KeysValues]:
+            return None, layer.encoder_decoder_attention.keys_values(encoded)
+
+        count = self.config.num_decoder_layers
+        return run_layers(self.config, count, of_layer, self.layers, None)[1]
 
     def __call__(
         self,
         embedded: Float[Array, "B l D"],
-        cache: Cache,
-        position: Int[Array, ""] | int,
         encoded: Encoded,
         deterministic: bool,
         segment_ids: Int[Array, "B L"] | None = None,
-    ) -> tuple[Float[Array, "B l D"], Cache]:
-        cfg = self.config
-        steps, length = embedded.shape[1], cache[0]["self_key"].shape[1]
+        cache: Cache | None = None,
+        position: Int[Array, ""] | int = 0,
+    ) -> tuple[Float[Array, "B l D"], Cache | None]:
+        """Whole targets; with a cache, the part of them that starts at `position`."""
+        cfg, count = self.config, self.config.num_decoder_layers
+        steps = embedded.shape[1]
+        of_layer = cache[0] if isinstance(cache, list) else cache
+        length = steps if of_layer is None else of_layer["self_key"].shape[-3]
         seen = (jnp.arange(length) <= position + jnp.arange(steps)[:, None])[None]
         readable = (encoded.segment_ids > 0)[:, None]
         if segment_ids is not None:
@@ -210,17 +237,19 @@ class Decoder(nn.Module):
             readable = same_segment(segment_ids, encoded.segment_ids)
         self_bias = self.relpos_bias(steps, length, position) + mask_bias(seen, cfg.dtype)
         cross_bias = mask_bias(readable, cfg.dtype)
+
+        def run(
+            layer: DecoderLayer, x: Array, layer_cache: LayerCache | None, prompt: KeysValues | None
+        ) -> tuple[Array, LayerCache | None]:
+            source = encoded.states if layer_cache is None else layer_cache
+            return layer(x, source, position, self_bias, cross_bias, deterministic, prompt)
+
+        shared = None if encoded.prompt is None else encoded.prompt.decoder
+        shared = unstack(cfg, count, shared)
         x = self.input_dropout(embedded, deterministic).astype(cfg.dtype)
-        updated = []
-        for index, (layer, layer_cache) in enumerate(zip(self.layers, cache, strict=True)):
-            shared = None
-            if encoded.prompt is not None:
-                shared = encoded.prompt.decoder[index], jnp.zeros((1, 1, 1, 1), cfg.dtype)
-            x, layer_cache = layer(
-                x, layer_cache, position, self_bias, cross_bias, deterministic, shared
-            )
-            updated.append(layer_cache)
-        return self.output_dropout(self.decoder_norm(x), deterministic), updated
+        x, made = run_layers(cfg, count, run, self.layers, x, cache, shared)
+        states = self.output_dropout(self.decoder_norm(x), deterministic)
+        return states, None if cache is None else made
 
 
 class T5(nn.Module):
@@ -255,19 +284,21 @@ class T5(nn.Module):
     def prompt_states(self, prompt: Float[Array, "P D"], *, train: bool = False) -> PromptStates:
         """The prompt's way through the network, when it sees nothing but itself."""
         seen = jnp.ones((1, 1, len(prompt)), bool)
-        encoded, encoder = self.encoder(prompt[None], seen, not train)
-        made = PromptStates(encoder, self.decoder.cross_keys_values(encoded))
-        return jax.tree.map(lambda x: x[0], made)
+        encoded, encoder = self.encoder(prompt[None], seen, not train, keep=True)
+        made: Any = (encoder, stack(self.decoder.cross_keys_values(encoded)))
+        return PromptStates(*jax.tree.map(lambda x: x[:, 0], made))
 
     def init_cache(self, encoded: Encoded, length: int) -> Cache:
         """Cross-attention's keys and values, computed once, and empty ones for `length` targets."""
         cfg = self.config
         shape = (len(encoded.states), length, cfg.num_heads, cfg.head_dim)
         empty = jnp.zeros(shape, cfg.dtype)
-        return [
-            {"self_key": empty, "self_value": empty, "cross_key": key, "cross_value": value}
-            for key, value in self.decoder.cross_keys_values(encoded.states)
-        ]
+
+        def of_layer(cross: KeysValues) -> LayerCache:
+            key, value = cross
+            return {"self_key": empty, "self_value": empty, "cross_key": key, "cross_value": value}
+
+        return map_layers(of_layer, self.decoder.cross_keys_values(encoded.states))
 
     def decode_step(
         self,
@@ -275,21 +306,14 @@ class T5(nn.Module):
         cache: Cache,
         position: Int[Array, ""] | int,
         encoded: Encoded,
-        *,
-        segment_ids: Int[Array, "B l"] | None = None,
-        train: bool = False,
     ) -> tuple[Float[Array, "B l V"], Cache]:
         """Float32 logits after targets `position ... position + l - 1`, and the grown cache.
 
-        Of `encoded`, the states are in the cache already. `segment_ids` go with whole targets.
+        Of `encoded`, the states are in the cache already.
         """
-        y, cache = self.decoder(
-            self.embed(tokens), cache, position, encoded, not train, segment_ids
-        )
-        if not self.config.logits_via_embedding:
-            return self.decoder.logits_dense(y), cache
-        table = self.token_embedder.embedding.astype(jnp.float32)
-        return jnp.dot(y.astype(jnp.float32), table.T) / np.sqrt(self.config.emb_dim), cache
+        made: Any
+        y, made = self.decoder(self.embed(tokens), encoded, True, cache=cache, position=position)
+        return self._logits(y), made
 
     def decode(
         self,
@@ -300,16 +324,14 @@ class T5(nn.Module):
         train: bool = False,
     ) -> Float[Array, "B L V"]:
         """Float32 logits for whole targets (teacher forcing)."""
-        cache = self.init_cache(encoded, decoder_input_tokens.shape[1])
-        logits, _ = self.decode_step(
-            decoder_input_tokens,
-            cache,
-            0,
-            encoded,
-            segment_ids=decoder_segment_ids,
-            train=train,
-        )
-        return logits
+        embedded = self.embed(decoder_input_tokens)
+        return self._logits(self.decoder(embedded, encoded, not train, decoder_segment_ids)[0])
+
+    def _logits(self, y: Float[Array, "B l D"]) -> Float[Array, "B l V"]:
+        if not self.config.logits_via_embedding:
+            return self.decoder.logits_dense(y)
+        table = self.token_embedder.embedding.astype(jnp.float32)
+        return jnp.dot(y.astype(jnp.float32), table.T) / np.sqrt(self.config.emb_dim)
 
 
 def init_params(config: T5Config, key: Array) -> dict[str, Any]:

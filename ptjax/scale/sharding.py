@@ -56,6 +56,8 @@ def sharding_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
     specs = {spec for pattern, spec in RULES if re.fullmatch(pattern, path)}
     if len(specs) != 1:
         raise InputError(f"the sharding table has {len(specs)} rules for variable {path!r}")
+    if "/layers/" in path:
+        specs = {P(None, *spec) for spec in specs}
     spec = [
         axis if axis and size % mesh.shape[axis] == 0 else None
         for size, axis in zip(shape, tuple(specs.pop()), strict=False)
