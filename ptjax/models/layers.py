@@ -6,6 +6,7 @@ width, J = H * K.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -48,8 +49,26 @@ def relative_position_bucket(
     return offset + np.where(n < max_exact, n, np.minimum(far, num_buckets - 1))
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+    """A frozen kernel in a byte an entry: `values * scale`.
+
+    Attributes:
+        values: int8 [..., in, out].
+        scale: float32 [..., 1, out].
+    """
+
+    values: Array
+    scale: Array
+
+
 class Dense(nn.Module):
-    """A linear map without bias; input and kernel are cast to `dtype`."""
+    """A linear map without bias; input and kernel are cast to `dtype`.
+
+    The kernel may be `Quantized`. Its scales belong to output channels, so they are applied to what
+    comes out, which is smaller.
+    """
 
     features: int
     dtype: Any
@@ -60,7 +79,12 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
-        return jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
+        if not isinstance(kernel, Quantized):
+            return jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
+        # A product that takes in the cast crashes the TPU's compiler at XXL's size under a scan.
+        values = jax.lax.optimization_barrier(kernel.values.astype(self.dtype))
+        product = jnp.dot(x.astype(self.dtype), values)
+        return (product.astype(jnp.float32) * kernel.scale[0]).astype(self.dtype)
 
 
 class RMSNorm(nn.Module):

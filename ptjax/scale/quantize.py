@@ -1,0 +1,53 @@
+"""Frozen kernels in int8, with a scale for every output channel."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+
+from ptjax.models.layers import Quantized
+
+LARGEST = 127
+"""-128 is left out, so that rounding is the same on both sides of zero."""
+
+
+def is_quantized(path: str) -> bool:
+    """Whether int8 holds a parameter: every kernel but that of the logits.
+
+    The embedding, which the prompt has to be near to, and the logits, which T5 takes in float32,
+    are 2% of XXL and stay as they are.
+    """
+    return path.endswith("/kernel") and "logits_dense" not in path
+
+
+@jax.jit
+def quantize(kernel: Float[Array, "*L i o"]) -> Quantized:
+    """Symmetric, by the largest absolute value of a channel; one of zeros has the scale 1."""
+    kernel = kernel.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(kernel), axis=-2, keepdims=True)
+    scale = jnp.where(largest > 0, largest / LARGEST, 1.0)
+    return Quantized(jnp.round(kernel / scale).astype(jnp.int8), scale)
+
+
+def dequantize(kernel: Quantized) -> Float[Array, "*L i o"]:
+    """Float32; off by half a scale at the most."""
+    return kernel.values.astype(jnp.float32) * kernel.scale
+
+
+def quantize_sharded(kernel: jax.Array) -> Quantized:
+    """`quantize` of a kernel on a mesh: the values stay where they are, scales go with channels."""
+    where = kernel.sharding
+    assert isinstance(where, NamedSharding)
+    *lead, _, channels = [*where.spec, *[None] * (kernel.ndim - len(where.spec))]
+    places = Quantized(where, NamedSharding(where.mesh, P(*lead, None, channels)))  # pyright: ignore
+    return _compiled(places)(kernel)
+
+
+@functools.cache
+def _compiled(places: Quantized):
+    return jax.jit(quantize, out_shardings=places)
