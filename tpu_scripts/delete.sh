@@ -20,7 +20,7 @@ need name
 
 if [[ -z $yes && -z $dry_run ]]; then
     printf 'Delete the slice %s in %s of project %s? [y/N] ' "$name" "$zone" "$project" >&2
-    read -r answer || die "nobody to ask: give --yes"
+    read -r answer || { echo >&2; die "nobody to ask: give --yes"; }
     [[ $answer == [yY] || $answer == yes ]] || { say "nothing was deleted"; exit 1; }
 fi
 run gcloud compute tpus queued-resources delete "$name" "${where[@]}" --force --quiet

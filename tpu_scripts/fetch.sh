@@ -17,17 +17,17 @@ model_dir='' to=''
 flags 'project= zone= name= model_dir= to=' "$@"
 place
 need model_dir to
+[[ $model_dir == gs://* ]] || need name
 ((${#arguments[@]} == 0)) || die "nothing may follow --"
 model_dir=${model_dir%/}
 
 run mkdir -p "$to"
 if [[ $model_dir == gs://* ]]; then
-    run gcloud storage cp --project="$project" --recursive "$model_dir/prompts" "$to"
-    run gcloud storage cp --project="$project" "$model_dir/results.json" "$to"
+    run gcloud storage cp "$model_dir/prompts" "$to" --project="$project" --recursive
+    run gcloud storage cp "$model_dir/results.json" "$to" --project="$project"
 else
-    need name
     [[ $model_dir == /* ]] || model_dir=ptjax/$model_dir
-    run gcloud compute tpus tpu-vm scp --recurse "$name:$model_dir/prompts" "$to" "${where[@]}" \
-        --worker=0
+    run gcloud compute tpus tpu-vm scp "$name:$model_dir/prompts" "$to" "${where[@]}" --worker=0 \
+        --recurse
     run gcloud compute tpus tpu-vm scp "$name:$model_dir/results.json" "$to" "${where[@]}" --worker=0
 fi

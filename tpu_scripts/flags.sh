@@ -78,7 +78,7 @@ quote_word() {
     local escaped="'\\''"
     if [[ $1 =~ ^[A-Za-z0-9_@%+=:,./-]+$ ]]; then
         printf '%s' "$1"
-    elif [[ $1 =~ ^(--[A-Za-z0-9_.]+=)(.+)$ ]]; then  # --command='...' reads better than '--command=...'
+    elif [[ $1 =~ ^(--[A-Za-z0-9_.-]+=)(.+)$ ]]; then  # --command='...' reads better than '--command=...'
         local flag=${BASH_REMATCH[1]}
         printf '%s%s' "$flag" "$(quote_word "${BASH_REMATCH[2]}")"
     elif [[ $1 == *\'* && $1 != *[\"\$\`\\!]* ]]; then

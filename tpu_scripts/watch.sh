@@ -28,8 +28,8 @@ if [[ -n $log ]]; then
         --command='tail -n 100 -F ptjax-run/log'
 elif [[ -n $tensorboard ]]; then
     command="ptjax-venv/bin/tensorboard --port=6006 --logdir=$(quote "$tensorboard/tensorboard")"
-    run gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" --worker=0 --command="$command" \
-        -- -L 6006:localhost:6006
+    run gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" --worker=0 \
+        --ssh-flag='-L 6006:localhost:6006' --command="$command"
 else
     run gcloud compute tpus queued-resources describe "$name" "${where[@]}" \
         --format='value(state.state)'
