@@ -12,6 +12,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -26,7 +27,7 @@ SCRIPTS = CLONE / "tpu_scripts"
 TRANSCRIPTS = Path(__file__).parent / "fixtures" / "tpu_scripts"
 FAKE = TRANSCRIPTS / "fake"
 # What a dry run must not call.
-FORBIDDEN = ("gcloud", "xpk", "git", "tar", "rm", "srun", "scontrol")
+FORBIDDEN = ("gcloud", "xpk", "tar", "rm", "srun", "scontrol")
 AT = ("--project=lab", "--zone=us-east5-b")
 SLICE = (*AT, "--name=sst2", "--accelerator=v6e-8")
 ARGUMENTS = [
@@ -162,12 +163,6 @@ class Cloud:
         files = sorted(self.folder.glob("worker-*/ptjax-run/exit_code"))
         return [file.read_text().strip() for file in files]
 
-    def wait(self, *files: str) -> None:
-        deadline = time.monotonic() + 60
-        while not all((self.folder / file).exists() for file in files):
-            assert time.monotonic() < deadline, f"{files} did not appear"
-            time.sleep(0.02)
-
 
 @pytest.fixture
 def cloud(tmp_path: Path):
@@ -223,7 +218,7 @@ def test_supervise_gives_up(cloud: Cloud) -> None:
 
 @pytest.mark.slow
 def test_supervise_gives_up_on_a_slice_that_is_always_lost(cloud: Cloud) -> None:
-    cloud.plan("preempt", "preempt", "preempt")
+    cloud.plan("preempt_node", "preempt")
     ran = cloud.supervise("--max_restarts=1")
     assert ran.returncode == 1
     assert "was made 2 times" in ran.stderr
@@ -244,7 +239,8 @@ def test_run_refuses_a_second_run_and_restart_lets_the_first_save(cloud: Cloud) 
     for ready in (("create.sh", *SLICE, "--pause=0"), ("install.sh", *at)):
         assert cloud.script(*ready).returncode == 0
     assert cloud.script("run.sh", *at, "--", "first").returncode == 0
-    cloud.wait("training-worker-0", "training-worker-1")
+    for worker in range(2):
+        wait_for(cloud.folder / f"training-worker-{worker}")
 
     second = cloud.script("run.sh", *at, "--", "second")
     assert second.returncode != 0
@@ -253,10 +249,42 @@ def test_run_refuses_a_second_run_and_restart_lets_the_first_save(cloud: Cloud) 
     assert re.findall(r"ptjax-status: (\w+)", watch) == ["running", "running"]
 
     assert cloud.script("run.sh", *at, "--restart", "--", "second").returncode == 0
-    cloud.wait(*(f"worker-{i}/ptjax-run/exit_code" for i in range(2)))
+    for worker in range(2):
+        wait_for(cloud.folder / f"worker-{worker}" / "ptjax-run" / "exit_code")
     assert cloud.exit_codes() == ["0", "0"]
     log = (cloud.folder / "worker-0" / "ptjax-run" / "log").read_text()
     assert re.findall(r"exit code (\d+)", log) == ["143", "0"]  # 143 was not started again
+
+
+@pytest.mark.slow
+def test_a_worker_restarts_the_real_training_which_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "ptjax").symlink_to(CLONE)
+    python = tmp_path / "ptjax-venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    run, state = tmp_path / "run", tmp_path / "ptjax-run"
+    settings = ("--gin.TRAIN_STEPS=60", "--gin.EVAL_PERIOD=8", "--gin.EVAL_EXAMPLES=24")
+    arguments = ("--gin_file=quickstart.gin", f"--gin.MODEL_DIR='{run}'", *settings)
+    environment = {"HOME": str(tmp_path), "XLA_FLAGS": ""}
+    assert script("worker.sh", "start", "3", "0", *arguments, **environment).returncode == 0
+
+    keep = (state / "pid").read_text().strip()
+    wait_for(run / "checkpoints" / "8")
+    training = Path(f"/proc/{keep}/task/{keep}/children").read_text().split()
+    os.kill(int(training[0]), signal.SIGKILL)
+    wait_for(state / "exit_code")
+    log = (state / "log").read_text()
+    assert re.findall(r"worker.sh: .* exit code (\d+)", log) == ["137", "0"], log[-2000:]
+    assert (run / "results.json").exists()
+    assert "ptjax-status: exit 0" in script("worker.sh", "status", **environment).stdout
+
+
+def wait_for(file: Path) -> None:
+    deadline = time.monotonic() + 300
+    while not file.exists():
+        assert time.monotonic() < deadline, f"{file} did not appear"
+        time.sleep(0.02)
 
 
 @pytest.mark.parametrize(

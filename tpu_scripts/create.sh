@@ -54,7 +54,7 @@ if [[ -n $dry_run ]]; then
 fi
 seen=''
 while true; do
-    state=$(queued_state)
+    state=$(state_of queued-resources state.state)
     [[ $state == "$seen" ]] || say "$name is $state"
     seen=$state
     case $state in

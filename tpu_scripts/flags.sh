@@ -107,10 +107,9 @@ run() {  # shows the command; runs it, unless --dry_run
     fi
 }
 
-queued_state() {  # ACTIVE, SUSPENDED, ...; ABSENT: there is none; UNKNOWN: gcloud failed, said why
-    local answer
-    if answer=$(gcloud compute tpus queued-resources describe "$name" "${where[@]}" \
-        --format='value(state.state)' 2>&1); then
+state_of() {  # state_of queued-resources 'state.state', state_of tpu-vm state: ACTIVE, PREEMPTED, ...
+    local answer  # ABSENT: there is none; UNKNOWN: gcloud failed, and said why
+    if answer=$(gcloud compute tpus "$1" describe "$name" "${where[@]}" --format="value($2)" 2>&1); then
         printf '%s\n' "${answer##*$'\n'}"
     elif [[ $answer == *NOT_FOUND* ]]; then
         echo ABSENT
@@ -120,8 +119,8 @@ queued_state() {  # ACTIVE, SUSPENDED, ...; ABSENT: there is none; UNKNOWN: gclo
     fi
 }
 
-pack() {  # pack ARCHIVE: every file of the clone that git knows or does not ignore, as it is now
+pack() {  # pack ARCHIVE: of this clone, what an installation needs, as it is now
     run mkdir -p "$(dirname "$1")"
-    run bash -c "set -o pipefail; cd $(quote "$clone") && \
-git ls-files -z --cached --others --exclude-standard | tar -czf $(quote "$1") --null -T -"
+    run tar -czf "$1" -C "$clone" --exclude=__pycache__ \
+        pyproject.toml README.md LICENSE gin_configs ptjax tpu_scripts
 }

@@ -5,8 +5,8 @@
 #
 #   --dry_run           print the commands, run none
 #
-# What is copied: every file that git knows or does not ignore, as it is now; so a gin file of your
-# own comes along when it lies in the clone. On a worker: ~/ptjax, ~/ptjax-venv (Python 3.12, by uv,
+# What is copied: ptjax/, gin_configs/ (put gin files of your own there) and tpu_scripts/, as they are
+# now, committed or not. On a worker: ~/ptjax, ~/ptjax-venv (Python 3.12, by uv,
 # because the TPU images bring 3.10), ~/ptjax-run (logs). To install again is fine.
 # Exit codes: 0 done, 1 failed, 2 bad input.
 

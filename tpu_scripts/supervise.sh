@@ -12,7 +12,8 @@
 #
 # ARG... are those of `python -m ptjax.train`. MODEL_DIR has to be on gs://, for the disks go with the
 # slice; ptjax then goes on exactly where it saved. Run it where it may stay: tmux on a small VM.
-# It deletes the slice of that name only when it is SUSPENDED or FAILED, and is safe to start again.
+# It deletes the slice of that name only when it is lost (SUSPENDED, FAILED, its node PREEMPTED), and is
+# safe to start again.
 # Exit codes: 0 the run finished, 2 bad input (ptjax's too), else ptjax's last, or 1: it gave up.
 
 # shellcheck source-path=SCRIPTDIR source=flags.sh
@@ -41,7 +42,7 @@ start() {
 }
 over() {
     say "$2"
-    [[ -z $delete_when_done ]] || delete
+    [[ -z $delete_when_done ]] || delete || say "$name was NOT deleted: it still costs money"
     exit "$1"
 }
 
@@ -53,7 +54,7 @@ if [[ -n $dry_run ]]; then
     start
     echo "# every $pause seconds:"
     bash "$here/watch.sh" "${at[@]}"
-    echo "# when it is SUSPENDED or FAILED (preempted), before all of the above again:"
+    echo "# when it is lost (SUSPENDED, FAILED, its node PREEMPTED), before all of the above again:"
     delete
     exit 0
 fi
@@ -64,21 +65,27 @@ workers() {  # one word or two for each worker, such as "running" or "exit 0"; f
     sed -n 's/^.*ptjax-status: \(running\|exit [0-9]*\|[a-z]*\).*$/\1/p' <<<"$answer"
 }
 
+remake() {  # the slice is in that state: lost, or not made yet
+    ((made++ <= max_restarts)) || over 1 "gave up: $name was made $((made - 1)) times"
+    say "$name is $1: making it"
+    if [[ $1 != ABSENT ]]; then delete || return 0; fi
+    create || say "no slice yet"
+}
+
 create --dry_run >/dev/null || exit  # bad input, before anything is spent
 made=0 known=''
 while true; do
-    state=$(queued_state)
+    state=$(state_of queued-resources state.state)
     case $state in
-        ABSENT | SUSPENDED | FAILED)
-            ((made++ <= max_restarts)) || over 1 "gave up: $name was made $((made - 1)) times"
-            say "$name is $state: making it"
-            if [[ $state != ABSENT ]]; then delete || { sleep "$pause"; continue; }; fi
-            create || say "no slice yet"
-            ;;
+        ABSENT | SUSPENDED | FAILED) remake "$state" ;;
         ACTIVE)
-            found=$(workers) || found=unreachable
+            found=$(workers) || found=''
             case $found in
-                unreachable | '') say "the workers of $name do not answer" ;;
+                '')
+                    say "the workers of $name do not answer"
+                    node=$(state_of tpu-vm state)
+                    [[ $node != PREEMPTED && $node != TERMINATED ]] || remake "$node"
+                    ;;
                 *absent*)
                     say "installing and starting on $name"
                     if install; then start || say "not started yet"; fi
@@ -88,7 +95,7 @@ while true; do
                     start || say "not started yet"
                     ;;
                 *running*) ;;
-                *"exit 2"[!0-9]*|*"exit 2") over 2 "bad input: watch.sh --name=$name --log shows it" ;;
+                *"exit 2"[!0-9]* | *"exit 2") over 2 "bad input: watch.sh --name=$name --log shows it" ;;
                 *)
                     code=$(sed -n 's/^exit \([1-9][0-9]*\)$/\1/p' <<<"$found" | head -n 1)
                     [[ -n $code ]] || over 0 "the run finished"

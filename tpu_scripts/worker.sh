@@ -94,5 +94,8 @@ status() {
 case ${1:-} in
     install | start | keep | stop | status) "$@" ;;
     --help) sed -n '2,${/^#/!q;s/^# \{0,1\}//p;}' "$0" ;;
-    *) echo "error: worker.sh: which of install, start, keep, stop, status? (see worker.sh --help)" >&2; exit 2 ;;
+    *)
+        echo "error: worker.sh: which of install, start, keep, stop, status? (see worker.sh --help)" >&2
+        exit 2
+        ;;
 esac
