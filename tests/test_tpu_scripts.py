@@ -80,7 +80,7 @@ def test_every_script_has_a_transcript_a_help_and_an_executable_bit() -> None:
     for script in scripts():
         if script.name == "flags.sh":  # sourced
             continue
-        assert f"$ {script.name} " in (TRANSCRIPTS / f"{script.stem}.txt").read_text()
+        assert f"{script.name} " in (TRANSCRIPTS / f"{script.stem}.txt").read_text()
         ran = subprocess.run([script, "--help"], cwd=CLONE, capture_output=True, text=True)
         assert ran.returncode == 0
         header = re.match(r"#!/usr/bin/env bash\n((?:#.*\n)+)\n", script.read_text())
@@ -269,11 +269,14 @@ def test_a_worker_restarts_the_real_training_which_goes_on(tmp_path: Path) -> No
     environment = {"HOME": str(tmp_path), "XLA_FLAGS": ""}
     assert script("worker.sh", "start", "3", "0", *arguments, **environment).returncode == 0
 
-    keep = (state / "pid").read_text().strip()
-    wait_for(run / "checkpoints" / "8")
-    training = Path(f"/proc/{keep}/task/{keep}/children").read_text().split()
-    os.kill(int(training[0]), signal.SIGKILL)
-    wait_for(state / "exit_code")
+    try:
+        keep = (state / "pid").read_text().strip()
+        wait_for(run / "checkpoints" / "8")
+        training = Path(f"/proc/{keep}/task/{keep}/children").read_text().split()
+        os.kill(int(training[0]), signal.SIGKILL)
+        wait_for(state / "exit_code")
+    finally:
+        script("worker.sh", "stop", **environment)
     log = (state / "log").read_text()
     assert re.findall(r"worker.sh: .* exit code (\d+)", log) == ["137", "0"], log[-2000:]
     assert (run / "results.json").exists()
