@@ -18,7 +18,9 @@ test-all: $(VENV)/installed-oracle  ## everything
 	$(PYTEST) -m "$(shell $(BIN)/python tests/markers.py)"
 
 lint: $(VENV)/installed-dev
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && \
+	$(BIN)/pyright --pythonpath $(BIN)/python && \
+	$(BIN)/shellcheck -x tpu_scripts/*.sh tpu_scripts/*.sbatch .ci/run
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
