@@ -29,6 +29,11 @@ TASKS: dict[str, dict[str, Any]] = {  # laid out as in gin_configs/tasks/, witho
         "verbalizer": {"neg": "negative", "pos": "positive"},
         "preprocess": reviews.without_line_breaks,
     },
+    "ag_news": {
+        "inputs": "{text}",
+        "splits": {split: f"ag_news/{split}.csv" for split in ("train", "test")},
+        "verbalizer": {label: label for label in ("World", "Sports", "Business", "Sci/Tech")},
+    },
 }
 
 

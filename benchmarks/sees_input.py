@@ -1,10 +1,13 @@
-"""What a prompt loses that does not see its input: accuracy by steps, on the shipped backbone.
+"""What a prompt loses that does not see its input: accuracy by steps and by time.
 
     python benchmarks/sees_input.py --data_dir=DIR --output_dir=DIR
 
-SST-2, IMDb (cut to 128 tokens) and AG News, three seeds, 1,000 steps of 32 examples, P = 20; at
-most 2,000 test examples. Every run is a `python -m ptjax.train` of its own, printed before it
-starts; one that finished is not run again. DATA_DIR is laid out as the tasks' gin files say.
+SST-2, IMDb (cut to 128 tokens) and AG News on the shipped backbone, three seeds, steps of 32
+examples, P = 20; at most 2,000 test examples. A prompt that sees its input has 1,000 steps; one
+that does not has as many, and then the steps that it makes in the same time. Those follow from the
+time of a step both ways, in turns, over the epoch's own batches; it is measured first and kept in
+OUTPUT_DIR/time.json. Every run is a `python -m ptjax.train` of its own, printed before it starts;
+one that finished is not run again. DATA_DIR is laid out as the tasks' gin files say.
 """
 
 from __future__ import annotations
@@ -14,25 +17,70 @@ import json
 import os
 import statistics
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import runs
+from packing import Steps, survey
+from prompt_step import make_step
+from real_batches import TARGET_LENGTH, TASKS, bucket, make_task
 
-TASKS = {  # gin file of tasks/, the template that suits the shipped backbone, input length
-    "sst2": ("{sentence}", 64),
-    "imdb": ("{text}", 128),
-    "ag_news": ("{text}", 128),
-}
+from ptjax.backbone import load_backbone
+from ptjax.data.preprocess import tokenize_examples
+
+LENGTHS = {"sst2": 64, "imdb": 128, "ag_news": 128}
+STEPS, PROMPT, BATCH = 1000, 20, 32
 COMMON = {
-    "INITIAL_CHECKPOINT_PATH": "ptjax-nano",
-    "PROMPT_LENGTH": 20,
+    "PROMPT_LENGTH": PROMPT,
+    "BATCH_SIZE": BATCH,
     "LEARNING_RATE": 0.03,
     "LEARNING_RATE_SCALE": "embedding_rms",
     "DROPOUT_RATE": 0.0,
-    "TRAIN_STEPS": 1000,
     "EVAL_PERIOD": 100,
     "EVAL_EXAMPLES": 2000,
 }
 CURVE = (100, 200, 400, 600, 800, 1000)
+
+
+def time_ratio(flags: argparse.Namespace, task: str) -> float:
+    """Time of an epoch's steps with a prompt that sees its input, over that with one that does not.
+
+    The median over turns in which every shape is timed both ways.
+    """
+    backbone = load_backbone(flags.backbone, dtype="float32")
+    examples = make_task(task, flags.data_dir).load("train")
+    source = tokenize_examples(examples, backbone.tokenizer, LENGTHS[task], TARGET_LENGTH)
+    epoch = survey(bucket(source, BATCH, 0), PROMPT, sees_input=True)
+    shape = PROMPT, backbone.config.emb_dim
+    prompt = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    made = (
+        make_step(backbone.config, backbone.variables["params"], prompt, sees)
+        for sees in (True, False)
+    )
+    both = [Steps(one, epoch.batches) for one in made]
+    ratios = []
+    for turn in range(flags.rounds):
+        for shape in epoch.counts:
+            for steps in both:
+                steps.turn(shape, 0.5)
+        seeing, unseeing = (
+            sum(count * steps.seconds[shape][turn] for shape, count in epoch.counts.items())
+            for steps in both
+        )
+        ratios.append(seeing / unseeing)
+    return statistics.median(ratios)
+
+
+def measured_ratios(flags: argparse.Namespace) -> dict[str, float]:
+    """`time_ratio` of every task, measured once."""
+    file = flags.output_dir / "time.json"
+    found = json.loads(file.read_text()) if file.exists() else {}
+    for task in flags.tasks:
+        if task not in found:
+            found[task] = time_ratio(flags, task)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(found))
+    return found
 
 
 def curve(model_dir: Path) -> dict[int, float]:
@@ -41,32 +89,53 @@ def curve(model_dir: Path) -> dict[int, float]:
     return {row["step"]: row["validation/accuracy"] for row in rows if "validation/accuracy" in row}
 
 
+def train(
+    flags: argparse.Namespace, task: str, sees_input: bool, steps: int
+) -> tuple[list[float], list[dict[int, float]]]:
+    """Test accuracy and validation curve of every seed."""
+    values, curves = [], []
+    for seed in range(flags.seeds):
+        settings: dict[str, Any] = COMMON | {
+            "INITIAL_CHECKPOINT_PATH": flags.backbone,
+            "DATA_DIR": flags.data_dir,
+            "tasks.Task.inputs": TASKS[task]["inputs"],
+            "TASK_FEATURE_LENGTHS": {"inputs": LENGTHS[task], "targets": 4},
+            "SEES_INPUT": sees_input,
+            "TRAIN_STEPS": steps,
+            "RANDOM_SEED": seed,
+        }
+        model_dir = flags.output_dir / f"{task}_{sees_input}_{steps}" / str(seed)
+        files = [f"tasks/{task}.gin", "runs/prompt_tune.gin"]
+        values.append(runs.train(model_dir, files, settings)["value"])
+        curves.append(curve(model_dir))
+    return values, curves
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data_dir", required=True, type=os.path.abspath)
     parser.add_argument("--output_dir", required=True, type=Path)
+    parser.add_argument("--backbone", default="ptjax-nano", help="what load_backbone takes")
+    parser.add_argument("--tasks", default=list(LENGTHS), type=lambda text: text.split(","))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5, help="turns of the time measurement")
     flags = parser.parse_args()
+    ratios = measured_ratios(flags)
     tests, curves = [], []
-    for task, (template, length) in TASKS.items():
-        for sees_input in (True, False):
-            values, found = [], []
-            for seed in range(flags.seeds):
-                model_dir = flags.output_dir / f"{task}_{sees_input}" / str(seed)
-                settings = COMMON | {
-                    "DATA_DIR": flags.data_dir,
-                    "tasks.Task.inputs": template,
-                    "TASK_FEATURE_LENGTHS": {"inputs": length, "targets": 4},
-                    "SEES_INPUT": sees_input,
-                    "RANDOM_SEED": seed,
-                }
-                files = [f"tasks/{task}.gin", "runs/prompt_tune.gin"]
-                values.append(runs.train(model_dir, files, settings)["value"])
-                found.append(curve(model_dir))
-            tests.append(f"| {task} | {sees_input} | {runs.show(values)} |")
-            means = [statistics.mean(one[step] for one in found) for step in CURVE]
-            curves.append(f"| {task} | {sees_input} | {' | '.join(f'{x:.3f}' for x in means)} |")
-    print("\n| test accuracy | sees_input | mean | std | seeds |\n|---|---|--:|--:|---|")
+    for task in flags.tasks:
+        longer = max(STEPS, int(STEPS * ratios[task]) // 100 * 100)
+        for sees_input, steps in ((True, STEPS), (False, STEPS), (False, longer)):
+            values, found = train(flags, task, sees_input, steps)
+            tests.append(f"| {task} | {sees_input} | {steps:,} | {runs.show(values)} |")
+            if steps == STEPS:
+                means = [statistics.mean(one[step] for one in found) for step in CURVE]
+                row = " | ".join(f"{mean:.3f}" for mean in means)
+                curves.append(f"| {task} | {sees_input} | {row} |")
+    print("\n| task | time of a step, seeing / not |\n|---|--:|")
+    print("\n".join(f"| {task} | {ratios[task]:.2f} |" for task in flags.tasks))
+    print(
+        "\n| test accuracy | sees_input | steps | mean | std | seeds |\n|---|---|--:|--:|--:|---|"
+    )
     print("\n".join(tests))
     print(f"\n| validation, mean of the seeds | sees_input | {' | '.join(map(str, CURVE))} |")
     print("|---|---|" + "--:|" * len(CURVE))

@@ -54,13 +54,15 @@ def relative_position_bucket(
 class Quantized:
     """A frozen kernel in a byte an entry: `values * scale`.
 
+    A pytree: shapes and shardings come in the same form.
+
     Attributes:
         values: int8 [..., in, out].
         scale: float32 [..., 1, out].
     """
 
-    values: Array
-    scale: Array
+    values: Any
+    scale: Any
 
 
 class Dense(nn.Module):

@@ -44,7 +44,7 @@ def quantize_sharded(kernel: jax.Array) -> Quantized:
     where = kernel.sharding
     assert isinstance(where, NamedSharding)
     *lead, _, channels = [*where.spec, *[None] * (kernel.ndim - len(where.spec))]
-    places = Quantized(where, NamedSharding(where.mesh, P(*lead, None, channels)))  # pyright: ignore
+    places = Quantized(where, NamedSharding(where.mesh, P(*lead, None, channels)))
     return _compiled(places)(kernel)
 
 

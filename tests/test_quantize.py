@@ -1,0 +1,100 @@
+"""int8 kernels: how far off they are, and that everything else goes on as it was."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ptjax.data.batch import make_batch
+from ptjax.models.layers import Quantized
+from ptjax.models.prompted import make_apply_fn, with_prompt
+from ptjax.models.stacking import stack_paths
+from ptjax.scale import sharding
+from ptjax.scale.quantize import dequantize, is_quantized, quantize, quantize_sharded
+from ptjax.training.freeze import flatten_paths, unflatten_paths
+from ptjax.training.loss import Loss
+from ptjax.training.step import batch_loss
+
+
+@pytest.fixture(scope="module")
+def kernel() -> jax.Array:
+    """[3, 16, 8], channels of very different scale, one of zeros."""
+    scale = 10.0 ** jnp.arange(-4, 4)
+    return (jax.random.normal(jax.random.key(0), (3, 16, 8)) * scale).at[1, :, 2].set(0)
+
+
+def test_an_entry_is_off_by_half_a_scale_at_most(kernel) -> None:
+    quantized = quantize(kernel)
+    assert quantized.values.dtype == jnp.int8
+    assert quantized.scale.shape == (3, 1, 8)
+    error = np.abs(np.asarray(dequantize(quantized)) - np.asarray(kernel))
+    assert (error <= np.asarray(quantized.scale) * 0.5 * (1 + 1e-5)).all()
+    # Every channel uses the whole range, and a channel of zeros stays one.
+    largest = np.abs(np.asarray(quantized.values)).max(axis=1)
+    largest[1, 2] = 127
+    assert (largest == 127).all()
+    assert not np.asarray(dequantize(quantized))[1, :, 2].any()
+    np.testing.assert_array_equal(quantize(-kernel).values, -quantized.values)
+
+
+@pytest.mark.parametrize("spec", [("model", None), (None, "model")])
+def test_shards_are_quantized_as_the_whole(kernel, spec) -> None:
+    """Also where a channel lies on several devices, whose largest entry is that of all."""
+    mesh = sharding.make_mesh(4, devices=jax.devices()[:4])
+    where = jax.NamedSharding(mesh, jax.P(None, *spec))
+    got = quantize_sharded(jax.device_put(kernel, where))
+    want = quantize(kernel)
+    assert got.values.sharding == where
+    np.testing.assert_array_equal(got.values, want.values)
+    np.testing.assert_array_equal(got.scale, want.scale)
+
+
+def test_embeddings_norms_and_logits_stay_as_they_are(tiny) -> None:
+    chosen = {path for path in flatten_paths(tiny.params) if is_quantized(path)}
+    rest = set(flatten_paths(tiny.params)) - chosen
+    assert {path.split("/")[-2] for path in chosen} == {
+        *("query", "key", "value", "out", "wi_0", "wi_1", "wo"),
+    }
+    assert "decoder/logits_dense/kernel" in rest
+    assert "token_embedder/embedding" in rest
+
+
+def quantized(paths, function):
+    return {path: function(x) if is_quantized(path) else x for path, x in paths.items()}
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_the_network_runs_on_int8_as_on_what_it_stands_for(tiny, scan_layers) -> None:
+    """Loss and dP: to float32 rounding those of the dequantized weights, and not far from all."""
+    config = dataclasses.replace(tiny.config, scan_layers=scan_layers, dropout_rate=0.0)
+    paths = flatten_paths(tiny.params)
+    if scan_layers:
+        paths = stack_paths(paths, jnp.stack)
+    apply_fn = make_apply_fn(config)
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(2, 64, 12) for _ in range(8)]
+    batch = make_batch(rows, [row[:6] for row in rows], input_length=12, target_length=6)
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(prompt, params, batch):
+        variables = with_prompt({"params": params}, prompt)
+        return batch_loss(apply_fn, Loss(), variables, batch, jax.random.key(0))
+
+    def run(function):
+        params = unflatten_paths(quantized(paths, function))
+        return loss(tiny.prompt, params, batch)
+
+    held = jax.tree.leaves(quantized(paths, quantize), is_leaf=lambda x: isinstance(x, Quantized))
+    assert any(isinstance(leaf, Quantized) for leaf in held)
+    value, gradient = run(quantize)
+    want_value, want = run(lambda x: dequantize(quantize(x)))
+    np.testing.assert_allclose(value, want_value, rtol=1e-5)
+    np.testing.assert_allclose(gradient, want, rtol=0, atol=1e-5 * np.abs(want).max())
+    exact_value, exact = run(lambda x: x)
+    np.testing.assert_allclose(value, exact_value, rtol=0.02)
+    assert 0 < np.abs(gradient - exact).max() < 0.1 * np.abs(exact).max()
