@@ -25,7 +25,7 @@ from ptjax.ensembling import Answers, Repeated, mean_shares, vote_on_labels, vot
 from ptjax.errors import InputError, check_at_least
 from ptjax.models.prompt import Bank, stack_prompts
 from ptjax.models.prompted import make_apply_fn, with_prompt
-from ptjax.scale.sharding import replicated
+from ptjax.scale.sharding import replicated, rows_divisor
 
 Tree = Any
 
@@ -162,7 +162,7 @@ class Evaluator:
         count, examples = len(bank.lengths), len(self.examples(split))
         source = Repeated(self._source(split), count)
         # A batch holds all rows of an example, and divides over the mesh.
-        step = math.lcm(count, self.backbone.mesh.shape["data"])
+        step = math.lcm(count, rows_divisor(self.backbone.mesh))
         placed = jax.device_put(bank, replicated(self.backbone.mesh))
         texts, scores = self._predict(
             with_prompt(self.backbone.variables, placed),

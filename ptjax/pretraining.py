@@ -29,7 +29,7 @@ from ptjax.loop import Pace, Run
 from ptjax.members import Member
 from ptjax.models.config import T5Config
 from ptjax.models.prompted import make_apply_fn
-from ptjax.models.t5 import init_params
+from ptjax.models.t5 import init_params, parameter_shapes
 from ptjax.scale import sharding
 from ptjax.training import freeze as freezing
 from ptjax.training.loss import Loss
@@ -85,6 +85,7 @@ class Part(Protocol):
     """A component of the mixture: its rate, and its pipelines with their share of the rate."""
 
     rate: float
+    batch_size: int
 
     def make(
         self, tokenizer: Tokenizer, stream: np.ndarray | None, seed: int
@@ -220,6 +221,8 @@ def pretrain(
         params = _init_on_mesh(model, seed, mesh)
     else:
         raise InputError("pretrain starts either from sizes (pretrain.model) or from a backbone")
+    for part in parts:
+        sharding.check_batch_size(part.batch_size, mesh, microbatches)
     if tokenizer is not None:
         found = load_tokenizer(tokenizer)
     if found is None:
@@ -264,9 +267,8 @@ def _init_on_mesh(model: T5Config, seed: int, mesh: Any) -> Any:
     def init(key: jax.Array) -> Any:
         return init_params(model, key)
 
-    shapes = freezing.flatten_paths(jax.eval_shape(init, jax.random.key(seed)))
-    where = {p: sharding.sharding_of(f"params/{p}", x.shape, mesh) for p, x in shapes.items()}
-    return jax.jit(init, out_shardings=freezing.unflatten_paths(where))(jax.random.key(seed))
+    where = sharding.shardings_of({"params": parameter_shapes(model)}, mesh)["params"]
+    return jax.jit(init, out_shardings=where)(jax.random.key(seed))
 
 
 def _mixture(

@@ -93,6 +93,8 @@ def tune(
     check_at_least(0, RANDOM_SEED=seed)
     if batch_size % microbatches:
         raise InputError(f"BATCH_SIZE = {batch_size} is no multiple of {microbatches} MICROBATCHES")
+    if method != "hard_prompt" and not pack:  # the rows of packed batches follow the mesh
+        sharding.check_batch_size(batch_size, backbone.mesh, microbatches)
     lengths = {"inputs": 512, "targets": 16}
     if unknown := sorted(set(feature_lengths or {}) - set(lengths)):
         raise InputError(f"TASK_FEATURE_LENGTHS has {unknown[0]!r}, not 'inputs' or 'targets'")
