@@ -27,6 +27,7 @@ from ptjax.interop.huggingface_format import load_config
 from ptjax.interop.prompt_file import T5X_PROMPT
 from ptjax.interop.stored import StoredArray
 from ptjax.models.config import T5Config
+from ptjax.models.layers import Gather
 from ptjax.models.prompted import make_apply_fn
 from ptjax.models.t5 import parameter_shapes
 from ptjax.scale import sharding
@@ -53,7 +54,7 @@ class Backbone:
 
     Attributes:
         variables: `{"params": ...}` under T5X's names.
-        apply_fn: `make_apply_fn(config)`, for prompts that see their input.
+        apply_fn: `make_apply_fn(True)`, for prompts that see their input.
         fingerprint: "sha256:..." of sizes and a sample of the weights; equal whatever file format,
             dtype or number of devices they came through.
         name: what the user called it: a path, a hub id with its revision, "ptjax-nano".
@@ -70,6 +71,10 @@ class Backbone:
     mesh: Mesh
     fsdp: bool = False
     assumed: tuple[str, ...] = ()
+
+    def make_apply_fn(self, sees_input: bool) -> Callable[..., Any]:
+        """`apply_fn` for a prompt of that kind."""
+        return make_apply_fn(self.config, sees_input, _gather(self.mesh, self.fsdp))
 
 
 def load_backbone(
@@ -116,7 +121,7 @@ def load_backbone(
     return Backbone(
         config=opened.config,
         variables={"params": params},
-        apply_fn=make_apply_fn(opened.config),
+        apply_fn=make_apply_fn(opened.config, gather=_gather(mesh, fsdp)),
         tokenizer=opened.tokenizer,
         fingerprint=fingerprint(opened.config, params, mesh),
         name=opened.name,
@@ -124,6 +129,10 @@ def load_backbone(
         fsdp=fsdp,
         assumed=opened.assumed,
     )
+
+
+def _gather(mesh: Mesh, fsdp: bool) -> Gather | None:
+    return sharding.gather_weights(mesh) if fsdp else None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -211,14 +211,14 @@ def pretrain(
     """
     if backbone is not None and model is None:
         model, mesh, found = backbone.config, backbone.mesh, backbone.tokenizer
-        params = backbone.variables["params"]
+        params, apply_fn = backbone.variables["params"], backbone.apply_fn
         if any(leaf.dtype != np.float32 for leaf in jax.tree.leaves(params)):
             raise InputError(
                 "pretrain updates float32 weights: set load_backbone.dtype = 'float32'"
             )
     elif model is not None and backbone is None:
         mesh, found = sharding.make_mesh(), None
-        params = _init_on_mesh(model, seed, mesh)
+        params, apply_fn = _init_on_mesh(model, seed, mesh), make_apply_fn(model)
     else:
         raise InputError("pretrain starts either from sizes (pretrain.model) or from a backbone")
     for part in parts:
@@ -259,7 +259,7 @@ def pretrain(
         },
         config=config,
     )
-    step = make_train_step(make_apply_fn(model), locked, loss, microbatches=microbatches)
+    step = make_train_step(apply_fn, locked, loss, microbatches=microbatches)
     run.fit(state, {}, step, mesh, dry_run=dry_run)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -51,7 +50,9 @@ def _groups(line: str, count: int) -> np.ndarray:
         assert groups is not None and numbers is not None
         return np.arange(count).reshape(numbers).transpose(order).reshape(groups)
     if match := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{.*?\})\}", line):
-        return np.array([list(map(int, g.split(","))) for g in re.findall(r"\{([\d,]+)\}", match[1])])
+        return np.array(
+            [list(map(int, g.split(","))) for g in re.findall(r"\{([\d,]+)\}", match[1])]
+        )
     # mesh['axis_0'=4,'axis_1'=2] {'axis_1'}: the numbers as 4x2, groups along the second axis.
     if match := re.search(r"replica_groups=mesh\[(.*?)\](?: \{(.*?)\})?", line):
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match[1])}

@@ -6,6 +6,7 @@ width, J = H * K.
 
 from __future__ import annotations
 
+import contextvars
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -48,19 +49,42 @@ def relative_position_bucket(
     return offset + np.where(n < max_exact, n, np.minimum(far, num_buckets - 1))
 
 
+Gather = Callable[[Array, int], Array]
+"""(weights, axis) -> the same weights, whole along that axis on every device."""
+
+GATHER: contextvars.ContextVar[Gather | None] = contextvars.ContextVar("GATHER", default=None)
+"""Set while a network is traced whose weights are divided along D; see `make_apply_fn`."""
+
+
+def gathered(weights: Array, axis: int) -> Array:
+    """`weights`, whole along D, their `axis`, where they are divided along it."""
+    gather = GATHER.get()
+    return weights if gather is None else gather(weights, axis)
+
+
 class Dense(nn.Module):
-    """A linear map without bias; input and kernel are cast to `dtype`."""
+    """A linear map without bias; input and kernel are cast to `dtype`.
+
+    Attributes:
+        emb_axis: the axis of the kernel that is D, 0 where the map starts there, 1 where it ends.
+    """
 
     features: int
     dtype: Any
     kernel_init: Callable[..., Array] = nn.initializers.variance_scaling(
         1.0, "fan_in", "truncated_normal"
     )
+    emb_axis: int = 0
 
     @nn.compact
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
-        return jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
+
+        def product(x: Array, kernel: Array) -> Array:
+            return jnp.dot(x.astype(self.dtype), gathered(kernel, self.emb_axis).astype(self.dtype))
+
+        # Gathered once more on the way back: to store what was gathered would be to store it all.
+        return (product if GATHER.get() is None else jax.checkpoint(product))(x, kernel)
 
 
 class RMSNorm(nn.Module):
@@ -130,7 +154,7 @@ class Attention(nn.Module):
         self.query = Dense(joined, cfg.dtype, query_init)
         self.key = Dense(joined, cfg.dtype, normal)
         self.value = Dense(joined, cfg.dtype, normal)
-        self.out = Dense(cfg.emb_dim, cfg.dtype, normal)
+        self.out = Dense(cfg.emb_dim, cfg.dtype, normal, emb_axis=1)
         self.dropout = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
 
     def _split(self, x: Float[Array, "B t J"]) -> Float[Array, "B t H K"]:
@@ -210,7 +234,7 @@ class MLP(nn.Module):
 
         hidden = activate(*branches)
         hidden = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))(hidden, deterministic)
-        return Dense(cfg.emb_dim, cfg.dtype, name="wo")(hidden)
+        return Dense(cfg.emb_dim, cfg.dtype, emb_axis=1, name="wo")(hidden)
 
 
 def mask_bias(mask: Bool[Array, "#B #q k"], dtype: Any) -> Float[Array, "#B 1 #q k"]:

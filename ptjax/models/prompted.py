@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -13,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from ptjax.errors import InputError
 from ptjax.models.config import T5Config
-from ptjax.models.layers import positions_in_segments, same_segment
+from ptjax.models.layers import GATHER, Gather, positions_in_segments, same_segment
 from ptjax.models.prompt import Bank, Prompt
 from ptjax.models.t5 import T5, Cache, Encoded, PromptStates
 
@@ -132,9 +133,30 @@ class PromptedT5(nn.Module):
 
 
 @functools.cache
-def make_apply_fn(config: T5Config, sees_input: bool = True) -> Callable[..., Any]:
-    """`PromptedT5(...).apply`, the same object for the same settings: jit caches by it."""
-    return PromptedT5(config, sees_input).apply
+def make_apply_fn(
+    config: T5Config, sees_input: bool = True, gather: Gather | None = None
+) -> Callable[..., Any]:
+    """`PromptedT5(...).apply`, the same object for the same settings: jit caches by it.
+
+    Args:
+        gather: for weights that are divided along D too (`scale.sharding.gather_weights`): each
+            layer calls it on its own when it needs them, once more on the way back.
+    """
+    apply = PromptedT5(config, sees_input).apply
+    if gather is None:
+        return apply
+
+    def apply_gathering(*args: Any, **kwargs: Any) -> Any:
+        # Weights that come with the tokens are none that a loop over microbatches leaves alone: the
+        # compiler would gather all of them before it.
+        args = jax.lax.optimization_barrier(args)
+        token = GATHER.set(gather)
+        try:
+            return apply(*args, **kwargs)
+        finally:
+            GATHER.reset(token)
+
+    return apply_gathering
 
 
 def with_prompt(

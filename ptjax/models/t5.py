@@ -26,6 +26,7 @@ from ptjax.models.layers import (
     KeysValues,
     RelativePositionBias,
     RMSNorm,
+    gathered,
     mask_bias,
     same_segment,
 )
@@ -237,7 +238,8 @@ class T5(nn.Module):
         self.decoder = Decoder(cfg)
 
     def embed(self, tokens: Int[Array, "B t"]) -> Float[Array, "B t D"]:
-        return self.token_embedder.embedding.astype(self.config.dtype)[tokens]
+        table = gathered(self.token_embedder.embedding, 1)
+        return table.astype(self.config.dtype)[tokens]
 
     def encode_embedded(
         self,
@@ -288,7 +290,7 @@ class T5(nn.Module):
         )
         if not self.config.logits_via_embedding:
             return self.decoder.logits_dense(y), cache
-        table = self.token_embedder.embedding.astype(jnp.float32)
+        table = gathered(self.token_embedder.embedding, 1).astype(jnp.float32)
         return jnp.dot(y.astype(jnp.float32), table.T) / np.sqrt(self.config.emb_dim), cache
 
     def decode(

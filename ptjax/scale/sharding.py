@@ -16,9 +16,10 @@ activations over `model`, are not offered.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -232,6 +233,31 @@ def _arrange(shape: tuple[int, ...], slices: int, devices: list[jax.Device]) -> 
 def count_slices(devices: Iterable[Any]) -> int:
     """In how many slices they are; those that do not say are in one."""
     return len({getattr(device, "slice_index", 0) for device in devices})
+
+
+@functools.cache
+def gather_weights(mesh: Mesh) -> Callable[[jax.Array, int], jax.Array]:
+    """(weights, axis) -> weights that are whole along `axis`, and elsewhere where they were.
+
+    What FSDP does before weights are used. Said of the weights, for the compiler alone may move the
+    activations instead, which are larger. The same object for the same mesh: jit caches by it.
+    """
+
+    def gather(weights: jax.Array, axis: int) -> jax.Array:
+        spec: list[Any] = [P.UNCONSTRAINED] * weights.ndim
+        spec[axis] = None
+        return jax.lax.with_sharding_constraint(weights, NamedSharding(mesh, P(*spec)))
+
+    return gather
+
+
+def reduction_groups(mesh: Mesh, *, microbatches: int, sees_input: bool) -> int:
+    """`groups` of `make_train_step`, so that `data` sums one array a step, the prompt's gradient.
+
+    1 where the compiler finds that sum by itself: from a batch in one piece whose rows each have
+    the prompt before them.
+    """
+    return 1 if microbatches == 1 and sees_input else rows_divisor(mesh)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
