@@ -15,28 +15,30 @@ KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective
 class Collective(NamedTuple):
     """One array in one collective; an operation on several of them counts once for each.
 
-    `axes` are the mesh axes along which the devices of a group differ.
+    Attributes:
+        axes: the mesh axes along which the devices of a group differ.
+        in_loop: whether it is outside of the entry computation, as what loops run is.
     """
 
     kind: str
     dtype: str
     shape: tuple[int, ...]
     axes: tuple[str, ...]
-    computation: str
+    in_loop: bool
 
 
 def collectives(compiled: Any, mesh: Mesh) -> list[Collective]:
     """All of a compiled function, from its HLO."""
-    found, computation = [], ""
+    found, entry = [], False
     for line in compiled.as_text().splitlines():
-        if match := re.match(r"(?:ENTRY )?%?([\w.-]+) .*\{$", line):
-            computation = match[1]
+        if line.endswith("{") and not line.startswith(" "):
+            entry = line.startswith("ENTRY")
         pattern = rf" = (.*?) ({'|'.join(KINDS)})(?:-start)?\("
         if match := re.search(pattern, line):
             axes = _axes(_groups(line, mesh.size), mesh)
             for dtype, sizes in re.findall(r"(\w+)\[([\d,]*)\]", match[1]):
                 shape = tuple(map(int, filter(None, sizes.split(","))))
-                found.append(Collective(match[2], dtype, shape, axes, computation))
+                found.append(Collective(match[2], dtype, shape, axes, not entry))
     return found
 
 
