@@ -134,13 +134,13 @@ def test_auto_takes_the_smallest_model_axis_that_fits(found, dtype, fsdp, shape)
 def test_auto_says_why():
     _, why = meshes._smallest_that_fits(WIDE, "bfloat16", tpus(8), False)
     assert why == (
-        "the frozen weights take 6.78 of 15.75 GiB a device (at most 70%; 13.56 GiB with a "
+        "the frozen weights take 6.62 of 15.75 GiB a device (at most 70%; 13.24 GiB with a "
         "smaller model axis)"
     )
 
 
 def test_auto_leaves_out_what_does_not_divide():
-    wide = T5Config(32128, 4096, 6, 2, 2, 64, 131072 * 3)
+    wide = T5Config(32064, 4096, 6, 2, 2, 64, 131072 * 3)
     chosen, _ = meshes._smallest_that_fits(wide, "bfloat16", tpus(12), False)
     assert chosen == (2, 6)  # 4 would do, were there not 6 heads
 
@@ -148,7 +148,7 @@ def test_auto_leaves_out_what_does_not_divide():
 @pytest.mark.parametrize(
     ("found", "fsdp", "message"),
     [
-        (tpus(1), False, "at least 13.56 GiB a device, more than 70% of its 15.75; take more dev"),
+        (tpus(1), False, "at least 13.24 GiB a device, more than 70% of its 15.75; take"),
         (tpus(1), False, "take more devices or FSDP = True, or name a MESH to try it"),
         (tpus(2, "TPU v2"), True, "take more devices, or name a MESH"),
         (tpus(3), True, "FSDP = True: no mesh of 3 TPU v5 lite divides emb_dim = 4096"),
@@ -163,9 +163,6 @@ def test_memory_of_devices():
     assert devices.usable_memory(jax.devices()[0]) is None
     assert devices.usable_memory(tpus(1)[0]) == 15.75 * devices.GIB
     assert devices.usable_memory(tpus(1, "something new")[0]) is None
-    # A GPU tells its own, less what does not fill a GiB.
-    gpu = SimpleNamespace(platform="gpu", device_kind="cpu")
-    assert devices.usable_memory(gpu) is None
 
 
 # Slices
