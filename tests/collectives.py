@@ -55,14 +55,20 @@ def _groups(line: str, count: int) -> np.ndarray:
         return np.array(
             [list(map(int, g.split(","))) for g in re.findall(r"\{([\d,]+)\}", match[1])]
         )
-    # mesh['axis_0'=4,'axis_1'=2] {'axis_1'}: the numbers as 4x2, groups along the second axis.
-    if match := re.search(r"replica_groups=mesh\[(.*?)\](?: \{(.*?)\})?", line):
+    # mesh['axis_0'=4,'axis_1'=2], device_ids=([2,4]T(1,0)) {'axis_1'}: the numbers (here as 2x4,
+    # transposed) as 4x2, groups along the second axis.
+    ids = r"(?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?"
+    if match := re.search(rf"replica_groups=mesh\[(.*?)\]{ids} \{{(.*?)\}}", line):
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match[1])}
-        along = [list(sizes).index(name) for name in re.findall(r"'(\w+)'", match[2] or "")]
-        numbers = np.moveaxis(
-            np.arange(count).reshape(*sizes.values()), along, range(-len(along), 0)
-        )
-        return numbers.reshape(-1, math.prod(numbers.shape[-len(along) :] if along else (1,)))
+        numbers = np.arange(count)
+        if match[2]:
+            tile, order = (
+                [int(n) for n in part.split(",")] if part else None for part in match.group(2, 3)
+            )
+            numbers = numbers.reshape(tile or []).transpose(order)
+        along = [list(sizes).index(name) for name in re.findall(r"'(\w+)'", match[4])]
+        numbers = np.moveaxis(numbers.reshape(*sizes.values()), along, range(-len(along), 0))
+        return numbers.reshape(-1, math.prod(numbers.shape[-len(along) :]))
     assert "replica_groups={}" in line, line
     return np.arange(count)[None]
 
