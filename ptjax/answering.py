@@ -24,7 +24,7 @@ from ptjax.data.preprocess import TokenizedExamples, TokenRows, tokenize_texts
 from ptjax.data.tokenizer import Tokenizer
 from ptjax.errors import InputError
 from ptjax.models import decoding
-from ptjax.scale.sharding import batch_sharding, replicated
+from ptjax.scale.sharding import batch_sharding, replicated, rows_divisor
 from ptjax.training.loss import log_likelihood
 
 Variables = dict[str, Any]
@@ -233,7 +233,7 @@ def _map_examples(
     """`compute(encoder tokens [B, T], rows of own [B, ...])` of every example once, in order.
 
     `own` are arrays [N, ...] of what else belongs to each example. Batches are dispatched one after
-    the other and fetched together. Where the variables live on a mesh, its data axis shares the
+    the other and fetched together. Where the variables live on a mesh, its devices share the
     rows.
     """
     where: Any = getattr(jax.tree.leaves(variables)[0], "sharding", None)
@@ -253,9 +253,9 @@ def _map_examples(
 
 
 def _share(rows: np.ndarray, mesh: Any) -> Any:
-    """Rows that every host has whole, over the mesh's data axis where it divides them."""
+    """Rows that every host has whole, over the mesh where it divides them."""
     if mesh is None:
         return rows
-    divides = len(rows) % mesh.shape["data"] == 0
+    divides = len(rows) % rows_divisor(mesh) == 0
     where = batch_sharding(mesh) if divides else replicated(mesh)
     return jax.make_array_from_callback(rows.shape, where, lambda index: rows[index])

@@ -28,9 +28,10 @@ from ptjax.interop.prompt_file import T5X_PROMPT
 from ptjax.interop.stored import StoredArray, stack
 from ptjax.models.config import T5Config
 from ptjax.models.prompted import make_apply_fn
-from ptjax.models.stacking import Unstacked, stack_paths
+from ptjax.models.stacking import Gather, Unstacked, stack_paths
 from ptjax.models.t5 import parameter_shapes
 from ptjax.scale import sharding
+from ptjax.scale.meshes import choose_mesh
 from ptjax.training.freeze import flatten_paths, sizes, unflatten_paths
 
 SIZE_FIELDS = (
@@ -56,11 +57,11 @@ class Backbone:
 
     Attributes:
         variables: `{"params": ...}` under T5X's names.
-        apply_fn: `make_apply_fn(config)`, for prompts that see their input.
+        apply_fn: `make_apply_fn(True)`, for prompts that see their input.
         fingerprint: "sha256:..." of sizes and a sample of the weights; equal whatever file format,
             dtype or number of devices they came through.
         name: what the user called it: a path, a hub id with its revision, "ptjax-nano".
-        mesh: where the variables live.
+        mesh: where the variables live; with `fsdp` each divided over its `data` axis too.
         assumed: config fields that the files do not tell, at T5's values.
     """
 
@@ -71,14 +72,20 @@ class Backbone:
     fingerprint: str
     name: str
     mesh: Mesh
+    fsdp: bool = False
     assumed: tuple[str, ...] = ()
+
+    def make_apply_fn(self, sees_input: bool) -> Callable[..., Any]:
+        """`apply_fn` for a prompt of that kind."""
+        return make_apply_fn(self.config, sees_input, _gather(self.mesh, self.fsdp))
 
 
 def load_backbone(
     path: str | os.PathLike[str],
     *,
     dtype: str | None = None,
-    mesh: Mesh | None = None,
+    mesh: Mesh | str | None = None,
+    fsdp: bool = False,
     tokenizer: str | os.PathLike[str] | Tokenizer | None = None,
     **config_overrides: Any,
 ) -> Backbone:
@@ -88,16 +95,20 @@ def load_backbone(
         path: local or gs://; "ptjax-nano" is the backbone that ptjax ships; a hub id may end in
             "@revision". A folder of several `checkpoint_N` means the newest.
         dtype: of weights and activations; None is bfloat16 on TPU and GPU and float32 on CPU.
-        mesh: arrays go straight to their place on it; None is this process's first device.
+        mesh: arrays go straight to their place on it; 'auto', '8x1', '2x4' (data x model) or
+            '2x2x2' (replica x data x model) are all devices, see `scale.meshes.choose_mesh`; None
+            is this process's first device.
+        fsdp: weights are divided over `data` too, and gathered layer by layer; needs
+            `scan_layers`.
         tokenizer: a tokenizer, or where to find one; None looks beside the weights.
         **config_overrides: fields of `T5Config` that the files do not tell or tell wrongly.
 
     Raises:
         InputError: the path holds no backbone, or an incomplete or damaged one; a setting does
-            not fit it.
+            not fit it, or the mesh does not divide it.
     """
-    mesh = mesh or sharding.make_mesh(devices=jax.local_devices()[:1])
-    dtype = dtype or ("float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16")
+    first = mesh.devices.flat[0] if isinstance(mesh, Mesh) else jax.local_devices()[0]
+    dtype = dtype or ("float32" if first.platform == "cpu" else "bfloat16")
     if dtype not in ("float32", "bfloat16"):
         raise InputError(f"dtype = {dtype!r}: a T5 runs in 'float32' or 'bfloat16' (not in fp16)")
     opened = open_backbone(path, dtype=dtype, tokenizer=tokenizer, **config_overrides)
@@ -105,22 +116,34 @@ def load_backbone(
         logging.warning(
             "%s also holds a prompt, left out here; load_prompt(path) returns it", opened.name
         )
+    if fsdp and not opened.config.scan_layers:
+        raise InputError(
+            "FSDP = True needs SCAN_LAYERS = True: only in a scan is a layer's weights' gathering "
+            "sure to wait for that layer"
+        )
+    sharding.check_rules({"params": opened.arrays})
+    mesh = choose_mesh(mesh, opened.config, dtype, fsdp=fsdp)
     # Popped, for an array inside of a T5X msgpack is in memory already.
     stored = opened.arrays
     if opened.config.scan_layers:
         stored = stack_paths(stored, stack)
-    placed = {key: place(key, stored.pop(key), dtype, mesh) for key in list(stored)}
+    placed = {key: place(key, stored.pop(key), dtype, mesh, fsdp) for key in list(stored)}
     params = unflatten_paths(placed)
     return Backbone(
         config=opened.config,
         variables={"params": params},
-        apply_fn=make_apply_fn(opened.config),
+        apply_fn=make_apply_fn(opened.config, gather=_gather(mesh, fsdp)),
         tokenizer=opened.tokenizer,
         fingerprint=fingerprint(opened.config, params, mesh),
         name=opened.name,
         mesh=mesh,
+        fsdp=fsdp,
         assumed=opened.assumed,
     )
+
+
+def _gather(mesh: Mesh, fsdp: bool) -> Gather | None:
+    return sharding.gather_layer(mesh) if fsdp else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -306,7 +329,7 @@ def _check(stored: Mapping[str, StoredArray], config: T5Config, name: str) -> No
         raise InputError(f"{name}: parameter {extra[0]} does not belong to a T5 of this config")
 
 
-def place(path: str, stored: StoredArray, dtype: str, mesh: Mesh) -> jax.Array:
+def place(path: str, stored: StoredArray, dtype: str, mesh: Mesh, fsdp: bool) -> jax.Array:
     """`stored` on the mesh as `dtype`.
 
     Only the parts that this process's devices hold are read, each once and cast by itself, however
@@ -322,7 +345,7 @@ def place(path: str, stored: StoredArray, dtype: str, mesh: Mesh) -> jax.Array:
             parts[bounds] = part.astype(jnp.dtype(dtype), copy=False)
         return parts[bounds]
 
-    where = sharding.sharding_of(f"params/{path}", stored.shape, mesh)
+    where = sharding.sharding_of(f"params/{path}", stored.shape, mesh, fsdp=fsdp)
     return jax.make_array_from_callback(stored.shape, where, read)
 
 

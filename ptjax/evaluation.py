@@ -24,8 +24,8 @@ from ptjax.data.tokenizer import Tokenizer
 from ptjax.ensembling import Answers, Repeated, mean_shares, vote_on_labels, vote_on_texts
 from ptjax.errors import InputError, check_at_least
 from ptjax.models.prompt import Bank, stack_prompts
-from ptjax.models.prompted import make_apply_fn, with_prompt
-from ptjax.scale.sharding import replicated
+from ptjax.models.prompted import with_prompt
+from ptjax.scale.sharding import replicated, rows_divisor
 
 Tree = Any
 
@@ -103,7 +103,7 @@ class Evaluator:
         settings: Evaluation,
         sees_input: bool = True,
     ) -> None:
-        self.apply_fn, self.sees_input = make_apply_fn(backbone.config, sees_input), sees_input
+        self.apply_fn, self.sees_input = backbone.make_apply_fn(sees_input), sees_input
         self.task, self.backbone, self.tokenizer = task, backbone, tokenizer
         self.lengths, self.settings = lengths, settings
         self.metric = task.metrics[0] if len(task.metrics) == 1 else "mean"
@@ -162,7 +162,7 @@ class Evaluator:
         count, examples = len(bank.lengths), len(self.examples(split))
         source = Repeated(self._source(split), count)
         # A batch holds all rows of an example, and divides over the mesh.
-        step = math.lcm(count, self.backbone.mesh.shape["data"])
+        step = math.lcm(count, rows_divisor(self.backbone.mesh))
         placed = jax.device_put(bank, replicated(self.backbone.mesh))
         texts, scores = self._predict(
             with_prompt(self.backbone.variables, placed),

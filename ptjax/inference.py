@@ -14,7 +14,7 @@ from ptjax.answering import predict_texts, rows_at_once, tokenize_inputs
 from ptjax.backbone import Backbone
 from ptjax.data.pipeline import make_buckets
 from ptjax.errors import InputError
-from ptjax.models.prompted import make_apply_fn, with_prompt
+from ptjax.models.prompted import with_prompt
 from ptjax.prompting import PromptBank, choose_prompts, prompt_array, prompted, sees_input
 from ptjax.training.loss import Loss
 
@@ -63,7 +63,7 @@ def loss_and_prompt_gradient(
         InputError: as `forward`, or there is no prompt.
     """
     array = prompt_array(backbone, prompt)
-    apply_fn = make_apply_fn(backbone.config, sees_input(prompt))
+    apply_fn = backbone.make_apply_fn(sees_input(prompt))
     if array is None:
         raise InputError("loss_and_prompt_gradient needs a prompt [P, D], not None")
     names = ("encoder_input_tokens", "decoder_input_tokens", "decoder_target_tokens")

@@ -149,8 +149,8 @@ class Preparation:
         """Variables with a member's best export, read back from its file."""
         path, backbone = member.exports.path(BEST), self.backbone
         if self.method == "model_tuning":
-            dtype = backbone.config.dtype
-            return load_backbone(path, dtype=dtype, mesh=backbone.mesh).variables
+            dtype, mesh, fsdp = backbone.config.dtype, backbone.mesh, backbone.fsdp
+            return load_backbone(path, dtype=dtype, mesh=mesh, fsdp=fsdp).variables
         return with_prompt(backbone.variables, load_prompt(path).prompt)
 
     def _initial_prompt(
@@ -188,10 +188,9 @@ class Preparation:
                 seed=seed,
                 prompt_slots=slots,
                 row_length=self.row_length,
-                row_multiple=self.microbatches * mesh.shape["data"],
+                row_multiple=self.microbatches * sharding.rows_divisor(mesh),
             )
         else:
-            sharding.check_batch_size(self.batch_size // self.microbatches, mesh)
             buckets = self.buckets or make_buckets(source)
             batches = TrainBatches(source, buckets=buckets, batch_size=self.batch_size, seed=seed)
         length = self.lengths["inputs"]

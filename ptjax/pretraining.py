@@ -29,7 +29,7 @@ from ptjax.loop import Pace, Run
 from ptjax.members import Member
 from ptjax.models.config import T5Config
 from ptjax.models.prompted import make_apply_fn
-from ptjax.models.t5 import init_params
+from ptjax.models.t5 import init_params, parameter_shapes
 from ptjax.scale import sharding
 from ptjax.training import freeze as freezing
 from ptjax.training.loss import Loss
@@ -85,6 +85,7 @@ class Part(Protocol):
     """A component of the mixture: its rate, and its pipelines with their share of the rate."""
 
     rate: float
+    batch_size: int
 
     def make(
         self, tokenizer: Tokenizer, stream: np.ndarray | None, seed: int
@@ -210,16 +211,18 @@ def pretrain(
     """
     if backbone is not None and model is None:
         model, mesh, found = backbone.config, backbone.mesh, backbone.tokenizer
-        params = backbone.variables["params"]
+        params, apply_fn = backbone.variables["params"], backbone.apply_fn
         if any(leaf.dtype != np.float32 for leaf in jax.tree.leaves(params)):
             raise InputError(
                 "pretrain updates float32 weights: set load_backbone.dtype = 'float32'"
             )
     elif model is not None and backbone is None:
         mesh, found = sharding.make_mesh(), None
-        params = _init_on_mesh(model, seed, mesh)
+        params, apply_fn = _init_on_mesh(model, seed, mesh), make_apply_fn(model)
     else:
         raise InputError("pretrain starts either from sizes (pretrain.model) or from a backbone")
+    for part in parts:
+        sharding.check_batch_size(part.batch_size, mesh, microbatches)
     if tokenizer is not None:
         found = load_tokenizer(tokenizer)
     if found is None:
@@ -256,7 +259,7 @@ def pretrain(
         },
         config=config,
     )
-    step = make_train_step(make_apply_fn(model), locked, loss, microbatches=microbatches)
+    step = make_train_step(apply_fn, locked, loss, microbatches=microbatches)
     run.fit(state, {}, step, mesh, dry_run=dry_run)
 
 
@@ -264,9 +267,8 @@ def _init_on_mesh(model: T5Config, seed: int, mesh: Any) -> Any:
     def init(key: jax.Array) -> Any:
         return init_params(model, key)
 
-    shapes = freezing.flatten_paths(jax.eval_shape(init, jax.random.key(seed)))
-    where = {p: sharding.sharding_of(f"params/{p}", x.shape, mesh) for p, x in shapes.items()}
-    return jax.jit(init, out_shardings=freezing.unflatten_paths(where))(jax.random.key(seed))
+    where = sharding.shardings_of({"params": parameter_shapes(model)}, mesh)["params"]
+    return jax.jit(init, out_shardings=where)(jax.random.key(seed))
 
 
 def _mixture(

@@ -18,7 +18,7 @@ from ptjax.backbone import Backbone
 from ptjax.errors import InputError
 from ptjax.interop.prompt_file import NO_PROMPT, PromptFile
 from ptjax.models.prompt import Bank, stack_prompts
-from ptjax.models.prompted import make_apply_fn, with_prompt
+from ptjax.models.prompted import with_prompt
 from ptjax.models.t5 import PromptStates
 from ptjax.scale.sharding import replicated
 
@@ -238,7 +238,7 @@ def prompted(backbone: Backbone, prompt: Any) -> tuple[Callable[..., Any], Varia
     """
     if isinstance(prompt, PromptBank):
         arrays = check_bank(backbone, prompt).arrays
-        return make_apply_fn(backbone.config), with_prompt(backbone.variables, arrays)
+        return backbone.apply_fn, with_prompt(backbone.variables, arrays)
     array = prompt_array(backbone, prompt)
     states = getattr(prompt, "states", None)
     if states is not None:
@@ -246,7 +246,7 @@ def prompted(backbone: Backbone, prompt: Any) -> tuple[Callable[..., Any], Varia
         cast = jax.tree.map(lambda x: jnp.asarray(x, backbone.config.dtype), states)
         array = jax.device_put(cast, replicated(backbone.mesh))
     variables = with_prompt(backbone.variables, array)
-    return make_apply_fn(backbone.config, sees_input(prompt)), variables
+    return backbone.make_apply_fn(sees_input(prompt)), variables
 
 
 def prompt_array(backbone: Backbone, prompt: Any) -> Float[Array, "P D"] | None:

@@ -93,6 +93,8 @@ def tune(
     check_at_least(0, RANDOM_SEED=seed)
     if batch_size % microbatches:
         raise InputError(f"BATCH_SIZE = {batch_size} is no multiple of {microbatches} MICROBATCHES")
+    if method != "hard_prompt" and not pack:  # the rows of packed batches follow the mesh
+        sharding.check_batch_size(batch_size, backbone.mesh, microbatches)
     lengths = {"inputs": 512, "targets": 16}
     if unknown := sorted(set(feature_lengths or {}) - set(lengths)):
         raise InputError(f"TASK_FEATURE_LENGTHS has {unknown[0]!r}, not 'inputs' or 'targets'")
@@ -189,11 +191,16 @@ def _compose(
 
     microbatches = preparation.microbatches
     trainable, key = starts[0].trainable, jax.random.key(starts[0].seed)
-    step = make_train_step(apply_fn, make_optimizer(), loss, microbatches=microbatches)
+    groups = 1
+    if preparation.method == "prompt_tuning":  # every group has its own copy of what trains
+        mesh, sees_input = preparation.backbone.mesh, preparation.prompt.sees_input
+        groups = sharding.reduction_groups(mesh, microbatches=microbatches, sees_input=sees_input)
+    parts = {"microbatches": microbatches, "groups": groups}
+    step = make_train_step(apply_fn, make_optimizer(), loss, **parts)
     if stacked:
         trainable = jax.tree.map(lambda *x: jnp.stack(x), *(start.trainable for start in starts))
         key = jnp.stack([jax.random.key(start.seed) for start in starts])
-        step = make_bank_step(apply_fn, make_optimizer, loss, microbatches=microbatches)
+        step = make_bank_step(apply_fn, make_optimizer, loss, **parts)
         init = jax.vmap(init)
     # On the mesh: a first state that is elsewhere would compile the step twice.
     where = sharding.replicated(preparation.backbone.mesh)

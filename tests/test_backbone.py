@@ -8,7 +8,6 @@ import logging
 import math
 import pathlib
 import shutil
-import types
 import weakref
 from typing import Any
 
@@ -19,6 +18,7 @@ import pytest
 import tensorstore as ts
 from conftest import FIXTURES, load_expected
 from flax import serialization
+from jax.sharding import Mesh
 
 import ptjax
 from ptjax import backbone as backbones
@@ -28,6 +28,7 @@ from ptjax.errors import InputError
 from ptjax.interop import huggingface, t5x
 from ptjax.interop.stored import StoredArray
 from ptjax.models.config import T5Config
+from ptjax.models.stacking import Unstacked
 from ptjax.scale import sharding
 from ptjax.training.freeze import flatten_paths, unflatten_paths
 
@@ -279,17 +280,17 @@ def test_dtype_is_of_weights_and_activations(t5_1_1):
     ("platform", "dtype"), [("cpu", "float32"), ("gpu", "bfloat16"), ("tpu", "bfloat16")]
 )
 def test_the_mesh_decides_the_default_dtype(monkeypatch, platform, dtype):
-    device = types.SimpleNamespace(platform=platform)
-    mesh = types.SimpleNamespace(devices=np.array([[device]]))
+    device = type("Device", (), {"platform": platform})()
+    mesh = Mesh(np.array([[device]]), ("data", "model"))
     placed = []
 
-    def place(path, stored, dtype, mesh):
+    def place(path, stored, dtype, mesh, fsdp):
         placed.append(dtype)
         raise InputError("far enough")
 
     monkeypatch.setattr(backbones, "place", place)
     with pytest.raises(InputError, match="far enough"):
-        load_backbone(LEGACY, mesh=mesh)  # type: ignore[arg-type]
+        load_backbone(LEGACY, mesh=mesh)
     assert placed == [dtype]
 
 
@@ -495,23 +496,46 @@ def test_each_weight_is_read_once_and_never_held_twice(spied):
     assert reads.most_alive == 1
 
 
-def test_a_mesh_reads_each_part_once_and_gives_the_same_weights(spied, t5_1_1):
+@pytest.mark.parametrize(("name", "fsdp"), [("4x2", False), ("4x2", True)])
+def test_a_mesh_reads_each_part_once_and_gives_the_same_weights(spied, t5_1_1, name, fsdp):
     path, reads = spied
-    mesh = sharding.make_mesh(2)
-    loaded = load_backbone(path, mesh=mesh)
-    assert_same_weights(loaded, t5_1_1)
+    loaded = load_backbone(path, mesh=name, fsdp=fsdp, scan_layers=fsdp)
+    assert loaded.mesh == sharding.make_mesh(2) and loaded.fsdp == fsdp
+    if not fsdp:
+        assert_same_weights(loaded, t5_1_1)
     assert loaded.fingerprint == t5_1_1.fingerprint
+    where = sharding.shardings_of(loaded.variables, loaded.mesh, fsdp=fsdp)
     for name, array in flatten_paths(loaded.variables["params"]).items():
-        assert array.sharding == sharding.sharding_of(f"params/{name}", array.shape, mesh)
+        assert array.sharding == flatten_paths(where["params"])[name]
         expected = {
             tuple(part.indices(size)[:2] for part, size in zip(index, array.shape, strict=True))
             for index in array.sharding.devices_indices_map(array.shape).values()
         }
-        parts = [part for read, part in reads.parts if read == name]
-        assert sorted(parts) == sorted(expected)
+        # Stacked, each layer's part is read for itself.
+        stacked = "/layers/" in name
+        expected = {bounds[1:] for bounds in expected} if stacked else expected
+        for path in Unstacked({name: array}):
+            parts = [part for read, part in reads.parts if read == path]
+            assert sorted(parts) == sorted(expected)
     assert sum(math.prod(b - a for a, b in part) for _, part in reads.parts) == 66_176
-    # Embedding, logits, 24 kernels of attention and 12 of the MLPs lie in two parts.
-    assert len(reads.parts) == 52 + 2 + 24 + 12
+    # 36 kernels of the layers lie in two parts, or two times four; embedding, logits and the two
+    # tables of position biases in two; 12 norm scales in one.
+    assert len(reads.parts) == 36 * (8 if fsdp else 2) + 4 * 2 + 12
+
+
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [
+        ("1x8", "num_heads = 4 is not a multiple of 8, the model axis of the mesh 1x8; MESH may"),
+        ("3x2", "a mesh of 3x2 is 6 devices, and there are 8"),
+        ("8", "MESH = '8': it is 'auto', data x model such as '8x1'"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_said_before_a_weight_is_read(spied, mesh, message):
+    path, reads = spied
+    with pytest.raises(InputError, match=message):
+        load_backbone(path, mesh=mesh)
+    assert not reads.parts
 
 
 # Tokenizers

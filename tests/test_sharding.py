@@ -2,112 +2,278 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import re
+from types import SimpleNamespace
 
 import jax
 import numpy as np
+import optax
 import pytest
+from collectives import collectives
 from jax.sharding import PartitionSpec as P
 
 from ptjax.errors import InputError
 from ptjax.models.config import T5Config
+from ptjax.models.prompted import make_apply_fn
+from ptjax.models.stacking import split_path, stack_paths
 from ptjax.models.t5 import parameter_shapes
 from ptjax.scale import sharding
 from ptjax.training.freeze import flatten_paths, unflatten_paths
+from ptjax.training.loss import Loss
+from ptjax.training.step import init_train_state, make_bank_step, make_train_step
+
+# The widths of XXL and 11B, of whose layers one is like the other.
+CONFIGS = {
+    "t5_1_1_xxl": T5Config(32128, 4096, 64, 2, 2, 64, 10240),
+    "t5_1_0_11b": T5Config(32128, 1024, 128, 2, 2, 128, 65536, ("relu",), True),
+}
+KERNEL = "params/encoder/layers_0/attention/query/kernel"
 
 
 @functools.cache
+def variables_of(name: str, scan_layers: bool = False) -> dict:
+    """The other sizes are held by test_model_configs.py."""
+    config = dataclasses.replace(CONFIGS[name], scan_layers=scan_layers)
+    prompt = jax.ShapeDtypeStruct((100, config.emb_dim), "float32")
+    return {"params": parameter_shapes(config), "prompt": {"prompt": prompt}}
+
+
 def shapes_of(name: str) -> dict[str, tuple[int, ...]]:
-    """Path in the variables -> shape; the other sizes are held by test_model_configs.py."""
-    configs = {
-        "t5_1_1_xxl": T5Config(32128, 4096, 64, 24, 24, 64, 10240),
-        "t5_1_0_11b": T5Config(32128, 1024, 128, 24, 24, 128, 65536, ("relu",), True),
-    }
-    shapes = {"params": parameter_shapes(configs[name])}
-    return {path: leaf.shape for path, leaf in flatten_paths(shapes).items()}
+    return {path: leaf.shape for path, leaf in flatten_paths(variables_of(name)).items()}
 
 
-@pytest.mark.parametrize("name", ["t5_1_1_xxl", "t5_1_0_11b"])
-def test_every_variable_is_covered_by_one_rule(name):
-    used = set()
-    for path in [*shapes_of(name), "prompt/prompt"]:
-        matching = [pattern for pattern, _ in sharding.RULES if re.fullmatch(pattern, path)]
-        assert len(matching) == 1, path
-        used |= set(matching)
-    unused = {pattern for pattern, _ in sharding.RULES} - used
-    assert unused == ({r"params/decoder/logits_dense/kernel"} if "1_0" in name else set())
+def tree(**shapes: tuple[int, ...]) -> dict:
+    """Variables {"params": {name: a leaf of that shape}}."""
+    return {"params": {name: SimpleNamespace(shape=shape) for name, shape in shapes.items()}}
 
 
-@pytest.mark.parametrize("name", ["t5_1_1_xxl", "t5_1_0_11b"])
-def test_a_device_of_a_mesh_holds_its_part_of_a_large_model(name):
-    """Everything but norms and position biases is divided, so that XXL fits."""
-    mesh = sharding.make_mesh(8)
-    held = whole = 0
-    for path, shape in shapes_of(name).items():
-        part = math.prod(sharding.sharding_of(path, shape, mesh).shard_shape(shape))
-        held, whole = held + part, whole + math.prod(shape)
-        assert (part == math.prod(shape)) == path.endswith(("scale", "rel_embedding")), path
-    assert held < 1.001 * whole / 8
+# The table
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_table_holds_for_both_kinds_of_t5(name):
+    sharding.check_rules(variables_of(name))
+    sharding.check_rules({"params": variables_of(name)["params"]})
+    for path in shapes_of(name):
+        assert sum(bool(re.fullmatch(pattern, path)) for pattern, _ in sharding.RULES) == 1, path
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ([("params/a", P())], "no row for variable 'params/ab'"),
+        ([("params/.*", P()), ("params/c", P())], "row 'params/c' matches no variable"),
+        ([("params/.*", P()), ("params/a", P())], "row 'params/a' is never reached"),
+        ([("params/.*", P()), ("params/a", P("model"))], "row 'params/a' is never reached"),
+        (
+            [("params/a", P()), ("params/ab", P()), ("params/ab?", P())],
+            "row 'params/ab\\?' is never reached",
+        ),
+        (
+            [("params/a.*", P("model")), ("params/.*b", P())],
+            "rows 'params/a.*' .* and 'params/.*b' .* contradict each other about variable "
+            "'params/ab'",
+        ),
+        ([("params/.*", P("model", None, None))], "gives variable 'params/a' 3 axes, but it has 2"),
+        ([("params/.*", P("modle"))], "row 'params/.*' names axis 'modle'"),
+        ([("params/.*", P("fsdp", "data"))], "row 'params/.*' names an axis twice"),
+        ([("params/.*", P()), ("parms/.*", P())], "row 'parms/.*' is for no collection of ours"),
+    ],
+)
+def test_a_table_with_a_mistake(rules, message):
+    three = tree(a=(4, 4), ab=(4, 4), b=(4, 4)) if "contradict" in message else None
+    with pytest.raises(InputError, match=message):
+        sharding.check_rules(three or tree(a=(4, 4), ab=(4, 4)), rules)
+
+
+def test_an_exception_stands_before_its_rule_and_agreeing_rows_may_overlap():
+    exception = [("params/a", P("model")), ("params/.*", P()), ("prompt/.*", P())]
+    sharding.check_rules(tree(a=(4,), b=(4,)), exception)
+    assert sharding.spec_of("params/a", 1, rules=exception) == P("model")
+    assert sharding.spec_of("params/b", 1, rules=exception) == P()
+    sharding.check_rules(tree(a=(4,), ab=(4,), b=(4,)), [("params/a.*", P()), ("params/.*b", P())])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_a_device_of_a_mesh_holds_its_part_of_a_large_model(name, fsdp):
+    """Everything but norms is divided over the model axis, the layers' kernels over data too."""
+    mesh = sharding.make_mesh(4)
+    params = {"params": variables_of(name, scan_layers=fsdp)["params"]}
+    where = flatten_paths(sharding.shardings_of(params, mesh, fsdp=fsdp))
+    held = 0
+    for path, leaf in flatten_paths(params).items():
+        part = math.prod(where[path].shard_shape(leaf.shape))
+        held += part
+        of_layer = "/layers/" in path and path.endswith("kernel")
+        parts = 1 if path.endswith("scale") else 8 if of_layer else 4
+        assert part * parts == math.prod(leaf.shape), path
+    sizes = {"data": 2, "model": 4}
+    assert sharding.bytes_per_device(params, sizes, "bfloat16", fsdp=fsdp) == 2 * held
+    whole = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+    assert held < 1.001 * whole / 4
 
 
 def test_where_each_kind_of_array_lives():
     mesh = sharding.make_mesh(2)
 
-    def spec(path, shape):
-        where = sharding.sharding_of(path, shape, mesh)
-        assert where.mesh == mesh
-        return tuple(where.spec) + (None,) * (len(shape) - len(where.spec))
+    def specs(path, *shape):
+        both = [sharding.sharding_of(path, shape, mesh, fsdp=fsdp) for fsdp in (False, True)]
+        assert all(where.mesh == mesh for where in both)
+        return tuple(where.spec for where in both)
 
-    layer = "params/encoder/layers_0"
-    assert spec("params/token_embedder/embedding", (32, 8)) == ("model", None)
-    assert spec("params/decoder/logits_dense/kernel", (8, 32)) == (None, "model")
-    assert spec(f"{layer}/attention/query/kernel", (8, 8)) == (None, "model")
-    assert spec(f"{layer}/attention/out/kernel", (8, 8)) == ("model", None)
-    assert spec(f"{layer}/mlp/wi_1/kernel", (8, 16)) == (None, "model")
-    assert spec(f"{layer}/mlp/wo/kernel", (16, 8)) == ("model", None)
-    assert spec(f"{layer}/pre_mlp_layer_norm/scale", (8,)) == (None,)
-    assert spec("params/encoder/relpos_bias/rel_embedding", (4, 32)) == (None, None)
-    assert spec("prompt/prompt", (100, 8)) == (None, None)
+    layer = "params/encoder/layers"
+    column = P(None, None, "model"), P(None, "data", "model")
+    row = P(None, "model", None), P(None, "model", "data")
+    for name in ("attention/query", "attention/key", "attention/value", "mlp/wi", "mlp/wi_1"):
+        assert specs(f"{layer}/{name}/kernel", 3, 8, 16) == column
+    cross = "params/decoder/layers/encoder_decoder_attention/key/kernel"
+    assert specs(cross, 3, 8, 16) == column
+    assert specs(f"{layer}/attention/out/kernel", 3, 16, 8) == row
+    assert specs(f"{layer}/mlp/wo/kernel", 3, 16, 8) == row
+    assert specs(f"{layer}/pre_mlp_layer_norm/scale", 3, 8) == (P(), P())
+    # What is not stacked lies alike with FSDP and without.
+    assert specs("params/encoder/layers_3/mlp/wi/kernel", 8, 16) == (P(None, "model"),) * 2
+    assert specs("params/token_embedder/embedding", 64, 8) == (P("model", None),) * 2
+    assert specs("params/decoder/logits_dense/kernel", 8, 64) == (P(None, "model"),) * 2
+    assert specs("params/encoder/relpos_bias/rel_embedding", 4, 32) == (P("model", None),) * 2
+    assert specs("prompt/prompt", 100, 8) == (P(), P())
+
+
+def test_stacked_layers_have_a_leading_axis_that_is_never_divided():
+    mesh = sharding.make_mesh((2, 2, 2))
+    kernel = "params/decoder/layers/mlp/wo/kernel"
+    where = sharding.sharding_of(kernel, (3, 16, 8), mesh, fsdp=True)
+    assert where.spec == P(None, "model", "data")
+    assert where.shard_shape((3, 16, 8)) == (3, 8, 4)
+    scale = "params/decoder/layers/pre_mlp_layer_norm/scale"
+    assert sharding.sharding_of(scale, (3, 8), mesh).is_fully_replicated
+    # One layer on its own has no such axis, and neither has what stands beside the layers.
+    assert sharding.spec_of("params/decoder/layers_0/mlp/wo/kernel", 2) == P("model", None)
+    stacked = {"encoder": {"layers": {"mlp": {"wo": {"kernel": np.zeros((3, 16, 8))}}}}}
+    rules = [(r"params/.*/wo/kernel", P("model", "fsdp"))]
+    found = sharding.shardings_of({"params": stacked}, mesh, rules=rules)
+    assert flatten_paths(found)["params/encoder/layers/mlp/wo/kernel"].spec == P(
+        None, "model", None
+    )
+    with pytest.raises(InputError, match="3 axes, but it has 2"):
+        sharding.spec_of(kernel, 2)
 
 
 @pytest.mark.parametrize(
     "path", ["params/encoder/adapter/kernel", "prompts/prompt", "params/encoder/wo/kernel/extra"]
 )
-def test_a_variable_without_a_rule_is_an_error(path):
-    with pytest.raises(InputError, match=f"0 rules for variable '{path}'"):
+def test_a_variable_without_a_row_is_an_error(path):
+    with pytest.raises(InputError, match=f"no row for variable '{path}'"):
         sharding.sharding_of(path, (4, 4), sharding.make_mesh())
 
 
-def test_rules_that_disagree_are_an_error(monkeypatch):
-    path = "params/encoder/layers_0/mlp/wo/kernel"
-    mesh = sharding.make_mesh(2)
-    more = (*sharding.RULES, (r"params/.*/mlp/.*", P("data", None)))
-    monkeypatch.setattr(sharding, "RULES", more)
-    with pytest.raises(InputError, match=f"2 rules for variable '{path}'"):
-        sharding.sharding_of(path, (4, 4), mesh)
-    assert sharding.sharding_of("params/token_embedder/embedding", (4, 4), mesh)
-
-
-def test_what_an_axis_does_not_divide_is_replicated():
-    """T5 small has 6 heads of 64; on 4 devices they divide, 7 columns do not."""
+def test_what_an_axis_does_not_divide_is_an_error():
     mesh = sharding.make_mesh(4)
-    kernel = "params/encoder/layers_0/attention/query/kernel"
-    assert sharding.sharding_of(kernel, (8, 384), mesh).shard_shape((8, 384)) == (8, 96)
-    assert sharding.sharding_of(kernel, (8, 7), mesh).is_fully_replicated
-    assert sharding.sharding_of("params/token_embedder/embedding", (6, 8), mesh).is_fully_replicated
+    assert sharding.sharding_of(KERNEL, (8, 384), mesh).shard_shape((8, 384)) == (8, 96)
+    with pytest.raises(InputError, match=r"\[8, 7\]: 7 is not a multiple of 4, the mesh's model"):
+        sharding.sharding_of(KERNEL, (8, 7), mesh)
+    stacked = split_path(KERNEL)[0]
+    with pytest.raises(InputError, match=r"\[3, 7, 8\]: 7 is not a multiple of 2, the mesh's data"):
+        sharding.sharding_of(stacked, (3, 7, 8), mesh, fsdp=True)
 
 
-# Meshes
+# T5X's table: `standard_logical_axis_rules` of t5x/partitioning.py, by (activation_partitioning_
+# dims, parameter_partitioning_dims), as far as parameters have these axes; in this order.
+FIRST = [("vocab", "model"), ("embed", None), ("mlp", "model"), ("heads", "model")]
+OTHERS = [("vocab", "model"), ("mlp", "model"), ("heads", "model"), ("joined_kv", "model")]
+LOGICAL = {
+    (1, 1): [*FIRST, ("joined_kv", "model")],
+    (2, 1): [*OTHERS, ("embed", "model")],
+    (1, 2): [*OTHERS, ("embed", "data")],
+    (2, 2): [*OTHERS, ("embed", "model"), ("embed", "data")],
+}
+# `param_with_axes` of t5x/examples/t5/layers.py, by the rows of our table.
+NAMED = {
+    r"params/token_embedder/embedding": ("vocab", "embed"),
+    r"params/.*/(query|key|value)/kernel": ("embed", "joined_kv"),
+    r"params/.*/out/kernel": ("joined_kv", "embed"),
+    r"params/.*/(wi|wi_0|wi_1)/kernel": ("embed", "mlp"),
+    r"params/.*/wo/kernel": ("mlp", "embed"),
+    r"params/.*/logits_dense/kernel": ("embed", "vocab"),
+    r"params/.*/rel_embedding": ("heads", "relpos_buckets"),
+    r"params/.*/scale": ("embed",),
+}
 
 
-@pytest.mark.parametrize(("model", "shape"), [(1, (8, 1)), (2, (4, 2)), (8, (1, 8))])
-def test_all_devices_are_on_the_mesh(model, shape):
-    mesh = sharding.make_mesh(model)
-    assert mesh.axis_names == ("data", "model")
-    assert mesh.devices.shape == shape
-    assert set(mesh.devices.flat) == set(jax.devices())
+def t5x_spec(names: tuple[str, ...], rules: list[tuple[str, str | None]]) -> P:
+    """Rules in their order, each to the first axis of its name while the mesh axis is free."""
+    found: dict[str, str | None] = {}
+    for name, axis in rules:
+        free = axis is None or axis not in found.values()
+        if name in names and name not in found and free:
+            found[name] = axis
+    return P(*(found.get(name) for name in names))
+
+
+def whole(spec: P, rank: int) -> tuple:
+    """A spec to its full length."""
+    return (*spec, *[None] * (rank - len(spec)))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("dims", LOGICAL)
+def test_t5x_s_rules_are_a_table_of_ours(name, dims):
+    """Row by row, and variable by variable; the shipped one is (1, 1), with FSDP (1, 2)."""
+    params = {"params": variables_of(name)["params"]}
+    used = {p: t5x_spec(names, LOGICAL[dims]) for p, names in NAMED.items()}
+    shapes = flatten_paths(params)
+    rows = [row for row in used.items() if any(re.fullmatch(row[0], path) for path in shapes)]
+    sharding.check_rules(params, rows)
+    for path, leaf in shapes.items():
+        [wanted] = [spec for pattern, spec in rows if re.fullmatch(pattern, path)]
+        rank = len(leaf.shape)
+        assert whole(sharding.spec_of(path, rank, rules=rows), rank) == whole(wanted, rank)
+        if dims[0] == 1:
+            name, layer = split_path(path)
+            front = [] if layer is None else [None]
+            ours = sharding.spec_of(name, rank + len(front), fsdp=dims[1] == 2)
+            # The one difference: outside of the layers' kernels T5X divides D over data as well.
+            kept = [
+                None if axis == "data" and rank < 2 + (layer is None) else axis for axis in wanted
+            ]
+            assert whole(ours, rank + len(front)) == whole(P(*front, *kept), rank + len(front)), (
+                path
+            )
+
+
+def test_t5x_s_rules_as_its_documentation_gives_them():
+    kernel, scale = ("embed", "mlp"), ("embed",)
+    assert [t5x_spec(kernel, LOGICAL[dims]) for dims in LOGICAL] == [
+        *(P(None, "model"), P(None, "model"), P("data", "model"), P("data", "model"))
+    ]
+    assert [t5x_spec(scale, LOGICAL[dims]) for dims in LOGICAL] == [
+        *(P(None), P("model"), P("data"), P("model"))
+    ]
+
+
+# Meshes; by name in test_meshes.py
+
+
+@pytest.mark.parametrize(
+    ("shape", "sizes"),
+    [
+        (1, {"data": 8, "model": 1}),
+        (2, {"data": 4, "model": 2}),
+        (8, {"data": 1, "model": 8}),
+        ((2, 4), {"data": 2, "model": 4}),
+        ((2, 2, 2), {"replica": 2, "data": 2, "model": 2}),
+        ((1, 8, 1), {"replica": 1, "data": 8, "model": 1}),
+    ],
+)
+def test_all_devices_are_on_the_mesh(shape, sizes):
+    mesh = sharding.make_mesh(shape)
+    assert dict(mesh.shape) == sizes
+    assert list(mesh.devices.flat) == jax.devices()
+    assert sharding.rows_divisor(mesh) == 8 // sizes["model"]
 
 
 def test_a_mesh_of_some_devices():
@@ -118,40 +284,166 @@ def test_a_mesh_of_some_devices():
 
 @pytest.mark.parametrize("model", [3, 0, -2, 16])
 def test_devices_that_cannot_be_divided_so(model):
-    message = f"8 devices cannot be divided into model_parallelism = {model}; choose a divisor"
+    message = f"8 devices cannot be divided into a model axis of {model}"
     with pytest.raises(InputError, match=message):
         sharding.make_mesh(model)
 
 
-def test_a_batch_goes_over_the_data_axis():
-    mesh = sharding.make_mesh(2)
+@pytest.mark.parametrize("shape", [(8,), (4, 1), (2, 2, 2, 1), (0, 8), (-1, -8)])
+def test_a_shape_that_is_no_mesh_of_these_devices(shape):
+    with pytest.raises(InputError, match="and there are 8; it is data x model, or replica x data"):
+        sharding.make_mesh(shape)
+
+
+def test_a_batch_goes_over_replica_and_data():
     rows = np.arange(48).reshape(8, 6)
-    placed = sharding.put_batch({"encoder_input_tokens": rows}, mesh)["encoder_input_tokens"]
-    np.testing.assert_array_equal(placed, rows)
-    assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 6)}
+    for shape, part in {(4, 2): (2, 6), (2, 2, 2): (2, 6), (2, 4, 1): (1, 6)}.items():
+        mesh = sharding.make_mesh(shape)
+        placed = sharding.put_batch({"encoder_input_tokens": rows, "active": rows[0]}, mesh)
+        tokens = placed["encoder_input_tokens"]
+        np.testing.assert_array_equal(tokens, rows)
+        assert {shard.data.shape for shard in tokens.addressable_shards} == {part}
+        assert placed["active"].is_fully_replicated
+        # That of a bank has its members in front.
+        assert sharding.batch_sharding(mesh, 3).shard_shape((5, 8, 6)) == (5, *part)
+
+
+def test_batch_sizes_that_the_mesh_does_not_divide():
+    mesh = sharding.make_mesh((2, 2, 2))
     sharding.check_batch_size(8, mesh)
-    with pytest.raises(InputError, match="batch size 6 is not a multiple of the 4 devices"):
+    sharding.check_batch_size(8, mesh, microbatches=2)
+    message = "batch size 6 is not a multiple of the 4 devices on the mesh's replica x data axis; "
+    with pytest.raises(InputError, match=message + "choose 4 or 8, or another MESH"):
         sharding.check_batch_size(6, mesh)
+    with pytest.raises(InputError, match=r"batch size 4, in 2 microbatches, .*; choose 8, or"):
+        sharding.check_batch_size(4, mesh, microbatches=2)
 
 
-# Numbers
+# Numbers and traffic
+
+CASES = {
+    "8x1": ((8, 1), {}),
+    "4x2": ((4, 2), {}),
+    "2x4": ((2, 4), {}),
+    "2x2x2": ((2, 2, 2), {}),
+    "8x1, fsdp": ((8, 1), {"fsdp": True}),
+    "4x2, fsdp": ((4, 2), {"fsdp": True}),
+    "4x2, microbatches": ((4, 2), {"microbatches": 2}),
+    "4x2, a prompt that sees no input": ((4, 2), {"sees_input": False}),
+    "2x2x2, all of it": ((2, 2, 2), {"fsdp": True, "microbatches": 2, "sees_input": False}),
+}
+SGD = optax.sgd(1.0)
 
 
-@pytest.mark.parametrize("model", [2, 4])
-def test_logits_on_eight_devices_are_those_on_one(tiny, tiny_batch, model):
-    """Parts of sums are added in another order: 1e-6 of the largest logit is some ten roundings."""
-    mesh = sharding.make_mesh(model)
-    tokens = {name: tiny_batch[name] for name in ("encoder_input_tokens", "decoder_input_tokens")}
-    one = tiny.jitted()(tiny.variables, *tokens.values())
-    placed = {
-        path: jax.device_put(leaf, sharding.sharding_of(path, leaf.shape, mesh))
-        for path, leaf in flatten_paths(tiny.variables).items()
-    }
-    variables = unflatten_paths(placed)
-    many = tiny.jitted()(variables, *sharding.put_batch(tokens, mesh).values())
-    assert len(many.sharding.device_set) == 8
-    real = tiny_batch["decoder_target_tokens"] > 0
-    scale = np.abs(one[real]).max()
-    np.testing.assert_allclose(
-        np.asarray(many)[real], np.asarray(one)[real], rtol=0, atol=1e-6 * scale
-    )
+def run_step(tiny, batch, mesh, *, fsdp=False, microbatches=1, sees_input=True, members=None):
+    """(the compiled step, its frozen weights, the state after it, its metrics) without dropout."""
+    gather = sharding.gather_layer(mesh) if fsdp else None
+    # One layer each compiles fast, and has every kind of weight; a scan over one is unrolled.
+    count = 2 if fsdp else 1
+    layers = {"num_encoder_layers": count, "num_decoder_layers": count, "dropout_rate": 0.0}
+    config = T5Config(**(vars(tiny.config) | layers))
+    shapes = flatten_paths(parameter_shapes(config))
+    kept = {path: x for path, x in flatten_paths(tiny.params).items() if path in shapes}
+    if fsdp:
+        kept = stack_paths(kept, jax.numpy.stack)
+        config = dataclasses.replace(config, scan_layers=True)
+    params = {"params": unflatten_paths(kept)}
+    frozen = jax.device_put(params, sharding.shardings_of(params, mesh, fsdp=fsdp))
+    prompt = {"prompt": {"prompt": tiny.prompt}}
+    groups = sharding.reduction_groups(mesh, microbatches=microbatches, sees_input=sees_input)
+    parts = {"microbatches": microbatches, "groups": groups}
+    apply = make_apply_fn(config, sees_input, gather)
+    state = init_train_state(jax.tree.map(np.array, prompt), SGD, jax.random.key(0))
+    step = make_train_step(apply, SGD, Loss(), **parts)
+    if members:
+        state = jax.tree.map(lambda x: jax.numpy.stack([x] * members), state)
+        step = make_bank_step(apply, optax.sgd, Loss(), **parts)
+        batch = {name: np.stack([x] * members) for name, x in batch.items()}
+        batch |= {"active": np.ones(members, bool), "learning_rate": np.ones(members, np.float32)}
+    state = jax.device_put(state, sharding.replicated(mesh))
+    batch = sharding.put_batch(batch, mesh)
+    places = jax.tree.map(lambda x: x.sharding, state)
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(places, None))
+    compiled = jitted.lower(state, frozen, batch).compile()
+    return compiled, frozen, *compiled(state, frozen, batch)
+
+
+@pytest.fixture(scope="module")
+def one_device(tiny, tiny_batch):
+    """`one_device(sees_input, fsdp)` -> (loss, gradient of the prompt), each computed once."""
+
+    def alone(sees_input, fsdp):
+        mesh = sharding.make_mesh(devices=jax.devices()[:1])
+        *_, state, metrics = run_step(tiny, tiny_batch, mesh, sees_input=sees_input, fsdp=fsdp)
+        return metrics["loss"], np.asarray(tiny.prompt - state.trainable["prompt"]["prompt"])
+
+    return functools.cache(alone)
+
+
+FAST = ("4x2", "8x1, fsdp", "4x2, microbatches", "2x2x2, all of it")
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[] if case in FAST else pytest.mark.slow) for case in CASES]
+)
+def test_a_mesh_changes_no_number_and_reduces_one_array(tiny, tiny_batch, one_device, case):
+    """Sums are taken in another order: 1e-5 of the largest entry is some hundred roundings."""
+    shape, settings = CASES[case]
+    mesh = sharding.make_mesh(shape)
+    compiled, frozen, state, metrics = run_step(tiny, tiny_batch, mesh, **settings)
+    fsdp = settings.get("fsdp", False)
+    loss, gradient = one_device(settings.get("sees_input", True), fsdp)
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+    ours = np.asarray(tiny.prompt - state.trainable["prompt"]["prompt"])
+    np.testing.assert_allclose(ours, gradient, rtol=0, atol=1e-5 * np.abs(gradient).max())
+    assert state.trainable["prompt"]["prompt"].is_fully_replicated
+
+    rows = sharding.rows_axes(mesh)
+    found = [one for one in collectives(compiled, mesh) if set(one.axes) & set(rows)]
+    reduced = [one for one in found if one.kind == "all-reduce" and one.shape]
+    # All rows' devices at once, in float32, when the loop over microbatches is over.
+    assert [(r.dtype, r.shape, r.axes, r.in_loop) for r in reduced] == [
+        ("f32", tiny.prompt.shape, tuple(a for a in rows if mesh.shape[a] > 1), False)
+    ]
+    others = {one.kind for one in found} - {"all-reduce"}
+    assert others == ({"all-gather"} if fsdp else set())
+    if fsdp:  # nothing but the weights of a layer, when the scan comes to it
+        gathered = [one for one in found if one.kind == "all-gather"]
+        layers = [x for x in jax.tree.leaves(frozen) if x.ndim == 3]
+        assert {one.shape[-2:] for one in gathered} == {shard_shape(x, mesh)[1:] for x in layers}
+        assert all(math.prod(one.shape[:-2]) == 1 for one in gathered)
+        assert all(one.axes == ("data",) and one.in_loop for one in gathered)
+
+
+def shard_shape(array, mesh):
+    """What a device holds of a weight that is gathered over data, but not over model."""
+    spec = [None if axis == "data" else axis for axis in array.sharding.spec]
+    return jax.sharding.NamedSharding(mesh, P(*spec)).shard_shape(array.shape)
+
+
+def test_every_device_holds_its_part_and_no_more(tiny, tiny_batch):
+    mesh = sharding.make_mesh((2, 2, 2))
+    stacked = stack_paths(flatten_paths(tiny.params), jax.numpy.stack)
+    params = {"params": unflatten_paths(stacked)}
+    where = sharding.shardings_of(params, mesh, fsdp=True)
+    placed = jax.device_put(params, where)
+    held = dict.fromkeys(jax.devices(), 0)
+    for path, array in flatten_paths(placed).items():
+        kernel = "/layers/" in path and path.endswith("kernel")
+        parts = 1 if path.endswith("scale") else 4 if kernel else 2
+        for shard in array.addressable_shards:
+            assert shard.data.size * parts == array.size, path
+            held[shard.device] += shard.data.nbytes
+    wanted = sharding.bytes_per_device(params, dict(mesh.shape), "float32", fsdp=True)
+    assert set(held.values()) == {wanted}
+
+
+@pytest.mark.slow
+def test_a_bank_reduces_the_gradients_of_its_prompts_at_once(tiny, tiny_batch):
+    mesh = sharding.make_mesh((4, 2))
+    compiled, *_ = run_step(tiny, tiny_batch, mesh, microbatches=2, sees_input=False, members=3)
+    found = [one for one in collectives(compiled, mesh) if one.axes != ("model",)]
+    assert [one[:3] for one in found if one.shape != (3,)] == [
+        ("all-reduce", "f32", (3, *tiny.prompt.shape))
+    ]
+    assert not any(one.in_loop for one in found)

@@ -128,7 +128,8 @@ class PackedBatches:
         prompt_slots: positions in front of every example's input that its copy of the prompt takes;
             0 when the prompt does not see the input.
         row_length: T of the rows, prompt slots included; None chooses it.
-        row_multiple: the number of rows is a multiple of it: data axis times microbatches.
+        row_multiple: the number of rows is a multiple of it: rows that the mesh divides, times
+            microbatches.
 
     Raises:
         InputError: an example and its prompt are longer than `row_length`.

@@ -15,6 +15,7 @@ from ptjax.errors import InputError
 from ptjax.models.config import T5Config
 from ptjax.models.layers import positions_in_segments, same_segment
 from ptjax.models.prompt import Bank, Prompt
+from ptjax.models.stacking import Gather
 from ptjax.models.t5 import T5, Cache, Encoded, PromptStates
 
 
@@ -30,9 +31,10 @@ class PromptedT5(nn.Module):
 
     config: T5Config
     sees_input: bool = True
+    gather: Gather | None = None
 
     def setup(self) -> None:
-        self.backbone = T5(self.config)
+        self.backbone = T5(self.config, self.gather)
         nn.share_scope(self, self.backbone)
         self.prompt = Prompt(self.sees_input)
         nn.share_scope(self, self.prompt)
@@ -132,9 +134,15 @@ class PromptedT5(nn.Module):
 
 
 @functools.cache
-def make_apply_fn(config: T5Config, sees_input: bool = True) -> Callable[..., Any]:
-    """`PromptedT5(...).apply`, the same object for the same settings: jit caches by it."""
-    return PromptedT5(config, sees_input).apply
+def make_apply_fn(
+    config: T5Config, sees_input: bool = True, gather: Gather | None = None
+) -> Callable[..., Any]:
+    """`PromptedT5(...).apply`, the same object for the same settings: jit caches by it.
+
+    Args:
+        gather: for weights that are divided along D too (`scale.sharding.gather_layer`).
+    """
+    return PromptedT5(config, sees_input, gather).apply
 
 
 def with_prompt(

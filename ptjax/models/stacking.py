@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from ptjax.models.config import T5Config
 
@@ -21,6 +22,10 @@ Made = TypeVar("Made")
 Layers = list[T] | T
 """Something of every layer: a list, or where layers are scanned, arrays with a leading axis."""
 
+Gather = Callable[[Any], Any]
+"""A layer's parameters -> the same, whole on every device of `data`; see `gathered`."""
+
+_GATHERED = "gathered"
 _POLICIES = {
     # A projection's output is kept, what attention makes of it (large, cheap) is made again.
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -43,15 +48,22 @@ def run_layers(
     layers: Any,
     x: Any,
     *own: Any,
+    gather: Gather | None = None,
 ) -> tuple[Any, Layers[Any]]:
     """`x, made = step(layer, x, *own of this layer)` for every layer: the last x, and all made.
 
     Args:
         own: `Layers` each, or None.
+        gather: what is done to a layer's parameters before they are used. It is done once more on
+            the way back: to keep what was gathered would be to keep all of it.
     """
-    if config.remat != "none":
+    policy = _POLICIES.get(config.remat)
+    if gather is not None:
+        step = nn.map_variables(step, "params", gather)
+        policy = policy or jax.checkpoint_policies.save_anything_except_these_names(_GATHERED)
+    if policy is not None:
         # Within a scan nothing else could be merged with what is made again.
-        step = nn.remat(step, policy=_POLICIES[config.remat], prevent_cse=not config.scan_layers)
+        step = nn.remat(step, policy=policy, prevent_cse=not config.scan_layers)
     if config.scan_layers:
         scanned = nn.scan(
             step,
@@ -65,6 +77,11 @@ def run_layers(
         x, of_layer = step(layer, x, *(None if one is None else one[index] for one in own))
         made.append(of_layer)
     return x, made
+
+
+def gathered(weights: jax.Array) -> jax.Array:
+    """Says of `weights` that a `Gather` made them."""
+    return checkpoint_name(weights, _GATHERED)
 
 
 def stack(layers: Layers[Any]) -> Any:

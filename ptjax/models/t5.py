@@ -28,7 +28,15 @@ from ptjax.models.layers import (
     mask_bias,
     same_segment,
 )
-from ptjax.models.stacking import Layers, make_layers, map_layers, run_layers, stack, unstack
+from ptjax.models.stacking import (
+    Gather,
+    Layers,
+    make_layers,
+    map_layers,
+    run_layers,
+    stack,
+    unstack,
+)
 
 LayerCache = dict[str, Array]
 """Of a decoder layer: self_key, self_value [B, L, H, K] and cross_key, cross_value [B, S, H, K]."""
@@ -144,6 +152,7 @@ class DecoderLayer(nn.Module):
 
 class Encoder(nn.Module):
     config: T5Config
+    gather: Gather | None = None
 
     def setup(self) -> None:
         cfg = self.config
@@ -188,13 +197,14 @@ class Encoder(nn.Module):
 
         count = cfg.num_encoder_layers
         own = unstack(cfg, count, prompt)
-        x, made = run_layers(cfg, count, run, self.layers, x, own)
+        x, made = run_layers(cfg, count, run, self.layers, x, own, gather=self.gather)
         states = self.output_dropout(self.encoder_norm(x), deterministic)
         return states, stack(made) if keep else None
 
 
 class Decoder(nn.Module):
     config: T5Config
+    gather: Gather | None = None
 
     def setup(self) -> None:
         cfg = self.config
@@ -214,7 +224,7 @@ class Decoder(nn.Module):
             return None, layer.encoder_decoder_attention.keys_values(encoded)
 
         count = self.config.num_decoder_layers
-        return run_layers(self.config, count, of_layer, self.layers, None)[1]
+        return run_layers(self.config, count, of_layer, self.layers, None, gather=self.gather)[1]
 
     def __call__(
         self,
@@ -247,23 +257,24 @@ class Decoder(nn.Module):
         shared = None if encoded.prompt is None else encoded.prompt.decoder
         shared = unstack(cfg, count, shared)
         x = self.input_dropout(embedded, deterministic).astype(cfg.dtype)
-        x, made = run_layers(cfg, count, run, self.layers, x, cache, shared)
+        x, made = run_layers(cfg, count, run, self.layers, x, cache, shared, gather=self.gather)
         states = self.output_dropout(self.decoder_norm(x), deterministic)
         return states, None if cache is None else made
 
 
 class T5(nn.Module):
-    """The encoder-decoder, in pieces that a prompt can be put between."""
+    """The encoder-decoder, in pieces that a prompt can be put between; `gather` is for FSDP."""
 
     config: T5Config
+    gather: Gather | None = None
 
     def setup(self) -> None:
         cfg = self.config
         self.token_embedder = nn.Embed(
             cfg.vocab_size, cfg.emb_dim, embedding_init=nn.initializers.normal(1.0)
         )
-        self.encoder = Encoder(cfg)
-        self.decoder = Decoder(cfg)
+        self.encoder = Encoder(cfg, self.gather)
+        self.decoder = Decoder(cfg, self.gather)
 
     def embed(self, tokens: Int[Array, "B t"]) -> Float[Array, "B t D"]:
         return self.token_embedder.embedding.astype(self.config.dtype)[tokens]

@@ -56,33 +56,54 @@ def make_train_step(
     loss: Loss,
     *,
     microbatches: int = 1,
+    groups: int = 1,
 ) -> Callable[[TrainState, Tree, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """`(state, frozen, batch) -> (state, metrics)`, to be jitted with the state donated.
 
     `jax.grad` sees the trainable half only, so no gradient of a frozen weight is ever formed. The
     batch [B, ...] is taken in `microbatches` equal parts whose gradients add up.
+
+    Args:
+        groups: of neighbouring rows, one for each device (`scale.sharding.reduction_groups`).
+            Every group has a gradient of its own, and they are added once, when all is done, so
+            that devices exchange one gradient a step. Each draws its own dropout.
     """
 
     def part_loss(trainable: Tree, frozen: Tree, batch: Batch, key: jax.Array) -> jax.Array:
         return batch_loss(apply_fn, loss, freezing.combine(trainable, frozen), batch, key)
 
+    def gradient(trainable: Tree, frozen: Tree, batch: Batch, key: jax.Array) -> Tree:
+        """(loss, gradient) of a microbatch; with several groups, of each [groups, ...]."""
+        value_and_grad = jax.value_and_grad(part_loss)
+        if groups == 1:
+            return value_and_grad(trainable, frozen, batch, key)
+        grouped = jax.tree.map(lambda x: x.reshape(groups, -1, *x.shape[1:]), batch)
+        keys = jax.random.split(key, groups)
+        return jax.vmap(value_and_grad, (None, None, 0, 0))(trainable, frozen, grouped, keys)
+
     def train_step(
         state: TrainState, frozen: Tree, batch: Batch
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        value_and_grad = jax.value_and_grad(part_loss)
         key = jax.random.fold_in(state.key, state.step)
         if microbatches == 1:
-            value, grads = value_and_grad(state.trainable, frozen, batch, key)
+            value, grads = gradient(state.trainable, frozen, dict(batch), key)
         else:
             keys = jax.random.split(key, microbatches)
-            parts = jax.tree.map(lambda x: x.reshape(microbatches, -1, *x.shape[1:]), dict(batch))
+            # Every m-th row: what a device of a mesh has of the batch stays on it.
+            parts = jax.tree.map(
+                lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), dict(batch)
+            )
 
             def add(total: Tree, part: tuple[Batch, jax.Array]) -> tuple[Tree, None]:
-                more = value_and_grad(state.trainable, frozen, *part)
+                more = gradient(state.trainable, frozen, *part)
                 return jax.tree.map(jnp.add, total, more), None
 
-            zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.trainable))
+            first = jax.tree.map(lambda x: x[0], (parts, keys))
+            like = jax.eval_shape(gradient, state.trainable, frozen, *first)
+            zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
             (value, grads), _ = jax.lax.scan(add, zero, (parts, keys))
+        if groups > 1:
+            value, grads = jax.tree.map(lambda x: x.sum(0), (value, grads))
         normalizer = loss.normalizer(batch["decoder_loss_weights"])
         value, grads = jax.tree.map(lambda x: x / normalizer, (value, grads))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
@@ -103,6 +124,7 @@ def make_bank_step(
     loss: Loss,
     *,
     microbatches: int = 1,
+    groups: int = 1,
 ) -> Callable[[TrainState, Tree, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """The train step of N prompts over one frozen backbone: everything else has an axis N in front.
 
@@ -115,7 +137,7 @@ def make_bank_step(
         state: TrainState, frozen: Tree, batch: Batch, active: jax.Array, rate: jax.Array
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         optimizer = make_optimizer(rate)
-        step = make_train_step(apply_fn, optimizer, loss, microbatches=microbatches)
+        step = make_train_step(apply_fn, optimizer, loss, microbatches=microbatches, groups=groups)
         after, metrics = step(state, frozen, batch)
         return jax.tree.map(lambda new, old: jnp.where(active, new, old), after, state), metrics
 

@@ -1,0 +1,42 @@
+"""What a device offers: the memory that a program may use."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+GIB = 2**30
+
+USABLE_HBM = {
+    "TPU v2": 7.48,
+    "TPU v3": 15.48,
+    "TPU v4": 30.75,
+    "TPU v5 lite": 15.75,
+    "TPU v5e": 15.75,
+    "TPU v5": 95.74,
+    "TPU v5p": 95.74,
+    "TPU v6 lite": 31.25,
+    "TPU v6e": 31.25,
+    "TPU7x": 94.75,
+}
+"""`device_kind` -> GiB that a compiled program may use, from the compiler's own refusals of one
+that needs more (libtpu 0.0.42). A device is a core of v2, v3 and TPU7x, a chip of the others."""
+
+
+def usable_memory(device: Any) -> int | None:
+    """Bytes of `device` (also one of a topology that is only compiled for); None is unknown.
+
+    TPUs come from the table, so that every host finds the same. The limit of other devices, of
+    which this process has to hold at least one of that kind, is rounded down to whole GiB, for the
+    same reason. A CPU's memory is its host's: None.
+    """
+    if device.platform == "cpu":
+        return None
+    if device.device_kind in USABLE_HBM:
+        return int(USABLE_HBM[device.device_kind] * GIB)
+    for local in jax.local_devices():
+        if local.device_kind == device.device_kind:
+            limit = (local.memory_stats() or {}).get("bytes_limit")
+            return None if limit is None else limit // GIB * GIB
+    return None

@@ -1,0 +1,158 @@
+"""Which mesh: a name such as '4x2', or 'auto', becomes devices in `data` x `model`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+from absl import logging
+from jax.sharding import Mesh
+
+from ptjax.errors import InputError
+from ptjax.models.config import T5Config
+from ptjax.models.t5 import parameter_shapes
+from ptjax.scale import sharding
+from ptjax.scale.devices import GIB, usable_memory
+
+SHARE = 0.7
+"""Of a device's memory, what 'auto' gives to the frozen weights; the rest is for activations. T5
+XXL in bfloat16, batch 32, takes 66% at 4x2 on v5e-8 and at 8x1 on v6e-8, and those compile with
+76% and 71-85% of the memory in use."""
+
+
+def choose_mesh(
+    mesh: Mesh | str | None,
+    config: T5Config,
+    dtype: str,
+    *,
+    fsdp: bool = False,
+    devices: Iterable[jax.Device] | None = None,
+) -> Mesh:
+    """The mesh that `mesh` means for a backbone of `config`; logs which, and why.
+
+    Args:
+        mesh: a name, "data x model" ('4x2') or "replica x data x model" ('2x2x2'); 'auto' is the
+            smallest model axis whose part of the frozen weights leaves a device enough of its
+            memory (`SHARE`), for a model axis communicates in every layer and a data axis once a
+            step; None is this process's first device.
+        dtype: of the frozen weights.
+        fsdp: whether they are divided over `data` too.
+        devices: default all.
+
+    Raises:
+        InputError: the name is none, or the mesh does not divide the devices or the sizes.
+    """
+    if mesh is None:
+        mesh, why = sharding.make_mesh(devices=jax.local_devices()[:1]), "as none is named"
+    elif isinstance(mesh, str):
+        found = list(jax.devices() if devices is None else devices)
+        if mesh == "auto":
+            shape, why = _smallest_that_fits(config, dtype, found, fsdp)
+        else:
+            shape, why = parse_mesh(mesh), "as MESH says"
+        mesh = sharding.make_mesh(shape, found)
+    else:
+        why = "as given"
+    check_divisible(config, mesh, fsdp=fsdp)
+    if mesh.size > 1:
+        kind = mesh.devices.flat[0].device_kind
+        axes = " x ".join(mesh.axis_names) + (", fsdp" if fsdp else "")
+        logging.info("mesh %s (%s) of %d %s: %s", mesh_name(mesh), axes, mesh.size, kind, why)
+    return mesh
+
+
+def parse_mesh(name: str) -> tuple[int, ...]:
+    """The sizes in a mesh's name.
+
+    >>> parse_mesh("2x4")
+    (2, 4)
+    """
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", name):
+        raise InputError(
+            f"MESH = {name!r}: it is 'auto', data x model such as '8x1', or replica x data x model "
+            "such as '2x4x1'"
+        )
+    return tuple(map(int, name.split("x")))
+
+
+def mesh_name(mesh: Mesh) -> str:
+    """ "2x4" """
+    return "x".join(map(str, mesh.devices.shape))
+
+
+def check_divisible(config: T5Config, mesh: Mesh, *, fsdp: bool = False) -> None:
+    """InputError unless the mesh's axes divide what the table divides over them.
+
+    That is heads, mlp and vocabulary over `model`, and with `fsdp` the width over `data`.
+    """
+    wrong = _indivisible(config, mesh.shape, fsdp)
+    if wrong is None:
+        return
+    name, size, axis = wrong
+    replicas = mesh.shape.get("replica")
+    within = mesh.size // (replicas or 1)
+    front = [] if replicas is None else [replicas]
+    fitting = [repr("x".join(map(str, [*front, *s]))) for s in _fitting(config, within, fsdp)]
+    hint = f"MESH may be {' or '.join(fitting)}" if fitting else f"no mesh of {within} devices does"
+    raise InputError(
+        f"{name} = {size} is not a multiple of {mesh.shape[axis]}, the {axis} axis of the mesh "
+        f"{mesh_name(mesh)}" + (" (FSDP = True)" if axis == "data" else "") + f"; {hint}"
+    )
+
+
+def _indivisible(
+    config: T5Config, sizes: Mapping[str, int], fsdp: bool
+) -> tuple[str, int, str] | None:
+    """(field, its size, axis) that do not go together."""
+    over = {"num_heads": "model", "mlp_dim": "model", "vocab_size": "model"}
+    for name, axis in (over | ({"emb_dim": "data"} if fsdp else {})).items():
+        if getattr(config, name) % sizes[axis]:
+            return name, getattr(config, name), axis
+    return None
+
+
+def _fitting(config: T5Config, devices: int, fsdp: bool) -> list[tuple[int, int]]:
+    """The (data, model) of that many devices that divide the sizes, the smallest model first."""
+    shapes = [(devices // model, model) for model in range(1, devices + 1) if devices % model == 0]
+    return [
+        (data, model)
+        for data, model in shapes
+        if _indivisible(config, {"data": data, "model": model}, fsdp) is None
+    ]
+
+
+def _smallest_that_fits(
+    config: T5Config, dtype: str, devices: list[Any], fsdp: bool
+) -> tuple[tuple[int, ...], str]:
+    """(sizes of the axes, why) of 'auto'."""
+    slices = sharding.count_slices(devices)
+    within, kind = len(devices) // slices, devices[0].device_kind
+    fitting = _fitting(config, within, fsdp)
+    if not fitting:  # a model axis of 1 divides everything but a width over `data`
+        raise InputError(
+            f"FSDP = True: no mesh of {within} {kind} divides emb_dim = {config.emb_dim} over data "
+            "and heads, mlp and vocabulary over model; set FSDP = False"
+        )
+    memory = usable_memory(devices[0])
+    weights = {"params": parameter_shapes(config)}
+    front = () if slices == 1 else (slices,)
+    held: list[str] = []
+    for data, model in fitting:
+        sizes = {"data": data, "model": model}
+        size = sharding.bytes_per_device(weights, sizes, dtype, fsdp=fsdp)
+        if memory is None:
+            return (*front, data, model), "the smallest model axis"
+        if size <= SHARE * memory:
+            why = f"the frozen weights take {size / GIB:.2f} of {memory / GIB:.2f} GiB a device"
+            if held:
+                why += f" (at most {SHARE:.0%}; {held[-1]} GiB with a smaller model axis)"
+            return (*front, data, model), why
+        held.append(f"{size / GIB:.2f}")
+    raise InputError(
+        f"MESH = 'auto': on {within} {kind} the frozen weights take at least {held[-1]} GiB a "
+        f"device, more than {SHARE:.0%} of its {(memory or 0) / GIB:.2f}; take more devices"
+        + ("" if fsdp else " or FSDP = True")
+        + ", or name a MESH to try it all the same"
+    )
