@@ -238,7 +238,7 @@ def prompted(backbone: Backbone, prompt: Any) -> tuple[Callable[..., Any], Varia
     """
     if isinstance(prompt, PromptBank):
         arrays = check_bank(backbone, prompt).arrays
-        return backbone.apply_fn, with_prompt(backbone.variables, arrays)
+        return backbone.make_apply_fn(True), with_prompt(backbone.variables, arrays)
     array = prompt_array(backbone, prompt)
     states = getattr(prompt, "states", None)
     if states is not None:

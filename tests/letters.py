@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import types
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from ptjax.answering import tokenize_inputs
 from ptjax.data.preprocess import TokenizedExamples
+from ptjax.models.prompted import make_apply_fn
 from ptjax.scale.sharding import make_mesh
 
 
@@ -36,6 +38,7 @@ def make_backbone(tiny: Any) -> Any:
         config=tiny.config,
         variables={"params": tiny.params},
         apply_fn=tiny.apply_fn(),
+        make_apply_fn=functools.partial(make_apply_fn, tiny.config),
         tokenizer=LETTERS,
         fingerprint="sha256:0",
         name="tiny",
