@@ -29,7 +29,7 @@ from ptjax.interop.stored import StoredArray
 from ptjax.models.config import T5Config
 from ptjax.models.prompted import make_apply_fn
 from ptjax.models.t5 import parameter_shapes
-from ptjax.scale import sharding
+from ptjax.scale import processes, sharding
 from ptjax.training.freeze import flatten_paths, sizes, unflatten_paths
 
 SIZE_FIELDS = (
@@ -84,7 +84,8 @@ def load_backbone(
         path: local or gs://; "ptjax-nano" is the backbone that ptjax ships; a hub id may end in
             "@revision". A folder of several `checkpoint_N` means the newest.
         dtype: of weights and activations; None is bfloat16 on TPU and GPU and float32 on CPU.
-        mesh: arrays go straight to their place on it; None is this process's first device.
+        mesh: arrays go straight to their place on it; None is the first device or, on several
+            processes, all of them.
         tokenizer: a tokenizer, or where to find one; None looks beside the weights.
         **config_overrides: fields of `T5Config` that the files do not tell or tell wrongly.
 
@@ -92,7 +93,7 @@ def load_backbone(
         InputError: the path holds no backbone, or an incomplete or damaged one; a setting does
             not fit it.
     """
-    mesh = mesh or sharding.make_mesh(devices=jax.local_devices()[:1])
+    mesh = mesh or sharding.make_mesh(devices=None if processes.several() else jax.local_devices()[:1])
     dtype = dtype or ("float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16")
     if dtype not in ("float32", "bfloat16"):
         raise InputError(f"dtype = {dtype!r}: a T5 runs in 'float32' or 'bfloat16' (not in fp16)")
@@ -363,16 +364,23 @@ def save_backbone(
 ) -> None:
     """Writes the Hugging Face layout (which `load_backbone` and `transformers` read).
 
+    Several processes call it together; the first one writes.
+
     Args:
         params: nested dict under T5X's names.
         max_shard_bytes: split the weights into files of at most this size.
     """
+    flat = flatten_paths(params)
+    if not processes.first():
+        for name in sorted(flat):  # in the order in which the first one writes them
+            processes.on_host(flat[name])
+        return
     target = epath.Path(directory).expanduser()
     target.mkdir(parents=True, exist_ok=True)
     if tokenizer is not None:
         tokenizer.save(target)
     huggingface.save_huggingface(
-        target, flatten_paths(params), config, dtype=dtype, max_shard_bytes=max_shard_bytes
+        target, flat, config, dtype=dtype, max_shard_bytes=max_shard_bytes
     )
 
 

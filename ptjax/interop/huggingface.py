@@ -30,6 +30,7 @@ from ptjax.interop.huggingface_format import (
 )
 from ptjax.interop.stored import Index, StoredArray
 from ptjax.models.config import T5Config
+from ptjax.scale.processes import on_host
 
 _WEIGHTS = "model.safetensors"
 _TORCH = "pytorch_model.bin"
@@ -245,7 +246,7 @@ def save_huggingface(
 
 
 def _converted(params: Mapping[str, Any], name: str, transposed: bool, dtype: str) -> np.ndarray:
-    array = np.asarray(params[name]).astype(numpy_dtype(dtype))
+    array = on_host(params[name]).astype(numpy_dtype(dtype))
     return array.T if transposed else array
 
 
