@@ -93,7 +93,9 @@ def load_backbone(
         InputError: the path holds no backbone, or an incomplete or damaged one; a setting does
             not fit it.
     """
-    mesh = mesh or sharding.make_mesh(devices=None if processes.several() else jax.local_devices()[:1])
+    mesh = mesh or sharding.make_mesh(
+        devices=None if processes.several() else jax.local_devices()[:1]
+    )
     dtype = dtype or ("float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16")
     if dtype not in ("float32", "bfloat16"):
         raise InputError(f"dtype = {dtype!r}: a T5 runs in 'float32' or 'bfloat16' (not in fp16)")
@@ -379,9 +381,7 @@ def save_backbone(
     target.mkdir(parents=True, exist_ok=True)
     if tokenizer is not None:
         tokenizer.save(target)
-    huggingface.save_huggingface(
-        target, flat, config, dtype=dtype, max_shard_bytes=max_shard_bytes
-    )
+    huggingface.save_huggingface(target, flat, config, dtype=dtype, max_shard_bytes=max_shard_bytes)
 
 
 def describe(backbone: Backbone) -> dict[str, Any]:

@@ -61,9 +61,14 @@ class _Parser(argparse.ArgumentParser):
 
 
 def make_parser(
-    command: str, description: str, *, gin_help: str = "", exit_codes: str = EXIT_CODES
+    command: str,
+    description: str,
+    *,
+    gin: bool = True,
+    gin_help: str = "",
+    exit_codes: str = EXIT_CODES,
 ) -> argparse.ArgumentParser:
-    """A parser with the gin flags that all commands share.
+    """A parser with the gin flags that all commands share which read gin files.
 
     Args:
         description: paragraphs, which are filled; lines that start with a space stay as they are.
@@ -74,10 +79,12 @@ def make_parser(
         description="\n\n".join(
             text if text.startswith(" ") else textwrap.fill(text, 90) for text in paragraphs
         ),
-        epilog=GIN + exit_codes,
+        epilog=(GIN if gin else "") + exit_codes,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    if not gin:
+        return parser
     settings = parser.add_argument_group("settings")
     settings.add_argument(
         "--gin_file",

@@ -1,8 +1,8 @@
 """The order of an epoch is a plan, and Grain maps over its batch numbers.
 
 Every process computes the same plan from (seed, epoch, token lengths) and so the same global batch,
-of which its devices take their rows. Shapes agree everywhere, the position in the data is the number
-of the step, and resuming is exact, on any number of processes.
+of which its devices take their rows. Shapes agree everywhere, the position in the data is the step,
+and resuming is exact, on any number of processes.
 """
 
 from __future__ import annotations
