@@ -20,8 +20,11 @@ from ptjax import cli
 from ptjax.cli import distributed
 
 COMMANDS = ("train", "pretrain", "evaluate", "infer")
-# A line of JAX's coordination service, from the first of which on a process is about to abort.
-_FATAL = re.compile(r"[EF]\d{4} \S+ +\d+ (coordination_service\w*\.cc|client\.(h|cc)):\d+\] ")
+# What JAX writes when a process is about to be aborted; from the first such line on all is kept.
+_FATAL = re.compile(
+    r"([EF]\d{4} \S+ +\d+ (coordination_service\w*|client)"
+    r"|[WE]\d{4} \S+ +\d+ preemption_sync_manager)\.(h|cc):\d+\] "
+)
 _SILENT = re.compile(r"unhealthy \(stopped sending heartbeats\):\n((?:\d+\n)+)")
 _STATUS = re.compile(r"absl::Status: (.*)")
 # Of every connection on CPU, on standard output, where results are printed.

@@ -16,7 +16,7 @@ def main() -> None:
         exit_codes=cli.RUN_EXIT_CODES,
     )
     parser.add_argument("--dry_run", action="store_true", help="compile the steps and stop")
-    distributed.add_flags(parser)
+    distributed.add_flags(parser, saves=True)
     arguments = cli.parse(parser)
 
     def body() -> None:

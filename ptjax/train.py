@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument(
         "--dry_run", action="store_true", help="compile the step, print the report, stop"
     )
-    distributed.add_flags(parser)
+    distributed.add_flags(parser, saves=True)
     arguments = cli.parse(parser)
 
     def body() -> None:

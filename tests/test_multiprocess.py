@@ -101,8 +101,13 @@ class Machines:
         assert code == 0, said[-3000:]
         return said
 
-    def pair(self, name: str, log: str) -> list[subprocess.Popen[bytes]]:
-        """Process 0 and 1 of a training, as on two machines, when the first checkpoint is there."""
+    def pair(
+        self, name: str, log: str, other_name: str | None = None
+    ) -> list[subprocess.Popen[bytes]]:
+        """Process 0 and 1 of a training, as on two machines, when a new checkpoint is there.
+
+        `other_name` is the folder of process 1, where it is not that of process 0.
+        """
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -110,13 +115,13 @@ class Machines:
         processes = [
             self.start(
                 f"{log}{number}",
-                *("ptjax.launch", "train", *self.flags(name)),
+                *("ptjax.launch", "train", *self.flags(folder)),
                 f"--coordinator_address=127.0.0.1:{port}",
                 "--num_processes=2",
                 f"--process_id={number}",
                 f"--heartbeat_timeout_seconds={HEARTBEAT}",
             )
-            for number in range(2)
+            for number, folder in enumerate((name, other_name or name))
         ]
         while newest(self.folder / name) == begun and all(p.poll() is None for p in processes):
             time.sleep(0.02)
@@ -312,3 +317,22 @@ def test_bad_input_is_said_and_ends_all_with_2(
     started = machines.start("bad.log", *command)
     assert started.wait(timeout=300) == 2
     assert f"process 1: {said}" in (machines.folder / "bad.log").read_text()
+
+
+def test_a_model_dir_that_is_not_shared_is_refused(machines: Machines) -> None:
+    """As on two machines with a disk of their own each."""
+    processes = machines.pair("here", "unshared", "there")
+    assert [process.wait(timeout=120) for process in processes] == [2, 2]
+    for number in range(2):
+        said = (machines.folder / f"unshared{number}").read_text()
+        assert f"process {number}: error: MODEL_DIR = " in said
+        assert "process 1 does not see what process 0 writes" in said
+
+
+def test_processes_that_never_come_are_given_up(machines: Machines) -> None:
+    alone = ["--coordinator_address=127.0.0.1:1", "--num_processes=2", "--process_id=1"]
+    alone.append("--initialization_timeout_seconds=2")
+    started = machines.start("alone", "ptjax.launch", "train", *machines.flags("new", *alone))
+    assert started.wait(timeout=120) == 1
+    [line] = (machines.folder / "alone").read_text().splitlines()
+    assert line.startswith("error: the processes did not find each other")

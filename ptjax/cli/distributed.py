@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -34,8 +35,13 @@ IDENTITY_FILE = "PTJAX_LAUNCH_IDENTITY"
 _HOST_BYTES = 64
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of a command that can run on several processes."""
+def add_flags(parser: argparse.ArgumentParser, *, saves: bool = False) -> None:
+    """The flags of a command that can run on several processes.
+
+    Args:
+        saves: SIGTERM makes them save together; else it ends a process at once, as everywhere.
+    """
+    parser.set_defaults(saves=saves)
     group = parser.add_argument_group(
         "several processes",
         "The same command on each of them; MODEL_DIR and the data on storage that all share. In a "
@@ -82,6 +88,8 @@ def start(arguments: argparse.Namespace | None) -> None:
     if named.get("num_processes") == 1 or (not named and cluster is None):
         return
     if arguments is None:
+        if not named and cluster == "TPU":  # which may be this machine alone
+            return
         raise InputError(
             "this command runs in one process, and here are several; start it once, with "
             "JAX_NUM_PROCESSES=1 in the environment"
@@ -94,6 +102,7 @@ def start(arguments: argparse.Namespace | None) -> None:
     config: Any = jax.config
     if not os.environ.get("JAX_CPU_COLLECTIVES_IMPLEMENTATION"):
         config.update("jax_cpu_collectives_implementation", "gloo")
+    config.update("jax_enable_preemption_service", arguments.saves)
     try:
         jax.distributed.initialize(
             **named,
@@ -109,6 +118,8 @@ def start(arguments: argparse.Namespace | None) -> None:
         logging.warning("this TPU machine is taken to be alone; JAX found no others (%s)", error)
     if jax.process_count() > 1:
         _introduce()
+    else:  # the preemption service, which nobody will ask, has taken the signal
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
 
 
 def _named(arguments: argparse.Namespace | None) -> dict[str, Any]:
@@ -212,7 +223,7 @@ def ending(arguments: argparse.Namespace | None) -> Iterator[None]:
     except Exception as error:
         if arguments is None or not jax.distributed.is_initialized():
             raise
-        if isinstance(error, jax.errors.JaxRuntimeError):
+        if isinstance(error, jax.errors.JaxRuntimeError) and logs.speaker():
             # A collective without one of its processes fails here and hangs there. Ending at once
             # would make the others take this one for the lost one.
             seconds = arguments.heartbeat_timeout_seconds + GRACE_SECONDS

@@ -66,7 +66,7 @@ def check_shared(directory: epath.Path) -> None:
     token = directory / f".shared-{int(number):08x}"
     if first():
         directory.mkdir(parents=True, exist_ok=True)
-        token.touch()
+        token.write_text("")
     wait_for_all("shared directory: written")
     until = time.monotonic() + SHARED_WAIT_SECONDS
     while not (seen := token.exists()) and time.monotonic() < until:
