@@ -14,6 +14,7 @@ import os
 import signal
 import socket
 import sys
+import textwrap
 import threading
 import time
 import traceback
@@ -42,13 +43,13 @@ def add_flags(parser: argparse.ArgumentParser, *, saves: bool = False) -> None:
         saves: SIGTERM makes them save together; else it ends a process at once, as everywhere.
     """
     parser.set_defaults(saves=saves)
-    group = parser.add_argument_group(
-        "several processes",
+    described = (
         "The same command on each of them; MODEL_DIR and the data on storage that all share. In a "
         "TPU pod, under srun and under mpirun nothing needs to be said; elsewhere the first three "
         "flags, or the environment variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and "
-        "JAX_PROCESS_ID. `python -m ptjax.launch` starts and watches them.",
+        "JAX_PROCESS_ID. `python -m ptjax.launch` starts and watches them."
     )
+    group = parser.add_argument_group("several processes", textwrap.fill(described, 90))
     group.add_argument(
         "--coordinator_address", metavar="HOST:PORT", help="a free port of process 0's machine"
     )
