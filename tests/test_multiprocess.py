@@ -332,7 +332,7 @@ def test_a_model_dir_that_is_not_shared_is_refused(machines: Machines) -> None:
 def test_processes_that_never_come_are_given_up(machines: Machines) -> None:
     alone = ["--coordinator_address=127.0.0.1:1", "--num_processes=2", "--process_id=1"]
     alone.append("--initialization_timeout_seconds=2")
-    started = machines.start("alone", "ptjax.launch", "train", *machines.flags("new", *alone))
+    started = machines.start("never.log", "ptjax.launch", "train", *machines.flags("new", *alone))
     assert started.wait(timeout=120) == 1
-    [line] = (machines.folder / "alone").read_text().splitlines()
+    [line] = (machines.folder / "never.log").read_text().splitlines()
     assert line.startswith("error: the processes did not find each other")
