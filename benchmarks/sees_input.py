@@ -23,12 +23,16 @@ import numpy as np
 import runs
 from packing import Steps, survey
 from prompt_step import make_step
-from real_batches import TARGET_LENGTH, TASKS, bucket, make_task
+from real_batches import TASKS, bucket, make_task
 
 from ptjax.backbone import load_backbone
 from ptjax.data.preprocess import tokenize_examples
 
-LENGTHS = {"sst2": 64, "imdb": 128, "ag_news": 128}
+LENGTHS = {  # of inputs and targets
+    "sst2": {"inputs": 64, "targets": 4},
+    "imdb": {"inputs": 128, "targets": 4},
+    "ag_news": {"inputs": 128, "targets": 8},
+}
 STEPS, PROMPT, BATCH = 1000, 20, 32
 COMMON = {
     "PROMPT_LENGTH": PROMPT,
@@ -49,7 +53,7 @@ def time_ratio(flags: argparse.Namespace, task: str) -> float:
     """
     backbone = load_backbone(flags.backbone, dtype="float32")
     examples = make_task(task, flags.data_dir).load("train")
-    source = tokenize_examples(examples, backbone.tokenizer, LENGTHS[task], TARGET_LENGTH)
+    source = tokenize_examples(examples, backbone.tokenizer, *LENGTHS[task].values())
     epoch = survey(bucket(source, BATCH, 0), PROMPT, sees_input=True)
     shape = PROMPT, backbone.config.emb_dim
     prompt = np.random.default_rng(0).normal(size=shape).astype(np.float32)
@@ -99,7 +103,7 @@ def train(
             "INITIAL_CHECKPOINT_PATH": flags.backbone,
             "DATA_DIR": flags.data_dir,
             "tasks.Task.inputs": TASKS[task]["inputs"],
-            "TASK_FEATURE_LENGTHS": {"inputs": LENGTHS[task], "targets": 4},
+            "TASK_FEATURE_LENGTHS": LENGTHS[task],
             "SEES_INPUT": sees_input,
             "TRAIN_STEPS": steps,
             "RANDOM_SEED": seed,

@@ -30,7 +30,7 @@ from ptjax.models.config import T5Config
 from ptjax.models.prompted import make_apply_fn
 from ptjax.models.stacking import Gather, Unstacked, stack_paths
 from ptjax.models.t5 import parameter_shapes
-from ptjax.scale import sharding
+from ptjax.scale import processes, sharding
 from ptjax.scale.meshes import choose_mesh
 from ptjax.training.freeze import flatten_paths, sizes, unflatten_paths
 
@@ -97,7 +97,7 @@ def load_backbone(
         dtype: of weights and activations; None is bfloat16 on TPU and GPU and float32 on CPU.
         mesh: arrays go straight to their place on it; 'auto', '8x1', '2x4' (data x model) or
             '2x2x2' (replica x data x model) are all devices, see `scale.meshes.choose_mesh`; None
-            is this process's first device.
+            is the first device or, on several processes, all of them.
         fsdp: weights are divided over `data` too, and gathered layer by layer; needs
             `scan_layers`.
         tokenizer: a tokenizer, or where to find one; None looks beside the weights.
@@ -393,21 +393,22 @@ def save_backbone(
 ) -> None:
     """Writes the Hugging Face layout (which `load_backbone` and `transformers` read).
 
+    Several processes call it together; the first one writes.
+
     Args:
         params: nested dict under T5X's names, layers stacked or not.
         max_shard_bytes: split the weights into files of at most this size.
     """
+    flat = Unstacked(flatten_paths(params))
+    if not processes.first():
+        for name in sorted(flat):  # in the order in which the first one writes them
+            processes.on_host(flat[name])
+        return
     target = epath.Path(directory).expanduser()
     target.mkdir(parents=True, exist_ok=True)
     if tokenizer is not None:
         tokenizer.save(target)
-    huggingface.save_huggingface(
-        target,
-        Unstacked(flatten_paths(params)),
-        config,
-        dtype=dtype,
-        max_shard_bytes=max_shard_bytes,
-    )
+    huggingface.save_huggingface(target, flat, config, dtype=dtype, max_shard_bytes=max_shard_bytes)
 
 
 def describe(backbone: Backbone) -> dict[str, Any]:

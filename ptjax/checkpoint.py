@@ -1,7 +1,8 @@
-"""Our own checkpoints: what trains, the optimizer, step, key, data position, selection state.
+"""Our own checkpoints: what trains, the optimizer, step, key, selection state.
 
-Orbax writes them asynchronously and commits each with a marker written last; nothing of the frozen
-backbone is in them.
+Orbax writes them asynchronously, with all processes taking part, and commits each with a marker
+written last; nothing of the frozen backbone is in them. The position in the data is the step, so a
+run may go on with another number of processes.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import os
 from typing import Any
 
-import grain
 import jax
 import jax.numpy as jnp
 from etils import epath
@@ -74,9 +74,9 @@ class Checkpoints:
         """Where the run stands: what `restore` needs to know."""
         return self._orbax.load_checkpointables(self.latest, {"progress": None})["progress"]
 
-    def restore(self, like: TrainState, data: grain.DatasetIterator) -> TrainState:
-        """The state, with `like`'s shapes and shardings; moves `data` to its position."""
-        loaded = self._orbax.load_checkpointables(self.latest, {"state": like, "data": data})
+    def restore(self, like: TrainState) -> TrainState:
+        """The state, with `like`'s shapes and shardings."""
+        loaded = self._orbax.load_checkpointables(self.latest, {"state": like})
         # A typed key comes back with a spec of its raw data's rank.
         return jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), loaded["state"], like)
 
@@ -84,7 +84,6 @@ class Checkpoints:
         self,
         step: int,
         state: TrainState,
-        data: grain.DatasetIterator,
         progress: dict[str, Any],
         identity: dict[str, Any],
     ) -> None:
@@ -93,7 +92,7 @@ class Checkpoints:
         state = jax.tree.map(jnp.copy, state)
         self._orbax.save_checkpointables_async(
             step,
-            {"state": state, "data": data, "progress": progress, "identity": identity},
+            {"state": state, "progress": progress, "identity": identity},
             force=True,
         )
 

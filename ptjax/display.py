@@ -11,6 +11,8 @@ from etils import epath
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ptjax.scale import processes
+
 HIDDEN = {"gradient_norm", "learning_rate", "evaluation_seconds"}
 """Written to the files, but not shown beside the bar."""
 
@@ -21,13 +23,16 @@ class Display:
     def __init__(self, model_dir: epath.Path, steps: int, start: int) -> None:
         from tensorboardX import SummaryWriter
 
-        self._events = SummaryWriter(
-            logdir=str(model_dir / "tensorboard"), purge_step=start + 1 if start else None
-        )
+        # Of several processes only the first one shows something.
+        self._events: SummaryWriter | None = None
+        if processes.first():
+            self._events = SummaryWriter(
+                logdir=str(model_dir / "tensorboard"), purge_step=start + 1 if start else None
+            )
         self._latest: dict[str, float] = {}
         self._steps = steps
         self._bar: Progress | None = None
-        if sys.stderr.isatty():
+        if processes.first() and sys.stderr.isatty():
             self._bar = Progress(
                 TextColumn("step"),
                 MofNCompleteColumn(),
@@ -51,15 +56,17 @@ class Display:
     ) -> None:
         if self._bar:
             self._bar.stop()
-        self._events.close()
+        if self._events:
+            self._events.close()
 
     def step(self, step: int) -> None:
         if self._bar:
             self._bar.update(self._task, completed=step)
 
     def metrics(self, step: int, values: dict[str, Any]) -> None:
-        for name, value in values.items():
-            self._events.add_scalar(name, value, step)
+        if self._events:
+            for name, value in values.items():
+                self._events.add_scalar(name, value, step)
         fresh = {
             name.removeprefix("train/").removeprefix("time/").replace("/", " "): value
             for name, value in values.items()

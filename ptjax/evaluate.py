@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from ptjax import cli
-from ptjax.cli import chosen
+from ptjax.cli import chosen, distributed
 from ptjax.errors import InputError
 
 
@@ -40,12 +40,14 @@ def main() -> None:
     parser.add_argument(
         "--output", metavar="FILE", help="write inputs, targets and predictions as JSON lines"
     )
+    distributed.add_flags(parser)
     arguments = cli.parse(parser)
-    cli.run(lambda: evaluate(arguments))
+    cli.run(lambda: evaluate(arguments), arguments)
 
 
 def evaluate(arguments: Any) -> None:
     from ptjax import atomic, evaluation, prompting
+    from ptjax.scale import processes
 
     chosen.load(arguments)
     if arguments.prompt is None and arguments.prompts is None:
@@ -70,6 +72,8 @@ def evaluate(arguments: Any) -> None:
     )
     split = arguments.split or evaluator.reported_split
     scores, said = (of_many if many else of_one)(evaluator, prompt, split)
+    if not processes.first():
+        return
     examples = evaluator.examples(split)
     if arguments.output:
         rows = [

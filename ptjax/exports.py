@@ -20,7 +20,8 @@ class Exports:
     Attributes:
         directory: `MODEL_DIR/prompts`, say.
         suffix: of one export's name, "" when it is a folder.
-        write: `(path, trainable, metadata)` writes one, whole or not at all.
+        write: `(path, trainable, metadata)` writes one, whole or not at all; all processes call it
+            together, and the first one writes.
     """
 
     directory: epath.Path

@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 from ptjax import cli
-from ptjax.cli import chosen
+from ptjax.cli import chosen, distributed
 from ptjax.errors import InputError
 
 FORMATS = ("jsonl", "text", "csv", "tsv")
@@ -61,10 +61,11 @@ def main() -> None:
         "as its file or folder; every record of --input names its own in the field 'prompt'",
     )
     add_decoding_flags(parser)
+    distributed.add_flags(parser)
     arguments = cli.parse(parser)
     if bool(arguments.texts) == bool(arguments.input):
         parser.error("give either texts or --input=FILE ('-' is standard input)")
-    cli.run(lambda: infer(arguments))
+    cli.run(lambda: infer(arguments), arguments)
 
 
 def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
@@ -99,7 +100,10 @@ def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
 
 def infer(arguments: argparse.Namespace) -> None:
     from ptjax import atomic, prediction, prompting
+    from ptjax.scale import processes
 
+    if arguments.input == "-" and processes.several():
+        raise InputError("standard input reaches only one of several processes; give --input=FILE")
     if arguments.batch_size < 1:
         raise InputError(f"--batch_size={arguments.batch_size}: it has to be at least 1")
     chosen.load(arguments)
@@ -140,6 +144,8 @@ def infer(arguments: argparse.Namespace) -> None:
         top_p=arguments.top_p,
         seed=arguments.seed,
     )
+    if not processes.first():
+        return
     lines = []
     for (text, fields), one in zip(formatted, found, strict=True):
         row = fields | {"inputs": text, "prediction": one.text, "score": one.score}

@@ -3,7 +3,8 @@
 A run may be killed at any instant and started again by the same command. What makes that exact:
 everything that changes stands in the checkpoint, files beside it are written before the checkpoint
 that mentions them and removed only after one that does not, and on resuming whatever lies ahead of
-the checkpoint is dropped and made again.
+the checkpoint is dropped and made again. Several processes do all of this together; files are the
+first one's, checkpoints are everybody's.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import signal
 import statistics
 import threading
@@ -20,7 +22,6 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,12 +31,12 @@ from jax.sharding import Mesh
 
 from ptjax import atomic
 from ptjax.checkpoint import Checkpoints
-from ptjax.data.batch import count_examples
+from ptjax.data.batch import Batch, count_examples
 from ptjax.data.pipeline import BankBatches, Batches, Shape, make_iterator
 from ptjax.display import Display
 from ptjax.errors import check_at_least
 from ptjax.members import Member, Progress, Standing
-from ptjax.scale import sharding
+from ptjax.scale import processes, sharding
 from ptjax.scale.compiled import compile_steps
 from ptjax.training.freeze import flatten_paths
 from ptjax.training.step import TrainState
@@ -88,6 +89,7 @@ class Run:
         self.model_dir, self.pace, self.members = model_dir, pace, list(members)
         self.identity, self.config = identity, config
         self.bank = any(member.name for member in members)
+        processes.check_shared(model_dir)
         self.checkpoints = Checkpoints(model_dir / "checkpoints")
         self.checkpoints.check_identity(identity)
         self.progress = Progress([Standing() for _ in members], list(range(len(members))))
@@ -119,19 +121,21 @@ class Run:
             return state
         try:
             state, data = self._resume(state)
-            if self.config and jax.process_index() == 0:
+            if self.config and processes.first():
                 atomic.write_bytes(self.model_dir / "config.gin", self.config.encode())
             with Display(self.model_dir, self.pace.train_steps, self.progress.step) as display:
                 steps = compile_all(state)
-                with _signals() as caught:
+                with _signals() as stop:
                     while data is not None:
-                        state, data = self._steps(state, frozen, steps, data, mesh, display, caught)
+                        state, data = self._steps(state, frozen, steps, data, mesh, display, stop)
                         if data is not None:
                             steps = compile_all(state)
             self.checkpoints.wait()
-            for member, standing in zip(self.members, self.progress.standings, strict=True):
-                last = member.exports.steps()[-self.pace.keep :]
-                member.exports.prune({standing.best_step, *last})
+            if processes.first():
+                for member, standing in zip(self.members, self.progress.standings, strict=True):
+                    last = member.exports.steps()[-self.pace.keep :]
+                    member.exports.prune({standing.best_step, *last})
+            processes.wait_for_all("the end of the run")
             report_memory()
         finally:
             # Also when something failed: what is being written is finished.
@@ -143,11 +147,11 @@ class Run:
         state: TrainState,
         frozen: Tree,
         steps: dict[Shape, Callable[..., Any]],
-        data: grain.DatasetIterator,
+        data: Iterator[Batch],
         mesh: Mesh,
         display: Display,
-        caught: list[int],
-    ) -> tuple[TrainState, grain.DatasetIterator | None]:
+        stop: _Stop,
+    ) -> tuple[TrainState, Iterator[Batch] | None]:
         """Steps until the run is over (None), or its bank has become smaller (its new data)."""
         progress, pace = self.progress, self.pace
         waiting: dict[str, jax.Array] | None = None
@@ -155,7 +159,7 @@ class Run:
         while progress.step < pace.train_steps and progress.running:
             rows = next(data)
             settings = self._settings()
-            examples += count_examples(rows, settings.get("active")) * jax.process_count()
+            examples += count_examples(rows, settings.get("active"))
             batch = sharding.put_batch(rows | settings, mesh)
             state, metrics = steps[Shape.of(batch)](state, frozen, batch)
             # The metrics of the step before are there by now; these are not waited for.
@@ -163,10 +167,11 @@ class Run:
                 self._add(waiting)
             waiting = metrics
             progress.step += 1
+            stopping = stop.after(progress.step)
             at_end = progress.step == pace.train_steps
             log = progress.step % pace.log_period == 0 or at_end
             evaluation = progress.step % pace.eval_period == 0 or at_end
-            if log or evaluation or caught:
+            if log or evaluation or stopping:
                 self._add(metrics)
                 waiting = None
             if log:
@@ -183,17 +188,17 @@ class Run:
                     state = _take(state, smaller)
                     progress.held = [progress.held[place] for place in smaller]
                 started, examples = time.perf_counter(), 0
-            if evaluation or caught:
+            if evaluation or stopping:
                 self.checkpoints.save(
-                    progress.step, state, data, dataclasses.asdict(progress), self.identity
+                    progress.step, state, dataclasses.asdict(progress), self.identity
                 )
-            if caught:
+            if stopping:
                 self.checkpoints.wait()
                 logging.info("saved at step %d; the same command goes on from here", progress.step)
-                raise SystemExit(128 + caught[0])
+                raise SystemExit(stop.exit_code)
             display.step(progress.step)
             if smaller is not None:
-                return state, self._data(data.get_state())
+                return state, self._data()
         return state, None
 
     def _batches(self) -> Batches:
@@ -201,12 +206,9 @@ class Run:
         held = [self.members[number].batches for number in self.progress.held]
         return BankBatches(held) if self.bank else held[0]
 
-    def _data(self, position: Any = None) -> grain.DatasetIterator:
-        hosts, host = jax.process_count(), jax.process_index()
-        data = make_iterator(self._batches(), self.pace.train_steps, host=host, hosts=hosts)
-        if position is not None:
-            data.set_state(position)
-        return data
+    def _data(self) -> Iterator[Batch]:
+        """The batches that are left: every step takes one."""
+        return make_iterator(self._batches(), self.pace.train_steps, start=self.progress.step)
 
     def _settings(self) -> dict[str, np.ndarray]:
         """What a bank's step is told beside the batch: who trains, and how fast."""
@@ -231,28 +233,29 @@ class Run:
         others = [place for place in range(held) if place not in kept]
         return sorted(kept + others[: size - len(kept)])
 
-    def _resume(self, state: TrainState) -> tuple[TrainState, grain.DatasetIterator]:
+    def _resume(self, state: TrainState) -> tuple[TrainState, Iterator[Batch]]:
         rows = self.model_dir / "metrics.jsonl"
         if self.checkpoints.latest is None:
-            rows.unlink(missing_ok=True)
-            for member in self.members:
-                member.exports.prune(set())
+            if processes.first():
+                rows.unlink(missing_ok=True)
+                for member in self.members:
+                    member.exports.prune(set())
             return state, self._data()
         loaded = self.checkpoints.restore_progress()
         loaded["standings"] = [Standing(**standing) for standing in loaded["standings"]]
         self.progress = Progress(**loaded)
         step, held = self.progress.step, self.progress.held
-        data = self._data()
         like = _take(state, held) if len(held) < len(self.members) else state
-        state = self.checkpoints.restore(like, data)
+        state = self.checkpoints.restore(like)
         logging.info("going on from step %d of %s", step, self.model_dir)
-        for member, standing in zip(self.members, self.progress.standings, strict=True):
-            member.exports.prune(set(), newer_than=step)
-            if standing.best_step is not None:
-                member.exports.promote(standing.best_step)
-        lines = rows.read_text().splitlines() if rows.exists() else []
-        self.rows = [row for row in map(json.loads, lines) if row["step"] <= step]
-        return state, data
+        if processes.first():
+            for member, standing in zip(self.members, self.progress.standings, strict=True):
+                member.exports.prune(set(), newer_than=step)
+                if standing.best_step is not None:
+                    member.exports.promote(standing.best_step)
+            lines = rows.read_text().splitlines() if rows.exists() else []
+            self.rows = [row for row in map(json.loads, lines) if row["step"] <= step]
+        return state, self._data()
 
     def _add(self, metrics: dict[str, jax.Array]) -> None:
         losses, norms = (np.atleast_1d(metrics[name]) for name in ("loss", "gradient_norm"))
@@ -320,8 +323,8 @@ class Run:
 
     def _write(self, display: Display, values: dict[str, float]) -> None:
         """One line of metrics.jsonl; the file is whole at any instant."""
-        self.rows.append({"step": self.progress.step} | values)
-        if jax.process_index() == 0:
+        if processes.first():
+            self.rows.append({"step": self.progress.step} | values)
             text = "".join(json.dumps(row) + "\n" for row in self.rows)
             atomic.write_bytes(self.model_dir / "metrics.jsonl", text.encode())
         display.metrics(self.progress.step, values)
@@ -345,13 +348,14 @@ class Run:
         keep = []
         for number, trainable in running:
             exports, standing = self.members[number].exports, progress.standings[number]
-            kept = exports.steps()[-self.pace.keep :]
+            kept = exports.steps()[-self.pace.keep :] if processes.first() else ()
             previous = self._select(number, trainable, found.get(number))
             keep.append((exports, {previous, standing.best_step, progress.step, *kept}))
         # The last committed checkpoint may still name `previous`; one not yet written cannot.
         self.checkpoints.wait()
-        for exports, steps in keep:
-            exports.prune(steps)
+        if processes.first():
+            for exports, steps in keep:
+                exports.prune(steps)
 
     def _select(self, number: int, trainable: Tree, metrics: dict[str, float] | None) -> int | None:
         """Exports a member, and makes it the best if it is; the step that was so far."""
@@ -361,11 +365,11 @@ class Run:
         gained = value is None or standing.best_value is None or value > standing.best_value
         step, previous = self.progress.step, standing.best_step
         metadata = {"step": step, "metric": member.metric, "value": value}
-        if jax.process_index() == 0:
-            member.exports.write(member.exports.path(step), trainable, metadata)
+        member.exports.write(member.exports.path(step), trainable, metadata)
         if gained:
             standing.best_step, standing.best_value, standing.without_gain = step, value, 0
-            member.exports.promote(step)
+            if processes.first():
+                member.exports.promote(step)
         else:
             standing.without_gain += 1
             patience = self.pace.patience
@@ -386,24 +390,45 @@ def report_memory() -> None:
         logging.info("peak memory of a device: %.2f GB", peak / 1e9)
 
 
+@dataclasses.dataclass
+class _Stop:
+    """Whether the run ends before its end, because a signal asks for it."""
+
+    caught: int | None = None
+
+    def after(self, step: int) -> bool:
+        """Whether it ends after this step; to be asked after each. All processes hear the same."""
+        return processes.stop_agreed(step) if processes.several() else self.caught is not None
+
+    @property
+    def exit_code(self) -> int:
+        # A process that ends because another one was asked to knows of no signal.
+        return 128 + (self.caught or signal.SIGTERM)
+
+
 @contextmanager
-def _signals() -> Iterator[list[int]]:
+def _signals() -> Iterator[_Stop]:
     """Notes SIGTERM and the first Ctrl-C for the end of the step; a second Ctrl-C interrupts."""
-    caught: list[int] = []
+    stop = _Stop()
 
     def note(number: int, frame: FrameType | None) -> None:
-        caught.append(number)
+        stop.caught = number
         signal.signal(
             number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
         )
         logging.info("signal %d: saving at the end of this step", number)
+        if processes.several():
+            os.kill(os.getpid(), signal.SIGTERM)
 
     if threading.current_thread() is not threading.main_thread():
-        yield caught
+        yield stop
         return
-    old = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    # On several processes SIGTERM belongs to JAX's preemption service, which tells all of them; a
+    # handler of ours would take its place.
+    numbers = (signal.SIGINT,) if processes.several() else (signal.SIGTERM, signal.SIGINT)
+    old = {number: signal.signal(number, note) for number in numbers}
     try:
-        yield caught
+        yield stop
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)

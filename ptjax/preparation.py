@@ -27,7 +27,7 @@ from ptjax.interop.prompt_file import load_prompt, save_prompt
 from ptjax.members import Member
 from ptjax.models.prompt import ClassLabels, Initializer, Prompt, SampledVocabulary, Surroundings
 from ptjax.models.prompted import with_prompt
-from ptjax.scale import sharding
+from ptjax.scale import processes, sharding
 from ptjax.training import freeze as freezing
 from ptjax.training.optimizer import Adafactor, embedding_rms
 
@@ -168,7 +168,8 @@ class Preparation:
         )
         # Its own stream: the same seed drives dropout through the train state's key.
         key = jax.random.fold_in(jax.random.key(seed), 1)
-        prompt = np.asarray(initializer(key, self.prompt_length, surroundings), np.float32)
+        made = initializer(key, self.prompt_length, surroundings)
+        prompt = processes.on_host(made).astype(np.float32)
         if prompt.shape != (self.prompt_length, backbone.config.emb_dim):
             raise InputError(
                 f"the initial prompt{f' of {name}' if name else ''} has shape {prompt.shape}, the "
@@ -223,7 +224,8 @@ class Preparation:
         backbone, metadata = self.backbone, self._metadata(task, seed)
 
         def write_prompt(path: epath.Path, trainable: Tree, more: dict[str, Any]) -> None:
-            save_prompt(path, np.asarray(trainable["prompt"]["prompt"]), metadata | more)
+            if processes.first():
+                save_prompt(path, np.asarray(trainable["prompt"]["prompt"]), metadata | more)
 
         def write_model(path: epath.Path, trainable: Tree, more: dict[str, Any]) -> None:
             # float32: the tuned weights as they are, whatever the backbone's activations.

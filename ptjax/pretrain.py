@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ptjax import cli
+from ptjax.cli import distributed
 
 
 def main() -> None:
@@ -15,6 +16,7 @@ def main() -> None:
         exit_codes=cli.RUN_EXIT_CODES,
     )
     parser.add_argument("--dry_run", action="store_true", help="compile the steps and stop")
+    distributed.add_flags(parser, saves=True)
     arguments = cli.parse(parser)
 
     def body() -> None:
@@ -23,7 +25,7 @@ def main() -> None:
         cli.load_gin(arguments)
         cli.bound(pretraining.pretrain)(config=cli.config_text(), dry_run=arguments.dry_run)
 
-    cli.run(body)
+    cli.run(body, arguments)
 
 
 if __name__ == "__main__":

@@ -232,7 +232,7 @@ def pretrain(
     trainable = {"params": params}
     freeze = freezing.make_freeze(trainable, freezing.METHODS["model_tuning"])
     locked = freezing.lock(optimizer.make(), freeze)
-    key = jax.device_put(jax.random.key(seed), sharding.replicated(mesh))
+    key = sharding.replicate_key(jax.random.key(seed), mesh)
     state = jax.jit(lambda t, k: init_train_state(jax.tree.map(lambda x: x + 0, t), locked, k))(
         trainable, key
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ptjax import cli
+from ptjax.cli import distributed
 
 
 def main() -> None:
@@ -19,17 +20,19 @@ def main() -> None:
     parser.add_argument(
         "--dry_run", action="store_true", help="compile the step, print the report, stop"
     )
+    distributed.add_flags(parser, saves=True)
     arguments = cli.parse(parser)
 
     def body() -> None:
         from ptjax import tuning  # here, so that --help need not wait for JAX
+        from ptjax.scale import processes
 
         cli.load_gin(arguments)
         results = cli.bound(tuning.tune)(config=cli.config_text(), dry_run=arguments.dry_run)
-        if results:
+        if results and processes.first():
             print(summary(results, cli.macro("MODEL_DIR")))
 
-    cli.run(body)
+    cli.run(body, arguments)
 
 
 def summary(results: dict[str, Any], model_dir: str | None) -> str:

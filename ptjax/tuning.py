@@ -25,7 +25,7 @@ from ptjax.loop import Pace, Run, report_memory
 from ptjax.models.prompt import Initializer, Prompt
 from ptjax.preparation import Preparation, Start, Subject, report_sizes
 from ptjax.results import Scores, of_bank
-from ptjax.scale import sharding
+from ptjax.scale import processes, sharding
 from ptjax.training import freeze as freezing
 from ptjax.training.loss import Loss
 from ptjax.training.optimizer import Adafactor
@@ -203,10 +203,10 @@ def _compose(
         step = make_bank_step(apply_fn, make_optimizer, loss, **parts)
         init = jax.vmap(init)
     # On the mesh: a first state that is elsewhere would compile the step twice.
-    where = sharding.replicated(preparation.backbone.mesh)
+    mesh = preparation.backbone.mesh
     if stacked:
-        trainable = jax.device_put(trainable, where)
-    return jax.jit(init)(trainable, jax.device_put(key, where)), step
+        trainable = jax.device_put(trainable, sharding.replicated(mesh))
+    return jax.jit(init)(trainable, sharding.replicate_key(key, mesh)), step
 
 
 def _counts(trainable: Tree, frozen: Tree) -> dict[str, int]:
@@ -218,6 +218,7 @@ def _counts(trainable: Tree, frozen: Tree) -> dict[str, int]:
 
 def _refuse_another_run(directory: epath.Path, identity: dict[str, Any]) -> None:
     """A hard prompt has no checkpoints of its own; its results may not replace a run's."""
+    processes.check_shared(directory.parent)
     if directory.exists():
         checkpoints = Checkpoints(directory)
         try:
@@ -227,5 +228,5 @@ def _refuse_another_run(directory: epath.Path, identity: dict[str, Any]) -> None
 
 
 def _write(path: epath.Path, text: str) -> None:
-    if jax.process_index() == 0:
+    if processes.first():
         atomic.write_bytes(path, text.encode())

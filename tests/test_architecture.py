@@ -44,7 +44,7 @@ ROOMS = (
     "pretraining",
     "cli",
 )
-COMMANDS = {"train", "evaluate", "infer", "inspect", "export", "pretrain"}
+COMMANDS = {"train", "evaluate", "infer", "inspect", "export", "pretrain", "launch"}
 MAX_LINES = 450
 
 

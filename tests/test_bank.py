@@ -16,7 +16,7 @@ from conftest import tune
 from ptjax import loop
 from ptjax.bank import Variant, sweep
 from ptjax.data.batch import make_batch
-from ptjax.data.pipeline import BankBatches, Shape, TrainBatches, host_rows, make_buckets
+from ptjax.data.pipeline import BankBatches, Shape, TrainBatches, make_buckets
 from ptjax.data.preprocess import TokenizedExamples, TokenRows
 from ptjax.errors import InputError
 from ptjax.evaluation import Evaluation, Evaluator
@@ -151,9 +151,6 @@ def test_batches_above_each_other(batches) -> None:
             rows, length = array.shape
             np.testing.assert_array_equal(made[name][number, :rows, :length], array)
             assert not made[name][number, :, length:].any()
-    halves = [host_rows(made, host, 2) for host in range(2)]
-    for name, array in made.items():
-        np.testing.assert_array_equal(np.concatenate([h[name] for h in halves], axis=1), array)
 
 
 def test_every_shape_that_comes_is_announced() -> None:

@@ -23,6 +23,7 @@ from ptjax.errors import InputError
 from ptjax.loop import TrainingError
 
 COMMANDS = ("train", "evaluate", "infer", "inspect", "export", "pretrain")
+ON_SEVERAL_PROCESSES = ("train", "evaluate", "infer", "pretrain")
 pytestmark = pytest.mark.usefixtures("own_process")
 HEADER = "from __gin__ import dynamic_registration\nfrom ptjax.data import tasks\n"
 
@@ -55,6 +56,9 @@ def test_help_names_every_flag(call, command):
         "inspect": {"PATH", "--backbone", "--tokens", "--json"},
         "export": {"PROMPT", "--to", "--output", "--model_dir", "--backbone", "--force"},
     }
+    several = {"--coordinator_address", "--num_processes", "--process_id"}
+    several |= {"--heartbeat_timeout_seconds", "--initialization_timeout_seconds"}
+    assert all((flag in out) == (command in ON_SEVERAL_PROCESSES) for flag in several)
     assert {flag for flag in shared | own[command] if flag not in out} == set()
     assert "exit codes: 0 finished, 1 failed, 2 bad input" in out
     assert ("143" in out) == (command in ("train", "pretrain"))
@@ -67,7 +71,9 @@ def test_help_waits_for_nothing_heavy():
         "try: runpy.run_module(f'ptjax.{name}', run_name='__main__')\n"
         "except SystemExit as e: code = e.code\n"
     )
-    script = f"for name in {COMMANDS}:\n" + "".join(f"  {line}\n" for line in code.splitlines())
+    script = f"for name in {(*COMMANDS, 'launch')}:\n" + "".join(
+        f"  {line}\n" for line in code.splitlines()
+    )
     script += "print([m for m in ('jax', 'numpy', 'orbax') if m in sys.modules], code)"
     done = _python("-c", script)
     assert done.stdout.splitlines()[-1] == "[] 0", done.stderr

@@ -17,7 +17,7 @@ import types
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from ptjax.cli import logs
+from ptjax.cli import distributed, logs
 from ptjax.cli.gin_files import bound, config_text, load_gin, macro, near, settings
 from ptjax.errors import InputError
 
@@ -61,9 +61,14 @@ class _Parser(argparse.ArgumentParser):
 
 
 def make_parser(
-    command: str, description: str, *, gin_help: str = "", exit_codes: str = EXIT_CODES
+    command: str,
+    description: str,
+    *,
+    gin: bool = True,
+    gin_help: str = "",
+    exit_codes: str = EXIT_CODES,
 ) -> argparse.ArgumentParser:
-    """A parser with the gin flags that all commands share.
+    """A parser with the gin flags that all commands share which read gin files.
 
     Args:
         description: paragraphs, which are filled; lines that start with a space stay as they are.
@@ -74,10 +79,12 @@ def make_parser(
         description="\n\n".join(
             text if text.startswith(" ") else textwrap.fill(text, 90) for text in paragraphs
         ),
-        epilog=GIN + exit_codes,
+        epilog=(GIN if gin else "") + exit_codes,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    if not gin:
+        return parser
     settings = parser.add_argument_group("settings")
     settings.add_argument(
         "--gin_file",
@@ -118,12 +125,23 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
     return arguments
 
 
-def run(body: Callable[[], Any]) -> NoReturn:
-    """Runs a command's body; turns its outcome into an exit code."""
+def run(body: Callable[[], Any], processes: argparse.Namespace | None = None) -> NoReturn:
+    """Runs a command's body; turns its outcome into an exit code.
+
+    Args:
+        processes: with the flags of `distributed.add_flags`, of a command that may be one of
+            several processes.
+    """
     logs.prepare()
+    with distributed.ending(processes):
+        _run(body, processes)
+
+
+def _run(body: Callable[[], Any], processes: argparse.Namespace | None) -> NoReturn:
     # Outside of the loop, which saves first: the exit code is 143 here as there.
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
+        distributed.start(processes)
         body()
         sys.stdout.flush()
     except InputError as error:
@@ -142,7 +160,7 @@ def run(body: Callable[[], Any]) -> NoReturn:
             raise
         raise SystemExit(_say("failed", error, 1)) from None
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print(f"{logs.speaker()}interrupted", file=sys.stderr)
         raise SystemExit(130) from None
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -156,5 +174,5 @@ def _terminate(number: int, frame: types.FrameType | None) -> NoReturn:
 
 
 def _say(what: str, error: BaseException, code: int) -> int:
-    print(f"{what}: {str(error).splitlines()[0]}", file=sys.stderr)
+    print(f"{logs.speaker()}{what}: {str(error).splitlines()[0]}", file=sys.stderr)
     return code

@@ -15,12 +15,17 @@ import ptjax
 _PACKAGE = os.path.dirname(os.path.abspath(ptjax.__file__))
 
 
+_process: int | None = None
+"""The number of this process where it is one of several."""
+
+
 class _Plain(logging.Formatter):
-    """The message, behind "warning: " or "error: " where it is one."""
+    """The message, behind "warning: " or "error: " where it is one, and whose."""
 
     def format(self, record: logging.LogRecord) -> str:
-        kind = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-        return kind + record.getMessage()
+        if record.levelno < logging.WARNING:
+            return record.getMessage()
+        return f"{speaker()}{record.levelname.lower()}: {record.getMessage()}"
 
 
 class _Stderr(logging.StreamHandler):
@@ -42,11 +47,23 @@ def _matters(record: logging.LogRecord) -> bool:
     every folder in which it does not find a file as an error.
     """
     if os.path.abspath(record.pathname).startswith(_PACKAGE + os.sep):
-        return True
+        # Of several processes the first one tells what happens; the others what is wrong.
+        return not _process or record.levelno >= logging.WARNING
     if f"{os.sep}gin{os.sep}" in record.pathname:
         return False
     jax = record.name.split(".")[0] == "jax"
     return record.levelno >= (logging.WARNING if jax else logging.ERROR)
+
+
+def name_process(number: int) -> None:
+    """Says that this process is one of several."""
+    global _process
+    _process = number
+
+
+def speaker() -> str:
+    """What stands before a warning or an error: of several processes, which one."""
+    return "" if _process is None else f"process {_process}: "
 
 
 def prepare() -> None:

@@ -1,8 +1,8 @@
 """The order of an epoch is a plan, and Grain maps over its batch numbers.
 
-Every host computes the same plan from (seed, epoch, token lengths) and takes its rows of the same
-global batch, so shapes agree everywhere, the position in the data is one integer, and resuming is
-exact.
+Every process computes the same plan from (seed, epoch, token lengths) and so the same global batch,
+of which its devices take their rows. Shapes agree everywhere, the position in the data is the step,
+and resuming is exact, on any number of processes.
 """
 
 from __future__ import annotations
@@ -10,16 +10,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from ptjax.data.batch import Batch, make_batch
 from ptjax.errors import InputError
-
-if TYPE_CHECKING:
-    import grain
 
 Bucket = tuple[int, int]
 """(T, L): input and target length of the batches that an example may go to."""
@@ -285,33 +282,23 @@ def plan_evaluation(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Rows:
-    """Grain's view of a pipeline: this host's rows of batches 0 ... stop - 1."""
+class _Numbered:
+    """Grain's view of a pipeline: batches start ... stop - 1."""
 
     batches: Batches
+    start: int
     stop: int
-    host: int
-    hosts: int
 
     def __len__(self) -> int:
-        return self.stop
+        return self.stop - self.start
 
     def __getitem__(self, index: Any) -> Batch:
-        return host_rows(self.batches.batch(int(index)), self.host, self.hosts)
+        return self.batches.batch(self.start + int(index))
 
 
-def host_rows(batch: Batch, host: int, hosts: int) -> Batch:
-    """Host `host`'s equal share of a global batch's rows, the last axis but one."""
-    size = batch["encoder_input_tokens"].shape[-2] // hosts
-    rows = slice(host * size, (host + 1) * size)
-    return {name: array[..., rows, :] for name, array in batch.items()}
-
-
-def make_iterator(
-    batches: Batches, stop: int, *, host: int = 0, hosts: int = 1
-) -> grain.DatasetIterator:
-    """Iterates over batches 0 ... stop - 1, built ahead in threads; its state is one integer."""
+def make_iterator(batches: Batches, stop: int, *, start: int = 0) -> Iterator[Batch]:
+    """Iterates over the global batches start ... stop - 1, built ahead in threads."""
     import grain  # only here: plans and batches are plain numpy, also where no Grain is installed
 
-    dataset = grain.MapDataset.source(_Rows(batches, stop, host, hosts))
+    dataset = grain.MapDataset.source(_Numbered(batches, start, stop))
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)))

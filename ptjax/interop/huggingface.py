@@ -9,6 +9,7 @@ from typing import Any
 
 import huggingface_hub
 import huggingface_hub.errors
+import jax
 import numpy as np
 from etils import epath
 
@@ -30,6 +31,7 @@ from ptjax.interop.huggingface_format import (
 )
 from ptjax.interop.stored import Index, StoredArray
 from ptjax.models.config import T5Config
+from ptjax.scale.processes import on_host
 
 _WEIGHTS = "model.safetensors"
 _TORCH = "pytorch_model.bin"
@@ -218,7 +220,8 @@ def save_huggingface(
         if (translated := to_huggingface(name)) is None:
             raise InputError(f"parameter {name} has no place in Hugging Face's T5")
         theirs, transposed = translated
-        shape = tuple(params[name].shape)
+        # Not taken for its shape's sake: a layer of a stack would be sliced, on this process alone.
+        shape = jax.eval_shape(lambda name=name: params[name]).shape
         layout[theirs] = (shape[::-1] if transposed else shape, dtype)
         sources[theirs] = (name, transposed)
     shards = _plan_shards(layout, max_shard_bytes)
@@ -245,7 +248,7 @@ def save_huggingface(
 
 
 def _converted(params: Mapping[str, Any], name: str, transposed: bool, dtype: str) -> np.ndarray:
-    array = np.asarray(params[name]).astype(numpy_dtype(dtype))
+    array = on_host(params[name]).astype(numpy_dtype(dtype))
     return array.T if transposed else array
 
 

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from ptjax.errors import InputError
 from ptjax.models.config import T5Config
 from ptjax.models.t5 import parameter_shapes
-from ptjax.scale import sharding
+from ptjax.scale import processes, sharding
 from ptjax.scale.devices import GIB, usable_memory
 
 SHARE = 0.7
@@ -45,7 +45,8 @@ def choose_mesh(
         InputError: the name is none, or the mesh does not divide the devices or the sizes.
     """
     if mesh is None:
-        mesh, why = sharding.make_mesh(devices=jax.local_devices()[:1]), "as none is named"
+        chosen = None if processes.several() else jax.local_devices()[:1]
+        mesh, why = sharding.make_mesh(devices=chosen), "as none is named"
     elif isinstance(mesh, str):
         found = list(jax.devices() if devices is None else devices)
         if mesh == "auto":

@@ -279,15 +279,26 @@ def rows_divisor(mesh: Mesh) -> int:
     return math.prod(mesh.shape[name] for name in rows_axes(mesh))
 
 
+def replicate_key(key: jax.Array, mesh: Mesh) -> jax.Array:
+    """Typed random keys on every device of the mesh; `jax.device_put` cannot, across processes."""
+    data = np.asarray(jax.random.key_data(key))
+    return jax.random.wrap_key_data(jax.device_put(data, replicated(mesh)))
+
+
 def batch_sharding(mesh: Mesh, rank: int = 2) -> NamedSharding:
     """Rows, the last axis but one, over `replica` and `data`; everything else whole."""
     return NamedSharding(mesh, P(*[None] * (rank - 2), rows_axes(mesh)) if rank > 1 else P())
 
 
 def put_batch(batch: dict[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
-    """This host's rows as global arrays, see `batch_sharding`."""
+    """A global batch, which every process has whole, as arrays over `data`, see `batch_sharding`.
+
+    Each process moves what its own devices hold, however the mesh lies over the processes.
+    """
     return {
-        name: jax.make_array_from_process_local_data(batch_sharding(mesh, rows.ndim), rows)
+        name: jax.make_array_from_callback(
+            rows.shape, batch_sharding(mesh, rows.ndim), rows.__getitem__
+        )
         for name, rows in batch.items()
     }
 

@@ -1,0 +1,244 @@
+"""`python -m ptjax.launch`: starts a command's processes here, and says which one was lost."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import types
+from typing import IO, Any
+
+from ptjax import cli
+from ptjax.cli import distributed
+
+COMMANDS = ("train", "pretrain", "evaluate", "infer")
+# What JAX writes when a process is about to be aborted; from the first such line on all is kept.
+_FATAL = re.compile(
+    r"([EF]\d{4} \S+ +\d+ (coordination_service\w*|client)"
+    r"|[WE]\d{4} \S+ +\d+ preemption_sync_manager)\.(h|cc):\d+\] "
+)
+_SILENT = re.compile(r"unhealthy \(stopped sending heartbeats\):\n((?:\d+\n)+)")
+_STATUS = re.compile(r"absl::Status: (.*)")
+# Of every connection on CPU, on standard output, where results are printed.
+_CHATTER = b"[Gloo] Rank "
+
+
+def main() -> None:
+    parser = cli.make_parser(
+        "launch",
+        """
+        Starts one of ptjax's commands and watches it. When a process is lost, on this machine or
+        another, JAX aborts all others within the heartbeat's timeout; the launcher then says in one
+        line which was lost and ends non-zero. The same command goes on from the last checkpoint.
+
+        In a TPU pod, under Slurm and under Open MPI run it once on each machine or for each task:
+        who the others are is found out there. --processes=N starts N on this machine alone. SIGTERM
+        and Ctrl-C save and stop all of them.
+
+          python -m ptjax.launch train --gin_file=tasks/sst2.gin --gin_file=runs/prompt_tune.gin
+          python -m ptjax.launch --processes=2 train --gin_file=quickstart.gin
+        """,
+        gin=False,
+        exit_codes="exit codes: the command's own; 1 a process was lost; 130 and 143 stopped by "
+        "Ctrl-C\n  and SIGTERM (saved); 128 + N killed by signal N. Start again on any but 0 and 2",
+    )
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=1,
+        metavar="N",
+        help="so many on this machine, each with one of its GPUs; default: 1, with all of them",
+    )
+    parser.add_argument("command", choices=COMMANDS, help="what to start")
+    parser.add_argument("flags", nargs=argparse.REMAINDER, metavar="...", help="its flags")
+    arguments = parser.parse_args()
+    if arguments.processes < 1:
+        parser.error(f"argument --processes: {arguments.processes}: it has to be at least 1")
+    raise SystemExit(launch(arguments.command, arguments.flags, arguments.processes))
+
+
+def launch(command: str, flags: list[str], count: int) -> int:
+    """Runs the command to its end in `count` processes; the exit code."""
+    address = f"127.0.0.1:{_free_port()}"
+    with tempfile.TemporaryDirectory() as folder:
+        watch = _Watch()
+        for number in range(count):
+            # Ctrl-C in a terminal reaches the launcher alone, which passes on what it means.
+            watch.start(
+                [sys.executable, "-m", f"ptjax.{command}", *flags],
+                _environment(address, count, number),
+                os.path.join(folder, f"{number}.json"),
+                number if count > 1 else None,
+            )
+        return watch.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _environment(address: str, count: int, number: int) -> dict[str, str]:
+    if count == 1:
+        return {}
+    return {
+        "JAX_COORDINATOR_ADDRESS": address,
+        "JAX_NUM_PROCESSES": str(count),
+        "JAX_PROCESS_ID": str(number),
+        "JAX_LOCAL_DEVICE_IDS": str(number),
+    }
+
+
+@dataclasses.dataclass
+class _Child:
+    """A process that the launcher started.
+
+    Attributes:
+        identity: the file in which it writes its number and everybody's machine.
+        number: its own, as far as the launcher knows.
+        held: what JAX wrote while it aborted it.
+    """
+
+    process: subprocess.Popen[bytes]
+    identity: str
+    number: int | None
+    held: list[str] = dataclasses.field(default_factory=list)
+    readers: list[threading.Thread] = dataclasses.field(default_factory=list)
+
+    def introduction(self) -> dict[str, Any]:
+        try:
+            with open(self.identity, encoding="utf-8") as stream:
+                return json.load(stream)
+        except (OSError, ValueError):  # it ended before it knew
+            return {"process": self.number, "hosts": []}
+
+
+class _Watch:
+    """The children, what they write, and what became of them."""
+
+    def __init__(self) -> None:
+        self.children: list[_Child] = []
+        self.said = False
+        self.interrupted = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._pass_on)
+
+    def start(
+        self, command: list[str], more: dict[str, str], identity: str, number: int | None
+    ) -> None:
+        process = subprocess.Popen(
+            command,
+            env=os.environ | more | {distributed.IDENTITY_FILE: identity},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+        child = _Child(process, identity, number)
+        assert process.stdout is not None and process.stderr is not None
+        for target, stream in ((_copy_output, process.stdout), (_copy_errors, process.stderr)):
+            reader = threading.Thread(target=target, args=(stream, child))
+            reader.start()
+            child.readers.append(reader)
+        self.children.append(child)
+
+    def wait(self) -> int:
+        """Until all have ended; the exit code of the first that did not end well."""
+        ended, codes = threading.Condition(), []
+
+        def await_one(child: _Child) -> None:
+            child.process.wait()
+            for reader in child.readers:
+                reader.join()
+            with ended:
+                codes.append(self._judge(child))
+
+        waiters = [threading.Thread(target=await_one, args=(c,)) for c in self.children]
+        for waiter in waiters:
+            waiter.start()
+        for waiter in waiters:
+            waiter.join()
+        code = next((code for code in codes if code), 0)
+        return 128 + signal.SIGINT if self.interrupted and code == 128 + signal.SIGTERM else code
+
+    def _judge(self, child: _Child) -> int:
+        """The exit code that a child's end amounts to; says what was lost, once."""
+        code, text = child.process.returncode, "".join(child.held)
+        known = child.introduction()
+        me = "the process" if known["process"] is None else _name(known["process"], known["hosts"])
+        if text and code == -signal.SIGABRT:
+            problem = explain(text, known["hosts"])
+            if problem is None:
+                sys.stderr.write(text)
+                status = _STATUS.search(text)
+                problem = (
+                    f"{me} was aborted by JAX: {status[1] if status else text.splitlines()[0]}"
+                )
+            self._say(problem)
+            return 1
+        sys.stderr.write(text)
+        if code < 0:
+            self._say(f"{me} was killed by signal {-code} ({signal.Signals(-code).name})")
+            return 128 - code
+        return code
+
+    def _say(self, problem: str) -> None:
+        # The first to be known is the cause; the others end because of it.
+        if not self.said:
+            again = "what was saved is whole, and the same command goes on from there"
+            print(f"error: {problem}; {again}", file=sys.stderr, flush=True)
+        self.said = True
+
+    def _pass_on(self, number: int, frame: types.FrameType | None) -> None:
+        again = self.interrupted and number == signal.SIGINT
+        self.interrupted = self.interrupted or number == signal.SIGINT
+        for child in self.children:
+            # SIGTERM is the signal on which all processes agree when to stop.
+            child.process.send_signal(signal.SIGKILL if again else signal.SIGTERM)
+
+
+def _copy_output(stream: IO[bytes], child: _Child) -> None:
+    for line in stream:
+        if not line.startswith(_CHATTER):
+            sys.stdout.buffer.write(line)
+            sys.stdout.flush()
+
+
+def _copy_errors(stream: IO[bytes], child: _Child) -> None:
+    """Passes lines on, but keeps what comes from the first sign of an abort on."""
+    for line in stream:
+        text = line.decode(errors="replace")
+        if child.held or _FATAL.match(text):
+            child.held.append(text)
+        else:
+            sys.stderr.write(text)
+            sys.stderr.flush()
+
+
+def explain(text: str, hosts: list[str]) -> str | None:
+    """Which process was lost, from what JAX wrote; None if it tells something else."""
+    if silent := _SILENT.search(text):
+        names = [_name(int(number), hosts) for number in silent[1].split()]
+        were = "were" if names[1:] else "was"
+        return f"{' and '.join(names)} {were} lost: no heartbeat"
+    if "Failed to send RPC to coordination service" in text:
+        return f"{_name(0, hosts)} was lost: the coordinator no longer answers"
+    if "RegisterTask" in text:
+        return "the processes did not find each other: start all, and let each reach process 0"
+    return None
+
+
+def _name(number: int, hosts: list[str]) -> str:
+    return f"process {number}" + (f" on {hosts[number]}" if number < len(hosts) else "")
+
+
+if __name__ == "__main__":
+    main()
