@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from importlib import resources
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,11 +27,13 @@ from ptjax.interop.huggingface_format import load_config
 from ptjax.interop.prompt_file import T5X_PROMPT
 from ptjax.interop.stored import StoredArray, stack
 from ptjax.models.config import T5Config
+from ptjax.models.layers import Quantized
 from ptjax.models.prompted import make_apply_fn
 from ptjax.models.stacking import Gather, Unstacked, stack_paths
 from ptjax.models.t5 import parameter_shapes
 from ptjax.scale import processes, sharding
 from ptjax.scale.meshes import choose_mesh
+from ptjax.scale.quantize import is_quantized, quantize_sharded
 from ptjax.training.freeze import flatten_paths, sizes, unflatten_paths
 
 SIZE_FIELDS = (
@@ -62,6 +64,7 @@ class Backbone:
             dtype or number of devices they came through.
         name: what the user called it: a path, a hub id with its revision, "ptjax-nano".
         mesh: where the variables live; with `fsdp` each divided over its `data` axis too.
+        quantize: "int8" where kernels are `Quantized`.
         assumed: config fields that the files do not tell, at T5's values.
     """
 
@@ -73,6 +76,7 @@ class Backbone:
     name: str
     mesh: Mesh
     fsdp: bool = False
+    quantize: str | None = None
     assumed: tuple[str, ...] = ()
 
     def make_apply_fn(self, sees_input: bool) -> Callable[..., Any]:
@@ -86,6 +90,7 @@ def load_backbone(
     dtype: str | None = None,
     mesh: Mesh | str | None = None,
     fsdp: bool = False,
+    quantize: Literal["int8"] | None = None,
     tokenizer: str | os.PathLike[str] | Tokenizer | None = None,
     **config_overrides: Any,
 ) -> Backbone:
@@ -100,6 +105,7 @@ def load_backbone(
             is the first device or, on several processes, all of them.
         fsdp: weights are divided over `data` too, and gathered layer by layer; needs
             `scan_layers`.
+        quantize: "int8" holds the kernels in a byte an entry, see `scale.quantize`.
         tokenizer: a tokenizer, or where to find one; None looks beside the weights.
         **config_overrides: fields of `T5Config` that the files do not tell or tell wrongly.
 
@@ -111,6 +117,10 @@ def load_backbone(
     dtype = dtype or ("float32" if first.platform == "cpu" else "bfloat16")
     if dtype not in ("float32", "bfloat16"):
         raise InputError(f"dtype = {dtype!r}: a T5 runs in 'float32' or 'bfloat16' (not in fp16)")
+    if quantize not in (None, "int8"):
+        raise InputError(
+            f"quantize = {quantize!r}: kernels are held as they are (None) or in 'int8'"
+        )
     opened = open_backbone(path, dtype=dtype, tokenizer=tokenizer, **config_overrides)
     if opened.prompt is not None:
         logging.warning(
@@ -122,22 +132,26 @@ def load_backbone(
             "sure to wait for that layer"
         )
     sharding.check_rules({"params": opened.arrays})
-    mesh = choose_mesh(mesh, opened.config, dtype, fsdp=fsdp)
+    mesh = choose_mesh(mesh, opened.config, dtype, fsdp=fsdp, quantize=quantize)
     # Popped, for an array inside of a T5X msgpack is in memory already.
     stored = opened.arrays
     if opened.config.scan_layers:
         stored = stack_paths(stored, stack)
-    placed = {key: place(key, stored.pop(key), dtype, mesh, fsdp) for key in list(stored)}
-    params = unflatten_paths(placed)
+    placed, samples = {}, {}
+    for key in list(stored):
+        array = place(key, stored.pop(key), dtype, mesh, fsdp)
+        samples |= _sample_of(key, array, mesh)
+        placed[key] = quantize_sharded(array) if quantize and is_quantized(key) else array
     return Backbone(
         config=opened.config,
-        variables={"params": params},
+        variables={"params": unflatten_paths(placed)},
         apply_fn=make_apply_fn(opened.config, gather=_gather(mesh, fsdp)),
         tokenizer=opened.tokenizer,
-        fingerprint=fingerprint(opened.config, params, mesh),
+        fingerprint=_digest(opened.config, samples),
         name=opened.name,
         mesh=mesh,
         fsdp=fsdp,
+        quantize=quantize,
         assumed=opened.assumed,
     )
 
@@ -356,30 +370,35 @@ def fingerprint(config: T5Config, params: Mapping[str, Any], mesh: Mesh) -> str:
     row of each `wo` kernel. bfloat16 is the coarsest dtype that backbones are kept in. It is taken
     from the arrays on their devices, so that no file is read a second time.
     """
+    samples = {}
+    for path, array in flatten_paths(params).items():
+        samples |= _sample_of(path, array, mesh)
+    return _digest(config, samples)
+
+
+def _digest(config: T5Config, samples: Mapping[str, jax.Array]) -> str:
     digest = hashlib.sha256()
     digest.update(json.dumps({f: getattr(config, f) for f in SIZE_FIELDS}).encode())
-    chosen = {
-        path: array
-        for path, array in flatten_paths(params).items()
-        if path.endswith(("/embedding", "/scale", "/wo/kernel"))
-    }
-    values = jax.device_get(_sample(chosen, mesh))
+    values = Unstacked(jax.device_get(samples))
     for path in sorted(values):
         digest.update(path.encode())
         digest.update(np.ascontiguousarray(values[path]).tobytes())
     return f"sha256:{digest.hexdigest()}"
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _sample(chosen: dict[str, jax.Array], mesh: Mesh) -> dict[str, jax.Array]:
-    """The fingerprint's rows of each array, bfloat16, on every device."""
-    rows = {"embedding": np.s_[::97], "scale": np.s_[:], "kernel": np.s_[:1]}
-    return {
-        path: jax.lax.with_sharding_constraint(
-            array[rows[path.rsplit("/", 1)[1]]].astype(jnp.bfloat16), sharding.replicated(mesh)
-        )
-        for path, array in Unstacked(chosen).items()
-    }
+def _sample_of(path: str, array: jax.Array, mesh: Mesh) -> dict[str, jax.Array]:
+    """What the fingerprint takes of a parameter, by its name, if it takes any."""
+    if not path.endswith(("/embedding", "/scale", "/wo/kernel")):
+        return {}
+    return {path: _sample(array, path.rsplit("/", 1)[1], "/layers/" in path, mesh)}
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _sample(array: jax.Array, name: str, stacked: bool, mesh: Mesh) -> jax.Array:
+    """The fingerprint's rows of an array, or of each layer of a stack; on every device."""
+    rows = {"embedding": np.s_[::97], "scale": np.s_[:], "kernel": np.s_[:1]}[name]
+    chosen = array[:, rows] if stacked else array[rows]
+    return jax.lax.with_sharding_constraint(chosen.astype(jnp.bfloat16), sharding.replicated(mesh))
 
 
 def save_backbone(
@@ -400,6 +419,10 @@ def save_backbone(
         max_shard_bytes: split the weights into files of at most this size.
     """
     flat = Unstacked(flatten_paths(params))
+    if any(isinstance(array, Quantized) for array in flat.values()):
+        raise InputError(
+            "int8 kernels are a rounded copy; save the backbone as it was loaded without quantize"
+        )
     if not processes.first():
         for name in sorted(flat):  # in the order in which the first one writes them
             processes.on_host(flat[name])
@@ -417,6 +440,7 @@ def describe(backbone: Backbone) -> dict[str, Any]:
     return {
         "name": backbone.name,
         "config": dataclasses.asdict(backbone.config),
+        "quantize": backbone.quantize,
         "assumed": list(backbone.assumed),
         "parameters": count,
         "bytes": size,

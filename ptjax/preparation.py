@@ -140,6 +140,7 @@ class Preparation:
             "batch_size": self.batch_size,
             "microbatches": self.microbatches,
             "pack": self.pack,
+            "quantize": self.backbone.quantize,
         }
         if self.method == "prompt_tuning":
             run["prompt_length"] = self.prompt_length

@@ -99,6 +99,8 @@ def tune(
     if unknown := sorted(set(feature_lengths or {}) - set(lengths)):
         raise InputError(f"TASK_FEATURE_LENGTHS has {unknown[0]!r}, not 'inputs' or 'targets'")
     lengths |= feature_lengths or {}
+    if method == "model_tuning" and backbone.quantize:
+        raise InputError("int8 kernels do not train: model tuning needs QUANTIZE = None")
     if bank and method != "prompt_tuning":
         raise InputError(f"every member of a bank has a prompt; method = {method!r} has none")
     check_names(bank or {})

@@ -8,16 +8,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import FIXTURES
 
+from ptjax.backbone import load_backbone, save_backbone
 from ptjax.data.batch import make_batch
+from ptjax.data.tasks import Task
+from ptjax.errors import InputError
+from ptjax.inference import forward, loss_and_prompt_gradient
 from ptjax.models.layers import Quantized
 from ptjax.models.prompted import make_apply_fn, with_prompt
-from ptjax.models.stacking import stack_paths
+from ptjax.models.stacking import Unstacked, stack_paths
 from ptjax.scale import sharding
 from ptjax.scale.quantize import dequantize, is_quantized, quantize, quantize_sharded
 from ptjax.training.freeze import flatten_paths, unflatten_paths
 from ptjax.training.loss import Loss
 from ptjax.training.step import batch_loss
+from ptjax.tuning import tune
 
 
 @pytest.fixture(scope="module")
@@ -98,3 +104,57 @@ def test_the_network_runs_on_int8_as_on_what_it_stands_for(tiny, scan_layers) ->
     exact_value, exact = run(lambda x: x)
     np.testing.assert_allclose(value, exact_value, rtol=0.02)
     assert 0 < np.abs(gradient - exact).max() < 0.1 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize("settings", [{}, {"mesh": "2x4"}, {"scan_layers": True}])
+def test_a_backbone_is_quantized_on_the_way_in(settings, tmp_path) -> None:
+    plain = load_backbone(FIXTURES / "t5_1_1_tiny_legacy", dtype="float32")
+    small = load_backbone(
+        FIXTURES / "t5_1_1_tiny_legacy", dtype="float32", quantize="int8", **settings
+    )
+    # One that is tuned on either is told to belong to both.
+    assert small.fingerprint == plain.fingerprint
+    found = Unstacked(flatten_paths(small.variables["params"]))
+    for path, array in flatten_paths(plain.variables["params"]).items():
+        if not is_quantized(path):
+            np.testing.assert_array_equal(found[path], array)
+        elif not settings.get("scan_layers"):
+            np.testing.assert_array_equal(found[path].values, quantize(array).values)
+    batch = {
+        "encoder_input_tokens": np.arange(2, 14).reshape(2, 6),
+        "decoder_input_tokens": np.array([[0, 5], [0, 6]]),
+    }
+    exact, rounded = (np.asarray(forward(one, batch)) for one in (plain, small))
+    assert 0 < np.abs(exact - rounded).max() < 0.1 * np.abs(exact).max()
+    with pytest.raises(InputError, match="int8 kernels are a rounded copy; save the backbone as"):
+        save_backbone(tmp_path, small.config, small.variables["params"])
+
+
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_on_a_mesh_int8_gives_the_loss_and_gradient_of_one_device(fsdp) -> None:
+    """Sums are taken in another order: float32 rounding."""
+    path = FIXTURES / "t5_1_1_tiny_legacy"
+    settings = {"dtype": "float32", "quantize": "int8", "scan_layers": True}
+    batch = {
+        "encoder_input_tokens": np.arange(2, 50).reshape(8, 6),
+        "decoder_input_tokens": np.tile([0, 5], (8, 1)),
+        "decoder_target_tokens": np.tile([5, 1], (8, 1)),
+    }
+    prompt = np.random.default_rng(0).normal(size=(3, 32)).astype(np.float32)
+    loss, gradient = loss_and_prompt_gradient(load_backbone(path, **settings), batch, prompt)
+    meshed = load_backbone(path, mesh="4x2", fsdp=fsdp, **settings)
+    kernel = meshed.variables["params"]["encoder"]["layers"]["mlp"]["wo"]["kernel"]
+    parts = 8 if fsdp else 2
+    assert kernel.values.addressable_shards[0].data.size * parts == kernel.values.size
+    got_loss, got = loss_and_prompt_gradient(meshed, batch, prompt)
+    np.testing.assert_allclose(got_loss, loss, rtol=1e-5)
+    np.testing.assert_allclose(got, gradient, rtol=0, atol=1e-5 * np.abs(gradient).max())
+
+
+def test_what_int8_is_not_for() -> None:
+    with pytest.raises(InputError, match="quantize = 'int4': kernels are held as they are"):
+        load_backbone(FIXTURES / "t5_1_1_tiny_legacy", quantize="int4")
+    small = load_backbone(FIXTURES / "t5_1_1_tiny_legacy", quantize="int8")
+    task = Task(name="x", splits={"train": "x.jsonl"}, inputs="{text}", targets="{label}")
+    with pytest.raises(InputError, match="int8 kernels do not train: model tuning needs QUANTIZE"):
+        tune("unused", task, small, method="model_tuning")

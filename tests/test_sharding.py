@@ -112,7 +112,7 @@ def test_a_device_of_a_mesh_holds_its_part_of_a_large_model(name, fsdp):
         parts = 1 if path.endswith("scale") else 8 if of_layer else 4
         assert part * parts == math.prod(leaf.shape), path
     sizes = {"data": 2, "model": 4}
-    assert sharding.bytes_per_device(params, sizes, "bfloat16", fsdp=fsdp) == 2 * held
+    assert sharding.bytes_per_device(params, sizes, fsdp=fsdp) == 4 * held
     whole = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
     assert held < 1.001 * whole / 4
 
@@ -434,7 +434,7 @@ def test_every_device_holds_its_part_and_no_more(tiny, tiny_batch):
         for shard in array.addressable_shards:
             assert shard.data.size * parts == array.size, path
             held[shard.device] += shard.data.nbytes
-    wanted = sharding.bytes_per_device(params, dict(mesh.shape), "float32", fsdp=True)
+    wanted = sharding.bytes_per_device(params, dict(mesh.shape), fsdp=True)
     assert set(held.values()) == {wanted}
 
 

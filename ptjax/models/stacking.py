@@ -133,8 +133,8 @@ def stack_paths(arrays: Mapping[str, T], join: Callable[[list[T]], T]) -> dict[s
 class Unstacked(Mapping[str, Any]):
     """Parameters by T5X's names, also where layers are stacked: each is sliced when asked for.
 
-    >>> dict(Unstacked({"encoder/layers/scale": [1, 2], "encoder/encoder_norm/scale": 3}))
-    {'encoder/layers_0/scale': 1, 'encoder/layers_1/scale': 2, 'encoder/encoder_norm/scale': 3}
+    >>> list(Unstacked({"encoder/layers/scale": np.ones((2, 8)), "encoder/norm": np.ones(8)}))
+    ['encoder/layers_0/scale', 'encoder/layers_1/scale', 'encoder/norm']
     """
 
     def __init__(self, arrays: Mapping[str, Any]) -> None:
@@ -144,13 +144,14 @@ class Unstacked(Mapping[str, Any]):
         if path in self._arrays:
             return self._arrays[path]
         name, layer = split_path(path)
-        return self._arrays[name][layer]
+        return jax.tree.map(lambda x: x[layer], self._arrays[name])
 
     def __iter__(self) -> Iterator[str]:
         for name, array in self._arrays.items():
             before, inside, rest = name.partition("/layers/")
             if inside:
-                yield from (f"{before}/layers_{layer}/{rest}" for layer in range(len(array)))
+                count = len(jax.tree.leaves(array)[0])
+                yield from (f"{before}/layers_{layer}/{rest}" for layer in range(count))
             else:
                 yield name
 

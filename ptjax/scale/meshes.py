@@ -12,9 +12,9 @@ from jax.sharding import Mesh
 
 from ptjax.errors import InputError
 from ptjax.models.config import T5Config
-from ptjax.models.t5 import parameter_shapes
 from ptjax.scale import processes, sharding
 from ptjax.scale.devices import GIB, usable_memory
+from ptjax.scale.quantize import held_shapes
 
 SHARE = 0.7
 """Of a device's memory, what 'auto' gives to the frozen weights; the rest is for activations. T5
@@ -28,6 +28,7 @@ def choose_mesh(
     dtype: str,
     *,
     fsdp: bool = False,
+    quantize: str | None = None,
     devices: Iterable[jax.Device] | None = None,
 ) -> Mesh:
     """The mesh that `mesh` means for a backbone of `config`; logs which, and why.
@@ -37,7 +38,7 @@ def choose_mesh(
             smallest model axis whose part of the frozen weights leaves a device enough of its
             memory (`SHARE`), for a model axis communicates in every layer and a data axis once a
             step; None is this process's first device.
-        dtype: of the frozen weights.
+        dtype, quantize: of the frozen weights, as for `load_backbone`.
         fsdp: whether they are divided over `data` too.
         devices: default all.
 
@@ -50,7 +51,9 @@ def choose_mesh(
     elif isinstance(mesh, str):
         found = list(jax.devices() if devices is None else devices)
         if mesh == "auto":
-            shape, why = _smallest_that_fits(config, dtype, found, fsdp)
+            shape, why = _smallest_that_fits(
+                config, held_shapes(config, dtype, quantize), found, fsdp
+            )
         else:
             shape, why = parse_mesh(mesh), "as MESH says"
         mesh = sharding.make_mesh(shape, found)
@@ -125,7 +128,7 @@ def _fitting(config: T5Config, devices: int, fsdp: bool) -> list[tuple[int, int]
 
 
 def _smallest_that_fits(
-    config: T5Config, dtype: str, devices: list[Any], fsdp: bool
+    config: T5Config, weights: Any, devices: list[Any], fsdp: bool
 ) -> tuple[tuple[int, ...], str]:
     """(sizes of the axes, why) of 'auto'."""
     slices = sharding.count_slices(devices)
@@ -137,12 +140,11 @@ def _smallest_that_fits(
             "and heads, mlp and vocabulary over model; set FSDP = False"
         )
     memory = usable_memory(devices[0])
-    weights = {"params": parameter_shapes(config)}
     front = () if slices == 1 else (slices,)
     held: list[str] = []
     for data, model in fitting:
         sizes = {"data": data, "model": model}
-        size = sharding.bytes_per_device(weights, sizes, dtype, fsdp=fsdp)
+        size = sharding.bytes_per_device({"params": weights}, sizes, fsdp=fsdp)
         if memory is None:
             return (*front, data, model), "the smallest model axis"
         if size <= SHARE * memory:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
+from ptjax.models.config import T5Config
 from ptjax.models.layers import Quantized
+from ptjax.models.t5 import parameter_shapes
+from ptjax.training.freeze import flatten_paths, unflatten_paths
 
 LARGEST = 127
 """-128 is left out, so that rounding is the same on both sides of zero."""
@@ -23,6 +27,21 @@ def is_quantized(path: str) -> bool:
     are 2% of XXL and stay as they are.
     """
     return path.endswith("/kernel") and "logits_dense" not in path
+
+
+def held_shapes(config: T5Config, dtype: str, quantize: str | None = None) -> dict[str, Any]:
+    """The parameters as `jax.ShapeDtypeStruct`s of the dtype in which they are held.
+
+    Scales are left out: they add a thousandth.
+    """
+
+    def held(path: str, leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(
+            leaf.shape, quantize if quantize and is_quantized(path) else dtype
+        )
+
+    shapes = flatten_paths(parameter_shapes(config))
+    return unflatten_paths({path: held(path, leaf) for path, leaf in shapes.items()})
 
 
 @jax.jit

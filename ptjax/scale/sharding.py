@@ -16,6 +16,7 @@ the width of activations over `model`, are not offered.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import re
@@ -29,6 +30,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ptjax.errors import InputError
+from ptjax.models.layers import Quantized
 from ptjax.models.stacking import gathered
 from ptjax.training.freeze import flatten_paths, unflatten_paths
 
@@ -168,16 +170,14 @@ def shardings_of(variables: Tree, mesh: Mesh, *, fsdp: bool = False, rules: Rule
     return unflatten_paths(found)
 
 
-def bytes_per_device(
-    variables: Tree, sizes: dict[str, int], dtype: str, *, fsdp: bool = False
-) -> int:
-    """What one device holds of `variables` as `dtype`, on a mesh with these axis `sizes`."""
+def bytes_per_device(variables: Tree, sizes: dict[str, int], *, fsdp: bool = False) -> int:
+    """What one device holds of `variables`, leaves with shape and dtype, on such a mesh."""
     held = 0
     for path, leaf in flatten_paths(variables).items():
         spec = spec_of(path, len(leaf.shape), fsdp=fsdp)
         parts = math.prod(sizes[name] for axis in spec for name in _names(axis))
-        held += math.prod(leaf.shape) // parts
-    return held * np.dtype(jax.dtypes.canonicalize_dtype(dtype)).itemsize
+        held += math.prod(leaf.shape) // parts * leaf.dtype.itemsize
+    return held
 
 
 def make_mesh(shape: int | Sequence[int] = 1, devices: Iterable[jax.Device] | None = None) -> Mesh:
@@ -246,12 +246,14 @@ def gather_layer(mesh: Mesh) -> Callable[[Tree], Tree]:
     """
 
     def gather(variables: Tree) -> Tree:
-        def whole(path: Any, weights: jax.Array) -> jax.Array:
+        def whole(path: Any, weights: Any) -> Any:
+            if isinstance(weights, Quantized):  # its scales are whole
+                return dataclasses.replace(weights, values=whole(path, weights.values))
             name = "/".join(str(key.key) for key in path)
             where = NamedSharding(mesh, spec_of(name, weights.ndim))
             return gathered(jax.lax.with_sharding_constraint(weights, where))
 
-        return jax.tree.map_with_path(whole, variables)
+        return jax.tree.map_with_path(whole, variables, is_leaf=lambda x: isinstance(x, Quantized))
 
     return gather
 
