@@ -7,7 +7,8 @@ examples, P = 20; at most 2,000 test examples. A prompt that sees its input has 
 that does not has as many, and then the steps that it makes in the same time. Those follow from the
 time of a step both ways, in turns, over the epoch's own batches; it is measured first and kept in
 OUTPUT_DIR/time.json. Every run is a `python -m ptjax.train` of its own, printed before it starts;
-one that finished is not run again. DATA_DIR is laid out as the tasks' gin files say.
+one that finished is not run again. Writes OUTPUT_DIR/sees_input.png, accuracy over time. DATA_DIR
+is laid out as the tasks' gin files say.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from ptjax.data.preprocess import tokenize_examples
 LENGTHS = {  # of inputs and targets
     "sst2": {"inputs": 64, "targets": 4},
     "imdb": {"inputs": 128, "targets": 4},
-    "ag_news": {"inputs": 128, "targets": 8},
+    "ag_news": {"inputs": 128, "targets": 4},
 }
 STEPS, PROMPT, BATCH = 1000, 20, 32
 COMMON = {
@@ -103,6 +104,7 @@ def train(
             "INITIAL_CHECKPOINT_PATH": flags.backbone,
             "DATA_DIR": flags.data_dir,
             "tasks.Task.inputs": TASKS[task]["inputs"],
+            "tasks.Task.verbalizer": TASKS[task]["verbalizer"],
             "TASK_FEATURE_LENGTHS": LENGTHS[task],
             "SEES_INPUT": sees_input,
             "TRAIN_STEPS": steps,
@@ -115,6 +117,28 @@ def train(
     return values, curves
 
 
+def draw(file: Path, curves: dict[tuple[str, bool], dict[int, float]], ratios: Any) -> None:
+    """Validation accuracy, mean of the seeds, over time (in steps of a seeing prompt)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    tasks = list(dict.fromkeys(task for task, _ in curves))
+    size = 1 + 3 * len(tasks), 3
+    figure, axes = pyplot.subplots(1, len(tasks), squeeze=False, figsize=size, layout="constrained")
+    for (task, sees_input), points in curves.items():
+        axis = axes[0][tasks.index(task)]
+        pace = 1.0 if sees_input else ratios[task]
+        label = "sees its input" if sees_input else "does not"
+        axis.plot([step / pace for step in points], list(points.values()), ".-", label=label)
+        axis.set_title(task)
+        axis.set_xlabel("time, in steps of the former")
+    axes[0][0].set_ylabel("validation accuracy")
+    axes[0][0].legend()
+    figure.savefig(file, dpi=120)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data_dir", required=True, type=os.path.abspath)
@@ -125,25 +149,25 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="turns of the time measurement")
     flags = parser.parse_args()
     ratios = measured_ratios(flags)
-    tests, curves = [], []
+    tests, curves = [], {}
     for task in flags.tasks:
         longer = max(STEPS, int(STEPS * ratios[task]) // 100 * 100)
         for sees_input, steps in ((True, STEPS), (False, STEPS), (False, longer)):
             values, found = train(flags, task, sees_input, steps)
             tests.append(f"| {task} | {sees_input} | {steps:,} | {runs.show(values)} |")
-            if steps == STEPS:
-                means = [statistics.mean(one[step] for one in found) for step in CURVE]
-                row = " | ".join(f"{mean:.3f}" for mean in means)
-                curves.append(f"| {task} | {sees_input} | {row} |")
+            means = {step: statistics.mean(one[step] for one in found) for step in found[0]}
+            curves[task, sees_input] = means
     print("\n| task | time of a step, seeing / not |\n|---|--:|")
     print("\n".join(f"| {task} | {ratios[task]:.2f} |" for task in flags.tasks))
-    print(
-        "\n| test accuracy | sees_input | steps | mean | std | seeds |\n|---|---|--:|--:|--:|---|"
-    )
+    print("\n| test accuracy | sees_input | steps | mean | std | seeds |")
+    print("|---|---|--:|--:|--:|---|")
     print("\n".join(tests))
     print(f"\n| validation, mean of the seeds | sees_input | {' | '.join(map(str, CURVE))} |")
     print("|---|---|" + "--:|" * len(CURVE))
-    print("\n".join(curves))
+    for (task, sees_input), points in curves.items():
+        row = " | ".join(f"{points[step]:.3f}" for step in CURVE)
+        print(f"| {task} | {sees_input} | {row} |")
+    draw(flags.output_dir / "sees_input.png", curves, ratios)
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def test_what_is_no_name(tiny, name):
 
 
 def test_the_log_says_which_mesh_and_why(tiny, caplog):
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, logger="absl")
     meshes.choose_mesh("2x4", tiny.config, "float32", fsdp=True)
     meshes.choose_mesh("auto", tiny.config, "float32")
     meshes.choose_mesh(None, tiny.config, "float32")
