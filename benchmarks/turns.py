@@ -108,9 +108,13 @@ class Turns:
             worker.wait()
 
     def take(self, rounds: int) -> dict[str, list[dict[str, Any]]]:
-        """Every side's answers, one a round; each second round goes backwards."""
+        """Every side's answers, one a round; each second round goes backwards.
+
+        A round before them does not count: the system takes memory back from those that wait, and
+        sides that were warm long before their first turn pay for it there.
+        """
         answers: dict[str, list[dict[str, Any]]] = {name: [] for name in self.about}
-        for turn in range(rounds):
+        for turn in range(-1, rounds):
             for name in list(self.about)[:: 1 if turn % 2 == 0 else -1]:
                 worker = self._workers[name]
                 worker.stdin.write("\n")
@@ -121,4 +125,4 @@ class Turns:
                 answers[name].append(json.loads(answer))
             told = (f"{name} {taken[-1]['seconds']:.2f} s" for name, taken in answers.items())
             print(f"round {turn + 1} of {rounds}: {', '.join(told)}", file=sys.stderr)
-        return answers
+        return {name: taken[1:] for name, taken in answers.items()}
