@@ -167,11 +167,10 @@ class Run:
                 self._add(waiting)
             waiting = metrics
             progress.step += 1
-            stopping = stop.after(progress.step)
             at_end = progress.step == pace.train_steps
             log = progress.step % pace.log_period == 0 or at_end
             evaluation = progress.step % pace.eval_period == 0 or at_end
-            if log or evaluation or stopping:
+            if log or evaluation:
                 self._add(metrics)
                 waiting = None
             if log:
@@ -188,6 +187,10 @@ class Run:
                     state = _take(state, smaller)
                     progress.held = [progress.held[place] for place in smaller]
                 started, examples = time.perf_counter(), 0
+            stopping = stop.after(progress.step)
+            if stopping and waiting is not None:
+                self._add(waiting)
+                waiting = None
             if evaluation or stopping:
                 self.checkpoints.save(
                     progress.step, state, dataclasses.asdict(progress), self.identity

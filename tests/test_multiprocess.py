@@ -245,7 +245,7 @@ def test_evaluation_equals_that_of_one_process(
     [
         # Frozen weights and batches lie across the two processes.
         [
-            "--gin.sharding.make_mesh.model_parallelism=8",
+            "--gin.MESH='1x8'",
             "--gin.tuning.tune.method='model_tuning'",
             "--gin.LEARNING_RATE=0.001",
             "--gin.LEARNING_RATE_SCALE='absolute'",
