@@ -243,9 +243,9 @@ def test_evaluation_equals_that_of_one_process(
 @pytest.mark.parametrize(
     "settings",
     [
-        # Frozen weights and batches lie across the two processes.
+        # Rows lie across the two processes, weights over the devices of each.
         [
-            "--gin.MESH='1x8'",
+            "--gin.MESH='2x4'",
             "--gin.tuning.tune.method='model_tuning'",
             "--gin.LEARNING_RATE=0.001",
             "--gin.LEARNING_RATE_SCALE='absolute'",
