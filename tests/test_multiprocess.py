@@ -245,7 +245,7 @@ def test_evaluation_equals_that_of_one_process(
     [
         # Rows lie across the two processes, weights over the devices of each.
         [
-            "--gin.MESH='2x4'",
+            "--gin.MESH='4x2'",
             "--gin.tuning.tune.method='model_tuning'",
             "--gin.LEARNING_RATE=0.001",
             "--gin.LEARNING_RATE_SCALE='absolute'",
