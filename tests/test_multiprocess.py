@@ -252,7 +252,7 @@ def test_evaluation_equals_that_of_one_process(
         ],
         ["--gin_file=bank.gin"],
     ],
-    ids=["model tuning, sharded over both", "a packed bank"],
+    ids=["model tuning, rows over both", "a packed bank"],
 )
 def test_other_ways_equal_those_of_one_process(
     machines: Machines, settings: list[str], request: pytest.FixtureRequest
