@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from collectives import collectives
+from ptjax.scale.collectives import collectives
 from jax.sharding import PartitionSpec as P
 
 from ptjax.errors import InputError

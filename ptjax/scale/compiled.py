@@ -17,6 +17,24 @@ from ptjax.training.step import TrainState
 Tree = Any
 
 
+def lower_step(
+    train_step: Callable[..., Any], state: TrainState, frozen: Tree, shape: Shape, mesh: Mesh
+) -> jax.stages.Lowered:
+    """The step for batches of `shape`, its state donated.
+
+    Args:
+        state, frozen: arrays on the mesh, or `jax.ShapeDtypeStruct`s with their shardings.
+    """
+    # The state goes out as it came in, so the next step takes it without moving anything.
+    places = jax.tree.map(lambda x: x.sharding, state)
+    batch = {
+        name: jax.ShapeDtypeStruct(size, dtype, sharding=sharding.batch_sharding(mesh, len(size)))
+        for name, (size, dtype) in shape.arrays().items()
+    }
+    jitted = jax.jit(train_step, donate_argnums=0, out_shardings=(places, None))
+    return jitted.lower(state, frozen, batch)
+
+
 def compile_steps(
     train_step: Callable[..., Any],
     state: TrainState,
@@ -28,21 +46,10 @@ def compile_steps(
 
     A compiled step refuses any other shape, so nothing is ever compiled again on the way.
     """
-    # The state goes out as it came in, so the next step takes it without moving anything.
-    places = jax.tree.map(lambda x: x.sharding, state)
-    jitted = jax.jit(train_step, donate_argnums=0, out_shardings=(places, None))
-
-    def compile_step(shape: Shape) -> Callable[..., Any]:
-        batch = {
-            name: jax.ShapeDtypeStruct(
-                size, dtype, sharding=sharding.batch_sharding(mesh, len(size))
-            )
-            for name, (size, dtype) in shape.arrays().items()
-        }
-        return jitted.lower(state, frozen, batch).compile()
-
     started = time.perf_counter()
-    compiled = {shape: compile_step(shape) for shape in shapes}
+    compiled = {
+        shape: lower_step(train_step, state, frozen, shape, mesh).compile() for shape in shapes
+    }
     logging.info(
         "compiled the step for %d batch shapes in %.1f s: %s",
         len(shapes),

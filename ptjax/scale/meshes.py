@@ -51,7 +51,7 @@ def choose_mesh(
     elif isinstance(mesh, str):
         found = list(jax.devices() if devices is None else devices)
         if mesh == "auto":
-            shape, why = _smallest_that_fits(
+            shape, why = smallest_that_fits(
                 config, held_shapes(config, dtype, quantize), found, fsdp
             )
         else:
@@ -98,7 +98,7 @@ def check_divisible(config: T5Config, mesh: Mesh, *, fsdp: bool = False) -> None
     replicas = mesh.shape.get("replica")
     within = mesh.size // (replicas or 1)
     front = [] if replicas is None else [replicas]
-    fitting = [repr("x".join(map(str, [*front, *s]))) for s in _fitting(config, within, fsdp)]
+    fitting = [repr("x".join(map(str, [*front, *s]))) for s in fitting_shapes(config, within, fsdp)]
     hint = f"MESH may be {' or '.join(fitting)}" if fitting else f"no mesh of {within} devices does"
     raise InputError(
         f"{name} = {size} is not a multiple of {mesh.shape[axis]}, the {axis} axis of the mesh "
@@ -117,7 +117,7 @@ def _indivisible(
     return None
 
 
-def _fitting(config: T5Config, devices: int, fsdp: bool) -> list[tuple[int, int]]:
+def fitting_shapes(config: T5Config, devices: int, fsdp: bool) -> list[tuple[int, int]]:
     """The (data, model) of that many devices that divide the sizes, the smallest model first."""
     shapes = [(devices // model, model) for model in range(1, devices + 1) if devices % model == 0]
     return [
@@ -127,13 +127,13 @@ def _fitting(config: T5Config, devices: int, fsdp: bool) -> list[tuple[int, int]
     ]
 
 
-def _smallest_that_fits(
+def smallest_that_fits(
     config: T5Config, weights: Any, devices: list[Any], fsdp: bool
 ) -> tuple[tuple[int, ...], str]:
     """(sizes of the axes, why) of 'auto'."""
     slices = sharding.count_slices(devices)
     within, kind = len(devices) // slices, devices[0].device_kind
-    fitting = _fitting(config, within, fsdp)
+    fitting = fitting_shapes(config, within, fsdp)
     if not fitting:  # a model axis of 1 divides everything but a width over `data`
         raise InputError(
             f"FSDP = True: no mesh of {within} {kind} divides emb_dim = {config.emb_dim} over data "

@@ -1,0 +1,141 @@
+"""The collectives of a compiled program: what is sent, and between which devices of a mesh."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any, NamedTuple
+
+import numpy as np
+from jax.sharding import Mesh
+
+KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "send")
+_BITS = {"pred": 8, "bf16": 16}
+
+
+class Collective(NamedTuple):
+    """One array in one collective; an operation on several of them counts once for each.
+
+    Attributes:
+        kind: "send" goes to another slice, over the network.
+        shape: of what a device has afterwards.
+        axes: the mesh axes along which the devices of a group differ; of a send the slices' axis.
+        times: that it happens in a run of the program, where it stands in loops.
+        in_loop: whether it does.
+    """
+
+    kind: str
+    dtype: str
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    times: int
+    in_loop: bool
+
+    @property
+    def bytes(self) -> int:
+        """Of the result, over all times."""
+        bits = _BITS.get(self.dtype) or int(re.sub(r"\D*(\d+).*", r"\1", self.dtype))
+        return self.times * math.prod(self.shape) * bits // 8
+
+
+def collectives(compiled: Any, mesh: Mesh) -> list[Collective]:
+    """All of a compiled function, from its HLO."""
+    computations, entry = _computations(compiled.as_text())
+    loops = _loops(computations, entry)
+    found = []
+    pattern = re.compile(rf" = (.*?) ({'|'.join(KINDS)})(?:-start)?\(")
+    for name, (times, in_loop) in loops.items():
+        for line in computations[name]:
+            if not (match := pattern.search(line)):
+                continue
+            result, kind = match.groups()
+            if kind == "send":
+                axes, result = mesh.axis_names[:1], result.partition("}")[0]
+            else:
+                axes = _axes(_groups(line, mesh.size), mesh)
+            for dtype, sizes in re.findall(r"(\w+)\[([\d,]*)\]", result):
+                shape = tuple(map(int, filter(None, sizes.split(","))))
+                found.append(Collective(kind, dtype, shape, axes, times, in_loop))
+    return found
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+    """(name -> its lines, the name of the one that is run)."""
+    found: dict[str, list[str]] = {}
+    entry = name = ""
+    for line in text.splitlines():
+        if line.endswith("{") and (match := re.match(r"(ENTRY )?(%[\w.\-]+) ", line)):
+            name = match[2]
+            found[name] = []
+            entry = name if match[1] else entry
+        elif name:
+            found[name].append(line)
+    return found, entry
+
+
+def _loops(computations: dict[str, list[str]], entry: str) -> dict[str, tuple[int, bool]]:
+    """Computation -> (how often it runs, whether in a loop), of all that the entry reaches."""
+    reached = {entry: (1, False)}
+    for name in reversed(computations):  # they stand before those that call them
+        if name not in reached:
+            continue
+        times, in_loop = reached[name]
+        for line in computations[name]:
+            body = re.search(r"body=(%[\w.\-]+)", line)
+            for called in re.findall(r"%[\w.\-]+", line.partition("(")[2]):
+                if called in computations:
+                    turns = _turns(line, computations) if body and body[1] == called else 1
+                    before, looped = reached.get(called, (0, False))
+                    inside = in_loop or looped or body is not None
+                    reached[called] = before + times * turns, inside
+    return reached
+
+
+def _turns(line: str, computations: dict[str, list[str]]) -> int:
+    """How often a while loop turns: what its counter, from 0, is compared with."""
+    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', line):
+        return int(known[1])
+    condition = re.search(r"condition=(%[\w.\-]+)", line)
+    assert condition is not None, line
+    lines = list(computations[condition[1]])
+    for called in [x for one in lines for x in re.findall(r"calls=(%[\w.\-]+)", one)]:
+        lines += computations[called]
+    limits = [int(n) for one in lines for n in re.findall(r"s32\[\]\S* constant\((\d+)\)", one)]
+    return max(limits, default=1)
+
+
+def _groups(line: str, count: int) -> np.ndarray:
+    """Positions in the mesh of the devices that talk to each other, [groups, members]."""
+    # [2,4]<=[4,2]T(1,0): the numbers in order, as 4x2, transposed, read as 2 groups of 4.
+    if match := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
+        groups, numbers, order = (
+            [int(n) for n in part.split(",")] if part else None for part in match.groups()
+        )
+        assert groups is not None and numbers is not None
+        return np.arange(count).reshape(numbers).transpose(order).reshape(groups)
+    if match := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{.*?\})\}", line):
+        return np.array(
+            [list(map(int, g.split(","))) for g in re.findall(r"\{([\d,]+)\}", match[1])]
+        )
+    # mesh['axis_0'=4,'axis_1'=2], device_ids=([2,4]T(1,0)) {'axis_1'}: the numbers (here as 2x4,
+    # transposed) as 4x2, groups along the second axis.
+    ids = r"(?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?"
+    if match := re.search(rf"replica_groups=mesh\[(.*?)\]{ids} \{{(.*?)\}}", line):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match[1])}
+        numbers = np.arange(count)
+        if match[2]:
+            tile, order = (
+                [int(n) for n in part.split(",")] if part else None for part in match.group(2, 3)
+            )
+            numbers = numbers.reshape(tile or []).transpose(order)
+        along = [list(sizes).index(name) for name in re.findall(r"'(\w+)'", match[4])]
+        numbers = np.moveaxis(numbers.reshape(*sizes.values()), along, range(-len(along), 0))
+        return numbers.reshape(-1, math.prod(numbers.shape[-len(along) :]))
+    assert "replica_groups={}" in line, line
+    return np.arange(count)[None]
+
+
+def _axes(groups: np.ndarray, mesh: Mesh) -> tuple[str, ...]:
+    places = np.array(np.unravel_index(groups, mesh.devices.shape))  # [axes, groups, members]
+    differ = (places != places[:, :, :1]).any(axis=(1, 2))
+    return tuple(name for name, one in zip(mesh.axis_names, differ, strict=True) if one)
