@@ -33,4 +33,4 @@ $(VENV)/installed-dev: pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/installed-oracle: $(VENV)/installed-dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 && \
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,oracle]' && touch $@
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,oracle,plan]' && touch $@

@@ -46,7 +46,7 @@ def inspect(arguments: argparse.Namespace) -> None:
 
     if arguments.tokens < 1:
         raise InputError(f"--tokens={arguments.tokens}: show 1 or more")
-    cli.load_gin(arguments, trains=False)
+    cli.load_gin(arguments, defaults={"MODEL_DIR": None})
     bound = cli.settings(chosen.LOAD_BACKBONE, "path", "tokenizer")
     described = inspection.describe(arguments.path, bound.get("tokenizer"))
     prompt = described.get("best_prompt") or (described if described["kind"] == "prompt" else None)

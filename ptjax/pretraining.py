@@ -31,10 +31,10 @@ from ptjax.models.config import T5Config
 from ptjax.models.prompted import make_apply_fn
 from ptjax.models.t5 import init_params, parameter_shapes
 from ptjax.scale import sharding
+from ptjax.scale.compiled import Recipe
 from ptjax.training import freeze as freezing
 from ptjax.training.loss import Loss
 from ptjax.training.optimizer import Adafactor
-from ptjax.training.step import init_train_state, make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,11 +231,9 @@ def pretrain(
     batches = _mixture(parts, text, found, seed)
     trainable = {"params": params}
     freeze = freezing.make_freeze(trainable, freezing.METHODS["model_tuning"])
-    locked = freezing.lock(optimizer.make(), freeze)
-    key = sharding.replicate_key(jax.random.key(seed), mesh)
-    state = jax.jit(lambda t, k: init_train_state(jax.tree.map(lambda x: x + 0, t), locked, k))(
-        trainable, key
-    )
+    recipe = Recipe("model_tuning", optimizer, loss, microbatches)
+    init, step = recipe.compose(apply_fn, freeze, mesh)
+    state = jax.jit(init)(trainable, sharding.replicate_key(jax.random.key(seed), mesh))
     logging.info("pre-training %s parameters", f"{freezing.sizes(trainable)[0]:,}")
 
     def write(path: epath.Path, trainable: Any, metadata: dict[str, Any]) -> None:
@@ -259,7 +257,6 @@ def pretrain(
         },
         config=config,
     )
-    step = make_train_step(apply_fn, locked, loss, microbatches=microbatches)
     run.fit(state, {}, step, mesh, dry_run=dry_run)
 
 

@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import optax
 from etils import epath
 
 from ptjax import atomic
@@ -26,10 +25,11 @@ from ptjax.models.prompt import Initializer, Prompt
 from ptjax.preparation import Preparation, Start, Subject, report_sizes
 from ptjax.results import Scores, of_bank
 from ptjax.scale import processes, sharding
+from ptjax.scale.compiled import Recipe
 from ptjax.training import freeze as freezing
 from ptjax.training.loss import Loss
 from ptjax.training.optimizer import Adafactor
-from ptjax.training.step import TrainState, init_train_state, make_bank_step, make_train_step
+from ptjax.training.step import TrainState
 
 Tree = Any
 
@@ -181,33 +181,23 @@ def _compose(
     starts: Sequence[Start], preparation: Preparation, loss: Loss, *, stacked: bool
 ) -> tuple[TrainState, Callable[..., Any]]:
     """The first state, of one member or `stacked` of all of them, and its train step."""
-    freeze, rms = starts[0].freeze, preparation.embedding_rms
-    apply_fn = starts[0].subject.evaluator.apply_fn
-
-    def make_optimizer(rate: jax.Array | None = None) -> optax.GradientTransformation:
-        return freezing.lock(preparation.optimizer.make(rms, rate), freeze)
-
-    def init(trainable: Tree, key: jax.Array) -> TrainState:
-        # A copy: the step donates its state, and these arrays belong to the caller.
-        return init_train_state(jax.tree.map(jnp.copy, trainable), make_optimizer(), key)
-
-    microbatches = preparation.microbatches
-    trainable, key = starts[0].trainable, jax.random.key(starts[0].seed)
-    groups = 1
-    if preparation.method == "prompt_tuning":  # every group has its own copy of what trains
-        mesh, sees_input = preparation.backbone.mesh, preparation.prompt.sees_input
-        groups = sharding.reduction_groups(mesh, microbatches=microbatches, sees_input=sees_input)
-    parts = {"microbatches": microbatches, "groups": groups}
-    step = make_train_step(apply_fn, make_optimizer(), loss, **parts)
+    recipe = Recipe(
+        preparation.method,
+        preparation.optimizer,
+        loss,
+        preparation.microbatches,
+        preparation.prompt.sees_input,
+        stacked,
+    )
+    mesh, first = preparation.backbone.mesh, starts[0]
+    apply_fn = first.subject.evaluator.apply_fn
+    init, step = recipe.compose(apply_fn, first.freeze, mesh, preparation.embedding_rms)
+    trainable, key = first.trainable, jax.random.key(first.seed)
     if stacked:
         trainable = jax.tree.map(lambda *x: jnp.stack(x), *(start.trainable for start in starts))
-        key = jnp.stack([jax.random.key(start.seed) for start in starts])
-        step = make_bank_step(apply_fn, make_optimizer, loss, **parts)
-        init = jax.vmap(init)
-    # On the mesh: a first state that is elsewhere would compile the step twice.
-    mesh = preparation.backbone.mesh
-    if stacked:
         trainable = jax.device_put(trainable, sharding.replicated(mesh))
+        key = jnp.stack([jax.random.key(start.seed) for start in starts])
+    # On the mesh: a first state that is elsewhere would compile the step twice.
     return jax.jit(init)(trainable, sharding.replicate_key(key, mesh)), step
 
 

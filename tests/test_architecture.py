@@ -42,9 +42,11 @@ ROOMS = (
     "results",
     "tuning",
     "pretraining",
+    "planning",
+    "searching",
     "cli",
 )
-COMMANDS = {"train", "evaluate", "infer", "inspect", "export", "pretrain", "launch"}
+COMMANDS = {"train", "evaluate", "infer", "inspect", "export", "pretrain", "launch", "plan"}
 MAX_LINES = 450
 
 

@@ -236,7 +236,7 @@ def test_model_dir_may_be_open_where_nothing_trains():
     flags = ("--gin_file=part.gin", "--gin.INITIAL_CHECKPOINT_PATH='ptjax-nano'")
     with pytest.raises(InputError, match="the macro MODEL_DIR"):
         _load(*flags)
-    _load(*flags, trains=False)
+    _load(*flags, defaults={"MODEL_DIR": None})
     _load(*flags, macros={"MODEL_DIR": "/m"})
     assert cli.settings("ptjax.tuning.tune", "model_dir") == {"model_dir": "/m"}
 

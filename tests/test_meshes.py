@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from types import SimpleNamespace
 
 import jax
@@ -14,6 +13,7 @@ from ptjax.errors import InputError
 from ptjax.models.config import T5Config
 from ptjax.scale import devices, meshes, sharding
 from ptjax.scale.quantize import held_shapes
+from ptjax.scale.slices import parse_slice
 
 SMALL = T5Config(32128, 512, 6, 8, 8, 64, 1024)
 XXL = T5Config(32128, 4096, 64, 24, 24, 64, 10240)
@@ -186,38 +186,21 @@ def test_a_first_axis_that_the_slices_do_not_divide():
         sharding.make_mesh(8, tpus(8, slices=2))
 
 
-@pytest.fixture(scope="module")
-def topology():
-    """Real devices of a slice that is not there, to be arranged and compiled for."""
-    os.environ |= {
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_LOG_DIR": "disabled",
-    }
-    from jax.experimental import topologies
-
-    return lambda name, **options: (
-        topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
-    )
-
-
 @pytest.mark.tpu
 @pytest.mark.parametrize(
-    ("name", "options", "dtype", "sizes"),
+    ("name", "dtype", "sizes"),
     [
-        ("v5e:2x4", {}, "bfloat16", (4, 2)),
-        ("v5e:2x2", {}, "bfloat16", (2, 2)),
-        ("v6e:2x4", {}, "bfloat16", (8, 1)),
-        ("v4:2x2x2", {"chip_config_name": "megacore"}, "bfloat16", (8, 1)),
-        ("v5p:2x2x1", {}, "float32", (4, 1)),
-        ("tpu7x:2x2x1", {}, "bfloat16", (8, 1)),
-        ("v5e:4x4", {"num_slices": 2}, "bfloat16", (2, 8, 2)),
+        ("v5e-8", "bfloat16", (4, 2)),
+        ("v5e-4", "bfloat16", (2, 2)),
+        ("v6e-8", "bfloat16", (8, 1)),
+        ("v4-16", "bfloat16", (8, 1)),
+        ("v5p-8", "float32", (4, 1)),
+        ("tpu7x-8", "bfloat16", (8, 1)),
+        ("2xv5e-16", "bfloat16", (2, 8, 2)),
     ],
 )
-def test_auto_for_xxl_on_tpus(topology, name, options, dtype, sizes):
-    found = topology(name, **options)
+def test_auto_for_xxl_on_tpus(name, dtype, sizes):
+    found = parse_slice(name).topology_devices()
     mesh = meshes.choose_mesh("auto", XXL, dtype, devices=found)
     assert mesh.devices.shape == sizes
     assert set(mesh.devices.flat) == set(found)
@@ -228,9 +211,9 @@ def test_auto_for_xxl_on_tpus(topology, name, options, dtype, sizes):
 
 @pytest.mark.tpu
 @pytest.mark.parametrize("shape", [(8, 2), (2, 8), (16, 1), (2, 2, 4)])
-def test_the_model_axis_is_of_neighbours(topology, shape):
+def test_the_model_axis_is_of_neighbours(shape):
     """Whoever talks most stands in a line or block: 4x4 chips are cut where it has to be."""
-    mesh = sharding.make_mesh(shape, topology("v5e:4x4"))
+    mesh = sharding.make_mesh(shape, parse_slice("v5e-16").topology_devices())
     for group in mesh.devices.reshape(-1, shape[-1]):
         places = np.array([device.coords for device in group])
         assert np.prod(np.ptp(places, axis=0) + 1) == shape[-1]

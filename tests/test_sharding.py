@@ -12,7 +12,6 @@ import jax
 import numpy as np
 import optax
 import pytest
-from ptjax.scale.collectives import collectives
 from jax.sharding import PartitionSpec as P
 
 from ptjax.errors import InputError
@@ -21,6 +20,7 @@ from ptjax.models.prompted import make_apply_fn
 from ptjax.models.stacking import split_path, stack_paths
 from ptjax.models.t5 import parameter_shapes
 from ptjax.scale import sharding
+from ptjax.scale.collectives import collectives
 from ptjax.training.freeze import flatten_paths, unflatten_paths
 from ptjax.training.loss import Loss
 from ptjax.training.step import init_train_state, make_bank_step, make_train_step

@@ -60,7 +60,7 @@ def load(arguments: argparse.Namespace) -> None:
         if not arguments.gin_file and (model_dir / "config.gin").exists():
             arguments.gin_file = [os.fspath(model_dir / "config.gin")]
         macros = {"MODEL_DIR": os.fspath(model_dir)}
-    load_gin(arguments, macros, trains=False)
+    load_gin(arguments, macros, defaults={"MODEL_DIR": None})
 
 
 def model_dir(arguments: argparse.Namespace) -> epath.Path | None:

@@ -61,13 +61,17 @@ def near(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
 
 
 def load_gin(
-    arguments: argparse.Namespace, macros: Mapping[str, Any] | None = None, *, trains: bool = True
+    arguments: argparse.Namespace,
+    macros: Mapping[str, Any] | None = None,
+    *,
+    defaults: Mapping[str, Any] | None = None,
 ) -> None:
     """Reads the gin files and bindings, and checks every macro.
 
     Args:
         macros: set last, where the files use them.
-        trains: whether MODEL_DIR is needed; a command that only reads can do without.
+        defaults: of macros that this command can do without, such as MODEL_DIR where nothing is
+            written; for those that the files use and nothing sets.
 
     Raises:
         InputError: one line with file, line and the nearest valid name.
@@ -92,11 +96,13 @@ def load_gin(
         gin.bind_parameter((name, "gin.macro", "value"), (macros or {})[name])
         known.add(name)
     given = {line.partition("=")[0].strip() for line in arguments.gin_bindings}
-    _check_macros(used, known, files, given, optional=() if trains else ("MODEL_DIR",))
+    _check_macros(used, known, files, given, optional=list(defaults or ()))
     try:
         _check_types(files, arguments.gin_bindings)
     except RecursionError:
         raise InputError("a macro stands for itself (A = %B and B = %A); give it a value") from None
+    for name in (set(defaults or ()) & set(used)) - known:
+        gin.bind_parameter((name, "gin.macro", "value"), (defaults or {})[name])
 
 
 def _open_remote(path: str) -> Any:
@@ -345,13 +351,14 @@ def configured(selector: str, function: Callable[..., Any]) -> Callable[..., Any
     return gin.get_configurable(selector) if known else function
 
 
-def settings(selector: str, *names: str) -> dict[str, Any]:
+def settings(function: str | Callable[..., Any], *names: str) -> dict[str, Any]:
     """Values of the arguments `names` of a function, as far as gin binds them.
 
     Args:
-        selector: the function's full name; it need not be imported.
+        function: or its full name, where it need not be imported.
     """
-    if _gin._REGISTRY.get_match(selector) is None:
+    selector = function if isinstance(function, str) else _selector(function)
+    if selector is None or _gin._REGISTRY.get_match(selector) is None:
         return {}
     bindings = gin.get_bindings(selector, resolve_references=False)
     chosen = {name: bindings[name] for name in names if name in bindings}

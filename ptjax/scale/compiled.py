@@ -1,20 +1,74 @@
-"""The train step, compiled for its place and for every shape that its batches may have."""
+"""The train step, put together and compiled for its place and every shape of its batches."""
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import optax
 from absl import logging
 from jax.sharding import Mesh
 
 from ptjax.data.pipeline import Shape
 from ptjax.scale import sharding
-from ptjax.training.step import TrainState
+from ptjax.training import freeze as freezing
+from ptjax.training.loss import Loss
+from ptjax.training.optimizer import Adafactor
+from ptjax.training.step import TrainState, init_train_state, make_bank_step, make_train_step
 
 Tree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What of a run's settings its train step consists of.
+
+    Attributes:
+        method: what trains, see `training.freeze.METHODS`.
+        sees_input: of the prompt.
+        bank: whether a step trains several prompts.
+    """
+
+    method: str
+    optimizer: Adafactor
+    loss: Loss
+    microbatches: int = 1
+    sees_input: bool = True
+    bank: bool = False
+
+    def groups(self, mesh: Mesh) -> int:
+        """In how many groups of rows the step takes its batch (`sharding.reduction_groups`)."""
+        if self.method != "prompt_tuning":  # every group has its own copy of what trains
+            return 1
+        parts = {"microbatches": self.microbatches, "sees_input": self.sees_input}
+        return sharding.reduction_groups(mesh, **parts)
+
+    def compose(
+        self, apply_fn: Callable[..., Any], freeze: freezing.Freeze, mesh: Mesh, rms: float = 1.0
+    ) -> tuple[Callable[[Tree, jax.Array], TrainState], Callable[..., Any]]:
+        """(what makes the first state of trainable variables and a key, the step).
+
+        Args:
+            apply_fn: of the backbone, for such prompts.
+            rms: of the embedding.
+        """
+
+        def make_optimizer(rate: jax.Array | None = None) -> optax.GradientTransformation:
+            return freezing.lock(self.optimizer.make(rms, rate), freeze)
+
+        def init(trainable: Tree, key: jax.Array) -> TrainState:
+            # A copy: the step donates its state, and these arrays belong to the caller.
+            return init_train_state(jax.tree.map(jnp.copy, trainable), make_optimizer(), key)
+
+        parts = {"microbatches": self.microbatches, "groups": self.groups(mesh)}
+        if self.bank:
+            step = make_bank_step(apply_fn, make_optimizer, self.loss, **parts)
+            return jax.vmap(init), step
+        return init, make_train_step(apply_fn, make_optimizer(), self.loss, **parts)
 
 
 def lower_step(
@@ -27,12 +81,16 @@ def lower_step(
     """
     # The state goes out as it came in, so the next step takes it without moving anything.
     places = jax.tree.map(lambda x: x.sharding, state)
-    batch = {
+    jitted = jax.jit(train_step, donate_argnums=0, out_shardings=(places, None))
+    return jitted.lower(state, frozen, batch_shapes(shape, mesh))
+
+
+def batch_shapes(shape: Shape, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """The arrays of such a batch, with their shardings."""
+    return {
         name: jax.ShapeDtypeStruct(size, dtype, sharding=sharding.batch_sharding(mesh, len(size)))
         for name, (size, dtype) in shape.arrays().items()
     }
-    jitted = jax.jit(train_step, donate_argnums=0, out_shardings=(places, None))
-    return jitted.lower(state, frozen, batch)
 
 
 def compile_steps(

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
-
 GIB = 2**30
 
 USABLE_HBM = {
@@ -38,6 +36,8 @@ def usable_memory(device: Any) -> int | None:
     if device.platform == "cpu":
         return None
     if device.platform != "tpu":
+        import jax  # here, for the tables are needed before JAX may be told where it runs
+
         for local in jax.local_devices():
             if local.device_kind == device.device_kind:
                 limit = (local.memory_stats() or {}).get("bytes_limit")

@@ -83,7 +83,7 @@ def parse_mesh(name: str) -> tuple[int, ...]:
 
 def mesh_name(mesh: Mesh) -> str:
     """ "2x4" """
-    return "x".join(map(str, mesh.devices.shape))
+    return "x".join(map(str, mesh.axis_sizes))
 
 
 def check_divisible(config: T5Config, mesh: Mesh, *, fsdp: bool = False) -> None:

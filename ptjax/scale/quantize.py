@@ -7,13 +7,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from ptjax.models.config import T5Config
 from ptjax.models.layers import Quantized
 from ptjax.models.t5 import parameter_shapes
+from ptjax.scale import sharding
 from ptjax.training.freeze import flatten_paths, unflatten_paths
 
 LARGEST = 127
@@ -44,6 +45,26 @@ def held_shapes(config: T5Config, dtype: str, quantize: str | None = None) -> di
     return unflatten_paths({path: held(path, leaf) for path, leaf in shapes.items()})
 
 
+def placed_shapes(
+    config: T5Config, dtype: str, mesh: Mesh, *, fsdp: bool = False, quantize: str | None = None
+) -> dict[str, Any]:
+    """The parameters as `load_backbone` would hold them on `mesh`: shapes with shardings."""
+
+    def placed(path: str, shape: tuple[int, ...]) -> Any:
+        where = sharding.sharding_of(f"params/{path}", shape, mesh, fsdp=fsdp)
+        if not (quantize and is_quantized(path)):
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+        places = _places(where, len(shape))
+        scale = (*shape[:-2], 1, shape[-1])
+        return Quantized(
+            jax.ShapeDtypeStruct(shape, quantize, sharding=places.values),
+            jax.ShapeDtypeStruct(scale, "float32", sharding=places.scale),
+        )
+
+    shapes = flatten_paths(parameter_shapes(config))
+    return unflatten_paths({path: placed(path, leaf.shape) for path, leaf in shapes.items()})
+
+
 @jax.jit
 def quantize(kernel: Float[Array, "*L i o"]) -> Quantized:
     """Symmetric, by the largest absolute value of a channel; one of zeros has the scale 1."""
@@ -62,9 +83,13 @@ def quantize_sharded(kernel: jax.Array) -> Quantized:
     """`quantize` of a kernel on a mesh: the values stay where they are, scales go with channels."""
     where = kernel.sharding
     assert isinstance(where, NamedSharding)
-    *lead, _, channels = [*where.spec, *[None] * (kernel.ndim - len(where.spec))]
-    places = Quantized(where, NamedSharding(where.mesh, P(*lead, None, channels)))
-    return _compiled(places)(kernel)
+    return _compiled(_places(where, kernel.ndim))(kernel)
+
+
+def _places(where: NamedSharding, rank: int) -> Quantized:
+    """The shardings of a quantized kernel."""
+    *lead, _, channels = [*where.spec, *[None] * (rank - len(where.spec))]
+    return Quantized(where, NamedSharding(where.mesh, P(*lead, None, channels)))
 
 
 @functools.cache

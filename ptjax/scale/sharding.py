@@ -202,10 +202,18 @@ def make_mesh(shape: int | Sequence[int] = 1, devices: Iterable[jax.Device] | No
             raise InputError(f"{each} cannot be divided into a model axis of {shape}")
         rest = len(found) // slices // shape
         shape = (rest, shape) if slices == 1 else (slices, rest, shape)
+    check_shape(shape, found)
+    axis_types = (AxisType.Auto,) * len(shape)
+    return Mesh(_arrange(tuple(shape), slices, found), AXES[-len(shape) :], axis_types=axis_types)
+
+
+def check_shape(shape: Sequence[int], devices: Sequence[Any]) -> None:
+    """InputError unless a mesh of `shape` takes all devices and its first axis the slices."""
+    slices = count_slices(devices)
     name = "x".join(map(str, shape))
-    if len(shape) not in (2, 3) or min(shape) < 1 or math.prod(shape) != len(found):
+    if len(shape) not in (2, 3) or min(shape) < 1 or math.prod(shape) != len(devices):
         raise InputError(
-            f"a mesh of {name} is {math.prod(shape)} devices, and there are {len(found)}; it is "
+            f"a mesh of {name} is {math.prod(shape)} devices, and there are {len(devices)}; it is "
             "data x model, or replica x data x model"
         )
     if shape[0] % slices:
@@ -213,8 +221,6 @@ def make_mesh(shape: int | Sequence[int] = 1, devices: Iterable[jax.Device] | No
             f"a mesh of {name}: the devices are in {slices} slices, and the first axis, "
             f"{shape[0]}, is not a multiple of them"
         )
-    axis_types = (AxisType.Auto,) * len(shape)
-    return Mesh(_arrange(tuple(shape), slices, found), AXES[-len(shape) :], axis_types=axis_types)
 
 
 def _arrange(shape: tuple[int, ...], slices: int, devices: list[jax.Device]) -> np.ndarray:

@@ -162,7 +162,9 @@ def parse_slice(name: str) -> Slice:
     if size not in offered:
         near = sorted(sorted(offered, key=lambda other: abs(other - size))[:3])
         *some, last = [f"{kind}-{n}" for n in near]
-        raise InputError(f"--slice={name}: there is no such size; near it {', '.join(some)}, {last}")
+        raise InputError(
+            f"--slice={name}: there is no such size; near it {', '.join(some)}, {last}"
+        )
     if not 1 <= count <= _MOST_SLICES:
         raise InputError(f"--slice={name}: 1 to {_MOST_SLICES} slices")
     return Slice(name, generation, offered[size], count)
@@ -174,12 +176,14 @@ def _parts(name: str) -> tuple[int, str, int]:
         count, kind, size = int(match[1] or 1), ALIASES.get(match[2], match[2]), int(match[3])
         if kind in GENERATIONS and GENERATIONS[kind].topology:
             return count, kind, size
-    elif (match := re.fullmatch(r"([a-z]+\d+)x([1-9]\d*)", name)) and match[1] in GENERATIONS:
-        if not GENERATIONS[match[1]].topology:
-            return 1, match[1], int(match[2])
+    match = re.fullmatch(r"([a-z]+\d+)x([1-9]\d*)", name)
+    if match and match[1] in GENERATIONS and not GENERATIONS[match[1]].topology:
+        return 1, match[1], int(match[2])
     near = difflib.get_close_matches(name, EXAMPLES, 1, 0.5)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    raise InputError(f"--slice={name}: no slice of that name{hint} There are {', '.join(EXAMPLES)}")
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise InputError(
+        f"--slice={name}: no slice of that name; {hint}Names are such as {', '.join(EXAMPLES)}"
+    )
 
 
 def _toruses(generation: Generation) -> Iterator[tuple[int, ...]]:
@@ -194,7 +198,7 @@ def _toruses(generation: Generation) -> Iterator[tuple[int, ...]]:
         chips = (*chips[:shortest], 2 * chips[shortest], *chips[shortest + 1 :])
 
 
-def _host_bounds(chips: tuple[int, ...], axes: int) -> tuple[int, int, int]:
+def _host_bounds(chips: tuple[int, ...], axes: int) -> tuple[int, ...]:
     """Chips of a host: four in a square, but of a v5e or v6e that has no more, all eight."""
     if math.prod(chips) <= 8 and axes == 2:
         return (*chips, 1)

@@ -1,0 +1,391 @@
+"""What a run will need of a slice: counted in seconds, or compiled for it ahead of time.
+
+Neither needs weights, data or the machine. Counting takes shapes alone. Compiling takes the train
+step of `ptjax.train` itself, lowered for the largest batch, to the TPU's own compiler.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, Mesh
+
+from ptjax.data.pipeline import Shape
+from ptjax.errors import InputError
+from ptjax.models.config import T5Config
+from ptjax.models.prompted import make_apply_fn
+from ptjax.scale import meshes, sharding
+from ptjax.scale.collectives import collectives
+from ptjax.scale.compiled import Recipe, batch_shapes, lower_step
+from ptjax.scale.flops import count_flops
+from ptjax.scale.quantize import held_shapes, placed_shapes
+from ptjax.scale.slices import NETWORK_RATE, Slice
+from ptjax.training import freeze as freezing
+from ptjax.training.step import batch_loss
+
+Tree = Any
+Report = dict[str, Any]
+
+TIGHT = 0.92
+"""Of the usable memory; above it a program that compiles may fail beside what else is there: the
+next batch, evaluation, the programs themselves."""
+FAST: dict[str, Any] = {"exec_time_optimization_effort": -1.0}
+"""Half the compiler's time; the peak of T5 XXL comes out up to 1% higher, that of small 25%."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """What a run asks for, whatever machine it is on.
+
+    Attributes:
+        config: its `dtype` is that of the weights too.
+        inputs, targets: T and L of the largest batch.
+        row_length: of packed rows; None is that of a row with one example.
+        members: prompts of a bank.
+    """
+
+    config: T5Config
+    recipe: Recipe
+    batch_size: int = 32
+    inputs: int = 512
+    targets: int = 16
+    prompt_length: int = 100
+    pack: bool = False
+    row_length: int | None = None
+    members: int | None = None
+
+    def shape(self) -> Shape:
+        """The largest batch; a packed one as if no two examples fitted into one row."""
+        prompted = self.recipe.method == "prompt_tuning"
+        slots = self.prompt_length if prompted and self.recipe.sees_input else 0
+        inputs = (self.row_length or self.inputs + slots) if self.pack else self.inputs
+        return Shape(self.batch_size, inputs, self.targets, self.pack, self.members)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How a workload lies on a slice: what MESH, FSDP, SCAN_LAYERS, REMAT and QUANTIZE say."""
+
+    mesh: str
+    fsdp: bool = False
+    scan_layers: bool = True
+    remat: str = "none"
+    quantize: str | None = None
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "MESH": self.mesh,
+            "FSDP": self.fsdp,
+            "SCAN_LAYERS": self.scan_layers,
+            "REMAT": self.remat,
+            "QUANTIZE": self.quantize,
+        }
+
+    def __str__(self) -> str:
+        parts = [self.mesh, self.quantize or "bf16", f"remat {self.remat}"]
+        return ", ".join(parts + ["fsdp"] * self.fsdp + ["unrolled"] * (not self.scan_layers))
+
+
+def settle(workload: Workload, layout: Layout, where: Slice) -> Layout:
+    """`layout` with a mesh in numbers; what does not fit together is an error here.
+
+    Raises:
+        InputError: as `ptjax.train` has it.
+    """
+    config = dataclasses.replace(workload.config, scan_layers=layout.scan_layers)
+    if layout.mesh == "auto":
+        held = held_shapes(config, config.dtype, layout.quantize)
+        shape, _ = meshes.smallest_that_fits(config, held, where.devices(), layout.fsdp)
+        layout = dataclasses.replace(layout, mesh="x".join(map(str, shape)))
+    mesh = counted_mesh(layout, where)
+    meshes.check_divisible(config, mesh, fsdp=layout.fsdp)
+    if not workload.pack:
+        sharding.check_batch_size(workload.batch_size, mesh, workload.recipe.microbatches)
+    if layout.fsdp and not layout.scan_layers:
+        raise InputError("FSDP = True needs SCAN_LAYERS = True")
+    if layout.quantize and workload.recipe.method == "model_tuning":
+        raise InputError("int8 kernels do not train: model tuning needs QUANTIZE = None")
+    return layout
+
+
+def counted_mesh(layout: Layout, where: Slice) -> Any:
+    """The mesh without devices, an `AbstractMesh`: it serves where nothing is put on a device."""
+    shape, devices = meshes.parse_mesh(layout.mesh), where.devices()
+    sharding.check_shape(shape, devices)
+    return _abstract_mesh(shape)
+
+
+def _abstract_mesh(shape: tuple[int, ...]) -> Any:
+    types = (AxisType.Auto,) * len(shape)
+    return AbstractMesh(shape, sharding.AXES[-len(shape) :], axis_types=types)
+
+
+@dataclasses.dataclass(frozen=True)
+class Placed:
+    """The train step and its arguments as shapes with shardings; `forward` is its loss alone."""
+
+    step: Callable[..., Any]
+    forward: Callable[..., Any]
+    state: Tree
+    frozen: Tree
+    shape: Shape
+    mesh: Mesh
+
+    def lower(self) -> jax.stages.Lowered:
+        return lower_step(self.step, self.state, self.frozen, self.shape, self.mesh)
+
+    def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        return batch_shapes(self.shape, self.mesh)
+
+
+def place(workload: Workload, layout: Layout, mesh: Mesh) -> Placed:
+    """What `ptjax.train` would compile."""
+    recipe = workload.recipe
+    config = dataclasses.replace(
+        workload.config, scan_layers=layout.scan_layers, remat=layout.remat
+    )
+    kept = {"fsdp": layout.fsdp, "quantize": layout.quantize}
+    variables: Tree = {"params": placed_shapes(config, config.dtype, mesh, **kept)}
+    if recipe.method == "prompt_tuning":
+        size = (workload.prompt_length, config.emb_dim)
+        prompt = jax.ShapeDtypeStruct(size, "float32", sharding=sharding.replicated(mesh))
+        variables["prompt"] = {"prompt": prompt}
+    freeze = freezing.make_freeze(variables, freezing.METHODS[recipe.method])
+    trainable, frozen = freezing.split(variables, freeze)
+    gather = sharding.gather_layer(mesh) if layout.fsdp else None
+    apply_fn = make_apply_fn(config, recipe.sees_input, gather)
+    init, step = recipe.compose(apply_fn, freeze, mesh)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    if workload.members:
+        trainable, key = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(
+                (workload.members, *x.shape), x.dtype, sharding=sharding.replicated(mesh)
+            ),
+            (trainable, key),
+        )
+    state = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.replicated(mesh)),
+        jax.eval_shape(init, trainable, key),
+    )
+    # What trains lies as the table says; the second moments, factored, are small.
+    state = dataclasses.replace(state, trainable=trainable)
+
+    def forward(state: Any, frozen: Tree, batch: Any) -> jax.Array:
+        variables = freezing.combine(state.trainable, frozen)
+        return batch_loss(apply_fn, recipe.loss, variables, batch, state.key)
+
+    if workload.members:
+        one, settings = forward, ("active", "learning_rate")
+
+        def forward(state: Any, frozen: Tree, batch: Any) -> jax.Array:
+            examples = {name: x for name, x in batch.items() if name not in settings}
+            return jax.vmap(one, (0, None, 0))(state, frozen, examples)
+
+    return Placed(step, forward, state, frozen, workload.shape(), mesh)
+
+
+def count(workload: Workload, layout: Layout, where: Slice) -> Report:
+    """What the jaxpr and the shardings tell: parameters, FLOPs, bytes a device, in seconds.
+
+    Args:
+        layout: settled.
+    """
+    mesh = counted_mesh(layout, where)
+    placed = place(workload, layout, mesh)
+    (trainable, _), (frozen, _) = map(freezing.sizes, (placed.state.trainable, placed.frozen))
+    held = {
+        "frozen": _bytes_on_device(placed.frozen),
+        "state": _bytes_on_device(placed.state),
+        "batch": _bytes_on_device(placed.batch()),
+    }
+    forward, useful, executed = _flops(workload, layout.remat, workload.recipe.groups(mesh))
+    # The frozen weights are read on the way there, on the way back, and where it is taken again.
+    passes = 3 if layout.remat == "full" else 2
+    generation = where.generation
+    seconds = {
+        "compute": executed / (mesh.size * generation.flops),
+        "memory": passes * held["frozen"] / generation.memory_rate,
+        "links": _link_seconds(_expected_traffic(workload, layout, mesh), mesh, where),
+    }
+    return {
+        "slice": where.name,
+        "devices": mesh.size,
+        "settings": layout.settings(),
+        "parameters": trainable + frozen,
+        "trainable": trainable,
+        "flops": {"forward": forward, "useful": useful, "executed": executed},
+        "bytes_per_device": held,
+        "usable_bytes": where.usable_bytes,
+        "examples": workload.batch_size * (workload.members or 1),
+        "estimate": _estimate(seconds, useful, mesh, where),
+    }
+
+
+def _bytes_on_device(tree: Tree) -> int:
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _flops(workload: Workload, remat: str, groups: int) -> tuple[int, int, int]:
+    """(forward, useful, executed) of a step on all devices; useful is nothing done twice.
+
+    Args:
+        groups: of rows with a gradient of their own, see `Recipe.groups`.
+    """
+    # Neither where weights lie nor their dtype changes it; scanned, it traces fast.
+    once = place(workload, Layout("", remat="none"), _abstract_mesh((groups, 1)))
+    arguments = once.state, once.frozen, once.batch()
+    forward, useful = count_flops(once.forward, *arguments), count_flops(once.step, *arguments)
+    if remat == "none":
+        return forward, useful, useful
+    again = place(workload, Layout("", remat=remat), _abstract_mesh((groups, 1)))
+    return forward, useful, count_flops(again.step, *arguments)
+
+
+def _expected_traffic(workload: Workload, layout: Layout, mesh: Mesh) -> dict[tuple[str, str], int]:
+    """(kind, axis) -> bytes of the results that a device sees in a step, before compiling.
+
+    A layer sums its activations [rows, positions, D] over `model` once after each of its parts, and
+    once for each part's input on the way back; remat "full" does the first again.
+    """
+    config, shape, sizes = workload.config, workload.shape(), mesh.shape
+    found: dict[tuple[str, str], int] = {}
+    width = np.dtype(config.dtype).itemsize * config.emb_dim
+    rows = shape.rows * (workload.members or 1) / sharding.rows_divisor(mesh)
+    again = layout.remat == "full"
+    if sizes["model"] > 1:
+        encoder = config.num_encoder_layers * (4 + again) * positions(workload)
+        decoder = config.num_decoder_layers * (
+            (6 + 2 * again) * shape.targets + positions(workload)
+        )
+        found["all-reduce", "model"] = int(rows * width * (encoder + decoder))
+    if layout.fsdp:
+        unsharded = dataclasses.replace(layout, fsdp=False)
+        frozen = place(workload, unsharded, mesh).frozen
+        found["all-gather", "data"] = 2 * _bytes_on_device(frozen)
+    if workload.recipe.method == "prompt_tuning" and sharding.rows_divisor(mesh) > 1:
+        prompt = 4 * workload.prompt_length * config.emb_dim * (workload.members or 1)
+        for axis in sharding.rows_axes(mesh):
+            found["all-reduce", axis] = found.get(("all-reduce", axis), 0) + prompt
+    return found
+
+
+def positions(workload: Workload) -> int:
+    """Encoder positions of a row."""
+    prompted = workload.recipe.method == "prompt_tuning" and workload.recipe.sees_input
+    slots = workload.prompt_length if prompted and not workload.pack else 0
+    return workload.shape().inputs + slots
+
+
+def _link_seconds(traffic: Mapping[tuple[str, ...], int], mesh: Mesh, where: Slice) -> float:
+    """Rings: of n devices an all-reduce sends 2 (n - 1) / n of its result, a gather half of it."""
+    seconds = 0.0
+    for (kind, *axes), size in traffic.items():
+        members = math.prod(mesh.shape[axis] for axis in axes)
+        between = "replica" in axes and where.slices > 1
+        share = {"all-reduce": 2.0, "reduce-scatter": float(members)}.get(kind, 1.0)
+        share = 1.0 if kind in ("send", "collective-permute") else share * (members - 1) / members
+        rate = NETWORK_RATE if between or kind == "send" else where.generation.link_rate
+        seconds += share * size / rate
+    return seconds
+
+
+def _estimate(seconds: Report, useful: int, mesh: Mesh, where: Slice) -> Report:
+    """A step's time: from all at once to nothing sent while something is computed.
+
+    Args:
+        seconds: "compute", "memory", "links", and "memory_most" if it is known.
+    """
+    low = max(seconds["compute"], seconds["memory"], seconds["links"])
+    high = None
+    if "memory_most" in seconds:
+        high = max(seconds["compute"], seconds["memory_most"]) + seconds["links"]
+    peak = mesh.size * where.generation.flops
+    utilisation = [useful / (peak * x) if x else None for x in (high, low)]
+    return seconds | {"low": low, "high": high, "utilisation": utilisation}
+
+
+def compile_ahead(
+    workload: Workload, layout: Layout, where: Slice, *, exact: bool = False, timed: bool = False
+) -> Report:
+    """`count`, and what the compiler for the slice's devices makes of the step.
+
+    In a process of its own: the compiler may take that one with it.
+
+    Args:
+        layout: settled.
+        exact: at the effort of a real run instead of half the time.
+        timed: also count what it reads and writes, from two shallow networks more.
+
+    Returns:
+        With "verdict": "fits", "tight" (over `TIGHT` of the memory) or "does not fit".
+    """
+    report = count(workload, layout, where)
+    mesh = sharding.make_mesh(meshes.parse_mesh(layout.mesh), where.topology_devices())
+    options: dict[str, Any] = {} if exact else FAST
+    lowered, started = place(workload, layout, mesh).lower(), time.perf_counter()
+    try:
+        compiled: Any = lowered.compile(compiler_options=options)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return report | {"verdict": "does not fit", "reason": str(error).splitlines()[0]}
+    memory = compiled.memory_analysis()
+    peak, usable = memory.peak_memory_in_bytes, where.usable_bytes
+    traffic: dict[tuple[str, ...], list[int]] = {}
+    for one in collectives(compiled, mesh):
+        total = traffic.setdefault((one.kind, *one.axes), [0, 0, 0])
+        for i, more in enumerate((1, one.times, one.bytes)):
+            total[i] += more
+    report |= {
+        "verdict": "fits" if peak <= TIGHT * usable else "tight",
+        "compile_seconds": time.perf_counter() - started,
+        "peak_bytes": peak,
+        "argument_bytes": memory.argument_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "aliased_bytes": memory.alias_size_in_bytes,
+        "output_bytes": memory.output_size_in_bytes,
+        "collectives": [
+            {"kind": kind, "axes": list(axes), "places": n, "times": times, "bytes": size}
+            for (kind, *axes), (n, times, size) in traffic.items()
+        ],
+    }
+    seconds = {k: report["estimate"][k] for k in ("compute", "memory")}
+    sent = {key: size for key, (*_, size) in traffic.items()}
+    seconds["links"] = _link_seconds(sent, mesh, where)
+    if timed:
+        accessed = _bytes_accessed(workload, layout, mesh, options)
+        seconds["memory_most"] = accessed / where.generation.memory_rate
+    return report | {"estimate": _estimate(seconds, report["flops"]["useful"], mesh, where)}
+
+
+def _bytes_accessed(workload: Workload, layout: Layout, mesh: Mesh, options: Any) -> float:
+    """Bytes that a device's program reads and writes, those kept on the chip included.
+
+    The compiler counts the body of a loop once, so it is asked about one and two layers unrolled.
+    """
+    config = workload.config
+    encoder, decoder = config.num_encoder_layers, config.num_decoder_layers
+    unrolled = dataclasses.replace(layout, scan_layers=False, fsdp=False)
+
+    def accessed(layers: tuple[int, int]) -> float:
+        sizes = {"num_encoder_layers": layers[0], "num_decoder_layers": layers[1]}
+        shallow = dataclasses.replace(workload, config=dataclasses.replace(config, **sizes))
+        cost: Any = place(shallow, unrolled, mesh).lower().compile(compiler_options=options)
+        return float(cost.cost_analysis()["bytes accessed"])
+
+    one = accessed((1, 1))
+    if encoder == decoder:
+        return one + (encoder - 1) * (accessed((2, 2)) - one)
+    more = (encoder - 1) * (accessed((2, 1)) - one) + (decoder - 1) * (accessed((1, 2)) - one)
+    return one + more

@@ -1,0 +1,133 @@
+"""The command `ptjax.plan`: from gin files to answers, and what it says of mistakes."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+
+XXL = ("--gin_file=models/t5_1_1_xxl.gin", "--gin_file=runs/prompt_tune.gin")
+NANO = ("--gin_file=quickstart.gin",)
+
+
+@pytest.fixture(autouse=True)
+def environment(own_process, monkeypatch):
+    """The command settles where JAX runs; undone afterwards."""
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+
+
+def test_quick_answers_without_weights_data_or_compiler(call):
+    code, out, err = call("plan", *XXL, "--slice=v5e-8,v4-16", "--slice=h100x8", "--quick")
+    assert code == 0, err
+    assert "11,135,741,952 parameters, 409,600 train (0.0037%)" in out
+    assert "prompts of 100: forward 2.235e+14 FLOPs, step 4.517e+14 (2.02 forward)" in out
+    assert [out.count(name) for name in ("v5e-8 ", "v4-16 ", "h100x8 ")] == [1, 1, 1]
+    assert "4x2, bf16, remat none, unrolled  counted  > 10.37 of 15.75" in out
+
+
+def test_json_has_all_of_it(call):
+    code, out, _ = call("plan", *XXL, "--slice=v5e-8", "--quick", "--json", "--gin.MESH='1x8'")
+    [found] = json.loads(out)
+    own = found["own"]
+    assert code == 0 and found["best"] is None and found["tried"] == []
+    assert own["settings"] == {
+        "MESH": "1x8", "FSDP": False, "SCAN_LAYERS": False, "REMAT": "none", "QUANTIZE": None,
+    }  # fmt: skip
+    assert own["flops"]["forward"] == 223_450_438_303_744
+    assert own["bytes_per_device"]["frozen"] == 2_784_290_816
+
+
+def test_sizes_may_come_from_the_checkpoint(call):
+    code, out, _ = call("plan", *NANO, "--slice=v5e-1", "--quick", "--json")
+    [found] = json.loads(out)
+    assert code == 0 and found["own"]["trainable"] == 20 * 128
+    assert found["own"]["examples"] == 32
+
+
+def test_a_bank_is_as_large_as_its_members(call):
+    bank = ("--gin_file=models/t5_1_1_small.gin", "--gin_file=runs/prompt_bank.gin")
+    code, out, err = call("plan", *bank, "--slice=v5e-8", "--quick", "--json")
+    assert code == 0, err
+    [found] = json.loads(out)
+    members = found["own"]["trainable"] / (100 * 512)
+    assert members > 1 and found["own"]["examples"] == 32 * members
+
+
+def test_a_layout_that_a_run_would_refuse_is_an_answer(call):
+    small = ("--gin_file=models/t5_1_1_small.gin", "--gin_file=runs/prompt_tune.gin")
+    code, out, _ = call("plan", *small, "--slice=v5e-8", "--quick", "--gin.MESH='1x8'")
+    assert code == 0
+    assert "gin file: num_heads = 6 is not a multiple of 8, the model axis of the mesh 1x8" in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ((*XXL, "--slice=v5e-3"), "--slice=v5e-3: there is no such size"),
+        (XXL, "the following arguments are required: --slice"),
+        (("--slice=v5e-8",), "no run to plan: add --gin_file=runs/prompt_tune.gin"),
+        (("--gin_file=runs/prompt_tune.gin", "--slice=v5e-8"), "which T5? Add its sizes"),
+        ((*XXL, "--slice=v5e-8", "--timeout_seconds=0"), "--timeout_seconds"),
+        (
+            (*XXL, "--slice=v5e-8", "--gin.tuning.tune.method='hard_prompt'"),
+            "method = 'hard_prompt' trains nothing",
+        ),
+        ((*XXL, "--slice=v5e-8", "--gin.REMAT='all'"), "remat = 'all'"),
+    ],
+)
+def test_mistakes_are_one_line(call, flags, message):
+    code, out, err = call("plan", *flags, "--quick")
+    [line] = err.splitlines()
+    assert (code, out) == (2, "")
+    assert line.startswith("error: ") and message in line
+
+
+def test_without_libtpu_it_says_what_to_install(call, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    code, _, err = call("plan", *XXL, "--slice=v5e-8")
+    assert code == 2
+    assert "error: compiling needs libtpu: pip install 'ptjax[plan]', or use --quick" in err
+
+
+@pytest.mark.tpu
+def test_compiled_searched_and_remembered(call, tmp_path):
+    flags = (*NANO, "--slice=v5e-4", f"--cache_dir={tmp_path}", "--gin.SCAN_LAYERS=True")
+    code, out, err = call("plan", *flags)
+    assert code == 0, err
+    assert err.count("compiling") == len(list(tmp_path.iterdir())) > 1
+    assert "fits" in out and "MESH = '4x1'" in out
+    *_, used = [line for line in out.splitlines() if line.startswith("best ")]
+    assert " - " in used
+    again = call("plan", *flags)
+    assert again == (0, out, "")
+    # Another setting is another answer.
+    assert "compiling" in call("plan", *flags, "--no_search", "--gin.BATCH_SIZE=64")[2]
+
+
+@pytest.mark.tpu
+def test_a_compiler_that_crashes_or_takes_too_long_is_an_answer(call, tmp_path, monkeypatch):
+    flags = (*NANO, "--slice=v5e-4", "--no_search", f"--cache_dir={tmp_path}")
+    code, out, _ = call("plan", *flags, "--timeout_seconds=1")
+    assert code == 0 and "compiler took too long" in out and "more than 1 s" in out
+    monkeypatch.setattr("sys.executable", str(crashing(tmp_path)))
+    code, out, _ = call("plan", *flags)
+    assert code == 0 and "compiler crashed" in out and "signal 11" in out
+    # Neither is remembered.
+    assert [path.suffix for path in tmp_path.iterdir()] == [".sh"]
+
+
+def crashing(folder):
+    """A Python that ends as a compiler does that overflows its stack."""
+    script = folder / "python.sh"
+    script.write_text("#!/bin/sh\nkill -SEGV $$\n")
+    script.chmod(0o755)
+    return script
+
+
+@pytest.mark.parametrize("name", ["t5_1_0_11b", "byt5_small", "mt5_xl", "ptjax_nano"])
+def test_every_family_can_be_planned(call, name):
+    flags = (f"--gin_file=models/{name}.gin", "--gin_file=runs/prompt_tune.gin")
+    code, out, err = call("plan", *flags, "--slice=v5p-16", "--quick", "--json")
+    assert code == 0, err
+    assert json.loads(out)[0]["own"]["trainable"] > 0

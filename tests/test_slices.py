@@ -1,0 +1,86 @@
+"""Slices by their names: sizes, devices, and what libtpu makes of them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from ptjax.errors import InputError
+from ptjax.scale import slices
+from ptjax.scale.devices import usable_memory
+
+DEVICES = {
+    "v5e-1": 1,
+    "v5e-8": 8,
+    "v5litepod-16": 16,
+    "v4-16": 8,
+    "v5p-8": 4,
+    "v6e-8": 8,
+    "tpu7x-8": 8,
+    "v3-8": 8,
+    "2xv5e-16": 32,
+    "h100x8": 8,
+}
+
+
+@pytest.mark.parametrize(("name", "count"), DEVICES.items())
+def test_what_cloud_names_count_becomes_devices(name, count):
+    found = slices.parse_slice(name)
+    devices = found.devices()
+    assert len(devices) == len({device.id for device in devices}) == count
+    assert usable_memory(devices[0]) == found.usable_bytes
+    assert len({device.slice_index for device in devices}) == found.slices
+
+
+@pytest.mark.parametrize(
+    ("name", "chips"),
+    [
+        ("v5e-8", (2, 4)),
+        ("v5e-32", (4, 8)),
+        ("v6e-256", (16, 16)),
+        ("v4-16", (2, 2, 2)),
+        ("v4-64", (2, 4, 4)),
+        ("v5p-128", (4, 4, 4)),
+        ("tpu7x-8", (2, 2, 1)),
+    ],
+)
+def test_a_slice_is_a_torus(name, chips):
+    assert slices.parse_slice(name).chips == chips
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("v5e-3", "there is no such size; near it v5e-1, v5e-4, v5e-8"),
+        ("v5e-512", "there is no such size; near it v5e-64, v5e-128, v5e-256"),
+        ("v4-4", "there is no such size; near it v4-8, v4-16, v4-32"),
+        ("v5-8", "no slice of that name; did you mean v5p-8?"),
+        ("h100-8", "no slice of that name; did you mean h100x8?"),
+        ("v5ex8", "no slice of that name; did you mean v5e-8?"),
+        ("", "no slice of that name; Names are such as v5e-8, v4-16"),
+        ("0xv5e-8", "1 to 64 slices"),
+        ("h100x300", "GPUs are h100x1 to h100x256"),
+    ],
+)
+def test_names_that_are_none(name, message):
+    with pytest.raises(InputError, match=f"^--slice={name}: {message}"):
+        slices.parse_slice(name)
+
+
+def test_gpus_have_no_topology():
+    with pytest.raises(InputError, match="h100x8: GPUs are not compiled for ahead of time"):
+        slices.parse_slice("h100x8").topology_devices()
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize("name", [name for name in DEVICES if name != "h100x8"])
+def test_libtpu_knows_the_slice(name):
+    found = slices.parse_slice(name)
+    devices = found.topology_devices()
+    assert len(devices) == DEVICES[name]
+    assert {device.device_kind for device in devices} == {found.generation.device_kind}
+    assert {device.platform for device in devices} == {"tpu"}
+    hosts = {device.process_index for device in devices}
+    chips = math.prod(found.chips) * found.slices
+    assert len(hosts) == (1 if len(found.chips) == 2 and chips <= 8 else chips // 4)
