@@ -63,10 +63,18 @@ class Workload:
 
     def shape(self) -> Shape:
         """The largest batch; a packed one as if no two examples fitted into one row."""
-        prompted = self.recipe.method == "prompt_tuning"
-        slots = self.prompt_length if prompted and self.recipe.sees_input else 0
-        inputs = (self.row_length or self.inputs + slots) if self.pack else self.inputs
+        inputs = (self.row_length or self.inputs + self._slots) if self.pack else self.inputs
         return Shape(self.batch_size, inputs, self.targets, self.pack, self.members)
+
+    def positions(self) -> int:
+        """Of the encoder in a row, prompts included."""
+        return self.shape().inputs + (0 if self.pack else self._slots)
+
+    @property
+    def _slots(self) -> int:
+        """Positions that an example's own prompt takes."""
+        prompted = self.recipe.method == "prompt_tuning"
+        return self.prompt_length if prompted and self.recipe.sees_input else 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,9 +272,9 @@ def _expected_traffic(workload: Workload, layout: Layout, mesh: Mesh) -> dict[tu
     rows = shape.rows * (workload.members or 1) / sharding.rows_divisor(mesh)
     again = layout.remat == "full"
     if sizes["model"] > 1:
-        encoder = config.num_encoder_layers * (4 + again) * positions(workload)
+        encoder = config.num_encoder_layers * (4 + again) * workload.positions()
         decoder = config.num_decoder_layers * (
-            (6 + 2 * again) * shape.targets + positions(workload)
+            (6 + 2 * again) * shape.targets + workload.positions()
         )
         found["all-reduce", "model"] = int(rows * width * (encoder + decoder))
     if layout.fsdp:
@@ -278,13 +286,6 @@ def _expected_traffic(workload: Workload, layout: Layout, mesh: Mesh) -> dict[tu
         for axis in sharding.rows_axes(mesh):
             found["all-reduce", axis] = found.get(("all-reduce", axis), 0) + prompt
     return found
-
-
-def positions(workload: Workload) -> int:
-    """Encoder positions of a row."""
-    prompted = workload.recipe.method == "prompt_tuning" and workload.recipe.sees_input
-    slots = workload.prompt_length if prompted and not workload.pack else 0
-    return workload.shape().inputs + slots
 
 
 def _link_seconds(traffic: Mapping[tuple[str, ...], int], mesh: Mesh, where: Slice) -> float:

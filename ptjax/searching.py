@@ -15,7 +15,6 @@ from ptjax.planning import (
     Workload,
     count,
     counted_mesh,
-    positions,
     settle,
 )
 from ptjax.scale import meshes, sharding
@@ -102,13 +101,12 @@ def _kept_bytes(workload: Workload, layout: Layout, mesh: Mesh) -> int:
     config, model = workload.config, mesh.shape["model"]
     rows = workload.batch_size / (sharding.rows_divisor(mesh) * workload.recipe.microbatches)
     rows *= workload.members or 1
-    encoder, decoder = positions(workload), workload.targets
+    encoder, decoder = workload.positions(), workload.targets
     heads = config.num_heads * config.head_dim
     entries = config.emb_dim  # the layer's input
     if layout.remat != "full":  # queries, keys, values, the two of the gated feed-forward part
         entries += (3 * heads + len(config.mlp_activations) * config.mlp_dim) / model
-    positions = config.num_encoder_layers * encoder + config.num_decoder_layers * decoder
-    total = positions * entries
+    total = entries * (config.num_encoder_layers * encoder + config.num_decoder_layers * decoder)
     if layout.remat == "none":  # the attention's weights
         total += config.num_encoder_layers * config.num_heads / model * encoder**2
     return int(rows * total * np.dtype(config.dtype).itemsize)
