@@ -151,7 +151,7 @@ def main() -> None:
     ratios = measured_ratios(flags)
     tests, curves = [], {}
     for task in flags.tasks:
-        longer = max(STEPS, round(STEPS * ratios[task], -2))
+        longer = max(STEPS, 100 * round(STEPS * ratios[task] / 100))
         for sees_input, steps in ((True, STEPS), (False, STEPS), (False, longer)):
             values, found = train(flags, task, sees_input, steps)
             tests.append(f"| {task} | {sees_input} | {steps:,} | {runs.show(values)} |")

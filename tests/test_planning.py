@@ -29,13 +29,14 @@ SIZES = {
     "xxl": T5Config(32128, 4096, 64, 24, 24, 64, 10240, dtype="bfloat16"),
 }
 XXL = Workload(SIZES["xxl"], RECIPE)
-# Every kind of weight, in widths that the TPU's compiler handles as it does large ones.
+# Every kind of weight, in T5's own widths of heads: with 32 and 84 positions, which no T5 has,
+# libtpu 0.0.42.1 crashes when it compiles for tpu7x.
 TOY = Workload(
-    T5Config(512, 256, 8, 2, 2, 32, 512, dtype="bfloat16"),
+    T5Config(512, 256, 8, 2, 2, 64, 512, dtype="bfloat16"),
     RECIPE,
     batch_size=16,
-    inputs=64,
-    targets=8,
+    inputs=108,
+    targets=16,
     prompt_length=20,
 )
 V5E = parse_slice("v5e-8")
@@ -291,7 +292,7 @@ def test_what_a_tpu_sends_in_a_step(case):
     if name != "2xv5e-4":
         assert sums[0].shape == (workload.prompt_length, workload.config.emb_dim)
     # Between slices a part of it goes over the network, padded to whole tiles.
-    assert size <= math.prod(sums[0].shape) <= size + 2048
+    assert size <= math.prod(sums[0].shape) <= size + 4096
     others = {one.kind: one for one in found if one not in sums}
     expected = {"v5e-8, fsdp": {"all-gather"}, "two slices": {"send", "all-gather"}}
     assert set(others) == expected.get(case, set())
@@ -299,7 +300,7 @@ def test_what_a_tpu_sends_in_a_step(case):
         gathered = [one for one in found if one.kind == "all-gather"]
         assert all(one.in_loop and one.times % 2 == 0 for one in gathered)
     if name == "2xv5e-4":
-        assert others["send"].bytes <= 4 * (size + 2048)
+        assert others["send"].bytes <= 4 * (size + 4096)
         assert others["send"].axes == ("replica",) and others["all-gather"].axes == ("data",)
 
 
