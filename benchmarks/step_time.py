@@ -1,0 +1,182 @@
+"""Time, memory and model-FLOPs utilisation of a step on the accelerators of this machine.
+
+    python benchmarks/step_time.py [--sizes=xl,xxl] [--inputs=512,64] [--output=FILE.json]
+
+T5 1.1 with random bfloat16 weights, and with int8 kernels, on all devices as data x 1; for every
+size, length and dtype the first remat policy with which the step compiles and runs. Beside what is
+measured stands what `ptjax.plan` says of such devices beforehand. Every row is a process of its
+own, so that its peak is its own. Utilisation is useful FLOPs (nothing counted twice) over the
+published peak. Has not run on a GPU or TPU yet; `--sizes=small --batch=2` runs on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from prompt_step import SIZES, t5_1_1
+
+from ptjax import planning
+from ptjax.planning import Layout, Workload
+from ptjax.scale import sharding
+from ptjax.scale.compiled import Recipe
+from ptjax.scale.slices import GENERATIONS, Slice
+from ptjax.training.loss import Loss
+from ptjax.training.optimizer import Adafactor
+from ptjax.training.step import TrainState
+
+REMATS = ("none", "dots", "full")
+
+
+def random_arrays(shapes: Any, seed: int = 0) -> Any:
+    """Arrays of these shapes and shardings, made where they lie."""
+    leaves, tree = jax.tree.flatten(shapes)
+
+    def fill(leaf: Any, key: jax.Array) -> jax.Array:
+        if leaf.dtype == np.int8:
+            return jax.random.randint(key, leaf.shape, -127, 128, np.int8)
+        return (0.02 * jax.random.normal(key, leaf.shape)).astype(leaf.dtype)
+
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    made = [
+        jax.jit(fill, static_argnums=0, out_shardings=leaf.sharding)(
+            jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), key
+        )
+        for leaf, key in zip(leaves, keys, strict=True)
+    ]
+    return jax.tree.unflatten(tree, made)
+
+
+def measure(row: dict[str, Any]) -> dict[str, Any]:
+    """One row, in this process."""
+    devices = jax.devices()
+    layout = Layout(f"{len(devices)}x1", remat=row["remat"], quantize=row["quantize"])
+    config = t5_1_1(row["size"], dtype=row["dtype"], dropout_rate=0.0)
+    recipe = Recipe("prompt_tuning", Adafactor(), Loss())
+    workload = Workload(config, recipe, row["batch"], row["inputs"])
+    mesh = sharding.make_mesh((len(devices), 1))
+    placed = planning.place(workload, layout, mesh)
+    started = time.perf_counter()
+    step = placed.lower().compile()
+    compiling = time.perf_counter() - started
+    frozen = random_arrays(placed.frozen)
+    # As `init_train_state` makes it: all zeros, but for what trains.
+    shapes = placed.state.step, placed.state.opt_state
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+    count, opt_state = jax.device_put(zeros, sharding.replicated(mesh))
+    trainable = random_arrays(placed.state.trainable, seed=1)
+    state = TrainState(count, trainable, opt_state, sharding.replicate_key(jax.random.key(0), mesh))
+    rng = np.random.default_rng(0)
+    batch = sharding.put_batch(
+        {
+            name: np.ones(shape, dtype)
+            if "weights" in name
+            else rng.integers(2, config.vocab_size, shape).astype(dtype)
+            for name, (shape, dtype) in placed.shape.arrays().items()
+        },
+        mesh,
+    )
+    seconds = []
+    for turn in range(row["turns"] + 1):
+        started = time.perf_counter()
+        for _ in range(row["steps"]):
+            state, metrics = step(state, frozen, batch)
+        loss = float(metrics["loss"])
+        if turn:  # the first one warms up
+            seconds.append((time.perf_counter() - started) / row["steps"])
+    assert np.isfinite(loss), loss
+    found = {"seconds": statistics.median(seconds), "compile_seconds": compiling, "loss": loss}
+    found["peak_bytes"] = (devices[0].memory_stats() or {}).get("peak_bytes_in_use")
+    found["compiled_peak_bytes"] = step.memory_analysis().peak_memory_in_bytes
+    kind = devices[0].device_kind
+    known = [one for one in GENERATIONS.values() if one.device_kind == kind]
+    found |= {"device": kind, "devices": len(devices)}
+    if known:
+        where = Slice(kind, known[0], (len(devices) // known[0].devices,))
+        counted = planning.count(workload, layout, where)
+        peak = len(devices) * known[0].flops
+        found |= {
+            "utilisation": counted["flops"]["useful"] / found["seconds"] / peak,
+            "planned": counted["estimate"],
+        }
+    return row | found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", default="xl,xxl", help=f"of {', '.join(SIZES)}")
+    parser.add_argument("--inputs", default="512,64", help="T")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--steps", type=int, default=5, help="of a turn")
+    parser.add_argument("--turns", type=int, default=4)
+    parser.add_argument("--output", help="a JSON file to write; its rows are not measured again")
+    parser.add_argument("--row", type=json.loads, help=argparse.SUPPRESS)
+    flags = parser.parse_args()
+    if flags.row:
+        print(json.dumps(measure(flags.row)))
+        return
+    rows = []
+    if flags.output:
+        try:
+            with open(flags.output, encoding="utf-8") as file:
+                rows = json.load(file)
+        except FileNotFoundError:
+            pass
+    print("| T5 1.1 | T | kernels | remat | s a step | examples/s | peak GiB | MFU | planned s |")
+    print("|---|--:|---|---|--:|--:|--:|--:|--:|")
+    for size in flags.sizes.split(","):
+        for inputs in map(int, flags.inputs.split(",")):
+            for quantize in (None, "int8"):
+                settings = {"size": size, "inputs": inputs, "quantize": quantize}
+                settings |= {name: getattr(flags, name) for name in ("batch", "dtype")}
+                settings |= {name: getattr(flags, name) for name in ("steps", "turns")}
+                done = [row for row in rows if settings.items() <= row.items()]
+                row = done[0] if done else first_that_runs(settings)
+                if not done:
+                    rows.append(row)
+                    if flags.output:
+                        with open(flags.output, "w", encoding="utf-8") as file:
+                            json.dump(rows, file, indent=2)
+                show(row)
+
+
+def first_that_runs(settings: dict[str, Any]) -> dict[str, Any]:
+    """The row with the remat policy that keeps most and still runs."""
+    for remat in REMATS:
+        row = json.dumps(settings | {"remat": remat})
+        done = subprocess.run(
+            [sys.executable, __file__, f"--row={row}"], stdout=subprocess.PIPE, text=True
+        )
+        if done.returncode == 0:
+            return json.loads(done.stdout.splitlines()[-1])
+        print(f"{row} ended with {done.returncode}", file=sys.stderr)
+    return settings | {"remat": None}
+
+
+def show(row: dict[str, Any]) -> None:
+    cells = [
+        row["size"],
+        row["inputs"],
+        row["quantize"] or row["dtype"],
+        row["remat"] or "none fits",
+    ]
+    if "seconds" in row:
+        peak = row["peak_bytes"] or row["compiled_peak_bytes"]
+        cells += [f"{row['seconds']:.3f}", f"{row['batch'] / row['seconds']:.1f}"]
+        cells += [f"{peak / 2**30:.2f}"]
+        if "planned" in row:
+            cells += [f"{row['utilisation']:.0%}", f"> {row['planned']['low']:.3f}"]
+    cells += [""] * (9 - len(cells))
+    print(f"| {' | '.join(map(str, cells))} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
