@@ -100,13 +100,14 @@ def plan(arguments: argparse.Namespace) -> None:
     if arguments.compile is not None:
         print(json.dumps(_compile(workload, slices[0], json.loads(arguments.compile))))
         return
-    if not arguments.quick and importlib.util.find_spec("libtpu") is None:
+    compiles = not arguments.quick and any(where.is_tpu for where in slices)
+    if compiles and importlib.util.find_spec("libtpu") is None:
         raise InputError("compiling needs libtpu: pip install 'ptjax[plan]', or use --quick")
     found = [plan_slice(workload, layout, where, arguments) for where in slices]
     if arguments.json:
         print(json.dumps(found, indent=2))
     else:
-        _show(workload, found)
+        _show(workload, found, arguments.quick)
 
 
 def read_workload() -> tuple[Workload, Layout]:
@@ -278,7 +279,7 @@ def _compile(workload: Workload, where: Slice, job: Mapping[str, Any]) -> Report
     return planning.compile_ahead(workload, layout, where, exact=job["exact"], timed=job["timed"])
 
 
-def _show(workload: Workload, found: list[Report]) -> None:
+def _show(workload: Workload, found: list[Report], quick: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -317,6 +318,8 @@ def _show(workload: Workload, found: list[Report]) -> None:
         console.print(table)
         if own.get("reason"):
             console.print(f"  gin file: {own['reason']}")
+        elif "verdict" not in own and not quick:
+            console.print("  GPUs are counted, not compiled for")
         if best:
             _show_settings(console, "best:", best)
             whole = [
