@@ -308,7 +308,7 @@ def _show(workload: Workload, found: list[Report], quick: bool) -> None:
     for one in found:
         own, best = one["own"], one["best"]
         table = Table(box=None, pad_edge=False, header_style="")
-        columns = ("layout", "verdict", "GiB a device", "MB sent", "s a step", "MFU")
+        columns = ("layout", "verdict", "GiB a device", "FLOPs", "MB sent", "s a step", "MFU")
         for name in (own["slice"], *columns):
             table.add_column(name, no_wrap=True)
         rows = [("gin file", own), *(("tried", report) for report in one["tried"])]
@@ -342,20 +342,24 @@ def _show_settings(console: Any, title: str, report: Report) -> None:
 
 def _row(report: Report) -> tuple[str, ...]:
     if "flops" not in report:
-        return "", report["verdict"], "", "", "", ""
+        return "", report["verdict"]
     from ptjax.planning import Layout
 
     usable = report["usable_bytes"] / 2**30
     held = report.get("peak_bytes") or sum(report["bytes_per_device"].values())
     least_known = "" if "peak_bytes" in report else "> "
-    sent = sum(one["bytes"] for one in report.get("collectives", ()))
+    sent: dict[str, int] = {}
+    for one in report.get("collectives", ()):
+        axes = " x ".join(one["axes"])
+        sent[axes] = sent.get(axes, 0) + one["bytes"]
     low, high = report["estimate"]["low"], report["estimate"]["high"]
     least, most = report["estimate"]["utilisation"]
     return (
         str(Layout(**_fields(report["settings"]))),
         report.get("verdict", "counted"),
         f"{least_known}{held / 2**30:.2f} of {usable:.2f}",
-        f"{sent / 1e6:,.1f}" if "collectives" in report else "",
+        f"{report['flops']['executed']:.3g}",
+        ", ".join(f"{size / 1e6:,.1f} {axes}" for axes, size in sent.items()),
         f"{low:.3g} - {high:.3g}" if high else f"> {low:.3g}",
         f"{least:.0%} - {most:.0%}" if high else f"< {most:.0%}",
     )
