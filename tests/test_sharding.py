@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 from collectives import collectives
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ptjax.errors import InputError
@@ -161,6 +162,26 @@ def test_stacked_layers_have_a_leading_axis_that_is_never_divided():
     )
     with pytest.raises(InputError, match="3 axes, but it has 2"):
         sharding.spec_of(kernel, 2)
+
+
+def test_layers_are_stacked_in_place_one_at_a_time():
+    """`jax.live_arrays` when a layer is asked for: the stack, and the layer before."""
+    mesh = sharding.make_mesh((2, 4))
+    rows = np.arange(3 * 8 * 4, dtype=np.float32).reshape(3, 8, 4)
+    layer = [NamedSharding(mesh, P("model", None)), NamedSharding(mesh, P())]
+    elsewhere = sum(x.nbytes for x in jax.live_arrays())
+    held = []
+
+    def layers():
+        for row in rows:
+            held.append(sum(x.nbytes for x in jax.live_arrays()) - elsewhere)
+            yield {"kernel": jax.device_put(row, layer[0]), "scale": jax.device_put(row, layer[1])}
+
+    stacked = sharding.stack_layers(layers(), 3)
+    for name, spec in {"kernel": P(None, "model", None), "scale": P()}.items():
+        np.testing.assert_array_equal(stacked[name], rows)
+        assert stacked[name].sharding == NamedSharding(mesh, spec)
+    assert held == [0] + [2 * (rows.nbytes + rows[0].nbytes)] * 2
 
 
 @pytest.mark.parametrize(
