@@ -188,6 +188,9 @@ def test_layers_are_stacked_in_place_one_at_a_time():
         np.testing.assert_array_equal(stacked[name], rows)
         assert stacked[name].sharding == NamedSharding(mesh, spec)
     assert held == [0] + [2 * (rows.nbytes + rows[0].nbytes)] * 2
+    kernel = stacked["kernel"]
+    writing = sharding._layer_writer(kernel.sharding).lower(kernel, rows[0], 0).compile()
+    assert writing.memory_analysis().alias_size_in_bytes == rows.nbytes // 4  # of a device
 
 
 @pytest.mark.parametrize(
