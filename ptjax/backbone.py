@@ -5,27 +5,25 @@ from __future__ import annotations
 import collections
 import dataclasses
 import difflib
-import functools
-import hashlib
-import json
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from importlib import resources
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from absl import logging
 from etils import epath
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from ptjax.data.tokenizer import Tokenizer, check_vocabulary, find_tokenizer, load_tokenizer
 from ptjax.errors import InputError
+from ptjax.fingerprint import digest, sample_of
 from ptjax.interop import huggingface, t5x
 from ptjax.interop.huggingface_format import load_config
 from ptjax.interop.prompt_file import T5X_PROMPT
-from ptjax.interop.stored import StoredArray, stack
+from ptjax.interop.stored import Index, StoredArray, cast
 from ptjax.models.config import T5Config
 from ptjax.models.layers import Quantized
 from ptjax.models.prompted import make_apply_fn
@@ -35,19 +33,6 @@ from ptjax.scale import processes, sharding
 from ptjax.scale.meshes import choose_mesh
 from ptjax.scale.quantize import is_quantized, quantize_sharded
 from ptjax.training.freeze import flatten_paths, sizes, unflatten_paths
-
-SIZE_FIELDS = (
-    "vocab_size",
-    "emb_dim",
-    "num_heads",
-    "num_encoder_layers",
-    "num_decoder_layers",
-    "head_dim",
-    "mlp_dim",
-    "mlp_activations",
-    "logits_via_embedding",
-    "relpos_buckets",
-)
 
 _CHOSEN_FIELDS = {"dtype", "scan_layers", "remat"}
 """Of `T5Config`: how the network is run, which no file could tell."""
@@ -133,21 +118,13 @@ def load_backbone(
         )
     sharding.check_rules({"params": opened.arrays})
     mesh = choose_mesh(mesh, opened.config, dtype, fsdp=fsdp, quantize=quantize)
-    # Popped, for an array inside of a T5X msgpack is in memory already.
-    stored = opened.arrays
-    if opened.config.scan_layers:
-        stored = stack_paths(stored, stack)
-    placed, samples = {}, {}
-    for key in list(stored):
-        array = place(key, stored.pop(key), dtype, mesh, fsdp)
-        samples |= _sample_of(key, array, mesh)
-        placed[key] = quantize_sharded(array) if quantize and is_quantized(key) else array
+    params, samples = _load_params(opened, dtype, mesh, fsdp, quantize)
     return Backbone(
         config=opened.config,
-        variables={"params": unflatten_paths(placed)},
+        variables={"params": unflatten_paths(params)},
         apply_fn=make_apply_fn(opened.config, gather=_gather(mesh, fsdp)),
         tokenizer=opened.tokenizer,
-        fingerprint=_digest(opened.config, samples),
+        fingerprint=digest(opened.config, samples),
         name=opened.name,
         mesh=mesh,
         fsdp=fsdp,
@@ -343,62 +320,54 @@ def _check(stored: Mapping[str, StoredArray], config: T5Config, name: str) -> No
         raise InputError(f"{name}: parameter {extra[0]} does not belong to a T5 of this config")
 
 
-def place(path: str, stored: StoredArray, dtype: str, mesh: Mesh, fsdp: bool) -> jax.Array:
-    """`stored` on the mesh as `dtype`.
+def _load_params(
+    opened: OpenBackbone, dtype: str, mesh: Mesh, fsdp: bool, quantize: str | None
+) -> tuple[dict[str, jax.Array | Quantized], dict[str, jax.Array]]:
+    """(parameters on the mesh by their paths, what the fingerprint takes of them)."""
+    samples: dict[str, jax.Array] = {}
 
-    Only the parts that this process's devices hold are read, each once and cast by itself, however
-    many devices hold it.
+    def load(path: str, where: NamedSharding) -> jax.Array | Quantized:
+        # Popped, for an array inside of a T5X msgpack is in memory already.
+        array = place(cast(opened.arrays.pop(path), dtype), where)
+        samples.update(sample_of(path, array, mesh))
+        return quantize_sharded(array) if quantize and is_quantized(path) else array
+
+    # The largest first: what reading takes besides its result is free again before memory fills.
+    shapes = {path: array.shape for path, array in opened.arrays.items()}
+    largest_first = sorted(shapes, key=lambda path: -math.prod(shapes[path]))
+    names: dict[str, Any] = {path: path for path in largest_first}
+    if opened.config.scan_layers:
+        names = stack_paths(names, tuple)
+    params = {}
+    for name, paths in names.items():
+        if isinstance(paths, str):
+            where = sharding.sharding_of(f"params/{name}", shapes[paths], mesh, fsdp=fsdp)
+            params[name] = load(paths, where)
+        else:
+            shape = (len(paths), *shapes[paths[0]])
+            where = sharding.sharding_of(f"params/{name}", shape, mesh, fsdp=fsdp)
+            of_layer = NamedSharding(mesh, P(*where.spec[1:]))
+            layers = (load(path, of_layer) for path in paths)
+            params[name] = sharding.stack_layers(layers, len(paths))
+    return params, samples
+
+
+def place(stored: StoredArray, where: NamedSharding) -> jax.Array:
+    """`stored` on the devices.
+
+    Only the parts that this process's devices hold are read, together and each once, however many
+    devices hold it.
     """
-    parts: dict[tuple[tuple[int, int, int], ...], np.ndarray] = {}
 
-    def read(index: tuple[slice, ...] | None) -> np.ndarray:
+    def bounds(index: Index | None) -> tuple[tuple[int, int], ...]:
         pairs = zip(index or (), stored.shape, strict=True)
-        bounds = tuple(part.indices(size) for part, size in pairs)
-        if bounds not in parts:
-            part = stored.read(tuple(slice(*bound) for bound in bounds))
-            parts[bounds] = part.astype(jnp.dtype(dtype), copy=False)
-        return parts[bounds]
+        return tuple(part.indices(size)[:2] for part, size in pairs)
 
-    where = sharding.sharding_of(f"params/{path}", stored.shape, mesh, fsdp=fsdp)
-    return jax.make_array_from_callback(stored.shape, where, read)
-
-
-def fingerprint(config: T5Config, params: Mapping[str, Any], mesh: Mesh) -> str:
-    """ "sha256:..." over the sizes and the bfloat16 bytes of a fixed sample of the weights.
-
-    The sample, in sorted T5X names: embedding rows 0, 97, 194, ..., every norm scale, the first
-    row of each `wo` kernel. bfloat16 is the coarsest dtype that backbones are kept in. It is taken
-    from the arrays on their devices, so that no file is read a second time.
-    """
-    samples = {}
-    for path, array in flatten_paths(params).items():
-        samples |= _sample_of(path, array, mesh)
-    return _digest(config, samples)
-
-
-def _digest(config: T5Config, samples: Mapping[str, jax.Array]) -> str:
-    digest = hashlib.sha256()
-    digest.update(json.dumps({f: getattr(config, f) for f in SIZE_FIELDS}).encode())
-    values = Unstacked(jax.device_get(samples))
-    for path in sorted(values):
-        digest.update(path.encode())
-        digest.update(np.ascontiguousarray(values[path]).tobytes())
-    return f"sha256:{digest.hexdigest()}"
-
-
-def _sample_of(path: str, array: jax.Array, mesh: Mesh) -> dict[str, jax.Array]:
-    """What the fingerprint takes of a parameter, by its name, if it takes any."""
-    if not path.endswith(("/embedding", "/scale", "/wo/kernel")):
-        return {}
-    return {path: _sample(array, path.rsplit("/", 1)[1], "/layers/" in path, mesh)}
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _sample(array: jax.Array, name: str, stacked: bool, mesh: Mesh) -> jax.Array:
-    """The fingerprint's rows of an array, or of each layer of a stack; on every device."""
-    rows = {"embedding": np.s_[::97], "scale": np.s_[:], "kernel": np.s_[:1]}[name]
-    chosen = array[:, rows] if stacked else array[rows]
-    return jax.lax.with_sharding_constraint(chosen.astype(jnp.bfloat16), sharding.replicated(mesh))
+    held = where.addressable_devices_indices_map(stored.shape)
+    wanted = dict.fromkeys(map(bounds, held.values()))
+    read = stored.read_parts([tuple(slice(*bound) for bound in part) for part in wanted])
+    parts = dict(zip(wanted, read, strict=True))
+    return jax.make_array_from_callback(stored.shape, where, lambda index: parts[bounds(index)])
 
 
 def save_backbone(

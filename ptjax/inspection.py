@@ -14,9 +14,10 @@ from absl import logging
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from ptjax.backbone import OpenBackbone, fingerprint, open_backbone
+from ptjax.backbone import OpenBackbone, open_backbone
 from ptjax.data.tokenizer import Tokenizer
 from ptjax.errors import InputError
+from ptjax.fingerprint import fingerprint
 from ptjax.interop import peft, t5x
 from ptjax.interop.prompt_file import PromptFile, load_prompt, prompts_below
 from ptjax.scale.sharding import make_mesh

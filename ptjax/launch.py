@@ -67,7 +67,7 @@ def main() -> None:
 
 def launch(command: str, flags: list[str], count: int) -> int:
     """Runs the command to its end in `count` processes; the exit code."""
-    address = f"127.0.0.1:{_free_port()}"
+    address = f"127.0.0.1:{free_port()}"
     with tempfile.TemporaryDirectory() as folder:
         watch = _Watch()
         for number in range(count):
@@ -81,7 +81,7 @@ def launch(command: str, flags: list[str], count: int) -> int:
         return watch.wait()
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -150,8 +150,14 @@ class Preparation:
         """Variables with a member's best export, read back from its file."""
         path, backbone = member.exports.path(BEST), self.backbone
         if self.method == "model_tuning":
-            dtype, mesh, fsdp = backbone.config.dtype, backbone.mesh, backbone.fsdp
-            return load_backbone(path, dtype=dtype, mesh=mesh, fsdp=fsdp).variables
+            config = backbone.config
+            return load_backbone(
+                path,
+                dtype=config.dtype,
+                mesh=backbone.mesh,
+                fsdp=backbone.fsdp,
+                scan_layers=config.scan_layers,
+            ).variables
         return with_prompt(backbone.variables, load_prompt(path).prompt)
 
     def _initial_prompt(

@@ -15,7 +15,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from ptjax.backbone import Backbone, fingerprint, save_backbone
+from ptjax.backbone import Backbone, save_backbone
 from ptjax.data.catalogue import Preprocess
 from ptjax.data.denoising import PrefixLM, SpanCorruption
 from ptjax.data.pipeline import Bucket, MixtureBatches, TrainBatches, make_buckets
@@ -25,6 +25,7 @@ from ptjax.data.tasks import Task
 from ptjax.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from ptjax.errors import InputError
 from ptjax.exports import Exports
+from ptjax.fingerprint import fingerprint
 from ptjax.loop import Pace, Run
 from ptjax.members import Member
 from ptjax.models.config import T5Config

@@ -24,6 +24,7 @@ ROOMS = (
     "training",
     "scale",
     "interop",
+    "fingerprint",
     "backbone",
     "prompting",
     "answering",

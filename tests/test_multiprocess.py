@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -13,10 +14,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from conftest import outcome
 from safetensors.numpy import load_file
+
+from ptjax.backbone import save_backbone
+from ptjax.launch import free_port
+from ptjax.models.t5 import init_params
 
 pytestmark = pytest.mark.slow
 REPOSITORY = Path(__file__).parents[1]
@@ -69,6 +75,11 @@ class Machines:
         text = GIN + f"DATA = '{task.data_dir}'\nINITIAL_CHECKPOINT_PATH = '{backbone.name}'\n"
         (folder / "run.gin").write_text(text)
         (folder / "bank.gin").write_text(BANK)
+        config = dataclasses.replace(backbone.config, num_heads=8)
+        params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
+        save_backbone(
+            folder / "eight_heads", config, params, tokenizer=backbone.tokenizer, dtype="float32"
+        )
 
     def flags(self, name: str, *more: str, steps: int = STEPS) -> list[str]:
         """Of training in the folder `name`."""
@@ -108,9 +119,7 @@ class Machines:
 
         `other_name` is the folder of process 1, where it is not that of process 0.
         """
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         begun = newest(self.folder / name)
         processes = [
             self.start(
@@ -251,8 +260,22 @@ def test_evaluation_equals_that_of_one_process(
             "--gin.LEARNING_RATE_SCALE='absolute'",
         ],
         ["--gin_file=bank.gin"],
+        # Every weight lies across the two processes.
+        ["--gin.MESH='1x8'", "--gin.INITIAL_CHECKPOINT_PATH='eight_heads'"],
+        [
+            "--gin.MESH='1x8'",
+            "--gin.INITIAL_CHECKPOINT_PATH='eight_heads'",
+            "--gin.tuning.tune.method='model_tuning'",
+            "--gin.LEARNING_RATE=0.001",
+            "--gin.LEARNING_RATE_SCALE='absolute'",
+        ],
     ],
-    ids=["model tuning, rows over both", "a packed bank"],
+    ids=[
+        "model tuning, rows over both",
+        "a packed bank",
+        "weights over both",
+        "model tuning, weights over both",
+    ],
 )
 def test_other_ways_equal_those_of_one_process(
     machines: Machines, settings: list[str], request: pytest.FixtureRequest
@@ -262,6 +285,51 @@ def test_other_ways_equal_those_of_one_process(
     machines.run(f"{name} 1.log", "ptjax.train", *flags[0], devices=8)
     machines.run(f"{name} 2.log", "ptjax.launch", "--processes=2", "train", *flags[1])
     assert_alike(machines.folder / f"{name} 2", machines.folder / f"{name} 1")
+
+
+READS = """
+import argparse
+import sys
+
+import jax
+
+from ptjax.backbone import load_backbone
+from ptjax.cli import distributed
+from ptjax.interop import bytes_on_disk
+
+parser = argparse.ArgumentParser()
+distributed.add_flags(parser)
+distributed.start(parser.parse_args())
+read, read_part = [], bytes_on_disk.read_part
+
+
+def counting(*arguments):
+    part = read_part(*arguments)
+    read.append(part.nbytes)
+    return part
+
+
+bytes_on_disk.read_part = counting
+for settings in ({}, {"scan_layers": True}):
+    read.clear()
+    backbone = load_backbone("eight_heads", dtype="float32", mesh="1x8", **settings)
+    divided = [x for x in jax.tree.leaves(backbone.variables) if not x.is_fully_replicated]
+    whole = [x for x in jax.tree.leaves(backbone.variables) if x.is_fully_replicated]
+    held = sum(shard.data.nbytes for x in divided for shard in x.addressable_shards)
+    assert 2 * held == sum(x.nbytes for x in divided) > 0
+    # Of norm scales, which all devices hold, each process reads one copy.
+    assert sum(read) == held + sum(x.nbytes for x in whole), (sum(read), held)
+"""
+
+
+def test_a_process_reads_the_shards_of_its_own_devices(machines: Machines) -> None:
+    (machines.folder / "reads.py").write_text(READS)
+    flags = [f"--coordinator_address=127.0.0.1:{free_port()}", "--num_processes=2"]
+    started = [
+        machines.start(f"reads{i}.log", "reads", *flags, f"--process_id={i}") for i in range(2)
+    ]
+    codes = [process.wait(timeout=120) for process in started]
+    assert codes == [0, 0], [(machines.folder / f"reads{i}.log").read_text() for i in range(2)]
 
 
 def interrupt(machines: Machines, name: str, number: int, victim: int) -> list[str]:

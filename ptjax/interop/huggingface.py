@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import huggingface_hub
@@ -29,7 +29,7 @@ from ptjax.interop.huggingface_format import (
     to_huggingface,
     to_t5x,
 )
-from ptjax.interop.stored import Index, StoredArray
+from ptjax.interop.stored import Index, StoredArray, one_by_one
 from ptjax.models.config import T5Config
 from ptjax.scale.processes import on_host
 
@@ -132,17 +132,17 @@ def _equal(one: StoredArray, other: StoredArray) -> bool:
 
 
 def _transpose(array: StoredArray) -> StoredArray:
-    def read(index: Index) -> np.ndarray:
-        return array.read(index[::-1]).T
+    def read_parts(indices: Sequence[Index]) -> list[np.ndarray]:
+        return [part.T for part in array.read_parts([index[::-1] for index in indices])]
 
-    return StoredArray(array.shape[::-1], array.dtype, read, array.where)
+    return StoredArray(array.shape[::-1], array.dtype, read_parts, array.where)
 
 
 def _scaled(array: StoredArray, factor: float) -> StoredArray:
     def read(index: Index) -> np.ndarray:
         return array.read(index).astype(np.float32) * np.float32(factor)
 
-    return StoredArray(array.shape, "float32", read, array.where)
+    return StoredArray(array.shape, "float32", one_by_one(read), array.where)
 
 
 def _open_tensors(directory: epath.Path) -> dict[str, StoredArray]:

@@ -18,7 +18,7 @@ from etils import epath
 from ptjax.atomic import written_whole
 from ptjax.errors import InputError
 from ptjax.interop import bytes_on_disk
-from ptjax.interop.stored import Index, StoredArray
+from ptjax.interop.stored import Index, ReadParts, StoredArray, one_by_one
 
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
@@ -147,7 +147,7 @@ def _read_header(path: epath.Path) -> tuple[dict[str, Any], int]:
     return header, 8 + length
 
 
-def _reader(path: epath.Path, offset: int, shape: tuple[int, ...], dtype: str):
+def _reader(path: epath.Path, offset: int, shape: tuple[int, ...], dtype: str) -> ReadParts:
     def read(index: Index) -> np.ndarray:
         try:
             return bytes_on_disk.read_part(path, offset, shape, dtype, index)
@@ -156,4 +156,4 @@ def _reader(path: epath.Path, offset: int, shape: tuple[int, ...], dtype: str):
                 f"{path}: the file was changed or cut off while it was read ({error})"
             ) from error
 
-    return read
+    return one_by_one(read)

@@ -5,42 +5,56 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
+import jax.numpy as jnp
 import numpy as np
 
 Index = tuple[slice, ...]
 """One slice per axis; `jax.make_array_from_callback` hands out exactly this."""
+ReadParts = Callable[[Sequence[Index]], list[np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredArray:
-    """An array in a file, of which any part can be read on demand.
+    """An array in a file, of which any parts can be read on demand.
 
-    Nothing is in memory before `read`, so that a device's shard is all a host ever holds of it.
+    Nothing is in memory before that, so that its devices' shards are all a host ever holds of it.
 
     Attributes:
         shape: of the whole array, in T5X's orientation (kernels [in, out]).
         dtype: numpy's name of the stored type; "bfloat16" is ml_dtypes'.
-        read: `read(index)` -> numpy array of that part, in `dtype`. Raises `InputError`, with
-            file and parameter in the message, when the file turns out to be damaged.
+        read_parts: indices -> a numpy array of each of these parts, in `dtype`. What several of
+            them lie in, such as a compressed chunk, is read once. Raises `InputError`, with file
+            and parameter in the message, when the file turns out to be damaged.
         where: the file (and the name in it), for messages.
     """
 
     shape: tuple[int, ...]
     dtype: str
-    read: Callable[[Index], np.ndarray]
+    read_parts: ReadParts
     where: str
+
+    def read(self, index: Index) -> np.ndarray:
+        """One part, in `dtype`."""
+        [part] = self.read_parts([index])
+        return part
 
     def read_all(self) -> np.ndarray:
         """The whole array, `[*shape]` in `dtype`."""
         return self.read(tuple(slice(0, size) for size in self.shape))
 
 
-def stack(arrays: Sequence[StoredArray]) -> StoredArray:
-    """Arrays of one shape as one with a leading axis, of which a part is read from each."""
+def one_by_one(read: Callable[[Index], np.ndarray]) -> ReadParts:
+    """`StoredArray.read_parts` where parts have nothing in common."""
+    return lambda indices: [read(index) for index in indices]
 
-    def read(index: Index) -> np.ndarray:
-        return np.stack([array.read(index[1:]) for array in arrays[index[0]]])
 
-    first = arrays[0]
-    where = f"{first.where} and those of {len(arrays) - 1} more layers"
-    return StoredArray((len(arrays), *first.shape), first.dtype, read, where)
+def cast(array: StoredArray, dtype: str) -> StoredArray:
+    """`array` in another dtype; each part is cast when it has been read."""
+
+    def read_parts(indices: Sequence[Index]) -> list[np.ndarray]:
+        parts = array.read_parts(indices)
+        for number, part in enumerate(parts):  # in place, so that none is held in both dtypes long
+            parts[number] = part.astype(jnp.dtype(dtype), copy=False)
+        return parts
+
+    return dataclasses.replace(array, dtype=dtype, read_parts=read_parts)

@@ -15,7 +15,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from etils import epath
 from flax import serialization
 
 from ptjax.errors import InputError
-from ptjax.interop.stored import Index, StoredArray
+from ptjax.interop.stored import Index, ReadParts, StoredArray, one_by_one
 
 DTYPES = ("float32", "bfloat16")
 _NUMBERED = re.compile(r"checkpoint_(\d+)")
@@ -161,7 +161,7 @@ def _load_legacy(file: epath.Path) -> dict[str, StoredArray]:
     for name, leaf in leaves.items():
         if isinstance(leaf, np.ndarray):
             arrays[name] = StoredArray(
-                leaf.shape, leaf.dtype.name, leaf.__getitem__, f"{file} ({name})"
+                leaf.shape, leaf.dtype.name, one_by_one(leaf.__getitem__), f"{file} ({name})"
             )
         else:
             specs[name] = leaf
@@ -420,17 +420,19 @@ def _chunks(array: ts.TensorStore) -> Iterator[str]:
         yield separator.join(map(str, index)) or "0"
 
 
-def _reader(array: ts.TensorStore, name: str, where: str) -> Callable[[Index], np.ndarray]:
-    def read(index: Index) -> np.ndarray:
+def _reader(array: ts.TensorStore, name: str, where: str) -> ReadParts:
+    def read_parts(indices: Sequence[Index]) -> list[np.ndarray]:
         try:
-            return array[index].read().result()
+            with ts.Batch() as batch:  # a chunk is fetched and decompressed once for all parts
+                reading = [array[index].read(batch=batch) for index in indices]
+            return [part.result() for part in reading]
         except ValueError as error:
             raise InputError(
                 f"{where}: parameter {name} cannot be read ({_reason(error)}); the file is "
                 "truncated or damaged, copy it again"
             ) from error
 
-    return read
+    return read_parts
 
 
 def _reason(error: Exception) -> str:

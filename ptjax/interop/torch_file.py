@@ -21,7 +21,7 @@ from etils import epath
 
 from ptjax.errors import InputError
 from ptjax.interop import bytes_on_disk
-from ptjax.interop.stored import Index, StoredArray
+from ptjax.interop.stored import Index, StoredArray, one_by_one
 
 _STORAGES = {
     ("torch", "FloatStorage"): "float32",
@@ -177,7 +177,7 @@ class _Unpickler(pickle.Unpickler):
                     f"{path}: the file was changed or cut off while it was read ({error})"
                 ) from error
 
-        return StoredArray(tuple(shape), storage.dtype, read, os.fspath(path))
+        return StoredArray(tuple(shape), storage.dtype, one_by_one(read), os.fspath(path))
 
     def _rebuild_parameter(self, tensor: StoredArray, *_: Any) -> StoredArray:
         return tensor

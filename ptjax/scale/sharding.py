@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -168,6 +169,42 @@ def shardings_of(variables: Tree, mesh: Mesh, *, fsdp: bool = False, rules: Rule
         for path, leaf in flatten_paths(variables).items()
     }
     return unflatten_paths(found)
+
+
+def stack_layers(layers: Iterable[Tree], count: int) -> Tree:
+    """What `count` layers have, as arrays with an axis of the layers in front, never divided.
+
+    Each is written into its place before the next one is asked for: one layer is all that is held
+    twice, on the devices and, while it is read, on the host.
+    """
+    stacked = None
+    for number, layer in enumerate(layers):
+        if stacked is None:
+            stacked = jax.tree.map(functools.partial(_empty_stack, count), layer)
+        stacked = jax.tree.map(
+            lambda stack, own, number=number: _layer_writer(stack.sharding)(stack, own, number),
+            stacked,
+            layer,
+        )
+    return stacked
+
+
+def _empty_stack(count: int, layer: jax.Array) -> jax.Array:
+    where = layer.sharding
+    assert isinstance(where, NamedSharding)
+    spec = P(None, *where.spec) if len(where.spec) else P()
+    make = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=NamedSharding(where.mesh, spec))
+    return make((count, *layer.shape), layer.dtype)
+
+
+@functools.cache
+def _layer_writer(where: NamedSharding) -> Callable[[jax.Array, jax.Array, int], jax.Array]:
+    """(stack, a layer, its number) -> the stack with it, in the same memory."""
+
+    def write(stack: jax.Array, layer: jax.Array, number: int) -> jax.Array:
+        return jax.lax.dynamic_update_index_in_dim(stack, layer, number, 0)
+
+    return jax.jit(write, donate_argnums=0, out_shardings=where)
 
 
 def bytes_per_device(variables: Tree, sizes: dict[str, int], *, fsdp: bool = False) -> int:
