@@ -75,10 +75,10 @@ def main() -> None:
     print("\n".join(rows))
     configs = {flags.backbone: open_backbone(flags.backbone).config}
     configs |= {f"T5 1.1 {size.upper()}": t5_1_1(size) for size in ("xl", "xxl")}
-    print(f"\n| frozen weights, GB | {' | '.join(HELD)} | ratio |\n|---|--:|--:|--:|")
+    print(f"\n| frozen weights, MB | {' | '.join(HELD)} | ratio |\n|---|--:|--:|--:|")
     for name, config in configs.items():
-        plain, rounded = (held_bytes(config, quantized) / 1e9 for quantized in HELD.values())
-        print(f"| {name} | {plain:.4g} | {rounded:.4g} | {rounded / plain:.2f} |")
+        plain, rounded = (held_bytes(config, quantized) / 1e6 for quantized in HELD.values())
+        print(f"| {name} | {plain:,.1f} | {rounded:,.1f} | {rounded / plain:.2f} |")
 
 
 if __name__ == "__main__":
