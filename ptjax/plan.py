@@ -286,7 +286,7 @@ def _show(workload: Workload, found: list[Report], quick: bool) -> None:
     config, shape = workload.config, workload.shape()
     console = Console(highlight=False)
     if not console.is_terminal:
-        console = Console(highlight=False, width=120)
+        console = Console(highlight=False, width=140)
     layers = f"{config.num_encoder_layers}+{config.num_decoder_layers} layers"
     console.print(f"T5 of {layers}, D = {config.emb_dim}, {config.dtype}; {workload.recipe.method}")
     counted = [one["own"] for one in found if "flops" in one["own"]]
@@ -310,7 +310,7 @@ def _show(workload: Workload, found: list[Report], quick: bool) -> None:
         table = Table(box=None, pad_edge=False, header_style="")
         columns = ("layout", "verdict", "GiB a device", "FLOPs", "MB sent", "s a step", "MFU")
         for name in (own["slice"], *columns):
-            table.add_column(name, no_wrap=True)
+            table.add_column(name, no_wrap=name not in ("layout", "MB sent"))
         rows = [("gin file", own), *(("tried", report) for report in one["tried"])]
         for label, report in rows + [("best", best)] * (best is not None):
             table.add_row(label, *_row(report))
