@@ -73,7 +73,7 @@ def main() -> None:
             settings.replace(" ", ", "),
             (f"{peak / 2**30:.2f} of " if peak else "") + f"{usable:.2f}",
             report["verdict"],
-            sent or "nothing",
+            sent or ("nothing" if "collectives" in report else ""),
             f"{low:.3g} - {high:.3g}" if high else "",
         )
         print(f"| {' | '.join(cells)} |", flush=True)
