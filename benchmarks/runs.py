@@ -1,4 +1,4 @@
-"""Runs `python -m ptjax.train` for the studies beside this file, each run once."""
+"""Runs ptjax's commands for the studies beside this file, each run once."""
 
 from __future__ import annotations
 
@@ -13,15 +13,37 @@ from typing import Any
 
 
 def train(model_dir: Path, gin_files: Sequence[str], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """`results.json` of a run in `model_dir`, which is trained, its command printed, if need be."""
-    if not (model_dir / "results.json").exists():
-        files = [f"--gin_file={name}" for name in gin_files]
-        given = {"MODEL_DIR": str(model_dir.absolute())} | dict(settings)
-        bindings = [f"--gin.{name}={value!r}" for name, value in given.items()]
-        command = ["-m", "ptjax.train", *files, *bindings]
-        print(shlex.join(["python", *command]), flush=True)
-        subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
-    return json.loads((model_dir / "results.json").read_text())
+    """`results.json` of a `python -m ptjax.train` in `model_dir`."""
+    made = model_dir / "results.json"
+    run("train", made, model_dir, gin_files, settings)
+    return json.loads(made.read_text())
+
+
+def pretrain(
+    model_dir: Path, gin_files: Sequence[str], settings: Mapping[str, Any], steps: int
+) -> Path:
+    """The backbone that a `python -m ptjax.pretrain` of so many steps leaves in `model_dir`."""
+    made = model_dir / "checkpoints" / str(steps)  # written after the weights of its step
+    run("pretrain", made, model_dir, gin_files, {"TRAIN_STEPS": steps} | dict(settings))
+    return model_dir / "models" / "best"
+
+
+def run(
+    command: str,
+    made: Path,
+    model_dir: Path,
+    gin_files: Sequence[str],
+    settings: Mapping[str, Any],
+) -> None:
+    """`python -m ptjax.COMMAND`, printed before it starts, unless there is what it `made`."""
+    if made.exists():
+        return
+    files = [f"--gin_file={name}" for name in gin_files]
+    given = {"MODEL_DIR": str(model_dir.absolute())} | dict(settings)
+    bindings = [f"--gin.{name}={value!r}" for name, value in given.items()]
+    words = ["-m", f"ptjax.{command}", *files, *bindings]
+    print(shlex.join(["python", *words]), flush=True)
+    subprocess.run([sys.executable, *words], check=True, stdout=subprocess.DEVNULL)
 
 
 def show(values: Sequence[float]) -> str:
