@@ -14,30 +14,24 @@ from typing import Any
 
 def train(model_dir: Path, gin_files: Sequence[str], settings: Mapping[str, Any]) -> dict[str, Any]:
     """`results.json` of a `python -m ptjax.train` in `model_dir`."""
-    made = model_dir / "results.json"
-    run("train", made, model_dir, gin_files, settings)
-    return json.loads(made.read_text())
+    if not (model_dir / "results.json").exists():
+        _run("train", model_dir, gin_files, settings)
+    return json.loads((model_dir / "results.json").read_text())
 
 
 def pretrain(
     model_dir: Path, gin_files: Sequence[str], settings: Mapping[str, Any], steps: int
 ) -> Path:
     """The backbone that a `python -m ptjax.pretrain` of so many steps leaves in `model_dir`."""
-    made = model_dir / "checkpoints" / str(steps)  # written after the weights of its step
-    run("pretrain", made, model_dir, gin_files, {"TRAIN_STEPS": steps} | dict(settings))
+    if not (model_dir / "checkpoints" / str(steps)).exists():  # written behind the weights
+        _run("pretrain", model_dir, gin_files, {"TRAIN_STEPS": steps} | dict(settings))
     return model_dir / "models" / "best"
 
 
-def run(
-    command: str,
-    made: Path,
-    model_dir: Path,
-    gin_files: Sequence[str],
-    settings: Mapping[str, Any],
+def _run(
+    command: str, model_dir: Path, gin_files: Sequence[str], settings: Mapping[str, Any]
 ) -> None:
-    """`python -m ptjax.COMMAND`, printed before it starts, unless there is what it `made`."""
-    if made.exists():
-        return
+    """`python -m ptjax.COMMAND`, printed before it starts."""
     files = [f"--gin_file={name}" for name in gin_files]
     given = {"MODEL_DIR": str(model_dir.absolute())} | dict(settings)
     bindings = [f"--gin.{name}={value!r}" for name, value in given.items()]

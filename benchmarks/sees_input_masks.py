@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -27,7 +28,10 @@ from ptjax.backbone import load_backbone
 from ptjax.models.prompted import with_prompt
 
 NANO = "ptjax-nano"
-ADAPTATIONS = {"the same steps without": [], "names do not see": ["benchmarks/masks_names.gin"]}
+ADAPTATIONS: dict[str, list[str]] = {  # gin files behind runs/pretrain_nano_from.gin
+    "adapted_without_mask": [],
+    "adapted_with_mask": ["benchmarks/masks_names.gin"],
+}
 
 
 def check_masks() -> None:
@@ -53,8 +57,8 @@ def check_masks() -> None:
     assert not np.allclose(seeing, want, rtol=1e-2, atol=1e-2), "the mask makes no difference"
 
 
-def adapt(flags: argparse.Namespace, number: int, gin_files: list[str]) -> Path:
-    """ptjax-nano after some more steps of its pre-training."""
+def adapt(flags: argparse.Namespace, name: str) -> str:
+    """Path of ptjax-nano after some more steps of its pre-training."""
     settings = {
         "INITIAL_CHECKPOINT_PATH": NANO,
         "DATA_DIR": flags.data_dir,
@@ -63,13 +67,13 @@ def adapt(flags: argparse.Namespace, number: int, gin_files: list[str]) -> Path:
         "LEARNING_RATE": 0.005,
         "RANDOM_SEED": 3,
     }
-    model_dir = flags.output_dir / f"adapted_{number}"
-    files = ["runs/pretrain_nano_from.gin", *gin_files]
-    return runs.pretrain(model_dir, files, settings, flags.adapt_steps)
+    model_dir = flags.output_dir / name / f"pretrained_{flags.adapt_steps}"
+    files = ["runs/pretrain_nano_from.gin", *ADAPTATIONS[name]]
+    return os.path.abspath(runs.pretrain(model_dir, files, settings, flags.adapt_steps))
 
 
 def tune(
-    flags: argparse.Namespace, name: str, backbone: str, sees: bool, gin_files: list[str]
+    flags: argparse.Namespace, name: str, backbone: str, sees: bool, gin_files: Sequence[str] = ()
 ) -> str:
     """Test accuracy on SST-2, as cells."""
     own = vars(flags) | {"backbone": backbone, "output_dir": flags.output_dir / name}
@@ -89,12 +93,12 @@ def main() -> None:
     check_masks()
     files = ["benchmarks/masks_lower_half.gin"]
     rows = [("as shipped", "upper half", tune(flags, "lower_half", NANO, True, files))]
-    for number, (adaptation, gin_files) in enumerate(ADAPTATIONS.items()):
-        backbone = adapt(flags, number, gin_files)
+    for name in ADAPTATIONS:
+        backbone = adapt(flags, name)
         for sees in (True, False):
-            cells = tune(flags, f"on_{number}", os.path.abspath(backbone), sees, [])
-            rows.append((adaptation, "all" if sees else "none", cells))
-    print("\n| backbone, SST-2 | layers in which the prompt sees | mean | std | seeds |")
+            cells = tune(flags, name, backbone, sees)
+            rows.append((name.replace("_", " "), "all" if sees else "none", cells))
+    print("\n| SST-2, backbone | the prompt sees in | mean | std | seeds |")
     print("|---|---|--:|--:|---|")
     print("\n".join(f"| {' | '.join(row)} |" for row in rows))
 
