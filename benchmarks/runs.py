@@ -1,4 +1,4 @@
-"""Runs `python -m ptjax.train` and `.evaluate` for the studies beside this file, each run once."""
+"""Runs ptjax's commands for the studies beside this file, each run once."""
 
 from __future__ import annotations
 
@@ -13,31 +13,38 @@ from typing import Any
 
 
 def train(model_dir: Path, gin_files: Sequence[str], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """`results.json` of a run in `model_dir`, which is trained, its command printed, if need be."""
+    """`results.json` of a `python -m ptjax.train` in `model_dir`."""
     if not (model_dir / "results.json").exists():
-        files = [f"--gin_file={name}" for name in gin_files]
-        given = {"MODEL_DIR": str(model_dir.absolute())} | dict(settings)
-        _run(["-m", "ptjax.train", *files, *_bindings(given)])
+        _run("train", gin_files, {"MODEL_DIR": str(model_dir.absolute())} | dict(settings))
     return json.loads((model_dir / "results.json").read_text())
+
+
+def pretrain(
+    model_dir: Path, gin_files: Sequence[str], settings: Mapping[str, Any], steps: int
+) -> Path:
+    """The backbone that a `python -m ptjax.pretrain` of so many steps leaves in `model_dir`."""
+    if not (model_dir / "checkpoints" / str(steps)).exists():  # written behind the weights
+        given = {"MODEL_DIR": str(model_dir.absolute()), "TRAIN_STEPS": steps}
+        _run("pretrain", gin_files, given | dict(settings))
+    return model_dir / "models" / "best"
 
 
 def evaluate(file: Path, model_dir: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """What `python -m ptjax.evaluate` says of the run in `model_dir`; kept in `file`."""
     if not file.exists():
-        said = _run(["-m", "ptjax.evaluate", f"--model_dir={model_dir}", *_bindings(settings)])
+        said = _run("evaluate", [], settings, f"--model_dir={model_dir}")
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(said)
     return json.loads(file.read_text())
 
 
-def _bindings(settings: Mapping[str, Any]) -> list[str]:
-    return [f"--gin.{name}={value!r}" for name, value in settings.items()]
-
-
-def _run(command: Sequence[str]) -> bytes:
-    """What the command prints; it is printed itself first."""
-    print(shlex.join(["python", *command]), flush=True)
-    return subprocess.run([sys.executable, *command], check=True, stdout=subprocess.PIPE).stdout
+def _run(command: str, gin_files: Sequence[str], settings: Mapping[str, Any], *flags: str) -> bytes:
+    """What a `python -m ptjax.COMMAND` prints; it is printed itself first."""
+    files = [f"--gin_file={name}" for name in gin_files]
+    bindings = [f"--gin.{name}={value!r}" for name, value in settings.items()]
+    words = ["-m", f"ptjax.{command}", *flags, *files, *bindings]
+    print(shlex.join(["python", *words]), flush=True)
+    return subprocess.run([sys.executable, *words], check=True, stdout=subprocess.PIPE).stdout
 
 
 def show(values: Sequence[float]) -> str:

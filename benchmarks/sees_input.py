@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,9 +96,13 @@ def curve(model_dir: Path) -> dict[int, float]:
 
 
 def train(
-    flags: argparse.Namespace, task: str, sees_input: bool, steps: int
+    flags: argparse.Namespace,
+    task: str,
+    sees_input: bool,
+    steps: int,
+    gin_files: Sequence[str] = (),
 ) -> tuple[list[float], list[dict[int, float]]]:
-    """Test accuracy and validation curve of every seed."""
+    """Test accuracy and validation curve of every seed; `gin_files` stand behind the recipe."""
     values, curves = [], []
     for seed in range(flags.seeds):
         settings: dict[str, Any] = COMMON | {
@@ -111,7 +116,7 @@ def train(
             "RANDOM_SEED": seed,
         }
         model_dir = flags.output_dir / f"{task}_{sees_input}_{steps}" / str(seed)
-        files = [f"tasks/{task}.gin", "runs/prompt_tune.gin"]
+        files = [f"tasks/{task}.gin", "runs/prompt_tune.gin", *gin_files]
         values.append(runs.train(model_dir, files, settings)["value"])
         curves.append(curve(model_dir))
     return values, curves
