@@ -53,7 +53,12 @@ def collectives(compiled: Any, mesh: Mesh) -> list[Collective]:
                 axes, result = mesh.axis_names[:1], result.partition("}")[0]
             else:
                 axes = _axes(_groups(line, mesh.size), mesh)
-            for dtype, sizes in re.findall(r"(\w+)\[([\d,]*)\]", result):
+            arrays = re.findall(r"(\w+)\[([\d,]*)\]", result)
+            if f"{kind}-start(" in line and kind in ("all-gather", "collective-permute"):
+                # (what goes in, what comes out), and counters of 32 bits behind them.
+                arrays = [array for array in arrays if array != ("u32", "")]
+                arrays = arrays[len(arrays) // 2 :]
+            for dtype, sizes in arrays:
                 shape = tuple(map(int, filter(None, sizes.split(","))))
                 found.append(Collective(kind, dtype, shape, axes, times, in_loop))
     return found
