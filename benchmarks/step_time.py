@@ -117,7 +117,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--steps", type=int, default=5, help="of a turn")
     parser.add_argument("--turns", type=int, default=4)
-    parser.add_argument("--output", help="a JSON file to write; its rows are not measured again")
+    parser.add_argument("--output", help="a JSON file of this machine; its rows stay")
     parser.add_argument("--row", type=json.loads, help=argparse.SUPPRESS)
     flags = parser.parse_args()
     if flags.row:
@@ -140,7 +140,7 @@ def main() -> None:
                 settings |= {name: getattr(flags, name) for name in ("steps", "turns")}
                 done = [row for row in rows if settings.items() <= row.items()]
                 row = done[0] if done else first_that_runs(settings)
-                if not done:
+                if not done and row["remat"]:
                     rows.append(row)
                     if flags.output:
                         with open(flags.output, "w", encoding="utf-8") as file:

@@ -59,6 +59,8 @@ def main() -> None:
         done = subprocess.run([sys.executable, *command], check=True, stdout=subprocess.PIPE)
         [found] = json.loads(done.stdout)
         report = found["own"]
+        if report["verdict"] == "refused":
+            raise SystemExit(f"{where}: {report['reason']}")
         usable, peak = report["usable_bytes"] / 2**30, report.get("peak_bytes")
         sent = ", ".join(
             f"{x['kind']} over {' x '.join(x['axes'])} {x['bytes'] / 1e9:.3g} GB ({x['times']})"

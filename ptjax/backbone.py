@@ -100,12 +100,7 @@ def load_backbone(
     """
     first = mesh.devices.flat[0] if isinstance(mesh, Mesh) else jax.local_devices()[0]
     dtype = dtype or ("float32" if first.platform == "cpu" else "bfloat16")
-    if dtype not in ("float32", "bfloat16"):
-        raise InputError(f"dtype = {dtype!r}: a T5 runs in 'float32' or 'bfloat16' (not in fp16)")
-    if quantize not in (None, "int8"):
-        raise InputError(
-            f"quantize = {quantize!r}: kernels are held as they are (None) or in 'int8'"
-        )
+    check_dtypes(dtype, quantize)
     opened = open_backbone(path, dtype=dtype, tokenizer=tokenizer, **config_overrides)
     if opened.prompt is not None:
         logging.warning(
@@ -131,6 +126,16 @@ def load_backbone(
         quantize=quantize,
         assumed=opened.assumed,
     )
+
+
+def check_dtypes(dtype: str, quantize: str | None) -> None:
+    """InputError unless a backbone can be held so."""
+    if dtype not in ("float32", "bfloat16"):
+        raise InputError(f"dtype = {dtype!r}: a T5 runs in 'float32' or 'bfloat16' (not in fp16)")
+    if quantize not in (None, "int8"):
+        raise InputError(
+            f"quantize = {quantize!r}: kernels are held as they are (None) or in 'int8'"
+        )
 
 
 def _gather(mesh: Mesh, fsdp: bool) -> Gather | None:

@@ -9,6 +9,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -33,19 +34,20 @@ def main() -> None:
         "plan",
         """
         Says, before anyone rents hardware, whether the run of a gin file fits a slice, what a step
-        costs there, and which mesh, remat and dtype are best. Nothing of it is needed but the gin
-        files: no weights (models/*.gin has the sizes; else they are read from the checkpoint's
-        headers), no data, no TPU.
+        costs there, and which mesh, remat and dtype are best. Only the gin files are needed: no
+        weights (models/*.gin has the sizes; else they are read from the checkpoint's headers), no
+        data, no TPU.
 
         By default the train step is compiled for the slice by the TPU's own compiler (pip
         install 'ptjax[plan]'), in a process of its own, first as the gin file has it and then in
-        the layouts that may be faster, until one fits. --quick counts parameters, FLOPs and bytes
-        in seconds.
+        the layouts that may be faster, until one fits (all with SCAN_LAYERS = True). --quick
+        counts parameters, FLOPs and bytes in seconds, without a verdict. GPUs are only counted.
 
-        Times are estimates from published rates: from everything at once to nothing hidden.
+        Times are estimates from published rates: from compute, memory and links all overlapping to
+        no sending hidden.
 
           python -m ptjax.plan --gin_file=models/t5_1_1_xxl.gin --gin_file=runs/prompt_tune.gin \\
-              --slice=v5e-8
+              --gin.SCAN_LAYERS=True --slice=v5e-8
         """,
         gin_help="models/t5_1_1_xxl.gin and the like give sizes, runs/prompt_tune.gin the recipe.",
         exit_codes=cli.EXIT_CODES + " (a run that does not fit is an answer: 0)",
@@ -76,7 +78,7 @@ def main() -> None:
     parser.add_argument(
         "--cache_dir",
         default=os.path.join(
-            os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache")), "ptjax", "plan"
+            os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "ptjax", "plan"
         ),
         metavar="DIR",
         help="where answers are kept, by settings, ptjax and compiler; '' keeps none; "
@@ -92,7 +94,7 @@ def plan(arguments: argparse.Namespace) -> None:
     from ptjax.scale.slices import ENVIRONMENT, parse_slice
 
     os.environ |= ENVIRONMENT
-    names = [name for text in arguments.slice for name in text.split(",")]
+    names = [name.strip() for text in arguments.slice for name in text.split(",") if name.strip()]
     slices = [parse_slice(name) for name in names]
     check_at_least(1, **{"--timeout_seconds": arguments.timeout_seconds})
     cli.load_gin(arguments, defaults=NOT_NEEDED)
@@ -114,6 +116,7 @@ def read_workload() -> tuple[Workload, Layout]:
     """What the gin files ask for, and the layout that they choose."""
     from ptjax.models.prompt import Prompt
     from ptjax.planning import Layout, Workload
+    from ptjax.preparation import check_settings
     from ptjax.scale.compiled import Recipe
     from ptjax.training.loss import Loss
     from ptjax.training.optimizer import Adafactor
@@ -125,31 +128,45 @@ def read_workload() -> tuple[Workload, Layout]:
     if not run:
         raise InputError("no run to plan: add --gin_file=runs/prompt_tune.gin, or one of your own")
     method = run.get("method", "prompt_tuning")
-    if method not in ("prompt_tuning", "model_tuning"):
+    if method == "hard_prompt":
         raise InputError(f"method = {method!r} trains nothing; there is no step to plan")
-    lengths = {"inputs": 512, "targets": 16} | (run.get("feature_lengths") or {})
-    if buckets := run.get("buckets"):
-        lengths = dict(zip(("inputs", "targets"), max(buckets), strict=True))
     loaded = cli.settings(
         chosen.LOAD_BACKBONE, "path", "dtype", "mesh", "fsdp", "quantize",
         *(field for field in _config_fields()),
     )  # fmt: skip
     bank = run.get("bank")
+    sizes = {
+        "prompt_length": run.get("prompt_length", 100),
+        "batch_size": run.get("batch_size", 32),
+    }
+    microbatches, pack = run.get("microbatches", 1), run.get("pack", False)
+    lengths = check_settings(
+        method,
+        **sizes,
+        microbatches=microbatches,
+        feature_lengths=run.get("feature_lengths"),
+        quantize=loaded.get("quantize"),
+        bank=bank,
+    )
+    if (buckets := run.get("buckets")) and not pack:
+        lengths = {"inputs": max(t for t, _ in buckets), "targets": max(n for _, n in buckets)}
+    row_length = run.get("row_length")
+    check_at_least(1, "TASK_FEATURE_LENGTHS", **lengths)
+    check_at_least(1, row_length=row_length)
     workload = Workload(
         _config(loaded),
         Recipe(
             method,
             run.get("optimizer") or Adafactor(),
             run.get("loss") or Loss(),
-            run.get("microbatches", 1),
+            microbatches,
             (run.get("prompt") or Prompt()).sees_input,
             bool(bank),
         ),
-        batch_size=run.get("batch_size", 32),
+        **sizes,
         **lengths,
-        prompt_length=run.get("prompt_length", 100),
-        pack=run.get("pack", False),
-        row_length=run.get("row_length"),
+        pack=pack,
+        row_length=row_length,
         members=len(bank) if bank else None,
     )
     config = workload.config
@@ -166,19 +183,26 @@ def _config_fields() -> list[str]:
 
 def _config(loaded: Mapping[str, Any]) -> Any:
     """Sizes from models/*.gin, or from the headers of the checkpoint; settings from the run."""
-    from ptjax.backbone import open_backbone
+    from ptjax.backbone import check_dtypes, open_backbone, would_download
     from ptjax.models.config import T5Config
 
     own = ("path", "dtype", "mesh", "fsdp", "quantize")
     chosen_fields = {name: value for name, value in loaded.items() if name not in own}
     dtype = loaded.get("dtype") or "bfloat16"
+    check_dtypes(dtype, loaded.get("quantize"))
     sizes = cli.settings(T5Config, *_config_fields())
     if sizes:
-        return cli.bound(T5Config, given=list(chosen_fields))(**chosen_fields, dtype=dtype)
+        config = cli.bound(T5Config, given=list(chosen_fields))(**chosen_fields, dtype=dtype)
+        return dataclasses.replace(config, mlp_activations=tuple(config.mlp_activations))
     if not loaded.get("path"):
         raise InputError(
             "which T5? Add its sizes (--gin_file=models/t5_1_1_xxl.gin) or the checkpoint "
             "(--gin.INITIAL_CHECKPOINT_PATH=\"'...'\")"
+        )
+    if would_download(loaded["path"]):
+        raise InputError(
+            f"{loaded['path']} is not on this machine, and planning downloads no weights; add its "
+            "sizes instead (--gin_file=models/t5_1_1_xxl.gin or the like)"
         )
     return open_backbone(loaded["path"], dtype=dtype, **chosen_fields).config
 
@@ -203,7 +227,8 @@ def plan_slice(
         return found
     tried, best = searching.search(workload, where, layout.quantize, compiler)
     if best:
-        best = compiler(planning.Layout(**_fields(best["settings"])), timed=True)
+        again = compiler(planning.Layout(**_fields(best["settings"])), timed=True)
+        best = again if again["verdict"] == "fits" else best
     return found | {"tried": tried, "best": best}
 
 
@@ -220,19 +245,43 @@ class _Compiler:
         self.exact, self.timeout = arguments.exact, arguments.timeout_seconds
         self.cache = Path(arguments.cache_dir).expanduser() if arguments.cache_dir else None
         self.gin = cli.config_text()
+        self.known: dict[str, Report] = {}
 
     def __call__(self, layout: Layout, timed: bool = False) -> Report:
-        job = {"layout": layout.settings(), "exact": self.exact, "timed": timed}
-        file = None if self.cache is None else self.cache / f"{self._key(job)}.json"
-        if file is not None and file.exists():
-            return json.loads(file.read_text("utf-8"))
+        """The answer for one layout: what is known of it, or a compilation."""
+        jobs = [
+            {"layout": layout.settings(), "exact": self.exact, "timed": with_time}
+            for with_time in ((True,) if timed else (True, False))  # a timed answer has all of it
+        ]
+        keys = [self._key(job) for job in jobs]
+        for key in keys:
+            if key not in self.known and (found := self._read(key)):
+                self.known[key] = found
+            if key in self.known:
+                return self.known[key]
         print(f"{self.where.name}: compiling {layout} ...", file=sys.stderr, flush=True)
-        report = self._compile(layout, job)
-        # A crash or a timeout may have been the machine's; it is tried again.
-        if file is not None and report["verdict"] not in (_CRASHED, _LATE):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            atomic.write_bytes(file, json.dumps(report).encode())
+        report = self._compile(layout, jobs[-1])
+        self.known[keys[-1]] = report
+        # A crash or a timeout may have been the machine's; it is tried again another time.
+        if report["verdict"] not in (_CRASHED, _LATE):
+            self._write(keys[-1], report)
         return report
+
+    def _read(self, key: str) -> Report | None:
+        try:
+            return None if self.cache is None else json.loads((self.cache / key).read_text("utf-8"))
+        except (OSError, ValueError):
+            return None
+
+    def _write(self, key: str, report: Report) -> None:
+        if self.cache is None:
+            return
+        try:
+            self.cache.mkdir(parents=True, exist_ok=True)
+            atomic.write_bytes(self.cache / key, json.dumps(report).encode())
+        except OSError as error:
+            print(f"warning: answers are not kept: {error}", file=sys.stderr)
+            self.cache = None
 
     def _compile(self, layout: Layout, job: Mapping[str, Any]) -> Report:
         from ptjax import planning
@@ -245,6 +294,7 @@ class _Compiler:
             try:
                 done = subprocess.run(
                     command,
+                    env=os.environ | {"JAX_TRACEBACK_FILTERING": "off"},
                     capture_output=True,
                     text=True,
                     timeout=self.timeout,
@@ -254,22 +304,35 @@ class _Compiler:
                 return counted | {"verdict": _LATE, "reason": f"more than {self.timeout} s"}
         if done.returncode == 0:
             return json.loads(done.stdout.splitlines()[-1])
-        last = (done.stderr.strip().splitlines() or [""])[-1]
-        if done.returncode == 2:
-            raise InputError(last.removeprefix("error: "))
         counted = planning.count(self.workload, layout, self.where)
-        how = f"signal {-done.returncode}" if done.returncode < 0 else last[:200]
-        return counted | {"verdict": _CRASHED, "reason": how}
+        if done.returncode == 2:
+            said = done.stderr.strip().splitlines()[-1].removeprefix("error: ")
+            return counted | {"verdict": "refused", "reason": said}
+        return counted | {"verdict": _CRASHED, "reason": _reason(done)}
 
     def _key(self, job: Mapping[str, Any]) -> str:
         """Whatever an answer depends on: the run, the slice, the compiler and this program."""
         digest = hashlib.sha256()
-        versions = [importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")]
-        for part in (repr(self.workload), self.where.name, json.dumps(job), *versions):
+        used = {"jax", "jaxlib", "flax", "optax", "libtpu", "libtpu-nightly"}
+        versions = [f"{x.name} {x.version}" for x in importlib.metadata.distributions()
+                    if x.name in used]  # fmt: skip
+        flags = [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
+        for part in (self.gin, self.where.name, json.dumps(job), *sorted(versions), *flags):
             digest.update(part.encode() + b"\0")
         for source in sorted(Path(__file__).parent.rglob("*.py")):
             digest.update(source.read_bytes())
-        return digest.hexdigest()[:32]
+        return f"{digest.hexdigest()[:32]}.json"
+
+
+def _reason(done: subprocess.CompletedProcess[str]) -> str:
+    """Why a compilation ended: its signal, and the line that tells most."""
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    telling = [x for x in lines if re.match(r"F\d{4} |.*(Check failed|Error|STACK OVERFLOW)", x)]
+    last = (telling or lines or [""])[-1][:300]
+    if done.returncode >= 0:
+        return last
+    killed = "; was this machine's memory enough?" if done.returncode == -9 else ""
+    return f"signal {-done.returncode}{killed} {last}".strip()
 
 
 def _compile(workload: Workload, where: Slice, job: Mapping[str, Any]) -> Report:
@@ -284,9 +347,9 @@ def _show(workload: Workload, found: list[Report], quick: bool) -> None:
     from rich.table import Table
 
     config, shape = workload.config, workload.shape()
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     if not console.is_terminal:
-        console = Console(highlight=False, width=140)
+        console = Console(highlight=False, markup=False, width=140)
     layers = f"{config.num_encoder_layers}+{config.num_decoder_layers} layers"
     console.print(f"T5 of {layers}, D = {config.emb_dim}, {config.dtype}; {workload.recipe.method}")
     counted = [one["own"] for one in found if "flops" in one["own"]]
@@ -329,15 +392,28 @@ def _show(workload: Workload, found: list[Report], quick: bool) -> None:
             ]
             if whole and best["settings"]["QUANTIZE"]:
                 _show_settings(console, "without rounding the kernels to int8:", whole[0])
-        elif one["tried"]:
-            console.print("nothing that was tried fits: more devices, or a smaller batch")
-    console.print("\ns a step: estimated from published rates, all at once - nothing sent unseen")
+        elif own.get("verdict") == "fits":
+            console.print("nothing else that may be faster fits")
+        elif any(report["verdict"] == "tight" for report in one["tried"]):
+            console.print("nothing fits with room to spare; what is tight may run")
+        elif "flops" in own and not quick:
+            console.print("nothing fits: more devices, a smaller batch, or shorter inputs")
+    console.print(
+        "\ns a step is an estimate from published rates: from all overlapping to no sending hidden"
+    )
+
+
+_BINDINGS = {"MESH": "mesh", "FSDP": "fsdp", "SCAN_LAYERS": "scan_layers", "REMAT": "remat",
+             "QUANTIZE": "quantize"}  # fmt: skip
 
 
 def _show_settings(console: Any, title: str, report: Report) -> None:
+    """As lines of gin: macros where the files have them, else the arguments."""
+    macros = all(map(cli.has_macro, report["settings"]))
     console.print(title)
     for name, value in report["settings"].items():
-        console.print(f"  {name} = {value!r}")
+        bound = name if macros else f"backbone.load_backbone.{_BINDINGS[name]}"
+        console.print(f"  {bound} = {value!r}")
 
 
 def _row(report: Report) -> tuple[str, ...]:

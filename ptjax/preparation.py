@@ -15,12 +15,12 @@ from etils import epath
 
 from ptjax import __version__
 from ptjax.backbone import Backbone, load_backbone, save_backbone
-from ptjax.bank import Variant
+from ptjax.bank import Variant, check_names
 from ptjax.data.packing import PackedBatches
 from ptjax.data.pipeline import Bucket, TrainBatches, make_buckets
 from ptjax.data.preprocess import TokenizedExamples, tokenize_examples
 from ptjax.data.tasks import Task
-from ptjax.errors import InputError
+from ptjax.errors import InputError, check_at_least
 from ptjax.evaluation import Evaluation, Evaluator, report_cut, report_examples
 from ptjax.exports import BEST, Exports
 from ptjax.interop.prompt_file import load_prompt, save_prompt
@@ -32,6 +32,40 @@ from ptjax.training import freeze as freezing
 from ptjax.training.optimizer import Adafactor, embedding_rms
 
 Tree = Any
+
+
+def check_settings(
+    method: str,
+    *,
+    prompt_length: int,
+    batch_size: int,
+    microbatches: int,
+    feature_lengths: Mapping[str, int] | None,
+    quantize: str | None,
+    bank: Mapping[str, Variant] | None,
+) -> dict[str, int]:
+    """The arguments of `tuning.tune` that need neither weights nor data to be judged.
+
+    Returns:
+        {"inputs": T, "targets": L}.
+
+    Raises:
+        InputError: one is out of bounds, or they do not fit together.
+    """
+    if method not in freezing.METHODS:
+        raise InputError(f"no method {method!r}; choose one of {', '.join(freezing.METHODS)}")
+    check_at_least(1, PROMPT_LENGTH=prompt_length, BATCH_SIZE=batch_size, MICROBATCHES=microbatches)
+    if batch_size % microbatches:
+        raise InputError(f"BATCH_SIZE = {batch_size} is no multiple of {microbatches} MICROBATCHES")
+    lengths = {"inputs": 512, "targets": 16}
+    if unknown := sorted(set(feature_lengths or {}) - set(lengths)):
+        raise InputError(f"TASK_FEATURE_LENGTHS has {unknown[0]!r}, not 'inputs' or 'targets'")
+    if method == "model_tuning" and quantize:
+        raise InputError("int8 kernels do not train: model tuning needs QUANTIZE = None")
+    if bank and method != "prompt_tuning":
+        raise InputError(f"every member of a bank has a prompt; method = {method!r} has none")
+    check_names(bank or {})
+    return lengths | dict(feature_lengths or {})
 
 
 class Subject:

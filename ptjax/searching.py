@@ -81,8 +81,9 @@ def _by_time(
                 if fsdp and counted_mesh(layout, where).shape["data"] == 1:
                     continue
                 report = count(workload, layout, where)
-                kept = _kept_bytes(workload, layout, counted_mesh(layout, where))
-                needed = kept + sum(report["bytes_per_device"].values())
+                held = report["bytes_per_device"]
+                kept = _kept_bytes(workload, layout, counted_mesh(layout, where), held["state"])
+                needed = kept + sum(held.values())
                 if needed <= TIGHT * where.usable_bytes:
                     found.append((layout, report))
 
@@ -96,8 +97,8 @@ def _mesh_names(workload: Workload, where: Slice) -> Iterator[str]:
         yield "x".join(map(str, [*front, *shape]))
 
 
-def _kept_bytes(workload: Workload, layout: Layout, mesh: Mesh) -> int:
-    """At least so much of the activations waits on a device for the way back."""
+def _kept_bytes(workload: Workload, layout: Layout, mesh: Mesh, weights: int) -> int:
+    """At least so much waits on a device for the way back, or for the optimizer."""
     config, model = workload.config, mesh.shape["model"]
     rows = workload.batch_size / (sharding.rows_divisor(mesh) * workload.recipe.microbatches)
     rows *= workload.members or 1
@@ -109,4 +110,7 @@ def _kept_bytes(workload: Workload, layout: Layout, mesh: Mesh) -> int:
     total = entries * (config.num_encoder_layers * encoder + config.num_decoder_layers * decoder)
     if layout.remat == "none":  # the attention's weights
         total += config.num_encoder_layers * config.num_heads / model * encoder**2
-    return int(rows * total * np.dtype(config.dtype).itemsize)
+    kept = rows * total * np.dtype(config.dtype).itemsize
+    if workload.recipe.method == "model_tuning":  # the gradients, before the optimizer sees them
+        kept += weights
+    return int(kept)

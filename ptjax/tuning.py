@@ -14,15 +14,15 @@ from etils import epath
 
 from ptjax import atomic
 from ptjax.backbone import Backbone
-from ptjax.bank import Variant, check_names
+from ptjax.bank import Variant
 from ptjax.checkpoint import Checkpoints
 from ptjax.data.pipeline import Bucket
 from ptjax.data.tasks import Task
-from ptjax.errors import InputError, check_at_least
+from ptjax.errors import check_at_least
 from ptjax.evaluation import Evaluation, HardPrompt
 from ptjax.loop import Pace, Run, report_memory
 from ptjax.models.prompt import Initializer, Prompt
-from ptjax.preparation import Preparation, Start, Subject, report_sizes
+from ptjax.preparation import Preparation, Start, Subject, check_settings, report_sizes
 from ptjax.results import Scores, of_bank
 from ptjax.scale import processes, sharding
 from ptjax.scale.compiled import Recipe
@@ -87,23 +87,18 @@ def tune(
         InputError: settings that do not fit together, or a `model_dir` of another run.
     """
     model_dir = epath.Path(model_dir).expanduser()
-    if method not in freezing.METHODS:
-        raise InputError(f"no method {method!r}; choose one of {', '.join(freezing.METHODS)}")
-    check_at_least(1, PROMPT_LENGTH=prompt_length, BATCH_SIZE=batch_size, MICROBATCHES=microbatches)
     check_at_least(0, RANDOM_SEED=seed)
-    if batch_size % microbatches:
-        raise InputError(f"BATCH_SIZE = {batch_size} is no multiple of {microbatches} MICROBATCHES")
+    lengths = check_settings(
+        method,
+        prompt_length=prompt_length,
+        batch_size=batch_size,
+        microbatches=microbatches,
+        feature_lengths=feature_lengths,
+        quantize=backbone.quantize,
+        bank=bank,
+    )
     if method != "hard_prompt" and not pack:  # the rows of packed batches follow the mesh
         sharding.check_batch_size(batch_size, backbone.mesh, microbatches)
-    lengths = {"inputs": 512, "targets": 16}
-    if unknown := sorted(set(feature_lengths or {}) - set(lengths)):
-        raise InputError(f"TASK_FEATURE_LENGTHS has {unknown[0]!r}, not 'inputs' or 'targets'")
-    lengths |= feature_lengths or {}
-    if method == "model_tuning" and backbone.quantize:
-        raise InputError("int8 kernels do not train: model tuning needs QUANTIZE = None")
-    if bank and method != "prompt_tuning":
-        raise InputError(f"every member of a bank has a prompt; method = {method!r} has none")
-    check_names(bank or {})
     preparation = Preparation(
         model_dir=model_dir,
         backbone=backbone,

@@ -23,7 +23,7 @@ def test_quick_answers_without_weights_data_or_compiler(call):
     assert "11,135,741,952 parameters, 409,600 train (0.0037%)" in out
     assert "prompts of 100: forward 2.235e+14 FLOPs, step 4.517e+14 (2.02 forward)" in out
     assert [out.count(name) for name in ("v5e-8 ", "v4-16 ", "h100x8 ")] == [1, 1, 1]
-    assert "4x2, bf16, remat none, unrolled  counted  > 10.37 of 15.75" in out
+    assert "4x2, remat none, unrolled  counted  > 10.37 of 15.75" in out
 
 
 def test_json_has_all_of_it(call):
@@ -62,6 +62,13 @@ def test_a_layout_that_a_run_would_refuse_is_an_answer(call):
     assert "gin file: num_heads = 6 is not a multiple of 8, the model axis of the mesh 1x8" in out
 
 
+def test_settings_are_shown_as_they_are_bound_and_as_they_were_written(call):
+    """Not as markup of the terminal, which brackets would be."""
+    code, out, err = call("plan", *XXL, "--slice=v5e-8", "--quick", "--gin.MESH='[/a]'")
+    assert code == 0, err
+    assert "MESH = '[/a]': it is 'auto', data x model" in out
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -75,6 +82,18 @@ def test_a_layout_that_a_run_would_refuse_is_an_answer(call):
             "method = 'hard_prompt' trains nothing",
         ),
         ((*XXL, "--slice=v5e-8", "--gin.REMAT='all'"), "remat = 'all'"),
+        ((*XXL, "--slice=v5e-8", "--gin.BATCH_SIZE=0"), "BATCH_SIZE"),
+        ((*XXL, "--slice=v5e-8", "--gin.MICROBATCHES=3"), "no multiple of 3 MICROBATCHES"),
+        ((*XXL, "--slice=v5e-8", "--gin.TASK_FEATURE_LENGTHS={'input': 5}"), "has 'input', not"),
+        ((*XXL, "--slice=v5e-8", "--gin.load_backbone.dtype='float16'"), "dtype = 'float16'"),
+        (
+            (
+                "--gin_file=runs/prompt_tune.gin",
+                "--slice=v5e-8",
+                "--gin.INITIAL_CHECKPOINT_PATH='google/t5-xxl-lm-adapt'",
+            ),
+            "is not on this machine, and planning downloads no weights",
+        ),
     ],
 )
 def test_mistakes_are_one_line(call, flags, message):

@@ -143,10 +143,32 @@ def test_estimates_follow_from_the_published_rates():
     estimate, flops = found["estimate"], found["flops"]
     assert estimate["compute"] == flops["executed"] / (8 * 197e12)
     assert estimate["memory"] == 3 * found["bytes_per_device"]["frozen"] / 819e9
+    # What FSDP gathers is read as whole as without it.
+    alike = [planning.count(XXL, Layout("8x1", fsdp=fsdp), V5E)["estimate"] for fsdp in (0, 1)]
+    assert alike[0]["memory"] == alike[1]["memory"] and alike[1]["links"] > alike[0]["links"]
     # 14 sums of [32, 612, 4096] and [32, 16, 4096] bfloat16 a layer pair, around a ring of eight.
     assert estimate["links"] == pytest.approx(2 * 7 / 8 * 24.0e9 / 90e9, rel=0.1)
     assert estimate["low"] == max(estimate[x] for x in ("compute", "memory", "links"))
     assert estimate["utilisation"] == [None, flops["useful"] / (8 * 197e12) / estimate["low"]]
+
+
+def test_estimates_of_model_tuning_and_microbatches():
+    tuned = planning.count(changed(TOY, method="model_tuning"), Layout("8x1"), V5E)
+    prompted = planning.count(TOY, Layout("8x1"), V5E)
+    assert tuned["estimate"]["memory"] == prompted["estimate"]["memory"] > 0
+    # All gradients cross data, not the prompt's alone.
+    parameters = tuned["trainable"]
+    assert tuned["estimate"]["links"] == pytest.approx(2 * 7 / 8 * 2 * parameters / 90e9)
+    parts = planning.count(changed(TOY, microbatches=2), Layout("8x1"), V5E)
+    assert parts["estimate"]["memory"] == 2 * prompted["estimate"]["memory"]
+
+
+def test_packed_rows_follow_the_mesh():
+    workload = dataclasses.replace(TOY, batch_size=12, pack=True)
+    assert planning.settle(workload, Layout("8x1"), V5E) == Layout("8x1")
+    assert planning.place(workload, Layout("8x1"), planning.counted_mesh(Layout("8x1"), V5E)).shape[
+        :2
+    ] == (16, 128)
 
 
 # It is the step of a real run
@@ -268,6 +290,7 @@ CASES = {
     "v5e-8, unrolled": ("v5e-8", TOY, Layout("4x2", scan_layers=False)),
     "v5e-8, fsdp": ("v5e-8", TOY, Layout("4x2", fsdp=True, remat="full")),
     "v5e-8, int8": ("v5e-8", TOY, Layout("8x1", quantize="int8", remat="dots")),
+    "v5e-8, int8, fsdp": ("v5e-8", TOY, Layout("4x2", fsdp=True, quantize="int8")),
     "v5e-8, groups": (
         "v5e-8", changed(TOY, sees_input=False, microbatches=2), Layout("4x2")
     ),

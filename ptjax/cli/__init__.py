@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from ptjax.cli import distributed, logs
-from ptjax.cli.gin_files import bound, config_text, load_gin, macro, near, settings
+from ptjax.cli.gin_files import bound, config_text, has_macro, load_gin, macro, near, settings
 from ptjax.errors import InputError
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "RUN_EXIT_CODES",
     "bound",
     "config_text",
+    "has_macro",
     "load_gin",
     "macro",
     "make_parser",

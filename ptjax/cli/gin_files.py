@@ -376,6 +376,11 @@ def macro(name: str) -> Any:
         return None
 
 
+def has_macro(name: str) -> bool:
+    """Whether the files or flags set the macro, to whatever value."""
+    return name in _macros()[1]
+
+
 def config_text() -> str:
     """All settings as a gin file that needs no other; dicts keep their order.
 

@@ -87,8 +87,9 @@ def quantize_sharded(kernel: jax.Array) -> Quantized:
 
 
 def _places(where: NamedSharding, rank: int) -> Quantized:
-    """The shardings of a quantized kernel."""
+    """The shardings of a quantized kernel; scales are whole over `data`, for FSDP gathers none."""
     *lead, _, channels = [*where.spec, *[None] * (rank - len(where.spec))]
+    channels = None if channels in ("data", ("data",)) else channels
     return Quantized(where, NamedSharding(where.mesh, P(*lead, None, channels)))
 
 
