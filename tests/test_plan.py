@@ -115,7 +115,8 @@ def test_compiled_searched_and_remembered(call, tmp_path):
     flags = (*NANO, "--slice=v5e-4", f"--cache_dir={tmp_path}", "--gin.SCAN_LAYERS=True")
     code, out, err = call("plan", *flags)
     assert code == 0, err
-    assert err.count("compiling") == len(list(tmp_path.iterdir())) > 1
+    # The gin file's own layout is the fastest here, and was compiled already.
+    assert err.count("compiling") == len(list(tmp_path.iterdir())) == 1
     assert "fits" in out and "MESH = '4x1'" in out
     *_, used = [line for line in out.splitlines() if line.startswith("best ")]
     assert " - " in used
