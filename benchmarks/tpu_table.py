@@ -29,7 +29,7 @@ ROWS = (  # size, slice, batch, mesh, settings
     ("xxl", "v5e-16", 32, "2x8", "REMAT='full'"),
     ("xxl", "v5e-16", 32, "4x4", "REMAT='dots'"),
     ("xxl", "v5e-16", 32, "8x2", "REMAT='full'"),
-    ("xxl", "v5e-16", 32, "8x2", "REMAT='none' QUANTIZE='int8'"),
+    ("xxl", "v5e-16", 32, "8x2", "REMAT='dots' QUANTIZE='int8'"),
     ("xxl", "v5e-16", 32, "16x1", "REMAT='full' FSDP=True"),
     ("xxl", "2xv5e-16", 32, "2x2x8", "REMAT='full'"),
     ("xxl", "v6e-8", 32, "1x8", "REMAT='full'"),
