@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -124,12 +125,9 @@ def main() -> None:
         print(json.dumps(measure(flags.row)))
         return
     rows = []
-    if flags.output:
-        try:
-            with open(flags.output, encoding="utf-8") as file:
-                rows = json.load(file)
-        except FileNotFoundError:
-            pass
+    if flags.output and os.path.exists(flags.output):
+        with open(flags.output, encoding="utf-8") as file:
+            rows = json.load(file)
     print("| T5 1.1 | T | kernels | remat | s a step | examples/s | peak GiB | MFU | planned s |")
     print("|---|--:|---|---|--:|--:|--:|--:|--:|")
     for size in flags.sizes.split(","):

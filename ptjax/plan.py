@@ -132,7 +132,7 @@ def read_workload() -> tuple[Workload, Layout]:
         raise InputError(f"method = {method!r} trains nothing; there is no step to plan")
     loaded = cli.settings(
         chosen.LOAD_BACKBONE, "path", "dtype", "mesh", "fsdp", "quantize",
-        *(field for field in _config_fields()),
+        *_config_fields(),
     )  # fmt: skip
     bank = run.get("bank")
     sizes = {

@@ -222,11 +222,11 @@ def count(workload: Workload, layout: Layout, where: Slice) -> Report:
     # Weights are read on the way there, on the way back, and where it is taken again; each
     # microbatch does so. With FSDP they are gathered first.
     passes = (3 if layout.remat == "full" else 2) * workload.recipe.microbatches
-    generation = where.generation
+    generation, weights = where.generation, _weight_bytes(workload, layout, mesh)
     seconds = {
         "compute": executed / (mesh.size * generation.flops),
-        "memory": passes * _weight_bytes(workload, layout, mesh) / generation.memory_rate,
-        "links": _link_seconds(_expected_traffic(workload, layout, mesh), mesh, where),
+        "memory": passes * weights / generation.memory_rate,
+        "links": _link_seconds(_expected_traffic(workload, layout, mesh, weights), mesh, where),
     }
     return {
         "slice": where.name,
@@ -273,11 +273,16 @@ def _flops(workload: Workload, remat: str, groups: int) -> tuple[int, int, int]:
     return forward, useful, count_flops(again.step, *arguments)
 
 
-def _expected_traffic(workload: Workload, layout: Layout, mesh: Mesh) -> dict[tuple[str, str], int]:
+def _expected_traffic(
+    workload: Workload, layout: Layout, mesh: Mesh, weights: int
+) -> dict[tuple[str, str], int]:
     """(kind, axis) -> bytes of the results that a device sees in a step, before compiling.
 
     A layer sums its activations [rows, positions, D] over `model` once after each of its parts, and
     once for each part's input on the way back; remat "full" does the first again.
+
+    Args:
+        weights: bytes of the network on a device, as it is used.
     """
     config, shape, sizes = workload.config, workload.shape(), mesh.shape
     found: dict[tuple[str, str], int] = {}
@@ -290,7 +295,6 @@ def _expected_traffic(workload: Workload, layout: Layout, mesh: Mesh) -> dict[tu
             (6 + 2 * again) * shape.targets + workload.positions()
         )
         found["all-reduce", "model"] = int(rows * width * (encoder + decoder))
-    weights = _weight_bytes(workload, layout, mesh)
     if layout.fsdp:
         found["all-gather", "data"] = 2 * workload.recipe.microbatches * weights
     trained = weights
