@@ -11,7 +11,7 @@ export JAX_PLATFORMS ?= cpu
 quickstart: $(VENV)/installed  ## tune a prompt on the shipped backbone, on CPU
 	$(BIN)/python -m ptjax.train --gin_file=quickstart.gin
 
-test: $(VENV)/installed-dev  ## everything but the markers slow, oracle, tpu, shared
+test: $(VENV)/installed-dev  ## everything but the markers slow, oracle, tpu, cuda, shared
 	$(PYTEST)
 
 test-all: $(VENV)/installed-oracle  ## everything
@@ -33,4 +33,4 @@ $(VENV)/installed-dev: pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/installed-oracle: $(VENV)/installed-dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 && \
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,oracle,plan]' && touch $@
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,oracle,plan,plan-gpu]' && touch $@

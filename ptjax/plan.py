@@ -4,20 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
-import importlib.metadata
-import importlib.util
 import json
 import os
-import re
-import subprocess
-import sys
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ptjax import atomic, cli
+from ptjax import cli
 from ptjax.cli import chosen
 from ptjax.errors import InputError, check_at_least
 
@@ -26,7 +19,6 @@ if TYPE_CHECKING:
     from ptjax.scale.slices import Slice
 
 NOT_NEEDED = {"MODEL_DIR": "", "DATA_DIR": "", "INITIAL_CHECKPOINT_PATH": ""}
-_CRASHED, _LATE = "compiler crashed", "compiler took too long"
 
 
 def main() -> None:
@@ -36,12 +28,13 @@ def main() -> None:
         Says, before anyone rents hardware, whether the run of a gin file fits a slice, what a step
         costs there, and which mesh, remat and dtype are best. Only the gin files are needed: no
         weights (models/*.gin has the sizes; else they are read from the checkpoint's headers), no
-        data, no TPU.
+        data, no TPU, no GPU.
 
-        By default the train step is compiled for the slice by the TPU's own compiler (pip
-        install 'ptjax[plan]'), in a process of its own, first as the gin file has it and then in
-        the layouts that may be faster, until one fits (all with SCAN_LAYERS = True). --quick
-        counts parameters, FLOPs and bytes in seconds, without a verdict. GPUs are only counted.
+        By default the train step is compiled for the slice by the devices' own compiler (pip
+        install 'ptjax[plan]' for TPUs, 'ptjax[plan-gpu]' for GPUs), in a process of its own,
+        first as the gin file has it and then in the layouts that may be faster, until one fits
+        (all with SCAN_LAYERS = True). --quick counts parameters, FLOPs and bytes in seconds,
+        without a verdict.
 
         Times are estimates from published rates: from compute, memory and links all overlapping to
         no sending hidden.
@@ -65,7 +58,7 @@ def main() -> None:
         "--no_search", action="store_true", help="compile the gin file's own layout alone"
     )
     parser.add_argument(
-        "--exact", action="store_true", help="compile with all of the compiler's effort"
+        "--exact", action="store_true", help="for TPUs, compile with all of the compiler's effort"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(
@@ -98,18 +91,20 @@ def plan(arguments: argparse.Namespace) -> None:
     slices = [parse_slice(name) for name in names]
     check_at_least(1, **{"--timeout_seconds": arguments.timeout_seconds})
     cli.load_gin(arguments, defaults=NOT_NEEDED)
+    from ptjax import compiling
+
     workload, layout = read_workload()
     if arguments.compile is not None:
-        print(json.dumps(_compile(workload, slices[0], json.loads(arguments.compile))))
+        print(json.dumps(compiling.answer(workload, slices[0], arguments.compile)))
         return
-    compiles = not arguments.quick and any(where.is_tpu for where in slices)
-    if compiles and importlib.util.find_spec("libtpu") is None:
-        raise InputError("compiling needs libtpu: pip install 'ptjax[plan]', or use --quick")
-    found = [plan_slice(workload, layout, where, arguments) for where in slices]
+    if not arguments.quick:
+        for where in slices:
+            compiling.check_compiler(where)
+    found = (plan_slice(workload, layout, where, arguments) for where in slices)
     if arguments.json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(list(found), indent=2))
     else:
-        _show(workload, found, arguments.quick)
+        _show(workload, found)
 
 
 def read_workload() -> tuple[Workload, Layout]:
@@ -211,234 +206,43 @@ def plan_slice(
     workload: Workload, layout: Layout, where: Slice, arguments: argparse.Namespace
 ) -> Report:
     """What is found for one slice: the gin file's layout, those tried, the best of them."""
-    from ptjax import planning, searching
+    from ptjax import compiling, planning, searching
 
-    compiler = _Compiler(workload, where, arguments)
-    own: Report
+    found: Report = {"slice": where.name, "own": {}, "tried": [], "best": None}
+    compiler = compiling.Compiler(
+        workload,
+        where,
+        cli.config_text(),
+        exact=arguments.exact,
+        timeout=arguments.timeout_seconds,
+        cache=Path(arguments.cache_dir).expanduser() if arguments.cache_dir else None,
+    )
     try:
         layout = planning.settle(workload, layout, where)
     except InputError as error:
-        own = {"slice": where.name, "verdict": "refused", "reason": str(error)}
+        found["own"] = {"verdict": "refused", "reason": str(error)}
     else:
-        quick = arguments.quick or not where.is_tpu
-        own = planning.count(workload, layout, where) if quick else compiler(layout, timed=True)
-    found: Report = {"slice": where.name, "own": own, "tried": [], "best": None}
-    if arguments.quick or arguments.no_search or not where.is_tpu:
+        quick = arguments.quick
+        found["own"] = (
+            planning.count(workload, layout, where) if quick else compiler(layout, timed=True)
+        )
+    if arguments.quick or arguments.no_search:
         return found
     tried, best = searching.search(workload, where, layout.quantize, compiler)
     if best:
-        again = compiler(planning.Layout(**_fields(best["settings"])), timed=True)
+        again = compiler(planning.Layout.of(best["settings"]), timed=True)
         best = again if again["verdict"] == "fits" else best
     return found | {"tried": tried, "best": best}
 
 
-def _fields(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """`Layout.settings()` back to fields."""
-    return {name.lower(): value for name, value in settings.items()}
+def _show(workload: Workload, found: Iterable[Report]) -> None:
+    """Each slice as soon as it is planned."""
+    from ptjax.cli import plans
 
-
-class _Compiler:
-    """`planning.compile_ahead` in a process of its own, each answer kept."""
-
-    def __init__(self, workload: Workload, where: Slice, arguments: argparse.Namespace) -> None:
-        self.workload, self.where = workload, where
-        self.exact, self.timeout = arguments.exact, arguments.timeout_seconds
-        self.cache = Path(arguments.cache_dir).expanduser() if arguments.cache_dir else None
-        self.gin = cli.config_text()
-        self.known: dict[str, Report] = {}
-
-    def __call__(self, layout: Layout, timed: bool = False) -> Report:
-        """The answer for one layout: what is known of it, or a compilation."""
-        jobs = [
-            {"layout": layout.settings(), "exact": self.exact, "timed": with_time}
-            for with_time in ((True,) if timed else (True, False))  # a timed answer has all of it
-        ]
-        keys = [self._key(job) for job in jobs]
-        for key in keys:
-            if key not in self.known and (found := self._read(key)):
-                self.known[key] = found
-            if key in self.known:
-                return self.known[key]
-        print(f"{self.where.name}: compiling {layout} ...", file=sys.stderr, flush=True)
-        report = self._compile(layout, jobs[-1])
-        self.known[keys[-1]] = report
-        # A crash or a timeout may have been the machine's; it is tried again another time.
-        if report["verdict"] not in (_CRASHED, _LATE):
-            self._write(keys[-1], report)
-        return report
-
-    def _read(self, key: str) -> Report | None:
-        try:
-            return None if self.cache is None else json.loads((self.cache / key).read_text("utf-8"))
-        except (OSError, ValueError):
-            return None
-
-    def _write(self, key: str, report: Report) -> None:
-        if self.cache is None:
-            return
-        try:
-            self.cache.mkdir(parents=True, exist_ok=True)
-            atomic.write_bytes(self.cache / key, json.dumps(report).encode())
-        except OSError as error:
-            print(f"warning: answers are not kept: {error}", file=sys.stderr)
-            self.cache = None
-
-    def _compile(self, layout: Layout, job: Mapping[str, Any]) -> Report:
-        from ptjax import planning
-
-        with tempfile.TemporaryDirectory() as folder:
-            config = Path(folder) / "plan.gin"
-            config.write_text(self.gin, "utf-8")
-            command = [sys.executable, "-m", "ptjax.plan", f"--gin_file={config}"]
-            command += [f"--slice={self.where.name}", f"--compile={json.dumps(job)}"]
-            try:
-                done = subprocess.run(
-                    command,
-                    env=os.environ | {"JAX_TRACEBACK_FILTERING": "off"},
-                    capture_output=True,
-                    text=True,
-                    timeout=self.timeout,
-                )
-            except subprocess.TimeoutExpired:
-                counted = planning.count(self.workload, layout, self.where)
-                return counted | {"verdict": _LATE, "reason": f"more than {self.timeout} s"}
-        if done.returncode == 0:
-            return json.loads(done.stdout.splitlines()[-1])
-        counted = planning.count(self.workload, layout, self.where)
-        if done.returncode == 2:
-            said = done.stderr.strip().splitlines()[-1].removeprefix("error: ")
-            return counted | {"verdict": "refused", "reason": said}
-        return counted | {"verdict": _CRASHED, "reason": _reason(done)}
-
-    def _key(self, job: Mapping[str, Any]) -> str:
-        """Whatever an answer depends on: the run, the slice, the compiler and this program."""
-        digest = hashlib.sha256()
-        used = {"jax", "jaxlib", "flax", "optax", "libtpu", "libtpu-nightly"}
-        versions = [f"{x.name} {x.version}" for x in importlib.metadata.distributions()
-                    if x.name in used]  # fmt: skip
-        flags = [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
-        for part in (self.gin, self.where.name, json.dumps(job), *sorted(versions), *flags):
-            digest.update(part.encode() + b"\0")
-        for source in sorted(Path(__file__).parent.rglob("*.py")):
-            digest.update(source.read_bytes())
-        return f"{digest.hexdigest()[:32]}.json"
-
-
-def _reason(done: subprocess.CompletedProcess[str]) -> str:
-    """Why a compilation ended: its signal, and the line that tells most."""
-    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-    telling = [x for x in lines if re.match(r"F\d{4} |.*(Check failed|Error|STACK OVERFLOW)", x)]
-    last = (telling or lines or [""])[-1][:300]
-    if done.returncode >= 0:
-        return last
-    killed = "; was this machine's memory enough?" if done.returncode == -9 else ""
-    return f"signal {-done.returncode}{killed} {last}".strip()
-
-
-def _compile(workload: Workload, where: Slice, job: Mapping[str, Any]) -> Report:
-    from ptjax import planning
-
-    layout = planning.Layout(**_fields(job["layout"]))
-    return planning.compile_ahead(workload, layout, where, exact=job["exact"], timed=job["timed"])
-
-
-def _show(workload: Workload, found: list[Report], quick: bool) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    config, shape = workload.config, workload.shape()
-    console = Console(highlight=False, markup=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, markup=False, width=140)
-    layers = f"{config.num_encoder_layers}+{config.num_decoder_layers} layers"
-    console.print(f"T5 of {layers}, D = {config.emb_dim}, {config.dtype}; {workload.recipe.method}")
-    counted = [one["own"] for one in found if "flops" in one["own"]]
-    if counted:
-        first = counted[0]
-        share = 100 * first["trainable"] / first["parameters"]
-        console.print(
-            f"{first['parameters']:,} parameters, {first['trainable']:,} train ({share:.4f}%)"
-        )
-        forward, useful = first["flops"]["forward"], first["flops"]["useful"]
-        prompted = workload.recipe.method == "prompt_tuning"
-        console.print(
-            f"a step of {shape}"
-            + (f", prompts of {workload.prompt_length}" if prompted else "")
-            + f": forward {forward:.4g} FLOPs, step {useful:.4g} ({useful / forward:.2f} forward)"
-        )
-    if workload.pack:
-        console.print("(packed: counted as if no two of the longest examples shared a row)")
-    for one in found:
-        own, best = one["own"], one["best"]
-        table = Table(box=None, pad_edge=False, header_style="")
-        columns = ("layout", "verdict", "GiB a device", "FLOPs", "MB sent", "s a step", "MFU")
-        for name in (own["slice"], *columns):
-            table.add_column(name, no_wrap=name not in ("layout", "MB sent"))
-        rows = [("gin file", own), *(("tried", report) for report in one["tried"])]
-        for label, report in rows + [("best", best)] * (best is not None):
-            table.add_row(label, *_row(report))
-        console.print()
-        console.print(table)
-        if own.get("reason"):
-            console.print(f"  gin file: {own['reason']}")
-        elif "verdict" not in own and not quick:
-            console.print("  GPUs are counted, not compiled for")
-        if best:
-            _show_settings(console, "best:", best)
-            whole = [
-                report
-                for report in one["tried"]
-                if report["verdict"] == "fits" and report["settings"]["QUANTIZE"] is None
-            ]
-            if whole and best["settings"]["QUANTIZE"]:
-                _show_settings(console, "without rounding the kernels to int8:", whole[0])
-        elif own.get("verdict") == "fits":
-            console.print("nothing else that may be faster fits")
-        elif any(report["verdict"] == "tight" for report in one["tried"]):
-            console.print("nothing fits with room to spare; what is tight may run")
-        elif "flops" in own and not quick:
-            console.print("nothing fits: more devices, a smaller batch, or shorter inputs")
-    console.print(
-        "\ns a step is an estimate from published rates: from all overlapping to no sending hidden"
-    )
-
-
-_BINDINGS = {"MESH": "mesh", "FSDP": "fsdp", "SCAN_LAYERS": "scan_layers", "REMAT": "remat",
-             "QUANTIZE": "quantize"}  # fmt: skip
-
-
-def _show_settings(console: Any, title: str, report: Report) -> None:
-    """As lines of gin: macros where the files have them, else the arguments."""
-    macros = all(map(cli.has_macro, report["settings"]))
-    console.print(title)
-    for name, value in report["settings"].items():
-        bound = name if macros else f"backbone.load_backbone.{_BINDINGS[name]}"
-        console.print(f"  {bound} = {value!r}")
-
-
-def _row(report: Report) -> tuple[str, ...]:
-    if "flops" not in report:
-        return "", report["verdict"]
-    from ptjax.planning import Layout
-
-    usable = report["usable_bytes"] / 2**30
-    held = report.get("peak_bytes") or sum(report["bytes_per_device"].values())
-    least_known = "" if "peak_bytes" in report else "> "
-    sent: dict[str, int] = {}
-    for one in report.get("collectives", ()):
-        axes = " x ".join(one["axes"])
-        sent[axes] = sent.get(axes, 0) + one["bytes"]
-    low, high = report["estimate"]["low"], report["estimate"]["high"]
-    least, most = report["estimate"]["utilisation"]
-    return (
-        str(Layout(**_fields(report["settings"]))),
-        report.get("verdict", "counted"),
-        f"{least_known}{held / 2**30:.2f} of {usable:.2f}",
-        f"{report['flops']['executed']:.3g}",
-        ", ".join(f"{size / 1e6:,.1f} {axes}" for axes, size in sent.items()),
-        f"{low:.3g} - {high:.3g}" if high else f"> {low:.3g}",
-        f"{least:.0%} - {most:.0%}" if high else f"< {most:.0%}",
-    )
+    for i, one in enumerate(found):
+        if i == 0:
+            plans.show_run(workload, one["own"] if "flops" in one["own"] else None)
+        plans.show_slice(one)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What a run will need of a slice: counted in seconds, or compiled for it ahead of time.
 
 Neither needs weights, data or the machine. Counting takes shapes alone. Compiling takes the train
-step of `ptjax.train` itself, lowered for the largest batch, to the TPU's own compiler.
+step of `ptjax.train` itself, lowered for the largest batch, to the compiler of the slice's devices.
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import re
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,11 +21,10 @@ from ptjax.errors import InputError
 from ptjax.models.config import T5Config
 from ptjax.models.prompted import make_apply_fn
 from ptjax.scale import meshes, sharding
-from ptjax.scale.collectives import collectives
 from ptjax.scale.compiled import Recipe, batch_shapes, lower_step
 from ptjax.scale.flops import count_flops
 from ptjax.scale.quantize import held_shapes, placed_shapes
-from ptjax.scale.slices import NETWORK_RATE, Slice
+from ptjax.scale.slices import Slice
 from ptjax.training import freeze as freezing
 from ptjax.training.step import batch_loss
 
@@ -37,8 +34,6 @@ Report = dict[str, Any]
 TIGHT = 0.92
 """Of the usable memory; above it a program that compiles may fail beside what else is there: the
 next batch, evaluation, the programs themselves."""
-FAST: dict[str, Any] = {"exec_time_optimization_effort": -1.0}
-"""Half the compiler's time; the peak of T5 XXL comes out up to 1% higher, that of small 25%."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +91,11 @@ class Layout:
             "REMAT": self.remat,
             "QUANTIZE": self.quantize,
         }
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> Layout:
+        """The one that has these `settings`."""
+        return cls(**{name.lower(): value for name, value in settings.items()})
 
     def __str__(self) -> str:
         parts = [self.mesh, *[self.quantize] * (self.quantize is not None), f"remat {self.remat}"]
@@ -226,7 +226,7 @@ def count(workload: Workload, layout: Layout, where: Slice) -> Report:
     seconds = {
         "compute": executed / (mesh.size * generation.flops),
         "memory": passes * weights / generation.memory_rate,
-        "links": _link_seconds(_expected_traffic(workload, layout, mesh, weights), mesh, where),
+        "links": link_seconds(_expected_traffic(workload, layout, mesh, weights), mesh, where),
     }
     return {
         "slice": where.name,
@@ -238,7 +238,7 @@ def count(workload: Workload, layout: Layout, where: Slice) -> Report:
         "bytes_per_device": held,
         "usable_bytes": where.usable_bytes,
         "examples": workload.batch_size * (workload.members or 1),
-        "estimate": _estimate(seconds, useful, mesh, where),
+        "estimate": estimate(seconds, useful, mesh, where),
     }
 
 
@@ -306,20 +306,26 @@ def _expected_traffic(
     return found
 
 
-def _link_seconds(traffic: Mapping[tuple[str, ...], int], mesh: Mesh, where: Slice) -> float:
-    """Rings: of n devices an all-reduce sends 2 (n - 1) / n of its result, a gather half of it."""
-    seconds = 0.0
+def link_seconds(traffic: Mapping[tuple[str, ...], int], mesh: Mesh, where: Slice) -> float:
+    """Rings: of n devices an all-reduce sends 2 (n - 1) / n of its result, a gather half of it.
+
+    Between slices every device of a group brings its share of the network.
+    """
+    seconds, generation = 0.0, where.generation
     for (kind, *axes), size in traffic.items():
         members = math.prod(mesh.shape[axis] for axis in axes)
         between = where.slices > 1 and mesh.axis_names[0] in axes
         share = {"all-reduce": 2.0, "reduce-scatter": float(members)}.get(kind, 1.0)
         share = 1.0 if kind in ("send", "collective-permute") else share * (members - 1) / members
-        rate = NETWORK_RATE if between or kind == "send" else where.generation.link_rate
+        rate = generation.link_rate
+        if between or kind == "send":
+            together = 1 if kind == "send" else members // mesh.shape[mesh.axis_names[0]]
+            rate = min(rate, together * generation.network_rate)
         seconds += share * size / rate
     return seconds
 
 
-def _estimate(seconds: Report, useful: int, mesh: Mesh, where: Slice) -> Report:
+def estimate(seconds: Report, useful: int, mesh: Mesh, where: Slice) -> Report:
     """A step's time: from all at once to nothing sent while something is computed.
 
     Args:
@@ -332,89 +338,3 @@ def _estimate(seconds: Report, useful: int, mesh: Mesh, where: Slice) -> Report:
     peak = mesh.size * where.generation.flops
     utilisation = [useful / (peak * x) if x else None for x in (high, low)]
     return seconds | {"low": low, "high": high, "utilisation": utilisation}
-
-
-def compile_ahead(
-    workload: Workload, layout: Layout, where: Slice, *, exact: bool = False, timed: bool = False
-) -> Report:
-    """`count`, and what the compiler for the slice's devices makes of the step.
-
-    In a process of its own: the compiler may take that one with it.
-
-    Args:
-        layout: settled.
-        exact: at the effort of a real run instead of half the time.
-        timed: also count what it reads and writes, from two shallow networks more.
-
-    Returns:
-        With "verdict": "fits", "tight" (over `TIGHT` of the memory) or "does not fit".
-    """
-    report = count(workload, layout, where)
-    mesh = sharding.make_mesh(meshes.parse_mesh(layout.mesh), where.topology_devices())
-    options: dict[str, Any] = {} if exact else FAST
-    lowered, started = place(workload, layout, mesh).lower(), time.perf_counter()
-    try:
-        compiled: Any = lowered.compile(compiler_options=options)
-    except jax.errors.JaxRuntimeError as error:
-        if not re.search("RESOURCE_EXHAUSTED.*HBM", str(error)):
-            raise
-        return report | {"verdict": "does not fit", "reason": str(error).splitlines()[0]}
-    memory = compiled.memory_analysis()
-    peak, usable = memory.peak_memory_in_bytes, where.usable_bytes
-    traffic: dict[tuple[str, ...], list[int]] = {}
-    for one in collectives(compiled, mesh):
-        total = traffic.setdefault((one.kind, *one.axes), [0, 0, 0])
-        for i, more in enumerate((1, one.times, one.bytes)):
-            total[i] += more
-    report |= {
-        "verdict": "fits" if peak <= TIGHT * usable else "tight",
-        "compile_seconds": time.perf_counter() - started,
-        "peak_bytes": peak,
-        "argument_bytes": memory.argument_size_in_bytes,
-        "temporary_bytes": memory.temp_size_in_bytes,
-        "aliased_bytes": memory.alias_size_in_bytes,
-        "output_bytes": memory.output_size_in_bytes,
-        "collectives": [
-            {"kind": kind, "axes": list(axes), "places": n, "times": times, "bytes": size}
-            for (kind, *axes), (n, times, size) in traffic.items()
-        ],
-    }
-    seconds = {k: report["estimate"][k] for k in ("compute", "memory")}
-    sent = {key: size for key, (*_, size) in traffic.items()}
-    seconds["links"] = _link_seconds(sent, mesh, where)
-    if timed:
-        try:
-            accessed = _bytes_accessed(workload, layout, mesh, options)
-        except jax.errors.JaxRuntimeError:
-            pass  # the step itself compiled: its verdict stands, without an upper end
-        else:
-            seconds["memory_most"] = accessed / where.generation.memory_rate
-    return report | {"estimate": _estimate(seconds, report["flops"]["useful"], mesh, where)}
-
-
-def _bytes_accessed(workload: Workload, layout: Layout, mesh: Mesh, options: Any) -> float:
-    """Bytes that a device's program reads and writes, those kept on the chip included.
-
-    The compiler counts the body of a loop once, so it is asked about one and two layers unrolled,
-    and about one microbatch.
-    """
-    config, recipe, parts = workload.config, workload.recipe, workload.recipe.microbatches
-    encoder, decoder = config.num_encoder_layers, config.num_decoder_layers
-    unrolled = dataclasses.replace(layout, scan_layers=False, fsdp=False)
-
-    def accessed(layers: tuple[int, int]) -> float:
-        sizes = {"num_encoder_layers": layers[0], "num_decoder_layers": layers[1]}
-        shallow = dataclasses.replace(
-            workload,
-            config=dataclasses.replace(config, **sizes),
-            recipe=dataclasses.replace(recipe, microbatches=1),
-            batch_size=workload.batch_size // parts,
-        )
-        cost: Any = place(shallow, unrolled, mesh).lower().compile(compiler_options=options)
-        return parts * float(cost.cost_analysis()["bytes accessed"])
-
-    one = accessed((1, 1))
-    if encoder == decoder:
-        return one + (encoder - 1) * (accessed((2, 2)) - one)
-    more = (encoder - 1) * (accessed((2, 1)) - one) + (decoder - 1) * (accessed((1, 2)) - one)
-    return one + more

@@ -16,6 +16,8 @@ def missing() -> dict[str, str]:
         lacks["shared"] = "the data sets beside the clone"
     if not importlib.util.find_spec("libtpu"):
         lacks["tpu"] = "libtpu"
+    if not any(map(importlib.util.find_spec, ("jax_cuda12_plugin", "jax_cuda13_plugin"))):
+        lacks["cuda"] = "XLA's CUDA plugin"
     if not (importlib.util.find_spec("torch") and importlib.util.find_spec("peft")):
         lacks["oracle"] = "torch and peft"
     return lacks

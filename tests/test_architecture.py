@@ -44,6 +44,7 @@ ROOMS = (
     "tuning",
     "pretraining",
     "planning",
+    "compiling",
     "searching",
     "cli",
 )

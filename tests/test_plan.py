@@ -59,7 +59,7 @@ def test_a_layout_that_a_run_would_refuse_is_an_answer(call):
     small = ("--gin_file=models/t5_1_1_small.gin", "--gin_file=runs/prompt_tune.gin")
     code, out, _ = call("plan", *small, "--slice=v5e-8", "--quick", "--gin.MESH='1x8'")
     assert code == 0
-    assert "gin file: num_heads = 6 is not a multiple of 8, the model axis of the mesh 1x8" in out
+    assert "  num_heads = 6 is not a multiple of 8, the model axis of the mesh 1x8" in out
 
 
 def test_settings_are_shown_as_they_are_bound_and_as_they_were_written(call):
@@ -103,11 +103,17 @@ def test_mistakes_are_one_line(call, flags, message):
     assert line.startswith("error: ") and message in line
 
 
-def test_without_libtpu_it_says_what_to_install(call, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("v5e-8", "v5e-8 needs libtpu: pip install 'ptjax[plan]'"),
+        ("h100x8", "h100x8 needs jax_cuda13_plugin: pip install 'ptjax[plan-gpu]'"),
+    ],
+)
+def test_without_the_compiler_it_says_what_to_install(call, monkeypatch, name, message):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    code, _, err = call("plan", *XXL, "--slice=v5e-8")
-    assert code == 2
-    assert "error: compiling needs libtpu: pip install 'ptjax[plan]', or use --quick" in err
+    code, _, err = call("plan", *XXL, f"--slice={name}")
+    assert (code, err) == (2, f"error: compiling for {message}, or use --quick\n")
 
 
 @pytest.mark.tpu

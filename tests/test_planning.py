@@ -3,48 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import json
-import math
 
 import jax
 import pytest
+from workloads import RECIPE, SIZES, TOY, V5E, XXL, changed
 
 from ptjax import planning, searching, tuning
 from ptjax.cli import load_gin
 from ptjax.errors import InputError
-from ptjax.models.config import T5Config
-from ptjax.planning import Layout, Workload
+from ptjax.planning import Layout
 from ptjax.scale import compiled, sharding
-from ptjax.scale.collectives import collectives
-from ptjax.scale.compiled import Recipe
 from ptjax.scale.slices import parse_slice
-from ptjax.training.loss import Loss
-from ptjax.training.optimizer import Adafactor
-
-RECIPE = Recipe("prompt_tuning", Adafactor(), Loss())
-SIZES = {
-    "small": T5Config(32128, 512, 6, 8, 8, 64, 1024, dtype="bfloat16"),
-    "xl": T5Config(32128, 2048, 32, 24, 24, 64, 5120, dtype="bfloat16"),
-    "xxl": T5Config(32128, 4096, 64, 24, 24, 64, 10240, dtype="bfloat16"),
-}
-XXL = Workload(SIZES["xxl"], RECIPE)
-# Every kind of weight, in T5's own widths of heads: with 32 and 84 positions, which no T5 has,
-# libtpu 0.0.42.1 crashes when it compiles for tpu7x.
-TOY = Workload(
-    T5Config(512, 256, 8, 2, 2, 64, 512, dtype="bfloat16"),
-    RECIPE,
-    batch_size=16,
-    inputs=108,
-    targets=16,
-    prompt_length=20,
-)
-V5E = parse_slice("v5e-8")
-
-
-def changed(workload: Workload, **recipe: object) -> Workload:
-    return dataclasses.replace(workload, recipe=dataclasses.replace(workload.recipe, **recipe))
-
 
 # Counting
 
@@ -122,7 +91,7 @@ def test_a_prompt_that_sees_nothing_and_a_bank_are_counted_as_they_run():
         (Layout("8x1", fsdp=True, scan_layers=False), {}, "FSDP = True needs SCAN_LAYERS"),
         (
             Layout("8x1", quantize="int8"),
-            {"recipe": Recipe("model_tuning", Adafactor(), Loss())},
+            {"recipe": dataclasses.replace(RECIPE, method="model_tuning")},
             "int8 kernels do not train",
         ),
     ],
@@ -270,103 +239,3 @@ def test_nothing_fits():
     # What cannot fit, such as all weights of XXL on one chip, is not even compiled.
     whole = changed(XXL, method="model_tuning")
     assert searching.search(whole, parse_slice("v5e-1"), None, compile_one) == ([], None)
-
-
-# The TPU's own compiler, without a TPU
-
-
-@functools.cache
-def compile_for(name: str, workload: Workload, layout: Layout):
-    """(the compiled step, its mesh, what went in)."""
-    mesh = sharding.make_mesh(
-        planning.meshes.parse_mesh(layout.mesh), parse_slice(name).topology_devices()
-    )
-    placed = planning.place(workload, layout, mesh)
-    return placed.lower().compile(compiler_options=planning.FAST), mesh, placed
-
-
-CASES = {
-    "v5e-8": ("v5e-8", TOY, Layout("4x2")),
-    "v5e-8, unrolled": ("v5e-8", TOY, Layout("4x2", scan_layers=False)),
-    "v5e-8, fsdp": ("v5e-8", TOY, Layout("4x2", fsdp=True, remat="full")),
-    "v5e-8, int8": ("v5e-8", TOY, Layout("8x1", quantize="int8", remat="dots")),
-    "v5e-8, int8, fsdp": ("v5e-8", TOY, Layout("4x2", fsdp=True, quantize="int8")),
-    "v5e-8, groups": (
-        "v5e-8", changed(TOY, sees_input=False, microbatches=2), Layout("4x2")
-    ),
-    "v4-16": ("v4-16", TOY, Layout("4x2")),
-    "v6e-8": ("v6e-8", TOY, Layout("8x1")),
-    "tpu7x-8": ("tpu7x-8", TOY, Layout("4x2")),
-    "two slices": ("2xv5e-4", TOY, Layout("2x2x2")),
-}  # fmt: skip
-
-
-@pytest.mark.tpu
-@pytest.mark.parametrize("case", CASES)
-def test_what_a_tpu_sends_in_a_step(case):
-    """Over the rows' axes: the prompt's gradient in float32, once, and scalars. Nothing else."""
-    name, workload, layout = CASES[case]
-    step, mesh, _ = compile_for(name, workload, layout)
-    rows = set(sharding.rows_axes(mesh))
-    found = [one for one in collectives(step, mesh) if rows & set(one.axes) and one.shape]
-    size = workload.prompt_length * workload.config.emb_dim
-    sums = [one for one in found if one.kind == "all-reduce"]
-    assert [(one.dtype, one.times, one.in_loop) for one in sums] == [("f32", 1, False)]
-    if name != "2xv5e-4":
-        assert sums[0].shape == (workload.prompt_length, workload.config.emb_dim)
-    # Between slices a part of it goes over the network, padded to whole tiles.
-    assert size <= math.prod(sums[0].shape) <= size + 4096
-    others = {one.kind: one for one in found if one not in sums}
-    if name != "2xv5e-4":
-        assert set(others) == ({"all-gather"} if layout.fsdp else set())
-    if layout.fsdp:  # every layer gathers its own weights, there and back
-        gathered = [one for one in found if one.kind == "all-gather"]
-        assert all(one.in_loop and one.times % 2 == 0 for one in gathered)
-    elif name == "2xv5e-4":
-        # The same sum: scattered in a slice, exchanged, gathered; a last tile may go by itself.
-        assert {"send", "all-gather"} <= set(others) <= {"send", "all-gather", "collective-permute"}
-        assert others["send"].axes == ("replica",) and others["all-gather"].axes == ("data",)
-        assert all(one.dtype == "f32" and one.times == 1 for one in found)
-        assert all(one.bytes <= 4 * (size + 4096) for one in found)
-
-
-@pytest.mark.tpu
-@pytest.mark.parametrize("case", CASES)
-def test_the_state_is_donated_and_nothing_else_comes_out(case):
-    step, _, placed = compile_for(*CASES[case])
-    memory = step.memory_analysis()
-    held = planning._bytes_on_device(placed.state)
-    # Small arrays are padded to tiles of at most 4 KiB; the metrics are three scalars.
-    room = 4096 * len(jax.tree.leaves(placed.state))
-    assert held <= memory.alias_size_in_bytes <= held + room
-    assert memory.alias_size_in_bytes <= memory.output_size_in_bytes
-    assert memory.output_size_in_bytes <= memory.alias_size_in_bytes + 3 * 4096
-
-
-@pytest.mark.tpu
-def test_what_does_not_fit_is_refused_with_its_reason():
-    wide = dataclasses.replace(TOY.config, emb_dim=8192, mlp_dim=262144, vocab_size=32128)
-    found = planning.compile_ahead(dataclasses.replace(TOY, config=wide), Layout("8x1"), V5E)
-    assert found["verdict"] == "does not fit"
-    assert "exceeds available HBM (15.75G)" in found["reason"]
-
-
-# Golden: jax 0.10.2, libtpu 0.0.42.1.
-XXL_PEAKS = {
-    Layout("1x8", remat="full"): 7.22,
-    Layout("8x1", remat="full", quantize="int8"): 11.87,
-}
-
-
-@pytest.mark.tpu
-@pytest.mark.slow
-@pytest.mark.parametrize("layout", XXL_PEAKS, ids=str)
-def test_xxl_on_eight_small_chips(layout):
-    """Within 5% of the golden peak. That int8 compiles at all is a canary: a product that takes in
-    the cast crashed libtpu's compiler under a scan of this size."""
-    found = planning.compile_ahead(XXL, layout, V5E)
-    assert found["verdict"] == "fits"
-    assert found["peak_bytes"] / 2**30 == pytest.approx(XXL_PEAKS[layout], rel=0.05)
-    sent = sum(one["bytes"] for one in found["collectives"])
-    assert sent < 2e6 if layout.mesh == "8x1" else sent < 25e9
-    assert json.dumps(found)

@@ -26,7 +26,7 @@ from ptjax.models.prompted import make_apply_fn
 from ptjax.models.stacking import split_path, stack_paths
 from ptjax.models.t5 import parameter_shapes
 from ptjax.scale import sharding
-from ptjax.scale.collectives import collectives
+from ptjax.scale.hlo import collectives
 from ptjax.training.freeze import flatten_paths, unflatten_paths
 from ptjax.training.loss import Loss
 from ptjax.training.optimizer import Adafactor

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+from jax.experimental import topologies
 
 from ptjax.errors import InputError
 from ptjax.scale import slices
@@ -21,6 +22,9 @@ DEVICES = {
     "v3-8": 8,
     "2xv5e-16": 32,
     "h100x8": 8,
+    "a100x4": 4,
+    "h200x16": 16,
+    "b200x8": 8,
 }
 
 
@@ -60,7 +64,8 @@ def test_a_slice_is_a_torus(name, chips):
         ("v5ex8", "no slice of that name; did you mean v5e-8?"),
         ("", "no slice of that name; Names are such as v5e-8, v4-16"),
         ("0xv5e-8", "1 to 64 slices"),
-        ("h100x300", "GPUs are h100x1 to h100x256"),
+        ("h100x12", "GPUs are h100x1 to h100x8, or whole machines of 8, at most 64"),
+        ("h100x520", "GPUs are h100x1 to h100x8, or whole machines of 8"),
     ],
 )
 def test_names_that_are_none(name, message):
@@ -68,13 +73,34 @@ def test_names_that_are_none(name, message):
         slices.parse_slice(name)
 
 
-def test_gpus_have_no_topology():
-    with pytest.raises(InputError, match="h100x8: GPUs are not compiled for ahead of time"):
-        slices.parse_slice("h100x8").topology_devices()
+GPUS = [name for name in DEVICES if not slices.parse_slice(name).is_tpu]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", GPUS)
+def test_xla_takes_the_gpu(name):
+    found = slices.parse_slice(name)
+    devices = found.topology_devices()
+    assert {device.platform for device in devices} == {"gpu"}
+    # As they are counted, and in that order. A machine is the slice_index of a real run's devices,
+    # and of a topology's the process_index.
+    assert [(device.id, device.device_kind, device.process_index) for device in devices] == [
+        (device.id, device.device_kind, device.slice_index) for device in found.devices()
+    ]
+
+
+def test_a_topology_that_the_compiler_refuses_is_said(monkeypatch):
+    def refuse(**kwargs):
+        raise ValueError("no\nsuch thing")
+
+    monkeypatch.setattr(topologies, "get_topology_desc", refuse)
+    for name, who in (("v5e-8", "libtpu"), ("h100x8", "XLA's CUDA plugin")):
+        with pytest.raises(InputError, match=f"^{name}: {who} makes no such topology: no$"):
+            slices.parse_slice(name).topology_devices()
 
 
 @pytest.mark.tpu
-@pytest.mark.parametrize("name", [name for name in DEVICES if name != "h100x8"])
+@pytest.mark.parametrize("name", [name for name in DEVICES if name not in GPUS])
 def test_libtpu_knows_the_slice(name):
     found = slices.parse_slice(name)
     devices = found.topology_devices()

@@ -20,10 +20,11 @@ USABLE_HBM = {
     "NVIDIA A100-SXM4-80GB": 59,
     "NVIDIA H100 80GB HBM3": 59,
     "NVIDIA H200": 104,
+    "NVIDIA B200": 133,
 }
 """`device_kind` -> GiB that a compiled program may use. TPUs: from the compiler's own refusals of
 one that needs more (libtpu 0.0.42); a device is a core of v2, v3 and TPU7x, a chip of the others.
-GPUs: the three quarters of 79.2 and 139.8 GiB that JAX takes by default."""
+GPUs: the three quarters of 79.2, 139.8 and 178.4 GiB that JAX takes by default."""
 
 
 def usable_memory(device: Any) -> int | None:

@@ -22,8 +22,10 @@ ENVIRONMENT = {
     # Else two processes at once refuse each other, and each leaves log files behind.
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_LOG_DIR": "disabled",
+    # The CUDA plugin compiles without the libraries that running needs.
+    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
 }
-"""What a process that compiles for a TPU needs, before it imports JAX, where there is none."""
+"""What a process needs that compiles for devices which are not there, before it imports JAX."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,12 +37,16 @@ class Generation:
         topology: libtpu's name of the generation; "" is a GPU.
         flops: bfloat16, dense, of a device a second.
         memory_rate: bytes of its memory a second.
-        link_rate: bytes a second that a device sends to its neighbours in the slice.
+        link_rate: bytes a second that a device sends to its neighbours in the slice, a GPU to the
+            others of its machine.
+        network_rate: its share of what a machine sends over the network. Not published for v2 to
+            v4: as v5p's by the chip, or half of that.
         devices: of a chip, as JAX counts them.
         cores: of a chip, as Cloud names count ("v4-8" is four chips).
         axes: of the slice's torus.
-        most: chips of the largest slice.
-        options: of `get_topology_desc`.
+        most: chips of the largest slice; GPUs of a machine.
+        options: of `get_topology_desc`; of a GPU what the compiler wants to know of it, under the
+            names of XLA's `GpuDeviceInfoProto`.
     """
 
     device_kind: str
@@ -48,6 +54,7 @@ class Generation:
     flops: float
     memory_rate: float
     link_rate: float
+    network_rate: float
     devices: int = 1
     cores: int = 1
     axes: int = 2
@@ -55,25 +62,76 @@ class Generation:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
+def _gpu(
+    capability: tuple[int, int],
+    *,
+    cores: int,
+    lanes: int,
+    clock: float,
+    shared: int,
+    cache: int,
+    memory: float,
+) -> dict[str, Any]:
+    """A GPU as NVIDIA's programming guide and data sheets have it.
+
+    Args:
+        lanes: of float32 in a core (a streaming multiprocessor).
+        clock: GHz.
+        shared: KiB of a core; a block may have all but one.
+        cache: MiB of L2.
+        memory: GiB.
+    """
+    return {
+        "cuda_compute_capability": dict(zip(("major", "minor"), capability, strict=True)),
+        "core_count": cores,
+        "fpus_per_core": lanes,
+        "clock_rate_ghz": clock,
+        "shared_memory_per_block": 48 * 2**10,
+        "shared_memory_per_block_optin": (shared - 1) * 2**10,
+        "shared_memory_per_core": shared * 2**10,
+        "l2_cache_size": cache * 2**20,
+        "device_memory_size": int(memory * 2**30),
+        "threads_per_warp": 32,
+        "threads_per_block_limit": 1024,
+        "threads_per_core_limit": 2048,
+        "registers_per_block_limit": 2**16,
+        "registers_per_core_limit": 2**16,
+        "block_dim_limit_x": 2**31 - 1,
+        "block_dim_limit_y": 2**16 - 1,
+        "block_dim_limit_z": 2**16 - 1,
+    }
+
+
 GENERATIONS = {
-    "v2": Generation("TPU v2", "v2", 22.5e12, 350e9, 31e9, 2, 2),
-    "v3": Generation("TPU v3", "v3", 61.5e12, 450e9, 41e9, 2, 2, most=1024),
+    "v2": Generation("TPU v2", "v2", 22.5e12, 350e9, 31e9, 1.56e9, 2, 2),
+    "v3": Generation("TPU v3", "v3", 61.5e12, 450e9, 41e9, 1.56e9, 2, 2, most=1024),
     "v4": Generation(
-        "TPU v4", "v4", 275e12, 1228e9, 90e9, cores=2, axes=3, most=4096,
+        "TPU v4", "v4", 275e12, 1228e9, 90e9, 6.25e9, cores=2, axes=3, most=4096,
         # Without it a chip is two devices of half the memory, which no TPU v4 shows today.
         options={"chip_config_name": "megacore"},
     ),
-    "v5e": Generation("TPU v5 lite", "v5e", 197e12, 819e9, 90e9),
-    "v5p": Generation("TPU v5", "v5p", 459e12, 2765e9, 180e9, cores=2, axes=3, most=8192),
-    "v6e": Generation("TPU v6 lite", "v6e", 918e12, 1640e9, 180e9),
-    "tpu7x": Generation("TPU7x", "tpu7x", 1153e12, 3690e9, 180e9, 2, 2, 3, 8192),
-    "a100": Generation("NVIDIA A100-SXM4-80GB", "", 312e12, 2039e9, 300e9),
-    "h100": Generation("NVIDIA H100 80GB HBM3", "", 989e12, 3350e9, 450e9),
-    "h200": Generation("NVIDIA H200", "", 989e12, 4800e9, 450e9),
+    "v5e": Generation("TPU v5 lite", "v5e", 197e12, 819e9, 90e9, 3.12e9),
+    "v5p": Generation("TPU v5", "v5p", 459e12, 2765e9, 180e9, 6.25e9, cores=2, axes=3, most=8192),
+    "v6e": Generation("TPU v6 lite", "v6e", 918e12, 1640e9, 180e9, 12.5e9),
+    "tpu7x": Generation("TPU7x", "tpu7x", 1153e12, 3690e9, 180e9, 6.25e9, 2, 2, 3, 8192),
+    "a100": Generation(
+        "NVIDIA A100-SXM4-80GB", "", 312e12, 2039e9, 300e9, 25e9, most=8,
+        options=_gpu((8, 0), cores=108, lanes=64, clock=1.41, shared=164, cache=40, memory=79.2),
+    ),
+    "h100": Generation(
+        "NVIDIA H100 80GB HBM3", "", 989e12, 3350e9, 450e9, 50e9, most=8,
+        options=_gpu((9, 0), cores=132, lanes=128, clock=1.98, shared=228, cache=50, memory=79.2),
+    ),
+    "h200": Generation(
+        "NVIDIA H200", "", 989e12, 4800e9, 450e9, 50e9, most=8,
+        options=_gpu((9, 0), cores=132, lanes=128, clock=1.98, shared=228, cache=50, memory=139.8),
+    ),
+    "b200": Generation(
+        "NVIDIA B200", "", 2250e12, 7700e9, 900e9, 50e9, most=8,
+        options=_gpu((10, 0), cores=148, lanes=128, clock=1.9, shared=228, cache=126, memory=178.4),
+    ),
 }  # fmt: skip
 ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "v7x": "tpu7x"}
-NETWORK_RATE = 12.5e9
-"""Bytes a second that a device sends to another slice: 100 Gbit/s, of the order of what is sold."""
 EXAMPLES = ("v5e-8", "v4-16", "v5p-8", "v6e-8", "tpu7x-8", "2xv5e-16", "h100x8")
 _MOST_SLICES = 64
 
@@ -92,8 +150,8 @@ class Slice:
     """Machines to plan for.
 
     Attributes:
-        chips: of a slice, as its torus has them; of GPUs (number,).
-        slices: how many of them, over the data-centre network.
+        chips: of a slice, as its torus has them; of GPUs (number in a machine,).
+        slices: how many of them, over the data-centre network; JAX counts machines of GPUs so.
     """
 
     name: str
@@ -110,6 +168,11 @@ class Slice:
         """Of a device's memory."""
         return int(USABLE_HBM[self.generation.device_kind] * 2**30)
 
+    @property
+    def compiler(self) -> tuple[str, ...]:
+        """The packages that compile for it, one of which has to be there."""
+        return ("libtpu",) if self.is_tpu else ("jax_cuda13_plugin", "jax_cuda12_plugin")
+
     def devices(self) -> list[Device]:
         """All of them, to be counted with."""
         each = math.prod(self.chips) * self.generation.devices
@@ -123,23 +186,29 @@ class Slice:
         In a process of its own with `ENVIRONMENT`: the compiler may crash.
 
         Raises:
-            InputError: GPUs, or libtpu is missing or knows no such slice.
+            InputError: the compiler is missing or knows no such slice.
         """
-        if not self.is_tpu:
-            raise InputError(f"{self.name}: GPUs are not compiled for ahead of time; use --quick")
         os.environ |= ENVIRONMENT
         from jax.experimental import topologies
 
-        bounds = [*_host_bounds(self.chips, self.generation.axes)]
-        options = {"chips_per_host_bounds": bounds, **self.generation.options}
-        if self.slices > 1:
-            options["num_slices"] = self.slices
-        name = f"{self.generation.topology}:{'x'.join(map(str, self.chips))}"
+        if self.is_tpu:
+            platform, who = "tpu", "libtpu"
+            name = f"{self.generation.topology}:{'x'.join(map(str, self.chips))}"
+            bounds = [*_host_bounds(self.chips, self.generation.axes)]
+            options = {"chips_per_host_bounds": bounds, **self.generation.options}
+            if self.slices > 1:
+                options["num_slices"] = self.slices
+        else:
+            platform, who, name = "cuda", "XLA's CUDA plugin", ""
+            options = {
+                "topology": f"{self.slices}x1x{self.chips[0]}",  # machines, processes, GPUs of each
+                "target_config": _target_config(self.generation),
+            }
         try:
-            found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
+            found = topologies.get_topology_desc(platform=platform, topology_name=name, **options)
         except Exception as error:
             reason = str(error).splitlines()[0]
-            raise InputError(f"{self.name}: libtpu makes no topology of {name}: {reason}") from None
+            raise InputError(f"{self.name}: {who} makes no such topology: {reason}") from None
         return list(found.devices)
 
 
@@ -155,9 +224,13 @@ def parse_slice(name: str) -> Slice:
     count, kind, size = _parts(name)
     generation = GENERATIONS[kind]
     if not generation.topology:
-        if count > 1 or size > 256:
-            raise InputError(f"--slice={name}: GPUs are {kind}x1 to {kind}x256")
-        return Slice(name, generation, (size,))
+        most = generation.most
+        if size > most * _MOST_SLICES or (size > most and size % most):
+            raise InputError(
+                f"--slice={name}: GPUs are {kind}x1 to {kind}x{most}, or whole machines of {most}, "
+                f"at most {_MOST_SLICES}"
+            )
+        return Slice(name, generation, (min(size, most),), -(-size // most))
     offered = {math.prod(chips) * generation.cores: chips for chips in _toruses(generation)}
     if size not in offered:
         near = sorted(sorted(offered, key=lambda other: abs(other - size))[:3])
@@ -203,3 +276,26 @@ def _host_bounds(chips: tuple[int, ...], axes: int) -> tuple[int, ...]:
     if math.prod(chips) <= 8 and axes == 2:
         return (*chips, 1)
     return (2, 2, 1)
+
+
+def _target_config(generation: Generation) -> str:
+    """A GPU for XLA's compiler: its `GpuTargetConfigProto` as text."""
+
+    def fields(values: Mapping[str, Any]) -> Iterator[str]:
+        for name, value in values.items():
+            nested = isinstance(value, Mapping)
+            yield f"{name} {{ {' '.join(fields(value))} }}" if nested else f"{name}: {value}"
+
+    return " ".join(
+        fields(
+            {
+                "gpu_device_info": {
+                    **generation.options,
+                    "memory_bandwidth": int(generation.memory_rate),
+                },
+                "platform_name": '"CUDA"',
+                "dnn_version_info": {"major": 9, "minor": 10, "patch": 0},
+                "device_description_str": f'"{generation.device_kind}"',
+            }
+        )
+    )

@@ -1,4 +1,4 @@
-"""The collectives of a compiled program: what is sent, and between which devices of a mesh."""
+"""What a compiled program sends, between which devices of a mesh, and what it reads and writes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from jax.sharding import Mesh
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "send")
 _BITS = {"pred": 8, "bf16": 16}
+# They move nothing: names for what is there, and what is counted where it happens.
+_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call",
+         "conditional", "opt-barrier", "after-all", "partition-id", "replica-id"}  # fmt: skip
 
 
 class Collective(NamedTuple):
@@ -34,8 +37,7 @@ class Collective(NamedTuple):
     @property
     def bytes(self) -> int:
         """Of the result, over all times."""
-        bits = _BITS.get(self.dtype) or int(re.sub(r"\D*(\d+).*", r"\1", self.dtype))
-        return self.times * math.prod(self.shape) * bits // 8
+        return self.times * _array_bytes(self.dtype, self.shape)
 
 
 def collectives(compiled: Any, mesh: Mesh) -> list[Collective]:
@@ -53,15 +55,55 @@ def collectives(compiled: Any, mesh: Mesh) -> list[Collective]:
                 axes, result = mesh.axis_names[:1], result.partition("}")[0]
             else:
                 axes = _axes(_groups(line, mesh.size), mesh)
-            arrays = re.findall(r"(\w+)\[([\d,]*)\]", result)
+            arrays = _arrays(result)
             if f"{kind}-start(" in line and kind in ("all-gather", "collective-permute"):
                 # (what goes in, what comes out), and counters of 32 bits behind them.
-                arrays = [array for array in arrays if array != ("u32", "")]
+                arrays = [array for array in arrays if array != ("u32", ())]
                 arrays = arrays[len(arrays) // 2 :]
-            for dtype, sizes in arrays:
-                shape = tuple(map(int, filter(None, sizes.split(","))))
+            for dtype, shape in arrays:
                 found.append(Collective(kind, dtype, shape, axes, times, in_loop))
     return found
+
+
+def bytes_accessed(compiled: Any) -> float:
+    """That a device's program reads and writes, those kept on the chip included.
+
+    The TPU's compiler tells, a loop's body once. Of a GPU's program they are the arguments and the
+    result of every kernel, over the turns of its loops.
+    """
+    if cost := compiled.cost_analysis():
+        return float(cost["bytes accessed"])
+    computations, entry = _computations(compiled.as_text())
+    lines = (line for one in computations.values() for line in one if " call(" not in line)
+    inside = {x for line in lines for x in re.findall(r"(?:calls|to_apply)=(%[\w.\-]+)", line)}
+    total = 0
+    for name, (times, _) in _loops(computations, entry).items():
+        if name in inside:  # of a kernel
+            continue
+        sizes: dict[str, int] = {}
+        for line in computations[name]:
+            match = re.match(r"\s*(?:ROOT )?(%[\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*?)\)", line)
+            if match is None:
+                continue
+            result, kind, operation, operands = match.groups()
+            if operation == "custom-call":  # without the scratch space of cuBLAS
+                kind = re.sub(r"s8\[\d+\]", "", kind)
+            sizes[result] = sum(_array_bytes(dtype, shape) for dtype, shape in _arrays(kind))
+            if operation not in _FREE and not operation.endswith("-done"):
+                read = re.findall(r"%[\w.\-]+", operands)
+                total += times * (sizes[result] + sum(sizes.get(one, 0) for one in read))
+    return float(total)
+
+
+def _arrays(text: str) -> list[tuple[str, tuple[int, ...]]]:
+    """(dtype, shape) of those in a type, such as "(f32[4,8]{1,0}, u32[])"."""
+    found = re.findall(r"(\w+)\[([\d,]*)\]", text)
+    return [(dtype, tuple(map(int, filter(None, sizes.split(","))))) for dtype, sizes in found]
+
+
+def _array_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    bits = _BITS.get(dtype) or int(re.sub(r"\D*(\d+).*", r"\1", dtype))
+    return math.prod(shape) * bits // 8
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:

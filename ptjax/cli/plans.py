@@ -1,0 +1,110 @@
+"""Plans as they are printed: a table for each slice, and the settings to paste into gin."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from ptjax.cli.gin_files import has_macro
+from ptjax.planning import Layout, Report, Workload
+
+_COLUMNS = (
+    "layout", "verdict", "GiB a device", "FLOPs", "MB sent", "s a step", "examples/s", "MFU"
+)  # fmt: skip
+
+
+def show_run(workload: Workload, counted: Report | None) -> None:
+    """What is planned.
+
+    Args:
+        counted: of any slice; None where none could be.
+    """
+    config, shape = workload.config, workload.shape()
+    console, method = _console(), workload.recipe.method
+    layers = f"{config.num_encoder_layers}+{config.num_decoder_layers} layers"
+    console.print(f"T5 of {layers}, D = {config.emb_dim}, {config.dtype}; {method}")
+    if counted:
+        share = 100 * counted["trainable"] / counted["parameters"]
+        console.print(
+            f"{counted['parameters']:,} parameters, {counted['trainable']:,} train ({share:.4f}%)"
+        )
+        forward, useful = counted["flops"]["forward"], counted["flops"]["useful"]
+        prompts = f", prompts of {workload.prompt_length}" if method == "prompt_tuning" else ""
+        console.print(
+            f"a step of {shape}{prompts}: forward {forward:.4g} FLOPs, step {useful:.4g} "
+            f"({useful / forward:.2f} forward)"
+        )
+    if workload.pack:
+        console.print("(packed: counted as if no two of the longest examples shared a row)")
+    console.print("s a step: estimates from published rates, from all overlapping to none hidden")
+
+
+def show_slice(found: Report) -> None:
+    """What was found for one slice (`ptjax.plan.plan_slice`)."""
+    own, tried, best = found["own"], found["tried"], found["best"]
+    console = _console()
+    table = Table(box=None, pad_edge=False, header_style="")
+    for name in (found["slice"], *_COLUMNS):
+        table.add_column(name, no_wrap=name not in ("layout", "MB sent"))
+    rows = [("gin file", own), *(("tried", report) for report in tried)]
+    for label, report in rows + [("best", best)] * (best is not None):
+        table.add_row(label, *_row(report))
+    console.print()
+    console.print(table)
+    # One each: of a slice that is too small all say the same.
+    for reason in dict.fromkeys(report["reason"] for _, report in rows if report.get("reason")):
+        console.print(f"  {reason}")
+    if best:
+        _show_settings(console, "best:", best)
+        whole = [
+            report
+            for report in tried
+            if report["verdict"] == "fits" and report["settings"]["QUANTIZE"] is None
+        ]
+        if whole and best["settings"]["QUANTIZE"]:
+            _show_settings(console, "without rounding the kernels to int8:", whole[0])
+    elif own.get("verdict") == "fits":
+        console.print("nothing else that may be faster fits")
+    elif any(report["verdict"] == "tight" for report in tried):
+        console.print("nothing fits with room to spare; what is tight may run")
+    elif own.get("verdict", "refused") != "refused":
+        console.print("nothing fits: more devices, a smaller batch, or shorter inputs")
+
+
+def _console() -> Console:
+    console = Console(highlight=False, markup=False)
+    return console if console.is_terminal else Console(highlight=False, markup=False, width=140)
+
+
+def _show_settings(console: Console, title: str, report: Report) -> None:
+    """As lines of gin: macros where the files have them, else the arguments."""
+    macros = all(map(has_macro, report["settings"]))
+    console.print(title)
+    for name, value in report["settings"].items():
+        bound = name if macros else f"backbone.load_backbone.{name.lower()}"
+        console.print(f"  {bound} = {value!r}")
+
+
+def _row(report: Report) -> tuple[str, ...]:
+    if "flops" not in report:
+        return "", report["verdict"]
+    usable = report["usable_bytes"] / 2**30
+    held = report.get("peak_bytes") or sum(report["bytes_per_device"].values())
+    least_known = "" if "peak_bytes" in report else "> "
+    sent: dict[str, int] = {}
+    for one in report.get("collectives", ()):
+        axes = " x ".join(one["axes"])
+        sent[axes] = sent.get(axes, 0) + one["bytes"]
+    low, high = report["estimate"]["low"], report["estimate"]["high"]
+    least, most = report["estimate"]["utilisation"]
+    examples = report["examples"]
+    return (
+        str(Layout.of(report["settings"])),
+        report.get("verdict", "counted"),
+        f"{least_known}{held / 2**30:.2f} of {usable:.2f}",
+        f"{report['flops']['executed']:.3g}",
+        ", ".join(f"{size / 1e6:,.1f} {axes}" for axes, size in sent.items()),
+        f"{low:.3g} - {high:.3g}" if high else f"> {low:.3g}",
+        f"{examples / high:,.0f} - {examples / low:,.0f}" if high else f"< {examples / low:,.0f}",
+        f"{least:.0%} - {most:.0%}" if high else f"< {most:.0%}",
+    )

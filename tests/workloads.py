@@ -1,0 +1,35 @@
+"""Runs to plan and to compile for."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from ptjax.models.config import T5Config
+from ptjax.planning import Workload
+from ptjax.scale.compiled import Recipe
+from ptjax.scale.slices import parse_slice
+from ptjax.training.loss import Loss
+from ptjax.training.optimizer import Adafactor
+
+RECIPE = Recipe("prompt_tuning", Adafactor(), Loss())
+SIZES = {
+    "small": T5Config(32128, 512, 6, 8, 8, 64, 1024, dtype="bfloat16"),
+    "xl": T5Config(32128, 2048, 32, 24, 24, 64, 5120, dtype="bfloat16"),
+    "xxl": T5Config(32128, 4096, 64, 24, 24, 64, 10240, dtype="bfloat16"),
+}
+XXL = Workload(SIZES["xxl"], RECIPE)
+# Every kind of weight, in T5's own widths of heads: with 32 and 84 positions, which no T5 has,
+# libtpu 0.0.42.1 crashes when it compiles for tpu7x.
+TOY = Workload(
+    T5Config(512, 256, 8, 2, 2, 64, 512, dtype="bfloat16"),
+    RECIPE,
+    batch_size=16,
+    inputs=108,
+    targets=16,
+    prompt_length=20,
+)
+V5E = parse_slice("v5e-8")
+
+
+def changed(workload: Workload, **recipe: object) -> Workload:
+    return dataclasses.replace(workload, recipe=dataclasses.replace(workload.recipe, **recipe))
