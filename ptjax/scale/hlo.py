@@ -56,7 +56,8 @@ def collectives(compiled: Any, mesh: Mesh) -> list[Collective]:
             else:
                 axes = _axes(_groups(line, mesh.size), mesh)
             arrays = _arrays(result)
-            if f"{kind}-start(" in line and kind in ("all-gather", "collective-permute"):
+            pair = kind in ("all-gather", "collective-permute") or result.startswith("((")
+            if pair and f"{kind}-start(" in line:
                 # (what goes in, what comes out), and counters of 32 bits behind them.
                 arrays = [array for array in arrays if array != ("u32", ())]
                 arrays = arrays[len(arrays) // 2 :]

@@ -1,9 +1,10 @@
-"""T5 XXL on TPU slices, compiled ahead of time: which layouts fit, and what they send.
+"""T5 XXL on TPU and GPU slices, compiled ahead of time: which layouts fit, and what they send.
 
-    python benchmarks/tpu_table.py
+    python benchmarks/slice_table.py
 
 Prints the table of docs/planning.md. Every row is a `python -m ptjax.plan --no_search --json`,
-which keeps its answers, so an interrupted table goes on. Needs libtpu, no TPU.
+which keeps its answers, so an interrupted table goes on. Needs libtpu and XLA's CUDA plugin, no
+TPU and no GPU.
 """
 
 from __future__ import annotations
@@ -43,6 +44,16 @@ ROWS = (  # size, slice, batch, mesh, settings
     ("xxl", "v5p-8", 32, "4x1", "REMAT='dots'"),
     ("xxl", "v5p-8", 32, "4x1", "REMAT='dots' QUANTIZE='int8'"),
     ("xxl", "tpu7x-8", 32, "8x1", "REMAT='dots'"),
+    ("xl", "h100x1", 32, "1x1", "REMAT='dots'"),
+    ("xxl", "h100x1", 32, "1x1", "REMAT='full' QUANTIZE='int8'"),
+    ("xxl", "h200x1", 32, "1x1", "REMAT='full'"),
+    ("xxl", "a100x8", 32, "8x1", "REMAT='none'"),
+    ("xxl", "h100x8", 32, "8x1", "REMAT='none'"),
+    ("xxl", "h100x8", 32, "8x1", "REMAT='dots'"),
+    ("xxl", "h100x8", 32, "8x1", "REMAT='dots' QUANTIZE='int8'"),
+    ("xxl", "h100x8", 32, "2x4", "REMAT='none'"),
+    ("xxl", "h100x16", 32, "2x8x1", "REMAT='none'"),
+    ("xxl", "b200x8", 32, "8x1", "REMAT='none'"),
 )
 
 
