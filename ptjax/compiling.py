@@ -102,7 +102,8 @@ def compile_ahead(
             for (kind, *axes), (n, times, size) in traffic.items()
         ],
     }
-    seconds = {k: report["estimate"][k] for k in ("compute", "memory")}
+    estimate = report["estimate"]
+    seconds = {name: estimate[name] for name in ("compute", "memory")}
     sent = {key: size for key, (*_, size) in traffic.items()}
     seconds["links"] = planning.link_seconds(sent, mesh, where)
     if timed:
@@ -112,7 +113,7 @@ def compile_ahead(
             pass  # the step itself compiled: its verdict stands, without an upper end
         else:
             seconds["memory_most"] = accessed / where.generation.memory_rate
-    return report | {"estimate": planning.estimate(seconds, report["flops"]["useful"], mesh, where)}
+    return report | {"estimate": planning.estimate(seconds, estimate["ideal"])}
 
 
 def compiler_options(where: Slice, exact: bool = False) -> dict[str, Any]:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ptjax.planning import Layout, Report, Workload
     from ptjax.scale.slices import Slice
 
-NOT_NEEDED = {"MODEL_DIR": "", "DATA_DIR": "", "INITIAL_CHECKPOINT_PATH": ""}
+NOT_NEEDED = dict.fromkeys(("MODEL_DIR", "DATA_DIR", "INITIAL_CHECKPOINT_PATH", "HARD_PROMPT"), "")
 
 
 def main() -> None:
@@ -121,7 +121,10 @@ def read_workload() -> tuple[Workload, Layout]:
         "microbatches", "feature_lengths", "buckets", "pack", "row_length", "bank",
     )  # fmt: skip
     if not run:
-        raise InputError("no run to plan: add --gin_file=runs/prompt_tune.gin, or one of your own")
+        raise InputError(
+            "no run to plan: add --gin_file=runs/prompt_tune.gin, or one of your own that binds "
+            "tuning.tune (pre-training is not planned)"
+        )
     method = run.get("method", "prompt_tuning")
     if method == "hard_prompt":
         raise InputError(f"method = {method!r} trains nothing; there is no step to plan")

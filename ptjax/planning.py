@@ -75,13 +75,18 @@ class Workload:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How a workload lies on a slice: what MESH, FSDP, SCAN_LAYERS, REMAT and QUANTIZE say."""
+    """How a workload lies on a slice: what MESH, FSDP, SCAN_LAYERS, REMAT and QUANTIZE say.
+
+    Attributes:
+        dtype: of `load_backbone`; None is the workload's own.
+    """
 
     mesh: str
     fsdp: bool = False
     scan_layers: bool = True
     remat: str = "none"
     quantize: str | None = None
+    dtype: str | None = None
 
     def settings(self) -> dict[str, Any]:
         return {
@@ -90,7 +95,13 @@ class Layout:
             "SCAN_LAYERS": self.scan_layers,
             "REMAT": self.remat,
             "QUANTIZE": self.quantize,
+            "dtype": self.dtype,
         }
+
+    def applied(self, config: T5Config) -> T5Config:
+        """`config` as `load_backbone` would have it."""
+        kept = {"scan_layers": self.scan_layers, "remat": self.remat}
+        return dataclasses.replace(config, **kept, dtype=self.dtype or config.dtype)
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> Layout:
@@ -98,7 +109,7 @@ class Layout:
         return cls(**{name.lower(): value for name, value in settings.items()})
 
     def __str__(self) -> str:
-        parts = [self.mesh, *[self.quantize] * (self.quantize is not None), f"remat {self.remat}"]
+        parts = [self.mesh, *filter(None, (self.dtype, self.quantize)), f"remat {self.remat}"]
         return ", ".join(parts + ["fsdp"] * self.fsdp + ["unrolled"] * (not self.scan_layers))
 
 
@@ -108,7 +119,7 @@ def settle(workload: Workload, layout: Layout, where: Slice) -> Layout:
     Raises:
         InputError: as `ptjax.train` has it.
     """
-    config = dataclasses.replace(workload.config, scan_layers=layout.scan_layers)
+    config = layout.applied(workload.config)
     if layout.mesh == "auto":
         held = held_shapes(config, config.dtype, layout.quantize)
         shape, _ = meshes.smallest_that_fits(config, held, where.devices(), layout.fsdp)
@@ -156,10 +167,7 @@ class Placed:
 
 def place(workload: Workload, layout: Layout, mesh: Mesh) -> Placed:
     """What `ptjax.train` would compile."""
-    recipe = workload.recipe
-    config = dataclasses.replace(
-        workload.config, scan_layers=layout.scan_layers, remat=layout.remat
-    )
+    recipe, config = workload.recipe, layout.applied(workload.config)
     kept = {"fsdp": layout.fsdp, "quantize": layout.quantize}
     variables: Tree = {"params": placed_shapes(config, config.dtype, mesh, **kept)}
     if recipe.method == "prompt_tuning":
@@ -222,10 +230,11 @@ def count(workload: Workload, layout: Layout, where: Slice) -> Report:
     # Weights are read on the way there, on the way back, and where it is taken again; each
     # microbatch does so. With FSDP they are gathered first.
     passes = (3 if layout.remat == "full" else 2) * workload.recipe.microbatches
-    generation, weights = where.generation, _weight_bytes(workload, layout, mesh)
+    weights = _weight_bytes(workload, layout, mesh)
+    peak = mesh.size * where.flops(layout.applied(workload.config).dtype)
     seconds = {
-        "compute": executed / (mesh.size * generation.flops),
-        "memory": passes * weights / generation.memory_rate,
+        "compute": executed / peak,
+        "memory": passes * weights / where.generation.memory_rate,
         "links": link_seconds(_expected_traffic(workload, layout, mesh, weights), mesh, where),
     }
     return {
@@ -238,7 +247,7 @@ def count(workload: Workload, layout: Layout, where: Slice) -> Report:
         "bytes_per_device": held,
         "usable_bytes": where.usable_bytes,
         "examples": workload.batch_size * (workload.members or 1),
-        "estimate": estimate(seconds, useful, mesh, where),
+        "estimate": estimate(seconds, useful / peak),
     }
 
 
@@ -284,7 +293,7 @@ def _expected_traffic(
     Args:
         weights: bytes of the network on a device, as it is used.
     """
-    config, shape, sizes = workload.config, workload.shape(), mesh.shape
+    config, shape, sizes = layout.applied(workload.config), workload.shape(), mesh.shape
     found: dict[tuple[str, str], int] = {}
     width = np.dtype(config.dtype).itemsize * config.emb_dim
     rows = shape.rows * (workload.members or 1) / sharding.rows_divisor(mesh)
@@ -325,16 +334,16 @@ def link_seconds(traffic: Mapping[tuple[str, ...], int], mesh: Mesh, where: Slic
     return seconds
 
 
-def estimate(seconds: Report, useful: int, mesh: Mesh, where: Slice) -> Report:
+def estimate(seconds: Report, ideal: float) -> Report:
     """A step's time: from all at once to nothing sent while something is computed.
 
     Args:
         seconds: "compute", "memory", "links", and "memory_most" if it is known.
+        ideal: seconds of the useful work at the devices' peak.
     """
     low = max(seconds["compute"], seconds["memory"], seconds["links"])
     high = None
     if "memory_most" in seconds:
         high = max(seconds["compute"], seconds["memory_most"]) + seconds["links"]
-    peak = mesh.size * where.generation.flops
-    utilisation = [useful / (peak * x) if x else None for x in (high, low)]
-    return seconds | {"low": low, "high": high, "utilisation": utilisation}
+    utilisation = [ideal / x if x else None for x in (high, low)]
+    return seconds | {"ideal": ideal, "low": low, "high": high, "utilisation": utilisation}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
@@ -21,7 +22,7 @@ from ptjax.scale import meshes, sharding
 from ptjax.scale.slices import Slice
 
 WORTH = 0.95
-"""int8 kernels are a rounded copy: they have to save a twentieth of the time."""
+"""Rounded weights, bfloat16 of a float32 run or int8, have to save a twentieth of the time."""
 
 
 def expected_seconds(report: Report) -> float:
@@ -39,13 +40,15 @@ def search(
     """(what was compiled, the best that fits): fastest first by estimate, until one fits.
 
     Args:
-        quantize: what the gin file says; kernels are also tried in int8 if it says nothing and the
-            method allows it.
+        quantize: what the gin file says. Unless the weights train, a float32 run is also tried in
+            bfloat16, and kernels in int8 if the gin file says nothing.
         compile_one: `compile_ahead`, wherever it runs.
     """
-    ways = [quantize]
-    if quantize is None and workload.recipe.method != "model_tuning":
-        ways.append("int8")
+    ways: list[dict[str, Any]] = [{"quantize": quantize}]
+    if workload.recipe.method != "model_tuning":
+        rounded = {"dtype": "bfloat16"} if workload.config.dtype == "float32" else {}
+        ways += [rounded | {"quantize": quantize}] if rounded else []
+        ways += [rounded | {"quantize": "int8"}] if quantize is None else []
     tried: list[Report] = []
     best: Report | None = None
     for way in ways:
@@ -66,14 +69,14 @@ def search(
 
 
 def _by_time(
-    workload: Workload, where: Slice, quantize: str | None
+    workload: Workload, where: Slice, way: Mapping[str, Any]
 ) -> Iterator[tuple[Layout, Report]]:
     """The layouts whose weights and kept activations can fit, those first that may be faster."""
     found = []
     for mesh in _mesh_names(workload, where):
         for fsdp in (False, True):
             for remat in ("none", "dots", "full"):
-                layout = Layout(mesh, fsdp, True, remat, quantize)
+                layout = Layout(mesh, fsdp, True, remat, **way)
                 try:
                     settle(workload, layout, where)
                 except InputError:
@@ -99,7 +102,7 @@ def _mesh_names(workload: Workload, where: Slice) -> Iterator[str]:
 
 def _kept_bytes(workload: Workload, layout: Layout, mesh: Mesh, weights: int) -> int:
     """At least so much waits on a device for the way back, or for the optimizer."""
-    config, model = workload.config, mesh.shape["model"]
+    config, model = layout.applied(workload.config), mesh.shape["model"]
     rows = workload.batch_size / (sharding.rows_divisor(mesh) * workload.recipe.microbatches)
     rows *= workload.members or 1
     encoder, decoder = workload.positions(), workload.targets

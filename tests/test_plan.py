@@ -33,6 +33,7 @@ def test_json_has_all_of_it(call):
     assert code == 0 and found["best"] is None and found["tried"] == []
     assert own["settings"] == {
         "MESH": "1x8", "FSDP": False, "SCAN_LAYERS": False, "REMAT": "none", "QUANTIZE": None,
+        "dtype": None,
     }  # fmt: skip
     assert own["flops"]["forward"] == 223_450_438_303_744
     norms = (24 * 2 + 24 * 3 + 2) * 4096  # whole on every device
@@ -75,6 +76,19 @@ def test_settings_are_shown_as_they_are_bound_and_as_they_were_written(call):
         ((*XXL, "--slice=v5e-3"), "--slice=v5e-3: there is no such size"),
         (XXL, "the following arguments are required: --slice"),
         (("--slice=v5e-8",), "no run to plan: add --gin_file=runs/prompt_tune.gin"),
+        (
+            (
+                "--gin_file=runs/lm_adapt.gin",
+                "--gin.CORPUS_DIR='corpus'",
+                "--gin.CORPUS_FILES={'train': '*.txt'}",
+                "--slice=v5e-8",
+            ),
+            "(pre-training is not planned)",
+        ),
+        (
+            (XXL[0], "--gin_file=runs/hard_prompt.gin", "--slice=v5e-8"),
+            "method = 'hard_prompt' trains nothing",
+        ),
         (("--gin_file=runs/prompt_tune.gin", "--slice=v5e-8"), "which T5? Add its sizes"),
         ((*XXL, "--slice=v5e-8", "--timeout_seconds=0"), "--timeout_seconds"),
         (
@@ -116,9 +130,15 @@ def test_without_the_compiler_it_says_what_to_install(call, monkeypatch, name, m
     assert (code, err) == (2, f"error: compiling for {message}, or use --quick\n")
 
 
-@pytest.mark.tpu
-def test_compiled_searched_and_remembered(call, tmp_path):
-    flags = (*NANO, "--slice=v5e-4", f"--cache_dir={tmp_path}", "--gin.SCAN_LAYERS=True")
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("v5e-4", marks=pytest.mark.tpu),
+        pytest.param("h100x4", marks=pytest.mark.cuda),
+    ],
+)
+def test_compiled_searched_and_remembered(call, tmp_path, name):
+    flags = (*NANO, f"--slice={name}", f"--cache_dir={tmp_path}", "--gin.SCAN_LAYERS=True")
     code, out, err = call("plan", *flags)
     assert code == 0, err
     # The gin file's own layout is the fastest here, and was compiled already.

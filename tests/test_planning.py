@@ -214,6 +214,29 @@ def test_what_the_gin_file_says_of_int8_stays():
     assert {layout.quantize for layout in asked} == {"int8"}
 
 
+def test_a_float32_run_is_tried_in_bfloat16():
+    workload = dataclasses.replace(XXL, config=dataclasses.replace(XXL.config, dtype="float32"))
+    where = parse_slice("h100x8")
+    compile_one, asked = compiler(workload, where, lambda layout: True)
+    tried, best = searching.search(workload, where, None, compile_one)
+    assert [(layout.dtype, layout.quantize) for layout in asked] == [
+        (None, None), ("bfloat16", None)
+    ]  # fmt: skip
+    assert best == tried[1] and best["settings"]["dtype"] == "bfloat16"
+    # GPUs take float32 in TF32, at half the rate, and twice the bytes are held and read.
+    held, compute, memory = (
+        [one["bytes_per_device"]["frozen"] for one in tried],
+        [one["estimate"]["compute"] for one in tried],
+        [one["estimate"]["memory"] for one in tried],
+    )
+    assert held[0] == pytest.approx(2 * held[1]) and memory[0] == pytest.approx(2 * memory[1])
+    assert compute[0] == pytest.approx(2 * compute[1], rel=0.01)  # remat may differ
+    # Weights that train stay as they are.
+    compile_one, asked = compiler(workload, where, lambda layout: True)
+    searching.search(changed(workload, method="model_tuning"), where, None, compile_one)
+    assert {layout.dtype for layout in asked} == {None}
+
+
 def test_int8_is_left_where_it_gains_nothing():
     where = parse_slice("v6e-8")
     compile_one, asked = compiler(XXL, where, lambda layout: True)

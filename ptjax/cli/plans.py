@@ -56,13 +56,9 @@ def show_slice(found: Report) -> None:
         console.print(f"  {reason}")
     if best:
         _show_settings(console, "best:", best)
-        whole = [
-            report
-            for report in tried
-            if report["verdict"] == "fits" and report["settings"]["QUANTIZE"] is None
-        ]
-        if whole and best["settings"]["QUANTIZE"]:
-            _show_settings(console, "without rounding the kernels to int8:", whole[0])
+        exact = [one for one in tried if one["verdict"] == "fits" and not _rounds(one)]
+        if exact and _rounds(best):
+            _show_settings(console, "without rounding the weights further:", exact[0])
     elif own.get("verdict") == "fits":
         console.print("nothing else that may be faster fits")
     elif any(report["verdict"] == "tight" for report in tried):
@@ -76,13 +72,17 @@ def _console() -> Console:
     return console if console.is_terminal else Console(highlight=False, markup=False, width=140)
 
 
+def _rounds(report: Report) -> bool:
+    return bool(report["settings"]["dtype"] or report["settings"]["QUANTIZE"])
+
+
 def _show_settings(console: Console, title: str, report: Report) -> None:
     """As lines of gin: macros where the files have them, else the arguments."""
-    macros = all(map(has_macro, report["settings"]))
     console.print(title)
     for name, value in report["settings"].items():
-        bound = name if macros else f"backbone.load_backbone.{name.lower()}"
-        console.print(f"  {bound} = {value!r}")
+        bound = name if has_macro(name) else f"backbone.load_backbone.{name.lower()}"
+        if name != "dtype" or value is not None:  # None is what the gin file says
+            console.print(f"  {bound} = {value!r}")
 
 
 def _row(report: Report) -> tuple[str, ...]:

@@ -168,6 +168,14 @@ class Slice:
         """Of a device's memory."""
         return int(USABLE_HBM[self.generation.device_kind] * 2**30)
 
+    def flops(self, dtype: str) -> float:
+        """Of a device a second, in products of matrices of that dtype as JAX does them by default.
+
+        A TPU rounds float32 to bfloat16 for them, a GPU to TF32, which takes twice the time.
+        """
+        halved = dtype == "float32" and not self.is_tpu
+        return self.generation.flops / (2 if halved else 1)
+
     @property
     def compiler(self) -> tuple[str, ...]:
         """The packages that compile for it, one of which has to be there."""
