@@ -5,8 +5,9 @@
 T5 1.1 with random bfloat16 weights, and with int8 kernels, on all devices as data x 1; for every
 size, length and dtype the first remat policy with which the step compiles and runs. Beside what is
 measured stands what `ptjax.plan` says of such devices beforehand. Every row is a process of its
-own, so that its peak is its own. Utilisation is useful FLOPs (nothing counted twice) over the
-published peak. Has not run on a GPU or TPU yet; `--sizes=small --batch=2` runs on a CPU.
+own, so that its peak is its own, and so is every plan. Utilisation is useful FLOPs (nothing counted
+twice) over the published peak. Has not run on a GPU or TPU yet; `--sizes=small --batch=2` runs on a
+CPU.
 """
 
 from __future__ import annotations
@@ -18,17 +19,19 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
 import numpy as np
 from prompt_step import SIZES, t5_1_1
 
-from ptjax import planning
+from ptjax import compiling, planning
 from ptjax.planning import Layout, Workload
 from ptjax.scale import sharding
 from ptjax.scale.compiled import Recipe
-from ptjax.scale.slices import GENERATIONS, Slice
+from ptjax.scale.slices import ENVIRONMENT, GENERATIONS, parse_slice
 from ptjax.training.loss import Loss
 from ptjax.training.optimizer import Adafactor
 from ptjax.training.step import TrainState
@@ -55,13 +58,17 @@ def random_arrays(shapes: Any, seed: int = 0) -> Any:
     return jax.tree.unflatten(tree, made)
 
 
+def wanted(row: dict[str, Any], devices: int) -> tuple[Workload, Layout]:
+    config = t5_1_1(row["size"], dtype=row["dtype"], dropout_rate=0.0)
+    recipe = Recipe("prompt_tuning", Adafactor(), Loss())
+    layout = Layout(f"{devices}x1", remat=row["remat"], quantize=row["quantize"])
+    return Workload(config, recipe, row["batch"], row["inputs"]), layout
+
+
 def measure(row: dict[str, Any]) -> dict[str, Any]:
     """One row, in this process."""
     devices = jax.devices()
-    layout = Layout(f"{len(devices)}x1", remat=row["remat"], quantize=row["quantize"])
-    config = t5_1_1(row["size"], dtype=row["dtype"], dropout_rate=0.0)
-    recipe = Recipe("prompt_tuning", Adafactor(), Loss())
-    workload = Workload(config, recipe, row["batch"], row["inputs"])
+    workload, layout = wanted(row, len(devices))
     mesh = sharding.make_mesh((len(devices), 1))
     placed = planning.place(workload, layout, mesh)
     started = time.perf_counter()
@@ -79,7 +86,7 @@ def measure(row: dict[str, Any]) -> dict[str, Any]:
         {
             name: np.ones(shape, dtype)
             if "weights" in name
-            else rng.integers(2, config.vocab_size, shape).astype(dtype)
+            else rng.integers(2, workload.config.vocab_size, shape).astype(dtype)
             for name, (shape, dtype) in placed.shape.arrays().items()
         },
         mesh,
@@ -96,18 +103,18 @@ def measure(row: dict[str, Any]) -> dict[str, Any]:
     found = {"seconds": statistics.median(seconds), "compile_seconds": compiling, "loss": loss}
     found["peak_bytes"] = (devices[0].memory_stats() or {}).get("peak_bytes_in_use")
     found["compiled_peak_bytes"] = step.memory_analysis().peak_memory_in_bytes
-    kind = devices[0].device_kind
-    known = [one for one in GENERATIONS.values() if one.device_kind == kind]
-    found |= {"device": kind, "devices": len(devices)}
-    if known:
-        where = Slice(kind, known[0], (len(devices) // known[0].devices,))
-        counted = planning.count(workload, layout, where)
-        peak = len(devices) * known[0].flops
-        found |= {
-            "utilisation": counted["flops"]["useful"] / found["seconds"] / peak,
-            "planned": counted["estimate"],
-        }
-    return row | found
+    return row | found | {"device": devices[0].device_kind, "devices": len(devices)}
+
+
+def plan(row: dict[str, Any]) -> dict[str, Any]:
+    """What `ptjax.plan` says of a measured row; {} of devices that it does not know."""
+    for name, one in GENERATIONS.items():
+        if one.device_kind == row["device"]:
+            count = row["devices"] // one.devices * one.cores
+            where = parse_slice(f"{name}-{count}" if one.topology else f"{name}x{count}")
+            workload, layout = wanted(row, row["devices"])
+            return compiling.compile_ahead(workload, layout, where, exact=True, timed=True)
+    return {}
 
 
 def main() -> None:
@@ -122,14 +129,16 @@ def main() -> None:
     parser.add_argument("--row", type=json.loads, help=argparse.SUPPRESS)
     flags = parser.parse_args()
     if flags.row:
-        print(json.dumps(measure(flags.row)))
+        print(json.dumps(plan(flags.row) if "seconds" in flags.row else measure(flags.row)))
         return
     rows = []
     if flags.output and os.path.exists(flags.output):
         with open(flags.output, encoding="utf-8") as file:
             rows = json.load(file)
-    print("| T5 1.1 | T | kernels | remat | s a step | examples/s | peak GiB | MFU | planned s |")
-    print("|---|--:|---|---|--:|--:|--:|--:|--:|")
+    print(
+        "| T5 1.1 | T | kernels | remat | s a step | planned | examples/s | peak GiB | planned | MFU |"
+    )
+    print("|---|--:|---|---|--:|--:|--:|--:|--:|--:|")
     for size in flags.sizes.split(","):
         for inputs in map(int, flags.inputs.split(",")):
             for quantize in (None, "int8"):
@@ -149,14 +158,24 @@ def main() -> None:
 def first_that_runs(settings: dict[str, Any]) -> dict[str, Any]:
     """The row with the remat policy that keeps most and still runs."""
     for remat in REMATS:
-        row = json.dumps(settings | {"remat": remat})
-        done = subprocess.run(
-            [sys.executable, __file__, f"--row={row}"], stdout=subprocess.PIPE, text=True
-        )
-        if done.returncode == 0:
-            return json.loads(done.stdout.splitlines()[-1])
-        print(f"{row} ended with {done.returncode}", file=sys.stderr)
+        if row := answer(settings | {"remat": remat}):
+            return row | {"planned": answer(row, ENVIRONMENT)}
     return settings | {"remat": None}
+
+
+def answer(row: dict[str, Any], environment: Mapping[str, str] = MappingProxyType({})) -> Any:
+    """What a process of its own makes of the row; None if it fails, and it says why."""
+    text = json.dumps(row)
+    done = subprocess.run(
+        [sys.executable, __file__, f"--row={text}"],
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    if done.returncode == 0:
+        return json.loads(done.stdout.splitlines()[-1])
+    print(f"{text} ended with {done.returncode}", file=sys.stderr)
+    return None
 
 
 def show(row: dict[str, Any]) -> None:
@@ -168,11 +187,14 @@ def show(row: dict[str, Any]) -> None:
     ]
     if "seconds" in row:
         peak = row["peak_bytes"] or row["compiled_peak_bytes"]
-        cells += [f"{row['seconds']:.3f}", f"{row['batch'] / row['seconds']:.1f}"]
-        cells += [f"{peak / 2**30:.2f}"]
-        if "planned" in row:
-            cells += [f"{row['utilisation']:.0%}", f"> {row['planned']['low']:.3f}"]
-    cells += [""] * (9 - len(cells))
+        planned, rate = row["planned"] or {}, f"{row['batch'] / row['seconds']:.1f}"
+        seconds = planned.get("estimate", {})
+        expected = " - ".join(f"{seconds[x]:.3f}" for x in ("low", "high") if seconds.get(x))
+        expected_peak = planned.get("peak_bytes", 0) / 2**30
+        cells += [f"{row['seconds']:.3f}", expected, rate, f"{peak / 2**30:.2f}"]
+        if planned:
+            cells += [f"{expected_peak:.2f}", f"{seconds['ideal'] / row['seconds']:.0%}"]
+    cells += [""] * (10 - len(cells))
     print(f"| {' | '.join(map(str, cells))} |", flush=True)
 
 
