@@ -135,9 +135,7 @@ def main() -> None:
     if flags.output and os.path.exists(flags.output):
         with open(flags.output, encoding="utf-8") as file:
             rows = json.load(file)
-    print(
-        "| T5 1.1 | T | kernels | remat | s a step | planned | examples/s | peak GiB | planned | MFU |"
-    )
+    print("| T5 1.1 | T | kernels | remat | s a step | plan | examples/s | peak GiB | plan | MFU |")
     print("|---|--:|---|---|--:|--:|--:|--:|--:|--:|")
     for size in flags.sizes.split(","):
         for inputs in map(int, flags.inputs.split(",")):

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ptjax.planning import Layout, Report, Workload
     from ptjax.scale.slices import Slice
 
-NOT_NEEDED = dict.fromkeys(("MODEL_DIR", "DATA_DIR", "INITIAL_CHECKPOINT_PATH", "HARD_PROMPT"), "")
+NOT_NEEDED = {"MODEL_DIR": "", "DATA_DIR": "", "INITIAL_CHECKPOINT_PATH": "", "HARD_PROMPT": ""}
 
 
 def main() -> None:

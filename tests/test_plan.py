@@ -60,7 +60,7 @@ def test_a_layout_that_a_run_would_refuse_is_an_answer(call):
     small = ("--gin_file=models/t5_1_1_small.gin", "--gin_file=runs/prompt_tune.gin")
     code, out, _ = call("plan", *small, "--slice=v5e-8", "--quick", "--gin.MESH='1x8'")
     assert code == 0
-    assert "  num_heads = 6 is not a multiple of 8, the model axis of the mesh 1x8" in out
+    assert "  gin file: num_heads = 6 is not a multiple of 8, the model axis of the mesh 1x8" in out
 
 
 def test_settings_are_shown_as_they_are_bound_and_as_they_were_written(call):

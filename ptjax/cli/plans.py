@@ -51,9 +51,12 @@ def show_slice(found: Report) -> None:
         table.add_row(label, *_row(report))
     console.print()
     console.print(table)
-    # One each: of a slice that is too small all say the same.
-    for reason in dict.fromkeys(report["reason"] for _, report in rows if report.get("reason")):
-        console.print(f"  {reason}")
+    said = set[str]()
+    for label, report in rows:
+        reason = report.get("reason")
+        if reason and reason not in said:  # of a slice that is too small many say the same
+            said.add(reason)
+            console.print(f"  {label if report is own else _row(report)[0]}: {reason}")
     if best:
         _show_settings(console, "best:", best)
         exact = [one for one in tried if one["verdict"] == "fits" and not _rounds(one)]
