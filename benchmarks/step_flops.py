@@ -14,20 +14,11 @@ import json
 import sys
 
 import jax
-import jax.numpy as jnp
 from prompt_step import SIZES, count_step_flops, t5_1_1
 
+from ptjax.data.pipeline import Shape
+
 LIMIT = 2.25
-
-
-def batch_shapes(batch: int, inputs: int, targets: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """A training batch [B, T] -> [B, L] without its values."""
-    return {
-        "encoder_input_tokens": jax.ShapeDtypeStruct((batch, inputs), jnp.int32),
-        "decoder_input_tokens": jax.ShapeDtypeStruct((batch, targets), jnp.int32),
-        "decoder_target_tokens": jax.ShapeDtypeStruct((batch, targets), jnp.int32),
-        "decoder_loss_weights": jax.ShapeDtypeStruct((batch, targets), jnp.float32),
-    }
 
 
 def main() -> int:
@@ -40,7 +31,8 @@ def main() -> int:
     flags = parser.parse_args()
     shape = {name: getattr(flags, name) for name in ("batch", "inputs", "prompt", "targets")}
 
-    batch = batch_shapes(flags.batch, flags.inputs, flags.targets)
+    arrays = Shape(flags.batch, flags.inputs, flags.targets).arrays()
+    batch = {name: jax.ShapeDtypeStruct(*array) for name, array in arrays.items()}
     print(f"T5 1.1, prompt tuning, {shape}")
     print(f"{'size':6} {'forward':>10} {'step':>10} {'step / forward':>15}")
     rows = []
