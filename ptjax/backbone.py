@@ -106,11 +106,6 @@ def load_backbone(
         logging.warning(
             "%s also holds a prompt, left out here; load_prompt(path) returns it", opened.name
         )
-    if fsdp and not opened.config.scan_layers:
-        raise InputError(
-            "FSDP = True needs SCAN_LAYERS = True: only in a scan is a layer's weights' gathering "
-            "sure to wait for that layer"
-        )
     sharding.check_rules({"params": opened.arrays})
     mesh = choose_mesh(mesh, opened.config, dtype, fsdp=fsdp, quantize=quantize)
     params, samples = _load_params(opened, dtype, mesh, fsdp, quantize)

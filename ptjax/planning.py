@@ -17,7 +17,6 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from ptjax.data.pipeline import Shape
-from ptjax.errors import InputError
 from ptjax.models.config import T5Config
 from ptjax.models.prompted import make_apply_fn
 from ptjax.scale import meshes, sharding
@@ -114,7 +113,7 @@ class Layout:
 
 
 def settle(workload: Workload, layout: Layout, where: Slice) -> Layout:
-    """`layout` with a mesh in numbers; what does not fit together is an error here.
+    """`layout` with a mesh in numbers, which has to go with the sizes and the batch.
 
     Raises:
         InputError: as `ptjax.train` has it.
@@ -125,13 +124,9 @@ def settle(workload: Workload, layout: Layout, where: Slice) -> Layout:
         shape, _ = meshes.smallest_that_fits(config, held, where.devices(), layout.fsdp)
         layout = dataclasses.replace(layout, mesh="x".join(map(str, shape)))
     mesh = counted_mesh(layout, where)
-    meshes.check_divisible(config, mesh, fsdp=layout.fsdp)
+    meshes.check_mesh(config, mesh, fsdp=layout.fsdp)
     if not workload.pack:
         sharding.check_batch_size(workload.batch_size, mesh, workload.recipe.microbatches)
-    if layout.fsdp and not layout.scan_layers:
-        raise InputError("FSDP = True needs SCAN_LAYERS = True")
-    if layout.quantize and workload.recipe.method == "model_tuning":
-        raise InputError("int8 kernels do not train: model tuning needs QUANTIZE = None")
     return layout
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from types import SimpleNamespace
 
@@ -66,7 +67,8 @@ def test_what_is_no_name(tiny, name):
 
 def test_the_log_says_which_mesh_and_why(tiny, caplog):
     caplog.set_level(logging.INFO, logger="absl")
-    meshes.choose_mesh("2x4", tiny.config, "float32", fsdp=True)
+    scanned = dataclasses.replace(tiny.config, scan_layers=True)
+    meshes.choose_mesh("2x4", scanned, "float32", fsdp=True)
     meshes.choose_mesh("auto", tiny.config, "float32")
     meshes.choose_mesh(None, tiny.config, "float32")
     assert [record.getMessage() for record in caplog.records] == [
@@ -84,9 +86,10 @@ def test_the_log_says_which_mesh_and_why(tiny, caplog):
         ("2x4", False, "num_heads = 6 is not a multiple of 4, the model axis of the mesh 2x4; "),
         ("2x1x4", False, "the model axis of the mesh 2x1x4; MESH may be '2x4x1' or '2x2x2'"),
         ("1x8", False, "MESH may be '8x1' or '4x2'"),
+        ("8x1", True, "FSDP = True needs SCAN_LAYERS = True"),
     ],
 )
-def test_the_heads_of_t5_small_do_not_go_on_four_devices(name, fsdp, message):
+def test_what_t5_small_does_not_go_with(name, fsdp, message):
     with pytest.raises(InputError, match=message):
         meshes.choose_mesh(name, SMALL, "float32", fsdp=fsdp)
 
@@ -108,7 +111,8 @@ def test_the_heads_of_t5_small_do_not_go_on_four_devices(name, fsdp, message):
 )
 def test_each_size_that_the_table_divides_is_checked(changes, message):
     sizes = {"vocab_size": 64, "emb_dim": 32, "num_heads": 8, "head_dim": 4, "mlp_dim": 64}
-    config = T5Config(num_encoder_layers=1, num_decoder_layers=1, **(sizes | changes))
+    sizes |= {"num_encoder_layers": 1, "num_decoder_layers": 1, "scan_layers": True}
+    config = T5Config(**(sizes | changes))
     with pytest.raises(InputError, match=message):
         meshes.choose_mesh("2x4", config, "float32", fsdp=True)
 

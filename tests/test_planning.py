@@ -6,7 +6,7 @@ import dataclasses
 
 import jax
 import pytest
-from workloads import RECIPE, SIZES, TOY, V5E, XXL, changed
+from workloads import SIZES, TOY, V5E, XXL, changed
 
 from ptjax import planning, searching, tuning
 from ptjax.cli import load_gin
@@ -89,11 +89,6 @@ def test_a_prompt_that_sees_nothing_and_a_bank_are_counted_as_they_run():
         (Layout("1x8"), {"config": SIZES["small"]}, "num_heads = 6 is not a multiple of 8"),
         (Layout("8x1"), {"batch_size": 12}, "batch size 12 is not a multiple of the 8 devices"),
         (Layout("8x1", fsdp=True, scan_layers=False), {}, "FSDP = True needs SCAN_LAYERS"),
-        (
-            Layout("8x1", quantize="int8"),
-            {"recipe": dataclasses.replace(RECIPE, method="model_tuning")},
-            "int8 kernels do not train",
-        ),
     ],
 )
 def test_what_does_not_fit_together_is_said(layout, changes, message):

@@ -59,7 +59,7 @@ def choose_mesh(
         mesh = sharding.make_mesh(shape, found)
     else:
         why = "as given"
-    check_divisible(config, mesh, fsdp=fsdp)
+    check_mesh(config, mesh, fsdp=fsdp)
     if mesh.size > 1:
         kind = mesh.devices.flat[0].device_kind
         axes = " x ".join(mesh.axis_names) + (", fsdp" if fsdp else "")
@@ -86,11 +86,17 @@ def mesh_name(mesh: Mesh) -> str:
     return "x".join(map(str, mesh.axis_sizes))
 
 
-def check_divisible(config: T5Config, mesh: Mesh, *, fsdp: bool = False) -> None:
+def check_mesh(config: T5Config, mesh: Mesh, *, fsdp: bool = False) -> None:
     """InputError unless the mesh's axes divide what the table divides over them.
 
-    That is heads, mlp and vocabulary over `model`, and with `fsdp` the width over `data`.
+    That is heads, mlp and vocabulary over `model`, and with `fsdp`, which needs scanned layers, the
+    width over `data`.
     """
+    if fsdp and not config.scan_layers:
+        raise InputError(
+            "FSDP = True needs SCAN_LAYERS = True: only in a scan is a layer's weights' gathering "
+            "sure to wait for that layer"
+        )
     wrong = _indivisible(config, mesh.shape, fsdp)
     if wrong is None:
         return

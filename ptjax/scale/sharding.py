@@ -147,7 +147,7 @@ def sharding_of(
     """Where the variable `path` ("params/encoder/...") lives.
 
     Raises:
-        InputError: no row covers it, or the mesh does not divide it (`meshes.check_divisible` says
+        InputError: no row covers it, or the mesh does not divide it (`meshes.check_mesh` says
             that of a whole model, and what does).
     """
     spec = spec_of(path, len(shape), fsdp=fsdp, rules=rules)
