@@ -73,7 +73,7 @@ def measure(row: dict[str, Any]) -> dict[str, Any]:
     placed = planning.place(workload, layout, mesh)
     started = time.perf_counter()
     step = placed.lower().compile()
-    compiling = time.perf_counter() - started
+    compile_seconds = time.perf_counter() - started
     frozen = random_arrays(placed.frozen)
     # As `init_train_state` makes it: all zeros, but for what trains.
     shapes = placed.state.step, placed.state.opt_state
@@ -100,7 +100,11 @@ def measure(row: dict[str, Any]) -> dict[str, Any]:
         if turn:  # the first one warms up
             seconds.append((time.perf_counter() - started) / row["steps"])
     assert np.isfinite(loss), loss
-    found = {"seconds": statistics.median(seconds), "compile_seconds": compiling, "loss": loss}
+    found = {
+        "seconds": statistics.median(seconds),
+        "compile_seconds": compile_seconds,
+        "loss": loss,
+    }
     found["peak_bytes"] = (devices[0].memory_stats() or {}).get("peak_bytes_in_use")
     found["compiled_peak_bytes"] = step.memory_analysis().peak_memory_in_bytes
     return row | found | {"device": devices[0].device_kind, "devices": len(devices)}
@@ -188,7 +192,7 @@ def show(row: dict[str, Any]) -> None:
         planned, rate = row["planned"] or {}, f"{row['batch'] / row['seconds']:.1f}"
         seconds = planned.get("estimate", {})
         expected = " - ".join(f"{seconds[x]:.3f}" for x in ("low", "high") if seconds.get(x))
-        expected_peak = planned.get("peak_bytes", 0) / 2**30
+        expected_peak = planned.get("peak_bytes", float("nan")) / 2**30
         cells += [f"{row['seconds']:.3f}", expected, rate, f"{peak / 2**30:.2f}"]
         if planned:
             cells += [f"{expected_peak:.2f}", f"{seconds['ideal'] / row['seconds']:.0%}"]

@@ -27,6 +27,7 @@ from ptjax import atomic, planning
 from ptjax.errors import InputError
 from ptjax.planning import Layout, Report, Workload
 from ptjax.scale import meshes, sharding
+from ptjax.scale.devices import FRACTIONS, GIB
 from ptjax.scale.hlo import bytes_accessed, collectives
 from ptjax.scale.slices import Slice
 
@@ -77,12 +78,10 @@ def compile_ahead(
         return report | {"verdict": "does not fit", "reason": str(error).splitlines()[0]}
     memory = compiled.memory_analysis()
     peak, usable = memory.peak_memory_in_bytes, where.usable_bytes
-    verdict = "fits" if peak <= planning.TIGHT * usable else "tight"
     if peak > usable:  # a GPU's compiler refuses nothing
-        verdict = "does not fit"
         report["reason"] = (
-            f"needs {peak / 2**30:.2f} GiB; JAX gives a program {usable / 2**30:.2f} of this GPU "
-            "(XLA_PYTHON_CLIENT_MEM_FRACTION)"
+            f"needs {peak / GIB:.2f} GiB; JAX gives a program {usable / GIB:.2f} of this GPU "
+            f"({FRACTIONS[0]})"
         )
     traffic: dict[tuple[str, ...], list[int]] = {}
     for one in collectives(compiled, mesh):
@@ -90,7 +89,7 @@ def compile_ahead(
         for i, more in enumerate((1, one.times, one.bytes)):
             total[i] += more
     report |= {
-        "verdict": verdict,
+        "verdict": _verdict(peak, usable),
         "compile_seconds": time.perf_counter() - started,
         "peak_bytes": peak,
         "argument_bytes": memory.argument_size_in_bytes,
@@ -108,12 +107,18 @@ def compile_ahead(
     seconds["links"] = planning.link_seconds(sent, mesh, where)
     if timed:
         try:
-            accessed = _accessed_bytes(workload, layout, mesh, options)
+            accessed = _accessed_bytes(workload, layout, mesh, where, options)
         except jax.errors.JaxRuntimeError:
             pass  # the step itself compiled: its verdict stands, without an upper end
         else:
             seconds["memory_most"] = accessed / where.generation.memory_rate
     return report | {"estimate": planning.estimate(seconds, estimate["ideal"])}
+
+
+def _verdict(peak: int, usable: int) -> str:
+    if peak > usable:
+        return "does not fit"
+    return "tight" if peak > planning.TIGHT * usable else "fits"
 
 
 def compiler_options(where: Slice, exact: bool = False) -> dict[str, Any]:
@@ -123,11 +128,13 @@ def compiler_options(where: Slice, exact: bool = False) -> dict[str, Any]:
     return {} if exact else FAST
 
 
-def _accessed_bytes(workload: Workload, layout: Layout, mesh: Mesh, options: Any) -> float:
+def _accessed_bytes(
+    workload: Workload, layout: Layout, mesh: Mesh, where: Slice, options: Any
+) -> float:
     """Bytes that a device's program reads and writes, those kept on the chip included.
 
-    The compiler counts the body of a loop once, so it is asked about one and two layers unrolled,
-    and about one microbatch.
+    Of one and two layers unrolled, and of one microbatch: the TPU's compiler counts the body of a
+    loop once, and a GPU's loop takes slices of stacks, which would be counted whole.
     """
     config, recipe, parts = workload.config, workload.recipe, workload.recipe.microbatches
     encoder, decoder = config.num_encoder_layers, config.num_decoder_layers
@@ -141,7 +148,10 @@ def _accessed_bytes(workload: Workload, layout: Layout, mesh: Mesh, options: Any
             recipe=dataclasses.replace(recipe, microbatches=1),
             batch_size=workload.batch_size // parts,
         )
-        compiled = planning.place(shallow, unrolled, mesh).lower().compile(compiler_options=options)
+        lowered = planning.place(shallow, unrolled, mesh).lower()
+        compiled: Any = lowered.compile(compiler_options=options)
+        if where.is_tpu:
+            return parts * float(compiled.cost_analysis()["bytes accessed"])
         return parts * bytes_accessed(compiled)
 
     one = accessed((1, 1))
@@ -230,10 +240,9 @@ class Compiler:
                 return counted | {"verdict": _LATE, "reason": f"more than {self.timeout} s"}
         if done.returncode == 0:
             return json.loads(done.stdout.splitlines()[-1])
+        if done.returncode == 2:  # the run is no reason: its settings were read here already
+            raise InputError(done.stderr.strip().splitlines()[-1].removeprefix("error: "))
         counted = planning.count(self.workload, layout, self.where)
-        if done.returncode == 2:
-            said = done.stderr.strip().splitlines()[-1].removeprefix("error: ")
-            return counted | {"verdict": "refused", "reason": said}
         return counted | {"verdict": _CRASHED, "reason": _reason(done)}
 
     def _key(self, job: Mapping[str, Any]) -> str:
@@ -244,7 +253,7 @@ class Compiler:
             for one in importlib.metadata.distributions()
             if _PACKAGES.fullmatch(one.name)
         ]
-        flags = [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
+        flags = [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS", *FRACTIONS)]
         for part in (self.gin, self.where.name, json.dumps(job), *sorted(versions), *flags):
             digest.update(part.encode() + b"\0")
         for source in sorted(Path(__file__).parent.rglob("*.py")):

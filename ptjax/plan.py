@@ -88,7 +88,7 @@ def plan(arguments: argparse.Namespace) -> None:
 
     os.environ |= ENVIRONMENT
     names = [name.strip() for text in arguments.slice for name in text.split(",") if name.strip()]
-    slices = [parse_slice(name) for name in names]
+    slices = [parse_slice(name) for name in names or [""]]
     check_at_least(1, **{"--timeout_seconds": arguments.timeout_seconds})
     cli.load_gin(arguments, defaults=NOT_NEEDED)
     from ptjax import compiling
@@ -211,7 +211,9 @@ def plan_slice(
     """What is found for one slice: the gin file's layout, those tried, the best of them."""
     from ptjax import compiling, planning, searching
 
-    found: Report = {"slice": where.name, "own": {}, "tried": [], "best": None}
+    searched = not (arguments.quick or arguments.no_search)
+    found: Report = {"slice": where.name, "own": {}, "searched": searched, "tried": []}
+    found["best"] = None
     compiler = compiling.Compiler(
         workload,
         where,
@@ -229,7 +231,7 @@ def plan_slice(
         found["own"] = (
             planning.count(workload, layout, where) if quick else compiler(layout, timed=True)
         )
-    if arguments.quick or arguments.no_search:
+    if not searched:
         return found
     tried, best = searching.search(workload, where, layout.quantize, compiler)
     if best:

@@ -226,7 +226,8 @@ def count(workload: Workload, layout: Layout, where: Slice) -> Report:
     # microbatch does so. With FSDP they are gathered first.
     passes = (3 if layout.remat == "full" else 2) * workload.recipe.microbatches
     weights = _weight_bytes(workload, layout, mesh)
-    peak = mesh.size * where.flops(layout.applied(workload.config).dtype)
+    dtype = layout.applied(workload.config).dtype
+    peak = mesh.size * where.flops(dtype)
     seconds = {
         "compute": executed / peak,
         "memory": passes * weights / where.generation.memory_rate,
@@ -236,6 +237,7 @@ def count(workload: Workload, layout: Layout, where: Slice) -> Report:
         "slice": where.name,
         "devices": mesh.size,
         "settings": layout.settings(),
+        "dtype": dtype,
         "parameters": trainable + frozen,
         "trainable": trainable,
         "flops": {"forward": forward, "useful": useful, "executed": executed},
@@ -323,7 +325,7 @@ def link_seconds(traffic: Mapping[tuple[str, ...], int], mesh: Mesh, where: Slic
         share = 1.0 if kind in ("send", "collective-permute") else share * (members - 1) / members
         rate = generation.link_rate
         if between or kind == "send":
-            together = 1 if kind == "send" else members // mesh.shape[mesh.axis_names[0]]
+            together = 1 if kind == "send" else max(members // where.slices, 1)
             rate = min(rate, together * generation.network_rate)
         seconds += share * size / rate
     return seconds

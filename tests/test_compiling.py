@@ -168,3 +168,8 @@ def test_xxl_on_eight_gpus():
     assert found["verdict"] == "fits"
     assert found["peak_bytes"] / 2**30 == pytest.approx(27.04, rel=0.05)
     assert sum(one["bytes"] for one in found["collectives"]) < 2e6
+
+
+def test_room_has_to_be_left_for_what_else_is_there():
+    verdicts = [compiling._verdict(peak, 100) for peak in (92, 93, 100, 101)]
+    assert verdicts == ["fits", "tight", "tight", "does not fit"]

@@ -7,6 +7,9 @@ import os
 
 import pytest
 
+from ptjax.cli import plans
+from ptjax.planning import Layout
+
 XXL = ("--gin_file=models/t5_1_1_xxl.gin", "--gin_file=runs/prompt_tune.gin")
 NANO = ("--gin_file=quickstart.gin",)
 
@@ -75,6 +78,7 @@ def test_settings_are_shown_as_they_are_bound_and_as_they_were_written(call):
     [
         ((*XXL, "--slice=v5e-3"), "--slice=v5e-3: there is no such size"),
         (XXL, "the following arguments are required: --slice"),
+        ((*XXL, "--slice=,"), "--slice=: no slice of that name"),
         (("--slice=v5e-8",), "no run to plan: add --gin_file=runs/prompt_tune.gin"),
         (
             (
@@ -178,3 +182,51 @@ def test_every_family_can_be_planned(call, name):
     code, out, err = call("plan", *flags, "--slice=v5p-16", "--quick", "--json")
     assert code == 0, err
     assert json.loads(out)[0]["own"]["trainable"] > 0
+
+
+def report(verdict, dtype="bfloat16", quantize=None):
+    """As `plan_slice` puts it together, but for the numbers."""
+    return {
+        "verdict": verdict,
+        "settings": Layout("8x1", quantize=quantize, dtype=dtype).settings(),
+        "dtype": dtype,
+        "usable_bytes": 1,
+        "bytes_per_device": {},
+        "flops": {"executed": 1},
+        "examples": 1,
+        "estimate": {"low": 1.0, "high": None, "utilisation": [None, 1.0]},
+    }
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "searched", "says"),
+    [
+        (["fits"], True, "nothing else that may be faster fits"),
+        (["fits"], False, None),
+        (["does not fit"], False, None),
+        (["does not fit", "does not fit"], True, "nothing fits: more devices"),
+        (["refused", "does not fit"], True, "nothing fits: more devices"),
+        (["tight", "does not fit"], True, "nothing fits with room to spare"),
+        (["does not fit", "tight"], True, "nothing fits with room to spare"),
+        (["compiler crashed", "does not fit"], True, None),
+    ],
+)
+def test_what_is_concluded_without_a_best(capsys, verdicts, searched, says):
+    own, *tried = map(report, verdicts)
+    plans.show_slice(
+        {"slice": "v5e-8", "own": own, "searched": searched, "tried": tried, "best": None}
+    )
+    out = capsys.readouterr().out
+    assert ("nothing" in out) == (says is not None)
+    assert says is None or says in out
+
+
+def test_the_best_that_rounds_less_is_shown_too(capsys):
+    own, plain = report("does not fit", "float32"), report("fits")
+    best = report("fits", quantize="int8")
+    found = {"slice": "v5e-8", "own": own, "searched": True, "best": best}
+    plans.show_slice(found | {"tried": [own, plain, best]})
+    _, less = capsys.readouterr().out.split("rounding the weights less:")
+    assert "backbone.load_backbone.dtype = 'bfloat16'" in less and "quantize = None" in less
+    plans.show_slice(found | {"tried": [own, best]})
+    assert "rounding" not in capsys.readouterr().out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax
 import pytest
@@ -114,6 +115,28 @@ def test_estimates_follow_from_the_published_rates():
     assert estimate["links"] == pytest.approx(2 * 7 / 8 * 24.0e9 / 90e9, rel=0.1)
     assert estimate["low"] == max(estimate[x] for x in ("compute", "memory", "links"))
     assert estimate["utilisation"] == [None, flops["useful"] / (8 * 197e12) / estimate["low"]]
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh", "axes", "rate"),
+    [
+        ("v5e-8", "4x2", ("data",), 90e9),
+        ("h100x8", "8x1", ("data",), 450e9),
+        # One network card for each GPU, and for all that are in a group.
+        ("h100x16", "2x8x1", ("replica",), 50e9),
+        ("h100x16", "2x8x1", ("replica", "data"), 400e9),
+        ("h100x16", "16x1", ("data",), 400e9),
+        ("h100x16", "2x1x8", ("model",), 450e9),
+        ("2xv5e-16", "2x2x8", ("replica",), 3.12e9),
+        ("2xv5e-16", "2x16x1", ("replica", "data"), 16 * 3.12e9),
+    ],
+)
+def test_what_crosses_the_network_takes_longer(name, mesh, axes, rate):
+    where = parse_slice(name)
+    counted = planning.counted_mesh(Layout(mesh), where)
+    members = math.prod(counted.shape[axis] for axis in axes)
+    found = planning.link_seconds({("all-reduce", *axes): 10**9}, counted, where)
+    assert found == pytest.approx(2 * (members - 1) / members * 1e9 / rate)
 
 
 def test_estimates_of_model_tuning_and_microbatches():

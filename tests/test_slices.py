@@ -89,6 +89,18 @@ def test_xla_takes_the_gpu(name):
     ]
 
 
+def test_of_a_gpu_a_program_has_the_fraction_that_jax_takes(monkeypatch):
+    where = slices.parse_slice("H100x8")
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", ".5")
+    assert where.usable_bytes == 39 * 2**30
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.9")
+    assert where.usable_bytes == 71 * 2**30 == usable_memory(where.devices()[0])
+    for wrong in ("1.5", "most"):
+        monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", wrong)
+        with pytest.raises(InputError, match=f"^XLA_CLIENT_MEM_FRACTION = '{wrong}': a number"):
+            _ = where.usable_bytes
+
+
 def test_a_topology_that_the_compiler_refuses_is_said(monkeypatch):
     def refuse(**kwargs):
         raise ValueError("no\nsuch thing")

@@ -59,15 +59,18 @@ def show_slice(found: Report) -> None:
             console.print(f"  {label if report is own else _row(report)[0]}: {reason}")
     if best:
         _show_settings(console, "best:", best)
-        exact = [one for one in tried if one["verdict"] == "fits" and not _rounds(one)]
-        if exact and _rounds(best):
-            _show_settings(console, "without rounding the weights further:", exact[0])
-    elif own.get("verdict") == "fits":
-        console.print("nothing else that may be faster fits")
-    elif any(report["verdict"] == "tight" for report in tried):
-        console.print("nothing fits with room to spare; what is tight may run")
-    elif own.get("verdict", "refused") != "refused":
-        console.print("nothing fits: more devices, a smaller batch, or shorter inputs")
+        # Those that round least are tried first.
+        fitting = [report for report in tried if report["verdict"] == "fits"]
+        if fitting and _rounding(fitting[0]) != _rounding(best):
+            _show_settings(console, "rounding the weights less:", fitting[0])
+    elif found["searched"]:
+        verdicts = {report.get("verdict") for _, report in rows}
+        if "fits" in verdicts:
+            console.print("nothing else that may be faster fits")
+        elif "tight" in verdicts:
+            console.print("nothing fits with room to spare; what is tight may run")
+        elif verdicts <= {"does not fit", "refused"}:
+            console.print("nothing fits: more devices, a smaller batch, or shorter inputs")
 
 
 def _console() -> Console:
@@ -75,8 +78,8 @@ def _console() -> Console:
     return console if console.is_terminal else Console(highlight=False, markup=False, width=140)
 
 
-def _rounds(report: Report) -> bool:
-    return bool(report["settings"]["dtype"] or report["settings"]["QUANTIZE"])
+def _rounding(report: Report) -> tuple[str, str | None]:
+    return report["dtype"], report["settings"]["QUANTIZE"]
 
 
 def _show_settings(console: Console, title: str, report: Report) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
+
+from ptjax.errors import InputError
 
 GIB = 2**30
 
@@ -17,14 +20,38 @@ USABLE_HBM = {
     "TPU v6 lite": 31.25,
     "TPU v6e": 31.25,
     "TPU7x": 94.75,
-    "NVIDIA A100-SXM4-80GB": 59,
-    "NVIDIA H100 80GB HBM3": 59,
-    "NVIDIA H200": 104,
-    "NVIDIA B200": 133,
 }
-"""`device_kind` -> GiB that a compiled program may use. TPUs: from the compiler's own refusals of
-one that needs more (libtpu 0.0.42); a device is a core of v2, v3 and TPU7x, a chip of the others.
-GPUs: the three quarters of 79.2, 139.8 and 178.4 GiB that JAX takes by default."""
+"""`device_kind` -> GiB of a TPU that a compiled program may use, from the compiler's own refusals
+of one that needs more (libtpu 0.0.42). A device is a core of v2, v3 and TPU7x, else a chip."""
+GPU_MEMORY = {
+    "NVIDIA A100-SXM4-80GB": 79.2,
+    "NVIDIA H100 80GB HBM3": 79.2,
+    "NVIDIA H200": 139.8,
+    "NVIDIA B200": 178.4,
+}
+"""`device_kind` -> GiB of a GPU; of it JAX takes a fraction, three quarters by default."""
+FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+"""The environment variables, the newer one first, that name another."""
+
+
+def known_memory(kind: str) -> int | None:
+    """Bytes that a program may use of such a device, from the tables; None is unknown.
+
+    Raises:
+        InputError: the fraction of a GPU is no number between 0 and 1.
+    """
+    if kind not in GPU_MEMORY:
+        usable = USABLE_HBM.get(kind)
+        return None if usable is None else int(usable * GIB)
+    name = next(filter(os.environ.get, FRACTIONS), "")
+    text = os.environ.get(name) or "0.75"
+    try:
+        fraction = float(text)
+    except ValueError:
+        fraction = 0.0
+    if not 0 < fraction <= 1:
+        raise InputError(f"{name} = {text!r}: a number between 0 and 1")
+    return int(fraction * GPU_MEMORY[kind]) * GIB  # whole, as `usable_memory` has it
 
 
 def usable_memory(device: Any) -> int | None:
@@ -43,5 +70,4 @@ def usable_memory(device: Any) -> int | None:
             if local.device_kind == device.device_kind:
                 limit = (local.memory_stats() or {}).get("bytes_limit")
                 return None if limit is None else limit // GIB * GIB
-    usable = USABLE_HBM.get(device.device_kind)
-    return None if usable is None else int(usable * GIB)
+    return known_memory(device.device_kind)

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "send")
-_BITS = {"pred": 8, "bf16": 16}
+_BITS = {"pred": 8, "bf16": 16, "token": 0, "opaque": 0}
 # They move nothing: names for what is there, and what is counted where it happens.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call",
          "conditional", "opt-barrier", "after-all", "partition-id", "replica-id"}  # fmt: skip
@@ -66,14 +66,8 @@ def collectives(compiled: Any, mesh: Mesh) -> list[Collective]:
     return found
 
 
-def bytes_accessed(compiled: Any) -> float:
-    """That a device's program reads and writes, those kept on the chip included.
-
-    The TPU's compiler tells, a loop's body once. Of a GPU's program they are the arguments and the
-    result of every kernel, over the turns of its loops.
-    """
-    if cost := compiled.cost_analysis():
-        return float(cost["bytes accessed"])
+def bytes_accessed(compiled: Any) -> int:
+    """That a GPU's program reads and writes: arguments and result of every kernel, every time."""
     computations, entry = _computations(compiled.as_text())
     lines = (line for one in computations.values() for line in one if " call(" not in line)
     inside = {x for line in lines for x in re.findall(r"(?:calls|to_apply)=(%[\w.\-]+)", line)}
@@ -93,7 +87,7 @@ def bytes_accessed(compiled: Any) -> float:
             if operation not in _FREE and not operation.endswith("-done"):
                 read = re.findall(r"%[\w.\-]+", operands)
                 total += times * (sizes[result] + sum(sizes.get(one, 0) for one in read))
-    return float(total)
+    return total
 
 
 def _arrays(text: str) -> list[tuple[str, tuple[int, ...]]]:
@@ -103,7 +97,7 @@ def _arrays(text: str) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def _array_bytes(dtype: str, shape: tuple[int, ...]) -> int:
-    bits = _BITS.get(dtype) or int(re.sub(r"\D*(\d+).*", r"\1", dtype))
+    bits = _BITS[dtype] if dtype in _BITS else int(re.sub(r"\D*(\d+).*", r"\1", dtype))
     return math.prod(shape) * bits // 8
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from ptjax.errors import InputError
-from ptjax.scale.devices import USABLE_HBM
+from ptjax.scale.devices import GIB, GPU_MEMORY, known_memory
 
 ENVIRONMENT = {
     # A CPU is all that is there; libtpu need not ask the network which TPU this is.
@@ -70,7 +70,6 @@ def _gpu(
     clock: float,
     shared: int,
     cache: int,
-    memory: float,
 ) -> dict[str, Any]:
     """A GPU as NVIDIA's programming guide and data sheets have it.
 
@@ -79,7 +78,6 @@ def _gpu(
         clock: GHz.
         shared: KiB of a core; a block may have all but one.
         cache: MiB of L2.
-        memory: GiB.
     """
     return {
         "cuda_compute_capability": dict(zip(("major", "minor"), capability, strict=True)),
@@ -90,7 +88,6 @@ def _gpu(
         "shared_memory_per_block_optin": (shared - 1) * 2**10,
         "shared_memory_per_core": shared * 2**10,
         "l2_cache_size": cache * 2**20,
-        "device_memory_size": int(memory * 2**30),
         "threads_per_warp": 32,
         "threads_per_block_limit": 1024,
         "threads_per_core_limit": 2048,
@@ -116,23 +113,23 @@ GENERATIONS = {
     "tpu7x": Generation("TPU7x", "tpu7x", 1153e12, 3690e9, 180e9, 6.25e9, 2, 2, 3, 8192),
     "a100": Generation(
         "NVIDIA A100-SXM4-80GB", "", 312e12, 2039e9, 300e9, 25e9, most=8,
-        options=_gpu((8, 0), cores=108, lanes=64, clock=1.41, shared=164, cache=40, memory=79.2),
+        options=_gpu((8, 0), cores=108, lanes=64, clock=1.41, shared=164, cache=40),
     ),
     "h100": Generation(
         "NVIDIA H100 80GB HBM3", "", 989e12, 3350e9, 450e9, 50e9, most=8,
-        options=_gpu((9, 0), cores=132, lanes=128, clock=1.98, shared=228, cache=50, memory=79.2),
+        options=_gpu((9, 0), cores=132, lanes=128, clock=1.98, shared=228, cache=50),
     ),
     "h200": Generation(
         "NVIDIA H200", "", 989e12, 4800e9, 450e9, 50e9, most=8,
-        options=_gpu((9, 0), cores=132, lanes=128, clock=1.98, shared=228, cache=50, memory=139.8),
+        options=_gpu((9, 0), cores=132, lanes=128, clock=1.98, shared=228, cache=50),
     ),
     "b200": Generation(
         "NVIDIA B200", "", 2250e12, 7700e9, 900e9, 50e9, most=8,
-        options=_gpu((10, 0), cores=148, lanes=128, clock=1.9, shared=228, cache=126, memory=178.4),
+        options=_gpu((10, 0), cores=148, lanes=128, clock=1.9, shared=228, cache=126),
     ),
 }  # fmt: skip
 ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "v7x": "tpu7x"}
-EXAMPLES = ("v5e-8", "v4-16", "v5p-8", "v6e-8", "tpu7x-8", "2xv5e-16", "h100x8")
+EXAMPLES = ("v5e-8", "v4-16", "v5p-8", "v6e-8", "tpu7x-8", "2xv5e-16", "h100x8", "h100x16")
 _MOST_SLICES = 64
 
 
@@ -166,7 +163,7 @@ class Slice:
     @property
     def usable_bytes(self) -> int:
         """Of a device's memory."""
-        return int(USABLE_HBM[self.generation.device_kind] * 2**30)
+        return known_memory(self.generation.device_kind) or 0
 
     def flops(self, dtype: str) -> float:
         """Of a device a second, in products of matrices of that dtype as JAX does them by default.
@@ -252,15 +249,15 @@ def parse_slice(name: str) -> Slice:
 
 
 def _parts(name: str) -> tuple[int, str, int]:
-    """(slices, generation, size) in a name."""
-    if match := re.fullmatch(r"(?:(\d+)x)?([a-z]\w*)-(\d+)", name):
+    """(slices, generation, size) in a name; several machines of GPUs are one size."""
+    if match := re.fullmatch(r"(?:(\d+)x)?([a-z]\w*)-(\d+)", name.lower()):
         count, kind, size = int(match[1] or 1), ALIASES.get(match[2], match[2]), int(match[3])
         if kind in GENERATIONS and GENERATIONS[kind].topology:
             return count, kind, size
-    match = re.fullmatch(r"([a-z]+\d+)x([1-9]\d*)", name)
+    match = re.fullmatch(r"([a-z]+\d+)x([1-9]\d*)", name.lower())
     if match and match[1] in GENERATIONS and not GENERATIONS[match[1]].topology:
         return 1, match[1], int(match[2])
-    near = difflib.get_close_matches(name, EXAMPLES, 1, 0.5)
+    near = difflib.get_close_matches(name.lower(), EXAMPLES, 1, 0.5)
     hint = f"did you mean {near[0]}? " if near else ""
     raise InputError(
         f"--slice={name}: no slice of that name; {hint}Names are such as {', '.join(EXAMPLES)}"
@@ -299,6 +296,7 @@ def _target_config(generation: Generation) -> str:
             {
                 "gpu_device_info": {
                     **generation.options,
+                    "device_memory_size": int(GPU_MEMORY[generation.device_kind] * GIB),
                     "memory_bandwidth": int(generation.memory_rate),
                 },
                 "platform_name": '"CUDA"',
