@@ -8,6 +8,7 @@ import json
 import math
 
 import jax
+import jax.numpy as jnp
 import pytest
 from workloads import TOY, V5E, XXL, changed
 
@@ -138,10 +139,13 @@ def test_a_gpu_that_is_too_small_is_said():
 
 @pytest.mark.cuda
 def test_what_a_gpu_reads_and_writes():
-    """A product of matrices: both of them and the result, every time that its loop turns."""
+    """Arguments and result of a kernel, whatever it does inside, every time that its loop turns."""
 
     def product(x: jax.Array, y: jax.Array) -> jax.Array:
         return x @ y
+
+    def fused(x: jax.Array, y: jax.Array) -> jax.Array:
+        return jnp.tanh(x) * y + x
 
     def chain(x: jax.Array, y: jax.Array) -> jax.Array:
         return jax.lax.fori_loop(0, 7, lambda _, x: product(x, y), x)
@@ -150,12 +154,12 @@ def test_what_a_gpu_reads_and_writes():
     place = jax.sharding.SingleDeviceSharding(device)
     wide = jax.ShapeDtypeStruct((512, 512), "float32", sharding=place)
     options = compiling.compiler_options(parse_slice("h100x1"))
-    once, seven = (
+    once, one_kernel, seven = (
         bytes_accessed(jax.jit(f).lower(wide, wide).compile(compiler_options=options))
-        for f in (product, chain)
+        for f in (product, fused, chain)
     )
     array = 4 * 512 * 512
-    assert once == 3 * array
+    assert once == one_kernel == 3 * array
     # And copies of what the loop carries.
     assert 7 * once < seven < 7 * (once + 2 * array) + 4 * array
 
