@@ -64,10 +64,18 @@ def compile_ahead(
         timed: also count what it reads and writes, from two shallow networks more.
 
     Returns:
-        With "verdict": "fits", "tight" (over `planning.TIGHT` of the memory) or "does not fit".
+        With "verdict": "fits", "tight" (over `planning.TIGHT` of the memory), "does not fit", or
+        "refused": the devices make no such mesh.
+
+    Raises:
+        InputError: nothing compiles for this slice.
     """
     report = planning.count(workload, layout, where)
-    mesh = sharding.make_mesh(meshes.parse_mesh(layout.mesh), where.topology_devices())
+    devices = where.topology_devices()
+    try:
+        mesh = sharding.make_mesh(meshes.parse_mesh(layout.mesh), devices)
+    except InputError as error:
+        return report | {"verdict": "refused", "reason": str(error)}
     options = compiler_options(where, exact)
     lowered, started = planning.place(workload, layout, mesh).lower(), time.perf_counter()
     try:

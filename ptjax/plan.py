@@ -246,7 +246,8 @@ def _show(workload: Workload, found: Iterable[Report]) -> None:
 
     for i, one in enumerate(found):
         if i == 0:
-            plans.show_run(workload, one["own"] if "flops" in one["own"] else None)
+            counted = [report for report in (one["own"], *one["tried"]) if "flops" in report]
+            plans.show_run(workload, counted[0] if counted else None)
         plans.show_slice(one)
 
 

@@ -16,7 +16,7 @@ from ptjax import compiling, planning
 from ptjax.planning import Layout, Workload
 from ptjax.scale import meshes, sharding
 from ptjax.scale.hlo import bytes_accessed, collectives
-from ptjax.scale.slices import parse_slice
+from ptjax.scale.slices import Slice, parse_slice
 
 
 @functools.cache
@@ -177,3 +177,11 @@ def test_xxl_on_eight_gpus():
 def test_room_has_to_be_left_for_what_else_is_there():
     verdicts = [compiling._verdict(peak, 100) for peak in (92, 93, 100, 101)]
     assert verdicts == ["fits", "tight", "tight", "does not fit"]
+
+
+def test_a_mesh_that_the_devices_do_not_make_is_an_answer(monkeypatch):
+    monkeypatch.setattr(Slice, "topology_devices", lambda self: self.devices()[:4])
+    found = compiling.compile_ahead(TOY, Layout("4x2"), V5E)
+    assert found["verdict"] == "refused"
+    assert found["reason"].startswith("a mesh of 4x2 is 8 devices, and there are 4")
+    assert "peak_bytes" not in found
