@@ -19,6 +19,7 @@ import tensorstore as ts
 from conftest import FIXTURES, load_expected
 from flax import serialization
 from jax.sharding import Mesh
+from t5_ids import with_lengths
 
 import ptjax
 from ptjax import backbone as backbones
@@ -132,7 +133,7 @@ def test_t5_1_0_is_known_by_its_tree(t5_1_0):
 def test_logits_are_t5x_own_in_the_other_formats(path, request):
     loaded = load_backbone(request.getfixturevalue(path) if path == "saved" else path)
     want = load_expected("t5_1_1_tiny_orbax")["short"]
-    logits = jax.jit(loaded.apply_fn)(
+    logits = jax.jit(with_lengths(loaded.apply_fn))(
         loaded.variables, want["encoder_input_tokens"], want["decoder_input_tokens"]
     )
     real = want["decoder_target_tokens"] > 0
