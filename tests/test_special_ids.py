@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import sentencepiece
@@ -267,9 +268,8 @@ def test_case_1_5_labels_are_ranked_behind_the_start_as_they_are(started):
 
 def test_case_1_6_padding_of_another_id_is_invisible(madlad):
     rows, targets = [[5, 0, 1, 9, 2], [0, 2], [7]], [[3, 2], [0, 2], [2]]
-    batch = make_batch(
-        rows, targets, input_length=9, target_length=4, ids=madlad.config.special_ids
-    )
+    ids = madlad.config.special_ids
+    batch = make_batch(rows, targets, input_length=9, target_length=4, ids=ids)
     assert batch["encoder_input_tokens"][1].tolist() == [0, 2] + [1] * 7
     padded = inference.forward(madlad, batch)
     for i, (row, target) in enumerate(zip(rows, targets, strict=True)):
@@ -304,8 +304,8 @@ def test_case_1_6_rows_that_begin_with_padding_need_lengths(madlad):
 
 
 def test_case_1_6_a_network_is_not_run_without_lengths(madlad):
-    tokens = np.array([[5, 2]])
-    for given in ({}, {"encoder_segment_ids": tokens, "encoder_lengths": np.array([2])}):
+    tokens = jnp.array([[5, 2]])
+    for given in ({}, {"encoder_segment_ids": tokens, "encoder_lengths": jnp.array([2])}):
         with pytest.raises(InputError, match=r"need encoder_lengths, packed rows need"):
             madlad.apply_fn(madlad.variables, tokens, tokens, **given)
 

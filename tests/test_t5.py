@@ -132,7 +132,8 @@ def logits_of(tiny, batch, **changes):
 
 
 def test_padding_of_inputs_and_targets_is_invisible(tiny, tiny_batch) -> None:
-    longer = {name: np.pad(array, ((0, 0), (0, 20))) for name, array in tiny_batch.items()}
+    names = ("encoder_input_tokens", "decoder_input_tokens")
+    longer = {name: np.pad(tiny_batch[name], ((0, 0), (0, 20))) for name in names}
     seen = tiny_batch["decoder_target_tokens"] > 0
     short, long = logits_of(tiny, tiny_batch), logits_of(tiny, longer)[:, : seen.shape[1]]
     # Masked keys weigh exactly 0; only the order of the sums differs. A visible padding token

@@ -94,7 +94,7 @@ class Prompt(nn.Module):
             prompt, lengths, sees_input = (
                 self.get_variable("prompt", name)[chosen] for name in Bank._fields
             )
-            lengths = jnp.where(prompt_ids == NO_PROMPT_ID, 0, lengths)
+            lengths = jnp.where(prompt_ids <= NO_PROMPT_ID, 0, lengths)
             own *= jnp.arange(length) >= length - lengths[:, None]
         # Broadcast in float32 and cast after it: the sum of the examples' gradients, which is the
         # transpose of this broadcast, then adds up in float32.

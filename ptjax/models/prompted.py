@@ -62,18 +62,18 @@ class PromptedT5(nn.Module):
                 other way round, or with packed rows.
         """
         self._check_choice(prompt_ids, packed=encoder_segment_ids is not None)
-        if (encoder_segment_ids is None) == (encoder_lengths is None):
+        embedded = self.backbone.embed(encoder_input_tokens)
+        if encoder_lengths is not None and encoder_segment_ids is None:
+            real = jnp.arange(encoder_input_tokens.shape[1]) < encoder_lengths[:, None]
+            segment_ids, positions, mask = real.astype(jnp.int32), None, real[:, None]
+        elif encoder_segment_ids is not None and encoder_lengths is None:
+            segment_ids, positions = encoder_segment_ids, positions_in_segments(encoder_segment_ids)
+            mask = same_segment(segment_ids, segment_ids)
+        else:
             raise InputError(
                 "rows of one example need encoder_lengths, packed rows need encoder_segment_ids; "
                 "give one of the two"
             )
-        embedded = self.backbone.embed(encoder_input_tokens)
-        if encoder_segment_ids is None:
-            real = jnp.arange(encoder_input_tokens.shape[1]) < encoder_lengths[:, None]
-            segment_ids, positions, mask = real.astype(jnp.int32), None, real[:, None]
-        else:
-            segment_ids, positions = encoder_segment_ids, positions_in_segments(encoder_segment_ids)
-            mask = same_segment(segment_ids, segment_ids)
         states = None
         if self.has_variable("prompt", "states"):
             states = self.get_variable("prompt", "states")
