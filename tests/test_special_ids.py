@@ -17,7 +17,7 @@ import sentencepiece
 from conftest import tune
 from t5_ids import T5_IDS, decode
 
-from ptjax import answering, inference, inspection
+from ptjax import answering, inference, inspect, inspection
 from ptjax.backbone import load_backbone, save_backbone
 from ptjax.data.batch import SpecialIds, make_batch, make_packed_batch, trailing_lengths
 from ptjax.data.packing import PackedBatches
@@ -107,8 +107,9 @@ def test_case_1_5_start_and_forced_first_token_come_from_the_files(folder):
     rewrite(folder / "generation_config.json", forced_bos_token_id=103, eos_token_id=None)
     config = load_backbone(folder).config
     assert config.special_ids == SpecialIds(0, (1, 7), 101, 103)
-    described = inspection.describe(folder)["config"]
-    assert (described["decoder_start_id"], described["forced_bos_id"]) == (101, 103)
+    described = inspect.show(inspection.describe(folder))
+    for line in ("pad id: 0", "eos ids: 1, 7", "decoder start id: 101", "forced bos id: 103"):
+        assert f"\n  {line}\n" in described
 
 
 def test_case_1_5_two_starts_are_refused_unless_the_user_says_which(folder):
