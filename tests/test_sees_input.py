@@ -186,9 +186,7 @@ def test_the_prompt_costs_its_positions_once() -> None:
             matrix = jax.ShapeDtypeStruct((length, config.emb_dim), "float32")
             variables["prompt"] = {"prompt": matrix}
         shapes = [jax.ShapeDtypeStruct((rows, n), "int32") for n in (inputs, targets)]
-        lengths = jax.ShapeDtypeStruct((rows,), "int32")
-        run = functools.partial(apply_fn, variables, *shapes)
-        return count_flops(lambda n: run(encoder_lengths=n), lengths)
+        return count_flops(with_lengths(apply_fn), variables, *shapes)
 
     def attention_to_prompt(rows: int, length: int) -> int:
         queries = inputs * config.num_encoder_layers + targets * config.num_decoder_layers
