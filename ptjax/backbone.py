@@ -188,7 +188,7 @@ def _open(
                 f"{name} holds no backbone that ptjax knows: neither a T5X checkpoint "
                 "(checkpoint_N) nor a Hugging Face directory (config.json beside *.safetensors)"
             )
-        arrays = huggingface.load_huggingface(directory, chosen)
+        arrays = huggingface.load_huggingface(directory)
         return arrays, load_config(directory, chosen), name, (directory,)
     found = t5x.find_checkpoint(directory)
     if found.parent == directory and len(list(directory.glob("checkpoint_*"))) > 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import huggingface_hub
@@ -29,7 +29,7 @@ from ptjax.interop.huggingface_format import (
     to_huggingface,
     to_t5x,
 )
-from ptjax.interop.special_ids import GENERATION_CONFIG
+from ptjax.interop.special_ids import GENERATION_CONFIG, SPECIAL_IDS
 from ptjax.interop.stored import Index, StoredArray, one_by_one
 from ptjax.models.config import T5Config
 from ptjax.scale.processes import on_host
@@ -46,15 +46,12 @@ _DOWNLOADS = (
 )
 
 
-def load_huggingface(
-    directory: str | os.PathLike[str], chosen: Collection[str] = ()
-) -> dict[str, StoredArray]:
+def load_huggingface(directory: str | os.PathLike[str]) -> dict[str, StoredArray]:
     """Opens a Hugging Face T5; its weights stay on disk until they are read.
 
     Args:
         directory: holds `config.json` and `model.safetensors`, or several of it with
             `model.safetensors.index.json`, or else `pytorch_model.bin`, one or several.
-        chosen: as for `load_config`.
 
     Returns:
         T5X parameter name -> array in T5X's orientation. `decoder/logits_dense/kernel` is there
@@ -85,7 +82,7 @@ def load_huggingface(
             raise InputError(f"{tensor.where}: the tensor {name} has shape {list(tensor.shape)}")
         arrays[ours] = _transpose(tensor) if transposed else tensor
     _decide_logits(arrays, config, directory)
-    for name in expected_names(load_config(directory, chosen)):
+    for name in expected_names(load_config(directory, SPECIAL_IDS)):
         if name not in arrays:
             theirs, _ = to_huggingface(name) or (name, False)
             raise InputError(

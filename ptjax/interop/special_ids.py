@@ -18,6 +18,8 @@ from ptjax.errors import InputError
 from ptjax.models.config import T5Config
 
 GENERATION_CONFIG = "generation_config.json"
+SPECIAL_IDS = ("pad_id", "eos_ids", "decoder_start_id", "forced_bos_id")
+"""Fields of `T5Config`."""
 
 
 def read_special_ids(
