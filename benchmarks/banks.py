@@ -46,6 +46,7 @@ def make_batch(shape: Shape) -> dict[str, np.ndarray]:
     for name, (size, dtype) in shape.arrays().items():
         tokens = name.endswith("tokens")
         batch[name] = rng.integers(3, 32000, size, dtype) if tokens else np.ones(size, dtype)
+    batch["encoder_lengths"][:] = shape.inputs
     return batch
 
 

@@ -18,7 +18,16 @@ import jax
 import numpy as np
 import turns
 from prompt_step import count_step_flops, make_step, t5_1_1
-from real_batches import TARGET_LENGTH, bucket, load_examples, make_task, pack, pad_to_longest, pick
+from real_batches import (
+    T5_IDS,
+    TARGET_LENGTH,
+    bucket,
+    load_examples,
+    make_task,
+    pack,
+    pad_to_longest,
+    pick,
+)
 
 from ptjax.answering import make_label_tokens
 from ptjax.backbone import load_backbone, save_backbone
@@ -94,7 +103,8 @@ def make_check(source: TokenizedExamples, packed: bool, slots: int) -> Batch:
     inputs, targets = zip(*tokens, strict=True)
     if not packed:
         longest = [max(map(len, rows)) for rows in (inputs, targets)]
-        return make_batch(inputs, targets, input_length=longest[0], target_length=longest[1])
+        sizes = {"input_length": longest[0], "target_length": longest[1]}
+        return make_batch(inputs, targets, **sizes, ids=T5_IDS)
     rows = np.arange(CHECKED_EXAMPLES) // 2
     return make_packed_batch(
         inputs,
@@ -103,6 +113,7 @@ def make_check(source: TokenizedExamples, packed: bool, slots: int) -> Batch:
         row_count=int(rows[-1]) + 1,
         input_length=int(np.bincount(rows, [slots + len(row) for row in inputs]).max()),
         target_length=int(np.bincount(rows, [len(row) for row in targets]).max()),
+        ids=T5_IDS,
         prompt_slots=slots,
     )
 
@@ -130,7 +141,8 @@ def write_accuracy_inputs(
             np.savez(folder / f"{split}_{name}.npz", ids=rows.ids, offsets=rows.offsets)
         right = [labels.index(example.targets) for example in task.load(split)]
         np.save(folder / f"{split}_labels.npy", right)
-    np.save(folder / "label_tokens.npy", make_label_tokens(labels, tokenizer, TARGET_LENGTH))
+    label_tokens, _ = make_label_tokens(labels, tokenizer, TARGET_LENGTH, T5_IDS)
+    np.save(folder / "label_tokens.npy", label_tokens)
     embedding = backbone.variables["params"]["token_embedder"]["embedding"]
     surroundings = Surroundings(embedding, tokenizer, labels, lambda: [])
     for seed in range(flags.seeds):
@@ -171,6 +183,7 @@ def start(folder: Path, side: str) -> turns.Side:
         check["decoder_input_tokens"],
         check.get("encoder_segment_ids"),
         check.get("decoder_segment_ids"),
+        encoder_lengths=check.get("encoder_lengths"),
     )
     real = np.asarray(check["decoder_loss_weights"]) > 0
     np.save(folder / f"{side}_logits.npy", np.asarray(logits)[real])

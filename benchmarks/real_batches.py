@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import numpy as np
+from prompt_step import t5_1_1
 
 from ptjax.data.batch import Batch, make_batch
 from ptjax.data.catalogue import reviews
@@ -17,6 +18,8 @@ from ptjax.data.tasks import Task
 from ptjax.data.tokenizer import load_tokenizer
 
 TARGET_LENGTH = 4
+T5_IDS = t5_1_1("small").special_ids
+
 TASKS: dict[str, dict[str, Any]] = {  # laid out as in gin_configs/tasks/, without a name in front
     "sst2": {
         "inputs": "{sentence}",
@@ -85,6 +88,7 @@ class PaddedBatches:
             [targets for _, targets in examples],
             input_length=self.length or -(-longest // self.multiple) * self.multiple,
             target_length=int(self.source.target_lengths.max()),
+            ids=T5_IDS,
         )
 
 
@@ -112,12 +116,15 @@ def pad_to_longest(multiple: int = 1) -> Callable[..., Plan]:
 
 def bucket(source: TokenizedExamples, batch_size: int, prompt_slots: int) -> Plan:
     """ptjax's default: examples of like length share a batch."""
-    return TrainBatches(source, buckets=make_buckets(source), batch_size=batch_size, seed=0)
+    buckets = make_buckets(source)
+    return TrainBatches(source, buckets=buckets, batch_size=batch_size, seed=0, ids=T5_IDS)
 
 
 def pack(source: TokenizedExamples, batch_size: int, prompt_slots: int) -> Plan:
     """ptjax's PACK: short examples share a row."""
-    return PackedBatches(source, batch_size=batch_size, seed=0, prompt_slots=prompt_slots)
+    return PackedBatches(
+        source, batch_size=batch_size, seed=0, ids=T5_IDS, prompt_slots=prompt_slots
+    )
 
 
 def epoch(plan: Plan) -> Iterator[Batch]:

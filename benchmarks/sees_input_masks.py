@@ -45,15 +45,16 @@ def check_masks() -> None:
     embedding = backbone.variables["params"]["token_embedder"]["embedding"]
     prompted = with_prompt(backbone.variables, embedding[jnp.array(name)])
     alone, both, targets = (jnp.array([row]) for row in (text, name + text, [0, *text]))
-    want = backbone.make_apply_fn(sees_input=False)(prompted, alone, targets)
+    whole, longer = ({"encoder_lengths": jnp.array([x.shape[1]])} for x in (alone, both))
+    want = backbone.make_apply_fn(sees_input=False)(prompted, alone, targets, **whole)
     layers = range(backbone.config.num_encoder_layers)
     blind = masks.hide_from_prompt(backbone, len(name), layers)
     for found in (
-        blind.apply_fn(prompted, alone, targets),
-        masks.names(backbone).apply_fn(backbone.variables, both, targets),
+        blind.apply_fn(prompted, alone, targets, **whole),
+        masks.names(backbone).apply_fn(backbone.variables, both, targets, **longer),
     ):
         np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-4)
-    seeing = backbone.apply_fn(prompted, alone, targets)
+    seeing = backbone.apply_fn(prompted, alone, targets, **whole)
     assert not np.allclose(seeing, want, rtol=1e-2, atol=1e-2), "the mask makes no difference"
 
 

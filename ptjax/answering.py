@@ -7,9 +7,10 @@ the module-level jitted functions below, so a shape compiles once per process, w
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from absl import logging
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int
 
-from ptjax.data.batch import pad
+from ptjax.data.batch import SpecialIds, pad
 from ptjax.data.pipeline import Bucket, ExampleSource, build_batch, plan_evaluation
 from ptjax.data.preprocess import TokenizedExamples, TokenRows, tokenize_texts
 from ptjax.data.tokenizer import Tokenizer
@@ -68,6 +69,7 @@ def predict_texts(
     buckets: Sequence[Bucket],
     batch_size: int,
     *,
+    ids: SpecialIds,
     max_length: int,
     prompt_ids: Int[np.ndarray, " N"] | None = None,
     numbers: Int[np.ndarray, " N"] | None = None,
@@ -82,6 +84,7 @@ def predict_texts(
     Settings as for `generate`, `max_length` as its `max_new_tokens`.
 
     Args:
+        ids: of the backbone's vocabulary.
         prompt_ids: where the variables hold a bank of prompts, which is each example's.
         numbers: what an example draws depends on (seed, its number); default: its place.
 
@@ -97,112 +100,154 @@ def predict_texts(
     if num_beams > 1 and temperature > 0:
         raise InputError("a beam search does not sample: choose num_beams = 1 or temperature = 0")
 
-    def compute(tokens: Any, own: Any) -> tuple[Array, Array]:
+    def compute(tokens: Any, lengths: Any, own: Any) -> tuple[Array, Array]:
         return _decode(
             apply_fn,
             variables,
             tokens,
+            lengths,
             *own,
             np.uint32(seed % 2**32),
             settings,
+            ids=ids,
             max_length=max_length,
             num_beams=num_beams,
             sample=temperature > 0,
         )
 
-    settings = {
-        "alpha": alpha,
-        "temperature": temperature,
-        "top_p": top_p,
-        "eos_id": tokenizer.eos_id,
-    }
+    settings = {"alpha": alpha, "temperature": temperature, "top_p": top_p}
     own = np.asarray(np.arange(len(source)) if numbers is None else numbers, np.uint32), prompt_ids
-    tokens, scores = _map_examples(compute, variables, source, own, buckets, batch_size)
-    return [tokenizer.decode(row) for row in tokens.tolist()], scores
+    tokens, scores = _map_examples(compute, variables, source, own, buckets, batch_size, ids)
+    return [tokenizer.decode(text_ids(row, ids)) for row in tokens.tolist()], scores
+
+
+def text_ids(row: Sequence[int], ids: SpecialIds) -> list[int]:
+    """What stands before the first end of sequence."""
+    return list(itertools.takewhile(lambda token: token not in ids.eos_ids, row))
+
+
+class Labels(NamedTuple):
+    """A closed label set as target tokens, or K sets of the same size.
+
+    Attributes:
+        tokens: int32 [*K, C, L], end of sequence included.
+        lengths: int32 [*K, C]; a label of length 0 fills up a smaller set.
+    """
+
+    tokens: Int[np.ndarray, "*K C L"]
+    lengths: Int[np.ndarray, "*K C"]
 
 
 def make_label_tokens(
-    labels: Sequence[str], tokenizer: Tokenizer, target_length: int
-) -> Int[np.ndarray, "C L"]:
-    """A closed label set as target tokens, end of sequence included, as short as they fit."""
+    labels: Sequence[str], tokenizer: Tokenizer, target_length: int, ids: SpecialIds
+) -> Labels:
+    """A closed label set [C, L], as short as its labels fit."""
     rows = tokenize_texts(labels, tokenizer, target_length)
-    return pad([rows[i] for i in range(len(rows))], int(rows.lengths.max()))
+    tokens = pad([rows[i] for i in range(len(rows))], int(rows.lengths.max()), ids.pad_id)
+    return Labels(tokens, rows.lengths)
 
 
-def stack_label_sets(sets: Sequence[Int[np.ndarray, "_ _"]]) -> Int[np.ndarray, "K C L"]:
+def stack_label_sets(sets: Sequence[Labels], ids: SpecialIds) -> Labels:
     """Label sets of several sizes, as `rank` takes them: a smaller one ends in empty labels."""
-    count, length = (max(sizes) for sizes in zip(*(one.shape for one in sets), strict=True))
-    missing = [((0, count - len(one)), (0, length - one.shape[1])) for one in sets]
-    return np.stack([np.pad(one, place) for one, place in zip(sets, missing, strict=True)])
+    count, length = (max(x) for x in zip(*(one.tokens.shape for one in sets), strict=True))
+    shape = len(sets), count, length
+    stacked = Labels(np.full(shape, ids.pad_id, np.int32), np.zeros(shape[:2], np.int32))
+    for k, (tokens, lengths) in enumerate(sets):
+        stacked.tokens[k, : len(tokens), : tokens.shape[1]] = tokens
+        stacked.lengths[k, : len(lengths)] = lengths
+    return stacked
 
 
 def predict_labels(
     apply_fn: Callable[..., Any],
     variables: Variables,
     source: ExampleSource,
-    label_tokens: Int[np.ndarray, "*K C L"],
+    labels: Labels,
     buckets: Sequence[Bucket],
     batch_size: int,
     *,
+    ids: SpecialIds,
     label_sets: Int[np.ndarray, " N"] | None = None,
     prompt_ids: Int[np.ndarray, " N"] | None = None,
 ) -> tuple[Int[np.ndarray, " N"], Float[np.ndarray, "N C"]]:
     """Index of the likeliest label of every example, in order, and all log-likelihoods.
 
-    The last four arguments but for every example instead of every row, as for `rank`.
+    `label_sets` and `prompt_ids` are each example's; all else is as for `rank`.
     """
 
-    def compute(tokens: Any, own: Any) -> Array:
-        return rank(apply_fn, variables, tokens, label_tokens, *own)
+    def compute(tokens: Any, lengths: Any, own: Any) -> Array:
+        return rank(apply_fn, variables, tokens, lengths, labels, *own, ids=ids)
 
     own = label_sets, prompt_ids
-    likelihoods = _map_examples(compute, variables, source, own, buckets, batch_size)
+    likelihoods = _map_examples(compute, variables, source, own, buckets, batch_size, ids)
     return likelihoods.argmax(axis=1).astype(np.int32), likelihoods
 
 
-@functools.partial(jax.jit, static_argnames="apply_fn")
+@functools.partial(jax.jit, static_argnames=("apply_fn", "ids"))
 def rank(
     apply_fn: Callable[..., Any],
     variables: Variables,
     encoder_input_tokens: Int[Array, "B T"],
-    label_tokens: Int[Array, "*K C L"],
+    encoder_lengths: Int[Array, " B"],
+    labels: Labels,
     label_sets: Int[Array, " B"] | None = None,
     prompt_ids: Int[Array, " B"] | None = None,
+    *,
+    ids: SpecialIds,
 ) -> Float[Array, "B C"]:
     """log p(label | input) of every label (end of sequence included) for every row.
 
     Args:
-        label_tokens: one set of labels, or K of them, of which `label_sets` tells each row's; a
+        encoder_lengths: how many of a row's tokens are real.
+        labels: one set of labels, or K of them, of which `label_sets` tells each row's; a
             smaller set has empty labels at its end, whose log-likelihood is -inf.
         prompt_ids: where the variables hold a bank of prompts, which is each row's.
+        ids: of the vocabulary. Labels are ranked as they are tokenised, as in transformers' loss:
+            a forced first token is for generated text alone.
 
     The encoder and the cross-attention's keys and values are computed once a row; the labels are
     a batch dimension of the decoder's queries alone, so nothing is copied per label.
     """
-    encoded = apply_fn(variables, encoder_input_tokens, prompt_ids=prompt_ids, method="encode")
-    cache = apply_fn(variables, encoded, label_tokens.shape[-1], method="init_cache")
-    labels = label_tokens if label_sets is None else label_tokens[label_sets]
-    labels = jnp.broadcast_to(labels, (len(encoder_input_tokens), *labels.shape[-2:]))
+    encoded = apply_fn(
+        variables,
+        encoder_input_tokens,
+        encoder_lengths=encoder_lengths,
+        prompt_ids=prompt_ids,
+        method="encode",
+    )
+    cache = apply_fn(variables, encoded, labels.tokens.shape[-1], method="init_cache")
+    if label_sets is not None:
+        labels = jax.tree.map(lambda x: x[label_sets], labels)
+    rows = len(encoder_input_tokens)
+    tokens = jnp.broadcast_to(labels.tokens, (rows, *labels.tokens.shape[-2:]))
+    lengths = jnp.broadcast_to(labels.lengths, (rows, labels.lengths.shape[-1]))
 
-    def likelihood(targets: Int[Array, "B L"]) -> Float[Array, " B"]:
-        inputs = jnp.pad(targets[:, :-1], ((0, 0), (1, 0)))
+    def likelihood(label: tuple[Array, Array]) -> Float[Array, " B"]:
+        targets, length = label
+        start = jnp.full_like(targets[:, :1], ids.decoder_start_id)
+        inputs = jnp.concatenate([start, targets[:, :-1]], axis=1)
         logits, _ = apply_fn(variables, inputs, cache, 0, encoded, method="decode_step")
-        found = log_likelihood(logits, targets, targets > 0)
-        return jnp.where(targets[:, 0] > 0, found, -jnp.inf)
+        found = log_likelihood(logits, targets, jnp.arange(targets.shape[1]) < length[:, None])
+        return jnp.where(length > 0, found, -jnp.inf)
 
-    return jax.lax.map(likelihood, jnp.swapaxes(labels, 0, 1), batch_size=LABELS_AT_ONCE).T
+    each = jnp.swapaxes(tokens, 0, 1), jnp.swapaxes(lengths, 0, 1)
+    return jax.lax.map(likelihood, each, batch_size=LABELS_AT_ONCE).T
 
 
-@functools.partial(jax.jit, static_argnames=("apply_fn", "max_length", "num_beams", "sample"))
+@functools.partial(
+    jax.jit, static_argnames=("apply_fn", "ids", "max_length", "num_beams", "sample")
+)
 def _decode(
     apply_fn: Callable[..., Any],
     variables: Variables,
     tokens: Array,
+    lengths: Array,
     numbers: Array,
     prompt_ids: Array | None,
     seed: Array,
     settings: dict[str, Any],
     *,
+    ids: SpecialIds,
     max_length: int,
     num_beams: int,
     sample: bool,
@@ -214,6 +259,8 @@ def _decode(
         apply_fn,
         variables,
         tokens,
+        lengths,
+        ids=ids,
         max_length=max_length,
         prompt_ids=prompt_ids,
         num_beams=num_beams,
@@ -223,14 +270,15 @@ def _decode(
 
 
 def _map_examples(
-    compute: Callable[[Any, Any], Any],
+    compute: Callable[[Any, Any, Any], Any],
     variables: Variables,
     source: ExampleSource,
     own: Any,
     buckets: Sequence[Bucket],
     batch_size: int,
+    ids: SpecialIds,
 ) -> Any:
-    """`compute(encoder tokens [B, T], rows of own [B, ...])` of every example once, in order.
+    """`compute(tokens [B, T], lengths [B], rows of own [B, ...])` of every example, in order.
 
     `own` are arrays [N, ...] of what else belongs to each example. Batches are dispatched one after
     the other and fetched together. Where the variables live on a mesh, its devices share the
@@ -241,10 +289,11 @@ def _map_examples(
     planned = plan_evaluation(source, buckets, batch_size)
     outputs = []
     for part in planned:
-        tokens = build_batch(source, part, 0)["encoder_input_tokens"]
+        batch = build_batch(source, part, 0, ids)
+        inputs = batch["encoder_input_tokens"], batch["encoder_lengths"]
         # Filler takes what the last example has; nobody reads what becomes of it.
         rows = jax.tree.map(operator.itemgetter(part.examples), own)
-        result = compute(*jax.tree.map(lambda x: _share(x, mesh), (tokens, rows)))
+        result = compute(*jax.tree.map(lambda x: _share(x, mesh), (*inputs, rows)))
         # Replicated, so that every host can read it.
         outputs.append(result if mesh is None else jax.device_put(result, replicated(mesh)))
     order = np.concatenate([part.examples for part in planned])

@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from importlib import resources
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from ptjax.fingerprint import digest, sample_of
 from ptjax.interop import huggingface, t5x
 from ptjax.interop.huggingface_format import load_config
 from ptjax.interop.prompt_file import T5X_PROMPT
+from ptjax.interop.special_ids import check_end_of_sequence
 from ptjax.interop.stored import Index, StoredArray, cast
 from ptjax.models.config import T5Config
 from ptjax.models.layers import Quantized
@@ -157,7 +158,7 @@ def open_backbone(
     **config_overrides: Any,
 ) -> OpenBackbone:
     """`load_backbone` up to the point where weights would be read; args and errors as there."""
-    arrays, told, name, folders = _open(path)
+    arrays, told, name, folders = _open(path, config_overrides)
     prompt = arrays.pop(T5X_PROMPT, None)
     config, assumed = _make_config(arrays, told, config_overrides, dtype, name)
     _check(arrays, config, name)
@@ -165,11 +166,12 @@ def open_backbone(
     found = _tokenizer_of(tokenizer, folders)
     if found is not None:
         check_vocabulary(found, config.vocab_size)
+        check_end_of_sequence(found, config)
     return OpenBackbone(arrays, prompt, config, found, name, assumed)
 
 
 def _open(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str], chosen: Collection[str] = ()
 ) -> tuple[dict[str, StoredArray], dict[str, Any], str, tuple[epath.Path, ...]]:
     """(lazy arrays, config fields the files state, name, folders of the files beside) of `path`."""
     name = os.fspath(path)
@@ -187,12 +189,13 @@ def _open(
                 "(checkpoint_N) nor a Hugging Face directory (config.json beside *.safetensors)"
             )
         arrays = huggingface.load_huggingface(directory)
-        return arrays, load_config(directory), name, (directory,)
+        return arrays, load_config(directory, chosen), name, (directory,)
     found = t5x.find_checkpoint(directory)
     if found.parent == directory and len(list(directory.glob("checkpoint_*"))) > 1:
         logging.warning("%s: loading the newest of its checkpoints, %s", name, found.name)
     folders = (found, found.parent)
-    told = next((load_config(x) for x in folders if (x / "config.json").exists()), {})
+    with_config = (x for x in folders if (x / "config.json").exists())
+    told = next((load_config(x, chosen) for x in with_config), {})
     return t5x.load_t5x(found), told, os.fspath(found), folders
 
 
@@ -237,14 +240,16 @@ def _make_config(
         for f in dataclasses.fields(T5Config)
         if f.default is not dataclasses.MISSING
     }
-    kinds = {field: type(value) for field, value in (defaults | inferred).items()}
+    kinds: dict[str, Any] = {f: type(value) for f, value in (defaults | inferred).items()}
+    kinds["forced_bos_id"] = int | None
     for field, value in overrides.items():
         if field not in kinds:
             near = difflib.get_close_matches(field, kinds, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise InputError(f"load_backbone: T5Config has no field {field!r}{hint}")
         if not isinstance(value, (int, float) if kinds[field] is float else kinds[field]):
-            raise InputError(f"load_backbone: {field} = {value!r} is no {kinds[field].__name__}")
+            kind = getattr(kinds[field], "__name__", kinds[field])
+            raise InputError(f"load_backbone: {field} = {value!r} is no {kind}")
     # Names tell one branch from two, not what is applied to them.
     untold = {"mlp_activations", *defaults} - (set(inferred) - {"mlp_activations"})
     assumed = tuple(sorted(untold - set(told) - set(overrides) - _CHOSEN_FIELDS))

@@ -212,20 +212,21 @@ class Evaluator:
     ) -> tuple[list[str], np.ndarray]:
         """A text for every example, in order, and its score [N]; of all labels [N, C] if ranked."""
         buckets, length = make_buckets(source), self.lengths["targets"]
-        where = self.apply_fn, variables, source
+        where, ids = (self.apply_fn, variables, source), self.backbone.config.special_ids
         if not self.ranks:
             return predict_texts(
                 *where,
                 self.tokenizer,
                 buckets,
                 batch_size,
+                ids=ids,
                 max_length=length,
                 prompt_ids=prompt_ids,
             )
         labels = list(self.task.labels or ())
-        tokens = make_label_tokens(labels, self.tokenizer, length)
+        tokens = make_label_tokens(labels, self.tokenizer, length, ids)
         chosen, likelihoods = predict_labels(
-            *where, tokens, buckets, batch_size, prompt_ids=prompt_ids
+            *where, tokens, buckets, batch_size, ids=ids, prompt_ids=prompt_ids
         )
         return [labels[i] for i in chosen], likelihoods
 

@@ -12,8 +12,10 @@ from jaxtyping import Array, Float, Int
 
 from ptjax.answering import predict_texts, rows_at_once, tokenize_inputs
 from ptjax.backbone import Backbone
+from ptjax.data.batch import length_weights, trailing_lengths
 from ptjax.data.pipeline import make_buckets
 from ptjax.errors import InputError
+from ptjax.models.prompt import NO_PROMPT_ID
 from ptjax.models.prompted import with_prompt
 from ptjax.prompting import PromptBank, choose_prompts, prompt_array, prompted, sees_input
 from ptjax.training.loss import Loss
@@ -34,19 +36,22 @@ def forward(
     """Float32 logits for a batch under T5X's names, dropout off.
 
     Args:
-        batch: `encoder_input_tokens` [B, T] and `decoder_input_tokens` [B, L].
+        batch: `encoder_input_tokens` [B, T] and `decoder_input_tokens` [B, L]; with
+            `encoder_lengths` [B], how many of a row's tokens are real. Without them a row ends
+            where its trailing `config.pad_id`s begin.
         prompt: an array [P, D], something with such an array as its `.prompt` (what `load_prompt`
             gives: whether it sees its input is its own affair), None, or a `PromptBank`.
         prompt_ids: of a bank, each row's prompt: its name or number; None, "none" or -1 is none.
 
     Raises:
-        InputError: a name is missing from the batch, the prompt has another width, or the bank has
-            no such prompt.
+        InputError: a name is missing from the batch, a row without a length begins with padding,
+            the prompt has another width, or the bank has no such prompt.
     """
     apply_fn, variables = prompted(backbone, prompt)
     inputs, targets = _tokens(backbone, batch, "encoder_input_tokens", "decoder_input_tokens")
+    lengths = _encoder_lengths(backbone, batch, inputs)
     ids = choose_prompts(prompt, prompt_ids, len(inputs))
-    return _forward(apply_fn, variables, inputs, targets, ids)
+    return _forward(apply_fn, variables, inputs, lengths, targets, ids)
 
 
 def loss_and_prompt_gradient(
@@ -55,8 +60,8 @@ def loss_and_prompt_gradient(
     """T5X's training loss with its defaults, and its float32 gradient by the prompt; no dropout.
 
     Args:
-        batch: as for `forward`, with `decoder_target_tokens` [B, L] and, unless every target but
-            padding counts 1, `decoder_loss_weights` [B, L].
+        batch: as for `forward`, with `decoder_target_tokens` [B, L] and, unless every target up to
+            its trailing padding counts 1, `decoder_loss_weights` [B, L].
         prompt: as for `forward`, but neither None nor a bank.
 
     Raises:
@@ -69,7 +74,10 @@ def loss_and_prompt_gradient(
     names = ("encoder_input_tokens", "decoder_input_tokens", "decoder_target_tokens")
     inputs, decoder_inputs, targets = _tokens(backbone, batch, *names)
     weights = batch.get("decoder_loss_weights")
-    weights = np.asarray(targets > 0 if weights is None else weights, np.float32)
+    if weights is None:
+        lengths = trailing_lengths(targets, backbone.config.pad_id)
+        weights = length_weights(lengths, targets.shape[1])
+    weights = np.asarray(weights, np.float32)
     if not decoder_inputs.shape == targets.shape == weights.shape:
         raise InputError(
             f"decoder_input_tokens {list(decoder_inputs.shape)}, decoder_target_tokens "
@@ -77,7 +85,14 @@ def loss_and_prompt_gradient(
             "one shape"
         )
     return _loss_and_prompt_gradient(
-        apply_fn, backbone.variables, array, inputs, decoder_inputs, targets, weights
+        apply_fn,
+        backbone.variables,
+        array,
+        inputs,
+        _encoder_lengths(backbone, batch, inputs),
+        decoder_inputs,
+        targets,
+        weights,
     )
 
 
@@ -172,6 +187,7 @@ def generate_with_scores(
             tokenizer,
             make_buckets(source),
             rows_at_once(len(rows), batch_size),
+            ids=backbone.config.special_ids,
             max_length=int(length),
             prompt_ids=None if ids is None else ids[rows],
             numbers=rows,
@@ -185,7 +201,7 @@ def generate_with_scores(
 def _metadata(prompt: Any, ids: np.ndarray | None, count: int) -> list[Mapping[str, Any]]:
     """What the prompt of each of `count` texts says of itself."""
     if isinstance(prompt, PromptBank) and ids is not None:
-        return [(prompt.metadata[i] or {}) if i >= 0 else {} for i in ids]
+        return [(prompt.metadata[i] or {}) if i != NO_PROMPT_ID else {} for i in ids]
     return [getattr(prompt, "metadata", None) or {}] * count
 
 
@@ -203,10 +219,11 @@ def _forward(
     apply_fn: Callable[..., Any],
     variables: Variables,
     inputs: Array,
+    lengths: Array,
     targets: Array,
     prompt_ids: Array | None,
 ) -> Array:
-    return apply_fn(variables, inputs, targets, prompt_ids=prompt_ids)
+    return apply_fn(variables, inputs, targets, encoder_lengths=lengths, prompt_ids=prompt_ids)
 
 
 @functools.partial(jax.jit, static_argnames="apply_fn")
@@ -215,17 +232,45 @@ def _loss_and_prompt_gradient(
     variables: Variables,
     prompt: Array,
     encoder_input_tokens: Array,
+    encoder_lengths: Array,
     decoder_input_tokens: Array,
     targets: Array,
     weights: Array,
 ) -> tuple[Array, Array]:
     def loss(prompt: Array) -> Array:
-        prompted = with_prompt(variables, prompt)
-        return Loss()(
-            apply_fn(prompted, encoder_input_tokens, decoder_input_tokens), targets, weights
+        logits = apply_fn(
+            with_prompt(variables, prompt),
+            encoder_input_tokens,
+            decoder_input_tokens,
+            encoder_lengths=encoder_lengths,
         )
+        return Loss()(logits, targets, weights)
 
     return jax.value_and_grad(loss)(prompt)
+
+
+def _encoder_lengths(
+    backbone: Backbone, batch: Mapping[str, Any], inputs: np.ndarray
+) -> Int[np.ndarray, " B"]:
+    """The lengths that a batch states, else those that its trailing padding tells."""
+    if "encoder_lengths" in batch:
+        lengths = np.asarray(batch["encoder_lengths"], np.int32)
+        width = inputs.shape[1]
+        if lengths.shape != inputs.shape[:1] or not np.all((lengths >= 0) & (lengths <= width)):
+            raise InputError(
+                f"encoder_lengths {lengths.tolist()} have to be {len(inputs)} numbers from 0 to "
+                f"{width}, one for each row of encoder_input_tokens"
+            )
+        return lengths
+    pad_id = backbone.config.pad_id
+    lengths = trailing_lengths(inputs, pad_id)
+    first = inputs[:, :1] == pad_id
+    if in_front := np.flatnonzero(first.any(axis=1) & (lengths > 0)).tolist():
+        raise InputError(
+            f"row {in_front[0]} of encoder_input_tokens begins with the padding id {pad_id} and "
+            "goes on with text; pad on the right, or state encoder_lengths if it is text"
+        )
+    return lengths
 
 
 def _tokens(backbone: Backbone, batch: Mapping[str, Any], *names: str) -> list[np.ndarray]:

@@ -95,10 +95,11 @@ def show(described: dict[str, Any], indent: int = 0) -> str:
             lines += [f"  {i:4}  {row_text(row)}" for i, row in enumerate(value)]
         elif isinstance(value, dict) and value:
             lines += [f"{shown}:", show(value, indent=2)]
-        elif isinstance(value, list):
+        elif isinstance(value, list | tuple):
             lines.append(f"{shown}: {', '.join(map(str, value)) or 'none'}")
         elif value is not None:
             number = isinstance(value, int) and not isinstance(value, bool)
+            number = number and not name.endswith("_id")  # which counts nothing
             lines.append(f"{shown}: {value:,}" if number else f"{shown}: {plain(value)}")
     return "\n".join(" " * indent + line for text in lines for line in text.split("\n"))
 

@@ -182,12 +182,15 @@ def rank(
     for one, length in sets:
         check_labels(one, tokenizer, length)
     source = tokenize_inputs(texts, tokenizer, input_length)
+    special = backbone.config.special_ids
+    tokens = [make_label_tokens(one, tokenizer, length, special) for one, length in sets]
     chosen, likelihoods = predict_labels(
         *prompted(backbone, prompt),
         source,
-        stack_label_sets([make_label_tokens(one, tokenizer, length) for one, length in sets]),
+        stack_label_sets(tokens, special),
         make_buckets(source),
         rows_at_once(len(texts), batch_size),
+        ids=special,
         label_sets=np.array([sets.index(key) for key in keys], np.int32),
         prompt_ids=ids,
     )

@@ -221,6 +221,7 @@ class Preparation:
 
     def _batches(self, subject: Subject, seed: int) -> TrainBatches | PackedBatches:
         source, mesh = subject.source, self.backbone.mesh
+        ids = self.backbone.config.special_ids
         own = self.pack and self.method == "prompt_tuning" and self.prompt.sees_input
         slots = self.prompt_length if own else 0
         if self.pack:
@@ -228,13 +229,16 @@ class Preparation:
                 source,
                 batch_size=self.batch_size,
                 seed=seed,
+                ids=ids,
                 prompt_slots=slots,
                 row_length=self.row_length,
                 row_multiple=self.microbatches * sharding.rows_divisor(mesh),
             )
         else:
             buckets = self.buckets or make_buckets(source)
-            batches = TrainBatches(source, buckets=buckets, batch_size=self.batch_size, seed=seed)
+            batches = TrainBatches(
+                source, buckets=buckets, batch_size=self.batch_size, seed=seed, ids=ids
+            )
         length = self.lengths["inputs"]
         logging.info(
             "%d batches an epoch; padding %.0f%% -> %.0f%% (to %d tokens -> %s)",

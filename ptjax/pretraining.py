@@ -16,6 +16,7 @@ from absl import logging
 from etils import epath
 
 from ptjax.backbone import Backbone, save_backbone
+from ptjax.data.batch import SpecialIds
 from ptjax.data.catalogue import Preprocess
 from ptjax.data.denoising import PrefixLM, SpanCorruption
 from ptjax.data.pipeline import Bucket, MixtureBatches, TrainBatches, make_buckets
@@ -26,6 +27,7 @@ from ptjax.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from ptjax.errors import InputError
 from ptjax.exports import Exports
 from ptjax.fingerprint import fingerprint
+from ptjax.interop.special_ids import check_end_of_sequence
 from ptjax.loop import Pace, Run
 from ptjax.members import Member
 from ptjax.models.config import T5Config
@@ -89,7 +91,7 @@ class Part(Protocol):
     batch_size: int
 
     def make(
-        self, tokenizer: Tokenizer, stream: np.ndarray | None, seed: int
+        self, tokenizer: Tokenizer, stream: np.ndarray | None, seed: int, ids: SpecialIds
     ) -> list[TrainBatches]: ...
 
 
@@ -110,7 +112,7 @@ class SpanCorruptionPart:
     mean_span: float = 3.0
 
     def make(
-        self, tokenizer: Tokenizer, stream: np.ndarray | None, seed: int
+        self, tokenizer: Tokenizer, stream: np.ndarray | None, seed: int, ids: SpecialIds
     ) -> list[TrainBatches]:
         source = SpanCorruption(
             _needs_text(stream),
@@ -121,7 +123,9 @@ class SpanCorruptionPart:
             seed=seed,
         )
         bucket = (int(source.input_lengths[0]), int(source.target_lengths[0]))
-        return [TrainBatches(source, buckets=[bucket], batch_size=self.batch_size, seed=seed)]
+        return [
+            TrainBatches(source, buckets=[bucket], batch_size=self.batch_size, seed=seed, ids=ids)
+        ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +138,7 @@ class PrefixLMPart:
     target_length: int = 32
 
     def make(
-        self, tokenizer: Tokenizer, stream: np.ndarray | None, seed: int
+        self, tokenizer: Tokenizer, stream: np.ndarray | None, seed: int, ids: SpecialIds
     ) -> list[TrainBatches]:
         source = PrefixLM(
             _needs_text(stream),
@@ -144,7 +148,9 @@ class PrefixLMPart:
             seed=seed,
         )
         bucket = (self.input_length, self.target_length)
-        return [TrainBatches(source, buckets=[bucket], batch_size=self.batch_size, seed=seed)]
+        return [
+            TrainBatches(source, buckets=[bucket], batch_size=self.batch_size, seed=seed, ids=ids)
+        ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +171,7 @@ class TaskPart:
     buckets: Sequence[Bucket] | None = None
 
     def make(
-        self, tokenizer: Tokenizer, stream: np.ndarray | None, seed: int
+        self, tokenizer: Tokenizer, stream: np.ndarray | None, seed: int, ids: SpecialIds
     ) -> list[TrainBatches]:
         made, count = [], 0
         for number, (inputs, verbalizer) in enumerate(self.phrasings):
@@ -177,7 +183,11 @@ class TaskPart:
             buckets = self.buckets or make_buckets(source)
             made.append(
                 TrainBatches(
-                    source, buckets=buckets, batch_size=self.batch_size, seed=seed + number
+                    source,
+                    buckets=buckets,
+                    batch_size=self.batch_size,
+                    seed=seed + number,
+                    ids=ids,
                 )
             )
         logging.info("%s: %d examples in %d phrasings", self.task.name, count, len(made))
@@ -229,7 +239,8 @@ def pretrain(
     if found is None:
         raise InputError("pretrain needs a tokenizer: set pretrain.tokenizer")
     check_vocabulary(found, model.vocab_size)
-    batches = _mixture(parts, text, found, seed)
+    check_end_of_sequence(found, model)
+    batches = _mixture(parts, text, found, seed, model.special_ids)
     trainable = {"params": params}
     freeze = freezing.make_freeze(trainable, freezing.METHODS["model_tuning"])
     recipe = Recipe("model_tuning", optimizer, loss, microbatches)
@@ -270,12 +281,12 @@ def _init_on_mesh(model: T5Config, seed: int, mesh: Any) -> Any:
 
 
 def _mixture(
-    parts: Sequence[Part], text: Text | None, tokenizer: Tokenizer, seed: int
+    parts: Sequence[Part], text: Text | None, tokenizer: Tokenizer, seed: int, ids: SpecialIds
 ) -> MixtureBatches:
     stream = None if text is None else text.tokenize(tokenizer, seed)
     components, rates = [], []
     for number, part in enumerate(parts):
-        made = part.make(tokenizer, stream, seed + 100 * number)
+        made = part.make(tokenizer, stream, seed + 100 * number, ids)
         components += made
         rates += [part.rate / len(made)] * len(made)
     return MixtureBatches(components, rates, seed)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from ptjax.backbone import Backbone
 from ptjax.errors import InputError
 from ptjax.interop.prompt_file import NO_PROMPT, PromptFile
-from ptjax.models.prompt import Bank, stack_prompts
+from ptjax.models.prompt import NO_PROMPT_ID, Bank, stack_prompts
 from ptjax.models.prompted import with_prompt
 from ptjax.models.t5 import PromptStates
 from ptjax.scale.sharding import replicated
@@ -117,10 +117,10 @@ class PromptBank:
             InputError: the bank has no such prompt.
         """
         if prompt is None or prompt == NO_PROMPT:
-            return -1
+            return NO_PROMPT_ID
         if prompt in self.names:
             return self.names.index(prompt)
-        if not isinstance(prompt, bool | str) and prompt in range(-1, len(self.names)):
+        if not isinstance(prompt, bool | str) and prompt in range(NO_PROMPT_ID, len(self.names)):
             return int(prompt)
         if not isinstance(prompt, str):
             raise InputError(f"no prompt has the number {prompt}; there are {len(self.names)}")

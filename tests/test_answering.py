@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from letters import LETTERS, make_backbone, random_texts, text_source
+from t5_ids import T5_IDS, lengths_of
 
 from ptjax import answering
 from ptjax.data.batch import shift_right
@@ -26,22 +27,25 @@ LABELS = ["yes", "no", "maybe", "b"]
 
 
 def test_label_tokens_end_and_are_as_short_as_they_fit():
-    tokens = answering.make_label_tokens(["ab", "c"], LETTERS, 8)
+    tokens, lengths = answering.make_label_tokens(["ab", "c"], LETTERS, 8, T5_IDS)
     np.testing.assert_array_equal(tokens, [[2, 3, 1], [4, 1, 0]])
-    cut = answering.make_label_tokens(["abcd"], LETTERS, 3)
+    np.testing.assert_array_equal(lengths, [3, 2])
+    cut, _ = answering.make_label_tokens(["abcd"], LETTERS, 3, T5_IDS)
     np.testing.assert_array_equal(cut, [[2, 3, 1]])
 
 
 @pytest.mark.parametrize("copies", [1, 5])  # 20 labels are more than are ranked at once
 def test_ranking_is_each_labels_own_log_likelihood(tiny, tiny_batch, copies):
-    labels = answering.make_label_tokens(LABELS * copies, LETTERS, 8)
+    labels = answering.make_label_tokens(LABELS * copies, LETTERS, 8, T5_IDS)
     inputs = tiny_batch["encoder_input_tokens"]
-    ranked = answering.rank(tiny.apply_fn(), tiny.variables, inputs, labels)
+    ranked = answering.rank(
+        tiny.apply_fn(), tiny.variables, inputs, lengths_of(inputs), labels, ids=T5_IDS
+    )
     assert ranked.shape == (8, 4 * copies)
-    for c, label in enumerate(labels[:4]):
+    for c, label in enumerate(labels.tokens[:4]):
         label = label[label > 0]  # its own length: padding does not count
         targets = np.tile(label, (8, 1))
-        logits = tiny.jitted()(tiny.variables, inputs, shift_right(targets))
+        logits = tiny.jitted()(tiny.variables, inputs, shift_right(targets, 0))
         log_probs = np.asarray(jax.nn.log_softmax(logits))
         expected = np.take_along_axis(log_probs, targets[..., None], -1).sum((1, 2))
         for copy in range(copies):
@@ -49,17 +53,22 @@ def test_ranking_is_each_labels_own_log_likelihood(tiny, tiny_batch, copies):
 
 
 def test_label_predictions_are_in_order(backbone, tiny):
-    source, labels = text_source(random_texts(19)), answering.make_label_tokens(LABELS, LETTERS, 8)
+    source, labels = (
+        text_source(random_texts(19)),
+        answering.make_label_tokens(LABELS, LETTERS, 8, T5_IDS),
+    )
     buckets = make_buckets(source, smallest=16)
     assert len(buckets) > 1
     best, likelihoods = answering.predict_labels(
-        backbone.apply_fn, tiny.variables, source, labels, buckets, 4
+        backbone.apply_fn, tiny.variables, source, labels, buckets, 4, ids=T5_IDS
     )
     inputs = np.zeros((19, 48), np.int32)
     for i in range(19):
         row, _ = source.tokens(i, 0)
         inputs[i, : len(row)] = row
-    expected = answering.rank(backbone.apply_fn, tiny.variables, inputs, labels)
+    expected = answering.rank(
+        backbone.apply_fn, tiny.variables, inputs, lengths_of(inputs), labels, ids=T5_IDS
+    )
     np.testing.assert_allclose(likelihoods, expected, atol=1e-4)
     np.testing.assert_array_equal(best, np.argmax(expected, axis=1))
     assert best.dtype == np.int32
@@ -72,14 +81,17 @@ def test_a_later_evaluation_compiles_nothing(tiny):
         traced.append(kwargs.get("method"))
         return tiny.apply_fn()(*args, **kwargs)
 
-    source, labels = text_source(random_texts(19)), answering.make_label_tokens(LABELS, LETTERS, 8)
+    source, labels = (
+        text_source(random_texts(19)),
+        answering.make_label_tokens(LABELS, LETTERS, 8, T5_IDS),
+    )
     buckets = make_buckets(source, smallest=16)
     likelihoods = []
     for step in range(2):
         variables = tiny.variables | {"prompt": {"prompt": tiny.prompt + step}}
         where = (apply_fn, variables, source)
-        likelihoods.append(answering.predict_labels(*where, labels, buckets, 4)[1])
-        answering.predict_texts(*where, LETTERS, buckets, 4, max_length=3)
+        likelihoods.append(answering.predict_labels(*where, labels, buckets, 4, ids=T5_IDS)[1])
+        answering.predict_texts(*where, LETTERS, buckets, 4, ids=T5_IDS, max_length=3)
         # Ranking and decoding each encode once per shape.
         assert traced.count("encode") == 2 * len(buckets)
     assert not np.allclose(*likelihoods, atol=1e-2)
@@ -106,9 +118,11 @@ class CountingSource:
 
 def test_every_example_is_computed_once(backbone, tiny):
     source = CountingSource(text_source(random_texts(19)))
-    labels = answering.make_label_tokens(LABELS, LETTERS, 8)
+    labels = answering.make_label_tokens(LABELS, LETTERS, 8, T5_IDS)
     buckets = make_buckets(source, smallest=16)
-    answering.predict_labels(backbone.apply_fn, tiny.variables, source, labels, buckets, 4)
+    answering.predict_labels(
+        backbone.apply_fn, tiny.variables, source, labels, buckets, 4, ids=T5_IDS
+    )
     assert source.asked.tolist() == [1] * 19
 
 
@@ -125,18 +139,18 @@ def test_a_sharded_backbone_predicts_the_same(backbone, tiny, batch_size):
     )
     source, labels = (
         text_source(random_texts(9, 15)),
-        answering.make_label_tokens(LABELS, LETTERS, 8),
+        answering.make_label_tokens(LABELS, LETTERS, 8, T5_IDS),
     )
     rest = (source, labels, [(16, 0)], batch_size)
-    _, likelihoods = answering.predict_labels(backbone.apply_fn, sharded, *rest)
-    _, expected = answering.predict_labels(backbone.apply_fn, tiny.variables, *rest)
+    _, likelihoods = answering.predict_labels(backbone.apply_fn, sharded, *rest, ids=T5_IDS)
+    _, expected = answering.predict_labels(backbone.apply_fn, tiny.variables, *rest, ids=T5_IDS)
     np.testing.assert_allclose(likelihoods, expected, atol=1e-4)
     for settings in ({}, {"num_beams": 3}, {"temperature": 1.0}):
         rest = (source, LETTERS, [(16, 0)], batch_size)
         texts, _ = answering.predict_texts(
-            backbone.apply_fn, sharded, *rest, max_length=4, **settings
+            backbone.apply_fn, sharded, *rest, ids=T5_IDS, max_length=4, **settings
         )
         same, _ = answering.predict_texts(
-            backbone.apply_fn, tiny.variables, *rest, max_length=4, **settings
+            backbone.apply_fn, tiny.variables, *rest, ids=T5_IDS, max_length=4, **settings
         )
         assert texts == same

@@ -6,10 +6,13 @@ import ast
 import functools
 import graphlib
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 import ptjax
 
@@ -172,3 +175,113 @@ def test_files_stay_small_and_say_what_they_are() -> None:
         assert file.stem not in {"utils", "util", "common", "helpers", "misc"}
         assert not file.stem.startswith("base_")
         assert ast.get_docstring(ast.parse(file.read_text("utf-8"))), f"{module}: no docstring"
+
+
+# Where a format or a trainer itself says its ids: ByT5's vocabulary is its bytes behind 0, 1 and 2,
+# and a vocabulary that ptjax learns gets T5's.
+DEFINES_IDS = {"T5Config", "ByteTokenizer", "train_sentencepiece"}
+SPECIAL = re.compile(r"(^|_)(pad|eos|bos|start)(_token)?_ids?$")
+TOKENS = re.compile(r"tokens|ids|(^|_)id$")
+COUNTS = {"extra_ids"}  # how many sentinels a vocabulary is given; no id
+COMPARING = {"equal", "not_equal", "greater", "greater_equal", "less", "less_equal", "isin"}
+
+
+def number(node: ast.AST | None) -> bool:
+    """Whether `node` is a literal number, or a collection of them; True and None are none."""
+    if isinstance(node, ast.UnaryOp):
+        node = node.operand
+    if isinstance(node, ast.Tuple | ast.List | ast.Set):
+        return any(map(number, node.elts))
+    return isinstance(node, ast.Constant) and type(node.value) in (int, float)
+
+
+def name_of(node: ast.AST) -> str:
+    """The last name of `a.b[...]` and `batch["b"]`: "b" for both; "" for all else."""
+    if ast.unparse(node).startswith("arguments."):
+        return ""  # a command's flag, which is a number or a text
+    if isinstance(node, ast.Subscript):
+        key = node.slice
+        if isinstance(key, ast.Constant) and isinstance(key.value, str):
+            return key.value
+        return name_of(node.value)
+    return node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")
+
+
+def literal_ids(node: ast.AST) -> Iterator[str]:
+    """What `node` itself, without what is below it, says of ids in numbers."""
+    if isinstance(node, ast.Compare):
+        sides = [node.left, *node.comparators]
+    elif isinstance(node, ast.Call) and name_of(node.func) in COMPARING:
+        sides = node.args
+    else:
+        sides = []
+    if any(map(number, sides)):
+        names = set(map(name_of, sides)) - COUNTS
+        yield from (f"{name} compared" for name in names if TOKENS.search(name))
+    named: list[tuple[str, ast.AST | None]] = []
+    if isinstance(node, ast.Assign):
+        for target in node.targets:
+            if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
+                named += zip(map(name_of, target.elts), node.value.elts, strict=False)
+            named.append((name_of(target), node.value))
+    elif isinstance(node, ast.AnnAssign | ast.NamedExpr):
+        named.append((name_of(node.target), node.value))
+    elif isinstance(node, ast.Call):
+        named += [(keyword.arg or "", keyword.value) for keyword in node.keywords]
+    elif isinstance(node, ast.Dict):
+        keys = (key.value if isinstance(key, ast.Constant) else "" for key in node.keys)
+        named += zip(map(str, keys), node.values, strict=True)
+    elif isinstance(node, ast.arguments):
+        positional = [*node.posonlyargs, *node.args]
+        named += [
+            (argument.arg, default)
+            for argument, default in zip(
+                [*positional[len(positional) - len(node.defaults) :], *node.kwonlyargs],
+                [*node.defaults, *node.kw_defaults],
+                strict=True,
+            )
+        ]
+    yield from (
+        f"{name} in a number" for name, value in named if SPECIAL.search(name) and number(value)
+    )
+
+
+def walk_ids(node: ast.AST) -> Iterator[str]:
+    if getattr(node, "name", None) in DEFINES_IDS:
+        return
+    for problem in literal_ids(node):
+        yield f"line {getattr(node, 'lineno', '?')}: {problem}"
+    for child in ast.iter_child_nodes(node):
+        yield from walk_ids(child)
+
+
+def test_case_1_6_no_vocabulary_id_is_a_literal() -> None:
+    """Which id pads, starts and ends a text is read from the config."""
+    wrong = [
+        f"{module}, {problem}"
+        for module, file in modules().items()
+        for problem in walk_ids(ast.parse(file.read_text("utf-8")))
+    ]
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    ("code", "count"),
+    [
+        ("mask = encoder_input_tokens > 0", 1),
+        ("jnp.any(batch['encoder_input_tokens'][:, 0] != 0)", 1),
+        ("0 == self.ids[3]", 1),
+        ("np.not_equal(target_tokens, -1)", 1),
+        ("token_id in (0, 1)", 1),
+        ("def decode(x, *, eos_id: int = 1): ...", 1),
+        ("pad_id, eos_id = 0, 1", 2),
+        ("eos_ids: tuple = (1,)", 1),
+        ("make(start_id=0, bos_token_id=-1)", 2),
+        ("{'decoder_start_token_id': 0}", 1),
+        ("class T5Config:\n    pad_id: int = 0", 0),
+        ("len(tokens) > 0 and tokens.ndim != 2 and segment_ids == PADDING_SEGMENT", 0),
+        ("make(pad_id=config.pad_id)", 0),
+    ],
+)
+def test_case_1_6_literals_are_found(code, count) -> None:
+    assert len(list(walk_ids(ast.parse(code)))) == count

@@ -19,6 +19,7 @@ import tensorstore as ts
 from conftest import FIXTURES, load_expected
 from flax import serialization
 from jax.sharding import Mesh
+from t5_ids import with_lengths
 
 import ptjax
 from ptjax import backbone as backbones
@@ -132,7 +133,7 @@ def test_t5_1_0_is_known_by_its_tree(t5_1_0):
 def test_logits_are_t5x_own_in_the_other_formats(path, request):
     loaded = load_backbone(request.getfixturevalue(path) if path == "saved" else path)
     want = load_expected("t5_1_1_tiny_orbax")["short"]
-    logits = jax.jit(loaded.apply_fn)(
+    logits = jax.jit(with_lengths(loaded.apply_fn))(
         loaded.variables, want["encoder_input_tokens"], want["decoder_input_tokens"]
     )
     real = want["decoder_target_tokens"] > 0
@@ -218,17 +219,14 @@ def test_the_shipped_backbone_has_a_name():
 
 
 def test_what_t5x_does_not_tell_is_assumed_and_can_be_overridden(t5_1_1):
-    assert t5_1_1.assumed == (
-        "dropout_rate",
-        "layer_norm_epsilon",
-        "mlp_activations",
-        "relpos_max_distance",
-    )
+    ids = {"pad_id", "eos_ids", "decoder_start_id", "forced_bos_id"}
+    sizes = {"dropout_rate", "layer_norm_epsilon", "mlp_activations", "relpos_max_distance"}
+    assert t5_1_1.assumed == tuple(sorted(ids | sizes))
     assert backbones.describe(t5_1_1)["assumed"] == list(t5_1_1.assumed)
     loaded = load_backbone(
         LEGACY, dropout_rate=0, relpos_max_distance=64, mlp_activations=("silu", "linear")
     )
-    assert loaded.assumed == ("layer_norm_epsilon",)
+    assert set(loaded.assumed) == ids | {"layer_norm_epsilon"}
     assert (loaded.config.dropout_rate, loaded.config.relpos_max_distance) == (0, 64)
     assert loaded.config.mlp_activations == ("silu", "linear")
 

@@ -9,17 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from t5_ids import beam_search, decode, with_lengths
 
 from ptjax.data.batch import shift_right
-from ptjax.models import decoding
 from ptjax.models.config import T5Config
 from ptjax.models.prompted import PromptedT5, with_prompt
 from ptjax.models.t5 import Encoded, init_params
 
 EOS = 1
-STATIC = ("apply_fn", "max_length", "num_beams")
-decode = jax.jit(decoding.decode, static_argnames=STATIC)
-beam_search = jax.jit(decoding.beam_search, static_argnames=STATIC)
 
 
 @functools.cache
@@ -54,7 +51,7 @@ def _inputs(rows: int, vocab_size: int) -> np.ndarray:
 def _log_probs(model, inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """Teacher-forced log p [B, L, V]."""
     apply_fn, variables = model
-    logits = jax.jit(apply_fn)(variables, inputs, shift_right(targets))
+    logits = jax.jit(with_lengths(apply_fn))(variables, inputs, shift_right(targets, 0))
     return np.asarray(jax.nn.log_softmax(logits))
 
 
@@ -104,7 +101,7 @@ class Constant:
     def __init__(self, probs: list[float]) -> None:
         self.logits, self.steps = np.log(np.asarray(probs, np.float32)), []
 
-    def __call__(self, variables, *args, method, prompt_ids=None):
+    def __call__(self, variables, *args, method, encoder_lengths=None, prompt_ids=None):
         if method == "encode":
             return Encoded(jnp.zeros((*args[0].shape, 1)), (args[0] > 0).astype(int))
         if method == "init_cache":

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from letters import LETTERS, make_backbone
+from t5_ids import T5_IDS
 
 from ptjax import answering, ensembling, evaluation
 from ptjax.data.pipeline import make_buckets
@@ -80,13 +81,13 @@ def test_texts_are_voted_on_and_their_authors_break_ties():
 def test_members_and_ensembles_are_those_of_separate_runs(tiny, task, sees_input):
     evaluator = make_evaluator(tiny, task, sees_input=sees_input)
     source, labels = evaluator._source("test"), list(LABELS)
-    tokens = answering.make_label_tokens(labels, LETTERS, 4)
+    tokens = answering.make_label_tokens(labels, LETTERS, 4, T5_IDS)
     found = []
     for prompt in PROMPTS:
         variables = with_prompt({"params": tiny.params}, prompt)
         found.append(
             answering.predict_labels(
-                evaluator.apply_fn, variables, source, tokens, make_buckets(source), 8
+                evaluator.apply_fn, variables, source, tokens, make_buckets(source), 8, ids=T5_IDS
             )[1]
         )
     own = [[labels[i] for i in one.argmax(axis=1)] for one in found]
@@ -142,9 +143,9 @@ def test_the_prompts_of_an_example_share_a_batch(tiny, task, monkeypatch):
     evaluator = make_evaluator(tiny, task)
     batches = []
 
-    def rank(apply_fn, variables, tokens, labels, sets, prompt_ids):
+    def rank(apply_fn, variables, tokens, lengths, labels, sets, prompt_ids, *, ids):
         batches.append((np.asarray(tokens), np.asarray(prompt_ids)))
-        return np.zeros((len(tokens), len(labels)))
+        return np.zeros((len(tokens), len(labels.tokens)))
 
     monkeypatch.setattr(answering, "rank", rank)
     evaluator.ask(stack_prompts(PROMPTS), "test")

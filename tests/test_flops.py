@@ -107,6 +107,7 @@ def of_method(config: T5Config, method: str) -> tuple[int, int]:
     tokens = shape(B, L, dtype="int32")
     batch = {
         "encoder_input_tokens": shape(B, T, dtype="int32"),
+        "encoder_lengths": shape(B, dtype="int32"),
         "decoder_input_tokens": tokens,
         "decoder_target_tokens": tokens,
         "decoder_loss_weights": shape(B, L),

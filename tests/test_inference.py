@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import types
 from typing import Any
 
@@ -11,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from letters import LETTERS, make_backbone, random_texts, text_source
+from t5_ids import decode
 
 from ptjax import inference
 from ptjax.data.batch import shift_right
 from ptjax.errors import InputError
 from ptjax.interop.prompt_file import PromptFile
-from ptjax.models import decoding
 from ptjax.prompting import check_prompt
 from ptjax.scale.sharding import make_mesh, replicated
 from ptjax.training.loss import Loss
@@ -154,7 +153,7 @@ def test_generate_answers_every_text_in_order_whatever_the_batch(backbone, tiny)
         for i in range(6):
             inputs = np.zeros((1, 48), np.int32)
             inputs[:, : tokens.shape[1]] = tokens
-            logits = tiny.jitted()(tiny.variables, inputs, shift_right(target))[0, i]
+            logits = tiny.jitted()(tiny.variables, inputs, shift_right(target, 0))[0, i]
             target[0, i] = int(logits.argmax())
             likelihood += float(jax.nn.log_softmax(logits).max())
             if target[0, i] == 1:
@@ -174,8 +173,8 @@ def test_beam_settings_are_passed_on(backbone, tiny):
     source = text_source(texts)
     for i in range(6):
         tokens[i, : source.input_lengths[i]] = source.tokens(i, 0)[0]
-    beams = functools.partial(decoding.decode, tiny.apply_fn(), max_length=5, num_beams=4)
-    expected, expected_scores = jax.jit(beams)(tiny.variables, tokens, alpha=2.0)
+    beams = {"max_length": 5, "num_beams": 4, "alpha": 2.0}
+    expected, expected_scores = decode(tiny.apply_fn(), tiny.variables, tokens, **beams)
     assert written == [LETTERS.decode(row) for row in expected.tolist()]
     np.testing.assert_allclose(scores, expected_scores, rtol=1e-4)
 

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from letters import LETTERS, make_backbone, random_texts, text_source
+from t5_ids import T5_IDS, decode, with_lengths
 
 from ptjax import answering, inference, prediction
 from ptjax.data.pipeline import make_buckets
 from ptjax.data.tasks import Task
 from ptjax.errors import InputError
 from ptjax.interop.prompt_file import PromptFile
-from ptjax.models import decoding
 from ptjax.models.prompt import stack_prompts
 from ptjax.models.prompted import make_apply_fn, with_prompt
 from ptjax.prompting import PromptBank, check_bank, make_bank
@@ -63,7 +63,7 @@ def tokens(tiny_batch):
 
 @functools.cache
 def jitted(config, sees_input: bool):
-    return jax.jit(make_apply_fn(config, sees_input), static_argnames="method")
+    return jax.jit(with_lengths(make_apply_fn(config, sees_input)), static_argnames="method")
 
 
 def alone(tiny, i: int) -> tuple[bool, dict[str, Any]]:
@@ -110,7 +110,6 @@ def test_the_encoder_reads_past_what_is_not_there(tiny, bank, tokens):
 
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_decoding_a_mixed_batch(tiny, bank, tokens, num_beams):
-    decode = jax.jit(decoding.decode, static_argnames=("apply_fn", "max_length", "num_beams"))
     settings = dict(max_length=6, num_beams=num_beams)
     written, scores = decode(
         make_apply_fn(tiny.config),
@@ -136,7 +135,11 @@ def test_one_compiled_function_serves_any_mix(tiny, bank):
     source = text_source(random_texts(16, 20))
     buckets = make_buckets(source)
     labels = answering.stack_label_sets(
-        [answering.make_label_tokens(one, LETTERS, 8) for one in (["a", "bc"], ["d", "e", "f"])]
+        [
+            answering.make_label_tokens(one, LETTERS, 8, T5_IDS)
+            for one in (["a", "bc"], ["d", "e", "f"])
+        ],
+        T5_IDS,
     )
     for number in range(4):
         mix = np.random.default_rng(number).permutation(np.tile(IDS, 2))
@@ -146,8 +149,9 @@ def test_one_compiled_function_serves_any_mix(tiny, bank):
         variables = with_prompt({"params": tiny.params}, other)
         where = apply_fn, variables, source
         sets = (mix > 0).astype(np.int32)
-        answering.predict_labels(*where, labels, buckets, 16, label_sets=sets, prompt_ids=mix)
-        answering.predict_texts(*where, LETTERS, buckets, 16, max_length=3, prompt_ids=mix)
+        shared = {"ids": T5_IDS, "prompt_ids": mix}
+        answering.predict_labels(*where, labels, buckets, 16, label_sets=sets, **shared)
+        answering.predict_texts(*where, LETTERS, buckets, 16, max_length=3, **shared)
         assert traced.count("encode") == 2
 
 
@@ -158,7 +162,7 @@ def test_a_mesh_shares_the_rows_and_their_prompts(tiny, bank, batch_size):
     placed = jax.device_put(variables, replicated(mesh))
     source, labels = (
         text_source(random_texts(8, 15)),
-        answering.make_label_tokens("abc", LETTERS, 2),
+        answering.make_label_tokens("abc", LETTERS, 2, T5_IDS),
     )
     found = [
         answering.predict_labels(
@@ -168,6 +172,7 @@ def test_a_mesh_shares_the_rows_and_their_prompts(tiny, bank, batch_size):
             labels,
             make_buckets(source),
             batch_size,
+            ids=T5_IDS,
             prompt_ids=IDS,
         )[1]
         for where in (placed, variables)
@@ -303,7 +308,11 @@ def test_a_choice_without_a_bank_and_the_other_way_round(backbone, bank, tiny, t
         inference.generate(backbone, ["x"], tiny.prompt, prompt_ids=[0])
     with pytest.raises(InputError, match="one prompt is needed here, not a bank"):
         inference.loss_and_prompt_gradient(backbone, tiny_batch, bank)
-    apply_fn, plain, ids = make_apply_fn(tiny.config), {"params": tiny.params}, jnp.asarray(IDS)
+    apply_fn, plain, ids = (
+        with_lengths(make_apply_fn(tiny.config)),
+        {"params": tiny.params},
+        jnp.asarray(IDS),
+    )
     many = with_prompt(plain, bank.arrays)
     for variables, settings, message in (
         (many, {}, "a bank of prompts needs prompt_ids"),

@@ -9,6 +9,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from t5_ids import T5_IDS
 from test_pipeline import Source, equal, lengths
 
 from ptjax.data.batch import make_packed_batch
@@ -89,6 +90,7 @@ def test_an_epoch_has_every_example_whole_in_full_batches(
         source,
         batch_size=size,
         seed=seed,
+        ids=T5_IDS,
         prompt_slots=slots,
         row_length=max(input_lengths) + slots if given_length else None,
         row_multiple=multiple,
@@ -117,7 +119,7 @@ def source() -> Numbered:
 
 def test_batches_are_drawn_from_seed_and_number_alone(source) -> None:
     def make(seed):
-        return PackedBatches(source, batch_size=16, seed=seed, prompt_slots=4)
+        return PackedBatches(source, batch_size=16, seed=seed, ids=T5_IDS, prompt_slots=4)
 
     going, fresh, other = make(3), make(3), make(4)
     drawn = [going.batch(number) for number in range(40)]
@@ -128,7 +130,7 @@ def test_batches_are_drawn_from_seed_and_number_alone(source) -> None:
 
 
 def test_one_shape_and_a_batch_of_all_lengths(source) -> None:
-    batches = PackedBatches(source, batch_size=16, seed=0)
+    batches = PackedBatches(source, batch_size=16, seed=0, ids=T5_IDS)
     (shape,) = batches.shapes
     for number in range(60):
         batch = batches.batch(number)
@@ -151,9 +153,9 @@ def meetings(source, batches, epochs) -> set[tuple[int, int]]:
 def test_all_but_neighbours_in_length_meet() -> None:
     pairs = set(itertools.combinations(range(24), 2))
     alike = Numbered(np.full(24, 7))
-    assert meetings(alike, PackedBatches(alike, batch_size=4, seed=0), 120) == pairs
+    assert meetings(alike, PackedBatches(alike, batch_size=4, seed=0, ids=T5_IDS), 120) == pairs
     for unlike in (Numbered(np.arange(1, 25)), Numbered(np.r_[np.arange(1, 21), 270:510:60])):
-        batches = PackedBatches(unlike, batch_size=4, seed=0)
+        batches = PackedBatches(unlike, batch_size=4, seed=0, ids=T5_IDS)
         strangers = {(a, b) for a, b in pairs if a // 6 == b // 6}
         assert meetings(unlike, batches, 120) == pairs - strangers
     assert len(batches.shapes) > 1
@@ -161,7 +163,7 @@ def test_all_but_neighbours_in_length_meet() -> None:
 
 def test_no_example_is_the_one_that_always_comes_twice() -> None:
     source = Numbered(np.arange(1, 25))
-    batches = PackedBatches(source, batch_size=16, seed=0)
+    batches = PackedBatches(source, batch_size=16, seed=0, ids=T5_IDS)
     total = collections.Counter()
     for number in range(120):
         total.update(examples_in(batches.batch(number), source, number // 2, 0))
@@ -172,7 +174,7 @@ def test_no_example_is_the_one_that_always_comes_twice() -> None:
 def test_padding_is_the_share_of_positions_in_no_segment(source) -> None:
     for slots, multiple in ((0, 1), (30, 8)):
         batches = PackedBatches(
-            source, batch_size=16, seed=1, prompt_slots=slots, row_multiple=multiple
+            source, batch_size=16, seed=1, ids=T5_IDS, prompt_slots=slots, row_multiple=multiple
         )
         epoch = [batches.batch(n)["encoder_segment_ids"] for n in range(batches.batches_per_epoch)]
         want = sum((ids == 0).sum() for ids in epoch) / sum(ids.size for ids in epoch)
@@ -193,13 +195,13 @@ def test_padding_is_the_share_of_positions_in_no_segment(source) -> None:
 )
 def test_there_is_little_padding(draw, slots, most) -> None:
     source = Source(draw(np.random.default_rng(0)))
-    batches = PackedBatches(source, batch_size=32, seed=0, prompt_slots=slots)
+    batches = PackedBatches(source, batch_size=32, seed=0, ids=T5_IDS, prompt_slots=slots)
     assert batches.padding() < most
 
 
 def test_a_few_long_examples_have_a_template_of_their_own() -> None:
     source = Numbered(np.r_[np.full(95, 20), np.full(5, 500)])
-    batches = PackedBatches(source, batch_size=10, seed=0)
+    batches = PackedBatches(source, batch_size=10, seed=0, ids=T5_IDS)
     usual, long = sorted(batches.shapes, key=lambda shape: shape.rows * shape.inputs)
     assert usual.inputs < 500 <= long.inputs
     drawn = [[shape_of(batches.batch(10 * epoch + i)) for i in range(10)] for epoch in range(4)]
@@ -213,17 +215,23 @@ def test_a_given_row_length_is_kept_and_one_too_short_is_refused() -> None:
     source = Numbered([10, 30, 20], [2, 2, 2])
     for length in (40, 50, 77):
         batches = PackedBatches(
-            source, batch_size=2, seed=0, prompt_slots=10, row_length=length, row_multiple=2
+            source,
+            batch_size=2,
+            seed=0,
+            ids=T5_IDS,
+            prompt_slots=10,
+            row_length=length,
+            row_multiple=2,
         )
         assert {shape.inputs for shape in batches.shapes} == {length}
     with pytest.raises(InputError, match=r"example 1 has 30 input tokens behind 10 prompt slots"):
-        PackedBatches(source, batch_size=2, seed=0, prompt_slots=10, row_length=39)
+        PackedBatches(source, batch_size=2, seed=0, ids=T5_IDS, prompt_slots=10, row_length=39)
     with pytest.raises(InputError, match=r"a row of 39; set row_length to 40 or more"):
-        PackedBatches(source, batch_size=2, seed=0, prompt_slots=10, row_length=39)
+        PackedBatches(source, batch_size=2, seed=0, ids=T5_IDS, prompt_slots=10, row_length=39)
 
 
 def test_an_iterator_starts_anywhere(source) -> None:
-    batches = PackedBatches(source, batch_size=16, seed=2, row_multiple=2)
+    batches = PackedBatches(source, batch_size=16, seed=2, ids=T5_IDS, row_multiple=2)
     want = [batches.batch(number) for number in range(30)]
     for start in range(0, 30, 7):
         rest = make_iterator(batches, 30, start=start)
@@ -232,8 +240,8 @@ def test_an_iterator_starts_anywhere(source) -> None:
 
 
 def test_packed_and_unpacked_components_mix(source) -> None:
-    packed = PackedBatches(source, batch_size=4, seed=0)
-    plain = TrainBatches(source, buckets=[(60, 5)], batch_size=4, seed=0)
+    packed = PackedBatches(source, batch_size=4, seed=0, ids=T5_IDS)
+    plain = TrainBatches(source, buckets=[(60, 5)], batch_size=4, seed=0, ids=T5_IDS)
     mixture = MixtureBatches([packed, plain], [1, 1], seed=0)
     assert set(mixture.shapes) == {*packed.shapes, Shape(4, 60, 5)}
     kinds = {"encoder_segment_ids" in mixture.batch(number) for number in range(20)}
@@ -280,6 +288,7 @@ def test_make_packed_batch_by_hand() -> None:
         row_count=3,
         input_length=8,
         target_length=5,
+        ids=T5_IDS,
         prompt_slots=1,
     )
     want = {
@@ -302,5 +311,6 @@ def test_make_packed_batch_by_hand() -> None:
             row_count=3,
             input_length=6,
             target_length=5,
+            ids=T5_IDS,
             prompt_slots=1,
         )

@@ -8,6 +8,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from t5_ids import T5_IDS
 
 from ptjax.data.batch import make_batch, shift_right
 from ptjax.data.pipeline import (
@@ -134,13 +135,15 @@ def test_an_example_that_fits_in_no_bucket_is_refused() -> None:
     with pytest.raises(InputError, match="example 1 has 40 input and 2 target tokens"):
         assign_buckets(source, [(8, 4), (32, 4)])
     with pytest.raises(InputError, match="example 0"):
-        TrainBatches(Source([3], [9]), buckets=[(8, 4)], batch_size=1, seed=0)
+        TrainBatches(Source([3], [9]), buckets=[(8, 4)], batch_size=1, seed=0, ids=T5_IDS)
     np.testing.assert_array_equal(assign_buckets(source, [(8, 4), (40, 2)]), [0, 1, 0])
 
 
 def test_batches_hold_the_planned_tokens_and_count_their_padding() -> None:
     source = Source([3, 20, 16, 1, 9, 30, 2], [1, 2, 3, 1, 2, 3, 1])
-    batches = TrainBatches(source, buckets=make_buckets(source, smallest=16), batch_size=2, seed=5)
+    batches = TrainBatches(
+        source, buckets=make_buckets(source, smallest=16), batch_size=2, seed=5, ids=T5_IDS
+    )
     assert batches.shapes == [Shape(2, 16, 3), Shape(2, 32, 3)]
     assert batches.batches_per_epoch == 4
     seen, real, positions = set(), 0, 0
@@ -157,7 +160,7 @@ def test_batches_hold_the_planned_tokens_and_count_their_padding() -> None:
         if epoch == 0:
             real, positions = real + (tokens > 0).sum(), positions + tokens.size
         np.testing.assert_array_equal(
-            batch["decoder_input_tokens"], shift_right(batch["decoder_target_tokens"])
+            batch["decoder_input_tokens"], shift_right(batch["decoder_target_tokens"], 0)
         )
         np.testing.assert_array_equal(
             batch["decoder_loss_weights"], batch["decoder_target_tokens"] > 0
@@ -169,7 +172,7 @@ def test_batches_hold_the_planned_tokens_and_count_their_padding() -> None:
 def test_the_order_of_the_buckets_does_not_matter() -> None:
     source = Source(np.arange(1, 33))
     for buckets in ([(8, 2), (16, 2), (32, 2)], [(32, 2), (8, 2), (16, 2)]):
-        batches = TrainBatches(source, buckets=buckets, batch_size=3, seed=0)
+        batches = TrainBatches(source, buckets=buckets, batch_size=3, seed=0, ids=T5_IDS)
         assert batches.shapes == [Shape(3, 8, 2), Shape(3, 16, 2), Shape(3, 32, 2)]
         tokens = np.concatenate([batches.batch(n)["decoder_target_tokens"] for n in range(11)])
         assert set(tokens[:, 0]) == set(range(1, 33))
@@ -182,7 +185,7 @@ def equal(one, two) -> bool:
 @pytest.fixture(scope="module")
 def batches() -> TrainBatches:
     source = Source(np.random.default_rng(0).integers(1, 60, 50))
-    return TrainBatches(source, buckets=make_buckets(source), batch_size=8, seed=3)
+    return TrainBatches(source, buckets=make_buckets(source), batch_size=8, seed=3, ids=T5_IDS)
 
 
 @pytest.mark.parametrize("start", [0, 7, 19, 20])
@@ -196,7 +199,7 @@ def test_an_iterator_starts_anywhere(batches, start) -> None:
 def test_a_mixture_draws_exact_counts_and_each_components_own_order() -> None:
     def component(size, shape):
         source = Source(np.full(size, shape))
-        return TrainBatches(source, buckets=[(shape, 2)], batch_size=1, seed=shape)
+        return TrainBatches(source, buckets=[(shape, 2)], batch_size=1, seed=shape, ids=T5_IDS)
 
     parts = [component(7, 3), component(5, 4), component(11, 5)]
     mixture = MixtureBatches(parts, [6, 3, 1], seed=0)
@@ -240,7 +243,7 @@ def test_evaluation_sees_every_example_once(source, size) -> None:
     assert all(len(batch.examples) == size for batch in planned)
     assert len(planned) <= len(source) // size + len(buckets)
     for batch in planned:
-        built = build_batch(source, batch, epoch=0)
+        built = build_batch(source, batch, epoch=0, ids=T5_IDS)
         np.testing.assert_array_equal(
             built["encoder_input_tokens"][:, 0], np.maximum(batch.examples + 1, 0)
         )
@@ -249,22 +252,25 @@ def test_evaluation_sees_every_example_once(source, size) -> None:
 
 
 def test_make_batch_pads_shifts_and_weighs() -> None:
-    batch = make_batch([[5, 1], []], [[7, 8, 1], []], input_length=3, target_length=4)
+    batch = make_batch([[5, 1], []], [[7, 8, 1], []], input_length=3, target_length=4, ids=T5_IDS)
     np.testing.assert_array_equal(batch["encoder_input_tokens"], [[5, 1, 0], [0, 0, 0]])
     np.testing.assert_array_equal(batch["decoder_input_tokens"], [[0, 7, 8, 1], [0, 0, 0, 0]])
     np.testing.assert_array_equal(batch["decoder_target_tokens"], [[7, 8, 1, 0], [0, 0, 0, 0]])
     np.testing.assert_array_equal(batch["decoder_loss_weights"], [[1, 1, 1, 0], [0, 0, 0, 0]])
-    assert [a.dtype.name for a in batch.values()] == ["int32", "int32", "int32", "float32"]
+    np.testing.assert_array_equal(batch["encoder_lengths"], [2, 0])
+    dtypes = {name: array.dtype.name for name, array in batch.items()}
+    assert dtypes.pop("decoder_loss_weights") == "float32"
+    assert set(dtypes.values()) == {"int32"}
 
 
 def test_buckets_that_do_not_hold_each_other_are_refused():
     source = Source(np.full(4, 10, np.int32), np.full(4, 5, np.int32))
     with pytest.raises(InputError, match="the larger has to hold the smaller"):
-        TrainBatches(source, buckets=[(32, 8), (16, 32)], batch_size=2, seed=0)
+        TrainBatches(source, buckets=[(32, 8), (16, 32)], batch_size=2, seed=0, ids=T5_IDS)
 
 
 def test_a_rate_that_would_never_be_drawn_is_refused():
     source = Source(np.full(4, 10, np.int32), np.full(4, 5, np.int32))
-    part = TrainBatches(source, buckets=[(16, 8)], batch_size=2, seed=0)
+    part = TrainBatches(source, buckets=[(16, 8)], batch_size=2, seed=0, ids=T5_IDS)
     with pytest.raises(InputError, match="too small"):
         MixtureBatches([part, part], [10_000, 1], seed=0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+from t5_ids import with_lengths
 
 from ptjax.models.prompted import PromptedT5, with_prompt
 from ptjax.models.t5 import parameter_shapes
@@ -42,13 +43,14 @@ def test_prompt_copied_from_the_embedding_is_typing_those_tokens(tiny, tiny_batc
 def test_every_parameter_keeps_its_t5x_path(tiny, tiny_batch) -> None:
     want = flatten_paths(parameter_shapes(tiny.config))
     module = PromptedT5(tiny.config)
-    got = jax.eval_shape(module.init, jax.random.key(0), *tokens_of(tiny_batch))
+    init, apply = with_lengths(module.init), with_lengths(module.apply)
+    got = jax.eval_shape(init, jax.random.key(0), *tokens_of(tiny_batch))
     assert set(got) == {"params"}
     assert flatten_paths(got["params"]) == want
     assert len(want) == 52
     # And with a prompt: every parameter below is looked up by its path.
     _, seen = jax.eval_shape(
-        lambda v: module.apply(v, *tokens_of(tiny_batch), mutable=True), tiny.variables
+        lambda v: apply(v, *tokens_of(tiny_batch), mutable=True), tiny.variables
     )
     assert set(flatten_paths(seen)) == {f"params/{path}" for path in want} | {"prompt/prompt"}
 
@@ -64,7 +66,7 @@ def test_prompt_per_example_equals_one_by_one(tiny, tiny_batch) -> None:
 
 
 def test_prompt_gradient_adds_up_in_float32_under_bfloat16(tiny, tiny_batch) -> None:
-    apply = tiny.apply_fn(dtype="bfloat16")
+    apply = with_lengths(tiny.apply_fn(dtype="bfloat16"))
 
     @jax.jit
     @jax.grad
@@ -99,7 +101,9 @@ def test_oracle_logits_encoding_loss_and_gradient(t5_1_1, oracle) -> None:
     @jax.jit
     def run(prompt):
         def loss(prompt):
-            logits = t5_1_1.apply_fn(with_prompt(t5_1_1.variables, prompt), *tokens_of(batch))
+            logits = with_lengths(t5_1_1.apply_fn)(
+                with_prompt(t5_1_1.variables, prompt), *tokens_of(batch)
+            )
             return Loss()(logits, jnp.asarray(targets), jnp.asarray(weights)), logits
 
         return jax.value_and_grad(loss, has_aux=True)(prompt)
@@ -111,7 +115,7 @@ def test_oracle_logits_encoding_loss_and_gradient(t5_1_1, oracle) -> None:
     scale = np.abs(want["prompt_grad"]).max()
     np.testing.assert_allclose(gradient, want["prompt_grad"], rtol=0, atol=1e-5 * scale)
 
-    encode = jax.jit(t5_1_1.apply_fn, static_argnames="method")
+    encode = jax.jit(with_lengths(t5_1_1.apply_fn), static_argnames="method")
     variables = with_prompt(t5_1_1.variables, want["prompt"])
     encoded = encode(variables, batch["encoder_input_tokens"], method="encode")
     real = encoded.segment_ids > 0

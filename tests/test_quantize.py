@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import FIXTURES
+from t5_ids import T5_IDS
 
 from ptjax.backbone import load_backbone, save_backbone
 from ptjax.data.batch import make_batch
@@ -83,7 +84,9 @@ def test_the_network_runs_on_int8_as_on_what_it_stands_for(tiny, scan_layers) ->
     apply_fn = make_apply_fn(config)
     rng = np.random.default_rng(0)
     rows = [rng.integers(2, 64, 12) for _ in range(8)]
-    batch = make_batch(rows, [row[:6] for row in rows], input_length=12, target_length=6)
+    batch = make_batch(
+        rows, [row[:6] for row in rows], input_length=12, target_length=6, ids=T5_IDS
+    )
 
     @jax.jit
     @jax.value_and_grad

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from t5_ids import T5_IDS, decode, with_lengths
 
 from ptjax.data.batch import make_batch, make_packed_batch
-from ptjax.models import decoding
 from ptjax.models.config import T5Config
 from ptjax.models.prompted import make_apply_fn, with_prompt
 from ptjax.models.t5 import T5, Encoded, parameter_shapes
@@ -35,13 +35,14 @@ def packed(prompt_slots: int) -> dict[str, np.ndarray]:
         row_count=4,
         input_length=56,
         target_length=18,
+        ids=T5_IDS,
         prompt_slots=prompt_slots,
     )
 
 
 @pytest.fixture(scope="module")
 def unpacked() -> dict[str, np.ndarray]:
-    return make_batch(INPUTS, TARGETS, input_length=12, target_length=6)
+    return make_batch(INPUTS, TARGETS, input_length=12, target_length=6, ids=T5_IDS)
 
 
 @functools.cache
@@ -95,7 +96,7 @@ def test_an_unseeing_prompt_is_plain_t5_under_a_mask(tiny, unpacked) -> None:
     got = value_and_grad(tiny.config, False)(tiny.prompt, tiny.params, unpacked)
     assert_same(got, (loss, gradient))
     tokens = unpacked["encoder_input_tokens"], unpacked["decoder_input_tokens"]
-    blind = jax.jit(make_apply_fn(tiny.config, False))(tiny.variables, *tokens)
+    blind = jax.jit(with_lengths(make_apply_fn(tiny.config, False)))(tiny.variables, *tokens)
     np.testing.assert_allclose(blind, logits, rtol=0, atol=1e-5)
     # The paper's prompt is another function: the mask is felt.
     assert np.abs(tiny.jitted()(tiny.variables, *tokens) - blind).max() > 1e-3
@@ -117,7 +118,7 @@ def test_packed_equals_unpacked(tiny, unpacked, sees_input) -> None:
 
 @pytest.mark.parametrize("sees_input", [True, False])
 def test_packed_logits_of_an_example_in_third_place(tiny, unpacked, sees_input) -> None:
-    apply_fn = jax.jit(make_apply_fn(tiny.config, sees_input))
+    apply_fn = jax.jit(with_lengths(make_apply_fn(tiny.config, sees_input)))
     rows = packed(len(tiny.prompt) if sees_input else 0)
     names = "encoder_input_tokens", "decoder_input_tokens"
     segments = rows["encoder_segment_ids"], rows["decoder_segment_ids"]
@@ -140,7 +141,7 @@ def test_twenty_steps_of_sgd_packed_and_unpacked(tiny, unpacked, sees_input) -> 
 
 
 def test_compiled_states_say_the_same(tiny, unpacked) -> None:
-    apply_fn = make_apply_fn(tiny.config, False)
+    apply_fn = with_lengths(make_apply_fn(tiny.config, False))
     tokens = unpacked["encoder_input_tokens"], unpacked["decoder_input_tokens"]
     states = jax.jit(apply_fn, static_argnames="method")(tiny.variables, method="prompt_states")
     run = jax.jit(apply_fn)
@@ -150,7 +151,6 @@ def test_compiled_states_say_the_same(tiny, unpacked) -> None:
 
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_decoding_reads_the_shared_prompt(tiny, unpacked, num_beams) -> None:
-    decode = jax.jit(decoding.decode, static_argnames=("apply_fn", "max_length", "num_beams"))
     copies = jnp.broadcast_to(tiny.prompt, (8, *tiny.prompt.shape))
     found = [
         decode(
@@ -186,7 +186,7 @@ def test_the_prompt_costs_its_positions_once() -> None:
             matrix = jax.ShapeDtypeStruct((length, config.emb_dim), "float32")
             variables["prompt"] = {"prompt": matrix}
         shapes = [jax.ShapeDtypeStruct((rows, n), "int32") for n in (inputs, targets)]
-        return count_flops(apply_fn, variables, *shapes)
+        return count_flops(with_lengths(apply_fn), variables, *shapes)
 
     def attention_to_prompt(rows: int, length: int) -> int:
         queries = inputs * config.num_encoder_layers + targets * config.num_decoder_layers

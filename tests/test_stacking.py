@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from conftest import FIXTURES
 from flax import linen as nn
+from t5_ids import T5_IDS, decode, with_lengths
 
 from ptjax.backbone import load_backbone, save_backbone
 from ptjax.data.batch import make_batch, make_packed_batch
 from ptjax.errors import InputError
-from ptjax.models import decoding
 from ptjax.models.config import T5Config
 from ptjax.models.prompted import make_apply_fn, with_prompt
 from ptjax.models.stacking import Unstacked, make_layers, run_layers, stack, stack_paths
@@ -41,9 +41,9 @@ def stacked(tiny):
 
 def batch_of(kind: str, prompt_slots: int):
     if kind == "unpacked":
-        return make_batch(INPUTS, TARGETS, input_length=12, target_length=6)
+        return make_batch(INPUTS, TARGETS, input_length=12, target_length=6, ids=T5_IDS)
     sizes = {"row_count": 4, "input_length": 56, "target_length": 18}
-    return make_packed_batch(INPUTS, TARGETS, ROWS, prompt_slots=prompt_slots, **sizes)
+    return make_packed_batch(INPUTS, TARGETS, ROWS, ids=T5_IDS, prompt_slots=prompt_slots, **sizes)
 
 
 def value_and_grad(config: T5Config, params, prompt, batch, sees_input=True):
@@ -86,7 +86,6 @@ def test_what_is_made_again_is_what_was_dropped(tiny, stacked, remat, scan_layer
 
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_scanned_layers_decode_alike(tiny, stacked, num_beams) -> None:
-    decode = jax.jit(decoding.decode, static_argnames=("apply_fn", "max_length", "num_beams"))
     tokens = batch_of("unpacked", 0)["encoder_input_tokens"]
     found = []
     for scan_layers, params in ((False, tiny.params), (True, stacked)):
@@ -104,8 +103,10 @@ def test_a_prompt_compiled_by_one_is_read_by_the_other(tiny, stacked) -> None:
     unrolled = make_apply_fn(tiny.config, False)
     variables = with_prompt({"params": stacked}, tiny.prompt)
     states = jax.jit(scanned, static_argnames="method")(variables, method="prompt_states")
-    got = jax.jit(unrolled)(with_prompt({"params": tiny.params}, states), *tokens)
-    want = jax.jit(unrolled)(with_prompt({"params": tiny.params}, tiny.prompt), *tokens)
+    got = jax.jit(with_lengths(unrolled))(with_prompt({"params": tiny.params}, states), *tokens)
+    want = jax.jit(with_lengths(unrolled))(
+        with_prompt({"params": tiny.params}, tiny.prompt), *tokens
+    )
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
 
 
@@ -187,6 +188,7 @@ def test_of_the_work_of_a_step_remat_adds_what_it_says() -> None:
         tokens = jax.ShapeDtypeStruct((32, 16), "int32")
         batch = {
             "encoder_input_tokens": jax.ShapeDtypeStruct((32, 512), "int32"),
+            "encoder_lengths": jax.ShapeDtypeStruct((32,), "int32"),
             "decoder_input_tokens": tokens,
             "decoder_target_tokens": tokens,
             "decoder_loss_weights": jax.ShapeDtypeStruct((32, 16), "float32"),
@@ -205,7 +207,7 @@ def test_memory_falls_with_what_is_made_again(tiny, stacked) -> None:
     config = T5Config(64, 64, 4, 8, 2, 16, 256, dropout_rate=0.0, scan_layers=True)
     params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     batch = make_batch(
-        [np.full(128, 3)] * 8, [np.full(4, 3)] * 8, input_length=128, target_length=4
+        [np.full(128, 3)] * 8, [np.full(4, 3)] * 8, input_length=128, target_length=4, ids=T5_IDS
     )
     planned = {}
     for remat in ("none", "dots", "full"):

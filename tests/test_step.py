@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from jax.interpreters import partial_eval
+from t5_ids import with_lengths
 
 from ptjax.models.prompted import with_prompt
 from ptjax.scale.sharding import make_mesh, put_batch, replicated
@@ -23,8 +24,9 @@ SGD = optax.sgd(1e-2)
 def make_apply(dropout_rate: float = 0.0):
     """A stand-in for the network that compiles in no time: the step does not look inside."""
 
-    def apply(variables, inputs, targets, encoder_segments, decoder_segments, *, train, rngs):
-        assert encoder_segments is None and decoder_segments is None  # no rows are packed here
+    def apply(variables, inputs, targets, *segments, encoder_lengths, train, rngs):
+        assert segments == (None, None)  # no rows are packed here
+        assert encoder_lengths.shape == inputs.shape[:1]
         table, prompt = variables["params"]["table"], variables["prompt"]["prompt"]
         context = jnp.mean(table[inputs], 1) + jnp.sum(jnp.tanh(prompt), 0)
         keep = jax.random.bernoulli(rngs["dropout"], 1 - dropout_rate, context.shape)
@@ -66,7 +68,8 @@ def test_compiles_once_per_batch_shape_and_donates_its_state(tiny_batch) -> None
     optimizer = Adafactor().make()
     step = compiled(apply, optimizer)
     state, frozen = begin(optimizer)
-    shorter = {name: array[:, :6] for name, array in tiny_batch.items()}
+    shorter = {name: array[..., :6] for name, array in tiny_batch.items()}
+    shorter["encoder_lengths"] = tiny_batch["encoder_lengths"]
     for number in range(6):
         old = state
         state, metrics = step(state, frozen, shorter if number % 2 else tiny_batch)
@@ -83,12 +86,11 @@ def test_metrics_are_the_loss_the_tokens_and_the_gradient(tiny_batch) -> None:
     state, frozen = begin()
     prompt = jnp.array(prompt_of(state))
     after, metrics = compiled(make_apply())(state, frozen, tiny_batch)
-    tokens, targets, real, weights = map(jnp.asarray, tiny_batch.values())
+    tokens, lengths, targets, real, weights = map(jnp.asarray, tiny_batch.values())
 
     def loss(prompt):
-        rngs = {"dropout": jax.random.key(0)}
-        prompted = with_prompt(frozen, prompt)
-        logits = make_apply()(prompted, tokens, targets, None, None, train=True, rngs=rngs)
+        more = {"train": True, "rngs": {"dropout": jax.random.key(0)}, "encoder_lengths": lengths}
+        logits = make_apply()(with_prompt(frozen, prompt), tokens, targets, None, None, **more)
         return Loss()(logits, real, weights)
 
     value, gradient = jax.jit(jax.value_and_grad(loss))(prompt)
@@ -149,13 +151,13 @@ def test_microbatches_draw_different_dropout(tiny_batch, rate, same) -> None:
     once = compiled(make_apply(rate))(*begin(), small)[1]["loss"]
     four = compiled(make_apply(rate), microbatches=4)(*begin(), batch)[1]["loss"]
     state, frozen = begin()
-    tokens, targets, real, weights = map(jnp.asarray, small.values())
+    tokens, lengths, targets, real, weights = map(jnp.asarray, small.values())
 
     @jax.jit
     def part(key):
         variables = frozen | state.trainable
-        rngs = {"dropout": key}
-        logits = make_apply(rate)(variables, tokens, targets, None, None, train=True, rngs=rngs)
+        more = {"train": True, "rngs": {"dropout": key}, "encoder_lengths": lengths}
+        logits = make_apply(rate)(variables, tokens, targets, None, None, **more)
         return Loss()(logits, real, weights)
 
     keys = jax.random.split(jax.random.fold_in(state.key, 0), 4)
@@ -192,10 +194,10 @@ def flops_of(function, *args) -> int:
 def test_no_gradient_of_a_frozen_weight_is_formed(tiny, tiny_batch) -> None:
     apply = tiny.apply_fn()
     inputs = tiny_batch["encoder_input_tokens"], tiny_batch["decoder_input_tokens"]
-    forward = flops_of(apply, tiny.variables, *inputs)
+    forward = flops_of(with_lengths(apply), tiny.variables, *inputs)
     step = flops_of(make_train_step(apply, SGD, Loss()), *begin_t5(tiny), tiny_batch)
 
-    plain = flops_of(apply, {"params": tiny.params}, *inputs)
+    plain = flops_of(with_lengths(apply), {"params": tiny.params}, *inputs)
     everything = init_train_state({"params": tiny.params}, SGD, jax.random.key(0))
     full = flops_of(make_train_step(apply, SGD, Loss()), everything, {}, tiny_batch)
     # Forward and back once: 2. The gradients of the weights would be the third.

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import FIXTURES, load_expected
+from t5_ids import with_lengths
 
 from ptjax.models.config import T5Config
 from ptjax.models.layers import relative_position_bucket
@@ -77,7 +78,7 @@ CASES = [
 def test_logits_and_loss_are_t5x(name, backbone, length, request) -> None:
     backbone = request.getfixturevalue(backbone)
     want = load_expected(name)[length]
-    logits = jax.jit(backbone.apply_fn)(
+    logits = jax.jit(with_lengths(backbone.apply_fn))(
         backbone.variables, want["encoder_input_tokens"], want["decoder_input_tokens"]
     )
     np.testing.assert_allclose(logits[real(want)], want["logits"][real(want)], rtol=0, atol=1e-4)
@@ -94,7 +95,7 @@ def test_encoder_output_is_t5x(name, backbone, request) -> None:
     backbone = request.getfixturevalue(backbone)
     want = load_expected(name)["short"]
     tokens = want["encoder_input_tokens"]
-    apply = jax.jit(backbone.apply_fn, static_argnames="method")
+    apply = jax.jit(with_lengths(backbone.apply_fn), static_argnames="method")
     encoded = apply(backbone.variables, tokens, method="encode")
     np.testing.assert_array_equal(encoded.segment_ids, tokens > 0)
     real = tokens > 0
@@ -103,7 +104,7 @@ def test_encoder_output_is_t5x(name, backbone, request) -> None:
 
 @pytest.mark.parametrize("prompted", [False, True])
 def test_decoding_step_by_step_equals_teacher_forcing(tiny, tiny_batch, prompted) -> None:
-    apply = tiny.apply_fn()
+    apply = with_lengths(tiny.apply_fn())
     variables = tiny.variables if prompted else {"params": tiny.params}
     inputs, tokens = tiny_batch["encoder_input_tokens"], tiny_batch["decoder_input_tokens"]
 
@@ -131,7 +132,8 @@ def logits_of(tiny, batch, **changes):
 
 
 def test_padding_of_inputs_and_targets_is_invisible(tiny, tiny_batch) -> None:
-    longer = {name: np.pad(array, ((0, 0), (0, 20))) for name, array in tiny_batch.items()}
+    names = ("encoder_input_tokens", "decoder_input_tokens")
+    longer = {name: np.pad(tiny_batch[name], ((0, 0), (0, 20))) for name in names}
     seen = tiny_batch["decoder_target_tokens"] > 0
     short, long = logits_of(tiny, tiny_batch), logits_of(tiny, longer)[:, : seen.shape[1]]
     # Masked keys weigh exactly 0; only the order of the sums differs. A visible padding token

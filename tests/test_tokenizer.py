@@ -239,15 +239,21 @@ def test_a_number_of_sentinels_that_is_none(tmp_path, nano, count):
         tokenizers.load_tokenizer(tmp_path)
 
 
-def test_a_model_without_padding_at_zero_is_refused(tmp_path):
+@pytest.mark.parametrize("eos_id", [2, -1])
+def test_case_1_6_a_model_needs_an_end_of_sequence_and_no_padding(tmp_path, eos_id):
     prefix = tmp_path / "llama"
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["one two three four"] * 9),
         model_prefix=str(prefix),
-        vocab_size=15,
+        vocab_size=14,
+        eos_id=eos_id,
         minloglevel=2,
     )
-    with pytest.raises(InputError, match=r"its padding id is -1.*a T5 needs padding at 0"):
+    if eos_id == 2:
+        tokenizer = SentencePieceTokenizer(f"{prefix}.model")
+        assert (tokenizer.unk_id, tokenizer.eos_id, tokenizer.pad_id) == (0, 2, -1)
+        return
+    with pytest.raises(InputError, match="it has no end of sequence"):
         SentencePieceTokenizer(f"{prefix}.model")
 
 

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from conftest import FIXTURES
+from t5_ids import with_lengths
 
 from ptjax.backbone import Backbone, load_backbone, save_backbone
 from ptjax.interop.huggingface_format import COPIES
@@ -33,7 +34,7 @@ TOLERANCE = 1e-4
 
 def logits_of(backbone: Backbone, inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """float32 [B, L, V] of ptjax."""
-    return np.asarray(jax.jit(backbone.apply_fn)(backbone.variables, inputs, targets))
+    return np.asarray(jax.jit(with_lengths(backbone.apply_fn))(backbone.variables, inputs, targets))
 
 
 def assert_same_logits(ours: np.ndarray, theirs: np.ndarray) -> None:

@@ -1,17 +1,21 @@
 """The one definition of a batch.
 
 A batch is a dict of numpy arrays under T5X's names: `encoder_input_tokens` int32 [B, T],
-`decoder_input_tokens` int32 [B, L] (the targets shifted right behind a 0),
-`decoder_target_tokens` int32 [B, L], `decoder_loss_weights` float32 [B, L]. 0 is padding.
+`decoder_input_tokens` int32 [B, L] (the targets shifted right behind the decoder's start),
+`decoder_target_tokens` int32 [B, L], `decoder_loss_weights` float32 [B, L]; beside them
+`encoder_lengths` int32 [B], the number of real tokens of each row. Lengths say what is padding,
+never a token: id 0 is a word in many vocabularies. A row of length 0 is filler.
 
 A packed batch has several examples in a row, one directly behind the other, and says which position
 belongs to which: `encoder_segment_ids` int32 [B, T] and `decoder_segment_ids` int32 [B, L] count
-the examples of a row from 1; 0 is padding. Each example's decoder inputs start with a 0, and so
-does its encoder segment, with as many as a copy of the prompt needs.
+the examples of a row from 1; 0 is padding. It has no `encoder_lengths`. Each example's decoder
+inputs begin with the decoder's start, and its encoder segment with as many padding ids as a copy
+of the prompt needs.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -21,10 +25,46 @@ from ptjax.errors import InputError
 
 Batch = dict[str, np.ndarray]
 
+PADDING_SEGMENT = 0
+"""The segment id of positions that belong to no example."""
 
-def shift_right(targets: np.ndarray) -> np.ndarray:
-    """Decoder inputs for `targets` [..., L]: T5 starts with the padding id, 0."""
-    return np.concatenate([np.zeros_like(targets[..., :1]), targets[..., :-1]], axis=-1)
+PER_ROW = ("encoder_lengths",)
+"""The arrays of a batch that have one number for each row."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SpecialIds:
+    """The ids of a vocabulary that are no text; `models.config.T5Config` explains them.
+
+    They have no defaults here: every caller takes them from its backbone's config.
+    """
+
+    pad_id: int
+    eos_ids: tuple[int, ...]
+    decoder_start_id: int
+    forced_bos_id: int | None
+
+
+def shift_right(targets: np.ndarray, start_id: int) -> np.ndarray:
+    """Decoder inputs [..., L] for `targets` [..., L]: the start, then all targets but the last."""
+    start = np.full_like(targets[..., :1], start_id)
+    return np.concatenate([start, targets[..., :-1]], axis=-1)
+
+
+def trailing_lengths(tokens: np.ndarray, pad_id: int) -> np.ndarray:
+    """Lengths int32 [B] of rows [B, L] that came without: up to the trailing `pad_id`s.
+
+    The one place where padding is recognised by its id; batches that ptjax makes say their
+    lengths themselves.
+    """
+    real = tokens != pad_id
+    behind = np.argmax(real[:, ::-1], axis=1) if tokens.size else 0
+    return np.where(real.any(axis=1), tokens.shape[1] - behind, 0).astype(np.int32)
+
+
+def length_weights(lengths: np.ndarray, length: int) -> np.ndarray:
+    """Float32 [B, length]: 1 for the first `lengths` [B] positions of each row, else 0."""
+    return (np.arange(length) < np.asarray(lengths)[:, None]).astype(np.float32)
 
 
 def count_examples(batch: Batch, active: np.ndarray | None = None) -> int:
@@ -35,9 +75,9 @@ def count_examples(batch: Batch, active: np.ndarray | None = None) -> int:
     return math.prod(batch["encoder_input_tokens"][members].shape[:-1])
 
 
-def pad(rows: Sequence[Sequence[int] | np.ndarray], length: int) -> np.ndarray:
-    """Rows of at most `length` ids as int32 [B, length], padded with 0."""
-    out = np.zeros((len(rows), length), np.int32)
+def pad(rows: Sequence[Sequence[int] | np.ndarray], length: int, pad_id: int) -> np.ndarray:
+    """Rows of at most `length` ids as int32 [B, length], filled up with `pad_id`."""
+    out = np.full((len(rows), length), pad_id, np.int32)
     for i, row in enumerate(rows):
         out[i, : len(row)] = row
     return out
@@ -49,14 +89,18 @@ def make_batch(
     *,
     input_length: int,
     target_length: int,
+    ids: SpecialIds,
 ) -> Batch:
-    """Token rows (EOS included) as a batch. An empty row is padding and weighs nothing."""
-    target_tokens = pad(targets, target_length)
+    """Token rows (EOS included) as a batch. An empty row is filler and weighs nothing."""
+    target_tokens = pad(targets, target_length, ids.pad_id)
     return {
-        "encoder_input_tokens": pad(inputs, input_length),
-        "decoder_input_tokens": shift_right(target_tokens),
+        "encoder_input_tokens": pad(inputs, input_length, ids.pad_id),
+        "encoder_lengths": np.array([len(row) for row in inputs], np.int32),
+        "decoder_input_tokens": shift_right(target_tokens, ids.decoder_start_id),
         "decoder_target_tokens": target_tokens,
-        "decoder_loss_weights": (target_tokens > 0).astype(np.float32),
+        "decoder_loss_weights": length_weights(
+            np.array([len(row) for row in targets], np.int32), target_length
+        ),
     }
 
 
@@ -68,6 +112,7 @@ def make_packed_batch(
     row_count: int,
     input_length: int,
     target_length: int,
+    ids: SpecialIds,
     prompt_slots: int = 0,
 ) -> Batch:
     """Examples (EOS included) as a packed batch; example i lies in row `rows[i]`, ascending.
@@ -75,29 +120,36 @@ def make_packed_batch(
     Raises:
         InputError: the examples of a row are longer than the row.
     """
-    prompt = np.zeros(prompt_slots, np.int32)
+    prompt = np.full(prompt_slots, ids.pad_id, np.int32)
     encoder_tokens, encoder_segments = _pack(
         [part for tokens in inputs for part in (prompt, tokens)],
         np.array([prompt_slots + len(tokens) for tokens in inputs]),
         rows,
         (row_count, input_length),
+        ids.pad_id,
     )
     target_lengths = np.array([len(tokens) for tokens in targets])
-    target_tokens, segments = _pack(targets, target_lengths, rows, (row_count, target_length))
+    shape = (row_count, target_length)
+    target_tokens, segments = _pack(targets, target_lengths, rows, shape, ids.pad_id)
     # The token before is an input where it belongs to the same example.
-    inside = segments == shift_right(segments)
+    inside = segments == shift_right(segments, PADDING_SEGMENT)
+    start_id = ids.decoder_start_id
     return {
         "encoder_input_tokens": encoder_tokens,
         "encoder_segment_ids": encoder_segments,
-        "decoder_input_tokens": shift_right(target_tokens) * inside,
+        "decoder_input_tokens": np.where(inside, shift_right(target_tokens, start_id), start_id),
         "decoder_target_tokens": target_tokens,
         "decoder_segment_ids": segments,
-        "decoder_loss_weights": (target_tokens > 0).astype(np.float32),
+        "decoder_loss_weights": (segments != PADDING_SEGMENT).astype(np.float32),
     }
 
 
 def _pack(
-    pieces: Sequence[np.ndarray], lengths: np.ndarray, rows: np.ndarray, shape: tuple[int, int]
+    pieces: Sequence[np.ndarray],
+    lengths: np.ndarray,
+    rows: np.ndarray,
+    shape: tuple[int, int],
+    pad_id: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and segment ids, int32 of `shape`, of examples of `lengths` [B] in `rows` [B]."""
     first = np.searchsorted(rows, rows)  # the example that opens each one's row
@@ -108,7 +160,8 @@ def _pack(
         row = int(rows[used.argmax()])
         raise InputError(f"the examples of row {row} take {used.max()} positions of {shape[1]}")
     places = np.repeat(rows * shape[1] - starts[first], lengths) + np.arange(ends[-1])
-    tokens, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    tokens = np.full(shape, pad_id, np.int32)
+    segments = np.full(shape, PADDING_SEGMENT, np.int32)
     tokens.reshape(-1)[places] = np.concatenate(pieces)
     segments.reshape(-1)[places] = np.repeat(np.arange(len(rows)) - first + 1, lengths)
     return tokens, segments

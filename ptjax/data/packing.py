@@ -23,7 +23,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ptjax.data.batch import Batch, make_packed_batch
+from ptjax.data.batch import Batch, SpecialIds, make_packed_batch
 from ptjax.data.pipeline import ExampleSource, Shape
 from ptjax.errors import InputError
 
@@ -125,6 +125,7 @@ class PackedBatches:
     """Shuffled, packed batches of exactly `batch_size` examples, epoch after epoch.
 
     Args:
+        ids: of the backbone's vocabulary.
         prompt_slots: positions in front of every example's input that its copy of the prompt takes;
             0 when the prompt does not see the input.
         row_length: T of the rows, prompt slots included; None chooses it.
@@ -141,11 +142,12 @@ class PackedBatches:
         *,
         batch_size: int,
         seed: int,
+        ids: SpecialIds,
         prompt_slots: int = 0,
         row_length: int | None = None,
         row_multiple: int = 1,
     ) -> None:
-        self.source, self.batch_size, self.seed = source, batch_size, seed
+        self.source, self.batch_size, self.seed, self.ids = source, batch_size, seed, ids
         self.prompt_slots = prompt_slots
         self.batches_per_epoch = -(-len(source) // batch_size)
         _check_row_length(source.input_lengths, prompt_slots, row_length)
@@ -171,6 +173,7 @@ class PackedBatches:
             row_count=template.shape.rows,
             input_length=template.shape.inputs,
             target_length=template.shape.targets,
+            ids=self.ids,
             prompt_slots=self.prompt_slots,
         )
 

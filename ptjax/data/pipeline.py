@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from ptjax.data.batch import Batch, make_batch
+from ptjax.data.batch import Batch, SpecialIds, make_batch
 from ptjax.errors import InputError
 
 Bucket = tuple[int, int]
@@ -56,7 +56,9 @@ class Shape(NamedTuple):
             "decoder_target_tokens": (decoder, np.int32),
             "decoder_loss_weights": (decoder, np.float32),
         }
-        if self.packed:
+        if not self.packed:
+            arrays["encoder_lengths"] = (lead, np.int32)
+        else:
             arrays["encoder_segment_ids"] = (encoder, np.int32)
             arrays["decoder_segment_ids"] = (decoder, np.int32)
         if self.members is not None:
@@ -80,9 +82,10 @@ class ExampleSource(Protocol):
 
 
 class Batches(Protocol):
-    """Global training batches by number, without end."""
+    """Global training batches by number, without end; `ids` are of their vocabulary."""
 
     shapes: list[Shape]
+    ids: SpecialIds
 
     def batch(self, number: int) -> Batch: ...
 
@@ -155,9 +158,15 @@ class TrainBatches:
     """Shuffled, bucketed batches of one example source, epoch after epoch."""
 
     def __init__(
-        self, source: ExampleSource, *, buckets: Sequence[Bucket], batch_size: int, seed: int
+        self,
+        source: ExampleSource,
+        *,
+        buckets: Sequence[Bucket],
+        batch_size: int,
+        seed: int,
+        ids: SpecialIds,
     ) -> None:
-        self.source, self.batch_size = source, batch_size
+        self.source, self.batch_size, self.ids = source, batch_size, ids
         # Larger last, whatever the order given: left-over examples move up.
         self.buckets = sorted(buckets, key=lambda bucket: (bucket[0] * bucket[1], bucket))
         for small, large in itertools.pairwise(self.buckets):
@@ -173,7 +182,7 @@ class TrainBatches:
     def batch(self, number: int) -> Batch:
         epoch, index = divmod(number, self.batches_per_epoch)
         planned = self._plan(epoch)[index]
-        return build_batch(self.source, planned, epoch)
+        return build_batch(self.source, planned, epoch, self.ids)
 
     def padding(self) -> float:
         """Share of padded input positions over the first epoch."""
@@ -193,7 +202,7 @@ class MixtureBatches:
     def __init__(self, components: Sequence[Batches], rates: Sequence[float], seed: int) -> None:
         if len(components) != len(rates) or not components or min(rates) <= 0:
             raise InputError(f"a mixture needs one positive rate per component, not {list(rates)}")
-        self.components, self.seed = list(components), seed
+        self.components, self.seed, self.ids = list(components), seed, components[0].ids
         share = np.cumsum(np.asarray(rates, float)) / np.sum(rates)
         self._counts = np.diff(np.round(share * self.BLOCK).astype(int), prepend=0)
         if not self._counts.all():
@@ -229,7 +238,7 @@ class BankBatches:
     MOST_SHAPES = 8  # each is compiled
 
     def __init__(self, members: Sequence[Batches]) -> None:
-        self.members = list(members)
+        self.members, self.ids = list(members), members[0].ids
         found = set(members[0].shapes)
         for member in members[1:]:
             found = {_larger(a, b) for a in found for b in member.shapes}
@@ -243,7 +252,11 @@ class BankBatches:
         if shape not in self.shapes:
             [shape] = self.shapes
         sizes = {name: size[1:] for name, (size, _) in shape.arrays().items()}
-        return {n: np.stack([_pad_to(part[n], sizes[n]) for part in parts]) for n in parts[0]}
+        # Filler rows have no length and no segment, and their targets weigh nothing.
+        fill = {name: self.ids.pad_id if name.endswith("_tokens") else 0 for name in sizes}
+        return {
+            n: np.stack([_pad_to(part[n], sizes[n], fill[n]) for part in parts]) for n in parts[0]
+        }
 
 
 def _larger(one: Shape, other: Shape) -> Shape:
@@ -251,11 +264,12 @@ def _larger(one: Shape, other: Shape) -> Shape:
     return Shape(rows, inputs, targets, one.packed)
 
 
-def _pad_to(array: np.ndarray, size: Sequence[int]) -> np.ndarray:
-    return np.pad(array, [(0, n - m) for n, m in zip(size, array.shape, strict=True)])
+def _pad_to(array: np.ndarray, size: Sequence[int], value: int) -> np.ndarray:
+    more = [(0, n - m) for n, m in zip(size, array.shape, strict=True)]
+    return np.pad(array, more, constant_values=value)
 
 
-def build_batch(source: ExampleSource, planned: PlannedBatch, epoch: int) -> Batch:
+def build_batch(source: ExampleSource, planned: PlannedBatch, epoch: int, ids: SpecialIds) -> Batch:
     """Looks the tokens up; example -1 is an empty row."""
     empty = np.zeros(0, np.int32), np.zeros(0, np.int32)
     rows = [source.tokens(int(i), epoch) if i >= 0 else empty for i in planned.examples]
@@ -265,6 +279,7 @@ def build_batch(source: ExampleSource, planned: PlannedBatch, epoch: int) -> Bat
         [targets for _, targets in rows],
         input_length=input_length,
         target_length=target_length,
+        ids=ids,
     )
 
 

@@ -1,7 +1,6 @@
 """Text to token ids and back: SentencePiece (the reference), ByT5's bytes, anything else.
 
-T5's conventions hold for all of them: id 0 is padding, the end of a text is `eos_id` (1 for every
-T5), and `encode` adds neither.
+The end of a text is `eos_id`; `encode` adds neither it nor padding.
 """
 
 from __future__ import annotations
@@ -23,6 +22,8 @@ from ptjax.data.sources import resolve_path
 from ptjax.errors import InputError
 
 T5_SENTINELS = 100
+NO_ID = -1
+"""Of a special token that a vocabulary lacks; SentencePiece's own convention."""
 _PB2: Any = sentencepiece_model_pb2  # its classes are made at run time
 _SENTINEL = re.compile(r"\s*<extra_id_(\d+)>")
 _MODEL_FILES = ("spiece.model", "sentencepiece.model")
@@ -80,7 +81,7 @@ class SentencePieceTokenizer:
         name: for messages; by default the path.
 
     Raises:
-        InputError: no such file, not a SentencePiece model, or one without padding at 0 and EOS.
+        InputError: no such file, not a SentencePiece model, or one without an end of sequence.
     """
 
     def __init__(
@@ -227,7 +228,7 @@ class TransformersTokenizer:
     and padding that a caller may have set), for slow ones over class and vocabulary.
 
     Raises:
-        InputError: transformers cannot load it, or it has no EOS or its padding is not id 0.
+        InputError: transformers cannot load it, or it has no end of sequence.
     """
 
     def __init__(self, directory: str | os.PathLike[str], *, name: str | None = None) -> None:
@@ -406,7 +407,7 @@ def train_sentencepiece(
             pad_id=0,
             eos_id=1,
             unk_id=2,
-            bos_id=-1,
+            bos_id=NO_ID,
             num_threads=1,  # more threads change the result
             minloglevel=2,
         )
@@ -421,14 +422,14 @@ def _sha256(content: bytes) -> str:
 
 
 def _id_or(index: int | None) -> int:
-    return -1 if index is None else index
+    return NO_ID if index is None else index
 
 
 def _check_special_ids(tokenizer: Tokenizer) -> None:
-    if tokenizer.pad_id != 0 or tokenizer.eos_id < 0:
+    if tokenizer.eos_id == NO_ID:
         raise InputError(
-            f"{tokenizer.name}: its padding id is {tokenizer.pad_id} and its end-of-sequence id "
-            f"{tokenizer.eos_id} (-1: none); a T5 needs padding at 0 and an end of sequence"
+            f"{tokenizer.name}: it has no end of sequence, which T5 puts behind every text; choose "
+            "a tokenizer with an EOS token"
         )
 
 

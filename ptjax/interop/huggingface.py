@@ -29,6 +29,7 @@ from ptjax.interop.huggingface_format import (
     to_huggingface,
     to_t5x,
 )
+from ptjax.interop.special_ids import GENERATION_CONFIG, SPECIAL_IDS
 from ptjax.interop.stored import Index, StoredArray, one_by_one
 from ptjax.models.config import T5Config
 from ptjax.scale.processes import on_host
@@ -81,7 +82,7 @@ def load_huggingface(directory: str | os.PathLike[str]) -> dict[str, StoredArray
             raise InputError(f"{tensor.where}: the tensor {name} has shape {list(tensor.shape)}")
         arrays[ours] = _transpose(tensor) if transposed else tensor
     _decide_logits(arrays, config, directory)
-    for name in expected_names(load_config(directory)):
+    for name in expected_names(load_config(directory, SPECIAL_IDS)):
         if name not in arrays:
             theirs, _ = to_huggingface(name) or (name, False)
             raise InputError(
@@ -227,7 +228,7 @@ def save_huggingface(
     shards = _plan_shards(layout, max_shard_bytes)
     directory = epath.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    stale = ["config.json", f"{_WEIGHTS}.index.json", _WEIGHTS]
+    stale = ["config.json", GENERATION_CONFIG, f"{_WEIGHTS}.index.json", _WEIGHTS]
     for name in [*stale, *(p.name for p in directory.glob("model-*-of-*.safetensors"))]:
         (directory / name).unlink(missing_ok=True)
     files = {}

@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from etils import epath
 
 from ptjax.errors import InputError
+from ptjax.interop.special_ids import read_special_ids, write_special_ids
 from ptjax.models.config import T5Config
 
 EMBEDDING = "token_embedder/embedding"
@@ -145,11 +146,14 @@ def expected_names(fields: Mapping[str, Any]) -> Iterator[str]:
 # config.json
 
 
-def load_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
-    """Fields of `T5Config` that `config.json` states.
+def load_config(directory: str | os.PathLike[str], chosen: Collection[str] = ()) -> dict[str, Any]:
+    """Fields of `T5Config` that `config.json` states; special ids as `read_special_ids` has them.
 
     Without `logits_via_embedding`: transformers 5 writes `tie_word_embeddings: true` for untied
     models too, so the weights decide that (`load_huggingface`).
+
+    Args:
+        chosen: fields that the user sets; contradictions about them do not matter.
 
     Raises:
         InputError: a key is missing, or the model is no T5.
@@ -173,7 +177,8 @@ def load_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
         raise InputError(
             f"{where}: feed_forward_proj is {activation!r}; ptjax knows {', '.join(_ACTIVATIONS)}"
         )
-    return fields | {"mlp_activations": _ACTIVATIONS[activation]}
+    ids = read_special_ids(epath.Path(directory), raw, chosen)
+    return fields | {"mlp_activations": _ACTIVATIONS[activation]} | ids
 
 
 def make_config_json(config: T5Config, dtype: str) -> dict[str, Any]:
@@ -199,9 +204,7 @@ def make_config_json(config: T5Config, dtype: str) -> dict[str, Any]:
         "is_encoder_decoder": True,
         "use_cache": True,
         "initializer_factor": 1.0,
-        "pad_token_id": 0,
-        "eos_token_id": 1,
-        "decoder_start_token_id": 0,
+        **write_special_ids(config),
         "torch_dtype": dtype,
     }
 

@@ -1,9 +1,10 @@
-"""Sizes of a T5."""
+"""Sizes of a T5, and the special ids of its vocabulary."""
 
 from __future__ import annotations
 
 import dataclasses
 
+from ptjax.data.batch import SpecialIds
 from ptjax.errors import InputError, check_share
 
 
@@ -24,6 +25,13 @@ class T5Config:
         remat: what a layer computes again on the way back instead of keeping it: "none", "dots"
             (all but the outputs of its projections; half a per cent more work) or "full" (all but
             its input; 40% more work).
+        pad_id: fills rows up to their length. Which positions are padding is told by lengths, never
+            by this id.
+        eos_ids: any of them ends a generated text. The tokenizer's own, which ends inputs and
+            targets, is one of them.
+        decoder_start_id: the decoder's first input.
+        forced_bos_id: the first token of every generated text, whatever the model says. As in
+            transformers, training targets and ranked labels stay as they are.
     """
 
     vocab_size: int
@@ -42,8 +50,28 @@ class T5Config:
     dtype: str = "float32"
     scan_layers: bool = False
     remat: str = "none"
+    pad_id: int = 0
+    eos_ids: tuple[int, ...] = (1,)
+    decoder_start_id: int = 0
+    forced_bos_id: int | None = None
 
     def __post_init__(self) -> None:
         check_share("T5Config", dropout_rate=self.dropout_rate)
         if self.remat not in ("none", "dots", "full"):
             raise InputError(f"T5Config.remat = {self.remat!r}; choose 'none', 'dots' or 'full'")
+        object.__setattr__(self, "eos_ids", tuple(self.eos_ids))  # gin files and JSON have lists
+        if not self.eos_ids:
+            raise InputError("T5Config.eos_ids is empty; a text needs an end of sequence")
+        forced = [] if self.forced_bos_id is None else [self.forced_bos_id]
+        for index in (self.pad_id, self.decoder_start_id, *self.eos_ids, *forced):
+            if type(index) is not int or not 0 <= index < self.vocab_size:
+                raise InputError(
+                    f"T5Config: {index!r} is not an id of a vocabulary of {self.vocab_size}; "
+                    f"pad_id = {self.pad_id!r}, eos_ids = {self.eos_ids!r}, decoder_start_id = "
+                    f"{self.decoder_start_id!r}, forced_bos_id = {self.forced_bos_id!r}"
+                )
+
+    @property
+    def special_ids(self) -> SpecialIds:
+        """The ids that are no text, for what batches examples and generates."""
+        return SpecialIds(self.pad_id, self.eos_ids, self.decoder_start_id, self.forced_bos_id)

@@ -6,13 +6,16 @@ computed once; a `while_loop` of static shapes then runs one target position at 
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
+from ptjax.data.batch import SpecialIds
 from ptjax.models.stacking import map_layers
 from ptjax.models.t5 import Cache
 
@@ -23,7 +26,9 @@ def decode(
     apply_fn: Callable[..., Any],
     variables: dict[str, Any],
     encoder_input_tokens: Int[Array, "B T"],
+    encoder_lengths: Int[Array, " B"],
     *,
+    ids: SpecialIds,
     max_length: int,
     prompt_ids: Int[Array, " B"] | None = None,
     num_beams: int = 1,
@@ -31,15 +36,17 @@ def decode(
     keys: Key[Array, " B"] | None = None,
     temperature: float | Array = 1.0,
     top_p: float | Array = 1.0,
-    eos_id: int | Array = 1,
 ) -> tuple[Int[Array, "B L"], Float[Array, " B"]]:
     """The targets that the model writes, and their scores.
 
     Greedy by default, the best of a beam search with `num_beams > 1`, sampled with `keys`. A row
-    without any input token is filler: it is never waited for, and its result means nothing.
+    of length 0 is filler: it is never waited for, and its result means nothing.
 
     Args:
-        max_length: L; static under `jax.jit`, as are `apply_fn` and `num_beams`.
+        encoder_lengths: how many of a row's tokens are real.
+        ids: with what a target begins and ends, with what it is filled up, and the token that
+            comes first in every target, if there is one.
+        max_length: L; static under `jax.jit`, as are `apply_fn`, `ids` and `num_beams`.
         prompt_ids: where the variables hold a bank of prompts, which is each row's.
         alpha: of the beam search's brevity penalty.
         keys: one per row, so that what a row draws does not depend on the other rows.
@@ -47,23 +54,25 @@ def decode(
         top_p: samples from the fewest tokens whose probabilities reach it; in (0, 1].
 
     Returns:
-        Tokens int32 [B, L], 0 after the end of sequence. Float32 scores [B]: the tokens'
+        Tokens int32 [B, L], `pad_id` after the end of sequence. Float32 scores [B]: the tokens'
         log-likelihood (whatever the temperature), the end of sequence included; after a beam
-        search as `beam_search` has it.
+        search as `beam_search` has it. A forced first token is certain: it adds 0.
     """
     if num_beams > 1:
         tokens, scores = beam_search(
             apply_fn,
             variables,
             encoder_input_tokens,
+            encoder_lengths,
+            ids=ids,
             max_length=max_length,
             prompt_ids=prompt_ids,
             num_beams=num_beams,
             alpha=alpha,
-            eos_id=eos_id,
         )
         return tokens[:, 0], scores[:, 0]
-    step, cache = _start(apply_fn, variables, encoder_input_tokens, prompt_ids, max_length, 1)
+    inputs = encoder_input_tokens, encoder_lengths
+    step, cache = _start(apply_fn, variables, inputs, prompt_ids, ids, max_length, 1)
 
     def unfinished(state: _Rows) -> Array:
         return (state.position < max_length) & ~jnp.all(state.ended)
@@ -75,23 +84,23 @@ def decode(
         else:
             token = _sample(log_probs, keys, state.position, temperature, top_p)
         gained = jnp.take_along_axis(log_probs, token[:, None], axis=-1)[:, 0]
-        token = jnp.where(state.ended, 0, token).astype(jnp.int32)
+        token = jnp.where(state.ended, ids.pad_id, token).astype(jnp.int32)
         return _Rows(
             position=state.position + 1,
             tokens=state.tokens.at[:, state.position].set(token),
             last=token,
             log_likelihood=state.log_likelihood + jnp.where(state.ended, 0.0, gained),
-            ended=state.ended | (token == eos_id),
+            ended=state.ended | _ends(token, ids),
             cache=cache,
         )
 
     rows = len(encoder_input_tokens)
     start = _Rows(
         position=jnp.int32(0),
-        tokens=jnp.zeros((rows, max_length), jnp.int32),
-        last=jnp.zeros(rows, jnp.int32),
+        tokens=jnp.full((rows, max_length), ids.pad_id, jnp.int32),
+        last=jnp.full(rows, ids.decoder_start_id, jnp.int32),
         log_likelihood=jnp.zeros(rows, jnp.float32),
-        ended=~jnp.any(encoder_input_tokens > 0, axis=1),
+        ended=encoder_lengths == 0,
         cache=cache,
     )
     state = jax.lax.while_loop(unfinished, grow, start)
@@ -102,12 +111,13 @@ def beam_search(
     apply_fn: Callable[..., Any],
     variables: dict[str, Any],
     encoder_input_tokens: Int[Array, "B T"],
+    encoder_lengths: Int[Array, " B"],
     *,
+    ids: SpecialIds,
     max_length: int,
     num_beams: int,
     prompt_ids: Int[Array, " B"] | None = None,
     alpha: float | Array = 0.6,
-    eos_id: int | Array = 1,
 ) -> tuple[Int[Array, "B K L"], Float[Array, "B K"]]:
     """T5X's beam search (`t5x/decoding.py`): the K = `num_beams` best finished targets, best first.
 
@@ -117,7 +127,8 @@ def beam_search(
     stopping at every step, with one beam too.
     """
     rows, width = len(encoder_input_tokens), num_beams
-    step, cache = _start(apply_fn, variables, encoder_input_tokens, prompt_ids, max_length, width)
+    inputs = encoder_input_tokens, encoder_lengths
+    step, cache = _start(apply_fn, variables, inputs, prompt_ids, ids, max_length, width)
 
     def penalty(length: Array | int) -> Array:
         return ((5.0 + length) / 6.0) ** jnp.float32(alpha)
@@ -138,7 +149,7 @@ def beam_search(
         best, index = jax.lax.top_k(log_probs.reshape(rows, -1), 2 * width)
         beam, token = jnp.divmod(index, vocabulary)
         tokens = _pick(state.live, beam).at[:, :, state.position].set(token)
-        ended = token == eos_id
+        ended = _ends(token, ids)
         scores = jnp.where(ended, best / penalty(state.position + 1), -jnp.inf)
         scores, kept = jax.lax.top_k(jnp.concatenate([state.scores, scores], axis=1), width)
         finished = _pick(jnp.concatenate([state.finished, tokens], axis=1), kept)
@@ -163,12 +174,12 @@ def beam_search(
         )
 
     # All beams start equal, so only the first counts; filler rows start without any.
-    first = jnp.any(encoder_input_tokens > 0, axis=1)[:, None] & (jnp.arange(width) == 0)
-    nothing = jnp.zeros((rows, width, max_length), jnp.int32)
+    first = (encoder_lengths > 0)[:, None] & (jnp.arange(width) == 0)
+    nothing = jnp.full((rows, width, max_length), ids.pad_id, jnp.int32)
     start = _Beams(
         position=jnp.int32(0),
         live=nothing,
-        last=nothing[..., 0],
+        last=jnp.full((rows, width), ids.decoder_start_id, jnp.int32),
         live_log_likelihood=jnp.where(first, 0.0, -jnp.inf),
         finished=nothing,
         scores=jnp.full((rows, width), -jnp.inf),
@@ -206,13 +217,21 @@ class _Beams(NamedTuple):
 def _start(
     apply_fn: Callable[..., Any],
     variables: dict[str, Any],
-    encoder_input_tokens: Int[Array, "B T"],
+    inputs: tuple[Int[Array, "B T"], Int[Array, " B"]],
     prompt_ids: Int[Array, " B"] | None,
+    ids: SpecialIds,
     max_length: int,
     width: int,
 ) -> tuple[Step, Cache]:
-    """A function of (last token [B*K], cache, position) -> (log p [B*K, V], cache), first cache."""
-    encoded = apply_fn(variables, encoder_input_tokens, prompt_ids=prompt_ids, method="encode")
+    """A function of (last token [B*K], cache, position) -> (log p [B*K, V], cache), first cache.
+
+    Args:
+        inputs: tokens and lengths.
+    """
+    tokens, lengths = inputs
+    encoded = apply_fn(
+        variables, tokens, encoder_lengths=lengths, prompt_ids=prompt_ids, method="encode"
+    )
     cache = apply_fn(variables, encoded, max_length, method="init_cache")
 
     # Every row its beams; a prompt that all rows share stays one.
@@ -226,9 +245,19 @@ def _start(
         logits, cache = apply_fn(
             variables, last[:, None], cache, position, encoded, method="decode_step"
         )
-        return jax.nn.log_softmax(logits[:, 0]), cache
+        log_probs = jax.nn.log_softmax(logits[:, 0])
+        if ids.forced_bos_id is not None:
+            forced = jnp.arange(log_probs.shape[-1]) == ids.forced_bos_id
+            certain = jnp.where(forced, 0.0, -jnp.inf)
+            log_probs = jnp.where(position == 0, certain, log_probs)
+        return log_probs, cache
 
     return step, cache
+
+
+def _ends(tokens: Int[Array, "*n"], ids: SpecialIds) -> Bool[Array, "*n"]:
+    """Which tokens are an end of sequence."""
+    return functools.reduce(operator.or_, (tokens == eos for eos in ids.eos_ids))
 
 
 def _pick(x: Array, index: Int[Array, "B k"]) -> Array:

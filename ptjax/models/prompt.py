@@ -14,10 +14,15 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
+from ptjax.data.batch import PADDING_SEGMENT
 from ptjax.errors import InputError
 
 if TYPE_CHECKING:  # the network runs where no SentencePiece is installed
     from ptjax.data.tokenizer import Tokenizer
+
+
+NO_PROMPT_ID = -1
+"""Of the rows of a batch that take no prompt of their bank."""
 
 
 class Bank(NamedTuple):
@@ -89,13 +94,13 @@ class Prompt(nn.Module):
             prompt, lengths, sees_input = (
                 self.get_variable("prompt", name)[chosen] for name in Bank._fields
             )
-            lengths = jnp.where(prompt_ids < 0, 0, lengths)
+            lengths = jnp.where(prompt_ids <= NO_PROMPT_ID, 0, lengths)
             own *= jnp.arange(length) >= length - lengths[:, None]
         # Broadcast in float32 and cast after it: the sum of the examples' gradients, which is the
         # transpose of this broadcast, then adds up in float32.
         prompt = jnp.broadcast_to(prompt, (rows, *prompt.shape[-2:])).astype(embedded.dtype)
         segment_ids = jnp.concatenate([own, segment_ids], axis=1)
-        mask = (segment_ids > 0)[:, None]
+        mask = (segment_ids != PADDING_SEGMENT)[:, None]
         if sees_input is not True:
             of_prompt = jnp.arange(segment_ids.shape[1]) < length
             seen = of_prompt[None, :] | ~of_prompt[:, None]
@@ -112,7 +117,7 @@ class Prompt(nn.Module):
         prompt = self.matrix()
         if prompt.ndim != 2:
             raise InputError("packed rows share one prompt [P, D]; one for every row has no place")
-        own = (positions < len(prompt)) & (segment_ids > 0)
+        own = (positions < len(prompt)) & (segment_ids != PADDING_SEGMENT)
         # Looked up in float32 and cast after it, as in `before`.
         rows = prompt[jnp.where(own, positions, 0)].astype(embedded.dtype)
         return jnp.where(own[..., None], rows, embedded)

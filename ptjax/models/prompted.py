@@ -44,6 +44,7 @@ class PromptedT5(nn.Module):
         encoder_input_tokens: Int[Array, "B T"],
         encoder_segment_ids: Int[Array, "B T"] | None = None,
         *,
+        encoder_lengths: Int[Array, " B"] | None = None,
         prompt_ids: Int[Array, " B"] | None = None,
         train: bool = False,
     ) -> Encoded:
@@ -52,19 +53,27 @@ class PromptedT5(nn.Module):
         Args:
             encoder_segment_ids: of packed rows. There a prompt that sees its input has places of
                 its own: the first P of every segment.
+            encoder_lengths: of rows of one example, how many of its tokens are real. Either these
+                or the segments are needed: a token's id does not say that it is padding.
             prompt_ids: of a bank, the prompt of every row; -1 is none, and equals plain T5.
 
         Raises:
-            InputError: `prompt_ids` without a bank or the other way round, or with packed rows.
+            InputError: neither lengths nor segments, or both; `prompt_ids` without a bank or the
+                other way round, or with packed rows.
         """
         self._check_choice(prompt_ids, packed=encoder_segment_ids is not None)
         embedded = self.backbone.embed(encoder_input_tokens)
-        if encoder_segment_ids is None:
-            segment_ids, positions = (encoder_input_tokens > 0).astype(jnp.int32), None
-            mask = (segment_ids > 0)[:, None]
-        else:
+        if encoder_lengths is not None and encoder_segment_ids is None:
+            real = jnp.arange(encoder_input_tokens.shape[1]) < encoder_lengths[:, None]
+            segment_ids, positions, mask = real.astype(jnp.int32), None, real[:, None]
+        elif encoder_segment_ids is not None and encoder_lengths is None:
             segment_ids, positions = encoder_segment_ids, positions_in_segments(encoder_segment_ids)
             mask = same_segment(segment_ids, segment_ids)
+        else:
+            raise InputError(
+                "rows of one example need encoder_lengths, packed rows need encoder_segment_ids; "
+                "give one of the two"
+            )
         states = None
         if self.has_variable("prompt", "states"):
             states = self.get_variable("prompt", "states")
@@ -123,12 +132,20 @@ class PromptedT5(nn.Module):
         encoder_segment_ids: Int[Array, "B T"] | None = None,
         decoder_segment_ids: Int[Array, "B L"] | None = None,
         *,
+        encoder_lengths: Int[Array, " B"] | None = None,
         prompt_ids: Int[Array, " B"] | None = None,
         train: bool = False,
     ) -> Float[Array, "B L V"]:
-        """Float32 logits. With `train`, dropout draws from the rng stream `dropout`."""
+        """Float32 logits; arguments as for `encode`.
+
+        With `train`, dropout draws from the rng stream `dropout`.
+        """
         encoded = self.encode(
-            encoder_input_tokens, encoder_segment_ids, prompt_ids=prompt_ids, train=train
+            encoder_input_tokens,
+            encoder_segment_ids,
+            encoder_lengths=encoder_lengths,
+            prompt_ids=prompt_ids,
+            train=train,
         )
         return self.decode(encoded, decoder_input_tokens, decoder_segment_ids, train=train)
 

@@ -17,6 +17,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
+from ptjax.data.batch import PADDING_SEGMENT
 from ptjax.models.config import T5Config
 from ptjax.models.layers import (
     MLP,
@@ -241,7 +242,7 @@ class Decoder(nn.Module):
         of_layer = cache[0] if isinstance(cache, list) else cache
         length = steps if of_layer is None else of_layer["self_key"].shape[-3]
         seen = (jnp.arange(length) <= position + jnp.arange(steps)[:, None])[None]
-        readable = (encoded.segment_ids > 0)[:, None]
+        readable = (encoded.segment_ids != PADDING_SEGMENT)[:, None]
         if segment_ids is not None:
             seen &= same_segment(segment_ids, segment_ids)
             readable = same_segment(segment_ids, encoded.segment_ids)

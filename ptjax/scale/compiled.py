@@ -88,7 +88,9 @@ def lower_step(
 def batch_shapes(shape: Shape, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """The arrays of such a batch, with their shardings."""
     return {
-        name: jax.ShapeDtypeStruct(size, dtype, sharding=sharding.batch_sharding(mesh, len(size)))
+        name: jax.ShapeDtypeStruct(
+            size, dtype, sharding=sharding.sharding_in_batch(name, len(size), mesh)
+        )
         for name, (size, dtype) in shape.arrays().items()
     }
 

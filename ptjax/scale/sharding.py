@@ -30,6 +30,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from ptjax.data.batch import PER_ROW
 from ptjax.errors import InputError
 from ptjax.models.layers import Quantized
 from ptjax.models.stacking import gathered
@@ -335,6 +336,11 @@ def batch_sharding(mesh: Mesh, rank: int = 2) -> NamedSharding:
     return NamedSharding(mesh, P(*[None] * (rank - 2), rows_axes(mesh)) if rank > 1 else P())
 
 
+def sharding_in_batch(name: str, rank: int, mesh: Mesh) -> NamedSharding:
+    """Of the array `name` of a batch; one number a row lies where the row does."""
+    return batch_sharding(mesh, rank + (name in PER_ROW))
+
+
 def put_batch(batch: dict[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
     """A global batch, which every process has whole, as arrays over `data`, see `batch_sharding`.
 
@@ -342,7 +348,7 @@ def put_batch(batch: dict[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
     """
     return {
         name: jax.make_array_from_callback(
-            rows.shape, batch_sharding(mesh, rows.ndim), rows.__getitem__
+            rows.shape, sharding_in_batch(name, rows.ndim, mesh), rows.__getitem__
         )
         for name, rows in batch.items()
     }

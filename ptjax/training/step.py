@@ -44,6 +44,7 @@ def batch_loss(
         batch["decoder_input_tokens"],
         batch.get("encoder_segment_ids"),
         batch.get("decoder_segment_ids"),
+        encoder_lengths=batch.get("encoder_lengths"),
         train=True,
         rngs={"dropout": key},
     )
