@@ -19,6 +19,7 @@ PACKAGE = Path(ptjax.__file__).parent
 ROOMS = (
     "errors",
     "atomic",
+    "hub",
     "data",
     "models",
     "training",

@@ -1,0 +1,68 @@
+"""The Hugging Face hub: files of a model, from its cache where there is no network."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from pathlib import Path
+
+import huggingface_hub
+import huggingface_hub.errors
+
+from ptjax.errors import InputError
+
+TOKENIZER_FILES = (
+    "spiece.model",
+    "sentencepiece.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+)
+"""All that a tokenizer's folder may be made of."""
+
+
+def download(repo_id: str, patterns: Iterable[str], revision: str | None = None) -> Path:
+    """A local folder with the files of a model that fit the patterns, from the cache if offline.
+
+    Raises:
+        InputError: there is no such model or revision, it is private or gated, or the hub cannot
+            be reached.
+    """
+    fetch = functools.partial(huggingface_hub.snapshot_download, repo_id)
+    if revision is not None:
+        fetch = functools.partial(fetch, revision=revision)
+    try:
+        return Path(fetch(allow_patterns=list(patterns)))
+    except (OSError, RuntimeError, ValueError) as error:
+        raise InputError(f"{repo_id}: {_reason(error, revision)}") from error
+
+
+def _reason(error: Exception, revision: str | None) -> str:
+    """What is wrong and what to do about it. A gated model is of the class of missing ones."""
+    errors = huggingface_hub.errors
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    what = "not a path here, and"
+    log_in = "log in with `hf auth login` or set HF_TOKEN"
+    if isinstance(error, errors.GatedRepoError):
+        return f"{what} the Hugging Face hub gives this model only to those it knows; {log_in}"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"the Hugging Face hub has no revision {revision!r} of this model; correct it"
+    if isinstance(error, errors.HFValidationError):
+        return "neither a path here nor a model id (namespace/name); correct the path"
+    if isinstance(error, errors.RepositoryNotFoundError) and status != 401:
+        return f"{what} the Hugging Face hub has no such model; correct the path or the id"
+    if status in (401, 403):
+        return (
+            f"{what} the Hugging Face hub shows no such model: it is private, or misspelt; {log_in}"
+        )
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        return (
+            f"{what} the Hugging Face hub cannot be reached, nor does its cache here hold the "
+            "model; check the network (and HF_HUB_OFFLINE), or download it first"
+        )
+    reason = str(error).strip().split("\n")[0] or type(error).__name__
+    return f"neither a path here nor a model that the Hugging Face hub gives ({reason})"
