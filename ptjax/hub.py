@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -32,13 +31,13 @@ def download(repo_id: str, patterns: Iterable[str], revision: str | None = None)
         InputError: there is no such model or revision, it is private or gated, or the hub cannot
             be reached.
     """
-    fetch = functools.partial(huggingface_hub.snapshot_download, repo_id)
-    if revision is not None:
-        fetch = functools.partial(fetch, revision=revision)
     try:
-        return Path(fetch(allow_patterns=list(patterns)))
+        folder = huggingface_hub.snapshot_download(
+            repo_id, revision=revision, allow_patterns=list(patterns)
+        )
     except (OSError, RuntimeError, ValueError) as error:
         raise InputError(f"{repo_id}: {_reason(error, revision)}") from error
+    return Path(folder)
 
 
 def _reason(error: Exception, revision: str | None) -> str:

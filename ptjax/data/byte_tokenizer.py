@@ -8,13 +8,12 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from etils import epath
-
 from ptjax.data.added_tokens import AddedToken
-from ptjax.data.sentinels import mark_sentinels, marked
-from ptjax.data.vocabulary import sha256, text_ids
+from ptjax.data.sentinels import MARK, mark_sentinels, marked
+from ptjax.data.vocabulary import clear_folder, sha256, text_ids
 from ptjax.errors import InputError
 
+_ROWS = 3 + 256 + 125
 _SENTINELS = range(256)
 """All 256 values, as ByT5 was pre-trained: more than 100 are never needed."""
 
@@ -27,7 +26,7 @@ class ByteTokenizer:
     transformers `<extra_id_k>` is 259 + k, an id that ByT5 was never trained with.)
 
     Args:
-        added: tokens of ids from 384 up; the others of transformers are its sentinels.
+        added: tokens of ids from 384 up, or of one byte, with its id.
     """
 
     prefix: tuple[int, ...] = ()
@@ -35,52 +34,45 @@ class ByteTokenizer:
 
     def __init__(self, added: Sequence[AddedToken] = (), *, name: str = "byt5") -> None:
         self.name = name
-        self._added = {token.content: token for token in added if token.id >= 3 + 256 + 125}
-        self._contents = {token.id: token.content for token in self._added.values()}
-        self.vocab_size = max([3 + 256 + 124, *self._contents]) + 1
+        # Of transformers' sentinels, which lie between, nothing is taken.
+        kept = [token for token in added if 3 <= token.id < 259 or token.id >= _ROWS]
+        self._added = {token.content: token for token in kept}
+        self._contents = {token.id: token.content for token in kept}
+        self.vocab_size = max(_ROWS, *(token.id + 1 for token in kept)) if kept else _ROWS
         # The longest first, as transformers' own search has it.
         contents = sorted(map(re.escape, self._added), key=len, reverse=True)
-        self._cut = re.compile("|".join([*contents, f"{marked('[0-9]+')}"]))
-        known = [token.flags() | {"id": token.id} for token in self._added.values()]
+        self._cut = re.compile("(" + "|".join([*contents, marked("[0-9]+")]) + ")")
+        known = [token.flags() | {"id": token.id} for token in kept]
         tail = json.dumps(known, sort_keys=True) if known else ""
         self.fingerprint = sha256(f"byt5{tail}".encode())
         self.former_fingerprints = ()
 
     def encode(self, text: str) -> list[int]:
-        parts: list[str | int] = []
-        start = 0
-        plain = mark_sentinels(text, _SENTINELS)
-        for match in self._cut.finditer(plain):
-            parts += [plain[start : match.start()], self._id_of(match[0])]
-            start = match.end()
-        parts.append(plain[start:])
-        if self._added:
-            self._apply_flags(parts)
-        return [
-            i for p in parts for i in ((p,) if isinstance(p, int) else (b + 3 for b in p.encode()))
-        ]
+        parts = [part for part in self._cut.split(mark_sentinels(text, _SENTINELS)) if part]
+        for i, part in enumerate(parts):
+            if part in self._added:
+                self._apply_flags(parts, i)
+        return [index for part in parts for index in self._ids(part)]
 
-    def _id_of(self, content: str) -> int:
-        if content in self._added:
-            return self._added[content].id
-        return self.sentinel_id(int(content[1:-1]))
+    def _apply_flags(self, parts: list[str], i: int) -> None:
+        """Lets an added token take spaces along, or be part of a word, as transformers does."""
+        token = self._added[parts[i]]
+        left, right = parts[i - 1] if i else "", "".join(parts[i + 1 : i + 2])
+        if token.rstrip and right:
+            parts[i + 1] = right.lstrip()
+        if token.lstrip and left:
+            parts[i - 1] = left.rstrip()
+        if token.single_word and left and left[-1] != " ":
+            parts[i - 1], parts[i] = parts[i - 1] + token.content, ""
+        elif token.single_word and right and right[0] != " ":
+            parts[i], parts[i + 1] = "", token.content + parts[i + 1]
 
-    def _apply_flags(self, parts: list[str | int]) -> None:
-        """Lets tokens take their spaces along, or be part of a word; texts stand at 0, 2, 4."""
-        for i in range(1, len(parts), 2):
-            token = self._added.get(self._contents.get(parts[i], ""))  # type: ignore[arg-type]
-            left, right = parts[i - 1], parts[i + 1]
-            assert isinstance(left, str) and isinstance(right, str)
-            if token is None:
-                continue
-            if token.rstrip:
-                parts[i + 1] = right = right.lstrip()
-            if token.lstrip:
-                parts[i - 1] = left = left.rstrip()
-            alone = left[-1:] in ("", " ") and right[:1] in ("", " ")
-            if token.single_word and not alone:
-                parts[i] = ""
-                parts[i - 1] = left + token.content
+    def _ids(self, part: str) -> list[int]:
+        if part in self._added:
+            return [self._added[part].id]
+        if part.startswith(MARK):
+            return [self.sentinel_id(int(part[1:-1]))]
+        return [byte + 3 for byte in part.encode()]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [self.encode(text) for text in texts]
@@ -97,7 +89,7 @@ class ByteTokenizer:
         if 3 <= index < 259:
             byte = index - 3
             return chr(byte) if 32 < byte < 127 else f"<0x{byte:02X}>"
-        known = {0: "<pad>", 1: "</s>", 2: "<unk>", **self._contents}
+        known = {**self._contents, 0: "<pad>", 1: "</s>", 2: "<unk>"}
         return known.get(index, f"<{index}>")
 
     def sentinel_id(self, k: int) -> int:
@@ -106,8 +98,7 @@ class ByteTokenizer:
         return 258 - k
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        folder = epath.Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = clear_folder(directory)
         config: dict[str, Any] = {"tokenizer_class": "ByT5Tokenizer", "extra_ids": 125}
         if self._added:
             # The sentinels of transformers too, which would else take these ids themselves.

@@ -16,7 +16,13 @@ from sentencepiece import sentencepiece_model_pb2
 from ptjax.data.added_tokens import CONTROL_NAMES, AddedToken, Splitter, read_added_tokens
 from ptjax.data.sentinels import MARK, SENTINEL, mark_sentinels, marked
 from ptjax.data.sources import resolve_path
-from ptjax.data.vocabulary import check_special_ids, sha256, text_ids, unigram_fingerprint
+from ptjax.data.vocabulary import (
+    check_special_ids,
+    clear_folder,
+    sha256,
+    text_ids,
+    unigram_fingerprint,
+)
 from ptjax.errors import InputError
 
 T5_SENTINELS = 100
@@ -179,8 +185,7 @@ class SentencePieceTokenizer:
         return self._sentinels[k]
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        folder = epath.Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = clear_folder(directory)
         (folder / "spiece.model").write_bytes(self._model)
         config: dict[str, Any] = {
             "tokenizer_class": "T5Tokenizer",

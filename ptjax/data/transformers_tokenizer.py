@@ -13,7 +13,13 @@ from etils import epath
 
 from ptjax.data.added_tokens import CONTROL_NAMES
 from ptjax.data.sentinels import SENTINEL, mark_sentinels, marked
-from ptjax.data.vocabulary import check_special_ids, sha256, text_ids, unigram_fingerprint
+from ptjax.data.vocabulary import (
+    check_special_ids,
+    clear_folder,
+    sha256,
+    text_ids,
+    unigram_fingerprint,
+)
 from ptjax.errors import InputError
 
 
@@ -88,8 +94,7 @@ class TransformersTokenizer:
         return self._sentinels[k]
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        folder = epath.Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = clear_folder(directory)
         with tempfile.TemporaryDirectory() as local:
             for file in self._tokenizer.save_pretrained(local):
                 source = epath.Path(file)

@@ -14,7 +14,10 @@ import struct
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
+from etils import epath
+
 from ptjax.errors import InputError
+from ptjax.hub import TOKENIZER_FILES
 
 
 class Tokenizer(Protocol):
@@ -102,6 +105,15 @@ def text_ids(tokenizer: Tokenizer, ids: Iterable[int]) -> list[int]:
         if index != tokenizer.pad_id and index not in tokenizer.prefix:
             kept.append(index)
     return kept
+
+
+def clear_folder(directory: str | os.PathLike[str]) -> epath.Path:
+    """The folder, made if need be, without files that another tokenizer left in it."""
+    folder = epath.Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in TOKENIZER_FILES:
+        (folder / file).unlink(missing_ok=True)
+    return folder
 
 
 def sha256(content: bytes) -> str:
