@@ -105,6 +105,11 @@ class TransformersTokenizer:
 def _load(directory: str | os.PathLike[str], name: str) -> Any:
     import transformers  # takes seconds, and the reference tokenizers do without it
 
+    folder = epath.Path(directory)
+    lost = not (folder / "tokenizer.json").exists()
+    pair = [file for file in ("vocab.json", "merges.txt") if not (folder / file).exists()]
+    if lost and len(pair) == 1:
+        raise _lacks(name, pair)
     try:
         # trust_remote_code: without it, transformers asks on the terminal whether to run code.
         tokenizer: Any = transformers.AutoTokenizer.from_pretrained(
@@ -115,22 +120,25 @@ def _load(directory: str | os.PathLike[str], name: str) -> Any:
         raise InputError(
             f"{name}: transformers cannot load this tokenizer ({reason}); check its files"
         ) from error
-    files: Mapping[str, str] = getattr(tokenizer, "vocab_files_names", {})
-    folder = epath.Path(directory)
-    if not (folder / "tokenizer.json").exists():
-        needed = [files[kind] for kind in ("vocab_file", "merges_file") if kind in files]
-        missing = [file for file in needed if not (folder / file).exists()]
-        if missing:
-            raise InputError(
-                f"{name}: the vocabulary of its {type(tokenizer).__name__} is missing: neither "
-                f"{' and '.join(missing)} nor tokenizer.json; copy the tokenizer again"
-            )
+    # Without its files, it makes an empty vocabulary and says nothing.
+    names: Mapping[str, str] = getattr(tokenizer, "vocab_files_names", {})
+    needed = [names[kind] for kind in ("vocab_file", "merges_file") if kind in names]
+    missing = [file for file in needed if not (folder / file).exists()]
+    if lost and missing:
+        raise _lacks(name, missing)
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise InputError(
             f"{name}: {type(tokenizer).__name__} has no fast version (tokenizer.json), which ptjax "
             "needs; convert it, or use another tokenizer"
         )
     return tokenizer
+
+
+def _lacks(name: str, files: Sequence[str]) -> InputError:
+    return InputError(
+        f"{name}: the tokenizer's vocabulary is missing: neither {' and '.join(files)} nor "
+        "tokenizer.json; copy the tokenizer again"
+    )
 
 
 def _check_added_tokens(backend: Any, content: Mapping[str, Any], name: str) -> None:
