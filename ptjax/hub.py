@@ -41,27 +41,29 @@ def download(repo_id: str, patterns: Iterable[str], revision: str | None = None)
 
 
 def _reason(error: Exception, revision: str | None) -> str:
-    """What is wrong and what to do about it. A gated model is of the class of missing ones."""
+    """What is wrong and what to do about it."""
     errors = huggingface_hub.errors
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    what = "not a path here, and"
+    # Where the hub fails, the error of its answer stands behind one that speaks of the cache.
+    response = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
+    status = getattr(response, "status_code", None)
+    hub = "not a path here, and the Hugging Face hub"
     log_in = "log in with `hf auth login` or set HF_TOKEN"
-    if isinstance(error, errors.GatedRepoError):
-        return f"{what} the Hugging Face hub gives this model only to those it knows; {log_in}"
-    if isinstance(error, errors.RevisionNotFoundError):
-        return f"the Hugging Face hub has no revision {revision!r} of this model; correct it"
     if isinstance(error, errors.HFValidationError):
         return "neither a path here nor a model id (namespace/name); correct the path"
-    if isinstance(error, errors.RepositoryNotFoundError) and status != 401:
-        return f"{what} the Hugging Face hub has no such model; correct the path or the id"
+    if isinstance(error, errors.GatedRepoError):  # of the class of missing ones
+        return f"{hub} gives this model only to those it knows; {log_in}"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"{hub} has no revision {revision!r} of this model; correct it"
     if status in (401, 403):
-        return (
-            f"{what} the Hugging Face hub shows no such model: it is private, or misspelt; {log_in}"
-        )
+        return f"{hub} does not show it to everybody: private, or misspelt; {log_in}"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f"{hub} has no such model; correct the path or the id"
+    if status is not None:
+        return f"{hub} fails (HTTP {status}); try again later"
     if isinstance(error, errors.LocalEntryNotFoundError):
         return (
-            f"{what} the Hugging Face hub cannot be reached, nor does its cache here hold the "
-            "model; check the network (and HF_HUB_OFFLINE), or download it first"
+            f"{hub} cannot be reached, nor does its cache here hold the model; check the network "
+            "(and HF_HUB_OFFLINE), or download it first"
         )
     reason = str(error).strip().split("\n")[0] or type(error).__name__
-    return f"neither a path here nor a model that the Hugging Face hub gives ({reason})"
+    return f"{hub} does not give this model ({reason})"

@@ -145,9 +145,7 @@ def test_case_1_1_save_backbone_keeps_added_tokens(tmp_path):
     target = tmp_path / "backbone"
     target.mkdir()
     (target / "added_tokens.json").write_text('{"<stale>": 8200}')
-    save_backbone(
-        target, config, init_params(config, jax.random.key(0)), tokenizer=tokenizer, dtype="float32"
-    )
+    save_backbone(target, config, zeros(config), tokenizer=tokenizer, dtype="float32")
     found = load_backbone(target).tokenizer
     assert found is not None and found.fingerprint == tokenizer.fingerprint
     assert found.encode_batch(texts(TOKENS)) == recorded_ids("4 slow")
