@@ -138,6 +138,28 @@ def test_case_1_1_a_spiece_model_alone_and_a_tokenizer_json_made_of_it(tmp_path)
         assert_equal_ids(load_tokenizer(folder), wanted, lines)
 
 
+def test_a_tokenizer_json_beside_a_models_config(tmp_path):
+    """With nothing else; the model's kind tells transformers which tokens are control tokens."""
+    files = {"tokenizer.json": FOLDERS["4 fast"]["tokenizer.json"]}
+    folder = unpack(files | {"config.json": {"model_type": "t5"}}, tmp_path / "folder")
+    tokenizer = load_tokenizer(folder)
+    wanted = reference_ids(folder, texts(TOKENS))
+    assert_equal_ids(tokenizer, wanted, texts(TOKENS))
+    with pytest.raises(InputError, match="its padding id is -1"):
+        load_tokenizer(unpack(files, tmp_path / "alone"))
+
+
+@pytest.mark.parametrize("kind", ["PegasusTokenizer", "BigBirdTokenizer"])
+def test_case_1_1_other_classes_read_a_spiece_model_otherwise(tmp_path, kind):
+    folder = write_source(tmp_path / "folder")
+    (folder / "config.json").unlink()
+    config = {"tokenizer_class": kind, **{f"{name}_token": f"<{name}>" for name in ("pad", "unk")}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": "</s>"}))
+    tokenizer = load_tokenizer(folder)
+    assert isinstance(tokenizer, TransformersTokenizer)
+    assert_equal_ids(tokenizer, reference_ids(folder, texts(())), texts(()))
+
+
 def test_case_1_1_save_backbone_keeps_added_tokens(tmp_path):
     folder = unpack(FOLDERS["4 slow"], tmp_path / "tokenizer")
     tokenizer = load_tokenizer(folder)
@@ -270,7 +292,7 @@ def bert(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["bpe", "bert"])
-def test_case_1_1_other_vocabularies_with_added_tokens(kind, tmp_path, request):
+def test_other_vocabularies_with_added_tokens(kind, tmp_path, request):
     folder = request.getfixturevalue(kind)
     lines = texts()
     assert_equal_ids(load_tokenizer(folder), reference_ids(folder, lines), lines)
@@ -336,7 +358,7 @@ def test_case_1_2_other_vocabularies_without_a_file(kind, lost, message, tmp_pat
 @pytest.mark.parametrize(
     ("ids", "rows"), [(32_100, 32_128), (250_100, 250_112), (384, 384), (8192, 8192)]
 )
-def test_case_1_2_vocabularies_of_released_models_fit(ids, rows):
+def test_vocabularies_of_released_models_fit(ids, rows):
     tokenizer = ByteTokenizer()
     tokenizer.vocab_size = ids
     check_vocabulary(tokenizer, rows)
@@ -369,19 +391,17 @@ def test_case_5_2_a_tokenizer_that_brings_code(tmp_path, monkeypatch, auto_map):
     (folder / "own.py").write_text(f"open({str(flag)!r}, 'w').close()\nclass Own: pass\n")
     config = {"auto_map": auto_map, "tokenizer_class": "Own"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-
-    def asked(*_: Any) -> str:
-        raise AssertionError("a question on the terminal")
-
-    monkeypatch.setattr("builtins.input", asked)
-    with pytest.raises(InputError, match="transformers cannot load this tokenizer"):
+    questions = []
+    # Somebody who says yes to everything.
+    monkeypatch.setattr("builtins.input", lambda *said: questions.append(said) or "y")
+    with pytest.raises(InputError, match=r"brings code of its own .* which ptjax does not run"):
         load_tokenizer(folder)
-    assert not flag.exists()
+    assert not flag.exists() and not questions
     shutil.copy(SPIECE, folder)
     config["tokenizer_class"] = "T5Tokenizer"
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     assert isinstance(load_tokenizer(folder), SentencePieceTokenizer)
-    assert not flag.exists()
+    assert not flag.exists() and not questions
 
 
 # One rule for control tokens and sentinels

@@ -11,7 +11,7 @@ from typing import Any
 
 from etils import epath
 
-from ptjax.data.added_tokens import CONTROL_NAMES
+from ptjax.data.added_tokens import CONTROL_NAMES, read_json
 from ptjax.data.sentinels import SENTINEL, mark_sentinels, marked
 from ptjax.data.vocabulary import (
     check_special_ids,
@@ -116,6 +116,11 @@ def _load(directory: str | os.PathLike[str], name: str) -> Any:
             os.fspath(directory), local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # transformers raises nearly anything for broken files
+        if "auto_map" in read_json(folder / "tokenizer_config.json"):
+            raise InputError(
+                f"{name}: this tokenizer brings code of its own (auto_map), which ptjax does not "
+                "run; save it as a tokenizer.json with a class of transformers"
+            ) from error
         reason = " ".join(str(error).split())[:300]
         raise InputError(
             f"{name}: transformers cannot load this tokenizer ({reason}); check its files"
