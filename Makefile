@@ -6,7 +6,12 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: quickstart test test-all lint
+# The releases of transformers whose behaviour the fixtures record.
+ORACLES := 4 5
+TRANSFORMERS_4 := 4.57.6
+TRANSFORMERS_5 := 5.24.0
+
+.PHONY: quickstart test test-all lint oracle
 
 quickstart: $(VENV)/installed  ## tune a prompt on the shipped backbone, on CPU
 	$(BIN)/python -m ptjax.train --gin_file=quickstart.gin
@@ -16,6 +21,13 @@ test: $(VENV)/installed-dev  ## everything but the markers slow, oracle, tpu, cu
 
 test-all: $(VENV)/installed-oracle  ## everything
 	$(PYTEST) -m "$(shell $(BIN)/python tests/markers.py)"
+
+# Outside CI, which reads tests/fixtures/transformers. Each script runs under both releases, the
+# older one first: what that one wrote, the newer one may read.
+oracle: $(ORACLES:%=.venv-oracle-%/installed)  ## record what transformers 4 and 5 give
+	set -e; for script in $(sort $(wildcard tests/oracles/record_*.py)); do \
+	  for release in $(ORACLES); do .venv-oracle-$$release/bin/python "$$script"; done; \
+	done
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && \
@@ -34,3 +46,7 @@ $(VENV)/installed-dev: pyproject.toml | $(VENV)/bin/python
 $(VENV)/installed-oracle: $(VENV)/installed-dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 && \
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,oracle,plan,plan-gpu]' && touch $@
+
+.venv-oracle-%/installed:
+	$(PYTHON) -m venv $(@D) && $(@D)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  transformers==$(TRANSFORMERS_$*) torch==2.13.0 sentencepiece protobuf && touch $@

@@ -118,10 +118,10 @@ def predict_texts(
     settings = {"alpha": alpha, "temperature": temperature, "top_p": top_p}
     own = np.asarray(np.arange(len(source)) if numbers is None else numbers, np.uint32), prompt_ids
     tokens, scores = _map_examples(compute, variables, source, own, buckets, batch_size, ids)
-    return [tokenizer.decode(text_ids(row, ids)) for row in tokens.tolist()], scores
+    return [tokenizer.decode(before_end(row, ids)) for row in tokens.tolist()], scores
 
 
-def text_ids(row: Sequence[int], ids: SpecialIds) -> list[int]:
+def before_end(row: Sequence[int], ids: SpecialIds) -> list[int]:
     """What stands before the first end of sequence."""
     return list(itertools.takewhile(lambda token: token not in ids.eos_ids, row))
 

@@ -19,6 +19,7 @@ from ptjax.answering import make_label_tokens, predict_labels, predict_texts
 from ptjax.backbone import Backbone
 from ptjax.data.pipeline import ExampleSource, make_buckets
 from ptjax.data.preprocess import TokenizedExamples, check_labels, tokenize_examples
+from ptjax.data.sentinels import join_texts
 from ptjax.data.tasks import Example, Examples, Task
 from ptjax.data.tokenizer import Tokenizer
 from ptjax.ensembling import Answers, Repeated, mean_shares, vote_on_labels, vote_on_texts
@@ -70,18 +71,22 @@ class HardPrompt:
         check_at_least(0, "HardPrompt", shots=self.shots)
 
     def apply(self, inputs: str) -> str:
-        if "{inputs}" in self.text:
-            return self.text.replace("{inputs}", inputs)
-        return f"{self.text} {inputs}" if self.text else inputs
+        if not self.text:
+            return inputs
+        text = self.text if "{inputs}" in self.text else f"{self.text} {{inputs}}"
+        before, *behind = text.split("{inputs}")
+        return join_texts([before, *(part for literal in behind for part in (inputs, literal))])
 
     def rewording(self, train: Sequence[Example], seed: int) -> Callable[[str], str]:
         """Inputs -> the text that the backbone reads, shots included."""
         chosen = np.random.default_rng(seed).permutation(len(train))[: self.shots]
-        shots = "".join(
-            f"{self.apply(train[i].inputs)}{self.separator}{train[i].targets}{self.separator}"
+        shots = join_texts(
+            part
             for i in chosen
+            for text in (self.apply(train[i].inputs), train[i].targets)
+            for part in (text, self.separator)
         )
-        return lambda inputs: shots + self.apply(inputs)
+        return lambda inputs: join_texts([shots, self.apply(inputs)])
 
 
 class Evaluator:
@@ -115,7 +120,7 @@ class Evaluator:
         if task.labels is not None:
             check_labels(task.labels, tokenizer, lengths["targets"])
         self.examples = functools.cache(self._load)
-        self._source = functools.cache(lambda split: self._tokenize(self.examples(split), str))
+        self._source = functools.cache(lambda split: self._tokenize(self.examples(split)))
 
     def __call__(
         self, variables: Tree, split: str, rewording: Callable[[str], str] | None = None
@@ -243,11 +248,12 @@ class Evaluator:
         return examples
 
     def _tokenize(
-        self, examples: Sequence[Example], rewording: Callable[[str], str]
+        self, examples: Sequence[Example], rewording: Callable[[str], str] | None = None
     ) -> TokenizedExamples:
-        reworded = [dataclasses.replace(e, inputs=rewording(e.inputs)) for e in examples]
+        if rewording is not None:
+            examples = [dataclasses.replace(e, inputs=rewording(e.inputs)) for e in examples]
         source = tokenize_examples(
-            reworded, self.tokenizer, self.lengths["inputs"], self.lengths["targets"]
+            examples, self.tokenizer, self.lengths["inputs"], self.lengths["targets"]
         )
         report_cut(source, self.lengths)
         return source

@@ -22,6 +22,7 @@ PACKAGE = Path(ptjax.__file__).parent
 ROOMS = (
     "errors",
     "atomic",
+    "hub",
     "data",
     "models",
     "training",

@@ -24,7 +24,7 @@ from t5_ids import with_lengths
 import ptjax
 from ptjax import backbone as backbones
 from ptjax.backbone import load_backbone, save_backbone
-from ptjax.data.tokenizer import ByteTokenizer
+from ptjax.data.tokenizer import load_tokenizer
 from ptjax.errors import InputError
 from ptjax.fingerprint import fingerprint
 from ptjax.interop import huggingface, t5x
@@ -608,8 +608,9 @@ def test_the_tokenizer_beside_the_weights(wide):
 
 def test_the_tokenizer_argument_stands_above_the_files(wide):
     write_nano_tokenizer(wide)
-    assert isinstance(load_backbone(wide, tokenizer="byt5").tokenizer, ByteTokenizer)
-    tokenizer = ByteTokenizer()
+    named = load_backbone(wide, tokenizer="package:nano/spiece.model").tokenizer
+    assert named is not None and named.name.endswith("nano/spiece.model")
+    tokenizer = load_tokenizer("package:nano")
     assert load_backbone(wide, tokenizer=tokenizer).tokenizer is tokenizer
 
 

@@ -71,7 +71,9 @@ def command_lines(page: Path) -> list[Line]:
     """Every `python -m ptjax.COMMAND ...`, in blocks and in the text; continued lines are one."""
     text = page.read_text()
     fenced = [body for _, body in code_blocks(page)]
-    inline = re.findall(r"`(python -m ptjax[^`]*)`", re.sub(r"^```.*?^```$", "", text, 0, re.S | re.M))
+    inline = re.findall(
+        r"`(python -m ptjax[^`]*)`", re.sub(r"^```.*?^```$", "", text, 0, re.S | re.M)
+    )
     lines = []
     for block in [*fenced, *inline]:
         joined = re.sub(r"\\\n\s*", "", block).replace('\\"', '"')

@@ -246,7 +246,7 @@ def test_case_1_5_any_end_ends_a_text_and_padding_follows(started):
     for row, cut in zip(tokens.tolist(), np.asarray(found).tolist(), strict=True):
         stop = next((i for i, token in enumerate(row) if token in ends), len(row) - 1) + 1
         assert cut == row[:stop] + [9] * (6 - stop)
-        assert answering.text_ids(cut, dataclasses.replace(free, eos_ids=ends)) == [
+        assert answering.before_end(cut, dataclasses.replace(free, eos_ids=ends)) == [
             token for token in row[:stop] if token not in ends
         ]
 

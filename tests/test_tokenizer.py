@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 import huggingface_hub
 import hypothesis
 import hypothesis.strategies as st
+import jax
 import numpy as np
 import pytest
 import sentencepiece
 from markers import SHARED
 
+from ptjax.backbone import Backbone
 from ptjax.data import tokenizer as tokenizers
 from ptjax.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, TransformersTokenizer
 from ptjax.errors import InputError
+from ptjax.interop.prompt_file import PromptFile
+from ptjax.models.config import T5Config
+from ptjax.prompting import check_prompt
 
 NANO = "package:nano/spiece.model"
 TEXTS = ["a fine film .", "the plot is <extra_id_0> thin", "", "  spaces   inside ", "naïve 電影"]
@@ -150,7 +156,6 @@ def test_fingerprints_tell_apart_what_has_other_ids(nano, fast, tmp_path):
         nano,
         SentencePieceTokenizer(NANO, extra_ids=99),
         ByteTokenizer(),
-        TransformersTokenizer(fast),
         TransformersTokenizer(changed),
     ]
     fingerprints = {tokenizer.fingerprint for tokenizer in all_of_them}
@@ -182,7 +187,7 @@ def test_load_tokenizer_knows_what_it_is_given(nano, tmp_path, monkeypatch):
 
     asked = []
 
-    def download(repository, *, allow_patterns):
+    def download(repository, *, revision, allow_patterns):
         asked.append(repository)
         nano.save(tmp_path)
         return str(tmp_path)
@@ -194,7 +199,7 @@ def test_load_tokenizer_knows_what_it_is_given(nano, tmp_path, monkeypatch):
 
 
 def test_what_is_no_tokenizer(tmp_path, monkeypatch):
-    def offline(repository, *, allow_patterns):
+    def offline(repository, *, revision, allow_patterns):
         raise huggingface_hub.errors.LocalEntryNotFoundError("offline")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
@@ -205,7 +210,7 @@ def test_what_is_no_tokenizer(tmp_path, monkeypatch):
         (tmp_path / "nowhere", "no such file or folder"),
         (tmp_path / "empty", "no tokenizer in it; it needs spiece.model"),
         (tmp_path / "file.json", r"has to be a SentencePiece \*.model"),
-        ("some/model", "nor to be had from the Hugging Face hub"),
+        ("some/model", "some/model: not a path here, and the Hugging Face hub cannot be reached"),
     ]:
         with pytest.raises(InputError, match=message):
             tokenizers.load_tokenizer(source)
@@ -289,3 +294,37 @@ def test_the_real_t5_vocabulary():
         37, 32_099, 10_681, 16, 32_098, 2_447
     ]  # fmt: skip
     tokenizers.check_vocabulary(tokenizer, 32_128)
+
+
+def test_case_1_1_one_vocabulary_has_one_fingerprint(nano, fast, tmp_path):
+    """spiece.model and the tokenizer.json that transformers makes of it."""
+    again = TransformersTokenizer(fast)
+    assert again.fingerprint == nano.fingerprint
+    again.save(tmp_path)
+    assert tokenizers.load_tokenizer(tmp_path).fingerprint == nano.fingerprint
+    assert nano.fingerprint != SentencePieceTokenizer(NANO, extra_ids=99).fingerprint
+
+
+def test_case_1_1_fingerprints_that_prompts_recorded_stay_valid(nano, fast):
+    """As ptjax 0.1.0 wrote them for ptjax-nano, and for a tokenizer.json."""
+    assert nano.former_fingerprints == (
+        "sha256:2e3fe211a08792e04620c63b204a5110da303f34bc741a9d2c4d67c87c56bae6",
+    )
+    again = TransformersTokenizer(fast)
+    content = json.loads(again._tokenizer.backend_tokenizer.to_str())
+    former = json.dumps({**content, "truncation": None, "padding": None}, sort_keys=True)
+    assert again.former_fingerprints == (f"sha256:{hashlib.sha256(former.encode()).hexdigest()}",)
+    for tokenizer in (nano, again):
+        for recorded in (tokenizer.fingerprint, *tokenizer.former_fingerprints):
+            prompt = PromptFile(np.zeros((2, 64), np.float32), {"tokenizer_fingerprint": recorded})
+            checked = check_prompt(backbone_with(tokenizer), prompt)
+            assert checked.metadata["tokenizer_fingerprint"] == tokenizer.fingerprint
+        other = PromptFile(np.zeros((2, 64), np.float32), {"tokenizer_fingerprint": "sha256:0"})
+        with pytest.raises(InputError, match="with the tokenizer sha256:0, not with that of"):
+            check_prompt(backbone_with(tokenizer), other)
+
+
+def backbone_with(tokenizer) -> Backbone:
+    config = T5Config(8192, 64, 2, 1, 1, 8, 32)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "model"))
+    return Backbone(config, {}, print, tokenizer, "sha256:b", "tiny", mesh)

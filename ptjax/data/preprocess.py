@@ -69,12 +69,16 @@ class TokenizedExamples:
 
 
 def tokenize_texts(texts: Sequence[str], tokenizer: Tokenizer, length: int) -> TokenRows:
-    """Encodes texts, cuts each to `length` - 1 ids and appends the end of sequence, as T5 does.
+    """Encodes texts, cuts each and appends the end of sequence, as T5 does: `length` ids at most.
+
+    In front goes the tokenizer's own prefix, if it has one.
 
     Raises:
         InputError: `length` leaves no room for a token.
     """
-    if length < 2:
+    prefix, eos = list(tokenizer.prefix), [tokenizer.eos_id]
+    room = length - len(prefix) - len(eos)
+    if room < 1:
         raise InputError(f"a length of {length} tokens has no room for text and its end; use more")
     chunks: list[np.ndarray] = []
     lengths = np.zeros(len(texts) + 1, np.int64)
@@ -82,10 +86,9 @@ def tokenize_texts(texts: Sequence[str], tokenizer: Tokenizer, length: int) -> T
     for start in range(0, len(texts), _CHUNK):
         rows = tokenizer.encode_batch(texts[start : start + _CHUNK])
         for i, row in enumerate(rows, start + 1):
-            truncated += len(row) > length - 1
-            lengths[i] = min(len(row), length - 1) + 1
-        eos = [tokenizer.eos_id]
-        chunks.append(np.array([t for row in rows for t in row[: length - 1] + eos], np.int32))
+            truncated += len(row) > room
+            lengths[i] = min(len(row), room) + length - room
+        chunks.append(np.array([t for row in rows for t in prefix + row[:room] + eos], np.int32))
     ids = np.concatenate(chunks) if chunks else np.zeros(0, np.int32)
     return TokenRows(ids, np.cumsum(lengths), truncated)
 

@@ -60,6 +60,8 @@ class Task:
         train_preprocess: the same for the split 'train', where that one differs.
         answers: the field with all right answers, for exact_match and squad_f1.
         group: the field that tells which examples belong together, for group_exact_match.
+        sentinels: `<extra_id_N>` in a record's field is T5's sentinel, as it is in a template; by
+            default it is spelt out there like any text.
         held_out: where there is no split 'validation', one is made of this many examples, taken
             evenly out of 'train', which then lacks them.
 
@@ -85,6 +87,7 @@ class Task:
     answers: str | None = None
     group: str | None = None
     held_out: int = 0
+    sentinels: bool = False
 
     def __post_init__(self) -> None:
         metrics = (self.metrics,) if isinstance(self.metrics, str) else tuple(self.metrics)
@@ -220,7 +223,7 @@ class Task:
                 # All of a record's examples or none.
                 examples += [
                     Example(
-                        inputs.render(fields),
+                        inputs.render(fields, sentinels=self.sentinels),
                         self._target(fields, targets),
                         fields,
                         record.file,
@@ -236,7 +239,7 @@ class Task:
 
     def _target(self, fields: Mapping[str, Any], template: Template | None) -> str:
         if template is not None:
-            return template.render(fields)
+            return template.render(fields, sentinels=self.sentinels)
         assert self.verbalizer is not None and self.label is not None  # by _check_targets
         value = find_field(fields, self.label)
         key = as_text(value, self.label).strip()
@@ -258,7 +261,7 @@ class Task:
             examples = list(_apply(self.preprocess, dict(record)))
             if len(examples) != 1:
                 raise RecordError(f"the record makes {len(examples)} examples, give one at a time")
-            return parse_template(self.inputs).render(examples[0])
+            return parse_template(self.inputs).render(examples[0], sentinels=self.sentinels)
         except RecordError as error:
             raise self._error(f"{error}; its inputs are {self.inputs!r}") from error
 
@@ -319,6 +322,7 @@ class Task:
             "answers": self.answers,
             "group": self.group,
             "preprocess": _function_name(self.preprocess),
+            "sentinels": self.sentinels,
         }
 
     @classmethod
@@ -343,6 +347,7 @@ class Task:
                 )
             preprocess = CATALOGUE[name]
         keys = ("name", "inputs", "targets", "label", "verbalizer", "metrics", "answers", "group")
+        keys += ("sentinels",)
         settings = {key: description[key] for key in keys if description.get(key) is not None}
         for key in ("name", "inputs"):
             if not isinstance(settings.get(key), str):

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ptjax.data.sentinels import join_texts, spelt_out
+
 
 class RecordError(ValueError):
     """A record that does not fit; the caller knows its file and line."""
@@ -24,8 +26,11 @@ class Template:
         """The fields it names, each once, in order."""
         return tuple(dict.fromkeys(field for _, field in self.parts if field is not None))
 
-    def render(self, record: Mapping[str, Any]) -> str:
+    def render(self, record: Mapping[str, Any], *, sentinels: bool = False) -> str:
         """The text for a record.
+
+        Args:
+            sentinels: `<extra_id_N>` in a field is a sentinel, as it is in the template.
 
         Raises:
             RecordError: a field is missing, empty (None) or no plain value.
@@ -34,8 +39,9 @@ class Template:
         for literal, field in self.parts:
             pieces.append(literal)
             if field is not None:
-                pieces.append(as_text(find_field(record, field), field))
-        return "".join(pieces)
+                value = as_text(find_field(record, field), field)
+                pieces.append(value if sentinels else spelt_out(value))
+        return join_texts(pieces)
 
 
 def parse_template(text: str) -> Template:

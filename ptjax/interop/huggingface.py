@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from ptjax import hub
 from ptjax.atomic import written_whole
 from ptjax.errors import InputError
 from ptjax.interop import safetensors_file, torch_file
@@ -36,14 +37,7 @@ from ptjax.scale.processes import on_host
 
 _WEIGHTS = "model.safetensors"
 _TORCH = "pytorch_model.bin"
-_DOWNLOADS = (
-    "config.json",
-    "generation_config.json",
-    "spiece.model",
-    "tokenizer*.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
+_DOWNLOADS = ("config.json", "generation_config.json", *hub.TOKENIZER_FILES)
 
 
 def load_huggingface(directory: str | os.PathLike[str]) -> dict[str, StoredArray]:
@@ -295,25 +289,18 @@ def is_downloaded(repo_id: str, revision: str | None = None) -> bool:
 def download(repo_id: str, revision: str | None = None) -> tuple[epath.Path, str]:
     """(local directory, commit) of a model on the Hugging Face hub, from its cache if offline.
 
-    Weights come as safetensors; `pytorch_model.bin` only where there are none.
+    Weights come as safetensors; `pytorch_model.bin` only where there are none. Variants
+    (`model.fp16.safetensors`) are left where they are.
 
     Raises:
-        InputError: there is no such model, or the hub cannot be reached.
+        InputError: there is no such model, it is private, or the hub cannot be reached.
     """
 
-    def fetch(*weights: str) -> epath.Path:
-        patterns = [*_DOWNLOADS, *weights]
-        return epath.Path(
-            huggingface_hub.snapshot_download(repo_id, revision=revision, allow_patterns=patterns)
-        )
+    def fetch(weights: str, suffix: str) -> epath.Path:
+        names = (f"{weights}.{suffix}", f"{weights}-*.{suffix}", f"{weights}.{suffix}.index.json")
+        return epath.Path(hub.download(repo_id, [*_DOWNLOADS, *names], revision))
 
-    try:
-        directory = fetch("model*.safetensors", f"{_WEIGHTS}.index.json")
-        if not any(directory.glob("*.safetensors")):
-            directory = fetch("pytorch_model*.bin", f"{_TORCH}.index.json")
-    except (huggingface_hub.errors.HFValidationError, OSError, RuntimeError) as error:
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise InputError(
-            f"{repo_id}: neither a path here nor a model that the Hugging Face hub gives ({reason})"
-        ) from error
+    directory = fetch("model", "safetensors")
+    if not any((directory / name).exists() for name in (_WEIGHTS, f"{_WEIGHTS}.index.json")):
+        directory = fetch("pytorch_model", "bin")
     return directory, directory.name

@@ -1,0 +1,284 @@
+"""SentencePiece, the reference: a model with T5's sentinels and added tokens behind its pieces."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import sentencepiece
+from etils import epath
+from sentencepiece import sentencepiece_model_pb2
+
+from ptjax.data.added_tokens import CONTROL_NAMES, AddedToken, Splitter, read_added_tokens
+from ptjax.data.sentinels import MARK, SENTINEL, mark_sentinels, marked
+from ptjax.data.sources import resolve_path
+from ptjax.data.vocabulary import (
+    NO_ID,
+    check_special_ids,
+    clear_folder,
+    sha256,
+    text_ids,
+    unigram_fingerprint,
+)
+from ptjax.errors import InputError
+
+T5_SENTINELS = 100
+_PB2: Any = sentencepiece_model_pb2  # its classes are made at run time
+_PIECE: Any = _PB2.ModelProto.SentencePiece
+_OWN_SENTINEL = re.compile(f"▁?{SENTINEL.pattern}")
+_MARKED = re.compile(rf"\s*({MARK}([0-9]+){MARK})")
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model with T5's sentinels and added tokens behind its own pieces.
+
+    <extra_id_k> has the id size + extra_ids - 1 - k, as in seqio. Sentinels and added tokens are
+    cut out of a text, and SentencePiece makes pieces of what lies between, each part as if it were
+    a text: so does transformers 5 (seqio gives what follows a sentinel no leading space).
+
+    Args:
+        model: a serialised model, or the path of one.
+        extra_ids: sentinels to add. A model that has its own (mT5's) keeps those and gets none.
+        name: for messages; by default the path.
+        folder, config: where added tokens are read from, and its `tokenizer_config.json`.
+
+    Raises:
+        InputError: no such file, not a SentencePiece model, or one without an end of sequence;
+            added tokens that transformers gives other ids than their files.
+    """
+
+    prefix: tuple[int, ...] = ()
+
+    def __init__(
+        self,
+        model: bytes | str | os.PathLike[str],
+        extra_ids: int = T5_SENTINELS,
+        *,
+        name: str | None = None,
+        folder: epath.Path | None = None,
+        config: dict[str, Any] | None = None,
+    ) -> None:
+        if isinstance(model, bytes):
+            self.name, self._model = name or "a SentencePiece model", model
+        else:
+            path = resolve_path(model)
+            if not path.exists():
+                raise InputError(f"{path}: no such tokenizer file; correct the path")
+            self.name, self._model = name or os.fspath(path), path.read_bytes()
+        if type(extra_ids) is not int or extra_ids < 0:
+            raise InputError(
+                f"{self.name}: extra_ids is {extra_ids!r}; it has to be a number from 0 up"
+            )
+        proto = self._parse()
+        self._own_sentinels = any(_OWN_SENTINEL.fullmatch(p.piece) for p in proto.pieces)
+        self.extra_ids = 0 if self._own_sentinels else extra_ids
+        self._pieces = _pieces(proto, self.extra_ids)
+        self._config = dict(config or {})
+        self._added, control = [], set()
+        if folder is not None:
+            vocabulary = {piece: i for i, (piece, _) in enumerate(self._pieces)}
+            self._added, control = read_added_tokens(folder, self._config, vocabulary)
+        cut = self._cut_tokens(proto, control)
+        self._names, self._sentinels = _compile(proto, self._pieces, self._added, cut, control)
+        self._splitter = Splitter(cut, proto.normalizer_spec.precompiled_charsmap, self.name)
+        # With sentinels alone, few texts have anything to split.
+        self._always_splits = any(token.sentinel is None for token in cut)
+        self._processor = sentencepiece.SentencePieceProcessor(
+            model_proto=proto.SerializeToString()
+        )
+        self.vocab_size = self._processor.get_piece_size()
+        self.pad_id = self._processor.pad_id()
+        self.eos_id = self._processor.eos_id()
+        self.unk_id = self._processor.unk_id()
+        check_special_ids(self)
+        self._set_fingerprints(proto, cut)
+
+    def _parse(self) -> Any:
+        try:
+            proto = _PB2.ModelProto.FromString(self._model)
+            # SentencePiece itself checks what protobuf does not (an empty file parses).
+            sentencepiece.SentencePieceProcessor().LoadFromSerializedProto(self._model)
+        except Exception as error:  # protobuf and SentencePiece raise classes of their own
+            raise InputError(
+                f"{self.name}: not a SentencePiece model; name a .model file or a tokenizer folder"
+            ) from error
+        return proto
+
+    def _cut_tokens(self, proto: Any, control: set[str]) -> list[AddedToken]:
+        """What is cut out of texts: sentinels, added tokens and the model's own symbols."""
+        cut = {token.content: token for token in self._added if token.content not in control}
+        for i, (content, _) in enumerate(self._pieces[len(proto.pieces) :], len(proto.pieces)):
+            cut.setdefault(content, AddedToken(content, i, special=True))
+        for i, piece in enumerate(proto.pieces):
+            own = piece.type == _PIECE.USER_DEFINED and piece.piece not in control
+            if own and not piece.piece.startswith("▁"):
+                cut.setdefault(piece.piece, AddedToken(piece.piece, i))
+        return list(cut.values())
+
+    def _set_fingerprints(self, proto: Any, cut: Sequence[AddedToken]) -> None:
+        former = sha256(self._model + b"\nextra_ids=%d" % self.extra_ids)
+        added = [
+            [
+                token.id,
+                token.content,
+                token.lstrip,
+                token.rstrip,
+                token.single_word,
+                token.normalized,
+            ]
+            for token in sorted(cut, key=lambda token: token.id)
+            if token.sentinel is None
+        ]
+        spec, trainer = proto.normalizer_spec, proto.trainer_spec
+        as_t5 = spec.add_dummy_prefix and spec.remove_extra_whitespaces
+        other = trainer.byte_fallback or trainer.treat_whitespace_as_suffix
+        if trainer.model_type == trainer.UNIGRAM and as_t5 and not other:
+            self.fingerprint = unigram_fingerprint(
+                self._pieces,
+                spec.precompiled_charsmap,
+                (self.pad_id, self.eos_id, self.unk_id),
+                added,
+            )
+        else:
+            self.fingerprint = sha256(f"{former}{json.dumps(added)}".encode()) if added else former
+        # Earlier versions spelt added tokens out: with them, a prompt of then saw other ids.
+        self.former_fingerprints = () if added else (former,)
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        marks = [mark_sentinels(text, self._sentinels) for text in texts]
+        if self._own_sentinels:  # with the one space that is part of them
+            marks = [_MARKED.sub(r" \1", text) if MARK in text else text for text in marks]
+        parts: list[list[str | int]] = [[text] for text in marks]
+        split = [i for i, text in enumerate(marks) if self._always_splits or MARK in text]
+        if split:
+            for i, part in zip(split, self._splitter.split([marks[i] for i in split]), strict=True):
+                parts[i] = part
+        rows = iter(
+            self._processor.encode([p for part in parts for p in part if isinstance(p, str)])
+        )
+        return [
+            [i for p in part for i in (next(rows) if isinstance(p, str) else (p,))]
+            for part in parts
+        ]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        size = self.vocab_size
+        # A model may have more embedding rows than pieces (T5: 32,128) and may emit those ids.
+        known = [i if i < size else self.unk_id for i in text_ids(self, ids)]
+        text = self._processor.decode(known)
+        return re.sub(f"{MARK}([0-9]+){MARK}", r"<extra_id_\1>", text) if MARK in text else text
+
+    def id_to_piece(self, index: int) -> str:
+        if not 0 <= index < self.vocab_size:
+            return f"<{index}>"
+        return self._names[index]
+
+    def sentinel_id(self, k: int) -> int:
+        if k not in self._sentinels:
+            raise InputError(f"{self.name}: it has no sentinel <extra_id_{k}>")
+        return self._sentinels[k]
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        folder = clear_folder(directory)
+        (folder / "spiece.model").write_bytes(self._model)
+        config: dict[str, Any] = {
+            "tokenizer_class": "T5Tokenizer",
+            "extra_ids": self.extra_ids,
+        }
+        special = {"pad": self.pad_id, "eos": self.eos_id, "unk": self.unk_id}
+        config |= {
+            f"{name}_token": self._processor.id_to_piece(index)
+            for name, index in special.items()
+            if index != NO_ID
+        }
+        if self._added:
+            names = {name: self._config[name] for name in CONTROL_NAMES if self._config.get(name)}
+            decoder = {str(token.id): token.flags() for token in self._added}
+            config |= names | {"added_tokens_decoder": decoder}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+
+def _pieces(proto: Any, extra_ids: int) -> list[tuple[str, float]]:
+    """(piece, score) of the model and of the sentinels behind it, as transformers lists them."""
+    sentinels = [(f"<extra_id_{k}>", 0.0) for k in reversed(range(extra_ids))]
+    return [(piece.piece, piece.score) for piece in proto.pieces] + sentinels
+
+
+def _compile(
+    proto: Any,
+    pieces: Sequence[tuple[str, float]],
+    added: Sequence[AddedToken],
+    cut: Sequence[AddedToken],
+    control: set[str],
+) -> tuple[list[str], dict[int, int]]:
+    """Makes `proto` the model that encodes what lies between the tokens of `cut`, and decodes all.
+
+    Returns:
+        What every id is called, and k -> id of the sentinels.
+    """
+    names = [piece.piece for piece in proto.pieces]
+    sentinels: dict[int, int] = {}
+    texts = {token.content for token in cut}
+    for i, piece in enumerate(proto.pieces):
+        symbol = piece.type == _PIECE.USER_DEFINED
+        if own := _OWN_SENTINEL.fullmatch(piece.piece):
+            sentinels[int(own[1])] = i
+            if piece.piece.startswith("▁"):  # mT5's, which SentencePiece itself finds
+                piece.piece = f"▁{marked(own[1])}"
+                piece.type = _PIECE.USER_DEFINED
+                continue
+        if (symbol and piece.piece in texts) or piece.piece in control:
+            # Decoded, and never made of a text. Control pieces of the model are so already.
+            piece.type = _PIECE.UNUSED if piece.type in (1, 4) else piece.type
+    for content, _ in pieces[len(names) :]:
+        # With the space, as seqio has it: the space before a sentinel belongs to it.
+        sentinels[int(SENTINEL.fullmatch(content)[1])] = len(names)  # type: ignore[index]
+        names.append(f"▁{content}")
+        proto.pieces.add(piece=f"▁{content}", score=0.0, type=_PIECE.UNUSED)
+    for token in sorted(added, key=lambda token: token.id):
+        if token.id >= len(names):
+            if token.sentinel is not None:
+                sentinels[token.sentinel] = token.id
+            names.append(token.content)
+            proto.pieces.add(piece=token.content, score=0.0, type=_PIECE.UNUSED)
+    return names, sentinels
+
+
+def train_sentencepiece(
+    texts: Iterable[str],
+    vocab_size: int,
+    path: str | os.PathLike[str],
+    *,
+    character_coverage: float = 0.9999,
+) -> None:
+    """Learns a unigram model of `vocab_size` pieces with T5's special ids and writes it.
+
+    Raises:
+        InputError: the texts do not hold that many pieces.
+    """
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts),
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type="unigram",
+            character_coverage=character_coverage,
+            pad_id=0,
+            eos_id=1,
+            unk_id=2,
+            bos_id=NO_ID,
+            num_threads=1,  # more threads change the result
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[-200:]
+        raise InputError(f"vocab_size={vocab_size}: SentencePiece refuses: {reason}") from error
+    epath.Path(path).write_bytes(model.getvalue())

@@ -1,0 +1,234 @@
+"""Any other tokenizer, by `transformers`."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from ptjax.data.added_tokens import CONTROL_NAMES, read_json
+from ptjax.data.sentinels import SENTINEL, mark_sentinels, marked
+from ptjax.data.vocabulary import (
+    NO_ID,
+    check_special_ids,
+    clear_folder,
+    sha256,
+    text_ids,
+    unigram_fingerprint,
+)
+from ptjax.errors import InputError
+
+
+class TransformersTokenizer:
+    """Whatever fast tokenizer `transformers.AutoTokenizer` loads from a folder; it runs no code.
+
+    Texts are encoded with a copy in which control tokens have names that no text holds, and so
+    have sentinels: `mark_sentinels` puts those where they count.
+
+    Raises:
+        InputError: transformers cannot load it, a file of its vocabulary is missing, it has no
+            fast version, or no end of sequence.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], *, name: str | None = None) -> None:
+        self.name = name or os.fspath(directory)
+        self._tokenizer = _load(directory, self.name)
+        vocabulary = self._tokenizer.get_vocab()
+        self.vocab_size = max(vocabulary.values()) + 1
+        self.pad_id = _id_or(self._tokenizer.pad_token_id)
+        self.eos_id = _id_or(self._tokenizer.eos_token_id)
+        self.unk_id = _id_or(self._tokenizer.unk_token_id)
+        check_special_ids(self)
+        named = self._tokenizer.special_tokens_map
+        self._control = {str(named[key]) for key in CONTROL_NAMES if named.get(key)}
+        self._sentinels = {
+            int(match[1]): index
+            for piece, index in vocabulary.items()
+            if (match := SENTINEL.fullmatch(piece.removeprefix("▁")))
+        }
+        content = json.loads(self._tokenizer.backend_tokenizer.to_str())
+        content |= {"truncation": None, "padding": None}
+        _check_added_tokens(self._tokenizer.backend_tokenizer, content, self.name)
+        self._texts = _without_control_tokens(content, self._control, self.name)
+        self.prefix = self._own_prefix()
+        former = sha256(json.dumps(content, sort_keys=True).encode())
+        special_ids = self.pad_id, self.eos_id, self.unk_id
+        same = _spiece_fingerprint(content, special_ids, self._control) if not self.prefix else None
+        self.fingerprint = same or former
+        # With a prefix, a prompt of earlier versions saw other ids.
+        self.former_fingerprints = () if self.prefix else (former,)
+        if self.prefix:
+            self.fingerprint = sha256(f"{former}{self.prefix}".encode())
+
+    def _own_prefix(self) -> tuple[int, ...]:
+        """What the tokenizer's post-processor puts in front of a text."""
+        backend = self._tokenizer.backend_tokenizer
+        whole = backend.encode("a", add_special_tokens=True).ids
+        body = backend.encode("a", add_special_tokens=False).ids
+        places = range(len(whole) - len(body) + 1)
+        start = next((i for i in places if whole[i : i + len(body)] == body), 0)
+        return tuple(whole[:start])
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        marks = [mark_sentinels(text, self._sentinels) for text in texts]
+        return [e.ids for e in self._texts.encode_batch(marks, add_special_tokens=False)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        known = [i for i in text_ids(self, ids) if i < self.vocab_size]
+        return self._tokenizer.decode(known, clean_up_tokenization_spaces=False)
+
+    def id_to_piece(self, index: int) -> str:
+        piece = self._tokenizer.convert_ids_to_tokens(int(index))
+        return f"<{index}>" if piece is None else piece
+
+    def sentinel_id(self, k: int) -> int:
+        if k not in self._sentinels:
+            raise InputError(f"{self.name}: it has no sentinel <extra_id_{k}>")
+        return self._sentinels[k]
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        folder = clear_folder(directory)
+        with tempfile.TemporaryDirectory() as local:
+            for file in self._tokenizer.save_pretrained(local):
+                source = epath.Path(file)
+                if source.exists():
+                    (folder / source.name).write_bytes(source.read_bytes())
+
+
+def _load(directory: str | os.PathLike[str], name: str) -> Any:
+    import transformers  # takes seconds, and the reference tokenizers do without it
+
+    folder = epath.Path(directory)
+    lost = not (folder / "tokenizer.json").exists()
+    pair = [file for file in ("vocab.json", "merges.txt") if not (folder / file).exists()]
+    if lost and len(pair) == 1:
+        raise _lacks(name, pair)
+    try:
+        # trust_remote_code: without it, transformers asks on the terminal whether to run code.
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(
+            os.fspath(directory), local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # transformers raises nearly anything for broken files
+        if "auto_map" in read_json(folder / "tokenizer_config.json"):
+            raise InputError(
+                f"{name}: this tokenizer brings code of its own (auto_map), which ptjax does not "
+                "run; save it as a tokenizer.json with a class of transformers"
+            ) from error
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(
+            f"{name}: transformers cannot load this tokenizer ({reason}); check its files"
+        ) from error
+    # Without its files, it makes an empty vocabulary and says nothing.
+    names: Mapping[str, str] = getattr(tokenizer, "vocab_files_names", {})
+    needed = [names[kind] for kind in ("vocab_file", "merges_file") if kind in names]
+    missing = [file for file in needed if not (folder / file).exists()]
+    if lost and missing:
+        raise _lacks(name, missing)
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise InputError(
+            f"{name}: {type(tokenizer).__name__} has no fast version (tokenizer.json), which ptjax "
+            "needs; convert it, or use another tokenizer"
+        )
+    return tokenizer
+
+
+def _lacks(name: str, files: Sequence[str]) -> InputError:
+    return InputError(
+        f"{name}: the tokenizer's vocabulary is missing: neither {' and '.join(files)} nor "
+        "tokenizer.json; copy the tokenizer again"
+    )
+
+
+def _check_added_tokens(backend: Any, content: Mapping[str, Any], name: str) -> None:
+    """Refuses what would stop the library, with a panic, at the first text."""
+    for token in content["added_tokens"]:
+        normalizer = backend.normalizer
+        if token["normalized"] and normalizer and not normalizer.normalize_str(token["content"]):
+            raise InputError(
+                f"{name}: its normalisation leaves nothing of the added token "
+                f"{token['content']!r}; remove the token"
+            )
+
+
+def _without_control_tokens(content: Mapping[str, Any], control: set[str], name: str) -> Any:
+    """The tokenizer under whose rules nobody can type a control token or, unmarked, a sentinel."""
+    import tokenizers
+
+    def rename(piece: Any) -> Any:
+        if piece in control:
+            return marked(piece)
+        bare = piece.removeprefix("▁") if isinstance(piece, str) else ""
+        if match := SENTINEL.fullmatch(bare):
+            return piece.replace(bare, marked(match[1]))
+        return piece
+
+    model = dict(content["model"])
+    vocabulary = model["vocab"]
+    if isinstance(vocabulary, dict):
+        model["vocab"] = {rename(piece): index for piece, index in vocabulary.items()}
+    else:
+        model["vocab"] = [[rename(piece), score] for piece, score in vocabulary]
+    if model.get("unk_token") is not None:
+        model["unk_token"] = rename(model["unk_token"])
+    if "merges" in model:
+        # A merge that makes such a name would make it of a text.
+        pairs = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+        model["merges"] = [
+            [a, b] for a, b in pairs if all(rename(piece) == piece for piece in (a, b, a + b))
+        ]
+    added = [token | {"content": rename(token["content"])} for token in content["added_tokens"]]
+    changed = {**content, "model": model, "added_tokens": added, "post_processor": None}
+    try:
+        return tokenizers.Tokenizer.from_str(json.dumps(changed))
+    except Exception as error:  # the library has no class of its own
+        raise InputError(f"{name}: its tokenizer.json cannot be used ({error})") from error
+
+
+def _spiece_fingerprint(
+    content: Mapping[str, Any], special_ids: Sequence[int], control: set[str]
+) -> str | None:
+    """The fingerprint of the spiece.model that it was made of; None where it was made of none."""
+    model = content["model"]
+    charsmap = _charsmap(content["normalizer"])
+    if model["type"] != "Unigram" or model.get("byte_fallback") or charsmap is None:
+        return None
+    spaces = content["pre_tokenizer"] or {}
+    parts = spaces.get("pretokenizers", [spaces])
+    kinds = [part.get("type") for part in parts]
+    if kinds not in (["Metaspace"], ["WhitespaceSplit", "Metaspace"]):
+        return None
+    if parts[-1].get("prepend_scheme") != "always":
+        return None
+    flags = ("id", "content", "lstrip", "rstrip", "single_word", "normalized")
+    added = [
+        [token[flag] for flag in flags]
+        for token in sorted(content["added_tokens"], key=lambda token: token["id"])
+        if token["content"] not in control
+        and not SENTINEL.fullmatch(token["content"].removeprefix("▁"))
+    ]
+    pieces = [(piece, score) for piece, score in model["vocab"]]
+    return unigram_fingerprint(pieces, charsmap, special_ids, added)
+
+
+def _charsmap(normalizer: Mapping[str, Any] | None) -> bytes | None:
+    """SentencePiece's normalisation; None for any other."""
+    if normalizer is None:
+        return b""
+    steps = normalizer.get("normalizers", [normalizer])
+    kinds = [step.get("type") for step in steps]
+    # The steps behind the first, where transformers 4 wrote it, collapse spaces.
+    if kinds not in (["Precompiled"], ["Precompiled", "Strip", "Replace"]):
+        return None
+    return base64.b64decode(steps[0]["precompiled_charsmap"])
+
+
+def _id_or(index: int | None) -> int:
+    return NO_ID if index is None else index

@@ -1,0 +1,142 @@
+"""What the rest of ptjax asks of a tokenizer, and what all tokenizers have in common.
+
+The end of a text is `eos_id`; `encode` adds neither it nor padding.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+from etils import epath
+
+from ptjax.errors import InputError
+from ptjax.hub import TOKENIZER_FILES
+
+NO_ID = -1
+"""Of a special token that a vocabulary lacks; SentencePiece's own convention."""
+
+
+class Tokenizer(Protocol):
+    """What the rest of ptjax asks of a tokenizer.
+
+    One rule for all: the name of a control token (`</s>`, `<pad>`, `<unk>`, `<s>`, ...) inside of
+    a text is spelt out, `<extra_id_N>` is the sentinel unless `data.sentinels` says that it is
+    not, and added tokens are their own ids.
+    """
+
+    name: str
+    vocab_size: int
+    """The highest id + 1, sentinels included."""
+    pad_id: int
+    eos_id: int
+    unk_id: int
+    prefix: tuple[int, ...]
+    """What stands in front of every input and target (`<s>` of CodeT5); mostly nothing."""
+    fingerprint: str
+    """'sha256:<hex>' of what determines the ids, whatever files it came from."""
+    former_fingerprints: tuple[str, ...]
+    """Values that earlier versions recorded for this very tokenizer."""
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, without `prefix` and without an end of sequence."""
+        ...
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text, faster."""
+        ...
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text up to the first end of sequence; padding and `prefix` are dropped."""
+        ...
+
+    def id_to_piece(self, index: int) -> str:
+        """How one id is shown to people."""
+        ...
+
+    def sentinel_id(self, k: int) -> int:
+        """The id of T5's sentinel <extra_id_k>."""
+        ...
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Writes files from which `load_tokenizer(directory)` makes an equal one."""
+        ...
+
+
+def check_vocabulary(tokenizer: Tokenizer, embedding_rows: int) -> None:
+    """Refuses a tokenizer that cannot be the one that the model was trained with.
+
+    A vocabulary may be smaller than the embedding, whose rows are padded to a round number (T5:
+    32,100 ids, 32,128 rows). One that leaves more than half of them unused is another's, or what
+    is left of one whose files were lost.
+
+    Raises:
+        InputError: more ids than `embedding_rows`, or fewer than half as many.
+    """
+    ids = tokenizer.vocab_size
+    if embedding_rows / 2 <= ids <= embedding_rows:
+        return
+    problem = "do not fit" if ids > embedding_rows else "are far too few for"
+    raise InputError(
+        f"{tokenizer.name}: its {ids} ids {problem} the model's {embedding_rows} embedding rows; "
+        "use the tokenizer that the model was trained with"
+    )
+
+
+def check_special_ids(tokenizer: Tokenizer) -> None:
+    """Raises InputError for a tokenizer that has no end of sequence."""
+    if tokenizer.eos_id == NO_ID:
+        raise InputError(
+            f"{tokenizer.name}: it has no end of sequence, which T5 puts behind every text; choose "
+            "a tokenizer with an EOS token"
+        )
+
+
+def text_ids(tokenizer: Tokenizer, ids: Iterable[int]) -> list[int]:
+    """The ids before the first end of sequence, without padding and prefix, as Python integers."""
+    kept: list[int] = []
+    for index in ids:
+        index = int(index)
+        if index == tokenizer.eos_id:
+            break
+        if index != tokenizer.pad_id and index not in tokenizer.prefix:
+            kept.append(index)
+    return kept
+
+
+def clear_folder(directory: str | os.PathLike[str]) -> epath.Path:
+    """The folder, made if need be, without files that another tokenizer left in it."""
+    folder = epath.Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in TOKENIZER_FILES:
+        (folder / file).unlink(missing_ok=True)
+    return folder
+
+
+def sha256(content: bytes) -> str:
+    """'sha256:<hex>'."""
+    return f"sha256:{hashlib.sha256(content).hexdigest()}"
+
+
+def unigram_fingerprint(
+    pieces: Sequence[tuple[str, float]], charsmap: bytes, special_ids: Sequence[int], added: Any
+) -> str:
+    """The fingerprint of a SentencePiece unigram model with T5's treatment of spaces.
+
+    The same for spiece.model and for a tokenizer.json made of it.
+
+    Args:
+        pieces: every piece with its score, T5's sentinels among them as `<extra_id_k>`.
+        charsmap: SentencePiece's normalisation, `precompiled_charsmap`.
+        special_ids: padding, end of sequence, unknown.
+        added: tokens that are no pieces, in the order of their ids, as JSON values.
+    """
+    # Either file holds a score with float32's precision.
+    scored = [[piece, struct.pack("<f", score).hex()] for piece, score in pieces]
+    normalisation = base64.b64encode(charsmap).decode()
+    return sha256(json.dumps([scored, normalisation, list(special_ids), added]).encode())
