@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from ptjax.answering import predict_texts, rows_at_once, tokenize_inputs
 from ptjax.backbone import Backbone
 from ptjax.data.pipeline import make_buckets
+from ptjax.data.vocabularies import missing_tokenizer
 from ptjax.errors import InputError
 from ptjax.models.prompted import with_prompt
 from ptjax.prompting import PromptBank, choose_prompts, prompt_array, prompted, sees_input
@@ -151,10 +152,7 @@ def generate_with_scores(
         raise InputError("generate wants a list of texts, not one string: write [text]")
     tokenizer = backbone.tokenizer
     if tokenizer is None:
-        raise InputError(
-            f"the backbone {backbone.name} came without a tokenizer; name one with the argument "
-            "`tokenizer=` of load_backbone (a *.model file, a folder, 'byt5' or a hub id)"
-        )
+        raise missing_tokenizer(backbone.name, backbone.config.vocab_size)
     apply_fn, variables = prompted(backbone, prompt)
     ids = choose_prompts(prompt, prompt_ids, len(texts))
     said = _metadata(prompt, ids, len(texts))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,7 +14,7 @@ from absl import logging
 from jaxtyping import Array, Float, Int
 
 from ptjax.backbone import Backbone
-from ptjax.errors import InputError
+from ptjax.errors import InputError, near
 from ptjax.interop.prompt_file import NO_PROMPT, PromptFile
 from ptjax.models.prompt import Bank, stack_prompts
 from ptjax.models.prompted import with_prompt
@@ -124,11 +123,9 @@ class PromptBank:
             return int(prompt)
         if not isinstance(prompt, str):
             raise InputError(f"no prompt has the number {prompt}; there are {len(self.names)}")
-        near = difflib.get_close_matches(prompt, self.names, 3, 0.4) or self.names[:5]
-        more = ", ..." if len(near) < len(self.names) else ""
         raise InputError(
-            f"no prompt is called {prompt!r}; there are {', '.join(near)}{more}, and '{NO_PROMPT}' "
-            "for the backbone alone"
+            f"no prompt is called {prompt!r}{near(prompt, self.names)} ('{NO_PROMPT}' is the "
+            "backbone alone)"
         )
 
 
