@@ -16,7 +16,14 @@ from ptjax.data.pipeline import make_buckets
 from ptjax.data.vocabularies import missing_tokenizer
 from ptjax.errors import InputError
 from ptjax.models.prompted import with_prompt
-from ptjax.prompting import PromptBank, choose_prompts, prompt_array, prompted, sees_input
+from ptjax.prompting import (
+    PromptBank,
+    choose_prompts,
+    open_prompt,
+    prompt_array,
+    prompted,
+    sees_input,
+)
 from ptjax.training.loss import Loss
 
 Variables = dict[str, Any]
@@ -37,13 +44,15 @@ def forward(
     Args:
         batch: `encoder_input_tokens` [B, T] and `decoder_input_tokens` [B, L].
         prompt: an array [P, D], something with such an array as its `.prompt` (what `load_prompt`
-            gives: whether it sees its input is its own affair), None, or a `PromptBank`.
+            gives: whether it sees its input is its own affair), the path of such a file, None, or
+            a `PromptBank`.
         prompt_ids: of a bank, each row's prompt: its name or number; None, "none" or -1 is none.
 
     Raises:
         InputError: a name is missing from the batch, the prompt has another width, or the bank has
             no such prompt.
     """
+    prompt = open_prompt(prompt)
     apply_fn, variables = prompted(backbone, prompt)
     inputs, targets = _tokens(backbone, batch, "encoder_input_tokens", "decoder_input_tokens")
     ids = choose_prompts(prompt, prompt_ids, len(inputs))
@@ -63,6 +72,7 @@ def loss_and_prompt_gradient(
     Raises:
         InputError: as `forward`, or there is no prompt.
     """
+    prompt = open_prompt(prompt)
     array = prompt_array(backbone, prompt)
     apply_fn = backbone.make_apply_fn(sees_input(prompt))
     if array is None:
@@ -153,6 +163,7 @@ def generate_with_scores(
     tokenizer = backbone.tokenizer
     if tokenizer is None:
         raise missing_tokenizer(backbone.name, backbone.config.vocab_size)
+    prompt = open_prompt(prompt)
     apply_fn, variables = prompted(backbone, prompt)
     ids = choose_prompts(prompt, prompt_ids, len(texts))
     said = _metadata(prompt, ids, len(texts))

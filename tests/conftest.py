@@ -34,7 +34,7 @@ import shape_checks  # noqa: F401
 from absl import logging as absl_logging
 from markers import missing
 
-from ptjax import loop
+from ptjax import loop, prompting
 from ptjax.data.batch import Batch, make_batch
 from ptjax.models.config import T5Config
 from ptjax.models.prompted import PromptedT5
@@ -124,6 +124,7 @@ def own_process(monkeypatch, tmp_path):
     root = logging.getLogger()
     monkeypatch.setattr(root, "handlers", list(root.handlers))
     monkeypatch.setattr(gin.config, "_LOCATION_PREFIXES", [""])
+    monkeypatch.setattr(prompting, "_WARNED", set())
     monkeypatch.chdir(tmp_path)
     before = absl_logging.get_verbosity()
     gin.clear_config()

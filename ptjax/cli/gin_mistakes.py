@@ -16,7 +16,7 @@ import gin.config
 from etils import epath
 
 from ptjax.cli import t5x_names
-from ptjax.errors import InputError, near
+from ptjax.errors import InputError, listing, near
 
 _gin: Any = gin.config
 
@@ -122,7 +122,12 @@ def _explain(error: BaseException, paths: Sequence[str], line: str) -> str:
         if told := t5x_names.advice(match[1]):
             return f"no gin file {match[1]}, which is T5X's; here it is: {told}"
         looked = ", ".join(path or "the current folder" for path in dict.fromkeys(paths))
-        return f"no gin file {match[1]} (looked in {looked})" + near(
-            match[1], own_files(epath.Path(paths[-1]))
+        known = own_files(epath.Path(paths[-1]))
+        folder = os.path.dirname(match[1])
+        beside = [file for file in known if folder and os.path.dirname(file) == folder]
+        folders = dict.fromkeys(f"{os.path.dirname(file)}/*.gin" for file in known if "/" in file)
+        there = beside or [*(file for file in known if "/" not in file), *folders]
+        return f"no gin file {match[1]} (looked in {looked})" + (
+            near(match[1], known, listed=False) or f"; there are {listing(there)}"
         )
     return text
