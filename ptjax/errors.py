@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 _LISTED_CHARACTERS = 300
 """About four lines of a terminal: how much of what there is a message lists."""
@@ -17,13 +17,20 @@ class InputError(ValueError):
     """
 
 
-def near(name: str, known: Iterable[str], *, listed: bool = True) -> str:
+def near(
+    name: str,
+    known: Iterable[str],
+    *,
+    listed: bool = True,
+    compared: Callable[[str], str] = lambda name: name.lstrip("-"),
+) -> str:
     """What follows "unknown NAME": the nearest known name, else all there are.
 
     Only a name that is alike is suggested: a far-fetched one sends the reader the wrong way.
 
     Args:
         listed: whether to list what there is where nothing is alike.
+        compared: the part of a name that is compared, without what many names share.
 
     >>> near("acuracy", ["accuracy", "f1"])
     '; did you mean accuracy?'
@@ -31,9 +38,8 @@ def near(name: str, known: Iterable[str], *, listed: bool = True) -> str:
     '; there are accuracy, f1'
     """
     choices = list(dict.fromkeys(known))
-    # The dashes of flags would make all of them alike.
-    bare = {choice.lstrip("-"): choice for choice in choices}
-    if alike := difflib.get_close_matches(name.lstrip("-"), bare, 1, 0.6):
+    bare = {compared(choice): choice for choice in choices}
+    if alike := difflib.get_close_matches(compared(name), bare, 1, 0.6):
         return f"; did you mean {bare[alike[0]]}?"
     return f"; there are {listing(choices)}" if listed and choices else ""
 

@@ -120,7 +120,7 @@ def test_a_prompt_may_live_on_another_mesh(backbone, tiny, tiny_batch):
 
 def test_a_missing_tokenizer_names_the_argument(backbone):
     mute = types.SimpleNamespace(**{**vars(backbone), "tokenizer": None})
-    with pytest.raises(InputError, match="`tokenizer=` of load_backbone"):
+    with pytest.raises(InputError, match=r"load_backbone\(tokenizer=PATH\)"):
         inference.generate(mute, ["a"])
 
 

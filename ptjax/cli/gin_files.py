@@ -307,7 +307,8 @@ def settings(function: str | Callable[..., Any], *names: str) -> dict[str, Any]:
     chosen = {name: bindings[name] for name in names if name in bindings}
     for reference in _references(chosen):
         if reference.evaluate:
-            _check_required(reference.configurable.wrapped, [])
+            *scopes, _ = reference.scoped_selector.split("/")
+            _check_required(reference.configurable.wrapped, scopes)
     return copy.deepcopy(chosen)  # which is how gin evaluates references
 
 

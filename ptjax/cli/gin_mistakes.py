@@ -43,6 +43,10 @@ def own_files(folder: epath.Path) -> list[str]:
     return sorted(os.path.relpath(path, folder) for path in files)
 
 
+def _stem(file: str) -> str:
+    return os.path.basename(file).removesuffix(".gin")
+
+
 _MISTAKES = (
     ValueError, NameError, AttributeError, ImportError, OSError, SyntaxError, RecursionError,
     tokenize.TokenError,
@@ -128,6 +132,6 @@ def _explain(error: BaseException, paths: Sequence[str], line: str) -> str:
         folders = dict.fromkeys(f"{os.path.dirname(file)}/*.gin" for file in known if "/" in file)
         there = beside or [*(file for file in known if "/" not in file), *folders]
         return f"no gin file {match[1]} (looked in {looked})" + (
-            near(match[1], known, listed=False) or f"; there are {listing(there)}"
+            near(match[1], known, listed=False, compared=_stem) or f"; there are {listing(there)}"
         )
     return text

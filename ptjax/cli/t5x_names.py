@@ -28,7 +28,7 @@ SETTINGS: Sequence[tuple[str, str]] = (
     ),
     (
         "`USE_CACHED_TASKS`, `JSON_WRITE_N_RESULTS`, `USE_HARDWARE_RNG`",
-        "nothing; leave them out (`USE_CACHED_TASKS = False` is accepted)",
+        "nothing; leave them out (`False` is accepted)",
     ),
     ("`EVAL_STEPS`, `EVALUATOR_NUM_EXAMPLES`", "`EVAL_EXAMPLES`, a number of examples"),
     ("gin order models, prompts, sizes, decoding, runs", "any order"),
