@@ -68,7 +68,7 @@ def export(arguments: argparse.Namespace) -> None:
     chosen.load(arguments)
     source = chosen.prompt_path(arguments)
     prompt = chosen.load_prompt(arguments)
-    if prompt is None:
+    if source is None or prompt is None:
         raise InputError("there is no prompt to export: the run tuned the backbone itself")
     if arguments.to in ("npy", *PEFT) and not prompt.sees_input:
         raise InputError(

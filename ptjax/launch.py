@@ -222,8 +222,9 @@ def _copy_errors(stream: IO[bytes], child: _Child) -> None:
         if child.held or _FATAL.match(text):
             child.held.append(text)
         else:
-            sys.stderr.write(text)
-            sys.stderr.flush()
+            with contextlib.suppress(BrokenPipeError):
+                sys.stderr.write(text)
+                sys.stderr.flush()
 
 
 def explain(text: str, hosts: list[str]) -> str | None:

@@ -118,7 +118,7 @@ def _check_origin(
 
 
 def _warn_once(
-    backbone: Backbone, matrix: Callable[[], np.ndarray], message: str, *arguments: str
+    backbone: Backbone, matrix: Callable[[], np.ndarray], message: str, *arguments: Any
 ) -> None:
     """A warning about a prompt; of the same prompt and backbone it is not repeated."""
     content = np.ascontiguousarray(matrix()).tobytes()

@@ -13,7 +13,6 @@ import pytest
 from ptjax import cli, inference, tuning
 from ptjax.backbone import load_backbone, save_backbone
 from ptjax.data.tasks import Task
-from ptjax.data.tokenizer import load_tokenizer
 from ptjax.data.vocabularies import missing_tokenizer
 from ptjax.errors import InputError, near
 from ptjax.interop.prompt_file import save_prompt
@@ -199,12 +198,6 @@ def test_case_4_4_one_wording_wherever_a_tokenizer_is_missing(t5_1_1, task):
     assert str(error.value) == wording
 
 
-def test_case_4_4_a_tokenizer_of_the_flag_is_loaded(mute):
-    tokenizer = load_tokenizer("package:nano/spiece.model")
-    assert load_backbone(mute).tokenizer is None
-    assert load_backbone(mute, tokenizer=tokenizer).tokenizer is tokenizer
-
-
 # Names that nobody knows
 
 
@@ -229,7 +222,6 @@ def test_case_3_11_an_unknown_metric_lists_what_there_is():
         ("--gin.tuning.qqq.seed=1", "ptjax.tuning has no qqq; there are "),
         ("--gin_file=xyz.gin", "; there are quickstart.gin, models/*.gin, prompts/*.gin, runs/*"),
         ("--gin_file=tasks/qqqqqq.gin", "; there are tasks/ag_news.gin, tasks/boolq.gin, "),
-        ("--zzzz", "unknown flag --zzzz (see --help)"),
     ],
 )
 def test_unknown_names_list_what_there_is(call, flag, said):

@@ -251,6 +251,7 @@ COMMAND = """
 import sys
 from ptjax import cli
 from ptjax.cli import output
+cli.make_parser("x", "")
 cli.run(lambda: {body})
 """
 SHOW = "output.show('line\\n' * 100_000)"

@@ -97,7 +97,10 @@ def test_case_5_1_every_way_to_name_code_is_refused(call, model_dir, evil, line)
 
 
 def test_case_5_1_a_broken_file_runs_nothing_before_its_mistake(call, model_dir, evil):
-    (model_dir / "config.gin").write_text(f"{HEADER}A = (\nimport evil\n")
+    (model_dir / "config.gin").write_text(f"{HEADER}import evil\nA = (\n")
+    code, _, err = call("infer", f"--model_dir={model_dir}", "x")
+    assert code == 2 and err.count("\n") == 1 and not evil.exists(), err
+    (model_dir / "config.gin").write_bytes(b"import evil\nA = '\xff'\n")
     code, _, err = call("infer", f"--model_dir={model_dir}", "x")
     assert code == 2 and err.count("\n") == 1 and not evil.exists(), err
 

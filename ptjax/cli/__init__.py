@@ -81,6 +81,7 @@ def make_parser(
     Args:
         description: paragraphs, which are filled; lines that start with a space stay as they are.
     """
+    _open_standard_streams()
     paragraphs = textwrap.dedent(description).strip().split("\n\n")
     parser = _Parser(
         prog=f"python -m ptjax.{command}",
@@ -146,7 +147,6 @@ def run(body: Callable[[], Any], processes: argparse.Namespace | None = None) ->
         processes: with the flags of `distributed.add_flags`, of a command that may be one of
             several processes.
     """
-    _open_standard_streams()
     logs.prepare()
     with distributed.ending(processes):
         _run(body, processes)

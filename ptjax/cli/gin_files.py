@@ -94,7 +94,12 @@ def load_gin(
 
 def _open(path: str) -> IO[str]:
     """A gin file's text; every one of them, included ones too, comes through here."""
-    text = epath.Path(path).read_bytes().decode("utf-8")
+    try:
+        text = epath.Path(path).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path}: a gin file is UTF-8 text, this is not ({error.reason})"
+        ) from None
     t5x_names.check_gin_file(text, path)
     stream = io.StringIO(text)
     stream.name = path  # type: ignore[attr-defined]  # gin's parser takes it for its messages

@@ -85,7 +85,7 @@ class _Reference(NamedTuple):
 class _Names(config_parser.ParserDelegate):
     """Keeps the names that values refer to, and looks nothing up."""
 
-    def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> _Reference:
+    def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> Any:
         del evaluate
         return _Reference(scoped_configurable_name.rpartition("/")[2])
 
