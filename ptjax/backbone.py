@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import difflib
 import math
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -18,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ptjax.data.tokenizer import Tokenizer, check_vocabulary, find_tokenizer, load_tokenizer
-from ptjax.errors import InputError
+from ptjax.errors import InputError, near
 from ptjax.fingerprint import digest, sample_of
 from ptjax.interop import huggingface, t5x
 from ptjax.interop.huggingface_format import load_config
@@ -244,9 +243,7 @@ def _make_config(
     kinds["forced_bos_id"] = int | None
     for field, value in overrides.items():
         if field not in kinds:
-            near = difflib.get_close_matches(field, kinds, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise InputError(f"load_backbone: T5Config has no field {field!r}{hint}")
+            raise InputError(f"load_backbone: T5Config has no field {field!r}{near(field, kinds)}")
         if not isinstance(value, (int, float) if kinds[field] is float else kinds[field]):
             kind = getattr(kinds[field], "__name__", kinds[field])
             raise InputError(f"load_backbone: {field} = {value!r} is no {kind}")

@@ -1,6 +1,12 @@
-"""The one exception for bad input, and the check that most settings share."""
+"""The one exception for bad input, and the checks and phrases that most settings share."""
 
 from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable
+
+_LISTED_CHARACTERS = 300
+"""About four lines of a terminal: how much of what there is a message lists."""
 
 
 class InputError(ValueError):
@@ -9,6 +15,44 @@ class InputError(ValueError):
     The message is one line: what is wrong, where (file, line, name), and what to do. The command
     line prints it without a traceback and exits with code 2.
     """
+
+
+def near(
+    name: str,
+    known: Iterable[str],
+    *,
+    listed: bool = True,
+    compared: Callable[[str], str] = lambda name: name.lstrip("-"),
+) -> str:
+    """What follows "unknown NAME": the nearest known name, else all there are.
+
+    Only a name that is alike is suggested: a far-fetched one sends the reader the wrong way.
+
+    Args:
+        listed: whether to list what there is where nothing is alike.
+        compared: the part of a name that is compared, without what many names share.
+
+    >>> near("acuracy", ["accuracy", "f1"])
+    '; did you mean accuracy?'
+    >>> near("rouge", ["accuracy", "f1"])
+    '; there are accuracy, f1'
+    """
+    choices = list(dict.fromkeys(known))
+    bare = {compared(choice): choice for choice in choices}
+    if alike := difflib.get_close_matches(compared(name), bare, 1, 0.6):
+        return f"; did you mean {bare[alike[0]]}?"
+    return f"; there are {listing(choices)}" if listed and choices else ""
+
+
+def listing(names: Iterable[str]) -> str:
+    """Names with commas; of very many only the first and their number."""
+    choices = list(names)
+    shown: list[str] = []
+    for name in choices:
+        if sum(map(len, shown)) + len(name) > _LISTED_CHARACTERS:
+            return f"{', '.join(shown)}, ... ({len(choices)} in all)"
+        shown.append(name)
+    return ", ".join(shown)
 
 
 def check_at_least(least: float, of: str = "", **settings: float | None) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import os
 from typing import Any
 
 from ptjax import cli
-from ptjax.cli import chosen, distributed
+from ptjax.cli import chosen, distributed, output
 from ptjax.errors import InputError
 
 
@@ -37,32 +37,35 @@ def main() -> None:
     parser.add_argument(
         "--split", metavar="NAME", help="a split of the task; default: test if it has one"
     )
-    parser.add_argument(
-        "--output", metavar="FILE", help="write inputs, targets and predictions as JSON lines"
-    )
+    output.add_flags(parser, "write inputs, targets and predictions as JSON lines")
+    output.add_prefix_flag(parser)
     distributed.add_flags(parser)
     arguments = cli.parse(parser)
     cli.run(lambda: evaluate(arguments), arguments)
 
 
 def evaluate(arguments: Any) -> None:
-    from ptjax import atomic, evaluation, prompting
+    from ptjax import evaluation, prompting
+    from ptjax.data.vocabularies import missing_tokenizer
     from ptjax.scale import processes
 
-    chosen.load(arguments)
+    if arguments.output:
+        read = [os.path.expanduser(x) for x in (arguments.prompt, *arguments.gin_file) if x]
+        output.check(arguments.output, force=arguments.force, inputs=read)
+    chosen.load(arguments, reads_data=True)
     if arguments.prompt is None and arguments.prompts is None:
         arguments.prompts = chosen.trained_bank(arguments)
-    task = chosen.task()
+    many = arguments.prompts is not None
+    prompt = chosen.load_bank(arguments) if many else chosen.load_prompt(arguments)
+    metadata = shared_metadata(prompt) if many else {} if prompt is None else prompt.metadata
+    task = chosen.task(metadata)
     if task is None:
         raise InputError("which task? Name it with a --gin_file or --model_dir (see --help)")
     bound = cli.settings(chosen.TUNE, "evaluation").get("evaluation")
     settings = bound or evaluation.Evaluation()
-    many = arguments.prompts is not None
-    prompt = chosen.load_bank(arguments) if many else chosen.load_prompt(arguments)
-    metadata = shared_metadata(prompt) if many else {} if prompt is None else prompt.metadata
     loaded = chosen.load_backbone(arguments, metadata)
     if loaded.tokenizer is None:
-        raise InputError(f"{loaded.name} has no tokenizer; set load_backbone.tokenizer")
+        raise missing_tokenizer(loaded.name, loaded.config.vocab_size)
     if prompt is not None:
         check = prompting.check_bank if many else prompting.check_prompt
         prompt = check(loaded, prompt, allow_mismatch=arguments.allow_mismatch)
@@ -71,17 +74,19 @@ def evaluate(arguments: Any) -> None:
         task, loaded, loaded.tokenizer, lengths, settings, prompting.sees_input(prompt)
     )
     split = arguments.split or evaluator.reported_split
+    examples = evaluator.examples(split)
+    if arguments.output:
+        check_output(arguments, examples, many=many)
     scores, said = (of_many if many else of_one)(evaluator, prompt, split)
     if not processes.first():
         return
-    examples = evaluator.examples(split)
     if arguments.output:
         rows = [
-            example.fields | {"inputs": example.inputs, "targets": example.targets} | one
+            example.fields | added(example, one, arguments.prefix)
             for example, one in zip(examples, said, strict=True)
         ]
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        atomic.write_bytes(arguments.output, text.encode())
+        lines = [output.as_json(row, ensure_ascii=False) + "\n" for row in rows]
+        output.write(arguments.output, "".join(lines))
     described = {
         "task": task.name,
         "split": split,
@@ -93,7 +98,23 @@ def evaluate(arguments: Any) -> None:
     else:
         source = {"backbone": loaded.name, "prompt": chosen.prompt_path(arguments)}
         source["step"] = metadata.get("step")
-    print(json.dumps(described | scores | source, indent=2))
+    output.show(output.as_json(described | scores | source, indent=2))
+
+
+def added(example: Any, answers: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """The fields that an example's row of --output has besides its own."""
+    new = {"inputs": example.inputs, "targets": example.targets} | answers
+    return {f"{prefix}{name}": value for name, value in new.items()}
+
+
+def check_output(arguments: Any, examples: Any, *, many: bool) -> None:
+    """Before anything is scored: --output is no file of the split, and replaces no field."""
+    files = dict.fromkeys(example.file for example in examples)
+    output.check(arguments.output, force=arguments.force, inputs=files)
+    names = ("predictions", "majority_vote", "mean_likelihood") if many else ("prediction",)
+    for example in examples:
+        new = added(example, dict.fromkeys(names), arguments.prefix)
+        output.check_fields(example.fields, new, f"{example.file}:{example.line}")
 
 
 def of_one(evaluator: Any, prompt: Any, split: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:

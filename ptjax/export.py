@@ -6,12 +6,17 @@ import argparse
 import io
 import os
 import re
+from typing import Any
+
+from absl import logging
 
 from ptjax import cli
-from ptjax.cli import chosen
+from ptjax.cli import chosen, output
 from ptjax.errors import InputError
 
-FORMATS = ("safetensors", "compiled", "npy", "huggingface")
+PEFT = ("peft", "huggingface")
+"""Two names of one format."""
+FORMATS = ("safetensors", "compiled", "npy", *PEFT)
 
 
 def main() -> None:
@@ -22,9 +27,9 @@ def main() -> None:
         all it knows of itself in the header. compiled: the same file with the keys and values of
         every layer of its backbone, for a prompt that does not see its input (SEES_INPUT = False);
         no command has to compute them again. npy: the numpy file that
-        google-research/prompt-tuning reads; it keeps nothing of the task. huggingface: a directory
-        for peft.PeftModel.from_pretrained, which needs the backbone's sizes; ptjax finds the task
-        in it again, for PEFT the template has to travel beside it.
+        google-research/prompt-tuning reads; it keeps nothing of the task. peft, or huggingface: a
+        directory for peft.PeftModel.from_pretrained, which needs the backbone's sizes; ptjax finds
+        the task in it again, for PEFT the template has to travel beside it.
 
           python -m ptjax.export --model_dir=runs/quickstart --to=npy --output=prompt.npy
         """,
@@ -43,22 +48,19 @@ def main() -> None:
     parser.add_argument(
         "--backbone",
         metavar="PATH",
-        help="that compiled is for, or whose sizes huggingface's config tells; default: the gin "
+        help="that compiled is for, or whose sizes peft's config tells; default: the gin "
         "file's or the prompt's own",
     )
+    chosen.add_tokenizer_flag(parser)
     parser.add_argument("--force", action="store_true", help="overwrite what is there")
+    chosen.add_trust_flag(parser)
     parser.set_defaults(prompts=None)  # one at a time
     arguments = cli.parse(parser)
     cli.run(lambda: export(arguments))
 
 
 def export(arguments: argparse.Namespace) -> None:
-    import numpy as np
     from etils import epath
-
-    from ptjax import atomic, prompting
-    from ptjax.interop import peft
-    from ptjax.interop.prompt_file import save_prompt
 
     if arguments.path is not None and arguments.prompt is not None:
         raise InputError(f"two prompts, {arguments.path} and {arguments.prompt}; name one")
@@ -66,48 +68,73 @@ def export(arguments: argparse.Namespace) -> None:
     chosen.load(arguments)
     source = chosen.prompt_path(arguments)
     prompt = chosen.load_prompt(arguments)
-    if prompt is None:
+    if source is None or prompt is None:
         raise InputError("there is no prompt to export: the run tuned the backbone itself")
-    output = epath.Path(arguments.output).expanduser()
-    if output.exists() and not arguments.force:
-        raise InputError(f"{output} is there already; overwrite it with --force")
-    if arguments.to != "huggingface" and output.is_dir():
-        raise InputError(f"{output} is a directory; name a file for --to={arguments.to}")
-    if arguments.to in ("npy", "huggingface") and not prompt.sees_input:
+    if arguments.to in ("npy", *PEFT) and not prompt.sees_input:
         raise InputError(
             f"{source} does not see its input, which --to={arguments.to} cannot tell: others would "
             "read it in another way than it was tuned"
         )
+    if arguments.to in PEFT:
+        export_directory(arguments, prompt, source)
+    else:
+        output.check(arguments.output, force=arguments.force, inputs=[os.path.expanduser(source)])
+        with output.target(arguments.output) as place:
+            export_file(arguments, prompt, place)
+    path = os.fspath(epath.Path(arguments.output).expanduser())
+    # Standard output may be where the file itself goes.
+    report = f"{path}: {arguments.to}, {list(prompt.prompt.shape)} from {source}"
+    logging.info("%s", report) if output.is_stream(arguments.output) else output.show(report)
+
+
+def export_file(arguments: argparse.Namespace, prompt: Any, place: str) -> None:
+    import numpy as np
+
+    from ptjax import atomic, prompting
+    from ptjax.interop.prompt_file import save_prompt
+
     if arguments.to == "safetensors":
-        save_prompt(output, prompt.prompt, prompt.metadata)
+        save_prompt(place, prompt.prompt, prompt.metadata)
     elif arguments.to == "compiled":
         loaded = chosen.load_backbone(arguments, prompt.metadata)
         compiled = prompting.compile_prompt(loaded, prompting.check_prompt(loaded, prompt))
-        save_prompt(output, prompt.prompt, compiled.metadata, compiled.states)
-    elif arguments.to == "npy":
+        save_prompt(place, prompt.prompt, compiled.metadata, compiled.states)
+    else:
         stream = io.BytesIO()
         np.save(stream, prompt.prompt, allow_pickle=False)
-        atomic.write_bytes(output, stream.getvalue())
-    else:
-        if output.exists() and not output.is_dir():
-            raise InputError(f"{output} is a file; name a directory for --to=huggingface")
-        name, heads, layers, width = backbone_sizes(arguments, prompt.metadata)
-        # "id@commit" is how ptjax records a model of the hub.
-        hub = re.fullmatch(r"(.+)@([0-9a-f]{40})", name)
-        if width != prompt.prompt.shape[1]:
-            raise InputError(
-                f"{source} has width {prompt.prompt.shape[1]}, the backbone {name} {width}"
-            )
-        peft.export_peft(
-            output,
-            prompt.prompt,
-            num_heads=heads,
-            num_layers=layers,
-            base_model=hub[1] if hub else name,
-            revision=hub[2] if hub else None,
-            metadata=prompt.metadata,
+        atomic.write_bytes(place, stream.getvalue())
+
+
+def export_directory(arguments: argparse.Namespace, prompt: Any, source: str) -> None:
+    """A directory for PEFT."""
+    from etils import epath
+
+    from ptjax.interop import peft
+
+    directory = epath.Path(arguments.output).expanduser()
+    if directory.exists() and not arguments.force:
+        raise InputError(f"{directory} is there already; overwrite it with --force")
+    if directory.exists() and not directory.is_dir():
+        raise InputError(f"{directory} is a file; name a directory for --to={arguments.to}")
+    own = epath.Path(source).expanduser()
+    if directory.exists() and own.exists() and directory.resolve() == own.resolve():
+        raise InputError(f"--output={directory}: this is the input {source}; name another one")
+    name, heads, layers, width = backbone_sizes(arguments, prompt.metadata)
+    # "id@commit" is how ptjax records a model of the hub.
+    hub = re.fullmatch(r"(.+)@([0-9a-f]{40})", name)
+    if width != prompt.prompt.shape[1]:
+        raise InputError(
+            f"{source} has width {prompt.prompt.shape[1]}, the backbone {name} {width}"
         )
-    print(f"{os.fspath(output)}: {arguments.to}, {list(prompt.prompt.shape)} from {source}")
+    peft.export_peft(
+        directory,
+        prompt.prompt,
+        num_heads=heads,
+        num_layers=layers,
+        base_model=hub[1] if hub else name,
+        revision=hub[2] if hub else None,
+        metadata=prompt.metadata,
+    )
 
 
 def backbone_sizes(
@@ -124,7 +151,7 @@ def backbone_sizes(
     path = arguments.backbone or cli.settings(chosen.LOAD_BACKBONE, "path").get("path")
     named = metadata.get("backbone_name")
     if path is None and named is None:
-        raise InputError("--to=huggingface needs the backbone's sizes; name it with --backbone")
+        raise InputError(f"--to={arguments.to} needs the backbone's sizes; name it with --backbone")
     if path is None:
         with chosen.naming_it(str(named)):
             opened = open_backbone(str(named))

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
+import re
 import sys
 from typing import Any
 
+from absl import logging
+
 from ptjax import cli
-from ptjax.cli import chosen, distributed
+from ptjax.cli import chosen, distributed, output
 from ptjax.errors import InputError
 
 FORMATS = ("jsonl", "text", "csv", "tsv")
+ON_BAD_RECORD = ("error", "skip")
 
 
 def main() -> None:
@@ -48,13 +53,21 @@ def main() -> None:
         "Plain lines (text) fill the template's only field; empty ones are left out",
     )
     parser.add_argument(
+        "--encoding", default="utf-8", metavar="NAME", help="of the input; default: utf-8"
+    )
+    parser.add_argument(
+        "--on_bad_record",
+        choices=ON_BAD_RECORD,
+        default="error",
+        help="skip leaves records out that cannot be used, and counts them; default: error",
+    )
+    parser.add_argument(
         "--raw",
         action="store_true",
         help="inputs are formatted already: plain lines, or the field 'inputs' of each record",
     )
-    parser.add_argument(
-        "--output", metavar="FILE", help="written whole or not at all; default: standard output"
-    )
+    output.add_flags(parser, "written whole or not at all; default: standard output")
+    output.add_prefix_flag(parser)
     chosen.add_flags(
         parser,
         "the prompts in DIR (files, PEFT directories, folders with a best.safetensors), each named "
@@ -99,32 +112,23 @@ def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def infer(arguments: argparse.Namespace) -> None:
-    from ptjax import atomic, prediction, prompting
+    from ptjax import prediction, prompting
     from ptjax.scale import processes
 
     if arguments.input == "-" and processes.several():
         raise InputError("standard input reaches only one of several processes; give --input=FILE")
     if arguments.batch_size < 1:
         raise InputError(f"--batch_size={arguments.batch_size}: it has to be at least 1")
+    if arguments.output:
+        output.check(arguments.output, force=arguments.force, inputs=inputs_of(arguments))
     chosen.load(arguments)
     many = arguments.prompts is not None
     prompt = chosen.load_bank(arguments) if many else chosen.load_prompt(arguments)
-    records = records_of(arguments)
-    if many:
-        ids = [prediction.prompt_of(record, prompt) for record in records]
-        # The backbone alone stands last, where -1 finds it.
-        said = [metadata or {} for metadata in (*prompt.metadata, None)]
-    else:
-        ids, said = None, [{} if prompt is None else prompt.metadata]
-    used = ids or [0] * len(records)
-    known = {i: manner_of(said[i]) for i in set(used)}
-    manners = [known[i] for i in used]
-    prediction.check_prompt_fields(records, manners, ids)
+    # The backbone alone stands last, where -1 finds it.
+    of_many = [metadata or {} for metadata in (*prompt.metadata, None)] if many else []
+    said = of_many or [{} if prompt is None else prompt.metadata]
     # Before the backbone is loaded: a bad line is found in a second, not after minutes.
-    formatted = [
-        prediction.format_record(record, None if arguments.raw else manner.task)
-        for record, manner in zip(records, manners, strict=True)
-    ]
+    asked = questions_of(arguments, said, prompt if many else None)
     tells = next((metadata for metadata in said if metadata.get("backbone_name")), {})
     loaded = chosen.load_backbone(arguments, tells)
     if prompt is not None:
@@ -132,10 +136,10 @@ def infer(arguments: argparse.Namespace) -> None:
         prompt = check(loaded, prompt, allow_mismatch=arguments.allow_mismatch)
     found = prediction.predict(
         loaded,
-        [text for text, _ in formatted],
-        manners,
+        [one.text for one in asked],
+        [one.manner for one in asked],
         prompt,
-        ids,
+        [one.prompt_id for one in asked] if many else None,
         decode_all=arguments.decode,
         max_new_tokens=arguments.max_new_tokens,
         batch_size=arguments.batch_size,
@@ -147,49 +151,145 @@ def infer(arguments: argparse.Namespace) -> None:
     if not processes.first():
         return
     lines = []
-    for (text, fields), one in zip(formatted, found, strict=True):
-        row = fields | {"inputs": text, "prediction": one.text, "score": one.score}
-        if one.probabilities is not None:
-            row["probabilities"] = one.probabilities
-        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    for question, answer in zip(asked, found, strict=True):
+        new = {"inputs": question.text, "prediction": answer.text, "score": answer.score}
+        if answer.probabilities is not None:
+            new["probabilities"] = answer.probabilities
+        row = question.fields | prefixed(new, arguments.prefix)
+        lines.append(output.as_json(row, ensure_ascii=False) + "\n")
     if arguments.output:
-        atomic.write_bytes(arguments.output, "".join(lines).encode())
+        output.write(arguments.output, "".join(lines))
+        logging.info("%s predictions written to %s", f"{len(lines):,}", arguments.output)
     else:
-        sys.stdout.write("".join(lines))
+        output.show("".join(lines))
 
 
-def manner_of(metadata: dict[str, Any]) -> Any:
-    from ptjax import prediction
+def inputs_of(arguments: argparse.Namespace) -> list[str]:
+    """The files that the flags name to be read."""
+    from ptjax.data import sources
 
-    lengths = chosen.lengths(metadata)
-    task = prediction.task_of(metadata, chosen.task())
-    return prediction.Manner(task, lengths.get("inputs"), lengths.get("targets"))
+    named = [arguments.prompt, *arguments.gin_file]
+    files = [] if arguments.input in (None, "-") else sources.find_files(arguments.input)
+    return [*map(os.fspath, files), *(os.path.expanduser(name) for name in named if name)]
 
 
-def records_of(arguments: argparse.Namespace) -> list[Any]:
-    """The inputs as records; a plain line is one with the field `prediction.PLAIN`."""
+def prefixed(fields: dict[str, Any], prefix: str) -> dict[str, Any]:
+    return {f"{prefix}{name}": value for name, value in fields.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """An input that can be answered.
+
+    Attributes:
+        text: the model's input.
+        fields: the record's own.
+        manner: of its prompt, a `prediction.Manner`.
+        prompt_id: in the bank, -1 for none; 0 without a bank.
+    """
+
+    text: str
+    fields: dict[str, Any]
+    manner: Any
+    prompt_id: int
+
+
+def questions_of(
+    arguments: argparse.Namespace, said: list[dict[str, Any]], bank: Any
+) -> list[Question]:
+    """What the records ask, in order, those left out that --on_bad_record skips.
+
+    Args:
+        said: the metadata of every prompt.
+
+    Raises:
+        InputError: a record that cannot be used, with its place.
+    """
     from ptjax import prediction
     from ptjax.data import sources
 
+    records = records_of(arguments)
+    bad, manners = records.bad, {}
+    kept, asked = [], []
+    for record in records:
+        try:
+            number = 0 if bank is None else prediction.prompt_of(record, bank)
+            if number not in manners:
+                manners[number] = manner_of(said[number], raw=arguments.raw)
+            task = None if arguments.raw else manners[number].task
+            text, fields = prediction.format_record(record, task)
+            new = {"inputs": text, "prediction": None, "score": None, "probabilities": None}
+            output.check_fields(fields, prefixed(new, arguments.prefix), record.where)
+        except InputError as error:
+            if bad.policy == "error":
+                raise
+            bad.report(record.where, str(error).removeprefix(f"{record.where}: "))
+            continue
+        kept.append(record)
+        asked.append(Question(text, fields, manners[number], number))
+    ids = None if bank is None else [one.prompt_id for one in asked]
+    prediction.check_prompt_fields(kept, [one.manner for one in asked], ids)
+    sources.non_empty(sources.Records(kept, bad), arguments.input or "the command line")
+    if bad.count:
+        logging.warning("%d records left out; the first: %s", bad.count, bad.first)
+    return asked
+
+
+def manner_of(metadata: dict[str, Any], *, raw: bool) -> Any:
+    from ptjax import prediction
+
+    lengths = chosen.lengths(metadata)
+    task = prediction.task_of(metadata, chosen.task(metadata, needed=not raw))
+    return prediction.Manner(task, lengths.get("inputs"), lengths.get("targets"))
+
+
+def records_of(arguments: argparse.Namespace) -> Any:
+    """The inputs as `sources.Records`; a plain line is one with the field `prediction.PLAIN`."""
+    from ptjax import prediction
+    from ptjax.data import sources
+
+    bad = sources.BadRecords(arguments.on_bad_record)
     if arguments.texts:
-        return [
+        plain = [
             sources.Record({prediction.PLAIN: text}, "the command line, text", i)
             for i, text in enumerate(arguments.texts, 1)
         ]
+        return sources.Records(plain, bad)
     name, kind = arguments.input, arguments.format
     if name == "-":
         name, data = "standard input", sys.stdin.buffer.read()
-        kind = kind or ("jsonl" if data.lstrip()[:1] == b"{" else "text")
-        bad = sources.BadRecords()
-        found = sources.parse_records(data, name, kind, bad)
+        kind = kind or ("jsonl" if is_json(data) else "text")
+        found = sources.parse_records(data, name, kind, bad, encoding=arguments.encoding)
         records = sources.non_empty(sources.Records(found, bad), name)
     else:
-        records = sources.read_records(name, format=kind)
+        records = sources.read_records(
+            name, format=kind, encoding=arguments.encoding, on_bad_record=arguments.on_bad_record
+        )
         stem = name.removesuffix(".gz").removesuffix(".xz").removesuffix(".bz2")
         kind = kind or ("text" if os.path.splitext(stem)[1] == ".txt" else None)
+    if records.bad.blank:
+        logging.warning(
+            "%s: %d blank lines left out; the other %d lines are answered in order",
+            name,
+            records.bad.blank,
+            len(records),
+        )
     if kind != "text":
-        return list(records)
-    return [sources.Record({prediction.PLAIN: r.fields["text"]}, r.file, r.line) for r in records]
+        return records
+    plain = [sources.Record({prediction.PLAIN: r.fields["text"]}, r.file, r.line) for r in records]
+    return sources.Records(plain, records.bad)
+
+
+def is_json(data: bytes) -> bool:
+    """Whether bytes start like JSON lines, or are a JSON array, which is then refused by name."""
+    start = data.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if start[:1] != b"[":
+        return start[:1] == b"{"
+    try:
+        return isinstance(json.loads(start), list)
+    except (ValueError, RecursionError):
+        # Broken, or a line of plain text such as "[1] a footnote".
+        return re.match(rb"\[\s*\{", start) is not None
 
 
 if __name__ == "__main__":

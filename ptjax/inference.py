@@ -14,10 +14,18 @@ from ptjax.answering import predict_texts, rows_at_once, tokenize_inputs
 from ptjax.backbone import Backbone
 from ptjax.data.batch import length_weights, trailing_lengths
 from ptjax.data.pipeline import make_buckets
+from ptjax.data.vocabularies import missing_tokenizer
 from ptjax.errors import InputError
 from ptjax.models.prompt import NO_PROMPT_ID
 from ptjax.models.prompted import with_prompt
-from ptjax.prompting import PromptBank, choose_prompts, prompt_array, prompted, sees_input
+from ptjax.prompting import (
+    PromptBank,
+    choose_prompts,
+    open_prompt,
+    prompt_array,
+    prompted,
+    sees_input,
+)
 from ptjax.training.loss import Loss
 
 Variables = dict[str, Any]
@@ -40,13 +48,15 @@ def forward(
             `encoder_lengths` [B], how many of a row's tokens are real. Without them a row ends
             where its trailing `config.pad_id`s begin.
         prompt: an array [P, D], something with such an array as its `.prompt` (what `load_prompt`
-            gives: whether it sees its input is its own affair), None, or a `PromptBank`.
+            gives: whether it sees its input is its own affair), the path of such a file, None, or
+            a `PromptBank`.
         prompt_ids: of a bank, each row's prompt: its name or number; None, "none" or -1 is none.
 
     Raises:
         InputError: a name is missing from the batch, a row without a length begins with padding,
             the prompt has another width, or the bank has no such prompt.
     """
+    prompt = open_prompt(prompt)
     apply_fn, variables = prompted(backbone, prompt)
     inputs, targets = _tokens(backbone, batch, "encoder_input_tokens", "decoder_input_tokens")
     lengths = _encoder_lengths(backbone, batch, inputs)
@@ -67,6 +77,7 @@ def loss_and_prompt_gradient(
     Raises:
         InputError: as `forward`, or there is no prompt.
     """
+    prompt = open_prompt(prompt)
     array = prompt_array(backbone, prompt)
     apply_fn = backbone.make_apply_fn(sees_input(prompt))
     if array is None:
@@ -166,10 +177,8 @@ def generate_with_scores(
         raise InputError("generate wants a list of texts, not one string: write [text]")
     tokenizer = backbone.tokenizer
     if tokenizer is None:
-        raise InputError(
-            f"the backbone {backbone.name} came without a tokenizer; name one with the argument "
-            "`tokenizer=` of load_backbone (a *.model file, a folder, 'byt5' or a hub id)"
-        )
+        raise missing_tokenizer(backbone.name, backbone.config.vocab_size)
+    prompt = open_prompt(prompt)
     apply_fn, variables = prompted(backbone, prompt)
     ids = choose_prompts(prompt, prompt_ids, len(texts))
     said = _metadata(prompt, ids, len(texts))

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Any
 
 from ptjax import cli
-from ptjax.cli import chosen
+from ptjax.cli import chosen, logs, output
 from ptjax.errors import InputError
 
 
@@ -33,6 +32,7 @@ def main() -> None:
         help="whose vocabulary to compare a prompt with; default: the gin file's, or the one that "
         "the prompt names",
     )
+    chosen.add_tokenizer_flag(parser)
     parser.add_argument(
         "--tokens", type=int, default=3, metavar="N", help="nearest tokens per row; default: 3"
     )
@@ -46,15 +46,15 @@ def inspect(arguments: argparse.Namespace) -> None:
 
     if arguments.tokens < 1:
         raise InputError(f"--tokens={arguments.tokens}: show 1 or more")
-    cli.load_gin(arguments, defaults={"MODEL_DIR": None})
+    chosen.bind_tokenizer(arguments)
+    cli.load_gin(arguments, defaults={"MODEL_DIR": None, "DATA_DIR": ""})
     bound = cli.settings(chosen.LOAD_BACKBONE, "path", "tokenizer")
     described = inspection.describe(arguments.path, bound.get("tokenizer"))
     prompt = described.get("best_prompt") or (described if described["kind"] == "prompt" else None)
     if prompt is not None:
         add_tokens(prompt, arguments, bound)
-    print(
-        json.dumps(described, indent=2, ensure_ascii=False) if arguments.json else show(described)
-    )
+    as_json = output.as_json(described, indent=2, ensure_ascii=False)
+    output.show(as_json if arguments.json else show(described))
 
 
 def add_tokens(
@@ -89,14 +89,14 @@ def show(described: dict[str, Any], indent: int = 0) -> str:
     """Nested values as indented lines."""
     lines = []
     for name, value in described.items():
-        shown = name.replace("_", " ")
+        shown = logs.printable(name).replace("_", " ")
         if name == "nearest_tokens":
             lines.append(f"{shown} (cosine):")
             lines += [f"  {i:4}  {row_text(row)}" for i, row in enumerate(value)]
         elif isinstance(value, dict) and value:
             lines += [f"{shown}:", show(value, indent=2)]
         elif isinstance(value, list | tuple):
-            lines.append(f"{shown}: {', '.join(map(str, value)) or 'none'}")
+            lines.append(f"{shown}: {', '.join(map(plain, value)) or 'none'}")
         elif value is not None:
             number = isinstance(value, int) and not isinstance(value, bool)
             number = number and not name.endswith("_id")  # which counts nothing
@@ -107,11 +107,11 @@ def show(described: dict[str, Any], indent: int = 0) -> str:
 def plain(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else logs.printable(str(value))
 
 
 def row_text(row: list[tuple[str, float]]) -> str:
-    return "  ".join(f"{piece} {cosine:.2f}" for piece, cosine in row)
+    return "  ".join(f"{logs.printable(piece)} {cosine:.2f}" for piece, cosine in row)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -207,9 +208,11 @@ class _Watch:
 
 def _copy_output(stream: IO[bytes], child: _Child) -> None:
     for line in stream:
-        if not line.startswith(_CHATTER):
-            sys.stdout.buffer.write(line)
-            sys.stdout.flush()
+        # A reader that has gone (`| head -1`) is no reason for the command to wait.
+        with contextlib.suppress(BrokenPipeError):
+            if not line.startswith(_CHATTER):
+                sys.stdout.buffer.write(line)
+                sys.stdout.flush()
 
 
 def _copy_errors(stream: IO[bytes], child: _Child) -> None:
@@ -219,8 +222,9 @@ def _copy_errors(stream: IO[bytes], child: _Child) -> None:
         if child.held or _FATAL.match(text):
             child.held.append(text)
         else:
-            sys.stderr.write(text)
-            sys.stderr.flush()
+            with contextlib.suppress(BrokenPipeError):
+                sys.stderr.write(text)
+                sys.stderr.flush()
 
 
 def explain(text: str, hosts: list[str]) -> str | None:

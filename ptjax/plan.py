@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ptjax import cli
-from ptjax.cli import chosen
+from ptjax.cli import chosen, output
 from ptjax.errors import InputError, check_at_least
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def plan(arguments: argparse.Namespace) -> None:
             compiling.check_compiler(where)
     found = (plan_slice(workload, layout, where, arguments) for where in slices)
     if arguments.json:
-        print(json.dumps(list(found), indent=2))
+        output.show(output.as_json(list(found), indent=2))
     else:
         _show(workload, found)
 

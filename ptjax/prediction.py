@@ -23,6 +23,7 @@ from ptjax.data.preprocess import check_labels
 from ptjax.data.sources import Record
 from ptjax.data.tasks import Task
 from ptjax.data.templates import parse_template
+from ptjax.data.vocabularies import missing_tokenizer
 from ptjax.errors import InputError
 from ptjax.inference import INPUT_LENGTH, MAX_NEW_TOKENS, PromptIds, generate_with_scores
 from ptjax.interop.prompt_file import NO_PROMPT
@@ -171,7 +172,7 @@ def rank(
     """
     tokenizer = backbone.tokenizer
     if tokenizer is None:
-        raise InputError(f"{backbone.name} has no tokenizer; set load_backbone.tokenizer")
+        raise missing_tokenizer(backbone.name, backbone.config.vocab_size)
     ids = choose_prompts(prompt, prompt_ids, len(texts))
     if not texts:
         return []

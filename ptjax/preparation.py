@@ -20,6 +20,7 @@ from ptjax.data.packing import PackedBatches
 from ptjax.data.pipeline import Bucket, TrainBatches, make_buckets
 from ptjax.data.preprocess import TokenizedExamples, tokenize_examples
 from ptjax.data.tasks import Task
+from ptjax.data.vocabularies import missing_tokenizer
 from ptjax.errors import InputError, check_at_least
 from ptjax.evaluation import Evaluation, Evaluator, report_cut, report_examples
 from ptjax.exports import BEST, Exports
@@ -132,7 +133,7 @@ class Preparation:
         """Reads everything of `task` that the run will use."""
         backbone, tokenizer = self.backbone, self.backbone.tokenizer
         if tokenizer is None:
-            raise InputError(f"{backbone.name} has no tokenizer; set load_backbone.tokenizer")
+            raise missing_tokenizer(backbone.name, backbone.config.vocab_size)
         settings = self.evaluation, self.prompt.sees_input
         return Subject(task, Evaluator(task, backbone, tokenizer, self.lengths, *settings))
 

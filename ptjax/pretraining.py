@@ -24,6 +24,7 @@ from ptjax.data.preprocess import tokenize_examples
 from ptjax.data.sources import read_records
 from ptjax.data.tasks import Task
 from ptjax.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from ptjax.data.vocabularies import missing_tokenizer
 from ptjax.errors import InputError
 from ptjax.exports import Exports
 from ptjax.fingerprint import fingerprint
@@ -237,7 +238,9 @@ def pretrain(
     if tokenizer is not None:
         found = load_tokenizer(tokenizer)
     if found is None:
-        raise InputError("pretrain needs a tokenizer: set pretrain.tokenizer")
+        if backbone is None:
+            raise InputError("pretrain needs a tokenizer: set pretrain.tokenizer")
+        raise missing_tokenizer(backbone.name, model.vocab_size)
     check_vocabulary(found, model.vocab_size)
     check_end_of_sequence(found, model)
     batches = _mixture(parts, text, found, seed, model.special_ids)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
+import hashlib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,14 +16,26 @@ from absl import logging
 from jaxtyping import Array, Float, Int
 
 from ptjax.backbone import Backbone
-from ptjax.errors import InputError
-from ptjax.interop.prompt_file import NO_PROMPT, PromptFile
+from ptjax.errors import InputError, near
+from ptjax.interop.prompt_file import NO_PROMPT, PromptFile, load_prompt
 from ptjax.models.prompt import NO_PROMPT_ID, Bank, stack_prompts
 from ptjax.models.prompted import with_prompt
 from ptjax.models.t5 import PromptStates
 from ptjax.scale.sharding import replicated
 
 Variables = dict[str, Any]
+
+_WARNED: set[bytes] = set()
+"""Digests of what was said about which prompt on which backbone: each is said once."""
+
+
+def open_prompt(prompt: Any) -> Any:
+    """The loaded prompt where a path is given, else `prompt` itself.
+
+    Raises:
+        InputError: no prompt at that path, or one that `load_prompt` refuses.
+    """
+    return load_prompt(prompt) if isinstance(prompt, str | os.PathLike) else prompt
 
 
 def check_prompt(
@@ -39,8 +52,9 @@ def check_prompt(
     Raises:
         InputError: another width, or another fingerprint.
     """
+    matrix = prompt.prompt
     checked = _check_origin(
-        backbone, prompt.prompt.shape, prompt.metadata, "the prompt", allow_mismatch
+        backbone, matrix.shape, lambda: matrix, prompt.metadata, "the prompt", allow_mismatch
     )
     # Keys and values of another backbone mean nothing here; the prompt is run again instead.
     same = prompt.metadata.get("backbone_fingerprint") == backbone.fingerprint
@@ -50,11 +64,18 @@ def check_prompt(
 def _check_origin(
     backbone: Backbone,
     shape: Sequence[int],
+    matrix: Callable[[], np.ndarray],
     metadata: Mapping[str, Any],
     called: str,
     allow_mismatch: bool,
 ) -> dict[str, Any]:
-    """`check_prompt` of what a prompt says of itself; `called` is what messages call it."""
+    """`check_prompt` of what a prompt says of itself.
+
+    Args:
+        shape, matrix: of the prompt; the matrix is fetched for a warning alone.
+        called: what messages call it.
+    """
+    warn = functools.partial(_warn_once, backbone, matrix)
     width = backbone.config.emb_dim
     if shape[-1] != width:
         raise InputError(
@@ -72,12 +93,10 @@ def _check_origin(
         wanted = metadata.get(f"{what}_fingerprint")
         checked[f"{what}_fingerprint"] = own or wanted
         if what == "backbone" and wanted is None and name is None:
-            logging.warning(
-                "%s does not say which backbone it was tuned on; its width fits", called
-            )
+            warn("%s does not say which backbone it was tuned on; its width fits", called)
         # PEFT records a name, and of a model of the hub seldom the commit.
         elif what == "backbone" and wanted is None and name not in (own_name, own_id):
-            logging.warning(
+            warn(
                 "%s was tuned on %s and does not tell its weights; that they are those of %s "
                 "cannot be checked, its width fits",
                 called,
@@ -92,9 +111,23 @@ def _check_origin(
             f"that of {own_name}, {own[:19]}"
         )
         if not allow_mismatch:
-            raise InputError(f"{problem}; load its own, or override with allow_mismatch")
-        logging.warning("%s; used all the same", problem)
+            raise InputError(
+                f"{problem}; load its own, or override with --allow_mismatch (allow_mismatch=True)"
+            )
+        warn("%s; used all the same", problem)
     return checked
+
+
+def _warn_once(
+    backbone: Backbone, matrix: Callable[[], np.ndarray], message: str, *arguments: Any
+) -> None:
+    """A warning about a prompt; of the same prompt and backbone it is not repeated."""
+    content = np.ascontiguousarray(matrix()).tobytes()
+    text = repr((backbone.fingerprint, backbone.name, message, arguments)).encode()
+    digest = hashlib.sha256(content + text).digest()
+    if digest not in _WARNED:
+        _WARNED.add(digest)
+        logging.warning(message, *arguments)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,16 +158,14 @@ class PromptBank:
             return int(prompt)
         if not isinstance(prompt, str):
             raise InputError(f"no prompt has the number {prompt}; there are {len(self.names)}")
-        near = difflib.get_close_matches(prompt, self.names, 3, 0.4) or self.names[:5]
-        more = ", ..." if len(near) < len(self.names) else ""
         raise InputError(
-            f"no prompt is called {prompt!r}; there are {', '.join(near)}{more}, and '{NO_PROMPT}' "
-            "for the backbone alone"
+            f"no prompt is called {prompt!r}{near(prompt, self.names)} ('{NO_PROMPT}' is the "
+            "backbone alone)"
         )
 
 
 def make_bank(prompts: Mapping[str, Any]) -> PromptBank:
-    """A bank of prompts of any lengths, given by name as for `inference.forward`.
+    """A bank of prompts of any lengths, given by name as for `inference.forward`, or as paths.
 
     >>> bank = make_bank(load_prompts("runs/prompts"))  # doctest: +SKIP
 
@@ -145,6 +176,7 @@ def make_bank(prompts: Mapping[str, Any]) -> PromptBank:
     """
     if not prompts:
         raise InputError("a bank needs a prompt at least")
+    prompts = {name: open_prompt(prompt) for name, prompt in prompts.items()}
     matrices = {name: np.asarray(getattr(x, "prompt", x)) for name, x in prompts.items()}
     first, width = next(iter(matrices)), next(iter(matrices.values())).shape[-1:]
     for name, matrix in matrices.items():
@@ -169,12 +201,19 @@ def check_bank(backbone: Backbone, bank: PromptBank, *, allow_mismatch: bool = F
     Raises:
         InputError: another width, or another fingerprint.
     """
-    width, checked = bank.arrays.prompt.shape[-1], []
+    (_, longest, width), checked = bank.arrays.prompt.shape, []
     lengths = np.asarray(bank.arrays.lengths).tolist()
-    for name, length, metadata in zip(bank.names, lengths, bank.metadata, strict=True):
+    rows = zip(bank.names, lengths, bank.metadata, strict=True)
+    for i, (name, length, metadata) in enumerate(rows):
+
+        def matrix(i: int = i, start: int = longest - length) -> np.ndarray:
+            return np.asarray(bank.arrays.prompt[i, start:])
+
         # A bare array is used without a word, as everywhere.
         said = {"backbone_name": backbone.name} if metadata is None else metadata
-        own = _check_origin(backbone, (length, width), said, f"prompt {name!r}", allow_mismatch)
+        own = _check_origin(
+            backbone, (length, width), matrix, said, f"prompt {name!r}", allow_mismatch
+        )
         checked.append(None if metadata is None else own)
     arrays = jax.device_put(bank.arrays, replicated(backbone.mesh))
     return PromptBank(bank.names, arrays, tuple(checked))
@@ -232,11 +271,12 @@ def compile_prompt(backbone: Backbone, prompt: PromptFile) -> PromptFile:
 
 
 def prompted(backbone: Backbone, prompt: Any) -> tuple[Callable[..., Any], Variables]:
-    """`(apply_fn, variables)` of the backbone with a prompt, given as for `forward`.
+    """`(apply_fn, variables)` of the backbone with a prompt, given as for `forward` or as a path.
 
     One that was compiled for this backbone brings its states along, and its own way through the
     encoder is saved.
     """
+    prompt = open_prompt(prompt)
     if isinstance(prompt, PromptBank):
         arrays = check_bank(backbone, prompt).arrays
         return backbone.make_apply_fn(True), with_prompt(backbone.variables, arrays)

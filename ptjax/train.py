@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ptjax import cli
-from ptjax.cli import distributed
+from ptjax.cli import distributed, output
 
 
 def main() -> None:
@@ -30,7 +30,7 @@ def main() -> None:
         cli.load_gin(arguments)
         results = cli.bound(tuning.tune)(config=cli.config_text(), dry_run=arguments.dry_run)
         if results and processes.first():
-            print(summary(results, cli.macro("MODEL_DIR")))
+            output.show(summary(results, cli.macro("MODEL_DIR")))
 
     cli.run(body, arguments)
 

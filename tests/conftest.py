@@ -35,7 +35,7 @@ from absl import logging as absl_logging
 from markers import missing
 from t5_ids import T5_IDS, with_lengths
 
-from ptjax import loop
+from ptjax import loop, prompting
 from ptjax.data.batch import Batch, make_batch
 from ptjax.models.config import T5Config
 from ptjax.models.prompted import PromptedT5
@@ -125,6 +125,7 @@ def own_process(monkeypatch, tmp_path):
     root = logging.getLogger()
     monkeypatch.setattr(root, "handlers", list(root.handlers))
     monkeypatch.setattr(gin.config, "_LOCATION_PREFIXES", [""])
+    monkeypatch.setattr(prompting, "_WARNED", set())
     monkeypatch.chdir(tmp_path)
     before = absl_logging.get_verbosity()
     gin.clear_config()

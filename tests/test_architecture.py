@@ -52,7 +52,17 @@ ROOMS = (
     "searching",
     "cli",
 )
-COMMANDS = {"train", "evaluate", "infer", "inspect", "export", "pretrain", "launch", "plan"}
+COMMANDS = {
+    "__main__",
+    "train",
+    "evaluate",
+    "infer",
+    "inspect",
+    "export",
+    "pretrain",
+    "launch",
+    "plan",
+}
 MAX_LINES = 450
 
 

@@ -250,7 +250,7 @@ def test_a_config_json_beside_a_t5x_checkpoint_is_read(legacy, saved, where):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ({"dropout": 0.2}, r"no field 'dropout'; did you mean 'dropout_rate'\?"),
+        ({"dropout": 0.2}, r"no field 'dropout'; did you mean dropout_rate\?"),
         ({"zzz": 1}, "no field 'zzz'"),
         ({"num_heads": "4"}, "num_heads = '4' is no int"),
         ({"mlp_activations": "relu"}, "mlp_activations = 'relu' is no tuple"),

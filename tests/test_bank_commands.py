@@ -165,7 +165,7 @@ def test_records_without_a_prompt_go_to_the_backbone_alone(call, place):
         ({"text": "x"}, "in.jsonl:2: no field 'prompt', which names one of the prompts"),
         (
             {"text": "x", "prompt": "moot"},
-            "in.jsonl:2: no prompt is called 'moot'; there are mood, ..., and 'none'",
+            "in.jsonl:2: no prompt is called 'moot'; did you mean mood?",
         ),
         ({"text": "x", "prompt": 0}, "in.jsonl:2: the field 'prompt' is 0, not a prompt's name"),
         ({"text": "x", "prompt": ""}, "in.jsonl:2: no prompt is called ''"),

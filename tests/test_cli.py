@@ -194,7 +194,7 @@ def test_required_bindings_count_within_their_scope(fails):
 def test_an_input_error_inside_gin_keeps_its_first_line_only(fails):
     quick = "--gin_file=quickstart.gin"
     assert fails(quick, "--gin.tasks.Task.metrics=('accurracy',)") == (
-        "task sentiment: no metric is called 'accurracy'; did you mean 'accuracy'?"
+        "task sentiment: no metric is called 'accurracy'; did you mean accuracy?"
     )
 
 

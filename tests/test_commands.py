@@ -199,6 +199,7 @@ def test_infer_keeps_order_and_fields_of_a_file_and_writes_whole_files(call, pla
     assert [(row["id"], row["text"]) for row in rows] == list(enumerate(texts))
     Path("in.jsonl").write_text("".join([*lines, '{"id": 9, "txet": "x"}\n']))
     before = Path("out.jsonl").read_bytes()
+    flags += ("--force",)
     code, out, err = call("infer", *flags)
     assert code == 2 and "error: in.jsonl:10: task sentiment: no field 'text'" in err
     Path("in.jsonl").write_text("".join([*lines, "{nope\n"]))

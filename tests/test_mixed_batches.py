@@ -289,7 +289,7 @@ def test_a_member_of_another_backbone_is_named(backbone):
 @pytest.mark.parametrize(
     ("prompt_ids", "message"),
     [
-        (["short", "bilnd"], r"prompt_ids\[1\]: no prompt is called 'bilnd'; there are blind"),
+        (["short", "bilnd"], r"prompt_ids\[1\]: no prompt is called 'bilnd'; did you mean blind"),
         (["short", 4], r"prompt_ids\[1\]: no prompt has the number 4; there are 4"),
         (["short", -2], "no prompt has the number -2"),
         (["short", True], "no prompt has the number True"),

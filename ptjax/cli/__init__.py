@@ -8,6 +8,8 @@ imported here, so that `--help` answers at once.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import os
 import re
 import signal
@@ -17,9 +19,9 @@ import types
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from ptjax.cli import distributed, logs
-from ptjax.cli.gin_files import bound, config_text, has_macro, load_gin, macro, near, settings
-from ptjax.errors import InputError
+from ptjax.cli import distributed, logs, t5x_names
+from ptjax.cli.gin_files import bound, config_text, has_macro, load_gin, macro, settings
+from ptjax.errors import InputError, near
 
 __all__ = [
     "EXIT_CODES",
@@ -56,8 +58,13 @@ class _Parser(argparse.ArgumentParser):
             name = unknown[1].split("=")[0]
             flags = [flag for action in self._actions for flag in action.option_strings]
             kind = "flag" if name.startswith("-") else "argument"
-            message = f"unknown {kind} {name}" + near(name, flags)
-        print(f"error: {message} (see --help)", file=sys.stderr)
+            told = t5x_names.flag_advice(name)
+            message = f"unknown {kind} {name}" + (
+                f"; it is T5X's, and here it is: {told}"
+                if told
+                else near(name, flags, listed=False)
+            )
+        print(f"error: {logs.one_line(message)} (see --help)", file=sys.stderr)
         raise SystemExit(2)
 
 
@@ -74,6 +81,7 @@ def make_parser(
     Args:
         description: paragraphs, which are filled; lines that start with a space stay as they are.
     """
+    _open_standard_streams()
     paragraphs = textwrap.dedent(description).strip().split("\n\n")
     parser = _Parser(
         prog=f"python -m ptjax.{command}",
@@ -107,6 +115,10 @@ def make_parser(
         metavar="'NAME = VALUE'",
         help="a line of gin; may be repeated. --gin.NAME=VALUE is the short form",
     )
+    # For command lines written for T5X: what they mean here, docs/from_prompt_tuning.md says.
+    settings.add_argument("--tfds_data_dir", metavar="DIR", help=argparse.SUPPRESS)
+    for name in ("--alsologtostderr", "--logtostderr"):
+        settings.add_argument(name, action="store_true", help=argparse.SUPPRESS)
     return parser
 
 
@@ -114,6 +126,8 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
     """Flags as usual, with `--gin.NAME=VALUE` turned into a binding."""
     argv, rest, bindings = list(sys.argv[1:] if argv is None else argv), [], []
     for argument in argv:
+        if re.search("[\ud800-\udfff]", argument):  # how Python holds bytes that are no text
+            parser.error(f"the argument {argument!r} has bytes that are not UTF-8 text")
         name, equals, value = argument.removeprefix("--gin.").partition("=")
         if not argument.startswith("--gin."):
             rest.append(argument)
@@ -149,7 +163,7 @@ def _run(body: Callable[[], Any], processes: argparse.Namespace | None) -> NoRet
         # gin appends lines to what is raised inside of it.
         raise SystemExit(_say("error", error, 2)) from None
     except BrokenPipeError:
-        # The reader went away (`| head`); Python must not flush into the void when it exits.
+        # In the middle of the work; Python must not flush into the void when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
     except OSError as error:
@@ -168,6 +182,24 @@ def _run(body: Callable[[], Any], processes: argparse.Namespace | None) -> NoRet
     raise SystemExit(0)
 
 
+def _open_standard_streams() -> None:
+    """Gives what the caller closed (`>&-`) somewhere to go, and JSON its encoding.
+
+    Else the next file that is opened would be the one that everybody prints into.
+    """
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number is this one
+        if getattr(sys, name) is None:
+            stream = io.FileIO(number, mode, closefd=False)
+            buffered = io.BufferedReader(stream) if mode == "r" else io.BufferedWriter(stream)
+            setattr(sys, name, io.TextIOWrapper(buffered, encoding="utf-8"))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
+
+
 def _terminate(number: int, frame: types.FrameType | None) -> NoReturn:
     del frame
     print("terminated", file=sys.stderr)
@@ -175,5 +207,11 @@ def _terminate(number: int, frame: types.FrameType | None) -> NoReturn:
 
 
 def _say(what: str, error: BaseException, code: int) -> int:
-    print(f"{logs.speaker()}{what}: {str(error).splitlines()[0]}", file=sys.stderr)
+    text = str(error)
+    if isinstance(error, InputError):  # one line, but for what gin appends
+        text = re.split(r"\n  In (?:call|file|bindings)\b", text)[0]
+    else:
+        text = (text.splitlines() or [type(error).__name__])[0]
+    with contextlib.suppress(OSError):  # nobody may be reading
+        print(f"{logs.speaker()}{what}: {logs.one_line(text)}", file=sys.stderr)
     return code

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from etils import epath
 
-from ptjax.cli.gin_files import configured, load_gin, settings
+from ptjax.cli.gin_files import TASK, configured, declared, load_gin, macro, settings
 from ptjax.errors import InputError
 
 TUNE = "ptjax.tuning.tune"
@@ -40,27 +40,71 @@ def add_flags(parser: argparse.ArgumentParser, many: str) -> None:
         help="instead of the one in the gin file: a T5X checkpoint, a Hugging Face directory "
         "or hub id, or ptjax-nano",
     )
+    add_tokenizer_flag(group)
     group.add_argument("--prompts", metavar="DIR", help=many)
     group.add_argument(
         "--allow_mismatch",
         action="store_true",
         help="use prompts that were tuned on another backbone or tokenizer",
     )
+    add_trust_flag(group)
 
 
-def load(arguments: argparse.Namespace) -> None:
-    """Reads the gin files that the flags name, MODEL_DIR/config.gin where they name none."""
+def add_tokenizer_flag(group: Any) -> None:
+    group.add_argument(
+        "--tokenizer",
+        metavar="PATH",
+        help="the backbone's: a SentencePiece *.model, a folder, a hub id or byt5; default: the "
+        "one beside the weights, which a T5X checkpoint lacks",
+    )
+
+
+def add_trust_flag(group: Any) -> None:
+    group.add_argument(
+        "--trust_config",
+        action="store_true",
+        help="run DIR/config.gin even if it names code that is not ptjax's; never for a DIR of "
+        "someone you do not trust",
+    )
+
+
+def bind_tokenizer(arguments: argparse.Namespace) -> None:
+    """Turns --tokenizer into the binding that it stands for."""
+    if arguments.tokenizer is not None:
+        arguments.gin_bindings.append(f"backbone.load_backbone.tokenizer = {arguments.tokenizer!r}")
+
+
+def load(arguments: argparse.Namespace, *, reads_data: bool = False) -> None:
+    """Reads the gin files that the flags name, MODEL_DIR/config.gin where they name none.
+
+    That config.gin may come from anywhere, so it may name nothing but ptjax's own settings unless
+    --trust_config says so; a file of --gin_file is the user's own choice.
+
+    Args:
+        reads_data: the command reads the task's splits, so it cannot do without DATA_DIR.
+
+    Raises:
+        InputError: flags that contradict each other, or what `load_gin` refuses.
+    """
     if arguments.prompts is not None and arguments.prompt is not None:
         raise InputError("--prompt is one prompt, --prompts=DIR many; give one of the flags")
-    macros = {}
+    macros, config = {}, None
     if arguments.model_dir is not None:
         model_dir = epath.Path(arguments.model_dir).expanduser()
         if not model_dir.exists():
             raise InputError(f"--model_dir={arguments.model_dir}: no such directory")
         if not arguments.gin_file and (model_dir / "config.gin").exists():
-            arguments.gin_file = [os.fspath(model_dir / "config.gin")]
+            config = os.fspath(model_dir / "config.gin")
+            arguments.gin_file = [config]
         macros = {"MODEL_DIR": os.fspath(model_dir)}
-    load_gin(arguments, macros, defaults={"MODEL_DIR": None})
+    bind_tokenizer(arguments)
+    defaults = {"MODEL_DIR": None, "TASK_FEATURE_LENGTHS": None}
+    load_gin(
+        arguments,
+        macros,
+        defaults=defaults if reads_data else defaults | {"DATA_DIR": ""},
+        untrusted=None if arguments.trust_config else config,
+    )
 
 
 def model_dir(arguments: argparse.Namespace) -> epath.Path | None:
@@ -168,14 +212,38 @@ def load_bank(arguments: argparse.Namespace) -> Any:
         raise InputError(f"--prompts={arguments.prompts}: {error}") from error
 
 
-def task() -> Any:
-    """The task of the gin file, or None."""
-    return settings(TUNE, "task").get("task")
+def task(metadata: Mapping[str, Any], *, needed: bool = True) -> Any:
+    """The task of the run's gin file, else the one that a gin file declares, or None.
+
+    Args:
+        metadata: of the prompt. Of several declared tasks, its own is taken.
+        needed: refuse several of which the prompt names none; else they count as none.
+
+    Raises:
+        InputError: several, or a task that lacks a setting.
+    """
+    if (of_run := settings(TUNE, "task").get("task")) is not None:
+        return of_run
+    found = declared(TASK, "tasks.Task", unless_of="ptjax.pretraining.")
+    described = metadata.get("task")
+    name = described.get("name") if isinstance(described, Mapping) else described
+    if own := [task for task in found.values() if task.name == name]:
+        return own[0]
+    if len(found) <= 1:
+        return next(iter(found.values()), None)
+    if name is not None or not needed:
+        return None
+    listed = ", ".join(f"{reference} is {task.name}" for reference, task in found.items())
+    raise InputError(
+        f"which task? The gin files declare {len(found)}: {listed}; choose one with "
+        f"--gin.tuning.tune.task={next(iter(found))}"
+    )
 
 
-def lengths(metadata: dict[str, Any]) -> dict[str, int]:
+def lengths(metadata: Mapping[str, Any]) -> dict[str, int]:
     """{"inputs", "targets"} as far as they are known: the prompt's own, else the gin file's."""
-    found = dict(settings(TUNE, "feature_lengths").get("feature_lengths") or {})
+    of_run = settings(TUNE, "feature_lengths").get("feature_lengths")
+    found = dict(of_run or macro("TASK_FEATURE_LENGTHS") or {})
     for side, key in (("inputs", "input_length"), ("targets", "target_length")):
         if isinstance(metadata.get(key), int):
             found[side] = metadata[key]

@@ -4,47 +4,30 @@ from __future__ import annotations
 
 import argparse
 import copy
-import difflib
 import functools
 import importlib.util  # noqa: F401  (gin uses it and leaves the import to others)
 import inspect
+import io
 import os
-import pkgutil
 import pprint
 import re
-import sys
-import tokenize
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import resources
-from typing import Any
+from typing import IO, Any
 
 import gin
 import gin.config
 from etils import epath
 
-from ptjax.cli import gin_types
-from ptjax.errors import InputError
+from ptjax.cli import gin_types, t5x_names, trust
+from ptjax.cli.gin_mistakes import IMPORTS, explained, own_files
+from ptjax.errors import InputError, near
 
 # What gin has no public names for: its registry, its bindings, how it writes values.
 _gin: Any = gin.config
 
-# What a binding on the command line may name, beyond what the gin files have imported.
-_IMPORTS = """\
-from __gin__ import dynamic_registration
-import optax
-from ptjax import backbone
-from ptjax import evaluation
-from ptjax import loop
-from ptjax import tuning
-from ptjax.data import tasks
-from ptjax.models import prompt
-from ptjax.models import t5
-from ptjax.scale import sharding
-from ptjax.training import loss
-from ptjax.training import optimizer
-"""
+TASK = "ptjax.data.tasks.Task"
 
 
 def gin_configs() -> epath.Path:
@@ -54,17 +37,12 @@ def gin_configs() -> epath.Path:
     return inside if inside.exists() else package.parent / "gin_configs"
 
 
-def near(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
-    """ "; did you mean X?" with the nearest of `known`, or nothing."""
-    found = difflib.get_close_matches(name, list(known), 1, cutoff)
-    return f"; did you mean {found[0]}?" if found else ""
-
-
 def load_gin(
     arguments: argparse.Namespace,
     macros: Mapping[str, Any] | None = None,
     *,
     defaults: Mapping[str, Any] | None = None,
+    untrusted: str | None = None,
 ) -> None:
     """Reads the gin files and bindings, and checks every macro.
 
@@ -72,9 +50,10 @@ def load_gin(
         macros: set last, where the files use them.
         defaults: of macros that this command can do without, such as MODEL_DIR where nothing is
             written; for those that the files use and nothing sets.
+        untrusted: the one of the files that may name nothing but ptjax's settings.
 
     Raises:
-        InputError: one line with file, line and the nearest valid name.
+        InputError: one line with file, line and the nearest valid name; or what is in `untrusted`.
     """
     gin.clear_config()
     paths = ["", *filter(None, arguments.gin_search_paths.split(",")), os.fspath(gin_configs())]
@@ -82,16 +61,24 @@ def load_gin(
         gin.add_config_file_search_path(path)
     # Without gin's own reader of Python packages: a folder `runs` here, which every run may make,
     # is a package to it, and it fails on `include 'runs/prompt_tune.gin'`.
-    _gin._FILE_READERS = [(open, os.path.isfile), (_open_remote, _is_remote)]
+    _gin._FILE_READERS = [(_open, os.path.isfile), (_open, _is_remote)]
     files = []
     for file in arguments.gin_file:
-        with _explained(paths, file):
+        with explained(paths, file):
+            if file == untrusted:
+                with _open(file) as stream:
+                    trust.check(stream, file)
             files = _flat(gin.parse_config_file(file), paths) + files  # later ones win
     imports = [line for line in arguments.gin_bindings if re.match(r"(import|from)\s", line)]
     for line in arguments.gin_bindings:
-        with _explained(paths, f"command line, {line}", line):
-            _bind(line, _IMPORTS + "\n".join(x for x in imports if "__gin__" not in x))
+        with explained(paths, f"command line, {line}", line):
+            _bind(line, IMPORTS + "\n".join(x for x in imports if "__gin__" not in x))
+    _apply_t5x_flags(arguments)
     used, known = _macros()
+    for name in sorted((known - set(used)) & set(t5x_names.ACCEPTED)):
+        if macro(name) in t5x_names.ACCEPTED[name]:
+            del _gin._CONFIG[name, "gin.macro"]
+            known.remove(name)
     for name in set(macros or ()) & set(used):
         gin.bind_parameter((name, "gin.macro", "value"), (macros or {})[name])
         known.add(name)
@@ -105,8 +92,38 @@ def load_gin(
         gin.bind_parameter((name, "gin.macro", "value"), (defaults or {})[name])
 
 
-def _open_remote(path: str) -> Any:
-    return epath.Path(path).open()
+def _open(path: str) -> IO[str]:
+    """A gin file's text; every one of them, included ones too, comes through here."""
+    try:
+        text = epath.Path(path).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path}: a gin file is UTF-8 text, this is not ({error.reason})"
+        ) from None
+    t5x_names.check_gin_file(text, path)
+    stream = io.StringIO(text)
+    stream.name = path  # type: ignore[attr-defined]  # gin's parser takes it for its messages
+    return stream
+
+
+def _apply_t5x_flags(arguments: argparse.Namespace) -> None:
+    """--tfds_data_dir, which overrides the folder of every task that reads TFDS, as in T5X."""
+    folder = getattr(arguments, "tfds_data_dir", None)
+    if folder is None:
+        return
+    places = []
+    for (scope, selector), bindings in _gin._CONFIG.items():
+        splits = bindings.get("splits") if selector == TASK else None
+        splits = gin_types.macro_value(splits) if gin_types.is_macro(splits) else splits
+        if isinstance(splits, dict) and any(str(s).startswith("tfds:") for s in splits.values()):
+            places.append((scope, selector, "data_dir"))
+    if not places:
+        raise InputError(
+            f"--tfds_data_dir={folder}: no task here reads TFDS; where its files are is "
+            "--gin.DATA_DIR=\"'DIR'\""
+        )
+    for place in places:
+        gin.bind_parameter(place, folder)
 
 
 def _is_remote(path: str) -> bool:
@@ -129,86 +146,6 @@ def _flat(parsed: Any, paths: Sequence[str]) -> list[epath.Path]:
     candidates = [epath.Path(os.path.join(path, parsed.filename)) for path in paths]
     files = [path for path in candidates if path.exists()][:1]
     return files + [file for inner in parsed.includes for file in _flat(inner, paths)]
-
-
-_MISTAKES = (
-    ValueError, NameError, AttributeError, ImportError, OSError, SyntaxError, RecursionError,
-    tokenize.TokenError,
-)  # fmt: skip
-
-
-@contextmanager
-def _explained(paths: Sequence[str], where: str, line: str = "") -> Iterator[None]:
-    """Turns what gin raises into an InputError of one line; `line` is one of the command line."""
-    try:
-        yield
-    except InputError:
-        raise
-    except _MISTAKES as error:
-        text = _explain(error, paths, line)
-        place = (not line and _place(error, where)) or where
-        missing = isinstance(error, OSError) and place == where
-        raise InputError(text if missing else f"{place}: {text}") from error
-
-
-def _place(error: BaseException, file: str) -> str:
-    """ "file:line" of a mistake in a gin file."""
-    if isinstance(error, tokenize.TokenError):  # a bracket left open is seen at the file's end only
-        message, (number, _) = error.args
-        return "" if "EOF" in message else f"{file}:{number}"
-    if isinstance(error, SyntaxError):
-        place = error.args[1] if len(error.args) > 1 else None
-        filename, number = getattr(place, "filename", None), getattr(place, "line_num", None)
-        return f"{filename}:{number}" if filename else ""
-    # The innermost of nested includes comes first.
-    found = re.search(r'\n  In file "([^"]+)",? line (\d+)', str(error))
-    return f"{found[1]}:{found[2]}" if found else ""
-
-
-def _explain(error: BaseException, paths: Sequence[str], line: str) -> str:
-    """gin's message in one line, with the nearest valid name where something is unknown."""
-    if isinstance(error, SyntaxError | tokenize.TokenError):
-        if match := re.match(r"([\w./]+) = ([^'\"@%\[({\d\s].*)$", line):
-            return f"a string needs its own quotes: --gin.{match[1]}=\"'{match[2]}'\""
-        return (
-            "gin cannot read this; see whether a quote or a bracket is missing, and whether every "
-            "string has quotes"
-        )
-    if isinstance(error, RecursionError):
-        return "it includes itself; remove one of the includes"
-    text = str(error).split("\n  In ")[0].replace("\n", " ")
-    if text.startswith("not enough values to unpack"):
-        return "this names a function; a binding sets an argument of it, module.name.argument"
-    if match := re.match(r"Configurable '([\w./]+)' doesn't have a parameter named '(\w+)'", text):
-        function = _gin._REGISTRY.get_match(match[1])  # the last part is enough for gin
-        function = function or _gin._REGISTRY.get_match(match[1].rsplit(".", 1)[-1])
-        names = inspect.signature(function.wrapped).parameters if function else ()
-        return f"{match[1]} has no parameter {match[2]}" + near(match[2], [*names], 0.0)
-    if match := re.match(
-        r"Couldn't resolve selector ([\w.]+); <module '([\w.]+)'.* (\w+)\.$", text
-    ):
-        module = sys.modules[match[2]]
-        names = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
-        return f"{match[2]} has no {match[3]}" + near(match[3], names, 0.3)
-    if match := re.match(r"No module named '([\w.]+)'", text):
-        package, _, name = match[1].rpartition(".")
-        folder = getattr(sys.modules.get(package), "__path__", None)
-        known = [module.name for module in pkgutil.iter_modules(folder)] if folder else []
-        return f"there is no module {match[1]}" + near(name, known)
-    if match := re.match(r"'(\w+)' was not provided by an import", text):
-        known = re.findall(r"import (\w+)\n", _IMPORTS)
-        return f"{match[1]} is not imported here" + (
-            near(match[1], known) or "; add a line such as: from ptjax.data import tasks"
-        )
-    if match := re.match(r"No configurable matching (?:reference )?'@?([\w./]+)", text):
-        known = [f"{c.module.rsplit('.', 1)[-1]}.{c.name}" for _, c in _gin._REGISTRY.items()]
-        return f"gin knows no {match[1]}" + near(match[1], known)
-    if match := re.match(r"Unable to open file: (\S+)\. Searched", text):
-        own = gin_configs()
-        known = [os.path.relpath(p, own) for glob in ("*.gin", "*/*.gin") for p in own.glob(glob)]
-        looked = ", ".join(path or "the current folder" for path in dict.fromkeys(paths))
-        return f"no gin file {match[1]} (looked in {looked})" + near(match[1], known)
-    return text
 
 
 def _macros() -> tuple[dict[str, str], set[str]]:
@@ -254,7 +191,7 @@ def _check_macros(
             raise InputError(
                 ("" if name in given else _where(rf"^\s*{re.escape(name)}\s*=", files))
                 + f"the macro {name} is set but nothing uses it"
-                + (near(name, list(used)) or "; remove it")
+                + (_of_t5x(name) or near(name, list(used)) or "; remove it")
             )
         del _gin._CONFIG[name, "gin.macro"]  # config.gin has no file that says %NAME
     if missing := sorted(set(used) - bound - set(optional)):
@@ -264,6 +201,17 @@ def _check_macros(
             + f"the macro {name} ({used[name]}) has no value; set it with --gin.{name}=VALUE"
             + (" (quotes around strings)" if name.endswith(("DIR", "PATH")) else "")
         )
+
+
+def _of_t5x(name: str) -> str:
+    """What follows the name of a macro that only T5X has."""
+    told = t5x_names.advice(name)
+    if told is None:
+        return ""
+    value = macro(name)
+    file = t5x_names.task_file(value, own_files(gin_configs())) if isinstance(value, str) else None
+    hint = f", here --gin_file={file}" if name == "MIXTURE_OR_TASK_NAME" and file else ""
+    return f"; it is T5X's, and here it is: {told}{hint}"
 
 
 def _check_types(files: Sequence[epath.Path], command_line: Sequence[str]) -> None:
@@ -364,8 +312,38 @@ def settings(function: str | Callable[..., Any], *names: str) -> dict[str, Any]:
     chosen = {name: bindings[name] for name in names if name in bindings}
     for reference in _references(chosen):
         if reference.evaluate:
-            _check_required(reference.configurable.wrapped, [])
+            *scopes, _ = reference.scoped_selector.split("/")
+            _check_required(reference.configurable.wrapped, scopes)
     return copy.deepcopy(chosen)  # which is how gin evaluates references
+
+
+def declared(selector: str, shown: str, *, unless_of: str) -> dict[str, Any]:
+    """ "@scope/SHOWN()" -> what it makes, of a class that the gin files bind, in every scope.
+
+    Args:
+        selector: the full name of the class, which need not be imported.
+        unless_of: leaves out what functions of this prefix refer to.
+
+    Raises:
+        InputError: the only one lacks a setting. Of several, an incomplete one is their basis.
+    """
+    scopes = [scope for scope, bound in _gin._CONFIG if bound == selector]
+    for (_, holder), bindings in _gin._CONFIG.items():
+        for reference in _references(bindings) if holder.startswith(unless_of) else ():
+            *inner, _ = reference.scoped_selector.split("/")
+            if reference.configurable.selector == selector and "/".join(inner) in scopes:
+                scopes.remove("/".join(inner))
+    made = {}
+    for scope in scopes:
+        try:
+            _check_required(_gin._REGISTRY.get_match(selector).wrapped, [scope] if scope else [])
+        except InputError:
+            if scopes == [scope]:
+                raise
+            continue
+        with gin.config_scope(scope or None):
+            made[f"@{scope}{'/' if scope else ''}{shown}()"] = gin.get_configurable(selector)()
+    return made
 
 
 def macro(name: str) -> Any:

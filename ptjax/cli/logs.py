@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import warnings
 from typing import Any, TextIO
@@ -15,6 +16,28 @@ import ptjax
 _PACKAGE = os.path.dirname(os.path.abspath(ptjax.__file__))
 
 
+# Besides control characters, those that turn the direction of what follows.
+_UNPRINTABLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+LONGEST_MESSAGE = 1000
+"""Characters of an error that a person is still willing to read."""
+
+
+def printable(text: str) -> str:
+    """Text of a file, such as a name, that cannot steer the terminal; lines and tabs stay."""
+    return _UNPRINTABLE.sub(lambda c: c[0].encode("unicode_escape").decode(), text)
+
+
+def one_line(text: str) -> str:
+    """An error as one line, the middle of a long one left out: its end says what to do."""
+    text = printable(text).replace("\n", "\\n")
+    if len(text) <= LONGEST_MESSAGE:
+        return text
+    head, tail = LONGEST_MESSAGE * 2 // 3, LONGEST_MESSAGE // 3
+    return f"{text[:head]} ... {text[-tail:]}"
+
+
 _process: int | None = None
 """The number of this process where it is one of several."""
 
@@ -23,9 +46,10 @@ class _Plain(logging.Formatter):
     """The message, behind "warning: " or "error: " where it is one, and whose."""
 
     def format(self, record: logging.LogRecord) -> str:
+        message = printable(record.getMessage())
         if record.levelno < logging.WARNING:
-            return record.getMessage()
-        return f"{speaker()}{record.levelname.lower()}: {record.getMessage()}"
+            return message
+        return f"{speaker()}{record.levelname.lower()}: {message}"
 
 
 class _Stderr(logging.StreamHandler):

@@ -62,11 +62,15 @@ class Record:
 
 @dataclass
 class BadRecords:
-    """What becomes of records that cannot be used: 'error' stops at the first, 'skip' counts."""
+    """What becomes of records that cannot be used: 'error' stops at the first, 'skip' counts.
+
+    Blank lines of JSON lines and plain text are no records; `blank` counts them.
+    """
 
     policy: str = "error"
     count: int = 0
     first: str | None = None
+    blank: int = 0
 
     def __post_init__(self) -> None:
         if self.policy not in ON_BAD_RECORD:
@@ -205,6 +209,8 @@ def parse_records(
     """
     records = []
     text, clean = _decode(data, encoding, name, bad)
+    if format in ("jsonl", "text"):
+        bad.blank += sum(not line.strip() for line in text.removesuffix("\n").split("\n"))
     for line, row in _rows(text, format, columns, quoting, name):
         # JSON can hold lone surrogates as escapes even where every byte was text.
         if isinstance(row, dict) and (format == "jsonl" or not clean) and not _is_text(row):
@@ -321,6 +327,8 @@ def _json_rows(text: str) -> Iterator[tuple[int, _Row]]:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             reason = getattr(error, "msg", str(error))
+            if line.lstrip().startswith("["):
+                reason = f"it starts an array; {reason}"
             yield number, f"not valid JSON ({reason}); write one JSON object a line"
             continue
         if isinstance(row, dict):

@@ -6,7 +6,6 @@ Tasks are declared in gin (`gin_configs/tasks/`), one file each. T5's convention
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from ptjax.data.metrics import METRICS
 from ptjax.data.sources import BadRecords, Record, Records, read_records
 from ptjax.data.templates import RecordError, Template, as_text, find_field, parse_template
 from ptjax.data.tfds_source import is_tfds, read_tfds
-from ptjax.errors import InputError
+from ptjax.errors import InputError, near
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,8 +132,7 @@ class Task:
         settings = {"labels": "verbalizer", "groups": "group", "label_values": "label"}
         for name in self.metrics:
             if name not in METRICS:
-                near = difflib.get_close_matches(name, METRICS, 1, 0.0)[0]
-                raise self._error(f"no metric is called '{name}'; did you mean '{near}'?")
+                raise self._error(f"no metric is called '{name}'{near(name, METRICS)}")
             for need in METRICS[name].needs:
                 if not have[need]:
                     raise self._error(f"the metric {name} needs `{settings[need]}`")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import os
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from ptjax.errors import InputError
+from ptjax.errors import InputError, near
 from ptjax.scale.devices import GIB, GPU_MEMORY, known_memory
 
 ENVIRONMENT = {
@@ -238,8 +237,8 @@ def parse_slice(name: str) -> Slice:
         return Slice(name, generation, (min(size, most),), -(-size // most))
     offered = {math.prod(chips) * generation.cores: chips for chips in _toruses(generation)}
     if size not in offered:
-        near = sorted(sorted(offered, key=lambda other: abs(other - size))[:3])
-        *some, last = [f"{kind}-{n}" for n in near]
+        closest = sorted(sorted(offered, key=lambda other: abs(other - size))[:3])
+        *some, last = [f"{kind}-{n}" for n in closest]
         raise InputError(
             f"--slice={name}: there is no such size; near it {', '.join(some)}, {last}"
         )
@@ -257,10 +256,10 @@ def _parts(name: str) -> tuple[int, str, int]:
     match = re.fullmatch(r"([a-z]+\d+)x([1-9]\d*)", name.lower())
     if match and match[1] in GENERATIONS and not GENERATIONS[match[1]].topology:
         return 1, match[1], int(match[2])
-    near = difflib.get_close_matches(name.lower(), EXAMPLES, 1, 0.5)
-    hint = f"did you mean {near[0]}? " if near else ""
+    hint = near(name.lower(), EXAMPLES, listed=False)
     raise InputError(
-        f"--slice={name}: no slice of that name; {hint}Names are such as {', '.join(EXAMPLES)}"
+        f"--slice={name}: no slice of that name{hint or ';'} Names are such as "
+        f"{', '.join(EXAMPLES)}"
     )
 
 

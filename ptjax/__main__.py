@@ -1,0 +1,44 @@
+"""`python -m ptjax`, or `ptjax`: lists the commands, and runs the one that is named."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+
+import ptjax
+
+COMMANDS = {
+    "train": "prompt tuning, model tuning, scoring a hard prompt",
+    "evaluate": "scores a prompt on a split, or many and their ensemble",
+    "infer": "texts or JSON lines in, JSON lines out",
+    "inspect": "what a checkpoint or a prompt is",
+    "export": "a prompt as safetensors, numpy or for Hugging Face PEFT",
+    "pretrain": "a backbone from scratch, or the LM adaptation of one",
+    "plan": "before renting: does a run fit a slice, what does a step cost",
+    "launch": "the same commands on several processes",
+}
+
+
+def main() -> None:
+    name = sys.argv[1] if sys.argv[1:] else "--help"
+    if name in COMMANDS:
+        sys.argv[:2] = [f"ptjax.{name}"]
+        runpy.run_module(f"ptjax.{name}", run_name="__main__", alter_sys=True)
+    elif name == "--version":
+        print(f"ptjax {ptjax.__version__}")
+    elif name in ("--help", "-h", "help"):
+        width = max(map(len, COMMANDS))
+        print("Soft prompt tuning of frozen T5 models in JAX. The commands, each with --help:\n")
+        for command, what in COMMANDS.items():
+            print(f"  python -m ptjax.{command:<{width}}  {what}")
+    else:
+        from ptjax.errors import near
+
+        kind = "flag" if name.startswith("-") else "command"
+        known = ["--help", "--version"] if kind == "flag" else COMMANDS
+        print(f"error: unknown {kind} {name}{near(name, known)}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+if __name__ == "__main__":
+    main()

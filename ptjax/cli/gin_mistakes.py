@@ -1,0 +1,137 @@
+"""What gin raises for a mistake in a gin file or binding, as one line with its place."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import pkgutil
+import re
+import sys
+import tokenize
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import gin.config
+from etils import epath
+
+from ptjax.cli import t5x_names
+from ptjax.errors import InputError, listing, near
+
+_gin: Any = gin.config
+
+# What a binding on the command line may name, beyond what the gin files have imported.
+IMPORTS = """\
+from __gin__ import dynamic_registration
+import optax
+from ptjax import backbone
+from ptjax import evaluation
+from ptjax import loop
+from ptjax import tuning
+from ptjax.data import tasks
+from ptjax.models import prompt
+from ptjax.models import t5
+from ptjax.scale import sharding
+from ptjax.training import loss
+from ptjax.training import optimizer
+"""
+
+
+def own_files(folder: epath.Path) -> list[str]:
+    """The names of ptjax's own gin files, as `--gin_file` takes them."""
+    files = [path for glob in ("*.gin", "*/*.gin") for path in folder.glob(glob)]
+    return sorted(os.path.relpath(path, folder) for path in files)
+
+
+def _stem(file: str) -> str:
+    return os.path.basename(file).removesuffix(".gin")
+
+
+_MISTAKES = (
+    ValueError, NameError, AttributeError, ImportError, OSError, SyntaxError, RecursionError,
+    tokenize.TokenError,
+)  # fmt: skip
+
+
+@contextmanager
+def explained(paths: Sequence[str], where: str, line: str = "") -> Iterator[None]:
+    """Turns what gin raises into an InputError of one line; `line` is one of the command line."""
+    try:
+        yield
+    except InputError:
+        raise
+    except _MISTAKES as error:
+        text = _explain(error, paths, line)
+        place = (not line and _place(error, where)) or where
+        missing = isinstance(error, OSError) and place == where
+        raise InputError(text if missing else f"{place}: {text}") from error
+
+
+def _place(error: BaseException, file: str) -> str:
+    """ "file:line" of a mistake in a gin file."""
+    if isinstance(error, tokenize.TokenError):  # a bracket left open is seen at the file's end only
+        message, (number, _) = error.args
+        return "" if "EOF" in message else f"{file}:{number}"
+    if isinstance(error, SyntaxError):
+        place = error.args[1] if len(error.args) > 1 else None
+        filename, number = getattr(place, "filename", None), getattr(place, "line_num", None)
+        return f"{filename}:{number}" if filename else ""
+    # The innermost of nested includes comes first.
+    found = re.search(r'\n  In file "([^"]+)",? line (\d+)', str(error))
+    return f"{found[1]}:{found[2]}" if found else ""
+
+
+def _explain(error: BaseException, paths: Sequence[str], line: str) -> str:
+    """gin's message in one line, with the nearest valid name where something is unknown."""
+    if isinstance(error, SyntaxError | tokenize.TokenError):
+        if match := re.match(r"([\w./]+) = ([^'\"@%\[({\d\s].*)$", line):
+            return f"a string needs its own quotes: --gin.{match[1]}=\"'{match[2]}'\""
+        return (
+            "gin cannot read this; see whether a quote or a bracket is missing, and whether every "
+            "string has quotes"
+        )
+    if isinstance(error, RecursionError):
+        return "it includes itself; remove one of the includes"
+    setting = line.partition("=")[0].strip()
+    if told := t5x_names.advice(setting):
+        return f"{setting} is T5X's; here it is: {told}"
+    text = str(error).split("\n  In ")[0].replace("\n", " ")
+    if text.startswith("not enough values to unpack"):
+        return "this names a function; a binding sets an argument of it, module.name.argument"
+    if match := re.match(r"Configurable '([\w./]+)' doesn't have a parameter named '(\w+)'", text):
+        function = _gin._REGISTRY.get_match(match[1])  # the last part is enough for gin
+        function = function or _gin._REGISTRY.get_match(match[1].rsplit(".", 1)[-1])
+        names = inspect.signature(function.wrapped).parameters if function else ()
+        return f"{match[1]} has no parameter {match[2]}" + near(match[2], names)
+    if match := re.match(
+        r"Couldn't resolve selector ([\w.]+); <module '([\w.]+)'.* (\w+)\.$", text
+    ):
+        module = sys.modules[match[2]]
+        names = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+        return f"{match[2]} has no {match[3]}" + near(match[3], names)
+    if match := re.match(r"No module named '([\w.]+)'", text):
+        package, _, name = match[1].rpartition(".")
+        folder = getattr(sys.modules.get(package), "__path__", None)
+        known = [module.name for module in pkgutil.iter_modules(folder)] if folder else []
+        return f"there is no module {match[1]}" + near(name, known)
+    if match := re.match(r"'(\w+)' was not provided by an import", text):
+        known = re.findall(r"import (\w+)\n", IMPORTS)
+        return f"{match[1]} is not imported here" + (
+            near(match[1], known) or "; add a line such as: from ptjax.data import tasks"
+        )
+    if match := re.match(r"No configurable matching (?:reference )?'@?([\w./]+)", text):
+        known = [f"{c.module.rsplit('.', 1)[-1]}.{c.name}" for _, c in _gin._REGISTRY.items()]
+        return f"gin knows no {match[1]}" + near(match[1], known)
+    if match := re.match(r"Unable to open file: (\S+)\. Searched", text):
+        if told := t5x_names.advice(match[1]):
+            return f"no gin file {match[1]}, which is T5X's; here it is: {told}"
+        looked = ", ".join(path or "the current folder" for path in dict.fromkeys(paths))
+        known = own_files(epath.Path(paths[-1]))
+        folder = os.path.dirname(match[1])
+        beside = [file for file in known if folder and os.path.dirname(file) == folder]
+        folders = dict.fromkeys(f"{os.path.dirname(file)}/*.gin" for file in known if "/" in file)
+        there = beside or [*(file for file in known if "/" not in file), *folders]
+        return f"no gin file {match[1]} (looked in {looked})" + (
+            near(match[1], known, listed=False, compared=_stem) or f"; there are {listing(there)}"
+        )
+    return text

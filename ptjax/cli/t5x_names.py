@@ -1,0 +1,191 @@
+"""What T5X and google-research/prompt-tuning call things, and what ptjax calls them.
+
+docs/from_prompt_tuning.md shows the same tables; a test holds them equal.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from ptjax.errors import InputError
+
+SETTINGS: Sequence[tuple[str, str]] = (
+    (
+        "`MODEL_DIR`, `INITIAL_CHECKPOINT_PATH`, `BATCH_SIZE`, `EVAL_PERIOD`, `DROPOUT_RATE`, "
+        "`Z_LOSS`, `LABEL_SMOOTHING`, `RANDOM_SEED`, `PROMPT_LENGTH`",
+        "the same names and meanings",
+    ),
+    (
+        "`TRAIN_STEPS` (absolute: 1,150,000 is 50,000 steps of tuning)",
+        "steps of this run: `TRAIN_STEPS = 50000`",
+    ),
+    ("`TRAIN_STEPS_RELATIVE`", "`TRAIN_STEPS`"),
+    ("`TASK_FEATURE_LENGTHS = {'inputs': 512, 'targets': 8}`", "the same"),
+    (
+        "`MIXTURE_OR_TASK_NAME`, `MIXTURE_OR_TASK_MODULE`",
+        "a task's gin file, `tasks/*.gin`, which declares `tasks.Task`",
+    ),
+    (
+        "`USE_CACHED_TASKS`, `JSON_WRITE_N_RESULTS`, `USE_HARDWARE_RNG`",
+        "nothing; leave them out (`False` is accepted)",
+    ),
+    ("`EVAL_STEPS`, `EVALUATOR_NUM_EXAMPLES`", "`EVAL_EXAMPLES`, a number of examples"),
+    ("gin order models, prompts, sizes, decoding, runs", "any order"),
+    (
+        "`MODEL`, `ARCHITECTURE`, `NUM_LAYERS`, `NUM_HEADS`, `HEAD_DIM`, `EMBED_DIM`, `MLP_DIM`, "
+        "`NUM_EMBEDDINGS`",
+        "nothing; sizes are read from the checkpoint",
+    ),
+    ("`VOCABULARY`", "`TOKENIZER`, or `--tokenizer=PATH`"),
+    (
+        "`OPTIMIZER`",
+        "`tuning.tune.optimizer = @optimizer.Adafactor()`, its rate in `LEARNING_RATE`",
+    ),
+    ("the restored step 1,100,000 in Adafactor's decay", "`STEP_OFFSET = 1100000`"),
+    ("`PROMPT_REGEX`, `MultiOptimizer`", "`tuning.tune.method = 'prompt_tuning'`"),
+    (
+        "`LOSS_NORMALIZING_FACTOR = None`",
+        "the same loss, and accepted; `loss.Loss.per_token = True` divides by the target tokens",
+    ),
+    ("`PROMPT`", "`tuning.tune.init_prompt`, a file of `prompts/`"),
+    (
+        "`prompts/from_class_labels.gin`, `CLASS_LABELS`",
+        "`prompts/class_labels.gin`, `CLASS_LABELS`: the default for a closed label set",
+    ),
+    ("`prompts/from_sampled_vocab.gin`", "`prompts/sampled_vocabulary.gin`"),
+    ("`prompts/from_file.gin`, `PROMPT_FILE`", "`prompts/file.gin`, `PROMPT_FILE`"),
+    ("`EMBEDDING_FILE`", "nothing; the embedding of the backbone is used"),
+    ("`prompts/from_embedded_string`", "`prompts/text.gin`, `PROMPT_TEXT`"),
+    ("uniform [0, 0.5)", "`prompts/uniform.gin`: [-0.5, 0.5), as the paper says"),
+    (
+        "`numpy_checkpoints/checkpoint_N/encoder.prompt.prompt.prompt`",
+        "`prompts/N.safetensors`; `python -m ptjax.export PROMPT --to=npy` writes the numpy file",
+    ),
+    (
+        "`partitioning.PjitPartitioner.num_partitions = 2`",
+        "`MESH = '4x2'` on 8 devices (data x model); `'auto'` takes what fits",
+    ),
+    (
+        "`model_parallel_submesh`",
+        "`MESH`; which chips are neighbours is found from the machine",
+    ),
+    (
+        "`partitioning.standard_logical_axis_rules.parameter_partitioning_dims = 2`",
+        "`FSDP = True`",
+    ),
+    (
+        "`activation_partitioning_dims = 2`, `additional_rules`",
+        "see [sharding.md](sharding.md)",
+    ),
+    (
+        "`runs/prompt_finetune.gin`",
+        "`python -m ptjax.train --gin_file=runs/prompt_tune.gin`",
+    ),
+    ("`runs/prompt_eval.gin`, `EVAL_OUTPUT_DIR`", "`python -m ptjax.evaluate --model_dir=DIR`"),
+    (
+        "`runs/prompt_infer.gin`, `INFER_OUTPUT_DIR`",
+        "`python -m ptjax.infer --model_dir=DIR`, with `--output=FILE`",
+    ),
+    ("`CHECKPOINT_PATH`", "`--backbone=PATH`, and the prompt is `--prompt=PATH`"),
+)
+"""(there, here), as the page shows them."""
+
+FLAGS: Sequence[tuple[str, str]] = (
+    ("`--gin_file`, `--gin_bindings`, `--gin_search_paths`, `--gin.NAME=VALUE`", "the same"),
+    ("`--tfds_data_dir=DIR`", "accepted: `DATA_DIR` of tasks that read TFDS"),
+    ("`--alsologtostderr`, `--logtostderr`", "accepted: logs go to stderr anyway"),
+    ("`--dry_run`", "the same flag of `train`"),
+    (
+        "`--run_mode`",
+        "nothing; the mode is the command: `python -m ptjax.train`, `evaluate` or `infer`",
+    ),
+    ("`--seqio_additional_cache_dirs`", "nothing; there are no cached tasks, leave it out"),
+    (
+        "`--multiprocess_gpu`",
+        "nothing; Slurm and Open MPI are recognised, else `--coordinator_address`",
+    ),
+    ("`--coordinator_address`", "the same"),
+    ("`--process_count`", "`--num_processes`"),
+    ("`--process_index`", "`--process_id`"),
+    ("`--initialization_timeout`", "`--initialization_timeout_seconds`"),
+)
+"""The same of T5X's flags."""
+
+ACCEPTED: Mapping[str, Sequence[object]] = {
+    "USE_CACHED_TASKS": (False,),
+    "LOSS_NORMALIZING_FACTOR": (None,),
+    "PROMPT_REGEX": (".*/prompt/.*", [".*/prompt/.*"], (".*/prompt/.*",)),
+}
+"""T5X's macros -> the values that say what ptjax does anyway."""
+
+_IMPORT = re.compile(
+    r"^\s*(?:import|from)\s+"
+    r"(__main__|t5x|seqio|flaxformer|prompt_tuning|t5(?=[.\s])|mesh_tensorflow)\b",
+    re.MULTILINE,
+)
+_SAME = ("the same", "the same names and meanings")
+_CODE = re.compile(r"`([^`]+)`")
+
+
+def markdown(rows: Sequence[tuple[str, str]]) -> str:
+    """A table of the page."""
+    lines = ["| there | here |", "|---|---|", *(f"| {there} | {here} |" for there, here in rows)]
+    return "\n".join(lines) + "\n"
+
+
+def _named(rows: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """(name there, plain text of what is here); of an argument only its own name."""
+    for there, here in rows:
+        plain = re.sub(r"\[[^]]*\]\(([^)]*)\)", r"docs/\1", here).replace("`", "")
+        for code in _CODE.findall(there):
+            name = code.split("=")[0].strip()
+            yield (name if "/" in name else name.rpartition(".")[2]), plain
+
+
+def advice(name: str) -> str | None:
+    """What a setting or gin file that only T5X has is here; else None."""
+    for there, here in _named(SETTINGS):
+        if here in _SAME or re.search(rf"\b{re.escape(there)}\b", here):
+            continue  # ptjax has it too
+        if name == there or name.endswith((f"/{there}", f".{there}")):
+            return here
+    if name.startswith(("t5x/", "prompt_tuning/", "flaxformer/")):
+        return "one of ptjax's own files, see docs/from_prompt_tuning.md"
+    return None
+
+
+def task_file(name: str, files: Iterable[str]) -> str | None:
+    """The gin file of the task that T5X calls `name` ('super_glue_boolq_v102'), if there is one."""
+    stems = {file.rpartition("/")[2].removesuffix(".gin"): file for file in files}
+    own = [stem for stem in stems if f"_{stem}_" in f"_{name.lower()}_"]
+    return stems[max(own, key=len)] if own else None
+
+
+def flag_advice(flag: str) -> str | None:
+    """What a flag of T5X is here; None for what is none of T5X's."""
+    return dict(_named(FLAGS)).get(flag)
+
+
+def check_gin_file(text: str, path: str) -> None:
+    """Refuses a gin file of T5X's, with the names that ptjax has for what it binds.
+
+    Raises:
+        InputError: it imports T5X, seqio or the like.
+    """
+    match = _IMPORT.search(text)
+    if match is None:
+        return
+    line = text.count("\n", 0, match.start(1)) + 1
+    here: dict[str, list[str]] = {}
+    code = re.sub(r"#.*", "", text)
+    for name, told in _named(SETTINGS):
+        if re.search(rf"(?<![\w%]){re.escape(name)}(?!\w)", code):
+            here.setdefault(told, []).append(name)
+    names = "; ".join(f"{', '.join(there)}: {told}" for told, there in here.items())
+    raise InputError(
+        f"{path}:{line}: this is T5X's gin file (it imports {match[1]}), and ptjax has its own: "
+        "--gin_file=tasks/NAME.gin --gin_file=runs/prompt_tune.gin"
+        + (f". What it binds is here: {names}" if names else "")
+        + " (docs/from_prompt_tuning.md)"
+    )

@@ -1,0 +1,156 @@
+"""What the config.gin of a MODEL_DIR may say: ptjax's own settings and literals, nothing else.
+
+A gin file is a program: its imports are executed, and `@name()` calls name. The user's own files
+may do so. The config.gin in a folder that came from elsewhere may not: it is read here first,
+with gin's parser and without importing or calling anything, and refused unless every name is on
+the list below.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import IO, Any, NamedTuple
+
+from gin import config_parser
+
+from ptjax.errors import InputError
+
+MADE: Mapping[str, tuple[str, ...]] = {
+    "ptjax": ("Task", "load_backbone"),
+    "ptjax.backbone": ("load_backbone",),
+    "ptjax.bank": ("Variant", "sweep"),
+    "ptjax.data.catalogue.reviews": ("sentences", "without_line_breaks"),
+    "ptjax.data.catalogue.super_glue": (
+        "multirc",
+        "record",
+        "record_answers",
+        "wsc",
+        "wsc_referents",
+    ),
+    "ptjax.data.tasks": ("Task",),
+    "ptjax.data.tokenizer": ("load_tokenizer",),
+    "ptjax.evaluation": ("Evaluation", "HardPrompt"),
+    "ptjax.interop.prompt_file": ("FromFile",),
+    "ptjax.loop": ("Pace",),
+    "ptjax.models.config": ("T5Config",),
+    "ptjax.models.prompt": (
+        "ClassLabels",
+        "FrequentWords",
+        "FromText",
+        "Prompt",
+        "SampledVocabulary",
+        "Uniform",
+    ),
+    "ptjax.models.t5": ("T5Config",),
+    "ptjax.pretraining": ("PrefixLMPart", "SpanCorruptionPart", "TaskPart", "Text"),
+    "ptjax.training.loss": ("Loss",),
+    "ptjax.training.optimizer": ("Adafactor",),
+    # Learning rates that change; pure functions of numbers.
+    "optax": (
+        "constant_schedule",
+        "cosine_decay_schedule",
+        "cosine_onecycle_schedule",
+        "exponential_decay",
+        "join_schedules",
+        "linear_onecycle_schedule",
+        "linear_schedule",
+        "piecewise_constant_schedule",
+        "piecewise_interpolate_schedule",
+        "polynomial_schedule",
+        "warmup_constant_schedule",
+        "warmup_cosine_decay_schedule",
+        "warmup_exponential_decay_schedule",
+    ),
+}
+"""Module -> what may be bound and referred to: it makes settings, and reads files at most."""
+
+BOUND: Mapping[str, tuple[str, ...]] = {
+    "ptjax": ("tune",),
+    "ptjax.pretraining": ("pretrain",),
+    "ptjax.tuning": ("tune",),
+}
+"""What may be bound but not referred to: a reference to it would run it."""
+
+_NEEDLESS = ("gin.macro", "macro", "")
+"""Selectors of a macro's value, `NAME = value`."""
+
+
+class _Reference(NamedTuple):
+    """A name behind `@`, its scopes left out."""
+
+    name: str
+
+
+class _Names(config_parser.ParserDelegate):
+    """Keeps the names that values refer to, and looks nothing up."""
+
+    def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> Any:
+        del evaluate
+        return _Reference(scoped_configurable_name.rpartition("/")[2])
+
+    def macro(self, macro_name: str) -> None:
+        del macro_name
+
+
+def check(stream: IO[str], path: str) -> None:
+    """Refuses a gin file that names anything but ptjax's own settings.
+
+    Raises:
+        InputError: it does; with its line, the name and the flag --trust_config.
+        SyntaxError, tokenize.TokenError: what gin raises for a file that it cannot read.
+    """
+    imported: dict[str, str] = {}
+    for statement in config_parser.ConfigParser(stream, _Names()):
+        problem = _problem(statement, imported)
+        if problem:
+            raise InputError(
+                f"{path}:{statement.location.line_num}: it {problem}, which is not ptjax's own, "
+                "and such a file can run any code; if you trust whoever wrote it, add "
+                "--trust_config"
+            )
+
+
+def _problem(statement: Any, imported: dict[str, str]) -> str | None:
+    """What is wrong with a statement; its import, if it is one, is added to `imported`."""
+    if isinstance(statement, config_parser.IncludeStatement):
+        return f"includes {statement.filename!r}"
+    if isinstance(statement, config_parser.ImportStatement):
+        module, package = statement.module, statement.module.split(".")[0]
+        # `import a.b` makes `a` known, all other forms the module itself.
+        whole = statement.is_from or statement.alias
+        imported[statement.bound_name()] = module if whole else package
+        of_gin = statement.is_from and module == "__gin__.dynamic_registration"
+        allowed = of_gin or package == "ptjax" or module == "optax"
+        return None if allowed else f"imports {module}"
+    if isinstance(statement, config_parser.BindingStatement) and (
+        statement.selector not in _NEEDLESS and statement.arg_name
+    ):
+        if not _may(statement.selector, imported, bound=True):
+            return f"sets {statement.selector}.{statement.arg_name}"
+    elif isinstance(statement, config_parser.BlockDeclaration) and not _may(
+        statement.selector, imported, bound=True
+    ):
+        return f"sets {statement.selector}"
+    for reference in _references(getattr(statement, "value", None)):
+        if not _may(reference.name, imported):
+            return f"refers to {reference.name}"
+    return None
+
+
+def _references(value: Any) -> Iterator[_Reference]:
+    if isinstance(value, _Reference):
+        yield value
+    elif isinstance(value, dict):
+        for item in itertools.chain(value.keys(), value.values()):
+            yield from _references(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _references(item)
+
+
+def _may(selector: str, imported: Mapping[str, str], *, bound: bool = False) -> bool:
+    """Whether a selector, under the names of the file's imports, is on the list."""
+    head, *rest = selector.split(".")
+    module, _, name = ".".join([imported.get(head, ""), *rest]).rpartition(".")
+    return name in MADE.get(module, ()) or (bound and name in BOUND.get(module, ()))

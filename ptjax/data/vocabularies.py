@@ -1,0 +1,30 @@
+"""The vocabularies of the released T5s, told by a backbone's embedding rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ptjax.errors import InputError
+
+RELEASED: Mapping[int, tuple[str, str]] = {
+    32128: (
+        "T5 (1.0, 1.1, Flan)",
+        "gs://t5-data/vocabs/cc_all.32000.100extra/sentencepiece.model",
+    ),
+    250112: ("mT5", "gs://t5-data/vocabs/mc4.250000.100extra/sentencepiece.model"),
+    384: ("ByT5", "byt5"),
+}
+"""Embedding rows -> (the models that have so many, where their vocabulary is): T5X's gin files
+(`t5x/examples/t5/*/base.gin`), whose checkpoints bring no vocabulary along."""
+
+
+def missing_tokenizer(name: str, embedding_rows: int) -> InputError:
+    """The error for a backbone that has to read or write text and came without a tokenizer."""
+    hint = ""
+    if embedding_rows in RELEASED:
+        models, source = RELEASED[embedding_rows]
+        hint = f"; with {embedding_rows:,} embedding rows it may be a {models}: PATH = {source}"
+    return InputError(
+        f"{name} has no tokenizer; name a *.model file, a folder, a hub id or byt5 with "
+        f"--tokenizer=PATH, --gin.TOKENIZER=\"'PATH'\" or load_backbone(tokenizer=PATH){hint}"
+    )

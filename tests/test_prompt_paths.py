@@ -1,0 +1,63 @@
+"""Prompts given as paths, and what is said of prompts that tell nothing of themselves."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from ptjax import prompting
+from ptjax.errors import InputError
+from ptjax.inference import forward, generate, loss_and_prompt_gradient
+from ptjax.interop.prompt_file import PromptFile, save_prompt
+from ptjax.prediction import rank
+from ptjax.prompting import check_bank, make_bank
+
+
+@pytest.fixture
+def matrix() -> np.ndarray:
+    return np.random.default_rng(0).normal(size=(3, 16)).astype(np.float32)
+
+
+@pytest.fixture(autouse=True)
+def new_process(monkeypatch):
+    """What was said before is forgotten."""
+    monkeypatch.setattr(prompting, "_WARNED", set())
+
+
+def test_case_4_12_a_prompt_may_be_a_path(backbone, matrix, tmp_path):
+    path = tmp_path / "p.safetensors"
+    metadata = {"backbone_fingerprint": backbone.fingerprint, "target_length": 3}
+    save_prompt(path, matrix, metadata)
+    loaded = PromptFile(matrix, metadata)
+    for given in (path, str(path)):
+        assert generate(backbone, ["a b"], given) == generate(backbone, ["a b"], prompt=loaded)
+        assert rank(backbone, ["a"], ["b", "c"], given) == rank(backbone, ["a"], ["b", "c"], loaded)
+        bank = make_bank({"p": given})
+        np.testing.assert_array_equal(bank.arrays.prompt[0], matrix)
+        assert bank.metadata == make_bank({"p": loaded}).metadata
+        for function in (forward, loss_and_prompt_gradient):  # it is the batch that is refused
+            with pytest.raises(InputError, match="the batch has no 'encoder_input_tokens'"):
+                function(backbone, {}, given)
+
+
+def test_case_4_12_a_path_without_a_prompt_is_said(backbone, tmp_path):
+    with pytest.raises(InputError, match="gone: no prompt here"):
+        generate(backbone, ["a"], prompt=tmp_path / "gone")
+
+
+def test_case_4_11_a_prompt_without_metadata_is_said_once(backbone, matrix, caplog):
+    def count() -> int:
+        return caplog.text.count("does not say which backbone")
+
+    bare = PromptFile(matrix, {})
+    for _ in range(3):
+        generate(backbone, ["a"], bare, max_new_tokens=1)
+    # The same prompt, loaded again.
+    generate(backbone, ["a"], PromptFile(matrix.copy(), {}), max_new_tokens=1)
+    assert count() == 1
+    generate(backbone, ["a"], PromptFile(matrix + 1, {}), max_new_tokens=1)
+    assert count() == 2
+    bank = make_bank({"a": bare, "b": PromptFile(matrix[:2], {})})
+    for _ in range(2):
+        check_bank(backbone, bank)
+    assert count() == 4 and "prompt 'b' does not say" in caplog.text

@@ -1,0 +1,162 @@
+"""The config.gin of somebody else's MODEL_DIR: ptjax's own names and literals, nothing else."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import gin
+import numpy as np
+import pytest
+
+from ptjax import cli, loop
+from ptjax.cli import gin_files, trust
+from ptjax.data.catalogue import CATALOGUE
+from ptjax.interop.prompt_file import save_prompt
+
+pytestmark = pytest.mark.usefixtures("own_process")
+HEADER = "from __gin__ import dynamic_registration\n"
+TASK = """
+from ptjax.data import tasks
+tasks.Task.name = 'mood'
+tasks.Task.inputs = 'mood: {text}'
+tasks.Task.label = 'label'
+tasks.Task.verbalizer = {'0': 'good', '1': 'bad'}
+"""
+
+
+@pytest.fixture
+def model_dir(backbone) -> Path:
+    """A MODEL_DIR as one downloads it; its prompt knows no task."""
+    folder = Path("downloaded")
+    (folder / "prompts").mkdir(parents=True)
+    metadata = {"backbone_name": backbone.name, "backbone_fingerprint": backbone.fingerprint}
+    prompt = np.random.default_rng(0).normal(size=(3, 16)).astype(np.float32)
+    save_prompt(folder / "prompts" / "best.safetensors", prompt, metadata)
+    return folder
+
+
+@pytest.fixture
+def evil(monkeypatch) -> Iterator[Path]:
+    """A harmless module `evil` that leaves a file behind when it is imported or called."""
+    Path("evil.py").write_text(
+        "import pathlib\npathlib.Path('flag').touch()\n"
+        "def run(*_, **__):\n    pathlib.Path('flag').touch()\n    return 'x'\n"
+    )
+    monkeypatch.syspath_prepend(str(Path.cwd()))
+    yield Path("flag")
+    sys.modules.pop("evil", None)
+
+
+LINES = {
+    "import evil": "it imports evil, ",
+    "import evil as ptjax": "it imports evil, ",
+    "from evil import run": "it imports evil.run, ",
+    "include 'evil.gin'": "it includes 'evil.gin', ",
+    "import os": "it imports os, ",
+    "import __gin__.evil": "it imports __gin__.evil, ",
+    "A = @os.system()": "it refers to os.system, ",
+    # What ptjax imports itself is as near as its name.
+    "from ptjax.data import sources\nA = [{'x': @sources.os.system()}]": "it refers to "
+    "sources.os.system, ",
+    "from ptjax import atomic\natomic.write_bytes.data = 'x'": "it sets atomic.write_bytes.data, ",
+    "from ptjax import atomic\natomic.write_bytes:\n  path = 'flag'": "it sets "
+    "atomic.write_bytes, ",
+    "from ptjax import backbone as tasks\nA = @tasks.save_backbone": "it refers to "
+    "tasks.save_backbone, ",
+    # It may be set, and is in every run's file; a reference would start a run.
+    "from ptjax import tuning\ntuning.tune.seed = 1\nA = @x/tuning.tune()": "it refers to "
+    "tuning.tune, ",
+    "import optax\nA = @optax.adam()": "it refers to optax.adam, ",
+    "A = @gin.singleton()": "it refers to gin.singleton, ",
+}
+
+
+@pytest.mark.parametrize("command", ["infer", "evaluate", "export"])
+@pytest.mark.parametrize("line", ["import evil", "A = @os.system()"])
+def test_case_5_1_a_downloaded_config_runs_nothing(call, model_dir, evil, command, line):
+    (model_dir / "config.gin").write_text(f"{HEADER}{line}\n")
+    flags = {"infer": ["x"], "evaluate": [], "export": ["--to=npy", "--output=p.npy"]}
+    code, out, err = call(command, f"--model_dir={model_dir}", *flags[command])
+    assert (code, out) == (2, "") and err.count("\n") == 1, err
+    assert err.startswith(f"error: {model_dir}/config.gin:2: {LINES[line]}")
+    assert "--trust_config" in err and not evil.exists()
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_case_5_1_every_way_to_name_code_is_refused(call, model_dir, evil, line):
+    Path("evil.gin").write_text("import evil\n")
+    (model_dir / "config.gin").write_text(f"{HEADER}{line}\n")
+    code, _, err = call("infer", f"--model_dir={model_dir}", "x")
+    assert code == 2 and err.startswith(f"error: {model_dir}/config.gin:"), err
+    assert LINES[line] in err and err.count("\n") == 1
+    assert not evil.exists()
+
+
+def test_case_5_1_a_broken_file_runs_nothing_before_its_mistake(call, model_dir, evil):
+    (model_dir / "config.gin").write_text(f"{HEADER}import evil\nA = (\n")
+    code, _, err = call("infer", f"--model_dir={model_dir}", "x")
+    assert code == 2 and err.count("\n") == 1 and not evil.exists(), err
+    (model_dir / "config.gin").write_bytes(b"import evil\nA = '\xff'\n")
+    code, _, err = call("infer", f"--model_dir={model_dir}", "x")
+    assert code == 2 and err.count("\n") == 1 and not evil.exists(), err
+
+
+def test_case_5_1_trust_config_runs_a_module_of_the_users_own(call, model_dir, evil):
+    Path("evil.py").write_text(
+        Path("evil.py").read_text() + "def shout(fields):\n    yield {'text': fields['text'] + '!'}"
+    )
+    config = f"{HEADER}import evil{TASK}tasks.Task.preprocess = @evil.shout\n"
+    (model_dir / "config.gin").write_text(config)
+    code, _, err = call("infer", f"--model_dir={model_dir}", "x")
+    assert code == 2 and "imports evil" in err and not evil.exists()
+    code, out, err = call("infer", f"--model_dir={model_dir}", "x", "--trust_config")
+    assert code == 0 and '"inputs": "mood: x!"' in out and evil.exists(), err
+
+
+def test_case_5_1_a_file_of_gin_file_is_the_users_own_choice(call, model_dir, evil):
+    Path("mine.gin").write_text(f"{HEADER}import evil{TASK}")
+    code, out, err = call("infer", f"--model_dir={model_dir}", "--gin_file=mine.gin", "x")
+    assert code == 0 and "mood: x" in out and evil.exists(), err
+
+
+def test_case_5_1_what_our_own_runs_write_is_read():
+    """Every gin file of ptjax's, as a run of it writes it."""
+    bound = set()
+    for file in sorted(Path(gin_files.gin_configs()).rglob("*.gin")):
+        flags = [f"--gin_file={file}", "--gin.tuning.tune.optimizer=@optimizer.Adafactor()"]
+        flags.append("--gin.optimizer.Adafactor.learning_rate=@optax.linear_schedule()")
+        open_macros = "CORPUS_DIR CORPUS_FILES DATA_DIR HARD_PROMPT INITIAL_CHECKPOINT_PATH"
+        open_macros += " MODEL_DIR PROMPT_FILE PROMPT_TEXT"
+        arguments = cli.parse(cli.make_parser("x", ""), flags)
+        cli.load_gin(arguments, defaults=dict.fromkeys(open_macros.split(), ""))
+        Path("config.gin").write_text(cli.config_text())
+        with open("config.gin") as stream:
+            trust.check(stream, "config.gin")
+        bound |= {selector for _, selector in gin.config._CONFIG}
+    assert {"ptjax.tuning.tune", "ptjax.pretraining.TaskPart", "ptjax.bank.sweep"} <= bound
+
+
+def test_case_5_1_the_list_is_whole_and_true():
+    for table in (trust.MADE, trust.BOUND):
+        for module, names in table.items():
+            for name in names:
+                assert callable(getattr(importlib.import_module(module), name)), (module, name)
+    listed = {f"{module}.{name}" for module, names in trust.MADE.items() for name in names}
+    assert set(CATALOGUE) <= listed
+    # Classes of settings that a run can be given in Python can be written down as well.
+    for module in ("evaluation", "pretraining", "models.prompt", "training.loss"):
+        home = importlib.import_module(f"ptjax.{module}")
+        for name, value in vars(home).items():
+            settings = inspect.isclass(value) and value.__module__ == home.__name__
+            if settings and hasattr(value, "__dataclass_fields__") and not name.startswith("_"):
+                told = f"ptjax.{module}.{name}" in listed or name in INTERNAL
+                assert told, f"{module}.{name}: list it in trust.MADE, or here as internal"
+    assert loop.Pace.__name__ in trust.MADE["ptjax.loop"]
+
+
+INTERNAL = {"Surroundings", "Evaluator"}
+"""Classes that a run makes itself."""
