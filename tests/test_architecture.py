@@ -33,6 +33,7 @@ ROOMS = (
     "evaluation",
     "prediction",
     "inspection",
+    "identity",
     "checkpoint",
     "display",
     "exports",

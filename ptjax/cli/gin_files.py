@@ -8,6 +8,7 @@ import difflib
 import functools
 import importlib.util  # noqa: F401  (gin uses it and leaves the import to others)
 import inspect
+import math
 import os
 import pkgutil
 import pprint
@@ -98,6 +99,7 @@ def load_gin(
     given = {line.partition("=")[0].strip() for line in arguments.gin_bindings}
     _check_macros(used, known, files, given, optional=list(defaults or ()))
     try:
+        _check_finite(files, arguments.gin_bindings)
         _check_types(files, arguments.gin_bindings)
     except RecursionError:
         raise InputError("a macro stands for itself (A = %B and B = %A); give it a value") from None
@@ -168,6 +170,8 @@ def _place(error: BaseException, file: str) -> str:
 def _explain(error: BaseException, paths: Sequence[str], line: str) -> str:
     """gin's message in one line, with the nearest valid name where something is unknown."""
     if isinstance(error, SyntaxError | tokenize.TokenError):
+        if match := re.search(r" = ([+-]?(inf|infinity|nan))$", line, re.IGNORECASE):
+            return f"{match[1]} is not a finite number; give one"
         if match := re.match(r"([\w./]+) = ([^'\"@%\[({\d\s].*)$", line):
             return f"a string needs its own quotes: --gin.{match[1]}=\"'{match[2]}'\""
         return (
@@ -264,6 +268,27 @@ def _check_macros(
             + f"the macro {name} ({used[name]}) has no value; set it with --gin.{name}=VALUE"
             + (" (quotes around strings)" if name.endswith(("DIR", "PATH")) else "")
         )
+
+
+def _check_finite(files: Sequence[epath.Path], command_line: Sequence[str]) -> None:
+    """Refuses inf and nan, which gin reads (as 1e999) and cannot write: config.gin lacked them."""
+    for (scope, selector), bindings in _gin._CONFIG.items():
+        module, _, function = selector.rpartition(".")
+        for argument, value in bindings.items():
+            bad = next((x for x in gin_types.numbers(value) if not math.isfinite(x)), None)
+            if bad is None:
+                continue
+            if selector == "gin.macro":
+                name, pattern = scope, rf"^\s*{re.escape(scope)}\s*="
+            else:
+                scoped = f"{scope}/" if scope else ""
+                name = f"{scoped}{module.rsplit('.', 1)[-1]}.{function}.{argument}"
+                pattern = rf"^\s*{re.escape(scoped)}(\w+\.)*{function}\.{argument}\s*="
+            typed = any(re.search(pattern, line) for line in command_line)
+            raise InputError(
+                ("command line: " if typed else _where(pattern, files))
+                + f"{name} = {value!r}: {bad!r} is not a finite number; give one"
+            )
 
 
 def _check_types(files: Sequence[epath.Path], command_line: Sequence[str]) -> None:
