@@ -292,11 +292,12 @@ def _difference(saved: Any, now: Any, name: str, place: str) -> tuple[str, Any, 
 def _different_rate(
     saved: Mapping[str, Any], now: Mapping[str, Any], name: str
 ) -> tuple[str, Any, Any] | None:
+    """The first rate of a schedule that differs by more than float32's rounding of its peak."""
+    peak = max((abs(rate) for rate in now.values() if isinstance(rate, float)), default=0.0)
     for step, new in now.items():
         old = saved.get(step, _ABSENT)
-        # A rate may differ in its last digit where another version of JAX rounds another way.
         numbers = isinstance(old, float) and isinstance(new, float)
-        if old != new and not (numbers and math.isclose(old, new, rel_tol=2e-5)):
+        if old != new and not (numbers and abs(old - new) <= 2e-6 * peak):
             return f"{name} at {step}", old, new
     return None
 

@@ -421,7 +421,7 @@ def test_case_4_1_a_schedule_is_its_values(start):
 
     one, other = start("tune.optimizer", warmup(100)), start("tune.optimizer", warmup(101))
     check_same(one, start("tune.optimizer", warmup(100)), "/run")
-    with pytest.raises(InputError, match=r"learning_rate at step 1 = 0\.003, now 0\.00297"):
+    with pytest.raises(InputError, match=r"learning_rate at step 1 = 0\.00\d+, now 0\.00297\d*;"):
         check_same(one, other, "/run")
     assert describe(Adafactor(rising))["learning_rate"]["step 8"] == pytest.approx(0.08)
     infinite = describe(Adafactor(lambda step: jax.numpy.where(step < 4, 0.1, np.inf)))

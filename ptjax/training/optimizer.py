@@ -58,7 +58,7 @@ class Adafactor:
         steps = sorted({*range(9), *(round(2 ** (k / 16)) for k in range(48, 24 * 16 + 1))})
         rates = jax.vmap(lambda step: jnp.asarray(schedule(step), jnp.float32))(np.array(steps))
         values = {
-            f"step {n}": float(f"{r:.6g}") for n, r in zip(steps, np.asarray(rates), strict=True)
+            f"step {n}": float(f"{r:.7g}") for n, r in zip(steps, np.asarray(rates), strict=True)
         }
         return {"learning_rate": {"is": "schedule", **values}}
 
