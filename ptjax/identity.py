@@ -43,7 +43,7 @@ FREE: Mapping[str, str] = {
     "Pace.log_period": _LENGTH,
     "Pace.patience": _LENGTH,
     "Pace.keep": _LENGTH,
-    "Evaluation.batch_size": _PLACE,
+    "Evaluation.batch_size": "how much is computed at once",
     "Task.data_dir": _CONTENT,
     "Task.splits": _CONTENT,
     "Text.data_dir": _CONTENT,

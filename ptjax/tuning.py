@@ -75,7 +75,8 @@ def tune(
     """Trains, selects on `evaluation.split`, and scores the best on the test split.
 
     Args:
-        model_dir: receives everything; a run that was stopped there goes on.
+        model_dir: receives everything; a run that was stopped there goes on, one that is over
+            stays as it is.
         method: what trains, see `training.freeze.METHODS`; "hard_prompt" only scores.
         prompt: how the prompt is read.
         prompt_length: P.
@@ -96,7 +97,8 @@ def tune(
         What `results.json` holds.
 
     Raises:
-        InputError: settings that do not fit together, or a `model_dir` of another run.
+        InputError: settings that do not fit together, or a `model_dir` of another run, or of one
+            that is past `pace.train_steps` (`identity.FREE` lists what may change).
     """
     given = dict(locals())
     model_dir = epath.Path(model_dir).expanduser()

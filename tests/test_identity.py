@@ -451,6 +451,9 @@ def test_case_4_1_the_source_is_its_bytes(tmp_path):
     expected = f"sha256:{hashlib.sha256(text).hexdigest()}"
     for name in ("all.jsonl", "all.jsonl.gz", "part-*.jsonl"):
         assert read_records(tmp_path / name).digest == expected
+    task = Task(name="a", inputs="{text}", targets="{text}", metrics="exact_match", held_out=1,
+                data_dir=str(tmp_path), splits={"train": "all.jsonl"})  # fmt: skip
+    assert task.load("train", limit=1).digest == task.load("validation").digest == expected
 
 
 # Real runs

@@ -42,7 +42,7 @@ def read_tfds(source: str, *, split: str, data_dir: str | None = None) -> Record
     split = match["split"] or split
     file = f"tfds:{name}@{split}"
     try:
-        rows = tfds.data_source(name, split=split, data_dir=data_dir or None)
+        rows: Any = tfds.data_source(name, split=split, data_dir=data_dir or None)
         fields = [_plain(row) for row in rows]
     except (
         ArithmeticError, AssertionError, ImportError, LookupError, NotImplementedError, OSError,
