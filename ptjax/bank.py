@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from ptjax.data.tasks import Task
 from ptjax.errors import InputError, check_at_least
@@ -29,18 +28,6 @@ class Variant:
 
     def __post_init__(self) -> None:
         check_at_least(0, "Variant", seed=self.seed, learning_rate=self.learning_rate)
-
-    def describe(self) -> dict[str, Any]:
-        """Plain values that tell one variant from another, in every process alike."""
-        initializer = self.init_prompt
-        # Without fields to show, an object's repr is its address.
-        shown = repr if dataclasses.is_dataclass(initializer) else lambda x: type(x).__name__
-        return {
-            "seed": self.seed,
-            "learning_rate": self.learning_rate,
-            "init_prompt": None if initializer is None else shown(initializer),
-            "task": None if self.task is None else self.task.name,
-        }
 
 
 def sweep(

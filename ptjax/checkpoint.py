@@ -12,11 +12,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from ptjax.errors import InputError
-from ptjax.training.freeze import flatten_paths
+from ptjax.identity import changed_versions, check_same
 from ptjax.training.step import TrainState
 
 
@@ -57,18 +58,26 @@ class Checkpoints:
         """Refuses to go on with the checkpoints of another run.
 
         Raises:
-            InputError: naming the first setting that differs.
+            InputError: naming what differs, see `identity.check_same`.
         """
         if self.latest is None:
             return
-        loaded = self._orbax.load_checkpointables(self.latest, {"identity": None})["identity"]
-        saved, wanted = flatten_paths(loaded), flatten_paths(identity)
-        for name in sorted(set(saved) | set(wanted)):
-            if saved.get(name) != wanted.get(name):
-                raise InputError(
-                    f"{self.directory.parent} holds a run with {name} = {saved.get(name)!r}, not "
-                    f"{wanted.get(name)!r}; choose another MODEL_DIR or restore that setting"
-                )
+        saved = self._orbax.load_checkpointables(self.latest, {"identity": None})["identity"]
+        check_same(saved, identity, os.fspath(self.directory.parent))
+        if changed := changed_versions(saved, identity):
+            logging.warning(
+                "resuming under other versions: %s; results agree to rounding, not to the bit",
+                changed,
+            )
+
+    def check_steps(self, train_steps: int) -> None:
+        """InputError where the run is past that step already."""
+        if self.latest is not None and train_steps < self.latest:
+            raise InputError(
+                f"TRAIN_STEPS = {train_steps:_}, but {self.directory.parent} holds a checkpoint of "
+                f"step {self.latest:_}; set TRAIN_STEPS to that or more, or choose another "
+                "MODEL_DIR"
+            )
 
     def restore_progress(self) -> dict[str, Any]:
         """Where the run stands: what `restore` needs to know."""

@@ -92,6 +92,7 @@ class Run:
         processes.check_shared(model_dir)
         self.checkpoints = Checkpoints(model_dir / "checkpoints")
         self.checkpoints.check_identity(identity)
+        self.checkpoints.check_steps(pace.train_steps)
         self.progress = Progress([Standing() for _ in members], list(range(len(members))))
         self.rows: list[dict[str, Any]] = []
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,6 +24,7 @@ from ptjax.data.vocabularies import missing_tokenizer
 from ptjax.errors import InputError, check_at_least
 from ptjax.evaluation import Evaluation, Evaluator, report_cut, report_examples
 from ptjax.exports import BEST, Exports
+from ptjax.identity import digest_texts
 from ptjax.interop.prompt_file import load_prompt, save_prompt
 from ptjax.members import Member
 from ptjax.models.prompt import ClassLabels, Initializer, Prompt, SampledVocabulary, Surroundings
@@ -77,6 +78,24 @@ class Subject:
         for split in (evaluator.settings.split, evaluator.reported_split):
             evaluator.examples(split)  # what is wrong with them shows before the training
         self.train = task.load("train")
+
+    def describe_data(self) -> dict[str, dict[str, Any]]:
+        """What it was read from and what that gave, for the run's identity."""
+        evaluator = self.evaluator
+        splits = {
+            split: evaluator.examples(split)
+            for split in (evaluator.settings.split, evaluator.reported_split)
+        }
+        return {
+            f"split {split!r} of task {self.task.name}": {
+                "the hash": examples.digest,
+                "the number of examples": len(examples),
+                "the hash of the text": digest_texts(
+                    text for example in examples for text in (example.inputs, example.targets)
+                ),
+            }
+            for split, examples in {**splits, "train": self.train}.items()
+        }
 
     @functools.cached_property
     def source(self) -> TokenizedExamples:
@@ -164,22 +183,6 @@ class Preparation:
             name=name,
         )
         return Start(member, subject, seed, variables, freeze, trainable, frozen)
-
-    def identity(self, task: Task, seed: int) -> dict[str, Any]:
-        """What may not change when a run goes on; as JSON gives it back."""
-        # The same weights may have moved, and a newer ptjax may go on.
-        moving = ("backbone_name", "ptjax_version")
-        kept = {k: v for k, v in self._metadata(task, seed).items() if k not in moving}
-        run: dict[str, Any] = {
-            "method": self.method,
-            "batch_size": self.batch_size,
-            "microbatches": self.microbatches,
-            "pack": self.pack,
-            "quantize": self.backbone.quantize,
-        }
-        if self.method == "prompt_tuning":
-            run["prompt_length"] = self.prompt_length
-        return json.loads(json.dumps(kept | run))
 
     def load_best(self, member: Member) -> Tree:
         """Variables with a member's best export, read back from its file."""
@@ -306,6 +309,22 @@ def report_sizes(
         _megabytes(optimizer_bytes),
         _megabytes(trained_bytes + optimizer_bytes),
     )
+
+
+def report_steps(train_steps: int, backbone: Backbone) -> None:
+    """A warning where TRAIN_STEPS seems to count the backbone's own steps, as T5X does."""
+    checkpoint = re.search(r"checkpoint_(\d+)/*$", backbone.name)
+    before = int(checkpoint[1]) if checkpoint else 0
+    # A checkpoint of a few steps beside a long run is no sign of it.
+    if train_steps / 10 < before < train_steps:
+        logging.warning(
+            "TRAIN_STEPS = %s are steps of this run. T5X counts on from the checkpoint's %s and "
+            "would train %s: set TRAIN_STEPS = %d if that is what you mean",
+            f"{train_steps:,}",
+            f"{before:,}",
+            f"{train_steps - before:,}",
+            train_steps - before,
+        )
 
 
 def _report_rate(method: str, optimizer: Adafactor, rms: float) -> None:

@@ -20,20 +20,21 @@ from ptjax.data.batch import SpecialIds
 from ptjax.data.catalogue import Preprocess
 from ptjax.data.denoising import PrefixLM, SpanCorruption
 from ptjax.data.pipeline import Bucket, MixtureBatches, TrainBatches, make_buckets
-from ptjax.data.preprocess import tokenize_examples
+from ptjax.data.preprocess import TokenizedExamples, tokenize_examples
 from ptjax.data.sources import read_records
 from ptjax.data.tasks import Task
 from ptjax.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from ptjax.data.vocabularies import missing_tokenizer
 from ptjax.errors import InputError
 from ptjax.exports import Exports
-from ptjax.fingerprint import fingerprint
+from ptjax.identity import digest_array, digest_texts, make_identity
 from ptjax.interop.special_ids import check_end_of_sequence
 from ptjax.loop import Pace, Run
 from ptjax.members import Member
 from ptjax.models.config import T5Config
 from ptjax.models.prompted import make_apply_fn
 from ptjax.models.t5 import init_params, parameter_shapes
+from ptjax.preparation import report_steps
 from ptjax.scale import sharding
 from ptjax.scale.compiled import Recipe
 from ptjax.training import freeze as freezing
@@ -221,7 +222,9 @@ def pretrain(
     Raises:
         InputError: neither or both of `model` and `backbone`, or parts without what they need.
     """
+    given = dict(locals())
     if backbone is not None and model is None:
+        report_steps(pace.train_steps, backbone)
         model, mesh, found = backbone.config, backbone.mesh, backbone.tokenizer
         params, apply_fn = backbone.variables["params"], backbone.apply_fn
         if any(leaf.dtype != np.float32 for leaf in jax.tree.leaves(params)):
@@ -243,7 +246,7 @@ def pretrain(
         raise missing_tokenizer(backbone.name, model.vocab_size)
     check_vocabulary(found, model.vocab_size)
     check_end_of_sequence(found, model)
-    batches = _mixture(parts, text, found, seed, model.special_ids)
+    batches, data = _mixture(parts, text, found, seed, model.special_ids)
     trainable = {"params": params}
     freeze = freezing.make_freeze(trainable, freezing.METHODS["model_tuning"])
     recipe = Recipe("model_tuning", optimizer, loss, microbatches)
@@ -264,12 +267,7 @@ def pretrain(
         directory,
         pace,
         [member],
-        identity={
-            "start": fingerprint(model, params, mesh),
-            "tokenizer_fingerprint": found.fingerprint,
-            "seed": seed,
-            "microbatches": microbatches,
-        },
+        identity=make_identity(pretrain, given | {"tokenizer": found}, data),
         config=config,
     )
     run.fit(state, {}, step, mesh, dry_run=dry_run)
@@ -285,11 +283,22 @@ def _init_on_mesh(model: T5Config, seed: int, mesh: Any) -> Any:
 
 def _mixture(
     parts: Sequence[Part], text: Text | None, tokenizer: Tokenizer, seed: int, ids: SpecialIds
-) -> MixtureBatches:
+) -> tuple[MixtureBatches, dict[str, Any]]:
+    """(the mixture, what was read for it, for the run's identity)."""
     stream = None if text is None else text.tokenize(tokenizer, seed)
+    data = {} if stream is None else {"the running text": {"the hash": digest_array(stream)}}
     components, rates = [], []
     for number, part in enumerate(parts):
         made = part.make(tokenizer, stream, seed + 100 * number, ids)
         components += made
         rates += [part.rate / len(made)] * len(made)
-    return MixtureBatches(components, rates, seed)
+        for phrasing, batches in enumerate(made):
+            if isinstance(batches.source, TokenizedExamples):
+                data[f"part {number}, phrasing {phrasing}"] = _describe_examples(batches.source)
+    return MixtureBatches(components, rates, seed), data
+
+
+def _describe_examples(source: TokenizedExamples) -> dict[str, Any]:
+    arrays = (x for rows in (source.inputs, source.targets) for x in (rows.ids, rows.offsets))
+    digest = digest_texts(digest_array(array) for array in arrays)
+    return {"the number of examples": len(source), "the hash": digest}

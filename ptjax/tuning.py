@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 from etils import epath
 
 from ptjax import atomic
@@ -20,9 +21,17 @@ from ptjax.data.pipeline import Bucket
 from ptjax.data.tasks import Task
 from ptjax.errors import check_at_least
 from ptjax.evaluation import Evaluation, HardPrompt
+from ptjax.identity import check_same, make_identity
 from ptjax.loop import Pace, Run, report_memory
 from ptjax.models.prompt import Initializer, Prompt
-from ptjax.preparation import Preparation, Start, Subject, check_settings, report_sizes
+from ptjax.preparation import (
+    Preparation,
+    Start,
+    Subject,
+    check_settings,
+    report_sizes,
+    report_steps,
+)
 from ptjax.results import Scores, of_bank
 from ptjax.scale import processes, sharding
 from ptjax.scale.compiled import Recipe
@@ -32,6 +41,9 @@ from ptjax.training.optimizer import Adafactor
 from ptjax.training.step import TrainState
 
 Tree = Any
+
+HARD_PROMPT_IDENTITY = "hard_prompt.json"
+"""In MODEL_DIR: the identity of a run that trains nothing and so has no checkpoint to hold it."""
 
 
 def tune(
@@ -63,7 +75,8 @@ def tune(
     """Trains, selects on `evaluation.split`, and scores the best on the test split.
 
     Args:
-        model_dir: receives everything; a run that was stopped there goes on.
+        model_dir: receives everything; a run that was stopped there goes on, one that is over
+            stays as it is.
         method: what trains, see `training.freeze.METHODS`; "hard_prompt" only scores.
         prompt: how the prompt is read.
         prompt_length: P.
@@ -84,8 +97,10 @@ def tune(
         What `results.json` holds.
 
     Raises:
-        InputError: settings that do not fit together, or a `model_dir` of another run.
+        InputError: settings that do not fit together, or a `model_dir` of another run, or of one
+            that is past `pace.train_steps` (`identity.FREE` lists what may change).
     """
+    given = dict(locals())
     model_dir = epath.Path(model_dir).expanduser()
     check_at_least(0, RANDOM_SEED=seed)
     lengths = check_settings(
@@ -116,10 +131,15 @@ def tune(
         evaluation=evaluation,
     )
     scores = functools.partial(Scores, backbone, seed, hard_prompt, other_hard_prompts or {})
-    identity = preparation.identity(task, seed)
+    # Some ways to say the same.
+    given |= {"feature_lengths": lengths, "other_hard_prompts": other_hard_prompts or None}
+    identify = functools.partial(_identify, given | {"bank": bank or None})
     if method == "hard_prompt":
-        _refuse_another_run(model_dir / "checkpoints", identity)
         frozen, subject = backbone.variables, preparation.load(task)
+        identity = identify([subject])
+        _refuse_another_run(model_dir, identity)
+        if not dry_run and (results := _scored(model_dir)) is not None:
+            return results
         report_sizes(method, backbone, {}, {}, frozen)
         if dry_run:
             return {}
@@ -127,16 +147,21 @@ def tune(
         report_memory()
         if config:
             _write(model_dir / "config.gin", config)
+        _write(model_dir / HARD_PROMPT_IDENTITY, json.dumps(identity, indent=2) + "\n")
     else:
-        if bank:
-            identity["bank"] = {name: variant.describe() for name, variant in bank.items()}
+        report_steps(pace.train_steps, backbone)
         starts = _start_members(preparation, task, bank or {"": Variant()}, seed)
         state, step = _compose(starts, preparation, loss, stacked=bool(bank))
         frozen = starts[0].frozen
         report_sizes(method, backbone, state.trainable, state.opt_state, frozen)
         counts = _counts(state.trainable, frozen)
         members = [start.member for start in starts]
+        identity = identify([start.subject for start in starts])
+        _refuse_a_hard_prompt(model_dir, identity)
         run = Run(model_dir, pace, members, identity=identity, config=config)
+        if not dry_run and (results := _finished(run)) is not None:
+            run.checkpoints.close()
+            return results
         run.fit(state, frozen, step, backbone.mesh, dry_run=dry_run)
         if dry_run:
             return {}
@@ -149,7 +174,7 @@ def tune(
                 found[start.member.name] = tuned | {"step": standing.best_step}
                 prompts.append(best.get("prompt", {}).get("prompt"))
         results = of_bank(found, run) if bank else found[""]
-        results |= counts
+        results |= counts | {"trained_steps": run.progress.step}
         if bank and len(of_subject) == 1:
             evaluator = starts[0].subject.evaluator
             together = evaluator.ensemble(prompts, evaluator.reported_split)
@@ -203,15 +228,54 @@ def _counts(trainable: Tree, frozen: Tree) -> dict[str, int]:
     }
 
 
-def _refuse_another_run(directory: epath.Path, identity: dict[str, Any]) -> None:
+def _identify(given: Mapping[str, Any], subjects: Sequence[Subject]) -> dict[str, Any]:
+    """The identity of a run with these arguments of `tune`, on what was read for it."""
+    data: dict[str, Any] = {}
+    for number, subject in enumerate(dict.fromkeys(subjects)):
+        for name, parts in subject.describe_data().items():
+            data[f"{name} ({number})" if name in data else name] = parts
+    return make_identity(tune, given, data)
+
+
+def _finished(run: Run) -> dict[str, Any] | None:
+    """The results of a run that is over already; nothing is computed or written anew."""
+    path = run.model_dir / "results.json"
+    if run.checkpoints.latest is None or not path.exists():
+        return None
+    progress, results = run.checkpoints.restore_progress(), json.loads(path.read_text())
+    stopped = all(standing["stopped"] for standing in progress["standings"])
+    if progress["step"] < run.pace.train_steps and not stopped:
+        return None
+    if results.get("trained_steps") != progress["step"]:  # of a shorter run before this one
+        return None
+    logging.info("%s: the run is finished, at step %d", run.model_dir, progress["step"])
+    return results
+
+
+def _scored(model_dir: epath.Path) -> dict[str, Any] | None:
+    """The results of a hard prompt that was scored already."""
+    path = model_dir / "results.json"
+    done = (model_dir / HARD_PROMPT_IDENTITY).exists() and path.exists()
+    return json.loads(path.read_text()) if done else None
+
+
+def _refuse_another_run(model_dir: epath.Path, identity: dict[str, Any]) -> None:
     """A hard prompt has no checkpoints of its own; its results may not replace a run's."""
-    processes.check_shared(directory.parent)
-    if directory.exists():
-        checkpoints = Checkpoints(directory)
+    processes.check_shared(model_dir)
+    if (model_dir / "checkpoints").exists():
+        checkpoints = Checkpoints(model_dir / "checkpoints")
         try:
             checkpoints.check_identity(identity)
         finally:
             checkpoints.close()
+    _refuse_a_hard_prompt(model_dir, identity)
+
+
+def _refuse_a_hard_prompt(model_dir: epath.Path, identity: dict[str, Any]) -> None:
+    """InputError where `model_dir` has the results of another hard prompt."""
+    path = model_dir / HARD_PROMPT_IDENTITY
+    if path.exists():
+        check_same(json.loads(path.read_text()), identity, os.fspath(model_dir))
 
 
 def _write(path: epath.Path, text: str) -> None:

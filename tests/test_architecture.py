@@ -37,6 +37,7 @@ ROOMS = (
     "evaluation",
     "prediction",
     "inspection",
+    "identity",
     "checkpoint",
     "display",
     "exports",

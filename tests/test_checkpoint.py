@@ -10,8 +10,13 @@ from etils import epath
 
 from ptjax.checkpoint import Checkpoints
 from ptjax.errors import InputError
+from ptjax.identity import make_identity
 from ptjax.training.optimizer import Adafactor
 from ptjax.training.step import TrainState, init_train_state
+
+
+def tune(task: str) -> None:
+    """Of whose calls the identities are."""
 
 
 def state_of(width: int) -> TrainState:
@@ -27,7 +32,8 @@ def state_of(width: int) -> TrainState:
 
 def test_state_and_progress_come_back(tmp_path):
     state, checkpoints = state_of(8), Checkpoints(epath.Path(tmp_path))
-    checkpoints.save(4, state, {"step": 4, "best_value": None}, {"task": "a"})
+    identity = make_identity(tune, {"task": "a"}, {})
+    checkpoints.save(4, state, {"step": 4, "best_value": None}, identity)
     checkpoints.wait()
     restored, progress = checkpoints.restore(state), checkpoints.restore_progress()
     assert (checkpoints.latest, progress) == (4, {"step": 4, "best_value": None})
@@ -36,9 +42,9 @@ def test_state_and_progress_come_back(tmp_path):
         if jnp.issubdtype(ours.dtype, jax.dtypes.prng_key):
             ours, theirs = jax.random.key_data(ours), jax.random.key_data(theirs)
         np.testing.assert_array_equal(ours, theirs)
-    checkpoints.check_identity({"task": "a"})
-    with pytest.raises(InputError, match="task = 'a', not 'b'"):
-        checkpoints.check_identity({"task": "b"})
+    checkpoints.check_identity(identity)
+    with pytest.raises(InputError, match=r"tune\.task = 'a', now 'b'"):
+        checkpoints.check_identity(make_identity(tune, {"task": "b"}, {}))
     checkpoints.close()
 
 

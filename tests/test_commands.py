@@ -635,7 +635,10 @@ def test_a_run_in_a_relative_model_dir_is_trained_and_used(
     assert json.loads(out)["newest_checkpoint"] == 2, err
     _, out, err = call("inspect", "runs/a/checkpoints/2", "--json")
     described = json.loads(out)
-    assert (described["kind"], described["run"]["prompt_length"]) == ("checkpoint", 3), err
+    assert (described["kind"], described["run"]["settings"]["prompt_length"]) == (
+        "checkpoint",
+        3,
+    ), err
     assert described["arrays"]["trainable/prompt/prompt"] == "[3, 16] float32"
     shutil.copytree("runs/a/checkpoints/2", "cut")
     Path("cut/state/manifest.ocdbt").unlink()

@@ -120,7 +120,10 @@ def test_sigterm_saves_at_the_end_of_the_step(whole, backbone, task, tmp_path, s
         ({"prompt_length": 5}, "prompt_length"),
         ({"seed": 4}, "seed"),
         ({"batch_size": 16}, "batch_size"),
-        ({"feature_lengths": {"inputs": 32, "targets": 4}}, "input_length"),
+        (
+            {"feature_lengths": {"inputs": 32, "targets": 4}},
+            r"feature_lengths\['inputs'\] = 64, now 32",
+        ),
     ],
 )
 def test_a_model_dir_of_another_run_is_refused(whole, backbone, task, changes, named):
@@ -130,9 +133,9 @@ def test_a_model_dir_of_another_run_is_refused(whole, backbone, task, changes, n
 
 
 def test_another_task_or_backbone_is_refused(whole, backbone, task):
-    with pytest.raises(InputError, match=r"a run with task/inputs = 'text: {text}', not '{text}';"):
+    with pytest.raises(InputError, match=r"with Task.inputs = 'text: {text}', now '{text}';"):
         tune(whole[0], dataclasses.replace(task, inputs="{text}"), backbone)
-    with pytest.raises(InputError, match="backbone_fingerprint"):
+    with pytest.raises(InputError, match="the backbone's fingerprint"):
         tune(whole[0], task, dataclasses.replace(backbone, fingerprint="sha256:other"))
 
 
@@ -161,7 +164,7 @@ def test_an_update_that_is_not_finite_is_never_exported(backbone, task, tmp_path
 
 def test_a_hard_prompt_does_not_replace_the_results_of_another_run(whole, backbone, task):
     results = (whole[0] / "results.json").read_bytes()
-    with pytest.raises(InputError, match="holds a run with method = 'prompt_tuning'"):
+    with pytest.raises(InputError, match=r"a run with tune\.method = 'prompt_tuning'"):
         tune(whole[0], task, backbone, method="hard_prompt", hard_prompt=HardPrompt("Good?"))
     assert (whole[0] / "results.json").read_bytes() == results
 

@@ -88,9 +88,26 @@ def test_from_a_backbone(corpus, start, tmp_path):
     assert load_backbone(tmp_path / "still" / "models" / "best").fingerprint == start.fingerprint
     pretrain(tmp_path / "moved", backbone=start, **mixture(corpus))
     assert load_backbone(tmp_path / "moved" / "models" / "best").fingerprint != start.fingerprint
-    with pytest.raises(InputError, match="start = "):
+    with pytest.raises(InputError, match=r"pretrain\.model = None, now T5Config\("):
         other = dataclasses.replace(CONFIG, mlp_dim=64)
         pretrain(tmp_path / "moved", model=other, tokenizer="package:nano", **settings)
+
+
+def test_case_4_1_other_text_in_the_same_place_is_refused(corpus, start, tmp_path):
+    settings = mixture(corpus) | {"pace": Pace(train_steps=1, eval_period=1)}
+    pretrain(tmp_path / "run", backbone=start, **settings)
+    before = (tmp_path / "run" / "models" / "best" / "model.safetensors").read_bytes()
+    text = (corpus / "text.jsonl").read_text()
+    (tmp_path / "text.jsonl").write_text(text.replace("mill", "hall", 1))
+    named = r"other data: the hash of the running text = sha256:\w+, now sha256:\w+; choose"
+    with pytest.raises(InputError, match=named):
+        pretrain(tmp_path / "run", backbone=start, **mixture(tmp_path))
+    named = r"PrefixLMPart\.input_length \(of pretrain\.parts\[1\]\) = 16, now 24;"
+    longer = PrefixLMPart(0.25, batch_size=8, input_length=24, target_length=8)
+    parts = [settings["parts"][0], longer, settings["parts"][2]]
+    with pytest.raises(InputError, match=named):
+        pretrain(tmp_path / "run", backbone=start, **settings | {"parts": parts})
+    assert (tmp_path / "run" / "models" / "best" / "model.safetensors").read_bytes() == before
 
 
 def test_a_phrasing_has_answers_of_its_own(corpus):

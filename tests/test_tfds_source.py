@@ -63,6 +63,11 @@ def test_tfds_data_sets_without_tensorflow(tfds_dir):
     assert records[4].where == "tfds:tiny_reviews:1.2.0@train:5"
     half = tfds_source.read_tfds("tfds:tiny_reviews@train[:3]", split="test", data_dir=tfds_dir)
     assert len(half) == 3
+    # Which version it is, and what is in it: three rows are others than five.
+    assert records.digest.startswith("tiny_reviews/1.2.0 sha256:")
+    assert half.digest.startswith("tiny_reviews/1.2.0 sha256:") and half.digest != records.digest
+    again = tfds_source.read_tfds("tfds:tiny_reviews", split="train", data_dir=tfds_dir)
+    assert again.digest == records.digest
     assert "tensorflow" not in sys.modules
 
 

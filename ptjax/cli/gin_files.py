@@ -8,6 +8,7 @@ import functools
 import importlib.util  # noqa: F401  (gin uses it and leaves the import to others)
 import inspect
 import io
+import math
 import os
 import pprint
 import re
@@ -85,6 +86,7 @@ def load_gin(
     given = {line.partition("=")[0].strip() for line in arguments.gin_bindings}
     _check_macros(used, known, files, given, optional=list(defaults or ()))
     try:
+        _check_finite(files, arguments.gin_bindings)
         _check_types(files, arguments.gin_bindings)
     except RecursionError:
         raise InputError("a macro stands for itself (A = %B and B = %A); give it a value") from None
@@ -212,6 +214,27 @@ def _of_t5x(name: str) -> str:
     file = t5x_names.task_file(value, own_files(gin_configs())) if isinstance(value, str) else None
     hint = f", here --gin_file={file}" if name == "MIXTURE_OR_TASK_NAME" and file else ""
     return f"; it is T5X's, and here it is: {told}{hint}"
+
+
+def _check_finite(files: Sequence[epath.Path], command_line: Sequence[str]) -> None:
+    """Refuses inf and nan, which gin reads (as 1e999) and cannot write: config.gin lacked them."""
+    for (scope, selector), bindings in _gin._CONFIG.items():
+        module, _, function = selector.rpartition(".")
+        for argument, value in bindings.items():
+            bad = next((x for x in gin_types.numbers(value) if not math.isfinite(x)), None)
+            if bad is None:
+                continue
+            if selector == "gin.macro":
+                name, pattern = scope, rf"^\s*{re.escape(scope)}\s*="
+            else:
+                scoped = f"{scope}/" if scope else ""
+                name = f"{scoped}{module.rsplit('.', 1)[-1]}.{function}.{argument}"
+                pattern = rf"^\s*{re.escape(scoped)}(\w+\.)*{function}\.{argument}\s*="
+            typed = any(re.search(pattern, line) for line in command_line)
+            raise InputError(
+                ("command line: " if typed else _where(pattern, files))
+                + f"{name} = {value!r}: {bad!r} is not a finite number; give one"
+            )
 
 
 def _check_types(files: Sequence[epath.Path], command_line: Sequence[str]) -> None:

@@ -84,6 +84,8 @@ def _place(error: BaseException, file: str) -> str:
 def _explain(error: BaseException, paths: Sequence[str], line: str) -> str:
     """gin's message in one line, with the nearest valid name where something is unknown."""
     if isinstance(error, SyntaxError | tokenize.TokenError):
+        if match := re.search(r" = ([+-]?(inf|infinity|nan))$", line, re.IGNORECASE):
+            return f"{match[1]} is not a finite number; give one"
         if match := re.match(r"([\w./]+) = ([^'\"@%\[({\d\s].*)$", line):
             return f"a string needs its own quotes: --gin.{match[1]}=\"'{match[2]}'\""
         return (

@@ -6,7 +6,7 @@ import collections.abc
 import inspect
 import os
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import gin.config
@@ -88,6 +88,19 @@ def macro_value(reference: Any) -> Any:
     """What a macro is bound to, which may be another macro, or `UNBOUND`."""
     scope = reference.scoped_selector.rsplit("/", 1)[0]
     return _gin._CONFIG.get((scope, "gin.macro"), {}).get("value", UNBOUND)
+
+
+def numbers(value: Any) -> Iterator[float]:
+    """The floats in a bound value, parts of complex numbers included."""
+    if isinstance(value, Mapping):
+        value = [*value.keys(), *value.values()]
+    if isinstance(value, list | tuple | set):
+        for item in value:
+            yield from numbers(item)
+    elif isinstance(value, complex):
+        yield from (value.real, value.imag)
+    elif isinstance(value, float):
+        yield value
 
 
 def describe(kind: Any) -> str:

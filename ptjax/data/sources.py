@@ -10,6 +10,7 @@ from __future__ import annotations
 import bz2
 import csv
 import gzip
+import hashlib
 import importlib.resources
 import io
 import json
@@ -92,10 +93,17 @@ class BadRecords:
 
 @dataclass(frozen=True)
 class Records(Sequence[Record]):
-    """The records of one source, in file order; `bad` says how many were left out and why."""
+    """The records of one source, in file order.
+
+    Attributes:
+        bad: how many were left out and why.
+        digest: "sha256:..." over the bytes of its files, decompressed, one behind the other; of a
+            TFDS data set its name, version and the hash of its rows.
+    """
 
     records: list[Record]
     bad: BadRecords = field(default_factory=BadRecords)
+    digest: str = ""
 
     def __len__(self) -> int:
         return len(self.records)
@@ -172,6 +180,7 @@ def read_records(
     """
     bad = BadRecords(on_bad_record)
     records: list[Record] = []
+    digest = hashlib.sha256()
     for path in find_files(pattern):
         name = os.fspath(path)
         kind = _format_of(name, format)
@@ -179,8 +188,10 @@ def read_records(
             raise InputError(f"{name}: JSON lines name their fields, `columns` does not apply")
         if kind in ("jsonl", "text") and quoting is not None:
             raise InputError(f"{name}: `quoting` applies to csv and tsv, this is {kind}")
+        data = _read_bytes(path)
+        digest.update(data)
         records += parse_records(
-            _read_bytes(path),
+            data,
             name,
             kind,
             bad,
@@ -188,7 +199,8 @@ def read_records(
             quoting=quoting,
             encoding=encoding,
         )
-    return non_empty(Records(records, bad), os.fspath(pattern))
+    read = Records(records, bad, f"sha256:{digest.hexdigest()}")
+    return non_empty(read, os.fspath(pattern))
 
 
 def parse_records(

@@ -31,11 +31,14 @@ class Example:
 
 
 class Examples(list[Example]):
-    """The examples of a split; `bad` counts the records that were left out."""
+    """The examples of a split.
 
-    def __init__(self, examples: Iterable[Example], bad: BadRecords) -> None:
+    `bad` counts the records that were left out; `digest` is that of the source, see `Records`.
+    """
+
+    def __init__(self, examples: Iterable[Example], bad: BadRecords, digest: str = "") -> None:
         super().__init__(examples)
-        self.bad = bad
+        self.bad, self.digest = bad, digest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +177,7 @@ class Task:
             if limit < 1:
                 raise self._error(f"a limit of {limit} examples; it must be at least 1")
             kept = [examples[i * len(examples) // limit] for i in range(limit)]
-            return Examples(kept, examples.bad)
+            return Examples(kept, examples.bad, examples.digest)
         return examples
 
     def _divide(self, split: str) -> Examples:
@@ -184,7 +187,8 @@ class Task:
             raise self._error(f"held_out={self.held_out} of {len(train)} training examples")
         held = {i * len(train) // self.held_out for i in range(self.held_out)}
         wanted = split == "validation"
-        return Examples((e for i, e in enumerate(train) if (i in held) == wanted), train.bad)
+        chosen = (e for i, e in enumerate(train) if (i in held) == wanted)
+        return Examples(chosen, train.bad, train.digest)
 
     def _load(self, split: str) -> Examples:
         try:
@@ -233,7 +237,7 @@ class Task:
                 bad.report(record.where, str(error))
         if not examples:
             raise InputError(_why_empty(records, bad))
-        return Examples(examples, bad)
+        return Examples(examples, bad, records.digest)
 
     def _target(self, fields: Mapping[str, Any], template: Template | None) -> str:
         if template is not None:

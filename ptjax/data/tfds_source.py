@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 from typing import Any
@@ -40,7 +42,7 @@ def read_tfds(source: str, *, split: str, data_dir: str | None = None) -> Record
     split = match["split"] or split
     file = f"tfds:{name}@{split}"
     try:
-        rows = tfds.data_source(name, split=split, data_dir=data_dir or None)
+        rows: Any = tfds.data_source(name, split=split, data_dir=data_dir or None)
         fields = [_plain(row) for row in rows]
     except (
         ArithmeticError, AssertionError, ImportError, LookupError, NotImplementedError, OSError,
@@ -53,7 +55,10 @@ def read_tfds(source: str, *, split: str, data_dir: str | None = None) -> Record
             "version, split and data_dir, or prepare it with `tfds build "
             "--file_format=array_record`"
         ) from error
-    return non_empty(Records([Record(f, file, i) for i, f in enumerate(fields, 1)]), file)
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+    digest = f"{rows.dataset_info.full_name} sha256:{digest}"  # TFDS keeps no hash of a split
+    records = [Record(f, file, i) for i, f in enumerate(fields, 1)]
+    return non_empty(Records(records, digest=digest), file)
 
 
 def _plain(value: Any) -> Any:

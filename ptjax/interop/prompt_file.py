@@ -262,3 +262,7 @@ class FromFile:
                 f"{self.path}: {len(prompt)} rows, the run wants {length}; set PROMPT_LENGTH to it"
             )
         return prompt
+
+    def identity(self) -> dict[str, Any]:
+        """What the path stands for; see `ptjax.identity.describe`."""
+        return {"path": load_prompt(self.path).prompt}

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from ptjax.errors import check_at_least
@@ -47,6 +48,19 @@ class Adafactor:
         rate = None if callable(self.learning_rate) else self.learning_rate
         decay, offset = self.weight_decay, self.step_offset
         check_at_least(0, "Adafactor", learning_rate=rate, weight_decay=decay, step_offset=offset)
+
+    def identity(self) -> dict[str, Any]:
+        """A schedule by its values; see `ptjax.identity.describe`."""
+        schedule = self.learning_rate
+        if not callable(schedule):
+            return {}
+        # Dense where schedules change: every step up to 8, then 16 steps an octave, to 2^24.
+        steps = sorted({*range(9), *(round(2 ** (k / 16)) for k in range(48, 24 * 16 + 1))})
+        rates = jax.vmap(lambda step: jnp.asarray(schedule(step), jnp.float32))(np.array(steps))
+        values = {
+            f"step {n}": float(f"{r:.7g}") for n, r in zip(steps, np.asarray(rates), strict=True)
+        }
+        return {"learning_rate": {"is": "schedule", **values}}
 
     def rate_at(self, step: Any, embedding_rms: float) -> Any:
         """The absolute learning rate of update `step` (0 is the first of this run)."""
