@@ -15,6 +15,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
+from ptjax import lock
 from ptjax.backbone import Backbone, save_backbone
 from ptjax.data.catalogue import Preprocess
 from ptjax.data.denoising import PrefixLM, SpanCorruption
@@ -24,7 +25,7 @@ from ptjax.data.sources import read_records
 from ptjax.data.tasks import Task
 from ptjax.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from ptjax.errors import InputError
-from ptjax.exports import Exports
+from ptjax.exports import Exports, read_model
 from ptjax.fingerprint import fingerprint
 from ptjax.loop import Pace, Run
 from ptjax.members import Member
@@ -243,22 +244,18 @@ def pretrain(
     directory = epath.Path(model_dir).expanduser()
     member = Member(
         batches,
-        Exports(directory / "models", "", write),
+        Exports(directory / "models", "", write, read_model),
         rate_at=lambda step: float(optimizer.rate_at(step, 1.0)),
     )
-    run = Run(
-        directory,
-        pace,
-        [member],
-        identity={
-            "start": fingerprint(model, params, mesh),
-            "tokenizer_fingerprint": found.fingerprint,
-            "seed": seed,
-            "microbatches": microbatches,
-        },
-        config=config,
-    )
-    run.fit(state, {}, step, mesh, dry_run=dry_run)
+    identity = {
+        "start": fingerprint(model, params, mesh),
+        "tokenizer_fingerprint": found.fingerprint,
+        "seed": seed,
+        "microbatches": microbatches,
+    }
+    with lock.hold(directory, needed=not dry_run) as held:
+        run = Run(directory, pace, [member], identity=identity, config=config, lock=held)
+        run.fit(state, {}, step, mesh, dry_run=dry_run)
 
 
 def _init_on_mesh(model: T5Config, seed: int, mesh: Any) -> Any:

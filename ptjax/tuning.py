@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from ptjax import atomic
+from ptjax import atomic, lock
 from ptjax.backbone import Backbone
 from ptjax.bank import Variant
 from ptjax.checkpoint import Checkpoints
@@ -115,46 +115,47 @@ def tune(
         row_length=row_length,
         evaluation=evaluation,
     )
-    scores = functools.partial(Scores, backbone, seed, hard_prompt, other_hard_prompts or {})
-    identity = preparation.identity(task, seed)
-    if method == "hard_prompt":
-        _refuse_another_run(model_dir / "checkpoints", identity)
-        frozen, subject = backbone.variables, preparation.load(task)
-        report_sizes(method, backbone, {}, {}, frozen)
-        if dry_run:
-            return {}
-        results = scores(subject).hard_prompt_only() | _counts({}, frozen)
-        report_memory()
-        if config:
-            _write(model_dir / "config.gin", config)
-    else:
-        if bank:
-            identity["bank"] = {name: variant.describe() for name, variant in bank.items()}
-        starts = _start_members(preparation, task, bank or {"": Variant()}, seed)
-        state, step = _compose(starts, preparation, loss, stacked=bool(bank))
-        frozen = starts[0].frozen
-        report_sizes(method, backbone, state.trainable, state.opt_state, frozen)
-        counts = _counts(state.trainable, frozen)
-        members = [start.member for start in starts]
-        run = Run(model_dir, pace, members, identity=identity, config=config)
-        run.fit(state, frozen, step, backbone.mesh, dry_run=dry_run)
-        if dry_run:
-            return {}
-        of_subject = {start.subject: scores(start.subject) for start in starts}
-        found, prompts = {}, []
-        for start, standing in zip(starts, run.progress.standings, strict=True):
-            if standing.best_step is not None:
-                best = preparation.load_best(start.member)
-                tuned = of_subject[start.subject].tuned(best, start.variables, start.seed)
-                found[start.member.name] = tuned | {"step": standing.best_step}
-                prompts.append(best.get("prompt", {}).get("prompt"))
-        results = of_bank(found, run) if bank else found[""]
-        results |= counts
-        if bank and len(of_subject) == 1:
-            evaluator = starts[0].subject.evaluator
-            together = evaluator.ensemble(prompts, evaluator.reported_split)
-            results["ensemble"] = together["ensemble"]
-    _write(model_dir / "results.json", json.dumps(results, indent=2) + "\n")
+    with lock.hold(model_dir, needed=not dry_run) as held:
+        scores = functools.partial(Scores, backbone, seed, hard_prompt, other_hard_prompts or {})
+        identity = preparation.identity(task, seed)
+        if method == "hard_prompt":
+            _refuse_another_run(model_dir / "checkpoints", identity, held)
+            frozen, subject = backbone.variables, preparation.load(task)
+            report_sizes(method, backbone, {}, {}, frozen)
+            if dry_run:
+                return {}
+            results = scores(subject).hard_prompt_only() | _counts({}, frozen)
+            report_memory()
+            if config:
+                _write(model_dir / "config.gin", config, held)
+        else:
+            if bank:
+                identity["bank"] = {name: variant.describe() for name, variant in bank.items()}
+            starts = _start_members(preparation, task, bank or {"": Variant()}, seed)
+            state, step = _compose(starts, preparation, loss, stacked=bool(bank))
+            frozen = starts[0].frozen
+            report_sizes(method, backbone, state.trainable, state.opt_state, frozen)
+            counts = _counts(state.trainable, frozen)
+            members = [start.member for start in starts]
+            run = Run(model_dir, pace, members, identity=identity, config=config, lock=held)
+            run.fit(state, frozen, step, backbone.mesh, dry_run=dry_run)
+            if dry_run:
+                return {}
+            of_subject = {start.subject: scores(start.subject) for start in starts}
+            found, prompts = {}, []
+            for start, standing in zip(starts, run.progress.standings, strict=True):
+                if standing.best_step is not None:
+                    best = preparation.load_best(start.member)
+                    tuned = of_subject[start.subject].tuned(best, start.variables, start.seed)
+                    found[start.member.name] = tuned | {"step": standing.best_step}
+                    prompts.append(best.get("prompt", {}).get("prompt"))
+            results = of_bank(found, run) if bank else found[""]
+            results |= counts
+            if bank and len(of_subject) == 1:
+                evaluator = starts[0].subject.evaluator
+                together = evaluator.ensemble(prompts, evaluator.reported_split)
+                results["ensemble"] = together["ensemble"]
+        _write(model_dir / "results.json", json.dumps(results, indent=2) + "\n", held)
     return results
 
 
@@ -203,17 +204,21 @@ def _counts(trainable: Tree, frozen: Tree) -> dict[str, int]:
     }
 
 
-def _refuse_another_run(directory: epath.Path, identity: dict[str, Any]) -> None:
+def _refuse_another_run(
+    directory: epath.Path, identity: dict[str, Any], held: lock.Lock | None
+) -> None:
     """A hard prompt has no checkpoints of its own; its results may not replace a run's."""
     processes.check_shared(directory.parent)
     if directory.exists():
-        checkpoints = Checkpoints(directory)
+        checkpoints = Checkpoints(directory, clean=held is not None)
         try:
             checkpoints.check_identity(identity)
         finally:
             checkpoints.close()
 
 
-def _write(path: epath.Path, text: str) -> None:
+def _write(path: epath.Path, text: str, held: lock.Lock | None) -> None:
+    if held is not None:
+        held.check()
     if processes.first():
         atomic.write_bytes(path, text.encode())

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 from ptjax.cli import distributed, logs
 from ptjax.cli.gin_files import bound, config_text, has_macro, load_gin, macro, near, settings
-from ptjax.errors import InputError
+from ptjax.errors import InputError, TrainingError
 
 __all__ = [
     "EXIT_CODES",
@@ -154,11 +154,7 @@ def _run(body: Callable[[], Any], processes: argparse.Namespace | None) -> NoRet
         raise SystemExit(1) from None
     except OSError as error:
         raise SystemExit(_say("failed", error, 1)) from None
-    except RuntimeError as error:
-        from ptjax.loop import TrainingError  # not before: most commands need no loop
-
-        if not isinstance(error, TrainingError):
-            raise
+    except TrainingError as error:
         raise SystemExit(_say("failed", error, 1)) from None
     except KeyboardInterrupt:
         print(f"{logs.speaker()}interrupted", file=sys.stderr)

@@ -19,6 +19,7 @@ import sentencepiece
 from etils import epath
 from sentencepiece import sentencepiece_model_pb2
 
+from ptjax import atomic
 from ptjax.data.sources import resolve_path
 from ptjax.errors import InputError
 
@@ -166,7 +167,7 @@ class SentencePieceTokenizer:
     def save(self, directory: str | os.PathLike[str]) -> None:
         folder = epath.Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "spiece.model").write_bytes(self._model)
+        atomic.write_bytes(folder / "spiece.model", self._model)
         config = {
             "tokenizer_class": "T5Tokenizer",
             "extra_ids": self.extra_ids,
@@ -174,7 +175,7 @@ class SentencePieceTokenizer:
             "eos_token": self._processor.id_to_piece(self.eos_id),
             "unk_token": self._processor.id_to_piece(self.unk_id),
         }
-        (folder / _CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n")
+        atomic.write_bytes(folder / _CONFIG_FILE, f"{json.dumps(config, indent=1)}\n".encode())
 
 
 class ByteTokenizer:
@@ -217,7 +218,7 @@ class ByteTokenizer:
         folder = epath.Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         config = {"tokenizer_class": "ByT5Tokenizer", "extra_ids": 125}
-        (folder / _CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n")
+        atomic.write_bytes(folder / _CONFIG_FILE, f"{json.dumps(config, indent=1)}\n".encode())
 
 
 class TransformersTokenizer:
@@ -286,7 +287,7 @@ class TransformersTokenizer:
             for file in self._tokenizer.save_pretrained(local):
                 source = epath.Path(file)
                 if source.exists():
-                    (folder / source.name).write_bytes(source.read_bytes())
+                    atomic.write_bytes(folder / source.name, source.read_bytes())
 
 
 def load_tokenizer(source: str | os.PathLike[str]) -> Tokenizer:
