@@ -66,16 +66,16 @@ def remove_leftovers(folder: str | os.PathLike[str]) -> None:
             path.unlink(missing_ok=True)
 
 
-def is_full(error: BaseException | None) -> bool:
-    """Whether an error, or what caused it, says that there is no room for what is written."""
+def full_reason(error: BaseException | None) -> str | None:
+    """The system's words, if an error or what caused it says that a disk or quota is full."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in _FULL:
-            return True
-        # tensorstore's errors, and Orbax's around them, have the system's words alone.
-        if any(os.strerror(number) in str(error) for number in _FULL):
-            return True
+        for number in _FULL:
+            words = os.strerror(number)
+            # tensorstore's errors, and Orbax's around them, have no number.
+            if (isinstance(error, OSError) and error.errno == number) or words in str(error):
+                return words
         error = error.__cause__ or error.__context__
-    return False
+    return None
 
 
 def one_line(error: BaseException) -> str:

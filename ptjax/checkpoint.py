@@ -122,7 +122,7 @@ class Checkpoints:
             except (MemoryError, jax.errors.JaxRuntimeError):
                 raise  # not the file's fault
             except Exception as error:  # Orbax has no kind of its own for damage
-                problem = atomic.one_line(error)
+                problem = _reason(error)
             if processes.any_of_all(loaded is None):
                 damaged[step] = problem or "another process cannot read it"
                 continue
@@ -167,7 +167,7 @@ class Checkpoints:
             try:
                 return self._read_json(step)[1]
             except Exception as error:  # as in `restore`, which says more of it
-                damaged[step] = atomic.one_line(error)
+                damaged[step] = _reason(error)
         if damaged:
             raise self._none_whole(damaged)
         return None
@@ -233,6 +233,13 @@ class Checkpoints:
             f"{self.directory}: no checkpoint is whole ({reasons}); put the folder back from a "
             "copy, or remove it to start anew"
         )
+
+
+def _reason(error: BaseException) -> str:
+    """What is wrong with a file; Orbax then only says that no handler of its own fits."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return atomic.one_line(error)
 
 
 def _hash_of(progress: dict[str, Any], identity: dict[str, Any], sums: Any) -> str:

@@ -274,6 +274,7 @@ def hold(model_dir: epath.Path, *, needed: bool = True) -> Iterator[Lock | None]
 
     Raises:
         InputError: a living run holds it. On all processes.
+        TrainingError: there is no room for what the run writes.
     """
     if not needed:
         yield None
@@ -283,6 +284,13 @@ def hold(model_dir: epath.Path, *, needed: bool = True) -> Iterator[Lock | None]
         while not _agreed(lock):
             time.sleep(POLL)
         yield lock
+    except Exception as error:
+        if (reason := atomic.full_reason(error)) is None:
+            raise
+        raise TrainingError(
+            f"MODEL_DIR = {model_dir}: it is full ({reason}); make room, and the same command goes "
+            "on from the last checkpoint"
+        ) from error
     finally:
         lock.release()
 

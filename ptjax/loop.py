@@ -9,12 +9,12 @@ first one's, checkpoints are everybody's.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -104,8 +104,8 @@ class Run:
         With `dry_run` it compiles the steps and returns.
 
         Raises:
-            TrainingError: a loss is not finite (in a bank: the last one that was), the disk is
-                full, or another run took MODEL_DIR's lock over.
+            TrainingError: a loss is not finite (in a bank: the last one that was), or another run
+                took MODEL_DIR's lock over.
             SystemExit: SIGTERM (143) or Ctrl-C (130), after saving.
         """
 
@@ -115,7 +115,7 @@ class Run:
         if dry_run:
             compile_all(state)
             return state
-        with self._closing():
+        with contextlib.closing(self.checkpoints):  # what is being written is finished
             state, data = self._resume(state)
             self._check_lock()
             if self.config and processes.first():
@@ -136,23 +136,6 @@ class Run:
             processes.wait_for_all("the end of the run")
             report_memory()
         return state
-
-    @contextmanager
-    def _closing(self) -> Iterator[None]:
-        """Finishes what is being written, also when something failed; a full disk in one line."""
-        try:
-            try:
-                yield
-            finally:
-                self.checkpoints.close()
-        except Exception as error:
-            if not atomic.is_full(error):
-                raise
-            raise TrainingError(
-                f"MODEL_DIR = {self.model_dir}: no room for what is written there "
-                f"({atomic.one_line(error)}). Make room; the same command goes on from the last "
-                "checkpoint"
-            ) from error
 
     def _check_lock(self) -> None:
         """Before anything is written."""
