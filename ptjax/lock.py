@@ -213,10 +213,11 @@ class Lock:
                 return "it has ended"
             if 0 <= age < SILENCE:
                 raise self._in_use(holder, age)
-        if _age_by_storage(self.model_dir / NAME) > ABANDONED:
-            return f"silent for more than {ABANDONED:.0f} s"
         now = time.monotonic()
         if self._watched is None:
+            # Only now: a remote file's age may come from a cache the next time.
+            if _age_by_storage(self.model_dir / NAME) > ABANDONED:
+                return f"silent for more than {ABANDONED:.0f} s"
             self._watched = generation, now
             logging.info(
                 "%s is locked by %s; taking over if it stays silent for %.0f s",
