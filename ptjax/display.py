@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from types import TracebackType
 from typing import Any
@@ -57,7 +58,12 @@ class Display:
         if self._bar:
             self._bar.stop()
         if self._events:
-            self._events.close()
+            try:
+                self._events.close()
+            except OSError:
+                _give_up(self._events)
+                if error is None:
+                    raise
 
     def step(self, step: int) -> None:
         if self._bar:
@@ -78,6 +84,15 @@ class Display:
             self._bar.update(self._task, completed=step, shown=_text(self._latest))
         else:
             logging.info("step %d/%d  %s", step, self._steps, _text(fresh))
+
+
+def _give_up(events: Any) -> None:
+    """Of a writer that cannot write: ends its thread, and keeps it from trying again at exit."""
+    writer = events.file_writer.event_writer
+    writer.flush = lambda: None
+    with contextlib.suppress(OSError):
+        writer.close()
+    writer.close = lambda: None
 
 
 def _text(values: dict[str, float]) -> str:

@@ -1,4 +1,4 @@
-"""The one exception for bad input, and the checks and phrases that most settings share."""
+"""The exceptions for bad input and for a run that fails, and what most settings share."""
 
 from __future__ import annotations
 
@@ -15,6 +15,10 @@ class InputError(ValueError):
     The message is one line: what is wrong, where (file, line, name), and what to do. The command
     line prints it without a traceback and exits with code 2.
     """
+
+
+class TrainingError(RuntimeError):
+    """The run cannot go on; what it saved before is good. Exit code 1."""
 
 
 def near(

@@ -6,11 +6,27 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from absl import logging
 from etils import epath
 
 from ptjax import atomic
+from ptjax.errors import InputError
+from ptjax.interop.huggingface import load_huggingface
 
 BEST = "best"
+
+
+def read_model(path: epath.Path) -> dict[str, Any]:
+    """The `Exports.read` of models in Hugging Face's layout, which carry no metadata of ours.
+
+    Raises:
+        InputError: a file is missing, cut or empty.
+    """
+    load_huggingface(path)
+    for file in path.iterdir():
+        if not file.stat().length:
+            raise InputError(f"{file}: the file is empty")
+    return {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,11 +38,14 @@ class Exports:
         suffix: of one export's name, "" when it is a folder.
         write: `(path, trainable, metadata)` writes one, whole or not at all; all processes call it
             together, and the first one writes.
+        read: `(path)` gives the metadata of one, {} of a kind that has none.
+            Raises InputError: it is missing or damaged.
     """
 
     directory: epath.Path
     suffix: str
     write: Callable[[epath.Path, Any, dict[str, Any]], None]
+    read: Callable[[epath.Path], dict[str, Any]]
 
     def path(self, name: int | str) -> epath.Path:
         return self.directory / f"{name}{self.suffix}"
@@ -38,6 +57,30 @@ class Exports:
             if ahead or (newer_than is None and step not in keep):
                 path = self.path(step)
                 path.rmtree() if path.is_dir() else path.unlink()
+
+    def recover(self, step: int) -> str | None:
+        """Takes the export of `step` from the best one, if it is damaged; what is wrong if not."""
+        path, best = self.path(step), self.path(BEST)
+        try:
+            self.read(path)
+            return None
+        except InputError as error:
+            problem = str(error)
+        try:
+            if self.read(best).get("step") != step:
+                return problem
+        except InputError:
+            return problem
+        logging.warning("%s; made again from %s", problem, best)
+        atomic.write_bytes(path, best.read_bytes())
+        return None
+
+    def remove_leftovers(self) -> None:
+        """Removes what a kill left of files that were being written."""
+        atomic.remove_leftovers(self.directory)
+        for folder in self.directory.iterdir() if self.directory.exists() else ():
+            if folder.is_dir() and not self.suffix:  # an export, or the best one
+                atomic.remove_leftovers(folder)
 
     def promote(self, step: int) -> None:
         """Makes the export of `step` the best one."""

@@ -9,17 +9,12 @@ first one's, checkpoints are everybody's.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
 import math
-import os
-import signal
 import statistics
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from types import FrameType
 from typing import Any
 
 import jax
@@ -29,23 +24,21 @@ from absl import logging
 from etils import epath
 from jax.sharding import Mesh
 
-from ptjax import atomic
+from ptjax import atomic, signals
 from ptjax.checkpoint import Checkpoints
 from ptjax.data.batch import Batch, count_examples
 from ptjax.data.pipeline import BankBatches, Batches, Shape, make_iterator
 from ptjax.display import Display
-from ptjax.errors import check_at_least
+from ptjax.errors import InputError, TrainingError, check_at_least
+from ptjax.lock import Lock
 from ptjax.members import Member, Progress, Standing
+from ptjax.metrics_log import MetricsLog
 from ptjax.scale import processes, sharding
 from ptjax.scale.compiled import compile_steps
 from ptjax.training.freeze import flatten_paths
 from ptjax.training.step import TrainState
 
 Tree = Any
-
-
-class TrainingError(RuntimeError):
-    """The run cannot go on; what it saved before is good. Exit code 1."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,16 +78,18 @@ class Run:
         *,
         identity: dict[str, Any],
         config: str = "",
+        lock: Lock | None = None,
     ) -> None:
+        """`lock` is MODEL_DIR's, which the caller holds; None for a dry run."""
         self.model_dir, self.pace, self.members = model_dir, pace, list(members)
-        self.identity, self.config = identity, config
+        self.identity, self.config, self.lock = identity, config, lock
         self.bank = any(member.name for member in members)
         processes.check_shared(model_dir)
-        self.checkpoints = Checkpoints(model_dir / "checkpoints")
+        self.checkpoints = Checkpoints(model_dir / "checkpoints", clean=lock is not None)
         self.checkpoints.check_identity(identity)
         self.checkpoints.check_steps(pace.train_steps)
         self.progress = Progress([Standing() for _ in members], list(range(len(members))))
-        self.rows: list[dict[str, Any]] = []
+        self.metrics = MetricsLog(model_dir / "metrics.jsonl")
 
     def fit(
         self,
@@ -110,7 +105,8 @@ class Run:
         With `dry_run` it compiles the steps and returns.
 
         Raises:
-            TrainingError: a loss is not finite (in a bank: the last one that was).
+            TrainingError: a loss is not finite (in a bank: the last one that was), or another run
+                took MODEL_DIR's lock over.
             SystemExit: SIGTERM (143) or Ctrl-C (130), after saving.
         """
 
@@ -120,28 +116,32 @@ class Run:
         if dry_run:
             compile_all(state)
             return state
-        try:
+        with contextlib.closing(self.checkpoints):  # what is being written is finished
             state, data = self._resume(state)
+            self._check_lock()
             if self.config and processes.first():
                 atomic.write_bytes(self.model_dir / "config.gin", self.config.encode())
             with Display(self.model_dir, self.pace.train_steps, self.progress.step) as display:
                 steps = compile_all(state)
-                with _signals() as stop:
+                with signals.caught() as stop:
                     while data is not None:
                         state, data = self._steps(state, frozen, steps, data, mesh, display, stop)
                         if data is not None:
                             steps = compile_all(state)
             self.checkpoints.wait()
+            self._check_lock()
             if processes.first():
                 for member, standing in zip(self.members, self.progress.standings, strict=True):
                     last = member.exports.steps()[-self.pace.keep :]
-                    member.exports.prune({standing.best_step, *last})
+                    member.exports.prune({standing.best_step, standing.best_before, *last})
             processes.wait_for_all("the end of the run")
             report_memory()
-        finally:
-            # Also when something failed: what is being written is finished.
-            self.checkpoints.close()
         return state
+
+    def _check_lock(self) -> None:
+        """Before anything is written."""
+        if self.lock is not None:
+            self.lock.check()
 
     def _steps(
         self,
@@ -151,7 +151,7 @@ class Run:
         data: Iterator[Batch],
         mesh: Mesh,
         display: Display,
-        stop: _Stop,
+        stop: signals.Stop,
     ) -> tuple[TrainState, Iterator[Batch] | None]:
         """Steps until the run is over (None), or its bank has become smaller (its new data)."""
         progress, pace = self.progress, self.pace
@@ -193,6 +193,7 @@ class Run:
                 self._add(waiting)
                 waiting = None
             if evaluation or stopping:
+                self._check_lock()
                 self.checkpoints.save(
                     progress.step, state, dataclasses.asdict(progress), self.identity
                 )
@@ -238,28 +239,64 @@ class Run:
         return sorted(kept + others[: size - len(kept)])
 
     def _resume(self, state: TrainState) -> tuple[TrainState, Iterator[Batch]]:
-        rows = self.model_dir / "metrics.jsonl"
-        if self.checkpoints.latest is None:
+        if processes.first():
+            atomic.remove_leftovers(self.model_dir)
+            for member in self.members:
+                member.exports.remove_leftovers()
+
+        def like(loaded: dict[str, Any]) -> TrainState:
+            held = Progress.from_json(loaded).held
+            return _take(state, held) if len(held) < len(self.members) else state
+
+        restored = self.checkpoints.restore(like)
+        if restored is None:
             if processes.first():
-                rows.unlink(missing_ok=True)
+                self.metrics.clear()
                 for member in self.members:
                     member.exports.prune(set())
             return state, self._data()
-        loaded = self.checkpoints.restore_progress()
-        loaded["standings"] = [Standing(**standing) for standing in loaded["standings"]]
-        self.progress = Progress(**loaded)
-        step, held = self.progress.step, self.progress.held
-        like = _take(state, held) if len(held) < len(self.members) else state
-        state = self.checkpoints.restore(like)
+        self.progress = Progress.from_json(restored[1])
+        step = self.progress.step
         logging.info("going on from step %d of %s", step, self.model_dir)
+        self._restore_exports(restored[0])
         if processes.first():
-            for member, standing in zip(self.members, self.progress.standings, strict=True):
+            self.metrics.resume(step)
+        return restored[0], self._data()
+
+    def _restore_exports(self, state: TrainState) -> None:
+        """Drops those ahead of the checkpoint; makes the best as it names it.
+
+        Raises:
+            InputError: the best is missing or damaged, and nothing is left to make it again.
+        """
+        step = self.progress.step
+        places = {number: place for place, number in enumerate(self.progress.held)}
+        for number, member in enumerate(self.members):
+            standing, problem = self.progress.standings[number], None
+            if processes.first():
                 member.exports.prune(set(), newer_than=step)
                 if standing.best_step is not None:
-                    member.exports.promote(standing.best_step)
-            lines = rows.read_text().splitlines() if rows.exists() else []
-            self.rows = [row for row in map(json.loads, lines) if row["step"] <= step]
-        return state, self._data()
+                    problem = member.exports.recover(standing.best_step)
+            if not processes.of_first(int(problem is not None)):
+                pass
+            elif standing.best_step == step and number in places:
+                # Of this very state: what was exported then, byte for byte.
+                logging.warning("%s; made again from the checkpoint of step %d", problem, step)
+                self._export(number, self._trainable(state, places[number]), standing.best_value)
+            else:
+                raise InputError(
+                    f"{problem or f'MODEL_DIR = {self.model_dir}: the best export is damaged'}, "
+                    f"and the checkpoint of step {step} cannot make it again; put it back from a "
+                    f"copy, or remove {self.checkpoints.directory} to start anew"
+                )
+            if processes.first() and standing.best_step is not None:
+                member.exports.promote(standing.best_step)
+
+    def _export(self, number: int, trainable: Tree, value: float | None) -> None:
+        """A member's trainable variables of this step, with the value that selects."""
+        member, step = self.members[number], self.progress.step
+        metadata = {"step": step, "metric": member.metric, "value": value}
+        member.exports.write(member.exports.path(step), trainable, metadata)
 
     def _add(self, metrics: dict[str, jax.Array]) -> None:
         losses, norms = (np.atleast_1d(metrics[name]) for name in ("loss", "gradient_norm"))
@@ -327,10 +364,9 @@ class Run:
 
     def _write(self, display: Display, values: dict[str, float]) -> None:
         """One line of metrics.jsonl; the file is whole at any instant."""
+        self._check_lock()
         if processes.first():
-            self.rows.append({"step": self.progress.step} | values)
-            text = "".join(json.dumps(row) + "\n" for row in self.rows)
-            atomic.write_bytes(self.model_dir / "metrics.jsonl", text.encode())
+            self.metrics.append({"step": self.progress.step} | values)
         display.metrics(self.progress.step, values)
 
     def _evaluate(self, state: TrainState, display: Display) -> None:
@@ -350,26 +386,28 @@ class Run:
             }
             self._write(display, self._named(validation) | took)
         keep = []
+        self._check_lock()
         for number, trainable in running:
             exports, standing = self.members[number].exports, progress.standings[number]
             kept = exports.steps()[-self.pace.keep :] if processes.first() else ()
-            previous = self._select(number, trainable, found.get(number))
-            keep.append((exports, {previous, standing.best_step, progress.step, *kept}))
-        # The last committed checkpoint may still name `previous`; one not yet written cannot.
+            named = {standing.best_before, standing.best_step}
+            self._select(number, trainable, found.get(number))
+            keep.append((exports, named | {standing.best_step, progress.step, *kept}))
+        # The two committed checkpoints may still name those of `named`; later ones cannot.
         self.checkpoints.wait()
+        self._check_lock()
         if processes.first():
             for exports, steps in keep:
                 exports.prune(steps)
 
-    def _select(self, number: int, trainable: Tree, metrics: dict[str, float] | None) -> int | None:
-        """Exports a member, and makes it the best if it is; the step that was so far."""
+    def _select(self, number: int, trainable: Tree, metrics: dict[str, float] | None) -> None:
+        """Exports a member, and makes it the best if it is."""
         member, standing = self.members[number], self.progress.standings[number]
         value = metrics[member.metric] if metrics and member.metric else None
         # Without an evaluation the newest is the best.
         gained = value is None or standing.best_value is None or value > standing.best_value
-        step, previous = self.progress.step, standing.best_step
-        metadata = {"step": step, "metric": member.metric, "value": value}
-        member.exports.write(member.exports.path(step), trainable, metadata)
+        step, standing.best_before = self.progress.step, standing.best_step
+        self._export(number, trainable, value)
         if gained:
             standing.best_step, standing.best_value, standing.without_gain = step, value, 0
             if processes.first():
@@ -378,7 +416,6 @@ class Run:
             standing.without_gain += 1
             patience = self.pace.patience
             standing.stopped = patience is not None and standing.without_gain >= patience
-        return previous
 
 
 def _take(state: TrainState, places: Sequence[int]) -> TrainState:
@@ -392,47 +429,3 @@ def report_memory() -> None:
     stats = jax.local_devices()[0].memory_stats() or {}
     if peak := stats.get("peak_bytes_in_use"):
         logging.info("peak memory of a device: %.2f GB", peak / 1e9)
-
-
-@dataclasses.dataclass
-class _Stop:
-    """Whether the run ends before its end, because a signal asks for it."""
-
-    caught: int | None = None
-
-    def after(self, step: int) -> bool:
-        """Whether it ends after this step; to be asked after each. All processes hear the same."""
-        return processes.stop_agreed(step) if processes.several() else self.caught is not None
-
-    @property
-    def exit_code(self) -> int:
-        # A process that ends because another one was asked to knows of no signal.
-        return 128 + (self.caught or signal.SIGTERM)
-
-
-@contextmanager
-def _signals() -> Iterator[_Stop]:
-    """Notes SIGTERM and the first Ctrl-C for the end of the step; a second Ctrl-C interrupts."""
-    stop = _Stop()
-
-    def note(number: int, frame: FrameType | None) -> None:
-        stop.caught = number
-        signal.signal(
-            number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
-        )
-        logging.info("signal %d: saving at the end of this step", number)
-        if processes.several():
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    # On several processes SIGTERM belongs to JAX's preemption service, which tells all of them; a
-    # handler of ours would take its place.
-    numbers = (signal.SIGINT,) if processes.several() else (signal.SIGTERM, signal.SIGINT)
-    old = {number: signal.signal(number, note) for number in numbers}
-    try:
-        yield stop
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)

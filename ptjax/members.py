@@ -16,7 +16,8 @@ Tree = Any
 class Standing:
     """Where one member of a run stands. Sums start at the last logged step.
 
-    `failed` says that its loss was not finite.
+    `failed` says that its loss was not finite. `best_before` was the best until the last
+    evaluation: the checkpoint before the newest one names it.
     """
 
     best_value: float | None = None
@@ -26,6 +27,7 @@ class Standing:
     failed: bool = False
     loss_sum: float = 0.0
     norm_sum: float = 0.0
+    best_before: int | None = None
 
 
 @dataclasses.dataclass
@@ -39,6 +41,12 @@ class Progress:
     held: list[int]
     step: int = 0
     steps_summed: int = 0
+
+    @classmethod
+    def from_json(cls, loaded: dict[str, Any]) -> Progress:
+        """The inverse of `dataclasses.asdict`."""
+        standings = [Standing(**standing) for standing in loaded["standings"]]
+        return cls(**(loaded | {"standings": standings}))
 
     @property
     def running(self) -> list[tuple[int, int]]:

@@ -23,7 +23,7 @@ from ptjax.data.tasks import Task
 from ptjax.data.vocabularies import missing_tokenizer
 from ptjax.errors import InputError, check_at_least
 from ptjax.evaluation import Evaluation, Evaluator, report_cut, report_examples
-from ptjax.exports import BEST, Exports
+from ptjax.exports import BEST, Exports, read_model
 from ptjax.identity import digest_texts
 from ptjax.interop.prompt_file import load_prompt, save_prompt
 from ptjax.members import Member
@@ -282,8 +282,13 @@ class Preparation:
             save_backbone(path, backbone.config, params, tokenizer=tokenizer, dtype="float32")
 
         if self.method == "model_tuning":
-            return Exports(self.model_dir / "models", "", write_model)
-        return Exports(self.model_dir / "prompts" / name, ".safetensors", write_prompt)
+            return Exports(self.model_dir / "models", "", write_model, read_model)
+        return Exports(
+            self.model_dir / "prompts" / name,
+            ".safetensors",
+            write_prompt,
+            lambda path: load_prompt(path).metadata,
+        )
 
 
 def report_sizes(

@@ -15,6 +15,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
+from ptjax import lock
 from ptjax.backbone import Backbone, save_backbone
 from ptjax.data.batch import SpecialIds
 from ptjax.data.catalogue import Preprocess
@@ -26,7 +27,7 @@ from ptjax.data.tasks import Task
 from ptjax.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from ptjax.data.vocabularies import missing_tokenizer
 from ptjax.errors import InputError
-from ptjax.exports import Exports
+from ptjax.exports import Exports, read_model
 from ptjax.identity import digest_array, digest_texts, make_identity
 from ptjax.interop.special_ids import check_end_of_sequence
 from ptjax.loop import Pace, Run
@@ -260,17 +261,13 @@ def pretrain(
     directory = epath.Path(model_dir).expanduser()
     member = Member(
         batches,
-        Exports(directory / "models", "", write),
+        Exports(directory / "models", "", write, read_model),
         rate_at=lambda step: float(optimizer.rate_at(step, 1.0)),
     )
-    run = Run(
-        directory,
-        pace,
-        [member],
-        identity=make_identity(pretrain, given | {"tokenizer": found}, data),
-        config=config,
-    )
-    run.fit(state, {}, step, mesh, dry_run=dry_run)
+    identity = make_identity(pretrain, given | {"tokenizer": found}, data)
+    with lock.hold(directory, needed=not dry_run) as held:
+        run = Run(directory, pace, [member], identity=identity, config=config, lock=held)
+        run.fit(state, {}, step, mesh, dry_run=dry_run)
 
 
 def _init_on_mesh(model: T5Config, seed: int, mesh: Any) -> Any:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from absl import logging
 from etils import epath
 
-from ptjax import atomic
+from ptjax import atomic, lock
 from ptjax.backbone import Backbone
 from ptjax.bank import Variant
 from ptjax.checkpoint import Checkpoints
@@ -130,57 +130,77 @@ def tune(
         row_length=row_length,
         evaluation=evaluation,
     )
-    scores = functools.partial(Scores, backbone, seed, hard_prompt, other_hard_prompts or {})
     # Some ways to say the same.
     given |= {"feature_lengths": lengths, "other_hard_prompts": other_hard_prompts or None}
     identify = functools.partial(_identify, given | {"bank": bank or None})
-    if method == "hard_prompt":
-        frozen, subject = backbone.variables, preparation.load(task)
-        identity = identify([subject])
-        _refuse_another_run(model_dir, identity)
-        if not dry_run and (results := _scored(model_dir)) is not None:
-            return results
-        report_sizes(method, backbone, {}, {}, frozen)
-        if dry_run:
-            return {}
-        results = scores(subject).hard_prompt_only() | _counts({}, frozen)
-        report_memory()
-        if config:
-            _write(model_dir / "config.gin", config)
-        _write(model_dir / HARD_PROMPT_IDENTITY, json.dumps(identity, indent=2) + "\n")
-    else:
-        report_steps(pace.train_steps, backbone)
-        starts = _start_members(preparation, task, bank or {"": Variant()}, seed)
-        state, step = _compose(starts, preparation, loss, stacked=bool(bank))
-        frozen = starts[0].frozen
-        report_sizes(method, backbone, state.trainable, state.opt_state, frozen)
-        counts = _counts(state.trainable, frozen)
-        members = [start.member for start in starts]
-        identity = identify([start.subject for start in starts])
-        _refuse_a_hard_prompt(model_dir, identity)
-        run = Run(model_dir, pace, members, identity=identity, config=config)
-        if not dry_run and (results := _finished(run)) is not None:
-            run.checkpoints.close()
-            return results
-        run.fit(state, frozen, step, backbone.mesh, dry_run=dry_run)
-        if dry_run:
-            return {}
-        of_subject = {start.subject: scores(start.subject) for start in starts}
-        found, prompts = {}, []
-        for start, standing in zip(starts, run.progress.standings, strict=True):
-            if standing.best_step is not None:
-                best = preparation.load_best(start.member)
-                tuned = of_subject[start.subject].tuned(best, start.variables, start.seed)
-                found[start.member.name] = tuned | {"step": standing.best_step}
-                prompts.append(best.get("prompt", {}).get("prompt"))
-        results = of_bank(found, run) if bank else found[""]
-        results |= counts | {"trained_steps": run.progress.step}
-        if bank and len(of_subject) == 1:
-            evaluator = starts[0].subject.evaluator
-            together = evaluator.ensemble(prompts, evaluator.reported_split)
-            results["ensemble"] = together["ensemble"]
-    _write(model_dir / "results.json", json.dumps(results, indent=2) + "\n")
+    scores = functools.partial(Scores, backbone, seed, hard_prompt, other_hard_prompts or {})
+    with lock.hold(model_dir, needed=not dry_run) as held:
+        if method == "hard_prompt":
+            subject = preparation.load(task)
+            identity = identify([subject])
+            _refuse_another_run(model_dir, identity, held)
+            results = None if dry_run else _scored(model_dir)
+            if results is not None:
+                return results
+            report_sizes(method, backbone, {}, {}, backbone.variables)
+            if dry_run:
+                return {}
+            results = scores(subject).hard_prompt_only() | _counts({}, backbone.variables)
+            report_memory()
+            if config:
+                _write(model_dir / "config.gin", config, held)
+            _write(model_dir / HARD_PROMPT_IDENTITY, json.dumps(identity, indent=2) + "\n", held)
+        else:
+            report_steps(pace.train_steps, backbone)
+            starts = _start_members(preparation, task, bank or {"": Variant()}, seed)
+            state, step = _compose(starts, preparation, loss, stacked=bool(bank))
+            frozen = starts[0].frozen
+            report_sizes(method, backbone, state.trainable, state.opt_state, frozen)
+            counts = _counts(state.trainable, frozen)
+            identity = identify([start.subject for start in starts])
+            _refuse_a_hard_prompt(model_dir, identity)
+            run = Run(
+                model_dir,
+                pace,
+                [start.member for start in starts],
+                identity=identity,
+                config=config,
+                lock=held,
+            )
+            if not dry_run and (results := _finished(run)) is not None:
+                run.checkpoints.close()
+                return results
+            run.fit(state, frozen, step, backbone.mesh, dry_run=dry_run)
+            if dry_run:
+                return {}
+            results = _score_best(preparation, starts, run, scores, several=bool(bank)) | counts
+        _write(model_dir / "results.json", json.dumps(results, indent=2) + "\n", held)
     return results
+
+
+def _score_best(
+    preparation: Preparation,
+    starts: Sequence[Start],
+    run: Run,
+    scores: Callable[[Subject], Scores],
+    *,
+    several: bool,
+) -> dict[str, Any]:
+    """What `results.json` holds of a run that is over, but for the sizes."""
+    of_subject = {start.subject: scores(start.subject) for start in starts}
+    members, prompts = {}, []
+    for start, standing in zip(starts, run.progress.standings, strict=True):
+        if standing.best_step is not None:
+            best = preparation.load_best(start.member)
+            tuned = of_subject[start.subject].tuned(best, start.variables, start.seed)
+            members[start.member.name] = tuned | {"step": standing.best_step}
+            prompts.append(best.get("prompt", {}).get("prompt"))
+    results = of_bank(members, run) if several else members[""]
+    if several and len(of_subject) == 1:
+        evaluator = starts[0].subject.evaluator
+        together = evaluator.ensemble(prompts, evaluator.reported_split)
+        results["ensemble"] = together["ensemble"]
+    return results | {"trained_steps": run.progress.step}
 
 
 def _start_members(
@@ -240,9 +260,10 @@ def _identify(given: Mapping[str, Any], subjects: Sequence[Subject]) -> dict[str
 def _finished(run: Run) -> dict[str, Any] | None:
     """The results of a run that is over already; nothing is computed or written anew."""
     path = run.model_dir / "results.json"
-    if run.checkpoints.latest is None or not path.exists():
+    progress = run.checkpoints.newest_progress()
+    if progress is None or not path.exists():
         return None
-    progress, results = run.checkpoints.restore_progress(), json.loads(path.read_text())
+    results = json.loads(path.read_text())
     stopped = all(standing["stopped"] for standing in progress["standings"])
     if progress["step"] < run.pace.train_steps and not stopped:
         return None
@@ -259,11 +280,13 @@ def _scored(model_dir: epath.Path) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if done else None
 
 
-def _refuse_another_run(model_dir: epath.Path, identity: dict[str, Any]) -> None:
+def _refuse_another_run(
+    model_dir: epath.Path, identity: dict[str, Any], held: lock.Lock | None
+) -> None:
     """A hard prompt has no checkpoints of its own; its results may not replace a run's."""
     processes.check_shared(model_dir)
     if (model_dir / "checkpoints").exists():
-        checkpoints = Checkpoints(model_dir / "checkpoints")
+        checkpoints = Checkpoints(model_dir / "checkpoints", clean=held is not None)
         try:
             checkpoints.check_identity(identity)
         finally:
@@ -278,6 +301,8 @@ def _refuse_a_hard_prompt(model_dir: epath.Path, identity: dict[str, Any]) -> No
         check_same(json.loads(path.read_text()), identity, os.fspath(model_dir))
 
 
-def _write(path: epath.Path, text: str) -> None:
+def _write(path: epath.Path, text: str, held: lock.Lock | None) -> None:
+    if held is not None:
+        held.check()
     if processes.first():
         atomic.write_bytes(path, text.encode())

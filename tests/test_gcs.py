@@ -20,14 +20,15 @@ import pytest
 from conftest import FIXTURES, outcome
 from etils import epath
 from gcp_storage_emulator import server as emulator
+from gcp_storage_emulator.exceptions import NotFound
 from gcp_storage_emulator.handlers import objects
 from tensorboardX import record_writer
 
-from ptjax import atomic, tuning
+from ptjax import atomic, lock, tuning
 from ptjax.backbone import Backbone, load_backbone, save_backbone
 from ptjax.data.tasks import Task
 from ptjax.data.tokenizer import load_tokenizer
-from ptjax.errors import InputError
+from ptjax.errors import InputError, TrainingError
 from ptjax.evaluation import Evaluation
 from ptjax.interop.peft import export_peft
 from ptjax.interop.prompt_file import load_prompt, load_prompts, save_prompt
@@ -63,12 +64,53 @@ def list_range(request, response, storage, *args, **kwargs) -> None:
     objects.ls(request, response, storage, *args, **kwargs)
 
 
+def with_generation(read):
+    """The emulator's `read`, with the generation in a header, where tensorstore looks for it."""
+
+    def reading(request, response, storage, *args, **kwargs) -> None:
+        read(request, response, storage, *args, **kwargs)
+        if current := generation(request.params["object_id"], request, storage):
+            response["x-goog-generation"] = current
+
+    return reading
+
+
+def generation(name: str, request, storage) -> str:
+    try:
+        return storage.get_file_obj(request.params["bucket_name"], name)["generation"]
+    except NotFound:
+        return ""
+
+
+def on_condition(change):
+    """The emulator's `change`, if the object has the generation that the request asks for."""
+
+    def changed(request, response, storage, *args, **kwargs) -> None:
+        name = request.params.get("object_id") or request.query.get("name", [""])[0]
+        wanted = request.query.get("ifGenerationMatch", [None])[0]
+        if wanted is not None and wanted != (generation(name, request, storage) or "0"):
+            response.status = http.HTTPStatus.PRECONDITION_FAILED
+            return
+        change(request, response, storage, *args, **kwargs)
+
+    return changed
+
+
+AS_GOOGLE_HAS_IT = {
+    objects.ls: list_range,
+    objects.download: with_generation(objects.download),
+    objects.get: with_generation(objects.get),
+    objects.insert: on_condition(objects.insert),
+    objects.delete: on_condition(objects.delete),
+}
+
+
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[epath.Path]:
     """An empty bucket, gs://bucket."""
     with pytest.MonkeyPatch.context() as patch:
         handlers = [
-            (path, {k: list_range if f is objects.ls else f for k, f in methods.items()})
+            (path, {method: AS_GOOGLE_HAS_IT.get(f, f) for method, f in methods.items()})
             for path, methods in emulator.HANDLERS
         ]
         patch.setattr(emulator, "HANDLERS", tuple(handlers))
@@ -178,6 +220,31 @@ def test_a_file_is_whole_or_the_one_before(folder):
         raise KeyError
     assert file.read_bytes() == b"the second"
     assert [path.name for path in folder.iterdir()] == ["results.json"]
+
+
+def test_case_5_3_a_lock_is_one_runs_by_generation(folder, monkeypatch, caplog):
+    """Taken, refused, taken over when it is silent, noticed by the one that lost it, removed."""
+    lost, other = lock.Lock(folder), lock.Lock(folder)
+    assert lost.try_once()
+    with pytest.raises(InputError, match=rf"{folder}: in use by process {os.getpid()} on "):
+        other.try_once()
+    held = json.loads((folder / "run.lock").read_text())
+    elsewhere = held | {"host": "spot-7", "machine": "other", "token": "t"}
+    (folder / "run.lock").write_text(json.dumps(elsewhere))
+    monkeypatch.setattr(lock, "SILENCE", 0.2)
+    monkeypatch.setattr(lock, "POLL", 0.1)
+    with caplog.at_level(logging.INFO, logger="absl"), lock.hold(folder) as winner:
+        assert sum("taking over the lock" in line for line in caplog.messages) == 1
+        monkeypatch.setattr(lock, "HEARTBEAT", 0.0)
+        winner.check()
+        with pytest.raises(TrainingError, match=rf"taken over by process {os.getpid()} on "):
+            lost.check()
+        lost.release()
+        monkeypatch.setattr(lock, "HEARTBEAT", 30.0)
+        with pytest.raises(InputError, match="in use"):  # it was not the loser's to remove
+            other.try_once()
+    assert other.try_once()
+    other.release()
 
 
 # A run

@@ -76,3 +76,16 @@ def test_asked_to_stop_it_saves_and_says_so(tmp_path: Path, number: int, code: i
     assert process.wait(timeout=120) == code
     assert not (tmp_path / "run" / "results.json").exists()
     assert "saved at step" in log.read_text()
+
+
+def test_case_5_3_of_two_at_once_one_trains(tmp_path: Path) -> None:
+    """Both are started together; one ends at once and says why, the other one as if alone."""
+    logs = [tmp_path / "log0", tmp_path / "log1"]
+    both = [start(tmp_path / "run", log) for log in logs]
+    codes = [process.wait(timeout=300) for process in both]
+    assert sorted(codes) == [0, 2], [log.read_text()[-2000:] for log in logs]
+    winner, loser = codes.index(0), codes.index(2)
+    refused = logs[loser].read_text().splitlines()[-1]
+    assert f"MODEL_DIR = {tmp_path / 'run'}: in use by process {both[winner].pid} on " in refused
+    assert newest(tmp_path / "run") == 120
+    assert (tmp_path / "run" / "results.json").exists()

@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 from ptjax.cli import distributed, logs, t5x_names
 from ptjax.cli.gin_files import bound, config_text, has_macro, load_gin, macro, settings
-from ptjax.errors import InputError, near
+from ptjax.errors import InputError, TrainingError, near
 
 __all__ = [
     "EXIT_CODES",
@@ -168,11 +168,7 @@ def _run(body: Callable[[], Any], processes: argparse.Namespace | None) -> NoRet
         raise SystemExit(1) from None
     except OSError as error:
         raise SystemExit(_say("failed", error, 1)) from None
-    except RuntimeError as error:
-        from ptjax.loop import TrainingError  # not before: most commands need no loop
-
-        if not isinstance(error, TrainingError):
-            raise
+    except TrainingError as error:
         raise SystemExit(_say("failed", error, 1)) from None
     except KeyboardInterrupt:
         print(f"{logs.speaker()}interrupted", file=sys.stderr)

@@ -68,12 +68,13 @@ def _matters(record: logging.LogRecord) -> bool:
     """Ours; of JAX warnings (an unused GPU); of all others errors.
 
     Orbax, Grain and TFDS log every step of their work through absl, as ptjax does. gin reports
-    every folder in which it does not find a file as an error.
+    every folder in which it does not find a file as an error. Orbax logs an error in each of its
+    threads that it passes, and raises it in ours as well.
     """
     if os.path.abspath(record.pathname).startswith(_PACKAGE + os.sep):
         # Of several processes the first one tells what happens; the others what is wrong.
         return not _process or record.levelno >= logging.WARNING
-    if f"{os.sep}gin{os.sep}" in record.pathname:
+    if any(f"{os.sep}{name}{os.sep}" in record.pathname for name in ("gin", "orbax")):
         return False
     jax = record.name.split(".")[0] == "jax"
     return record.levelno >= (logging.WARNING if jax else logging.ERROR)

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from ptjax import atomic
 from ptjax.data.added_tokens import AddedToken
 from ptjax.data.sentinels import MARK, mark_sentinels, marked
 from ptjax.data.vocabulary import clear_folder, sha256, text_ids
@@ -106,4 +107,5 @@ class ByteTokenizer:
             tokens = [*unused, *self._added.values()]
             config["extra_ids"] = 0
             config["added_tokens_decoder"] = {str(token.id): token.flags() for token in tokens}
-        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
+        text = f"{json.dumps(config, indent=1)}\n"
+        atomic.write_bytes(folder / "tokenizer_config.json", text.encode())

@@ -13,6 +13,7 @@ import sentencepiece
 from etils import epath
 from sentencepiece import sentencepiece_model_pb2
 
+from ptjax import atomic
 from ptjax.data.added_tokens import CONTROL_NAMES, AddedToken, Splitter, read_added_tokens
 from ptjax.data.sentinels import MARK, SENTINEL, mark_sentinels, marked
 from ptjax.data.sources import resolve_path
@@ -187,7 +188,7 @@ class SentencePieceTokenizer:
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         folder = clear_folder(directory)
-        (folder / "spiece.model").write_bytes(self._model)
+        atomic.write_bytes(folder / "spiece.model", self._model)
         config: dict[str, Any] = {
             "tokenizer_class": "T5Tokenizer",
             "extra_ids": self.extra_ids,
@@ -202,7 +203,8 @@ class SentencePieceTokenizer:
             names = {name: self._config[name] for name in CONTROL_NAMES if self._config.get(name)}
             decoder = {str(token.id): token.flags() for token in self._added}
             config |= names | {"added_tokens_decoder": decoder}
-        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
+        text = f"{json.dumps(config, indent=1)}\n"
+        atomic.write_bytes(folder / "tokenizer_config.json", text.encode())
 
 
 def _pieces(proto: Any, extra_ids: int) -> list[tuple[str, float]]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from etils import epath
 
+from ptjax import atomic
 from ptjax.data.added_tokens import CONTROL_NAMES, read_json
 from ptjax.data.sentinels import SENTINEL, mark_sentinels, marked
 from ptjax.data.vocabulary import (
@@ -100,7 +101,7 @@ class TransformersTokenizer:
             for file in self._tokenizer.save_pretrained(local):
                 source = epath.Path(file)
                 if source.exists():
-                    (folder / source.name).write_bytes(source.read_bytes())
+                    atomic.write_bytes(folder / source.name, source.read_bytes())
 
 
 def _load(directory: str | os.PathLike[str], name: str) -> Any:

@@ -49,6 +49,16 @@ def stop_agreed(step: int) -> bool:
     return several() and multihost_utils.reached_preemption_sync_point(step)
 
 
+def of_first(number: int) -> int:
+    """The `number` of the first process, on all of them."""
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number))) if several() else number
+
+
+def any_of_all(here: bool) -> bool:
+    """Whether it is so on any process; all of them have to ask together."""
+    return bool(multihost_utils.process_allgather(np.array(here)).any()) if several() else here
+
+
 def on_host(array: Any) -> np.ndarray:
     """The whole array in this process's memory; all processes have to ask for it together."""
     if isinstance(array, jax.Array) and not (
