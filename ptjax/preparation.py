@@ -252,7 +252,7 @@ class Preparation:
         return {
             "ptjax_version": __version__,
             "backbone_name": backbone.name,
-            "backbone_fingerprint": backbone.fingerprint,
+            **backbone.fingerprints.as_metadata(),
             "tokenizer_fingerprint": tokenizer.fingerprint if tokenizer else None,
             "task": task.describe(),
             "input_length": self.lengths["inputs"],

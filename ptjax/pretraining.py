@@ -251,7 +251,7 @@ def pretrain(
         pace,
         [member],
         identity={
-            "start": fingerprint(model, params, mesh),
+            "start": fingerprint(model, params, mesh).v2,
             "tokenizer_fingerprint": found.fingerprint,
             "seed": seed,
             "microbatches": microbatches,

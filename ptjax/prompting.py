@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from ptjax.backbone import Backbone
 from ptjax.errors import InputError
+from ptjax.fingerprint import V1_KEY, V2_KEY, V2_PREFIX
 from ptjax.interop.prompt_file import NO_PROMPT, PromptFile
 from ptjax.models.prompt import Bank, stack_prompts
 from ptjax.models.prompted import with_prompt
@@ -42,9 +43,29 @@ def check_prompt(
     checked = _check_origin(
         backbone, prompt.prompt.shape, prompt.metadata, "the prompt", allow_mismatch
     )
+    if _records_v1_alone(prompt.metadata):
+        _say_partly_compared("the prompt", backbone)
     # Keys and values of another backbone mean nothing here; the prompt is run again instead.
-    same = prompt.metadata.get("backbone_fingerprint") == backbone.fingerprint
-    return PromptFile(prompt.prompt, checked, prompt.states if same else None)
+    recorded, own = backbone.fingerprints.compare(prompt.metadata) or (None, "")
+    return PromptFile(prompt.prompt, checked, prompt.states if recorded == own else None)
+
+
+def _records_v1_alone(metadata: Mapping[str, Any] | None) -> bool:
+    recorded = (metadata or {}).get(V1_KEY)
+    return (
+        recorded is not None
+        and V2_KEY not in (metadata or {})
+        and not str(recorded).startswith(V2_PREFIX)
+    )
+
+
+def _say_partly_compared(called: str, backbone: Backbone) -> None:
+    logging.info(
+        "%s: recorded before fingerprints covered every parameter; of %s the embeddings, norms and "
+        "some rows were compared, and are the same",
+        called,
+        backbone.name,
+    )
 
 
 def _check_origin(
@@ -65,12 +86,14 @@ def _check_origin(
     own_name, own_id = backbone.name, backbone.name.partition("@")[0]
     name = metadata.get("backbone_name")
     checked = dict(metadata)
-    for what, own in (
-        ("backbone", backbone.fingerprint),
-        ("tokenizer", tokenizer.fingerprint if tokenizer else None),
+    recorded_tokenizer = metadata.get("tokenizer_fingerprint")
+    own_tokenizer = tokenizer.fingerprint if tokenizer else None
+    checked |= backbone.fingerprints.as_metadata()
+    checked["tokenizer_fingerprint"] = own_tokenizer or recorded_tokenizer
+    for what, wanted, own in (
+        ("backbone", *(backbone.fingerprints.compare(metadata) or (None, None))),
+        ("tokenizer", recorded_tokenizer, own_tokenizer),
     ):
-        wanted = metadata.get(f"{what}_fingerprint")
-        checked[f"{what}_fingerprint"] = own or wanted
         if what == "backbone" and wanted is None and name is None:
             logging.warning(
                 "%s does not say which backbone it was tuned on; its width fits", called
@@ -168,13 +191,18 @@ def check_bank(backbone: Backbone, bank: PromptBank, *, allow_mismatch: bool = F
     Raises:
         InputError: another width, or another fingerprint.
     """
-    width, checked = bank.arrays.prompt.shape[-1], []
+    width, checked, older = bank.arrays.prompt.shape[-1], [], []
     lengths = np.asarray(bank.arrays.lengths).tolist()
     for name, length, metadata in zip(bank.names, lengths, bank.metadata, strict=True):
+        if _records_v1_alone(metadata):
+            older.append(name)
         # A bare array is used without a word, as everywhere.
         said = {"backbone_name": backbone.name} if metadata is None else metadata
         own = _check_origin(backbone, (length, width), said, f"prompt {name!r}", allow_mismatch)
         checked.append(None if metadata is None else own)
+    if older:
+        more = f" and {len(older) - 5} more" if len(older) > 5 else ""
+        _say_partly_compared(f"prompts {', '.join(older[:5])}{more}", backbone)
     arrays = jax.device_put(bank.arrays, replicated(backbone.mesh))
     return PromptBank(bank.names, arrays, tuple(checked))
 
@@ -226,8 +254,8 @@ def compile_prompt(backbone: Backbone, prompt: PromptFile) -> PromptFile:
         )
     apply_fn, variables = prompted(backbone, dataclasses.replace(prompt, states=None))
     states = _prompt_states(apply_fn, variables)
-    names = {"backbone_name": backbone.name, "backbone_fingerprint": backbone.fingerprint}
-    return PromptFile(prompt.prompt, names | prompt.metadata, jax.device_get(states))
+    origin = {"backbone_name": backbone.name, **backbone.fingerprints.as_metadata()}
+    return PromptFile(prompt.prompt, origin | prompt.metadata, jax.device_get(states))
 
 
 def prompted(backbone: Backbone, prompt: Any) -> tuple[Callable[..., Any], Variables]:
