@@ -17,6 +17,7 @@ from jaxtyping import Array
 
 from ptjax.answering import make_label_tokens, predict_labels, predict_texts
 from ptjax.backbone import Backbone
+from ptjax.damage import check_scores
 from ptjax.data.pipeline import ExampleSource, make_buckets
 from ptjax.data.preprocess import TokenizedExamples, check_labels, tokenize_examples
 from ptjax.data.tasks import Example, Examples, Task
@@ -131,7 +132,12 @@ class Evaluator:
     def predict(
         self, variables: Tree, split: str, rewording: Callable[[str], str] | None = None
     ) -> list[str]:
-        """A text for every example of `split`, in its order."""
+        """A text for every example of `split`, in its order.
+
+        Raises:
+            InputError: a logit is not finite; where a weight of the backbone is to blame, it is
+                named, else it is a `NotFiniteError`.
+        """
         if rewording is None:
             source = self._source(split)
         else:
@@ -214,7 +220,7 @@ class Evaluator:
         buckets, length = make_buckets(source), self.lengths["targets"]
         where = self.apply_fn, variables, source
         if not self.ranks:
-            return predict_texts(
+            texts, scores = predict_texts(
                 *where,
                 self.tokenizer,
                 buckets,
@@ -222,11 +228,14 @@ class Evaluator:
                 max_length=length,
                 prompt_ids=prompt_ids,
             )
+            check_scores(scores, self.backbone, f"task {self.task.name}: the score of a text")
+            return texts, scores
         labels = list(self.task.labels or ())
         tokens = make_label_tokens(labels, self.tokenizer, length)
         chosen, likelihoods = predict_labels(
             *where, tokens, buckets, batch_size, prompt_ids=prompt_ids
         )
+        check_scores(likelihoods, self.backbone, f"task {self.task.name}: the score of a label")
         return [labels[i] for i in chosen], likelihoods
 
     def majority(self, train: Sequence[Example], split: str) -> float:

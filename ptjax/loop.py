@@ -31,6 +31,7 @@ from jax.sharding import Mesh
 
 from ptjax import atomic
 from ptjax.checkpoint import Checkpoints
+from ptjax.damage import NotFiniteError
 from ptjax.data.batch import Batch, count_examples
 from ptjax.data.pipeline import BankBatches, Batches, Shape, make_iterator
 from ptjax.display import Display
@@ -85,7 +86,10 @@ class Run:
         *,
         identity: dict[str, Any],
         config: str = "",
+        check_weights: Callable[[], None] = lambda: None,
     ) -> None:
+        """`check_weights` raises an `InputError` that names a weight that is not finite."""
+        self.check_weights = check_weights
         self.model_dir, self.pace, self.members = model_dir, pace, list(members)
         self.identity, self.config = identity, config
         self.bank = any(member.name for member in members)
@@ -109,6 +113,7 @@ class Run:
         With `dry_run` it compiles the steps and returns.
 
         Raises:
+            InputError: a loss is not finite, because a weight of the backbone is not; it is named.
             TrainingError: a loss is not finite (in a bank: the last one that was).
             SystemExit: SIGTERM (143) or Ctrl-C (130), after saving.
         """
@@ -265,7 +270,8 @@ class Run:
         for place, number in self.progress.running:
             loss, norm = float(losses[place]), float(norms[place])
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                self._fail(number, f"the loss ({loss}, gradient norm {norm})")
+                updated = self.progress.step > 1
+                self._fail(number, f"the loss ({loss}, gradient norm {norm})", updated=updated)
                 continue
             self.progress.standings[number].loss_sum += loss
             self.progress.standings[number].norm_sum += norm
@@ -279,14 +285,24 @@ class Run:
                     self._fail(number, f"{path} after the update")
                     break
 
-    def _fail(self, number: int, what: str) -> None:
-        """Ends a member's training, and the run's with the last one's."""
+    def _fail(self, number: int, what: str, *, updated: bool = True) -> None:
+        """Ends a member's training, and the run's with the last one's.
+
+        `updated`: an update came before `what`.
+        """
+        self.check_weights()
         standing, name = self.progress.standings[number], self.members[number].name
         best = standing.best_step
         kept = f"the prompt of step {best} is kept" if best else "nothing was exported yet"
+        advice = "A smaller learning rate usually helps"
+        if not updated:
+            advice = (
+                "Nothing was updated before it, so no learning rate is to blame, and the weights "
+                "of the backbone are finite; check the initial prompt"
+            )
         problem = (
             f"{f'{name}: ' if name else ''}{what} of a step near {self.progress.step} is not "
-            f"finite; {kept}. A smaller learning rate usually helps"
+            f"finite; {kept}. {advice}"
         )
         standing.stopped = standing.failed = True
         if all(other.failed for other in self.progress.standings):
@@ -340,7 +356,11 @@ class Run:
         for number, trainable in running:
             evaluate = self.members[number].evaluate
             if evaluate is not None:
-                found[number] = evaluate(trainable)
+                try:
+                    found[number] = evaluate(trainable)
+                except NotFiniteError:
+                    self._fail(number, "a score on the validation split")
+        running = [(n, x) for n, x in running if not progress.standings[n].failed]
         if found:
             took = {"time/evaluation_seconds": time.perf_counter() - started}
             validation = {

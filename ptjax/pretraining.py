@@ -16,6 +16,7 @@ from absl import logging
 from etils import epath
 
 from ptjax.backbone import Backbone, save_backbone
+from ptjax.damage import check_weights
 from ptjax.data.catalogue import Preprocess
 from ptjax.data.denoising import PrefixLM, SpanCorruption
 from ptjax.data.pipeline import Bucket, MixtureBatches, TrainBatches, make_buckets
@@ -257,6 +258,7 @@ def pretrain(
             "microbatches": microbatches,
         },
         config=config,
+        check_weights=lambda: check_weights(params, backbone.name if backbone else "the start"),
     )
     run.fit(state, {}, step, mesh, dry_run=dry_run)
 

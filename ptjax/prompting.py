@@ -15,6 +15,7 @@ from absl import logging
 from jaxtyping import Array, Float, Int
 
 from ptjax.backbone import Backbone
+from ptjax.damage import check_scores
 from ptjax.errors import InputError
 from ptjax.fingerprint import V1_KEY, V2_KEY, V2_PREFIX
 from ptjax.interop.prompt_file import NO_PROMPT, PromptFile
@@ -253,9 +254,10 @@ def compile_prompt(backbone: Backbone, prompt: PromptFile) -> PromptFile:
             "one with SEES_INPUT = False"
         )
     apply_fn, variables = prompted(backbone, dataclasses.replace(prompt, states=None))
-    states = _prompt_states(apply_fn, variables)
+    states = jax.device_get(_prompt_states(apply_fn, variables))
+    check_scores(states, backbone, "a key or value that the backbone makes of the prompt")
     origin = {"backbone_name": backbone.name, **backbone.fingerprints.as_metadata()}
-    return PromptFile(prompt.prompt, origin | prompt.metadata, jax.device_get(states))
+    return PromptFile(prompt.prompt, origin | prompt.metadata, states)
 
 
 def prompted(backbone: Backbone, prompt: Any) -> tuple[Callable[..., Any], Variables]:

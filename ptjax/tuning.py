@@ -16,6 +16,7 @@ from ptjax import atomic
 from ptjax.backbone import Backbone
 from ptjax.bank import Variant
 from ptjax.checkpoint import Checkpoints
+from ptjax.damage import check_weights
 from ptjax.data.pipeline import Bucket
 from ptjax.data.tasks import Task
 from ptjax.errors import check_at_least
@@ -136,7 +137,14 @@ def tune(
         report_sizes(method, backbone, state.trainable, state.opt_state, frozen)
         counts = _counts(state.trainable, frozen)
         members = [start.member for start in starts]
-        run = Run(model_dir, pace, members, identity=identity, config=config)
+        run = Run(
+            model_dir,
+            pace,
+            members,
+            identity=identity,
+            config=config,
+            check_weights=lambda: check_weights(backbone.variables["params"], backbone.name),
+        )
         run.fit(state, frozen, step, backbone.mesh, dry_run=dry_run)
         if dry_run:
             return {}

@@ -26,6 +26,7 @@ ROOMS = (
     "interop",
     "fingerprint",
     "backbone",
+    "damage",
     "prompting",
     "answering",
     "inference",
