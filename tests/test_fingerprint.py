@@ -83,8 +83,8 @@ def test_case_1_13_every_field_of_the_config_is_classified(t5_1_1):
         "vocab_size": 8, "emb_dim": 8, "num_heads": 8, "num_encoder_layers": 8,
         "num_decoder_layers": 8, "head_dim": 4, "mlp_dim": 8, "mlp_activations": ("relu",),
         "logits_via_embedding": True, "relpos_buckets": 8, "relpos_max_distance": 64,
-        "layer_norm_epsilon": 1e-5, "dtype": "bfloat16", "dropout_rate": 0.5,
-        "scan_layers": True, "remat": "full",
+        "relpos_per_layer": True, "layer_norm_epsilon": 1e-5, "dtype": "bfloat16",
+        "dropout_rate": 0.5, "scan_layers": True, "remat": "full",
     }  # fmt: skip
     names = [field.name for field in dataclasses.fields(T5Config)]
     assert set(names) - set(NOT_COMPUTED) <= set(other_values), "add the new field here"
