@@ -21,7 +21,14 @@ from ptjax.data.pipeline import Bucket, TrainBatches, make_buckets
 from ptjax.data.preprocess import TokenizedExamples, tokenize_examples
 from ptjax.data.tasks import Task
 from ptjax.errors import InputError, check_at_least
-from ptjax.evaluation import Evaluation, Evaluator, report_cut, report_examples
+from ptjax.evaluation import (
+    Evaluation,
+    Evaluator,
+    check_cut,
+    report_cut,
+    report_examples,
+    report_lost,
+)
 from ptjax.exports import BEST, Exports
 from ptjax.interop.prompt_file import load_prompt, save_prompt
 from ptjax.members import Member
@@ -85,7 +92,9 @@ class Subject:
             self.train, self.evaluator.tokenizer, lengths["inputs"], lengths["targets"]
         )
         report_examples(self.task, "train", self.train)
+        check_cut(source, lengths, f"{self.task.name}, split train")
         report_cut(source, lengths)
+        report_lost(self.task, self.train, source, self.evaluator.tokenizer)
         return source
 
 

@@ -170,13 +170,16 @@ def _start_members(
     preparation: Preparation, task: Task, bank: Mapping[str, Variant], seed: int
 ) -> list[Start]:
     """The members as they start; those of one task share what was read of it."""
-    subjects: dict[int, Subject] = {}
+    subjects: list[Subject] = []
     starts = []
     for name, variant in bank.items():
         own = variant.task or task
-        if id(own) not in subjects:
-            subjects[id(own)] = preparation.load(own)
-        starts.append(preparation.start(subjects[id(own)], variant, seed, name))
+        # By value: gin makes a new task of every reference to one.
+        subject = next((one for one in subjects if one.task == own), None)
+        if subject is None:
+            subject = preparation.load(own)
+            subjects.append(subject)
+        starts.append(preparation.start(subject, variant, seed, name))
     return starts
 
 
