@@ -60,6 +60,19 @@ def check_scores(scores: Any, backbone: Backbone, what: str) -> None:
     )
 
 
+def advice(updated: bool) -> str:
+    """What to do about training that is not finite, though all weights of the backbone are.
+
+    `updated`: what trains was updated before.
+    """
+    if updated:
+        return "A smaller learning rate usually helps"
+    return (
+        "Nothing was updated before it, so no learning rate is to blame, and the weights of the "
+        "backbone are finite; check the initial prompt"
+    )
+
+
 @jax.jit
 def _count(array: jax.Array) -> jax.Array:
     return jnp.sum(~jnp.isfinite(array))

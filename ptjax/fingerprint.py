@@ -82,6 +82,10 @@ class Fingerprints(NamedTuple):
         pair = self.compare(metadata)
         return pair is not None and pair[0] != pair[1]
 
+    def match_v1_alone(self, metadata: Mapping[str, Any]) -> bool:
+        """Whether a prompt records this backbone's v1, and no v2."""
+        return self.compare(metadata) == (self.v1, self.v1)
+
     def as_metadata(self) -> dict[str, str]:
         """What a prompt that is tuned on this backbone records."""
         return {V1_KEY: self.v1, V2_KEY: self.v2}

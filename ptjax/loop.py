@@ -31,7 +31,7 @@ from jax.sharding import Mesh
 
 from ptjax import atomic
 from ptjax.checkpoint import Checkpoints
-from ptjax.damage import NotFiniteError
+from ptjax.damage import NotFiniteError, advice
 from ptjax.data.batch import Batch, count_examples
 from ptjax.data.pipeline import BankBatches, Batches, Shape, make_iterator
 from ptjax.display import Display
@@ -286,23 +286,14 @@ class Run:
                     break
 
     def _fail(self, number: int, what: str, *, updated: bool = True) -> None:
-        """Ends a member's training, and the run's with the last one's.
-
-        `updated`: an update came before `what`.
-        """
+        """Ends a member's training, and the run's with the last one's."""
         self.check_weights()
         standing, name = self.progress.standings[number], self.members[number].name
         best = standing.best_step
         kept = f"the prompt of step {best} is kept" if best else "nothing was exported yet"
-        advice = "A smaller learning rate usually helps"
-        if not updated:
-            advice = (
-                "Nothing was updated before it, so no learning rate is to blame, and the weights "
-                "of the backbone are finite; check the initial prompt"
-            )
         problem = (
             f"{f'{name}: ' if name else ''}{what} of a step near {self.progress.step} is not "
-            f"finite; {kept}. {advice}"
+            f"finite; {kept}. {advice(updated)}"
         )
         standing.stopped = standing.failed = True
         if all(other.failed for other in self.progress.standings):

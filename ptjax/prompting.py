@@ -17,7 +17,6 @@ from jaxtyping import Array, Float, Int
 from ptjax.backbone import Backbone
 from ptjax.damage import check_scores
 from ptjax.errors import InputError
-from ptjax.fingerprint import V1_KEY, V2_KEY, V2_PREFIX
 from ptjax.interop.prompt_file import NO_PROMPT, PromptFile
 from ptjax.models.prompt import Bank, stack_prompts
 from ptjax.models.prompted import with_prompt
@@ -44,20 +43,11 @@ def check_prompt(
     checked = _check_origin(
         backbone, prompt.prompt.shape, prompt.metadata, "the prompt", allow_mismatch
     )
-    if _records_v1_alone(prompt.metadata):
+    if backbone.fingerprints.match_v1_alone(prompt.metadata):
         _say_partly_compared("the prompt", backbone)
     # Keys and values of another backbone mean nothing here; the prompt is run again instead.
     recorded, own = backbone.fingerprints.compare(prompt.metadata) or (None, "")
     return PromptFile(prompt.prompt, checked, prompt.states if recorded == own else None)
-
-
-def _records_v1_alone(metadata: Mapping[str, Any] | None) -> bool:
-    recorded = (metadata or {}).get(V1_KEY)
-    return (
-        recorded is not None
-        and V2_KEY not in (metadata or {})
-        and not str(recorded).startswith(V2_PREFIX)
-    )
 
 
 def _say_partly_compared(called: str, backbone: Backbone) -> None:
@@ -195,7 +185,7 @@ def check_bank(backbone: Backbone, bank: PromptBank, *, allow_mismatch: bool = F
     width, checked, older = bank.arrays.prompt.shape[-1], [], []
     lengths = np.asarray(bank.arrays.lengths).tolist()
     for name, length, metadata in zip(bank.names, lengths, bank.metadata, strict=True):
-        if _records_v1_alone(metadata):
+        if backbone.fingerprints.match_v1_alone(metadata or {}):
             older.append(name)
         # A bare array is used without a word, as everywhere.
         said = {"backbone_name": backbone.name} if metadata is None else metadata

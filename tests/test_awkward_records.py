@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import logging
 
-import numpy as np
 import pytest
 from conftest import tune
 from letters import LETTERS
 
-from ptjax import train
+from ptjax import train, tuning
 from ptjax.bank import Variant
 from ptjax.data import metrics
 from ptjax.data.catalogue import squad
@@ -22,7 +22,6 @@ from ptjax.data.tasks import Example, Task
 from ptjax.data.tokenizer import load_tokenizer
 from ptjax.errors import InputError
 from ptjax.evaluation import Evaluation, Evaluator, check_cut, report_lost
-from ptjax.loop import Pace
 
 OPEN = {"name": "t", "inputs": "{text}", "targets": "{target}"}
 LABELS = {"name": "t", "inputs": "{text}", "label": "label"}
@@ -328,19 +327,27 @@ def test_case_3_11_and_case_3_12_unknown_metrics_list_what_there_is(name):
 
 
 def test_case_3_14_two_references_to_one_task_are_one_task(backbone, task, tmp_path, monkeypatch):
-    """gin makes a new, equal one of each."""
-    loads, load = [], Task.load
+    """gin makes a new, equal one of each; members that share one are an ensemble."""
+    loads, load, starts = [], Task.load, []
+
+    class EnoughError(Exception):
+        pass
 
     def counted(self, split, limit=None):
-        loads.append(split)
+        loads.append((self.name, split))
         return load(self, split, limit)
 
+    def stop(made, preparation, loss, *, stacked):
+        starts.extend(made)
+        raise EnoughError  # what comes next compiles, and is the same for all
+
     monkeypatch.setattr(Task, "load", counted)
-    copies = [type(task)(**vars(task)) for _ in range(3)]
-    # Of the shapes that another test compiles too.
-    bank = {f"m{i}": Variant(seed=3 + i, task=copy) for i, copy in enumerate(copies)}
-    pace = Pace(train_steps=2, eval_period=2, log_period=2)
-    results = tune(tmp_path, task, backbone, bank=bank, pack=True, pace=pace)
-    assert loads.count("train") == loads.count("test") == 1
-    assert set(results["ensemble"]) == {"majority_vote", "mean_likelihood"}
-    assert np.isfinite(results["average"])
+    monkeypatch.setattr(tuning, "_compose", stop)
+    other = dataclasses.replace(task, name="other", inputs="{text}")
+    tasks = [type(task)(**vars(task)), type(task)(**vars(task)), other]
+    bank = {f"m{i}": Variant(seed=i, task=own) for i, own in enumerate(tasks)}
+    with pytest.raises(EnoughError):
+        tune(tmp_path, task, backbone, bank=bank)
+    assert starts[0].subject is starts[1].subject is not starts[2].subject
+    for name in ("words", "other"):
+        assert [loads.count((name, s)) for s in ("train", "validation", "test")] == [1, 1, 1]

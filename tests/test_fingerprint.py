@@ -170,8 +170,13 @@ def test_case_1_13_a_prompt_with_v1_alone_stays_valid_and_this_is_said(t5_1_1, c
     prompting.check_bank(t5_1_1, bank)
     [record] = caplog.records
     assert "prompts p0, p1, p2, p3, p4 and 2 more" in record.getMessage()
+    caplog.clear()
+    other = prompt_of(t5_1_1, **{V1_KEY: "sha256:0"})
     with pytest.raises(InputError, match="was tuned on"):
-        prompting.check_prompt(t5_1_1, prompt_of(t5_1_1, **{V1_KEY: "sha256:0"}))
+        prompting.check_prompt(t5_1_1, other)
+    prompting.check_prompt(t5_1_1, other, allow_mismatch=True)
+    [record] = caplog.records
+    assert "used all the same" in record.getMessage()
 
 
 def test_case_1_13_states_are_kept_where_v1_alone_is_recorded(t5_1_1):
