@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from ptjax.data.tokenizer import Tokenizer, check_vocabulary, find_tokenizer, load_tokenizer
 from ptjax.errors import InputError, near
-from ptjax.fingerprint import digest, sample_of
+from ptjax.fingerprint import Fingerprints, digest, sample_of
 from ptjax.interop import huggingface, t5x
 from ptjax.interop.huggingface_format import load_config
 from ptjax.interop.prompt_file import T5X_PROMPT
@@ -45,12 +45,13 @@ class Backbone:
     Attributes:
         variables: `{"params": ...}` under T5X's names.
         apply_fn: `make_apply_fn(True)`, for prompts that see their input.
-        fingerprint: "sha256:..." of sizes and a sample of the weights; equal whatever file format,
+        fingerprint: "v2:..." of sizes and a sample of every parameter; equal whatever file format,
             dtype or number of devices they came through.
         name: what the user called it: a path, a hub id with its revision, "ptjax-nano".
         mesh: where the variables live; with `fsdp` each divided over its `data` axis too.
         quantize: "int8" where kernels are `Quantized`.
         assumed: config fields that the files do not tell, at T5's values.
+        fingerprint_v1: "sha256:...", of the part that older prompts know; see `fingerprint`.
     """
 
     config: T5Config
@@ -63,6 +64,12 @@ class Backbone:
     fsdp: bool = False
     quantize: str | None = None
     assumed: tuple[str, ...] = ()
+    fingerprint_v1: str = ""
+
+    @property
+    def fingerprints(self) -> Fingerprints:
+        """Both, for what a prompt records."""
+        return Fingerprints(self.fingerprint_v1, self.fingerprint)
 
     def make_apply_fn(self, sees_input: bool) -> Callable[..., Any]:
         """`apply_fn` for a prompt of that kind."""
@@ -109,17 +116,19 @@ def load_backbone(
     sharding.check_rules({"params": opened.arrays})
     mesh = choose_mesh(mesh, opened.config, dtype, fsdp=fsdp, quantize=quantize)
     params, samples = _load_params(opened, dtype, mesh, fsdp, quantize)
+    fingerprints = digest(opened.config, samples)
     return Backbone(
         config=opened.config,
         variables={"params": unflatten_paths(params)},
         apply_fn=make_apply_fn(opened.config, gather=_gather(mesh, fsdp)),
         tokenizer=opened.tokenizer,
-        fingerprint=digest(opened.config, samples),
+        fingerprint=fingerprints.v2,
         name=opened.name,
         mesh=mesh,
         fsdp=fsdp,
         quantize=quantize,
         assumed=opened.assumed,
+        fingerprint_v1=fingerprints.v1,
     )
 
 
@@ -324,9 +333,9 @@ def _check(stored: Mapping[str, StoredArray], config: T5Config, name: str) -> No
 
 def _load_params(
     opened: OpenBackbone, dtype: str, mesh: Mesh, fsdp: bool, quantize: str | None
-) -> tuple[dict[str, jax.Array | Quantized], dict[str, jax.Array]]:
-    """(parameters on the mesh by their paths, what the fingerprint takes of them)."""
-    samples: dict[str, jax.Array] = {}
+) -> tuple[dict[str, jax.Array | Quantized], dict[str, dict[str, jax.Array]]]:
+    """(parameters on the mesh by their paths, what the fingerprints take of them)."""
+    samples: dict[str, dict[str, jax.Array]] = {}
 
     def load(path: str, where: NamedSharding) -> jax.Array | Quantized:
         # Popped, for an array inside of a T5X msgpack is in memory already.
@@ -416,6 +425,7 @@ def describe(backbone: Backbone) -> dict[str, Any]:
         "parameters": count,
         "bytes": size,
         "fingerprint": backbone.fingerprint,
+        "fingerprint_v1": backbone.fingerprint_v1,
         "tokenizer": backbone.tokenizer.name if backbone.tokenizer else None,
         "tokenizer_fingerprint": backbone.tokenizer.fingerprint if backbone.tokenizer else None,
     }

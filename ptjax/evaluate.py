@@ -92,6 +92,7 @@ def evaluate(arguments: Any) -> None:
         "split": split,
         "examples": len(examples),
         "metric": evaluator.metric,
+        **({} if task.positive is None else {"positive_label": task.positive}),
     }
     if many:
         source = {"backbone": loaded.name, "prompts": arguments.prompts}

@@ -17,6 +17,7 @@ from jaxtyping import Array
 
 from ptjax.answering import make_label_tokens, predict_labels, predict_texts
 from ptjax.backbone import Backbone
+from ptjax.damage import check_scores
 from ptjax.data.pipeline import ExampleSource, make_buckets
 from ptjax.data.preprocess import TokenizedExamples, check_labels, tokenize_examples
 from ptjax.data.sentinels import join_texts
@@ -117,10 +118,12 @@ class Evaluator:
         self.ranks = settings.predict == "rank" or (settings.predict == "auto" and closed)
         if self.ranks and not closed:
             raise InputError(f"task {task.name}: predict = 'rank' needs a verbalizer; use 'decode'")
+        if task.positive is not None:
+            logging.info("%s: f1 is F1 of %r (Task.positive_label)", task.name, task.positive)
         if task.labels is not None:
             check_labels(task.labels, tokenizer, lengths["targets"])
         self.examples = functools.cache(self._load)
-        self._source = functools.cache(lambda split: self._tokenize(self.examples(split)))
+        self._source = functools.cache(self._load_tokens)
 
     def __call__(
         self, variables: Tree, split: str, rewording: Callable[[str], str] | None = None
@@ -136,7 +139,12 @@ class Evaluator:
     def predict(
         self, variables: Tree, split: str, rewording: Callable[[str], str] | None = None
     ) -> list[str]:
-        """A text for every example of `split`, in its order."""
+        """A text for every example of `split`, in its order.
+
+        Raises:
+            InputError: a logit is not finite; where a weight of the backbone is to blame, it is
+                named, else it is a `NotFiniteError`.
+        """
         if rewording is None:
             source = self._source(split)
         else:
@@ -219,7 +227,7 @@ class Evaluator:
         buckets, length = make_buckets(source), self.lengths["targets"]
         where, ids = (self.apply_fn, variables, source), self.backbone.config.special_ids
         if not self.ranks:
-            return predict_texts(
+            texts, scores = predict_texts(
                 *where,
                 self.tokenizer,
                 buckets,
@@ -228,11 +236,14 @@ class Evaluator:
                 max_length=length,
                 prompt_ids=prompt_ids,
             )
+            check_scores(scores, self.backbone, f"task {self.task.name}: the score of a text")
+            return texts, scores
         labels = list(self.task.labels or ())
         tokens = make_label_tokens(labels, self.tokenizer, length, ids)
         chosen, likelihoods = predict_labels(
             *where, tokens, buckets, batch_size, ids=ids, prompt_ids=prompt_ids
         )
+        check_scores(likelihoods, self.backbone, f"task {self.task.name}: the score of a label")
         return [labels[i] for i in chosen], likelihoods
 
     def majority(self, train: Sequence[Example], split: str) -> float:
@@ -247,6 +258,13 @@ class Evaluator:
         report_examples(self.task, split, examples, note)
         return examples
 
+    def _load_tokens(self, split: str) -> TokenizedExamples:
+        source = self._tokenize(self.examples(split))
+        # Not the others: after a training a warning is better than no results.
+        if split == self.settings.split:
+            check_cut(source, self.lengths, f"{self.task.name}, split {split}")
+        return source
+
     def _tokenize(
         self, examples: Sequence[Example], rewording: Callable[[str], str] | None = None
     ) -> TokenizedExamples:
@@ -256,6 +274,7 @@ class Evaluator:
             examples, self.tokenizer, self.lengths["inputs"], self.lengths["targets"]
         )
         report_cut(source, self.lengths)
+        report_lost(self.task, examples, source, self.tokenizer)
         return source
 
 
@@ -263,7 +282,32 @@ def report_examples(task: Task, split: str, examples: Examples, note: str = "") 
     """How many there are, and what was left out of them."""
     logging.info("%s, split %s: %d examples%s", task.name, split, len(examples), note)
     if bad := examples.bad.count:
-        logging.warning("left out %d bad records; the first: %s", bad, examples.bad.first)
+        lines = examples.bad.lines
+        logging.warning(
+            "left out %d bad records%s; the first: %s",
+            bad,
+            f" ({lines} lines)" if lines != bad else "",
+            examples.bad.first,
+        )
+
+
+MOST_CUT = 0.9
+"""The share of a task's inputs or targets that may be cut: beyond it, the length is a mistake."""
+
+
+def check_cut(source: TokenizedExamples, lengths: Mapping[str, int], what: str) -> None:
+    """Refuses lengths that cut nearly everything.
+
+    Raises:
+        InputError: more than `MOST_CUT` of the inputs or targets do not fit; it names the setting.
+    """
+    for side, rows in (("inputs", source.inputs), ("targets", source.targets)):
+        if rows.truncated > MOST_CUT * len(rows):
+            raise InputError(
+                f"{what}: {rows.truncated} of {len(rows)} {side} are longer than {lengths[side]} "
+                f"tokens and would be cut; raise TASK_FEATURE_LENGTHS['{side}'], or shorten the "
+                "texts themselves"
+            )
 
 
 def report_cut(source: TokenizedExamples, lengths: Mapping[str, int]) -> None:
@@ -277,3 +321,44 @@ def report_cut(source: TokenizedExamples, lengths: Mapping[str, int]) -> None:
                 side,
                 lengths[side],
             )
+
+
+def report_lost(
+    task: Task, examples: Sequence[Example], source: TokenizedExamples, tokenizer: Tokenizer
+) -> None:
+    """Counts the texts that the vocabulary cannot write, each kind with an example.
+
+    An open target that does not come back from its tokens is one that even a perfect model gets
+    wrong; of labels, `check_labels` refuses those. Texts that were cut are left to `report_cut`.
+    """
+    longest = source.target_lengths.max(initial=0) if source.targets.truncated else np.inf
+    texts = [example.targets for example in examples] if task.labels is None else []
+    written: dict[str, str] = {}
+    for i, text in enumerate(texts):
+        if text not in written and source.target_lengths[i] < longest:
+            written[text] = tokenizer.decode(source.targets[i]).strip()
+    lost = [text for text in texts if written.get(text, text.strip()) != text.strip()]
+    if lost:
+        logging.warning(
+            "%s: %d of %d targets cannot be written with the vocabulary of %s; %r comes back as %r",
+            task.name,
+            len(lost),
+            len(texts),
+            tokenizer.name,
+            lost[0][:60],
+            written[lost[0]][:60],
+        )
+    places = np.flatnonzero(source.inputs.ids == tokenizer.unk_id)
+    rows = np.unique(np.searchsorted(source.inputs.offsets, places, side="right") - 1)
+    if len(rows):
+        text = examples[int(rows[0])].inputs
+        characters = [c for c in dict.fromkeys(text) if tokenizer.unk_id in tokenizer.encode(c)]
+        logging.warning(
+            "%s: %d of %d inputs hold characters that the vocabulary of %s lacks; the first: %r%s",
+            task.name,
+            len(rows),
+            len(examples),
+            tokenizer.name,
+            text[:60],
+            f" ({' '.join(characters[:5])})" if characters else "",
+        )

@@ -157,8 +157,7 @@ def backbone_sizes(
             opened = open_backbone(str(named))
     else:
         opened = open_backbone(str(path))
-    wanted = metadata.get("backbone_fingerprint")
-    if wanted not in (None, inspection.describe_backbone(opened)["fingerprint"]):
+    if inspection.fingerprints_of(opened).contradict(metadata):
         raise InputError(
             f"the prompt was not tuned on the weights of {opened.name}, which PEFT would be told; "
             f"name its own backbone, {named}, with --backbone"

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from ptjax.answering import predict_texts, rows_at_once, tokenize_inputs
 from ptjax.backbone import Backbone
+from ptjax.damage import check_scores
 from ptjax.data.batch import length_weights, trailing_lengths
 from ptjax.data.pipeline import make_buckets
 from ptjax.data.vocabularies import missing_tokenizer
@@ -142,8 +143,8 @@ def generate(
         batch_size: texts computed at a time.
 
     Raises:
-        InputError: the backbone has no tokenizer, the prompt does not fit it, or a setting is
-            impossible.
+        InputError: the backbone has no tokenizer, the prompt does not fit it, a setting is
+            impossible, or a logit is not finite (a damaged backbone; its weight is named).
     """
     return generate_with_scores(
         backbone,
@@ -202,6 +203,7 @@ def generate_with_scores(
             numbers=rows,
             **settings,
         )
+        check_scores(scores[rows], backbone, "the score of a generated text")
         for i, text in zip(rows, found, strict=True):
             written[i] = text
     return written, scores

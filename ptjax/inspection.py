@@ -17,11 +17,9 @@ from orbax.checkpoint import v1 as ocp
 from ptjax.backbone import OpenBackbone, open_backbone
 from ptjax.data.tokenizer import Tokenizer
 from ptjax.errors import InputError
-from ptjax.fingerprint import fingerprint
+from ptjax.fingerprint import Fingerprints, digest, sampled
 from ptjax.interop import peft, t5x
 from ptjax.interop.prompt_file import PromptFile, load_prompt, prompts_below
-from ptjax.scale.sharding import make_mesh
-from ptjax.training.freeze import unflatten_paths
 
 BEST_PROMPT = "prompts/best.safetensors"
 BEST_MODEL = "models/best"
@@ -58,18 +56,9 @@ def describe(
 def describe_backbone(opened: OpenBackbone) -> dict[str, Any]:
     """Sizes, parameters, bytes, dtypes, fingerprints, without loading the weights.
 
-    Only the fingerprint's sample is read, so a backbone may be larger than this machine's memory.
+    Only the fingerprints' sample is read, so a backbone may be larger than this machine's memory.
     """
-
-    def sample(name: str) -> Any:
-        array = opened.arrays[name]
-        rows = 1 if name.endswith("/wo/kernel") else array.shape[0]
-        index = (slice(0, rows), *(slice(0, size) for size in array.shape[1:]))
-        return jnp.asarray(array.read(index), jnp.float32)
-
-    kinds = ("/embedding", "/scale", "/wo/kernel")
-    params = unflatten_paths({n: sample(n) for n in opened.arrays if n.endswith(kinds)})
-    mesh = make_mesh(devices=jax.local_devices()[:1])
+    fingerprints = fingerprints_of(opened)
     counts = {name: int(np.prod(array.shape)) for name, array in opened.arrays.items()}
     widths = {name: jnp.dtype(array.dtype).itemsize for name, array in opened.arrays.items()}
     tokenizer = opened.tokenizer
@@ -80,11 +69,27 @@ def describe_backbone(opened: OpenBackbone) -> dict[str, Any]:
         "parameters": sum(counts.values()),
         "bytes": sum(counts[name] * widths[name] for name in counts),
         "stored_as": sorted({array.dtype for array in opened.arrays.values()}),
-        "fingerprint": fingerprint(opened.config, params, mesh),
+        "fingerprint": fingerprints.v2,
+        "fingerprint_v1": fingerprints.v1,
         "tokenizer": tokenizer.name if tokenizer else None,
         "tokenizer_fingerprint": tokenizer.fingerprint if tokenizer else None,
         "prompt_inside": list(opened.prompt.shape) if opened.prompt else None,
     }
+
+
+def fingerprints_of(opened: OpenBackbone) -> Fingerprints:
+    """Those of `load_backbone`, of which only the sample is read."""
+
+    def sample(path: str) -> dict[str, Any]:
+        array = opened.arrays[path]
+        parts = sampled(path, array.shape)
+        read = array.read_parts([*parts.values()])
+        return {
+            kind: jnp.asarray(np.asarray(part, np.float32), jnp.bfloat16)
+            for kind, part in zip(parts, read, strict=True)
+        }
+
+    return digest(opened.config, {path: sample(path) for path in opened.arrays})
 
 
 def describe_prompt(file: PromptFile) -> dict[str, Any]:
@@ -187,8 +192,7 @@ def compare(
     it is another one than the prompt was tuned on.
     """
     file, opened = load_prompt(prompt), open_backbone(backbone, tokenizer=tokenizer)
-    wanted = file.metadata.get("backbone_fingerprint")
-    if wanted not in (None, describe_backbone(opened)["fingerprint"]):
+    if fingerprints_of(opened).contradict(file.metadata):
         logging.warning("%s has not the weights that the prompt was tuned on", opened.name)
     embedding = opened.arrays["token_embedder/embedding"].read_all().astype(np.float32)
     return nearest_tokens(file.prompt, embedding, opened.tokenizer, count)

@@ -26,6 +26,7 @@ from jax.sharding import Mesh
 
 from ptjax import atomic, signals
 from ptjax.checkpoint import Checkpoints
+from ptjax.damage import NotFiniteError, advice
 from ptjax.data.batch import Batch, count_examples
 from ptjax.data.pipeline import BankBatches, Batches, Shape, make_iterator
 from ptjax.display import Display
@@ -79,8 +80,15 @@ class Run:
         identity: dict[str, Any],
         config: str = "",
         lock: Lock | None = None,
+        check_weights: Callable[[], None] = lambda: None,
     ) -> None:
-        """`lock` is MODEL_DIR's, which the caller holds; None for a dry run."""
+        """A run; nothing is written before `fit`.
+
+        Args:
+            lock: MODEL_DIR's, which the caller holds; None for a dry run.
+            check_weights: raises an `InputError` that names a weight that is not finite.
+        """
+        self.check_weights = check_weights
         self.model_dir, self.pace, self.members = model_dir, pace, list(members)
         self.identity, self.config, self.lock = identity, config, lock
         self.bank = any(member.name for member in members)
@@ -105,6 +113,7 @@ class Run:
         With `dry_run` it compiles the steps and returns.
 
         Raises:
+            InputError: a loss is not finite, because a weight of the backbone is not; it is named.
             TrainingError: a loss is not finite (in a bank: the last one that was), or another run
                 took MODEL_DIR's lock over.
             SystemExit: SIGTERM (143) or Ctrl-C (130), after saving.
@@ -303,7 +312,8 @@ class Run:
         for place, number in self.progress.running:
             loss, norm = float(losses[place]), float(norms[place])
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                self._fail(number, f"the loss ({loss}, gradient norm {norm})")
+                updated = self.progress.step > 1
+                self._fail(number, f"the loss ({loss}, gradient norm {norm})", updated=updated)
                 continue
             self.progress.standings[number].loss_sum += loss
             self.progress.standings[number].norm_sum += norm
@@ -317,14 +327,15 @@ class Run:
                     self._fail(number, f"{path} after the update")
                     break
 
-    def _fail(self, number: int, what: str) -> None:
+    def _fail(self, number: int, what: str, *, updated: bool = True) -> None:
         """Ends a member's training, and the run's with the last one's."""
+        self.check_weights()
         standing, name = self.progress.standings[number], self.members[number].name
         best = standing.best_step
         kept = f"the prompt of step {best} is kept" if best else "nothing was exported yet"
         problem = (
             f"{f'{name}: ' if name else ''}{what} of a step near {self.progress.step} is not "
-            f"finite; {kept}. A smaller learning rate usually helps"
+            f"finite; {kept}. {advice(updated)}"
         )
         standing.stopped = standing.failed = True
         if all(other.failed for other in self.progress.standings):
@@ -377,7 +388,11 @@ class Run:
         for number, trainable in running:
             evaluate = self.members[number].evaluate
             if evaluate is not None:
-                found[number] = evaluate(trainable)
+                try:
+                    found[number] = evaluate(trainable)
+                except NotFiniteError:
+                    self._fail(number, "a score on the validation split")
+        running = [(n, x) for n, x in running if not progress.standings[n].failed]
         if found:
             took = {"time/evaluation_seconds": time.perf_counter() - started}
             validation = {

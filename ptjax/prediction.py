@@ -18,6 +18,7 @@ from ptjax.answering import (
     tokenize_inputs,
 )
 from ptjax.backbone import Backbone
+from ptjax.damage import check_scores
 from ptjax.data.pipeline import make_buckets
 from ptjax.data.preprocess import check_labels
 from ptjax.data.sources import Record
@@ -168,7 +169,8 @@ def rank(
             for all texts, or one for each.
 
     Raises:
-        InputError: no tokenizer, a label that it cannot write, a prompt that does not fit.
+        InputError: no tokenizer, a label that it cannot write, a prompt that does not fit, or a
+            logit that is not finite (a damaged backbone; its weight is named).
     """
     tokenizer = backbone.tokenizer
     if tokenizer is None:
@@ -195,9 +197,11 @@ def rank(
         label_sets=np.array([sets.index(key) for key in keys], np.int32),
         prompt_ids=ids,
     )
+    # A smaller set's row ends in -inf, and in shares of 0.
+    own = [row[: len(one)] for one, row in zip(each, likelihoods, strict=True)]
+    check_scores(own, backbone, "the score of a label")
     shares = softmax(likelihoods.astype(np.float64), axis=1)
     return [
-        # A smaller set's row ends in -inf, and in shares of 0.
         Prediction(str(one[i]), float(row[i]), dict(zip(one, map(float, share), strict=False)))
         for one, i, row, share in zip(each, chosen, likelihoods, shares, strict=True)
     ]

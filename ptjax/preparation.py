@@ -22,7 +22,14 @@ from ptjax.data.preprocess import TokenizedExamples, tokenize_examples
 from ptjax.data.tasks import Task
 from ptjax.data.vocabularies import missing_tokenizer
 from ptjax.errors import InputError, check_at_least
-from ptjax.evaluation import Evaluation, Evaluator, report_cut, report_examples
+from ptjax.evaluation import (
+    Evaluation,
+    Evaluator,
+    check_cut,
+    report_cut,
+    report_examples,
+    report_lost,
+)
 from ptjax.exports import BEST, Exports, read_model
 from ptjax.identity import digest_texts
 from ptjax.interop.prompt_file import load_prompt, save_prompt
@@ -105,7 +112,9 @@ class Subject:
             self.train, self.evaluator.tokenizer, lengths["inputs"], lengths["targets"]
         )
         report_examples(self.task, "train", self.train)
+        check_cut(source, lengths, f"{self.task.name}, split train")
         report_cut(source, lengths)
+        report_lost(self.task, self.train, source, self.evaluator.tokenizer)
         return source
 
 
@@ -260,7 +269,7 @@ class Preparation:
         return {
             "ptjax_version": __version__,
             "backbone_name": backbone.name,
-            "backbone_fingerprint": backbone.fingerprint,
+            **backbone.fingerprints.as_metadata(),
             "tokenizer_fingerprint": tokenizer.fingerprint if tokenizer else None,
             "task": task.describe(),
             "input_length": self.lengths["inputs"],

@@ -17,6 +17,7 @@ from etils import epath
 
 from ptjax import lock
 from ptjax.backbone import Backbone, save_backbone
+from ptjax.damage import check_weights
 from ptjax.data.batch import SpecialIds
 from ptjax.data.catalogue import Preprocess
 from ptjax.data.denoising import PrefixLM, SpanCorruption
@@ -266,7 +267,15 @@ def pretrain(
     )
     identity = make_identity(pretrain, given | {"tokenizer": found}, data)
     with lock.hold(directory, needed=not dry_run) as held:
-        run = Run(directory, pace, [member], identity=identity, config=config, lock=held)
+        run = Run(
+            directory,
+            pace,
+            [member],
+            identity=identity,
+            config=config,
+            lock=held,
+            check_weights=lambda: check_weights(params, backbone.name if backbone else "the start"),
+        )
         run.fit(state, {}, step, mesh, dry_run=dry_run)
 
 

@@ -16,6 +16,7 @@ from absl import logging
 from jaxtyping import Array, Float, Int
 
 from ptjax.backbone import Backbone
+from ptjax.damage import check_scores
 from ptjax.errors import InputError, near
 from ptjax.interop.prompt_file import NO_PROMPT, PromptFile, load_prompt
 from ptjax.models.prompt import NO_PROMPT_ID, Bank, stack_prompts
@@ -56,9 +57,20 @@ def check_prompt(
     checked = _check_origin(
         backbone, matrix.shape, lambda: matrix, prompt.metadata, "the prompt", allow_mismatch
     )
+    if backbone.fingerprints.match_v1_alone(prompt.metadata):
+        _say_partly_compared("the prompt", backbone)
     # Keys and values of another backbone mean nothing here; the prompt is run again instead.
-    same = prompt.metadata.get("backbone_fingerprint") == backbone.fingerprint
-    return PromptFile(prompt.prompt, checked, prompt.states if same else None)
+    recorded, own = backbone.fingerprints.compare(prompt.metadata) or (None, "")
+    return PromptFile(prompt.prompt, checked, prompt.states if recorded == own else None)
+
+
+def _say_partly_compared(called: str, backbone: Backbone) -> None:
+    logging.info(
+        "%s: recorded before fingerprints covered every parameter; of %s the embeddings, norms and "
+        "some rows were compared, and are the same",
+        called,
+        backbone.name,
+    )
 
 
 def _check_origin(
@@ -86,12 +98,14 @@ def _check_origin(
     own_name, own_id = backbone.name, backbone.name.partition("@")[0]
     name = metadata.get("backbone_name")
     checked = dict(metadata)
-    for what, own in (
-        ("backbone", backbone.fingerprint),
-        ("tokenizer", tokenizer.fingerprint if tokenizer else None),
+    recorded_tokenizer = metadata.get("tokenizer_fingerprint")
+    own_tokenizer = tokenizer.fingerprint if tokenizer else None
+    checked |= backbone.fingerprints.as_metadata()
+    checked["tokenizer_fingerprint"] = own_tokenizer or recorded_tokenizer
+    for what, wanted, own in (
+        ("backbone", *(backbone.fingerprints.compare(metadata) or (None, None))),
+        ("tokenizer", recorded_tokenizer, own_tokenizer),
     ):
-        wanted = metadata.get(f"{what}_fingerprint")
-        checked[f"{what}_fingerprint"] = own or wanted
         if what == "backbone" and wanted is None and name is None:
             warn("%s does not say which backbone it was tuned on; its width fits", called)
         # PEFT records a name, and of a model of the hub seldom the commit.
@@ -201,10 +215,12 @@ def check_bank(backbone: Backbone, bank: PromptBank, *, allow_mismatch: bool = F
     Raises:
         InputError: another width, or another fingerprint.
     """
-    (_, longest, width), checked = bank.arrays.prompt.shape, []
+    (_, longest, width), checked, older = bank.arrays.prompt.shape, [], []
     lengths = np.asarray(bank.arrays.lengths).tolist()
     rows = zip(bank.names, lengths, bank.metadata, strict=True)
     for i, (name, length, metadata) in enumerate(rows):
+        if backbone.fingerprints.match_v1_alone(metadata or {}):
+            older.append(name)
 
         def matrix(i: int = i, start: int = longest - length) -> np.ndarray:
             return np.asarray(bank.arrays.prompt[i, start:])
@@ -215,6 +231,9 @@ def check_bank(backbone: Backbone, bank: PromptBank, *, allow_mismatch: bool = F
             backbone, (length, width), matrix, said, f"prompt {name!r}", allow_mismatch
         )
         checked.append(None if metadata is None else own)
+    if older:
+        more = f" and {len(older) - 5} more" if len(older) > 5 else ""
+        _say_partly_compared(f"prompts {', '.join(older[:5])}{more}", backbone)
     arrays = jax.device_put(bank.arrays, replicated(backbone.mesh))
     return PromptBank(bank.names, arrays, tuple(checked))
 
@@ -265,9 +284,10 @@ def compile_prompt(backbone: Backbone, prompt: PromptFile) -> PromptFile:
             "one with SEES_INPUT = False"
         )
     apply_fn, variables = prompted(backbone, dataclasses.replace(prompt, states=None))
-    states = _prompt_states(apply_fn, variables)
-    names = {"backbone_name": backbone.name, "backbone_fingerprint": backbone.fingerprint}
-    return PromptFile(prompt.prompt, names | prompt.metadata, jax.device_get(states))
+    states = jax.device_get(_prompt_states(apply_fn, variables))
+    check_scores(states, backbone, "a key or value that the backbone makes of the prompt")
+    origin = {"backbone_name": backbone.name, **backbone.fingerprints.as_metadata()}
+    return PromptFile(prompt.prompt, origin | prompt.metadata, states)
 
 
 def prompted(backbone: Backbone, prompt: Any) -> tuple[Callable[..., Any], Variables]:

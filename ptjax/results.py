@@ -54,12 +54,14 @@ class Scores:
     def _results(
         self, metrics: dict[str, float], before: float | None, hard: float | None, seed: int
     ) -> dict[str, Any]:
+        task = self.evaluator.task
         return {
-            "task": self.evaluator.task.name,
+            "task": task.name,
             "split": self.split,
             "metric": self.metric,
             "value": metrics[self.metric],
             "metrics": metrics,
+            **({} if task.positive is None else {"positive_label": task.positive}),
             "seed": seed,
             "majority": self.evaluator.majority(self.train, self.split),
             "before": before,

@@ -49,7 +49,7 @@ def summary(results: dict[str, Any], model_dir: str | None) -> str:
     shown = {name: value for name, value in values.items() if value is not None}
     width = max(map(len, shown))
     rows = [
-        f"\n{results['task']}, {results['metric']} on {results['split']}:",
+        f"\n{results['task']}, {named_metric(results)} on {results['split']}:",
         *(f"  {name:<{width}}  {value:.3f}" for name, value in shown.items()),
         f"  {results['trainable_parameters']:,} trained, {results['frozen_parameters']:,} frozen",
     ]
@@ -60,13 +60,21 @@ def summary(results: dict[str, Any], model_dir: str | None) -> str:
     return "\n".join(rows)
 
 
+def named_metric(results: dict[str, Any]) -> str:
+    """The metric, and of an F1 also whose: "f1 of 'paraphrase'"."""
+    metric, label = results["metric"], results.get("positive_label")
+    if label is None or metric not in ("f1", "mean"):
+        return metric
+    return f"f1 of {label!r}" if metric == "f1" else f"mean (f1 of {label!r})"
+
+
 def bank_summary(results: dict[str, Any], model_dir: str | None) -> str:
     """A line for every member."""
     members, best = results["members"], results["best"]["member"]
     width = max(map(len, [*members, "ensemble"]))
     rows = [""]
     for name, found in members.items():
-        what = f"{found['value']:.3f}  {found['task']}, {found['metric']} on {found['split']}"
+        what = f"{found['value']:.3f}  {found['task']}, {named_metric(found)} on {found['split']}"
         chosen = ", the best when it was chosen" if name == best else ""
         rows.append(f"  {name:<{width}}  {what}, step {found['step']}{chosen}")
     rows.append(f"  {'average':<{width}}  {results['average']:.3f}")

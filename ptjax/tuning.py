@@ -17,6 +17,7 @@ from ptjax import atomic, lock
 from ptjax.backbone import Backbone
 from ptjax.bank import Variant
 from ptjax.checkpoint import Checkpoints
+from ptjax.damage import check_weights
 from ptjax.data.pipeline import Bucket
 from ptjax.data.tasks import Task
 from ptjax.errors import check_at_least
@@ -166,6 +167,7 @@ def tune(
                 identity=identity,
                 config=config,
                 lock=held,
+                check_weights=lambda: check_weights(backbone.variables["params"], backbone.name),
             )
             if not dry_run and (results := _finished(run)) is not None:
                 run.checkpoints.close()
@@ -207,13 +209,16 @@ def _start_members(
     preparation: Preparation, task: Task, bank: Mapping[str, Variant], seed: int
 ) -> list[Start]:
     """The members as they start; those of one task share what was read of it."""
-    subjects: dict[int, Subject] = {}
+    subjects: list[Subject] = []
     starts = []
     for name, variant in bank.items():
         own = variant.task or task
-        if id(own) not in subjects:
-            subjects[id(own)] = preparation.load(own)
-        starts.append(preparation.start(subjects[id(own)], variant, seed, name))
+        # By value: gin makes a new task of every reference to one.
+        subject = next((one for one in subjects if one.task == own), None)
+        if subject is None:
+            subject = preparation.load(own)
+            subjects.append(subject)
+        starts.append(preparation.start(subject, variant, seed, name))
     return starts
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from ptjax.answering import tokenize_inputs
 from ptjax.data.preprocess import TokenizedExamples
+from ptjax.fingerprint import Fingerprints
 from ptjax.models.prompted import make_apply_fn
 from ptjax.scale.sharding import make_mesh
 
@@ -40,7 +41,7 @@ def make_backbone(tiny: Any) -> Any:
         apply_fn=tiny.apply_fn(),
         make_apply_fn=functools.partial(make_apply_fn, tiny.config),
         tokenizer=LETTERS,
-        fingerprint="sha256:0",
+        fingerprints=Fingerprints("sha256:0", "v2:0"),
         name="tiny",
         mesh=make_mesh(devices=jax.devices()[:1]),
     )

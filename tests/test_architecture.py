@@ -30,6 +30,7 @@ ROOMS = (
     "interop",
     "fingerprint",
     "backbone",
+    "damage",
     "prompting",
     "answering",
     "inference",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
 import hypothesis
 import hypothesis.strategies as st
 import pytest
+from conftest import FIXTURES
 
 from ptjax.data import metrics
 
@@ -94,9 +96,35 @@ def test_squad_normalisation_and_best_answer():
     assert value == pytest.approx(2 * (1 / 2) * (1 / 3) / (1 / 2 + 1 / 3))
     # Words count as often as they stand there.
     assert metrics.squad_f1(["x x x"], ["x"]) == pytest.approx(1 / 2)
-    assert metrics.squad_f1(["the"], ["a"]) == 1.0
+    assert metrics.squad_f1(["the"], ["a"]) == 0.0
     assert metrics.squad_f1([""], ["x"]) == 0.0
     assert metrics.squad_f1(["x"], [""], answers=[[]]) == 0.0
+
+
+SQUAD = json.loads((FIXTURES / "squad_scores.json").read_text())
+"""Pairs with the exact match and F1 of the scorers that it names."""
+
+
+@pytest.mark.parametrize("pair", SQUAD["pairs"], ids=lambda p: f"{p['prediction']}|{p['answers']}")
+def test_case_3_4_squad_scores_are_the_official_ones(pair):
+    """SQuAD 1.1's script; of unanswerable questions SQuAD 2.0's, where no answer is right."""
+    unanswerable = not any(answer.strip() for answer in pair["answers"])
+    exact, f1 = pair["squad2" if unanswerable else "squad1"]
+    prediction, answers = [pair["prediction"]], [pair["answers"]]
+    assert metrics.exact_match(prediction, ["?"], answers=answers) == exact
+    # The same formula in another order: off by a rounding or two.
+    assert metrics.squad_f1(prediction, ["?"], answers=answers) == pytest.approx(f1, rel=1e-14)
+
+
+def test_case_3_3_f1_of_the_label_that_is_asked_for():
+    targets = ["no", "yes", "yes", "yes"]
+    predictions = ["no", "no", "yes", "yes"]
+    labels = ("no", "yes")
+    # yes: precision 1, recall 2/3; no: precision 1/2, recall 1.
+    assert metrics.f1(predictions, targets, labels=labels) == pytest.approx(4 / 5)
+    for label, value in {"yes": 4 / 5, "no": 2 / 3}.items():
+        found = metrics.f1(predictions, targets, labels=labels, positive_label=label)
+        assert found == pytest.approx(value)
 
 
 def test_group_exact_match():
@@ -135,6 +163,7 @@ def test_every_metric_is_a_finite_fraction_and_perfect_is_the_best(pairs, data):
     predictions, targets = (list(side) for side in zip(*pairs, strict=True))
     keywords = {
         "labels": ("no", "yes"),
+        "positive_label": "yes",
         "answers": [[target] for target in targets],
         "groups": data.draw(st.lists(st.integers(0, 2), min_size=len(pairs), max_size=len(pairs))),
         "label_values": [True] * len(pairs),
@@ -161,6 +190,8 @@ def test_no_examples_and_unequal_lengths_are_refused(name):
     one: dict[str, Any] = {need: ["yes"] for need in metric.needs}
     if "labels" in one:
         one["labels"] = ("no", "yes")
+    if "positive_label" in one:
+        one["positive_label"] = "yes"
     if "answers" in one:
         one["answers"] = [["yes"]]
     with pytest.raises(ValueError):

@@ -180,9 +180,9 @@ def test_a_malformed_record_is_an_error_with_its_line_or_is_counted(
     assert str(records.bad.first) in str(error.value)
 
 
-@pytest.mark.parametrize("header", ["a,a", "a,", ""])
+@pytest.mark.parametrize("header", ["a,a", "a,", ",,b", ",b,"])
 def test_headers_with_empty_or_repeated_names_are_refused(tmp_path, header):
-    path = _write(tmp_path / "a.csv", f"{header or chr(34) * 2 + ',b'}\n1,2\n")
+    path = _write(tmp_path / "a.csv", f"{header}\n1,2\n")
     with pytest.raises(InputError, match=r"a\.csv:1: the header line has an empty or a repeated"):
         read_records(path)
     with pytest.raises(InputError, match="`columns` has an empty or a repeated"):

@@ -23,12 +23,12 @@ Texts = Sequence[str]
 
 
 def accuracy(predictions: Texts, targets: Texts) -> float:
-    """The share of predictions that are the target, outer white space aside."""
+    """The share of predictions that are the target (t5's `accuracy`), outer white space aside."""
     return _mean([p.strip() == t.strip() for p, t in zip(predictions, targets, strict=True)])
 
 
 def mean_f1(predictions: Texts, targets: Texts, *, labels: Texts) -> float:
-    """The mean over the task's classes of each class's F1 (SuperGLUE's for CB)."""
+    """The mean over the task's classes of each class's F1 (scikit-learn's; SuperGLUE's for CB)."""
     from sklearn.metrics import f1_score  # slow to import
 
     given, wanted = _class_ids(predictions, targets, labels)
@@ -37,21 +37,33 @@ def mean_f1(predictions: Texts, targets: Texts, *, labels: Texts) -> float:
     return float(f1_score(wanted, given, labels=classes, average="macro", zero_division=zero))
 
 
-def f1(predictions: Texts, targets: Texts, *, labels: Texts) -> float:
-    """F1 of the positive class, the last of two labels (GLUE's for MRPC and QQP, F1a of MultiRC).
+def f1(
+    predictions: Texts, targets: Texts, *, labels: Texts, positive_label: str | None = None
+) -> float:
+    """F1 of the positive one of two labels (scikit-learn's; GLUE's for MRPC, QQP; MultiRC's F1a).
 
-    An invalid prediction counts as the wrong one of the two labels, as T5's metric has it.
+    An invalid prediction counts as the wrong one of the two labels, as in t5's
+    `f1_score_with_invalid`.
+
+    Args:
+        predictions, targets: texts [N].
+        labels: the two.
+        positive_label: one of them; default: the last.
     """
     from sklearn.metrics import f1_score  # slow to import
 
     given, wanted = _class_ids(predictions, targets, labels)
     given = np.where(given < 0, 1 - wanted, given)
+    positive = 1 if positive_label is None else list(labels).index(positive_label)
     zero: Any = 0.0  # its annotation knows only the default, 'warn'
-    return float(f1_score(wanted, given, pos_label=1, average="binary", zero_division=zero))
+    return float(f1_score(wanted, given, pos_label=positive, average="binary", zero_division=zero))
 
 
 def matthews(predictions: Texts, targets: Texts, *, labels: Texts) -> float:
-    """Matthews' correlation (GLUE's for CoLA); invalid predictions are a class of their own."""
+    """Matthews' correlation (scikit-learn's; GLUE's for CoLA).
+
+    Invalid predictions are a class of their own.
+    """
     from sklearn.metrics import matthews_corrcoef  # slow to import
 
     given, wanted = _class_ids(predictions, targets, labels)
@@ -61,14 +73,20 @@ def matthews(predictions: Texts, targets: Texts, *, labels: Texts) -> float:
 
 
 def pearson(predictions: Texts, targets: Texts) -> float:
-    """Pearson's correlation of the texts as numbers; what is no number counts as -1, as in T5."""
+    """Pearson's correlation of the texts as numbers (scipy's; GLUE's for STS-B).
+
+    What is no number counts as -1, as in t5.
+    """
     from scipy import stats  # slow to import
 
     return _correlation(stats.pearsonr, predictions, targets)
 
 
 def spearman(predictions: Texts, targets: Texts) -> float:
-    """Spearman's rank correlation of the texts as numbers; what is no number counts as -1."""
+    """Spearman's rank correlation of the texts as numbers (scipy's; GLUE's for STS-B).
+
+    What is no number counts as -1, as in t5.
+    """
     from scipy import stats  # slow to import
 
     return _correlation(stats.spearmanr, predictions, targets)
@@ -78,6 +96,9 @@ def exact_match(
     predictions: Texts, targets: Texts, *, answers: Sequence[Texts] | None = None
 ) -> float:
     """SQuAD's exact match: equal to one of the answers after SQuAD's normalisation.
+
+    As the scripts of SQuAD 1.1 (t5's `squad`, ReCoRD's) have it; of an unanswerable question, one
+    without an answer or with none but empty texts, as SQuAD 2.0's has it: 1 for saying nothing.
 
     Args:
         predictions: texts [N].
@@ -90,12 +111,16 @@ def exact_match(
 def squad_f1(
     predictions: Texts, targets: Texts, *, answers: Sequence[Texts] | None = None
 ) -> float:
-    """SQuAD's F1 over words, the best over the answers; arguments as in `exact_match`."""
+    """SQuAD's F1 over words, the best over the answers; scorers and arguments as in `exact_match`.
+
+    With the script of SQuAD 1.1 nothing is shared with an answer of articles and punctuation alone:
+    its exact match is 1 and its F1 0.
+    """
     return _best_over_answers(_word_f1, predictions, targets, answers)
 
 
 def group_exact_match(predictions: Texts, targets: Texts, *, groups: Sequence[Hashable]) -> float:
-    """The share of groups (MultiRC's questions) in which every prediction is right."""
+    """The share of groups in which every prediction is right (SuperGLUE's for MultiRC, EM)."""
     right: dict[Hashable, bool] = {}
     for prediction, target, group in zip(predictions, targets, groups, strict=True):
         right[group] = right.get(group, True) and prediction.strip() == target.strip()
@@ -114,7 +139,7 @@ _DETERMINERS = frozenset({
 def referent_accuracy(
     predictions: Texts, targets: Texts, *, label_values: Sequence[object]
 ) -> float:
-    """Accuracy on WSC, where the model writes out what the pronoun refers to.
+    """Accuracy on WSC, where the model writes out what the pronoun refers to (t5's `wsc_simple`).
 
     The prediction says 'yes' when it names the candidate, the target text: the words of one are
     among those of the other. That is compared with the record's own label (true or false).
@@ -133,8 +158,8 @@ def referent_accuracy(
 class Metric:
     """A metric and the keyword arguments it needs beside predictions and targets.
 
-    `needs` holds some of 'labels' (the task's label texts), 'answers', 'groups' and
-    'label_values' (per example).
+    `needs` holds some of 'labels' (the task's label texts), 'positive_label' (one of them),
+    'answers', 'groups' and 'label_values' (per example).
     """
 
     function: Callable[..., float]
@@ -144,7 +169,7 @@ class Metric:
 METRICS: Mapping[str, Metric] = {
     "accuracy": Metric(accuracy),
     "mean_f1": Metric(mean_f1, ("labels",)),
-    "f1": Metric(f1, ("labels",)),
+    "f1": Metric(f1, ("labels", "positive_label")),
     "matthews": Metric(matthews, ("labels",)),
     "pearson": Metric(pearson),
     "spearman": Metric(spearman),
@@ -209,16 +234,17 @@ def _best_over_answers(
     scores = []
     for prediction, right in zip(predictions, answers, strict=True):
         given = normalize_answer(prediction)
-        scores.append(max((score(given, normalize_answer(a)) for a in right), default=0.0))
+        if any(a.strip() for a in right):
+            scores.append(max(score(given, normalize_answer(a)) for a in right))
+        else:
+            scores.append(float(not given))
     return _mean(scores)
 
 
 def _word_f1(prediction: str, answer: str) -> float:
     given, wanted = prediction.split(), answer.split()
-    if not given or not wanted:
-        return float(given == wanted)
     common = sum((collections.Counter(given) & collections.Counter(wanted)).values())
-    return 2 * common / (len(given) + len(wanted))
+    return 2 * common / (len(given) + len(wanted)) if common else 0.0
 
 
 def _referent_words(text: str) -> set[str]:

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from absl import logging
 from etils import epath
 
 from ptjax.errors import InputError
@@ -46,6 +47,8 @@ _DECOMPRESS: dict[str, Callable[[bytes], bytes]] = {
 # What a row is while it is being read: its fields, or the text that says what is wrong with it.
 _Row = dict[str, Any] | str
 
+_NEWLINE = re.compile("\r\n|\r|\n")
+
 
 @dataclass(frozen=True, slots=True)
 class Record:
@@ -65,20 +68,22 @@ class Record:
 class BadRecords:
     """What becomes of records that cannot be used: 'error' stops at the first, 'skip' counts.
 
+    `lines` counts the lines that they stood on.
     Blank lines of JSON lines and plain text are no records; `blank` counts them.
     """
 
     policy: str = "error"
     count: int = 0
     first: str | None = None
+    lines: int = 0
     blank: int = 0
 
     def __post_init__(self) -> None:
         if self.policy not in ON_BAD_RECORD:
             raise InputError(f"on_bad_record={self.policy!r}: it must be 'error' or 'skip'")
 
-    def report(self, where: str, problem: str) -> None:
-        """Takes note of one bad record.
+    def report(self, where: str, problem: str, lines: int = 1) -> None:
+        """Takes note of one bad record, which stands on so many lines.
 
         Raises:
             InputError: at once, under the policy 'error'.
@@ -88,6 +93,7 @@ class BadRecords:
                 f"{where}: {problem} (on_bad_record='skip' leaves such records out and counts them)"
             )
         self.count += 1
+        self.lines += lines
         self.first = self.first or f"{where}: {problem}"
 
 
@@ -223,12 +229,12 @@ def parse_records(
     text, clean = _decode(data, encoding, name, bad)
     if format in ("jsonl", "text"):
         bad.blank += sum(not line.strip() for line in text.removesuffix("\n").split("\n"))
-    for line, row in _rows(text, format, columns, quoting, name):
+    for line, row, lines in _rows(text, format, columns, quoting, name):
         # JSON can hold lone surrogates as escapes even where every byte was text.
         if isinstance(row, dict) and (format == "jsonl" or not clean) and not _is_text(row):
             row = f"characters that are not {encoding} text; correct it or set `encoding`"
         if isinstance(row, str):
-            bad.report(f"{name}:{line}", row)
+            bad.report(f"{name}:{line}", row, lines)
         else:
             records.append(Record(row, name, line))
     return records
@@ -286,7 +292,8 @@ def _decode(data: bytes, encoding: str, name: str, bad: BadRecords) -> tuple[str
     except LookupError as error:
         raise InputError(f"encoding={encoding!r}: Python knows no such encoding") from error
     except UnicodeDecodeError as error:
-        line = data[: error.start].decode(encoding, "replace").count("\n") + 1
+        before = data[: error.start].decode(encoding, "replace")
+        line = len(_NEWLINE.findall(before)) + 1
         problem = f"not {encoding} text ({error.reason}); set `encoding` to the file's own"
         if bad.policy == "error":
             bad.report(f"{name}:{line}", problem)
@@ -309,26 +316,28 @@ def _is_text(row: dict[str, Any]) -> bool:
 
 def _rows(
     text: str, kind: str, columns: Sequence[str] | None, quoting: bool | None, name: str
-) -> Iterator[tuple[int, _Row]]:
+) -> Iterator[tuple[int, _Row, int]]:
+    """(line, fields or what is wrong with them, number of lines) of each row."""
     if kind == "jsonl":
-        return _json_rows(text)
+        return ((line, row, 1) for line, row in _json_rows(text))
     if kind == "text":
         names = tuple(columns or ("text",))
         if len(names) != 1:
             raise InputError(f"{name}: a plain line has one field, `columns` names {len(names)}")
-        return ((line, {names[0]: cells}) for line, cells in _lines(text))
+        return ((line, {names[0]: cells}, 1) for line, cells in _lines(text))
     delimiter = "," if kind == "csv" else "\t"
     if quoting if quoting is not None else kind == "csv":
         cells = _quoted_cells(text, delimiter)
     else:
-        cells = ((line, row.split(delimiter)) for line, row in _lines(text))
+        if quoting is None:
+            _report_enclosed(text, delimiter, name)
+        cells = ((line, row.split(delimiter), 1) for line, row in _lines(text))
     return _table(iter(cells), columns, name)
 
 
 def _lines(text: str) -> Iterator[tuple[int, str]]:
     # Not str.splitlines: it also splits at U+2028, U+0085 and others, which are text here.
-    for number, line in enumerate(text.split("\n"), 1):
-        line = line.removesuffix("\r")
+    for number, line in enumerate(_NEWLINE.split(text), 1):
         if line and not line.isspace():
             yield number, line
 
@@ -336,7 +345,8 @@ def _lines(text: str) -> Iterator[tuple[int, str]]:
 def _json_rows(text: str) -> Iterator[tuple[int, _Row]]:
     for number, line in _lines(text):
         try:
-            row = json.loads(line)
+            # NaN is no JSON, but what Python writes for a value that is missing.
+            row = json.loads(line, parse_constant=lambda _: None)
         except (ValueError, RecursionError) as error:
             reason = getattr(error, "msg", str(error))
             if line.lstrip().startswith("["):
@@ -350,39 +360,74 @@ def _json_rows(text: str) -> Iterator[tuple[int, _Row]]:
             yield number, f"{kind}, not a JSON object; write one JSON object a line"
 
 
-def _quoted_cells(text: str, delimiter: str) -> list[tuple[int, list[str] | str]]:
-    """Rows by the csv module, each with the line it starts on (a quoted field may span lines)."""
-    rows: list[tuple[int, list[str] | str]] = []
+def _report_enclosed(text: str, delimiter: str, name: str) -> None:
+    """Says that a file's double quotes look as if they enclosed fields.
+
+    pandas and Excel enclose a field that holds a quote, and double that; quotes that are ordinary
+    characters, as MRPC's, are soon found elsewhere.
+    """
+    if '"' not in text:
+        return
+    enclosed = 0
+    for _, line in _lines(text):
+        for cell in line.split(delimiter) if '"' in line else ():
+            inside = cell[1:-1]
+            if len(cell) > 1 and cell[0] == cell[-1] == '"' and '"' not in inside.replace('""', ""):
+                enclosed += 1
+            elif '"' in cell:
+                return
+    logging.warning(
+        "%s: double quotes only enclose fields, %d of them, as in CSV; they are kept as text. Set "
+        "quoting=True to remove them, or False if they are text",
+        name,
+        enclosed,
+    )
+
+
+def _quoted_cells(text: str, delimiter: str) -> list[tuple[int, list[str] | str, int]]:
+    """Rows by the csv module, each with its first line and their number (quotes may span lines).
+
+    After a bad quote, which may have taken in any number of lines, it goes on at the next line.
+    """
+    rows: list[tuple[int, list[str] | str, int]] = []
+    lines = list(io.StringIO(text, newline=""))
+    start = 0
     limit = csv.field_size_limit(sys.maxsize)  # the default refuses texts over 128 KiB
     try:
-        # strict: a stray quote is an error here; otherwise it silently swallows rows.
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-        while True:
-            start = reader.line_num + 1
+        while start < len(lines):
+            # strict: a stray quote is an error here; otherwise it silently swallows rows.
+            remaining = (lines[i] for i in range(start, len(lines)))
+            reader, before = csv.reader(remaining, delimiter=delimiter, strict=True), 0
             try:
-                row = next(reader)
-            except StopIteration:
+                for row in reader:
+                    if row:
+                        rows.append((start + before + 1, row, reader.line_num - before))
+                    before = reader.line_num
                 return rows
             except csv.Error as error:
                 problem = f"bad quoting ({error}); where quotes are plain text, set quoting=False"
-                rows.append((start, problem))
-                continue
-            if row:
-                rows.append((start, row))
+                rows.append((start + before + 1, problem, 1))
+                start += before + 1
+        return rows
     finally:
         csv.field_size_limit(limit)
 
 
 def _table(
-    rows: Iterator[tuple[int, list[str] | str]], columns: Sequence[str] | None, name: str
-) -> Iterator[tuple[int, _Row]]:
+    rows: Iterator[tuple[int, list[str] | str, int]], columns: Sequence[str] | None, name: str
+) -> Iterator[tuple[int, _Row, int]]:
+    nameless = 0
     if columns is None:
-        line, header = next(rows, (1, None))
+        line, header, _ = next(rows, (1, None, 1))
         if header is None:
             return
         if isinstance(header, str):
             raise InputError(f"{name}:{line}: {header}")
         columns = [cell.strip() for cell in header]
+        # pandas' index: a column without a name in front of those that have one.
+        if len(columns) > 1 and not columns[0] and all(columns[1:]):
+            logging.warning("%s:%d: the first column has no name and is left out", name, line)
+            nameless, columns = 1, columns[1:]
         where = f"{name}:{line}: the header line"
     else:
         where = f"{name}: `columns`"
@@ -391,14 +436,14 @@ def _table(
             f"{where} has an empty or a repeated name ({', '.join(columns)}); "
             "for a file without a header line set `columns`"
         )
-    for line, row in rows:
-        if isinstance(row, list) and len(row) != len(columns):
-            yield (
-                line,
-                (
-                    f"{len(row)} columns instead of {len(columns)} ({', '.join(columns)}); correct "
-                    "the line, `columns` or `quoting`"
-                ),
+    for line, row, lines in rows:
+        if isinstance(row, list) and len(row) != nameless + len(columns):
+            problem = (
+                f"{len(row)} columns instead of {nameless + len(columns)} ({', '.join(columns)}); "
+                "correct the line, `columns` or `quoting`"
             )
+            yield line, problem, lines
+        elif isinstance(row, str):
+            yield line, row, lines
         else:
-            yield line, row if isinstance(row, str) else dict(zip(columns, row, strict=True))
+            yield line, dict(zip(columns, row[nameless:], strict=True)), lines

@@ -6,6 +6,7 @@ Tasks are declared in gin (`gin_configs/tasks/`), one file each. T5's convention
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -54,6 +55,7 @@ class Task:
             closed label set.
         targets: instead of a verbalizer, the template of the target.
         metrics: names of `ptjax.data.metrics.METRICS`; of several, their mean selects.
+        positive_label: the label text whose F1 the metric f1 takes; default: the verbalizer's last.
         data_dir: where relative paths start ('package:NAME' is data shipped with ptjax), and
             TFDS's folder of prepared data sets.
         format, columns, quoting, encoding: see `ptjax.data.sources.read_records`.
@@ -78,6 +80,7 @@ class Task:
     verbalizer: Mapping[Any, str] | None = None
     targets: str | None = None
     metrics: str | Sequence[str] = ("accuracy",)
+    positive_label: str | None = None
     data_dir: str = ""
     format: str | None = None
     columns: Sequence[str] | None = None
@@ -128,6 +131,7 @@ class Task:
             raise self._error("it has no metric; set `metrics`")
         have = {
             "labels": self.labels is not None,
+            "positive_label": True,  # by default the last label
             "answers": True,  # without a field of answers the target is the only one
             "groups": self.group is not None,
             "label_values": self.label is not None,
@@ -141,6 +145,11 @@ class Task:
                     raise self._error(f"the metric {name} needs `{settings[need]}`")
         if "f1" in self.metrics and len(self.labels or ()) != 2:
             raise self._error(f"the metric f1 takes two labels, not {self.labels}; see mean_f1")
+        if self.positive_label is not None and self.positive_label not in (self.labels or ()):
+            known = ", ".join(map(repr, self.labels or ())) or "none"
+            raise self._error(
+                f"positive_label={self.positive_label!r} is no text of its verbalizer ({known})"
+            )
 
     def _parse(self, what: str, text: str) -> Template:
         try:
@@ -154,6 +163,13 @@ class Task:
         if self.verbalizer is None:
             return None
         return tuple(dict.fromkeys(self.verbalizer.values()))
+
+    @property
+    def positive(self) -> str | None:
+        """The label whose F1 is taken, where the metric f1 is one of the task's."""
+        if "f1" not in self.metrics or self.labels is None:
+            return None
+        return self.labels[-1] if self.positive_label is None else self.positive_label
 
     def load(self, split: str, limit: int | None = None) -> Examples:
         """The examples of a split, in the order of the files.
@@ -218,7 +234,7 @@ class Task:
             preprocess = self.train_preprocess
         inputs = parse_template(self.inputs)
         targets = None if self.targets is None else parse_template(self.targets)
-        bad = BadRecords(self.on_bad_record, records.bad.count, records.bad.first)
+        bad = dataclasses.replace(records.bad, policy=self.on_bad_record)
         examples = []
         for record in records:
             try:
@@ -298,8 +314,8 @@ class Task:
         return values
 
     def _needed(self, need: str, examples: Sequence[Example]) -> Any:
-        if need == "labels":
-            return self.labels
+        if need in ("labels", "positive_label"):
+            return self.labels if need == "labels" else self.positive
         name = {"answers": self.answers, "groups": self.group, "label_values": self.label}[need]
         if name is None:
             return None
@@ -321,6 +337,7 @@ class Task:
             "label": self.label,
             "verbalizer": None if self.verbalizer is None else dict(self.verbalizer),
             "metrics": list(self.metrics),
+            "positive_label": self.positive,
             "answers": self.answers,
             "group": self.group,
             "preprocess": _function_name(self.preprocess),
@@ -349,7 +366,7 @@ class Task:
                 )
             preprocess = CATALOGUE[name]
         keys = ("name", "inputs", "targets", "label", "verbalizer", "metrics", "answers", "group")
-        keys += ("sentinels",)
+        keys += ("sentinels", "positive_label")
         settings = {key: description[key] for key in keys if description.get(key) is not None}
         for key in ("name", "inputs"):
             if not isinstance(settings.get(key), str):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import string
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ class Template:
 
 
 def parse_template(text: str) -> Template:
-    """Parses '{field}' and '{field.inner}'; '{{' and '}}' are braces.
+    """Parses '{field}', '{field.inner}' and '{list.0}'; '{{' and '}}' are braces.
 
     Raises:
         ValueError: unbalanced braces, an empty field name, a conversion or a format.
@@ -60,32 +61,51 @@ def parse_template(text: str) -> Template:
 
 
 def find_field(record: Mapping[str, Any], field: str) -> Any:
-    """The value of a field; 'a.b' is also the field b of the object a.
+    """The value of a field; 'a.b' is also the field b of the object a, 'a.0' a list's first entry.
 
     Raises:
-        RecordError: the record has no such field, or it is None.
+        RecordError: the record has no such field, or it is None or a number that is not finite.
     """
     value: Any = record
     if field in record:
         value = record[field]
     else:
         for name in field.split("."):
-            if not isinstance(value, Mapping) or name not in value:
-                known = ", ".join(map(str, record)) or "none"
-                raise RecordError(f"no field '{field}' (fields: {known})")
-            value = value[name]
+            value = _inside(value, name, field, record)
+    _check_present(value, field)
+    return value
+
+
+def _inside(value: Any, name: str, field: str, record: Mapping[str, Any]) -> Any:
+    if isinstance(value, Mapping) and name in value:
+        return value[name]
+    if isinstance(value, list | tuple) and name.isdecimal():
+        if int(name) < len(value):
+            return value[int(name)]
+        raise RecordError(f"no field '{field}': the list has {len(value)} entries")
+    known = ", ".join(map(str, record)) or "none"
+    raise RecordError(f"no field '{field}' (fields: {known})")
+
+
+def _check_present(value: Any, field: str) -> None:
     if value is None:
         raise RecordError(f"the field '{field}' is null")
-    return value
+    if isinstance(value, float) and not math.isfinite(value):
+        raise RecordError(f"the field '{field}' is {value}, which is no text")
 
 
 def as_text(value: Any, field: str) -> str:
     """A plain value as text: True is 'True', 1 is '1'.
 
     Raises:
-        RecordError: the value is a list or an object.
+        RecordError: the value is a list or an object, None, or a number that is not finite.
     """
+    _check_present(value, field)
     if isinstance(value, (Mapping, list, tuple)):
         kind = "an object" if isinstance(value, Mapping) else "a list"
-        raise RecordError(f"the field '{field}' is {kind}; a template takes text and numbers")
+        # What could stand in its place: an object's fields, a list's first entry.
+        names = [*value][:3] if isinstance(value, Mapping) else ["0"]
+        inside = ", ".join(f"{{{field}.{name}}}" for name in names)
+        hint = f", such as {inside}" if inside else ""
+        raise RecordError(f"the field '{field}' is {kind}; a template takes text and numbers{hint}")
     return str(value)

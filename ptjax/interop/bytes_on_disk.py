@@ -33,7 +33,7 @@ def read_part(
 
     Args:
         shape: of the whole array.
-        index: one slice per axis, step 1.
+        index: one slice per axis, of a step of 1 or more.
         strides: in elements; None means C order.
 
     Raises:
@@ -42,11 +42,12 @@ def read_part(
     kind = numpy_dtype(dtype)
     if strides is None:
         strides = tuple(int(np.prod(shape[axis + 1 :])) for axis in range(len(shape)))
-    bounds = [part.indices(size)[:2] for part, size in zip(index, shape, strict=True)]
-    wanted = tuple(max(stop - start, 0) for start, stop in bounds)
+    bounds = [part.indices(size) for part, size in zip(index, shape, strict=True)]
+    wanted = tuple(len(range(*bound)) for bound in bounds)
     if 0 in wanted:
         return np.empty(wanted, kind)
-    first = sum(start * stride for (start, _), stride in zip(bounds, strides, strict=True))
+    first = sum(start * stride for (start, *_), stride in zip(bounds, strides, strict=True))
+    strides = tuple(step * stride for (*_, step), stride in zip(bounds, strides, strict=True))
     span = 1 + sum((size - 1) * stride for size, stride in zip(wanted, strides, strict=True))
     begin, length = offset + first * kind.itemsize, span * kind.itemsize
     if "://" in os.fspath(file):

@@ -187,6 +187,8 @@ def beam_search(
     )
     state = jax.lax.while_loop(unfinished, grow, start)
     some = jnp.isfinite(state.scores[:, :1])
+    # NaN ends the search: what had been finished by then is no answer.
+    some &= ~jnp.isnan(state.live_log_likelihood).any(axis=1, keepdims=True)
     tokens = jnp.where(some[..., None], state.finished, state.live)
     return tokens, jnp.where(some, state.scores, state.live_log_likelihood / penalty(max_length))
 

@@ -67,10 +67,13 @@ def placed_shapes(
 
 @jax.jit
 def quantize(kernel: Float[Array, "*L i o"]) -> Quantized:
-    """Symmetric, by the largest absolute value of a channel; one of zeros has the scale 1."""
+    """Symmetric, by the largest absolute value of a channel; one of zeros has the scale 1.
+
+    A channel with a NaN or an infinity has it as its scale: int8 could not hold it.
+    """
     kernel = kernel.astype(jnp.float32)
     largest = jnp.max(jnp.abs(kernel), axis=-2, keepdims=True)
-    scale = jnp.where(largest > 0, largest / LARGEST, 1.0)
+    scale = jnp.where(largest == 0, 1.0, largest / LARGEST)
     return Quantized(jnp.round(kernel / scale).astype(jnp.int8), scale)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from ptjax.data.catalogue import reviews, super_glue
+from ptjax.data.catalogue import reviews, squad, super_glue
 
 Preprocess = Callable[[dict[str, Any]], Iterable[dict[str, Any]]]
 
@@ -18,6 +18,7 @@ CATALOGUE: Mapping[str, Preprocess] = {
     for function in (
         reviews.sentences,
         reviews.without_line_breaks,
+        squad.squad,
         super_glue.multirc,
         super_glue.record,
         super_glue.record_answers,
