@@ -309,6 +309,7 @@ def infer_config(stored: Mapping[str, StoredArray], name: str) -> dict[str, Any]
         "mlp_activations": ("gelu", "linear") if gated else ("relu",),
         "logits_via_embedding": "decoder/logits_dense/kernel" not in stored,
         "relpos_buckets": relpos_buckets,
+        "relpos_per_layer": "encoder/layers_0/relpos_bias/rel_embedding" in stored,
     }
 
 

@@ -108,6 +108,30 @@ def test_the_dead_second_half_is_dropped(exported, prompt, keys):
     np.testing.assert_array_equal(load_peft(exported)[0], prompt)
 
 
+@pytest.mark.parametrize("method", ["PROMPT_TUNING", "P_TUNING"])
+def test_case_1_14_a_second_half_that_prompted_the_decoder_is_refused(exported, prompt, method):
+    """PEFT 0.3.0 put it in front of the decoder's input, and wrote no auto_mapping; 0.4.0 is the
+    first to write that key, and the first to use the first half alone."""
+    both = np.concatenate([prompt, prompt + 1])
+    change_tensors(exported, prompt_embeddings=both)
+    two = {"num_transformer_submodules": 2, "peft_type": method}
+    change_config(exported, auto_mapping="absent", **two)
+    with pytest.raises(
+        InputError,
+        match=r"adapter_config\.json: PEFT 0\.3 or older.*submodules 2.*in front of the decoder",
+    ):
+        load_peft(exported)
+    change_config(exported, num_transformer_submodules="absent")  # its default is two
+    with pytest.raises(InputError, match=r"PEFT 0\.3 or older"):
+        load_peft(exported)
+    change_config(exported, auto_mapping=None, **two)
+    np.testing.assert_array_equal(load_peft(exported)[0], prompt)
+    # One prompt of 0.3 stood where it does today.
+    change_tensors(exported, prompt_embeddings=prompt)
+    change_config(exported, auto_mapping="absent", num_transformer_submodules=1)
+    np.testing.assert_array_equal(load_peft(exported)[0], prompt)
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [

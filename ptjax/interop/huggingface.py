@@ -11,12 +11,13 @@ import huggingface_hub
 import huggingface_hub.errors
 import jax
 import numpy as np
+from absl import logging
 from etils import epath
 
 from ptjax import hub
 from ptjax.atomic import written_whole
 from ptjax.errors import InputError
-from ptjax.interop import safetensors_file, torch_file
+from ptjax.interop import peft, safetensors_file, torch_file
 from ptjax.interop.bytes_on_disk import numpy_dtype
 from ptjax.interop.huggingface_format import (
     COPIES,
@@ -27,6 +28,7 @@ from ptjax.interop.huggingface_format import (
     load_config,
     make_config_json,
     read_config,
+    read_logits,
     to_huggingface,
     to_t5x,
 )
@@ -56,7 +58,9 @@ def load_huggingface(directory: str | os.PathLike[str]) -> dict[str, StoredArray
     """
     directory = epath.Path(directory)
     config = read_config(directory)
-    tensors = _open_tensors(directory)
+    fields = load_config(directory, SPECIAL_IDS)
+    _check_adapter(directory)
+    tensors = _open_float_tensors(directory, config)
     for name in UNUSED:
         tensors.pop(name, None)
     for copy in [tensors.pop(name) for name in COPIES if name in tensors]:
@@ -69,14 +73,15 @@ def load_huggingface(directory: str | os.PathLike[str]) -> dict[str, StoredArray
             )
     arrays = {}
     for name, tensor in tensors.items():
-        if (translated := to_t5x(name)) is None:
+        translated = to_t5x(name, relpos_per_layer=fields["relpos_per_layer"])
+        if translated is None:
             raise InputError(f"{tensor.where}: the tensor {name} is none of T5's")
         ours, transposed = translated
         if len(tensor.shape) != (1 if ours.endswith("/scale") else 2):
             raise InputError(f"{tensor.where}: the tensor {name} has shape {list(tensor.shape)}")
         arrays[ours] = _transpose(tensor) if transposed else tensor
     _decide_logits(arrays, config, directory)
-    for name in expected_names(load_config(directory, SPECIAL_IDS)):
+    for name in expected_names(fields):
         if name not in arrays:
             theirs, _ = to_huggingface(name) or (name, False)
             raise InputError(
@@ -90,28 +95,29 @@ def _decide_logits(
 ) -> None:
     """Leaves `LOGITS` in `arrays` exactly when T5X's network would have it.
 
-    Tied logits in T5 are also scaled by 1/sqrt(D), untied ones are not. transformers 5 tells the
-    scale apart (`scale_decoder_outputs`) and calls every config tied; before it,
-    `tie_word_embeddings` meant both. Tied files may still hold the embedding as `lm_head.weight`.
+    Its tied logits are scaled by 1/sqrt(D), its own are not. Tied and unscaled, or own and scaled,
+    as transformers 5 has them too, are a kernel that takes the difference.
     """
-    embedding, head = arrays.get(EMBEDDING), arrays.get(LOGITS)
-    says_tied = config.get("tie_word_embeddings", True) is not False
-    scaled = config.get("scale_decoder_outputs", says_tied)
+    embedding, head = arrays.get(EMBEDDING), arrays.pop(LOGITS, None)
     if embedding is None:
         return
-    if head is None:
-        if not says_tied:
-            raise InputError(
-                f"{directory}: the tensor lm_head.weight (parameter {LOGITS}) is missing from the "
-                "weights, config.json says that it is not tied to the embedding"
+    turned = None if head is None else _transpose(head)
+    kind = "none" if turned is None else "equal" if _equal(embedding, turned) else "own"
+    logits = read_logits(config, kind, directory / "config.json")
+    if not logits.own and not logits.scaled:
+        arrays[LOGITS] = _transpose(embedding)
+    elif logits.own:
+        assert head is not None
+        arrays[LOGITS] = _scaled(head, embedding.shape[1] ** -0.5) if logits.scaled else head
+        if logits.scaled:
+            # No T5 was released so. transformers 5.0.0 scales every T5, 5.3 every umT5, and both
+            # write it into what they save.
+            logging.warning(
+                "%s: lm_head.weight is scaled by 1/sqrt(d_model), as config.json has it. If the "
+                "model was not scaled before transformers saved it (T5 1.1, Flan-T5, ByT5 and umT5 "
+                "were not), set scale_decoder_outputs to false there",
+                directory,
             )
-        if not scaled:
-            arrays[LOGITS] = _transpose(embedding)
-    elif scaled and _equal(embedding, _transpose(head)):
-        del arrays[LOGITS]
-    elif scaled and "scale_decoder_outputs" in config:
-        # transformers 5 unties by itself, and goes on scaling: so does the kernel.
-        arrays[LOGITS] = _scaled(head, embedding.shape[1] ** -0.5)
 
 
 def _equal(one: StoredArray, other: StoredArray) -> bool:
@@ -138,6 +144,52 @@ def _scaled(array: StoredArray, factor: float) -> StoredArray:
         return array.read(index).astype(np.float32) * np.float32(factor)
 
     return StoredArray(array.shape, "float32", one_by_one(read), array.where)
+
+
+def _check_adapter(directory: epath.Path) -> None:
+    """Nothing beside the weights makes another model of them without a word.
+
+    transformers puts an adapter that it finds there into the model that it loads.
+    """
+    file = directory / peft.CONFIG
+    if not file.exists():
+        return
+    method = peft.method_of(directory)
+    if method in peft.PROMPTS:
+        logging.warning(
+            "%s also holds a prompt (%s), left out here; load_prompt(path) returns it",
+            directory,
+            method,
+        )
+        return
+    raise InputError(
+        f"{file}: beside the weights stands an adapter ({method}), which transformers would apply "
+        "and ptjax does not. Merge it (PEFT's merge_and_unload) and save the model, or move "
+        "adapter_* to another folder to load the model without it"
+    )
+
+
+def _open_float_tensors(directory: epath.Path, config: Mapping[str, Any]) -> dict[str, StoredArray]:
+    """`_open_tensors`; a word on weights that are, or would be, quantized."""
+    settings = config.get("quantization_config")
+    if settings is None:
+        return _open_tensors(directory)
+    method = settings.get("quant_method") if isinstance(settings, dict) else settings
+    try:
+        tensors = _open_tensors(directory)
+    except InputError as error:
+        raise InputError(
+            f"{directory}: config.json has a quantization_config ({method}); ptjax reads weights in"
+            f" floating point: take the model as it was before, or dequantize it ({error})"
+        ) from error
+    logging.warning(
+        "%s: config.json has a quantization_config (%s), which transformers would apply on "
+        "loading; ptjax takes the weights as they are. load_backbone(quantize='int8') is its own "
+        "way to hold them in fewer bytes",
+        directory,
+        method,
+    )
+    return tensors
 
 
 def _open_tensors(directory: epath.Path) -> dict[str, StoredArray]:

@@ -24,6 +24,7 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 TORCH_WEIGHTS = "adapter_model.bin"
 FILES = (CONFIG, WEIGHTS, TORCH_WEIGHTS)
+PROMPTS = ("PROMPT_TUNING", "P_TUNING")
 _TENSOR = "prompt_embeddings"
 _FORMAT = {"format": "pt"}  # in every header that PEFT writes
 _PEFT_VERSION = "0.21.2"  # the version whose layout `export_peft` writes
@@ -43,11 +44,22 @@ def is_peft(path: str | os.PathLike[str]) -> bool:
     return any((epath.Path(path) / name).exists() for name in FILES)
 
 
+def method_of(directory: str | os.PathLike[str]) -> str:
+    """`peft_type` of a directory of PEFT: "PROMPT_TUNING", "LORA", ...
+
+    Raises:
+        InputError: its config is missing or damaged.
+    """
+    return str(_read_config(epath.Path(directory) / CONFIG).get("peft_type"))
+
+
 def load_peft(directory: str | os.PathLike[str]) -> tuple[np.ndarray, dict[str, Any]]:
     """(prompt [P, D] in the dtype of the file, metadata) of a PEFT directory for T5.
 
-    PEFT keeps two prompts for encoder-decoders by default (`num_transformer_submodules` 2) and uses
-    the first alone; the second is dropped. How it began (`prompt_tuning_init`) no longer matters.
+    PEFT keeps two prompts for encoder-decoders by default (`num_transformer_submodules` 2) and
+    since version 0.4 uses the first alone; the second is dropped. Up to 0.3 it put the second in
+    front of the decoder's input: such prompts are refused. How a prompt began
+    (`prompt_tuning_init`) no longer matters.
 
     The metadata is what `export_peft` was given, and "backbone_name", "NAME" or "NAME@REVISION" in
     any directory whose config names the backbone.
@@ -67,6 +79,14 @@ def load_peft(directory: str | os.PathLike[str]) -> tuple[np.ndarray, dict[str, 
         )
     length = _size(config, "num_virtual_tokens", None, file)
     copies = _size(config, "num_transformer_submodules", 2, file)
+    # PEFT 0.4, which stopped using the second prompt, is the first to write this key.
+    if copies > 1 and "auto_mapping" not in config:
+        raise InputError(
+            f"{file}: PEFT 0.3 or older wrote it (it has no auto_mapping) with "
+            f"num_transformer_submodules {copies}: the second half of the prompt stood in front of "
+            "the decoder, where ptjax has none. PEFT since 0.4 reads the first half alone, another "
+            'prompt; to have that, add "auto_mapping": null'
+        )
     tensors, header, weights = _open_weights(directory)
     if _TENSOR not in tensors:
         raise InputError(f"{weights}: the tensor {_TENSOR} is missing")
@@ -162,7 +182,7 @@ def _check_method(config: Mapping[str, Any], file: epath.Path) -> None:
     method, task = config.get("peft_type"), config.get("task_type")
     if method is None:
         raise InputError(f"{file}: peft_type is missing; a prompt's is PROMPT_TUNING or P_TUNING")
-    if method not in ("PROMPT_TUNING", "P_TUNING"):
+    if method not in PROMPTS:
         why = _REFUSED.get(str(method), "it is no soft prompt")
         raise InputError(f"{file}: the adapter is of {method}, which cannot be read: {why}")
     if task is None:

@@ -18,8 +18,11 @@ class T5Config:
         num_heads: H.
         head_dim: K; H * K need not be D.
         mlp_dim: F.
-        mlp_activations: `("relu",)` is T5 1.0, `("gelu", "linear")` (gated) is T5 1.1.
+        mlp_activations: `("relu",)` is T5 1.0, `("gelu", "linear")` (gated) is T5 1.1. The names
+            are Flax's, whose `gelu` is the tanh approximation; `gelu_exact` is the one with erf.
         logits_via_embedding: True ties the logits to the embedding, scaled by 1/sqrt(D) (T5 1.0).
+        relpos_per_layer: every layer has a table of relative position biases of its own (umT5);
+            otherwise the layers of a stack share one.
         dtype: of the activations; the parameters' own dtype is decided where they are loaded.
         scan_layers: compile one layer of a stack and scan over them; see `models.stacking`.
         remat: what a layer computes again on the way back instead of keeping it: "none", "dots"
@@ -46,6 +49,7 @@ class T5Config:
     dropout_rate: float = 0.1
     relpos_buckets: int = 32
     relpos_max_distance: int = 128
+    relpos_per_layer: bool = False
     layer_norm_epsilon: float = 1e-6
     dtype: str = "float32"
     scan_layers: bool = False

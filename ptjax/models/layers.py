@@ -24,6 +24,12 @@ KeysValues = tuple[Array, Array]
 
 MASKED = -1e10
 
+# Of `T5Config.mlp_activations`, what Flax has no function for; the other names are Flax's own.
+_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "linear": lambda x: x,
+    "gelu_exact": functools.partial(nn.gelu, approximate=False),
+}
+
 
 def relative_position_bucket(
     relative_position: np.ndarray, *, bidirectional: bool, num_buckets: int, max_distance: int
@@ -111,7 +117,7 @@ class RMSNorm(nn.Module):
 
 
 class RelativePositionBias(nn.Module):
-    """One table per stack, [H, buckets], shared by its layers."""
+    """A table [H, buckets]: one per stack, shared by its layers, or one per layer (umT5)."""
 
     config: T5Config
     bidirectional: bool
@@ -229,7 +235,7 @@ class MLP(nn.Module):
         @jax.checkpoint
         def activate(*branches: Array) -> Array:
             activated = [
-                branch if name == "linear" else getattr(nn, name)(branch)
+                (_ACTIVATIONS.get(name) or getattr(nn, name))(branch)
                 for name, branch in zip(cfg.mlp_activations, branches, strict=True)
             ]
             return functools.reduce(jnp.multiply, activated)

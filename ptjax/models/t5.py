@@ -1,6 +1,7 @@
 """T5 1.0 and 1.1 with T5X's parameter tree, shapes and numerics.
 
-mT5, ByT5 and Flan-T5 are the same network with other sizes. Names and formulas follow
+mT5, ByT5 and Flan-T5 are the same network with other sizes; in umT5 every layer has relative
+position biases of its own (`T5Config.relpos_per_layer`). Names and formulas follow
 `t5x/examples/t5/{network,layers}.py`; a T5X checkpoint restores here without a translation table.
 Letters: B batch, T input tokens, S encoder positions, L target length, D model width, H heads,
 K head width, F feed-forward, V vocabulary.
@@ -78,6 +79,8 @@ class EncoderLayer(nn.Module):
 
     def setup(self) -> None:
         cfg = self.config
+        if cfg.relpos_per_layer:
+            self.relpos_bias = RelativePositionBias(cfg, bidirectional=True)
         self.pre_attention_layer_norm = RMSNorm(cfg.layer_norm_epsilon, cfg.dtype)
         self.attention = Attention(cfg)
         self.pre_mlp_layer_norm = RMSNorm(cfg.layer_norm_epsilon, cfg.dtype)
@@ -105,6 +108,8 @@ class DecoderLayer(nn.Module):
 
     def setup(self) -> None:
         cfg = self.config
+        if cfg.relpos_per_layer:
+            self.relpos_bias = RelativePositionBias(cfg, bidirectional=False)
         self.pre_self_attention_layer_norm = RMSNorm(cfg.layer_norm_epsilon, cfg.dtype)
         self.self_attention = Attention(cfg)
         self.pre_cross_attention_layer_norm = RMSNorm(cfg.layer_norm_epsilon, cfg.dtype)
@@ -157,7 +162,8 @@ class Encoder(nn.Module):
 
     def setup(self) -> None:
         cfg = self.config
-        self.relpos_bias = RelativePositionBias(cfg, bidirectional=True)
+        if not cfg.relpos_per_layer:
+            self.relpos_bias = RelativePositionBias(cfg, bidirectional=True)
         self.layers = make_layers(EncoderLayer, cfg, cfg.num_encoder_layers)
         self.encoder_norm = RMSNorm(cfg.layer_norm_epsilon, cfg.dtype)
         self.input_dropout = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
@@ -183,15 +189,22 @@ class Encoder(nn.Module):
         cfg = self.config
         x = self.input_dropout(embedded, deterministic).astype(cfg.dtype)
         length = x.shape[1]
-        bias = self.relpos_bias(length, length) + mask_bias(mask, cfg.dtype)
-        prompt_bias: Any = None
-        if prompt is not None:
+        masked = mask_bias(mask, cfg.dtype)
+
+        def biases(relpos_bias: RelativePositionBias) -> tuple[Array, Any]:
+            bias = relpos_bias(length, length) + masked
+            if prompt is None:
+                return bias, None
             before = prompt[0].shape[1]
-            prompt_bias = self.relpos_bias(length, before + length, before)[..., :before]
+            prompt_bias = relpos_bias(length, before + length, before)[..., :before]
             if positions is not None:
                 prompt_bias = jnp.swapaxes(prompt_bias[0][:, positions], 0, 1)
+            return bias, prompt_bias
+
+        of_stack = None if cfg.relpos_per_layer else biases(self.relpos_bias)
 
         def run(layer: EncoderLayer, x: Array, prompt: KeysValues | None) -> tuple[Array, Any]:
+            bias, prompt_bias = of_stack or biases(layer.relpos_bias)
             shared = None if prompt is None else (prompt, prompt_bias)
             x, keys_values = layer(x, bias, deterministic, shared)
             return x, keys_values if keep else None
@@ -209,7 +222,8 @@ class Decoder(nn.Module):
 
     def setup(self) -> None:
         cfg = self.config
-        self.relpos_bias = RelativePositionBias(cfg, bidirectional=False)
+        if not cfg.relpos_per_layer:
+            self.relpos_bias = RelativePositionBias(cfg, bidirectional=False)
         self.layers = make_layers(DecoderLayer, cfg, cfg.num_decoder_layers)
         self.decoder_norm = RMSNorm(cfg.layer_norm_epsilon, cfg.dtype)
         self.input_dropout = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
@@ -246,13 +260,19 @@ class Decoder(nn.Module):
         if segment_ids is not None:
             seen &= same_segment(segment_ids, segment_ids)
             readable = same_segment(segment_ids, encoded.segment_ids)
-        self_bias = self.relpos_bias(steps, length, position) + mask_bias(seen, cfg.dtype)
+        masked = mask_bias(seen, cfg.dtype)
         cross_bias = mask_bias(readable, cfg.dtype)
+
+        def bias(relpos_bias: RelativePositionBias) -> Array:
+            return relpos_bias(steps, length, position) + masked
+
+        of_stack = None if cfg.relpos_per_layer else bias(self.relpos_bias)
 
         def run(
             layer: DecoderLayer, x: Array, layer_cache: LayerCache | None, prompt: KeysValues | None
         ) -> tuple[Array, LayerCache | None]:
             source = encoded.states if layer_cache is None else layer_cache
+            self_bias = bias(layer.relpos_bias) if of_stack is None else of_stack
             return layer(x, source, position, self_bias, cross_bias, deterministic, prompt)
 
         shared = None if encoded.prompt is None else encoded.prompt.decoder

@@ -45,7 +45,7 @@ RULES: Rules = (
     (r"params/token_embedder/embedding", P("model", None)),
     (r"params/.*/(query|key|value|wi|wi_0|wi_1|logits_dense)/kernel", P("fsdp", "model")),
     (r"params/.*/(out|wo)/kernel", P("model", "fsdp")),
-    (r"params/.*/relpos_bias/rel_embedding", P("model", None)),
+    (r"params/(.*/)?relpos_bias/rel_embedding", P("model", None)),  # per stack, or in a layer
     (r"params/.*/scale", P()),
     (r"prompt/.*", P()),
 )
