@@ -189,7 +189,7 @@ def _open(
         arrays = huggingface.load_huggingface(directory)
         return arrays, load_config(directory), name, (directory,)
     found = t5x.find_checkpoint(directory)
-    if found.parent == directory and len(list(directory.glob("checkpoint_*"))) > 1:
+    if found.parent == directory and len(t5x.checkpoints_in(directory)) > 1:
         logging.warning("%s: loading the newest of its checkpoints, %s", name, found.name)
     folders = (found, found.parent)
     told = next((load_config(x) for x in folders if (x / "config.json").exists()), {})
