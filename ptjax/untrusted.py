@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 import zipfile
 from typing import Any
@@ -24,11 +25,13 @@ MAX_JSON_BYTES = 1 << 28
 _STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 
 
-def parse_json(text: str | bytes, *, unique_names: bool = False) -> Any:
+def parse_json(text: str | bytes, *, strict: bool = False) -> Any:
     """`json.loads` for a text of a stranger.
 
     Args:
-        unique_names: an object that has a name twice is an error (Python keeps the last one).
+        strict: what Python reads and JSON forbids is an error too, as for Rust's serde: a name
+            twice in an object, NaN and Infinity, numbers out of range, halves of surrogate pairs.
+            `-0` is a float then, and no size.
 
     Raises:
         ValueError: no JSON, no UTF-8, or nested deeper than `MAX_DEPTH`.
@@ -37,7 +40,7 @@ def parse_json(text: str | bytes, *, unique_names: bool = False) -> Any:
         text = text.decode()
     if _json_depth(text) > MAX_DEPTH:
         raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
-    return json.loads(text, object_pairs_hook=_unique if unique_names else None)
+    return json.loads(text, **_STRICT) if strict else json.loads(text)
 
 
 def read_json(path: epath.Path) -> Any:
@@ -125,12 +128,37 @@ def _json_depth(text: str) -> int:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    unique = dict(pairs)
-    if len(unique) < len(pairs):
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
-        raise ValueError(f"the name {twice!r} stands there twice")
+    unique: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in unique:
+            raise ValueError(f"the name {name!r} stands there twice")
+        _encodable(name)
+        unique[name] = _encodable(value)
     return unique
+
+
+def _encodable(value: Any) -> Any:
+    if isinstance(value, str):
+        value.encode()  # UnicodeEncodeError, a ValueError, for half of a surrogate pair
+    return value
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"the number {text[:20]} is out of range")
+    return value
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+_STRICT: dict[str, Any] = {
+    "object_pairs_hook": _unique,
+    "parse_constant": _no_constant,
+    "parse_float": _finite,
+    "parse_int": lambda text: -0.0 if text == "-0" else int(text),
+}
 
 
 def _children(node: Any) -> list[Any]:

@@ -3,8 +3,9 @@
 An *item* is one saved tree: an OCDBT database (`manifest.ocdbt`, `d/`, `ocdbt.process_N/`), or a
 folder of zarr arrays, one for each leaf ("params.decoder.logits_dense.kernel"); beside it
 `_METADATA` lists the leaves. Orbax 0.5 and before also writes the tree into a msgpack,
-`checkpoint`, with "PLACEHOLDER://NAME" or the value itself at each leaf. A checkpoint is an item, or a folder of
-items by name (`default`, `state`, `params`). A CheckpointManager's root holds checkpoints by step.
+`checkpoint`, with "PLACEHOLDER://NAME" or the value itself at each leaf. A checkpoint is an item,
+or a folder of items by name (`default`, `state`, `params`). A CheckpointManager's root holds
+checkpoints by step.
 """
 
 from __future__ import annotations
