@@ -7,7 +7,6 @@ trained and how its inputs are written. A compiled prompt has its states beside 
 from __future__ import annotations
 
 import dataclasses
-import io
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
+from ptjax import untrusted
 from ptjax.errors import InputError
 from ptjax.interop import peft, safetensors_file, t5x
 from ptjax.interop.stored import StoredArray
@@ -189,10 +189,9 @@ def _load_directory(path: epath.Path) -> tuple[np.ndarray, dict[str, Any]]:
 
 def _load_numpy(path: epath.Path) -> np.ndarray:
     try:
-        array = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
-    except Exception as error:  # numpy has many, and all mean a file that is none of ours
-        reason = str(error).split("\n")[0]
-        raise InputError(f"{path}: the numpy file is truncated or damaged ({reason})") from error
+        array = untrusted.read_numpy(path.read_bytes())
+    except ValueError as error:
+        raise InputError(f"{path}: the numpy file is truncated or damaged ({error})") from error
     # numpy has no name for bfloat16 and writes it as two bytes of nothing in particular.
     return array.view(ml_dtypes.bfloat16) if array.dtype == np.dtype("V2") else array
 

@@ -7,7 +7,6 @@ returned before every chunk is known to be there, or to be left out on purpose.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import math
 import os
@@ -100,18 +99,13 @@ def open_zarrs(requests: Mapping[str, Stored]) -> dict[str, StoredArray]:
 def _present_chunks(array: ts.TensorStore, name: str, stored: Stored) -> list[str]:
     """The keys of the chunks that are there, all of them unless some may be left out."""
     metadata = array.spec().to_json()["metadata"]
-    counts, keys = _chunk_keys(array.shape, metadata)
-    may_omit = stored.may_omit and metadata.get("fill_value") is not None
-    if may_omit:
+    if stored.may_omit and metadata.get("fill_value") is not None:
         return sorted(key for key in stored.keys if key not in (".zarray", "zarr.json"))
     # Orbax 0.6 to 0.8 left such chunks out of folders too, where nothing tells them from lost ones.
     filled = metadata.get("fill_value") is not None
     hint = " (if it was all zeros, save it with a newer Orbax)" if filled else ""
-    if math.prod(counts) > len(stored.keys) * 2 + 1000:
-        # So many are missing that the shape itself is wrong, and counting them may take forever.
-        keys = itertools.islice(keys, len(stored.keys) + 1)
     present = []
-    for chunk in keys:
+    for chunk in _chunk_keys(array.shape, metadata):
         if chunk not in stored.keys:
             raise InputError(
                 f"{stored.where}/{chunk}: a chunk of parameter {name} is missing; copy the "
@@ -121,10 +115,8 @@ def _present_chunks(array: ts.TensorStore, name: str, stored: Stored) -> list[st
     return present
 
 
-def _chunk_keys(
-    shape: tuple[int, ...], metadata: Mapping[str, Any]
-) -> tuple[list[int], Iterator[str]]:
-    """(chunks along each axis, the key of each chunk); the last one of an axis may stick out.
+def _chunk_keys(shape: tuple[int, ...], metadata: Mapping[str, Any]) -> Iterator[str]:
+    """The key of each chunk; the last one of an axis may stick out.
 
     zarr 2: "0.1", and "0" of a scalar. zarr 3: "c/0/1", and "c" of a scalar, or as zarr 2.
     """
@@ -138,8 +130,13 @@ def _chunk_keys(
         sizes, first = metadata["chunks"], []
         separator = metadata.get("dimension_separator", ".")
     counts = [-(-size // chunk) for size, chunk in zip(shape, sizes, strict=True)]
-    indices = itertools.product(*map(range, counts))
-    return counts, (separator.join([*first, *map(str, index)]) or "0" for index in indices)
+    # Not itertools.product: it would first list what a damaged shape claims, before any is missed.
+    for number in range(math.prod(counts)):
+        index: list[str] = []
+        for count in reversed(counts):
+            number, along = divmod(number, count)
+            index.insert(0, str(along))
+        yield separator.join([*first, *index]) or "0"
 
 
 def _reader(array: ts.TensorStore, name: str, stored: Stored, chunks: list[str]) -> ReadParts:
