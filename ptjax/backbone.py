@@ -199,7 +199,7 @@ def _open(
         arrays = huggingface.load_huggingface(directory)
         return arrays, load_config(directory, chosen), name, (directory,)
     found = t5x.find_checkpoint(directory)
-    if found.parent == directory and len(list(directory.glob("checkpoint_*"))) > 1:
+    if found.parent == directory and len(t5x.checkpoints_in(directory)) > 1:
         logging.warning("%s: loading the newest of its checkpoints, %s", name, found.name)
     folders = (found, found.parent)
     with_config = (x for x in folders if (x / "config.json").exists())
@@ -291,9 +291,6 @@ def infer_config(stored: Mapping[str, StoredArray], name: str) -> dict[str, Any]
             )
         return usual
 
-    def layers(stack: str) -> int:
-        return len({p.split("/")[1] for p in stored if p.startswith(f"{stack}/layers_")})
-
     vocab_size, _ = shape("token_embedder/embedding")
     num_heads, relpos_buckets = shape("/relpos_bias/rel_embedding")
     emb_dim, joined = shape("attention/query/kernel")
@@ -302,8 +299,8 @@ def infer_config(stored: Mapping[str, StoredArray], name: str) -> dict[str, Any]
         "vocab_size": vocab_size,
         "emb_dim": emb_dim,
         "num_heads": num_heads,
-        "num_encoder_layers": layers("encoder"),
-        "num_decoder_layers": layers("decoder"),
+        "num_encoder_layers": _layers(stored, "encoder"),
+        "num_decoder_layers": _layers(stored, "decoder"),
         "head_dim": joined // num_heads,
         "mlp_dim": shape("/mlp/wi_0/kernel" if gated else "/mlp/wi/kernel")[1],
         "mlp_activations": ("gelu", "linear") if gated else ("relu",),
@@ -313,8 +310,22 @@ def infer_config(stored: Mapping[str, StoredArray], name: str) -> dict[str, Any]
     }
 
 
+def _layers(stored: Mapping[str, StoredArray], stack: str) -> int:
+    return len({path.split("/")[1] for path in stored if path.startswith(f"{stack}/layers_")})
+
+
 def _check(stored: Mapping[str, StoredArray], config: T5Config, name: str) -> None:
     """Every parameter of `config`, each of its shape, and no other."""
+    for stack, layers in (
+        ("encoder", config.num_encoder_layers),
+        ("decoder", config.num_decoder_layers),
+    ):
+        # Before the network is traced, which takes as long as a file claims that it is deep.
+        if layers > (held := _layers(stored, stack)):
+            raise InputError(
+                f"{name}: parameter {stack}/layers_{held}/* is missing; the config has {layers:,} "
+                f"{stack} layers, the weights {held}; is the checkpoint complete?"
+            )
     try:
         of_layers = dataclasses.replace(config, scan_layers=False)
         expected = flatten_paths(parameter_shapes(of_layers))

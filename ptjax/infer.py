@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import re
 import sys
@@ -282,12 +281,14 @@ def records_of(arguments: argparse.Namespace) -> Any:
 
 def is_json(data: bytes) -> bool:
     """Whether bytes start like JSON lines, or are a JSON array, which is then refused by name."""
+    from ptjax import untrusted
+
     start = data.removeprefix(b"\xef\xbb\xbf").lstrip()
     if start[:1] != b"[":
         return start[:1] == b"{"
     try:
-        return isinstance(json.loads(start), list)
-    except (ValueError, RecursionError):
+        return isinstance(untrusted.parse_json(start), list)
+    except ValueError:
         # Broken, or a line of plain text such as "[1] a footnote".
         return re.match(rb"\[\s*\{", start) is not None
 

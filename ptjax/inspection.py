@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from typing import Any
 
@@ -14,6 +13,7 @@ from absl import logging
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
+from ptjax import untrusted
 from ptjax.backbone import OpenBackbone, open_backbone
 from ptjax.data.tokenizer import Tokenizer
 from ptjax.errors import InputError
@@ -211,6 +211,6 @@ def _read_json(file: epath.Path) -> Any:
     if not file.exists():
         return None
     try:
-        return json.loads(file.read_text())
+        return untrusted.read_json(file)
     except ValueError as error:
         raise InputError(f"{file}: the file is no JSON ({error})") from error

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import json
+import re
 
 import ml_dtypes
 import numpy as np
@@ -167,3 +169,118 @@ def test_no_safetensors_file(tmp_path, header):
     file.write_bytes(len(header).to_bytes(8, "little") + header)
     with pytest.raises(InputError, match="this is no safetensors file"):
         open_safetensors(file)
+
+
+# What the format forbids
+
+
+def entry(start=0, stop=8, **fields):
+    return {"dtype": "F32", "shape": [2], "data_offsets": [start, stop], **fields}
+
+
+def write(path, header, data=bytes(8), length=None):
+    """A file with this header (bytes as they are, anything else as JSON)."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes((len(text) if length is None else length).to_bytes(8, "little") + text + data)
+    return path
+
+
+def refusal_of(read, file):
+    try:
+        read(file)
+    except Exception as error:  # the reference's is a class of its own
+        return error
+    return None
+
+
+def reference(file):
+    """The reader in Rust, by the Python package."""
+    with safetensors.safe_open(file, framework="numpy") as opened:
+        return {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
+
+
+FORBIDDEN = {
+    "a hole": ({"a": entry(), "b": entry(12, 20)}, bytes(20)),
+    "a hole in front": ({"a": entry(4, 12)}, bytes(12)),
+    "an overlap": ({"a": entry(), "b": entry(4, 12)}, bytes(12)),
+    "the same bytes twice": ({"a": entry(), "b": entry()}, bytes(8)),
+    "an empty tensor inside of another": ({"a": entry(), "b": entry(4, 4, shape=[0])}, bytes(8)),
+    "a bool for a size": ({"a": entry(shape=[2, True])}, bytes(8)),
+    "a float for a size": ({"a": entry(shape=[2.0])}, bytes(8)),
+    "a float for an offset": ({"a": entry(0.0, 8)}, bytes(8)),
+    "a text for a size": ({"a": entry(shape=["2"])}, bytes(8)),
+    "minus zero": (json.dumps({"a": entry()}).encode().replace(b"[0,", b"[-0,"), bytes(8)),
+    "no shape": ({"a": entry(shape=None)}, bytes(8)),
+    "three offsets": ({"a": entry(data_offsets=[0, 8, 8])}, bytes(8)),
+    "a size beyond 64 bits": ({"a": entry(shape=[1 << 64, 0])}, bytes(8)),
+    "a shape that overflows": ({"a": entry(shape=[1 << 62, 1 << 62])}, bytes(8)),
+    "metadata that is no text": ({"__metadata__": {"a": 1}, "a": entry()}, bytes(8)),
+    "a field twice": (
+        b'{"a":{"dtype":"F32","dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
+        b"8" * 8,
+    ),
+    "NaN": (b'{"a":{"x":NaN,"dtype":"F32","shape":[2],"data_offsets":[0,8]}}', bytes(8)),
+    "half a surrogate": (b'{"\\ud800":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}', bytes(8)),
+    "a byte after the header": (json.dumps({"a": entry()}).encode() + b"\0", bytes(8)),
+    "no UTF-8": (b'{"\xff":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}', bytes(8)),
+    "a list": (b"[]", b""),
+    "deep nesting": (b'{"a":' + b"[" * 200 + b"]" * 200 + b"}", b""),
+}
+
+
+@pytest.mark.parametrize("what", FORBIDDEN)
+def test_case_5_7_what_the_reference_refuses_is_refused(tmp_path, what):
+    file = write(tmp_path / "x.safetensors", *FORBIDDEN[what])
+    assert refusal_of(reference, file) is not None
+    with pytest.raises(InputError, match=r"x\.safetensors: "):
+        open_safetensors(file)
+
+
+def test_case_5_7_two_tensors_of_one_name(tmp_path):
+    """The reference takes the last one, the format's description forbids it."""
+    one = b'"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'
+    with pytest.raises(InputError, match="the name 'a' stands there twice"):
+        open_safetensors(write(tmp_path / "x.safetensors", b"{" + one + b"," + one + b"}"))
+    with pytest.raises(InputError, match="does not begin with a brace"):
+        open_safetensors(write(tmp_path / "x.safetensors", b" {" + one + b"}"))
+
+
+def test_case_5_7_a_header_over_100_megabytes(tmp_path):
+    """As long as it says (the file has a hole instead of blocks on the disk)."""
+    file = write(tmp_path / "x.safetensors", {"a": entry()}, length=100_000_001)
+    with file.open("r+b") as stream:
+        stream.truncate(100_000_001 + 16)
+    assert "too large" in str(refusal_of(reference, file)).lower()
+    with pytest.raises(InputError, match="a header of 100,000,001 bytes"):
+        open_safetensors(file)
+
+
+def test_case_5_7_mutated_headers_are_refused_where_the_reference_refuses(tmp_path):
+    header = {
+        "__metadata__": {"format": "pt"},
+        "a": entry(),
+        "b": {"dtype": "BF16", "shape": [2, 3], "data_offsets": [8, 20]},
+        "c": {"dtype": "F64", "shape": [], "data_offsets": [20, 28]},
+    }
+    text = json.dumps(header).encode()
+    numbers = [match.span() for match in re.finditer(rb"\d+(?=[,\]])", text)]
+    others = (b"0", b"1", b"2", b"3", b"6", b"8", b"20", b"28", b"true", b"8.0", b"-0", b'"8"')
+    rng = np.random.default_rng(0)
+    outcomes = collections.Counter()
+    for number in range(400):
+        mutated = bytearray(text)
+        if number % 2:  # one byte
+            where, byte = int(rng.integers(len(text))), rng.choice(list(b'0189-.,:[]{}"eE tn\\'))
+            mutated[where : where + int(rng.integers(2))] = bytes([byte])
+        else:  # a size or an offset, or two of them
+            for index in sorted(set(rng.integers(len(numbers), size=2).tolist()), reverse=True):
+                mutated[slice(*numbers[index])] = others[int(rng.integers(len(others)))]
+        file = write(tmp_path / "x.safetensors", bytes(mutated), bytes(28))
+        theirs, ours = refusal_of(reference, file), refusal_of(open_safetensors, file)
+        assert ours is None or isinstance(ours, InputError), mutated
+        assert ours is not None or theirs is None, (mutated, theirs)
+        outcomes[theirs is None, ours is None] += 1
+        if ours is None:
+            shapes = {name: list(x.shape) for name, x in open_safetensors(file)[0].items()}
+            assert shapes == reference(file)
+    assert outcomes[False, False] > 200 and outcomes[True, True] > 10

@@ -7,13 +7,13 @@ transformers has written them to four places: `added_tokens.json`, `added_tokens
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import tokenizers
 from etils import epath
 
+from ptjax import untrusted
 from ptjax.data.sentinels import MARK, SENTINEL, marked
 from ptjax.errors import InputError
 
@@ -61,8 +61,8 @@ def read_json(file: epath.Path) -> dict[str, Any]:
     if not file.exists():
         return {}
     try:
-        content = json.loads(file.read_text())
-    except (ValueError, RecursionError) as error:
+        content = untrusted.read_json(file)
+    except ValueError as error:
         raise InputError(f"{file}: not valid JSON ({error})") from error
     if not isinstance(content, dict):
         raise InputError(f"{file}: no JSON object; copy the tokenizer again")

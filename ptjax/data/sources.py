@@ -7,9 +7,7 @@ everything that is wrong with it can be reported where it is. Files may be compr
 
 from __future__ import annotations
 
-import bz2
 import csv
-import gzip
 import hashlib
 import importlib.resources
 import io
@@ -19,13 +17,14 @@ import os
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from absl import logging
 from etils import epath
 
+from ptjax import untrusted
 from ptjax.errors import InputError
 
 FORMATS = ("jsonl", "csv", "tsv", "text")
@@ -38,11 +37,7 @@ _FORMAT_OF_SUFFIX = {
     ".tsv": "tsv",
     ".txt": "text",
 }
-_DECOMPRESS: dict[str, Callable[[bytes], bytes]] = {
-    ".gz": gzip.decompress,
-    ".xz": lzma.decompress,
-    ".bz2": bz2.decompress,
-}
+_COMPRESSED = (".gz", ".xz", ".bz2")
 
 # What a row is while it is being read: its fields, or the text that says what is wrong with it.
 _Row = dict[str, Any] | str
@@ -182,7 +177,8 @@ def read_records(
 
     Raises:
         InputError: no such file, no record in it, a malformed record, a wrong encoding, a
-          compressed file that is damaged, or settings that do not fit the format.
+          compressed file that is damaged or inflates without an end (see `untrusted.inflate`), or
+      settings that do not fit the format.
     """
     bad = BadRecords(on_bad_record)
     records: list[Record] = []
@@ -258,7 +254,7 @@ def _format_of(name: str, format: str | None) -> str:
             raise InputError(f"format={format!r}: it must be one of {', '.join(FORMATS)}")
         return format
     stem, suffix = os.path.splitext(name)
-    if suffix in _DECOMPRESS:
+    if suffix in _COMPRESSED:
         suffix = os.path.splitext(stem)[1]
     if suffix not in _FORMAT_OF_SUFFIX:
         raise InputError(
@@ -274,10 +270,10 @@ def _read_bytes(path: epath.Path) -> bytes:
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
     suffix = path.suffix
-    if suffix not in _DECOMPRESS:
+    if suffix not in _COMPRESSED:
         return data
     try:
-        return _DECOMPRESS[suffix](data)
+        return untrusted.inflate(data, suffix)
     except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
         raise InputError(
             f"{path}: not a whole {suffix} file ({error}); copy it again or correct its name"
@@ -346,8 +342,8 @@ def _json_rows(text: str) -> Iterator[tuple[int, _Row]]:
     for number, line in _lines(text):
         try:
             # NaN is no JSON, but what Python writes for a value that is missing.
-            row = json.loads(line, parse_constant=lambda _: None)
-        except (ValueError, RecursionError) as error:
+            row = untrusted.parse_json(line, constant=lambda _: None)
+        except ValueError as error:
             reason = getattr(error, "msg", str(error))
             if line.lstrip().startswith("["):
                 reason = f"it starts an array; {reason}"

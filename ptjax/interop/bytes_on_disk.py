@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import zlib
 
 import ml_dtypes
 import numpy as np
 from etils import epath
 
 from ptjax.interop.stored import Index
+
+_PIECE = 1 << 22
 
 
 def numpy_dtype(name: str) -> np.dtype:
@@ -58,3 +61,14 @@ def read_part(
         buffer = np.memmap(file.expanduser(), np.uint8, "r", begin, (length,))
     in_bytes = tuple(stride * kind.itemsize for stride in strides)
     return np.array(np.ndarray(wanted, kind, buffer, strides=in_bytes))
+
+
+def crc32(file: epath.Path, offset: int, length: int) -> int:
+    """The CRC-32 of `length` bytes of `file`, read piece by piece."""
+    value = 0
+    with file.expanduser().open("rb") as stream:
+        stream.seek(offset)
+        while length > 0 and (piece := stream.read(min(length, _PIECE))):
+            value = zlib.crc32(piece, value)
+            length -= len(piece)
+    return value

@@ -14,7 +14,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from ptjax import hub
+from ptjax import hub, untrusted
 from ptjax.atomic import written_whole
 from ptjax.errors import InputError
 from ptjax.interop import peft, safetensors_file, torch_file
@@ -211,7 +211,7 @@ def _open_file(file: epath.Path) -> dict[str, StoredArray]:
 
 def _open_shards(index: epath.Path) -> dict[str, StoredArray]:
     try:
-        files = json.loads(index.read_text())["weight_map"]
+        files = untrusted.read_json(index)["weight_map"]
         by_file: dict[str, list[str]] = {}
         for tensor, name in files.items():
             by_file.setdefault(name, []).append(tensor)

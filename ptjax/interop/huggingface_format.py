@@ -6,7 +6,6 @@ norm scales and embeddings are not. Facts after `transformers/models/t5/modeling
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping
@@ -14,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 from etils import epath
 
+from ptjax import untrusted
 from ptjax.errors import InputError
 from ptjax.interop.special_ids import read_special_ids, write_special_ids
 from ptjax.models.config import T5Config
@@ -362,7 +362,7 @@ def read_config(directory: epath.Path) -> dict[str, Any]:
     if not path.exists():
         raise InputError(f"{path}: the file is missing; a Hugging Face model has one")
     try:
-        raw = json.loads(path.read_text())
+        raw = untrusted.read_json(path)
     except ValueError as error:
         raise InputError(f"{path}: the file is truncated or no JSON ({error})") from error
     if not isinstance(raw, dict):

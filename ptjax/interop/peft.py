@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from ptjax import untrusted
 from ptjax.atomic import written_whole
 from ptjax.errors import InputError
 from ptjax.interop import safetensors_file, torch_file
@@ -170,7 +171,7 @@ def _read_config(file: epath.Path) -> dict[str, Any]:
     if not file.exists():
         raise InputError(f"{file}: the file is missing; a PEFT directory has one")
     try:
-        config = json.loads(file.read_text())
+        config = untrusted.read_json(file)
     except ValueError as error:
         raise InputError(f"{file}: the file is truncated or no JSON ({error})") from error
     if not isinstance(config, dict):

@@ -1,13 +1,13 @@
 """Prompt files: our own, and every other that holds a prompt for a T5.
 
 Ours is a safetensors file with one tensor, `prompt` float32 [P, D], whose header says where it was
-trained and how its inputs are written. A compiled prompt has its states beside it.
+trained and how its inputs are written, and holds a checksum over all of it (`prompt_header`). A
+compiled prompt has its states beside it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import io
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -17,8 +17,9 @@ import numpy as np
 from absl import logging
 from etils import epath
 
+from ptjax import untrusted
 from ptjax.errors import InputError
-from ptjax.interop import peft, safetensors_file, t5x
+from ptjax.interop import peft, prompt_header, safetensors_file, t5x
 from ptjax.interop.stored import StoredArray
 from ptjax.models.t5 import PromptStates
 
@@ -66,8 +67,11 @@ def save_prompt(
         states: of a compiled prompt; written in their own dtype, [layers, P, H, K] each.
 
     Raises:
-        InputError: the prompt is not finite or not [P, D].
+        InputError: the prompt is not finite or not [P, D], or a value that ptjax reads is of
+            another type.
     """
+    if problem := prompt_header.wrong_value(metadata):
+        raise InputError(f"{path}: a prompt cannot be saved with this metadata, {problem}")
     tensors = {TENSOR: _checked(np.asarray(prompt), os.fspath(path))}
     if states is not None:
         for stack, arrays in states._asdict().items():
@@ -77,7 +81,7 @@ def save_prompt(
         path,
         tensors.items(),
         {name: (array.shape, array.dtype.name) for name, array in tensors.items()},
-        safetensors_file.to_header(metadata),
+        prompt_header.seal(safetensors_file.to_header(metadata), tensors),
     )
 
 
@@ -173,7 +177,9 @@ def prompts_below(directory: epath.Path) -> list[epath.Path]:
 def _load_directory(path: epath.Path) -> tuple[np.ndarray, dict[str, Any]]:
     """(prompt [P, D] as stored, metadata)."""
     if peft.is_peft(path):
-        return peft.load_peft(path)
+        prompt, metadata = peft.load_peft(path)
+        prompt_header.check_types(metadata, os.fspath(path))
+        return prompt, metadata
     if not t5x.is_t5x(path):
         below = prompts_below(path)
         raise InputError(
@@ -189,10 +195,9 @@ def _load_directory(path: epath.Path) -> tuple[np.ndarray, dict[str, Any]]:
 
 def _load_numpy(path: epath.Path) -> np.ndarray:
     try:
-        array = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
-    except Exception as error:  # numpy has many, and all mean a file that is none of ours
-        reason = str(error).split("\n")[0]
-        raise InputError(f"{path}: the numpy file is truncated or damaged ({reason})") from error
+        array = untrusted.read_numpy(path.read_bytes())
+    except ValueError as error:
+        raise InputError(f"{path}: the numpy file is truncated or damaged ({error})") from error
     # numpy has no name for bfloat16 and writes it as two bytes of nothing in particular.
     return array.view(ml_dtypes.bfloat16) if array.dtype == np.dtype("V2") else array
 
@@ -201,8 +206,11 @@ def _load_safetensors(path: epath.Path) -> PromptFile:
     arrays, header = safetensors_file.open_safetensors(path)
     if TENSOR not in arrays:
         raise InputError(f"{path}: the file holds {sorted(arrays)[:3]}, not the tensor {TENSOR!r}")
-    prompt = _checked(arrays[TENSOR].read_all(), os.fspath(path))
-    file = PromptFile(prompt, safetensors_file.from_header(header), _load_states(path, arrays))
+    sealed = prompt_header.is_sealed(header)
+    tensors = {name: x.read_all() for name, x in arrays.items() if sealed or name == TENSOR}
+    metadata = prompt_header.unseal(header, tensors, os.fspath(path))
+    prompt = _checked(tensors[TENSOR], os.fspath(path))
+    file = PromptFile(prompt, metadata, _load_states(path, arrays))
     if file.states is not None and file.sees_input:
         raise InputError(f"{path}: a compiled prompt that sees its input; compile it again")
     if file.states is not None and file.states.encoder[0].shape[1] != len(prompt):

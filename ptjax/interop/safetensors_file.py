@@ -8,6 +8,7 @@ memory; tests hold both sides of this module to it.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -15,12 +16,14 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from ptjax import untrusted
 from ptjax.atomic import written_whole
 from ptjax.errors import InputError
 from ptjax.interop import bytes_on_disk
 from ptjax.interop.stored import Index, ReadParts, StoredArray, one_by_one
 
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
+_MAX_HEADER = 100_000_000  # the reference reader's
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
@@ -35,37 +38,63 @@ def open_safetensors(
     """
     path = epath.Path(path)
     header, begin = _read_header(path)
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict):
-        raise InputError(f"{path}: the metadata of the header is damaged, it is no object")
+    metadata = _metadata(header.pop("__metadata__", None), path)
     end = path.stat().length - begin
-    arrays, used = {}, 0
-    for name, entry in header.items():
-        try:
-            kind, shape, (start, stop) = (entry[key] for key in ("dtype", "shape", "data_offsets"))
-            shape = tuple(int(size) for size in shape)
-            if kind not in _DTYPES:
-                raise InputError(f"{path}: tensor {name} is {kind}, not floating point")
-            dtype = _DTYPES[kind]
-            size = int(np.prod(shape, dtype=object)) * bytes_on_disk.numpy_dtype(dtype).itemsize
-            if min(start, *shape, 0) < 0 or stop - start != size:
-                raise ValueError("its bytes do not fit its shape")
-        except (KeyError, TypeError, ValueError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(f"{path}: the entry of tensor {name} is damaged ({error})") from error
-        if stop > end:
+    entries = [(*_entry(name, entry, path), name) for name, entry in header.items()]
+    position = 0
+    for start, stop, _, _, name in sorted(entries, key=lambda entry: entry[:2]):
+        # The format has no holes, no overlaps: nothing hides in a file, and no byte counts twice.
+        if start != position:
             raise InputError(
-                f"{path}: the file is truncated, {end:,} bytes of data where tensor {name} ends "
-                f"at {stop:,}; copy it again"
+                f"{path}: tensor {name} begins at byte {start:,} of the data, the one before it "
+                f"ends at {position:,}; the file is damaged, copy it again"
             )
-        used = max(used, stop)
-        arrays[name] = StoredArray(
+        position = stop
+    if position > end:
+        raise InputError(
+            f"{path}: the file is truncated, {end:,} bytes of data where the last tensor ends at "
+            f"{position:,}; copy it again"
+        )
+    if position < end:
+        raise InputError(f"{path}: {end - position:,} bytes after the last tensor; copy it again")
+    arrays = {
+        name: StoredArray(
             shape, dtype, _reader(path, begin + start, shape, dtype), f"{path} ({name})"
         )
-    if used != end:
-        raise InputError(f"{path}: {end - used:,} bytes after the last tensor; copy it again")
+        for start, _, shape, dtype, name in entries
+    }
     return arrays, metadata
+
+
+def _metadata(metadata: Any, path: epath.Path) -> dict[str, str]:
+    if metadata is None:
+        return {}
+    if not isinstance(metadata, dict) or not all(isinstance(x, str) for x in metadata.values()):
+        raise InputError(f"{path}: the metadata of the header is damaged, it has to be texts")
+    return metadata
+
+
+def _entry(name: str, entry: Any, path: epath.Path) -> tuple[int, int, tuple[int, ...], str]:
+    """(first byte, end, shape, dtype) of a tensor, which fit each other."""
+    try:
+        kind, shape, (start, stop) = (entry[key] for key in ("dtype", "shape", "data_offsets"))
+        for number in (start, stop, *shape):
+            if type(number) is not int or not 0 <= number < 1 << 64:  # True is an int in Python
+                raise ValueError(f"{number!r} is no size")
+        if kind not in _DTYPES:
+            raise InputError(f"{path}: tensor {name} is {kind}, not floating point")
+        size = math.prod(shape) * bytes_on_disk.numpy_dtype(_DTYPES[kind]).itemsize
+        if stop - start != size:
+            raise ValueError(f"its {stop - start:,} bytes do not fit its shape {shape}")
+        # A size of 0 hides how large the others are, and no array could have them.
+        if math.prod(size or 1 for size in shape) >= 1 << 63:
+            raise ValueError(f"the shape {shape} is too large")
+    except InputError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else error
+        raise InputError(f"{path}: the entry of tensor {name} is damaged ({reason})") from error
+    return start, stop, tuple(shape), _DTYPES[kind]
 
 
 def save_safetensors(
@@ -100,7 +129,7 @@ def from_header(header: Mapping[str, str]) -> dict[str, Any]:
     metadata = {}
     for key, text in header.items():
         try:
-            metadata[key] = json.loads(text)
+            metadata[key] = untrusted.parse_json(text)
         except (TypeError, ValueError):
             metadata[key] = text
     return metadata
@@ -138,12 +167,18 @@ def _read_header(path: epath.Path) -> tuple[dict[str, Any], int]:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > size - 8:
             raise InputError(f"{path}: the file is truncated or is no safetensors file")
+        if length > _MAX_HEADER:
+            raise InputError(
+                f"{path}: a header of {length:,} bytes; a safetensors file has at most "
+                f"{_MAX_HEADER:,}"
+            )
+        text = stream.read(length)
         try:
-            header = json.loads(stream.read(length))
+            if not text.startswith(b"{"):
+                raise ValueError("its header does not begin with a brace")
+            header = untrusted.parse_json(text, strict=True)
         except ValueError as error:
             raise InputError(f"{path}: this is no safetensors file ({error})") from error
-    if not isinstance(header, dict):
-        raise InputError(f"{path}: this is no safetensors file (its header is no object)")
     return header, 8 + length
 
 

@@ -7,12 +7,12 @@ where there is one, and only else of config.json.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from etils import epath
 
+from ptjax import untrusted
 from ptjax.data.tokenizer import Tokenizer
 from ptjax.errors import InputError
 from ptjax.models.config import T5Config
@@ -107,7 +107,7 @@ def check_end_of_sequence(tokenizer: Tokenizer, config: T5Config) -> None:
 
 def _read(path: epath.Path) -> dict[str, Any]:
     try:
-        raw = json.loads(path.read_text())
+        raw = untrusted.read_json(path)
     except ValueError as error:
         raise InputError(f"{path}: the file is truncated or no JSON ({error})") from error
     if not isinstance(raw, dict):

@@ -12,15 +12,16 @@ import dataclasses
 import io
 import os
 import pickle
-import struct
 import zipfile
 from typing import Any
 
 import numpy as np
 from etils import epath
 
+from ptjax import untrusted
 from ptjax.errors import InputError
 from ptjax.interop import bytes_on_disk
+from ptjax.interop.bytes_on_disk import numpy_dtype
 from ptjax.interop.stored import Index, StoredArray, one_by_one
 
 _STORAGES = {
@@ -31,12 +32,50 @@ _STORAGES = {
 }
 
 
+_OPCODES = (
+    *(pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK, pickle.GLOBAL, pickle.STACK_GLOBAL),
+    *(pickle.REDUCE, pickle.BUILD, pickle.BINPERSID, pickle.MEMOIZE),
+    *(pickle.BINPUT, pickle.LONG_BINPUT, pickle.BINGET, pickle.LONG_BINGET),
+    *(pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE, pickle.BINFLOAT),
+    *(pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1),
+    *(pickle.BINUNICODE, pickle.SHORT_BINUNICODE),
+    *(pickle.EMPTY_TUPLE, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3),
+    *(pickle.EMPTY_LIST, pickle.APPEND, pickle.APPENDS),
+    *(pickle.EMPTY_DICT, pickle.SETITEM, pickle.SETITEMS),
+)
+_MAX_PICKLE = 1 << 26  # bytes; a T5 of 11B has 200,000
+_SMALL = 1 << 24
+
+
+@dataclasses.dataclass
+class _CheckedMember:
+    """A member of the zip whose checksum is compared once, when enough of it is read.
+
+    "Enough" is half of it, or it is small: a process that loads a slice of a large array does not
+    read the rest of it for the checksum's sake.
+    """
+
+    path: epath.Path
+    member: untrusted.Member
+    checked: bool = False
+
+    def check(self, read: int) -> None:
+        """InputError if the member is damaged; `read` are the bytes that were just asked for."""
+        if self.checked or (2 * read < self.member.size and self.member.size > _SMALL):
+            return
+        try:
+            self.member.check(bytes_on_disk.crc32(self.path, self.member.offset, self.member.size))
+        except ValueError as error:
+            raise InputError(f"{self.path}: {error}; copy the file again") from error
+        self.checked = True
+
+
 @dataclasses.dataclass(frozen=True)
 class _Storage:
-    """A member of the zip: `count` numbers from byte `offset` of the file."""
+    """`count` numbers in a member of the zip."""
 
     dtype: str
-    offset: int
+    source: _CheckedMember
     count: int
 
 
@@ -82,11 +121,16 @@ def _unpickle(archive: zipfile.ZipFile, path: epath.Path) -> Any:
     if len(pickles) != 1:
         raise InputError(f"{path}: this is no file of torch.save (it has no data.pkl)")
     folder = pickles[0].removesuffix("data.pkl")
-    byteorder = f"{folder}byteorder"
-    if byteorder in archive.namelist() and archive.read(byteorder) != b"little":
-        raise InputError(f"{path}: the file is of a big-endian machine; save it as safetensors")
+    size = path.stat().length
     try:
-        return _Unpickler(archive, folder, path).load()
+        if f"{folder}byteorder" in archive.namelist():
+            order = untrusted.read_member(archive, f"{folder}byteorder", size, 16)
+            if order != b"little":
+                raise InputError(
+                    f"{path}: the file is of a big-endian machine; save it as safetensors"
+                )
+        data = untrusted.read_member(archive, pickles[0], size, _MAX_PICKLE)
+        return _Unpickler(data, archive, folder, path).load()
     except InputError:
         raise
     except Exception as error:  # a hostile or damaged pickle can raise anything
@@ -95,12 +139,47 @@ def _unpickle(archive: zipfile.ZipFile, path: epath.Path) -> Any:
         ) from error
 
 
-class _Unpickler(pickle.Unpickler):
-    """Knows tensors, and refuses every other name before it is even looked up."""
+class _Opcodes(dict[int, Any]):
+    """What a state dict's pickle is made of; Python's unpickler would do anything else as well."""
 
-    def __init__(self, archive: zipfile.ZipFile, folder: str, path: epath.Path):
-        super().__init__(io.BytesIO(archive.read(f"{folder}data.pkl")))
+    def __missing__(self, opcode: int) -> Any:
+        raise ValueError(f"the opcode {bytes([opcode])!r} has no place in a file of weights")
+
+
+class _Unpickler(pickle._Unpickler):
+    """Knows tensors, and refuses every other name before it is even looked up.
+
+    It is Python's own one: that in C fills a table up to the largest index that a file names. Keys
+    are texts or numbers, for the hash of tuples inside of tuples can take forever, and so does
+    writing them down: no message shows what is not known to be short.
+    """
+
+    dispatch = _Opcodes({code[0]: pickle._Unpickler.dispatch[code[0]] for code in _OPCODES})
+
+    def __init__(self, data: bytes, archive: zipfile.ZipFile, folder: str, path: epath.Path):
+        super().__init__(io.BytesIO(data))
         self._archive, self._folder, self._path = archive, folder, path
+        self._members: dict[str, _CheckedMember] = {}
+
+    def _load_setitem(self) -> None:
+        self._check_keys(self.stack[-2:-1])
+        pickle._Unpickler.load_setitem(self)  # type: ignore[attr-defined]
+
+    def _load_setitems(self) -> None:
+        self._check_keys(self.stack[::2])
+        pickle._Unpickler.load_setitems(self)  # type: ignore[attr-defined]
+
+    def _load_build(self) -> None:
+        """State beside a dict's items, such as `_metadata` of a state dict, is of no use here."""
+        self.stack.pop()
+
+    dispatch[pickle.SETITEM[0]] = _load_setitem
+    dispatch[pickle.SETITEMS[0]] = _load_setitems
+    dispatch[pickle.BUILD[0]] = _load_build
+
+    def _check_keys(self, keys: list[Any]) -> None:
+        if not all(type(key) in (str, int) for key in keys):
+            raise ValueError("a key that is neither a text nor a number")
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _STORAGES:
@@ -110,7 +189,7 @@ class _Unpickler(pickle.Unpickler):
         if (module, name) == ("torch._utils", "_rebuild_parameter"):
             return self._rebuild_parameter
         if (module, name) == ("collections", "OrderedDict"):
-            return collections.OrderedDict
+            return _ordered_dict
         raise InputError(
             f"{self._path}: the pickle in the file asks for {module}.{name}, which has no place in "
             "a file of weights; refused"
@@ -118,36 +197,24 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> _Storage:
         kind, dtype, key, _, count = pid
+        if any(type(x) is not str for x in (kind, dtype, key)) or type(count) is not int:
+            raise ValueError("a storage that is described by no texts")
         if kind != "storage" or dtype not in _STORAGES.values():
             raise InputError(f"{self._path}: unknown kind of storage {kind!r} {dtype!r}")
-        member = f"{self._folder}data/{key}"
-        try:
-            info = self._archive.getinfo(member)
-        except KeyError:
+        name = f"{self._folder}data/{key}"
+        if name not in self._members:
+            try:
+                member = untrusted.find_member(self._archive, name, self._path.stat().length)
+            except ValueError as error:
+                raise InputError(f"{self._path}: {error}") from error
+            self._members[name] = _CheckedMember(self._path, member)
+        member = self._members[name].member
+        if not 0 <= count * numpy_dtype(dtype).itemsize <= member.size:
             raise InputError(
-                f"{self._path}: {member} is missing from the file; copy it again"
-            ) from None
-        if info.compress_type != zipfile.ZIP_STORED:
-            raise InputError(f"{self._path}: {member} is compressed, which torch never does")
-        if count < 0 or count * bytes_on_disk.numpy_dtype(dtype).itemsize > info.file_size:
-            raise InputError(
-                f"{self._path}: {member} has {info.file_size:,} bytes, too few for {count:,} "
+                f"{self._path}: {name} has {member.size:,} bytes, too few for {count:,} "
                 f"numbers of {dtype}"
             )
-        return _Storage(dtype, self._data_offset(info), count)
-
-    def _data_offset(self, info: zipfile.ZipInfo) -> int:
-        """First byte of a member's data: after its local header, of which the names vary."""
-        stream = self._archive.fp
-        assert stream is not None
-        stream.seek(info.header_offset)
-        signature, name_length, extra_length = struct.unpack("<4s22xHH", stream.read(30))
-        if signature != b"PK\x03\x04":
-            raise InputError(f"{self._path}: the entry of {info.filename} is damaged")
-        offset = info.header_offset + 30 + name_length + extra_length
-        if offset + info.file_size > self._path.stat().length:
-            raise InputError(f"{self._path}: {info.filename} points outside of the file; refused")
-        return offset
+        return _Storage(dtype, self._members[name], count)
 
     def _rebuild_tensor(
         self,
@@ -158,6 +225,8 @@ class _Unpickler(pickle.Unpickler):
         *_: Any,
     ) -> StoredArray:
         """A view on a storage, checked to lie inside of it."""
+        if any(type(x) is not int for x in (offset, *shape, *strides)):
+            raise ValueError("a tensor whose sizes are no numbers")
         if len(shape) != len(strides) or min(offset, *shape, *strides, 0) < 0:
             raise InputError(f"{self._path}: a tensor with sizes {shape} and strides {strides}")
         last = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
@@ -166,18 +235,27 @@ class _Unpickler(pickle.Unpickler):
                 f"{self._path}: a tensor {list(shape)} reaches outside of its storage of "
                 f"{storage.count:,} numbers; refused"
             )
-        path = self._path
-        begin = storage.offset + offset * bytes_on_disk.numpy_dtype(storage.dtype).itemsize
+        path, dtype, source = self._path, storage.dtype, storage.source
+        begin = source.member.offset + offset * numpy_dtype(dtype).itemsize
 
         def read(index: Index) -> np.ndarray:
             try:
-                return bytes_on_disk.read_part(path, begin, shape, storage.dtype, index, strides)
+                part = bytes_on_disk.read_part(path, begin, shape, dtype, index, strides)
+                source.check(part.nbytes)
+                return part
             except (OSError, TypeError, ValueError) as error:
+                if isinstance(error, InputError):
+                    raise
                 raise InputError(
                     f"{path}: the file was changed or cut off while it was read ({error})"
                 ) from error
 
-        return StoredArray(tuple(shape), storage.dtype, one_by_one(read), os.fspath(path))
+        return StoredArray(tuple(shape), dtype, one_by_one(read), os.fspath(path))
 
     def _rebuild_parameter(self, tensor: StoredArray, *_: Any) -> StoredArray:
         return tensor
+
+
+def _ordered_dict() -> collections.OrderedDict[Any, Any]:
+    """Without arguments, as pickles have it: the items follow, and their keys are looked at."""
+    return collections.OrderedDict()

@@ -1,0 +1,312 @@
+"""T5X-shaped trees that Orbax 0.4 to 0.12 and its v1 wrote, read with tensorstore alone.
+
+An *item* is one saved tree: an OCDBT database (`manifest.ocdbt`, `d/`, `ocdbt.process_N/`), or a
+folder of zarr arrays, one for each leaf ("params.decoder.logits_dense.kernel"); beside it
+`_METADATA` lists the leaves. Orbax 0.5 and before also writes the tree into a msgpack,
+`checkpoint`, with "PLACEHOLDER://NAME" or the value itself at each leaf. A checkpoint is an item,
+or a folder of items by name (`default`, `state`, `params`). A CheckpointManager's root holds
+checkpoints by step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+from etils import epath
+
+from ptjax import untrusted
+from ptjax.errors import InputError
+from ptjax.interop import t5x_legacy
+from ptjax.interop.stored import StoredArray, one_by_one
+from ptjax.interop.zarr_arrays import (
+    Stored,
+    file_size,
+    kvstore_spec,
+    open_database,
+    open_zarrs,
+    reason_of,
+)
+
+COMMITTED = "commit_success.txt"
+"""Where Orbax cannot rename a folder it writes this file last."""
+_MANIFEST, _METADATA, _AGGREGATE = "manifest.ocdbt", "_METADATA", "checkpoint"
+_PROCESS = "ocdbt.process_"
+_PLACEHOLDER = "PLACEHOLDER://"
+_T5X_TREES = {"target": "state", "_optimizer.target": "_optimizer.state"}
+"""What T5X calls its model and, beside it, the optimizer's state; the latter in 2022."""
+# By these a tree is told for a T5 under T5X's names, and what stands before them for its place.
+_TELLING = ("token_embedder.embedding", "encoder.prompt.prompt.prompt")
+_WRAPPERS = {"target", "params", "model", "state", "train_state", "variables", "_optimizer"}
+_NUMBER = re.compile(r"([A-Za-z][\w-]*_)?(\d+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """One saved tree, of which no array is open yet.
+
+    Attributes:
+        arrays: dotted name -> keys of its zarr array.
+        values: dotted name -> an array that lies in the msgpack.
+        listed: dotted names of the arrays that the item's own list has.
+        kvstore: tensorstore's description of the database or folder.
+        sizes: key -> bytes, in a database; None in a folder.
+        stores_fill: whether the writer said that no chunk is left out (None: it did not say).
+    """
+
+    folder: epath.Path
+    arrays: dict[str, set[str]]
+    values: dict[str, np.ndarray]
+    listed: set[str]
+    kvstore: dict[str, Any]
+    sizes: dict[str, int] | None
+    stores_fill: bool | None
+
+    @property
+    def names(self) -> set[str]:
+        return {*self.arrays, *self.values}
+
+    def stored(self, name: str) -> Stored:
+        """Where the array of this dotted name lies."""
+        prefix = f"{name}/"
+        # What a database lacks was never written into it; a folder may have lost a file.
+        may_omit = self.stores_fill is False or (
+            self.stores_fill is None and self.sizes is not None
+        )
+        if self.sizes is None:
+            where = self.folder / name
+            return Stored(
+                kvstore_spec(where), self.arrays[name], str(where), may_omit, file_size(where)
+            )
+        sizes = self.sizes
+        return Stored(
+            {**self.kvstore, "path": prefix},
+            self.arrays[name],
+            f"{self.folder} ({name})",
+            may_omit,
+            lambda key: sizes[prefix + key],
+        )
+
+
+def step_of(name: str) -> tuple[str, int] | None:
+    """(prefix, step) of a folder that a manager or T5X names: "checkpoint_3", "0003", "7".
+
+    Half-saved folders carry a suffix (.tmp-..., .orbax-checkpoint-tmp-...), and are none.
+    """
+    match = _NUMBER.fullmatch(name)
+    return (match[1] or "", int(match[2])) if match else None
+
+
+def names_in(folder: epath.Path) -> set[str]:
+    return {child.name for child in folder.iterdir()} if folder.is_dir() else set()
+
+
+def is_item(names: Iterable[str]) -> bool:
+    """Whether a folder with these names in it is one saved tree, whole or not."""
+    names = set(names)
+    return bool(names & {_MANIFEST, _METADATA}) or any(x.startswith(_PROCESS) for x in names)
+
+
+def items_in(folder: epath.Path) -> list[epath.Path]:
+    """The items of a checkpoint: itself, or the folders in it that are some."""
+    names = names_in(folder)
+    if is_item(names):
+        return [folder]
+    candidates = [name for name in sorted(names) if step_of(name) is None and "." not in name]
+    items = []
+    for name in candidates:
+        inside = names_in(folder / name)
+        # The msgpack alone, without a list of leaves, is what Orbax wrote into T5X's in 2022.
+        if is_item(inside) or (name in ("state", "default", "params") and _AGGREGATE in inside):
+            items.append(folder / name)
+    return items
+
+
+def is_complete(item: epath.Path) -> bool:
+    """Whether saving an item came to its end, as far as its files tell: the merge is last."""
+    names = names_in(item)
+    return _MANIFEST in names or not any(name.startswith(_PROCESS) for name in names)
+
+
+def has_placeholder(tree: Any) -> bool:
+    """Whether a msgpack is Orbax's, whose arrays lie beside it."""
+    if isinstance(tree, dict):
+        return any(map(has_placeholder, tree.values()))
+    if isinstance(tree, list | tuple):
+        return any(map(has_placeholder, tree))
+    return isinstance(tree, str) and tree.startswith(_PLACEHOLDER)
+
+
+def load_orbax(checkpoint: epath.Path) -> dict[str, StoredArray]:
+    """T5X's parameter name -> array of the one T5 in a checkpoint.
+
+    Raises:
+        InputError: no T5 under T5X's names, or several; a checkpoint of a run of ptjax; one that
+            is incomplete or damaged.
+    """
+    if (checkpoint / "identity").is_dir() and (checkpoint / "progress").is_dir():
+        raise InputError(
+            f"{checkpoint}: the checkpoint holds no model; it is one of a run of ptjax, which "
+            "keeps only what trains. Name the backbone of the run"
+        )
+    # Without a list of leaves the msgpack alone, which the caller has seen, tells an item.
+    items = [open_item(folder) for folder in items_in(checkpoint) or [checkpoint]]
+    models = [
+        (item, prefix) for item in items for prefix in sorted(_models(item.names | item.listed))
+    ]
+    if not models:
+        raise InputError(
+            f"{checkpoint}: an Orbax checkpoint without a T5 under T5X's names; it holds "
+            f"{_summary(items)}"
+        )
+    if len(models) > 1:
+        places = ", ".join(f"{item.folder} ({prefix or 'all of it'})" for item, prefix in models)
+        raise InputError(
+            f"{checkpoint}: several models are in this checkpoint, {places}; name the folder of one"
+        )
+    [(item, prefix)] = models
+    return _open(item, prefix)
+
+
+def open_item(folder: epath.Path) -> Item:
+    """Lists an item's arrays and checks that its files are there.
+
+    Raises:
+        InputError: its saving did not come to an end, or files are missing or damaged.
+    """
+    names = names_in(folder)
+    metadata = _read_metadata(folder / _METADATA) if _METADATA in names else {}
+    tree = t5x_legacy.read_container(folder / _AGGREGATE) if _AGGREGATE in names else {}
+    leaves = dict(_leaves(tree, ()))
+    listed = _listed(metadata) | {name for name, leaf in leaves.items() if isinstance(leaf, str)}
+    values = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, np.ndarray)}
+    in_database = metadata.get("use_ocdbt") is True or any(x.startswith(_PROCESS) for x in names)
+    if _MANIFEST in names:
+        kvstore, sizes = open_database(folder)
+        keys: Iterable[str] = sizes
+    elif in_database:
+        raise InputError(
+            f"{folder}: manifest.ocdbt is missing, which Orbax writes last; the save did not "
+            "finish or the copy is incomplete; copy it again, or take another step"
+        )
+    else:
+        kvstore, sizes = kvstore_spec(folder), None
+        keys = _keys_below(folder, kvstore)
+    arrays: dict[str, set[str]] = {}
+    for key in keys:
+        name, slash, rest = key.partition("/")
+        if slash:
+            arrays.setdefault(name, set()).add(rest)
+    if sizes is None:  # `d` and `array_metadatas` are folders too
+        arrays = {x: held for x, held in arrays.items() if x in listed or _is_array(held)}
+    stores_fill = metadata.get("store_array_data_equal_to_fill_value")
+    return Item(folder, arrays, values, listed - set(values), kvstore, sizes, stores_fill)
+
+
+def _open(item: Item, prefix: str) -> dict[str, StoredArray]:
+    """The arrays below `prefix`, under T5X's names."""
+    start = f"{prefix}." if prefix else ""
+    if lost := sorted(_below(start, item.listed) - item.names):
+        raise InputError(
+            f"{item.folder}: parameter {_slashed(lost[0], start)} is missing, the checkpoint's own "
+            "list has it; copy the checkpoint again"
+        )
+    wanted = _below(start, item.names)
+    if prefix in _T5X_TREES:
+        states = f"{_T5X_TREES[prefix]}.param_states."
+        split = [x.removeprefix(states).rpartition(".") for x in _below(states, item.names)]
+        trained = {_slashed(x, "") for x, _, slot in split if slot in t5x_legacy.SLOTS}
+        kept = {_slashed(name, start) for name in wanted}
+        t5x_legacy.check_trained(trained, kept, item.folder)
+    arrays = open_zarrs(
+        {_slashed(x, start): item.stored(x) for x in sorted(wanted) if x in item.arrays}
+    )
+    for name in wanted - set(item.arrays):
+        value = item.values[name]
+        arrays[_slashed(name, start)] = StoredArray(
+            value.shape, value.dtype.name, one_by_one(value.__getitem__), f"{item.folder} ({name})"
+        )
+    return arrays
+
+
+def _below(start: str, names: Iterable[str]) -> set[str]:
+    return {name for name in names if name.startswith(start)}
+
+
+def _slashed(name: str, start: str) -> str:
+    return name.removeprefix(start).replace(".", "/")
+
+
+def _models(names: Iterable[str]) -> set[str]:
+    """What stands before a T5's names in a tree: "", "target", "params", ..."""
+    prefixes = set()
+    for name in names:
+        # T5X's own, however small.
+        prefixes |= {tree for tree in _T5X_TREES if name.startswith(f"{tree}.")}
+        for telling in _TELLING:
+            prefix = name.removesuffix(telling).removesuffix(".")
+            if name == telling or name.endswith(f".{telling}"):
+                # Not `opt_state.0.mu`: an optimizer has arrays under the parameters' names.
+                prefixes |= {prefix} if set(filter(None, prefix.split("."))) <= _WRAPPERS else set()
+    return prefixes
+
+
+def _summary(items: Iterable[Item]) -> str:
+    """The first names of each item's tree."""
+    parts = []
+    for item in items:
+        tops = sorted({".".join(name.split(".")[:2]) for name in item.names})
+        shown = ", ".join(tops[:5]) + (", ..." if len(tops) > 5 else "")
+        parts.append(f"{shown or 'nothing'} (in {item.folder.name})")
+    return "; ".join(parts)
+
+
+# What an item says of itself
+
+
+def _read_metadata(file: epath.Path) -> dict[str, Any]:
+    try:
+        metadata = untrusted.read_json(file)
+    except ValueError as error:
+        raise InputError(f"{file}: the file is damaged ({error}); copy it again") from error
+    if not isinstance(metadata, dict) or not isinstance(metadata.get("tree_metadata", {}), dict):
+        raise InputError(f"{file}: the file is damaged (no list of leaves); copy it again")
+    return metadata
+
+
+def _listed(metadata: Mapping[str, Any]) -> set[str]:
+    """The dotted names of the arrays in `_METADATA`: its leaves without None, {} and strings."""
+    names = set()
+    for entry in metadata.get("tree_metadata", {}).values():
+        try:
+            kind = entry["value_metadata"]["value_type"]
+            if kind in ("jax.Array", "np.ndarray"):
+                names.add(".".join(str(key["key"]) for key in entry["key_metadata"]))
+        except (KeyError, TypeError):  # leaves of a kind that a later Orbax describes otherwise
+            continue
+    return names
+
+
+def _leaves(tree: Any, prefix: tuple[str, ...]) -> list[tuple[str, Any]]:
+    """(dotted name, placeholder's name or array) of each leaf of a msgpack; others are left out."""
+    if isinstance(tree, dict):
+        return [leaf for key, x in tree.items() for leaf in _leaves(x, (*prefix, str(key)))]
+    name = ".".join(prefix)
+    is_array = isinstance(tree, np.ndarray)
+    is_beside = isinstance(tree, str) and tree.startswith(_PLACEHOLDER)
+    return [(name, tree)] if is_array or is_beside else []
+
+
+def _is_array(keys: set[str]) -> bool:
+    return bool(keys & {".zarray", "zarr.json"})
+
+
+def _keys_below(folder: epath.Path, kvstore: dict[str, Any]) -> list[str]:
+    try:
+        return [key.decode() for key in ts.KvStore.open(kvstore).result().list().result()]
+    except ValueError as error:
+        raise InputError(f"{folder}: the folder cannot be listed ({reason_of(error)})") from error

@@ -1,0 +1,193 @@
+"""T5X checkpoints of before Orbax: a msgpack, and zarr 2 folders beside it.
+
+`checkpoint_N/checkpoint` is a flax msgpack whose leaves are arrays or tensorstore specs that point
+at the folders. Formats after `t5x/checkpoints.py`; of the optimizer only names are looked at.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from ptjax import untrusted
+from ptjax.errors import InputError
+from ptjax.interop.stored import StoredArray, one_by_one
+from ptjax.interop.zarr_arrays import Stored, file_size, kvstore_spec, open_zarrs
+
+DTYPES = ("float32", "bfloat16")
+SLOTS = {"m", "v", "v_row", "v_col"}
+"""What T5X's Adafactor keeps of a parameter."""
+
+
+def read_container(file: epath.Path) -> dict[str, Any]:
+    """The tree in a `checkpoint` file, T5X's or an early Orbax's.
+
+    Raises:
+        InputError: it is TensorFlow's, damaged, or no tree.
+    """
+    data = file.read_bytes()
+    if data.startswith(b"model_checkpoint_path"):
+        raise InputError(
+            f"{file}: this is a TensorFlow checkpoint (Mesh TensorFlow T5), not T5X's; use T5X's "
+            "conversion of it, under gs://t5-data/pretrained_models/t5x"
+        )
+    try:
+        contents = untrusted.unpack_msgpack(data)
+    except ValueError as error:
+        raise InputError(
+            f"{file}: the file is truncated or is no T5X checkpoint ({error}); copy it again"
+        ) from error
+    if not isinstance(contents, dict):
+        raise InputError(f"{file}: this is no T5X checkpoint")
+    return contents
+
+
+def load_legacy(file: epath.Path, contents: Mapping[str, Any]) -> dict[str, StoredArray]:
+    """Parameter name -> array of a `checkpoint` file with these contents.
+
+    Raises:
+        InputError: another version, a leaf that is no array, a spec that leaves the checkpoint,
+            or whatever `open_zarrs` finds wrong.
+    """
+    leaves = dict(_flatten(_target(contents, file), (), file))
+    arrays = {
+        name: StoredArray(
+            leaf.shape, leaf.dtype.name, one_by_one(leaf.__getitem__), f"{file} ({name})"
+        )
+        for name, leaf in leaves.items()
+        if isinstance(leaf, np.ndarray)
+    }
+    specs = {name: leaf for name, leaf in leaves.items() if name not in arrays}
+    folders = {name: file.parent / _folder_of(spec, name, file) for name, spec in specs.items()}
+    keys = _list_folders(folders.values())
+    stored = open_zarrs(
+        {
+            name: Stored(kvstore_spec(folder), held, os.fspath(folder), False, file_size(folder))
+            for (name, folder), held in zip(folders.items(), keys, strict=True)
+        }
+    )
+    for name, spec in specs.items():
+        _check_spec(name, spec, stored[name], file)
+    return {name: arrays.get(name) or stored[name] for name in leaves}
+
+
+def check_dtype(name: str, dtype: str, where: str) -> None:
+    """InputError unless a parameter of this dtype can be read."""
+    if dtype == "uint16":
+        raise InputError(
+            f"{where}: parameter {name} is uint16, T5X's bfloat16 of checkpoint version 2, which "
+            "T5X itself refuses; load and save the checkpoint with a T5X of 2021"
+        )
+    if dtype not in DTYPES:
+        raise InputError(f"{where}: parameter {name} is {dtype}, not one of {', '.join(DTYPES)}")
+
+
+def check_trained(trained: Iterable[str], kept: set[str], where: epath.Path) -> None:
+    """A parameter that was trained and is not there has been lost.
+
+    Logits without weights of their own are otherwise taken for tied ones, without a word.
+    """
+    if lost := sorted(set(trained) - kept):
+        raise InputError(
+            f"{where}: parameter {lost[0]} is missing, the optimizer's state has it; copy the "
+            "checkpoint again"
+        )
+
+
+def _check_spec(name: str, spec: Mapping[str, Any], stored: StoredArray, file: epath.Path) -> None:
+    """T5X keeps shape and dtype in both places; where they differ a folder was swapped."""
+    metadata = spec.get("metadata", {})
+    wanted = metadata.get("shape") if isinstance(metadata, dict) else None
+    if wanted is not None and list(wanted) != list(stored.shape):
+        raise InputError(
+            f"{stored.where}: parameter {name} has shape {list(stored.shape)}, {file} says "
+            f"{list(wanted)}"
+        )
+    check_dtype(name, spec.get("dtype", stored.dtype), stored.where)
+
+
+def _target(contents: Mapping[str, Any], file: epath.Path) -> Mapping[str, Any]:
+    """`optimizer/target`, after every check of the container."""
+    if not {"version", "optimizer"} <= set(contents):
+        raise InputError(f"{file}: this is no T5X checkpoint, it lacks `version` or `optimizer`")
+    if (version := contents["version"]) != 3:
+        raise InputError(
+            f"{file}: T5X checkpoint version {version}; ptjax reads version 3, the one T5X has "
+            "written since 2021 (version 2 kept bfloat16 as uint16)"
+        )
+    optimizer = contents["optimizer"]
+    if not isinstance(optimizer, dict) or not isinstance(optimizer.get("target"), dict):
+        raise InputError(f"{file}: the checkpoint has no weights (`optimizer/target`)")
+    target, state = optimizer["target"], optimizer.get("state")
+    if isinstance(state, dict) and isinstance(state.get("param_states"), dict):
+        kept = {name for name, _ in _flatten(target, (), file)}
+        check_trained(_trained(state["param_states"], ()), kept, file)
+    return target
+
+
+def _trained(states: Mapping[str, Any], prefix: tuple[str, ...]) -> Iterator[str]:
+    """Name of each parameter that the optimizer keeps something of: `.../kernel/v_row`."""
+    if SLOTS & set(states):
+        yield "/".join(prefix)
+        return
+    for key, value in states.items():
+        if isinstance(value, dict):
+            yield from _trained(value, (*prefix, key))
+
+
+def _flatten(
+    tree: Mapping[str, Any], prefix: tuple[str, ...], file: epath.Path
+) -> Iterator[tuple[str, Any]]:
+    """(name, array or tensorstore spec) of each leaf."""
+    for key, value in tree.items():
+        path = (*prefix, key)
+        if isinstance(value, np.ndarray) or (
+            isinstance(value, dict) and {"driver", "kvstore"} <= set(value)
+        ):
+            yield "/".join(path), value
+        elif isinstance(value, dict):
+            yield from _flatten(value, path, file)
+        else:
+            raise InputError(
+                f"{file}: parameter {'/'.join(path)} is a {type(value).__name__}, neither an array "
+                "nor a tensorstore spec"
+            )
+
+
+def _folder_of(spec: Mapping[str, Any], name: str, file: epath.Path) -> str:
+    """The array's folder, relative to the checkpoint.
+
+    Whatever driver the spec names, the array lies beside the msgpack: T5X rewrites the driver and
+    its dummy bucket as well. Before tensorstore 0.1.14 the path stood at the spec's top level.
+    """
+    kvstore = spec["kvstore"]
+    driver = kvstore.get("driver") if isinstance(kvstore, dict) else kvstore
+    if spec["driver"] != "zarr" or driver not in ("file", "gfile", "gcs"):
+        raise InputError(
+            f"{file}: parameter {name} is kept by {spec['driver']!r} in {driver!r}; ptjax reads "
+            "zarr in file, gfile or gcs"
+        )
+    folder = kvstore.get("path") or spec.get("path")
+    if not isinstance(folder, str) or not folder.strip("/"):
+        raise InputError(f"{file}: the spec of parameter {name} has no path")
+    # A checkpoint comes from strangers: it may name what lies inside of it and nothing else.
+    if folder.startswith("/") or ".." in folder.split("/") or "://" in folder:
+        raise InputError(
+            f"{file}: the path of parameter {name}, {folder!r}, leaves the checkpoint; refused"
+        )
+    return folder.rstrip("/")
+
+
+def _list_folders(folders: Iterable[epath.Path]) -> list[set[str]]:
+    """The names in each folder; many at once, for on gs:// each is a request."""
+
+    def names(folder: epath.Path) -> set[str]:
+        return {child.name for child in folder.iterdir()} if folder.is_dir() else set()
+
+    with concurrent.futures.ThreadPoolExecutor(32) as pool:
+        return list(pool.map(names, folders))

@@ -1,0 +1,197 @@
+"""Prompt files that were damaged on the way, and those of before the checksum."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pathlib
+import zipfile
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from safetensors import safe_open
+from test_torch_file import tensor
+from test_torch_file import write as write_torch
+
+from ptjax.errors import InputError
+from ptjax.interop.peft import export_peft
+from ptjax.interop.prompt_file import load_prompt, save_prompt
+from ptjax.interop.torch_file import open_torch
+from ptjax.models.t5 import PromptStates
+
+OLD = pathlib.Path(__file__).parent / "fixtures" / "prompts_324cea1"
+DAMAGED = r"x\.safetensors: the prompt file was damaged or changed after ptjax wrote it"
+
+
+def ramp(*shape):
+    return (np.arange(np.prod(shape)) - 5).reshape(shape).astype(np.float32) / 4
+
+
+def header_of(file):
+    with safe_open(file, framework="numpy") as opened:
+        return dict(opened.metadata())
+
+
+def rewrite(source, target, change):
+    """The file `source` with another header, by the safetensors package: no checksum anew."""
+    header = header_of(source)
+    change(header)
+    safetensors.numpy.save_file(safetensors.numpy.load_file(source), target, metadata=header)
+    return target
+
+
+def test_prompts_of_before_the_checksum_stay_readable():
+    trained, compiled = (
+        load_prompt(OLD / "trained.safetensors"),
+        load_prompt(OLD / "compiled.safetensors"),
+    )
+    assert trained.prompt.shape == (3, 128) and trained.prompt.dtype == np.float32
+    digest = hashlib.sha256(trained.prompt.tobytes()).hexdigest()
+    assert digest == "9cfc404397ca053adb3f04aeb16aa7d493937f32963a3ca75f60d32ccc4adcf8"
+    texts = header_of(OLD / "trained.safetensors")
+    assert trained.metadata == {key: json.loads(text) for key, text in texts.items()}
+    assert not trained.sees_input and trained.metadata["task"]["label"] == "label"
+    np.testing.assert_array_equal(compiled.prompt, ramp(2, 4))
+    assert compiled.states is not None
+    for pair in compiled.states:
+        for array in pair:
+            np.testing.assert_array_equal(array, ramp(1, 2, 2, 2))
+
+
+METADATA = {
+    "ptjax_version": "0.1.0",
+    "task": {"name": "é", "inputs": "{a}", "label": "b", "verbalizer": {"0": "no"}},
+    "sees_input": False,
+    "input_length": 8,
+}
+
+
+def test_case_5_6_a_checksum_covers_all_of_a_prompt_file(tmp_path):
+    """One bit of every byte: refused, or it meant nothing (a letter's case in an escape)."""
+    file = tmp_path / "x.safetensors"
+    save_prompt(file, ramp(2, 2), METADATA)
+    assert load_prompt(file).metadata == METADATA
+    data, harmless = file.read_bytes(), []
+    for index in range(len(data)):
+        damaged = bytearray(data)
+        damaged[index] ^= 1 << index % 8
+        file.write_bytes(damaged)
+        try:
+            read = load_prompt(file)
+        except InputError:
+            continue
+        assert read.metadata == METADATA, index
+        np.testing.assert_array_equal(read.prompt, ramp(2, 2))
+        harmless.append(data[index - 3 : index + 3])
+    assert all(b"\\u00" in around for around in harmless), harmless
+
+
+def test_case_5_6_the_states_of_a_compiled_prompt_too(tmp_path):
+    file, pair = tmp_path / "x.safetensors", (ramp(1, 2, 2, 2), ramp(1, 2, 2, 2))
+    save_prompt(file, ramp(2, 4), METADATA, PromptStates(pair, pair))
+    assert load_prompt(file).states is not None
+    file.write_bytes(file.read_bytes()[:-4] + np.float32(7).tobytes())
+    with pytest.raises(InputError, match=rf"{DAMAGED} \(its checksum is another\)"):
+        load_prompt(file)
+
+
+def test_case_5_6_a_header_without_its_checksum_is_no_older_file(tmp_path):
+    save_prompt(tmp_path / "whole.safetensors", ramp(2, 2), METADATA)
+    for key in ("ptjax_format", "ptjax_sha256"):
+        file = rewrite(
+            tmp_path / "whole.safetensors",
+            tmp_path / "x.safetensors",
+            lambda header, key=key: header.pop(key),
+        )
+        with pytest.raises(InputError, match=rf"{DAMAGED} \(its checksum is another\)"):
+            load_prompt(file)
+
+
+def test_case_5_6_a_prompt_that_is_saved_again_is_sealed_anew(tmp_path):
+    save_prompt(tmp_path / "x.safetensors", ramp(2, 2), METADATA)
+    read = load_prompt(tmp_path / "x.safetensors")
+    save_prompt(tmp_path / "y.safetensors", read.prompt, read.metadata | {"step": 3})
+    assert load_prompt(tmp_path / "y.safetensors").metadata["step"] == 3
+    first, second = (header_of(tmp_path / f"{x}.safetensors")["ptjax_sha256"] for x in "xy")
+    assert first != second and "ptjax_sha256" not in read.metadata
+    with pytest.raises(InputError, match=r"cannot be saved with this metadata, its 'step' is 1\.5"):
+        save_prompt(tmp_path / "y.safetensors", read.prompt, {"step": 1.5})
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "message"),
+    [
+        ("input_length", '"512"', "its 'input_length' is \"512\""),
+        ("input_length", "true", "its 'input_length' is true"),
+        ("input_length", "64.0", r"its 'input_length' is 64\.0"),
+        ("input_length", str(10**9), "its 'input_length' is 1000000000"),
+        ("target_length", "-4", "its 'target_length' is -4"),
+        ("sees_input", "0", "its 'sees_input' is 0"),
+        ("sees_input", "falsf", "its 'sees_input' is no JSON"),
+        ("backbone_fingerprint", "[1]", r"its 'backbone_fingerprint' is \[1\]"),
+        ("seed", None, "it lacks 'seed'"),
+        ("task", None, "it lacks 'task'"),
+        ("sees_input", None, "it lacks 'sees_input'"),
+        ("verbalizer", None, "its 'task' lost the labels"),
+        ("label", None, "its 'task' lost the labels"),
+        ("verbalizer", {"a": 1}, "its 'task' has a value of another type"),
+        ("inputs", 3, "its 'task' has a value of another type"),
+    ],
+)
+def test_case_5_6_wrong_types_in_a_file_of_ours_are_damage(tmp_path, key, text, message):
+    """Of before the checksum as well, where nothing else would tell."""
+
+    def change(header):
+        if key in header:
+            header.pop(key) if text is None else header.update({key: text})
+        else:
+            task = json.loads(header["task"])
+            header["task"] = json.dumps(task | {key: text})
+
+    file = rewrite(OLD / "trained.safetensors", tmp_path / "x.safetensors", change)
+    with pytest.raises(InputError, match=rf"{DAMAGED} \({message}\)"):
+        load_prompt(file)
+
+
+def test_somebody_else_s_values_may_be_anything(tmp_path):
+    file = tmp_path / "x.safetensors"
+    header = {"input_length": '"512"', "format": "pt", "note": "a text"}
+    safetensors.numpy.save_file({"prompt": ramp(2, 4)}, file, metadata=header)
+    assert load_prompt(file).metadata == {"input_length": "512", "format": "pt", "note": "a text"}
+
+
+def test_case_5_6_wrong_types_in_a_peft_directory_of_ours(tmp_path):
+    metadata = {"sees_input": 1}
+    export_peft(tmp_path, ramp(2, 4), num_heads=1, num_layers=1, metadata=metadata)
+    with pytest.raises(InputError, match=r"was damaged or changed .*its 'sees_input' is 1"):
+        load_prompt(tmp_path)
+
+
+# .bin
+
+
+def test_case_5_6_the_checksums_of_a_torch_file(tmp_path):
+    file = write_torch(tmp_path / "x.bin", {"a": tensor(0, (6,), (1,))})
+    data = file.read_bytes()
+    numbers = np.arange(6, dtype="<f4").tobytes()
+    at = data.index(numbers)
+    file.write_bytes(data[: at + 5] + bytes([data[at + 5] ^ 1]) + data[at + 6 :])
+    array = open_torch(file)["a"]
+    with pytest.raises(InputError, match=r"x\.bin: archive/data/0 is damaged, its checksum"):
+        array.read_all()
+    name = data.index(b"X\x01\x00\x00\x00a") + 5  # of the tensor, in the pickle
+    file.write_bytes(data[:name] + b"b" + data[name + 1 :])
+    with pytest.raises(InputError, match=r"archive/data\.pkl is damaged, its checksum"):
+        open_torch(file)
+
+
+def test_case_5_6_a_torch_file_without_checksums(tmp_path):
+    """`torch.serialization.set_crc32_options(False)` writes 0; such files are read."""
+    file = write_torch(tmp_path / "x.bin", {"a": tensor(0, (6,), (1,))})
+    data = file.read_bytes()
+    with zipfile.ZipFile(file) as archive:
+        for info in archive.infolist():
+            data = data.replace(info.CRC.to_bytes(4, "little"), bytes(4))
+    file.write_bytes(data)
+    np.testing.assert_array_equal(open_torch(file)["a"].read_all(), np.arange(6))

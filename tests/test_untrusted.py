@@ -1,0 +1,248 @@
+"""What a file claims and does not hold, and what is nested without an end. All inputs are small."""
+
+from __future__ import annotations
+
+import ast
+import bz2
+import functools
+import gzip
+import json
+import lzma
+import pathlib
+import pickle
+import shutil
+import struct
+import zipfile
+
+import msgpack
+import numpy as np
+import pytest
+from flax import serialization
+from test_torch_file import tensor
+from test_torch_file import write as write_torch
+
+import ptjax
+from ptjax import untrusted
+from ptjax.backbone import open_backbone
+from ptjax.data.sources import read_records
+from ptjax.errors import InputError
+from ptjax.inspection import describe
+from ptjax.interop.huggingface import load_huggingface
+from ptjax.interop.peft import export_peft, load_peft
+from ptjax.interop.prompt_file import load_prompt
+from ptjax.interop.safetensors_file import open_safetensors
+from ptjax.interop.t5x import load_t5x
+from ptjax.interop.torch_file import open_torch
+
+FIXTURES = pathlib.Path(__file__).parent / "fixtures"
+LEGACY = FIXTURES / "t5_1_1_tiny_legacy" / "checkpoint_3"
+QUERY = "target.encoder.layers_0.attention.query.kernel"
+DEEP = "[" * 150 + "]" * 150
+TOO_DEEP = "nested deeper than 100 levels"
+
+
+def nested(levels):
+    return functools.reduce(lambda inner, _: {"a": inner}, range(levels), "")
+
+
+# One guard for JSON, msgpack, zip and the rest
+
+
+def test_case_5_8_depth_is_counted_outside_of_strings():
+    assert untrusted.parse_json("[" * 100 + "]" * 100)
+    brackets = json.dumps({"a": '[\\"{' * 100, "b": [[1, "]"]]})
+    assert untrusted.parse_json(brackets) == json.loads(brackets)
+    assert untrusted.parse_json(json.dumps([[1]] * 200)) == [[1]] * 200
+    for text in (DEEP, json.dumps(nested(101)), '{"a": "]]]]", "b": ' + DEEP + "}"):
+        with pytest.raises(ValueError, match=TOO_DEEP):
+            untrusted.parse_json(text)
+
+
+def test_case_5_8_depth_of_msgpack():
+    array = np.arange(3, dtype=np.float32)
+    tree = {"a": {"b": array}, "c": "text"}
+    read = untrusted.unpack_msgpack(serialization.msgpack_serialize(tree))
+    np.testing.assert_array_equal(read["a"]["b"], array)
+    assert untrusted.unpack_msgpack(msgpack.packb(nested(100))) == nested(100)
+    with pytest.raises(ValueError, match=TOO_DEEP):
+        untrusted.unpack_msgpack(msgpack.packb(nested(102)))
+
+
+def readers(folder):
+    """(what, reader) of each file of a stranger that a JSON text stands in."""
+    (folder / "tasks.jsonl").write_text(f'{{"text": {DEEP}}}\n')
+    yield "tasks.jsonl", read_records
+    export_peft(folder / "peft", np.ones((2, 4), np.float32), num_heads=1, num_layers=1)
+    (folder / "peft" / "adapter_config.json").write_text(f'{{"a": {DEEP}}}')
+    yield "peft", load_peft
+    text = f'{{"a": {DEEP}}}'.encode()
+    (folder / "x.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+    yield "x.safetensors", open_safetensors
+    for name in ("config.json", "model.safetensors.index.json"):
+        shutil.copytree(FIXTURES / "torch_bin" / "t5_safetensors", folder / name[:5])
+        (folder / name[:5] / name).write_text(f'{{"weight_map": {DEEP}}}')
+    (folder / "model" / "model.safetensors").unlink()
+    yield "confi", open_backbone
+    yield "model", load_huggingface
+    (folder / "run").mkdir()
+    (folder / "run" / "results.json").write_text(DEEP)
+    yield "run", describe
+    shutil.copytree(FIXTURES / "orbax" / "v0_4_folders", folder / "orbax")
+    (folder / "orbax" / "_METADATA").write_text(f'{{"tree_metadata": {DEEP}}}')
+    yield "orbax", load_t5x
+    (folder / "checkpoint").write_bytes(msgpack.packb({"version": 3, "optimizer": nested(150)}))
+    yield "checkpoint", load_t5x
+
+
+def test_case_5_8_every_reader_refuses_deep_nesting(tmp_path):
+    for name, read in readers(tmp_path):
+        with pytest.raises(InputError, match=TOO_DEEP):
+            read(tmp_path / name)
+
+
+def test_case_5_8_no_reader_goes_past_the_guard():
+    """What parses a stranger's bytes is called in `untrusted` alone; the rest reads its own."""
+    own = {
+        "preparation.py": "the settings of this run, made a line above",
+        "compiling.py": "its own cache and children",
+        "launch.py": "what gcloud prints",
+        **dict.fromkeys(("loop.py", "metrics_log.py"), "metrics.jsonl of this run"),
+        **dict.fromkeys(("checkpoint.py", "lock.py", "tuning.py"), "MODEL_DIR of this run"),
+        "infer.py": "the user's own lines",
+        **dict.fromkeys(("tokenizer.py", "transformers_tokenizer.py"), "of the tokenizers library"),
+    }
+    guarded = {"json.loads", "json.load", "msgpack_restore", "np.load", "archive.read"}
+    guarded |= {"gzip.decompress", "bz2.decompress", "lzma.decompress", "pickle.loads"}
+    calls = {}
+    for file in pathlib.Path(ptjax.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(tuple(guarded)):
+                calls.setdefault(file.name, []).append(f"{node.lineno}: {ast.unparse(node.func)}")
+    assert calls.pop("untrusted.py")
+    assert set(calls) <= set(own), calls
+
+
+# Sizes
+
+
+def test_case_5_8_a_json_file_has_a_largest_size(tmp_path):
+    """As long as it says, but without blocks on the disk."""
+    file = tmp_path / "adapter_config.json"
+    with file.open("wb") as stream:
+        stream.truncate(untrusted.MAX_JSON_BYTES + 1)
+    with pytest.raises(InputError, match="268,435,457 bytes of JSON, more than 268,435,456"):
+        load_peft(tmp_path)
+
+
+@pytest.mark.parametrize("version", [(1, 0), (2, 0)])
+def test_case_5_8_a_numpy_file_that_claims_more_than_it_holds(tmp_path, version):
+    file = tmp_path / "x.npy"
+    with file.open("wb") as stream:
+        np.lib.format.write_array(stream, np.ones((3, 4), np.float32), version)
+    assert load_prompt(file).prompt.shape == (3, 4)
+    data = file.read_bytes()
+    file.write_bytes(data.replace(b"(3, 4), }   ", b"(3, 400), } "))
+    with pytest.raises(InputError, match="the header claims 4,800 bytes, the file holds 48"):
+        load_prompt(file)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "compress"),
+    [
+        (".gz", gzip.compress),
+        (".xz", functools.partial(lzma.compress, preset=0)),
+        (".bz2", functools.partial(bz2.compress, compresslevel=1)),
+    ],
+    ids=["gz", "xz", "bz2"],
+)
+def test_case_5_8_what_inflates_without_an_end(tmp_path, suffix, compress):
+    """65 MiB of zeros are 65 KB in gzip, and fewer in the others."""
+    packed = compress(bytes(65 << 20))
+    file = tmp_path / f"x.txt{suffix}"
+    file.write_bytes(packed)
+    with pytest.raises(InputError, match=rf"{len(packed):,} bytes that hold more than 67,108,864"):
+        read_records(file)
+    text = ("x" * 99 + "\n").encode() * 20_000
+    assert untrusted.inflate(compress(text), suffix) == text
+    assert len(compress(text)) * untrusted.MAX_RATIO < len(text)  # small files may
+
+
+def edit_zarray(checkpoint, **fields):
+    file = checkpoint / QUERY / ".zarray"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+    contents = serialization.msgpack_restore((checkpoint / "checkpoint").read_bytes())
+    query = contents["optimizer"]["target"]["encoder"]["layers_0"]["attention"]["query"]
+    query["kernel"]["metadata"]["shape"] = fields["shape"]
+    (checkpoint / "checkpoint").write_bytes(serialization.msgpack_serialize(contents))
+
+
+def test_case_5_8_an_array_that_claims_more_than_its_chunks_hold(tmp_path):
+    checkpoint = pathlib.Path(shutil.copytree(LEGACY, tmp_path / "checkpoint_3"))
+    edit_zarray(checkpoint, shape=[8192, 4096], chunks=[8192, 4096])
+    array = load_t5x(checkpoint)["encoder/layers_0/attention/query/kernel"]
+    with pytest.raises(InputError, match=r"claims 134,217,728 bytes, its files hold [1-9]"):
+        array.read((slice(0, 1), slice(0, 1)))
+    edit_zarray(checkpoint, shape=[10**9, 10**9], chunks=[1, 1])
+    with pytest.raises(InputError, match=r"a chunk of parameter .*query/kernel is missing"):
+        load_t5x(checkpoint)
+
+
+@pytest.mark.parametrize("layers", [40, 10**9])
+def test_case_5_8_a_config_that_claims_more_layers_than_there_are(tmp_path, layers):
+    """Before the network is traced: a config.json beside a T5X checkpoint is believed."""
+    shutil.copytree(LEGACY, tmp_path / "checkpoint_3")
+    config = pathlib.Path(ptjax.__file__).parent / "assets" / "nano" / "config.json"
+    claimed = json.loads(config.read_text()) | {"num_layers": layers}
+    (tmp_path / "config.json").write_text(json.dumps(claimed))
+    with pytest.raises(InputError, match=rf"the config has {layers:,} encoder layers, the weights"):
+        open_backbone(tmp_path)
+
+
+# Pickles
+
+
+def torch_file_of(path, pickled):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", pickled)
+        archive.writestr("archive/data/0", bytes(24))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("pickled", "message"),
+    [
+        # The table of the unpickler in C grows to the largest index that is named.
+        (b"\x80\x02}r" + struct.pack("<I", 1 << 20) + b"(X\x01\x00\x00\x00aNu.", "no state dict"),
+        (pickle.dumps({((1,),): 1}, 2), "a key that is neither a text nor a number"),
+        (pickle.dumps({"a": {1.0}}, 4), "opcode .* has no place in a file of weights"),
+        (pickle.dumps({"a": b"bytes"}, 4), "opcode .* has no place in a file of weights"),
+        (b"\x80\x02}X\x01\x00\x00\x00a(lp0\nI1\na.", "opcode b'l' has no place"),
+    ],
+    ids=["a large index", "a tuple for a key", "a set", "bytes", "protocol 0"],
+)
+def test_case_5_8_a_pickle_of_what_no_state_dict_has(tmp_path, pickled, message):
+    with pytest.raises(InputError, match=message):
+        open_torch(torch_file_of(tmp_path / "x.bin", pickled))
+
+
+def test_case_5_8_a_storage_that_is_named_by_tuples(tmp_path):
+    """Neither hashed nor written into a message: both go down into every tuple there is."""
+    deep = functools.reduce(lambda inner, _: (inner, inner), range(12), ())
+    for bad in (
+        tensor(0, (2,), (1,), key=deep),
+        tensor(0, (2,), (1,), count=deep),
+        tensor(0, (deep,), (1,)),
+    ):
+        with pytest.raises(InputError) as error:
+            open_torch(write_torch(tmp_path / "x.bin", {"a": bad}))
+        assert "described by no texts" in str(error.value) or "no numbers" in str(error.value)
+        assert len(str(error.value)) < 300
+
+
+def test_case_5_8_a_compressed_pickle_is_not_inflated(tmp_path):
+    file = tmp_path / "x.bin"
+    with zipfile.ZipFile(file, "w") as archive:
+        packed = pickle.dumps({"a": "b" * 10_000}, 2)
+        archive.writestr("archive/data.pkl", packed, zipfile.ZIP_DEFLATED)
+    with pytest.raises(InputError, match=r"data\.pkl is compressed, which torch never does"):
+        open_torch(file)
