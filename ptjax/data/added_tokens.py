@@ -15,6 +15,7 @@ from etils import epath
 
 from ptjax import untrusted
 from ptjax.data.sentinels import MARK, SENTINEL, marked
+from ptjax.data.vocabulary import NO_ID
 from ptjax.errors import InputError
 
 _KINDS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
@@ -92,11 +93,11 @@ def read_added_tokens(
             names.add(token.content)
             tokens.append(token)
     if vocabulary is None:
-        return [token for token in tokens if token.id >= 0], control
+        return [token for token in tokens if token.id != NO_ID], control
     taken, numbered = dict(vocabulary), []
     for token in tokens:
         index = taken.setdefault(token.content, len(taken))
-        if token.id not in (-1, index):
+        if token.id not in (NO_ID, index):
             raise InputError(
                 f"{folder}: the added token {token.content!r} has the id {token.id} in the "
                 f"tokenizer's files, and transformers 5 gives it {index}; save the tokenizer again "
