@@ -152,7 +152,7 @@ def _content(said: Any) -> str:
 
 def _special(said: Any) -> AddedToken:
     flags = {**said, "special": True} if isinstance(said, dict) else {"special": True}
-    return AddedToken(_content(said), -1, **_known_flags(flags))
+    return AddedToken(_content(said), NO_ID, **_known_flags(flags))
 
 
 def _token(file: epath.Path, index: Any, said: Any) -> AddedToken:
