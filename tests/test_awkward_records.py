@@ -21,7 +21,7 @@ from ptjax.data.sources import read_records
 from ptjax.data.tasks import Example, Task
 from ptjax.data.tokenizer import load_tokenizer
 from ptjax.errors import InputError
-from ptjax.evaluation import Evaluation, Evaluator, check_cut, report_lost
+from ptjax.evaluation import Evaluation, Evaluator, check_cut, report_examples, report_lost
 
 OPEN = {"name": "t", "inputs": "{text}", "targets": "{target}"}
 LABELS = {"name": "t", "inputs": "{text}", "label": "label"}
@@ -60,10 +60,10 @@ def test_case_3_1_a_stray_quote_loses_its_own_line_alone(tmp_path, stray, newlin
 
 
 def test_case_3_1_the_lines_of_a_record_that_spans_several_are_counted(tmp_path, caplog):
-    rows = ["text,label", '"a\nb",1', '"c\nd\ne",1,2', "f,1", '"g', "h,1"]
+    rows = ["text,label", '"a\nb",1', '"c\nd\ne",1,2', "f,1", '"g', "h,1", '"i\nj",2']
     (tmp_path / "train.csv").write_text("\n".join(rows) + "\n")
     records = read_records(tmp_path / "train.csv", on_bad_record="skip")
-    assert [record.fields["text"] for record in records] == ["a\nb", "f", "h"]
+    assert [record.fields["text"] for record in records] == ["a\nb", "f", "h", "i\nj"]
     assert (records.bad.count, records.bad.lines) == (2, 4)
     task = Task(
         **LABELS,
@@ -72,7 +72,10 @@ def test_case_3_1_the_lines_of_a_record_that_spans_several_are_counted(tmp_path,
         data_dir=str(tmp_path),
         on_bad_record="skip",
     )
-    assert task.load("train").bad == records.bad
+    examples = task.load("train")  # without the unknown label, 2, of two lines
+    assert (examples.bad.count, examples.bad.lines) == (3, 6)
+    report_examples(task, "train", examples)
+    assert any("left out 3 bad records (6 lines); the first: " in w for w in warnings_of(caplog))
 
 
 def test_case_3_6_a_tsv_whose_quotes_only_enclose_is_said(tmp_path, caplog):

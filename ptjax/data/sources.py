@@ -47,11 +47,12 @@ _NEWLINE = re.compile("\r\n|\r|\n")
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One record: its fields and where it stands (line counts from 1)."""
+    """One record: its fields, where it stands (line counts from 1) and on how many lines."""
 
     fields: dict[str, Any]
     file: str
     line: int
+    lines: int = 1
 
     @property
     def where(self) -> str:
@@ -232,7 +233,7 @@ def parse_records(
         if isinstance(row, str):
             bad.report(f"{name}:{line}", row, lines)
         else:
-            records.append(Record(row, name, line))
+            records.append(Record(row, name, line, lines))
     return records
 
 

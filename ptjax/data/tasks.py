@@ -250,7 +250,7 @@ class Task:
                     for fields in _apply(preprocess, record.fields)
                 ]
             except RecordError as error:
-                bad.report(record.where, str(error))
+                bad.report(record.where, str(error), record.lines)
         if not examples:
             raise InputError(_why_empty(records, bad))
         return Examples(examples, bad, records.digest)
