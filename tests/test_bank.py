@@ -349,5 +349,5 @@ def test_what_a_bank_cannot_be(backbone, task, tmp_path) -> None:
         with pytest.raises(InputError, match=what):
             tune(tmp_path, task, backbone, bank=bank, method=method)
     tune(tmp_path, task, backbone, bank={"x": Variant()})
-    with pytest.raises(InputError, match="bank/x/seed"):
+    with pytest.raises(InputError, match=r"Variant\.seed \(of tune\.bank\['x'\]\) = None, now 9"):
         tune(tmp_path, task, backbone, bank={"x": Variant(seed=9)})
