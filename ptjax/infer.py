@@ -158,7 +158,7 @@ def infer(arguments: argparse.Namespace) -> None:
         lines.append(output.as_json(row, ensure_ascii=False) + "\n")
     if arguments.output:
         output.write(arguments.output, "".join(lines))
-        logging.info("%s predictions written to %s", f"{len(lines):,}", arguments.output)
+        logging.info("wrote %s predictions to %s", f"{len(lines):,}", arguments.output)
     else:
         output.show("".join(lines))
 
@@ -230,7 +230,8 @@ def questions_of(
     prediction.check_prompt_fields(kept, [one.manner for one in asked], ids)
     sources.non_empty(sources.Records(kept, bad), arguments.input or "the command line")
     if bad.count:
-        logging.warning("%d records left out; the first: %s", bad.count, bad.first)
+        total = len(kept) + bad.count
+        logging.warning("left out %d of %d records; the first: %s", bad.count, total, bad.first)
     return asked
 
 
@@ -268,10 +269,10 @@ def records_of(arguments: argparse.Namespace) -> Any:
         kind = kind or ("text" if os.path.splitext(stem)[1] == ".txt" else None)
     if records.bad.blank:
         logging.warning(
-            "%s: %d blank lines left out; the other %d lines are answered in order",
+            "%s: %d of %d lines are blank and left out; the others are answered in order",
             name,
             records.bad.blank,
-            len(records),
+            records.bad.blank + records.bad.count + len(records),
         )
     if kind != "text":
         return records

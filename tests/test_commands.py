@@ -162,7 +162,7 @@ def test_evaluate_refuses(fails, run_dir, place):
     assert fails("evaluate", "--model_dir=nowhere") == "--model_dir=nowhere: no such directory"
     assert fails("evaluate", "--prompt=none").startswith("which task? ")
     other = f"--backbone={place / 'other'}"
-    assert "override with allow_mismatch" in fails("evaluate", directory, other)
+    assert "override with --allow_mismatch" in fails("evaluate", directory, other)
     (run_dir / "prompts" / "best.safetensors").unlink()
     assert "has no prompts/best.safetensors" in fails("evaluate", directory)
 

@@ -67,6 +67,14 @@ def test_case_4_3_infer_takes_template_labels_and_lengths_of_a_tasks_file(row, p
     assert found["inputs"] == "mood: x"
 
 
+def test_case_4_3_a_task_has_a_short_name_too(row, place):
+    header = "from __gin__ import dynamic_registration\nimport ptjax\n"
+    text = MOOD.format(scope="", name="mood").replace("tasks.Task", "ptjax.Task")
+    Path("short.gin").write_text(header + text)
+    found, _ = row("--gin_file=short.gin", "--prompt=x.npy", place, "x")
+    assert found["inputs"] == "mood: x"
+
+
 def test_case_4_3_evaluate_takes_the_task_of_a_tasks_file(call, place):
     Path("prompts").mkdir()
     for name in ("a", "b"):

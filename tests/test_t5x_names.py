@@ -120,11 +120,9 @@ def test_case_4_6_flags_and_macros_of_t5x_tell_ours(fails, flag):
 def test_case_4_6_what_means_the_same_here_is_accepted():
     load(QUICK)
     config = cli.config_text()
-    same = (
-        "USE_CACHED_TASKS=False",
-        "LOSS_NORMALIZING_FACTOR=None",
-        "PROMPT_REGEX=['.*/prompt/.*']",
-    )
+    same = ("USE_CACHED_TASKS=False", "USE_HARDWARE_RNG=False", "JSON_WRITE_N_RESULTS=None")
+    same += ("LOSS_NORMALIZING_FACTOR=None", "PROMPT_REGEX=['.*/prompt/.*']")
+    assert len(same) == len(t5x_names.ACCEPTED)
     load(QUICK, *(f"--gin.{one}" for one in same), "--alsologtostderr", "--logtostderr")
     assert cli.config_text() == config
 

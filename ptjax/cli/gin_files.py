@@ -115,7 +115,7 @@ def _apply_t5x_flags(arguments: argparse.Namespace) -> None:
         return
     places = []
     for (scope, selector), bindings in _gin._CONFIG.items():
-        splits = bindings.get("splits") if selector == TASK else None
+        splits = bindings.get("splits") if _full_name(selector) == TASK else None
         splits = gin_types.macro_value(splits) if gin_types.is_macro(splits) else splits
         if isinstance(splits, dict) and any(str(s).startswith("tfds:") for s in splits.values()):
             places.append((scope, selector, "data_dir"))
@@ -340,6 +340,12 @@ def settings(function: str | Callable[..., Any], *names: str) -> dict[str, Any]:
     return copy.deepcopy(chosen)  # which is how gin evaluates references
 
 
+def _full_name(selector: str) -> str:
+    """Of what a selector stands for; `ptjax.Task` is `ptjax.data.tasks.Task`."""
+    function = _gin._REGISTRY.get_match(selector).wrapped
+    return f"{function.__module__}.{function.__qualname__}"
+
+
 def declared(selector: str, shown: str, *, unless_of: str) -> dict[str, Any]:
     """ "@scope/SHOWN()" -> what it makes, of a class that the gin files bind, in every scope.
 
@@ -350,22 +356,23 @@ def declared(selector: str, shown: str, *, unless_of: str) -> dict[str, Any]:
     Raises:
         InputError: the only one lacks a setting. Of several, an incomplete one is their basis.
     """
-    scopes = [scope for scope, bound in _gin._CONFIG if bound == selector]
+    names = [name for _, name in _gin._CONFIG if _full_name(name) == selector]
+    scopes = [scope for scope, name in _gin._CONFIG if name in names]
     for (_, holder), bindings in _gin._CONFIG.items():
         for reference in _references(bindings) if holder.startswith(unless_of) else ():
             *inner, _ = reference.scoped_selector.split("/")
-            if reference.configurable.selector == selector and "/".join(inner) in scopes:
+            if reference.configurable.selector in names and "/".join(inner) in scopes:
                 scopes.remove("/".join(inner))
     made = {}
     for scope in scopes:
         try:
-            _check_required(_gin._REGISTRY.get_match(selector).wrapped, [scope] if scope else [])
+            _check_required(_gin._REGISTRY.get_match(names[0]).wrapped, [scope] if scope else [])
         except InputError:
             if scopes == [scope]:
                 raise
             continue
         with gin.config_scope(scope or None):
-            made[f"@{scope}{'/' if scope else ''}{shown}()"] = gin.get_configurable(selector)()
+            made[f"@{scope}{'/' if scope else ''}{shown}()"] = gin.get_configurable(names[0])()
     return made
 
 

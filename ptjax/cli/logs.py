@@ -20,7 +20,7 @@ _PACKAGE = os.path.dirname(os.path.abspath(ptjax.__file__))
 _UNPRINTABLE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
-LONGEST_MESSAGE = 1000
+LONGEST_MESSAGE = 1500
 """Characters of an error that a person is still willing to read."""
 
 

@@ -28,7 +28,7 @@ SETTINGS: Sequence[tuple[str, str]] = (
     ),
     (
         "`USE_CACHED_TASKS`, `JSON_WRITE_N_RESULTS`, `USE_HARDWARE_RNG`",
-        "nothing; leave them out (`False` is accepted)",
+        "nothing; leave them out (`False` and `None` are accepted)",
     ),
     ("`EVAL_STEPS`, `EVALUATOR_NUM_EXAMPLES`", "`EVAL_EXAMPLES`, a number of examples"),
     ("gin order models, prompts, sizes, decoding, runs", "any order"),
@@ -114,6 +114,8 @@ FLAGS: Sequence[tuple[str, str]] = (
 
 ACCEPTED: Mapping[str, Sequence[object]] = {
     "USE_CACHED_TASKS": (False,),
+    "USE_HARDWARE_RNG": (False,),
+    "JSON_WRITE_N_RESULTS": (None,),
     "LOSS_NORMALIZING_FACTOR": (None,),
     "PROMPT_REGEX": (".*/prompt/.*", [".*/prompt/.*"], (".*/prompt/.*",)),
 }
