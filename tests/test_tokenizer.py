@@ -236,7 +236,7 @@ def test_broken_json_files(tmp_path):
         tokenizers.load_tokenizer(tmp_path)
 
 
-@pytest.mark.parametrize("count", [-1, "100", 1.5, True])
+@pytest.mark.parametrize("count", [-1, "100", 1.5, True, 10**12])
 def test_a_number_of_sentinels_that_is_none(tmp_path, nano, count):
     nano.save(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"extra_ids": count}))

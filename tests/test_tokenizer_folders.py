@@ -197,7 +197,11 @@ def test_case_1_1_ids_with_a_gap_are_refused(tmp_path, name):
         ("tokenizer_config.json", {"added_tokens_decoder": {"8097": "<hl>"}}),
         ("tokenizer_config.json", {"additional_special_tokens": [7]}),
         ("special_tokens_map.json", {"eos_token": {"text": "</s>"}}),
+        ("added_tokens.json", {"": 8097}),
+        ("added_tokens.json", {"<hl>": 10**12}),
+        ("tokenizer_config.json", {"additional_special_tokens": "<hl>"}),
         ("tokenizer.json", {"added_tokens": [{"content": "<hl>"}]}),
+        ("tokenizer.json", {"added_tokens": 5}),
     ],
 )
 def test_case_1_1_damaged_added_tokens(tmp_path, name, content):
@@ -407,7 +411,9 @@ def test_case_5_2_a_tokenizer_that_brings_code(tmp_path, monkeypatch, auto_map):
 # One rule for control tokens and sentinels
 
 
-@pytest.fixture(params=["spiece", "spiece + added", "tokenizer.json", "bpe", "bert", "byt5", "mt5"])
+@pytest.fixture(
+    params=["spiece", "spiece + added", "tokenizer.json", "bpe", "bert", "byt5", "mt5", "own"]
+)
 def any_tokenizer(request, tmp_path) -> Any:
     if request.param in ("bpe", "bert"):
         return load_tokenizer(request.getfixturevalue(request.param))
@@ -415,19 +421,21 @@ def any_tokenizer(request, tmp_path) -> Any:
         return ByteTokenizer()
     if request.param == "mt5":
         return SentencePieceTokenizer(with_own_sentinels())
+    if request.param == "own":
+        return SentencePieceTokenizer(with_own_sentinels(space="", kind=1))
     if request.param == "spiece":
         return load_tokenizer(write_source(tmp_path / "source"))
     name = {"spiece + added": "4 slow", "tokenizer.json": "5"}[request.param]
     return load_tokenizer(unpack(FOLDERS[name], tmp_path / "folder"))
 
 
-def with_own_sentinels() -> bytes:
+def with_own_sentinels(space: str = "▁", kind: int = 4) -> bytes:
     """A model whose file holds its sentinels, as mT5's does."""
     from sentencepiece import sentencepiece_model_pb2 as pb2
 
     proto = pb2.ModelProto.FromString(SPIECE.read_bytes())  # type: ignore[attr-defined]
     for k in reversed(range(100)):
-        proto.pieces.add(piece=f"▁<extra_id_{k}>", score=0.0, type=4)
+        proto.pieces.add(piece=f"{space}<extra_id_{k}>", score=0.0, type=kind)
     return proto.SerializeToString()
 
 

@@ -126,7 +126,8 @@ def _declared(
         flags = {"content": content, "normalized": not is_special, "special": is_special}
         declared[_id(file, i)] = _token(file, i, flags)
     file = folder / "tokenizer.json"
-    for said in read_json(file).get("added_tokens", ()):
+    added = read_json(file).get("added_tokens", [])
+    for said in added if isinstance(added, list) else [added]:
         if not isinstance(said, dict) or "id" not in said:
             raise _damaged(file, said)
         declared[_id(file, said["id"])] = _token(file, said["id"], said)
@@ -139,8 +140,9 @@ def _named(settings: Mapping[str, Any]) -> Iterator[Any]:
     for name, value in settings.items():  # a model's own, such as `image_token`
         if name.endswith("_token") and name not in CONTROL_NAMES and isinstance(value, str):
             yield value
-    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or ()
-    yield from extra.values() if isinstance(extra, dict) else extra
+    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
+    several = list(extra.values()) if isinstance(extra, dict) else extra
+    yield from several if isinstance(several, list) else [None]
 
 
 def _content(said: Any) -> str:
@@ -156,7 +158,8 @@ def _special(said: Any) -> AddedToken:
 
 
 def _token(file: epath.Path, index: Any, said: Any) -> AddedToken:
-    if not isinstance(said, dict) or not isinstance(said.get("content"), str):
+    content = said.get("content") if isinstance(said, dict) else None
+    if not isinstance(content, str) or not content:
         raise _damaged(file, said)
     return AddedToken(said["content"], _id(file, index), **_known_flags(said))
 
@@ -167,7 +170,7 @@ def _known_flags(said: Mapping[str, Any]) -> dict[str, bool]:
 
 
 def _id(file: epath.Path, index: Any) -> int:
-    if isinstance(index, bool) or not str(index).isdecimal():
+    if isinstance(index, bool) or not (str(index).isdecimal() and len(str(index)) < 10):
         raise _damaged(file, index)
     return int(index)
 

@@ -28,6 +28,7 @@ from ptjax.data.vocabulary import (
 from ptjax.errors import InputError
 
 T5_SENTINELS = 100
+_MOST_SENTINELS = 10_000
 _PB2: Any = sentencepiece_model_pb2  # its classes are made at run time
 _PIECE: Any = _PB2.ModelProto.SentencePiece
 _OWN_SENTINEL = re.compile(f"▁?{SENTINEL.pattern}")
@@ -70,9 +71,10 @@ class SentencePieceTokenizer:
             if not path.exists():
                 raise InputError(f"{path}: no such tokenizer file; correct the path")
             self.name, self._model = name or os.fspath(path), path.read_bytes()
-        if type(extra_ids) is not int or extra_ids < 0:
+        if type(extra_ids) is not int or not 0 <= extra_ids <= _MOST_SENTINELS:
             raise InputError(
-                f"{self.name}: extra_ids is {extra_ids!r}; it has to be a number from 0 up"
+                f"{self.name}: extra_ids is {extra_ids!r}; it has to be a number from 0 to "
+                f"{_MOST_SENTINELS}"
             )
         proto = self._parse()
         self._own_sentinels = any(_OWN_SENTINEL.fullmatch(p.piece) for p in proto.pieces)
@@ -115,8 +117,8 @@ class SentencePieceTokenizer:
         for i, (content, _) in enumerate(self._pieces[len(proto.pieces) :], len(proto.pieces)):
             cut.setdefault(content, AddedToken(content, i, special=True))
         for i, piece in enumerate(proto.pieces):
-            own = piece.type == _PIECE.USER_DEFINED and piece.piece not in control
-            if own and not piece.piece.startswith("▁"):
+            own = piece.type == _PIECE.USER_DEFINED or SENTINEL.fullmatch(piece.piece)
+            if own and piece.piece not in control and not piece.piece.startswith("▁"):
                 cut.setdefault(piece.piece, AddedToken(piece.piece, i))
         return list(cut.values())
 
@@ -229,16 +231,17 @@ def _compile(
     sentinels: dict[int, int] = {}
     texts = {token.content for token in cut}
     for i, piece in enumerate(proto.pieces):
-        symbol = piece.type == _PIECE.USER_DEFINED
         if own := _OWN_SENTINEL.fullmatch(piece.piece):
             sentinels[int(own[1])] = i
             if piece.piece.startswith("▁"):  # mT5's, which SentencePiece itself finds
                 piece.piece = f"▁{marked(own[1])}"
                 piece.type = _PIECE.USER_DEFINED
                 continue
+        symbol = own or piece.type == _PIECE.USER_DEFINED
         if (symbol and piece.piece in texts) or piece.piece in control:
             # Decoded, and never made of a text. Control pieces of the model are so already.
-            piece.type = _PIECE.UNUSED if piece.type in (1, 4) else piece.type
+            spelt = piece.type in (_PIECE.NORMAL, _PIECE.USER_DEFINED)
+            piece.type = _PIECE.UNUSED if spelt else piece.type
     for content, _ in pieces[len(names) :]:
         # With the space, as seqio has it: the space before a sentinel belongs to it.
         sentinels[int(SENTINEL.fullmatch(content)[1])] = len(names)  # type: ignore[index]

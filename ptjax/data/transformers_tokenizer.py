@@ -117,7 +117,9 @@ def _load(directory: str | os.PathLike[str], name: str) -> Any:
         tokenizer: Any = transformers.AutoTokenizer.from_pretrained(
             os.fspath(directory), local_files_only=True, trust_remote_code=False
         )
-    except Exception as error:  # transformers raises nearly anything for broken files
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # nearly anything for broken files, and the library's panics
         if "auto_map" in read_json(folder / "tokenizer_config.json"):
             raise InputError(
                 f"{name}: this tokenizer brings code of its own (auto_map), which ptjax does not "
