@@ -52,6 +52,7 @@ FREE: Mapping[str, str] = {
     "Backbone.variables": "their fingerprint counts",
     "Backbone.apply_fn": "the config counts",
     "Backbone.name": _CONTENT,
+    "Backbone.fingerprint_v1": "the fingerprint counts, and covers it",
     "Backbone.assumed": "the config counts",
     "Backbone.mesh": _PLACE,
     "Backbone.fsdp": _PLACE,

@@ -23,6 +23,7 @@ from conftest import tune
 from ptjax import pretraining, tuning
 from ptjax.backbone import Backbone
 from ptjax.bank import Variant
+from ptjax.checkpoint import SUMS
 from ptjax.data.sources import read_records
 from ptjax.data.tasks import Task
 from ptjax.data.tokenizer import load_tokenizer
@@ -135,6 +136,8 @@ DECIDES: dict[str, Any] = {
     "Task.answers": "others",
     "Task.group": "group",
     "Task.held_out": 8,
+    "Task.sentinels": True,
+    "Task.positive_label": "yes",
     "Backbone.config": None,
     "Backbone.tokenizer": None,
     "Backbone.fingerprint": "sha256:other",
@@ -153,6 +156,11 @@ DECIDES: dict[str, Any] = {
     "T5Config.relpos_max_distance": 64,
     "T5Config.layer_norm_epsilon": 1e-5,
     "T5Config.dtype": "bfloat16",
+    "T5Config.relpos_per_layer": True,
+    "T5Config.pad_id": 3,
+    "T5Config.eos_ids": (1, 2),
+    "T5Config.decoder_start_id": 5,
+    "T5Config.forced_bos_id": 5,
     "pretrain.parts": [PrefixLMPart(1.0)],
     "pretrain.text": Text({"a.txt": "text"}),
     "pretrain.model": T5Config(64, 8, 1, 1, 1, 8, 8),
@@ -196,6 +204,7 @@ MAY_CHANGE: dict[str, Any] = {
     "Backbone.variables": {},
     "Backbone.apply_fn": print,
     "Backbone.name": "/moved",
+    "Backbone.fingerprint_v1": "sha256:other",
     "Backbone.mesh": None,
     "Backbone.fsdp": True,
     "Backbone.assumed": ("dropout_rate",),
@@ -485,6 +494,14 @@ def recorded(directory: Path) -> Path:
     return newest / "identity" / "data.json"
 
 
+def record(directory: Path, identity: dict[str, Any]) -> None:
+    """Writes another identity, as a version would that keeps no checksums."""
+    recorded(directory).write_text(json.dumps(identity))
+    progress = recorded(directory).parents[1] / "progress" / "data.json"
+    kept = {k: v for k, v in json.loads(progress.read_text()).items() if k != SUMS}
+    progress.write_text(json.dumps(kept))
+
+
 def test_case_4_1_a_finished_run_stays_as_it_is(finished, backbone, task, caplog):
     directory, results = finished
     before = files(directory)
@@ -530,7 +547,7 @@ def test_case_4_14_resuming_elsewhere_under_other_versions_is_said(
     identity = json.loads(recorded(directory).read_text())
     assert identity["versions"]["jax"] == jax.__version__
     identity["versions"] |= {"jax": "0.10.0", "Python": "3.11.0"}
-    recorded(directory).write_text(json.dumps(identity))
+    record(directory, identity)
     changes: dict[str, Any] = {
         "pace": Pace(train_steps=3, eval_period=3, log_period=3, patience=9, keep=1),
         "evaluation": Evaluation(batch_size=8),
@@ -560,7 +577,7 @@ def test_case_4_1_a_run_of_the_version_before_is_refused_and_its_prompt_used(
            "input_length": 64, "target_length": 4, "method": "prompt_tuning", "batch_size": 8,
            "microbatches": 1, "pack": False, "quantize": None, "prompt_length": 4,
            "sees_input": True, "tokenizer_fingerprint": None}  # fmt: skip
-    recorded(tmp_path / "old").write_text(json.dumps(old))
+    record(tmp_path / "old", old)
     with pytest.raises(InputError, match=r"old holds a run of another ptjax \(an older version\), "
                        r"whose checkpoints do not record .* Its prompts can be used"):  # fmt: skip
         tune(tmp_path / "old", task, backbone, **SHORT)
