@@ -246,3 +246,18 @@ def test_case_5_8_a_compressed_pickle_is_not_inflated(tmp_path):
         archive.writestr("archive/data.pkl", packed, zipfile.ZIP_DEFLATED)
     with pytest.raises(InputError, match=r"data\.pkl is compressed, which torch never does"):
         open_torch(file)
+
+
+def test_case_5_8_names_and_shapes_of_a_msgpack_that_are_none(tmp_path):
+    checkpoint = pathlib.Path(shutil.copytree(LEGACY, tmp_path / "checkpoint_3"))
+    contents = serialization.msgpack_restore((checkpoint / "checkpoint").read_bytes())
+    target = contents["optimizer"]["target"]
+    target["encoder"]["layers_0"]["attention"]["query"]["kernel"]["metadata"]["shape"] = 3
+    (checkpoint / "checkpoint").write_bytes(serialization.msgpack_serialize(contents))
+    with pytest.raises(InputError, match=r"has shape \[32, 32\], .* says 3"):
+        load_t5x(checkpoint)
+    (checkpoint / "checkpoint").write_bytes(
+        msgpack.packb({"version": 3, "optimizer": {"target": {b"a": 1}}})
+    )
+    with pytest.raises(InputError, match=r"parameter b'a' is a int"):
+        load_t5x(checkpoint)
