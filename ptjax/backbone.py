@@ -88,9 +88,12 @@ def load_backbone(
 ) -> Backbone:
     """Loads a T5X checkpoint (legacy or Orbax) or a Hugging Face directory or hub id.
 
+    A tree under T5X's names that Orbax (0.4 or newer, also its v1) saved is read as T5X's are:
+    bare, or below `params` or `target`.
+
     Args:
         path: local or gs://; "ptjax-nano" is the backbone that ptjax ships; a hub id may end in
-            "@revision". A folder of several `checkpoint_N` means the newest.
+            "@revision". A folder of several `checkpoint_N`, or steps of Orbax, means the newest.
         dtype: of weights and activations; None is bfloat16 on TPU and GPU and float32 on CPU.
         mesh: arrays go straight to their place on it; 'auto', '8x1', '2x4' (data x model) or
             '2x2x2' (replica x data x model) are all devices, see `scale.meshes.choose_mesh`; None

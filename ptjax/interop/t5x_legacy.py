@@ -103,10 +103,9 @@ def _check_spec(name: str, spec: Mapping[str, Any], stored: StoredArray, file: e
     """T5X keeps shape and dtype in both places; where they differ a folder was swapped."""
     metadata = spec.get("metadata", {})
     wanted = metadata.get("shape") if isinstance(metadata, dict) else None
-    if wanted is not None and list(wanted) != list(stored.shape):
+    if wanted is not None and wanted not in (list(stored.shape), stored.shape):
         raise InputError(
-            f"{stored.where}: parameter {name} has shape {list(stored.shape)}, {file} says "
-            f"{list(wanted)}"
+            f"{stored.where}: parameter {name} has shape {list(stored.shape)}, {file} says {wanted}"
         )
     check_dtype(name, spec.get("dtype", stored.dtype), stored.where)
 
@@ -137,7 +136,7 @@ def _trained(states: Mapping[str, Any], prefix: tuple[str, ...]) -> Iterator[str
         return
     for key, value in states.items():
         if isinstance(value, dict):
-            yield from _trained(value, (*prefix, key))
+            yield from _trained(value, (*prefix, str(key)))
 
 
 def _flatten(
@@ -145,7 +144,7 @@ def _flatten(
 ) -> Iterator[tuple[str, Any]]:
     """(name, array or tensorstore spec) of each leaf."""
     for key, value in tree.items():
-        path = (*prefix, key)
+        path = (*prefix, str(key))
         if isinstance(value, np.ndarray) or (
             isinstance(value, dict) and {"driver", "kvstore"} <= set(value)
         ):

@@ -30,8 +30,7 @@ _STORAGES = {
     ("torch", "HalfStorage"): "float16",
     ("torch", "DoubleStorage"): "float64",
 }
-
-
+_STEPS: dict[int, Any] = pickle._Unpickler.dispatch
 _OPCODES = (
     *(pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK, pickle.GLOBAL, pickle.STACK_GLOBAL),
     *(pickle.REDUCE, pickle.BUILD, pickle.BINPERSID, pickle.MEMOIZE),
@@ -154,7 +153,8 @@ class _Unpickler(pickle._Unpickler):
     writing them down: no message shows what is not known to be short.
     """
 
-    dispatch = _Opcodes({code[0]: pickle._Unpickler.dispatch[code[0]] for code in _OPCODES})
+    stack: list[Any]
+    dispatch = _Opcodes({code[0]: _STEPS[code[0]] for code in _OPCODES})
 
     def __init__(self, data: bytes, archive: zipfile.ZipFile, folder: str, path: epath.Path):
         super().__init__(io.BytesIO(data))
@@ -163,11 +163,11 @@ class _Unpickler(pickle._Unpickler):
 
     def _load_setitem(self) -> None:
         self._check_keys(self.stack[-2:-1])
-        pickle._Unpickler.load_setitem(self)  # type: ignore[attr-defined]
+        _STEPS[pickle.SETITEM[0]](self)
 
     def _load_setitems(self) -> None:
         self._check_keys(self.stack[::2])
-        pickle._Unpickler.load_setitems(self)  # type: ignore[attr-defined]
+        _STEPS[pickle.SETITEMS[0]](self)
 
     def _load_build(self) -> None:
         """State beside a dict's items, such as `_metadata` of a state dict, is of no use here."""
