@@ -11,7 +11,7 @@ ORACLES := 4 5
 TRANSFORMERS_4 := 4.57.6
 TRANSFORMERS_5 := 5.24.0
 
-.PHONY: quickstart test test-all lint oracle
+.PHONY: quickstart test test-all test-lowest faults lint oracle
 
 quickstart: $(VENV)/installed  ## tune a prompt on the shipped backbone, on CPU
 	$(BIN)/python -m ptjax.train --gin_file=quickstart.gin
@@ -21,6 +21,14 @@ test: $(VENV)/installed-dev  ## everything but the markers slow, oracle, tpu, cu
 
 test-all: $(VENV)/installed-oracle  ## everything
 	$(PYTEST) -m "$(shell $(BIN)/python tests/markers.py)"
+
+# Outside CI: with the oldest release of each direct dependency that pyproject.toml allows.
+test-lowest: .venv-lowest/installed  ## the quickstart and the tests with the oldest releases
+	$(<D)/bin/python -m ptjax.train --gin_file=quickstart.gin --gin.MODEL_DIR="'$(<D)/quickstart'"
+	$(<D)/bin/python -m pytest -n 2 --dist loadfile
+
+faults: $(VENV)/installed-dev  ## the tests notice the faults of tests/faults
+	$(BIN)/python tests/faults/run.py
 
 # Outside CI, which reads tests/fixtures/transformers. Each script runs under both releases, the
 # older one first: what that one wrote, the newer one may read.
@@ -50,3 +58,8 @@ $(VENV)/installed-oracle: $(VENV)/installed-dev
 .venv-oracle-%/installed:
 	$(PYTHON) -m venv $(@D) && $(@D)/bin/python -m pip install --quiet --disable-pip-version-check \
 	  transformers==$(TRANSFORMERS_$*) torch==2.13.0 sentencepiece protobuf && touch $@
+
+.venv-lowest/installed: pyproject.toml | $(VENV)/installed-dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv && \
+	$(BIN)/uv venv --quiet --clear --python 3.11 $(@D) && \
+	$(BIN)/uv pip install --quiet --python $(@D) --resolution lowest-direct -e '.[dev]' && touch $@

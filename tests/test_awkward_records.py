@@ -314,16 +314,24 @@ def test_case_3_3_the_positive_label_is_a_setting_and_is_said(backbone, task, ca
     assert train.named_metric({"metric": "accuracy"}) == "accuracy"
 
 
-@pytest.mark.parametrize("name", ["rouge", "bleu", "chrf", "mlqa", ""])
-def test_case_3_11_and_case_3_12_unknown_metrics_list_what_there_is(name):
+def refuses_a_metric(name: str) -> None:
     with pytest.raises(InputError) as raised:
         Task(**LABELS, verbalizer=MRPC, metrics=name)
     assert f"no metric is called '{name}'; there are" in str(raised.value)
     for known in metrics.METRICS:
         assert known in str(raised.value)
     assert "did you mean" not in str(raised.value)
-    with pytest.raises(InputError, match=r"did you mean 'squad_f1'\? There are"):
+
+
+@pytest.mark.parametrize("name", ["rouge", "bleu", "chrf", ""])
+def test_case_3_11_an_unknown_metric_lists_what_there_is(name):
+    refuses_a_metric(name)
+    with pytest.raises(InputError, match=r"'squadf1'; did you mean squad_f1\?$"):
         Task(**LABELS, verbalizer=MRPC, metrics="squadf1")
+
+
+def test_case_3_12_mlqas_metric_is_not_taken_for_another():
+    refuses_a_metric("mlqa")
 
 
 # A bank

@@ -284,3 +284,14 @@ def test_case_5_7_mutated_headers_are_refused_where_the_reference_refuses(tmp_pa
             shapes = {name: list(x.shape) for name, x in open_safetensors(file)[0].items()}
             assert shapes == reference(file)
     assert outcomes[False, False] > 200 and outcomes[True, True] > 10
+
+
+@pytest.mark.parametrize("length", range(1, 9))
+def test_the_data_begins_at_a_multiple_of_8(tmp_path, length):
+    """Whatever the header's length: others map the tensors where they lie, the format says."""
+    name, array = "x" * length, np.arange(3, dtype=np.float32)
+    layout = {name: (array.shape, "float32")}
+    save_safetensors(tmp_path / "f.safetensors", [(name, array)], layout, {})
+    data = (tmp_path / "f.safetensors").read_bytes()
+    assert (len(data) - array.nbytes) % 8 == 0
+    assert data.endswith(array.tobytes())

@@ -145,7 +145,7 @@ def test_a_tokenizer_json_beside_a_models_config(tmp_path):
     tokenizer = load_tokenizer(folder)
     wanted = reference_ids(folder, texts(TOKENS))
     assert_equal_ids(tokenizer, wanted, texts(TOKENS))
-    with pytest.raises(InputError, match="its padding id is -1"):
+    with pytest.raises(InputError, match="it has no end of sequence"):
         load_tokenizer(unpack(files, tmp_path / "alone"))
 
 

@@ -1,8 +1,8 @@
 """`make faults`: the tests notice the faults that they are there for.
 
-Each `*.patch` beside this file breaks ptjax in one place. Its text before the diff says how, and names
-the tests that have to fail, one a line behind "Fails:". They are run in a copy of the tree: all of them
-pass without a fault, and each fails with its own.
+Each `*.patch` beside this file breaks ptjax in one place. Its text before the diff says how, and
+names the tests that have to fail, one a line behind "Fails:". They are run in a copy of the tree:
+all of them pass without a fault, and each fails with its own.
 """
 
 from __future__ import annotations
