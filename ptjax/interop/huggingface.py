@@ -39,7 +39,13 @@ from ptjax.scale.processes import on_host
 
 _WEIGHTS = "model.safetensors"
 _TORCH = "pytorch_model.bin"
-_DOWNLOADS = ("config.json", "generation_config.json", *hub.TOKENIZER_FILES)
+# An adapter beside full weights makes them another model.
+_DOWNLOADS = (
+    "config.json",
+    "generation_config.json",
+    "adapter_config.json",
+    *hub.TOKENIZER_FILES,
+)
 
 
 def load_huggingface(directory: str | os.PathLike[str]) -> dict[str, StoredArray]:
@@ -54,7 +60,9 @@ def load_huggingface(directory: str | os.PathLike[str]) -> dict[str, StoredArray
         exactly when the logits have weights of their own.
 
     Raises:
-        InputError: a file or tensor is missing, damaged, or none of T5's.
+        InputError: a file or tensor is missing, damaged, quantized, or none of T5's; an adapter
+            stands beside the weights; or transformers 4 and 5 make different logits of them and
+            nothing says which is meant.
     """
     directory = epath.Path(directory)
     config = read_config(directory)
