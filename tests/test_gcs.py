@@ -240,6 +240,7 @@ def test_case_5_3_a_lock_is_one_runs_by_generation(folder, monkeypatch, caplog):
     with caplog.at_level(logging.INFO, logger="absl"), lock.hold(folder) as winner:
         assert sum("taking over the lock" in line for line in caplog.messages) == 1
         monkeypatch.setattr(lock, "HEARTBEAT", 0.0)
+        assert winner is not None
         winner.check()
         with pytest.raises(TrainingError, match=rf"taken over by process {os.getpid()} on "):
             lost.check()
