@@ -42,6 +42,8 @@ SILENCE = 120.0
 """Seconds without a new heartbeat after which a lock is taken over."""
 ABANDONED = 600.0
 """A lock this old by the storage's clock need not be watched."""
+TIMEOUT = 30.0
+"""Seconds for one write; what takes longer may still arrive."""
 POLL = 1.0
 """Seconds between two looks at a lock that is watched."""
 
@@ -163,7 +165,9 @@ class Lock:
         if self._generation is None or self._lost is not None:
             return
         try:
-            self._store.write(NAME, None, if_equal=self._generation).result(timeout=HEARTBEAT)
+            # An earlier write may have arrived although its answer did not.
+            generation = self._own_write() or self._generation
+            self._store.write(NAME, None, if_equal=generation).result(timeout=TIMEOUT)
         except (OSError, ValueError) as error:
             logging.warning("%s stays behind: %s", self.model_dir / NAME, atomic.one_line(error))
         self._generation = None
@@ -198,10 +202,13 @@ class Lock:
         """Replaces that generation; the new one, or None if it was another's."""
         text = json.dumps(dataclasses.asdict(self.holder) | {"time": time.time()}).encode()
         written = self._store.write(NAME, text, if_equal=generation)
-        return written.result(timeout=HEARTBEAT).generation or self._own_write()
+        return written.result(timeout=TIMEOUT).generation or self._own_write()
 
     def _own_write(self) -> bytes | None:
-        """A write whose answer was lost is sent again, and refused because it succeeded."""
+        """The generation of what is there, if this run wrote it.
+
+        A write whose answer was lost is sent again, and refused because it succeeded.
+        """
         text, generation = self._read()
         holder = None if text is None else _parse(text)[0]
         return generation if holder == self.holder else None

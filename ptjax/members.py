@@ -46,7 +46,8 @@ class Progress:
     def from_json(cls, loaded: dict[str, Any]) -> Progress:
         """The inverse of `dataclasses.asdict`."""
         standings = [Standing(**standing) for standing in loaded["standings"]]
-        return cls(**(loaded | {"standings": standings}))
+        fields: dict[str, Any] = loaded | {"standings": standings}
+        return cls(**fields)
 
     @property
     def running(self) -> list[tuple[int, int]]:

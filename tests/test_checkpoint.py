@@ -43,7 +43,9 @@ def test_state_and_progress_come_back(tmp_path):
     identity = make_identity(tune, {"task": "a"}, {})
     checkpoints.save(4, state, {"step": 4, "best_value": None}, identity)
     checkpoints.wait()
-    restored, progress = checkpoints.restore(lambda progress: state)
+    found = checkpoints.restore(lambda progress: state)
+    assert found is not None
+    restored, progress = found
     assert (checkpoints.latest, progress) == (4, {"step": 4, "best_value": None})
     assert jax.tree.structure(restored) == jax.tree.structure(state)
     for ours, theirs in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True):
@@ -67,13 +69,13 @@ def test_under_4_megabytes_at_xxl(tmp_path):
 
 def save_two(directory: Path) -> tuple[TrainState, TrainState]:
     """Checkpoints of step 2 and 4 of one run: prompts [100, 2] that differ."""
-    states = tuple(dataclasses.replace(state_of(2), step=jnp.int32(step)) for step in (2, 4))
+    older, newer = (dataclasses.replace(state_of(2), step=jnp.int32(step)) for step in (2, 4))
     checkpoints = Checkpoints(epath.Path(directory))
-    for step, state in zip((2, 4), states, strict=True):
+    for step, state in ((2, older), (4, newer)):
         progress = {"step": step, "best_value": step / 8, "standings": [{"best_step": step}]}
         checkpoints.save(step, state, progress, {"task": "a", "seed": 3})
     checkpoints.close()
-    return states
+    return older, newer
 
 
 def content(state: TrainState) -> list[np.ndarray]:
@@ -118,7 +120,9 @@ def test_case_5_4_no_damaged_file_loads_another_state(tmp_path, caplog):
             shutil.copytree(tmp_path / "run", tmp_path / "copy")
             write(tmp_path / "copy" / file.relative_to(tmp_path / "run"), data)
             caplog.clear()
-            state, progress = reopen(tmp_path / "copy", like)
+            restored = reopen(tmp_path / "copy", like)
+            assert restored is not None
+            state, progress = restored
             step = progress["step"]
             wanted = newer if step == 4 else older
             assert progress["standings"] == [{"best_step": step}], (file, data)

@@ -170,7 +170,7 @@ def test_case_5_11_a_full_disk_is_one_line(
     What was running ends, and with room the same command goes on.
     """
 
-    def train() -> int:
+    def train() -> object:
         capsys.readouterr()
         with pytest.raises(SystemExit) as stopped:
             cli.run(lambda: tune(directory, task, backbone, pace=pace))

@@ -135,7 +135,8 @@ def test_case_5_3_a_silent_lock_of_another_machine_is_taken_over(
 def test_case_5_3_a_lock_that_the_storage_calls_old_is_not_watched(lock, tmp_path):
     path = tmp_path / "run.lock"
     path.write_bytes(another())
-    os.utime(path, (time.time() - 3600,) * 2)
+    hour_ago = time.time() - 3600
+    os.utime(path, (hour_ago, hour_ago))
     with lock.hold(epath.Path(tmp_path)):  # SILENCE is two minutes here
         pass
 
