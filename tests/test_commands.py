@@ -63,7 +63,7 @@ def place(tmp_path_factory) -> Path:
     metadata = {
         "ptjax_version": "0.1.0",
         "backbone_name": str(folder / "backbone"),
-        "backbone_fingerprint": backbone.fingerprint,
+        **backbone.fingerprints.as_metadata(),
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "task": SENTIMENT.describe(),
         "input_length": 24,
@@ -655,7 +655,7 @@ def test_an_unseeing_prompt_is_compiled_and_used(call, tmp_path) -> None:
     rows = np.random.default_rng(0).normal(size=(6, 128)).astype(np.float32)
     metadata = {
         "backbone_name": "ptjax-nano",
-        "backbone_fingerprint": backbone.fingerprint,
+        **backbone.fingerprints.as_metadata(),
         "sees_input": False,
     }
     save_prompt("blind.safetensors", rows, metadata)
