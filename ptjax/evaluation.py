@@ -123,7 +123,7 @@ class Evaluator:
         if task.labels is not None:
             check_labels(task.labels, tokenizer, lengths["targets"])
         self.examples = functools.cache(self._load)
-        self._source = functools.cache(self._load_tokens)
+        self._source = functools.cache(lambda split: self._tokenize(self.examples(split)))
 
     def __call__(
         self, variables: Tree, split: str, rewording: Callable[[str], str] | None = None
@@ -246,6 +246,10 @@ class Evaluator:
         check_scores(likelihoods, self.backbone, f"task {self.task.name}: the score of a label")
         return [labels[i] for i in chosen], likelihoods
 
+    def check_lengths(self, split: str) -> None:
+        """InputError where nearly all of `split` would be cut, see `check_cut`."""
+        check_cut(self._source(split), self.lengths, f"{self.task.name}, split {split}")
+
     def majority(self, train: Sequence[Example], split: str) -> float:
         """The metric of always saying what stands most often in the training targets."""
         most, _ = collections.Counter(example.targets for example in train).most_common(1)[0]
@@ -257,13 +261,6 @@ class Evaluator:
         note = " (EVAL_EXAMPLES caps them)" if capped else ""
         report_examples(self.task, split, examples, note)
         return examples
-
-    def _load_tokens(self, split: str) -> TokenizedExamples:
-        source = self._tokenize(self.examples(split))
-        # Not the others: after a training a warning is better than no results.
-        if split == self.settings.split:
-            check_cut(source, self.lengths, f"{self.task.name}, split {split}")
-        return source
 
     def _tokenize(
         self, examples: Sequence[Example], rewording: Callable[[str], str] | None = None

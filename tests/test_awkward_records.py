@@ -282,7 +282,7 @@ def test_case_3_13_a_run_and_an_evaluation_refuse_them(backbone, task, tmp_path)
         tune(tmp_path, task, backbone, feature_lengths=lengths)
     evaluator = Evaluator(task, backbone, backbone.tokenizer, lengths, Evaluation())
     with pytest.raises(InputError, match=r"words, split validation: 1\d of 16 inputs"):
-        evaluator(backbone.variables, "validation")
+        evaluator.check_lengths("validation")  # as `ptjax.evaluate` does
 
 
 # Metrics

@@ -44,7 +44,7 @@ WORDS = ["red", "green", "blue", "cold", "warm", "dark", "light", "old"]
 
 
 def make_tokenizer(**ids: int) -> SentencePieceTokenizer:
-    """A vocabulary of words, which has its special ids where `ids` say."""
+    """A vocabulary of 24 pieces and 60 sentinels, with its special ids where `ids` say."""
     model = io.BytesIO()
     rng = np.random.default_rng(0)
     sentencepiece.SentencePieceTrainer.train(
@@ -56,7 +56,7 @@ def make_tokenizer(**ids: int) -> SentencePieceTokenizer:
         minloglevel=2,
         **ids,
     )
-    return SentencePieceTokenizer(model.getvalue(), extra_ids=0)
+    return SentencePieceTokenizer(model.getvalue(), extra_ids=60)
 
 
 @pytest.fixture(scope="module")
