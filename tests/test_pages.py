@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import pytest
 from conftest import FIXTURES
 
+from ptjax.__main__ import COMMANDS
 from ptjax.data.sentencepiece_tokenizer import train_sentencepiece
 from ptjax.interop.prompt_file import load_prompt, save_prompt
 from ptjax.launch import free_port
@@ -219,11 +220,15 @@ def test_no_line_of_a_page_is_overlooked():
     for page in PAGES:
         mentions = re.findall(r'-m(?:"?,? "?|\s+)ptjax\.', page.read_text())
         assert len(lines_of(page)) == len(mentions), page
-    assert {line.command for line in LINES} == {
-        path.stem
-        for path in (ROOT / "ptjax").glob("*.py")
-        if "cli.make_parser(" in path.read_text()
-    }
+    assert {line.command for line in LINES} == set(COMMANDS)
+
+
+@pytest.mark.parametrize(
+    "word", ["--input=/path/to/new", "gs://BUCKET/new", "--prompt=FILE", "..."]
+)
+def test_a_placeholder_that_nothing_fills_fails(word):
+    with pytest.raises(AssertionError, match="nothing in FILLED for"):
+        filled(word, {})
 
 
 @pytest.mark.parametrize("line", LINES, ids=lambda line: line.id)

@@ -60,7 +60,8 @@ SETTINGS: Sequence[tuple[str, str]] = (
     ("uniform [0, 0.5)", "`prompts/uniform.gin`: [-0.5, 0.5), as the paper says"),
     (
         "`numpy_checkpoints/checkpoint_N/encoder.prompt.prompt.prompt`",
-        "`prompts/N.safetensors`; `python -m ptjax.export PROMPT --to=npy --output=prompt.npy` writes the numpy file",
+        "`prompts/N.safetensors`; `python -m ptjax.export PROMPT --to=npy --output=prompt.npy` "
+        "writes the numpy file",
     ),
     (
         "`partitioning.PjitPartitioner.num_partitions = 2`",
