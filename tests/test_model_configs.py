@@ -71,7 +71,7 @@ def table() -> dict[str, list[str]]:
 
 def test_every_released_size_has_a_file_and_a_row():
     names = {file.stem for file in FILES}
-    assert names == {*RELEASED, "ptjax_nano", "ptjax_pico"} == set(table())
+    assert names == {*RELEASED, "ptjax_nano"} == set(table())
 
 
 @pytest.mark.parametrize("name", [file.stem for file in FILES])
