@@ -60,7 +60,8 @@ SETTINGS: Sequence[tuple[str, str]] = (
     ("uniform [0, 0.5)", "`prompts/uniform.gin`: [-0.5, 0.5), as the paper says"),
     (
         "`numpy_checkpoints/checkpoint_N/encoder.prompt.prompt.prompt`",
-        "`prompts/N.safetensors`; `python -m ptjax.export PROMPT --to=npy` writes the numpy file",
+        "`prompts/N.safetensors`; `python -m ptjax.export PROMPT --to=npy --output=prompt.npy` "
+        "writes the numpy file",
     ),
     (
         "`partitioning.PjitPartitioner.num_partitions = 2`",
@@ -80,12 +81,12 @@ SETTINGS: Sequence[tuple[str, str]] = (
     ),
     (
         "`runs/prompt_finetune.gin`",
-        "`python -m ptjax.train --gin_file=runs/prompt_tune.gin`",
+        "`python -m ptjax.train`, with `--gin_file=runs/prompt_tune.gin`",
     ),
     ("`runs/prompt_eval.gin`, `EVAL_OUTPUT_DIR`", "`python -m ptjax.evaluate --model_dir=DIR`"),
     (
         "`runs/prompt_infer.gin`, `INFER_OUTPUT_DIR`",
-        "`python -m ptjax.infer --model_dir=DIR`, with `--output=FILE`",
+        "`python -m ptjax.infer --model_dir=DIR --input=FILE --output=FILE`",
     ),
     ("`CHECKPOINT_PATH`", "`--backbone=PATH`, and the prompt is `--prompt=PATH`"),
 )
