@@ -137,7 +137,7 @@ def _warn_once(
 ) -> None:
     """A warning about a prompt; of the same prompt and backbone it is not repeated."""
     content = np.ascontiguousarray(matrix()).tobytes()
-    text = repr((backbone.fingerprint, backbone.name, message, arguments)).encode()
+    text = repr((backbone.fingerprints, backbone.name, message, arguments)).encode()
     digest = hashlib.sha256(content + text).digest()
     if digest not in _WARNED:
         _WARNED.add(digest)

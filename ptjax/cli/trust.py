@@ -21,6 +21,7 @@ MADE: Mapping[str, tuple[str, ...]] = {
     "ptjax.backbone": ("load_backbone",),
     "ptjax.bank": ("Variant", "sweep"),
     "ptjax.data.catalogue.reviews": ("sentences", "without_line_breaks"),
+    "ptjax.data.catalogue.squad": ("squad",),
     "ptjax.data.catalogue.super_glue": (
         "multirc",
         "record",
