@@ -4,10 +4,10 @@
 # Behaviour: a T5 1.1 folder has a trained lm_head.weight and says tie_word_embeddings: false.
 # from_pretrained loads it untied, but with a config that says true. resize_token_embeddings, the
 # usual call after adding tokens, then replaces the trained lm_head by the input embedding: the
-# logits of the old tokens change, without a warning.
+# logits of the old tokens change, and no message says so.
 #
-# Expected: the old rows of lm_head stay. The docstring of resize_token_embeddings says that a larger
-# size adds vectors at the end; on loading, a message says that the two weights will not be tied
+# Expected: the old rows of lm_head stay. The docstring of resize_token_embeddings says that a larger size
+# adds vectors at the end; on loading, a message says that the two weights will not be tied
 # (and advises tie_word_embeddings=False, which the folder has). 4.57.6 keeps lm_head here.
 #
 # Seen:

@@ -5,8 +5,8 @@
 # normalizer, and the tokenizers library applies it. AutoTokenizer and T5TokenizerFast of the same
 # transformers drop it when they load the folder: other token ids, without a warning.
 #
-# Expected: the same ids before saving and after loading. tokenizer.json is the complete tokenizer
-# by the documentation of tokenizers, whose Tokenizer.from_file reads it as such.
+# Expected: the same ids before saving and after loading. The docstring of save_pretrained says that
+# it saves the full state, from which from_pretrained loads the full tokenizer again.
 #
 # Seen:
 #   before saving        normalizer: Lowercase()  ids: [4, 5, 1]
