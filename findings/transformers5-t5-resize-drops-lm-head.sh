@@ -6,7 +6,7 @@
 # usual call after adding tokens, then replaces the trained lm_head by the input embedding: the
 # logits of the old tokens change, and no message says so.
 #
-# Expected: the old rows of lm_head stay. The docstring of resize_token_embeddings says that a larger size
+# Expected: the old rows of lm_head stay. resize_token_embeddings documents that a larger size
 # adds vectors at the end; on loading, a message says that the two weights will not be tied
 # (and advises tie_word_embeddings=False, which the folder has). 4.57.6 keeps lm_head here.
 #
