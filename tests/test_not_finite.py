@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import tune
 from letters import make_backbone
+from t5_ids import decode
 
 from ptjax import damage, prediction, prompting
 from ptjax.backbone import load_backbone, save_backbone
@@ -20,7 +21,6 @@ from ptjax.inference import generate
 from ptjax.interop.prompt_file import PromptFile, load_prompt, save_prompt
 from ptjax.interop.safetensors_file import open_safetensors, save_safetensors, to_header
 from ptjax.loop import TrainingError
-from ptjax.models.decoding import decode
 from ptjax.training.freeze import flatten_paths, unflatten_paths
 
 QUERY = "decoder/layers_1/self_attention/query/kernel"
@@ -86,7 +86,7 @@ def test_case_1_11_a_search_that_meets_a_nan_late_has_no_score():
     """Also where something was finished before: the search went wrong."""
 
     class Late:
-        def __call__(self, variables, *args, method, prompt_ids=None):
+        def __call__(self, variables, *args, method, **inputs):
             if method == "encode":
                 return types.SimpleNamespace(
                     segment_ids=jnp.ones((2, 3), int),

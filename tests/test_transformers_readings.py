@@ -20,6 +20,7 @@ from absl import logging
 from conftest import FIXTURES
 from etils import epath
 from oracles import record_models as recorded
+from t5_ids import with_lengths
 
 from ptjax.backbone import load_backbone, save_backbone
 from ptjax.errors import InputError
@@ -73,9 +74,8 @@ def reading_of(folder: Path, model_type: str) -> str:
 
 def logits_of(folder: Path) -> np.ndarray:
     backbone = load_backbone(folder)
-    return np.asarray(
-        jax.jit(backbone.apply_fn)(backbone.variables, recorded.INPUTS, recorded.TARGETS)
-    )
+    apply_fn = jax.jit(with_lengths(backbone.apply_fn))
+    return np.asarray(apply_fn(backbone.variables, recorded.INPUTS, recorded.TARGETS))
 
 
 # Rows 1.7, 1.8, 1.15: ties and scales
@@ -224,9 +224,8 @@ def test_case_1_9_logits_are_those_of_transformers_and_come_back(tmp_path, keys)
     config = {"tie_word_embeddings": False, **names}
     folder = make_folder(tmp_path / "theirs", head="own", gated=gated, **config)
     backbone = load_backbone(folder)
-    ours = np.asarray(
-        jax.jit(backbone.apply_fn)(backbone.variables, recorded.INPUTS, recorded.TARGETS)
-    )
+    apply_fn = jax.jit(with_lengths(backbone.apply_fn))
+    ours = np.asarray(apply_fn(backbone.variables, recorded.INPUTS, recorded.TARGETS))
     np.testing.assert_allclose(ours, recorded_logits(FIVE, key), atol=TOLERANCE, rtol=0)
     save_backbone(tmp_path / "ours", backbone.config, backbone.variables["params"], dtype="float32")
     assert load_backbone(tmp_path / "ours").config == backbone.config

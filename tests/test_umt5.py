@@ -13,13 +13,13 @@ import safetensors.numpy
 from conftest import Tiny
 from jax.sharding import PartitionSpec as P
 from oracles import record_models as recorded
+from t5_ids import T5_IDS, decode, with_lengths
 from test_transformers_readings import FIVE, TOLERANCE, about, make_folder, recorded_logits
 
 from ptjax.backbone import Backbone, load_backbone, save_backbone
 from ptjax.data.batch import shift_right
 from ptjax.errors import InputError
 from ptjax.interop import huggingface, huggingface_format
-from ptjax.models import decoding
 from ptjax.models.config import T5Config
 from ptjax.models.prompted import PromptedT5
 from ptjax.models.t5 import parameter_shapes
@@ -41,7 +41,7 @@ def umt5(folder: Any) -> Backbone:
 
 
 def logits_of(backbone: Backbone) -> np.ndarray:
-    apply_fn = jax.jit(backbone.apply_fn)
+    apply_fn = jax.jit(with_lengths(backbone.apply_fn))
     return np.asarray(apply_fn(backbone.variables, recorded.INPUTS, recorded.TARGETS))
 
 
@@ -127,7 +127,7 @@ def test_case_1_12_scanned_layers_and_prompts(tiny_umt5, tiny_batch, sees_input)
         params = stacked(tiny_umt5.params) if scan else tiny_umt5.params
         variables = tiny_umt5.variables | {"params": params}
         network = PromptedT5(config, sees_input=sees_input)
-        logits.append(np.asarray(jax.jit(network.apply)(variables, inputs, targets)))
+        logits.append(np.asarray(jax.jit(with_lengths(network.apply))(variables, inputs, targets)))
     assert logits[0].std() > 0.1
     # float32, compiled in two ways.
     np.testing.assert_allclose(*logits, atol=1e-4, rtol=0)
@@ -156,19 +156,18 @@ def test_case_1_12_planning_knows_its_parameters_and_work(tiny, tiny_umt5, tiny_
     )
     assert many - one == 2 * 4 * 32  # a table [H, buckets] more in each stack of two layers
     batch = [tiny_batch["encoder_input_tokens"], tiny_batch["decoder_input_tokens"]]
-    work = [count_flops(t.apply_fn(), t.variables, *batch) for t in (tiny, tiny_umt5)]
+    work = [count_flops(with_lengths(t.apply_fn()), t.variables, *batch) for t in (tiny, tiny_umt5)]
     assert work[0] == work[1] > 0  # a table is looked up, not multiplied
 
 
 def test_case_1_12_cached_decoding_sees_every_layer_s_table(tiny_umt5, tiny_batch):
     """Greedy, a token at a time, is the argmax of whole targets."""
     inputs, variables = tiny_batch["encoder_input_tokens"], tiny_umt5.variables
-    apply_fn = tiny_umt5.jitted()
-    step = jax.jit(decoding.decode, static_argnames=("apply_fn", "max_length"))
     tokens = np.asarray(
-        step(PromptedT5(tiny_umt5.config).apply, variables, inputs, max_length=5)[0]
+        decode(PromptedT5(tiny_umt5.config).apply, variables, inputs, max_length=5)[0]
     )
-    logits = np.asarray(apply_fn(variables, inputs, np.asarray(shift_right(tokens))))
+    apply_fn = with_lengths(tiny_umt5.jitted())
+    logits = np.asarray(apply_fn(variables, inputs, shift_right(tokens, T5_IDS.decoder_start_id)))
     ended = np.cumsum(tokens == 1, axis=1) - (tokens == 1) > 0
     np.testing.assert_array_equal(tokens[~ended], logits.argmax(-1)[~ended])
 
