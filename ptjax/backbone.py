@@ -252,7 +252,7 @@ def _make_config(
         if f.default is not dataclasses.MISSING
     }
     kinds: dict[str, Any] = {f: type(value) for f, value in (defaults | inferred).items()}
-    kinds["forced_bos_id"] = int | None
+    kinds |= {"forced_bos_id": int | None, "eos_ids": tuple | list}
     for field, value in overrides.items():
         if field not in kinds:
             raise InputError(f"load_backbone: T5Config has no field {field!r}{near(field, kinds)}")
@@ -263,6 +263,8 @@ def _make_config(
     untold = {"mlp_activations", *defaults} - (set(inferred) - {"mlp_activations"})
     assumed = tuple(sorted(untold - set(told) - set(overrides) - _CHOSEN_FIELDS))
     settings: dict[str, Any] = {**inferred, **told, **overrides, "dtype": dtype}
+    if "eos_ids" in settings:
+        settings["eos_ids"] = tuple(settings["eos_ids"])
     return T5Config(**settings), assumed
 
 

@@ -72,8 +72,8 @@ def read_json(file: epath.Path) -> dict[str, Any]:
 
 def read_added_tokens(
     folder: epath.Path, config: Mapping[str, Any], vocabulary: Mapping[str, int] | None
-) -> tuple[list[AddedToken], set[str]]:
-    """(the tokens of a folder that were added, the names of its control tokens).
+) -> tuple[list[AddedToken], dict[str, str]]:
+    """(the tokens of a folder that were added, setting -> the control token that it names).
 
     Args:
         config: of `tokenizer_config.json`.
@@ -85,7 +85,7 @@ def read_added_tokens(
         InputError: a file is damaged, or gives a token another id than transformers does.
     """
     declared, settings = _declared(folder, config)
-    control = {_content(settings[name]) for name in CONTROL_NAMES if settings.get(name)}
+    control = {name: _content(settings[name]) for name in CONTROL_NAMES if settings.get(name)}
     tokens = [token for _, token in sorted(declared.items())]
     names = {token.content for token in tokens}
     for token in map(_special, _named(settings)):

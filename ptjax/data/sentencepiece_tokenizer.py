@@ -10,12 +10,14 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import sentencepiece
+import tokenizers
+from absl import logging
 from etils import epath
 from sentencepiece import sentencepiece_model_pb2
 
 from ptjax import atomic
 from ptjax.data.added_tokens import CONTROL_NAMES, AddedToken, Splitter, read_added_tokens
-from ptjax.data.sentinels import MARK, SENTINEL, mark_sentinels, marked
+from ptjax.data.sentinels import MARK, SENTINEL, mark_sentinels, marked, space_sentinels
 from ptjax.data.sources import resolve_path
 from ptjax.data.vocabulary import (
     NO_ID,
@@ -32,7 +34,6 @@ _MOST_SENTINELS = 10_000
 _PB2: Any = sentencepiece_model_pb2  # its classes are made at run time
 _PIECE: Any = _PB2.ModelProto.SentencePiece
 _OWN_SENTINEL = re.compile(f"▁?{SENTINEL.pattern}")
-_MARKED = re.compile(rf"\s*({MARK}([0-9]+){MARK})")
 
 
 class SentencePieceTokenizer:
@@ -81,10 +82,11 @@ class SentencePieceTokenizer:
         self.extra_ids = 0 if self._own_sentinels else extra_ids
         self._pieces = _pieces(proto, self.extra_ids)
         self._config = dict(config or {})
-        self._added, control = [], set()
+        self._added, named = [], {}
         if folder is not None:
             vocabulary = {piece: i for i, (piece, _) in enumerate(self._pieces)}
-            self._added, control = read_added_tokens(folder, self._config, vocabulary)
+            self._added, named = read_added_tokens(folder, self._config, vocabulary)
+        control = set(named.values())
         cut = self._cut_tokens(proto, control)
         self._names, self._sentinels = _compile(proto, self._pieces, self._added, cut, control)
         self._splitter = Splitter(cut, proto.normalizer_spec.precompiled_charsmap, self.name)
@@ -94,10 +96,20 @@ class SentencePieceTokenizer:
             model_proto=proto.SerializeToString()
         )
         self.vocab_size = self._processor.get_piece_size()
-        self.pad_id = self._processor.pad_id()
-        self.eos_id = self._processor.eos_id()
+        # MADLAD-400's model has no padding: its folder takes `<s>` for it.
+        ids = {token.content: token.id for token in self._added}
+        self.pad_id = ids.get(named.get("pad_token", ""), self._processor.pad_id())
+        self.eos_id = ids.get(named.get("eos_token", ""), self._processor.eos_id())
         self.unk_id = self._processor.unk_id()
         check_special_ids(self)
+        self._unlike_t5 = _unlike_t5(proto)
+        if self._unlike_t5 and folder is not None:
+            logging.warning(
+                "%s: transformers 5 ignores what this model says of itself (%s); ptjax gives the "
+                "ids of SentencePiece, as seqio and the slow tokenizer of transformers 4 do",
+                self.name,
+                ", ".join(self._unlike_t5),
+            )
         self._set_fingerprints(proto, cut)
 
     def _parse(self) -> Any:
@@ -136,20 +148,19 @@ class SentencePieceTokenizer:
             for token in sorted(cut, key=lambda token: token.id)
             if token.sentinel is None
         ]
-        spec, trainer = proto.normalizer_spec, proto.trainer_spec
-        as_t5 = spec.add_dummy_prefix and spec.remove_extra_whitespaces
-        other = trainer.byte_fallback or trainer.treat_whitespace_as_suffix
-        if trainer.model_type == trainer.UNIGRAM and as_t5 and not other:
+        if not self._unlike_t5:
             self.fingerprint = unigram_fingerprint(
                 self._pieces,
-                spec.precompiled_charsmap,
+                proto.normalizer_spec.precompiled_charsmap,
                 (self.pad_id, self.eos_id, self.unk_id),
                 added,
             )
         else:
             self.fingerprint = sha256(f"{former}{json.dumps(added)}".encode()) if added else former
-        # Earlier versions spelt added tokens out: with them, a prompt of then saw other ids.
-        self.former_fingerprints = () if added else (former,)
+        # Earlier versions spelt added tokens out, and took the model's own end of sequence: a
+        # prompt of then saw other ids.
+        same = not added and self.eos_id == self._processor.eos_id()
+        self.former_fingerprints = (former,) if same else ()
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
@@ -157,7 +168,7 @@ class SentencePieceTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         marks = [mark_sentinels(text, self._sentinels) for text in texts]
         if self._own_sentinels:  # with the one space that is part of them
-            marks = [_MARKED.sub(r" \1", text) if MARK in text else text for text in marks]
+            marks = [space_sentinels(text) for text in marks]
         parts: list[list[str | int]] = [[text] for text in marks]
         split = [i for i, text in enumerate(marks) if self._always_splits or MARK in text]
         if split:
@@ -207,6 +218,23 @@ class SentencePieceTokenizer:
             config |= names | {"added_tokens_decoder": decoder}
         text = f"{json.dumps(config, indent=1)}\n"
         atomic.write_bytes(folder / "tokenizer_config.json", text.encode())
+
+
+def _unlike_t5(proto: Any) -> list[str]:
+    """What a model does otherwise than T5's, and the tokenizer.json made of it as T5's does."""
+    spec, trainer = proto.normalizer_spec, proto.trainer_spec
+    charsmap: bytes = spec.precompiled_charsmap
+    precompiled: Any = tokenizers.normalizers.Precompiled
+    normalised = precompiled(charsmap).normalize_str("a\tb\nc") if charsmap else ""
+    reasons = {
+        "not a unigram model": trainer.model_type != trainer.UNIGRAM,
+        "byte_fallback": trainer.byte_fallback,
+        "treat_whitespace_as_suffix": trainer.treat_whitespace_as_suffix,
+        "add_dummy_prefix is off": not spec.add_dummy_prefix,
+        "remove_extra_whitespaces is off": not spec.remove_extra_whitespaces,
+        "tabs and line breaks are no spaces": normalised != "a b c",
+    }
+    return [reason for reason, holds in reasons.items() if holds]
 
 
 def _pieces(proto: Any, extra_ids: int) -> list[tuple[str, float]]:

@@ -13,6 +13,7 @@ SENTINEL = re.compile(r"<extra_id_(0|[1-9][0-9]{0,5})>")
 MARK = "\uffff"
 """A noncharacter, which no text holds: inside of a tokenizer it encloses what may not be typed."""
 _PREFIX = "<extra_id_"
+_MARKED = re.compile(rf"(^|\s)?{MARK}[0-9]+{MARK}")
 
 
 class Rendered(str):
@@ -71,6 +72,16 @@ def mark_sentinels(text: str, numbers: Collection[int]) -> str:
         return marked(number) if is_sentinel else match[0]
 
     return SENTINEL.sub(replace, plain)
+
+
+def space_sentinels(text: str) -> str:
+    """The text with a space in front of each marked sentinel: part of mT5's own, `▁<extra_id_0>`.
+
+    A sentinel that opens the text gets none: SentencePiece puts one there itself.
+    """
+    if MARK not in text:
+        return text
+    return _MARKED.sub(lambda match: match[0] if match[1] is not None else f" {match[0]}", text)
 
 
 def marked(name: object) -> str:

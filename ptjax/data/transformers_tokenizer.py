@@ -13,7 +13,7 @@ from etils import epath
 
 from ptjax import atomic
 from ptjax.data.added_tokens import CONTROL_NAMES, read_json
-from ptjax.data.sentinels import SENTINEL, mark_sentinels, marked
+from ptjax.data.sentinels import SENTINEL, mark_sentinels, marked, space_sentinels
 from ptjax.data.vocabulary import (
     NO_ID,
     check_special_ids,
@@ -52,6 +52,7 @@ class TransformersTokenizer:
             for piece, index in vocabulary.items()
             if (match := SENTINEL.fullmatch(piece.removeprefix("▁")))
         }
+        self._spaced_sentinels = any(SENTINEL.fullmatch(p[1:]) for p in vocabulary if p[:1] == "▁")
         content = json.loads(self._tokenizer.backend_tokenizer.to_str())
         content |= {"truncation": None, "padding": None}
         _check_added_tokens(self._tokenizer.backend_tokenizer, content, self.name)
@@ -80,6 +81,8 @@ class TransformersTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         marks = [mark_sentinels(text, self._sentinels) for text in texts]
+        if self._spaced_sentinels:
+            marks = [space_sentinels(text) for text in marks]
         return [e.ids for e in self._texts.encode_batch(marks, add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int]) -> str:

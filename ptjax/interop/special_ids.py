@@ -100,8 +100,8 @@ def check_end_of_sequence(tokenizer: Tokenizer, config: T5Config) -> None:
         ends = " or ".join(map(str, config.eos_ids))
         raise InputError(
             f"{tokenizer.name}: texts end with id {tokenizer.eos_id}, those of the model with "
-            f"{ends}; use the model's tokenizer, or set eos_ids = ({tokenizer.eos_id},) if the "
-            "model's files do not state its own"
+            f"{ends}; use the model's tokenizer or, if the model's files do not state its own end, "
+            f"load_backbone(eos_ids=({tokenizer.eos_id},))"
         )
 
 
