@@ -44,7 +44,7 @@ class Checkpoints:
 
     Args:
         clean: remove what a killed run left half-written; only of one that holds MODEL_DIR's lock,
-            as another run's may be in the making.
+            as another run's may be in the making. One that does not (a dry run) makes no folder.
     """
 
     def __init__(self, directory: epath.Path, *, keep: int = 2, clean: bool = True) -> None:
@@ -55,6 +55,9 @@ class Checkpoints:
             context.checkpointables.registry.add(ocp.handlers.JsonHandler, checkpointable_name=name)
         # Orbax writes to absolute paths only, and says so in the middle of a save.
         self._remote = "://" in os.fspath(directory)
+        self._orbax: Any = None
+        if not clean and not directory.exists():
+            return
         policy: Any = ocp.training.preservation_policies.LatestN(n=keep)
         try:
             self._orbax = ocp.training.Checkpointer(
@@ -72,12 +75,15 @@ class Checkpoints:
     @property
     def latest(self) -> int | None:
         """Step of the newest complete checkpoint."""
-        return self._orbax.latest.step if self._orbax.latest else None
+        newest = self._orbax and self._orbax.latest
+        return newest.step if newest else None
 
     @property
     def steps(self) -> list[int]:
         """The steps of all checkpoints, the newest first; also of those that are damaged."""
-        steps = {checkpoint.step for checkpoint in self._orbax.checkpoints}
+        steps = (
+            {checkpoint.step for checkpoint in self._orbax.checkpoints} if self._orbax else set()
+        )
         if not self._remote and self.directory.exists():
             # A local folder gets its name when it is complete; one unknown to Orbax lost a part.
             names = [path.name for path in self.directory.iterdir()]
@@ -168,7 +174,8 @@ class Checkpoints:
         self._orbax.wait()
 
     def close(self) -> None:
-        self._orbax.close()
+        if self._orbax:
+            self._orbax.close()
 
     def newest_progress(self) -> dict[str, Any] | None:
         """Where the newest checkpoint whose JSON is whole stands, if there is any."""

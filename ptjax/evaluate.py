@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from ptjax import cli
@@ -50,8 +49,7 @@ def evaluate(arguments: Any) -> None:
     from ptjax.scale import processes
 
     if arguments.output:
-        read = [os.path.expanduser(x) for x in (arguments.prompt, *arguments.gin_file) if x]
-        output.check(arguments.output, force=arguments.force, inputs=read)
+        output.check(arguments.output, force=arguments.force, inputs=chosen.inputs(arguments))
     chosen.load(arguments, reads_data=True)
     if arguments.prompt is None and arguments.prompts is None:
         arguments.prompts = chosen.trained_bank(arguments)

@@ -78,7 +78,8 @@ def export(arguments: argparse.Namespace) -> None:
     if arguments.to in PEFT:
         export_directory(arguments, prompt, source)
     else:
-        output.check(arguments.output, force=arguments.force, inputs=[os.path.expanduser(source)])
+        read = [os.path.expanduser(source), *chosen.inputs(arguments)]
+        output.check(arguments.output, force=arguments.force, inputs=read)
         with output.target(arguments.output) as place:
             export_file(arguments, prompt, place)
     path = os.fspath(epath.Path(arguments.output).expanduser())

@@ -167,9 +167,8 @@ def inputs_of(arguments: argparse.Namespace) -> list[str]:
     """The files that the flags name to be read."""
     from ptjax.data import sources
 
-    named = [arguments.prompt, *arguments.gin_file]
     files = [] if arguments.input in (None, "-") else sources.find_files(arguments.input)
-    return [*map(os.fspath, files), *(os.path.expanduser(name) for name in named if name)]
+    return [*map(os.fspath, files), *chosen.inputs(arguments)]
 
 
 def prefixed(fields: dict[str, Any], prefix: str) -> dict[str, Any]:
@@ -258,7 +257,7 @@ def records_of(arguments: argparse.Namespace) -> Any:
     name, kind = arguments.input, arguments.format
     if name == "-":
         name, data = "standard input", sys.stdin.buffer.read()
-        kind = kind or ("jsonl" if is_json(data) else "text")
+        kind = kind or ("jsonl" if is_json(data, arguments.encoding) else "text")
         found = sources.parse_records(data, name, kind, bad, encoding=arguments.encoding)
         records = sources.non_empty(sources.Records(found, bad), name)
     else:
@@ -280,18 +279,21 @@ def records_of(arguments: argparse.Namespace) -> Any:
     return sources.Records(plain, records.bad)
 
 
-def is_json(data: bytes) -> bool:
+def is_json(data: bytes, encoding: str) -> bool:
     """Whether bytes start like JSON lines, or are a JSON array, which is then refused by name."""
     from ptjax import untrusted
 
-    start = data.removeprefix(b"\xef\xbb\xbf").lstrip()
-    if start[:1] != b"[":
-        return start[:1] == b"{"
+    try:
+        start = data.decode(encoding, "replace").lstrip("\ufeff \t\r\n")
+    except LookupError:  # no such encoding, which the reader says
+        return False
+    if not start.startswith("["):
+        return start.startswith("{")
     try:
         return isinstance(untrusted.parse_json(start), list)
     except ValueError:
         # Broken, or a line of plain text such as "[1] a footnote".
-        return re.match(rb"\[\s*\{", start) is not None
+        return re.match(r"\[\s*\{", start) is not None
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from typing import Any
 from absl import logging
 from etils import epath
 
-from ptjax import atomic
+from ptjax import atomic, untrusted
 from ptjax.errors import InputError, TrainingError
 from ptjax.scale import processes
 
@@ -104,7 +104,7 @@ class Lock:
         self._confirmed = _clocks()
         self._lost: str | None = None
         self._watched: tuple[bytes, float] | None = None  # generation, since when
-        self._made = False
+        self._made: list[Path] = []  # folders, the innermost first
 
     def try_once(self) -> bool:
         """Takes the lock if it is free or its holder is dead; whether it did.
@@ -171,9 +171,9 @@ class Lock:
         except (OSError, ValueError) as error:
             logging.warning("%s stays behind: %s", self.model_dir / NAME, atomic.one_line(error))
         self._generation = None
-        if self._made:  # a run that was refused leaves nothing
-            with contextlib.suppress(OSError):
-                os.rmdir(self.model_dir)
+        with contextlib.suppress(OSError):  # a run that was refused leaves nothing
+            for path in self._made:
+                path.rmdir()
 
     def _open(self) -> None:
         import tensorstore as ts
@@ -183,8 +183,9 @@ class Lock:
             if "://" in os.fspath(directory):
                 url = os.fspath(directory)
             else:
-                url = Path(directory).absolute().as_uri()
-                self._made = self._made or not directory.exists()
+                whole = Path(directory).absolute()
+                url = whole.as_uri()
+                self._made += [path for path in (whole, *whole.parents) if not path.exists()]
                 directory.mkdir(parents=True, exist_ok=True)
             self._store: Any = ts.KvStore.open(url + "/").result()
         except (OSError, ValueError) as error:
@@ -323,15 +324,16 @@ def _agreed(lock: Lock) -> bool:
 def _parse(text: bytes) -> tuple[Holder | None, float]:
     """The holder (None if the text is none of ours) and the age in seconds by its own clock."""
     try:
-        fields = json.loads(text)
+        fields = untrusted.parse_json(text)
         age = time.time() - float(fields.pop("time"))
         holder = Holder(**fields)
         started_fits = holder.started is None or isinstance(holder.started, int)
-        if not (isinstance(holder.pid, int) and holder.pid > 0 and started_fits):
+        if not (isinstance(holder.pid, int) and 0 < holder.pid < 1 << 32 and started_fits):
             raise ValueError(fields)
-        if not (isinstance(holder.host, str) and holder.host.isprintable()):
+        host = holder.host
+        if not (isinstance(host, str) and len(host) < 256 and host.isprintable()):
             raise ValueError(fields)
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
         return None, 0.0
     return holder, age
 

@@ -8,7 +8,7 @@ from typing import Any
 from absl import logging
 from etils import epath
 
-from ptjax import atomic
+from ptjax import atomic, untrusted
 
 
 class MetricsLog:
@@ -48,8 +48,8 @@ class MetricsLog:
 
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
-        row = json.loads(line)
-    except ValueError:  # also bytes that are no UTF-8
+        row = untrusted.parse_json(line)
+    except ValueError:  # also bytes that are no UTF-8, and what is nested too deep
         return None
     fits = isinstance(row, dict) and isinstance(row.get("step"), int)
     return row if fits else None

@@ -13,14 +13,14 @@ import jax.numpy as jnp
 from absl import logging
 from etils import epath
 
-from ptjax import atomic, lock
+from ptjax import atomic, lock, untrusted
 from ptjax.backbone import Backbone
 from ptjax.bank import Variant
 from ptjax.checkpoint import Checkpoints
 from ptjax.damage import check_weights
 from ptjax.data.pipeline import Bucket
 from ptjax.data.tasks import Task
-from ptjax.errors import check_at_least
+from ptjax.errors import InputError, check_at_least
 from ptjax.evaluation import Evaluation, HardPrompt
 from ptjax.identity import check_same, make_identity
 from ptjax.loop import Pace, Run, report_memory
@@ -264,11 +264,10 @@ def _identify(given: Mapping[str, Any], subjects: Sequence[Subject]) -> dict[str
 
 def _finished(run: Run) -> dict[str, Any] | None:
     """The results of a run that is over already; nothing is computed or written anew."""
-    path = run.model_dir / "results.json"
     progress = run.checkpoints.newest_progress()
-    if progress is None or not path.exists():
+    results = _read_results(run.model_dir)
+    if progress is None or results is None:
         return None
-    results = json.loads(path.read_text())
     stopped = all(standing["stopped"] for standing in progress["standings"])
     if progress["step"] < run.pace.train_steps and not stopped:
         return None
@@ -280,9 +279,22 @@ def _finished(run: Run) -> dict[str, Any] | None:
 
 def _scored(model_dir: epath.Path) -> dict[str, Any] | None:
     """The results of a hard prompt that was scored already."""
+    return _read_results(model_dir) if (model_dir / HARD_PROMPT_IDENTITY).exists() else None
+
+
+def _read_results(model_dir: epath.Path) -> dict[str, Any] | None:
+    """What `results.json` holds; None if there is none, or a damaged one, which is said."""
     path = model_dir / "results.json"
-    done = (model_dir / HARD_PROMPT_IDENTITY).exists() and path.exists()
-    return json.loads(path.read_text()) if done else None
+    if not path.exists():
+        return None
+    try:
+        results = untrusted.read_json(path)
+        if not isinstance(results, dict):
+            raise ValueError("it has no results")
+    except ValueError as error:
+        logging.warning("%s: damaged (%s); made again", path, atomic.one_line(error))
+        return None
+    return results
 
 
 def _refuse_another_run(
@@ -300,10 +312,20 @@ def _refuse_another_run(
 
 
 def _refuse_a_hard_prompt(model_dir: epath.Path, identity: dict[str, Any]) -> None:
-    """InputError where `model_dir` has the results of another hard prompt."""
+    """InputError where `model_dir` has the results of another hard prompt, or a damaged file."""
     path = model_dir / HARD_PROMPT_IDENTITY
-    if path.exists():
-        check_same(json.loads(path.read_text()), identity, os.fspath(model_dir))
+    if not path.exists():
+        return
+    try:
+        saved = untrusted.read_json(path)
+        if not isinstance(saved, dict):
+            raise ValueError("it has no settings")
+    except ValueError as error:
+        raise InputError(
+            f"{path}: damaged ({atomic.one_line(error)}); put it back from a copy, or remove it "
+            "and results.json to score anew"
+        ) from error
+    check_same(saved, identity, os.fspath(model_dir))
 
 
 def _write(path: epath.Path, text: str, held: lock.Lock | None) -> None:

@@ -67,13 +67,16 @@ def test_under_4_megabytes_at_xxl(tmp_path):
     assert 0.9 * 2 * 100 * 4096 * 4 < size < 4e6  # compressed, as far as noise can be
 
 
+IDENTITY = make_identity(tune, {"task": "a", "seed": 3}, {})
+
+
 def save_two(directory: Path) -> tuple[TrainState, TrainState]:
     """Checkpoints of step 2 and 4 of one run: prompts [100, 2] that differ."""
     older, newer = (dataclasses.replace(state_of(2), step=jnp.int32(step)) for step in (2, 4))
     checkpoints = Checkpoints(epath.Path(directory))
     for step, state in ((2, older), (4, newer)):
         progress = {"step": step, "best_value": step / 8, "standings": [{"best_step": step}]}
-        checkpoints.save(step, state, progress, {"task": "a", "seed": 3})
+        checkpoints.save(step, state, progress, IDENTITY)
     checkpoints.close()
     return older, newer
 
@@ -87,7 +90,7 @@ def reopen(directory: Path, like: TrainState):
     """(state, progress) as a new start finds them."""
     checkpoints = Checkpoints(epath.Path(directory))
     try:
-        checkpoints.check_identity({"task": "a", "seed": 3})
+        checkpoints.check_identity(IDENTITY)
         return checkpoints.restore(lambda progress: like)
     finally:
         checkpoints.close()

@@ -17,6 +17,7 @@ from ptjax import atomic, cli, loop
 from ptjax.backbone import Backbone
 from ptjax.data.tasks import Task
 from ptjax.errors import InputError
+from ptjax.evaluation import HardPrompt
 from ptjax.exports import Exports
 from ptjax.loop import Pace
 from ptjax.training.optimizer import Adafactor
@@ -64,11 +65,31 @@ def test_case_5_4_metrics_are_cut_at_the_last_whole_line(whole, backbone, task, 
     shutil.copytree(whole[0], copy)
     rows = copy / "metrics.jsonl"
     lines = rows.read_bytes().splitlines(keepends=True)
-    for rest in (b"\xff\x00", b'{"step": 1', b"[]\n", b'{"loss": 1}\n', b"3\n"):
+    for rest in (b"\xff\x00", b"[" * 10_000, b'{"step": 1', b"[]\n", b'{"loss": 1}\n', b"3\n"):
         rows.write_bytes(b"".join(lines[:4]) + rest)
         log = loop.MetricsLog(epath.Path(rows))
         log.resume(100)
         assert rows.read_bytes().splitlines() == [line.rstrip() for line in lines[:4]]
+
+
+@pytest.mark.parametrize("text", [b"", b'{"value": 0.', b"[]", b"[" * 10_000, b"\xff"])
+def test_case_5_4_damaged_results_are_made_again(whole, backbone, task, tmp_path, caplog, text):
+    copy = tmp_path / "run"
+    shutil.copytree(whole[0], copy)
+    (copy / "results.json").write_bytes(text)
+    assert tune(copy, task, backbone) == whole[1]["results"]
+    assert outcome(copy) == whole[1]
+    assert [line for line in caplog.messages if f"{copy / 'results.json'}: damaged (" in line]
+
+
+def test_case_5_4_damaged_files_of_a_hard_prompt(backbone, task, tmp_path):
+    hard = {"method": "hard_prompt", "hard_prompt": HardPrompt("Good?")}
+    results = tune(tmp_path, task, backbone, **hard)
+    (tmp_path / "results.json").write_bytes(b"")
+    assert tune(tmp_path, task, backbone, **hard) == results
+    (tmp_path / "hard_prompt.json").write_bytes(b"[" * 10_000)
+    with pytest.raises(InputError, match=r"hard_prompt\.json: damaged .* or remove it and"):
+        tune(tmp_path, task, backbone, **hard)
 
 
 @pytest.mark.parametrize("how", ["emptied", "cut", "removed"])

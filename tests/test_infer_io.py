@@ -90,6 +90,15 @@ def test_case_5_10_a_json_array_is_named(refused, text):
     assert "array" in refused("--input=in.json")
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32", "utf-8-sig"])
+def test_case_5_10_standard_input_is_looked_at_in_its_encoding(infer, encoding):
+    record = '{"text": "fine", "id": 7}\n'.encode(encoding)
+    _, rows, err = infer("--input=-", f"--encoding={encoding}", stdin=record)
+    assert [(row["inputs"], row["id"]) for row in rows] == [("mood: fine", 7)], err
+    code, _, err = infer("--input=-", f"--encoding={encoding}", stdin='["a"]'.encode(encoding))
+    assert code == 2 and "standard input:1: " in err and "array" in err
+
+
 def test_case_3_7_blank_lines_are_counted_and_said(infer):
     _, rows, err = infer("--input=-", stdin=b"one\n\n  \ntwo\n\n")
     assert [row["text"] for row in rows] == ["one", "two"]
@@ -174,8 +183,33 @@ def test_case_5_9_output_is_checked_before_the_work(refused, prompt):
     assert "this is the input" in refused("x", f"--output={prompt}", "--force", later)
     Path("folder").mkdir()
     assert "it is a directory" in refused("x", "--output=folder", "--force", later)
+    assert "it is a directory" in refused("x", "--output=new/", "--force", later)
     assert "in.jsonl is a file and no folder" in refused("x", "--output=in.jsonl/out", later)
     assert Path("in.jsonl").read_text() == '{"text": "a"}\n'
+
+
+@pytest.mark.parametrize("command", ["infer", "evaluate"])
+@pytest.mark.parametrize(
+    ("flag", "read"),
+    [
+        ("--model_dir=run", "run/config.gin"),
+        ("--model_dir=run", "run/prompts/best.safetensors"),
+        ("--model_dir=run", "run/prompts/a/best.safetensors"),
+        ("--model_dir=run", "run/models/best/config.json"),
+        ("--prompts=run", "run/a.safetensors"),
+        ("--prompts=run", "run/a/prompts/best.safetensors"),
+        ("--backbone=run", "run/model.safetensors"),
+        ("--prompt=run", "run/adapter_model.safetensors"),
+        ("--tokenizer=run/spiece.model", "run/spiece.model"),
+    ],
+)
+def test_case_5_9_what_a_flag_reads_is_not_replaced(call, command, flag, read):
+    Path(read).parent.mkdir(parents=True)
+    Path(read).write_text("kept")
+    text = ["x"] if command == "infer" else []
+    code, _, err = call(command, flag, f"--output={read}", "--force", "--gin_file=none", *text)
+    assert code == 2 and f"error: --output={read}: this is the input run" in err
+    assert Path(read).read_text() == "kept"
 
 
 def test_case_5_9_links_are_followed(infer):

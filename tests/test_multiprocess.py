@@ -228,8 +228,8 @@ def test_only_the_first_process_speaks_and_writes(machines: Machines, two: Path)
 @pytest.mark.parametrize(
     ("command", "flags", "answers"),
     [
-        ("evaluate", ["--split=test", "--output=evaluated"], "evaluated"),
-        ("infer", ["--input=texts.txt", "--output=inferred", "--decode"], "inferred"),
+        ("evaluate", ["--split=test", "--output=evaluated", "--force"], "evaluated"),
+        ("infer", ["--input=texts.txt", "--output=inferred", "--force", "--decode"], "inferred"),
     ],
 )
 def test_evaluation_equals_that_of_one_process(

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from t5_ids import T5_IDS
 
 from ptjax.backbone import Backbone, load_backbone, save_backbone
 from ptjax.data.tasks import Task
@@ -114,7 +115,7 @@ def test_a_phrasing_has_answers_of_its_own(corpus):
     [_, _, part] = mixture(corpus)["parts"]
     tokenizer = load_tokenizer("package:nano")
     told = []
-    for batches in part.make(tokenizer, None, seed=0):
+    for batches in part.make(tokenizer, None, seed=0, ids=T5_IDS):
         batch = batches.batch(0)
         pairs = zip(batch["encoder_input_tokens"], batch["decoder_target_tokens"], strict=True)
         told.append({tokenizer.decode(x).split(": ")[1]: tokenizer.decode(y) for x, y in pairs})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 
 import huggingface_hub
 import hypothesis
@@ -221,6 +222,14 @@ def test_broken_sentencepiece_files(tmp_path, content):
     path = tmp_path / "spiece.model"
     path.write_bytes(content)
     with pytest.raises(InputError, match=r"spiece\.model: not a SentencePiece model"):
+        tokenizers.load_tokenizer(tmp_path)
+
+
+def test_case_5_8_a_piece_that_is_no_text(tmp_path):
+    source = Path(tokenizers.__file__).parents[1] / "assets" / "nano" / "spiece.model"
+    path = tmp_path / "spiece.model"
+    path.write_bytes(source.read_bytes().replace(b"the", b"t\xffe", 1))
+    with pytest.raises(InputError, match=r"spiece\.model: damaged, piece \d+ is not UTF-8 text"):
         tokenizers.load_tokenizer(tmp_path)
 
 

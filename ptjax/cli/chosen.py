@@ -17,6 +17,8 @@ TUNE = "ptjax.tuning.tune"
 LOAD_BACKBONE = "ptjax.backbone.load_backbone"
 BEST_PROMPT = "prompts/best.safetensors"
 BEST_MODEL = "models/best"
+_BEST = ("*/best.safetensors", f"*/{BEST_PROMPT}")
+"""Where a prompt of --prompts=DIR lies if its folder is a run, or a bank's member."""
 
 
 def add_flags(parser: argparse.ArgumentParser, many: str) -> None:
@@ -105,6 +107,21 @@ def load(arguments: argparse.Namespace, *, reads_data: bool = False) -> None:
         defaults=defaults if reads_data else defaults | {"DATA_DIR": ""},
         untrusted=None if arguments.trust_config else config,
     )
+
+
+def inputs(arguments: argparse.Namespace) -> list[str]:
+    """The local files and folders that the flags name to be read; --output overwrites none."""
+    flags = [arguments.prompt, arguments.backbone, arguments.tokenizer, *arguments.gin_file]
+    found = [epath.Path(name).expanduser() for name in flags if name and "://" not in name]
+    if arguments.model_dir is not None and "://" not in arguments.model_dir:
+        directory = epath.Path(arguments.model_dir).expanduser()
+        found += [directory / name for name in ("config.gin", BEST_PROMPT, BEST_MODEL)]
+        found += directory.glob("prompts/*/best.safetensors")
+    if arguments.prompts is not None and "://" not in arguments.prompts:
+        directory = epath.Path(arguments.prompts).expanduser()
+        for pattern in ("*.safetensors", "*.npy", "*/adapter_*", *_BEST):
+            found += directory.glob(pattern)
+    return [os.fspath(path) for path in found]
 
 
 def model_dir(arguments: argparse.Namespace) -> epath.Path | None:

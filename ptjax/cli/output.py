@@ -43,7 +43,8 @@ def check(path: str, *, force: bool, inputs: Iterable[str | os.PathLike[str]] = 
 
     Args:
         force: of the flag; a file that is there is overwritten.
-        inputs: local files and folders that the command reads, which it does not overwrite.
+        inputs: local files that the command reads, which it does not overwrite, and folders of
+            which it overwrites no file.
 
     Raises:
         InputError: a folder, an input, a file that is there without `force`, or no place for one.
@@ -57,9 +58,9 @@ def check(path: str, *, force: bool, inputs: Iterable[str | os.PathLike[str]] = 
         return
     real = os.path.realpath(target)
     for source in inputs:
-        if os.path.exists(source) and os.path.exists(real) and os.path.samefile(source, real):
+        if _is_in(real, source):
             raise InputError(f"--output={path}: this is the input {source}; name another file")
-    if os.path.isdir(real):
+    if os.path.isdir(real) or path.endswith("/"):
         raise InputError(f"--output={path}: it is a directory; name a file")
     if os.path.isfile(real) and not force:
         raise _there(path)
@@ -70,6 +71,14 @@ def check(path: str, *, force: bool, inputs: Iterable[str | os.PathLike[str]] = 
         raise InputError(f"--output={path}: {folder} is a file and no folder; name another")
     if not os.access(folder if folder != real or not _is_plain(real) else real, os.W_OK):
         raise InputError(f"--output={path}: {folder} cannot be written to; name another place")
+
+
+def _is_in(real: str, source: str | os.PathLike[str]) -> bool:
+    """Whether a file that is there is an input, or lies in a folder that is one."""
+    if not (os.path.exists(source) and os.path.exists(real)):
+        return False
+    inside = os.path.isfile(real) and real.startswith(os.path.realpath(source) + os.sep)
+    return inside or os.path.samefile(source, real)
 
 
 def _there(path: str | os.PathLike[str]) -> InputError:

@@ -121,6 +121,11 @@ class SentencePieceTokenizer:
             raise InputError(
                 f"{self.name}: not a SentencePiece model; name a .model file or a tokenizer folder"
             ) from error
+        for number, piece in enumerate(proto.pieces):
+            if not isinstance(piece.piece, str):  # protobuf gives bytes that are no UTF-8 as such
+                raise InputError(
+                    f"{self.name}: damaged, piece {number} is not UTF-8 text; copy the file again"
+                )
         return proto
 
     def _cut_tokens(self, proto: Any, control: set[str]) -> list[AddedToken]:
