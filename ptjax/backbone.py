@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ptjax.data.tokenizer import Tokenizer, check_vocabulary, find_tokenizer, load_tokenizer
-from ptjax.errors import InputError, near
+from ptjax.errors import InputError, missing, near
 from ptjax.fingerprint import Fingerprints, digest, sample_of
 from ptjax.interop import huggingface, t5x
 from ptjax.interop.huggingface_format import load_config
@@ -189,7 +189,7 @@ def _open(
     directory = shipped(name) or epath.Path(path).expanduser()
     if not directory.exists():
         if not _may_be_hub_id(name):
-            raise InputError(f"no backbone at {name}: the path does not exist")
+            raise missing("backbone", name)
         repo_id, _, revision = name.partition("@")
         directory, revision = huggingface.download(repo_id, revision or None)
         name = f"{repo_id}@{revision}"

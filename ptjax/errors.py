@@ -21,6 +21,11 @@ class TrainingError(RuntimeError):
     """The run cannot go on; what it saved before is good. Exit code 1."""
 
 
+def missing(what: str, path: object) -> InputError:
+    """The error of a path that leads nowhere, alike for everything that a user names by path."""
+    return InputError(f"no {what} at {path}: the path does not exist; correct it")
+
+
 def near(
     name: str,
     known: Iterable[str],

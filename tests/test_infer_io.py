@@ -232,7 +232,7 @@ def test_case_5_12_what_is_not_finite_is_null(infer, monkeypatch):
 
 def test_case_5_12_names_cannot_steer_the_terminal(refused):
     said = refused("--input=a\x1b]2J\nb\u202etxt.jsonl")
-    assert said.startswith(r"a\x1b]2J\nb\u202etxt.jsonl: no such file")
+    assert said.startswith(r"no records at a\x1b]2J\nb\u202etxt.jsonl: the path")
 
 
 def test_case_5_12_long_messages_keep_their_ends(capsys):

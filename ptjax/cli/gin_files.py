@@ -13,7 +13,7 @@ import os
 import pprint
 import re
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 from typing import IO, Any
 
@@ -192,8 +192,7 @@ def _check_macros(
         if name in given or not use(name):
             raise InputError(
                 ("" if name in given else _where(rf"^\s*{re.escape(name)}\s*=", files))
-                + f"the macro {name} is set but nothing uses it"
-                + (_of_t5x(name) or near(name, list(used)) or "; remove it")
+                + (_of_t5x(name) or _unused(name, used))
             )
         del _gin._CONFIG[name, "gin.macro"]  # config.gin has no file that says %NAME
     if missing := sorted(set(used) - bound - set(optional)):
@@ -205,15 +204,21 @@ def _check_macros(
         )
 
 
+def _unused(name: str, used: Iterable[str]) -> str:
+    return f"the macro {name} is set but nothing uses it" + (near(name, used) or "; remove it")
+
+
 def _of_t5x(name: str) -> str:
-    """What follows the name of a macro that only T5X has."""
-    told = t5x_names.advice(name)
-    if told is None:
+    """What to say of a macro that only T5X has."""
+    here = t5x_names.advice(name)
+    if here is None:
         return ""
     value = macro(name)
     file = t5x_names.task_file(value, own_files(gin_configs())) if isinstance(value, str) else None
-    hint = f", here --gin_file={file}" if name == "MIXTURE_OR_TASK_NAME" and file else ""
-    return f"; it is T5X's, and here it is: {told}{hint}"
+    hint = f", of this task --gin_file={file}" if name == "MIXTURE_OR_TASK_NAME" and file else ""
+    if name in t5x_names.ACCEPTED:
+        hint = f" ({name} = {t5x_names.ACCEPTED[name][0]!r} is accepted, {value!r} is not)"
+    return t5x_names.told(f"the macro {name}", here) + hint
 
 
 def _check_finite(files: Sequence[epath.Path], command_line: Sequence[str]) -> None:

@@ -25,7 +25,7 @@ from absl import logging
 from etils import epath
 
 from ptjax import untrusted
-from ptjax.errors import InputError
+from ptjax.errors import InputError, missing
 
 FORMATS = ("jsonl", "csv", "tsv", "text")
 ON_BAD_RECORD = ("error", "skip")
@@ -145,7 +145,7 @@ def find_files(pattern: str | os.PathLike[str]) -> list[epath.Path]:
     text = os.fspath(path)
     magic = re.search(r"[*?\[]", text)
     if magic is None:
-        raise InputError(f"{path}: no such file; correct the path (or DATA_DIR)")
+        raise missing("records", path)
     base, _, rest = (text[: magic.start()]).rpartition("/")
     glob = rest + text[magic.start() :]
     root = epath.Path(base or ("/" if text.startswith("/") else "."))
