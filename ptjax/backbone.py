@@ -37,6 +37,9 @@ from ptjax.training.freeze import flatten_paths, sizes, unflatten_paths
 _CHOSEN_FIELDS = {"dtype", "scan_layers", "remat"}
 """Of `T5Config`: how the network is run, which no file could tell."""
 
+NANO = "ptjax-nano"
+"""The backbone that ptjax ships."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Backbone:
@@ -191,7 +194,7 @@ def _open(
         if not _may_be_hub_id(name):
             raise missing("backbone", name)
         repo_id, _, revision = name.partition("@")
-        directory, revision = huggingface.download(repo_id, revision or None)
+        directory, revision = huggingface.download(repo_id, revision or None, [NANO])
         name = f"{repo_id}@{revision}"
     if not t5x.is_t5x(directory):
         if not (directory / "config.json").exists():
@@ -268,7 +271,7 @@ def _make_config(
 
 def shipped(name: str) -> epath.Path | None:
     """Directory of a backbone that ptjax ships, by its name."""
-    if name != "ptjax-nano":
+    if name != NANO:
         return None
     return epath.Path(os.fspath(resources.files("ptjax") / "assets" / "nano"))  # type: ignore[arg-type]
 

@@ -159,7 +159,7 @@ def test_evaluate_a_run_that_tuned_the_backbone(call, run_dir, place):
 def test_evaluate_refuses(fails, run_dir, place):
     directory = f"--model_dir={run_dir}"
     assert "no split 'tset'" in fails("evaluate", directory, "--split=tset")
-    assert fails("evaluate", "--model_dir=nowhere") .startswith("no run at nowhere: ")
+    assert fails("evaluate", "--model_dir=nowhere").startswith("no run at nowhere: ")
     assert fails("evaluate", "--prompt=none").startswith("which task? ")
     other = f"--backbone={place / 'other'}"
     assert "override with --allow_mismatch" in fails("evaluate", directory, other)
@@ -276,7 +276,9 @@ def test_infer_refuses(fails, place):
     assert said.startswith("the command line, text:1: task copy: a plain line cannot fill")
     assert fails("infer", prompt, "--input=no.txt").startswith("no records at no.txt: ")
     Path("in.weird").write_text("x\n")
-    assert "set `format` to one of" in fails("infer", prompt, "--input=in.weird")
+    assert "set Task.format (infer: --format) to one of" in fails(
+        "infer", prompt, "--input=in.weird"
+    )
 
 
 def test_a_prompt_of_another_backbone_is_refused_unless_allowed(call, fails, place):

@@ -90,6 +90,21 @@ def test_case_5_10_a_json_array_is_named(refused, text):
     assert "array" in refused("--input=in.json")
 
 
+def test_case_3_6_what_messages_advise_infer_can_do(infer, refused):
+    Path("in.tsv").write_text('"text"\t"id"\n"she said ""no"""\t"1"\n')
+    said = refused("--input=in.tsv")
+    assert """no field 'text' (fields: "text", "id")""" in said
+    _, rows, err = infer("--input=in.tsv", "--quoting=true")
+    assert [(row["text"], row["id"]) for row in rows] == [('she said "no"', "1")], err
+    Path("in.csv").write_text('a "b, 1\n"c, 2\n')
+    assert "set Task.quoting = False (infer: --quoting=false)" in refused(
+        "--input=in.csv", "--columns=text,id"
+    )
+    flags = ("--columns=text,id", "--quoting=false")
+    _, rows, err = infer("--input=-", "--format=csv", *flags, stdin=Path("in.csv").read_bytes())
+    assert [row["inputs"] for row in rows] == ['mood: a "b', 'mood: "c'], err
+
+
 def test_case_3_7_blank_lines_are_counted_and_said(infer):
     _, rows, err = infer("--input=-", stdin=b"one\n\n  \ntwo\n\n")
     assert [row["text"] for row in rows] == ["one", "two"]

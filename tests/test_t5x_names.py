@@ -61,18 +61,23 @@ def test_case_4_5_a_gin_file_of_t5x_is_named_with_our_names(fails):
     said = fails("--gin_file=run.gin")
     assert said.startswith(
         "run.gin:4: this is T5X's gin file (it imports __main__), and ptjax has its own: "
-        "--gin_file=tasks/NAME.gin --gin_file=runs/prompt_tune.gin. Instead of what it binds ptjax has: "
+        "--gin_file=tasks/NAME.gin --gin_file=runs/prompt_tune.gin. Instead of what it "
+        "binds ptjax has: "
     )
     for told in (
         "TRAIN_STEPS: steps of this run: TRAIN_STEPS = 50000; ",
         "MIXTURE_OR_TASK_NAME: a task's gin file, tasks/*.gin, which declares tasks.Task; ",
         "prompts/from_class_labels.gin: prompts/class_labels.gin, CLASS_LABELS: the default",
         "PjitPartitioner.num_partitions: MESH = '4x2' on 8 devices (data x model)",
-        "train.eval_period: EVAL_PERIOD; ",
+        "train.eval_period: EVAL_PERIOD",
         "DatasetConfig.batch_size: BATCH_SIZE",
     ):
         assert told in said
-    assert "BATCH_SIZE:" not in said and "BATCH_SIZE," not in said and said.endswith("(docs/from_prompt_tuning.md)")
+    assert (
+        "BATCH_SIZE:" not in said
+        and "BATCH_SIZE," not in said
+        and said.endswith("(docs/from_prompt_tuning.md)")
+    )
 
 
 @pytest.mark.parametrize(
@@ -95,7 +100,9 @@ def test_case_4_5_our_own_files_are_none_of_t5x():
 
 def test_case_4_5_names_of_t5x_files_are_known(fails):
     said = fails("--gin_file=prompt_tuning/configs/runs/prompt_finetune.gin")
-    assert "it is T5X's; ptjax has instead: python -m ptjax.train --gin_file=runs/prompt_tune" in said
+    assert (
+        "it is T5X's; ptjax has instead: python -m ptjax.train --gin_file=runs/prompt_tune" in said
+    )
     assert "docs/from_prompt_tuning.md" in fails("--gin_file=t5x/examples/t5/t5_1_1/xl.gin")
 
 
@@ -109,7 +116,8 @@ UNKNOWN = {
     "--gin.MIXTURE_OR_TASK_NAME='super_glue_boolq_v102'": "a task's gin file, tasks/*.gin, which "
     "declares tasks.Task, of this task --gin_file=tasks/boolq.gin",
     "--gin.MIXTURE_OR_TASK_NAME='taskless_x'": "which declares tasks.Task",
-    "--gin.USE_CACHED_TASKS=True": "leave it out (USE_CACHED_TASKS = False is accepted, True is not)",
+    "--gin.USE_CACHED_TASKS=True": "leave it out (USE_CACHED_TASKS = False is accepted, "
+    "True is not)",
     "--gin.PROMPT_REGEX=['.*']": "tuning.tune.method = 'prompt_tuning'",
     "--gin.LOSS_NORMALIZING_FACTOR=233472": "loss.Loss.per_token = True",
     "--gin.CHECKPOINT_PATH='x'": "--backbone=PATH",

@@ -86,7 +86,8 @@ class BadRecords:
         """
         if self.policy == "error":
             raise InputError(
-                f"{where}: {problem} (on_bad_record='skip' leaves such records out and counts them)"
+                f"{where}: {problem}; to leave such records out and count them, set "
+                + setting("on_bad_record", "skip")
             )
         self.count += 1
         self.lines += lines
@@ -115,6 +116,16 @@ class Records(Sequence[Record]):
 
     def __iter__(self) -> Iterator[Record]:
         return iter(self.records)
+
+
+def setting(name: str, *value: object) -> str:
+    """What a message advises to set, as a task calls it and as `infer` does.
+
+    >>> setting("quoting", False)
+    'Task.quoting = False (infer: --quoting=false)'
+    """
+    shown, flag = (f" = {value[0]!r}", f"={str(value[0]).lower()}") if value else ("", "")
+    return f"Task.{name}{shown} (infer: --{name}{flag})"
 
 
 def resolve_path(path: str | os.PathLike[str]) -> epath.Path:
@@ -229,7 +240,9 @@ def parse_records(
     for line, row, lines in _rows(text, format, columns, quoting, name):
         # JSON can hold lone surrogates as escapes even where every byte was text.
         if isinstance(row, dict) and (format == "jsonl" or not clean) and not _is_text(row):
-            row = f"characters that are not {encoding} text; correct it or set `encoding`"
+            row = (
+                f"characters that are not {encoding} text; correct it or set {setting('encoding')}"
+            )
         if isinstance(row, str):
             bad.report(f"{name}:{line}", row, lines)
         else:
@@ -259,7 +272,7 @@ def _format_of(name: str, format: str | None) -> str:
         suffix = os.path.splitext(stem)[1]
     if suffix not in _FORMAT_OF_SUFFIX:
         raise InputError(
-            f"{name}: its name does not tell the format; set `format` to one of "
+            f"{name}: its name does not tell the format; set {setting('format')} to one of "
             f"{', '.join(FORMATS)}"
         )
     return _FORMAT_OF_SUFFIX[suffix]
@@ -291,7 +304,9 @@ def _decode(data: bytes, encoding: str, name: str, bad: BadRecords) -> tuple[str
     except UnicodeDecodeError as error:
         before = data[: error.start].decode(encoding, "replace")
         line = len(_NEWLINE.findall(before)) + 1
-        problem = f"not {encoding} text ({error.reason}); set `encoding` to the file's own"
+        problem = (
+            f"not {encoding} text ({error.reason}); set {setting('encoding')} to the file's own"
+        )
         if bad.policy == "error":
             bad.report(f"{name}:{line}", problem)
         try:
@@ -374,10 +389,12 @@ def _report_enclosed(text: str, delimiter: str, name: str) -> None:
             elif '"' in cell:
                 return
     logging.warning(
-        "%s: double quotes only enclose fields, %d of them, as in CSV; they are kept as text. Set "
-        "quoting=True to remove them, or False if they are text",
+        "%s: double quotes only enclose fields, %d of them, as in CSV; they are kept as text. To "
+        "remove them set %s, else %s",
         name,
         enclosed,
+        setting("quoting", True),
+        setting("quoting", False),
     )
 
 
@@ -402,7 +419,8 @@ def _quoted_cells(text: str, delimiter: str) -> list[tuple[int, list[str] | str,
                     before = reader.line_num
                 return rows
             except csv.Error as error:
-                problem = f"bad quoting ({error}); where quotes are plain text, set quoting=False"
+                fix = f"where quotes are plain text, set {setting('quoting', False)}"
+                problem = f"bad quoting ({error}); {fix}"
                 rows.append((start + before + 1, problem, 1))
                 start += before + 1
         return rows
@@ -427,17 +445,17 @@ def _table(
             nameless, columns = 1, columns[1:]
         where = f"{name}:{line}: the header line"
     else:
-        where = f"{name}: `columns`"
+        where = f"{name}: {setting('columns')}"
     if not all(columns) or len(set(columns)) < len(columns):
         raise InputError(
             f"{where} has an empty or a repeated name ({', '.join(columns)}); "
-            "for a file without a header line set `columns`"
+            f"for a file without a header line set {setting('columns')}"
         )
     for line, row, lines in rows:
         if isinstance(row, list) and len(row) != nameless + len(columns):
             problem = (
                 f"{len(row)} columns instead of {nameless + len(columns)} ({', '.join(columns)}); "
-                "correct the line, `columns` or `quoting`"
+                f"correct the line, {setting('columns')} or {setting('quoting')}"
             )
             yield line, problem, lines
         elif isinstance(row, str):

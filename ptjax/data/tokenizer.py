@@ -71,7 +71,9 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Tokenizer:
     if text.startswith((".", "/", "~", "package:")) or "://" in text:
         raise missing("tokenizer", folder)
     # config.json too: it tells transformers the model's kind where the tokenizer's files do not.
-    tokenizer = find_tokenizer(hub.download(text, [*hub.TOKENIZER_FILES, "config.json"]))
+    tokenizer = find_tokenizer(
+        hub.download(text, [*hub.TOKENIZER_FILES, "config.json"], ours=["byt5"])
+    )
     if tokenizer is None:
         raise InputError(f"{text}: no tokenizer in this hub repository; name another")
     tokenizer.name = text
