@@ -116,6 +116,16 @@ def test_case_3_7_blank_lines_are_counted_and_said(infer):
     assert "blank" not in infer("--input=in.txt")[2]
 
 
+@pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("flags", [["in.csv"], ["in.tsv"], ["in.tsv", "--quoting=true"]])
+def test_case_3_7_blank_lines_of_a_table_are_counted(infer, newline, flags):
+    lines = ["text", "one", "", '"two"', "", "", "three"]
+    Path(flags[0]).write_bytes("".join(line + newline for line in lines).encode())
+    _, rows, err = infer(f"--input={flags[0]}", *flags[1:])
+    assert len(rows) == 3
+    assert "3 of 6 lines are blank and left out; the others are answered in order" in err
+
+
 def test_case_3_8_infer_refuses_its_own_output(infer, refused):
     code, _, err = infer("one", "two", "--output=first.jsonl")
     assert code == 0, err

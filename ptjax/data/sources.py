@@ -65,7 +65,7 @@ class BadRecords:
     """What becomes of records that cannot be used: 'error' stops at the first, 'skip' counts.
 
     `lines` counts the lines that they stood on.
-    Blank lines of JSON lines and plain text are no records; `blank` counts them.
+    Blank lines are no records; `blank` counts them.
     """
 
     policy: str = "error"
@@ -235,9 +235,7 @@ def parse_records(
     """
     records = []
     text, clean = _decode(data, encoding, name, bad)
-    if format in ("jsonl", "text"):
-        bad.blank += sum(not line.strip() for line in text.removesuffix("\n").split("\n"))
-    for line, row, lines in _rows(text, format, columns, quoting, name):
+    for line, row, lines in _rows(text, format, columns, quoting, name, bad):
         # JSON can hold lone surrogates as escapes even where every byte was text.
         if isinstance(row, dict) and (format == "jsonl" or not clean) and not _is_text(row):
             row = (
@@ -327,9 +325,18 @@ def _is_text(row: dict[str, Any]) -> bool:
 
 
 def _rows(
-    text: str, kind: str, columns: Sequence[str] | None, quoting: bool | None, name: str
+    text: str,
+    kind: str,
+    columns: Sequence[str] | None,
+    quoting: bool | None,
+    name: str,
+    bad: BadRecords,
 ) -> Iterator[tuple[int, _Row, int]]:
     """(line, fields or what is wrong with them, number of lines) of each row."""
+    quoted = kind in ("csv", "tsv") and (kind == "csv" if quoting is None else quoting)
+    if not quoted:
+        lines = _NEWLINE.split(text)
+        bad.blank += sum(not line.strip() for line in lines) - (not lines[-1])
     if kind == "jsonl":
         return ((line, row, 1) for line, row in _json_rows(text))
     if kind == "text":
@@ -338,8 +345,10 @@ def _rows(
             raise InputError(f"{name}: a plain line has one field, `columns` names {len(names)}")
         return ((line, {names[0]: cells}, 1) for line, cells in _lines(text))
     delimiter = "," if kind == "csv" else "\t"
-    if quoting if quoting is not None else kind == "csv":
-        cells = _quoted_cells(text, delimiter)
+    if quoted:
+        every = _quoted_cells(text, delimiter)
+        cells = [cell for cell in every if cell[1]]
+        bad.blank += len(every) - len(cells)
     else:
         if quoting is None:
             _report_enclosed(text, delimiter, name)
@@ -401,6 +410,8 @@ def _report_enclosed(text: str, delimiter: str, name: str) -> None:
 def _quoted_cells(text: str, delimiter: str) -> list[tuple[int, list[str] | str, int]]:
     """Rows by the csv module, each with its first line and their number (quotes may span lines).
 
+    A blank line is a row of no cells.
+
     After a bad quote, which may have taken in any number of lines, it goes on at the next line.
     """
     rows: list[tuple[int, list[str] | str, int]] = []
@@ -414,8 +425,7 @@ def _quoted_cells(text: str, delimiter: str) -> list[tuple[int, list[str] | str,
             reader, before = csv.reader(remaining, delimiter=delimiter, strict=True), 0
             try:
                 for row in reader:
-                    if row:
-                        rows.append((start + before + 1, row, reader.line_num - before))
+                    rows.append((start + before + 1, row, reader.line_num - before))
                     before = reader.line_num
                 return rows
             except csv.Error as error:
