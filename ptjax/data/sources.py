@@ -7,25 +7,23 @@ everything that is wrong with it can be reported where it is. Files may be compr
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import importlib.resources
-import io
 import json
 import lzma
 import os
 import re
-import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from absl import logging
 from etils import epath
 
 from ptjax import untrusted
-from ptjax.errors import InputError, missing
+from ptjax.data import tables
+from ptjax.data.tables import Row
+from ptjax.errors import InputError, missing, setting
 
 FORMATS = ("jsonl", "csv", "tsv", "text")
 ON_BAD_RECORD = ("error", "skip")
@@ -38,11 +36,6 @@ _FORMAT_OF_SUFFIX = {
     ".txt": "text",
 }
 _COMPRESSED = (".gz", ".xz", ".bz2")
-
-# What a row is while it is being read: its fields, or the text that says what is wrong with it.
-_Row = dict[str, Any] | str
-
-_NEWLINE = re.compile("\r\n|\r|\n")
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,16 +109,6 @@ class Records(Sequence[Record]):
 
     def __iter__(self) -> Iterator[Record]:
         return iter(self.records)
-
-
-def setting(name: str, *value: object) -> str:
-    """What a message advises to set, as a task calls it and as `infer` does.
-
-    >>> setting("quoting", False)
-    'Task.quoting = False (infer: --quoting=false)'
-    """
-    shown, flag = (f" = {value[0]!r}", f"={str(value[0]).lower()}") if value else ("", "")
-    return f"Task.{name}{shown} (infer: --{name}{flag})"
 
 
 def resolve_path(path: str | os.PathLike[str]) -> epath.Path:
@@ -301,7 +284,7 @@ def _decode(data: bytes, encoding: str, name: str, bad: BadRecords) -> tuple[str
         raise InputError(f"encoding={encoding!r}: Python knows no such encoding") from error
     except UnicodeDecodeError as error:
         before = data[: error.start].decode(encoding, "replace")
-        line = len(_NEWLINE.findall(before)) + 1
+        line = len(tables.NEWLINE.findall(before)) + 1
         problem = (
             f"not {encoding} text ({error.reason}); set {setting('encoding')} to the file's own"
         )
@@ -331,11 +314,11 @@ def _rows(
     quoting: bool | None,
     name: str,
     bad: BadRecords,
-) -> Iterator[tuple[int, _Row, int]]:
+) -> Iterator[tuple[int, Row, int]]:
     """(line, fields or what is wrong with them, number of lines) of each row."""
     quoted = kind in ("csv", "tsv") and (kind == "csv" if quoting is None else quoting)
     if not quoted:
-        lines = _NEWLINE.split(text)
+        lines = tables.NEWLINE.split(text)
         bad.blank += sum(not line.strip() for line in lines) - (not lines[-1])
     if kind == "jsonl":
         return ((line, row, 1) for line, row in _json_rows(text))
@@ -343,28 +326,21 @@ def _rows(
         names = tuple(columns or ("text",))
         if len(names) != 1:
             raise InputError(f"{name}: a plain line has one field, `columns` names {len(names)}")
-        return ((line, {names[0]: cells}, 1) for line, cells in _lines(text))
+        return ((line, {names[0]: cells}, 1) for line, cells in tables.lines(text))
     delimiter = "," if kind == "csv" else "\t"
     if quoted:
-        every = _quoted_cells(text, delimiter)
+        every = tables.quoted_cells(text, delimiter)
         cells = [cell for cell in every if cell[1]]
         bad.blank += len(every) - len(cells)
     else:
         if quoting is None:
-            _report_enclosed(text, delimiter, name)
-        cells = ((line, row.split(delimiter), 1) for line, row in _lines(text))
-    return _table(iter(cells), columns, name)
+            tables.report_enclosed(text, delimiter, name)
+        cells = ((line, row.split(delimiter), 1) for line, row in tables.lines(text))
+    return tables.rows(iter(cells), columns, name)
 
 
-def _lines(text: str) -> Iterator[tuple[int, str]]:
-    # Not str.splitlines: it also splits at U+2028, U+0085 and others, which are text here.
-    for number, line in enumerate(_NEWLINE.split(text), 1):
-        if line and not line.isspace():
-            yield number, line
-
-
-def _json_rows(text: str) -> Iterator[tuple[int, _Row]]:
-    for number, line in _lines(text):
+def _json_rows(text: str) -> Iterator[tuple[int, Row]]:
+    for number, line in tables.lines(text):
         try:
             # NaN is no JSON, but what Python writes for a value that is missing.
             row = untrusted.parse_json(line, constant=lambda _: None)
@@ -379,96 +355,3 @@ def _json_rows(text: str) -> Iterator[tuple[int, _Row]]:
         else:
             kind = "an array" if isinstance(row, list) else "a bare value"
             yield number, f"{kind}, not a JSON object; write one JSON object a line"
-
-
-def _report_enclosed(text: str, delimiter: str, name: str) -> None:
-    """Says that a file's double quotes look as if they enclosed fields.
-
-    pandas and Excel enclose a field that holds a quote, and double that; quotes that are ordinary
-    characters, as MRPC's, are soon found elsewhere.
-    """
-    if '"' not in text:
-        return
-    enclosed = 0
-    for _, line in _lines(text):
-        for cell in line.split(delimiter) if '"' in line else ():
-            inside = cell[1:-1]
-            if len(cell) > 1 and cell[0] == cell[-1] == '"' and '"' not in inside.replace('""', ""):
-                enclosed += 1
-            elif '"' in cell:
-                return
-    logging.warning(
-        "%s: double quotes only enclose fields, %d of them, as in CSV; they are kept as text. To "
-        "remove them set %s, else %s",
-        name,
-        enclosed,
-        setting("quoting", True),
-        setting("quoting", False),
-    )
-
-
-def _quoted_cells(text: str, delimiter: str) -> list[tuple[int, list[str] | str, int]]:
-    """Rows by the csv module, each with its first line and their number (quotes may span lines).
-
-    A blank line is a row of no cells.
-
-    After a bad quote, which may have taken in any number of lines, it goes on at the next line.
-    """
-    rows: list[tuple[int, list[str] | str, int]] = []
-    lines = list(io.StringIO(text, newline=""))
-    start = 0
-    limit = csv.field_size_limit(sys.maxsize)  # the default refuses texts over 128 KiB
-    try:
-        while start < len(lines):
-            # strict: a stray quote is an error here; otherwise it silently swallows rows.
-            remaining = (lines[i] for i in range(start, len(lines)))
-            reader, before = csv.reader(remaining, delimiter=delimiter, strict=True), 0
-            try:
-                for row in reader:
-                    rows.append((start + before + 1, row, reader.line_num - before))
-                    before = reader.line_num
-                return rows
-            except csv.Error as error:
-                fix = f"where quotes are plain text, set {setting('quoting', False)}"
-                problem = f"bad quoting ({error}); {fix}"
-                rows.append((start + before + 1, problem, 1))
-                start += before + 1
-        return rows
-    finally:
-        csv.field_size_limit(limit)
-
-
-def _table(
-    rows: Iterator[tuple[int, list[str] | str, int]], columns: Sequence[str] | None, name: str
-) -> Iterator[tuple[int, _Row, int]]:
-    nameless = 0
-    if columns is None:
-        line, header, _ = next(rows, (1, None, 1))
-        if header is None:
-            return
-        if isinstance(header, str):
-            raise InputError(f"{name}:{line}: {header}")
-        columns = [cell.strip() for cell in header]
-        # pandas' index: a column without a name in front of those that have one.
-        if len(columns) > 1 and not columns[0] and all(columns[1:]):
-            logging.warning("%s:%d: the first column has no name and is left out", name, line)
-            nameless, columns = 1, columns[1:]
-        where = f"{name}:{line}: the header line"
-    else:
-        where = f"{name}: {setting('columns')}"
-    if not all(columns) or len(set(columns)) < len(columns):
-        raise InputError(
-            f"{where} has an empty or a repeated name ({', '.join(columns)}); "
-            f"for a file without a header line set {setting('columns')}"
-        )
-    for line, row, lines in rows:
-        if isinstance(row, list) and len(row) != nameless + len(columns):
-            problem = (
-                f"{len(row)} columns instead of {nameless + len(columns)} ({', '.join(columns)}); "
-                f"correct the line, {setting('columns')} or {setting('quoting')}"
-            )
-            yield line, problem, lines
-        elif isinstance(row, str):
-            yield line, row, lines
-        else:
-            yield line, dict(zip(columns, row[nameless:], strict=True)), lines
