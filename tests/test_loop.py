@@ -49,7 +49,8 @@ def test_a_run_leaves_what_the_documentation_lists(whole, backbone, task):
     assert results["majority"] == 0.5
     best = load_prompt(directory / "prompts" / "best.safetensors")
     assert best.prompt.shape == (4, 16)
-    assert best.metadata["backbone_fingerprint"] == backbone.fingerprint
+    assert best.metadata["backbone_fingerprint"] == backbone.fingerprint_v1
+    assert best.metadata["backbone_fingerprint_v2"] == backbone.fingerprint
     assert best.metadata["step"] == results["step"]
     assert best.metadata["task"]["inputs"] == task.inputs
     steps = [row["step"] for row in made["metrics"]]
