@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ptjax.data.tokenizer import Tokenizer, check_vocabulary, find_tokenizer, load_tokenizer
-from ptjax.errors import InputError, near
+from ptjax.errors import InputError, missing, near
 from ptjax.fingerprint import Fingerprints, digest, sample_of
 from ptjax.interop import huggingface, t5x
 from ptjax.interop.huggingface_format import load_config
@@ -36,6 +36,9 @@ from ptjax.training.freeze import flatten_paths, sizes, unflatten_paths
 
 _CHOSEN_FIELDS = {"dtype", "scan_layers", "remat"}
 """Of `T5Config`: how the network is run, which no file could tell."""
+
+NANO = "ptjax-nano"
+"""The backbone that ptjax ships."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,9 +192,9 @@ def _open(
     directory = shipped(name) or epath.Path(path).expanduser()
     if not directory.exists():
         if not _may_be_hub_id(name):
-            raise InputError(f"no backbone at {name}: the path does not exist")
+            raise missing("backbone", name)
         repo_id, _, revision = name.partition("@")
-        directory, revision = huggingface.download(repo_id, revision or None)
+        directory, revision = huggingface.download(repo_id, revision or None, [NANO])
         name = f"{repo_id}@{revision}"
     if not t5x.is_t5x(directory):
         if not (directory / "config.json").exists():
@@ -270,7 +273,7 @@ def _make_config(
 
 def shipped(name: str) -> epath.Path | None:
     """Directory of a backbone that ptjax ships, by its name."""
-    if name != "ptjax-nano":
+    if name != NANO:
         return None
     return epath.Path(os.fspath(resources.files("ptjax") / "assets" / "nano"))  # type: ignore[arg-type]
 

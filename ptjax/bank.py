@@ -48,9 +48,15 @@ def sweep(
         "learning_rate": {f"rate{rate:g}": rate for rate in learning_rates},
     }
     given = {field: found for field, found in choices.items() if found}
-    count = len(tasks) + len(init_prompts or {}) + len(seeds) + len(learning_rates)
-    if not given or count != sum(map(len, given.values())):
-        raise InputError("a sweep needs seeds, learning_rates, init_prompts or tasks, none twice")
+    if not given:
+        raise InputError(
+            "bank.sweep has nothing to combine; set seeds, learning_rates, init_prompts or tasks"
+        )
+    values = {"task": tasks, "seed": seeds, "learning_rate": learning_rates}
+    for field, several in values.items():
+        if len(several) > len(choices[field]):
+            names = [getattr(value, "name", value) for value in several]
+            raise InputError(f"bank.sweep.{field}s has a value twice ({names}); give each once")
     return {
         "_".join(names): Variant(**{f: given[f][n] for f, n in zip(given, names, strict=True)})
         for names in itertools.product(*given.values())

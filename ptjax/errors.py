@@ -21,6 +21,21 @@ class TrainingError(RuntimeError):
     """The run cannot go on; what it saved before is good. Exit code 1."""
 
 
+def missing(what: str, path: object) -> InputError:
+    """The error of a path that leads nowhere, alike for everything that a user names by path."""
+    return InputError(f"no {what} at {path}: the path does not exist; correct it")
+
+
+def setting(name: str, *value: object) -> str:
+    """What a message advises to set, as a task calls it and as `infer` does.
+
+    >>> setting("quoting", False)
+    'Task.quoting = False (infer: --quoting=false)'
+    """
+    shown, flag = (f" = {value[0]!r}", f"={str(value[0]).lower()}") if value else ("", "")
+    return f"Task.{name}{shown} (infer: --{name}{flag})"
+
+
 def near(
     name: str,
     known: Iterable[str],

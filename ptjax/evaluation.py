@@ -281,8 +281,9 @@ def report_examples(task: Task, split: str, examples: Examples, note: str = "") 
     if bad := examples.bad.count:
         lines = examples.bad.lines
         logging.warning(
-            "left out %d bad records%s; the first: %s",
+            "left out %d of %d records%s; the first: %s",
             bad,
+            bad + len(examples),
             f" ({lines} lines)" if lines != bad else "",
             examples.bad.first,
         )

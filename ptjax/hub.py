@@ -8,7 +8,7 @@ from pathlib import Path
 import huggingface_hub
 import huggingface_hub.errors
 
-from ptjax.errors import InputError
+from ptjax.errors import InputError, near
 
 TOKENIZER_FILES = (
     "spiece.model",
@@ -24,8 +24,16 @@ TOKENIZER_FILES = (
 """All that a tokenizer's folder may be made of."""
 
 
-def download(repo_id: str, patterns: Iterable[str], revision: str | None = None) -> Path:
+def download(
+    repo_id: str,
+    patterns: Iterable[str],
+    revision: str | None = None,
+    ours: Iterable[str] = (),
+) -> Path:
     """A local folder with the files of a model that fit the patterns, from the cache if offline.
+
+    Args:
+        ours: names that ptjax itself gives; one that is alike is suggested.
 
     Raises:
         InputError: there is no such model or revision, it is private or gated, or the hub cannot
@@ -36,7 +44,8 @@ def download(repo_id: str, patterns: Iterable[str], revision: str | None = None)
             repo_id, revision=revision, allow_patterns=list(patterns)
         )
     except (OSError, RuntimeError, ValueError) as error:
-        raise InputError(f"{repo_id}: {_reason(error, revision)}") from error
+        hint = near(repo_id, ours, listed=False)
+        raise InputError(f"{repo_id}: {_reason(error, revision)}{hint}") from error
     return Path(folder)
 
 

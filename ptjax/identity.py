@@ -67,6 +67,7 @@ _OF_BACKBONE = {
     "fingerprint": "the backbone's fingerprint",
     "tokenizer": "the tokenizer's fingerprint",
 }
+_COMMANDS = {"tune": "python -m ptjax.train", "pretrain": "python -m ptjax.pretrain"}
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 _ABSENT: Any = object()
 
@@ -226,6 +227,12 @@ def check_same(saved: Mapping[str, Any], now: Mapping[str, Any], model_dir: str)
             "record its settings as this one does, so it cannot be resumed here; choose another "
             "MODEL_DIR or finish it with that version. Its prompts can be used as they are"
         )
+    command, ours = saved["settings"].get("is"), now["settings"].get("is")
+    if command != ours:
+        raise InputError(
+            f"{model_dir} holds a run of {_COMMANDS.get(command, command)}, not of "
+            f"{_COMMANDS.get(ours, ours)}; choose another MODEL_DIR"
+        )
     if found := _difference(saved["settings"], now["settings"], "", ""):
         name, old, new = found
         if _ABSENT in (old, new):
@@ -243,10 +250,15 @@ def check_same(saved: Mapping[str, Any], now: Mapping[str, Any], model_dir: str)
 
 
 def _check_same_data(saved: Mapping[str, Any], now: Mapping[str, Any], model_dir: str) -> None:
-    if set(saved) != set(now):
+    if gone := ", ".join(what for what in saved if what not in now):
         raise InputError(
-            f"{model_dir} holds a run on {', '.join(saved)}, now it is {', '.join(now)}; choose "
-            "another MODEL_DIR or restore the splits"
+            f"{model_dir} holds a run that also read {gone}, which this one lacks; choose another "
+            "MODEL_DIR or restore it"
+        )
+    if new := ", ".join(what for what in now if what not in saved):
+        raise InputError(
+            f"{model_dir} holds a run without {new}, which this one has; choose another MODEL_DIR "
+            "or take it away"
         )
     for what, parts in now.items():
         for name, new in parts.items():

@@ -17,6 +17,7 @@ from ptjax.errors import InputError
 
 FORMATS = ("jsonl", "text", "csv", "tsv")
 ON_BAD_RECORD = ("error", "skip")
+QUOTING = {"true": True, "false": False}
 
 
 def main() -> None:
@@ -50,6 +51,17 @@ def main() -> None:
         choices=FORMATS,
         help="of the input; default: by the file's name, of standard input by its first character. "
         "Plain lines (text) fill the template's only field; empty ones are left out",
+    )
+    parser.add_argument(
+        "--columns",
+        type=lambda names: names.split(","),
+        metavar="NAMES",
+        help="comma-separated names of the fields, of a csv or tsv without a header line",
+    )
+    parser.add_argument(
+        "--quoting",
+        choices=QUOTING,
+        help="whether double quotes enclose fields; default: true in csv, false in tsv",
     )
     parser.add_argument(
         "--encoding", default="utf-8", metavar="NAME", help="of the input; default: utf-8"
@@ -255,14 +267,19 @@ def records_of(arguments: argparse.Namespace) -> Any:
         ]
         return sources.Records(plain, bad)
     name, kind = arguments.input, arguments.format
+    read: dict[str, Any] = {
+        "columns": arguments.columns,
+        "quoting": QUOTING.get(arguments.quoting),
+        "encoding": arguments.encoding,
+    }
     if name == "-":
         name, data = "standard input", sys.stdin.buffer.read()
         kind = kind or ("jsonl" if is_json(data, arguments.encoding) else "text")
-        found = sources.parse_records(data, name, kind, bad, encoding=arguments.encoding)
+        found = sources.parse_records(data, name, kind, bad, **read)
         records = sources.non_empty(sources.Records(found, bad), name)
     else:
         records = sources.read_records(
-            name, format=kind, encoding=arguments.encoding, on_bad_record=arguments.on_bad_record
+            name, format=kind, on_bad_record=arguments.on_bad_record, **read
         )
         stem = name.removesuffix(".gz").removesuffix(".xz").removesuffix(".bz2")
         kind = kind or ("text" if os.path.splitext(stem)[1] == ".txt" else None)

@@ -55,8 +55,13 @@ def test_case_3_1_a_stray_quote_loses_its_own_line_alone(tmp_path, stray, newlin
     assert [int(record.fields["id"]) for record in records] == wanted
     assert [record.line for record in records] == wanted
     assert records[0].fields["text"] == ('"said" 3, twice' if 1 in stray else "plain 2")
-    with pytest.raises(InputError, match=rf"a\.csv:{stray[0] + 1}: bad quoting"):
+    with pytest.raises(InputError, match=rf"a\.csv:{stray[0] + 1}: bad quoting") as refused:
         read_records(path)
+    for set_it in (
+        "Task.quoting = False (infer: --quoting=false)",
+        "Task.on_bad_record = 'skip' (infer: --on_bad_record=skip)",
+    ):
+        assert set_it in str(refused.value)
 
 
 def test_case_3_1_the_lines_of_a_record_that_spans_several_are_counted(tmp_path, caplog):
@@ -75,7 +80,7 @@ def test_case_3_1_the_lines_of_a_record_that_spans_several_are_counted(tmp_path,
     examples = task.load("train")  # without the unknown label, 2, of two lines
     assert (examples.bad.count, examples.bad.lines) == (3, 6)
     report_examples(task, "train", examples)
-    assert any("left out 3 bad records (6 lines); the first: " in w for w in warnings_of(caplog))
+    assert any("left out 3 of 6 records (6 lines); the first: " in w for w in warnings_of(caplog))
 
 
 def test_case_3_6_a_tsv_whose_quotes_only_enclose_is_said(tmp_path, caplog):
@@ -88,7 +93,10 @@ def test_case_3_6_a_tsv_whose_quotes_only_enclose_is_said(tmp_path, caplog):
     raw = read_records(path)
     assert raw[1].fields["text"] == '"""word 1"" she said"'
     [said] = warnings_of(caplog)
-    assert "double quotes only enclose fields, 20 of them" in said and "quoting=True" in said
+    assert (
+        "double quotes only enclose fields, 20 of them" in said
+        and "Task.quoting = True (infer: --quoting=true)" in said
+    )
     caplog.clear()
     assert read_records(path, quoting=True)[1].fields["text"] == '"word 1" she said'
     assert read_records(path, quoting=False)[1].fields == raw[1].fields
@@ -155,7 +163,7 @@ def test_case_3_10_every_format_takes_every_line_end(tmp_path, newline, name, li
 def test_case_3_5_a_value_that_json_lacks_is_refused_like_null(tmp_path, value):
     (tmp_path / "a.jsonl").write_text(f'{{"text": {value}, "target": "x", "unread": NaN}}\n')
     task = Task(**OPEN, splits={"train": "a.jsonl"}, data_dir=str(tmp_path))
-    with pytest.raises(InputError, match=r"a\.jsonl:1: the field 'text' is null"):
+    with pytest.raises(InputError, match=r"a\.jsonl:1: the field 'text' is null \(or NaN\)"):
         task.load("train")
     [record] = read_records(tmp_path / "a.jsonl")
     assert json.dumps(record.fields, allow_nan=False)  # what is written again is JSON

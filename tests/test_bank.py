@@ -193,8 +193,11 @@ def test_sweeps_name_every_combination() -> None:
     members = sweep(seeds=(0, 2), learning_rates=(0.3, 1))
     assert list(members) == ["seed0_rate0.3", "seed0_rate1", "seed2_rate0.3", "seed2_rate1"]
     assert members["seed2_rate0.3"] == Variant(seed=2, learning_rate=0.3)
-    for bad in ({}, {"seeds": (1, 1)}):
-        with pytest.raises(InputError, match="none twice"):
+    for bad, said in (
+        ({}, r"bank\.sweep has nothing to combine; set seeds"),
+        ({"seeds": (1, 1)}, r"bank\.sweep\.seeds has a value twice \(\[1, 1\]\)"),
+    ):
+        with pytest.raises(InputError, match=said):
             sweep(**bad)
 
 

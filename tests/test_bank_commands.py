@@ -188,7 +188,7 @@ def test_infer_refuses_what_names_no_prompt(fails, place, tmp_path):
     assert fails("infer", many, "x") == f"the command line, text:1: {plain}"
     assert fails("infer", many, "--input=-", stdin=b"x\n") == f"standard input:1: {plain}"
     assert fails("infer", "--prompts=gone", "x") == (
-        "gone: no such directory; many prompts are given as the one they are in"
+        "no prompts at gone: the path does not exist; correct it"
     )
     shutil.copytree(place / "mixed", tmp_path / "bank")
     np.save(tmp_path / "bank" / "narrow.npy", np.ones((2, 8), np.float32))

@@ -159,7 +159,7 @@ def test_evaluate_a_run_that_tuned_the_backbone(call, run_dir, place):
 def test_evaluate_refuses(fails, run_dir, place):
     directory = f"--model_dir={run_dir}"
     assert "no split 'tset'" in fails("evaluate", directory, "--split=tset")
-    assert fails("evaluate", "--model_dir=nowhere") == "--model_dir=nowhere: no such directory"
+    assert fails("evaluate", "--model_dir=nowhere").startswith("no run at nowhere: ")
     assert fails("evaluate", "--prompt=none").startswith("which task? ")
     other = f"--backbone={place / 'other'}"
     assert "override with --allow_mismatch" in fails("evaluate", directory, other)
@@ -265,7 +265,7 @@ def test_infer_says_when_it_cuts_inputs(call, place):
 def test_infer_refuses(fails, place):
     prompt = f"--prompt={place / 'prompt.safetensors'}"
     assert fails("infer", "x").startswith("which prompt? ")
-    assert fails("infer", "x", "--prompt=gone.npy").startswith("gone.npy: no prompt here")
+    assert fails("infer", "x", "--prompt=gone.npy").startswith("no prompt at gone.npy: ")
     assert fails("infer", "x", "--prompt=none").startswith("which backbone? ")
     assert "go with --decode" in fails("infer", prompt, "x", "--num_beams=2")
     assert fails("infer", prompt, "x", "--batch_size=0").startswith("--batch_size=0: ")
@@ -274,9 +274,11 @@ def test_infer_refuses(fails, place):
     two_fields = f"--prompt={place / 'open.safetensors'}"
     said = fails("infer", two_fields, "x")
     assert said.startswith("the command line, text:1: task copy: a plain line cannot fill")
-    assert fails("infer", prompt, "--input=no.txt").startswith("no.txt: no such file")
+    assert fails("infer", prompt, "--input=no.txt").startswith("no records at no.txt: ")
     Path("in.weird").write_text("x\n")
-    assert "set `format` to one of" in fails("infer", prompt, "--input=in.weird")
+    assert "set Task.format (infer: --format) to one of" in fails(
+        "infer", prompt, "--input=in.weird"
+    )
 
 
 def test_a_prompt_of_another_backbone_is_refused_unless_allowed(call, fails, place):
@@ -474,7 +476,7 @@ def test_export_refuses(fails, place):
     assert fails("export", "--to=npy", "--output=p").startswith("which prompt? ")
     bare = ("export", place / "bare.npy", "--output=p")
     assert "needs the backbone's sizes" in fails(*bare, "--to=huggingface")
-    assert "no prompt here" in fails("export", "gone", "--to=npy", "--output=p")
+    assert "no prompt at gone: " in fails("export", "gone", "--to=npy", "--output=p")
     narrow = ("export", place / "narrow.npy", "--output=p", "--to=huggingface")
     assert "has width 8" in fails(*narrow, f"--backbone={place / 'backbone'}")
     Path("p").mkdir()

@@ -102,6 +102,33 @@ def test_case_4_3_several_tasks_are_listed(call, row, place):
     assert found["inputs"] == "x" and "probabilities" not in found
 
 
+def test_case_4_3_an_unknown_scope_lists_what_there_is(call, place):
+    flags = ["--gin_file=two.gin", "--prompt=x.npy", place]
+    code, _, err = call("infer", "x", *flags, "--gin.tuning.tune.task=@mood/tasks.Task()")
+    assert code == 2 and err.endswith("no gin file has the scope mood; there are kind, tone\n")
+    code, _, err = call("infer", "x", *flags, "--gin.tuning.tune.task=@tome/tasks.Task()")
+    assert code == 2 and err.endswith("no gin file has the scope tome; did you mean tone?\n")
+
+
+def test_case_4_3_what_one_task_leaves_to_another_is_said(row, place):
+    """Files of two tasks: the later one wins, where it says something."""
+    other = MOOD.format(scope="", name="other").replace("mood", "other")
+    Path("more.gin").write_text(
+        HEADER + other + "tasks.Task.group = 'g'\ntasks.Task.held_out = 2\n"
+    )
+    flags = ("--prompt=x.npy", place, "x")
+    found, err = row("--gin_file=more.gin", "--gin_file=mood.gin", *flags)
+    assert found["inputs"] == "mood: x"
+    assert (
+        "mood.gin declares the task mood, but an earlier gin file the task other, whose "
+        "Task.group, Task.held_out it keeps; " in err
+    )
+    # One that leaves nothing, and the same task twice.
+    Path("bare.gin").write_text(HEADER + MOOD.format(scope="", name="bare"))
+    for files in (("bare.gin", "mood.gin"), ("more.gin", "more.gin")):
+        assert "declares the task" not in row(*(f"--gin_file={f}" for f in files), *flags)[1]
+
+
 def test_case_4_3_a_prompt_picks_its_own_of_several_tasks(call, place, backbone):
     task = Task(name="tone", inputs="own: {text}", label="label", verbalizer={"0": "a", "1": "b"})
     metadata = {"task": task.describe(), "backbone_fingerprint": backbone.fingerprint}

@@ -37,6 +37,7 @@ CALLS = """
 import json, sys
 from ptjax.errors import InputError
 from ptjax.interop import huggingface
+from ptjax.backbone import load_backbone
 from ptjax.data.tokenizer import load_tokenizer
 for name in sys.argv[1:]:
     kind, _, repo = name.partition(":")
@@ -45,7 +46,7 @@ for name in sys.argv[1:]:
             folder, commit = huggingface.download(*repo.split("@"))
             print(json.dumps([commit, sorted(file.name for file in folder.iterdir())]))
         else:
-            load_tokenizer(repo)
+            {"backbone": load_backbone, "tokenizer": load_tokenizer}[kind](repo)
     except InputError as error:
         print(json.dumps(str(error)))
 """
@@ -150,10 +151,15 @@ def test_case_1_3_torch_weights_are_taken_where_the_others_are_variants(download
 def test_case_1_3_missing_private_and_no_network_are_three_messages(downloads, endpoint):
     cache, _ = downloads
     names = ("none", "private", "gated", "broken", "bpe@v9")
-    asked = [f"model:org/{name}" for name in names] + ["tokenizer:org/none"]
-    none, private, gated, broken, revision, tokenizer = ask(endpoint, cache, *asked)
+    asked = [f"model:org/{name}" for name in names] + [
+        "tokenizer:org/none",
+        "backbone:ptjx-nano",
+        "tokenizer:bty5",
+    ]
+    none, private, gated, broken, revision, tokenizer, *ours = ask(endpoint, cache, *asked)
     assert none.startswith("org/none: not a path here, and the Hugging Face hub has no such model")
-    assert tokenizer == none
+    assert tokenizer == none and "did you mean" not in none
+    assert ours[0].endswith("; did you mean ptjax-nano?") and ours[1].endswith("mean byt5?")
     assert "private, or misspelt; log in with `hf auth login`" in private
     assert "only to those it knows; log in with `hf auth login`" in gated
     assert "the Hugging Face hub fails (HTTP 500)" in broken

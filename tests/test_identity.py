@@ -451,6 +451,28 @@ def test_case_4_1_a_long_value_is_cut_around_the_difference(start):
     assert len(message) < 350 and "xa'" in message and "xb'" in message
 
 
+def test_case_4_1_a_run_of_the_other_command_is_named(start):
+    runs = {name: start(f"{name}.seed") for name in ("tune", "pretrain")}
+    for saved, now, was, is_ in (
+        ("pretrain", "tune", "pretrain", "train"), ("tune", "pretrain", "train", "pretrain"),
+    ):  # fmt: skip
+        with pytest.raises(InputError) as refused:
+            check_same(runs[saved], runs[now], "/run")
+        assert str(refused.value) == (
+            f"/run holds a run of python -m ptjax.{was}, not of python -m ptjax.{is_}; choose "
+            "another MODEL_DIR"
+        )
+
+
+def test_case_4_1_a_split_more_or_less_is_named(start):
+    one = start("tune.seed")
+    both = one | {"data": {"split 'test' of task words": {"the hash": "sha256:a"}}}
+    with pytest.raises(InputError, match="also read split 'test' of task words, which this one la"):
+        check_same(both, one, "/run")
+    with pytest.raises(InputError, match="a run without split 'test' of task words, which this"):
+        check_same(one, both, "/run")
+
+
 def test_case_4_1_the_source_is_its_bytes(tmp_path):
     text = b'{"text": "a"}\n{"text": "b"}\n'
     (tmp_path / "all.jsonl").write_bytes(text)

@@ -99,6 +99,21 @@ def test_case_5_10_standard_input_is_looked_at_in_its_encoding(infer, encoding):
     assert code == 2 and "standard input:1: " in err and "array" in err
 
 
+def test_case_3_6_what_messages_advise_infer_can_do(infer, refused):
+    Path("in.tsv").write_text('"text"\t"id"\n"she said ""no"""\t"1"\n')
+    said = refused("--input=in.tsv")
+    assert """no field 'text' (fields: "text", "id")""" in said
+    _, rows, err = infer("--input=in.tsv", "--quoting=true")
+    assert [(row["text"], row["id"]) for row in rows] == [('she said "no"', "1")], err
+    Path("in.csv").write_text('a "b, 1\n"c, 2\n')
+    assert "set Task.quoting = False (infer: --quoting=false)" in refused(
+        "--input=in.csv", "--columns=text,id"
+    )
+    flags = ("--columns=text,id", "--quoting=false")
+    _, rows, err = infer("--input=-", "--format=csv", *flags, stdin=Path("in.csv").read_bytes())
+    assert [row["inputs"] for row in rows] == ['mood: a "b', 'mood: "c'], err
+
+
 def test_case_3_7_blank_lines_are_counted_and_said(infer):
     _, rows, err = infer("--input=-", stdin=b"one\n\n  \ntwo\n\n")
     assert [row["text"] for row in rows] == ["one", "two"]
@@ -108,6 +123,16 @@ def test_case_3_7_blank_lines_are_counted_and_said(infer):
     assert len(rows) == 2 and "in.jsonl: 1 of 3 lines are blank and left out" in err
     Path("in.txt").write_text("one\ntwo\n")
     assert "blank" not in infer("--input=in.txt")[2]
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("flags", [["in.csv"], ["in.tsv"], ["in.tsv", "--quoting=true"]])
+def test_case_3_7_blank_lines_of_a_table_are_counted(infer, newline, flags):
+    lines = ["text", "one", "", '"two"', "", "", "three"]
+    Path(flags[0]).write_bytes("".join(line + newline for line in lines).encode())
+    _, rows, err = infer(f"--input={flags[0]}", *flags[1:])
+    assert len(rows) == 3
+    assert "3 of 6 lines are blank and left out; the others are answered in order" in err
 
 
 def test_case_3_8_infer_refuses_its_own_output(infer, refused):
@@ -266,7 +291,7 @@ def test_case_5_12_what_is_not_finite_is_null(infer, monkeypatch):
 
 def test_case_5_12_names_cannot_steer_the_terminal(refused):
     said = refused("--input=a\x1b]2J\nb\u202etxt.jsonl")
-    assert said.startswith(r"a\x1b]2J\nb\u202etxt.jsonl: no such file")
+    assert said.startswith(r"no records at a\x1b]2J\nb\u202etxt.jsonl: the path")
 
 
 def test_case_5_12_long_messages_keep_their_ends(capsys):

@@ -289,7 +289,7 @@ def test_a_directory_that_cannot_be_taken_as_it_is(tmp_path, prompt, names, mess
 
 def test_a_path_that_is_no_directory(tmp_path, prompt):
     save_prompt(tmp_path / "a.safetensors", prompt, {})
-    with pytest.raises(InputError, match="a file, not a directory"):
+    with pytest.raises(InputError, match="a file; name the directory that the prompts are in"):
         load_prompts(tmp_path / "a.safetensors")
-    with pytest.raises(InputError, match="gone: no such directory"):
+    with pytest.raises(InputError, match=r"no prompts at .*gone: the path does not exist"):
         load_prompts(tmp_path / "gone")

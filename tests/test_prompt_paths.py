@@ -41,7 +41,7 @@ def test_case_4_12_a_prompt_may_be_a_path(backbone, matrix, tmp_path):
 
 
 def test_case_4_12_a_path_without_a_prompt_is_said(backbone, tmp_path):
-    with pytest.raises(InputError, match="gone: no prompt here"):
+    with pytest.raises(InputError, match=r"no prompt at .*gone: the path does not exist"):
         generate(backbone, ["a"], prompt=tmp_path / "gone")
 
 

@@ -62,7 +62,7 @@ def test_a_slice_is_a_torus(name, chips):
         ("v5-8", "no slice of that name; did you mean v5p-8?"),
         ("h100-8", "no slice of that name; did you mean h100x8?"),
         ("v5ex8", "no slice of that name; did you mean v5e-8?"),
-        ("", "no slice of that name; Names are such as v5e-8, v4-16"),
+        ("", "no slice of that name; names are such as v5e-8, v4-16"),
         ("0xv5e-8", "1 to 64 slices"),
         ("h100x12", "GPUs are h100x1 to h100x8, or whole machines of 8, at most 64"),
         ("h100x520", "GPUs are h100x1 to h100x8, or whole machines of 8"),

@@ -27,6 +27,12 @@ USE_CACHED_TASKS = False
 include 'prompt_tuning/configs/prompts/from_class_labels.gin'
 partitioning.PjitPartitioner:
   num_partitions = 2
+train_script.train:
+  eval_period = 500
+train/utils.DatasetConfig:
+  # a comment
+
+  batch_size = %SIZE
 """
 
 
@@ -55,16 +61,23 @@ def test_case_4_5_a_gin_file_of_t5x_is_named_with_our_names(fails):
     said = fails("--gin_file=run.gin")
     assert said.startswith(
         "run.gin:4: this is T5X's gin file (it imports __main__), and ptjax has its own: "
-        "--gin_file=tasks/NAME.gin --gin_file=runs/prompt_tune.gin. What it binds is here: "
+        "--gin_file=tasks/NAME.gin --gin_file=runs/prompt_tune.gin. Instead of what it "
+        "binds ptjax has: "
     )
     for told in (
         "TRAIN_STEPS: steps of this run: TRAIN_STEPS = 50000; ",
         "MIXTURE_OR_TASK_NAME: a task's gin file, tasks/*.gin, which declares tasks.Task; ",
         "prompts/from_class_labels.gin: prompts/class_labels.gin, CLASS_LABELS: the default",
-        "num_partitions: MESH = '4x2' on 8 devices (data x model)",
+        "PjitPartitioner.num_partitions: MESH = '4x2' on 8 devices (data x model)",
+        "train.eval_period: EVAL_PERIOD",
+        "DatasetConfig.batch_size: BATCH_SIZE",
     ):
         assert told in said
-    assert "BATCH_SIZE" not in said and said.endswith("(docs/from_prompt_tuning.md)")
+    assert (
+        "BATCH_SIZE:" not in said
+        and "BATCH_SIZE," not in said
+        and said.endswith("(docs/from_prompt_tuning.md)")
+    )
 
 
 @pytest.mark.parametrize(
@@ -87,27 +100,37 @@ def test_case_4_5_our_own_files_are_none_of_t5x():
 
 def test_case_4_5_names_of_t5x_files_are_known(fails):
     said = fails("--gin_file=prompt_tuning/configs/runs/prompt_finetune.gin")
-    assert "T5X's; here it is: python -m ptjax.train, with --gin_file=runs/prompt_tune.gin" in said
+    assert (
+        "it is T5X's; ptjax has instead: python -m ptjax.train --gin_file=runs/prompt_tune" in said
+    )
     assert "docs/from_prompt_tuning.md" in fails("--gin_file=t5x/examples/t5/t5_1_1/xl.gin")
 
 
 UNKNOWN = {
-    "--process_count=2": "it is T5X's, and here it is: --num_processes",
-    "--process_index=0": "it is T5X's, and here it is: --process_id",
-    "--initialization_timeout=9": "here it is: --initialization_timeout_seconds",
+    "--process_count=2": "--process_count is T5X's; ptjax has instead: --num_processes",
+    "--process_index=0": "ptjax has instead: --process_id",
+    "--initialization_timeout=9": "ptjax has instead: --initialization_timeout_seconds",
     "--run_mode=train": "the mode is the command",
     "--seqio_additional_cache_dirs=x": "there are no cached tasks",
     "--multiprocess_gpu": "Slurm and Open MPI are recognised",
     "--gin.MIXTURE_OR_TASK_NAME='super_glue_boolq_v102'": "a task's gin file, tasks/*.gin, which "
-    "declares tasks.Task, here --gin_file=tasks/boolq.gin",
+    "declares tasks.Task, of this task --gin_file=tasks/boolq.gin",
     "--gin.MIXTURE_OR_TASK_NAME='taskless_x'": "which declares tasks.Task",
-    "--gin.USE_CACHED_TASKS=True": "leave them out",
+    "--gin.USE_CACHED_TASKS=True": "leave it out (USE_CACHED_TASKS = False is accepted, "
+    "True is not)",
     "--gin.PROMPT_REGEX=['.*']": "tuning.tune.method = 'prompt_tuning'",
     "--gin.LOSS_NORMALIZING_FACTOR=233472": "loss.Loss.per_token = True",
     "--gin.CHECKPOINT_PATH='x'": "--backbone=PATH",
     "--gin.EVAL_STEPS=20": "EVAL_EXAMPLES",
     "--gin.partitioning.PjitPartitioner.num_partitions=2": "partitioning.PjitPartitioner."
-    "num_partitions is T5X's; here it is: MESH = '4x2'",
+    "num_partitions is T5X's; ptjax has instead: MESH = '4x2'",
+    # Arguments that T5X's own gin files and command lines bind, in any scope.
+    "--gin.utils.DatasetConfig.batch_size=8": "has instead: BATCH_SIZE",
+    "--gin.train_eval/utils.DatasetConfig.pack=True": "has instead: PACK",
+    "--gin.train_script.train.eval_period=9": "has instead: EVAL_PERIOD",
+    "--gin.trainer.Trainer.num_microbatches=2": "has instead: MICROBATCHES",
+    "--gin.utils.SaveCheckpointConfig.period=2": "has instead: EVAL_PERIOD",
+    "--gin.utils.DatasetConfig.split='train'": "what docs/from_prompt_tuning.md lists",
 }
 
 

@@ -207,8 +207,8 @@ def test_what_is_no_tokenizer(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file.json").write_text("{}")
     for source, message in [
-        (tmp_path / "no.model", "no such tokenizer file"),
-        (tmp_path / "nowhere", "no such file or folder"),
+        (tmp_path / "no.model", "no tokenizer at .*: the path does not exist"),
+        (tmp_path / "nowhere", "no tokenizer at .*: the path does not exist"),
         (tmp_path / "empty", "no tokenizer in it; it needs spiece.model"),
         (tmp_path / "file.json", r"has to be a SentencePiece \*.model"),
         ("some/model", "some/model: not a path here, and the Hugging Face hub cannot be reached"),

@@ -58,11 +58,11 @@ class _Parser(argparse.ArgumentParser):
             name = unknown[1].split("=")[0]
             flags = [flag for action in self._actions for flag in action.option_strings]
             kind = "flag" if name.startswith("-") else "argument"
-            told = t5x_names.flag_advice(name)
-            message = f"unknown {kind} {name}" + (
-                f"; it is T5X's, and here it is: {told}"
-                if told
-                else near(name, flags, listed=False)
+            here = t5x_names.flag_advice(name)
+            message = (
+                t5x_names.told(name, here)
+                if here
+                else f"unknown {kind} {name}{near(name, flags, listed=False)}"
             )
         print(f"error: {logs.one_line(message)} (see --help)", file=sys.stderr)
         raise SystemExit(2)

@@ -11,7 +11,7 @@ from typing import Any
 from etils import epath
 
 from ptjax.cli.gin_files import TASK, configured, declared, load_gin, macro, settings
-from ptjax.errors import InputError
+from ptjax.errors import InputError, missing
 
 TUNE = "ptjax.tuning.tune"
 LOAD_BACKBONE = "ptjax.backbone.load_backbone"
@@ -94,7 +94,7 @@ def load(arguments: argparse.Namespace, *, reads_data: bool = False) -> None:
     if arguments.model_dir is not None:
         model_dir = epath.Path(arguments.model_dir).expanduser()
         if not model_dir.exists():
-            raise InputError(f"--model_dir={arguments.model_dir}: no such directory")
+            raise missing("run", arguments.model_dir)
         if not arguments.gin_file and (model_dir / "config.gin").exists():
             config = os.fspath(model_dir / "config.gin")
             arguments.gin_file = [config]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import functools
 import importlib.util  # noqa: F401  (gin uses it and leaves the import to others)
@@ -13,12 +14,13 @@ import os
 import pprint
 import re
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 from typing import IO, Any
 
 import gin
 import gin.config
+from absl import logging
 from etils import epath
 
 from ptjax.cli import gin_types, t5x_names, trust
@@ -69,7 +71,8 @@ def load_gin(
             if file == untrusted:
                 with _open(file) as stream:
                     trust.check(stream, file)
-            files = _flat(gin.parse_config_file(file), paths) + files  # later ones win
+            with _mixed_tasks_said(file):
+                files = _flat(gin.parse_config_file(file), paths) + files  # later ones win
     imports = [line for line in arguments.gin_bindings if re.match(r"(import|from)\s", line)]
     for line in arguments.gin_bindings:
         with explained(paths, f"command line, {line}", line):
@@ -92,6 +95,31 @@ def load_gin(
         raise InputError("a macro stands for itself (A = %B and B = %A); give it a value") from None
     for name in (set(defaults or ()) & set(used)) - known:
         gin.bind_parameter((name, "gin.macro", "value"), (defaults or {})[name])
+
+
+@contextlib.contextmanager
+def _mixed_tasks_said(file: str) -> Iterator[None]:
+    """Warns where `file` declares a task and keeps settings of an earlier file's other task."""
+    keys = [key for key in _gin._CONFIG if _full_name(key[1]) == TASK]
+    before = {key: _gin._CONFIG.pop(key) for key in keys}
+    try:
+        yield
+    finally:
+        now = {key: dict(_gin._CONFIG.get(key, {})) for key in before}
+        for key, bindings in before.items():
+            _gin._CONFIG[key] = bindings | now[key]
+    for key, bindings in before.items():
+        old, new = bindings.get("name"), now[key].get("name")
+        left = [name for name in bindings if name not in now[key]]
+        if left and None not in (old, new) and old != new and "inputs" in now[key]:
+            logging.warning(
+                "%s declares the task %s, but an earlier gin file the task %s, whose %s it keeps; "
+                "name one task's file, or bind these anew",
+                file,
+                new,
+                old,
+                ", ".join(f"Task.{name}" for name in left),
+            )
 
 
 def _open(path: str) -> IO[str]:
@@ -192,8 +220,7 @@ def _check_macros(
         if name in given or not use(name):
             raise InputError(
                 ("" if name in given else _where(rf"^\s*{re.escape(name)}\s*=", files))
-                + f"the macro {name} is set but nothing uses it"
-                + (_of_t5x(name) or near(name, list(used)) or "; remove it")
+                + (_of_t5x(name) or _unused(name, used))
             )
         del _gin._CONFIG[name, "gin.macro"]  # config.gin has no file that says %NAME
     if missing := sorted(set(used) - bound - set(optional)):
@@ -205,15 +232,21 @@ def _check_macros(
         )
 
 
+def _unused(name: str, used: Iterable[str]) -> str:
+    return f"the macro {name} is set but nothing uses it" + (near(name, used) or "; remove it")
+
+
 def _of_t5x(name: str) -> str:
-    """What follows the name of a macro that only T5X has."""
-    told = t5x_names.advice(name)
-    if told is None:
+    """What to say of a macro that only T5X has."""
+    here = t5x_names.advice(name)
+    if here is None:
         return ""
     value = macro(name)
     file = t5x_names.task_file(value, own_files(gin_configs())) if isinstance(value, str) else None
-    hint = f", here --gin_file={file}" if name == "MIXTURE_OR_TASK_NAME" and file else ""
-    return f"; it is T5X's, and here it is: {told}{hint}"
+    hint = f", of this task --gin_file={file}" if name == "MIXTURE_OR_TASK_NAME" and file else ""
+    if name in t5x_names.ACCEPTED:
+        hint = f" ({name} = {t5x_names.ACCEPTED[name][0]!r} is accepted, {value!r} is not)"
+    return t5x_names.told(f"the macro {name}", here) + hint
 
 
 def _check_finite(files: Sequence[epath.Path], command_line: Sequence[str]) -> None:
@@ -297,9 +330,17 @@ def _check_required(
         ):
             module = function.__module__.rsplit(".", 1)[-1]
             prefix = "".join(f"{scope}/" for scope in scopes)
+            unbound = scopes and not any(
+                scopes[-1] in scope.split("/") for scope, _ in _gin._CONFIG
+            )
+            bound = sorted({scope for scope, key in _gin._CONFIG if scope and key == selector})
             raise InputError(
-                f"{prefix}{module}.{function.__name__} needs `{name}`, which nothing sets; add a "
-                "--gin_file that does (see --help)"
+                f"{prefix}{module}.{function.__name__} needs `{name}`, which nothing sets; "
+                + (
+                    f"no gin file has the scope {scopes[-1]}" + near(scopes[-1], bound)
+                    if unbound
+                    else "add a --gin_file that does (see --help)"
+                )
             )
     for reference in _references(bindings):
         if reference.evaluate:

@@ -95,8 +95,8 @@ def _explain(error: BaseException, paths: Sequence[str], line: str) -> str:
     if isinstance(error, RecursionError):
         return "it includes itself; remove one of the includes"
     setting = line.partition("=")[0].strip()
-    if told := t5x_names.advice(setting):
-        return f"{setting} is T5X's; here it is: {told}"
+    if here := t5x_names.advice(setting):
+        return t5x_names.told(setting, here)
     text = str(error).split("\n  In ")[0].replace("\n", " ")
     if text.startswith("not enough values to unpack"):
         return "this names a function; a binding sets an argument of it, module.name.argument"
@@ -117,7 +117,9 @@ def _explain(error: BaseException, paths: Sequence[str], line: str) -> str:
         known = [module.name for module in pkgutil.iter_modules(folder)] if folder else []
         return f"there is no module {match[1]}" + near(name, known)
     if match := re.match(r"'(\w+)' was not provided by an import", text):
-        known = re.findall(r"import (\w+)\n", IMPORTS)
+        if match[1] in t5x_names.MODULES:
+            return t5x_names.told(setting or match[1], "what docs/from_prompt_tuning.md lists")
+        known = re.findall(r"import (\w+)\n", IMPORTS.partition("\n")[2])
         return f"{match[1]} is not imported here" + (
             near(match[1], known) or "; add a line such as: from ptjax.data import tasks"
         )
@@ -125,8 +127,8 @@ def _explain(error: BaseException, paths: Sequence[str], line: str) -> str:
         known = [f"{c.module.rsplit('.', 1)[-1]}.{c.name}" for _, c in _gin._REGISTRY.items()]
         return f"gin knows no {match[1]}" + near(match[1], known)
     if match := re.match(r"Unable to open file: (\S+)\. Searched", text):
-        if told := t5x_names.advice(match[1]):
-            return f"no gin file {match[1]}, which is T5X's; here it is: {told}"
+        if here := t5x_names.advice(match[1]):
+            return f"no gin file {match[1]}: it {t5x_names.told('', here).lstrip()}"
         looked = ", ".join(path or "the current folder" for path in dict.fromkeys(paths))
         known = own_files(epath.Path(paths[-1]))
         folder = os.path.dirname(match[1])

@@ -27,8 +27,9 @@ SETTINGS: Sequence[tuple[str, str]] = (
         "a task's gin file, `tasks/*.gin`, which declares `tasks.Task`",
     ),
     (
-        "`USE_CACHED_TASKS`, `JSON_WRITE_N_RESULTS`, `USE_HARDWARE_RNG`",
-        "nothing; leave them out (`False` and `None` are accepted)",
+        "`USE_CACHED_TASKS`, `JSON_WRITE_N_RESULTS`, `USE_HARDWARE_RNG`, "
+        "`EVALUATOR_USE_MEMORY_CACHE`",
+        "nothing; leave it out",
     ),
     ("`EVAL_STEPS`, `EVALUATOR_NUM_EXAMPLES`", "`EVAL_EXAMPLES`, a number of examples"),
     ("gin order models, prompts, sizes, decoding, runs", "any order"),
@@ -46,7 +47,7 @@ SETTINGS: Sequence[tuple[str, str]] = (
     ("`PROMPT_REGEX`, `MultiOptimizer`", "`tuning.tune.method = 'prompt_tuning'`"),
     (
         "`LOSS_NORMALIZING_FACTOR = None`",
-        "the same loss, and accepted; `loss.Loss.per_token = True` divides by the target tokens",
+        "the same loss; `loss.Loss.per_token = True` divides by the target tokens",
     ),
     ("`PROMPT`", "`tuning.tune.init_prompt`, a file of `prompts/`"),
     (
@@ -89,6 +90,30 @@ SETTINGS: Sequence[tuple[str, str]] = (
         "`python -m ptjax.infer --model_dir=DIR --input=FILE --output=FILE`",
     ),
     ("`CHECKPOINT_PATH`", "`--backbone=PATH`, and the prompt is `--prompt=PATH`"),
+    ("`utils.DatasetConfig.batch_size`", "`BATCH_SIZE`"),
+    ("`utils.DatasetConfig.task_feature_lengths`", "`TASK_FEATURE_LENGTHS`"),
+    (
+        "`utils.DatasetConfig.mixture_or_task_name`",
+        "a task's gin file, `tasks/*.gin`",
+    ),
+    ("`utils.DatasetConfig.pack`", "`PACK`"),
+    ("`utils.DatasetConfig.seed`", "`RANDOM_SEED`"),
+    ("`utils.RestoreCheckpointConfig.path`", "`INITIAL_CHECKPOINT_PATH`"),
+    ("`utils.SaveCheckpointConfig.period`", "`EVAL_PERIOD`; it saves when it evaluates"),
+    ("`utils.SaveCheckpointConfig.keep`", "`loop.Pace.keep`"),
+    (
+        "`utils.create_learning_rate_scheduler.base_learning_rate`",
+        "`LEARNING_RATE`",
+    ),
+    (
+        "`utils.create_learning_rate_scheduler`",
+        "a schedule of optax: `optimizer.Adafactor.learning_rate = @optax.NAME()`",
+    ),
+    ("`trainer.Trainer.num_microbatches`", "`MICROBATCHES`"),
+    ("`train_script.train.total_steps`", "`TRAIN_STEPS`"),
+    ("`train_script.train.eval_period`", "`EVAL_PERIOD`"),
+    ("`train_script.train.eval_steps`", "`EVAL_EXAMPLES`, a number of examples"),
+    ("`train_script.train.random_seed`", "`RANDOM_SEED`"),
 )
 """(there, here), as the page shows them."""
 
@@ -127,6 +152,14 @@ _IMPORT = re.compile(
     r"(__main__|t5x|seqio|flaxformer|prompt_tuning|t5(?=[.\s])|mesh_tensorflow)\b",
     re.MULTILINE,
 )
+MODULES = (
+    "train_script", "eval_script", "infer_script", "interactive_script", "utils", "train_utils",
+    "trainer", "partitioning", "models", "network", "adafactor", "seqio", "mixtures", "checkpoints",
+    "optimizers", "prompts", "multi_optimizer", "t5_architecture",
+)  # fmt: skip
+"""What T5X's gin files call the modules that they import."""
+
+_BLOCK = re.compile(r"^([\w./]+):\s*\n((?:[ \t]+\S.*\n|[ \t]*\n)+)", re.MULTILINE)
 _SAME = ("the same", "the same names and meanings")
 _CODE = re.compile(r"`([^`]+)`")
 
@@ -138,24 +171,29 @@ def markdown(rows: Sequence[tuple[str, str]]) -> str:
 
 
 def _named(rows: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str]]:
-    """(name there, plain text of what is here); of an argument only its own name."""
+    """(name there, plain text of what is here); of an argument "Class.argument"."""
     for there, here in rows:
         plain = re.sub(r"\[[^]]*\]\(([^)]*)\)", r"docs/\1", here).replace("`", "")
         for code in _CODE.findall(there):
             name = code.split("=")[0].strip()
-            yield (name if "/" in name else name.rpartition(".")[2]), plain
+            yield (name if "/" in name else ".".join(name.split(".")[-2:])), plain
 
 
 def advice(name: str) -> str | None:
-    """What a setting or gin file that only T5X has is here; else None."""
+    """What a setting or gin file that only T5X has is here; None for what is none of T5X's."""
     for there, here in _named(SETTINGS):
         if here in _SAME or re.search(rf"\b{re.escape(there)}\b", here):
             continue  # ptjax has it too
         if name == there or name.endswith((f"/{there}", f".{there}")):
             return here
     if name.startswith(("t5x/", "prompt_tuning/", "flaxformer/")):
-        return "one of ptjax's own files, see docs/from_prompt_tuning.md"
+        return "its own files, see docs/from_prompt_tuning.md"
     return None
+
+
+def told(name: str, here: str) -> str:
+    """The message about a name of T5X's, from what `advice` or `flag_advice` gave."""
+    return f"{name} is T5X's; ptjax has instead: {here}"
 
 
 def task_file(name: str, files: Iterable[str]) -> str | None:
@@ -170,6 +208,11 @@ def flag_advice(flag: str) -> str | None:
     return dict(_named(FLAGS)).get(flag)
 
 
+def _flat_block(block: re.Match[str]) -> str:
+    """ "a.B:" and indented "c = 1" as "a.B.c = 1"."""
+    return re.sub(r"(?m)^[ \t]+(?=\w+ *=)", f"{block[1]}.", block[2])
+
+
 def check_gin_file(text: str, path: str) -> None:
     """Refuses a gin file of T5X's, with the names that ptjax has for what it binds.
 
@@ -181,14 +224,14 @@ def check_gin_file(text: str, path: str) -> None:
         return
     line = text.count("\n", 0, match.start(1)) + 1
     here: dict[str, list[str]] = {}
-    code = re.sub(r"#.*", "", text)
-    for name, told in _named(SETTINGS):
+    code = _BLOCK.sub(_flat_block, re.sub(r"#.*", "", text) + "\n")
+    for name, instead in _named(SETTINGS):
         if re.search(rf"(?<![\w%]){re.escape(name)}(?!\w)", code):
-            here.setdefault(told, []).append(name)
-    names = "; ".join(f"{', '.join(there)}: {told}" for told, there in here.items())
+            here.setdefault(instead, []).append(name)
+    names = "; ".join(f"{', '.join(there)}: {instead}" for instead, there in here.items())
     raise InputError(
         f"{path}:{line}: this is T5X's gin file (it imports {match[1]}), and ptjax has its own: "
         "--gin_file=tasks/NAME.gin --gin_file=runs/prompt_tune.gin"
-        + (f". What it binds is here: {names}" if names else "")
+        + (f". Instead of what it binds ptjax has: {names}" if names else "")
         + " (docs/from_prompt_tuning.md)"
     )

@@ -27,7 +27,7 @@ from ptjax.data.vocabulary import (
     text_ids,
     unigram_fingerprint,
 )
-from ptjax.errors import InputError
+from ptjax.errors import InputError, missing
 
 T5_SENTINELS = 100
 _MOST_SENTINELS = 10_000
@@ -70,7 +70,7 @@ class SentencePieceTokenizer:
         else:
             path = resolve_path(model)
             if not path.exists():
-                raise InputError(f"{path}: no such tokenizer file; correct the path")
+                raise missing("tokenizer", path)
             self.name, self._model = name or os.fspath(path), path.read_bytes()
         if type(extra_ids) is not int or not 0 <= extra_ids <= _MOST_SENTINELS:
             raise InputError(

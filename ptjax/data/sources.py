@@ -7,25 +7,23 @@ everything that is wrong with it can be reported where it is. Files may be compr
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import importlib.resources
-import io
 import json
 import lzma
 import os
 import re
-import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from absl import logging
 from etils import epath
 
 from ptjax import untrusted
-from ptjax.errors import InputError
+from ptjax.data import tables
+from ptjax.data.tables import Row
+from ptjax.errors import InputError, missing, setting
 
 FORMATS = ("jsonl", "csv", "tsv", "text")
 ON_BAD_RECORD = ("error", "skip")
@@ -38,11 +36,6 @@ _FORMAT_OF_SUFFIX = {
     ".txt": "text",
 }
 _COMPRESSED = (".gz", ".xz", ".bz2")
-
-# What a row is while it is being read: its fields, or the text that says what is wrong with it.
-_Row = dict[str, Any] | str
-
-_NEWLINE = re.compile("\r\n|\r|\n")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +58,7 @@ class BadRecords:
     """What becomes of records that cannot be used: 'error' stops at the first, 'skip' counts.
 
     `lines` counts the lines that they stood on.
-    Blank lines of JSON lines and plain text are no records; `blank` counts them.
+    Blank lines are no records; `blank` counts them.
     """
 
     policy: str = "error"
@@ -86,7 +79,8 @@ class BadRecords:
         """
         if self.policy == "error":
             raise InputError(
-                f"{where}: {problem} (on_bad_record='skip' leaves such records out and counts them)"
+                f"{where}: {problem}; to leave such records out and count them, set "
+                + setting("on_bad_record", "skip")
             )
         self.count += 1
         self.lines += lines
@@ -145,7 +139,7 @@ def find_files(pattern: str | os.PathLike[str]) -> list[epath.Path]:
     text = os.fspath(path)
     magic = re.search(r"[*?\[]", text)
     if magic is None:
-        raise InputError(f"{path}: no such file; correct the path (or DATA_DIR)")
+        raise missing("records", path)
     base, _, rest = (text[: magic.start()]).rpartition("/")
     glob = rest + text[magic.start() :]
     root = epath.Path(base or ("/" if text.startswith("/") else "."))
@@ -224,12 +218,12 @@ def parse_records(
     """
     records = []
     text, clean = _decode(data, encoding, name, bad)
-    if format in ("jsonl", "text"):
-        bad.blank += sum(not line.strip() for line in text.removesuffix("\n").split("\n"))
-    for line, row, lines in _rows(text, format, columns, quoting, name):
+    for line, row, lines in _rows(text, format, columns, quoting, name, bad):
         # JSON can hold lone surrogates as escapes even where every byte was text.
         if isinstance(row, dict) and (format == "jsonl" or not clean) and not _is_text(row):
-            row = f"characters that are not {encoding} text; correct it or set `encoding`"
+            row = (
+                f"characters that are not {encoding} text; correct it or set {setting('encoding')}"
+            )
         if isinstance(row, str):
             bad.report(f"{name}:{line}", row, lines)
         else:
@@ -259,7 +253,7 @@ def _format_of(name: str, format: str | None) -> str:
         suffix = os.path.splitext(stem)[1]
     if suffix not in _FORMAT_OF_SUFFIX:
         raise InputError(
-            f"{name}: its name does not tell the format; set `format` to one of "
+            f"{name}: its name does not tell the format; set {setting('format')} to one of "
             f"{', '.join(FORMATS)}"
         )
     return _FORMAT_OF_SUFFIX[suffix]
@@ -290,8 +284,10 @@ def _decode(data: bytes, encoding: str, name: str, bad: BadRecords) -> tuple[str
         raise InputError(f"encoding={encoding!r}: Python knows no such encoding") from error
     except UnicodeDecodeError as error:
         before = data[: error.start].decode(encoding, "replace")
-        line = len(_NEWLINE.findall(before)) + 1
-        problem = f"not {encoding} text ({error.reason}); set `encoding` to the file's own"
+        line = len(tables.NEWLINE.findall(before)) + 1
+        problem = (
+            f"not {encoding} text ({error.reason}); set {setting('encoding')} to the file's own"
+        )
         if bad.policy == "error":
             bad.report(f"{name}:{line}", problem)
         try:
@@ -312,35 +308,39 @@ def _is_text(row: dict[str, Any]) -> bool:
 
 
 def _rows(
-    text: str, kind: str, columns: Sequence[str] | None, quoting: bool | None, name: str
-) -> Iterator[tuple[int, _Row, int]]:
+    text: str,
+    kind: str,
+    columns: Sequence[str] | None,
+    quoting: bool | None,
+    name: str,
+    bad: BadRecords,
+) -> Iterator[tuple[int, Row, int]]:
     """(line, fields or what is wrong with them, number of lines) of each row."""
+    quoted = kind in ("csv", "tsv") and (kind == "csv" if quoting is None else quoting)
+    if not quoted:
+        lines = tables.NEWLINE.split(text)
+        bad.blank += sum(not line.strip() for line in lines) - (not lines[-1])
     if kind == "jsonl":
         return ((line, row, 1) for line, row in _json_rows(text))
     if kind == "text":
         names = tuple(columns or ("text",))
         if len(names) != 1:
             raise InputError(f"{name}: a plain line has one field, `columns` names {len(names)}")
-        return ((line, {names[0]: cells}, 1) for line, cells in _lines(text))
+        return ((line, {names[0]: cells}, 1) for line, cells in tables.lines(text))
     delimiter = "," if kind == "csv" else "\t"
-    if quoting if quoting is not None else kind == "csv":
-        cells = _quoted_cells(text, delimiter)
+    if quoted:
+        every = tables.quoted_cells(text, delimiter)
+        cells = [cell for cell in every if cell[1]]
+        bad.blank += len(every) - len(cells)
     else:
         if quoting is None:
-            _report_enclosed(text, delimiter, name)
-        cells = ((line, row.split(delimiter), 1) for line, row in _lines(text))
-    return _table(iter(cells), columns, name)
+            tables.report_enclosed(text, delimiter, name)
+        cells = ((line, row.split(delimiter), 1) for line, row in tables.lines(text))
+    return tables.rows(iter(cells), columns, name)
 
 
-def _lines(text: str) -> Iterator[tuple[int, str]]:
-    # Not str.splitlines: it also splits at U+2028, U+0085 and others, which are text here.
-    for number, line in enumerate(_NEWLINE.split(text), 1):
-        if line and not line.isspace():
-            yield number, line
-
-
-def _json_rows(text: str) -> Iterator[tuple[int, _Row]]:
-    for number, line in _lines(text):
+def _json_rows(text: str) -> Iterator[tuple[int, Row]]:
+    for number, line in tables.lines(text):
         try:
             # NaN is no JSON, but what Python writes for a value that is missing.
             row = untrusted.parse_json(line, constant=lambda _: None)
@@ -355,92 +355,3 @@ def _json_rows(text: str) -> Iterator[tuple[int, _Row]]:
         else:
             kind = "an array" if isinstance(row, list) else "a bare value"
             yield number, f"{kind}, not a JSON object; write one JSON object a line"
-
-
-def _report_enclosed(text: str, delimiter: str, name: str) -> None:
-    """Says that a file's double quotes look as if they enclosed fields.
-
-    pandas and Excel enclose a field that holds a quote, and double that; quotes that are ordinary
-    characters, as MRPC's, are soon found elsewhere.
-    """
-    if '"' not in text:
-        return
-    enclosed = 0
-    for _, line in _lines(text):
-        for cell in line.split(delimiter) if '"' in line else ():
-            inside = cell[1:-1]
-            if len(cell) > 1 and cell[0] == cell[-1] == '"' and '"' not in inside.replace('""', ""):
-                enclosed += 1
-            elif '"' in cell:
-                return
-    logging.warning(
-        "%s: double quotes only enclose fields, %d of them, as in CSV; they are kept as text. Set "
-        "quoting=True to remove them, or False if they are text",
-        name,
-        enclosed,
-    )
-
-
-def _quoted_cells(text: str, delimiter: str) -> list[tuple[int, list[str] | str, int]]:
-    """Rows by the csv module, each with its first line and their number (quotes may span lines).
-
-    After a bad quote, which may have taken in any number of lines, it goes on at the next line.
-    """
-    rows: list[tuple[int, list[str] | str, int]] = []
-    lines = list(io.StringIO(text, newline=""))
-    start = 0
-    limit = csv.field_size_limit(sys.maxsize)  # the default refuses texts over 128 KiB
-    try:
-        while start < len(lines):
-            # strict: a stray quote is an error here; otherwise it silently swallows rows.
-            remaining = (lines[i] for i in range(start, len(lines)))
-            reader, before = csv.reader(remaining, delimiter=delimiter, strict=True), 0
-            try:
-                for row in reader:
-                    if row:
-                        rows.append((start + before + 1, row, reader.line_num - before))
-                    before = reader.line_num
-                return rows
-            except csv.Error as error:
-                problem = f"bad quoting ({error}); where quotes are plain text, set quoting=False"
-                rows.append((start + before + 1, problem, 1))
-                start += before + 1
-        return rows
-    finally:
-        csv.field_size_limit(limit)
-
-
-def _table(
-    rows: Iterator[tuple[int, list[str] | str, int]], columns: Sequence[str] | None, name: str
-) -> Iterator[tuple[int, _Row, int]]:
-    nameless = 0
-    if columns is None:
-        line, header, _ = next(rows, (1, None, 1))
-        if header is None:
-            return
-        if isinstance(header, str):
-            raise InputError(f"{name}:{line}: {header}")
-        columns = [cell.strip() for cell in header]
-        # pandas' index: a column without a name in front of those that have one.
-        if len(columns) > 1 and not columns[0] and all(columns[1:]):
-            logging.warning("%s:%d: the first column has no name and is left out", name, line)
-            nameless, columns = 1, columns[1:]
-        where = f"{name}:{line}: the header line"
-    else:
-        where = f"{name}: `columns`"
-    if not all(columns) or len(set(columns)) < len(columns):
-        raise InputError(
-            f"{where} has an empty or a repeated name ({', '.join(columns)}); "
-            "for a file without a header line set `columns`"
-        )
-    for line, row, lines in rows:
-        if isinstance(row, list) and len(row) != nameless + len(columns):
-            problem = (
-                f"{len(row)} columns instead of {nameless + len(columns)} ({', '.join(columns)}); "
-                "correct the line, `columns` or `quoting`"
-            )
-            yield line, problem, lines
-        elif isinstance(row, str):
-            yield line, row, lines
-        else:
-            yield line, dict(zip(columns, row[nameless:], strict=True)), lines

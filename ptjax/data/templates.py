@@ -89,9 +89,9 @@ def _inside(value: Any, name: str, field: str, record: Mapping[str, Any]) -> Any
 
 def _check_present(value: Any, field: str) -> None:
     if value is None:
-        raise RecordError(f"the field '{field}' is null")
+        raise RecordError(f"the field '{field}' is null (or NaN)")
     if isinstance(value, float) and not math.isfinite(value):
-        raise RecordError(f"the field '{field}' is {value}, which is no text")
+        raise RecordError(f"the field '{field}' is {value}, not a text or number")
 
 
 def as_text(value: Any, field: str) -> str:

@@ -21,7 +21,7 @@ from ptjax.data.sentencepiece_tokenizer import (
 from ptjax.data.sources import resolve_path
 from ptjax.data.transformers_tokenizer import TransformersTokenizer
 from ptjax.data.vocabulary import Tokenizer, check_vocabulary
-from ptjax.errors import InputError
+from ptjax.errors import InputError, missing
 
 __all__ = [
     "ByteTokenizer",
@@ -69,9 +69,11 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Tokenizer:
     if folder.exists():
         raise InputError(f"{folder}: a tokenizer file has to be a SentencePiece *.model")
     if text.startswith((".", "/", "~", "package:")) or "://" in text:
-        raise InputError(f"{folder}: no such file or folder; correct the tokenizer's path")
+        raise missing("tokenizer", folder)
     # config.json too: it tells transformers the model's kind where the tokenizer's files do not.
-    tokenizer = find_tokenizer(hub.download(text, [*hub.TOKENIZER_FILES, "config.json"]))
+    tokenizer = find_tokenizer(
+        hub.download(text, [*hub.TOKENIZER_FILES, "config.json"], ours=["byt5"])
+    )
     if tokenizer is None:
         raise InputError(f"{text}: no tokenizer in this hub repository; name another")
     tokenizer.name = text

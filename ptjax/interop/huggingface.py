@@ -346,11 +346,13 @@ def is_downloaded(repo_id: str, revision: str | None = None) -> bool:
     return isinstance(file, str)
 
 
-def download(repo_id: str, revision: str | None = None) -> tuple[epath.Path, str]:
+def download(
+    repo_id: str, revision: str | None = None, ours: Sequence[str] = ()
+) -> tuple[epath.Path, str]:
     """(local directory, commit) of a model on the Hugging Face hub, from its cache if offline.
 
     Weights come as safetensors; `pytorch_model.bin` only where there are none. Variants
-    (`model.fp16.safetensors`) are left where they are.
+    (`model.fp16.safetensors`) are left where they are. `ours` as for `hub.download`.
 
     Raises:
         InputError: there is no such model, it is private, or the hub cannot be reached.
@@ -358,7 +360,7 @@ def download(repo_id: str, revision: str | None = None) -> tuple[epath.Path, str
 
     def fetch(weights: str, suffix: str) -> epath.Path:
         names = (f"{weights}.{suffix}", f"{weights}-*.{suffix}", f"{weights}.{suffix}.index.json")
-        return epath.Path(hub.download(repo_id, [*_DOWNLOADS, *names], revision))
+        return epath.Path(hub.download(repo_id, [*_DOWNLOADS, *names], revision, ours))
 
     directory = fetch("model", "safetensors")
     if not any((directory / name).exists() for name in (_WEIGHTS, f"{_WEIGHTS}.index.json")):

@@ -18,7 +18,7 @@ from absl import logging
 from etils import epath
 
 from ptjax import untrusted
-from ptjax.errors import InputError
+from ptjax.errors import InputError, missing
 from ptjax.interop import peft, prompt_header, safetensors_file, t5x
 from ptjax.interop.stored import StoredArray
 from ptjax.models.t5 import PromptStates
@@ -96,7 +96,7 @@ def load_prompt(path: str | os.PathLike[str]) -> PromptFile:
     """
     path = epath.Path(path).expanduser()
     if not path.exists():
-        raise InputError(f"{path}: no prompt here, the path does not exist")
+        raise missing("prompt", path)
     if path.name in peft.FILES:
         path = path.parent
     if path.is_dir() or path.name == "checkpoint":
@@ -128,9 +128,10 @@ def load_prompts(directory: str | os.PathLike[str]) -> dict[str, PromptFile]:
             refuses; it names the path.
     """
     directory = epath.Path(directory).expanduser()
+    if not directory.exists():
+        raise missing("prompts", directory)
     if not directory.is_dir():
-        problem = "a file, not a directory" if directory.exists() else "no such directory"
-        raise InputError(f"{directory}: {problem}; many prompts are given as the one they are in")
+        raise InputError(f"{directory}: a file; name the directory that the prompts are in")
     if peft.is_peft(directory):
         raise InputError(f"{directory}: a PEFT directory holds one prompt; name the one above it")
     found: dict[str, epath.Path] = {}

@@ -258,8 +258,9 @@ def _parts(name: str) -> tuple[int, str, int]:
         return 1, match[1], int(match[2])
     hint = near(name.lower(), EXAMPLES, listed=False)
     raise InputError(
-        f"--slice={name}: no slice of that name{hint or ';'} Names are such as "
-        f"{', '.join(EXAMPLES)}"
+        f"--slice={name}: no slice of that name"
+        + (f"{hint} Names" if hint else "; names")
+        + f" are such as {', '.join(EXAMPLES)}"
     )
 
 
