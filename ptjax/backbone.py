@@ -32,7 +32,7 @@ from ptjax.models.t5 import parameter_shapes
 from ptjax.scale import processes, sharding
 from ptjax.scale.meshes import choose_mesh
 from ptjax.scale.quantize import is_quantized, quantize_sharded
-from ptjax.training.freeze import flatten_paths, sizes, unflatten_paths
+from ptjax.training.freeze import flatten_paths, unflatten_paths
 
 _CHOSEN_FIELDS = {"dtype", "scan_layers", "remat"}
 """Of `T5Config`: how the network is run, which no file could tell."""
@@ -432,20 +432,3 @@ def save_backbone(
     if tokenizer is not None:
         tokenizer.save(target)
     huggingface.save_huggingface(target, flat, config, dtype=dtype, max_shard_bytes=max_shard_bytes)
-
-
-def describe(backbone: Backbone) -> dict[str, Any]:
-    """Sizes, parameter count and bytes, fingerprints: what `inspect` prints."""
-    count, size = sizes(backbone.variables)
-    return {
-        "name": backbone.name,
-        "config": dataclasses.asdict(backbone.config),
-        "quantize": backbone.quantize,
-        "assumed": list(backbone.assumed),
-        "parameters": count,
-        "bytes": size,
-        "fingerprint": backbone.fingerprint,
-        "fingerprint_v1": backbone.fingerprint_v1,
-        "tokenizer": backbone.tokenizer.name if backbone.tokenizer else None,
-        "tokenizer_fingerprint": backbone.tokenizer.fingerprint if backbone.tokenizer else None,
-    }

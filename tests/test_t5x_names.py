@@ -100,9 +100,8 @@ def test_case_4_5_our_own_files_are_none_of_t5x():
 
 def test_case_4_5_names_of_t5x_files_are_known(fails):
     said = fails("--gin_file=prompt_tuning/configs/runs/prompt_finetune.gin")
-    assert (
-        "it is T5X's; ptjax has instead: python -m ptjax.train --gin_file=runs/prompt_tune" in said
-    )
+    ours = "python -m ptjax.train, with --gin_file=runs/prompt_tune.gin"
+    assert f"it is T5X's; ptjax has instead: {ours}" in said
     assert "docs/from_prompt_tuning.md" in fails("--gin_file=t5x/examples/t5/t5_1_1/xl.gin")
 
 
