@@ -464,7 +464,7 @@ def test_export_takes_the_prompt_as_a_flag(call, fails, place):
 def test_export_tells_peft_a_model_of_the_hub_and_its_commit(call, place, monkeypatch):
     commit = "0a" * 20
     found = (epath.Path(place / "backbone"), commit)
-    monkeypatch.setattr(huggingface, "download", lambda repo_id, revision: found)
+    monkeypatch.setattr(huggingface, "download", lambda repo_id, revision, ours: found)
     flags = ("--backbone=google/t5", "--to=huggingface", "--output=p")
     code, _, err = call("export", place / "bare.npy", *flags)
     assert code == 0, err
