@@ -82,15 +82,14 @@ def measure(row: dict[str, Any]) -> dict[str, Any]:
     trainable = random_arrays(placed.state.trainable, seed=1)
     state = TrainState(count, trainable, opt_state, sharding.replicate_key(jax.random.key(0), mesh))
     rng = np.random.default_rng(0)
-    batch = sharding.put_batch(
-        {
-            name: np.ones(shape, dtype)
-            if "weights" in name
-            else rng.integers(2, workload.config.vocab_size, shape).astype(dtype)
-            for name, (shape, dtype) in placed.shape.arrays().items()
-        },
-        mesh,
-    )
+    arrays = {
+        name: np.ones(shape, dtype)
+        if "weights" in name
+        else rng.integers(2, workload.config.vocab_size, shape).astype(dtype)
+        for name, (shape, dtype) in placed.shape.arrays().items()
+    }
+    arrays["encoder_lengths"][:] = placed.shape.inputs
+    batch = sharding.put_batch(arrays, mesh)
     seconds = []
     for turn in range(row["turns"] + 1):
         started = time.perf_counter()

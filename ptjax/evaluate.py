@@ -73,7 +73,6 @@ def evaluate(arguments: Any) -> None:
     )
     split = arguments.split or evaluator.reported_split
     examples = evaluator.examples(split)
-    evaluator.check_lengths(split)
     if arguments.output:
         check_output(arguments, examples, many=many)
     scores, said = (of_many if many else of_one)(evaluator, prompt, split)

@@ -246,10 +246,6 @@ class Evaluator:
         check_scores(likelihoods, self.backbone, f"task {self.task.name}: the score of a label")
         return [labels[i] for i in chosen], likelihoods
 
-    def check_lengths(self, split: str) -> None:
-        """InputError where nearly all of `split` would be cut, see `check_cut`."""
-        check_cut(self._source(split), self.lengths, f"{self.task.name}, split {split}")
-
     def majority(self, train: Sequence[Example], split: str) -> float:
         """The metric of always saying what stands most often in the training targets."""
         most, _ = collections.Counter(example.targets for example in train).most_common(1)[0]
@@ -295,7 +291,7 @@ reviews may well be meant to be cut: 98% of IMDb's are longer than 64 tokens."""
 
 
 def check_cut(source: TokenizedExamples, lengths: Mapping[str, int], what: str) -> None:
-    """Refuses lengths that cut nearly everything.
+    """Refuses to train with lengths that cut nearly everything; of other splits that is a warning.
 
     Raises:
         InputError: more than `MOST_CUT` of the inputs or targets do not fit; it names the setting.
