@@ -58,21 +58,21 @@ class Exports:
                 path = self.path(step)
                 path.rmtree() if path.is_dir() else path.unlink()
 
+    def problem(self, name: int | str) -> str | None:
+        """What is wrong with an export, which may be missing; None if nothing is."""
+        try:
+            self.read(self.path(name))
+        except InputError as error:
+            return str(error)
+        return None
+
     def recover(self, step: int) -> str | None:
         """Takes the export of `step` from the best one, if it is damaged; what is wrong if not."""
-        path, best = self.path(step), self.path(BEST)
-        try:
-            self.read(path)
-            return None
-        except InputError as error:
-            problem = str(error)
-        try:
-            if self.read(best).get("step") != step:
-                return problem
-        except InputError:
+        problem, best = self.problem(step), self.path(BEST)
+        if problem is None or self.problem(BEST) or self.read(best).get("step") != step:
             return problem
         logging.warning("%s; made again from %s", problem, best)
-        atomic.write_bytes(path, best.read_bytes())
+        atomic.write_bytes(self.path(step), best.read_bytes())
         return None
 
     def remove_leftovers(self) -> None:

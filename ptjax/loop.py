@@ -247,11 +247,15 @@ class Run:
         others = [place for place in range(held) if place not in kept]
         return sorted(kept + others[: size - len(kept)])
 
-    def _resume(self, state: TrainState) -> tuple[TrainState, Iterator[Batch]]:
+    def remove_leftovers(self) -> None:
+        """Removes what a kill left half-written; only with the lock."""
         if processes.first():
             atomic.remove_leftovers(self.model_dir)
             for member in self.members:
                 member.exports.remove_leftovers()
+
+    def _resume(self, state: TrainState) -> tuple[TrainState, Iterator[Batch]]:
+        self.remove_leftovers()
 
         def like(loaded: dict[str, Any]) -> TrainState:
             held = Progress.from_json(loaded).held

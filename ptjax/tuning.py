@@ -22,6 +22,7 @@ from ptjax.data.pipeline import Bucket
 from ptjax.data.tasks import Task
 from ptjax.errors import InputError, check_at_least
 from ptjax.evaluation import Evaluation, HardPrompt
+from ptjax.exports import BEST
 from ptjax.identity import check_same, make_identity
 from ptjax.loop import Pace, Run, report_memory
 from ptjax.models.prompt import Initializer, Prompt
@@ -169,9 +170,11 @@ def tune(
                 lock=held,
                 check_weights=lambda: check_weights(backbone.variables["params"], backbone.name),
             )
-            if not dry_run and (results := _finished(run)) is not None:
-                run.checkpoints.close()
-                return results
+            if not dry_run:
+                run.remove_leftovers()
+                if (results := _finished(run)) is not None:
+                    run.checkpoints.close()
+                    return results
             run.fit(state, frozen, step, backbone.mesh, dry_run=dry_run)
             if dry_run:
                 return {}
@@ -263,12 +266,20 @@ def _identify(given: Mapping[str, Any], subjects: Sequence[Subject]) -> dict[str
 
 
 def _finished(run: Run) -> dict[str, Any] | None:
-    """The results of a run that is over already; nothing is computed or written anew."""
+    """The results of a run that is over already; nothing is computed or written anew.
+
+    None too where a best export is damaged, which resuming makes again.
+    """
     progress = run.checkpoints.newest_progress()
     results = _read_results(run.model_dir)
     if progress is None or results is None:
         return None
-    stopped = all(standing["stopped"] for standing in progress["standings"])
+    standings = progress["standings"]
+    for member, standing in zip(run.members, standings, strict=True):
+        best = standing["best_step"]
+        if best is not None and any(map(member.exports.problem, (best, BEST))):
+            return None
+    stopped = all(standing["stopped"] for standing in standings)
     if progress["step"] < run.pace.train_steps and not stopped:
         return None
     if results.get("trained_steps") != progress["step"]:  # of a shorter run before this one
