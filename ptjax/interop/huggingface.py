@@ -109,8 +109,12 @@ def _decide_logits(
     embedding, head = arrays.get(EMBEDDING), arrays.pop(LOGITS, None)
     if embedding is None:
         return
-    turned = None if head is None else _transpose(head)
-    kind = "none" if turned is None else "equal" if _equal(embedding, turned) else "own"
+    # Untied and unscaled, a head that equals the embedding is read as any other: it need not be
+    # compared, which would read rows that are other processes'.
+    untied = config.get("tie_word_embeddings") is False and not config.get("scale_decoder_outputs")
+    kind = "none"
+    if head is not None:
+        kind = "own" if untied or not _equal(embedding, _transpose(head)) else "equal"
     logits = read_logits(config, kind, directory / "config.json")
     if not logits.own and not logits.scaled:
         arrays[LOGITS] = _transpose(embedding)
