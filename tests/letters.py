@@ -11,6 +11,7 @@ import numpy as np
 
 from ptjax.answering import tokenize_inputs
 from ptjax.data.preprocess import TokenizedExamples
+from ptjax.data.vocabulary import NO_ID
 from ptjax.fingerprint import Fingerprints
 from ptjax.models.prompted import make_apply_fn
 from ptjax.scale.sharding import make_mesh
@@ -19,7 +20,7 @@ from ptjax.scale.sharding import make_mesh
 class LetterTokenizer:
     """'a' is 2, 'b' is 3, ...; every id of the tiny model's 64 is a text of its own."""
 
-    name, vocab_size, pad_id, eos_id = "letters", 64, 0, 1
+    name, vocab_size, pad_id, eos_id, unk_id = "letters", 64, 0, 1, NO_ID
     fingerprint, former_fingerprints, prefix = "sha256:letters", (), ()
 
     def encode_batch(self, texts):
