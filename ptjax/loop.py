@@ -290,13 +290,12 @@ class Run:
                 member.exports.prune(set(), newer_than=step)
                 if standing.best_step is not None:
                     problem = member.exports.recover(standing.best_step)
-            if not processes.of_first(int(problem is not None)):
-                pass
-            elif standing.best_step == step and number in places:
+            damaged = processes.of_first(int(problem is not None))
+            if damaged and standing.best_step == step and number in places:
                 # Of this very state: what was exported then, byte for byte.
                 logging.warning("%s; made again from the checkpoint of step %d", problem, step)
                 self._export(number, self._trainable(state, places[number]), standing.best_value)
-            else:
+            elif damaged:
                 raise InputError(
                     f"{problem or f'MODEL_DIR = {self.model_dir}: the best export is damaged'}, "
                     f"and the checkpoint of step {step} cannot make it again; put it back from a "
