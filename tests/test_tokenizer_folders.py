@@ -342,6 +342,14 @@ def test_case_1_2_a_config_without_its_vocabulary(tmp_path, kind):
         load_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["PegasusTokenizer", "LlamaTokenizer", "XLMRobertaTokenizer"])
+def test_case_1_2_a_config_of_another_class_without_any_vocabulary(tmp_path, kind):
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
+    message = r": the tokenizer's vocabulary is missing: n(one|either) .*tokenizer.json"
+    with pytest.raises(InputError, match=message):
+        load_tokenizer(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("kind", "lost", "message"),
     [

@@ -24,6 +24,9 @@ from ptjax.data.vocabulary import (
 )
 from ptjax.errors import InputError
 
+_VOCABULARIES = ("tokenizer.json", "spiece.model", "vocab.json", "vocab.txt")
+"""What the vocabulary of most tokenizers is in."""
+
 
 class TransformersTokenizer:
     """Whatever fast tokenizer `transformers.AutoTokenizer` loads from a folder; it runs no code.
@@ -127,6 +130,11 @@ def _load(directory: str | os.PathLike[str], name: str) -> Any:
             raise InputError(
                 f"{name}: this tokenizer brings code of its own (auto_map), which ptjax does not "
                 "run; save it as a tokenizer.json with a class of transformers"
+            ) from error
+        if not any((folder / file).exists() for file in _VOCABULARIES):
+            raise InputError(
+                f"{name}: the tokenizer's vocabulary is missing: none of "
+                f"{', '.join(_VOCABULARIES)}; copy the tokenizer again"
             ) from error
         reason = " ".join(str(error).split())[:300]
         raise InputError(
