@@ -59,7 +59,11 @@ class TransformersTokenizer:
         content = json.loads(self._tokenizer.backend_tokenizer.to_str())
         content |= {"truncation": None, "padding": None}
         _check_added_tokens(self._tokenizer.backend_tokenizer, content, self.name)
-        self._texts = _without_control_tokens(content, self._control, self.name)
+        model = dict(content["model"])
+        if model.get("type") == "Unigram" and self.unk_id != NO_ID:
+            # transformers 5 writes 2 here whatever the model says, in MADLAD-400 the end of a text.
+            model["unk_id"] = self.unk_id
+        self._texts = _without_control_tokens(content | {"model": model}, self._control, self.name)
         self.prefix = self._own_prefix()
         former = sha256(json.dumps(content, sort_keys=True).encode())
         special_ids = self.pad_id, self.eos_id, self.unk_id
