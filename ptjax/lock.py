@@ -84,8 +84,8 @@ class Holder:
             os.kill(self.pid, 0)
         except ProcessLookupError:
             return False
-        except PermissionError:  # it is another user's
-            pass
+        except PermissionError:
+            return True  # it is another user's
         return True
 
     def __str__(self) -> str:
