@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# Runs ptjax on a GPU for the first time, in parts of at most four minutes, without a network.
+#
+#   benchmarks/on_gpu/run.sh [--rehearse] [--data=DIR] [--output=DIR] [--limit=SECONDS] [PART...]
+#
+# PART: pretrain, parity, step, peft, generate; none named: those without a complete result, in this
+# order. DIR of --data is what `python benchmarks/on_gpu/prepare.py` made. Every part leaves
+# gpu_PART.json in --output whatever happens; the same command again keeps its rows and goes on.
+# --rehearse: toy sizes on the CPU. Ends with 0 if every part is complete.
+set -uo pipefail
+
+here=$(cd "$(dirname "$0")" && pwd)
+root=$(cd "$here/../.." && pwd)
+python=${PYTHON:-python3}
+data=$here/data output=$root/benchmarks/results limit=240 rehearse=() parts=()
+for word in "$@"; do
+    case $word in
+        --rehearse) rehearse=(--rehearse) ;;
+        --data=*) data=${word#*=} ;;
+        --output=*) output=${word#*=} ;;
+        --limit=*) limit=${word#*=} ;;
+        -h | --help) sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "$0"; exit 0 ;;
+        pretrain | parity | step | peft | generate) parts+=("$word") ;;
+        *) echo "run.sh: $word is neither a flag nor a part; see --help" >&2; exit 2 ;;
+    esac
+done
+if [ ${#rehearse[@]} -gt 0 ]; then
+    export JAX_PLATFORMS=cpu
+    kind=rehearsal
+else
+    kind=gpu
+fi
+if [ ${#parts[@]} -eq 0 ]; then
+    for part in pretrain parity step peft generate; do
+        grep -qs '"status": "complete"' "$output/${kind}_$part.json" || parts+=("$part")
+    done
+fi
+export PYTHONPATH=$root:$root/benchmarks:$here${PYTHONPATH:+:$PYTHONPATH}
+# What is compiled once on this machine is not compiled again by the next part.
+export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-${TMPDIR:-/tmp}/ptjax_on_gpu_cache}
+
+for part in "${parts[@]}"; do
+    echo "== $part" >&2
+    # The part stops by itself before the limit; this is for one that hangs.
+    timeout --signal=INT --kill-after=10 "$limit" "$python" "$here/$part.py" \
+        --data="$data" --output="$output" --limit="$((limit - 20))" "${rehearse[@]}" \
+        || echo "== $part ended with $?" >&2
+done
+"$python" "$here/table.py" "$output" "${parts[@]}"
