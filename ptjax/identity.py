@@ -49,6 +49,7 @@ FREE: Mapping[str, str] = {
     "Text.data_dir": _CONTENT,
     "Text.files": _CONTENT,
     "Text.take_every": "the documents that it keeps count",
+    "TokenFile.path": _CONTENT,
     "Backbone.variables": "their fingerprint counts",
     "Backbone.apply_fn": "the config counts",
     "Backbone.name": _CONTENT,

@@ -174,15 +174,16 @@ def test_required_bindings_are_missed_before_anything_is_loaded(fails):
 def test_required_bindings_count_within_their_scope(fails):
     lines = """
     from ptjax import pretraining
+    from ptjax.data import mixture
     from ptjax.models import t5
     include 'models/ptjax_nano.gin'
     pretraining.pretrain.model_dir = 'm'
     pretraining.pretrain.model = @t5.T5Config()
     pretraining.pretrain.tokenizer = 'ptjax-nano'
-    pretraining.pretrain.parts = [@a/pretraining.TaskPart()]
-    a/pretraining.TaskPart.task = @tasks.Task()
-    a/pretraining.TaskPart.rate = 1.0
-    a/pretraining.TaskPart.phrasings = []
+    pretraining.pretrain.parts = [@a/mixture.TaskPart()]
+    a/mixture.TaskPart.task = @tasks.Task()
+    a/mixture.TaskPart.rate = 1.0
+    a/mixture.TaskPart.phrasings = []
     a/tasks.Task.name = 'a'
     b/tasks.Task.inputs = '{x}'
     """

@@ -149,7 +149,7 @@ def test_case_4_3_an_unscoped_basis_is_no_task(row, place):
 
 
 def test_case_4_3_tasks_of_a_pretraining_are_not_how_inputs_look(row, place):
-    lines = "from ptjax import pretraining\npretraining.TaskPart.task = @mood/tasks.Task()\n"
+    lines = "from ptjax.data import mixture\nmixture.TaskPart.task = @mood/tasks.Task()\n"
     Path("pre.gin").write_text(HEADER + lines + MOOD.format(scope="mood/", name="mood"))
     assert row("--gin_file=pre.gin", "--prompt=x.npy", place, "x")[0]["inputs"] == "x"
 

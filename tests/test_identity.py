@@ -20,10 +20,12 @@ import optax
 import pytest
 from conftest import tune
 
-from ptjax import pretraining, tuning
+from ptjax import tuning
 from ptjax.backbone import Backbone
 from ptjax.bank import Variant
 from ptjax.checkpoint import SUMS
+from ptjax.data import mixture
+from ptjax.data.mixture import PrefixLMPart, SpanCorruptionPart, TaskPart, Text, TokenFile
 from ptjax.data.sources import read_records
 from ptjax.data.tasks import Task
 from ptjax.data.tokenizer import load_tokenizer
@@ -43,7 +45,7 @@ from ptjax.models.prompt import (
     SampledVocabulary,
     Uniform,
 )
-from ptjax.pretraining import PrefixLMPart, SpanCorruptionPart, TaskPart, Text, pretrain
+from ptjax.pretraining import pretrain
 from ptjax.scale.sharding import make_mesh
 from ptjax.training.loss import Loss
 from ptjax.training.optimizer import Adafactor
@@ -220,6 +222,7 @@ MAY_CHANGE: dict[str, Any] = {
     "Text.files": {"moved.txt": "text"},
     "Text.data_dir": "/moved",
     "Text.take_every": {"moved.txt": 2},
+    "TokenFile.path": "moved.npy",
 }
 UNCHANGED: Any = object()
 FUNCTIONS = {"tune": tuning.tune, "pretrain": pretrain}
@@ -246,7 +249,7 @@ def implementations(protocol: Any) -> list[type]:
     signature = inspect.signature(getattr(protocol, method)) if method else None
     return [
         kind
-        for module in (prompts, prompt_file, pretraining)
+        for module in (prompts, prompt_file, mixture)
         for kind in vars(module).values()
         if method and dataclasses.is_dataclass(kind) and method in vars(kind)
         and list(inspect.signature(vars(kind)[method]).parameters) == list(signature.parameters)
@@ -298,6 +301,7 @@ def start(backbone: Backbone, saved_prompt: Path) -> Callable[[str, Any], dict[s
         "FromFile": (FromFile(str(saved_prompt)), lambda x: {"init_prompt": x}),
         "FromText": (FromText("a text"), lambda x: {"init_prompt": x}),
         "Text": (Text({"a.txt": "text"}), lambda x: {"text": x}),
+        "TokenFile": (TokenFile("a.npy"), lambda x: {"text": x}),
         "TaskPart": (part(WORDS, [("{text}", None)]), lambda x: {"parts": [x]}),
         "PrefixLMPart": (PrefixLMPart(1.0), lambda x: {"parts": [x]}),
         "SpanCorruptionPart": (SpanCorruptionPart(1.0), lambda x: {"parts": [x]}),

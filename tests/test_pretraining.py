@@ -12,13 +12,14 @@ import pytest
 from t5_ids import T5_IDS
 
 from ptjax.backbone import Backbone, load_backbone, save_backbone
+from ptjax.data.mixture import PrefixLMPart, SpanCorruptionPart, TaskPart, Text, TokenFile
 from ptjax.data.tasks import Task
 from ptjax.data.tokenizer import load_tokenizer
 from ptjax.errors import InputError
 from ptjax.loop import Pace
 from ptjax.models.config import T5Config
 from ptjax.models.t5 import init_params
-from ptjax.pretraining import PrefixLMPart, SpanCorruptionPart, TaskPart, Text, pretrain
+from ptjax.pretraining import pretrain
 from ptjax.training.optimizer import Adafactor
 
 CONFIG = T5Config(8192, 16, 2, 1, 1, 8, 32, dropout_rate=0.0, logits_via_embedding=True)
@@ -80,6 +81,28 @@ def test_from_scratch_stopped_and_gone_on(corpus, tmp_path, stopped_by_sigterm):
     assert stopped_by_sigterm(8, lambda: pretrain(tmp_path / "stopped", **scratch)) == 143
     pretrain(tmp_path / "stopped", **scratch)
     assert made(tmp_path / "stopped") == (weights, rows)
+
+
+def test_text_that_was_tokenised_before(corpus, tmp_path):
+    tokenizer = load_tokenizer("package:nano")
+    text = Text({"text.jsonl": "text"}, data_dir=str(corpus))
+    ids = text.tokenize(tokenizer, 3)
+    np.save(tmp_path / "ids.npy", ids)
+    np.testing.assert_array_equal(TokenFile(f"{tmp_path}/ids.npy").tokenize(tokenizer, 3), ids)
+    wrong = {
+        "float.npy": (ids.astype(np.float32), r"float32 \[\d+\], but token ids are one vector"),
+        "rows.npy": (ids[None], r"uint16 \[1, \d+\], but token ids are one vector"),
+        "large.npy": (ids + np.uint16(8192), r"but the vocabulary has 8192; tokenise the text"),
+        "object.npy": (np.array([{}]), "cannot be read as an .npy array"),
+    }
+    for name, (array, said) in wrong.items():
+        np.save(tmp_path / name, array)
+        with pytest.raises(InputError, match=rf"{name}: .*{said}"):
+            TokenFile(f"{tmp_path}/{name}").tokenize(tokenizer, 3)
+    for name, content in {"text.npy": b"hello", "none.npy": b""}.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(InputError, match=f"{name}: cannot be read as an .npy array"):
+            TokenFile(f"{tmp_path}/{name}").tokenize(tokenizer, 3)
 
 
 def test_from_a_backbone(corpus, start, tmp_path):
@@ -153,8 +176,8 @@ def test_the_gin_files_that_go_on_from_a_checkpoint(
         f"--gin.CORPUS_DIR='{corpus}'",
         "--gin.CORPUS_FILES={'text.jsonl': 'text'}",
         "--gin.BATCH_SIZE=8",
-        "--gin.pretraining.PrefixLMPart.input_length=16",
-        "--gin.pretraining.PrefixLMPart.target_length=8",
+        "--gin.mixture.PrefixLMPart.input_length=16",
+        "--gin.mixture.PrefixLMPart.target_length=8",
         "--gin.TRAIN_STEPS=2",
     )
     assert code == 0 and "step 2/2" in err, err

@@ -241,7 +241,7 @@ def task(metadata: Mapping[str, Any], *, needed: bool = True) -> Any:
     """
     if (of_run := settings(TUNE, "task").get("task")) is not None:
         return of_run
-    found = declared(TASK, "tasks.Task", unless_of="ptjax.pretraining.")
+    found = declared(TASK, "tasks.Task", unless_of="ptjax.data.mixture.")
     described = metadata.get("task")
     name = described.get("name") if isinstance(described, Mapping) else described
     if own := [task for task in found.values() if task.name == name]:

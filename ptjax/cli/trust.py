@@ -29,6 +29,7 @@ MADE: Mapping[str, tuple[str, ...]] = {
         "wsc",
         "wsc_referents",
     ),
+    "ptjax.data.mixture": ("PrefixLMPart", "SpanCorruptionPart", "TaskPart", "Text", "TokenFile"),
     "ptjax.data.tasks": ("Task",),
     "ptjax.data.tokenizer": ("load_tokenizer",),
     "ptjax.evaluation": ("Evaluation", "HardPrompt"),
@@ -44,7 +45,6 @@ MADE: Mapping[str, tuple[str, ...]] = {
         "Uniform",
     ),
     "ptjax.models.t5": ("T5Config",),
-    "ptjax.pretraining": ("PrefixLMPart", "SpanCorruptionPart", "TaskPart", "Text"),
     "ptjax.training.loss": ("Loss",),
     "ptjax.training.optimizer": ("Adafactor",),
     # Learning rates that change; pure functions of numbers.

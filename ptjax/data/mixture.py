@@ -1,0 +1,235 @@
+"""What a backbone is pre-trained on: running text and supervised tasks, mixed at fixed rates."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+from absl import logging
+from etils import epath
+
+from ptjax.data.batch import SpecialIds
+from ptjax.data.catalogue import Preprocess
+from ptjax.data.denoising import PrefixLM, SpanCorruption
+from ptjax.data.pipeline import Bucket, MixtureBatches, TrainBatches, make_buckets
+from ptjax.data.preprocess import tokenize_examples
+from ptjax.data.sources import read_records
+from ptjax.data.tasks import Task
+from ptjax.data.tokenizer import Tokenizer
+from ptjax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """Documents of running text.
+
+    Attributes:
+        files: paths or globs, each with the field of its records that holds the text
+            ("imdb.jsonl.xz": "text"; plain text files give the field "text" line by line).
+        data_dir: where relative paths start.
+        preprocess: fields of a record -> fields of the documents made of it.
+        take_every: keep every n-th document of a file, by file.
+    """
+
+    files: Mapping[str, str]
+    data_dir: str = ""
+    preprocess: Preprocess | None = None
+    take_every: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    def documents(self) -> Iterator[str]:
+        for file, field in self.files.items():
+            path = os.path.join(self.data_dir, file) if self.data_dir else file
+            for record in read_records(path)[:: self.take_every.get(file, 1)]:
+                if field not in record.fields:
+                    raise InputError(f"{record.where}: no field {field!r}")
+                made = (
+                    [record.fields] if self.preprocess is None else self.preprocess(record.fields)
+                )
+                yield from (fields[field] for fields in made)
+
+    def tokenize(self, tokenizer: Tokenizer, seed: int) -> np.ndarray:
+        """All documents in random order, EOS behind each, as one stream of ids [N]."""
+        documents = list(self.documents())
+        order = np.random.default_rng(seed).permutation(len(documents))
+        dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
+        rows = []
+        for start in range(0, len(order), 4096):
+            texts = [documents[i] for i in order[start : start + 4096]]
+            rows += [
+                np.array([*ids, tokenizer.eos_id], dtype) for ids in tokenizer.encode_batch(texts)
+            ]
+        stream = np.concatenate(rows)
+        logging.info("%d documents, %d tokens of running text", len(documents), len(stream))
+        return stream
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenFile:
+    """Running text that was tokenised before: what `Text.tokenize` gives, kept in a file.
+
+    Attributes:
+        path: one `.npy` array of ids [N], local or gs://.
+    """
+
+    path: str
+
+    def tokenize(self, tokenizer: Tokenizer, seed: int) -> np.ndarray:
+        """The ids of the file, whose order is that of the seed with which they were made.
+
+        Raises:
+            InputError: no such file, not a vector of integers, or ids that the tokenizer lacks.
+        """
+        try:
+            with epath.Path(self.path).open("rb") as file:
+                stream = np.load(io.BytesIO(file.read()), allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise InputError(f"{self.path}: cannot be read as an .npy array: {error}") from error
+        if stream.ndim != 1 or stream.dtype.kind not in "iu":
+            raise InputError(
+                f"{self.path}: {stream.dtype} {list(stream.shape)}, but token ids are one vector "
+                "of integers"
+            )
+        if len(stream) and not 0 <= stream.min() <= stream.max() < tokenizer.vocab_size:
+            raise InputError(
+                f"{self.path}: ids {stream.min()} to {stream.max()}, but the vocabulary has "
+                f"{tokenizer.vocab_size}; tokenise the text with this tokenizer"
+            )
+        logging.info("%d tokens of running text", len(stream))
+        return stream
+
+
+class Part(Protocol):
+    """A component of the mixture: its rate, and its pipelines with their share of the rate."""
+
+    rate: float
+    batch_size: int
+
+    def make(
+        self, tokenizer: Tokenizer, stream: np.ndarray | None, seed: int, ids: SpecialIds
+    ) -> list[TrainBatches]: ...
+
+
+def _needs_text(stream: np.ndarray | None) -> np.ndarray:
+    if stream is None:
+        raise InputError("span corruption and prefix LM need running text: set pretrain.text")
+    return stream
+
+
+@dataclasses.dataclass(frozen=True)
+class SpanCorruptionPart:
+    """T5's own objective on the running text; `rate` is its share of the batches."""
+
+    rate: float
+    batch_size: int = 64
+    input_length: int = 128
+    noise_density: float = 0.15
+    mean_span: float = 3.0
+
+    def make(
+        self, tokenizer: Tokenizer, stream: np.ndarray | None, seed: int, ids: SpecialIds
+    ) -> list[TrainBatches]:
+        source = SpanCorruption(
+            _needs_text(stream),
+            tokenizer,
+            input_length=self.input_length,
+            noise_density=self.noise_density,
+            mean_span=self.mean_span,
+            seed=seed,
+        )
+        bucket = (int(source.input_lengths[0]), int(source.target_lengths[0]))
+        return [
+            TrainBatches(source, buckets=[bucket], batch_size=self.batch_size, seed=seed, ids=ids)
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefixLMPart:
+    """The paper's LM adaptation on the running text."""
+
+    rate: float
+    batch_size: int = 64
+    input_length: int = 64
+    target_length: int = 32
+
+    def make(
+        self, tokenizer: Tokenizer, stream: np.ndarray | None, seed: int, ids: SpecialIds
+    ) -> list[TrainBatches]:
+        source = PrefixLM(
+            _needs_text(stream),
+            tokenizer,
+            input_length=self.input_length,
+            target_length=self.target_length,
+            seed=seed,
+        )
+        bucket = (self.input_length, self.target_length)
+        return [
+            TrainBatches(source, buckets=[bucket], batch_size=self.batch_size, seed=seed, ids=ids)
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskPart:
+    """A supervised task in several phrasings, all at equal rates.
+
+    Attributes:
+        phrasings: (template of the inputs, verbalizer or None for the task's own) each.
+        input_length: longer inputs are cut.
+    """
+
+    rate: float
+    task: Task
+    phrasings: Sequence[tuple[str, Mapping[str, str] | None]]
+    batch_size: int = 64
+    input_length: int = 256
+    target_length: int = 16
+    buckets: Sequence[Bucket] | None = None
+
+    def make(
+        self, tokenizer: Tokenizer, stream: np.ndarray | None, seed: int, ids: SpecialIds
+    ) -> list[TrainBatches]:
+        made, count = [], 0
+        for number, (inputs, verbalizer) in enumerate(self.phrasings):
+            verbalizer = self.task.verbalizer if verbalizer is None else verbalizer
+            task = dataclasses.replace(self.task, inputs=inputs, verbalizer=verbalizer)
+            examples = task.load("train")
+            count = len(examples)
+            source = tokenize_examples(examples, tokenizer, self.input_length, self.target_length)
+            buckets = self.buckets or make_buckets(source)
+            made.append(
+                TrainBatches(
+                    source,
+                    buckets=buckets,
+                    batch_size=self.batch_size,
+                    seed=seed + number,
+                    ids=ids,
+                )
+            )
+        logging.info("%s: %d examples in %d phrasings", self.task.name, count, len(made))
+        return made
+
+
+def make_components(
+    parts: Sequence[Part],
+    stream: np.ndarray | None,
+    tokenizer: Tokenizer,
+    seed: int,
+    ids: SpecialIds,
+) -> list[list[TrainBatches]]:
+    """The pipelines of every part."""
+    return [
+        part.make(tokenizer, stream, seed + 100 * number, ids) for number, part in enumerate(parts)
+    ]
+
+
+def mix(
+    parts: Sequence[Part], components: Sequence[Sequence[TrainBatches]], seed: int
+) -> MixtureBatches:
+    """Batches of all parts at their rates; a part's pipelines share its rate equally."""
+    rates = [
+        part.rate / len(made) for part, made in zip(parts, components, strict=True) for _ in made
+    ]
+    return MixtureBatches([batches for made in components for batches in made], rates, seed)
