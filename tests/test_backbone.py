@@ -8,6 +8,7 @@ import logging
 import math
 import pathlib
 import shutil
+import sys
 import weakref
 from typing import Any
 
@@ -32,6 +33,7 @@ from ptjax.interop import huggingface, t5x
 from ptjax.interop.stored import StoredArray, one_by_one
 from ptjax.models.config import T5Config
 from ptjax.models.stacking import Unstacked
+from ptjax.models.t5 import init_params
 from ptjax.scale import sharding
 from ptjax.training.freeze import flatten_paths, unflatten_paths
 
@@ -214,6 +216,26 @@ def test_the_shipped_backbone_has_a_name():
     assert folder is not None
     assert (folder / "spiece.model").exists()
     assert backbones.shipped("google/t5-small") is None
+
+
+def test_backbones_of_the_package_ptjax_models(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ptjax_models", None)  # as if it were not installed
+    with pytest.raises(InputError, match=r"ptjax-pico is not a path.*pip install \./models"):
+        load_backbone("ptjax-pico")
+    monkeypatch.delitem(sys.modules, "ptjax_models")
+    tiny = T5Config(64, 16, 2, 1, 1, 8, 32)
+    for stage in ("pico-span", "pico-lm"):
+        params = jax.jit(init_params, static_argnums=0)(tiny, jax.random.key(len(stage)))
+        save_backbone(tmp_path / "ptjax_models" / stage, tiny, params)
+    (tmp_path / "ptjax_models" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    first, last = load_backbone("ptjax-pico-span"), load_backbone("ptjax-pico-lm")
+    assert first.fingerprint != last.fingerprint == load_backbone("ptjax-pico").fingerprint
+    assert not backbones.would_download("ptjax-pico")
+    with pytest.raises(InputError, match=r"ptjax-piko .*; did you mean ptjax-pico-lm\?"):
+        load_backbone("ptjax-piko")
+    with pytest.raises(InputError, match="there are ptjax-nano, ptjax-pico-lm, ptjax-pico-span"):
+        load_backbone("ptjax-xxl-of-another-kind")
 
 
 # Config

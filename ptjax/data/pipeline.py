@@ -166,7 +166,7 @@ class TrainBatches:
         seed: int,
         ids: SpecialIds,
     ) -> None:
-        self.source, self.batch_size, self.ids = source, batch_size, ids
+        self.source, self.batch_size, self.seed, self.ids = source, batch_size, seed, ids
         # Larger last, whatever the order given: left-over examples move up.
         self.buckets = sorted(buckets, key=lambda bucket: (bucket[0] * bucket[1], bucket))
         for small, large in itertools.pairwise(self.buckets):

@@ -1,0 +1,195 @@
+"""The pre-training of the family as arrays, for a machine without gin and without the corpus.
+
+`write_from_gin` evaluates gin_configs/runs/{pretrain,adapt}_family.gin; `read` gives the same
+batches back.
+In the folder: tokens.npy, the running text as uint16; examples.npz.xz, the tasks in all phrasings,
+which are near copies of each other and so take little room; family.json, the rest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import lzma
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from ptjax.data import denoising, mixture
+from ptjax.data.pipeline import MixtureBatches, TrainBatches
+from ptjax.data.preprocess import TokenizedExamples, TokenRows
+from ptjax.data.tokenizer import Tokenizer, load_tokenizer
+from ptjax.models.config import T5Config
+from ptjax.training.optimizer import Adafactor
+
+SIZES = ("pico", "nano", "micro", "mini")
+STAGES = {"span": "pretrain_family", "lm": "adapt_family"}
+"""In the order in which they train -> the gin file of `python -m ptjax.pretrain`."""
+TOKENIZER = "package:nano"
+# The window of xz's presets is too small to find one phrasing's texts in the one before.
+XZ = [{"id": lzma.FILTER_LZMA2, "preset": 4, "dict_size": 256 << 20}]
+
+
+class Stage(NamedTuple):
+    """What a stage trains on, and how: batches 0 ... `steps` - 1."""
+
+    batches: MixtureBatches
+    optimizer: Adafactor
+    steps: int
+    seed: int
+
+
+class Family(NamedTuple):
+    """What `read` gives."""
+
+    sizes: Mapping[str, T5Config]
+    stages: Mapping[str, Stage]
+    tokenizer: Tokenizer
+
+
+class Settings(NamedTuple):
+    """Of a stage, as gin gives them to `pretraining.pretrain`."""
+
+    parts: Sequence[mixture.Part]
+    optimizer: Adafactor
+    steps: int
+    seed: int
+
+
+def write(
+    folder: Path,
+    text: mixture.Text,
+    stages: Mapping[str, Settings],
+    sizes: Mapping[str, T5Config],
+    *,
+    tokens: int,
+) -> None:
+    """Writes the folder.
+
+    Args:
+        stages: all have as many parts, and the same tasks among them.
+        tokens: of the running text, from its start; a stage that reads more begins it anew.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    first, *_ = stages.values()
+    tokenizer, ids = load_tokenizer(TOKENIZER), next(iter(sizes.values())).special_ids
+    stream = text.tokenize(tokenizer, first.seed)[:tokens]
+    np.save(folder / "tokens.npy", stream)
+    components = mixture.make_components(first.parts, stream, tokenizer, first.seed, ids)
+    arrays = {
+        f"{part}.{number}.{name}.{kind}": array.astype(np.uint16)
+        for part, made in enumerate(components)
+        for number, batches in enumerate(made)
+        if isinstance(batches.source, TokenizedExamples)
+        for name in ("inputs", "targets")
+        for rows in [getattr(batches.source, name)]
+        for kind, array in (("ids", rows.ids), ("lengths", rows.lengths))
+    }
+    packed = io.BytesIO()
+    np.savez(packed, **arrays)
+    compressed = lzma.compress(packed.getbuffer(), lzma.FORMAT_XZ, filters=XZ)
+    (folder / "examples.npz.xz").write_bytes(compressed)
+    about = {
+        "sizes": {size: dataclasses.asdict(config) for size, config in sizes.items()},
+        "stages": {
+            name: _describe_stage(stage, components, first.seed) for name, stage in stages.items()
+        },
+    }
+    (folder / "family.json").write_text(json.dumps(about))
+
+
+def write_from_gin(folder: Path, data_dir: Path, corpus_dir: Path, *, tokens: int) -> None:
+    """Writes the folder of the gin files' family; the paths are their DATA_DIR and CORPUS_DIR."""
+    # Nothing is trained here, so that any backbone will do where a stage starts from one.
+    macros = {"DATA_DIR": str(data_dir), "CORPUS_DIR": str(corpus_dir), "MODEL_DIR": str(folder)}
+    macros["INITIAL_CHECKPOINT_PATH"] = "ptjax-nano"
+    stages = {stage: _bound(macros, f"runs/{name}.gin") for stage, name in STAGES.items()}
+    sizes = {
+        size: _bound(macros, f"runs/{STAGES['span']}.gin", f"models/ptjax_{size}.gin")["model"]
+        for size in SIZES
+    }
+    assert stages["span"]["tokenizer"] == TOKENIZER
+    settings = {
+        stage: Settings(one["parts"], one["optimizer"], one["pace"].train_steps, one["seed"])
+        for stage, one in stages.items()
+    }
+    write(folder, stages["span"]["text"], settings, sizes, tokens=tokens)
+
+
+def _bound(macros: Mapping[str, str], *gin_files: str) -> dict[str, Any]:
+    """What the gin files give `pretraining.pretrain`."""
+    import gin  # here, for the machine that reads has none
+
+    from ptjax import cli, pretraining
+
+    words = [f"--gin_file={file}" for file in gin_files]
+    cli.load_gin(cli.parse(cli.make_parser("prepare", ""), words), defaults=macros)
+    return gin.get_bindings(pretraining.pretrain)
+
+
+def _describe_stage(
+    stage: Settings, components: Sequence[Sequence[TrainBatches]], first_seed: int
+) -> dict[str, Any]:
+    """A stage as JSON has it; its tasks are those of the components, made with `first_seed`."""
+    found = []
+    for number, (part, made) in enumerate(zip(stage.parts, components, strict=True)):
+        fields = dataclasses.asdict(part)  # type: ignore[call-overload]  # all parts are dataclasses
+        rate, size = fields.pop("rate"), fields.pop("batch_size")
+        for index, batches in enumerate(made):
+            seed = batches.seed + stage.seed - first_seed
+            about = {"rate": rate / len(made), "batch_size": size, "seed": seed}
+            if isinstance(batches.source, TokenizedExamples):
+                about |= {"examples": f"{number}.{index}", "buckets": batches.buckets}
+            else:
+                objective = type(part).__name__.removesuffix("Part")
+                about |= {"objective": objective, "settings": fields}
+            found.append(about)
+    rates = [float(stage.optimizer.rate_at(step, 1.0)) for step in range(stage.steps)]
+    rest = dataclasses.asdict(dataclasses.replace(stage.optimizer, learning_rate=0.0))
+    return {
+        "steps": stage.steps,
+        "seed": stage.seed,
+        "optimizer": rest | {"learning_rate": rates},
+        "components": found,
+    }
+
+
+def read(folder: Path) -> Family:
+    """What `write` wrote."""
+    about = json.loads((folder / "family.json").read_text())
+    with np.load(io.BytesIO(lzma.decompress((folder / "examples.npz.xz").read_bytes()))) as file:
+        arrays = dict(file)
+    sizes = {
+        size: T5Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+        for size, fields in about["sizes"].items()
+    }
+    ids = next(iter(sizes.values())).special_ids
+    stream, tokenizer = np.load(folder / "tokens.npy"), load_tokenizer(TOKENIZER)
+
+    def rows(name: str) -> TokenRows:
+        offsets = np.append(0, np.cumsum(arrays[f"{name}.lengths"], dtype=np.int64))
+        return TokenRows(arrays[f"{name}.ids"], offsets, truncated=0)
+
+    def component(one: Mapping[str, Any]) -> TrainBatches:
+        common = {"batch_size": one["batch_size"], "seed": one["seed"], "ids": ids}
+        if name := one.get("examples"):
+            examples = TokenizedExamples(rows(f"{name}.inputs"), rows(f"{name}.targets"))
+            return TrainBatches(examples, buckets=list(map(tuple, one["buckets"])), **common)
+        objective = getattr(denoising, one["objective"])
+        source = objective(stream, tokenizer, seed=one["seed"], **one["settings"])
+        bucket = int(source.input_lengths[0]), int(source.target_lengths[0])
+        return TrainBatches(source, buckets=[bucket], **common)
+
+    def stage(one: Mapping[str, Any]) -> Stage:
+        components = [component(each) for each in one["components"]]
+        rates = jnp.asarray(one["optimizer"].pop("learning_rate"), jnp.float32)
+        optimizer = Adafactor(**one["optimizer"], learning_rate=lambda step: rates[step])
+        mixed = [each["rate"] for each in one["components"]]
+        batches = MixtureBatches(components, mixed, one["seed"])
+        return Stage(batches, optimizer, one["steps"], one["seed"])
+
+    return Family(sizes, {name: stage(one) for name, one in about["stages"].items()}, tokenizer)

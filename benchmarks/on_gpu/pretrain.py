@@ -1,0 +1,188 @@
+"""Part `pretrain` of run.sh: the next stages of the family that have no weights yet.
+
+Each leaves OUTPUT/weights/SIZE-STAGE in Hugging Face's layout, in files under 15 MB, to be copied
+to models/ptjax_models. A stage starts from the weights of the stage before it, from either place.
+When the time is nearly up, it keeps what it has in SIZE-STAGE.unfinished; the next run resumes
+there with a new optimizer state.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import functools
+import json
+import math
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+started = time.monotonic()
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+from family import STAGES, Family, Settings, Stage, read, write  # noqa: E402
+from record import Record, add_flags  # noqa: E402
+
+from ptjax.backbone import load_backbone, save_backbone  # noqa: E402
+from ptjax.data import mixture  # noqa: E402
+from ptjax.data.pipeline import Batches  # noqa: E402
+from ptjax.data.tasks import Task  # noqa: E402
+from ptjax.models.config import T5Config  # noqa: E402
+from ptjax.models.prompted import make_apply_fn  # noqa: E402
+from ptjax.models.t5 import init_params  # noqa: E402
+from ptjax.scale import sharding  # noqa: E402
+from ptjax.scale.compiled import Recipe  # noqa: E402
+from ptjax.training import freeze as freezing  # noqa: E402
+from ptjax.training.loss import Loss  # noqa: E402
+from ptjax.training.optimizer import Adafactor  # noqa: E402
+
+MODELS = Path(__file__).resolve().parents[2] / "models" / "ptjax_models"
+SHARD_BYTES = 14 << 20
+LOSS_PERIOD = 100
+"""Steps between looks at the losses and at the clock."""
+SAVING = 10
+"""Seconds to keep for writing weights."""
+
+
+def train(
+    config: T5Config, params: Any, stage: Stage, first: int, stop_at: float
+) -> tuple[Any, int, list[float]]:
+    """(weights, steps done, the losses); ends early, between looks, at `time.monotonic()`."""
+    mesh = sharding.make_mesh((1, 1), jax.devices()[:1])
+    trainable = {"params": params}
+    freeze = freezing.make_freeze(trainable, freezing.METHODS["model_tuning"])
+    recipe = Recipe("model_tuning", stage.optimizer, Loss(per_token=True))
+    init, step = recipe.compose(make_apply_fn(config), freeze, mesh)
+    state = jax.jit(init)(trainable, jax.random.key(stage.seed))
+    run = jax.jit(step, donate_argnums=0)
+    losses, waiting, number = [], [], first
+    for number, batch in zip(range(first, stage.steps), ahead(stage.batches, first), strict=False):
+        state, metrics = run(state, {}, sharding.put_batch(batch, mesh))
+        waiting.append(metrics["loss"])
+        if len(waiting) == LOSS_PERIOD or number == stage.steps - 1:
+            losses.append(float(np.mean(jax.device_get(waiting))))
+            waiting = []
+            if time.monotonic() > stop_at or not math.isfinite(losses[-1]):
+                break
+    return state.trainable["params"], number + 1, losses
+
+
+def ahead(batches: Batches, first: int, workers: int = 4) -> Iterator[dict[str, np.ndarray]]:
+    """Batches from number `first` on, made in threads beside the steps."""
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        waiting = [pool.submit(batches.batch, first + i) for i in range(4 * workers)]
+        number = first + len(waiting)
+        try:
+            while True:
+                yield waiting.pop(0).result()
+                waiting.append(pool.submit(batches.batch, number))
+                number += 1
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def find_weights(name: str, weights: Path) -> Path | None:
+    """The folder of a stage's weights, new or committed; None if it has none."""
+    folders = [weights / name, MODELS / name]
+    return next((folder for folder in folders if folder.exists()), None)
+
+
+def run_stage(
+    family: Family, size: str, name: str, weights: Path, record: Record
+) -> dict[str, Any]:
+    """Trains a stage until it is done or the time is up, and writes its weights."""
+    stage, config = family.stages[name], family.sizes[size]
+    done, unfinished = weights / f"{size}-{name}", weights / f"{size}-{name}.unfinished"
+    first, source = 0, None
+    if unfinished.exists():
+        source = unfinished
+        first = json.loads((unfinished / "progress.json").read_text())["steps"]
+    elif earlier := list(STAGES)[: list(STAGES).index(name)]:
+        source = find_weights(f"{size}-{earlier[-1]}", weights)
+    if source is None:
+        params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(stage.seed))
+    else:
+        params = load_backbone(source, dtype="float32", dropout_rate=0.0).variables["params"]
+    stop_at = record.deadline - SAVING
+    began = time.monotonic()
+    params, steps, losses = train(config, params, stage, first, stop_at)
+    found = {
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        "from_step": first,
+        "steps": steps,
+        "of": stage.steps,
+        "seconds": time.monotonic() - began,
+        "loss": losses[-1],
+    }
+    if not math.isfinite(losses[-1]):
+        raise FloatingPointError(f"the loss of step {steps} is {losses[-1]}")
+    target = done if steps == stage.steps else unfinished
+    partial = weights / "partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    save_backbone(partial, config, params, tokenizer=family.tokenizer, max_shard_bytes=SHARD_BYTES)
+    (partial / "progress.json").write_text(json.dumps(found | {"losses": losses}))
+    shutil.rmtree(target, ignore_errors=True)
+    partial.rename(target)
+    if target is done:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        return found
+    raise TimeoutError(f"step {steps} of {stage.steps}; the same command goes on from there")
+
+
+def write_toy(folder: Path) -> None:
+    """A family of one tiny size and stages of a few steps, for a rehearsal."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [f"The {a} mill was {b}." for a in ("old", "new") for b in ("good", "bad", "sold")]
+    rows = [json.dumps({"text": line, "label": str(i % 2)}) for i, line in enumerate(lines * 40)]
+    (folder / "text.jsonl").write_text("\n".join(rows) + "\n")
+    text = mixture.Text({"text.jsonl": "text"}, data_dir=str(folder))
+    task = Task(
+        name="even",
+        splits={"train": "text.jsonl"},
+        data_dir=str(folder),
+        inputs="{text}",
+        label="label",
+        verbalizer={"0": "yes", "1": "no"},
+    )
+    phrasings = [("even: {text}", None), ("odd: {text}", {"0": "no", "1": "yes"})]
+    tasks = mixture.TaskPart(0.5, task, phrasings, batch_size=8, input_length=32, buckets=[(32, 4)])
+    objectives = {
+        "span": mixture.SpanCorruptionPart(0.5, batch_size=8, input_length=32),
+        "lm": mixture.PrefixLMPart(0.5, batch_size=8, input_length=16, target_length=8),
+    }
+    optimizer = Adafactor(learning_rate=0.01, multiply_by_parameter_scale=True)
+    stages = {
+        name: Settings([objective, tasks], optimizer, steps=4, seed=seed)
+        for seed, (name, objective) in enumerate(objectives.items())
+    }
+    sizes = {"toy": T5Config(8192, 16, 2, 1, 1, 8, 32, dropout_rate=0.0, logits_via_embedding=True)}
+    write(folder, text, stages, sizes, tokens=100_000)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_flags(parser)
+    parser.add_argument("--sizes", help="comma-separated; default: all, the smallest first")
+    flags = parser.parse_args()
+    weights = flags.output / "weights"
+    folder = flags.data / "family"
+    if flags.rehearse:
+        folder = flags.output / "rehearsal_family"
+        write_toy(folder)
+    if not (folder / "family.json").exists():
+        sys.exit(f"{folder}: no family.json; make it with benchmarks/on_gpu/prepare.py")
+    with Record.open("pretrain", flags, started=started) as record:
+        family = read(folder)
+        for size in flags.sizes.split(",") if flags.sizes else family.sizes:
+            for name in family.stages:
+                if find_weights(f"{size}-{name}", weights) is None:
+                    find = functools.partial(run_stage, family, size, name, weights, record)
+                    record.measure(f"{size} {name}", find, needs=4 if flags.rehearse else 45)
+
+
+if __name__ == "__main__":
+    main()

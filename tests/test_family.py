@@ -1,0 +1,117 @@
+"""The family's pre-training as arrays: the batches that come back are those that went in."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+import math
+import types
+from pathlib import Path
+from types import ModuleType
+
+import jax
+import numpy as np
+import pytest
+
+from ptjax.backbone import load_backbone
+from ptjax.data import mixture
+from ptjax.data.tokenizer import load_tokenizer
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def on_gpu(monkeypatch) -> tuple[ModuleType, ModuleType]:
+    """The modules `family` and `pretrain` of benchmarks/on_gpu."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "on_gpu"))
+    return importlib.import_module("family"), importlib.import_module("pretrain")
+
+
+def test_batches_come_back_as_they_went_in(on_gpu, tmp_path, monkeypatch):
+    family, pretrain = on_gpu
+    given = {}
+    monkeypatch.setattr(pretrain, "write", lambda folder, text, stages, sizes, tokens: given.update(
+        text=text, stages=stages, sizes=sizes, tokens=tokens))  # fmt: skip
+    pretrain.write_toy(tmp_path)
+    family.write(tmp_path / "family", **given)
+    read = family.read(tmp_path / "family")
+    assert read.sizes == given["sizes"]
+    tokenizer, ids = load_tokenizer(family.TOKENIZER), read.sizes["toy"].special_ids
+    for name, settings in given["stages"].items():
+        stream = given["text"].tokenize(tokenizer, 0)  # the first stage's seed, for all
+        made = mixture.make_components(settings.parts, stream, tokenizer, settings.seed, ids)
+        expected = mixture.mix(settings.parts, made, settings.seed)
+        stage = read.stages[name]
+        assert (stage.steps, stage.seed) == (settings.steps, settings.seed)
+        assert stage.batches.shapes == expected.shapes
+        for number in range(40):
+            jax.tree.map(
+                np.testing.assert_array_equal,
+                stage.batches.batch(number),
+                expected.batch(number),
+            )
+        rates = [[float(x.rate_at(n, 1.0)) for n in range(4)] for x in (stage, settings)
+                 for x in [x.optimizer]]  # fmt: skip
+        np.testing.assert_allclose(rates[0], rates[1], rtol=1e-7)
+
+
+def test_the_gin_files_give_one_mixture_to_all_sizes_and_stages(on_gpu, tmp_path, monkeypatch):
+    family, _ = on_gpu
+    given = {}
+    monkeypatch.setattr(family, "write", lambda folder, text, stages, sizes, tokens: given.update(
+        text=text, stages=stages, sizes=sizes))  # fmt: skip
+    family.write_from_gin(tmp_path, tmp_path / "data", tmp_path / "corpus", tokens=1)
+    assert list(given["sizes"]) == ["pico", "nano", "micro", "mini"]
+    vocabularies = {config.vocab_size for config in given["sizes"].values()}
+    assert vocabularies == {load_tokenizer(family.TOKENIZER).vocab_size}
+    span, lm = given["stages"].values()
+    assert [type(part).__name__ for part in (span.parts[0], lm.parts[0])] == [
+        "SpanCorruptionPart", "PrefixLMPart"]  # fmt: skip
+    assert span.parts[1:] == lm.parts[1:] and span.parts[0].rate == lm.parts[0].rate
+    assert span.seed != lm.seed  # other batches of the same tasks
+    # Never a validation or test split, nor a set that the studies judge by.
+    read = set(itertools.chain(*(part.task.splits.values() for part in span.parts[1:])))
+    assert read == {
+        "imdb/train.jsonl.xz",
+        "qqp/train.tsv",
+        "super_glue/RTE/train.jsonl",
+        "super_glue/CB/train.jsonl",
+    }
+    assert all(set(part.task.splits) == {"train"} for part in span.parts[1:])
+
+
+def test_a_stage_that_the_clock_stops_resumes_and_the_next_starts_from_it(
+    on_gpu, tmp_path, monkeypatch
+):
+    family, pretrain = on_gpu
+    monkeypatch.setattr(pretrain, "LOSS_PERIOD", 2)
+    pretrain.write_toy(tmp_path / "family")
+    read, weights = family.read(tmp_path / "family"), tmp_path / "weights"
+
+    def run(stage: str, deadline: float) -> dict:
+        record = types.SimpleNamespace(deadline=deadline)
+        return pretrain.run_stage(read, "toy", stage, weights, record)
+
+    def embedding(name: str) -> np.ndarray:
+        params = load_backbone(weights / name).variables["params"]
+        return np.asarray(params["token_embedder"]["embedding"])
+
+    with pytest.raises(TimeoutError, match="step 2 of 4; the same command goes on from there"):
+        run("span", -math.inf)
+    assert [path.name for path in weights.iterdir()] == ["toy-span.unfinished"]
+    assert run("span", math.inf)["from_step"] == 2
+    assert [path.name for path in weights.iterdir()] == ["toy-span"]
+    progress = json.loads((weights / "toy-span" / "progress.json").read_text())
+    assert progress["steps"] == progress["of"] == 4 and len(progress["losses"]) == 1
+    before = embedding("toy-span")
+    starts = []
+    train = pretrain.train
+    monkeypatch.setattr(pretrain, "train", lambda config, params, *rest: (
+        starts.append(np.asarray(params["token_embedder"]["embedding"])),
+        train(config, params, *rest))[1])  # fmt: skip
+    run("lm", math.inf)
+    np.testing.assert_array_equal(starts[0], before)
+    assert np.abs(embedding("toy-lm") - before).max() > 0
+    assert {path.name for path in weights.iterdir()} == {"toy-span", "toy-lm"}
