@@ -24,8 +24,8 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture
 def on_gpu(monkeypatch) -> tuple[ModuleType, ModuleType]:
     """The modules `family` and `pretrain` of benchmarks/on_gpu."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "on_gpu"))
+    for folder in ("benchmarks", "benchmarks/on_gpu", "models"):
+        monkeypatch.syspath_prepend(str(ROOT / folder))
     return importlib.import_module("family"), importlib.import_module("pretrain")
 
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from ptjax_models import SIZES, STAGES
 
 from ptjax.data import denoising, mixture
 from ptjax.data.pipeline import MixtureBatches, TrainBatches
@@ -26,9 +27,6 @@ from ptjax.data.tokenizer import Tokenizer, load_tokenizer
 from ptjax.models.config import T5Config
 from ptjax.training.optimizer import Adafactor
 
-SIZES = ("pico", "nano", "micro", "mini")
-STAGES = {"span": "pretrain_family", "lm": "adapt_family"}
-"""In the order in which they train -> the gin file of `python -m ptjax.pretrain`."""
 TOKENIZER = "package:nano"
 # The window of xz's presets is too small to find one phrasing's texts in the one before.
 XZ = [{"id": lzma.FILTER_LZMA2, "preset": 4, "dict_size": 256 << 20}]
@@ -107,10 +105,9 @@ def write_from_gin(folder: Path, data_dir: Path, corpus_dir: Path, *, tokens: in
     # Nothing is trained here, so that any backbone will do where a stage starts from one.
     macros = {"DATA_DIR": str(data_dir), "CORPUS_DIR": str(corpus_dir), "MODEL_DIR": str(folder)}
     macros["INITIAL_CHECKPOINT_PATH"] = "ptjax-nano"
-    stages = {stage: _bound(macros, f"runs/{name}.gin") for stage, name in STAGES.items()}
+    stages = {stage: _bound(macros, name) for stage, name in STAGES.items()}
     sizes = {
-        size: _bound(macros, f"runs/{STAGES['span']}.gin", f"models/ptjax_{size}.gin")["model"]
-        for size in SIZES
+        size: _bound(macros, STAGES["span"], f"models/ptjax_{size}.gin")["model"] for size in SIZES
     }
     assert stages["span"]["tokenizer"] == TOKENIZER
     settings = {

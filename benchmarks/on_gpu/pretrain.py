@@ -24,7 +24,9 @@ started = time.monotonic()
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
-from family import STAGES, Family, Settings, Stage, read, write  # noqa: E402
+import ptjax_models  # noqa: E402
+from family import Family, Settings, Stage, read, write  # noqa: E402
+from ptjax_models import STAGES  # noqa: E402
 from record import Record, add_flags  # noqa: E402
 
 from ptjax.backbone import load_backbone, save_backbone  # noqa: E402
@@ -40,7 +42,7 @@ from ptjax.training import freeze as freezing  # noqa: E402
 from ptjax.training.loss import Loss  # noqa: E402
 from ptjax.training.optimizer import Adafactor  # noqa: E402
 
-MODELS = Path(__file__).resolve().parents[2] / "models" / "ptjax_models"
+MODELS = Path(ptjax_models.__file__).parent
 SHARD_BYTES = 14 << 20
 LOSS_PERIOD = 100
 """Steps between looks at the losses and at the clock."""

@@ -35,7 +35,7 @@ if [ ${#parts[@]} -eq 0 ]; then
         grep -qs '"status": "complete"' "$output/${kind}_$part.json" || parts+=("$part")
     done
 fi
-export PYTHONPATH=$root:$root/benchmarks:$here${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONPATH=$root:$root/benchmarks:$here:$root/models${PYTHONPATH:+:$PYTHONPATH}
 # What is compiled once on this machine is not compiled again by the next part.
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-${TMPDIR:-/tmp}/ptjax_on_gpu_cache}
 
