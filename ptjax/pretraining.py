@@ -135,7 +135,9 @@ def _describe(
     stream: np.ndarray | None, components: Sequence[Sequence[TrainBatches]]
 ) -> dict[str, Any]:
     """What was read from files, for the run's identity."""
-    data = {} if stream is None else {"the running text": {"the hash": digest_array(stream)}}
+    data: dict[str, Any] = {}
+    if stream is not None:
+        data["the running text"] = {"the hash": digest_array(stream)}
     for part, made in enumerate(components):
         for phrasing, batches in enumerate(made):
             if isinstance(source := batches.source, TokenizedExamples):
