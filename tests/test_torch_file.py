@@ -186,6 +186,24 @@ def test_a_truncated_file_is_named(tmp_path, keep):
         torch_file.open_torch(file)
 
 
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (6, 200),  # the version that a reader needs
+        (46, 0xFF),  # the first byte of a name, which is UTF-8
+    ],
+)
+def test_a_damaged_directory_is_named(tmp_path, place, value):
+    file = tmp_path / "x.bin"
+    data = bytearray((TORCH / "tensors.bin").read_bytes())
+    entry = data.rindex(b"PK\x01\x02")
+    data[entry + 9] |= 8  # says that names are UTF-8
+    data[entry + place] = value
+    file.write_bytes(data)
+    with pytest.raises(InputError, match=r"x\.bin: the file is truncated or damaged"):
+        torch_file.open_torch(file)
+
+
 def test_a_damaged_pickle_is_named(tmp_path):
     file = tmp_path / "x.bin"
     with zipfile.ZipFile(file, "w") as archive:

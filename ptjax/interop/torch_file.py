@@ -99,7 +99,9 @@ def open_torch(path: str | os.PathLike[str]) -> dict[str, StoredArray]:
         try:
             with zipfile.ZipFile(stream) as archive:
                 tensors = _unpickle(archive, path)
-        except (zipfile.BadZipFile, EOFError, OSError) as error:
+        except InputError:
+            raise
+        except Exception as error:  # a damaged directory has other errors than BadZipFile too
             raise InputError(
                 f"{path}: the file is truncated or damaged ({error}); copy it again"
             ) from error
