@@ -141,6 +141,8 @@ def test_a_pickle_that_python_itself_would_run(tmp_path):
     [
         (tensor(0, (7,), (1,)), "reaches outside of its storage"),
         (tensor(3, (2, 2), (2, 1), count=6), "reaches outside of its storage"),
+        (tensor(0, (1 << 40,), (0,)), "makes .* bytes of the 6 numbers of its storage"),
+        (tensor(0, (1 << 20, 17), (0, 0)), "makes 71,303,168 bytes of the 6 numbers"),
         (tensor(-1, (2,), (1,)), "sizes .* strides"),
         (tensor(0, (2,), (-1,)), "sizes .* strides"),
         (tensor(0, (2, 2), (1,)), "sizes .* strides"),
