@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from t5_ids import beam_search, decode, with_lengths
 
-from ptjax.data.batch import shift_right
+from ptjax.data.batch import SpecialIds, shift_right
 from ptjax.models.config import T5Config
 from ptjax.models.prompted import PromptedT5, with_prompt
 from ptjax.models.t5 import Encoded, init_params
@@ -137,6 +137,19 @@ def test_unfinished_rows_run_to_the_full_length():
         assert len(apply_fn.steps) == 4
         assert np.asarray(tokens).tolist() == [[2, 2, 2, 2]]
         assert scores[0] == pytest.approx(4 * np.log(0.7), rel=1e-5)
+
+
+def test_beams_live_on_whatever_ways_there_are_to_end():
+    # Both ends are likelier than any word; five words and an end have the best score.
+    apply_fn = Constant([0.34, 0.33, 0.23, 0.1])
+    ids = SpecialIds(pad_id=2, eos_ids=(0, 1), decoder_start_id=2, forced_bos_id=None)
+    inputs = np.ones((1, 1), np.int32)
+    for num_beams in (1, 2, 3):
+        settings = {"ids": ids, "max_length": 6, "num_beams": num_beams, "alpha": 4.0}
+        tokens, scores = beam_search(apply_fn, {}, inputs, **settings)
+        assert np.asarray(tokens)[0, 0].tolist() == [2] * 5 + [0]
+        best = (5 * np.log(0.23) + np.log(0.34)) / (11 / 6) ** 4
+        assert scores[0, 0] == pytest.approx(best, rel=1e-5)
 
 
 def test_filler_rows_do_not_change_the_others(model):

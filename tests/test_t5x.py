@@ -309,6 +309,18 @@ def test_another_driver_is_refused(legacy, field, value):
         t5x.load_t5x(legacy)
 
 
+@pytest.mark.parametrize("field", ["driver", "kvstore", "dtype", "metadata"])
+@pytest.mark.parametrize("nest", [lambda x: x, lambda x: {"path": x, "shape": [x]}])
+def test_an_array_inside_of_a_spec_is_named(legacy, field, nest):
+    def change(contents):
+        node, key = leaf_of(contents, QUERY)
+        node[key][field] = nest(np.zeros(3))
+
+    edit_msgpack(legacy, change)
+    with pytest.raises(InputError, match=rf"the spec of parameter {QUERY} is damaged"):
+        t5x.load_t5x(legacy)
+
+
 @pytest.mark.parametrize("value", [None, "text", 3])
 def test_a_leaf_that_is_no_array_is_named(legacy, value):
     def change(contents):
@@ -356,9 +368,10 @@ def test_a_parameter_that_the_optimizer_in_orbax_knows_is_missed(tmp_path):
 
 
 def test_other_versions_are_refused(legacy):
-    edit_msgpack(legacy, lambda contents: contents.update(version=2))
-    with pytest.raises(InputError, match="T5X checkpoint version 2; ptjax reads version 3"):
-        t5x.load_t5x(legacy)
+    for version in (2, np.array([3, 3])):
+        edit_msgpack(legacy, lambda contents, version=version: contents.update(version=version))
+        with pytest.raises(InputError, match="T5X checkpoint version .*; ptjax reads version 3"):
+            t5x.load_t5x(legacy)
     edit_msgpack(legacy, lambda contents: contents.pop("version"))
     with pytest.raises(InputError, match="lacks `version` or `optimizer`"):
         t5x.load_t5x(legacy)

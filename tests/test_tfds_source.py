@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 
 import numpy as np
@@ -71,15 +72,44 @@ def test_tfds_data_sets_without_tensorflow(tfds_dir):
     assert "tensorflow" not in sys.modules
 
 
-@pytest.mark.parametrize("source", ["tfds:tiny_reviews@nope", "tfds:tiny_reviews:9.9.9@train"])
-def test_what_tfds_does_not_have(tfds_dir, source):
-    with pytest.raises(InputError, match=r"TFDS cannot provide it.*check name, version, split"):
+@pytest.mark.parametrize(
+    "source",
+    [
+        "tfds:tiny_reviews@nope",
+        "tfds:tiny_reviews:9.9.9@train",
+        "tfds:tiny_reviews/no_such_config",
+        "tfds:tiny_reviews:2.*.*",
+    ],
+)
+def test_what_tfds_does_not_have_is_said_with_what_it_has(tfds_dir, source):
+    message = rf"TFDS cannot provide it.*{tfds_dir} has tiny_reviews:1\.2\.0\. Check name, version"
+    with pytest.raises(InputError, match=message):
         tfds_source.read_tfds(source, split="train", data_dir=tfds_dir)
-    with pytest.raises(InputError, match="write tfds:NAME"):
-        tfds_source.read_tfds("tfds:", split="train")
 
 
-def test_an_unknown_data_set_is_said_without_the_list_of_all_others():
-    with pytest.raises(InputError, match=r"Dataset nonsense not found\.\); check name") as raised:
-        tfds_source.read_tfds("tfds:nonsense", split="train")
-    assert len(str(raised.value)) < 250
+def test_names_as_tfds_has_them(tfds_dir):
+    for name in ("tiny_reviews:1.*.*", "TinyReviews", "tiny_reviews:*.*.*@train[:50%]+validation"):
+        assert tfds_source.read_tfds(f"tfds:{name}", split="train", data_dir=tfds_dir)
+    for name in ("", "a:1", "a/b:latest", "/a/b", "a/b/1.0.0", "a b", "a:1.0.0:train", "a:b:c:d"):
+        with pytest.raises(InputError, match=r"write tfds:NAME.*a version has three numbers"):
+            tfds_source.read_tfds(f"tfds:{name}", split="train", data_dir=tfds_dir)
+    # A name of a community reaches TFDS whole, which knows that there is no such community.
+    for name in ("nobody:set", "nobody:set/config:1.0.0@test"):
+        with pytest.raises(InputError, match=r"Namespace nobody not found.* has no set\. Check"):
+            tfds_source.read_tfds(f"tfds:{name}", split="train", data_dir=tfds_dir)
+
+
+@pytest.mark.parametrize("file", ["dataset_info.json", "*array_record*"])
+def test_a_damaged_data_set_is_one_line(tfds_dir, tmp_path, file):
+    shutil.copytree(f"{tfds_dir}/tiny_reviews", tmp_path / "tiny_reviews")
+    for path in tmp_path.glob(f"tiny_reviews/*/{file}"):
+        path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(InputError, match="tfds:tiny_reviews@train: TFDS cannot provide it"):
+        tfds_source.read_tfds("tfds:tiny_reviews", split="train", data_dir=str(tmp_path))
+
+
+def test_an_unknown_data_set_is_said_without_the_list_of_all_others(tfds_dir):
+    message = rf"Dataset nonsense not found\); {tfds_dir} has no nonsense\. Check name"
+    with pytest.raises(InputError, match=message) as raised:
+        tfds_source.read_tfds("tfds:nonsense", split="train", data_dir=tfds_dir)
+    assert len(str(raised.value)) < 250 + len(tfds_dir)

@@ -141,6 +141,8 @@ def test_a_pickle_that_python_itself_would_run(tmp_path):
     [
         (tensor(0, (7,), (1,)), "reaches outside of its storage"),
         (tensor(3, (2, 2), (2, 1), count=6), "reaches outside of its storage"),
+        (tensor(0, (1 << 40,), (0,)), "makes .* bytes of the 6 numbers of its storage"),
+        (tensor(0, (1 << 20, 17), (0, 0)), "makes 71,303,168 bytes of the 6 numbers"),
         (tensor(-1, (2,), (1,)), "sizes .* strides"),
         (tensor(0, (2,), (-1,)), "sizes .* strides"),
         (tensor(0, (2, 2), (1,)), "sizes .* strides"),
@@ -183,6 +185,24 @@ def test_a_truncated_file_is_named(tmp_path, keep):
     file = tmp_path / "x.bin"
     file.write_bytes((TORCH / "tensors.bin").read_bytes()[:keep])
     with pytest.raises(InputError, match=r"x\.bin: .*(truncated|damaged)"):
+        torch_file.open_torch(file)
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (6, 200),  # the version that a reader needs
+        (46, 0xFF),  # the first byte of a name, which is UTF-8
+    ],
+)
+def test_a_damaged_directory_is_named(tmp_path, place, value):
+    file = tmp_path / "x.bin"
+    data = bytearray((TORCH / "tensors.bin").read_bytes())
+    entry = data.rindex(b"PK\x01\x02")
+    data[entry + 9] |= 8  # says that names are UTF-8
+    data[entry + place] = value
+    file.write_bytes(data)
+    with pytest.raises(InputError, match=r"x\.bin: the file is truncated or damaged"):
         torch_file.open_torch(file)
 
 

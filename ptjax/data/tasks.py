@@ -49,7 +49,8 @@ class Task:
     Args:
         name: for messages, results and exported prompts.
         inputs: the template of the model's input, over the record's fields.
-        splits: split name -> file or glob below `data_dir`, or 'tfds:NAME[:VERSION][@SPLIT]'.
+        splits: split name -> file or glob below `data_dir`, or a TFDS data set, see
+            `ptjax.data.tfds_source.read_tfds`.
         label, verbalizer: the field that holds the label, and label value -> target text. Values
             are compared as text (1 and '1' are the same), True also as 'true'. The texts are the
             closed label set.

@@ -8,14 +8,21 @@ import os
 import re
 from typing import Any
 
+from etils import epath
+
 from ptjax.data.sources import Record, Records, non_empty
 from ptjax.errors import InputError
 
-_TFDS_SOURCE = re.compile(r"tfds:(?P<name>[^:@]+)(?::(?P<version>[^:@]+))?(?:@(?P<split>.+))?")
+_TFDS_SOURCE = re.compile(r"tfds:(?P<name>[^@]+)(?:@(?P<split>.+))?")
+_VERSION = r"(?:\d+|\*)(?:\.(?:\d+|\*)){2}"
+_NAME = re.compile(rf"(?:[\w-]+:)?[A-Za-z]\w*(?:/[\w+.-]+)?(?::{_VERSION})?(?:/\w+=.+)?")
+"""[COMMUNITY:]DATASET[/CONFIG][:VERSION][/SETTING=VALUE,...], as TFDS has it."""
+_DATA_SET = re.compile(r"(?:[\w-]+:(?!\d|\*))?(\w+)")
+_MOST_NAMED = 8
 
 
 def is_tfds(source: str | os.PathLike[str]) -> bool:
-    """Whether `source` names a TFDS data set ('tfds:NAME[:VERSION][@SPLIT]')."""
+    """Whether `source` names a TFDS data set ('tfds:NAME[/CONFIG][:VERSION][@SPLIT]')."""
     return os.fspath(source).startswith("tfds:")
 
 
@@ -26,7 +33,7 @@ def read_tfds(source: str, *, split: str, data_dir: str | None = None) -> Record
     here. Strings are decoded; class labels stay integers.
 
     Args:
-        source: 'tfds:NAME[:VERSION][@SPLIT]', for example 'tfds:glue/sst2:2.0.0@train[:90%]'.
+        source: 'tfds:NAME[/CONFIG][:VERSION][@SPLIT]', such as 'tfds:glue/sst2:2.0.0@train[:90%]'.
         split: the TFDS split where `source` names none.
         data_dir: TFDS's folder of prepared data sets; None is TFDS's default.
 
@@ -34,31 +41,46 @@ def read_tfds(source: str, *, split: str, data_dir: str | None = None) -> Record
         InputError: TFDS does not have it, or cannot give it without TensorFlow.
     """
     match = _TFDS_SOURCE.fullmatch(source)
-    if match is None:
-        raise InputError(f"{source}: write tfds:NAME, tfds:NAME:VERSION or tfds:NAME@SPLIT")
+    if match is None or not _NAME.fullmatch(match["name"]):
+        raise InputError(
+            f"{source}: write tfds:NAME[/CONFIG][:VERSION][@SPLIT], such as "
+            "tfds:glue/sst2:2.0.0@train; a version has three numbers, 2.*.* is the newest 2"
+        )
     import tensorflow_datasets as tfds  # slow to import, and few tasks need it
 
-    name = ":".join(filter(None, (match["name"], match["version"])))
-    split = match["split"] or split
+    name, split = match["name"], match["split"] or split
     file = f"tfds:{name}@{split}"
     try:
         rows: Any = tfds.data_source(name, split=split, data_dir=data_dir or None)
         fields = [_plain(row) for row in rows]
-    except (
-        ArithmeticError, AssertionError, ImportError, LookupError, NotImplementedError, OSError,
-        RuntimeError, ValueError,
-    ) as error:  # fmt: skip
+    except (KeyboardInterrupt, MemoryError):
+        raise
+    except Exception as error:  # its own kinds, and those of whatever it downloads with
         # Without the names of all its data sets.
-        reason = " ".join(str(error).partition("Available datasets")[0].split())[:300]
+        reason = " ".join(str(error).partition("Available datasets")[0].split())[:300].rstrip(".")
+        folder = epath.Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
         raise InputError(
-            f"{file}: TFDS cannot provide it ({type(error).__name__}: {reason}); check name, "
-            "version, split and data_dir, or prepare it with `tfds build "
-            "--file_format=array_record`"
+            f"{file}: TFDS cannot provide it ({type(error).__name__}: {reason}); "
+            f"{_prepared(folder, name)}. Check name, version, split and data_dir, or prepare it "
+            "with `tfds build --file_format=array_record`"
         ) from error
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
     digest = f"{rows.dataset_info.full_name} sha256:{digest}"  # TFDS keeps no hash of a split
     records = [Record(f, file, i) for i, f in enumerate(fields, 1)]
     return non_empty(Records(records, digest=digest), file)
+
+
+def _prepared(folder: epath.Path, name: str) -> str:
+    """What TFDS's folder holds of a data set, for a message."""
+    data_set = _DATA_SET.findall(name)[0]
+    try:
+        levels = [*folder.glob(f"{data_set}/*.*.*"), *folder.glob(f"{data_set}/*/*.*.*")]
+    except OSError:
+        levels = []
+    paths = sorted(os.fspath(path.relative_to(folder)) for path in levels if path.is_dir())
+    held = [":".join(path.rsplit("/", 1)) for path in paths]
+    more = f" and {len(held) - _MOST_NAMED} more" if len(held) > _MOST_NAMED else ""
+    return f"{folder} has {', '.join(held[:_MOST_NAMED]) or f'no {data_set}'}{more}"
 
 
 def _plain(value: Any) -> Any:

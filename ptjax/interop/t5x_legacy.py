@@ -114,7 +114,8 @@ def _target(contents: Mapping[str, Any], file: epath.Path) -> Mapping[str, Any]:
     """`optimizer/target`, after every check of the container."""
     if not {"version", "optimizer"} <= set(contents):
         raise InputError(f"{file}: this is no T5X checkpoint, it lacks `version` or `optimizer`")
-    if (version := contents["version"]) != 3:
+    version = contents["version"]
+    if isinstance(version, np.ndarray) or version != 3:
         raise InputError(
             f"{file}: T5X checkpoint version {version}; ptjax reads version 3, the one T5X has "
             "written since 2021 (version 2 kept bfloat16 as uint16)"
@@ -148,6 +149,11 @@ def _flatten(
         if isinstance(value, np.ndarray) or (
             isinstance(value, dict) and {"driver", "kvstore"} <= set(value)
         ):
+            if isinstance(value, dict) and _holds_array(value):
+                raise InputError(
+                    f"{file}: the spec of parameter {'/'.join(path)} is damaged: it holds an array "
+                    "where a text or a number belongs; copy the checkpoint again"
+                )
             yield "/".join(path), value
         elif isinstance(value, dict):
             yield from _flatten(value, path, file)
@@ -156,6 +162,13 @@ def _flatten(
                 f"{file}: parameter {'/'.join(path)} is a {type(value).__name__}, neither an array "
                 "nor a tensorstore spec"
             )
+
+
+def _holds_array(spec: Any) -> bool:
+    """Whether an array is in a tensorstore spec, which is plain JSON where it is whole."""
+    if isinstance(spec, dict):
+        return any(map(_holds_array, spec.values()))
+    return isinstance(spec, np.ndarray) or (isinstance(spec, list) and any(map(_holds_array, spec)))
 
 
 def _folder_of(spec: Mapping[str, Any], name: str, file: epath.Path) -> str:

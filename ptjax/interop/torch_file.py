@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import io
+import math
 import os
 import pickle
 import zipfile
@@ -99,7 +100,9 @@ def open_torch(path: str | os.PathLike[str]) -> dict[str, StoredArray]:
         try:
             with zipfile.ZipFile(stream) as archive:
                 tensors = _unpickle(archive, path)
-        except (zipfile.BadZipFile, EOFError, OSError) as error:
+        except InputError:
+            raise
+        except Exception as error:  # a damaged directory has other errors than BadZipFile too
             raise InputError(
                 f"{path}: the file is truncated or damaged ({error}); copy it again"
             ) from error
@@ -234,6 +237,13 @@ class _Unpickler(pickle._Unpickler):
             raise InputError(
                 f"{self._path}: a tensor {list(shape)} reaches outside of its storage of "
                 f"{storage.count:,} numbers; refused"
+            )
+        # A view may repeat its storage (`expand`), but not until the memory is full.
+        size = math.prod(shape) * numpy_dtype(storage.dtype).itemsize
+        if size > max(untrusted.MIN_INFLATED, self._path.stat().length):
+            raise InputError(
+                f"{self._path}: a tensor {list(shape)} makes {size:,} bytes of the "
+                f"{storage.count:,} numbers of its storage; refused"
             )
         path, dtype, source = self._path, storage.dtype, storage.source
         begin = source.member.offset + offset * numpy_dtype(dtype).itemsize

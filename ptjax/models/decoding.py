@@ -145,8 +145,9 @@ def beam_search(
         log_probs = (
             log_probs.reshape(rows, width, vocabulary) + state.live_log_likelihood[..., None]
         )
-        # Twice the beams: should the better half of them end here, as many others live on.
-        best, index = jax.lax.top_k(log_probs.reshape(rows, -1), 2 * width)
+        # Should every beam end here in every way that it can, as many others live on.
+        ways = min(1 + len(ids.eos_ids), vocabulary)
+        best, index = jax.lax.top_k(log_probs.reshape(rows, -1), ways * width)
         beam, token = jnp.divmod(index, vocabulary)
         tokens = _pick(state.live, beam).at[:, :, state.position].set(token)
         ended = _ends(token, ids)
