@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ptjax.data.tokenizer import Tokenizer, check_vocabulary, find_tokenizer, load_tokenizer
-from ptjax.errors import InputError, missing, near
+from ptjax.errors import InputError, check_path, missing, near
 from ptjax.fingerprint import Fingerprints, digest, sample_of
 from ptjax.interop import huggingface, t5x
 from ptjax.interop.huggingface_format import load_config
@@ -188,6 +188,7 @@ def _open(
     path: str | os.PathLike[str], chosen: Collection[str] = ()
 ) -> tuple[dict[str, StoredArray], dict[str, Any], str, tuple[epath.Path, ...]]:
     """(lazy arrays, config fields the files state, name, folders of the files beside) of `path`."""
+    check_path("the path of the backbone", path)
     name = os.fspath(path)
     directory = shipped(name) or epath.Path(path).expanduser()
     if not directory.exists():
@@ -418,6 +419,7 @@ def save_backbone(
         params: nested dict under T5X's names, layers stacked or not.
         max_shard_bytes: split the weights into files of at most this size.
     """
+    check_path("the folder of the backbone", directory)
     flat = Unstacked(flatten_paths(params))
     if any(isinstance(array, Quantized) for array in flat.values()):
         raise InputError(

@@ -16,7 +16,7 @@ from orbax.checkpoint import v1 as ocp
 from ptjax import untrusted
 from ptjax.backbone import OpenBackbone, open_backbone
 from ptjax.data.tokenizer import Tokenizer
-from ptjax.errors import InputError
+from ptjax.errors import InputError, check_path
 from ptjax.fingerprint import Fingerprints, digest, sampled
 from ptjax.interop import peft, t5x
 from ptjax.interop.prompt_file import PromptFile, load_prompt, prompts_below
@@ -38,6 +38,7 @@ def describe(
     Raises:
         InputError: it is none of them, or damaged.
     """
+    check_path("the path to describe", path)
     place = epath.Path(path).expanduser()
     # A MODEL_DIR of T5X has a config.gin too.
     if place.is_dir() and is_run(place) and not t5x.is_t5x(place):

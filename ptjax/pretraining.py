@@ -27,7 +27,7 @@ from ptjax.data.sources import read_records
 from ptjax.data.tasks import Task
 from ptjax.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from ptjax.data.vocabularies import missing_tokenizer
-from ptjax.errors import InputError
+from ptjax.errors import InputError, check_path
 from ptjax.exports import Exports, read_model
 from ptjax.identity import digest_array, digest_texts, make_identity
 from ptjax.interop.special_ids import check_end_of_sequence
@@ -225,6 +225,7 @@ def pretrain(
         InputError: neither or both of `model` and `backbone`, or parts without what they need.
     """
     given = dict(locals())
+    check_path("MODEL_DIR", model_dir)
     if backbone is not None and model is None:
         report_steps(pace.train_steps, backbone)
         model, mesh, found = backbone.config, backbone.mesh, backbone.tokenizer

@@ -20,7 +20,7 @@ from ptjax.checkpoint import Checkpoints
 from ptjax.damage import check_weights
 from ptjax.data.pipeline import Bucket
 from ptjax.data.tasks import Task
-from ptjax.errors import InputError, check_at_least
+from ptjax.errors import InputError, check_at_least, check_path
 from ptjax.evaluation import Evaluation, HardPrompt
 from ptjax.exports import BEST
 from ptjax.identity import check_same, make_identity
@@ -103,6 +103,7 @@ def tune(
             that is past `pace.train_steps` (`identity.FREE` lists what may change).
     """
     given = dict(locals())
+    check_path("MODEL_DIR", model_dir)
     model_dir = epath.Path(model_dir).expanduser()
     check_at_least(0, RANDOM_SEED=seed)
     lengths = check_settings(

@@ -25,7 +25,7 @@ from etils import epath
 
 from ptjax.cli import gin_types, t5x_names, trust
 from ptjax.cli.gin_mistakes import IMPORTS, explained, own_files
-from ptjax.errors import InputError, near
+from ptjax.errors import InputError, gin_flag, is_empty, near
 
 # What gin has no public names for: its registry, its bindings, how it writes values.
 _gin: Any = gin.config
@@ -90,7 +90,7 @@ def load_gin(
     _check_macros(used, known, files, given, optional=list(defaults or ()))
     try:
         _check_finite(files, arguments.gin_bindings)
-        _check_types(files, arguments.gin_bindings)
+        _check_types(files, arguments.gin_bindings, optional=list(defaults or ()))
     except RecursionError:
         raise InputError("a macro stands for itself (A = %B and B = %A); give it a value") from None
     for name in (set(defaults or ()) & set(used)) - known:
@@ -225,11 +225,15 @@ def _check_macros(
         del _gin._CONFIG[name, "gin.macro"]  # config.gin has no file that says %NAME
     if missing := sorted(set(used) - bound - set(optional)):
         name = missing[0]
+        form = gin_flag(name, "PATH") if names_path(name) else f"--gin.{name}=VALUE"
         raise InputError(
-            use(name)
-            + f"the macro {name} ({used[name]}) has no value; set it with --gin.{name}=VALUE"
-            + (" (quotes around strings)" if name.endswith(("DIR", "PATH")) else "")
+            use(name) + f"the macro {name} ({used[name]}) has no value; set it with {form}"
         )
+
+
+def names_path(macro: str) -> bool:
+    """Whether a macro's name says that it stands for a path."""
+    return macro.endswith(("_DIR", "_PATH"))
 
 
 def _unused(name: str, used: Iterable[str]) -> str:
@@ -270,27 +274,36 @@ def _check_finite(files: Sequence[epath.Path], command_line: Sequence[str]) -> N
             )
 
 
-def _check_types(files: Sequence[epath.Path], command_line: Sequence[str]) -> None:
-    """Every bound value against the annotation of its argument."""
+def _check_types(
+    files: Sequence[epath.Path], command_line: Sequence[str], optional: Sequence[str]
+) -> None:
+    """Every bound value against the annotation of its argument; a path is not empty."""
     for (scope, selector), bindings in list(_gin._CONFIG.items()):
         function = _gin._REGISTRY.get_match(selector).wrapped
         kinds = gin_types.argument_types(function)
         scoped = f"{scope}/" if scope else ""
         function_name = scoped + f"{function.__module__.rsplit('.', 1)[-1]}.{function.__name__}"
         for argument, value in bindings.items():
-            if argument not in kinds or gin_types.fits(value, kinds[argument]):
-                continue
+            kind = kinds.get(argument, Any)
+            fits = gin_types.fits(value, kind)
             name = told = f"{function_name}.{argument}"
             pattern = rf"^\s*{re.escape(scoped)}(\w+\.)*{function.__name__}\.{argument}\s*="
             while gin_types.is_macro(value):
                 name = value.scoped_selector.rsplit("/", 1)[0]
                 pattern = rf"^\s*{re.escape(name)}\s*="
                 value = gin_types.macro_value(value)
+            is_path = gin_types.is_path(kind) or (names_path(name) and name not in optional)
+            if fits and not (is_path and is_empty(value)):
+                continue
             typed = any(re.search(pattern, line) for line in command_line)
             raise InputError(
                 ("command line: " if typed else _where(pattern, files))
-                + f"{name} = {value!r}: {told if name != told else 'it'} takes "
-                + gin_types.describe(kinds[argument])
+                + (
+                    f"{name} is empty; set {gin_flag(name, 'PATH')} ('.' is the current folder)"
+                    if fits
+                    else f"{name} = {value!r}: {told if name != told else 'it'} takes "
+                    + gin_types.describe(kind)
+                )
             )
 
 

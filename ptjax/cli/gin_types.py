@@ -74,6 +74,11 @@ def _reference_fits(reference: Any, kind: Any) -> bool:
     return any(_is_function(k) and not inspect.isclass(target) for k in kinds)
 
 
+def is_path(kind: Any) -> bool:
+    """Whether an argument of that type is a path, which ours annotate as a text or a PathLike."""
+    return any(get_origin(one) is os.PathLike for one in get_args(kind))
+
+
 def _is_function(kind: Any) -> bool:
     """A `Callable`, or one of our protocols, which a function may be as well as an object."""
     return get_origin(kind) is collections.abc.Callable or getattr(kind, "_is_protocol", False)

@@ -17,7 +17,7 @@ from etils import epath
 
 from ptjax import untrusted
 from ptjax.atomic import written_whole
-from ptjax.errors import InputError
+from ptjax.errors import InputError, check_path
 from ptjax.interop import safetensors_file, torch_file
 from ptjax.interop.stored import StoredArray
 
@@ -133,6 +133,7 @@ def export_peft(
         metadata: goes into the header of the weights file, where PEFT does not look and
             `load_peft` does; keys of its config that PEFT does not know would make it warn.
     """
+    check_path("the path of the PEFT directory", directory)
     prompt = np.asarray(prompt, np.float32)
     length, width = prompt.shape
     config = {

@@ -18,7 +18,7 @@ from absl import logging
 from etils import epath
 
 from ptjax import untrusted
-from ptjax.errors import InputError, missing
+from ptjax.errors import InputError, check_path, missing
 from ptjax.interop import peft, prompt_header, safetensors_file, t5x
 from ptjax.interop.stored import StoredArray
 from ptjax.models.t5 import PromptStates
@@ -70,6 +70,7 @@ def save_prompt(
         InputError: the prompt is not finite or not [P, D], or a value that ptjax reads is of
             another type.
     """
+    check_path("the path of the prompt", path)
     if problem := prompt_header.wrong_value(metadata):
         raise InputError(f"{path}: a prompt cannot be saved with this metadata, {problem}")
     tensors = {TENSOR: _checked(np.asarray(prompt), os.fspath(path))}
@@ -94,6 +95,7 @@ def load_prompt(path: str | os.PathLike[str]) -> PromptFile:
     Raises:
         InputError: it is none of these, or the prompt is damaged, not finite, not [P, D].
     """
+    check_path("the path of the prompt", path)
     path = epath.Path(path).expanduser()
     if not path.exists():
         raise missing("prompt", path)
@@ -127,6 +129,7 @@ def load_prompts(directory: str | os.PathLike[str]) -> dict[str, PromptFile]:
         InputError: no prompt there, two of one name, one called 'none', or one that `load_prompt`
             refuses; it names the path.
     """
+    check_path("the folder of the prompts", directory)
     directory = epath.Path(directory).expanduser()
     if not directory.exists():
         raise missing("prompts", directory)
@@ -262,7 +265,7 @@ class FromFile:
         InputError: its length is not the run's.
     """
 
-    path: str
+    path: str | os.PathLike[str]
 
     def __call__(self, key: Any, length: int, surroundings: Any) -> np.ndarray:
         prompt = load_prompt(self.path).prompt
