@@ -117,6 +117,21 @@ def check_at_least(least: float, of: str = "", **settings: float | None) -> None
             raise InputError(f"{name} = {value}: it has to be at least {least}")
 
 
+def check_choice(choices: Iterable[object], of: str = "", **settings: object) -> None:
+    """InputError for the first setting (of the class `of`) that is none of `choices`.
+
+    >>> check_choice(("none", "full"), "T5Config", remat="x")
+    Traceback (most recent call last):
+    ptjax.errors.InputError: T5Config.remat = 'x': it takes one of 'none', 'full'
+    """
+    choices = list(choices)
+    for name, value in settings.items():
+        if value not in choices:
+            name = f"{of}.{name}" if of else name
+            listed = ", ".join(map(repr, choices))
+            raise InputError(f"{name} = {value!r}: it takes one of {listed}")
+
+
 def check_share(of: str, **settings: float) -> None:
     """InputError for the first setting of the class `of` that is not in [0, 1)."""
     for name, value in settings.items():

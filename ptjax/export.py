@@ -111,6 +111,7 @@ def export_directory(arguments: argparse.Namespace, prompt: Any, source: str) ->
     from etils import epath
 
     from ptjax.interop import peft
+    from ptjax.interop.prompt_file import wrong_width
 
     directory = epath.Path(arguments.output).expanduser()
     if directory.exists() and not arguments.force:
@@ -124,9 +125,8 @@ def export_directory(arguments: argparse.Namespace, prompt: Any, source: str) ->
     # "id@commit" is how ptjax records a model of the hub.
     hub = re.fullmatch(r"(.+)@([0-9a-f]{40})", name)
     if width != prompt.prompt.shape[1]:
-        raise InputError(
-            f"{source} has width {prompt.prompt.shape[1]}, the backbone {name} {width}"
-        )
+        tuned_on = prompt.metadata.get("backbone_name")
+        raise wrong_width(source, prompt.prompt.shape, name, width, tuned_on)
     peft.export_peft(
         directory,
         prompt.prompt,

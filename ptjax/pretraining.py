@@ -27,7 +27,7 @@ from ptjax.data.sources import read_records
 from ptjax.data.tasks import Task
 from ptjax.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from ptjax.data.vocabularies import missing_tokenizer
-from ptjax.errors import InputError, check_path
+from ptjax.errors import InputError, check_path, gin_flag
 from ptjax.exports import Exports, read_model
 from ptjax.identity import digest_array, digest_texts, make_identity
 from ptjax.interop.special_ids import check_end_of_sequence
@@ -232,7 +232,8 @@ def pretrain(
         params, apply_fn = backbone.variables["params"], backbone.apply_fn
         if any(leaf.dtype != np.float32 for leaf in jax.tree.leaves(params)):
             raise InputError(
-                "pretrain updates float32 weights: set load_backbone.dtype = 'float32'"
+                "pretrain updates float32 weights: set "
+                + gin_flag("backbone.load_backbone.dtype", "float32")
             )
     elif model is not None and backbone is None:
         mesh, found = sharding.make_mesh(), None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 import numpy as np
 import pytest
+from tensorflow_datasets.core import constants
 
 from ptjax.data import tfds_source
 from ptjax.errors import InputError
@@ -71,15 +73,40 @@ def test_tfds_data_sets_without_tensorflow(tfds_dir):
     assert "tensorflow" not in sys.modules
 
 
-@pytest.mark.parametrize("source", ["tfds:tiny_reviews@nope", "tfds:tiny_reviews:9.9.9@train"])
-def test_what_tfds_does_not_have(tfds_dir, source):
-    with pytest.raises(InputError, match=r"TFDS cannot provide it.*check name, version, split"):
-        tfds_source.read_tfds(source, split="train", data_dir=tfds_dir)
+def _refused(source: str, data_dir: str | None) -> str:
+    with pytest.raises(InputError) as raised:
+        tfds_source.read_tfds(source, split="train", data_dir=data_dir)
+    return str(raised.value)
+
+
+def test_what_tfds_does_not_have(tfds_dir):
+    assert re.fullmatch(
+        rf"tfds:tiny_reviews@nope: TFDS cannot read it from {tfds_dir}/tiny_reviews \(.*nope.*\); "
+        "check the split, or prepare it as array_record with `tfds build tiny_reviews "
+        rf"--file_format=array_record --data_dir={tfds_dir}`",
+        _refused("tfds:tiny_reviews@nope", tfds_dir),
+    )
     with pytest.raises(InputError, match="write tfds:NAME"):
         tfds_source.read_tfds("tfds:", split="train")
 
 
+def test_a_data_set_that_is_not_prepared_is_told_where_and_how_it_would_be(tfds_dir, tmp_path):
+    assert _refused("tfds:tiny_reviews:9.9.9@train", tfds_dir) == (
+        f"tfds:tiny_reviews:9.9.9@train: no prepared data set in {tfds_dir}: it has no "
+        "tiny_reviews/9.9.9, only 1.2.0; prepare it, where TensorFlow is installed, with "
+        f"`tfds build tiny_reviews:9.9.9 --file_format=array_record --data_dir={tfds_dir}`, or "
+        "name the folder that has it with --gin.DATA_DIR=\"'PATH'\""
+    )
+    gone = tmp_path / "gone"
+    assert _refused("tfds:glue/sst2:2.0.0", str(gone)) == (
+        f"tfds:glue/sst2:2.0.0@train: no prepared data set in {gone}: it has no glue/sst2; prepare "
+        "it, where TensorFlow is installed, with `tfds build glue/sst2:2.0.0 "
+        f"--file_format=array_record --data_dir={gone}`, or name the folder that has it with "
+        "--gin.DATA_DIR=\"'PATH'\""
+    )
+
+
 def test_an_unknown_data_set_is_said_without_the_list_of_all_others():
-    with pytest.raises(InputError, match=r"Dataset nonsense not found\.\); check name") as raised:
-        tfds_source.read_tfds("tfds:nonsense", split="train")
-    assert len(str(raised.value)) < 250
+    said = _refused("tfds:nonsense", None)
+    assert f"no prepared data set in {constants.DATA_DIR}: it has no nonsense; " in said
+    assert len(said) < 450

@@ -131,7 +131,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
     for argument in argv:
         if re.search("[\ud800-\udfff]", argument):  # how Python holds bytes that are no text
             parser.error(f"the argument {argument!r} has bytes that are not UTF-8 text")
-        name, equals, value = argument.removeprefix("--gin.").partition("=")
+        name, _, value = argument.removeprefix("--gin.").partition("=")
         if not argument.startswith("--gin."):
             rest.append(argument)
         elif not value.strip():

@@ -24,7 +24,7 @@ from absl import logging
 from etils import epath
 
 from ptjax.cli import gin_types, t5x_names, trust
-from ptjax.cli.gin_mistakes import IMPORTS, explained, own_files
+from ptjax.cli.gin_mistakes import IMPORTS, check_depth, explained, own_files
 from ptjax.errors import InputError, gin_flag, is_empty, near
 
 # What gin has no public names for: its registry, its bindings, how it writes values.
@@ -130,6 +130,7 @@ def _open(path: str) -> IO[str]:
         raise InputError(
             f"{path}: a gin file is UTF-8 text, this is not ({error.reason})"
         ) from None
+    check_depth(text, path)
     t5x_names.check_gin_file(text, path)
     stream = io.StringIO(text)
     stream.name = path  # type: ignore[attr-defined]  # gin's parser takes it for its messages
@@ -163,6 +164,7 @@ def _is_remote(path: str) -> bool:
 
 def _bind(line: str, imports: str) -> None:
     """One binding of the command line; it may name what no gin file has named so far."""
+    check_depth(line, f"command line, {line.partition('=')[0].strip()}")
     try:
         gin.parse_config(line)
     except ValueError as error:

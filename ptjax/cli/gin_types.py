@@ -7,7 +7,7 @@ import inspect
 import os
 import types
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import gin.config
 
@@ -26,9 +26,14 @@ _WORDS = {
 
 
 def argument_types(function: Callable[..., Any]) -> dict[str, Any]:
-    """Argument -> type, of a function or a dataclass; empty where its types cannot be read."""
+    """Argument or field -> type, of a function or a dataclass; empty where they cannot be read."""
     try:
-        return get_type_hints(function)
+        kinds = get_type_hints(function)
+        # `**fields: Annotated[Any, C]` are fields of the class C.
+        for kind in get_type_hints(function, include_extras=True).values():
+            if get_origin(kind) is Annotated and isinstance(kind.__metadata__[0], type):
+                kinds = get_type_hints(kind.__metadata__[0]) | kinds
+        return kinds
     except (NameError, TypeError):  # imported for type checkers only, or not a function of Python
         return {}
 

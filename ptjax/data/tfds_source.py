@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import json
 import os
 import re
 from typing import Any
 
+from etils import epath
+
 from ptjax.data.sources import Record, Records, non_empty
-from ptjax.errors import InputError
+from ptjax.errors import InputError, gin_flag, listing
 
 _TFDS_SOURCE = re.compile(r"tfds:(?P<name>[^:@]+)(?::(?P<version>[^:@]+))?(?:@(?P<split>.+))?")
 
@@ -38,7 +41,7 @@ def read_tfds(source: str, *, split: str, data_dir: str | None = None) -> Record
         raise InputError(f"{source}: write tfds:NAME, tfds:NAME:VERSION or tfds:NAME@SPLIT")
     import tensorflow_datasets as tfds  # slow to import, and few tasks need it
 
-    name = ":".join(filter(None, (match["name"], match["version"])))
+    name = _named(match)
     split = match["split"] or split
     file = f"tfds:{name}@{split}"
     try:
@@ -48,17 +51,41 @@ def read_tfds(source: str, *, split: str, data_dir: str | None = None) -> Record
         ArithmeticError, AssertionError, ImportError, LookupError, NotImplementedError, OSError,
         RuntimeError, ValueError,
     ) as error:  # fmt: skip
-        # Without the names of all its data sets.
-        reason = " ".join(str(error).partition("Available datasets")[0].split())[:300]
-        raise InputError(
-            f"{file}: TFDS cannot provide it ({type(error).__name__}: {reason}); check name, "
-            "version, split and data_dir, or prepare it with `tfds build "
-            "--file_format=array_record`"
-        ) from error
+        folder = epath.Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
+        raise InputError(f"{file}: {_why_not(match, folder, error)}") from error
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
     digest = f"{rows.dataset_info.full_name} sha256:{digest}"  # TFDS keeps no hash of a split
     records = [Record(f, file, i) for i, f in enumerate(fields, 1)]
     return non_empty(Records(records, digest=digest), file)
+
+
+def _named(match: re.Match[str]) -> str:
+    return ":".join(filter(None, (match["name"], match["version"])))
+
+
+def _why_not(match: re.Match[str], folder: epath.Path, error: Exception) -> str:
+    """What a data set lacks in `folder`, and the command that prepares it there.
+
+    TFDS itself says "Dataset glue not found" of a folder that is not there.
+    """
+    name, place = _named(match), folder / match["name"]
+    command = f"`tfds build {name} --file_format=array_record --data_dir={folder}`"
+    present = sorted(path.name for path in place.iterdir()) if place.is_dir() else []
+    versions = [x for x in present if re.fullmatch(r"\d+\.\d+\.\d+", x)]
+    if any(fnmatch.fnmatch(version, match["version"] or "*") for version in versions):
+        # Without the names of all its data sets.
+        reason = " ".join(str(error).partition("Available datasets")[0].split())[:300]
+        return (
+            f"TFDS cannot read it from {place} ({type(error).__name__}: {reason}); check the "
+            f"split, or prepare it as array_record with {command}"
+        )
+    there = f", only {listing(present)}" if present else ""
+    return (
+        f"no prepared data set in {folder}: it has no {match['name']}"
+        + (f"/{match['version'] or 'VERSION'}{there}" if there else "")
+        + f"; prepare it, where TensorFlow is installed, with {command}, or name the folder that "
+        f"has it with {gin_flag('DATA_DIR', 'PATH')}"
+    )
 
 
 def _plain(value: Any) -> Any:

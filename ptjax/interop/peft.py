@@ -171,13 +171,7 @@ def export_peft(
 def _read_config(file: epath.Path) -> dict[str, Any]:
     if not file.exists():
         raise InputError(f"{file}: the file is missing; a PEFT directory has one")
-    try:
-        config = untrusted.read_json(file)
-    except ValueError as error:
-        raise InputError(f"{file}: the file is truncated or no JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise InputError(f"{file}: the file is no JSON object")
-    return config
+    return untrusted.read_object(file)
 
 
 def _check_method(config: Mapping[str, Any], file: epath.Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -18,7 +18,7 @@ from absl import logging
 from etils import epath
 
 from ptjax import untrusted
-from ptjax.errors import InputError, check_path, missing
+from ptjax.errors import InputError, check_path, gin_flag, missing
 from ptjax.interop import peft, prompt_header, safetensors_file, t5x
 from ptjax.interop.stored import StoredArray
 from ptjax.models.t5 import PromptStates
@@ -114,6 +114,23 @@ def load_prompt(path: str | os.PathLike[str]) -> PromptFile:
     raise InputError(
         f"{path}: no prompt file, but {kind.get(start[:1], 'something else')}; ptjax reads "
         "safetensors, .npy, PEFT directories and T5X checkpoints"
+    )
+
+
+def wrong_width(
+    called: str, shape: Sequence[int], backbone: str, width: int, tuned_on: object = None
+) -> InputError:
+    """The error of a prompt that a backbone cannot read, alike wherever the two meet.
+
+    Args:
+        called: what the message calls the prompt.
+        shape: the prompt's.
+        backbone, width: the backbone's name and its D.
+        tuned_on: what the prompt says of its own backbone.
+    """
+    return InputError(
+        f"{called} {list(shape)} does not fit {backbone}, whose width is {width}; it was tuned on "
+        f"{tuned_on or 'another backbone'}"
     )
 
 
@@ -271,7 +288,8 @@ class FromFile:
         prompt = load_prompt(self.path).prompt
         if len(prompt) != length:
             raise InputError(
-                f"{self.path}: {len(prompt)} rows, the run wants {length}; set PROMPT_LENGTH to it"
+                f"{self.path}: {len(prompt)} rows, the run wants {length}; set "
+                + gin_flag("PROMPT_LENGTH", len(prompt))
             )
         return prompt
 
