@@ -121,6 +121,8 @@ def export_directory(arguments: argparse.Namespace, prompt: Any, source: str) ->
     own = epath.Path(source).expanduser()
     if directory.exists() and own.exists() and directory.resolve() == own.resolve():
         raise InputError(f"--output={directory}: this is the input {source}; name another one")
+    if "://" not in arguments.output:
+        output.check_place(arguments.output)
     name, heads, layers, width = backbone_sizes(arguments, prompt.metadata)
     # "id@commit" is how ptjax records a model of the hub.
     hub = re.fullmatch(r"(.+)@([0-9a-f]{40})", name)

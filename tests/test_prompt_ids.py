@@ -1,4 +1,4 @@
-"""The special ids that a prompt was tuned with are recorded in it, and have to be the backbone's."""
+"""The special ids that a prompt was tuned with are recorded, and have to be the backbone's."""
 
 from __future__ import annotations
 
@@ -60,9 +60,8 @@ def test_several_ids_that_differ_stand_in_one_line(tuned, backbone):
 def test_a_prompt_without_ids_or_with_some_of_them_stays_valid(tuned, backbone):
     other = with_ids(backbone, pad_id=3)
     older = {k: v for k, v in tuned.metadata.items() if k != "special_ids"}
-    assert (
-        check_prompt(other, PromptFile(tuned.prompt, older)).metadata["special_ids"]["pad_id"] == 3
-    )
+    checked = check_prompt(other, PromptFile(tuned.prompt, older))
+    assert checked.metadata["special_ids"] == IDS | {"pad_id": 3}
     check_prompt(other, PromptFile(tuned.prompt, older | {"special_ids": {"eos_ids": [1]}}))
 
 
