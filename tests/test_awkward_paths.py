@@ -208,7 +208,7 @@ def test_a_finished_run_that_cannot_be_written_to_is_finished(read_only, task, b
     ("changes", "said"),
     [
         ({"pace": dataclasses.replace(ONE_STEP, train_steps=2)}, "it cannot be written to"),
-        ({"pace": ONE_STEP, "seed": 4}, "holds a run with seed = 3, now 4"),
+        ({"pace": ONE_STEP, "seed": 4}, r"holds a run with tune\.seed = 3, now 4"),
         ({"method": "hard_prompt", "hard_prompt": HardPrompt("Good?")}, "holds a run"),
     ],
 )

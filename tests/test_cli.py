@@ -393,9 +393,9 @@ def test_a_value_of_the_wrong_type_is_one_line_with_its_place(fails, line):
     assert fails("--gin_file=quickstart.gin", f"--gin_bindings={line}") == (
         f"command line: {WRONG[line]}"
     )
-    imports = "".join(f"from ptjax import {name}\n" for name in ("loop", "tuning"))
+    imports = "".join(f"from ptjax import {name}\n" for name in ("backbone", "loop", "tuning"))
     Path("bad.gin").write_text(f"{HEADER}{imports}include 'quickstart.gin'\n{line}\n")
-    assert fails("--gin_file=bad.gin") == f"bad.gin:6: {WRONG[line]}"
+    assert fails("--gin_file=bad.gin") == f"bad.gin:7: {WRONG[line]}"
 
 
 RANGES = {

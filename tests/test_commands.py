@@ -409,7 +409,7 @@ def test_inspect_a_model_dir_of_t5x(call, tmp_path):
 
 
 def test_inspect_refuses(fails, tmp_path, run_dir):
-    assert fails("inspect", "ptjax-nano", "--tokens=-2").startswith("--tokens=-2: ")
+    assert fails("inspect", "ptjax-nano", "--tokens=-2").startswith("--tokens = -2: ")
     assert fails("inspect", "/no/such/path").startswith("no backbone at /no/such/path")
     Path("x.safetensors").write_bytes(b"short")
     assert fails("inspect", "x.safetensors").startswith("x.safetensors: ")

@@ -37,7 +37,8 @@ def test_a_run_records_the_ids_in_its_prompts(tuned, backbone):
 
 @pytest.mark.parametrize("name", IDS)
 def test_a_prompt_tuned_with_other_ids_is_refused_naming_both(tuned, backbone, name):
-    other = with_ids(backbone, **{name: OTHERS[name]})
+    value = OTHERS[name]
+    other = with_ids(backbone, **{name: tuple(value) if isinstance(value, list) else value})
     said = (
         f"the prompt was tuned on {backbone.name} with {name} = {IDS[name]}; {backbone.name} has "
         f"{name} = {OTHERS[name]}; load its own, or override with --allow_mismatch "

@@ -17,6 +17,7 @@ import zipfile
 import msgpack
 import numpy as np
 import pytest
+from etils import epath
 from flax import serialization
 from test_torch_file import tensor
 from test_torch_file import write as write_torch
@@ -139,11 +140,12 @@ NO_OBJECT = {
 
 @pytest.mark.parametrize("text", NO_OBJECT)
 def test_a_config_that_is_no_object_is_told_alike_by_every_reader(tmp_path, text):
+    folder = epath.Path(tmp_path)
     readers = {
-        "special_tokens_map.json": lambda: added_tokens.read_json(tmp_path / file),
-        "generation_config.json": lambda: read_special_ids(tmp_path, {"vocab_size": 3}),
+        "special_tokens_map.json": lambda: added_tokens.read_json(folder / file),
+        "generation_config.json": lambda: read_special_ids(folder, {"vocab_size": 3}),
         "adapter_config.json": lambda: method_of(tmp_path),
-        "config.json": lambda: read_config(tmp_path),
+        "config.json": lambda: read_config(folder),
     }
     for file, read in readers.items():
         (tmp_path / file).write_text(text)

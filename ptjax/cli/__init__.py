@@ -19,9 +19,9 @@ import types
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from ptjax.cli import distributed, logs, t5x_names
-from ptjax.cli.gin_files import bound, config_text, has_macro, load_gin, macro, names_path, settings
-from ptjax.errors import InputError, TrainingError, gin_flag, near
+from ptjax.cli import distributed, gin_types, logs, t5x_names
+from ptjax.cli.gin_files import bound, config_text, has_macro, load_gin, macro, settings
+from ptjax.errors import InputError, TrainingError, near
 
 __all__ = [
     "EXIT_CODES",
@@ -135,8 +135,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
         if not argument.startswith("--gin."):
             rest.append(argument)
         elif not value.strip():
-            form = gin_flag(name, "PATH") if names_path(name) else f"--gin.{name}=VALUE"
-            parser.error(f"--gin.{name} needs a value: {form}")
+            parser.error(f"--gin.{name} needs a value: {gin_types.flag_of(name)}")
         else:
             bindings.append(f"{name} = {value}")
     arguments = parser.parse_intermixed_args(rest)

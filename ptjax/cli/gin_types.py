@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import collections.abc
 import inspect
+import math
 import os
+import re
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import gin.config
+from etils import epath
+
+from ptjax.errors import InputError, gin_flag, is_empty
 
 _gin: Any = gin.config
 
@@ -136,3 +141,76 @@ def describe(kind: Any) -> str:
         return "anything"
     name = "NAME" if _is_function(kind) else kind.__name__
     return f"a reference such as @{kind.__module__.rsplit('.', 1)[-1]}.{name}()"
+
+
+def names_path(macro: str) -> bool:
+    """Whether a macro's name says that it stands for a path."""
+    return macro.endswith(("_DIR", "_PATH"))
+
+
+def flag_of(macro: str) -> str:
+    """How a macro is set, with a placeholder for its value."""
+    return gin_flag(macro, "PATH") if names_path(macro) else f"--gin.{macro}=VALUE"
+
+
+def line_of(pattern: str, files: Sequence[epath.Path]) -> str:
+    """ "file:line: " of the line that counts, in gin files of which the first one wins."""
+    for file in files:
+        lines = file.read_text().splitlines()
+        if found := [n for n, line in enumerate(lines, 1) if re.search(pattern, line)]:
+            return f"{file}:{found[-1]}: "
+    return ""
+
+
+def check_finite(files: Sequence[epath.Path], command_line: Sequence[str]) -> None:
+    """Refuses inf and nan, which gin reads (as 1e999) and cannot write: config.gin lacked them."""
+    for (scope, selector), bindings in _gin._CONFIG.items():
+        module, _, function = selector.rpartition(".")
+        for argument, value in bindings.items():
+            bad = next((x for x in numbers(value) if not math.isfinite(x)), None)
+            if bad is None:
+                continue
+            if selector == "gin.macro":
+                name, pattern = scope, rf"^\s*{re.escape(scope)}\s*="
+            else:
+                scoped = f"{scope}/" if scope else ""
+                name = f"{scoped}{module.rsplit('.', 1)[-1]}.{function}.{argument}"
+                pattern = rf"^\s*{re.escape(scoped)}(\w+\.)*{function}\.{argument}\s*="
+            typed = any(re.search(pattern, line) for line in command_line)
+            raise InputError(
+                ("command line: " if typed else line_of(pattern, files))
+                + f"{name} = {value!r}: {bad!r} is not a finite number; give one"
+            )
+
+
+def check_types(
+    files: Sequence[epath.Path], command_line: Sequence[str], optional: Sequence[str]
+) -> None:
+    """Every bound value against the annotation of its argument; a path is not empty."""
+    for (scope, selector), bindings in list(_gin._CONFIG.items()):
+        function = _gin._REGISTRY.get_match(selector).wrapped
+        kinds = argument_types(function)
+        scoped = f"{scope}/" if scope else ""
+        function_name = scoped + f"{function.__module__.rsplit('.', 1)[-1]}.{function.__name__}"
+        for argument, value in bindings.items():
+            kind = kinds.get(argument, Any)
+            fitting = fits(value, kind)
+            name = told = f"{function_name}.{argument}"
+            pattern = rf"^\s*{re.escape(scoped)}(\w+\.)*{function.__name__}\.{argument}\s*="
+            while is_macro(value):
+                name = value.scoped_selector.rsplit("/", 1)[0]
+                pattern = rf"^\s*{re.escape(name)}\s*="
+                value = macro_value(value)
+            needed = is_path(kind) or (names_path(name) and name not in optional)
+            if fitting and not (needed and is_empty(value)):
+                continue
+            typed = any(re.search(pattern, line) for line in command_line)
+            raise InputError(
+                ("command line: " if typed else line_of(pattern, files))
+                + (
+                    f"{name} is empty; set {gin_flag(name, 'PATH')} ('.' is the current folder)"
+                    if fitting
+                    else f"{name} = {value!r}: {told if name != told else 'it'} takes "
+                    + describe(kind)
+                )
+            )
