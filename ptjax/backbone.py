@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping
 from importlib import resources
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import jax
 from absl import logging
@@ -18,14 +18,14 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ptjax.data.tokenizer import Tokenizer, check_vocabulary, find_tokenizer, load_tokenizer
-from ptjax.errors import InputError, missing, near
+from ptjax.errors import InputError, check_choice, check_path, missing, near
 from ptjax.fingerprint import Fingerprints, digest, sample_of
 from ptjax.interop import huggingface, t5x
 from ptjax.interop.huggingface_format import load_config
 from ptjax.interop.prompt_file import T5X_PROMPT
 from ptjax.interop.special_ids import check_end_of_sequence
 from ptjax.interop.stored import Index, StoredArray, cast
-from ptjax.models.config import T5Config
+from ptjax.models.config import Dtype, T5Config
 from ptjax.models.layers import Quantized
 from ptjax.models.prompted import make_apply_fn
 from ptjax.models.stacking import Gather, Unstacked, stack_paths
@@ -83,12 +83,12 @@ class Backbone:
 def load_backbone(
     path: str | os.PathLike[str],
     *,
-    dtype: str | None = None,
+    dtype: Dtype | None = None,
     mesh: Mesh | str | None = None,
     fsdp: bool = False,
     quantize: Literal["int8"] | None = None,
     tokenizer: str | os.PathLike[str] | Tokenizer | None = None,
-    **config_overrides: Any,
+    **config_overrides: Annotated[Any, T5Config],
 ) -> Backbone:
     """Loads a T5X checkpoint (legacy or Orbax) or a Hugging Face directory or hub id.
 
@@ -141,12 +141,8 @@ def load_backbone(
 
 def check_dtypes(dtype: str, quantize: str | None) -> None:
     """InputError unless a backbone can be held so."""
-    if dtype not in ("float32", "bfloat16"):
-        raise InputError(f"dtype = {dtype!r}: a T5 runs in 'float32' or 'bfloat16' (not in fp16)")
-    if quantize not in (None, "int8"):
-        raise InputError(
-            f"quantize = {quantize!r}: kernels are held as they are (None) or in 'int8'"
-        )
+    check_choice(get_args(Dtype), "load_backbone", dtype=dtype)  # T5 overflows in float16
+    check_choice(("int8", None), "load_backbone", quantize=quantize)
 
 
 def _gather(mesh: Mesh, fsdp: bool) -> Gather | None:
@@ -189,6 +185,7 @@ def _open(
     path: str | os.PathLike[str], chosen: Collection[str] = ()
 ) -> tuple[dict[str, StoredArray], dict[str, Any], str, tuple[epath.Path, ...]]:
     """(lazy arrays, config fields the files state, name, folders of the files beside) of `path`."""
+    check_path("the path of the backbone", path)
     name = os.fspath(path)
     directory = shipped(name) or epath.Path(path).expanduser()
     if not directory.exists():
@@ -444,6 +441,7 @@ def save_backbone(
         params: nested dict under T5X's names, layers stacked or not.
         max_shard_bytes: split the weights into files of at most this size.
     """
+    check_path("the folder of the backbone", directory)
     flat = Unstacked(flatten_paths(params))
     if any(isinstance(array, Quantized) for array in flat.values()):
         raise InputError(

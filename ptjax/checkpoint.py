@@ -22,7 +22,7 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from ptjax import atomic
-from ptjax.errors import InputError
+from ptjax.errors import InputError, gin_flag
 from ptjax.identity import changed_versions, check_same
 from ptjax.scale import processes
 from ptjax.training.step import TrainState
@@ -112,8 +112,8 @@ class Checkpoints:
         if self.latest is not None and train_steps < self.latest:
             raise InputError(
                 f"TRAIN_STEPS = {train_steps:_}, but {self.directory.parent} holds a checkpoint of "
-                f"step {self.latest:_}; set TRAIN_STEPS to that or more, or choose another "
-                "MODEL_DIR"
+                f"step {self.latest:_}; set {gin_flag('TRAIN_STEPS', self.latest)} or more, or "
+                "choose another MODEL_DIR"
             )
 
     def restore(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Iterable
 
 _LISTED_CHARACTERS = 300
@@ -24,6 +25,35 @@ class TrainingError(RuntimeError):
 def missing(what: str, path: object) -> InputError:
     """The error of a path that leads nowhere, alike for everything that a user names by path."""
     return InputError(f"no {what} at {path}: the path does not exist; correct it")
+
+
+def gin_flag(name: str, value: object) -> str:
+    """How the command line sets a macro, or an argument of a function.
+
+    >>> print(gin_flag("MODEL_DIR", "PATH"), gin_flag("TRAIN_STEPS", 100))
+    --gin.MODEL_DIR="'PATH'" --gin.TRAIN_STEPS=100
+    """
+    text = repr(value)
+    return f"--gin.{name}=" + (text if re.fullmatch(r"[\w.-]+", text) else f'"{text}"')
+
+
+def is_empty(path: object) -> bool:
+    """Whether a path is an empty text, which would stand for the current folder.
+
+    Nobody means that: it is what is left of a variable of the shell that was never set.
+    """
+    return isinstance(path, str) and not path.strip()
+
+
+def check_path(name: str, path: object) -> None:
+    """InputError for a path that is empty; `name` is the setting's.
+
+    >>> check_path("MODEL_DIR", "")
+    Traceback (most recent call last):
+    ptjax.errors.InputError: MODEL_DIR is empty; name a path ('.' is the current folder)
+    """
+    if is_empty(path):
+        raise InputError(f"{name} is empty; name a path ('.' is the current folder)")
 
 
 def setting(name: str, *value: object) -> str:
@@ -85,6 +115,21 @@ def check_at_least(least: float, of: str = "", **settings: float | None) -> None
         if value is not None and not value >= least:
             name = f"{of}.{name}" if of else name
             raise InputError(f"{name} = {value}: it has to be at least {least}")
+
+
+def check_choice(choices: Iterable[object], of: str = "", **settings: object) -> None:
+    """InputError for the first setting (of the class `of`) that is none of `choices`.
+
+    >>> check_choice(("none", "full"), "T5Config", remat="x")
+    Traceback (most recent call last):
+    ptjax.errors.InputError: T5Config.remat = 'x': it takes one of 'none', 'full'
+    """
+    choices = list(choices)
+    for name, value in settings.items():
+        if value not in choices:
+            name = f"{of}.{name}" if of else name
+            listed = ", ".join(map(repr, choices))
+            raise InputError(f"{name} = {value!r}: it takes one of {listed}")
 
 
 def check_share(of: str, **settings: float) -> None:

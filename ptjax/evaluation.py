@@ -8,7 +8,7 @@ import functools
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
@@ -24,12 +24,13 @@ from ptjax.data.sentinels import join_texts
 from ptjax.data.tasks import Example, Examples, Task
 from ptjax.data.tokenizer import Tokenizer
 from ptjax.ensembling import Answers, Repeated, mean_shares, vote_on_labels, vote_on_texts
-from ptjax.errors import InputError, check_at_least
+from ptjax.errors import InputError, check_at_least, check_choice
 from ptjax.models.prompt import Bank, stack_prompts
 from ptjax.models.prompted import with_prompt
 from ptjax.scale.sharding import replicated, rows_divisor
 
 Tree = Any
+Predict = Literal["auto", "rank", "decode"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,10 +47,11 @@ class Evaluation:
 
     split: str = "validation"
     examples: int | None = None
-    predict: Literal["auto", "rank", "decode"] = "auto"
+    predict: Predict = "auto"
     batch_size: int = 64
 
     def __post_init__(self) -> None:
+        check_choice(get_args(Predict), "Evaluation", predict=self.predict)
         check_at_least(1, EVAL_EXAMPLES=self.examples)
         check_at_least(1, "Evaluation", batch_size=self.batch_size)
 

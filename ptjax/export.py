@@ -111,6 +111,7 @@ def export_directory(arguments: argparse.Namespace, prompt: Any, source: str) ->
     from etils import epath
 
     from ptjax.interop import peft
+    from ptjax.interop.prompt_file import wrong_width
 
     directory = epath.Path(arguments.output).expanduser()
     if directory.exists() and not arguments.force:
@@ -120,13 +121,14 @@ def export_directory(arguments: argparse.Namespace, prompt: Any, source: str) ->
     own = epath.Path(source).expanduser()
     if directory.exists() and own.exists() and directory.resolve() == own.resolve():
         raise InputError(f"--output={directory}: this is the input {source}; name another one")
+    if "://" not in arguments.output:
+        output.check_place(arguments.output)
     name, heads, layers, width = backbone_sizes(arguments, prompt.metadata)
     # "id@commit" is how ptjax records a model of the hub.
     hub = re.fullmatch(r"(.+)@([0-9a-f]{40})", name)
     if width != prompt.prompt.shape[1]:
-        raise InputError(
-            f"{source} has width {prompt.prompt.shape[1]}, the backbone {name} {width}"
-        )
+        tuned_on = prompt.metadata.get("backbone_name")
+        raise wrong_width(source, prompt.prompt.shape, name, width, tuned_on)
     peft.export_peft(
         directory,
         prompt.prompt,

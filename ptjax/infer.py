@@ -13,7 +13,7 @@ from absl import logging
 
 from ptjax import cli
 from ptjax.cli import chosen, distributed, output
-from ptjax.errors import InputError
+from ptjax.errors import InputError, check_at_least
 
 FORMATS = ("jsonl", "text", "csv", "tsv")
 ON_BAD_RECORD = ("error", "skip")
@@ -128,8 +128,7 @@ def infer(arguments: argparse.Namespace) -> None:
 
     if arguments.input == "-" and processes.several():
         raise InputError("standard input reaches only one of several processes; give --input=FILE")
-    if arguments.batch_size < 1:
-        raise InputError(f"--batch_size={arguments.batch_size}: it has to be at least 1")
+    check_at_least(1, **{"--batch_size": arguments.batch_size})
     if arguments.output:
         output.check(arguments.output, force=arguments.force, inputs=inputs_of(arguments))
     chosen.load(arguments)

@@ -7,7 +7,7 @@ from typing import Any
 
 from ptjax import cli
 from ptjax.cli import chosen, logs, output
-from ptjax.errors import InputError
+from ptjax.errors import InputError, check_at_least
 
 
 def main() -> None:
@@ -44,8 +44,7 @@ def main() -> None:
 def inspect(arguments: argparse.Namespace) -> None:
     from ptjax import inspection
 
-    if arguments.tokens < 1:
-        raise InputError(f"--tokens={arguments.tokens}: show 1 or more")
+    check_at_least(1, **{"--tokens": arguments.tokens})
     chosen.bind_tokenizer(arguments)
     cli.load_gin(arguments, defaults={"MODEL_DIR": None, "DATA_DIR": ""})
     bound = cli.settings(chosen.LOAD_BACKBONE, "path", "tokenizer")

@@ -16,10 +16,10 @@ from orbax.checkpoint import v1 as ocp
 from ptjax import untrusted
 from ptjax.backbone import OpenBackbone, open_backbone
 from ptjax.data.tokenizer import Tokenizer
-from ptjax.errors import InputError
+from ptjax.errors import InputError, check_path
 from ptjax.fingerprint import Fingerprints, digest, sampled
 from ptjax.interop import peft, t5x
-from ptjax.interop.prompt_file import PromptFile, load_prompt, prompts_below
+from ptjax.interop.prompt_file import PromptFile, load_prompt, prompts_below, wrong_width
 
 BEST_PROMPT = "prompts/best.safetensors"
 BEST_MODEL = "models/best"
@@ -38,6 +38,7 @@ def describe(
     Raises:
         InputError: it is none of them, or damaged.
     """
+    check_path("the path to describe", path)
     place = epath.Path(path).expanduser()
     # A MODEL_DIR of T5X has a config.gin too.
     if place.is_dir() and is_run(place) and not t5x.is_t5x(place):
@@ -167,10 +168,7 @@ def nearest_tokens(
         InputError: the widths differ.
     """
     if prompt.shape[1] != embedding.shape[1]:
-        raise InputError(
-            f"the prompt has width {prompt.shape[1]}, the backbone {embedding.shape[1]}; name the "
-            "backbone that it was tuned on"
-        )
+        raise wrong_width("the prompt", prompt.shape, "the backbone", embedding.shape[1])
     cosines = _unit(prompt) @ _unit(embedding).T
     order = np.argsort(-cosines, axis=1, kind="stable")[:, :count]
 
@@ -207,10 +205,5 @@ def _children(folder: epath.Path) -> list[epath.Path]:
     return list(folder.iterdir()) if folder.exists() else []
 
 
-def _read_json(file: epath.Path) -> Any:
-    if not file.exists():
-        return None
-    try:
-        return untrusted.read_json(file)
-    except ValueError as error:
-        raise InputError(f"{file}: the file is no JSON ({error})") from error
+def _read_json(file: epath.Path) -> dict[str, Any] | None:
+    return untrusted.read_object(file) if file.exists() else None

@@ -48,6 +48,10 @@ POLL = 1.0
 """Seconds between two looks at a lock that is watched."""
 
 
+class NotWritableError(InputError):
+    """MODEL_DIR takes no lock, so nothing can be written there."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Holder:
     """Who holds a lock.
@@ -110,7 +114,8 @@ class Lock:
         """Takes the lock if it is free or its holder is dead; whether it did.
 
         Raises:
-            InputError: it is a living run's, or MODEL_DIR cannot be written to.
+            InputError: it is a living run's.
+            NotWritableError: MODEL_DIR cannot be written to.
         """
         self._open()
         text, generation = self._read()
@@ -283,6 +288,7 @@ def hold(model_dir: epath.Path, *, needed: bool = True) -> Iterator[Lock | None]
 
     Raises:
         InputError: a living run holds it. On all processes.
+        NotWritableError: MODEL_DIR cannot be written to. On all processes.
         TrainingError: there is no room for what the run writes.
     """
     if not needed:
@@ -312,12 +318,13 @@ def _agreed(lock: Lock) -> bool:
         try:
             outcome = int(lock.try_once())
         except Exception as error:
-            outcome, problem = 2, error
+            outcome, problem = 3 if isinstance(error, NotWritableError) else 2, error
     outcome = processes.of_first(outcome)
     if problem is not None:
         raise problem
-    if outcome == 2:
-        raise InputError(f"MODEL_DIR = {lock.model_dir}: process 0 cannot lock it, and says why")
+    if outcome > 1:
+        kind = NotWritableError if outcome == 3 else InputError
+        raise kind(f"MODEL_DIR = {lock.model_dir}: process 0 cannot lock it, and says why")
     return outcome == 1
 
 
@@ -374,10 +381,12 @@ def _elapsed(since: tuple[float, float]) -> float:
     return max(now - before for now, before in zip(_clocks(), since, strict=True))
 
 
-def _cannot_write(directory: epath.Path, error: Exception) -> InputError:
+def _cannot_write(directory: epath.Path, error: Exception) -> NotWritableError:
     why = (
         error.strerror if isinstance(error, OSError) and error.strerror else atomic.one_line(error)
     )
     if isinstance(error, FileExistsError):  # what mkdir says of a file
         why = os.strerror(errno.ENOTDIR)
-    return InputError(f"MODEL_DIR = {directory}: it cannot be written to ({why}); choose another")
+    return NotWritableError(
+        f"MODEL_DIR = {directory}: it cannot be written to ({why}); choose another"
+    )

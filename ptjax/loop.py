@@ -85,14 +85,15 @@ class Run:
         """A run; nothing is written before `fit`.
 
         Args:
-            lock: MODEL_DIR's, which the caller holds; None for a dry run.
+            lock: MODEL_DIR's, which the caller holds; None writes nothing (a dry run).
             check_weights: raises an `InputError` that names a weight that is not finite.
         """
         self.check_weights = check_weights
         self.model_dir, self.pace, self.members = model_dir, pace, list(members)
         self.identity, self.config, self.lock = identity, config, lock
         self.bank = any(member.name for member in members)
-        processes.check_shared(model_dir)
+        if lock is not None:
+            processes.check_shared(model_dir)
         self.checkpoints = Checkpoints(model_dir / "checkpoints", clean=lock is not None)
         self.checkpoints.check_identity(identity)
         self.checkpoints.check_steps(pace.train_steps)

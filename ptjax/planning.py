@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from ptjax.data.pipeline import Shape
-from ptjax.models.config import T5Config
+from ptjax.models.config import Remat, T5Config
 from ptjax.models.prompted import make_apply_fn
 from ptjax.scale import meshes, sharding
 from ptjax.scale.compiled import Recipe, batch_shapes, lower_step
@@ -83,7 +83,7 @@ class Layout:
     mesh: str
     fsdp: bool = False
     scan_layers: bool = True
-    remat: str = "none"
+    remat: Remat = "none"
     quantize: str | None = None
     dtype: str | None = None
 

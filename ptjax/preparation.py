@@ -21,7 +21,7 @@ from ptjax.data.pipeline import Bucket, TrainBatches, make_buckets
 from ptjax.data.preprocess import TokenizedExamples, tokenize_examples
 from ptjax.data.tasks import Task
 from ptjax.data.vocabularies import missing_tokenizer
-from ptjax.errors import InputError, check_at_least
+from ptjax.errors import InputError, check_at_least, check_choice, gin_flag
 from ptjax.evaluation import (
     Evaluation,
     Evaluator,
@@ -32,6 +32,7 @@ from ptjax.evaluation import (
 )
 from ptjax.exports import BEST, Exports, read_model
 from ptjax.identity import digest_texts
+from ptjax.interop import prompt_header
 from ptjax.interop.prompt_file import load_prompt, save_prompt
 from ptjax.members import Member
 from ptjax.models.prompt import ClassLabels, Initializer, Prompt, SampledVocabulary, Surroundings
@@ -61,8 +62,7 @@ def check_settings(
     Raises:
         InputError: one is out of bounds, or they do not fit together.
     """
-    if method not in freezing.METHODS:
-        raise InputError(f"no method {method!r}; choose one of {', '.join(freezing.METHODS)}")
+    check_choice(freezing.METHODS, "tune", method=method)
     check_at_least(1, PROMPT_LENGTH=prompt_length, BATCH_SIZE=batch_size, MICROBATCHES=microbatches)
     if batch_size % microbatches:
         raise InputError(f"BATCH_SIZE = {batch_size} is no multiple of {microbatches} MICROBATCHES")
@@ -70,7 +70,8 @@ def check_settings(
     if unknown := sorted(set(feature_lengths or {}) - set(lengths)):
         raise InputError(f"TASK_FEATURE_LENGTHS has {unknown[0]!r}, not 'inputs' or 'targets'")
     if method == "model_tuning" and quantize:
-        raise InputError("int8 kernels do not train: model tuning needs QUANTIZE = None")
+        needed = gin_flag("QUANTIZE", None)
+        raise InputError(f"int8 kernels do not train: set {needed} for model tuning")
     if bank and method != "prompt_tuning":
         raise InputError(f"every member of a bank has a prompt; method = {method!r} has none")
     check_names(bank or {})
@@ -271,6 +272,7 @@ class Preparation:
             "backbone_name": backbone.name,
             **backbone.fingerprints.as_metadata(),
             "tokenizer_fingerprint": tokenizer.fingerprint if tokenizer else None,
+            **prompt_header.special_ids(backbone.config.special_ids),
             "task": task.describe(),
             "input_length": self.lengths["inputs"],
             "target_length": self.lengths["targets"],
@@ -333,11 +335,11 @@ def report_steps(train_steps: int, backbone: Backbone) -> None:
     if train_steps / 10 < before < train_steps:
         logging.warning(
             "TRAIN_STEPS = %s are steps of this run. T5X counts on from the checkpoint's %s and "
-            "would train %s: set TRAIN_STEPS = %d if that is what you mean",
+            "would train %s: set %s if that is what you mean",
             f"{train_steps:,}",
             f"{before:,}",
             f"{train_steps - before:,}",
-            train_steps - before,
+            gin_flag("TRAIN_STEPS", train_steps - before),
         )
 
 
@@ -353,8 +355,10 @@ def _report_rate(method: str, optimizer: Adafactor, rms: float) -> None:
     if method == "prompt_tuning" and rate > 0.1 * rms:
         logging.warning(
             "one step may move a prompt entry by %.0f%% of the embedding's RMS; 1-3%% learns "
-            "best: set Adafactor.learning_rate_scale = 'embedding_rms' and learning_rate = 0.03",
+            "best: set %s %s (Adafactor.learning_rate_scale and learning_rate)",
             100 * rate / rms,
+            gin_flag("LEARNING_RATE_SCALE", "embedding_rms"),
+            gin_flag("LEARNING_RATE", 0.03),
         )
 
 

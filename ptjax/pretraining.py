@@ -23,7 +23,7 @@ from ptjax.data.pipeline import TrainBatches
 from ptjax.data.preprocess import TokenizedExamples
 from ptjax.data.tokenizer import check_vocabulary, load_tokenizer
 from ptjax.data.vocabularies import missing_tokenizer
-from ptjax.errors import InputError
+from ptjax.errors import InputError, check_path, gin_flag
 from ptjax.exports import Exports, read_model
 from ptjax.identity import digest_array, digest_texts, make_identity
 from ptjax.interop.special_ids import check_end_of_sequence
@@ -67,13 +67,15 @@ def pretrain(
         InputError: neither or both of `model` and `backbone`, or parts without what they need.
     """
     given = dict(locals())
+    check_path("MODEL_DIR", model_dir)
     if backbone is not None and model is None:
         report_steps(pace.train_steps, backbone)
         model, mesh, found = backbone.config, backbone.mesh, backbone.tokenizer
         params, apply_fn = backbone.variables["params"], backbone.apply_fn
         if any(leaf.dtype != np.float32 for leaf in jax.tree.leaves(params)):
             raise InputError(
-                "pretrain updates float32 weights: set load_backbone.dtype = 'float32'"
+                "pretrain updates float32 weights: set "
+                + gin_flag("backbone.load_backbone.dtype", "float32")
             )
     elif model is not None and backbone is None:
         mesh, found = sharding.make_mesh(), None

@@ -18,7 +18,8 @@ from jaxtyping import Array, Float, Int
 from ptjax.backbone import Backbone
 from ptjax.damage import check_scores
 from ptjax.errors import InputError, near
-from ptjax.interop.prompt_file import NO_PROMPT, PromptFile, load_prompt
+from ptjax.interop import prompt_header
+from ptjax.interop.prompt_file import NO_PROMPT, PromptFile, load_prompt, wrong_width
 from ptjax.models.prompt import NO_PROMPT_ID, Bank, stack_prompts
 from ptjax.models.prompted import with_prompt
 from ptjax.models.t5 import PromptStates
@@ -90,10 +91,7 @@ def _check_origin(
     warn = functools.partial(_warn_once, backbone, matrix)
     width = backbone.config.emb_dim
     if shape[-1] != width:
-        raise InputError(
-            f"{called} {list(shape)} does not fit {backbone.name}, whose width is {width}; it was "
-            f"tuned on {metadata.get('backbone_name', 'another backbone')}"
-        )
+        raise wrong_width(called, shape, backbone.name, width, metadata.get("backbone_name"))
     tokenizer = backbone.tokenizer
     own_name, own_id = backbone.name, backbone.name.partition("@")[0]
     name = metadata.get("backbone_name")
@@ -102,6 +100,16 @@ def _check_origin(
     own_tokenizer = tokenizer.fingerprint if tokenizer else None
     checked |= backbone.fingerprints.as_metadata()
     checked["tokenizer_fingerprint"] = own_tokenizer or recorded_tokenizer
+    checked |= prompt_header.special_ids(backbone.config.special_ids)
+    origin = f"{called} was tuned on {name or 'a backbone'}"
+
+    def refuse(problem: str) -> None:
+        if not allow_mismatch:
+            raise InputError(
+                f"{problem}; load its own, or override with --allow_mismatch (allow_mismatch=True)"
+            )
+        warn("%s; used all the same", problem)
+
     for what, wanted, own in (
         ("backbone", *(backbone.fingerprints.compare(metadata) or (None, None))),
         ("tokenizer", recorded_tokenizer, own_tokenizer),
@@ -120,15 +128,9 @@ def _check_origin(
         former = tokenizer.former_fingerprints if what == "tokenizer" and tokenizer else ()
         if wanted is None or own is None or wanted in (own, *former):
             continue
-        problem = (
-            f"{called} was tuned on {name or 'a backbone'} with the {what} {wanted[:19]}, not with "
-            f"that of {own_name}, {own[:19]}"
-        )
-        if not allow_mismatch:
-            raise InputError(
-                f"{problem}; load its own, or override with --allow_mismatch (allow_mismatch=True)"
-            )
-        warn("%s; used all the same", problem)
+        refuse(f"{origin} with the {what} {wanted[:19]}, not with that of {own_name}, {own[:19]}")
+    if ids := prompt_header.other_ids(metadata, backbone.config.special_ids):
+        refuse(f"{origin} with {ids[0]}; {own_name} has {ids[1]}")
     return checked
 
 
@@ -323,11 +325,10 @@ def prompt_array(backbone: Backbone, prompt: Any) -> Float[Array, "P D"] | None:
         raise InputError("one prompt is needed here, not a bank of them")
     array = getattr(prompt, "prompt", prompt)
     width = backbone.config.emb_dim
-    if np.ndim(array) != 2 or np.shape(array)[1] != width:
-        raise InputError(
-            f"a prompt for {backbone.name} has the shape [P, {width}], this one has "
-            f"{list(np.shape(array))}; was it tuned on another backbone?"
-        )
+    if np.ndim(array) != 2:
+        raise InputError(f"a prompt is a matrix [P, {width}], this is {list(np.shape(array))}")
+    if np.shape(array)[1] != width:
+        raise wrong_width("the prompt", np.shape(array), backbone.name, width)
     if getattr(prompt, "metadata", None) is not None:
         check_prompt(backbone, prompt)
     # It may come from another mesh, that of the run that tuned it.

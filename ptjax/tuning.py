@@ -20,7 +20,7 @@ from ptjax.checkpoint import Checkpoints
 from ptjax.damage import check_weights
 from ptjax.data.pipeline import Bucket
 from ptjax.data.tasks import Task
-from ptjax.errors import InputError, check_at_least
+from ptjax.errors import InputError, check_at_least, check_path
 from ptjax.evaluation import Evaluation, HardPrompt
 from ptjax.exports import BEST
 from ptjax.identity import check_same, make_identity
@@ -103,6 +103,7 @@ def tune(
             that is past `pace.train_steps` (`identity.FREE` lists what may change).
     """
     given = dict(locals())
+    check_path("MODEL_DIR", model_dir)
     model_dir = epath.Path(model_dir).expanduser()
     check_at_least(0, RANDOM_SEED=seed)
     lengths = check_settings(
@@ -136,7 +137,10 @@ def tune(
     given |= {"feature_lengths": lengths, "other_hard_prompts": other_hard_prompts or None}
     identify = functools.partial(_identify, given | {"bank": bank or None})
     scores = functools.partial(Scores, backbone, seed, hard_prompt, other_hard_prompts or {})
-    with lock.hold(model_dir, needed=not dry_run) as held:
+
+    def attempt(held: lock.Lock | None) -> dict[str, Any] | None:
+        """Without the lock: what can be done without writing, a dry run or a run that is over."""
+        writes = held is not None
         if method == "hard_prompt":
             subject = preparation.load(task)
             identity = identify([subject])
@@ -145,8 +149,8 @@ def tune(
             if results is not None:
                 return results
             report_sizes(method, backbone, {}, {}, backbone.variables)
-            if dry_run:
-                return {}
+            if not writes:
+                return {} if dry_run else None
             results = scores(subject).hard_prompt_only() | _counts({}, backbone.variables)
             report_memory()
             if config:
@@ -170,16 +174,28 @@ def tune(
                 lock=held,
                 check_weights=lambda: check_weights(backbone.variables["params"], backbone.name),
             )
-            if not dry_run:
+            if writes:
                 run.remove_leftovers()
-                if (results := _finished(run)) is not None:
-                    run.checkpoints.close()
-                    return results
+            results = None if dry_run else _finished(run)
+            if results is not None or not (writes or dry_run):
+                run.checkpoints.close()
+                return results
             run.fit(state, frozen, step, backbone.mesh, dry_run=dry_run)
             if dry_run:
                 return {}
             results = _score_best(preparation, starts, run, scores, several=bool(bank)) | counts
         _write(model_dir / "results.json", json.dumps(results, indent=2) + "\n", held)
+        return results
+
+    try:
+        with lock.hold(model_dir, needed=not dry_run) as held:
+            results = attempt(held)
+    except lock.NotWritableError:
+        # A run that is over has nothing to write, and may lie on a read-only disk.
+        results = attempt(None) if (model_dir / "results.json").exists() else None
+        if results is None:
+            raise
+    assert results is not None  # with the lock, everything can be done
     return results
 
 
@@ -312,7 +328,8 @@ def _refuse_another_run(
     model_dir: epath.Path, identity: dict[str, Any], held: lock.Lock | None
 ) -> None:
     """A hard prompt has no checkpoints of its own; its results may not replace a run's."""
-    processes.check_shared(model_dir)
+    if held is not None:
+        processes.check_shared(model_dir)
     if (model_dir / "checkpoints").exists():
         checkpoints = Checkpoints(model_dir / "checkpoints", clean=held is not None)
         try:

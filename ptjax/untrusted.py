@@ -3,7 +3,8 @@
 JSON, msgpack, .npy, zip, and what gzip, xz and bzip2 inflate.
 Checkpoints, prompts, tokenizers and data come from strangers. Every reader goes through here, so
 that a file that is nested a thousand times, or claims more than it holds, is a `ValueError` with a
-reason, never a `RecursionError`, a hang or a full memory. Callers put the file's name in front.
+reason, never a `RecursionError`, a hang or a full memory. Callers put the file's name in front;
+`read_object` does it itself.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from typing import Any
 
 import numpy as np
 from etils import epath
+
+from ptjax.errors import InputError
 
 MAX_DEPTH = 100
 """Levels of nesting; real configs, indices and parameter trees have fewer than 20."""
@@ -66,6 +69,24 @@ def read_json(path: epath.Path) -> Any:
     if (size := path.stat().length) > MAX_JSON_BYTES:
         raise ValueError(f"{size:,} bytes of JSON, more than {MAX_JSON_BYTES:,}")
     return parse_json(path.read_bytes())
+
+
+def read_object(path: epath.Path) -> dict[str, Any]:
+    """The JSON object in a whole file: what configs of every kind are.
+
+    Raises:
+        InputError: as `read_json`, or the JSON is no object.
+        OSError: it cannot be read.
+    """
+    try:
+        content = read_json(path)
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}")
+    except ValueError as error:
+        raise InputError(
+            f"{path}: the file is truncated or no JSON object ({error}); copy it again"
+        ) from error
+    return content
 
 
 def unpack_msgpack(data: bytes) -> Any:

@@ -119,6 +119,10 @@ MISTAKES = {
     "bracket is missing, and whether every string has quotes",
     "TRAIN_STEPS = 3": "bad.gin:3: the macro TRAIN_STEPS is set but nothing uses it; remove it",
     "include 'bad.gin'": "bad.gin:3: it includes itself; remove one of the includes",
+    f"tasks.Task.splits = {'[' * 2000}{']' * 2000}": "bad.gin:3: a value is nested deeper than 100 "
+    "levels",
+    "# a comment: ((((\ntasks.Task.splits = {'a': [\n" + "(" * 99 + "')'": "bad.gin:5: a value is "
+    "nested deeper than 100 levels",
     "tasks.Task = 3": "bad.gin:3: this names a function; a binding sets an argument of it, "
     "module.name.argument",
     "tasks.Task.name = %A\nA = %B\nB = %A": "a macro stands for itself (A = %B and B = %A); give "
@@ -149,6 +153,9 @@ def test_mistakes_on_the_command_line(fails):
     assert fails(quick, "--gin.MODEL_DIR=/tmp/x") == (
         "command line, MODEL_DIR = /tmp/x: a string needs its own quotes: "
         "--gin.MODEL_DIR=\"'/tmp/x'\""
+    )
+    assert fails(quick, f"--gin.TRAIN_STEPS={'[' * 2000}{']' * 2000}") == (
+        "command line, TRAIN_STEPS: a value is nested deeper than 100 levels"
     )
     assert fails(quick, "--gin.tuning.tune.sed=5") == (
         "command line, tuning.tune.sed = 5: tuning.tune has no parameter sed; did you mean seed?"
@@ -356,6 +363,14 @@ WRONG = {
     "optimizer.Adafactor.learning_rate_scale takes one of 'absolute', 'embedding_rms'",
     "TASK_FEATURE_LENGTHS = {'inputs': 'a'}": "TASK_FEATURE_LENGTHS = {'inputs': 'a'}: tuning.tune."
     "feature_lengths takes a dict {a text in quotes: a whole number} or None",
+    "REMAT = 'x'": "REMAT = 'x': backbone.load_backbone.remat takes one of 'none', 'dots', 'full'",
+    "SCAN_LAYERS = 1": "SCAN_LAYERS = 1: backbone.load_backbone.scan_layers takes True or False",
+    "backbone.load_backbone.dtype = 'float16'": "backbone.load_backbone.dtype = 'float16': it "
+    "takes one of 'float32', 'bfloat16' or None",
+    "tasks.Task.format = 'json'": "tasks.Task.format = 'json': it takes one of 'jsonl', 'csv', "
+    "'tsv', 'text' or None",
+    "tasks.Task.on_bad_record = 'skp'": "tasks.Task.on_bad_record = 'skp': it takes one of 'error',"
+    " 'skip'",
     "tasks.Task.columns = 'text'": "tasks.Task.columns = 'text': it takes a list [a text in quotes,"
     " ...] or None",
     "tasks.Task.quoting = 'no'": "tasks.Task.quoting = 'no': it takes True or False or None",
@@ -379,9 +394,9 @@ def test_a_value_of_the_wrong_type_is_one_line_with_its_place(fails, line):
     assert fails("--gin_file=quickstart.gin", f"--gin_bindings={line}") == (
         f"command line: {WRONG[line]}"
     )
-    imports = "".join(f"from ptjax import {name}\n" for name in ("loop", "tuning"))
+    imports = "".join(f"from ptjax import {name}\n" for name in ("backbone", "loop", "tuning"))
     Path("bad.gin").write_text(f"{HEADER}{imports}include 'quickstart.gin'\n{line}\n")
-    assert fails("--gin_file=bad.gin") == f"bad.gin:6: {WRONG[line]}"
+    assert fails("--gin_file=bad.gin") == f"bad.gin:7: {WRONG[line]}"
 
 
 RANGES = {

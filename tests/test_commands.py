@@ -268,7 +268,7 @@ def test_infer_refuses(fails, place):
     assert fails("infer", "x", "--prompt=gone.npy").startswith("no prompt at gone.npy: ")
     assert fails("infer", "x", "--prompt=none").startswith("which backbone? ")
     assert "go with --decode" in fails("infer", prompt, "x", "--num_beams=2")
-    assert fails("infer", prompt, "x", "--batch_size=0").startswith("--batch_size=0: ")
+    assert fails("infer", prompt, "x", "--batch_size=0").startswith("--batch_size = 0: ")
     none = fails("infer", prompt, "x", "--decode", "--max_new_tokens=0")
     assert "the length to generate" in none and "must be 1 or more" in none
     two_fields = f"--prompt={place / 'open.safetensors'}"
@@ -357,7 +357,8 @@ def test_inspect_a_prompt_that_names_no_backbone(call, fails, place):
     _, out, err = call("inspect", place / "bare.npy", "--json", f"--backbone={place / 'backbone'}")
     assert json.loads(out)["compared_with"] == str(place / "backbone"), err
     flag = f"--backbone={place / 'backbone'}"
-    assert fails("inspect", place / "narrow.npy", flag).startswith("the prompt has width 8")
+    narrow = fails("inspect", place / "narrow.npy", flag)
+    assert narrow.startswith("the prompt [3, 8] does not fit the backbone, whose width is 16")
     _, _, err = call("inspect", place / "prompt.safetensors", f"--backbone={place / 'other'}")
     assert "has not the weights that the prompt was tuned on" in err
 
@@ -408,7 +409,7 @@ def test_inspect_a_model_dir_of_t5x(call, tmp_path):
 
 
 def test_inspect_refuses(fails, tmp_path, run_dir):
-    assert fails("inspect", "ptjax-nano", "--tokens=-2").startswith("--tokens=-2: ")
+    assert fails("inspect", "ptjax-nano", "--tokens=-2").startswith("--tokens = -2: ")
     assert fails("inspect", "/no/such/path").startswith("no backbone at /no/such/path")
     Path("x.safetensors").write_bytes(b"short")
     assert fails("inspect", "x.safetensors").startswith("x.safetensors: ")
@@ -417,7 +418,7 @@ def test_inspect_refuses(fails, tmp_path, run_dir):
     export_peft("above/named", np.ones((3, 16), np.float32), num_heads=2, num_layers=1)
     assert fails("inspect", "above").endswith("did you mean above/named?")
     (run_dir / "results.json").write_text("{")
-    assert "results.json: the file is no JSON" in fails("inspect", run_dir)
+    assert "results.json: the file is truncated or no JSON object" in fails("inspect", run_dir)
 
 
 def test_nearest_tokens_are_in_order_and_survive_rows_of_zeros():
@@ -478,7 +479,7 @@ def test_export_refuses(fails, place):
     assert "needs the backbone's sizes" in fails(*bare, "--to=huggingface")
     assert "no prompt at gone: " in fails("export", "gone", "--to=npy", "--output=p")
     narrow = ("export", place / "narrow.npy", "--output=p", "--to=huggingface")
-    assert "has width 8" in fails(*narrow, f"--backbone={place / 'backbone'}")
+    assert "[3, 8] does not fit " in fails(*narrow, f"--backbone={place / 'backbone'}")
     Path("p").mkdir()
     assert "is a directory" in fails(*bare, "--to=npy", "--force")
     assert not list(Path("p").iterdir())

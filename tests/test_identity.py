@@ -555,8 +555,8 @@ def test_case_4_2_fewer_steps_than_the_checkpoint_has(finished, backbone, task):
     with pytest.raises(InputError) as refused:
         tune(finished[0], task, backbone, **SHORT | {"pace": Pace(train_steps=1)})
     assert str(refused.value) == (
-        f"TRAIN_STEPS = 1, but {finished[0]} holds a checkpoint of step 2; set TRAIN_STEPS to that "
-        "or more, or choose another MODEL_DIR"
+        f"TRAIN_STEPS = 1, but {finished[0]} holds a checkpoint of step 2; set "
+        "--gin.TRAIN_STEPS=2 or more, or choose another MODEL_DIR"
     )
 
 
@@ -631,7 +631,7 @@ def test_case_4_1_a_hard_prompts_results_are_its_own(backbone, task, tmp_path):
     ("name", "steps", "warned"),
     [
         ("gs://bucket/t5_1_1_lm100k_base/checkpoint_1100000", 1_150_000, "would train 50,000"),
-        ("/t5/checkpoint_1000000/", 1_000_001, "set TRAIN_STEPS = 1 if"),
+        ("/t5/checkpoint_1000000/", 1_000_001, "set --gin.TRAIN_STEPS=1 if"),
         ("/t5/checkpoint_1100000", 30_000, None),
         ("/t5/checkpoint_100", 30_000, None),
         ("google/t5-v1_1-base", 1_150_000, None),

@@ -211,6 +211,12 @@ def test_training_equals_that_of_one_process(one: Path, two: Path) -> None:
     assert_alike(two, one)
 
 
+def test_a_dry_run_of_several_processes_makes_no_model_dir(machines: Machines) -> None:
+    launched = ("ptjax.launch", "--processes=2", "train", *machines.flags("dry"), "--dry_run")
+    assert "parameters train" in machines.run("dry.log", *launched)
+    assert not (machines.folder / "dry").exists()
+
+
 def test_only_the_first_process_speaks_and_writes(machines: Machines, two: Path) -> None:
     said = (machines.folder / "two.log").read_text()
     assert said.count("2 processes with 8 devices, on ") == 1

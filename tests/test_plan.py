@@ -99,7 +99,10 @@ def test_settings_are_shown_as_they_are_bound_and_as_they_were_written(call):
             (*XXL, "--slice=v5e-8", "--gin.tuning.tune.method='hard_prompt'"),
             "method = 'hard_prompt' trains nothing",
         ),
-        ((*XXL, "--slice=v5e-8", "--gin.REMAT='all'"), "remat = 'all'"),
+        (
+            (*XXL, "--slice=v5e-8", "--gin.REMAT='all'"),
+            "remat takes one of 'none', 'dots'",
+        ),
         ((*XXL, "--slice=v5e-8", "--gin.BATCH_SIZE=0"), "BATCH_SIZE"),
         ((*XXL, "--slice=v5e-8", "--gin.MICROBATCHES=3"), "no multiple of 3 MICROBATCHES"),
         ((*XXL, "--slice=v5e-8", "--gin.TASK_FEATURE_LENGTHS={'input': 5}"), "has 'input', not"),

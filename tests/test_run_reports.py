@@ -90,6 +90,8 @@ def test_a_learning_rate_far_above_the_embedding_is_warned_of(
         tune(tmp_path, task, backbone, optimizer=rate, dry_run=True)
     said = [m for m in caplog.messages if "may move a prompt entry by 11% of the embed" in m]
     assert bool(said) == warned
+    flags = "--gin.LEARNING_RATE_SCALE=\"'embedding_rms'\" --gin.LEARNING_RATE=0.03"
+    assert all(f"set {flags} (" in message for message in said)
 
 
 def test_the_size_of_a_checkpoint_is_that_of_what_trains(backbone, task, tmp_path, caplog):

@@ -112,4 +112,15 @@ def test_an_unknown_data_set_is_said_without_the_list_of_all_others(tfds_dir):
     message = rf"Dataset nonsense not found\); {tfds_dir} has no nonsense\. Check name"
     with pytest.raises(InputError, match=message) as raised:
         tfds_source.read_tfds("tfds:nonsense", split="train", data_dir=tfds_dir)
-    assert len(str(raised.value)) < 250 + len(tfds_dir)
+    assert len(str(raised.value)) < 450 + 2 * len(tfds_dir)
+
+
+def test_a_data_set_that_is_not_there_is_told_where_and_how_it_would_be(tmp_path):
+    gone = tmp_path / "gone"
+    with pytest.raises(InputError) as raised:
+        tfds_source.read_tfds("tfds:glue/sst2:2.0.0", split="train", data_dir=str(gone))
+    assert str(raised.value).endswith(
+        f"; {gone} has no glue. Check name, version and split; prepare it, where TensorFlow is "
+        "installed, with `tfds build glue/sst2:2.0.0 --file_format=array_record "
+        f"--data_dir={gone}`; or name the folder that has it with --gin.DATA_DIR=\"'PATH'\""
+    )

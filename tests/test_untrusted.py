@@ -17,6 +17,7 @@ import zipfile
 import msgpack
 import numpy as np
 import pytest
+from etils import epath
 from flax import serialization
 from test_torch_file import tensor
 from test_torch_file import write as write_torch
@@ -24,13 +25,16 @@ from test_torch_file import write as write_torch
 import ptjax
 from ptjax import untrusted
 from ptjax.backbone import open_backbone
+from ptjax.data import added_tokens
 from ptjax.data.sources import read_records
 from ptjax.errors import InputError
 from ptjax.inspection import describe
 from ptjax.interop.huggingface import load_huggingface
-from ptjax.interop.peft import export_peft, load_peft
+from ptjax.interop.huggingface_format import read_config
+from ptjax.interop.peft import export_peft, load_peft, method_of
 from ptjax.interop.prompt_file import load_prompt
 from ptjax.interop.safetensors_file import open_safetensors
+from ptjax.interop.special_ids import read_special_ids
 from ptjax.interop.t5x import load_t5x
 from ptjax.interop.torch_file import open_torch
 
@@ -123,6 +127,31 @@ def test_case_5_8_no_reader_goes_past_the_guard():
 
 
 # Sizes
+
+
+# What is wrong with a file, and what the message calls it.
+NO_OBJECT = {
+    '{"a": ': r"\(Expecting value: line 1 column 7 \(char 6\)\)",
+    "[]": r"\(it holds a list\)",
+    "null": r"\(it holds a NoneType\)",
+    '{"a": ' + DEEP + "}": rf"\({TOO_DEEP}\)",
+}
+
+
+@pytest.mark.parametrize("text", NO_OBJECT)
+def test_a_config_that_is_no_object_is_told_alike_by_every_reader(tmp_path, text):
+    folder = epath.Path(tmp_path)
+    readers = {
+        "special_tokens_map.json": lambda: added_tokens.read_json(folder / file),
+        "generation_config.json": lambda: read_special_ids(folder, {"vocab_size": 3}),
+        "adapter_config.json": lambda: method_of(tmp_path),
+        "config.json": lambda: read_config(folder),
+    }
+    for file, read in readers.items():
+        (tmp_path / file).write_text(text)
+        said = rf"{file}: the file is truncated or no JSON object {NO_OBJECT[text]}; copy it again$"
+        with pytest.raises(InputError, match=said):
+            read()
 
 
 def test_case_5_8_a_json_file_has_a_largest_size(tmp_path):

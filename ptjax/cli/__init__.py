@@ -19,7 +19,7 @@ import types
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from ptjax.cli import distributed, logs, t5x_names
+from ptjax.cli import distributed, gin_types, logs, t5x_names
 from ptjax.cli.gin_files import bound, config_text, has_macro, load_gin, macro, settings
 from ptjax.errors import InputError, TrainingError, near
 
@@ -36,6 +36,9 @@ __all__ = [
     "run",
     "settings",
 ]
+
+MAY_BE_EMPTY = ("--cache_dir", "--gin_bindings", "--gin_search_paths", "--prefix")
+"""Flags to which an empty value says something; to all others it is one that was never set."""
 
 GIN = """\
 gin: a gin file binds arguments of Python functions and names macros (NAME = value).
@@ -128,15 +131,20 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
     for argument in argv:
         if re.search("[\ud800-\udfff]", argument):  # how Python holds bytes that are no text
             parser.error(f"the argument {argument!r} has bytes that are not UTF-8 text")
-        name, equals, value = argument.removeprefix("--gin.").partition("=")
+        name, _, value = argument.removeprefix("--gin.").partition("=")
         if not argument.startswith("--gin."):
             rest.append(argument)
-        elif not equals:
-            parser.error(f"{argument} needs a value: {argument}=VALUE")
+        elif not value.strip():
+            parser.error(f"--gin.{name} needs a value: {gin_types.flag_of(name)}")
         else:
             bindings.append(f"{name} = {value}")
     arguments = parser.parse_intermixed_args(rest)
     arguments.gin_bindings += bindings
+    for action in parser._actions:
+        flag, value = "/".join(action.option_strings), getattr(arguments, action.dest, None)
+        empty = "" in value if isinstance(value, list) else value == ""
+        if flag and empty and flag not in MAY_BE_EMPTY:
+            parser.error(f"{flag} is empty; give it a value or leave it out")
     return arguments
 
 

@@ -9,7 +9,6 @@ import functools
 import importlib.util  # noqa: F401  (gin uses it and leaves the import to others)
 import inspect
 import io
-import math
 import os
 import pprint
 import re
@@ -24,7 +23,7 @@ from absl import logging
 from etils import epath
 
 from ptjax.cli import gin_types, t5x_names, trust
-from ptjax.cli.gin_mistakes import IMPORTS, explained, own_files
+from ptjax.cli.gin_mistakes import IMPORTS, check_depth, explained, own_files
 from ptjax.errors import InputError, near
 
 # What gin has no public names for: its registry, its bindings, how it writes values.
@@ -89,8 +88,8 @@ def load_gin(
     given = {line.partition("=")[0].strip() for line in arguments.gin_bindings}
     _check_macros(used, known, files, given, optional=list(defaults or ()))
     try:
-        _check_finite(files, arguments.gin_bindings)
-        _check_types(files, arguments.gin_bindings)
+        gin_types.check_finite(files, arguments.gin_bindings)
+        gin_types.check_types(files, arguments.gin_bindings, optional=list(defaults or ()))
     except RecursionError:
         raise InputError("a macro stands for itself (A = %B and B = %A); give it a value") from None
     for name in (set(defaults or ()) & set(used)) - known:
@@ -130,6 +129,7 @@ def _open(path: str) -> IO[str]:
         raise InputError(
             f"{path}: a gin file is UTF-8 text, this is not ({error.reason})"
         ) from None
+    check_depth(text, path)
     t5x_names.check_gin_file(text, path)
     stream = io.StringIO(text)
     stream.name = path  # type: ignore[attr-defined]  # gin's parser takes it for its messages
@@ -163,6 +163,7 @@ def _is_remote(path: str) -> bool:
 
 def _bind(line: str, imports: str) -> None:
     """One binding of the command line; it may name what no gin file has named so far."""
+    check_depth(line, f"command line, {line.partition('=')[0].strip()}")
     try:
         gin.parse_config(line)
     except ValueError as error:
@@ -191,15 +192,6 @@ def _macros() -> tuple[dict[str, str], set[str]]:
     return used, {scope for scope, selector in config if selector == "gin.macro"}
 
 
-def _where(pattern: str, files: Sequence[epath.Path]) -> str:
-    """ "file:line: " of the line that counts, in gin files of which the first one wins."""
-    for file in files:
-        lines = file.read_text().splitlines()
-        if found := [n for n, line in enumerate(lines, 1) if re.search(pattern, line)]:
-            return f"{file}:{found[-1]}: "
-    return ""
-
-
 def _check_macros(
     used: Mapping[str, str],
     bound: set[str],
@@ -214,12 +206,12 @@ def _check_macros(
     """
 
     def use(name: str) -> str:
-        return _where(rf"^[^#]*%{re.escape(name)}\b", files)
+        return gin_types.line_of(rf"^[^#]*%{re.escape(name)}\b", files)
 
     for name in sorted(bound - set(used) - set(optional)):
         if name in given or not use(name):
             raise InputError(
-                ("" if name in given else _where(rf"^\s*{re.escape(name)}\s*=", files))
+                ("" if name in given else gin_types.line_of(rf"^\s*{re.escape(name)}\s*=", files))
                 + (_of_t5x(name) or _unused(name, used))
             )
         del _gin._CONFIG[name, "gin.macro"]  # config.gin has no file that says %NAME
@@ -227,8 +219,7 @@ def _check_macros(
         name = missing[0]
         raise InputError(
             use(name)
-            + f"the macro {name} ({used[name]}) has no value; set it with --gin.{name}=VALUE"
-            + (" (quotes around strings)" if name.endswith(("DIR", "PATH")) else "")
+            + f"the macro {name} ({used[name]}) has no value; set it with {gin_types.flag_of(name)}"
         )
 
 
@@ -247,51 +238,6 @@ def _of_t5x(name: str) -> str:
     if name in t5x_names.ACCEPTED:
         hint = f" ({name} = {t5x_names.ACCEPTED[name][0]!r} is accepted, {value!r} is not)"
     return t5x_names.told(f"the macro {name}", here) + hint
-
-
-def _check_finite(files: Sequence[epath.Path], command_line: Sequence[str]) -> None:
-    """Refuses inf and nan, which gin reads (as 1e999) and cannot write: config.gin lacked them."""
-    for (scope, selector), bindings in _gin._CONFIG.items():
-        module, _, function = selector.rpartition(".")
-        for argument, value in bindings.items():
-            bad = next((x for x in gin_types.numbers(value) if not math.isfinite(x)), None)
-            if bad is None:
-                continue
-            if selector == "gin.macro":
-                name, pattern = scope, rf"^\s*{re.escape(scope)}\s*="
-            else:
-                scoped = f"{scope}/" if scope else ""
-                name = f"{scoped}{module.rsplit('.', 1)[-1]}.{function}.{argument}"
-                pattern = rf"^\s*{re.escape(scoped)}(\w+\.)*{function}\.{argument}\s*="
-            typed = any(re.search(pattern, line) for line in command_line)
-            raise InputError(
-                ("command line: " if typed else _where(pattern, files))
-                + f"{name} = {value!r}: {bad!r} is not a finite number; give one"
-            )
-
-
-def _check_types(files: Sequence[epath.Path], command_line: Sequence[str]) -> None:
-    """Every bound value against the annotation of its argument."""
-    for (scope, selector), bindings in list(_gin._CONFIG.items()):
-        function = _gin._REGISTRY.get_match(selector).wrapped
-        kinds = gin_types.argument_types(function)
-        scoped = f"{scope}/" if scope else ""
-        function_name = scoped + f"{function.__module__.rsplit('.', 1)[-1]}.{function.__name__}"
-        for argument, value in bindings.items():
-            if argument not in kinds or gin_types.fits(value, kinds[argument]):
-                continue
-            name = told = f"{function_name}.{argument}"
-            pattern = rf"^\s*{re.escape(scoped)}(\w+\.)*{function.__name__}\.{argument}\s*="
-            while gin_types.is_macro(value):
-                name = value.scoped_selector.rsplit("/", 1)[0]
-                pattern = rf"^\s*{re.escape(name)}\s*="
-                value = gin_types.macro_value(value)
-            typed = any(re.search(pattern, line) for line in command_line)
-            raise InputError(
-                ("command line: " if typed else _where(pattern, files))
-                + f"{name} = {value!r}: {told if name != told else 'it'} takes "
-                + gin_types.describe(kinds[argument])
-            )
 
 
 def bound(function: Callable[..., Any], *, given: Sequence[str] = ()) -> Callable[..., Any]:

@@ -37,6 +37,30 @@ from ptjax.training import optimizer
 """
 
 
+MAX_DEPTH = 100
+"""Levels of nesting in a value; real ones have fewer than ten."""
+_MARKS = re.compile(
+    r"""(?s)\'{3}.*?\'{3}|"{3}.*?"{3}|'(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*"|\#[^\n]*|[][(){}]"""
+)
+"""Strings, comments, and brackets outside of them."""
+
+
+def check_depth(text: str, where: str) -> None:
+    """InputError for a value that nobody wrote by hand: gin's parser, and what copies or prints
+    values, recurse into it.
+
+    Args:
+        where: the file, or the command line with the name of the setting.
+    """
+    depth = 0
+    for mark in _MARKS.finditer(text):
+        depth += (mark[0] in "[({") - (mark[0] in "])}")
+        if depth > MAX_DEPTH:
+            line = text.count("\n", 0, mark.start()) + 1
+            place = where if where.startswith("command line") else f"{where}:{line}"
+            raise InputError(f"{place}: a value is nested deeper than {MAX_DEPTH} levels")
+
+
 def own_files(folder: epath.Path) -> list[str]:
     """The names of ptjax's own gin files, as `--gin_file` takes them."""
     files = [path for glob in ("*.gin", "*/*.gin") for path in folder.glob(glob)]

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import collections.abc
 import inspect
+import math
 import os
+import re
 import types
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import gin.config
+from etils import epath
+
+from ptjax.errors import InputError, gin_flag, is_empty
 
 _gin: Any = gin.config
 
@@ -26,9 +31,14 @@ _WORDS = {
 
 
 def argument_types(function: Callable[..., Any]) -> dict[str, Any]:
-    """Argument -> type, of a function or a dataclass; empty where its types cannot be read."""
+    """Argument or field -> type, of a function or a dataclass; empty where they cannot be read."""
     try:
-        return get_type_hints(function)
+        kinds = get_type_hints(function)
+        # `**fields: Annotated[Any, C]` are fields of the class C.
+        for kind in get_type_hints(function, include_extras=True).values():
+            if get_origin(kind) is Annotated and isinstance(kind.__metadata__[0], type):
+                kinds = get_type_hints(kind.__metadata__[0]) | kinds
+        return kinds
     except (NameError, TypeError):  # imported for type checkers only, or not a function of Python
         return {}
 
@@ -72,6 +82,11 @@ def _reference_fits(reference: Any, kind: Any) -> bool:
         return any(_is_function(k) or (inspect.isclass(k) and issubclass(target, k)) for k in kinds)
     # A class where an object of it belongs lacks its brackets.
     return any(_is_function(k) and not inspect.isclass(target) for k in kinds)
+
+
+def is_path(kind: Any) -> bool:
+    """Whether an argument of that type is a path, which ours annotate as a text or a PathLike."""
+    return any(get_origin(one) is os.PathLike for one in get_args(kind))
 
 
 def _is_function(kind: Any) -> bool:
@@ -126,3 +141,76 @@ def describe(kind: Any) -> str:
         return "anything"
     name = "NAME" if _is_function(kind) else kind.__name__
     return f"a reference such as @{kind.__module__.rsplit('.', 1)[-1]}.{name}()"
+
+
+def names_path(macro: str) -> bool:
+    """Whether a macro's name says that it stands for a path."""
+    return macro.endswith(("_DIR", "_PATH"))
+
+
+def flag_of(macro: str) -> str:
+    """How a macro is set, with a placeholder for its value."""
+    return gin_flag(macro, "PATH") if names_path(macro) else f"--gin.{macro}=VALUE"
+
+
+def line_of(pattern: str, files: Sequence[epath.Path]) -> str:
+    """ "file:line: " of the line that counts, in gin files of which the first one wins."""
+    for file in files:
+        lines = file.read_text().splitlines()
+        if found := [n for n, line in enumerate(lines, 1) if re.search(pattern, line)]:
+            return f"{file}:{found[-1]}: "
+    return ""
+
+
+def check_finite(files: Sequence[epath.Path], command_line: Sequence[str]) -> None:
+    """Refuses inf and nan, which gin reads (as 1e999) and cannot write: config.gin lacked them."""
+    for (scope, selector), bindings in _gin._CONFIG.items():
+        module, _, function = selector.rpartition(".")
+        for argument, value in bindings.items():
+            bad = next((x for x in numbers(value) if not math.isfinite(x)), None)
+            if bad is None:
+                continue
+            if selector == "gin.macro":
+                name, pattern = scope, rf"^\s*{re.escape(scope)}\s*="
+            else:
+                scoped = f"{scope}/" if scope else ""
+                name = f"{scoped}{module.rsplit('.', 1)[-1]}.{function}.{argument}"
+                pattern = rf"^\s*{re.escape(scoped)}(\w+\.)*{function}\.{argument}\s*="
+            typed = any(re.search(pattern, line) for line in command_line)
+            raise InputError(
+                ("command line: " if typed else line_of(pattern, files))
+                + f"{name} = {value!r}: {bad!r} is not a finite number; give one"
+            )
+
+
+def check_types(
+    files: Sequence[epath.Path], command_line: Sequence[str], optional: Sequence[str]
+) -> None:
+    """Every bound value against the annotation of its argument; a path is not empty."""
+    for (scope, selector), bindings in list(_gin._CONFIG.items()):
+        function = _gin._REGISTRY.get_match(selector).wrapped
+        kinds = argument_types(function)
+        scoped = f"{scope}/" if scope else ""
+        function_name = scoped + f"{function.__module__.rsplit('.', 1)[-1]}.{function.__name__}"
+        for argument, value in bindings.items():
+            kind = kinds.get(argument, Any)
+            fitting = fits(value, kind)
+            name = told = f"{function_name}.{argument}"
+            pattern = rf"^\s*{re.escape(scoped)}(\w+\.)*{function.__name__}\.{argument}\s*="
+            while is_macro(value):
+                name = value.scoped_selector.rsplit("/", 1)[0]
+                pattern = rf"^\s*{re.escape(name)}\s*="
+                value = macro_value(value)
+            needed = is_path(kind) or (names_path(name) and name not in optional)
+            if fitting and not (needed and is_empty(value)):
+                continue
+            typed = any(re.search(pattern, line) for line in command_line)
+            raise InputError(
+                ("command line: " if typed else line_of(pattern, files))
+                + (
+                    f"{name} is empty; set {gin_flag(name, 'PATH')} ('.' is the current folder)"
+                    if fitting
+                    else f"{name} = {value!r}: {told if name != told else 'it'} takes "
+                    + describe(kind)
+                )
+            )

@@ -64,13 +64,32 @@ def check(path: str, *, force: bool, inputs: Iterable[str | os.PathLike[str]] = 
         raise InputError(f"--output={path}: it is a directory; name a file")
     if os.path.isfile(real) and not force:
         raise _there(path)
+    check_place(path)
+
+
+def check_place(path: str) -> None:
+    """Refuses a local PATH, of a file or a directory, for which there is no place.
+
+    Raises:
+        InputError: a name is too long, or what would hold it is a file or cannot be written to.
+    """
+    real = os.path.realpath(epath.Path(path).expanduser())
     folder = real
     while not os.path.exists(folder):
         folder = os.path.dirname(folder)
     if folder != real and not os.path.isdir(folder):
         raise InputError(f"--output={path}: {folder} is a file and no folder; name another")
-    if not os.access(folder if folder != real or not _is_plain(real) else real, os.W_OK):
-        raise InputError(f"--output={path}: {folder} cannot be written to; name another place")
+    longest = os.pathconf(folder, "PC_NAME_MAX")
+    if long := next((x for x in real.split(os.sep) if len(os.fsencode(x)) > longest), None):
+        raise InputError(
+            f"--output={path}: a name of {len(os.fsencode(long))} bytes is longer than the "
+            f"{longest} that {folder} takes; name it shorter"
+        )
+    # A file is replaced by a new one, which is made beside it.
+    places = [os.path.dirname(real), real] if os.path.isfile(real) else [folder]
+    for place in places:
+        if not os.access(place, os.W_OK):
+            raise InputError(f"--output={path}: {place} cannot be written to; name another place")
 
 
 def _is_in(real: str, source: str | os.PathLike[str]) -> bool:

@@ -16,17 +16,18 @@ import re
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 from etils import epath
 
 from ptjax import untrusted
 from ptjax.data import tables
 from ptjax.data.tables import Row
-from ptjax.errors import InputError, missing, setting
+from ptjax.errors import InputError, check_choice, missing, setting
 
-FORMATS = ("jsonl", "csv", "tsv", "text")
-ON_BAD_RECORD = ("error", "skip")
+Format = Literal["jsonl", "csv", "tsv", "text"]
+FORMATS = get_args(Format)
+OnBadRecord = Literal["error", "skip"]
 _FORMAT_OF_SUFFIX = {
     ".jsonl": "jsonl",
     ".json": "jsonl",
@@ -68,8 +69,7 @@ class BadRecords:
     blank: int = 0
 
     def __post_init__(self) -> None:
-        if self.policy not in ON_BAD_RECORD:
-            raise InputError(f"on_bad_record={self.policy!r}: it must be 'error' or 'skip'")
+        check_choice(get_args(OnBadRecord), "Task", on_bad_record=self.policy)
 
     def report(self, where: str, problem: str, lines: int = 1) -> None:
         """Takes note of one bad record, which stands on so many lines.
@@ -245,8 +245,7 @@ def non_empty(records: Records, source: str) -> Records:
 
 def _format_of(name: str, format: str | None) -> str:
     if format is not None:
-        if format not in FORMATS:
-            raise InputError(f"format={format!r}: it must be one of {', '.join(FORMATS)}")
+        check_choice(FORMATS, "Task", format=format)
         return format
     stem, suffix = os.path.splitext(name)
     if suffix in _COMPRESSED:

@@ -14,7 +14,7 @@ from typing import Any
 
 from ptjax.data.catalogue import CATALOGUE, Preprocess
 from ptjax.data.metrics import METRICS
-from ptjax.data.sources import BadRecords, Record, Records, read_records
+from ptjax.data.sources import BadRecords, Format, OnBadRecord, Record, Records, read_records
 from ptjax.data.templates import RecordError, Template, as_text, find_field, parse_template
 from ptjax.data.tfds_source import is_tfds, read_tfds
 from ptjax.errors import InputError, near
@@ -83,11 +83,11 @@ class Task:
     metrics: str | Sequence[str] = ("accuracy",)
     positive_label: str | None = None
     data_dir: str = ""
-    format: str | None = None
+    format: Format | None = None
     columns: Sequence[str] | None = None
     quoting: bool | None = None
     encoding: str = "utf-8"
-    on_bad_record: str = "error"
+    on_bad_record: OnBadRecord = "error"
     preprocess: Preprocess | None = None
     train_preprocess: Preprocess | None = None
     answers: str | None = None

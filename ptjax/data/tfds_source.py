@@ -11,7 +11,7 @@ from typing import Any
 from etils import epath
 
 from ptjax.data.sources import Record, Records, non_empty
-from ptjax.errors import InputError
+from ptjax.errors import InputError, gin_flag
 
 _TFDS_SOURCE = re.compile(r"tfds:(?P<name>[^@]+)(?:@(?P<split>.+))?")
 _VERSION = r"(?:\d+|\*)(?:\.(?:\d+|\*)){2}"
@@ -59,10 +59,11 @@ def read_tfds(source: str, *, split: str, data_dir: str | None = None) -> Record
         # Without the names of all its data sets.
         reason = " ".join(str(error).partition("Available datasets")[0].split())[:300].rstrip(".")
         folder = epath.Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
+        build = f"tfds build {name} --file_format=array_record --data_dir={folder}"
         raise InputError(
             f"{file}: TFDS cannot provide it ({type(error).__name__}: {reason}); "
-            f"{_prepared(folder, name)}. Check name, version, split and data_dir, or prepare it "
-            "with `tfds build --file_format=array_record`"
+            f"{_prepared(folder, name)}. Check name, version and split; prepare it, where "
+            f"TensorFlow is installed, with `{build}`; or name the folder that has it with {gin_flag('DATA_DIR', 'PATH')}"
         ) from error
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
     digest = f"{rows.dataset_info.full_name} sha256:{digest}"  # TFDS keeps no hash of a split

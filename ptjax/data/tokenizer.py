@@ -21,7 +21,7 @@ from ptjax.data.sentencepiece_tokenizer import (
 from ptjax.data.sources import resolve_path
 from ptjax.data.transformers_tokenizer import TransformersTokenizer
 from ptjax.data.vocabulary import Tokenizer, check_vocabulary
-from ptjax.errors import InputError, missing
+from ptjax.errors import InputError, check_path, missing
 
 __all__ = [
     "ByteTokenizer",
@@ -52,6 +52,7 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Tokenizer:
     Raises:
         InputError: there is no tokenizer there.
     """
+    check_path("the path of the tokenizer", source)
     text = os.fspath(source)
     if text == "byt5":
         return ByteTokenizer()

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from etils import epath
 
-from ptjax.errors import InputError
+from ptjax.errors import InputError, check_path
 from ptjax.hub import TOKENIZER_FILES
 
 NO_ID = -1
@@ -111,6 +111,7 @@ def text_ids(tokenizer: Tokenizer, ids: Iterable[int]) -> list[int]:
 
 def clear_folder(directory: str | os.PathLike[str]) -> epath.Path:
     """The folder, made if need be, without files that another tokenizer left in it."""
+    check_path("the folder of the tokenizer", directory)
     folder = epath.Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     for file in TOKENIZER_FILES:

@@ -361,12 +361,7 @@ def read_config(directory: epath.Path) -> dict[str, Any]:
     path = directory / "config.json"
     if not path.exists():
         raise InputError(f"{path}: the file is missing; a Hugging Face model has one")
-    try:
-        raw = untrusted.read_json(path)
-    except ValueError as error:
-        raise InputError(f"{path}: the file is truncated or no JSON ({error})") from error
-    if not isinstance(raw, dict):
-        raise InputError(f"{path}: the file is no JSON object")
+    raw = untrusted.read_object(path)
     if kind_of(raw) not in ("t5", "mt5", "umt5"):
         raise InputError(
             f"{path}: model_type is {kind_of(raw)!r}, another network; ptjax reads t5, mt5 and umt5"

@@ -269,11 +269,8 @@ def _summary(items: Iterable[Item]) -> str:
 
 
 def _read_metadata(file: epath.Path) -> dict[str, Any]:
-    try:
-        metadata = untrusted.read_json(file)
-    except ValueError as error:
-        raise InputError(f"{file}: the file is damaged ({error}); copy it again") from error
-    if not isinstance(metadata, dict) or not isinstance(metadata.get("tree_metadata", {}), dict):
+    metadata = untrusted.read_object(file)
+    if not isinstance(metadata.get("tree_metadata", {}), dict):
         raise InputError(f"{file}: the file is damaged (no list of leaves); copy it again")
     return metadata
 

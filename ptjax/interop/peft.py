@@ -17,7 +17,7 @@ from etils import epath
 
 from ptjax import untrusted
 from ptjax.atomic import written_whole
-from ptjax.errors import InputError
+from ptjax.errors import InputError, check_path
 from ptjax.interop import safetensors_file, torch_file
 from ptjax.interop.stored import StoredArray
 
@@ -133,6 +133,7 @@ def export_peft(
         metadata: goes into the header of the weights file, where PEFT does not look and
             `load_peft` does; keys of its config that PEFT does not know would make it warn.
     """
+    check_path("the path of the PEFT directory", directory)
     prompt = np.asarray(prompt, np.float32)
     length, width = prompt.shape
     config = {
@@ -170,13 +171,7 @@ def export_peft(
 def _read_config(file: epath.Path) -> dict[str, Any]:
     if not file.exists():
         raise InputError(f"{file}: the file is missing; a PEFT directory has one")
-    try:
-        config = untrusted.read_json(file)
-    except ValueError as error:
-        raise InputError(f"{file}: the file is truncated or no JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise InputError(f"{file}: the file is no JSON object")
-    return config
+    return untrusted.read_object(file)
 
 
 def _check_method(config: Mapping[str, Any], file: epath.Path) -> None:

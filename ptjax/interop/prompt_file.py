@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -18,7 +18,7 @@ from absl import logging
 from etils import epath
 
 from ptjax import untrusted
-from ptjax.errors import InputError, missing
+from ptjax.errors import InputError, check_path, gin_flag, missing
 from ptjax.interop import peft, prompt_header, safetensors_file, t5x
 from ptjax.interop.stored import StoredArray
 from ptjax.models.t5 import PromptStates
@@ -70,6 +70,7 @@ def save_prompt(
         InputError: the prompt is not finite or not [P, D], or a value that ptjax reads is of
             another type.
     """
+    check_path("the path of the prompt", path)
     if problem := prompt_header.wrong_value(metadata):
         raise InputError(f"{path}: a prompt cannot be saved with this metadata, {problem}")
     tensors = {TENSOR: _checked(np.asarray(prompt), os.fspath(path))}
@@ -94,6 +95,7 @@ def load_prompt(path: str | os.PathLike[str]) -> PromptFile:
     Raises:
         InputError: it is none of these, or the prompt is damaged, not finite, not [P, D].
     """
+    check_path("the path of the prompt", path)
     path = epath.Path(path).expanduser()
     if not path.exists():
         raise missing("prompt", path)
@@ -115,6 +117,23 @@ def load_prompt(path: str | os.PathLike[str]) -> PromptFile:
     )
 
 
+def wrong_width(
+    called: str, shape: Sequence[int], backbone: str, width: int, tuned_on: object = None
+) -> InputError:
+    """The error of a prompt that a backbone cannot read, alike wherever the two meet.
+
+    Args:
+        called: what the message calls the prompt.
+        shape: the prompt's.
+        backbone, width: the backbone's name and its D.
+        tuned_on: what the prompt says of its own backbone.
+    """
+    return InputError(
+        f"{called} {list(shape)} does not fit {backbone}, whose width is {width}; it was tuned on "
+        f"{tuned_on or 'another backbone'}"
+    )
+
+
 def load_prompts(directory: str | os.PathLike[str]) -> dict[str, PromptFile]:
     """Every prompt in a directory, by name, in the names' order; local or gs://.
 
@@ -127,6 +146,7 @@ def load_prompts(directory: str | os.PathLike[str]) -> dict[str, PromptFile]:
         InputError: no prompt there, two of one name, one called 'none', or one that `load_prompt`
             refuses; it names the path.
     """
+    check_path("the folder of the prompts", directory)
     directory = epath.Path(directory).expanduser()
     if not directory.exists():
         raise missing("prompts", directory)
@@ -262,13 +282,14 @@ class FromFile:
         InputError: its length is not the run's.
     """
 
-    path: str
+    path: str | os.PathLike[str]
 
     def __call__(self, key: Any, length: int, surroundings: Any) -> np.ndarray:
         prompt = load_prompt(self.path).prompt
         if len(prompt) != length:
             raise InputError(
-                f"{self.path}: {len(prompt)} rows, the run wants {length}; set PROMPT_LENGTH to it"
+                f"{self.path}: {len(prompt)} rows, the run wants {length}; set "
+                + gin_flag("PROMPT_LENGTH", len(prompt))
             )
         return prompt
 

@@ -6,6 +6,7 @@ kind, labels that are no labels any more.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ptjax import untrusted
+from ptjax.data.batch import SpecialIds
 from ptjax.errors import InputError
 
 _FORMAT, _CHECKSUM = "ptjax_format", "ptjax_sha256"
@@ -24,7 +26,32 @@ _OF_A_RUN = {"task", "input_length", "target_length", "seed", "sees_input"}
 """What a run writes into every prompt."""
 _TEXTS = {"ptjax_version", "backbone_name", "backbone_fingerprint", "tokenizer_fingerprint"}
 _COUNTS = {"input_length", "target_length", "seed", "step"}
+SPECIAL_IDS = "special_ids"
+"""The ids that were no text to the backbone: fields of `data.batch.SpecialIds`, by name."""
 _MAX_LENGTH = 1 << 20  # tokens; a claim beyond it would fill the memory with padding
+
+
+def special_ids(ids: SpecialIds) -> dict[str, Any]:
+    """What a prompt records of its backbone's ids: pads, ends and starts decide what it learnt.
+
+    The fingerprint does not cover them, since they change no logits of given tokens.
+    """
+    values = dataclasses.asdict(ids)
+    return {SPECIAL_IDS: {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}}
+
+
+def other_ids(metadata: Mapping[str, Any], ids: SpecialIds) -> tuple[str, str] | None:
+    """("eos_ids = [1]", "eos_ids = [2]"): what a prompt records and a backbone has instead.
+
+    None if they agree, or the prompt is of before they were recorded.
+    """
+    own = special_ids(ids)[SPECIAL_IDS]
+    recorded = metadata.get(SPECIAL_IDS) or {}
+    differing = [name for name in own if name in recorded and recorded[name] != own[name]]
+    if not differing:
+        return None
+    old, new = (", ".join(f"{name} = {of[name]}" for name in differing) for of in (recorded, own))
+    return old, new
 
 
 def seal(header: Mapping[str, str], tensors: Mapping[str, np.ndarray]) -> dict[str, str]:
@@ -93,12 +120,22 @@ def wrong_value(metadata: Mapping[str, Any]) -> str | None:
         bad = (
             (key == "sees_input" and type(value) is not bool)
             or (key in _TEXTS and not isinstance(value, str | None))
+            or (key == SPECIAL_IDS and not _are_ids(value))
             or (key in _COUNTS and (type(value) is not int or not 0 <= value < limit))
         )
         if bad:
             return f"its {key!r} is {json.dumps(value)[:40]}"
     task = metadata.get("task")
     return _wrong_task(task) if isinstance(task, dict) else None
+
+
+def _are_ids(value: Any) -> bool:
+    def is_id(index: Any) -> bool:
+        return index is None or (type(index) is int and index >= 0)
+
+    return isinstance(value, dict) and all(
+        all(map(is_id, ids)) if isinstance(ids, list) else is_id(ids) for ids in value.values()
+    )
 
 
 def _wrong_task(task: Mapping[str, Any]) -> str | None:

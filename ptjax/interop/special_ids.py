@@ -44,7 +44,7 @@ def read_special_ids(
     """
     path = directory / GENERATION_CONFIG
     here = directory / "config.json"
-    generation, there = (_read(path), path) if path.exists() else (config, here)
+    generation, there = (untrusted.read_object(path), path) if path.exists() else (config, here)
 
     def read(raw: Mapping[str, Any], file: epath.Path, key: str) -> Any:
         return _check(raw.get(key), f"{file}: {key}", config["vocab_size"])
@@ -103,16 +103,6 @@ def check_end_of_sequence(tokenizer: Tokenizer, config: T5Config) -> None:
             f"{ends}; use the model's tokenizer or, if the model's files do not state its own end, "
             f"load_backbone(eos_ids=({tokenizer.eos_id},))"
         )
-
-
-def _read(path: epath.Path) -> dict[str, Any]:
-    try:
-        raw = untrusted.read_json(path)
-    except ValueError as error:
-        raise InputError(f"{path}: the file is truncated or no JSON ({error})") from error
-    if not isinstance(raw, dict):
-        raise InputError(f"{path}: the file is no JSON object")
-    return raw
 
 
 def _check(value: Any, name: str, vocab_size: int) -> Any:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal, get_args
 
 from ptjax.data.batch import SpecialIds
-from ptjax.errors import InputError, check_share
+from ptjax.errors import InputError, check_choice, check_share
+
+Dtype = Literal["float32", "bfloat16"]
+Remat = Literal["none", "dots", "full"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,9 +55,9 @@ class T5Config:
     relpos_max_distance: int = 128
     relpos_per_layer: bool = False
     layer_norm_epsilon: float = 1e-6
-    dtype: str = "float32"
+    dtype: Dtype = "float32"
     scan_layers: bool = False
-    remat: str = "none"
+    remat: Remat = "none"
     pad_id: int = 0
     eos_ids: tuple[int, ...] = (1,)
     decoder_start_id: int = 0
@@ -61,8 +65,8 @@ class T5Config:
 
     def __post_init__(self) -> None:
         check_share("T5Config", dropout_rate=self.dropout_rate)
-        if self.remat not in ("none", "dots", "full"):
-            raise InputError(f"T5Config.remat = {self.remat!r}; choose 'none', 'dots' or 'full'")
+        check_choice(get_args(Dtype), "T5Config", dtype=self.dtype)
+        check_choice(get_args(Remat), "T5Config", remat=self.remat)
         object.__setattr__(self, "eos_ids", tuple(self.eos_ids))  # gin files and JSON have lists
         if not self.eos_ids:
             raise InputError("T5Config.eos_ids is empty; a text needs an end of sequence")

@@ -69,7 +69,10 @@ def on_host(array: Any) -> np.ndarray:
 
 
 def check_shared(directory: epath.Path) -> None:
-    """InputError, on all processes, unless all of them see the same `directory`."""
+    """InputError, on all processes, unless all of them see the same `directory`.
+
+    It makes the directory, and a file there for a moment: not for a dry run.
+    """
     if not several():
         return
     number = multihost_utils.broadcast_one_to_all(np.uint32(secrets.randbits(32)))

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ptjax.errors import check_at_least
+from ptjax.errors import check_at_least, check_choice
 
 Tree = Any
+Scale = Literal["absolute", "embedding_rms"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Adafactor:
     """
 
     learning_rate: float | optax.Schedule = 0.3
-    learning_rate_scale: Literal["absolute", "embedding_rms"] = "absolute"
+    learning_rate_scale: Scale = "absolute"
     weight_decay: float = 1e-5
     step_offset: int = 0
     min_dim_size_to_factor: int = 128
@@ -45,6 +46,7 @@ class Adafactor:
     clipping_threshold: float = 1.0
 
     def __post_init__(self) -> None:
+        check_choice(get_args(Scale), "Adafactor", learning_rate_scale=self.learning_rate_scale)
         rate = None if callable(self.learning_rate) else self.learning_rate
         decay, offset = self.weight_decay, self.step_offset
         check_at_least(0, "Adafactor", learning_rate=rate, weight_decay=decay, step_offset=offset)
