@@ -44,6 +44,8 @@ class Way:
 
 
 BFLOAT16: dict[str, Any] = {"dtype": "bfloat16", "precision": None}
+PACKED_UNSEEING = Way("packed, not seeing its input", packed=True, sees_input=False)
+QUANTIZED_SCANNED = Way("int8, scanned, bfloat16", quantize="int8", scan_layers=True, **BFLOAT16)
 WAYS = (
     Way("float32"),
     Way("bfloat16", **BFLOAT16),
@@ -52,8 +54,8 @@ WAYS = (
     Way("scanned", scan_layers=True),
     Way("packed", packed=True),
     Way("not seeing its input", sees_input=False),
-    Way("packed, not seeing its input", packed=True, sees_input=False),
-    Way("int8, scanned, bfloat16", quantize="int8", scan_layers=True, **BFLOAT16),
+    PACKED_UNSEEING,
+    QUANTIZED_SCANNED,
     Way("packed, not seeing its input, bfloat16", packed=True, sees_input=False, **BFLOAT16),
 )
 

@@ -36,8 +36,8 @@ def random_rows(seed: int, count: int, longest: int, ids: tuple[int, int]) -> li
     return [rng.integers(*ids, length).astype(np.int32) for length in lengths]
 
 
-def draw_rows(file: Path, count: int) -> list[np.ndarray]:
-    """Inputs of `count` training examples of a file of prepare.py, drawn at random.
+def draw_rows(file: Path, count: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """(inputs of `count` training examples, drawn at random, and all labels), of prepare.py's file.
 
     Raises:
         SystemExit: there is no such file.
@@ -45,6 +45,9 @@ def draw_rows(file: Path, count: int) -> list[np.ndarray]:
     if not file.exists():
         raise SystemExit(f"{file} is missing: run prepare.py, and give its folder as --data")
     with np.load(file) as stored:
-        ids, offsets = stored["train_ids"], stored["train_offsets"]
-    chosen = np.random.default_rng(0).choice(len(offsets) - 1, count, replace=False)
-    return [ids[offsets[i] : offsets[i + 1]].astype(np.int32) for i in chosen]
+        inputs, labels = (
+            np.split(stored[f"{name}_ids"].astype(np.int32), stored[f"{name}_offsets"][1:-1])
+            for name in ("train", "label")
+        )
+    chosen = np.random.default_rng(0).choice(len(inputs), count, replace=False)
+    return [inputs[i] for i in chosen], labels
