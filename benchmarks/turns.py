@@ -30,13 +30,13 @@ class Side:
 
     Attributes:
         warm_up: compiles whatever a turn needs.
-        steps: one turn; returns when all its steps are done.
+        steps: one turn; returns when all its steps are done. It is given the words of `take`.
         about: what it says of itself beforehand, as JSON has it.
         peak_bytes: the largest memory so far, on the device that it steps on.
     """
 
     warm_up: Callable[[], None]
-    steps: Callable[[], None]
+    steps: Callable[..., None]
     about: Mapping[str, Any]
     peak_bytes: Callable[[], int] = resident_bytes
 
@@ -49,9 +49,9 @@ def serve(start: Callable[[], Side]) -> None:
     side = start()
     side.warm_up()
     print(json.dumps(dict(side.about)), file=answers, flush=True)
-    for _ in sys.stdin:
+    for line in sys.stdin:
         began, cpu_began = time.perf_counter(), time.process_time()
-        side.steps()
+        side.steps(*line.split())
         answer = {
             "seconds": time.perf_counter() - began,
             "cpu_seconds": time.process_time() - cpu_began,
@@ -107,8 +107,10 @@ class Turns:
             worker.kill()
             worker.wait()
 
-    def take(self, rounds: int) -> dict[str, list[dict[str, Any]]]:
+    def take(self, rounds: int, *words: str) -> dict[str, list[dict[str, Any]]]:
         """Every side's answers, one a round; each second round goes backwards.
+
+        `words` tell the sides what to do, where they can do more than one thing.
 
         A round before them does not count: the system takes memory back from those that wait, and
         sides that were warm long before their first turn pay for it there.
@@ -117,7 +119,7 @@ class Turns:
         for turn in range(-1, rounds):
             for name in list(self.about)[:: 1 if turn % 2 == 0 else -1]:
                 worker = self._workers[name]
-                worker.stdin.write("\n")
+                worker.stdin.write(" ".join(words) + "\n")
                 worker.stdin.flush()
                 answer = worker.stdout.readline()
                 if not answer:

@@ -20,6 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+STARTED = time.monotonic()
+"""When a part began, if it imports this module before the slow ones."""
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers", "peft")
 
 
@@ -48,16 +50,19 @@ class Record:
     rows: list[dict[str, Any]]
 
     @classmethod
-    def open(cls, part: str, flags: argparse.Namespace, *, started: float) -> Record:
-        """`started` is `time.monotonic()` before the slow imports.
+    def open(cls, part: str, flags: argparse.Namespace, *, started: float = STARTED) -> Record:
+        """`started` is what `time.monotonic()` said before the slow imports.
 
         Raises:
-            SystemExit: the rows that are there were found on another device.
+            SystemExit: there is no accelerator and this is no rehearsal, or the rows that are there
+                were found on another device.
         """
+        about = {"part": part, "rehearsal": flags.rehearse, **describe_machine()}
+        if about["platform"] == "cpu" and not flags.rehearse:
+            raise SystemExit(f"{part}: JAX finds no accelerator here; --rehearse runs on a CPU")
         flags.output.mkdir(parents=True, exist_ok=True)
         kind = "rehearsal" if flags.rehearse else "gpu"
         path = flags.output / f"{kind}_{part}.json"
-        about = {"part": part, "rehearsal": flags.rehearse, **describe_machine()}
         rows = []
         if path.exists():
             before = json.loads(path.read_text())
@@ -120,6 +125,7 @@ def describe_machine() -> dict[str, Any]:
     devices = jax.devices()
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "platform": devices[0].platform,
         "device": devices[0].device_kind,
         "devices": len(devices),
         "driver": _nvidia_driver(),

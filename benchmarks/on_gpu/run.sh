@@ -26,8 +26,12 @@ for word in "$@"; do
 done
 if [ ${#rehearse[@]} -gt 0 ]; then
     export JAX_PLATFORMS=cpu
+    # Toy sizes run for a moment; nearly all of the time is the compiler's.
+    export XLA_FLAGS="--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     kind=rehearsal
 else
+    # Named, so that a GPU that cannot be used is an error, not a run on the CPU.
+    export JAX_PLATFORMS=${JAX_PLATFORMS:-cuda,cpu}
     kind=gpu
 fi
 if [ ${#parts[@]} -eq 0 ]; then
@@ -38,6 +42,7 @@ fi
 export PYTHONPATH=$root:$root/benchmarks:$here:$root/models${PYTHONPATH:+:$PYTHONPATH}
 # What is compiled once on this machine is not compiled again by the next part.
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-${TMPDIR:-/tmp}/ptjax_on_gpu_cache}
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=${JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS:-0.2}
 
 for part in "${parts[@]}"; do
     echo "== $part" >&2

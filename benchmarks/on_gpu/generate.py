@@ -1,0 +1,177 @@
+"""Texts and ranked labels: ptjax against transformers on the same device and weights.
+
+    benchmarks/on_gpu/run.sh generate
+
+T5 1.1 with random weights in bfloat16 and a prompt of 100 rows in front of real inputs (SST-2's):
+16 new tokens, greedy or of four beams, or the likelier one of the task's two labels. transformers
+gets the prompt as the first of its `inputs_embeds` and uses PyTorch's sdpa. A row has the inputs a
+second of either side (medians of turns), how many texts are not the same, and the peak memory. The
+weights are such that nothing ends early; where they differ, bfloat16 decided a near-tie.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+# isort: split
+from record import Record, add_flags  # first: it looks at the clock
+
+# isort: split
+import numpy as np
+from generate_sides import METHODS
+from prompt_step import t5_1_1
+from tokens import draw_rows, make_rows, random_rows
+from turns import Turns
+
+from ptjax.models.config import T5Config
+from ptjax.scale.devices import GIB
+
+HERE = Path(__file__).parent
+SIDES = ("ptjax", "torch")
+SECONDS = {"base": 45, "xl": 100}  # that a row may take, the start of the sides included
+TOY = T5Config(512, 64, 2, 2, 2, 32, 128)
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What is compared.
+
+    Attributes:
+        config: of the backbone.
+        labels: rows of ids.
+        restart: sides anew for every method, so that ptjax's peak memory is that method's.
+    """
+
+    config: T5Config
+    inputs: list[np.ndarray]
+    labels: list[np.ndarray]
+    device: str
+    prompt: int = 100
+    new_tokens: int = 16
+    rounds: int = 5
+    restart: bool = True
+
+    def write(self, folder: Path) -> None:
+        """What the sides read; the weights are made by a process that ends then."""
+        folder.mkdir()
+        longest = max(map(len, self.inputs))
+        settings = {
+            "config": {f.name: getattr(self.config, f.name) for f in dataclasses.fields(T5Config)},
+            "dtype": "bfloat16",
+            "device": self.device,
+            "prompt": self.prompt,
+            "new_tokens": self.new_tokens,
+            "beams": 4,
+            "input_length": -(-longest // 16) * 16,  # what ptjax's largest bucket would have
+        }
+        (folder / "settings.json").write_text(json.dumps(settings))
+        rows = {"input": make_rows(self.inputs), "label": make_rows(self.labels)}
+        arrays = {f"{name}_ids": x.ids for name, x in rows.items()}
+        arrays |= {f"{name}_offsets": x.offsets for name, x in rows.items()}
+        np.savez(folder / "inputs.npz", **arrays)
+        subprocess.run(side_command("write", folder), check=True)
+
+
+def side_command(side: str, folder: Path) -> list[str]:
+    return [sys.executable, str(HERE / "generate_sides.py"), side, str(folder)]
+
+
+class Comparison:
+    """The rows of a backbone; nothing is written and no process started before one is asked for."""
+
+    def __init__(self, setup: Setup, folder: Path) -> None:
+        self._setup, self._folder = setup, folder
+        self._turns: Turns | None = None
+        self._method = ""
+
+    def row(self, method: str, count: int) -> dict[str, Any]:
+        """Both sides' speed, and how many answers differ."""
+        if not self._folder.exists():
+            self._setup.write(self._folder)
+        try:
+            answers = self._sides(method).take(self._setup.rounds, method, str(count))
+        except SystemExit as error:  # a side died: that ends the row, not the part
+            self.end()
+            raise RuntimeError(str(error)) from error
+        per_second, peak = (
+            {side: choose([turn[what] for turn in taken]) for side, taken in answers.items()}
+            for what, choose in (("seconds", statistics.median), ("peak_bytes", max))
+        )
+        per_second = {side: count / seconds for side, seconds in per_second.items()}
+        said = [
+            json.loads((self._folder / f"{side}_{method}_{count}.json").read_text())
+            for side in SIDES
+        ]
+        return (
+            {f"{side}_per_s": value for side, value in per_second.items()}
+            | {"ratio": per_second["ptjax"] / per_second["torch"]}
+            | {"differ": sum(ours != theirs for ours, theirs in zip(*said, strict=True))}
+            | {"distinct": len(set(said[0]))}
+            | {f"{side}_peak_gib": value / GIB for side, value in peak.items()}
+        )
+
+    def _sides(self, method: str) -> Turns:
+        if self._turns is None or (self._setup.restart and method != self._method):
+            self.end()
+            commands = {side: side_command(side, self._folder) for side in SIDES}
+            self._turns, self._method = Turns(commands, os.environ), method
+        return self._turns
+
+    def end(self) -> None:
+        if self._turns is not None:
+            self._turns.end()
+        self._turns = None
+
+
+def setups(flags: argparse.Namespace) -> Iterator[tuple[str, Setup, list[tuple[str, int]]]]:
+    """(name, what is compared, its rows), the more important ones first."""
+    if flags.rehearse:
+        rows = random_rows(0, 8, 12, (3, TOY.vocab_size)), random_rows(1, 2, 3, (3, TOY.vocab_size))
+        setup = Setup(TOY, *rows, "cpu", prompt=4, new_tokens=4, rounds=1, restart=False)
+        yield "toy", setup, [(method, 8) for method in METHODS]
+        return
+    file = flags.data / "sst2.npz"
+    inputs, labels = draw_rows(file, 256)
+    for size, counts, methods in (
+        ("base", (64, 256), METHODS),
+        ("xl", (64,), ("labels", "greedy")),
+    ):
+        setup = Setup(t5_1_1(size), inputs, labels, "cuda")
+        yield size, setup, [(method, count) for method in methods for count in counts]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_flags(parser)
+    flags = parser.parse_args()
+    # For this process and those that it starts: JAX takes memory as it needs it, as PyTorch does.
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    with contextlib.ExitStack() as stack:
+        record = stack.enter_context(Record.open("generate", flags))
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        for size, setup, rows in setups(flags):
+            comparison = Comparison(setup, folder / size)
+            stack.callback(comparison.end)
+            for method, count in rows:
+                record.measure(
+                    f"{size}, {method}, {count} inputs",
+                    functools.partial(comparison.row, method, count),
+                    needs=SECONDS.get(size, 0),
+                )
+            comparison.end()
+
+
+if __name__ == "__main__":
+    main()

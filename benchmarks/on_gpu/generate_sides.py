@@ -1,0 +1,194 @@
+"""The two sides of `generate.py`, each a process of its own that takes turns (see turns.py).
+
+    python generate_sides.py write FOLDER      a random backbone and prompt, as both sides read them
+    python generate_sides.py ptjax FOLDER
+    python generate_sides.py torch FOLDER      transformers
+
+FOLDER holds what `generate.py` wrote there: `settings.json` and `inputs.npz`. A turn is told what
+to find (one of `METHODS`) and for how many inputs. In the first one of each, a side also writes
+what it found: FOLDER/SIDE_METHOD_COUNT.json, a string for every input.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import turns
+
+METHODS = ("labels", "greedy", "beams")
+SHARPNESS = 2.0
+"""Of the logits: the standard deviation of the logarithm of a token's scale."""
+LARGEST_SCALE = 30.0
+EMPTY, EOS = 0, 1  # T5's
+Find = Callable[[str, int], list[str]]
+
+
+def load_inputs(folder: Path) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """(inputs, labels), rows of ids of any length."""
+    with np.load(folder / "inputs.npz") as stored:
+        return tuple(
+            np.split(stored[f"{name}_ids"], stored[f"{name}_offsets"][1:-1])
+            for name in ("input", "label")
+        )
+
+
+def serve(folder: Path, side: str) -> turns.Side:
+    """A side that is warm once it has loaded; a method's first turn compiles."""
+    settings = json.loads((folder / "settings.json").read_text())
+    find, peak, reset = {"ptjax": start_ptjax, "torch": start_torch}[side](folder, settings)
+    found: set[Path] = set()
+
+    def steps(method: str, count: str) -> None:
+        file = folder / f"{side}_{method}_{count}.json"
+        if file not in found:
+            reset()
+        said = find(method, int(count))
+        if file not in found:
+            file.write_text(json.dumps(said))
+            found.add(file)
+
+    return turns.Side(lambda: None, steps, {}, peak)
+
+
+# ptjax
+
+
+def write(folder: Path) -> None:
+    """A random T5 1.1 of which every text is as long as it may be, and a prompt.
+
+    A few tokens have much larger logits than all others, so that near-ties, which bfloat16 decides
+    either way, are rare. Those of the end of sequence and of padding are 0, far below the best.
+    """
+    import jax
+
+    from ptjax.backbone import save_backbone
+    from ptjax.models.config import T5Config
+    from ptjax.models.t5 import init_params
+
+    settings = json.loads((folder / "settings.json").read_text())
+    sizes = settings["config"].items()  # JSON has no tuples
+    config = T5Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in sizes})
+    params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
+    rng = np.random.default_rng(0)
+    scale = np.exp(SHARPNESS * rng.normal(size=config.vocab_size))
+    scale *= LARGEST_SCALE / scale.max()
+    scale[[EMPTY, EOS]] = 0
+    head = params["decoder"]["logits_dense"]
+    head["kernel"] = head["kernel"] * np.float32(scale)
+    save_backbone(folder / "backbone", config, params, dtype=settings["dtype"])
+    shape = settings["prompt"], config.emb_dim
+    np.save(folder / "prompt.npy", rng.normal(size=shape).astype(np.float32))
+
+
+def start_ptjax(folder: Path, settings: dict[str, Any]) -> tuple[Find, Any, Any]:
+    """(what finds answers, what tells the peak of the device's memory, what begins it anew)."""
+    from ptjax_side import peak_bytes
+    from tokens import IdsAsText, make_inputs, make_rows
+
+    from ptjax.answering import Labels, predict_labels, predict_texts
+    from ptjax.backbone import load_backbone
+    from ptjax.data.batch import pad
+    from ptjax.prompting import prompted
+
+    backbone = load_backbone(folder / "backbone", dtype=settings["dtype"])
+    model = prompted(backbone, np.load(folder / "prompt.npy"))
+    inputs, labels = load_inputs(folder)
+    rows = make_rows(labels)
+    tokens = Labels(pad(labels, int(rows.lengths.max()), EMPTY), rows.lengths)
+
+    def find(method: str, count: int) -> list[str]:
+        source = make_inputs(inputs[:count])
+        bucket = [(settings["input_length"], 0)]
+        shared = {"ids": backbone.config.special_ids}
+        if method == "labels":
+            chosen, _ = predict_labels(*model, source, tokens, bucket, count, **shared)
+            return [str(i) for i in chosen]
+        beams = settings["beams"] if method == "beams" else 1
+        length = settings["new_tokens"]
+        return predict_texts(
+            *model, source, IdsAsText(), bucket, count, max_length=length, num_beams=beams, **shared
+        )[0]
+
+    # JAX has no way to reset it: `generate.py` goes from less to more.
+    return find, peak_bytes, lambda: None
+
+
+# transformers
+
+
+def start_torch(folder: Path, settings: dict[str, Any]) -> tuple[Find, Any, Any]:
+    """As `start_ptjax`."""
+    import torch
+    import transformers
+
+    model = transformers.T5ForConditionalGeneration.from_pretrained(
+        folder / "backbone", dtype=getattr(torch, settings["dtype"]), attn_implementation="sdpa"
+    )
+    device = settings["device"]
+    model = model.to(device).eval()
+    prompt = torch.from_numpy(np.load(folder / "prompt.npy")).to(device, model.dtype)
+    inputs, labels = load_inputs(folder)
+
+    @torch.inference_mode()
+    def find(method: str, count: int) -> list[str]:
+        ids, mask = pad_torch(inputs[:count], settings["input_length"], device)
+        embedded = model.get_input_embeddings()(ids)
+        embedded = torch.cat([prompt.expand(count, -1, -1), embedded], dim=1)
+        mask = torch.cat([mask.new_ones(count, len(prompt)), mask], dim=1)
+        encoder = {"inputs_embeds": embedded, "attention_mask": mask}
+        if method == "labels":
+            return rank_torch(model, encoder, labels)
+        written = model.generate(
+            **encoder,
+            max_new_tokens=settings["new_tokens"],
+            num_beams=settings["beams"] if method == "beams" else 1,
+            do_sample=False,
+        )
+        # Behind the decoder's start.
+        return [" ".join(map(str, row)) for row in written[:, 1:].tolist()]
+
+    if device == "cpu":
+        return find, turns.resident_bytes, lambda: None
+    return find, torch.cuda.max_memory_allocated, torch.cuda.reset_peak_memory_stats
+
+
+def pad_torch(rows: list[np.ndarray], length: int, device: str) -> tuple[Any, Any]:
+    """(ids, mask), int64 [B, length]."""
+    import torch
+
+    ids, mask = np.full((2, len(rows), length), EMPTY)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)], mask[i, : len(row)] = row, 1
+    return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
+
+
+def rank_torch(model: Any, encoder: dict[str, Any], labels: list[np.ndarray]) -> list[str]:
+    """The number of the likeliest label of each row; the encoder runs once."""
+    import torch
+
+    encoded, mask = model.get_encoder()(**encoder), encoder["attention_mask"]
+    likelihoods = []
+    for label in labels:
+        start = model.config.decoder_start_token_id
+        ids = torch.from_numpy(label.astype(np.int64)).to(mask.device)
+        shifted = torch.cat([ids.new_tensor([start]), ids[:-1]]).expand(len(mask), -1)
+        logits = model(
+            encoder_outputs=encoded, attention_mask=mask, decoder_input_ids=shifted
+        ).logits
+        each = logits.float().log_softmax(-1)[:, torch.arange(len(ids)), ids]
+        likelihoods.append(each.sum(-1))
+    return [str(i) for i in torch.stack(likelihoods, -1).argmax(-1).tolist()]
+
+
+if __name__ == "__main__":
+    what, where = sys.argv[1], Path(sys.argv[2])
+    if what == "write":
+        write(where)
+    else:
+        turns.serve(functools.partial(serve, where, what))

@@ -1,0 +1,157 @@
+"""What `parity.py` asks of which backbones, and in which ways they are run."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tokens import random_rows
+
+from ptjax.backbone import Backbone, load_backbone
+from ptjax.data.batch import Batch, make_batch, make_packed_batch
+from ptjax.data.preprocess import tokenize_texts
+from ptjax.scale.sharding import make_mesh
+
+ROOT = Path(__file__).parents[2]
+FIXTURES = ROOT / "tests" / "fixtures"
+SENTENCES = ROOT / "ptjax" / "assets" / "sentiment" / "test.jsonl"
+FLOAT32 = "float32"
+PROMPT = 8  # rows
+TARGET_LENGTH = 12  # also of what is generated
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """How a backbone is run; `precision` is `jax_default_matmul_precision`, None is JAX's own."""
+
+    name: str
+    dtype: str = FLOAT32
+    precision: str | None = "highest"
+    quantize: Any = None
+    scan_layers: bool = False
+    packed: bool = False
+    sees_input: bool = True
+
+    @property
+    def rounds(self) -> bool:
+        """Whether a GPU keeps less than float32 of anything."""
+        return self.dtype != FLOAT32 or self.precision != "highest"
+
+
+BFLOAT16: dict[str, Any] = {"dtype": "bfloat16", "precision": None}
+PACKED_UNSEEING = Way("packed, not seeing its input", packed=True, sees_input=False)
+QUANTIZED_SCANNED = Way("int8, scanned, bfloat16", quantize="int8", scan_layers=True, **BFLOAT16)
+WAYS = (
+    Way("float32"),
+    Way("bfloat16", **BFLOAT16),
+    Way("float32, default precision", precision=None),
+    Way("int8", quantize="int8"),
+    Way("scanned", scan_layers=True),
+    Way("packed", packed=True),
+    Way("not seeing its input", sees_input=False),
+    PACKED_UNSEEING,
+    QUANTIZED_SCANNED,
+    Way("packed, not seeing its input, bfloat16", packed=True, sees_input=False, **BFLOAT16),
+)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Subject:
+    """A backbone and what it is asked.
+
+    Attributes:
+        inputs, targets, labels: rows of ids, the end of sequence included.
+        prompt: float32 [P, D].
+    """
+
+    name: str
+    path: str
+    inputs: list[np.ndarray]
+    targets: list[np.ndarray]
+    labels: list[np.ndarray]
+    prompt: np.ndarray
+
+
+@functools.cache
+def load(path: str, way: Way, device: jax.Device) -> Backbone:
+    return load_backbone(
+        path,
+        dtype=way.dtype,
+        mesh=make_mesh(devices=[device]),
+        quantize=way.quantize,
+        scan_layers=way.scan_layers,
+    )
+
+
+def fixtures() -> dict[str, str]:
+    """Name -> path of the backbones in tests/fixtures."""
+    torch = {f"torch_parity/{n}": n for n in ("t5_1_0", "t5_1_1", "byt5_shaped")}
+    names = ("t5_1_1_tiny_legacy", "t5_1_0_tiny_legacy", "t5_1_1_tiny_orbax", *torch)
+    return {name: str(FIXTURES / name) for name in names}
+
+
+def draw_prompt(backbone: Backbone) -> np.ndarray:
+    """Rows of the embedding, as an initialiser of a prompt draws them: float32 [P, D]."""
+    table = np.asarray(backbone.variables["params"]["token_embedder"]["embedding"], np.float32)
+    return table[np.random.default_rng(0).integers(0, len(table), PROMPT)]
+
+
+def random_subject(name: str, path: str, device: jax.Device, count: int) -> Subject:
+    """Random ids; rows of up to 150, which reach the logarithmic buckets of distances."""
+    backbone = load(path, WAYS[0], device)
+    ids = 3, backbone.config.vocab_size
+    return Subject(
+        name,
+        path,
+        random_rows(1, count, 150, ids),
+        random_rows(2, count, TARGET_LENGTH, ids),
+        random_rows(3, 3, 4, ids),
+        draw_prompt(backbone),
+    )
+
+
+def nano_subject(device: jax.Device, count: int) -> Subject:
+    """ptjax-nano and sentences of the shipped task; each also has the next one as its target."""
+    backbone = load("ptjax-nano", WAYS[0], device)
+    assert backbone.tokenizer is not None
+    lines = SENTENCES.read_text().splitlines()[: count + 1]
+    texts = [json.loads(line)["text"] for line in lines]
+    long, short = (tokenize_texts(texts, backbone.tokenizer, n) for n in (96, TARGET_LENGTH))
+    labels = tokenize_texts(["positive", "negative"], backbone.tokenizer, 4)
+    return Subject(
+        "ptjax-nano",
+        "ptjax-nano",
+        [long[i] for i in range(count)],
+        [short[i + 1] for i in range(count)],
+        [labels[i] for i in range(2)],
+        draw_prompt(backbone),
+    )
+
+
+def make_subject_batch(subject: Subject, way: Way, backbone: Backbone) -> Batch:
+    """All examples: a row each, or packed four to a row."""
+    ids = backbone.config.special_ids
+    if not way.packed:
+        return make_batch(
+            subject.inputs,
+            subject.targets,
+            input_length=max(map(len, subject.inputs)),
+            target_length=TARGET_LENGTH,
+            ids=ids,
+        )
+    rows, slots = np.arange(len(subject.inputs)) // 4, PROMPT if way.sees_input else 0
+    return make_packed_batch(
+        subject.inputs,
+        subject.targets,
+        rows,
+        row_count=int(rows[-1]) + 1,
+        input_length=int(np.bincount(rows, [slots + len(x) for x in subject.inputs]).max()),
+        target_length=int(np.bincount(rows, [len(x) for x in subject.targets]).max()),
+        ids=ids,
+        prompt_slots=slots,
+    )
