@@ -63,7 +63,8 @@ def read_tfds(source: str, *, split: str, data_dir: str | None = None) -> Record
         raise InputError(
             f"{file}: TFDS cannot provide it ({type(error).__name__}: {reason}); "
             f"{_prepared(folder, name)}. Check name, version and split; prepare it, where "
-            f"TensorFlow is installed, with `{build}`; or name the folder that has it with {gin_flag('DATA_DIR', 'PATH')}"
+            f"TensorFlow is installed, with `{build}`; or name the folder that has it with "
+            f"{gin_flag('DATA_DIR', 'PATH')}"
         ) from error
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
     digest = f"{rows.dataset_info.full_name} sha256:{digest}"  # TFDS keeps no hash of a split
