@@ -29,9 +29,9 @@ import jax.numpy as jnp
 import numpy as np
 from subjects import (
     FLOAT32,
-    TARGET_LENGTH,
     PACKED_UNSEEING,
     QUANTIZED_SCANNED,
+    TARGET_LENGTH,
     WAYS,
     Subject,
     Way,
