@@ -35,7 +35,7 @@ ABSENT = (
 @pytest.fixture(autouse=True)
 def flat_modules(monkeypatch):
     """The modules of benchmarks/ and benchmarks/on_gpu, as run.sh has them."""
-    for folder in (ON_GPU.parent, ON_GPU):
+    for folder in (ON_GPU.parent, ON_GPU, ROOT / "models"):
         monkeypatch.syspath_prepend(str(folder))
 
 
@@ -223,11 +223,12 @@ def test_the_parts_import_what_the_machine_with_the_gpu_has() -> None:
     code = f"""
 import importlib, sys
 import flax.linen  # which needs rich itself, but nothing of ptjax may
-sys.modules |= dict.fromkeys([*filter(lambda name: name.startswith("rich."), sys.modules), *{ABSENT}])
+of_rich = [name for name in sys.modules if name.startswith("rich.")]
+sys.modules |= dict.fromkeys([*of_rich, *{ABSENT}])
 for name in {names}:
     importlib.import_module(name)
 """
-    path = os.pathsep.join(map(str, (ROOT, ON_GPU.parent, ON_GPU)))
+    path = os.pathsep.join(map(str, (ROOT, ON_GPU.parent, ON_GPU, ROOT / "models")))
     done = subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | {"PYTHONPATH": path},

@@ -20,27 +20,27 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-started = time.monotonic()
+from record import Record, add_flags  # first: its clock starts when it is imported
 
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
-import ptjax_models  # noqa: E402
-from family import Family, Settings, Stage, read, write  # noqa: E402
-from ptjax_models import STAGES  # noqa: E402
-from record import Record, add_flags  # noqa: E402
+# isort: split
+import jax
+import numpy as np
+import ptjax_models
+from family import Family, Settings, Stage, read, write
+from ptjax_models import STAGES
 
-from ptjax.backbone import load_backbone, save_backbone  # noqa: E402
-from ptjax.data import mixture  # noqa: E402
-from ptjax.data.pipeline import Batches  # noqa: E402
-from ptjax.data.tasks import Task  # noqa: E402
-from ptjax.models.config import T5Config  # noqa: E402
-from ptjax.models.prompted import make_apply_fn  # noqa: E402
-from ptjax.models.t5 import init_params  # noqa: E402
-from ptjax.scale import sharding  # noqa: E402
-from ptjax.scale.compiled import Recipe  # noqa: E402
-from ptjax.training import freeze as freezing  # noqa: E402
-from ptjax.training.loss import Loss  # noqa: E402
-from ptjax.training.optimizer import Adafactor  # noqa: E402
+from ptjax.backbone import load_backbone, save_backbone
+from ptjax.data import mixture
+from ptjax.data.pipeline import Batches
+from ptjax.data.tasks import Task
+from ptjax.models.config import T5Config
+from ptjax.models.prompted import make_apply_fn
+from ptjax.models.t5 import init_params
+from ptjax.scale import sharding
+from ptjax.scale.compiled import Recipe
+from ptjax.training import freeze as freezing
+from ptjax.training.loss import Loss
+from ptjax.training.optimizer import Adafactor
 
 MODELS = Path(ptjax_models.__file__).parent
 SHARD_BYTES = 14 << 20
@@ -177,7 +177,7 @@ def main() -> None:
         write_toy(folder)
     if not (folder / "family.json").exists():
         sys.exit(f"{folder}: no family.json; make it with benchmarks/on_gpu/prepare.py")
-    with Record.open("pretrain", flags, started=started) as record:
+    with Record.open("pretrain", flags) as record:
         family = read(folder)
         for size in flags.sizes.split(",") if flags.sizes else family.sizes:
             for name in family.stages:
