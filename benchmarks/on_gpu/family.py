@@ -1,9 +1,8 @@
 """The pre-training of the family as arrays, for a machine without gin and without the corpus.
 
 `write_from_gin` evaluates gin_configs/runs/{pretrain,adapt}_family.gin; `read` gives the same
-batches back.
-In the folder: tokens.npy, the running text as uint16; examples.npz.xz, the tasks in all phrasings,
-which are near copies of each other and so take little room; family.json, the rest.
+batches back. In the folder: ids.npz.xz, the running text and the tasks as uint16, the tasks in all
+phrasings, which are near copies of each other and so take little room; family.json, the rest.
 """
 
 from __future__ import annotations
@@ -76,9 +75,8 @@ def write(
     first, *_ = stages.values()
     tokenizer, ids = load_tokenizer(TOKENIZER), next(iter(sizes.values())).special_ids
     stream = text.tokenize(tokenizer, first.seed)[:tokens]
-    np.save(folder / "tokens.npy", stream)
     components = mixture.make_components(first.parts, stream, tokenizer, first.seed, ids)
-    arrays = {
+    arrays = {"text": stream.astype(np.uint16)} | {
         f"{part}.{number}.{name}.{kind}": array.astype(np.uint16)
         for part, made in enumerate(components)
         for number, batches in enumerate(made)
@@ -90,7 +88,7 @@ def write(
     packed = io.BytesIO()
     np.savez(packed, **arrays)
     compressed = lzma.compress(packed.getbuffer(), lzma.FORMAT_XZ, filters=XZ)
-    (folder / "examples.npz.xz").write_bytes(compressed)
+    (folder / "ids.npz.xz").write_bytes(compressed)
     about = {
         "sizes": {size: dataclasses.asdict(config) for size, config in sizes.items()},
         "stages": {
@@ -158,14 +156,14 @@ def _describe_stage(
 def read(folder: Path) -> Family:
     """What `write` wrote."""
     about = json.loads((folder / "family.json").read_text())
-    with np.load(io.BytesIO(lzma.decompress((folder / "examples.npz.xz").read_bytes()))) as file:
+    with np.load(io.BytesIO(lzma.decompress((folder / "ids.npz.xz").read_bytes()))) as file:
         arrays = dict(file)
     sizes = {
         size: T5Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
         for size, fields in about["sizes"].items()
     }
     ids = next(iter(sizes.values())).special_ids
-    stream, tokenizer = np.load(folder / "tokens.npy"), load_tokenizer(TOKENIZER)
+    stream, tokenizer = arrays["text"], load_tokenizer(TOKENIZER)
 
     def rows(name: str) -> TokenRows:
         offsets = np.append(0, np.cumsum(arrays[f"{name}.lengths"], dtype=np.int64))
