@@ -249,7 +249,7 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def tune(directory: Path, task: Any, backbone: Any, **changes: Any) -> dict[str, Any]:
-    """A short run of the random backbone on the words."""
+    """A short run of the random backbone on the words, of which every batch has one shape."""
     from ptjax import tuning
     from ptjax.evaluation import Evaluation
     from ptjax.loop import Pace
@@ -260,7 +260,7 @@ def tune(directory: Path, task: Any, backbone: Any, **changes: Any) -> dict[str,
         "optimizer": Adafactor(learning_rate=0.05, learning_rate_scale="embedding_rms"),
         "pace": Pace(train_steps=12, eval_period=3, log_period=2, keep=2),
         "batch_size": 8,
-        "feature_lengths": {"inputs": 64, "targets": 4},
+        "feature_lengths": {"inputs": 32, "targets": 4},
         "evaluation": Evaluation(batch_size=16),
         "seed": 3,
     }

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
 from pathlib import Path
 from typing import Any
 
+import conftest
 import jax
 import numpy as np
 import pytest
-from conftest import outcome, tune
+from conftest import outcome
 
 from ptjax import loop
 from ptjax.backbone import Backbone, load_backbone
@@ -24,6 +26,9 @@ from ptjax.models.prompt import Prompt
 from ptjax.scale.sharding import make_mesh, replicated
 from ptjax.training.freeze import flatten_paths
 from ptjax.training.optimizer import Adafactor
+
+# Batches of two shapes.
+tune = functools.partial(conftest.tune, feature_lengths={"inputs": 64, "targets": 4})
 
 
 @pytest.fixture(scope="module")

@@ -410,7 +410,7 @@ def one_device(tiny, tiny_batch):
     return functools.cache(alone)
 
 
-FAST = ("4x2", "8x1, fsdp", "4x2, microbatches", "2x2x2, all of it")
+FAST = ("4x2", "8x1, fsdp", "4x2, microbatches")
 
 
 @pytest.mark.parametrize(

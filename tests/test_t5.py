@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 
@@ -15,7 +16,7 @@ from t5_ids import with_lengths
 
 from ptjax.models.config import T5Config
 from ptjax.models.layers import relative_position_bucket
-from ptjax.models.t5 import T5, Encoded, parameter_shapes
+from ptjax.models.t5 import T5, Encoded, init_params, parameter_shapes
 from ptjax.training.freeze import flatten_paths
 from ptjax.training.loss import Loss
 
@@ -51,6 +52,16 @@ def test_parameter_totals_of_released_sizes(name) -> None:
     leaves = jax.tree.leaves(parameter_shapes(config))
     assert sum(math.prod(leaf.shape) for leaf in leaves) == total
     assert {leaf.dtype for leaf in leaves} == {np.dtype("float32")}
+
+
+@pytest.mark.parametrize("relpos_per_layer", [False, True])
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_parameters_of_many_layers_are_those_that_are_made(scan_layers, relpos_per_layer) -> None:
+    settings = {"scan_layers": scan_layers, "relpos_per_layer": relpos_per_layer}
+    config = T5Config(32, 8, 2, 11, 2, 4, 8, **settings)
+    made = jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
+    found = parameter_shapes(config)
+    assert found == made and list(flatten_paths(found)) == list(flatten_paths(made))
 
 
 @pytest.mark.parametrize("name", ["t5_1_1", "t5_1_0"])

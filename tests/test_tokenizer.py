@@ -259,7 +259,7 @@ def test_case_1_6_a_model_needs_an_end_of_sequence_and_no_padding(tmp_path, eos_
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["one two three four"] * 9),
         model_prefix=str(prefix),
-        vocab_size=14,
+        vocab_size=13,
         eos_id=eos_id,
         minloglevel=2,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,9 @@ def recorded_ids(name: str) -> list[list[int]]:
 
 
 def reference(folder: Path) -> Any:
-    return transformers.AutoTokenizer.from_pretrained(folder)
+    with warnings.catch_warnings():  # transformers 5.3 uses what tokenizers 0.22 deprecates
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return transformers.AutoTokenizer.from_pretrained(folder)
 
 
 def reference_ids(folder: Path, lines: list[str]) -> list[list[int]]:

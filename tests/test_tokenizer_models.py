@@ -111,6 +111,7 @@ def test_case_1_1_a_sentinel_brings_no_line_break_along(tmp_path, mark):
         ({"model_type": "bpe"}, "not a unigram model"),
         ({"byte_fallback": True, "vocab_size": 800}, "byte_fallback"),
         ({"normalization_rule_name": "identity"}, "tabs and line breaks are no spaces"),
+        ({"normalization_rule_name": "nfkc"}, "tabs and line breaks are no spaces"),
         ({"add_dummy_prefix": False}, "add_dummy_prefix is off"),
         ({"remove_extra_whitespaces": False}, "remove_extra_whitespaces is off"),
         ({"treat_whitespace_as_suffix": True}, "treat_whitespace_as_suffix"),
@@ -128,6 +129,8 @@ def test_case_1_1_a_model_that_transformers_reads_otherwise_is_said(
     lines = [line for line in LINES if "<" not in line]
     assert tokenizer.encode_batch(lines) == processor.encode(lines)
     assert [f"({reason})" in line for line in said] == [True]
+    if trainer.get("normalization_rule_name") == "identity":
+        return  # tokenizers 0.22 makes no tokenizer.json of a model without any normalisation
     # Other ids than those of a tokenizer.json made of it, so not its fingerprint.
     other = load_tokenizer(resaved(folder, tmp_path / "5"))
     assert other.encode_batch(lines) != tokenizer.encode_batch(lines)

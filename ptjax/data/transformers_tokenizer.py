@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import tempfile
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -123,10 +124,14 @@ def _load(directory: str | os.PathLike[str], name: str) -> Any:
     if lost and len(pair) == 1:
         raise _lacks(name, pair)
     try:
-        # trust_remote_code: without it, transformers asks on the terminal whether to run code.
-        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(
-            os.fspath(directory), local_files_only=True, trust_remote_code=False
-        )
+        with warnings.catch_warnings():
+            # transformers 5.3 gives tokenizers 0.22 names of files, which that deprecates: where
+            # warnings are errors, this would refuse a folder for what is not its fault.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            # trust_remote_code: without it, transformers asks on the terminal whether to run code.
+            tokenizer: Any = transformers.AutoTokenizer.from_pretrained(
+                os.fspath(directory), local_files_only=True, trust_remote_code=False
+            )
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # nearly anything for broken files, and the library's panics

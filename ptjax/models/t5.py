@@ -9,6 +9,7 @@ K head width, F feed-forward, V vocabulary.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -381,4 +382,14 @@ def init_params(config: T5Config, key: Array) -> dict[str, Any]:
 @functools.cache
 def parameter_shapes(config: T5Config) -> dict[str, Any]:
     """The parameter tree as float32 `jax.ShapeDtypeStruct`s; nothing is computed."""
-    return jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
+    if config.scan_layers:
+        return jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
+    # The layers of a stack are alike, and tracing dozens of them takes seconds.
+    short = dataclasses.replace(config, num_encoder_layers=1, num_decoder_layers=1)
+    shapes = jax.eval_shape(functools.partial(init_params, short), jax.random.key(0))
+    counts = {"encoder": config.num_encoder_layers, "decoder": config.num_decoder_layers}
+    for name, count in counts.items():
+        layer = shapes[name].pop("layers_0")
+        shapes[name] |= {f"layers_{i}": layer for i in range(count)}
+        shapes[name] = dict(sorted(shapes[name].items()))
+    return shapes
