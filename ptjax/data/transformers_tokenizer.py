@@ -12,7 +12,7 @@ from typing import Any
 from etils import epath
 
 from ptjax import atomic
-from ptjax.data.added_tokens import CONTROL_NAMES, read_json
+from ptjax.data.added_tokens import CONTROL_NAMES, START, read_json
 from ptjax.data.sentinels import SENTINEL, mark_sentinels, marked, space_sentinels
 from ptjax.data.vocabulary import (
     NO_ID,
@@ -49,7 +49,7 @@ class TransformersTokenizer:
         self.unk_id = _id_or(self._tokenizer.unk_token_id)
         check_special_ids(self)
         named = self._tokenizer.special_tokens_map
-        self._control = {str(named[key]) for key in CONTROL_NAMES if named.get(key)}
+        control = {str(named[key]) for key in CONTROL_NAMES if named.get(key)}
         self._sentinels = {
             int(match[1]): index
             for piece, index in vocabulary.items()
@@ -63,6 +63,7 @@ class TransformersTokenizer:
         if model.get("type") == "Unigram" and self.unk_id != NO_ID:
             # transformers 5 writes 2 here whatever the model says, in MADLAD-400 the end of a text.
             model["unk_id"] = self.unk_id
+        self._control = control | _own_start(content)
         self._texts = _without_control_tokens(content | {"model": model}, self._control, self.name)
         self.prefix = self._own_prefix()
         former = sha256(json.dumps(content, sort_keys=True).encode())
@@ -71,6 +72,10 @@ class TransformersTokenizer:
         self.fingerprint = same or former
         # With a prefix, a prompt of earlier versions saw other ids.
         self.former_fingerprints = () if self.prefix else (former,)
+        if same and self._control != control:
+            # They took an `<s>` that no setting names for an added token; few texts have one.
+            older = _spiece_fingerprint(content, special_ids, control)
+            self.former_fingerprints += (str(older),)
         if self.prefix:
             self.fingerprint = sha256(f"{former}{self.prefix}".encode())
 
@@ -208,6 +213,13 @@ def _without_control_tokens(content: Mapping[str, Any], control: set[str], name:
         return tokenizers.Tokenizer.from_str(json.dumps(changed))
     except Exception as error:  # the library has no class of its own
         raise InputError(f"{name}: its tokenizer.json cannot be used ({error})") from error
+
+
+def _own_start(content: Mapping[str, Any]) -> set[str]:
+    """`<s>`, if it is a control symbol of the SentencePiece model that this was made of."""
+    pieces = content["model"]["vocab"] if content["model"]["type"] == "Unigram" else ()
+    special = {token["content"] for token in content["added_tokens"] if token["special"]}
+    return {START} & special if any(piece == START for piece, _ in pieces) else set()
 
 
 def _spiece_fingerprint(
