@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sentencepiece
@@ -27,22 +28,27 @@ TEXTS = [
 ADDED = {"<ctrl>", "[TWO]", "<c>", "<ud>"}
 
 
-@pytest.fixture(params=KINDS)
-def folders(request, tmp_path) -> tuple[Path, Path]:
+def save_both(folder: Path, settings: dict[str, Any], **files: dict[str, Any]) -> tuple[Path, Path]:
     """A spiece.model with its config, and what transformers 5 saves of it: no spiece.model."""
     model = io.BytesIO()
     texts = [f"word{i % 17} other{i % 13} thing {i} text number{i % 7} [TWO" for i in range(300)]
     sentencepiece.SentencePieceTrainer.train(  # type: ignore[attr-defined]
         sentence_iterator=iter(texts), model_writer=model, vocab_size=110, hard_vocab_limit=False,
-        pad_id=0, eos_id=1, unk_id=2, minloglevel=2, **KINDS[request.param],
+        pad_id=0, eos_id=1, unk_id=2, minloglevel=2, **settings,
     )  # fmt: skip
-    own, saved = tmp_path / "own", tmp_path / "saved"
+    own, saved = folder / "own", folder / "saved"
     own.mkdir()
     (own / "spiece.model").write_bytes(model.getvalue())
-    (own / "tokenizer_config.json").write_text(json.dumps(CONFIG))
+    for name, content in {"tokenizer_config": CONFIG, **files}.items():
+        (own / f"{name}.json").write_text(json.dumps(content))
     transformers.AutoTokenizer.from_pretrained(own).save_pretrained(saved)
     assert not (saved / "spiece.model").exists()
     return own, saved
+
+
+@pytest.fixture(params=KINDS)
+def folders(request, tmp_path) -> tuple[Path, Path]:
+    return save_both(tmp_path, KINDS[request.param])
 
 
 def test_control_symbols_are_those_of_transformers_in_either_file(folders):
@@ -94,3 +100,30 @@ def test_a_model_file_alone_reads_as_its_folder_does(folders):
     alone, own = load_tokenizer(folders[0] / "spiece.model"), load_tokenizer(folders[0])
     symbols = [text for text in TEXTS if "extra_id" not in text]  # of which it gets a hundred
     assert alone.encode_batch(symbols) == own.encode_batch(symbols)
+
+
+@pytest.mark.parametrize("writer", [0, 1])
+def test_the_space_of_a_sentinel_of_mt5_is_no_added_token(tmp_path, writer):
+    """The added token "\\n" is every space of a text, as for transformers, but not a sentinel's."""
+    mt5 = {"bos_id": -1, "user_defined_symbols": [f"▁<extra_id_{k}>" for k in range(3)]}
+    for name in ("plain", "added"):
+        (tmp_path / name).mkdir()
+    plain = load_tokenizer(save_both(tmp_path / "plain", mt5)[writer])
+    config = CONFIG | {"extra_ids": 0}
+    line = {"added_tokens": {"\n": plain.vocab_size}, "tokenizer_config": config}
+    folders = save_both(tmp_path / "added", mt5, **line)
+    added = load_tokenizer(folders[writer])
+    theirs = transformers.AutoTokenizer.from_pretrained(folders[0])
+    newline = plain.vocab_size
+    assert added.encode("word1 word2").count(newline) == 1
+    for text in (
+        "word1<extra_id_0>thing",
+        "<extra_id_1><extra_id_2>",
+        "a<extra_id_0><extra_id_1>b",
+    ):
+        assert added.encode(text) == plain.encode(text)
+        assert newline not in added.encode(text)
+        assert added.sentinel_id(0) in added.encode(text + "<extra_id_0>")
+    for text in ("word1 <extra_id_0> thing", "a\n<extra_id_1>", "<extra_id_0> b"):
+        assert added.encode(text) == theirs.encode(text, add_special_tokens=False)
+    assert plain.encode("b<extra_id_0>a") == plain.encode("b <extra_id_0>a")

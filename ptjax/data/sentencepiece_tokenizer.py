@@ -17,7 +17,7 @@ from sentencepiece import sentencepiece_model_pb2
 
 from ptjax import atomic
 from ptjax.data.added_tokens import CONTROL_NAMES, START, AddedToken, Splitter, read_added_tokens
-from ptjax.data.sentinels import MARK, SENTINEL, mark_sentinels, marked, space_sentinels
+from ptjax.data.sentinels import MARK, SENTINEL, encode_parts, mark_sentinels, marked
 from ptjax.data.sources import resolve_path
 from ptjax.data.vocabulary import (
     NO_ID,
@@ -174,8 +174,10 @@ class SentencePieceTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         marks = [mark_sentinels(text, self._sentinels) for text in texts]
-        if self._own_sentinels:  # with the one space that is part of them
-            marks = [space_sentinels(text) for text in marks]
+        encode = self._encode_marked
+        return encode_parts(marks, encode) if self._own_sentinels else encode(marks)
+
+    def _encode_marked(self, marks: list[str]) -> list[list[int]]:
         parts: list[list[str | int]] = [[text] for text in marks]
         split = [i for i, text in enumerate(marks) if self._always_splits or MARK in text]
         if split:

@@ -40,6 +40,7 @@ def read_tfds(source: str, *, split: str, data_dir: str | None = None) -> Record
     if match is None:
         raise InputError(f"{source}: write tfds:NAME, tfds:NAME:VERSION or tfds:NAME@SPLIT")
     import tensorflow_datasets as tfds  # slow to import, and few tasks need it
+    from tensorflow_datasets.core import constants
 
     name = _named(match)
     split = match["split"] or split
@@ -51,7 +52,7 @@ def read_tfds(source: str, *, split: str, data_dir: str | None = None) -> Record
         ArithmeticError, AssertionError, ImportError, LookupError, NotImplementedError, OSError,
         RuntimeError, ValueError,
     ) as error:  # fmt: skip
-        folder = epath.Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
+        folder = epath.Path(data_dir or constants.DATA_DIR).expanduser()
         raise InputError(f"{file}: {_why_not(match, folder, error)}") from error
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
     digest = f"{rows.dataset_info.full_name} sha256:{digest}"  # TFDS keeps no hash of a split

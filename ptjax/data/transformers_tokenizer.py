@@ -13,7 +13,7 @@ from etils import epath
 
 from ptjax import atomic
 from ptjax.data.added_tokens import CONTROL_NAMES, START, read_json
-from ptjax.data.sentinels import SENTINEL, mark_sentinels, marked, space_sentinels
+from ptjax.data.sentinels import SENTINEL, encode_parts, mark_sentinels, marked
 from ptjax.data.vocabulary import (
     NO_ID,
     check_special_ids,
@@ -93,8 +93,10 @@ class TransformersTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         marks = [mark_sentinels(text, self._sentinels) for text in texts]
-        if self._spaced_sentinels:
-            marks = [space_sentinels(text) for text in marks]
+        encode = self._encode_marked
+        return encode_parts(marks, encode) if self._spaced_sentinels else encode(marks)
+
+    def _encode_marked(self, marks: list[str]) -> list[list[int]]:
         return [e.ids for e in self._texts.encode_batch(marks, add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int]) -> str:
