@@ -24,6 +24,7 @@ from orbax.checkpoint import v1 as ocp
 from ptjax import atomic
 from ptjax.errors import InputError, gin_flag
 from ptjax.identity import changed_versions, check_same
+from ptjax.lock import cannot_write
 from ptjax.scale import processes
 from ptjax.training.step import TrainState
 
@@ -67,10 +68,7 @@ class Checkpoints:
                 cleanup_tmp_directories=clean,
             )
         except OSError as error:
-            raise InputError(
-                f"MODEL_DIR = {directory.parent}: it cannot be written to "
-                f"({error.strerror or error}); choose another"
-            ) from error
+            raise cannot_write(directory.parent, error) from error
 
     @property
     def latest(self) -> int | None:

@@ -57,13 +57,17 @@ def check_path(name: str, path: object) -> None:
 
 
 def setting(name: str, *value: object) -> str:
-    """What a message advises to set, as a task calls it and as `infer` does.
+    """What a message advises to set, as a task's command line calls it and as `infer` does.
 
     >>> setting("quoting", False)
-    'Task.quoting = False (infer: --quoting=false)'
+    '--gin.tasks.Task.quoting=False (infer: --quoting=false)'
+    >>> setting("columns")
+    'Task.columns (infer: --columns)'
     """
-    shown, flag = (f" = {value[0]!r}", f"={str(value[0]).lower()}") if value else ("", "")
-    return f"Task.{name}{shown} (infer: --{name}{flag})"
+    if not value:
+        return f"Task.{name} (infer: --{name})"
+    flag = gin_flag(f"tasks.Task.{name}", value[0])
+    return f"{flag} (infer: --{name}={str(value[0]).lower()})"
 
 
 def near(

@@ -130,7 +130,7 @@ class Lock:
         try:
             self._generation = self._write(generation)
         except (OSError, ValueError) as error:
-            raise _cannot_write(self.model_dir, error) from error
+            raise cannot_write(self.model_dir, error) from error
         if self._generation is None:  # another run was faster
             return False
         if reason:
@@ -194,14 +194,14 @@ class Lock:
                 directory.mkdir(parents=True, exist_ok=True)
             self._store: Any = ts.KvStore.open(url + "/").result()
         except (OSError, ValueError) as error:
-            raise _cannot_write(directory, error) from error
+            raise cannot_write(directory, error) from error
 
     def _read(self) -> tuple[bytes | None, bytes]:
         """What is there (None if nothing) and its generation."""
         try:
             found = self._store.read(NAME).result()
         except (OSError, ValueError) as error:
-            raise _cannot_write(self.model_dir, error) from error
+            raise cannot_write(self.model_dir, error) from error
         return (found.value if found.state == "value" else None), found.stamp.generation
 
     def _write(self, generation: bytes) -> bytes | None:
@@ -381,7 +381,8 @@ def _elapsed(since: tuple[float, float]) -> float:
     return max(now - before for now, before in zip(_clocks(), since, strict=True))
 
 
-def _cannot_write(directory: epath.Path, error: Exception) -> NotWritableError:
+def cannot_write(directory: epath.Path, error: Exception) -> NotWritableError:
+    """What a MODEL_DIR is refused with that takes no files, and why it takes none."""
     why = (
         error.strerror if isinstance(error, OSError) and error.strerror else atomic.one_line(error)
     )

@@ -263,7 +263,7 @@ def _bytes_on_device(tree: Tree) -> int:
 
 
 @functools.lru_cache(maxsize=64)
-def _flops(workload: Workload, remat: str, groups: int) -> tuple[int, int, int]:
+def _flops(workload: Workload, remat: Remat, groups: int) -> tuple[int, int, int]:
     """(forward, useful, executed) of a step on all devices; useful is nothing done twice.
 
     Args:

@@ -58,8 +58,8 @@ def test_case_3_1_a_stray_quote_loses_its_own_line_alone(tmp_path, stray, newlin
     with pytest.raises(InputError, match=rf"a\.csv:{stray[0] + 1}: bad quoting") as refused:
         read_records(path)
     for set_it in (
-        "Task.quoting = False (infer: --quoting=false)",
-        "Task.on_bad_record = 'skip' (infer: --on_bad_record=skip)",
+        "--gin.tasks.Task.quoting=False (infer: --quoting=false)",
+        "--gin.tasks.Task.on_bad_record=\"'skip'\" (infer: --on_bad_record=skip)",
     ):
         assert set_it in str(refused.value)
 
@@ -95,7 +95,7 @@ def test_case_3_6_a_tsv_whose_quotes_only_enclose_is_said(tmp_path, caplog):
     [said] = warnings_of(caplog)
     assert (
         "double quotes only enclose fields, 20 of them" in said
-        and "Task.quoting = True (infer: --quoting=true)" in said
+        and "--gin.tasks.Task.quoting=True (infer: --quoting=true)" in said
     )
     caplog.clear()
     assert read_records(path, quoting=True)[1].fields["text"] == '"word 1" she said'

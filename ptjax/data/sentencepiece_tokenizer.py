@@ -16,8 +16,8 @@ from etils import epath
 from sentencepiece import sentencepiece_model_pb2
 
 from ptjax import atomic
-from ptjax.data.added_tokens import CONTROL_NAMES, AddedToken, Splitter, read_added_tokens
-from ptjax.data.sentinels import MARK, SENTINEL, mark_sentinels, marked, space_sentinels
+from ptjax.data.added_tokens import CONTROL_NAMES, START, AddedToken, Splitter, read_added_tokens
+from ptjax.data.sentinels import MARK, SENTINEL, encode_parts, mark_sentinels, marked
 from ptjax.data.sources import resolve_path
 from ptjax.data.vocabulary import (
     NO_ID,
@@ -33,6 +33,7 @@ T5_SENTINELS = 100
 _MOST_SENTINELS = 10_000
 _PB2: Any = sentencepiece_model_pb2  # its classes are made at run time
 _PIECE: Any = _PB2.ModelProto.SentencePiece
+_SYMBOLS = (_PIECE.USER_DEFINED, _PIECE.CONTROL)
 _OWN_SENTINEL = re.compile(f"▁?{SENTINEL.pattern}")
 
 
@@ -86,7 +87,7 @@ class SentencePieceTokenizer:
         if folder is not None:
             vocabulary = {piece: i for i, (piece, _) in enumerate(self._pieces)}
             self._added, named = read_added_tokens(folder, self._config, vocabulary)
-        control = set(named.values())
+        control = set(named.values()) | _spelt_out(proto)
         cut = self._cut_tokens(proto, control)
         self._names, self._sentinels = _compile(proto, self._pieces, self._added, cut, control)
         self._splitter = Splitter(cut, proto.normalizer_spec.precompiled_charsmap, self.name)
@@ -134,46 +135,49 @@ class SentencePieceTokenizer:
         for i, (content, _) in enumerate(self._pieces[len(proto.pieces) :], len(proto.pieces)):
             cut.setdefault(content, AddedToken(content, i, special=True))
         for i, piece in enumerate(proto.pieces):
-            own = piece.type == _PIECE.USER_DEFINED or SENTINEL.fullmatch(piece.piece)
+            # Control symbols too: SentencePiece makes none of a text, transformers 5 does.
+            own = piece.type in _SYMBOLS or SENTINEL.fullmatch(piece.piece)
             if own and piece.piece not in control and not piece.piece.startswith("▁"):
-                cut.setdefault(piece.piece, AddedToken(piece.piece, i))
+                special = piece.type == _PIECE.CONTROL
+                cut.setdefault(piece.piece, AddedToken(piece.piece, i, special=special))
         return list(cut.values())
 
     def _set_fingerprints(self, proto: Any, cut: Sequence[AddedToken]) -> None:
-        former = sha256(self._model + b"\nextra_ids=%d" % self.extra_ids)
-        added = [
-            [
-                token.id,
-                token.content,
-                token.lstrip,
-                token.rstrip,
-                token.single_word,
-                token.normalized,
-            ]
-            for token in sorted(cut, key=lambda token: token.id)
-            if token.sentinel is None
-        ]
-        if not self._unlike_t5:
-            self.fingerprint = unigram_fingerprint(
-                self._pieces,
-                proto.normalizer_spec.precompiled_charsmap,
-                (self.pad_id, self.eos_id, self.unk_id),
-                added,
-            )
-        else:
-            self.fingerprint = sha256(f"{former}{json.dumps(added)}".encode()) if added else former
-        # Earlier versions spelt added tokens out, and took the model's own end of sequence: a
-        # prompt of then saw other ids.
-        same = not added and self.eos_id == self._processor.eos_id()
-        self.former_fingerprints = (former,) if same else ()
+        added = {token.content for token in self._added}
+        tokens = [t for t in sorted(cut, key=lambda token: token.id) if t.sentinel is None]
+        older = [token for token in tokens if not token.special or token.content in added]
+        self.fingerprint = self._fingerprint_with(tokens, proto)
+        # Earlier versions spelt the model's own control symbols out, which few texts have.
+        former = [] if older == tokens else [self._fingerprint_with(older, proto)]
+        # Those before spelt added tokens out, and took the model's own end of sequence: a prompt of
+        # then saw other ids.
+        if not older and self.eos_id == self._processor.eos_id():
+            former.append(self._first_fingerprint())
+        self.former_fingerprints = tuple(former)
+
+    def _first_fingerprint(self) -> str:
+        """Of a model without added tokens, by its file alone."""
+        return sha256(self._model + b"\nextra_ids=%d" % self.extra_ids)
+
+    def _fingerprint_with(self, tokens: Sequence[AddedToken], proto: Any) -> str:
+        """The fingerprint of a tokenizer that cuts `tokens`, in the order of their ids."""
+        added = [[t.id, t.content, t.lstrip, t.rstrip, t.single_word, t.normalized] for t in tokens]
+        if self._unlike_t5:
+            first = self._first_fingerprint()
+            return sha256(f"{first}{json.dumps(added)}".encode()) if added else first
+        charsmap = proto.normalizer_spec.precompiled_charsmap
+        ids = self.pad_id, self.eos_id, self.unk_id
+        return unigram_fingerprint(self._pieces, charsmap, ids, added)
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         marks = [mark_sentinels(text, self._sentinels) for text in texts]
-        if self._own_sentinels:  # with the one space that is part of them
-            marks = [space_sentinels(text) for text in marks]
+        encode = self._encode_marked
+        return encode_parts(marks, encode) if self._own_sentinels else encode(marks)
+
+    def _encode_marked(self, marks: list[str]) -> list[list[int]]:
         parts: list[list[str | int]] = [[text] for text in marks]
         split = [i for i, text in enumerate(marks) if self._always_splits or MARK in text]
         if split:
@@ -225,6 +229,13 @@ class SentencePieceTokenizer:
         atomic.write_bytes(folder / "tokenizer_config.json", text.encode())
 
 
+def _spelt_out(proto: Any) -> set[str]:
+    """The model's own padding, ends and unknown, and `<s>`, of which it need make no use."""
+    spec = proto.trainer_spec
+    controls = {piece.piece for piece in proto.pieces if piece.type == _PIECE.CONTROL}
+    return {spec.pad_piece, spec.eos_piece, spec.unk_piece} | ({START} & controls)
+
+
 def _unlike_t5(proto: Any) -> list[str]:
     """What a model does otherwise than T5's, and the tokenizer.json made of it as T5's does."""
     spec, trainer = proto.normalizer_spec, proto.trainer_spec
@@ -270,10 +281,10 @@ def _compile(
                 piece.piece = f"▁{marked(own[1])}"
                 piece.type = _PIECE.USER_DEFINED
                 continue
-        symbol = own or piece.type == _PIECE.USER_DEFINED
-        if (symbol and piece.piece in texts) or piece.piece in control:
-            # Decoded, and never made of a text. Control pieces of the model are so already.
-            spelt = piece.type in (_PIECE.NORMAL, _PIECE.USER_DEFINED)
+        symbol = (own or piece.type in _SYMBOLS) and piece.piece in texts
+        if symbol or piece.piece in control:
+            # Decoded, and never made of a text. Those in `control` are so already.
+            spelt = symbol or piece.type in (_PIECE.NORMAL, _PIECE.USER_DEFINED)
             piece.type = _PIECE.UNUSED if spelt else piece.type
     for content, _ in pieces[len(names) :]:
         # With the space, as seqio has it: the space before a sentinel belongs to it.

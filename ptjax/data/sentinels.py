@@ -6,8 +6,9 @@ that the caller gives as it is, a plain `str`, may hold sentinels.
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 SENTINEL = re.compile(r"<extra_id_(0|[1-9][0-9]{0,5})>")
 MARK = "\uffff"
@@ -74,14 +75,26 @@ def mark_sentinels(text: str, numbers: Collection[int]) -> str:
     return SENTINEL.sub(replace, plain)
 
 
-def space_sentinels(text: str) -> str:
-    """The text with a space in front of each marked sentinel: part of mT5's own, `▁<extra_id_0>`.
+def encode_parts(
+    texts: Sequence[str], encode: Callable[[list[str]], list[list[int]]]
+) -> list[list[int]]:
+    """`encode` of texts whose marked sentinels are mT5's own pieces, `▁<extra_id_0>`.
 
-    A sentinel that opens the text gets none: SentencePiece puts one there itself.
+    A sentinel behind a letter opens a part of the text: in front of it SentencePiece puts the space
+    that belongs to the piece. A space that stood in the text might be an added token's: `"\\n"`
+    takes all of them.
     """
+    parts = [_cut_before_sentinels(text) for text in texts]
+    rows = iter(encode([part for cut in parts for part in cut]))
+    return [[index for _ in cut for index in next(rows)] for cut in parts]
+
+
+def _cut_before_sentinels(text: str) -> list[str]:
     if MARK not in text:
-        return text
-    return _MARKED.sub(lambda match: match[0] if match[1] is not None else f" {match[0]}", text)
+        return [text]
+    marks = _MARKED.finditer(text)
+    places = [0, *(match.start() for match in marks if match[1] is None), len(text)]
+    return [text[start:end] for start, end in itertools.pairwise(places)]
 
 
 def marked(name: object) -> str:

@@ -13,8 +13,8 @@ from typing import Any
 from etils import epath
 
 from ptjax import atomic
-from ptjax.data.added_tokens import CONTROL_NAMES, read_json
-from ptjax.data.sentinels import SENTINEL, mark_sentinels, marked, space_sentinels
+from ptjax.data.added_tokens import CONTROL_NAMES, START, read_json
+from ptjax.data.sentinels import SENTINEL, encode_parts, mark_sentinels, marked
 from ptjax.data.vocabulary import (
     NO_ID,
     check_special_ids,
@@ -50,7 +50,7 @@ class TransformersTokenizer:
         self.unk_id = _id_or(self._tokenizer.unk_token_id)
         check_special_ids(self)
         named = self._tokenizer.special_tokens_map
-        self._control = {str(named[key]) for key in CONTROL_NAMES if named.get(key)}
+        control = {str(named[key]) for key in CONTROL_NAMES if named.get(key)}
         self._sentinels = {
             int(match[1]): index
             for piece, index in vocabulary.items()
@@ -64,6 +64,7 @@ class TransformersTokenizer:
         if model.get("type") == "Unigram" and self.unk_id != NO_ID:
             # transformers 5 writes 2 here whatever the model says, in MADLAD-400 the end of a text.
             model["unk_id"] = self.unk_id
+        self._control = control | _own_start(content)
         self._texts = _without_control_tokens(content | {"model": model}, self._control, self.name)
         self.prefix = self._own_prefix()
         former = sha256(json.dumps(content, sort_keys=True).encode())
@@ -72,6 +73,10 @@ class TransformersTokenizer:
         self.fingerprint = same or former
         # With a prefix, a prompt of earlier versions saw other ids.
         self.former_fingerprints = () if self.prefix else (former,)
+        if same and self._control != control:
+            # They took an `<s>` that no setting names for an added token; few texts have one.
+            older = _spiece_fingerprint(content, special_ids, control)
+            self.former_fingerprints += (str(older),)
         if self.prefix:
             self.fingerprint = sha256(f"{former}{self.prefix}".encode())
 
@@ -89,8 +94,10 @@ class TransformersTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         marks = [mark_sentinels(text, self._sentinels) for text in texts]
-        if self._spaced_sentinels:
-            marks = [space_sentinels(text) for text in marks]
+        encode = self._encode_marked
+        return encode_parts(marks, encode) if self._spaced_sentinels else encode(marks)
+
+    def _encode_marked(self, marks: list[str]) -> list[list[int]]:
         return [e.ids for e in self._texts.encode_batch(marks, add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -213,6 +220,13 @@ def _without_control_tokens(content: Mapping[str, Any], control: set[str], name:
         return tokenizers.Tokenizer.from_str(json.dumps(changed))
     except Exception as error:  # the library has no class of its own
         raise InputError(f"{name}: its tokenizer.json cannot be used ({error})") from error
+
+
+def _own_start(content: Mapping[str, Any]) -> set[str]:
+    """`<s>`, if it is a control symbol of the SentencePiece model that this was made of."""
+    pieces = content["model"]["vocab"] if content["model"]["type"] == "Unigram" else ()
+    special = {token["content"] for token in content["added_tokens"] if token["special"]}
+    return {START} & special if any(piece == START for piece, _ in pieces) else set()
 
 
 def _spiece_fingerprint(
