@@ -370,7 +370,7 @@ def test_a_parameter_that_the_optimizer_in_orbax_knows_is_missed(tmp_path):
 def test_other_versions_are_refused(legacy):
     for version in (2, np.array([3, 3])):
         edit_msgpack(legacy, lambda contents, version=version: contents.update(version=version))
-        with pytest.raises(InputError, match="T5X checkpoint version .*; ptjax reads version 3"):
+        with pytest.raises(InputError, match=r"T5X checkpoint version .*; ptjax reads version 3"):
             t5x.load_t5x(legacy)
     edit_msgpack(legacy, lambda contents: contents.pop("version"))
     with pytest.raises(InputError, match="lacks `version` or `optimizer`"):
