@@ -41,8 +41,9 @@ def main() -> None:
         line which was lost and ends non-zero. The same command goes on from the last checkpoint.
 
         In a TPU pod, under Slurm and under Open MPI run it once on each machine or for each task:
-        who the others are is found out there. --processes=N starts N on this machine alone. SIGTERM
-        and Ctrl-C save and stop all of them.
+        who the others are is found out there. --processes=N starts N on this machine alone. Ctrl-C,
+        SIGTERM and a closed terminal save and stop all of them; if the launcher itself is killed,
+        they end at once.
 
           python -m ptjax.launch train --gin_file=tasks/sst2.gin --gin_file=runs/prompt_tune.gin
           python -m ptjax.launch --processes=2 train --gin_file=quickstart.gin
@@ -130,18 +131,24 @@ class _Watch:
         self.children: list[_Child] = []
         self.said = False
         self.interrupted = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._pass_on)
+        self.stopping = False
+        self.pipe, self._alive = os.pipe()  # its end tells the children that this process has ended
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+                signal.signal(number, self._pass_on)
 
     def start(
         self, command: list[str], more: dict[str, str], identity: str, number: int | None
     ) -> None:
         process = subprocess.Popen(
             command,
-            env=os.environ | more | {distributed.IDENTITY_FILE: identity},
+            env=os.environ
+            | more
+            | {distributed.IDENTITY_FILE: identity, distributed.LAUNCHER_PIPE: str(self.pipe)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,
+            pass_fds=(self.pipe,),
         )
         child = _Child(process, identity, number)
         assert process.stdout is not None and process.stderr is not None
@@ -150,6 +157,8 @@ class _Watch:
             reader.start()
             child.readers.append(reader)
         self.children.append(child)
+        if self.stopping:  # the signal came before this child did
+            process.send_signal(signal.SIGTERM)
 
     def wait(self) -> int:
         """Until all have ended; the exit code of the first that did not end well."""
@@ -178,14 +187,14 @@ class _Watch:
         if text and code == -signal.SIGABRT:
             problem = explain(text, known["hosts"])
             if problem is None:
-                sys.stderr.write(text)
+                _tell(text)
                 status = _STATUS.search(text)
                 problem = (
                     f"{me} was aborted by JAX: {status[1] if status else text.splitlines()[0]}"
                 )
             self._say(problem)
             return 1
-        sys.stderr.write(text)
+        _tell(text)
         if code < 0:
             self._say(f"{me} was killed by signal {-code} ({signal.Signals(-code).name})")
             return 128 - code
@@ -195,10 +204,11 @@ class _Watch:
         # The first to be known is the cause; the others end because of it.
         if not self.said:
             again = "what was saved is whole, and the same command goes on from there"
-            print(f"error: {problem}; {again}", file=sys.stderr, flush=True)
+            _tell(f"error: {problem}; {again}\n")
         self.said = True
 
     def _pass_on(self, number: int, frame: types.FrameType | None) -> None:
+        self.stopping = True
         again = self.interrupted and number == signal.SIGINT
         self.interrupted = self.interrupted or number == signal.SIGINT
         for child in self.children:
@@ -206,10 +216,17 @@ class _Watch:
             child.process.send_signal(signal.SIGKILL if again else signal.SIGTERM)
 
 
+def _tell(text: str) -> None:
+    """Writes to standard error, if anybody still reads it."""
+    with contextlib.suppress(OSError):
+        sys.stderr.write(text)
+        sys.stderr.flush()
+
+
 def _copy_output(stream: IO[bytes], child: _Child) -> None:
     for line in stream:
-        # A reader that has gone (`| head -1`) is no reason for the command to wait.
-        with contextlib.suppress(BrokenPipeError):
+        # A reader that has gone (`| head -1`, a closed terminal) is no reason to wait.
+        with contextlib.suppress(OSError):
             if not line.startswith(_CHATTER):
                 sys.stdout.buffer.write(line)
                 sys.stdout.flush()
@@ -222,9 +239,7 @@ def _copy_errors(stream: IO[bytes], child: _Child) -> None:
         if child.held or _FATAL.match(text):
             child.held.append(text)
         else:
-            with contextlib.suppress(BrokenPipeError):
-                sys.stderr.write(text)
-                sys.stderr.flush()
+            _tell(text)
 
 
 def explain(text: str, hosts: list[str]) -> str | None:

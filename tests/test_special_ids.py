@@ -126,6 +126,20 @@ def test_case_1_5_two_starts_are_refused_unless_the_user_says_which(folder):
         load_backbone(folder)
 
 
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_how_transformers_would_generate_is_said(folder, caplog, file):
+    """By config.json alone too, as 5.24 does where there is no other file."""
+    plain = {"num_beams": 1, "do_sample": False, "bad_words_ids": None, "length_penalty": 2.0}
+    rewrite(folder / file, **plain)
+    load_backbone(folder)
+    assert "generates with" not in caplog.text
+    rewrite(folder / file, num_beams=4, no_repeat_ngram_size=3, forced_eos_token_id=1)
+    load_backbone(folder)
+    [line] = [line for line in caplog.messages if "generates with" in line]
+    listed = "num_beams = 4, no_repeat_ngram_size = 3, forced_eos_token_id = 1"
+    assert line.startswith(f"{folder / file}: transformers generates with {listed}; ptjax decodes")
+
+
 @pytest.mark.parametrize(
     ("file", "key", "value"),
     [

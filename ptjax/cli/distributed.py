@@ -13,6 +13,7 @@ import json
 import os
 import signal
 import socket
+import stat
 import sys
 import textwrap
 import threading
@@ -33,6 +34,8 @@ GRACE_SECONDS = 10
 """How long a process that failed waits for the others to have failed as well."""
 IDENTITY_FILE = "PTJAX_LAUNCH_IDENTITY"
 """Environment variable of `ptjax.launch`: the file in which it reads who its child is."""
+LAUNCHER_PIPE = "PTJAX_LAUNCH_PIPE"
+"""The same: a pipe of which the launcher holds the other end for as long as it lives."""
 _HOST_BYTES = 64
 
 
@@ -84,6 +87,7 @@ def start(arguments: argparse.Namespace | None) -> None:
         InputError: settings that are incomplete or do not fit together, or several processes for a
             command that runs alone.
     """
+    _end_with_launcher()
     named = _named(arguments)
     cluster = None if named.get("num_processes") == 1 else _cluster()
     if named.get("num_processes") == 1 or (not named and cluster is None):
@@ -121,6 +125,22 @@ def start(arguments: argparse.Namespace | None) -> None:
         _introduce()
     else:  # the preemption service, which nobody will ask, has taken the signal
         signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+
+
+def _end_with_launcher() -> None:
+    """Ends this process when its launcher is killed.
+
+    A run that goes on unseen would hold the devices and the lock of its MODEL_DIR.
+    """
+    pipe = os.environ.pop(LAUNCHER_PIPE, "")
+    if not pipe.isdigit() or not stat.S_ISFIFO(os.fstat(int(pipe)).st_mode):
+        return
+
+    def wait() -> None:
+        if not os.read(int(pipe), 1):  # nothing is ever written: the other end is closed
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=wait, name="launcher", daemon=True).start()
 
 
 def _named(arguments: argparse.Namespace | None) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from absl import logging
 from etils import epath
 
 from ptjax import untrusted
@@ -18,6 +19,21 @@ from ptjax.errors import InputError
 from ptjax.models.config import T5Config
 
 GENERATION_CONFIG = "generation_config.json"
+_NEUTRAL: dict[str, Any] = {
+    "num_beams": 1,
+    "do_sample": False,
+    "min_length": 0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+}
+"""Settings of `generate` that change greedy texts unless they have these values."""
+_FREE = (
+    *("min_new_tokens", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens"),
+    *("sequence_bias", "forced_eos_token_id", "exponential_decay_length_penalty"),
+)
+"""The same, of which any value does."""
 SPECIAL_IDS = ("pad_id", "eos_ids", "decoder_start_id", "forced_bos_id")
 """Fields of `T5Config`."""
 
@@ -35,6 +51,8 @@ def read_special_ids(
             transformers 5 never stops.)
         `forced_bos_id`: generation_config.json alone, if it exists.
 
+    Other settings there that change what transformers generates are not used, which is said.
+
     Args:
         config: config.json, read.
         chosen: fields that the user sets, which are not looked for.
@@ -45,6 +63,8 @@ def read_special_ids(
     path = directory / GENERATION_CONFIG
     here = directory / "config.json"
     generation, there = (untrusted.read_object(path), path) if path.exists() else (config, here)
+    if set(SPECIAL_IDS) - set(chosen):  # else nothing is asked of the files
+        _report_unused(generation, there)
 
     def read(raw: Mapping[str, Any], file: epath.Path, key: str) -> Any:
         return _check(raw.get(key), f"{file}: {key}", config["vocab_size"])
@@ -75,6 +95,20 @@ def read_special_ids(
     if "forced_bos_id" not in chosen:
         stated["forced_bos_id"] = read(*generates, "forced_bos_token_id")
     return stated
+
+
+def _report_unused(generation: Mapping[str, Any], file: epath.Path) -> None:
+    """Says which settings transformers would generate with, and ptjax does not."""
+    used = [k for k, plain in _NEUTRAL.items() if generation.get(k) not in (None, plain)]
+    used += [k for k in _FREE if generation.get(k) not in (None, [], {})]
+    if used:
+        listed = ", ".join(f"{key} = {generation[key]!r}"[:60] for key in used)
+        logging.warning(
+            "%s: transformers generates with %s; ptjax decodes greedily unless its own flags or "
+            "arguments say otherwise (--num_beams, --temperature)",
+            file,
+            listed,
+        )
 
 
 def write_special_ids(config: T5Config) -> dict[str, Any]:
