@@ -5,8 +5,9 @@
 T5 1.1 with random weights in bfloat16 and a prompt of 100 rows in front of real inputs (SST-2's):
 16 new tokens, greedy or of four beams, or the likelier one of the task's two labels. transformers
 gets the prompt as the first of its `inputs_embeds` and uses PyTorch's sdpa. A row has the inputs a
-second of either side (medians of turns), how many texts are not the same, and the peak memory. The
-weights are such that nothing ends early; where they differ, bfloat16 decided a near-tie.
+second of either side (medians of turns), how many answers are not the same (and how many distinct
+ones ptjax gave), and the peak memory. The weights are such that nothing ends early; where texts
+differ, bfloat16 decided a near-tie.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class Setup:
 
     def write(self, folder: Path) -> None:
         """What the sides read; the weights are made by a process that ends then."""
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         longest = max(map(len, self.inputs))
         settings = {
             "config": {f.name: getattr(self.config, f.name) for f in dataclasses.fields(T5Config)},
@@ -81,7 +82,8 @@ class Setup:
         arrays = {f"{name}_ids": x.ids for name, x in rows.items()}
         arrays |= {f"{name}_offsets": x.offsets for name, x in rows.items()}
         np.savez(folder / "inputs.npz", **arrays)
-        subprocess.run(side_command("write", folder), check=True)
+        on_cpu = os.environ | {"JAX_PLATFORMS": "cpu"}
+        subprocess.run(side_command("write", folder), check=True, env=on_cpu)
 
 
 def side_command(side: str, folder: Path) -> list[str]:
@@ -98,11 +100,11 @@ class Comparison:
 
     def row(self, method: str, count: int) -> dict[str, Any]:
         """Both sides' speed, and how many answers differ."""
-        if not self._folder.exists():
+        if not (self._folder / "prompt.npy").exists():  # the last that is written
             self._setup.write(self._folder)
         try:
             answers = self._sides(method).take(self._setup.rounds, method, str(count))
-        except SystemExit as error:  # a side died: that ends the row, not the part
+        except (SystemExit, OSError) as error:  # a side died: that ends the row, not the part
             self.end()
             raise RuntimeError(str(error)) from error
         per_second, peak = (
