@@ -84,8 +84,8 @@ def fake_parts(folder: Path, code: str) -> Path:
     place.mkdir(parents=True)
     for name in ("run.sh", "record.py", "table.py"):
         shutil.copy(ON_GPU / name, place)
-    for part in PARTS:
-        (place / f"{part}.py").write_text(f"PART = {part!r}\n{code}")
+    for file in (*PARTS, "peft_speed"):  # `peft` is a package's name
+        (place / f"{file}.py").write_text(f"PART = {file.removesuffix('_speed')!r}\n{code}")
     return place / "run.sh"
 
 

@@ -34,7 +34,7 @@ import numpy as np
 from generate_sides import METHODS
 from prompt_step import t5_1_1
 from tokens import draw_rows, make_rows, random_rows
-from turns import Turns
+from turns import SideError, Turns
 
 from ptjax.models.config import T5Config
 from ptjax.scale.devices import GIB
@@ -42,6 +42,7 @@ from ptjax.scale.devices import GIB
 HERE = Path(__file__).parent
 SIDES = ("ptjax", "torch")
 SECONDS = {"base": 45, "xl": 100}  # that a row may take, the start of the sides included
+PATIENCE = 120  # seconds for an answer, in which a side may compile
 TOY = T5Config(512, 64, 2, 2, 2, 32, 128)
 
 
@@ -102,11 +103,12 @@ class Comparison:
         """Both sides' speed, and how many answers differ."""
         if not (self._folder / "prompt.npy").exists():  # the last that is written
             self._setup.write(self._folder)
+        (self._folder / "turn").write_text(f"{method} {count}")
         try:
-            answers = self._sides(method).take(self._setup.rounds, method, str(count))
-        except (SystemExit, OSError) as error:  # a side died: that ends the row, not the part
+            answers = self._sides(method).take(self._setup.rounds)
+        except SideError:  # the next row has new ones
             self.end()
-            raise RuntimeError(str(error)) from error
+            raise
         per_second, peak = (
             {side: choose([turn[what] for turn in taken]) for side, taken in answers.items()}
             for what, choose in (("seconds", statistics.median), ("peak_bytes", max))
@@ -128,7 +130,8 @@ class Comparison:
         if self._turns is None or (self._setup.restart and method != self._method):
             self.end()
             commands = {side: side_command(side, self._folder) for side in SIDES}
-            self._turns, self._method = Turns(commands, os.environ), method
+            self._turns, self._method = Turns(commands, os.environ, timeout=PATIENCE), method
+            self._turns.warm()
         return self._turns
 
     def end(self) -> None:

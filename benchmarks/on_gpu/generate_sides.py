@@ -4,9 +4,9 @@
     python generate_sides.py ptjax FOLDER
     python generate_sides.py torch FOLDER      transformers
 
-FOLDER holds what `generate.py` wrote there: `settings.json` and `inputs.npz`. A turn is told what
-to find (one of `METHODS`) and for how many inputs. In the first one of each, a side also writes
-what it found: FOLDER/SIDE_METHOD_COUNT.json, a string for every input.
+FOLDER holds what `generate.py` wrote there: `settings.json`, `inputs.npz` and `turn`, which says
+what a turn finds (one of `METHODS`) and for how many inputs. In the first one of each, a side also
+writes what it found: FOLDER/SIDE_METHOD_COUNT.json, a string for every input.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def serve(folder: Path, side: str) -> turns.Side:
     find, peak, reset = {"ptjax": start_ptjax, "torch": start_torch}[side](folder, settings)
     found: set[Path] = set()
 
-    def steps(method: str, count: str) -> None:
+    def steps() -> None:
+        method, count = (folder / "turn").read_text().split()
         file = folder / f"{side}_{method}_{count}.json"
         if file not in found:
             reset()
