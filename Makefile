@@ -40,7 +40,7 @@ oracle: $(ORACLES:%=.venv-oracle-%/installed)  ## record what transformers 4 and
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && \
 	$(BIN)/pyright --pythonpath $(BIN)/python && \
-	$(BIN)/shellcheck -x tpu_scripts/*.sh tpu_scripts/*.sbatch findings/*.sh .ci/run
+	$(BIN)/shellcheck -x tpu_scripts/*.sh tpu_scripts/*.sbatch findings/*.sh benchmarks/on_gpu/*.sh .ci/run
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -5,8 +5,9 @@
 T5 1.1 with random weights in bfloat16 and a prompt of 100 rows in front of real inputs (SST-2's):
 16 new tokens, greedy or of four beams, or the likelier one of the task's two labels. transformers
 gets the prompt as the first of its `inputs_embeds` and uses PyTorch's sdpa. A row has the inputs a
-second of either side (medians of turns), how many texts are not the same, and the peak memory. The
-weights are such that nothing ends early; where they differ, bfloat16 decided a near-tie.
+second of either side (medians of turns), how many answers are not the same (and how many distinct
+ones ptjax gave), and the peak memory. The weights are such that nothing ends early; where texts
+differ, bfloat16 decided a near-tie.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ import numpy as np
 from generate_sides import METHODS
 from prompt_step import t5_1_1
 from tokens import draw_rows, make_rows, random_rows
-from turns import Turns
+from turns import SideError, Turns
 
 from ptjax.models.config import T5Config
 from ptjax.scale.devices import GIB
@@ -41,6 +42,7 @@ from ptjax.scale.devices import GIB
 HERE = Path(__file__).parent
 SIDES = ("ptjax", "torch")
 SECONDS = {"base": 45, "xl": 100}  # that a row may take, the start of the sides included
+PATIENCE = 120  # seconds for an answer, in which a side may compile
 TOY = T5Config(512, 64, 2, 2, 2, 32, 128)
 
 
@@ -65,7 +67,7 @@ class Setup:
 
     def write(self, folder: Path) -> None:
         """What the sides read; the weights are made by a process that ends then."""
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         longest = max(map(len, self.inputs))
         settings = {
             "config": {f.name: getattr(self.config, f.name) for f in dataclasses.fields(T5Config)},
@@ -81,7 +83,8 @@ class Setup:
         arrays = {f"{name}_ids": x.ids for name, x in rows.items()}
         arrays |= {f"{name}_offsets": x.offsets for name, x in rows.items()}
         np.savez(folder / "inputs.npz", **arrays)
-        subprocess.run(side_command("write", folder), check=True)
+        on_cpu = os.environ | {"JAX_PLATFORMS": "cpu"}
+        subprocess.run(side_command("write", folder), check=True, env=on_cpu)
 
 
 def side_command(side: str, folder: Path) -> list[str]:
@@ -98,13 +101,14 @@ class Comparison:
 
     def row(self, method: str, count: int) -> dict[str, Any]:
         """Both sides' speed, and how many answers differ."""
-        if not self._folder.exists():
+        if not (self._folder / "prompt.npy").exists():  # the last that is written
             self._setup.write(self._folder)
+        (self._folder / "turn").write_text(f"{method} {count}")
         try:
-            answers = self._sides(method).take(self._setup.rounds, method, str(count))
-        except SystemExit as error:  # a side died: that ends the row, not the part
+            answers = self._sides(method).take(self._setup.rounds)
+        except SideError:  # the next row has new ones
             self.end()
-            raise RuntimeError(str(error)) from error
+            raise
         per_second, peak = (
             {side: choose([turn[what] for turn in taken]) for side, taken in answers.items()}
             for what, choose in (("seconds", statistics.median), ("peak_bytes", max))
@@ -126,7 +130,8 @@ class Comparison:
         if self._turns is None or (self._setup.restart and method != self._method):
             self.end()
             commands = {side: side_command(side, self._folder) for side in SIDES}
-            self._turns, self._method = Turns(commands, os.environ), method
+            self._turns, self._method = Turns(commands, os.environ, timeout=PATIENCE), method
+            self._turns.warm()
         return self._turns
 
     def end(self) -> None:

@@ -4,17 +4,19 @@
     python generate_sides.py ptjax FOLDER
     python generate_sides.py torch FOLDER      transformers
 
-FOLDER holds what `generate.py` wrote there: `settings.json` and `inputs.npz`. A turn is told what
-to find (one of `METHODS`) and for how many inputs. In the first one of each, a side also writes
-what it found: FOLDER/SIDE_METHOD_COUNT.json, a string for every input.
+FOLDER holds what `generate.py` wrote there: `settings.json`, `inputs.npz` and `turn`, which says
+what a turn finds (one of `METHODS`) and for how many inputs. In the first one of each, a side also
+writes what it found: FOLDER/SIDE_METHOD_COUNT.json, a string for every input.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import math
 import sys
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ import numpy as np
 import turns
 
 METHODS = ("labels", "greedy", "beams")
-SHARPNESS = 2.0
+SHARPNESS = 3.0
 """Of the logits: the standard deviation of the logarithm of a token's scale."""
 LARGEST_SCALE = 30.0
 EMPTY, EOS = 0, 1  # T5's
@@ -44,7 +46,8 @@ def serve(folder: Path, side: str) -> turns.Side:
     find, peak, reset = {"ptjax": start_ptjax, "torch": start_torch}[side](folder, settings)
     found: set[Path] = set()
 
-    def steps(method: str, count: str) -> None:
+    def steps() -> None:
+        method, count = (folder / "turn").read_text().split()
         file = folder / f"{side}_{method}_{count}.json"
         if file not in found:
             reset()
@@ -60,30 +63,59 @@ def serve(folder: Path, side: str) -> turns.Side:
 
 
 def write(folder: Path) -> None:
-    """A random T5 1.1 of which every text is as long as it may be, and a prompt.
-
-    A few tokens have much larger logits than all others, so that near-ties, which bfloat16 decides
-    either way, are rare. Those of the end of sequence and of padding are 0, far below the best.
-    """
-    import jax
-
-    from ptjax.backbone import save_backbone
+    """The backbone of `RandomWeights` and a prompt; no device is needed."""
+    from ptjax.interop.huggingface import save_huggingface
     from ptjax.models.config import T5Config
-    from ptjax.models.t5 import init_params
 
     settings = json.loads((folder / "settings.json").read_text())
     sizes = settings["config"].items()  # JSON has no tuples
     config = T5Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in sizes})
-    params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
-    rng = np.random.default_rng(0)
-    scale = np.exp(SHARPNESS * rng.normal(size=config.vocab_size))
-    scale *= LARGEST_SCALE / scale.max()
-    scale[[EMPTY, EOS]] = 0
-    head = params["decoder"]["logits_dense"]
-    head["kernel"] = head["kernel"] * np.float32(scale)
-    save_backbone(folder / "backbone", config, params, dtype=settings["dtype"])
+    save_huggingface(folder / "backbone", RandomWeights(config), config, dtype=settings["dtype"])
     shape = settings["prompt"], config.emb_dim
-    np.save(folder / "prompt.npy", rng.normal(size=shape).astype(np.float32))
+    np.save(folder / "prompt.npy", np.random.default_rng(0).normal(size=shape).astype(np.float32))
+
+
+class RandomWeights(Mapping[str, np.ndarray]):
+    """T5X's name -> float32 array, made when it is asked for; of the sizes that T5X begins with.
+
+    A few tokens have much larger logits than all others, so that near-ties, which bfloat16 decides
+    either way, are rare. Those of padding and of the end of sequence are 0, far below the best:
+    every text is as long as it may be.
+    """
+
+    def __init__(self, config: Any) -> None:
+        from ptjax.models.t5 import parameter_shapes
+        from ptjax.training.freeze import flatten_paths
+
+        self._shapes = {k: v.shape for k, v in flatten_paths(parameter_shapes(config)).items()}
+        self._head_dim = config.head_dim
+        rng = np.random.default_rng(0)
+        # All arrays are made of one block, each from another place in it: to draw billions of
+        # numbers would take minutes. A prime, so that no two rows of an array are the same.
+        self._block = rng.standard_normal(4_194_319, np.float32)
+        scale = np.exp(SHARPNESS * rng.normal(size=config.vocab_size)).astype(np.float32)
+        self._token_scale = scale * (LARGEST_SCALE / scale.max())
+        self._token_scale[[EMPTY, EOS]] = 0
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        shape = self._shapes[name]
+        if name.endswith("/scale"):
+            return np.ones(shape, np.float32)
+        start, size = zlib.crc32(name.encode()) % len(self._block), math.prod(shape)
+        values = np.resize(self._block, start + size)[start:].reshape(shape)
+        if name.endswith("embedding"):
+            return values
+        if name.endswith("logits_dense/kernel"):
+            return values * self._token_scale * shape[0] ** -0.5
+        # T5 does not divide the attention's logits by the root of a head's width.
+        width = shape[0] * (self._head_dim if name.endswith("query/kernel") else 1)
+        return values * width**-0.5
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
 
 
 def start_ptjax(folder: Path, settings: dict[str, Any]) -> tuple[Find, Any, Any]:

@@ -27,7 +27,12 @@ TARGET_LENGTH = 12  # also of what is generated
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-    """How a backbone is run; `precision` is `jax_default_matmul_precision`, None is JAX's own."""
+    """How a backbone is run.
+
+    Attributes:
+        precision: `jax_default_matmul_precision`; None is JAX's own.
+        generates: whether texts and labels are compared too, where a row has the time.
+    """
 
     name: str
     dtype: str = FLOAT32
@@ -36,6 +41,7 @@ class Way:
     scan_layers: bool = False
     packed: bool = False
     sees_input: bool = True
+    generates: bool = False
 
     @property
     def rounds(self) -> bool:
@@ -45,15 +51,17 @@ class Way:
 
 BFLOAT16: dict[str, Any] = {"dtype": "bfloat16", "precision": None}
 PACKED_UNSEEING = Way("packed, not seeing its input", packed=True, sees_input=False)
-QUANTIZED_SCANNED = Way("int8, scanned, bfloat16", quantize="int8", scan_layers=True, **BFLOAT16)
+QUANTIZED_SCANNED = Way(
+    "int8, scanned, bfloat16", quantize="int8", scan_layers=True, generates=True, **BFLOAT16
+)
 WAYS = (
-    Way("float32"),
-    Way("bfloat16", **BFLOAT16),
-    Way("float32, default precision", precision=None),
+    Way("float32", generates=True),
+    Way("bfloat16", generates=True, **BFLOAT16),
+    Way("float32, default precision", precision=None, generates=True),
     Way("int8", quantize="int8"),
     Way("scanned", scan_layers=True),
     Way("packed", packed=True),
-    Way("not seeing its input", sees_input=False),
+    Way("not seeing its input", sees_input=False, generates=True),
     PACKED_UNSEEING,
     QUANTIZED_SCANNED,
     Way("packed, not seeing its input, bfloat16", packed=True, sees_input=False, **BFLOAT16),
@@ -77,15 +85,15 @@ class Subject:
     prompt: np.ndarray
 
 
-@functools.cache
 def load(path: str, way: Way, device: jax.Device) -> Backbone:
-    return load_backbone(
-        path,
-        dtype=way.dtype,
-        mesh=make_mesh(devices=[device]),
-        quantize=way.quantize,
-        scan_layers=way.scan_layers,
-    )
+    """The backbone as `way` holds its weights; loaded once."""
+    return _load(path, device, way.dtype, way.quantize, way.scan_layers)
+
+
+@functools.cache
+def _load(path: str, device: jax.Device, dtype: str, quantize: Any, scan: bool) -> Backbone:
+    mesh = make_mesh(devices=[device])
+    return load_backbone(path, dtype=dtype, mesh=mesh, quantize=quantize, scan_layers=scan)
 
 
 def fixtures() -> dict[str, str]:
