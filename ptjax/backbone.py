@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import importlib.util
 import math
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping
-from importlib import resources
 from typing import Annotated, Any, Literal, get_args
 
 import jax
@@ -17,6 +15,7 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from ptjax import shipped
 from ptjax.data.tokenizer import Tokenizer, check_vocabulary, find_tokenizer, load_tokenizer
 from ptjax.errors import InputError, check_choice, check_path, missing, near
 from ptjax.fingerprint import Fingerprints, digest, sample_of
@@ -37,9 +36,6 @@ from ptjax.training.freeze import flatten_paths, unflatten_paths
 
 _CHOSEN_FIELDS = {"dtype", "scan_layers", "remat"}
 """Of `T5Config`: how the network is run, which no file could tell."""
-
-NANO = "ptjax-nano"
-"""The backbone that ptjax ships."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,12 +183,12 @@ def _open(
     """(lazy arrays, config fields the files state, name, folders of the files beside) of `path`."""
     check_path("the path of the backbone", path)
     name = os.fspath(path)
-    directory = shipped(name) or epath.Path(path).expanduser()
+    directory = shipped.find(name) or epath.Path(path).expanduser()
     if not directory.exists():
         if not _may_be_hub_id(name):
             raise missing("backbone", name)
         repo_id, _, revision = name.partition("@")
-        directory, revision = huggingface.download(repo_id, revision or None, [NANO])
+        directory, revision = huggingface.download(repo_id, revision or None, [shipped.NANO])
         name = f"{repo_id}@{revision}"
     if not t5x.is_t5x(directory):
         if not (directory / "config.json").exists():
@@ -218,7 +214,7 @@ def _may_be_hub_id(name: str) -> bool:
 def would_download(path: str | os.PathLike[str]) -> bool:
     """Whether `path` may be a model of the hub of which this machine has no copy."""
     name = os.fspath(path)
-    if shipped(name) or not _may_be_hub_id(name) or epath.Path(path).exists():
+    if shipped.find(name) or not _may_be_hub_id(name) or epath.Path(path).exists():
         return False
     repo_id, _, revision = name.partition("@")
     return not huggingface.is_downloaded(repo_id, revision or None)
@@ -267,38 +263,6 @@ def _make_config(
     if "eos_ids" in settings:
         settings["eos_ids"] = tuple(settings["eos_ids"])
     return T5Config(**settings), assumed
-
-
-def shipped(name: str) -> epath.Path | None:
-    """Directory of a backbone that ptjax or the package ptjax-models brings, by its name.
-
-    "ptjax-micro-span" is a stage of ptjax-micro, "ptjax-micro" its last one.
-
-    Raises:
-        InputError: one of ptjax's names, but neither package has it.
-    """
-    if name == NANO:
-        return _in_package("ptjax") / "assets" / "nano"
-    if not name.startswith("ptjax-") or "/" in name or epath.Path(name).exists():
-        return None
-    if importlib.util.find_spec("ptjax_models") is None:
-        raise InputError(
-            f"{name} is not a path here; of the backbones ptjax-*, ptjax itself has {NANO} and the "
-            "package ptjax-models the others: `pip install ./models` in a clone of ptjax"
-        )
-    stages = {folder.name: folder for folder in _in_package("ptjax_models").iterdir()}
-    short = name.removeprefix("ptjax-")
-    found = stages.get(short) or stages.get(f"{short}-lm")
-    if found is None:
-        known = [NANO, *(f"ptjax-{stage}" for stage in sorted(stages) if "-" in stage)]
-        raise InputError(
-            f"{name} is neither a path here nor a backbone of ptjax{near(name, known)}"
-        )
-    return found
-
-
-def _in_package(package: str) -> epath.Path:
-    return epath.Path(os.fspath(resources.files(package)))  # type: ignore[arg-type]
 
 
 def infer_config(stored: Mapping[str, StoredArray], name: str) -> dict[str, Any]:

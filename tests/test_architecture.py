@@ -24,6 +24,7 @@ ROOMS = (
     "atomic",
     "hub",
     "untrusted",
+    "shipped",
     "data",
     "models",
     "training",

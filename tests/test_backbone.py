@@ -24,7 +24,7 @@ from t5_ids import with_lengths
 
 import ptjax
 from ptjax import backbone as backbones
-from ptjax import inspection
+from ptjax import inspection, shipped
 from ptjax.backbone import load_backbone, save_backbone
 from ptjax.data.tokenizer import load_tokenizer
 from ptjax.errors import InputError
@@ -212,10 +212,10 @@ def test_a_folder_of_something_else(tmp_path):
 
 
 def test_the_shipped_backbone_has_a_name():
-    folder = backbones.shipped("ptjax-nano")
+    folder = shipped.find("ptjax-nano")
     assert folder is not None
     assert (folder / "spiece.model").exists()
-    assert backbones.shipped("google/t5-small") is None
+    assert shipped.find("google/t5-small") is None
 
 
 def test_backbones_of_the_package_ptjax_models(tmp_path, monkeypatch):
@@ -595,8 +595,8 @@ def test_a_mesh_that_does_not_fit_is_said_before_a_weight_is_read(spied, mesh, m
 
 
 def write_nano_tokenizer(directory):
-    shipped = backbones.shipped("ptjax-nano")
-    (directory / "spiece.model").write_bytes((shipped / "spiece.model").read_bytes())
+    folder = shipped.find("ptjax-nano")
+    (directory / "spiece.model").write_bytes((folder / "spiece.model").read_bytes())
 
 
 @pytest.fixture
