@@ -28,7 +28,7 @@ from ptjax.training.optimizer import Adafactor
 
 TOKENIZER = "package:nano"
 # The window of xz's presets is too small to find one phrasing's texts in the one before.
-XZ = [{"id": lzma.FILTER_LZMA2, "preset": 4, "dict_size": 256 << 20}]
+XZ = [{"id": lzma.FILTER_LZMA2, "preset": 2, "dict_size": 256 << 20}]
 
 
 class Stage(NamedTuple):
