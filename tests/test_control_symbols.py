@@ -108,10 +108,10 @@ def test_the_space_of_a_sentinel_of_mt5_is_no_added_token(tmp_path, writer):
     mt5 = {"bos_id": -1, "user_defined_symbols": [f"▁<extra_id_{k}>" for k in range(3)]}
     for name in ("plain", "added"):
         (tmp_path / name).mkdir()
-    plain = load_tokenizer(save_both(tmp_path / "plain", mt5)[writer])
     config = CONFIG | {"extra_ids": 0}
-    line = {"added_tokens": {"\n": plain.vocab_size}, "tokenizer_config": config}
-    folders = save_both(tmp_path / "added", mt5, **line)
+    plain = load_tokenizer(save_both(tmp_path / "plain", mt5, tokenizer_config=config)[writer])
+    line = {"\n": plain.vocab_size}
+    folders = save_both(tmp_path / "added", mt5, tokenizer_config=config, added_tokens=line)
     added = load_tokenizer(folders[writer])
     theirs = transformers.AutoTokenizer.from_pretrained(folders[0])
     newline = plain.vocab_size
