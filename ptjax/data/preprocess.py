@@ -124,7 +124,7 @@ def check_labels(labels: Sequence[str], tokenizer: Tokenizer, target_length: int
         tokens = rows[i].tobytes()
         if tokens in seen:
             raise InputError(
-                f"the labels {seen[tokens]!r} and {label!r} are the same tokens to {tokenizer.name}; give "
-                "one of them another text"
+                f"the labels {seen[tokens]!r} and {label!r} are the same tokens to "
+                f"{tokenizer.name}; give one of them another text"
             )
         seen[tokens] = label
