@@ -30,6 +30,8 @@ from ptjax.training.loss import log_likelihood
 
 Variables = dict[str, Any]
 
+COLDEST = 1e-30
+"""The lowest temperature above 0: no log-likelihood over it leaves float32."""
 LABELS_AT_ONCE = 16
 """Labels whose logits [B, L, V] are held at the same time by `rank`."""
 
@@ -93,10 +95,13 @@ def predict_texts(
     """
     if num_beams < 1 or max_length < 1 or batch_size < 1:
         raise InputError("num_beams, the length to generate and batch_size must be 1 or more")
-    if temperature < 0 or not 0 < top_p <= 1:
+    if not (temperature == 0 or COLDEST <= temperature < np.inf) or not 0 < top_p <= 1:
         raise InputError(
-            f"temperature = {temperature} must be 0 or more, top_p = {top_p} above 0 and up to 1"
+            f"temperature = {temperature} must be 0 (greedy) or a finite number from {COLDEST} on, "
+            f"top_p = {top_p} above 0 and up to 1"
         )
+    if not 0 <= alpha < np.inf:
+        raise InputError(f"alpha = {alpha} must be a finite number of 0 or more")
     if num_beams > 1 and temperature > 0:
         raise InputError("a beam search does not sample: choose num_beams = 1 or temperature = 0")
 

@@ -133,6 +133,12 @@ def test_a_missing_tokenizer_names_the_argument(backbone):
         {"top_p": 0.0},
         {"num_beams": 2, "temperature": 1.0},
         {"input_length": 1},
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"temperature": 1e-40},  # over which every logit is -inf in float32
+        {"top_p": float("nan")},
+        {"num_beams": 2, "alpha": -0.5},
+        {"num_beams": 2, "alpha": float("nan")},
     ],
 )
 def test_impossible_settings_are_refused(backbone, settings):

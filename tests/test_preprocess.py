@@ -93,3 +93,11 @@ def test_labels_have_to_come_back(nano):
         check_labels(["positive", "not_equivalent"], nano, 3)
     with pytest.raises(InputError, match="the label '正' comes back as"):
         check_labels(["正"], nano, 8)
+
+
+@pytest.mark.parametrize("labels", [["good", "bad", "good "], ["good", "good"]])
+def test_labels_that_are_the_same_tokens_are_refused(nano, labels):
+    check_labels(["good", "Good", "bad"], nano, 12)
+    message = f"the labels 'good' and {labels[-1]!r} are the same tokens to .*; give one"
+    with pytest.raises(InputError, match=message):
+        check_labels(labels, nano, 12)

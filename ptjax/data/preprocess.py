@@ -104,15 +104,16 @@ def tokenize_examples(
 
 
 def check_labels(labels: Sequence[str], tokenizer: Tokenizer, target_length: int) -> None:
-    """Refuses labels that the model could never give back as text.
+    """Refuses labels that the model could never give back as text, or not tell apart.
 
     A vocabulary without some character of a label, or a target length that cuts it, would leave
-    every prediction of it wrong.
+    every prediction of it wrong. Of two labels of the same tokens the first would always win.
 
     Raises:
-        InputError: a label does not survive encoding, cutting and decoding.
+        InputError: a label does not survive encoding, cutting and decoding, or two are the same.
     """
     rows = tokenize_texts(labels, tokenizer, target_length)
+    seen: dict[bytes, str] = {}
     for i, label in enumerate(labels):
         text = tokenizer.decode(rows[i])
         if text.strip() != label.strip():
@@ -120,3 +121,10 @@ def check_labels(labels: Sequence[str], tokenizer: Tokenizer, target_length: int
                 f"the label '{label}' comes back as '{text}' from {tokenizer.name} with "
                 f"{target_length} target tokens; choose another text or a larger target length"
             )
+        tokens = rows[i].tobytes()
+        if tokens in seen:
+            raise InputError(
+                f"the labels {seen[tokens]!r} and {label!r} are the same tokens to "
+                f"{tokenizer.name}; give one of them another text"
+            )
+        seen[tokens] = label
