@@ -42,7 +42,6 @@ from ptjax.scale.devices import GIB
 HERE = Path(__file__).parent
 SIDES = ("ptjax", "torch")
 SECONDS = {"base": 45, "xl": 100}  # that a row may take, the start of the sides included
-PATIENCE = 120  # seconds for an answer, in which a side may compile
 TOY = T5Config(512, 64, 2, 2, 2, 32, 128)
 
 
@@ -53,6 +52,7 @@ class Setup:
     Attributes:
         config: of the backbone.
         labels: rows of ids.
+        patience: seconds for an answer, in which a side may compile.
         restart: sides anew for every method, so that ptjax's peak memory is that method's.
     """
 
@@ -63,6 +63,7 @@ class Setup:
     prompt: int = 100
     new_tokens: int = 16
     rounds: int = 5
+    patience: float = 120
     restart: bool = True
 
     def write(self, folder: Path) -> None:
@@ -130,7 +131,8 @@ class Comparison:
         if self._turns is None or (self._setup.restart and method != self._method):
             self.end()
             commands = {side: side_command(side, self._folder) for side in SIDES}
-            self._turns, self._method = Turns(commands, os.environ, timeout=PATIENCE), method
+            self._method = method
+            self._turns = Turns(commands, os.environ, timeout=self._setup.patience)
             self._turns.warm()
         return self._turns
 
@@ -144,7 +146,9 @@ def setups(flags: argparse.Namespace) -> Iterator[tuple[str, Setup, list[tuple[s
     """(name, what is compared, its rows), the more important ones first."""
     if flags.rehearse:
         rows = random_rows(0, 8, 12, (3, TOY.vocab_size)), random_rows(1, 2, 3, (3, TOY.vocab_size))
-        setup = Setup(TOY, *rows, "cpu", prompt=4, new_tokens=4, rounds=1, restart=False)
+        small: dict[str, Any] = {"prompt": 4, "new_tokens": 4, "rounds": 1}
+        # A machine that rehearses may be busy with other things.
+        setup = Setup(TOY, *rows, "cpu", patience=flags.limit, restart=False, **small)
         yield "toy", setup, [(method, 8) for method in METHODS]
         return
     file = flags.data / "sst2.npz"

@@ -31,7 +31,7 @@ class Way:
 
     Attributes:
         precision: `jax_default_matmul_precision`; None is JAX's own.
-        generates: whether texts and labels are compared too, where a row has the time.
+        generates: whether texts and labels are compared too, which most of a row's time goes to.
     """
 
     name: str
@@ -73,7 +73,7 @@ class Subject:
     """A backbone and what it is asked.
 
     Attributes:
-        inputs, targets, labels: rows of ids, the end of sequence included.
+        inputs, targets, labels: rows of ids of any length.
         prompt: float32 [P, D].
     """
 
