@@ -1,8 +1,9 @@
 """Sides of a comparison that take turns: each is a process of its own, which steps when it is told.
 
 So the peak memory of each is its own, each has compiled and warmed up before the clock starts, and
-what else the machine does slows all alike. Needs nothing but Python, for a side may live in
-another environment.
+what else the machine does slows all alike. A side that has imported its libraries waits until it is
+told to start: on a GPU the others have not touched it then. Needs nothing but Python, for a side
+may live in another environment.
 """
 
 from __future__ import annotations
@@ -13,9 +14,14 @@ import os
 import resource
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
+
+
+class SideError(Exception):
+    """A side failed, ended or took too long."""
 
 
 def resident_bytes() -> int:
@@ -42,28 +48,41 @@ class Side:
 
 
 def serve(start: Callable[[], Side]) -> None:
-    """The process of a side: a line of JSON when it is warm, then one for every line of stdin."""
+    """The process of a side: a line of JSON when it is warm, then one for every line of stdin.
+
+    The first line tells it to start. An exception is its last answer.
+    """
     # Libraries may print; the answers go out on a descriptor of their own.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    side = start()
-    side.warm_up()
-    print(json.dumps(dict(side.about)), file=answers, flush=True)
-    for _ in sys.stdin:
-        began, cpu_began = time.perf_counter(), time.process_time()
-        side.steps()
-        answer = {
-            "seconds": time.perf_counter() - began,
-            "cpu_seconds": time.process_time() - cpu_began,
-            "peak_bytes": side.peak_bytes(),
-        }
-        print(json.dumps(answer), file=answers, flush=True)
+
+    def answer(found: Mapping[str, Any]) -> None:
+        print(json.dumps(dict(found)), file=answers, flush=True)
+
+    side = None
+    try:
+        for _ in sys.stdin:
+            if side is None:
+                side = start()
+                side.warm_up()
+                answer(side.about)
+                continue
+            began, cpu_began = time.perf_counter(), time.process_time()
+            side.steps()
+            seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
+            peak = side.peak_bytes()
+            answer({"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_bytes": peak})
+    except Exception as error:
+        answer({"error": f"{type(error).__name__}: {error}"[:500]})
+        raise
 
 
 class Turns:
-    """Processes of several sides; `about` is what each says of itself.
+    """Processes of several sides; `about` is what each that is warm says of itself.
 
-    A side that ends before it is warm is left out if it is among `optional`.
+    Args:
+        optional: sides that are left out if they do not get warm.
+        timeout: seconds that a side may take for an answer; may be set anew.
     """
 
     def __init__(
@@ -71,27 +90,20 @@ class Turns:
         commands: Mapping[str, Sequence[str]],
         environment: Mapping[str, str],
         optional: Sequence[str] = (),
+        timeout: float | None = None,
     ) -> None:
-        self._workers = {
-            name: subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                env=dict(environment),
-            )
-            for name, command in commands.items()
-        }
         self.about: dict[str, dict[str, Any]] = {}
+        self._optional, self.timeout = optional, timeout
+        self._workers: dict[str, subprocess.Popen[str]] = {}
         try:
-            for name, worker in list(self._workers.items()):
-                answer = worker.stdout.readline()
-                if answer:
-                    self.about[name] = json.loads(answer)
-                elif name in optional:
-                    print(f"{name} does not run here and is left out", file=sys.stderr)
-                else:
-                    raise SystemExit(f"{name} ended with {worker.wait()}")
+            for name, command in commands.items():
+                self._workers[name] = subprocess.Popen(
+                    command,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                    env=dict(environment),
+                )
         except BaseException:
             self.end()
             raise
@@ -102,27 +114,73 @@ class Turns:
     def __exit__(self, *_: object) -> None:
         self.end()
 
-    def end(self) -> None:
-        for worker in self._workers.values():
+    def end(self, names: Iterable[str] | None = None) -> None:
+        """Ends some sides, or all of them; what they held is free then."""
+        for name in list(self._workers) if names is None else names:
+            worker = self._workers.pop(name)
             worker.kill()
-            worker.wait()
+            worker.communicate()  # waits, and closes the pipes
+            self.about.pop(name, None)
+
+    def warm(self, names: Iterable[str] | None = None) -> None:
+        """Starts some sides, or all of them, together.
+
+        Raises:
+            SideError: one that is not optional does not get warm.
+        """
+        names = list(self._workers if names is None else names)
+        for name in names:
+            self._tell(name)
+        for name in names:
+            try:
+                self.about[name] = self._answer(name)
+            except SideError as error:
+                if name not in self._optional:
+                    raise
+                self.end([name])
+                print(f"left out: {error}", file=sys.stderr)
 
     def take(self, rounds: int) -> dict[str, list[dict[str, Any]]]:
-        """Every side's answers, one a round; each second round goes backwards.
+        """The answers of every side that is warm, one a round; each second round goes backwards.
 
         A round before them does not count: the system takes memory back from those that wait, and
         sides that were warm long before their first turn pay for it there.
+
+        Raises:
+            SideError: one of them.
         """
         answers: dict[str, list[dict[str, Any]]] = {name: [] for name in self.about}
         for turn in range(-1, rounds):
             for name in list(self.about)[:: 1 if turn % 2 == 0 else -1]:
-                worker = self._workers[name]
-                worker.stdin.write("\n")
-                worker.stdin.flush()
-                answer = worker.stdout.readline()
-                if not answer:
-                    raise SystemExit(f"{name} ended with {worker.wait()}")
-                answers[name].append(json.loads(answer))
+                self._tell(name)
+                answers[name].append(self._answer(name))
             told = (f"{name} {taken[-1]['seconds']:.2f} s" for name, taken in answers.items())
             print(f"round {turn + 1} of {rounds}: {', '.join(told)}", file=sys.stderr)
         return {name: taken[1:] for name, taken in answers.items()}
+
+    def _tell(self, name: str) -> None:
+        stdin = self._workers[name].stdin
+        assert stdin is not None
+        try:
+            stdin.write("\n")
+            stdin.flush()
+        except BrokenPipeError:
+            pass  # it has ended; its answer says so
+
+    def _answer(self, name: str) -> dict[str, Any]:
+        worker = self._workers[name]
+        assert worker.stdout is not None
+        timer = threading.Timer(self.timeout or 0, worker.kill)
+        if self.timeout:
+            timer.start()
+        try:
+            line = worker.stdout.readline()
+        finally:
+            timer.cancel()
+        if not line:
+            limit = f", limit {self.timeout:.0f} s" if self.timeout else ""
+            raise SideError(f"{name} ended with {worker.wait()}{limit}")
+        found = json.loads(line)
+        if "error" in found:
+            raise SideError(f"{name}: {found['error']}")
+        return found
