@@ -42,7 +42,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from turns import Turns
+from turns import SideError, Turns
 
 HERE = Path(__file__).resolve().parent
 NAMES = {  # in the order of the table; the first is what the others are compared with
@@ -78,66 +78,85 @@ def compare(
 ) -> list[dict[str, Any]]:
     """Times every side on one task."""
     from ptjax_side import write_speed_inputs
+    from real_batches import load_examples, make_task
 
-    known = write_speed_inputs(folder, flags, task, length, sides)
-    commands = {
-        side: [flags.peft_python, str(HERE / "peft_side.py"), "step", str(folder), side]
-        if side.startswith("peft")
-        else [sys.executable, str(HERE / "ptjax_side.py"), str(folder), side]
-        for side in sides
-    }
+    source = load_examples(make_task(task, flags.data_dir), flags.tokenizer, length)
+    flops = write_speed_inputs(folder, flags, source, sides)
     about: dict[str, Any] = {}
     answers: dict[str, Any] = {}
-    for group in [sides] if flags.device == "cpu" else [[side] for side in sides]:
-        some = {side: commands[side] for side in group}
-        with Turns(some, environment(flags), optional=["peft_compiled"]) as turns:
+    commands = {side: command(flags, folder, side) for side in sides}
+    with Turns(commands, environment(flags), optional=["peft_compiled"]) as turns:
+        for group in [sides] if flags.device == "cpu" else [[side] for side in sides]:
+            turns.warm(group)
             about |= turns.about
             check_agreement(folder, about, TOLERANCE[flags.dtype])
             answers |= turns.take(flags.rounds)
-    examples = flags.batch * flags.batches
-    results = []
-    for side, given in answers.items():
-        taken, cpu = ([one[name] for one in given] for name in ("seconds", "cpu_seconds"))
-        rate = examples / statistics.median(taken)
-        ratios, cpu_ratios = (
-            [theirs[n] / ours[n] for ours, theirs in zip(given, answers["peft"], strict=True)]
-            for n in ("seconds", "cpu_seconds")
-        )
-        results.append(
-            {
-                "task": task,
-                "length": length,
-                "side": side,
-                "examples_per_second": rate,
-                "ratio": statistics.median(ratios),
-                "cpu_ratio": statistics.median(cpu_ratios),
-                "peak_bytes": max(one["peak_bytes"] for one in given),
-                "flops_per_example": known[side]["flops_per_example"],
-                "flops_per_second": known[side]["flops_per_example"] * rate,
-                "seconds": taken,
-                "cpu_seconds": cpu,
-            }
-        )
-    return results
+            turns.end(turns.about.keys() & group)
+    return [
+        result(flags, side, given, answers["peft"], flops[side]) | {"task": task, "length": length}
+        for side, given in answers.items()
+    ]
+
+
+def command(flags: argparse.Namespace, folder: Path, side: str) -> list[str]:
+    """The process of a side."""
+    if side.startswith("peft"):
+        return [flags.peft_python, str(HERE / "peft_side.py"), "step", str(folder), side]
+    return [sys.executable, str(HERE / "ptjax_side.py"), str(folder), side]
+
+
+def result(
+    flags: argparse.Namespace,
+    side: str,
+    ours: list[dict[str, Any]],
+    theirs: list[dict[str, Any]],
+    flops: float,
+) -> dict[str, Any]:
+    """What the answers of a side say, beside PEFT's.
+
+    Args:
+        flops: of an example.
+    """
+    taken, cpu = ([one[name] for one in ours] for name in ("seconds", "cpu_seconds"))
+    rate = flags.batch * flags.batches / statistics.median(taken)
+    ratio, cpu_ratio = (
+        statistics.median(them[name] / us[name] for us, them in zip(ours, theirs, strict=True))
+        for name in ("seconds", "cpu_seconds")
+    )
+    return {
+        "side": side,
+        "examples_per_second": rate,
+        "ratio": ratio,
+        "cpu_ratio": cpu_ratio,
+        "peak_bytes": max(one["peak_bytes"] for one in ours),
+        "flops_per_example": flops,
+        "flops_per_second": flops * rate,
+        "seconds": taken,
+        "cpu_seconds": cpu,
+    }
 
 
 def check_agreement(folder: Path, about: dict[str, Any], tolerance: float) -> None:
     """Ends the run unless sides of one kind of prompt compute the same logits and train alike."""
-    logits = {side: np.load(folder / f"{side}_logits.npy") for side in about}
     for kind in ({"unseeing", "both"}, set(NAMES) - {"unseeing", "both"}):
         first, *others = [side for side in about if side in kind] or [None]
         for other in others:
-            worst = np.abs(logits[other] - logits[first]).max() / logits[first].std()
-            if worst > tolerance:
+            if (worst := difference(folder, first, other)) > tolerance:
                 raise SystemExit(f"the logits of {first} and {other} differ by {worst:.1e}")
     if len({told["trained"] for told in about.values()}) != 1:
         raise SystemExit(f"the sides train differently many numbers: {about}")
 
 
+def difference(folder: Path, one: str, other: str) -> float:
+    """The largest of the logits of two sides, in units of their standard deviation."""
+    first, second = (np.load(folder / f"{side}_logits.npy") for side in (one, other))
+    return float(np.abs(second - first).max() / first.std())
+
+
 def environment(flags: argparse.Namespace) -> dict[str, str]:
     path = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
     return os.environ | {
-        "JAX_PLATFORMS": "cpu" if flags.device == "cpu" else "cuda",
+        "JAX_PLATFORMS": "cpu" if flags.device == "cpu" else "cuda,cpu",
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
         "OMP_NUM_THREADS": str(flags.threads),
         "HF_HUB_OFFLINE": "1",
@@ -315,6 +334,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3, help="of the accuracy")
     flags = parser.parse_args()
     flags.device = flags.device or ("gpu" if shutil.which("nvidia-smi") else "cpu")
+    # One layer for all is compiled sooner; on a CPU it also runs slower.
+    flags.scan = flags.device == "gpu"
     flags.torch_device = "cpu" if flags.device == "cpu" else "cuda"
     flags.dtype = flags.dtype or ("float32" if flags.device == "cpu" else "bfloat16")
     return flags
@@ -351,4 +372,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except SideError as error:
+        sys.exit(str(error))

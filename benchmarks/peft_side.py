@@ -3,8 +3,8 @@
     python benchmarks/peft_side.py step FOLDER SIDE        takes turns (see turns.py)
     python benchmarks/peft_side.py train FOLDER SEED       trains, prints its accuracy as JSON
 
-FOLDER holds what `against_peft.py` wrote there: `settings.json`, the backbone, prompts, and tokens
-as numpy arrays.
+FOLDER holds what `against_peft.py` wrote there: `settings.json`, the backbone (to train; for turns
+what it is made of), prompts, and tokens as numpy arrays.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import peft
+import seeded
 import torch
 import transformers
 import turns
@@ -24,12 +25,39 @@ import turns
 IGNORED = -100
 
 
-def load_model(folder: Path, settings: dict[str, Any], prompt: np.ndarray) -> Any:
-    """PEFT's prompt tuning of the backbone in `folder`, its prompt set to `prompt` [P, D]."""
-    torch.set_num_threads(settings["threads"])
-    backbone = transformers.T5ForConditionalGeneration.from_pretrained(
+def load_backbone(folder: Path, settings: dict[str, Any]) -> Any:
+    """The backbone that was saved in `folder`."""
+    return transformers.T5ForConditionalGeneration.from_pretrained(
         folder / "backbone", dtype=getattr(torch, settings["dtype"])
     )
+
+
+def make_backbone(folder: Path, settings: dict[str, Any]) -> Any:
+    """The random backbone of `backbone.json`, made where it is needed."""
+    about = json.loads((folder / "backbone.json").read_text())
+    config = transformers.T5Config(**about["config"])
+    dtype = getattr(torch, settings["dtype"])
+    with torch.device(settings["device"]):
+        backbone = transformers.AutoModelForSeq2SeqLM.from_config(config, dtype=dtype)
+    # The config says nothing of it in transformers 5, so the constructor ties it to the embedding.
+    backbone.lm_head.weight = torch.nn.Parameter(torch.empty_like(backbone.lm_head.weight))
+    parameters = dict(backbone.named_parameters())
+    if missing := parameters.keys() ^ about["weights"].keys():
+        raise ValueError(f"parameters of one side alone: {sorted(missing)}")
+    with torch.no_grad():
+        for name, (shape, seed, size, transposed) in about["weights"].items():
+            parameter = parameters[name]
+            if size is None:
+                parameter.fill_(1)
+                continue
+            index = torch.arange(parameter.numel(), dtype=torch.int32, device=parameter.device)
+            values = seeded.noise(index, seed).to(torch.float32).mul_(size).reshape(shape)
+            parameter.copy_(values.T if transposed else values)
+    return backbone
+
+
+def add_prompt(backbone: Any, settings: dict[str, Any], prompt: np.ndarray) -> Any:
+    """PEFT's prompt tuning of the backbone, its prompt set to `prompt` [P, D]."""
     # PEFT's default, two submodules, would double the prompt and never read the second half.
     config = peft.PromptTuningConfig(
         task_type="SEQ_2_SEQ_LM", num_virtual_tokens=len(prompt), num_transformer_submodules=1
@@ -69,8 +97,10 @@ def start(folder: Path, side: str) -> turns.Side:
     """Tuning steps over the batches that `against_peft.py` made for this side."""
     settings = json.loads((folder / "settings.json").read_text())
     device = settings["device"]
+    torch.set_num_threads(settings["threads"])
     torch.manual_seed(0)
-    model = load_model(folder, settings, np.load(folder / "prompt.npy"))
+    backbone = make_backbone(folder, settings)
+    model = add_prompt(backbone, settings, np.load(folder / "prompt.npy"))
     stored = np.load(folder / f"{side}.npz")
     check, *batches = (
         to_batch(stored[f"{i}/encoder_input_tokens"], stored[f"{i}/decoder_target_tokens"], device)
@@ -81,22 +111,60 @@ def start(folder: Path, side: str) -> turns.Side:
         logits = model(**check).logits[check["labels"] != IGNORED]
     np.save(folder / f"{side}_logits.npy", logits.float().cpu().numpy())
     model.train()
-    optimizer = make_optimizer(model, settings)
-    step_model = torch.compile(model, dynamic=True) if side == "peft_compiled" else model
     on_gpu = device != "cpu"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()  # what making the weights took is no part of a step
+    about = {
+        "trained": sum(parameter.numel() for parameter in trainable(model)),
+        "attention": backbone.config._attn_implementation,
+        "microbatches": 1,
+    }
+    steps = Steps(model, make_optimizer(model, settings), about, compiled=side == "peft_compiled")
+    # The smallest and the largest, between which a compiled model has to be right for all.
+    extremes = [batches[0], batches[-1]]
+    peak = torch.cuda.max_memory_allocated if on_gpu else turns.resident_bytes
+    return turns.Side(
+        lambda: steps.warm_up(extremes), lambda: steps.run(batches), about, peak_bytes=peak
+    )
 
-    def run(chosen: list[dict[str, torch.Tensor]]) -> None:
-        for batch in chosen:
-            optimizer.zero_grad()
-            step_model(**batch).loss.backward()
-            optimizer.step()
-        if on_gpu:
+
+class Steps:
+    """Steps of a model; a batch that does not fit the device's memory is taken in parts.
+
+    `about["microbatches"]` says in how many.
+    """
+
+    def __init__(self, model: Any, optimizer: Any, about: dict[str, Any], compiled: bool) -> None:
+        self.optimizer, self.about = optimizer, about
+        self.model = torch.compile(model, dynamic=True) if compiled else model
+
+    def warm_up(self, batches: list[dict[str, torch.Tensor]]) -> None:
+        while True:
+            try:
+                return self.run(batches)
+            except torch.OutOfMemoryError:
+                if self.about["microbatches"] >= len(batches[0]["labels"]):
+                    raise
+            self.about["microbatches"] *= 2
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+    def run(self, batches: list[dict[str, torch.Tensor]]) -> None:
+        parts = self.about["microbatches"]
+        for batch in batches:
+            self.optimizer.zero_grad()
+            for part in split(batch, parts):
+                # Of one length, so that the mean of the parts' means is that of all.
+                (self.model(**part).loss / parts).backward()
+            self.optimizer.step()
+        if torch.cuda.is_available():
             torch.cuda.synchronize()
 
-    about = {"trained": sum(parameter.numel() for parameter in trainable(model))}
-    peak = torch.cuda.max_memory_allocated if on_gpu else turns.resident_bytes
-    # The smallest and the largest, between which a compiled model has to be right for all.
-    return turns.Side(lambda: run([batches[0], batches[-1]]), lambda: run(batches), about, peak)
+
+def split(batch: dict[str, torch.Tensor], parts: int) -> list[dict[str, torch.Tensor]]:
+    """A batch in equal parts."""
+    pieces = {name: array.chunk(parts) for name, array in batch.items()}
+    return [{name: pieces[name][i] for name in pieces} for i in range(parts)]
 
 
 # Accuracy
@@ -160,7 +228,10 @@ def train(folder: Path, seed: int) -> dict[str, Any]:
     settings = json.loads((folder / "settings.json").read_text())
     device = settings["device"]
     torch.manual_seed(seed)
-    model = load_model(folder, settings, np.load(folder / f"prompt_{seed}.npy"))
+    torch.set_num_threads(settings["threads"])
+    model = add_prompt(
+        load_backbone(folder, settings), settings, np.load(folder / f"prompt_{seed}.npy")
+    )
     optimizer = make_optimizer(model, settings)
     inputs, targets = load_rows(folder, "train_inputs"), load_rows(folder, "train_targets")
     labels = np.load(folder / "label_tokens.npy")

@@ -7,10 +7,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ptjax.models.config import T5Config
 from ptjax.models.prompted import make_apply_fn
 from ptjax.models.t5 import parameter_shapes
+from ptjax.planning import Placed
+from ptjax.scale import sharding
 from ptjax.scale.flops import step_flops
 from ptjax.training import freeze as freezing
 from ptjax.training.loss import Loss
@@ -24,11 +27,13 @@ SIZES = {  # D, H, layers of either stack, F
     "xl": (2048, 32, 24, 5120),
     "xxl": (4096, 64, 24, 10240),
 }
+TOY = (64, 4, 2, 128)
+"""Of `toy`, for rehearsals."""
 
 
 def t5_1_1(size: str, **settings: Any) -> T5Config:
-    """The configuration of `gin_configs/models/t5_1_1_<size>.gin`."""
-    width, heads, layers, mlp = SIZES[size]
+    """The configuration of `gin_configs/models/t5_1_1_<size>.gin`, or of `toy`."""
+    width, heads, layers, mlp = TOY if size == "toy" else SIZES[size]
     return T5Config(
         vocab_size=32128,
         emb_dim=width,
@@ -52,6 +57,19 @@ def make_step(
     step = make_train_step(make_apply_fn(config, sees_input), optimizer, Loss())
     state = init_train_state(trainable, optimizer, jax.random.key(0))
     return jax.jit(step, donate_argnums=0), state, frozen
+
+
+def first_state(placed: Placed, trainable: Any) -> TrainState:
+    """What `placed.step` starts from: as `init_train_state` makes it, all zeros but what trains.
+
+    Args:
+        trainable: arrays on the mesh.
+    """
+    shapes = placed.state.step, placed.state.opt_state
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+    count, opt_state = jax.device_put(zeros, sharding.replicated(placed.mesh))
+    key = sharding.replicate_key(jax.random.key(0), placed.mesh)
+    return TrainState(count, trainable, opt_state, key)
 
 
 def count_step_flops(

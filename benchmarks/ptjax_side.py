@@ -8,16 +8,21 @@ FOLDER holds what `write_speed_inputs` wrote there.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import seeded
+import step_time
 import turns
-from prompt_step import count_step_flops, make_step, t5_1_1
+from prompt_step import count_step_flops, first_state, t5_1_1
 from real_batches import (
     T5_IDS,
     TARGET_LENGTH,
@@ -29,13 +34,19 @@ from real_batches import (
     pick,
 )
 
+from ptjax import planning
 from ptjax.answering import make_label_tokens
 from ptjax.backbone import load_backbone, save_backbone
 from ptjax.data.batch import Batch, make_batch, make_packed_batch
+from ptjax.data.pipeline import Shape
 from ptjax.data.preprocess import TokenizedExamples
+from ptjax.interop.huggingface_format import make_config_json, to_huggingface
+from ptjax.models.config import T5Config
 from ptjax.models.prompt import ClassLabels, Surroundings
 from ptjax.models.prompted import make_apply_fn, with_prompt
-from ptjax.models.t5 import init_params
+from ptjax.models.t5 import parameter_shapes
+from ptjax.scale import sharding
+from ptjax.training.freeze import flatten_paths, unflatten_paths
 from ptjax.training.optimizer import embedding_rms
 
 WAYS = {  # sees_input, packed
@@ -45,21 +56,25 @@ WAYS = {  # sees_input, packed
     "both": (False, True),
 }
 CHECKED_EXAMPLES = 4
+FITS = 0.97
+"""Of a device's memory; what a compiled step may take by itself."""
 
 
 # What the sides are given
 
 
 def write_speed_inputs(
-    folder: Path, flags: argparse.Namespace, task: str, length: int, sides: list[str]
-) -> dict[str, dict[str, float]]:
-    """Backbone, prompt, settings and every side's batches; returns what is known of those.
+    folder: Path, flags: argparse.Namespace, source: TokenizedExamples, sides: Iterable[str]
+) -> dict[str, float]:
+    """Settings, prompt and every side's batches; returns the FLOPs of an example for every side.
 
-    The FLOPs are of ptjax's step on the batches as the side pads them, so for PEFT too.
+    They are of ptjax's step on the batches as the side pads them, so for PEFT too. The backbone is
+    none of the files: both sides make it alike (see `seeded`).
+
+    Args:
+        flags: of `against_peft.py`.
     """
     config = t5_1_1(flags.size, dropout_rate=flags.dropout)
-    params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
-    save_backbone(folder / "backbone", config, params, dtype=flags.dtype)
     shape = flags.prompt, config.emb_dim
     prompt = np.random.default_rng(0).uniform(-0.5, 0.5, shape).astype(np.float32)
     np.save(folder / "prompt.npy", prompt)
@@ -71,30 +86,70 @@ def write_speed_inputs(
         "batches": flags.batches,
         "learning_rate": 0.3,
         "weight_decay": 1e-5,
+        "step": step_settings(flags),
     }
     (folder / "settings.json").write_text(json.dumps(settings))
-    source = load_examples(make_task(task, flags.data_dir), flags.tokenizer, length)
-    about = {}
+    (folder / "backbone.json").write_text(json.dumps(describe_backbone(config, flags.dtype)))
+    scanned = t5_1_1(flags.size, dropout_rate=flags.dropout, scan_layers=True)  # traced sooner
+    count = functools.cache(
+        lambda shape, sees_input: count_step_flops(
+            scanned, flags.prompt, step_time_batch(shape), sees_input
+        )[1]
+    )
+    flops = {}
     for side in sides:
         sees_input, packed = WAYS.get(side, (True, False))
-        slots = flags.prompt if packed and sees_input else 0
-        make_plan = pack if packed else bucket if side in WAYS else pad_to_longest()
-        batches = pick(make_plan(source, flags.batch, slots), flags.batches)
-        check = make_check(source, packed, slots)
+        batches = make_batches(source, flags, side)
+        check = make_check(source, packed, flags.prompt if packed and sees_input else 0)
         arrays = {
             f"{i}/{name}": array
             for i, batch in enumerate([check, *batches])
             for name, array in batch.items()
         }
         np.savez(folder / f"{side}.npz", **arrays)
-        shapes = [tuple(array.shape for array in batch.values()) for batch in batches]
-        flops = {
-            shape: count_step_flops(config, flags.prompt, batch, sees_input)[1]
-            for shape, batch in dict(zip(shapes, batches, strict=True)).items()
-        }
-        total = sum(flops[shape] for shape in shapes)
-        about[side] = {"flops_per_example": total / (flags.batch * len(batches))}
-    return about
+        total = sum(count(Shape.of(batch), sees_input) for batch in batches)
+        flops[side] = total / (flags.batch * len(batches))
+    return flops
+
+
+def step_settings(flags: argparse.Namespace) -> step_time.Row:
+    """What all steps have in common, as `step_time` takes it."""
+    return {
+        "size": flags.size,
+        "dtype": flags.dtype,
+        "dropout": flags.dropout,
+        "quantize": None,
+        "prompt": flags.prompt,
+        "remat": "none",
+        "scan": flags.scan,
+    }
+
+
+def make_batches(source: TokenizedExamples, flags: argparse.Namespace, side: str) -> list[Batch]:
+    """Those that stand for an epoch, as the side pads or packs them."""
+    sees_input, packed = WAYS.get(side, (True, False))
+    make_plan = pack if packed else bucket if side in WAYS else pad_to_longest()
+    slots = flags.prompt if packed and sees_input else 0
+    return pick(make_plan(source, flags.batch, slots), flags.batches)
+
+
+def step_time_batch(shape: Shape) -> dict[str, jax.ShapeDtypeStruct]:
+    return {name: jax.ShapeDtypeStruct(*array) for name, array in shape.arrays().items()}
+
+
+def describe_backbone(config: T5Config, dtype: str) -> dict[str, Any]:
+    """A random backbone for PyTorch: `config.json`, and Hugging Face's name -> weight.
+
+    A weight is its `seeded.describe` and whether it is transposed.
+    """
+    shapes = {name: leaf.shape for name, leaf in flatten_paths(parameter_shapes(config)).items()}
+    weights = {}
+    for name, about in seeded.describe(shapes, config.head_dim).items():
+        told = to_huggingface(name)
+        assert told is not None, name
+        theirs, transposed = told
+        weights[theirs] = (*about, transposed)
+    return {"config": make_config_json(config, dtype), "weights": weights}
 
 
 def make_check(source: TokenizedExamples, packed: bool, slots: int) -> Batch:
@@ -162,45 +217,108 @@ def peak_bytes() -> int:
     return statistics.get("peak_bytes_in_use") or turns.resident_bytes()
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def fill(shape: tuple[int, ...], dtype: str, seed: jax.Array, size: jax.Array) -> jax.Array:
+    """`seeded.noise` of that shape, times `size`; stacked for several seeds."""
+    index = jnp.arange(np.prod(shape), dtype=jnp.int32).reshape(shape)
+    seed = seed.reshape(*seed.shape, *[1] * len(shape))
+    return (seeded.noise(index, seed).astype(jnp.float32) * size).astype(dtype)
+
+
+def make_params(shapes: Mapping[str, Any], head_dim: int, dtype: str) -> dict[str, Any]:
+    """The parameters that `seeded` stands for, under the names and shardings of `shapes`."""
+    made = {}
+    for name, leaf in flatten_paths(shapes).items():
+        stacked = "/layers/" in name
+        shape = leaf.shape[1:] if stacked else leaf.shape
+        spread = seeded.deviation(name, shape, head_dim)
+        if spread is None:
+            array = jnp.ones(leaf.shape, dtype)
+        else:
+            names = [name.replace("/layers/", f"/layers_{i}/") for i in range(leaf.shape[0])]
+            seeds = [seeded.seed_of(one) for one in names] if stacked else seeded.seed_of(name)
+            size = jnp.float32(seeded.step_size(spread))
+            array = fill(shape, dtype, jnp.array(seeds, jnp.int32), size)
+        made[name] = jax.device_put(array, leaf.sharding)
+    return unflatten_paths(made)
+
+
+Compiled = tuple[planning.Placed, Callable[..., Any], str]
+"""The step as shapes, the compiled one, and its remat policy."""
+
+
+def compile_all(rows: Mapping[Shape, step_time.Row]) -> dict[Shape, Compiled]:
+    """The step for every shape, compiled side by side: the compiler leaves most cores idle."""
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(rows, pool.map(compile_row, rows.values()), strict=True))
+
+
+def compile_row(row: step_time.Row) -> Compiled:
+    """With the remat policy that keeps most and fits, by what the compiler says it takes."""
+    device = jax.devices()[0]
+    mesh = sharding.make_mesh((1, 1), [device])
+    limit = (device.memory_stats() or {}).get("bytes_limit", float("inf"))
+    for remat in step_time.REMATS:
+        placed = planning.place(*step_time.wanted(row | {"remat": remat}, 1), mesh)
+        step = placed.lower().compile(compiler_options=row.get("options"))
+        memory: Any = step.memory_analysis()
+        if memory is None or memory.peak_memory_in_bytes <= FITS * limit:
+            break
+    return placed, step, remat
+
+
+def row_of(shape: Shape, settings: Mapping[str, Any], sees_input: bool) -> step_time.Row:
+    """What `step_time` calls a batch of that shape."""
+    sizes = {"batch": shape.rows, "inputs": shape.inputs, "targets": shape.targets}
+    return {**settings, **sizes, "pack": shape.packed, "sees_input": sees_input}
+
+
 def start(folder: Path, side: str) -> turns.Side:
     """Tuning steps over the batches that were made for this side."""
     settings = json.loads((folder / "settings.json").read_text())
-    backbone = load_backbone(
-        folder / "backbone", dtype=settings["dtype"], dropout_rate=settings["dropout"]
-    )
     sees_input, _ = WAYS[side]
     prompt = np.load(folder / "prompt.npy")
     stored = np.load(folder / f"{side}.npz")
     check, *batches = (
-        jax.device_put(
-            {name.split("/")[1]: stored[name] for name in stored if name.startswith(f"{i}/")}
-        )
+        {name.split("/")[1]: stored[name] for name in stored if name.startswith(f"{i}/")}
         for i in range(settings["batches"] + 1)
     )
-    logits = jax.jit(make_apply_fn(backbone.config, sees_input))(
-        with_prompt(backbone.variables, prompt),
+    shapes = [Shape.of(batch) for batch in batches]
+    rows = {shape: row_of(shape, settings["step"], sees_input) for shape in dict.fromkeys(shapes)}
+    compiled = compile_all(rows)
+    workload, layout = step_time.wanted(rows[shapes[0]], 1)
+    config, (placed, *_) = layout.applied(workload.config), compiled[shapes[0]]
+    frozen = {"params": make_params(placed.frozen["params"], config.head_dim, settings["dtype"])}
+    logits = jax.jit(make_apply_fn(config, sees_input))(
+        with_prompt(frozen, prompt),
         check["encoder_input_tokens"],
         check["decoder_input_tokens"],
         check.get("encoder_segment_ids"),
         check.get("decoder_segment_ids"),
         encoder_lengths=check.get("encoder_lengths"),
     )
-    real = np.asarray(check["decoder_loss_weights"]) > 0
-    np.save(folder / f"{side}_logits.npy", np.asarray(logits)[real])
-    step, state, frozen = make_step(
-        backbone.config, backbone.variables["params"], prompt, sees_input
+    real = check["decoder_loss_weights"] > 0
+    np.save(folder / f"{side}_logits.npy", np.asarray(logits, np.float32)[real])
+    state = first_state(
+        placed, jax.device_put({"prompt": {"prompt": prompt}}, sharding.replicated(placed.mesh))
     )
-    about = {"trained": state.trainable["prompt"]["prompt"].size}
+    put = [sharding.put_batch(batch, placed.mesh) for batch in batches]
 
-    def run(chosen: Iterable[dict[str, jax.Array]]) -> None:
+    def run(numbers: Iterable[int]) -> None:
         nonlocal state
-        for batch in chosen:
-            state, metrics = step(state, frozen, batch)
+        for number in numbers:
+            _, step, _ = compiled[shapes[number]]
+            state, metrics = step(state, frozen, put[number])
         jax.block_until_ready((state, metrics))
 
-    shapes = [tuple(array.shape for array in batch.values()) for batch in batches]
-    one_of_each = dict(zip(shapes, batches, strict=True)).values()
-    return turns.Side(lambda: run(one_of_each), lambda: run(batches), about, peak_bytes)
+    one_of_each = [shapes.index(shape) for shape in compiled]
+    about = {
+        "trained": prompt.size,
+        "shapes": len(compiled),
+        "remat": "/".join(remat for *_, remat in compiled.values()),
+    }
+    everything = range(len(batches))
+    return turns.Side(lambda: run(one_of_each), lambda: run(everything), about, peak_bytes)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ size, length and dtype the first remat policy with which the step compiles and r
 measured stands what `ptjax.plan` says of such devices beforehand. Every row is a process of its
 own, so that its peak is its own, and so is every plan. Utilisation is useful FLOPs (nothing counted
 twice) over the published peak. Has not run on a GPU or TPU yet; `--sizes=small --batch=2` runs on a
-CPU.
+CPU. `on_gpu/step.py` measures chosen rows within a limit.
 """
 
 from __future__ import annotations
@@ -18,25 +18,35 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import jax
 import numpy as np
-from prompt_step import SIZES, t5_1_1
+from prompt_step import SIZES, first_state, t5_1_1
 
 from ptjax import compiling, planning
 from ptjax.planning import Layout, Workload
 from ptjax.scale import sharding
 from ptjax.scale.compiled import Recipe
-from ptjax.scale.slices import ENVIRONMENT, GENERATIONS, parse_slice
+from ptjax.scale.slices import ENVIRONMENT, GENERATIONS, Slice, parse_slice
 from ptjax.training.loss import Loss
 from ptjax.training.optimizer import Adafactor
-from ptjax.training.step import TrainState
 
 REMATS = ("none", "dots", "full")
+
+Row = dict[str, Any]
+"""Settings of a measurement, as JSON has them; what was measured is added.
+
+"size", "inputs" (T), "batch" (rows), "dtype", "quantize", "remat", "steps" (of a turn), "turns".
+Optional: "targets" (L), "prompt" (P), "pack", "sees_input", "dropout", "scan" (layers; default:
+yes), "options" (of XLA's compiler), "profile" (the slowest kernels too), "timed" (whether a plan
+has both ends of its time; default: yes).
+"""
 
 
 def random_arrays(shapes: Any, seed: int = 0) -> Any:
@@ -58,29 +68,42 @@ def random_arrays(shapes: Any, seed: int = 0) -> Any:
     return jax.tree.unflatten(tree, made)
 
 
-def wanted(row: dict[str, Any], devices: int) -> tuple[Workload, Layout]:
-    config = t5_1_1(row["size"], dtype=row["dtype"], dropout_rate=0.0)
-    recipe = Recipe("prompt_tuning", Adafactor(), Loss())
-    layout = Layout(f"{devices}x1", remat=row["remat"], quantize=row["quantize"])
-    return Workload(config, recipe, row["batch"], row["inputs"]), layout
+def wanted(row: Row, devices: int) -> tuple[Workload, Layout]:
+    config = t5_1_1(row["size"], dtype=row["dtype"], dropout_rate=row.get("dropout", 0.0))
+    sees_input, pack = row.get("sees_input", True), row.get("pack", False)
+    recipe = Recipe("prompt_tuning", Adafactor(), Loss(), sees_input=sees_input)
+    kept = {"remat": row["remat"], "quantize": row["quantize"]}
+    layout = Layout(f"{devices}x1", scan_layers=row.get("scan", True), **kept)
+    sizes = {"targets": row.get("targets", 16), "prompt_length": row.get("prompt", 100)}
+    packed = {"pack": pack, "row_length": row["inputs"] if pack else None}
+    return Workload(config, recipe, row["batch"], row["inputs"], **sizes, **packed), layout
 
 
-def measure(row: dict[str, Any]) -> dict[str, Any]:
+def measure(row: Row) -> Row:
     """One row, in this process."""
     devices = jax.devices()
     workload, layout = wanted(row, len(devices))
-    mesh = sharding.make_mesh((len(devices), 1))
-    placed = planning.place(workload, layout, mesh)
+    placed = planning.place(workload, layout, sharding.make_mesh((len(devices), 1)))
     started = time.perf_counter()
-    step = placed.lower().compile()
-    compile_seconds = time.perf_counter() - started
+    step = placed.lower().compile(compiler_options=row.get("options"))
+    found: Row = {"compile_seconds": time.perf_counter() - started}
+    run = make_turn(placed, workload, step, row["steps"])
+    run()  # warms up
+    found["seconds"] = statistics.median(run() for _ in range(row["turns"])) / row["steps"]
+    if row.get("profile"):
+        found["kernels"] = profile(run, row["steps"])
+    found["peak_bytes"] = (devices[0].memory_stats() or {}).get("peak_bytes_in_use")
+    memory = step.memory_analysis()
+    found["compiled_peak_bytes"] = memory and memory.peak_memory_in_bytes
+    return row | found | {"device": devices[0].device_kind, "devices": len(devices)}
+
+
+def make_turn(
+    placed: planning.Placed, workload: Workload, step: Callable[..., Any], steps: int
+) -> Callable[[], float]:
+    """What runs so many steps on random arrays and returns the seconds that they took."""
     frozen = random_arrays(placed.frozen)
-    # As `init_train_state` makes it: all zeros, but for what trains.
-    shapes = placed.state.step, placed.state.opt_state
-    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
-    count, opt_state = jax.device_put(zeros, sharding.replicated(mesh))
-    trainable = random_arrays(placed.state.trainable, seed=1)
-    state = TrainState(count, trainable, opt_state, sharding.replicate_key(jax.random.key(0), mesh))
+    state = first_state(placed, random_arrays(placed.state.trainable, seed=1))
     rng = np.random.default_rng(0)
     arrays = {
         name: np.ones(shape, dtype)
@@ -89,35 +112,60 @@ def measure(row: dict[str, Any]) -> dict[str, Any]:
         for name, (shape, dtype) in placed.shape.arrays().items()
     }
     arrays["encoder_lengths"][:] = placed.shape.inputs
-    batch = sharding.put_batch(arrays, mesh)
-    seconds = []
-    for turn in range(row["turns"] + 1):
+    batch = sharding.put_batch(arrays, placed.mesh)
+    jax.block_until_ready((frozen, state, batch))
+
+    def turn() -> float:
+        nonlocal state
         started = time.perf_counter()
-        for _ in range(row["steps"]):
+        for _ in range(steps):
             state, metrics = step(state, frozen, batch)
-        loss = float(metrics["loss"])
-        if turn:  # the first one warms up
-            seconds.append((time.perf_counter() - started) / row["steps"])
-    assert np.isfinite(loss), loss
-    found = {
-        "seconds": statistics.median(seconds),
-        "compile_seconds": compile_seconds,
-        "loss": loss,
-    }
-    found["peak_bytes"] = (devices[0].memory_stats() or {}).get("peak_bytes_in_use")
-    found["compiled_peak_bytes"] = step.memory_analysis().peak_memory_in_bytes
-    return row | found | {"device": devices[0].device_kind, "devices": len(devices)}
+        loss = float(metrics["loss"])  # waits for all of them, once
+        seconds = time.perf_counter() - started
+        if not np.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss}")
+        return seconds
+
+    return turn
 
 
-def plan(row: dict[str, Any]) -> dict[str, Any]:
-    """What `ptjax.plan` says of a measured row; {} of devices that it does not know."""
+def profile(run: Callable[[], float], steps: int, most: int = 12) -> dict[str, float]:
+    """The kernels that take most of a step: name -> milliseconds, "all" of them first."""
+    from jax.profiler import ProfileData
+
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            run()
+        (file,) = Path(folder).rglob("*.xplane.pb")
+        planes = list(ProfileData.from_file(str(file)).planes)
+        devices = [plane for plane in planes if "/device:" in plane.name]
+        milliseconds: dict[str, float] = {}
+        for plane in devices[:1] or planes:  # a CPU's kernels are on the host's plane
+            for line in plane.lines:
+                if devices and not line.name.startswith("Stream"):
+                    continue  # the same again, by module and by operation
+                for event in line.events:
+                    spent = event.duration_ns / 1e6 / steps
+                    milliseconds[event.name] = milliseconds.get(event.name, 0.0) + spent
+    slowest = sorted(milliseconds.items(), key=lambda item: -item[1])[:most]
+    kernels = [("all", sum(milliseconds.values())), *slowest]
+    return {name[:80]: round(spent, 3) for name, spent in kernels}
+
+
+def slice_of(kind: str, devices: int) -> Slice | None:
+    """Devices of that kind as `ptjax.plan` knows them; None does not."""
     for name, one in GENERATIONS.items():
-        if one.device_kind == row["device"]:
-            count = row["devices"] // one.devices * one.cores
-            where = parse_slice(f"{name}-{count}" if one.topology else f"{name}x{count}")
-            workload, layout = wanted(row, row["devices"])
-            return compiling.compile_ahead(workload, layout, where, exact=True, timed=True)
-    return {}
+        if one.device_kind == kind:
+            count = devices // one.devices * one.cores
+            return parse_slice(f"{name}-{count}" if one.topology else f"{name}x{count}")
+    return None
+
+
+def plan(row: Row, where: Slice) -> dict[str, Any]:
+    """What `ptjax.plan` says of the row on such devices, which need not be there."""
+    workload, layout = wanted(row, len(where.devices()))
+    timed = row.get("timed", True)
+    return compiling.compile_ahead(workload, layout, where, exact=True, timed=timed)
 
 
 def main() -> None:
@@ -130,9 +178,10 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=4)
     parser.add_argument("--output", help="a JSON file of this machine; its rows stay")
     parser.add_argument("--row", type=json.loads, help=argparse.SUPPRESS)
+    parser.add_argument("--plan", help=argparse.SUPPRESS)
     flags = parser.parse_args()
     if flags.row:
-        print(json.dumps(plan(flags.row) if "seconds" in flags.row else measure(flags.row)))
+        print(json.dumps(answer_here(flags.row, flags.plan)))
         return
     rows = []
     if flags.output and os.path.exists(flags.output):
@@ -148,7 +197,9 @@ def main() -> None:
                 settings |= {name: getattr(flags, name) for name in ("steps", "turns")}
                 done = [row for row in rows if settings.items() <= row.items()]
                 row = done[0] if done else first_that_runs(settings)
-                if not done and row["remat"]:
+                if not done and "error" not in row:
+                    where = slice_of(row["device"], row["devices"])
+                    row["planned"] = where and answer(row, ENVIRONMENT, where=where.name)
                     rows.append(row)
                     if flags.output:
                         with open(flags.output, "w", encoding="utf-8") as file:
@@ -156,30 +207,69 @@ def main() -> None:
                 show(row)
 
 
-def first_that_runs(settings: dict[str, Any]) -> dict[str, Any]:
-    """The row with the remat policy that keeps most and still runs."""
-    for remat in REMATS:
-        if row := answer(settings | {"remat": remat}):
-            return row | {"planned": answer(row, ENVIRONMENT)}
-    return settings | {"remat": None}
+def answer_here(row: Row, where: str | None) -> Row:
+    """The row measured, or planned for that slice; with an "error" in place of an exception."""
+    try:
+        return plan(row, parse_slice(where)) if where else measure(row)
+    except Exception as error:  # most often memory: another policy may do
+        return row | {"error": f"{type(error).__name__}: {error}"[:500]}
 
 
-def answer(row: dict[str, Any], environment: Mapping[str, str] = MappingProxyType({})) -> Any:
-    """What a process of its own makes of the row; None if it fails, and it says why."""
-    text = json.dumps(row)
-    done = subprocess.run(
-        [sys.executable, __file__, f"--row={text}"],
-        env={**os.environ, **environment},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    if done.returncode == 0:
-        return json.loads(done.stdout.splitlines()[-1])
-    print(f"{text} ended with {done.returncode}", file=sys.stderr)
-    return None
+def first_that_runs(
+    settings: Row,
+    remats: Sequence[str] = REMATS,
+    environment: Mapping[str, str] = MappingProxyType({}),
+    deadline: float = float("inf"),
+) -> Row:
+    """The row with the remat policy that keeps most and still runs.
+
+    Args:
+        deadline: of `time.monotonic()`.
+
+    Returns:
+        With an "error" if none does, and what else failed in "refused": policy -> error.
+    """
+    refused: dict[str, str] = {}
+    for remat in remats:
+        if time.monotonic() > deadline:
+            break
+        row = answer(settings | {"remat": remat}, environment, deadline=deadline)
+        if "error" not in row:
+            return row | ({"refused": refused} if refused else {})
+        refused[remat] = row["error"]
+    told = "; ".join(f"remat {remat}: {error}" for remat, error in refused.items())
+    return settings | {"remat": None, "error": told or "no remat policy fits"}
 
 
-def show(row: dict[str, Any]) -> None:
+def answer(
+    row: Row,
+    environment: Mapping[str, str] = MappingProxyType({}),
+    *,
+    where: str | None = None,
+    deadline: float = float("inf"),
+) -> Row:
+    """What a process of its own makes of the row; if that fails, the row with an "error"."""
+    command = [sys.executable, __file__, f"--row={json.dumps(row)}"]
+    seconds = None if deadline == float("inf") else max(deadline - time.monotonic(), 1.0)
+    try:
+        done = subprocess.run(
+            command + ([f"--plan={where}"] if where else []),
+            env={**os.environ, **environment},
+            stdout=subprocess.PIPE,
+            text=True,
+            timeout=seconds,
+        )
+    except subprocess.TimeoutExpired:
+        return row | {"error": f"stopped after {seconds:.0f} s"}
+    if done.returncode:
+        return row | {"error": f"ended with {done.returncode}"}
+    found = json.loads(done.stdout.splitlines()[-1])
+    if "error" in found:
+        print(f"{json.dumps(row)}: {found['error']}", file=sys.stderr)
+    return found
+
+
+def show(row: Row) -> None:
     cells = [
         row["size"],
         row["inputs"],
@@ -193,7 +283,7 @@ def show(row: dict[str, Any]) -> None:
         expected = " - ".join(f"{seconds[x]:.3f}" for x in ("low", "high") if seconds.get(x))
         expected_peak = planned.get("peak_bytes", float("nan")) / 2**30
         cells += [f"{row['seconds']:.3f}", expected, rate, f"{peak / 2**30:.2f}"]
-        if planned:
+        if seconds:
             cells += [f"{expected_peak:.2f}", f"{seconds['ideal'] / row['seconds']:.0%}"]
     cells += [""] * (10 - len(cells))
     print(f"| {' | '.join(map(str, cells))} |", flush=True)

@@ -1,0 +1,147 @@
+"""What is said of the programs before a GPU has run them: `predictions.json`, beside this file.
+
+    python benchmarks/on_gpu/predictions.py [--data=DIR] [PART...]
+
+Compiles, without a GPU (extra `plan-gpu`), what the parts `step` and `peft` run at XL's and XXL's
+size, for an H100: every shape, remat policy and dtype. Prints compile seconds and bytes. What is in
+the file already is not compiled again, unless JAX has changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+FILE = HERE / "predictions.json"
+TARGET = "h100x1"
+GIB = 2**30
+MEMORY_FRACTION = 0.92
+"""Of the GPU's memory, what JAX takes: its three quarters are too little for XL at T = 512."""
+CHILD = {
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "true",  # in one piece, so that nothing is split
+    "XLA_CLIENT_MEM_FRACTION": str(MEMORY_FRACTION),
+}
+"""The environment of a process that has the GPU for itself."""
+PARENT = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+"""That of the one which starts them: it only asks which GPU there is."""
+SIZES = ("peak", "argument", "temporary")
+SECONDS = ("ideal", "compute", "memory", "links", "memory_most")
+"""Of a plan's estimate; its two ends follow from them."""
+
+
+def check_device(kind: str, rehearse: bool) -> None:
+    """Ends a part that would run at full size on a CPU, to which JAX falls back without a word."""
+    if kind == "cpu" and not rehearse:
+        raise SystemExit("JAX finds no GPU here; --rehearse runs toy sizes on a CPU")
+
+
+def name_of(row: Mapping[str, Any]) -> str:
+    """A program, as `step_time.Row` has it, in words."""
+    words = [
+        row["size"],
+        f"{row['batch']}x{row['inputs']}+{row.get('targets', 16)}",
+        row["quantize"] or row["dtype"],
+        f"remat {row['remat']}",
+        "packed" if row.get("pack") else "",
+        "" if row.get("sees_input", True) else "unseeing",
+        f"dropout {row['dropout']}" if row.get("dropout") else "",
+        "" if row.get("scan", True) else "unrolled",
+    ]
+    return ", ".join(filter(None, words))
+
+
+def load(kind: str) -> dict[str, dict[str, Any]]:
+    """Program -> what is predicted of it on such a device; {} of one that is no Hopper.
+
+    The H200 is an H100 with another memory: the same program, whose bytes come at another rate.
+    """
+    from ptjax import planning
+    from ptjax.scale.slices import GENERATIONS, parse_slice
+
+    if not FILE.exists() or not kind.startswith(("NVIDIA H100", "NVIDIA H200")):
+        return {}
+    compiled = parse_slice(TARGET).generation
+    device = next((one for one in GENERATIONS.values() if one.device_kind == kind), compiled)
+    faster = device.memory_rate / compiled.memory_rate
+    programs = json.loads(FILE.read_text())["programs"]
+    for program in programs.values():
+        seconds = {
+            name: taken / (faster if name.startswith("memory") else 1)
+            for name, taken in program["seconds"].items()
+        }
+        program |= planning.estimate(seconds, seconds.pop("ideal"))
+    return programs
+
+
+def usable_gib(kind: str) -> float:
+    """Of a device of that kind, by `CHILD`; infinite where it is not known."""
+    from ptjax.scale.devices import GPU_MEMORY
+
+    return GPU_MEMORY.get(kind, float("inf")) * MEMORY_FRACTION
+
+
+def programs(parts: list[str], data: Path) -> Iterator[dict[str, Any]]:
+    """What `step_time` calls them, once each."""
+    if "step" in parts:
+        import step
+
+        yield from step.programs()
+    if "peft" in parts:
+        import peft_speed
+
+        yield from peft_speed.programs(data)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", help="step, peft; default: both")
+    parser.add_argument("--data", type=Path, default=HERE / "data", help="folder of prepare.py")
+    flags = parser.parse_args()
+    sys.path[:0] = [str(HERE.parent.parent), str(HERE.parent), str(HERE)]
+    import jax
+    import step_time
+
+    from ptjax.scale.slices import ENVIRONMENT
+
+    found = json.loads(FILE.read_text()) if FILE.exists() else {}
+    if found.get("jax") != jax.__version__:
+        found = {"jax": jax.__version__, "target": TARGET, "programs": {}}
+    failed = []
+    print("| program | compiled in, s | peak, GiB | arguments | temporary |")
+    print("|---|--:|--:|--:|--:|")
+    for row in programs(flags.parts or ["step", "peft"], flags.data):
+        name = name_of(row)
+        if name not in found["programs"]:
+            report = step_time.answer(row, ENVIRONMENT, where=TARGET)
+            if "error" in report:
+                failed.append(name)
+                print(f"| {name} | {report['error'][:100]} ||||", flush=True)
+                continue
+            found["programs"][name] = summary(report)
+            FILE.write_text(json.dumps(found, indent=1) + "\n")
+        print(cells(name, found["programs"][name]), flush=True)
+    return 1 if failed else 0
+
+
+def summary(report: Mapping[str, Any]) -> dict[str, Any]:
+    """What is kept of a plan's report."""
+    sizes = {f"{kind}_gib": round(report[f"{kind}_bytes"] / GIB, 2) for kind in SIZES}
+    seconds = {
+        name: round(report["estimate"][name], 5) for name in SECONDS if name in report["estimate"]
+    }
+    return {"compile_seconds": round(report["compile_seconds"]), **sizes, "seconds": seconds}
+
+
+def cells(name: str, program: Mapping[str, Any]) -> str:
+    """A row of the table."""
+    sizes = " | ".join(f"{program[f'{kind}_gib']:.2f}" for kind in SIZES)
+    return f"| {name} | {program['compile_seconds']} | {sizes} |"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,137 @@
+"""The part `step` of `run.sh`: the prompt tuning step of T5 1.1 XL and XXL.
+
+Time, examples a second, peak memory and model-FLOPs utilisation of the step that `ptjax.train`
+compiles, without dropout, beside what `ptjax.plan` says of it (`predictions.json`). B = 32,
+P = 100, L = 16, random weights, layers scanned. `benchmarks/step_time.py` measures each row in a
+process of its own; of the remat policies whose predicted peak fits, the first that runs is taken.
+
+The first rows are compiled as the plan was: products by cuBLAS, without Triton's, whose tuning may
+take minutes. Rows behind them let XLA choose, and unroll the layers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+
+STARTED = time.monotonic()
+
+import predictions  # noqa: E402
+import record  # noqa: E402
+from predictions import GIB  # noqa: E402
+
+CUBLAS = {"xla_gpu_enable_triton_gemm": False}
+COMMON = {"batch": 32, "dtype": "bfloat16", "quantize": None, "steps": 5, "turns": 4}
+LONGEST = 100
+"""Seconds after which a row is given up, so that others have their turn."""
+ROWS: dict[str, dict[str, object]] = {  # the most valuable first
+    "XL, T = 512": {"size": "xl", "inputs": 512, "options": CUBLAS},
+    "XXL int8, T = 512": {"size": "xxl", "inputs": 512, "quantize": "int8", "options": CUBLAS},
+    "XL, T = 64": {"size": "xl", "inputs": 64, "options": CUBLAS},
+    "XXL int8, T = 64": {"size": "xxl", "inputs": 64, "quantize": "int8", "options": CUBLAS},
+    "XL, T = 512, its kernels": {"size": "xl", "inputs": 512, "options": CUBLAS, "profile": True},
+    "XL, T = 512, XLA's choice": {"size": "xl", "inputs": 512},
+    "XL, T = 512, unrolled": {"size": "xl", "inputs": 512, "options": CUBLAS, "scan": False},
+}
+OPTIONAL = (*ROWS,)[4:]
+"""Rows that are left out if they fail: the compiler may take too long for them."""
+NEEDS = 40
+"""Seconds that must be left when a row begins; an optional one may take all of `LONGEST`."""
+GOALS = {"utilisation": 0.50, "peak": 0.05}
+"""MFU at XL, T = 512; how far the measured peak may be from the plan's."""
+REHEARSED = {
+    "toy int8, T = 16": {"size": "toy", "inputs": 16, "quantize": "int8", "profile": True},
+}
+TOY = {"batch": 2, "steps": 2, "turns": 2}
+
+
+def settings(name: str) -> dict[str, object]:
+    """A row as `step_time` takes it, without its remat policy."""
+    return COMMON | (REHEARSED[name] | TOY if name in REHEARSED else ROWS[name])
+
+
+def programs() -> list[dict[str, object]]:
+    """What `predictions.py` compiles: scanned rows with every policy, short ones with the first."""
+    found = {}
+    for row in map(settings, ROWS):
+        for remat in ("none", "dots", "full") if row["inputs"] == 512 else ("none",):
+            if row.get("scan", True):
+                program = row | {"remat": remat}
+                found[predictions.name_of(program)] = program
+    return list(found.values())
+
+
+def find(name: str, kind: str, deadline: float) -> dict[str, object]:
+    """A row of the record.
+
+    Raises:
+        RuntimeError: no policy runs, and the row is not optional.
+    """
+    import step_time
+
+    row, known = settings(name), predictions.load(kind)
+    usable, remats = predictions.usable_gib(kind), []
+    for remat in step_time.REMATS:
+        planned = known.get(predictions.name_of(row | {"remat": remat}))
+        if planned is None or planned["peak_gib"] <= usable:
+            remats.append(remat)
+    if row["size"] != "toy":
+        deadline = min(deadline, time.monotonic() + LONGEST)
+    found = step_time.first_that_runs(row, remats, predictions.CHILD, deadline)
+    if "error" in found and name in OPTIONAL:
+        return {"left_out": found["error"]}
+    if "error" in found:
+        raise RuntimeError(found["error"])
+    planned = known.get(predictions.name_of(found))
+    return describe(found, planned, goal=row["size"] == "xl" and row["inputs"] == 512)
+
+
+def describe(found: dict, planned: dict | None, *, goal: bool) -> dict[str, object]:
+    """What was measured beside what was planned, and which goals are met.
+
+    Args:
+        goal: whether the utilisation has one.
+    """
+    peak = found["peak_bytes"]
+    cells: dict[str, object] = {
+        "remat": found["remat"],
+        "compile_seconds": found["compile_seconds"],
+        "peak_gib": peak and peak / GIB,
+        "compiled_peak_gib": found["compiled_peak_bytes"] and found["compiled_peak_bytes"] / GIB,
+    }
+    if planned:
+        cells["planned_gib"] = planned["peak_gib"]
+        if peak:
+            off = cells["peak_gib"] / planned["peak_gib"] - 1
+            cells |= {"peak_off": off, "peak_met": abs(off) <= GOALS["peak"]}
+    if "seconds" in found:
+        seconds = found["seconds"]
+        cells |= {"seconds": seconds, "examples_per_second": found["batch"] / seconds}
+        if planned:
+            low, high = planned["low"], planned["high"]
+            cells |= {"planned_low": low, "planned_high": high}
+            if high is not None:
+                cells["range_met"] = low <= seconds <= high
+            cells["utilisation"] = planned["ideal"] / seconds
+            if goal:
+                cells["utilisation_met"] = cells["utilisation"] >= GOALS["utilisation"]
+    kept = {name: found[name] for name in ("kernels", "refused") if name in found}
+    return cells | kept
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    record.add_flags(parser)
+    flags = parser.parse_args()
+    os.environ |= predictions.PARENT
+    with record.Record.open("step", flags, started=STARTED) as found:
+        predictions.check_device(found.about["device"], flags.rehearse)
+        kind = found.about["device"]
+        for name in REHEARSED if flags.rehearse else ROWS:
+            needs = 0 if flags.rehearse else LONGEST if name in OPTIONAL else NEEDS
+            found.measure(name, lambda name=name: find(name, kind, found.deadline), needs=needs)
+
+
+if __name__ == "__main__":
+    main()
