@@ -6,6 +6,7 @@ import importlib
 import itertools
 import json
 import math
+import re
 import types
 from pathlib import Path
 from types import ModuleType
@@ -115,3 +116,24 @@ def test_a_stage_that_the_clock_stops_resumes_and_the_next_starts_from_it(
     np.testing.assert_array_equal(starts[0], before)
     assert np.abs(embedding("toy-lm") - before).max() > 0
     assert {path.name for path in weights.iterdir()} == {"toy-span", "toy-lm"}
+
+
+def test_what_the_package_has_is_whole_small_and_of_its_size(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "models"))
+    package = importlib.import_module("ptjax_models")
+    folders = [path for path in (ROOT / "models" / "ptjax_models").iterdir() if path.is_dir()]
+    stages = {f"{size}-{stage}" for size in package.SIZES for stage in package.STAGES}
+    found = {folder.name for folder in folders if folder.name != "__pycache__"}
+    assert {"pico-span", "pico-lm"} <= found <= stages
+    sizes = [path.stat().st_size for folder in folders for path in folder.iterdir()]
+    assert max(sizes) < 16e6 and sum(sizes) < 45e6
+    rows = (ROOT / "docs" / "models.md").read_text()
+    for name in found:
+        backbone = load_backbone(f"ptjax-{name}")
+        count = sum(leaf.size for leaf in jax.tree.leaves(backbone.variables["params"]))
+        assert re.search(rf"`ptjax_{name.split('-')[0]}` .* {count:,} \|", rows)
+        assert backbone.tokenizer.fingerprint == load_tokenizer("package:nano").fingerprint
+        file = ROOT / "models" / "ptjax_models" / name / "losses.json"
+        losses = list(json.loads(file.read_text()).values())
+        assert len(losses) == {"span": 72, "lm": 8}[name.split("-")[1]]
+        assert max(losses) < math.log(8192)  # of a guess
