@@ -47,6 +47,7 @@ def read_tfds(source: str, *, split: str, data_dir: str | None = None) -> Record
             "tfds:glue/sst2:2.0.0@train; a version has three numbers, 2.*.* is the newest 2"
         )
     import tensorflow_datasets as tfds  # slow to import, and few tasks need it
+    from tensorflow_datasets.core.constants import DATA_DIR
 
     name, split = match["name"], match["split"] or split
     file = f"tfds:{name}@{split}"
@@ -58,7 +59,7 @@ def read_tfds(source: str, *, split: str, data_dir: str | None = None) -> Record
     except Exception as error:  # its own kinds, and those of whatever it downloads with
         # Without the names of all its data sets.
         reason = " ".join(str(error).partition("Available datasets")[0].split())[:300].rstrip(".")
-        folder = epath.Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
+        folder = epath.Path(data_dir or DATA_DIR).expanduser()
         raise InputError(
             f"{file}: TFDS cannot provide it ({type(error).__name__}: {reason}); "
             f"{_prepared(folder, name)}. Check name, version, split and data_dir, or prepare it "
