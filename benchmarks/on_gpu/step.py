@@ -62,6 +62,22 @@ def programs() -> list[dict[str, object]]:
     return list(found.values())
 
 
+def policies(row: dict[str, object], kind: str) -> list[str]:
+    """Those that fit such a device or are not predicted; the one that keeps most first."""
+    import step_time
+
+    known, usable = predictions.load(kind), predictions.usable_gib(kind)
+    names = {
+        remat: predictions.name_of(row | {"remat": remat, "scan": True})
+        for remat in step_time.REMATS
+    }
+    return [
+        remat
+        for remat, name in names.items()
+        if name not in known or known[name]["peak_gib"] <= usable
+    ]
+
+
 def find(name: str, kind: str, deadline: float) -> dict[str, object]:
     """A row of the record.
 
@@ -70,27 +86,27 @@ def find(name: str, kind: str, deadline: float) -> dict[str, object]:
     """
     import step_time
 
-    row, known = settings(name), predictions.load(kind)
-    usable, remats = predictions.usable_gib(kind), []
-    for remat in step_time.REMATS:
-        planned = known.get(predictions.name_of(row | {"remat": remat}))
-        if planned is None or planned["peak_gib"] <= usable:
-            remats.append(remat)
+    row = settings(name)
     if row["size"] != "toy":
         deadline = min(deadline, time.monotonic() + LONGEST)
-    found = step_time.first_that_runs(row, remats, predictions.CHILD, deadline)
+    found = step_time.first_that_runs(row, policies(row, kind), predictions.CHILD, deadline)
     if "error" in found and name in OPTIONAL:
         return {"left_out": found["error"]}
     if "error" in found:
         raise RuntimeError(found["error"])
+    known = predictions.load(kind)
     planned = known.get(predictions.name_of(found))
-    return describe(found, planned, goal=row["size"] == "xl" and row["inputs"] == 512)
+    ideal = known.get(predictions.name_of(found | {"scan": True}), {}).get("ideal")
+    return describe(found, planned, ideal, goal=row["size"] == "xl" and row["inputs"] == 512)
 
 
-def describe(found: dict, planned: dict | None, *, goal: bool) -> dict[str, object]:
+def describe(
+    found: dict, planned: dict | None, ideal: float | None, *, goal: bool
+) -> dict[str, object]:
     """What was measured beside what was planned, and which goals are met.
 
     Args:
+        ideal: seconds of the useful work at the device's peak.
         goal: whether the utilisation has one.
     """
     peak = found["peak_bytes"]
@@ -113,7 +129,8 @@ def describe(found: dict, planned: dict | None, *, goal: bool) -> dict[str, obje
             cells |= {"planned_low": low, "planned_high": high}
             if high is not None:
                 cells["range_met"] = low <= seconds <= high
-            cells["utilisation"] = planned["ideal"] / seconds
+        if ideal:
+            cells["utilisation"] = ideal / seconds
             if goal:
                 cells["utilisation_met"] = cells["utilisation"] >= GOALS["utilisation"]
     kept = {name: found[name] for name in ("kernels", "refused") if name in found}
