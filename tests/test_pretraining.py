@@ -157,7 +157,7 @@ def test_what_it_needs_is_said(corpus, start, tmp_path):
     with pytest.raises(InputError, match=r"set pretrain\.text"):
         pretrain(tmp_path, backbone=start, **settings | {"text": None})
     rounded = load_backbone(start.name, dtype="bfloat16")
-    with pytest.raises(InputError, match="dtype = 'float32'"):
+    with pytest.raises(InputError, match=r"set --gin\.backbone\.load_backbone\.dtype=.*float32"):
         pretrain(tmp_path, backbone=rounded, **settings)
     with pytest.raises(InputError, match=r"text.jsonl:1: no field 'body'"):
         wrong = Text({"text.jsonl": "body"}, data_dir=str(corpus))
