@@ -235,7 +235,7 @@ def test_nothing_of_full_size_runs_on_a_cpu(part, tmp_path, monkeypatch) -> None
     module = importlib.import_module(part)
     monkeypatch.setattr(sys, "argv", [part, f"--output={tmp_path}", f"--data={tmp_path}"])
     monkeypatch.setattr(os, "environ", dict(os.environ))
-    with pytest.raises(SystemExit, match="JAX finds no GPU here; --rehearse"):
+    with pytest.raises(SystemExit, match="JAX finds no accelerator here; --rehearse"):
         module.main()
     (file,) = tmp_path.iterdir()
     assert json.loads(file.read_text())["status"].startswith("SystemExit: JAX finds no GPU")
