@@ -237,8 +237,7 @@ def test_nothing_of_full_size_runs_on_a_cpu(part, tmp_path, monkeypatch) -> None
     monkeypatch.setattr(os, "environ", dict(os.environ))
     with pytest.raises(SystemExit, match="JAX finds no accelerator here; --rehearse"):
         module.main()
-    (file,) = tmp_path.iterdir()
-    assert json.loads(file.read_text())["status"].startswith("SystemExit: JAX finds no GPU")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_side_that_waits_has_not_touched_the_device() -> None:

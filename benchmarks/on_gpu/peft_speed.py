@@ -238,7 +238,6 @@ def main() -> None:
     if flags.rehearse:
         plan = [("toy", "sst2", SIDES[:3])]
     with record.Record.open("peft", flags, started=STARTED) as found:
-        predictions.check_device(found.about["device"], flags.rehearse)
         for size, task, sides in plan:
             done = {row["row"] for row in found.rows if "error" not in row}
             left = [side for side in sides if name_of(size, task, side) not in done]

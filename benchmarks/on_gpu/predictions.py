@@ -34,12 +34,6 @@ SECONDS = ("ideal", "compute", "memory", "links", "memory_most")
 """Of a plan's estimate; its two ends follow from them."""
 
 
-def check_device(kind: str, rehearse: bool) -> None:
-    """Ends a part that would run at full size on a CPU, to which JAX falls back without a word."""
-    if kind == "cpu" and not rehearse:
-        raise SystemExit("JAX finds no GPU here; --rehearse runs toy sizes on a CPU")
-
-
 def name_of(row: Mapping[str, Any]) -> str:
     """A program, as `step_time.Row` has it, in words."""
     words = [

@@ -143,7 +143,6 @@ def main() -> None:
     flags = parser.parse_args()
     os.environ |= predictions.PARENT
     with record.Record.open("step", flags, started=STARTED) as found:
-        predictions.check_device(found.about["device"], flags.rehearse)
         kind = found.about["device"]
         for name in REHEARSED if flags.rehearse else ROWS:
             needs = 0 if flags.rehearse else LONGEST if name in OPTIONAL else NEEDS
