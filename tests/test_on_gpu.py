@@ -238,7 +238,20 @@ for name in {names}:
     assert done.returncode == 0, done.stderr
 
 
-# The parts parity and generate
+# The parts pretrain, parity and generate
+
+
+@pytest.mark.slow
+def test_pretrain_is_rehearsed(tmp_path) -> None:
+    text = run(tmp_path, "--rehearse", "--limit=2000", "pretrain")
+    assert "### pretrain: complete" in text
+    rows = found(tmp_path, "pretrain")["rows"]
+    assert [(row["row"], row["steps"], row["of"]) for row in rows] == [
+        ("toy span", 4, 4),
+        ("toy lm", 4, 4),
+    ]
+    weights = {folder.name for folder in (tmp_path / "weights").iterdir()}
+    assert weights == {"toy-span", "toy-lm"}
 
 
 def test_parity_is_rehearsed(tmp_path) -> None:
