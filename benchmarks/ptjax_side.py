@@ -254,7 +254,7 @@ def compile_all(rows: Mapping[Shape, step_time.Row]) -> dict[Shape, Compiled]:
 
 
 def compile_row(row: step_time.Row) -> Compiled:
-    """With a remat policy that fits, by what the compiler says: the row's, or one that keeps less."""
+    """The step with a policy that fits by what the compiler says: the row's, or one after it."""
     device = jax.devices()[0]
     mesh = sharding.make_mesh((1, 1), [device])
     limit = (device.memory_stats() or {}).get("bytes_limit", float("inf"))
