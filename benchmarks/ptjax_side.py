@@ -254,11 +254,11 @@ def compile_all(rows: Mapping[Shape, step_time.Row]) -> dict[Shape, Compiled]:
 
 
 def compile_row(row: step_time.Row) -> Compiled:
-    """With the remat policy that keeps most and fits, by what the compiler says it takes."""
+    """The step with a policy that fits by what the compiler says: the row's, or one after it."""
     device = jax.devices()[0]
     mesh = sharding.make_mesh((1, 1), [device])
     limit = (device.memory_stats() or {}).get("bytes_limit", float("inf"))
-    for remat in step_time.REMATS:
+    for remat in step_time.REMATS[step_time.REMATS.index(row["remat"]) :]:
         placed = planning.place(*step_time.wanted(row | {"remat": remat}, 1), mesh)
         step = placed.lower().compile(compiler_options=row.get("options"))
         memory: Any = step.memory_analysis()
@@ -285,6 +285,8 @@ def start(folder: Path, side: str) -> turns.Side:
     )
     shapes = [Shape.of(batch) for batch in batches]
     rows = {shape: row_of(shape, settings["step"], sees_input) for shape in dict.fromkeys(shapes)}
+    for row in rows.values():
+        row["remat"] = settings.get("remats", {}).get(step_time.name_of(row), row["remat"])
     compiled = compile_all(rows)
     workload, layout = step_time.wanted(rows[shapes[0]], 1)
     config, (placed, *_) = layout.applied(workload.config), compiled[shapes[0]]

@@ -49,6 +49,21 @@ has both ends of its time; default: yes).
 """
 
 
+def name_of(row: Row) -> str:
+    """The program of a row in words."""
+    words = [
+        row["size"],
+        f"{row['batch']}x{row['inputs']}+{row.get('targets', 16)}",
+        row["quantize"] or row["dtype"],
+        f"remat {row['remat']}",
+        "packed" if row.get("pack") else "",
+        "" if row.get("sees_input", True) else "unseeing",
+        f"dropout {row['dropout']}" if row.get("dropout") else "",
+        "" if row.get("scan", True) else "unrolled",
+    ]
+    return ", ".join(filter(None, words))
+
+
 def random_arrays(shapes: Any, seed: int = 0) -> Any:
     """Arrays of these shapes and shardings, made where they lie."""
     leaves, tree = jax.tree.flatten(shapes)

@@ -156,13 +156,23 @@ def test_pytorch_makes_the_same_weights(tmp_path) -> None:
 def test_a_row_of_the_step_begins_with_a_policy_that_is_predicted_to_fit(kind) -> None:
     import predictions
     import step
+    import step_time
 
-    assert {predictions.name_of(row) for row in step.programs()} <= predictions.load(kind).keys()
+    assert {step_time.name_of(row) for row in step.programs()} <= predictions.load(kind).keys()
     first = {name: step.policies(step.settings(name), kind)[0] for name in step.ROWS}
     # XXL keeps 148 GiB without any.
     assert first.pop("XXL int8, T = 512") == "dots"
     assert set(first.values()) == {"none"}
     assert step.policies(step.settings("XL, T = 512"), "another GPU") == ["none", "dots", "full"]
+
+
+def test_a_shape_that_is_too_large_begins_with_less() -> None:
+    import peft_speed
+
+    large = "xl, 32x512+2, bfloat16, remat none, dropout 0.1"
+    assert peft_speed.first_policies(H100)[large] == "dots"
+    assert large not in peft_speed.first_policies(H200)
+    assert peft_speed.first_policies("cpu") == {}
 
 
 def test_an_h200_reads_faster_and_computes_alike() -> None:

@@ -12,6 +12,7 @@ Not called peft.py: on the path it would stand for PEFT itself.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import tempfile
@@ -113,6 +114,13 @@ def programs(data: Path) -> Iterator[dict[str, Any]]:
                 yield row | {"timed": False}  # none of them is compared with its prediction
 
 
+def first_policies(kind: str) -> dict[str, str]:
+    """Program without remat -> policy to begin with, where it is predicted not to fit."""
+    usable = predictions.usable_gib(kind)
+    known = predictions.load(kind)
+    return {name: "dots" for name, program in known.items() if program["peak_gib"] > usable}
+
+
 def environment(flags: argparse.Namespace) -> dict[str, str]:
     """Of the sides."""
     import against_peft
@@ -153,6 +161,10 @@ class Task:
         toy = self.size == "toy" and not there
         examples = invent_examples() if toy else read_examples(self.flags.data, self.task)
         self.flops = write_speed_inputs(self.folder, self.flags, examples, self.sides)
+        file = self.folder / "settings.json"
+        settings = json.loads(file.read_text())
+        settings["remats"] = first_policies(self.found.about["device"])
+        file.write_text(json.dumps(settings))
 
     def measure(self) -> None:
         for side in self.sides:

@@ -34,21 +34,6 @@ SECONDS = ("ideal", "compute", "memory", "links", "memory_most")
 """Of a plan's estimate; its two ends follow from them."""
 
 
-def name_of(row: Mapping[str, Any]) -> str:
-    """A program, as `step_time.Row` has it, in words."""
-    words = [
-        row["size"],
-        f"{row['batch']}x{row['inputs']}+{row.get('targets', 16)}",
-        row["quantize"] or row["dtype"],
-        f"remat {row['remat']}",
-        "packed" if row.get("pack") else "",
-        "" if row.get("sees_input", True) else "unseeing",
-        f"dropout {row['dropout']}" if row.get("dropout") else "",
-        "" if row.get("scan", True) else "unrolled",
-    ]
-    return ", ".join(filter(None, words))
-
-
 def load(kind: str) -> dict[str, dict[str, Any]]:
     """Program -> what is predicted of it on such a device; {} of one that is no Hopper.
 
@@ -109,7 +94,7 @@ def main() -> int:
     print("| program | compiled in, s | peak, GiB | arguments | temporary |")
     print("|---|--:|--:|--:|--:|")
     for row in programs(flags.parts or ["step", "peft"], flags.data):
-        name = name_of(row)
+        name = step_time.name_of(row)
         if name not in found["programs"]:
             report = step_time.answer(row, ENVIRONMENT, where=TARGET)
             if "error" in report:

@@ -53,12 +53,14 @@ def settings(name: str) -> dict[str, object]:
 
 def programs() -> list[dict[str, object]]:
     """What `predictions.py` compiles: scanned rows with every policy, short ones with the first."""
+    import step_time
+
     found = {}
     for row in map(settings, ROWS):
         for remat in ("none", "dots", "full") if row["inputs"] == 512 else ("none",):
             if row.get("scan", True):
                 program = row | {"remat": remat}
-                found[predictions.name_of(program)] = program
+                found[step_time.name_of(program)] = program
     return list(found.values())
 
 
@@ -68,8 +70,7 @@ def policies(row: dict[str, object], kind: str) -> list[str]:
 
     known, usable = predictions.load(kind), predictions.usable_gib(kind)
     names = {
-        remat: predictions.name_of(row | {"remat": remat, "scan": True})
-        for remat in step_time.REMATS
+        remat: step_time.name_of(row | {"remat": remat, "scan": True}) for remat in step_time.REMATS
     }
     return [
         remat
@@ -95,8 +96,8 @@ def find(name: str, kind: str, deadline: float) -> dict[str, object]:
     if "error" in found:
         raise RuntimeError(found["error"])
     known = predictions.load(kind)
-    planned = known.get(predictions.name_of(found))
-    ideal = known.get(predictions.name_of(found | {"scan": True}), {}).get("ideal")
+    planned = known.get(step_time.name_of(found))
+    ideal = known.get(step_time.name_of(found | {"scan": True}), {}).get("ideal")
     return describe(found, planned, ideal, goal=row["size"] == "xl" and row["inputs"] == 512)
 
 
