@@ -99,7 +99,7 @@ def compare(
 
 
 def command(flags: argparse.Namespace, folder: Path, side: str) -> list[str]:
-    """The process of a side."""
+    """The command that starts a side."""
     if side.startswith("peft"):
         return [flags.peft_python, str(HERE / "peft_side.py"), "step", str(folder), side]
     return [sys.executable, str(HERE / "ptjax_side.py"), str(folder), side]
@@ -112,10 +112,10 @@ def result(
     theirs: list[dict[str, Any]],
     flops: float,
 ) -> dict[str, Any]:
-    """What the answers of a side say, beside PEFT's.
+    """The result of a side (`ours`), with its ratios to PEFT (`theirs`).
 
     Args:
-        flops: of an example.
+        flops: per example.
     """
     taken, cpu = ([one[name] for one in ours] for name in ("seconds", "cpu_seconds"))
     rate = flags.batch * flags.batches / statistics.median(taken)
@@ -148,7 +148,7 @@ def check_agreement(folder: Path, about: dict[str, Any], tolerance: float) -> No
 
 
 def difference(folder: Path, one: str, other: str) -> float:
-    """The largest of the logits of two sides, in units of their standard deviation."""
+    """The largest difference of two sides' logits, in units of their standard deviation."""
     first, second = (np.load(folder / f"{side}_logits.npy") for side in (one, other))
     return float(np.abs(second - first).max() / first.std())
 
@@ -334,7 +334,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3, help="of the accuracy")
     flags = parser.parse_args()
     flags.device = flags.device or ("gpu" if shutil.which("nvidia-smi") else "cpu")
-    # One layer for all is compiled sooner; on a CPU it also runs slower.
+    # Scanned layers compile sooner, but run slower on a CPU.
     flags.scan = flags.device == "gpu"
     flags.torch_device = "cpu" if flags.device == "cpu" else "cuda"
     flags.dtype = flags.dtype or ("float32" if flags.device == "cpu" else "bfloat16")

@@ -3,8 +3,8 @@
     python benchmarks/peft_side.py step FOLDER SIDE        takes turns (see turns.py)
     python benchmarks/peft_side.py train FOLDER SEED       trains, prints its accuracy as JSON
 
-FOLDER holds what `against_peft.py` wrote there: `settings.json`, the backbone (to train; for turns
-what it is made of), prompts, and tokens as numpy arrays.
+FOLDER holds what `against_peft.py` wrote: `settings.json`, the backbone (for `train` its weights,
+for `step` the recipe to make them), prompts, and tokens as numpy arrays.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ def load_backbone(folder: Path, settings: dict[str, Any]) -> Any:
 
 
 def make_backbone(folder: Path, settings: dict[str, Any]) -> Any:
-    """The random backbone of `backbone.json`, made where it is needed."""
+    """Makes the random backbone of `backbone.json`, on the device."""
     about = json.loads((folder / "backbone.json").read_text())
     config = transformers.T5Config(**about["config"])
     dtype = getattr(torch, settings["dtype"])
     with torch.device(settings["device"]):
         backbone = transformers.AutoModelForSeq2SeqLM.from_config(config, dtype=dtype)
-    # The config says nothing of it in transformers 5, so the constructor ties it to the embedding.
+    # transformers 5 leaves this out of the config, so the constructor ties it to the embedding.
     backbone.lm_head.weight = torch.nn.Parameter(torch.empty_like(backbone.lm_head.weight))
     parameters = dict(backbone.named_parameters())
     if missing := parameters.keys() ^ about["weights"].keys():
@@ -113,7 +113,7 @@ def start(folder: Path, side: str) -> turns.Side:
     model.train()
     on_gpu = device != "cpu"
     if on_gpu:
-        torch.cuda.reset_peak_memory_stats()  # what making the weights took is no part of a step
+        torch.cuda.reset_peak_memory_stats()  # making the weights is not part of a step
     about = {
         "trained": sum(parameter.numel() for parameter in trainable(model)),
         "attention": backbone.config._attn_implementation,
@@ -129,9 +129,9 @@ def start(folder: Path, side: str) -> turns.Side:
 
 
 class Steps:
-    """Steps of a model; a batch that does not fit the device's memory is taken in parts.
+    """Steps of a model; a batch that does not fit the device's memory is split.
 
-    `about["microbatches"]` says in how many.
+    `about["microbatches"]` is the number of parts.
     """
 
     def __init__(self, model: Any, optimizer: Any, about: dict[str, Any], compiled: bool) -> None:
@@ -154,7 +154,7 @@ class Steps:
         for batch in batches:
             self.optimizer.zero_grad()
             for part in split(batch, parts):
-                # Of one length, so that the mean of the parts' means is that of all.
+                # All targets have one length, so the mean of the parts' means is the batch's mean.
                 (self.model(**part).loss / parts).backward()
             self.optimizer.step()
         if torch.cuda.is_available():

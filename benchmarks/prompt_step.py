@@ -28,7 +28,7 @@ SIZES = {  # D, H, layers of either stack, F
     "xxl": (4096, 64, 24, 10240),
 }
 TOY = (64, 4, 2, 128)
-"""Of `toy`, for rehearsals."""
+"""The sizes of `toy`, for rehearsals."""
 
 
 def t5_1_1(size: str, **settings: Any) -> T5Config:
@@ -60,7 +60,7 @@ def make_step(
 
 
 def first_state(placed: Placed, trainable: Any) -> TrainState:
-    """What `placed.step` starts from: as `init_train_state` makes it, all zeros but what trains.
+    """The initial state of `placed.step`, as `init_train_state` makes it: zeros and `trainable`.
 
     Args:
         trainable: arrays on the mesh.

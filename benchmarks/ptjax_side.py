@@ -57,7 +57,7 @@ WAYS = {  # sees_input, packed
 }
 CHECKED_EXAMPLES = 4
 FITS = 0.97
-"""Of a device's memory; what a compiled step may take by itself."""
+"""The share of the device's memory that a compiled step may use."""
 
 
 # What the sides are given
@@ -68,11 +68,11 @@ def write_speed_inputs(
 ) -> dict[str, float]:
     """Settings, prompt and every side's batches; returns the FLOPs of an example for every side.
 
-    They are of ptjax's step on the batches as the side pads them, so for PEFT too. The backbone is
-    none of the files: both sides make it alike (see `seeded`).
+    For PEFT too, these are the FLOPs of ptjax's step on batches padded as that side pads them. No
+    weights are written: every side makes the same backbone (see `seeded`).
 
     Args:
-        flags: of `against_peft.py`.
+        flags: those of `against_peft.py`.
     """
     config = t5_1_1(flags.size, dropout_rate=flags.dropout)
     shape = flags.prompt, config.emb_dim
@@ -113,7 +113,7 @@ def write_speed_inputs(
 
 
 def step_settings(flags: argparse.Namespace) -> step_time.Row:
-    """What all steps have in common, as `step_time` takes it."""
+    """The settings that all steps share, for a `step_time.Row`."""
     return {
         "size": flags.size,
         "dtype": flags.dtype,
@@ -126,7 +126,7 @@ def step_settings(flags: argparse.Namespace) -> step_time.Row:
 
 
 def make_batches(source: TokenizedExamples, flags: argparse.Namespace, side: str) -> list[Batch]:
-    """Those that stand for an epoch, as the side pads or packs them."""
+    """Batches that represent an epoch, as the side pads or packs them."""
     sees_input, packed = WAYS.get(side, (True, False))
     make_plan = pack if packed else bucket if side in WAYS else pad_to_longest()
     slots = flags.prompt if packed and sees_input else 0
@@ -138,9 +138,9 @@ def step_time_batch(shape: Shape) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def describe_backbone(config: T5Config, dtype: str) -> dict[str, Any]:
-    """A random backbone for PyTorch: `config.json`, and Hugging Face's name -> weight.
+    """The recipe of a random backbone for PyTorch: `config.json`, and name -> weight.
 
-    A weight is its `seeded.describe` and whether it is transposed.
+    The names are Hugging Face's; a weight is its `seeded.describe` and whether it is transposed.
     """
     shapes = {name: leaf.shape for name, leaf in flatten_paths(parameter_shapes(config)).items()}
     weights = {}
@@ -219,14 +219,14 @@ def peak_bytes() -> int:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def fill(shape: tuple[int, ...], dtype: str, seed: jax.Array, size: jax.Array) -> jax.Array:
-    """`seeded.noise` of that shape, times `size`; stacked for several seeds."""
+    """`seeded.noise` of that shape, times `size`; several seeds give a stack."""
     index = jnp.arange(np.prod(shape), dtype=jnp.int32).reshape(shape)
     seed = seed.reshape(*seed.shape, *[1] * len(shape))
     return (seeded.noise(index, seed).astype(jnp.float32) * size).astype(dtype)
 
 
 def make_params(shapes: Mapping[str, Any], head_dim: int, dtype: str) -> dict[str, Any]:
-    """The parameters that `seeded` stands for, under the names and shardings of `shapes`."""
+    """The parameters that `seeded` defines, with the names and shardings of `shapes`."""
     made = {}
     for name, leaf in flatten_paths(shapes).items():
         stacked = "/layers/" in name
@@ -244,17 +244,17 @@ def make_params(shapes: Mapping[str, Any], head_dim: int, dtype: str) -> dict[st
 
 
 Compiled = tuple[planning.Placed, Callable[..., Any], str]
-"""The step as shapes, the compiled one, and its remat policy."""
+"""The placed step, its compiled function, and its remat policy."""
 
 
 def compile_all(rows: Mapping[Shape, step_time.Row]) -> dict[Shape, Compiled]:
-    """The step for every shape, compiled side by side: the compiler leaves most cores idle."""
+    """Compiles the step for every shape, in parallel: one compilation leaves most cores idle."""
     with ThreadPoolExecutor() as pool:
         return dict(zip(rows, pool.map(compile_row, rows.values()), strict=True))
 
 
 def compile_row(row: step_time.Row) -> Compiled:
-    """The step with a policy that fits by what the compiler says: the row's, or one after it."""
+    """Compiles with the first policy, from the row's own on, that fits by the compiler's estimate."""
     device = jax.devices()[0]
     mesh = sharding.make_mesh((1, 1), [device])
     limit = (device.memory_stats() or {}).get("bytes_limit", float("inf"))
@@ -268,7 +268,7 @@ def compile_row(row: step_time.Row) -> Compiled:
 
 
 def row_of(shape: Shape, settings: Mapping[str, Any], sees_input: bool) -> step_time.Row:
-    """What `step_time` calls a batch of that shape."""
+    """The `step_time.Row` of a batch of that shape."""
     sizes = {"batch": shape.rows, "inputs": shape.inputs, "targets": shape.targets}
     return {**settings, **sizes, "pack": shape.packed, "sees_input": sees_input}
 

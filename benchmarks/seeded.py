@@ -1,7 +1,7 @@
-"""Weights that JAX and PyTorch make alike, each on its own device, from nothing but their names.
+"""Random weights that JAX and PyTorch compute bit-identically from the parameters' names.
 
-So two sides of a comparison have the same backbone, to the bit, and none is written, moved or read.
-The arithmetic is that of int32 and float32 arrays of any library: no generator is needed.
+So both sides of a comparison make the same backbone on their own device, and no file is written or
+read. Only int32 and float32 arithmetic is needed, no random generator of a library.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from collections.abc import Mapping
 from typing import Any
 
 MULTIPLIER = 0x45D9F3B
-"""Of a hash of integers that mixes well when it is applied twice."""
+"""Multiplier of an integer hash; applied twice it mixes well."""
 BITS = 24
-"""Of a number before it is scaled: float32 holds it exactly."""
+"""Bits of a value before scaling; float32 holds it exactly."""
 
 
 def seed_of(name: str) -> int:
-    """A seed for the array of that name, below 2**31."""
+    """The seed of an array, from its name; below 2**31."""
     return zlib.crc32(name.encode()) >> 1
 
 
@@ -25,8 +25,8 @@ def noise(index: Any, seed: Any) -> Any:
     """Integers in [-2**23, 2**23) for the entries of an array.
 
     Args:
-        index: int32, the place of every entry when the array is flat.
-        seed: int32; arrays broadcast.
+        index: int32, each entry's position in the flattened array.
+        seed: int32, broadcast against `index`.
     """
     mixed = index + seed
     for _ in range(2):
@@ -35,21 +35,21 @@ def noise(index: Any, seed: Any) -> Any:
 
 
 def upper(mixed: Any) -> Any:
-    """The upper 16 bits, without the sign that shifts bring along."""
+    """The upper 16 bits, without the sign bits that the shift extends."""
     return (mixed >> 16) & 0xFFFF
 
 
 def step_size(deviation: float) -> float:
-    """What `noise` is multiplied by, to be uniform and of that standard deviation."""
+    """The factor that gives `noise`, which is uniform, that standard deviation."""
     return deviation * 3**0.5 / 2 ** (BITS - 1)
 
 
 def deviation(name: str, shape: tuple[int, ...], head_dim: int) -> float | None:
-    """The standard deviation with which T5 starts a parameter; None is ones.
+    """The standard deviation of T5's initial values; None for ones.
 
     Args:
-        name: T5X's, of a layer or of stacked ones.
-        shape: of one layer's.
+        name: T5X's name of the parameter, in one layer or in stacked layers.
+        shape: its shape in one layer.
     """
     leaf, *parents = reversed(name.split("/"))
     if leaf == "scale":
@@ -64,7 +64,7 @@ def deviation(name: str, shape: tuple[int, ...], head_dim: int) -> float | None:
 def describe(
     shapes: Mapping[str, tuple[int, ...]], head_dim: int
 ) -> dict[str, tuple[list[int], int, float | None]]:
-    """T5X's name of a parameter -> (shape, seed, `step_size` or None for ones), as JSON has it."""
+    """T5X's name of a parameter -> (shape, seed, `step_size` or None for ones), for JSON."""
     about = {}
     for name, shape in shapes.items():
         spread = deviation(name, shape, head_dim)

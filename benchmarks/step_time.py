@@ -7,7 +7,7 @@ size, length and dtype the first remat policy with which the step compiles and r
 measured stands what `ptjax.plan` says of such devices beforehand. Every row is a process of its
 own, so that its peak is its own, and so is every plan. Utilisation is useful FLOPs (nothing counted
 twice) over the published peak. Has not run on a GPU or TPU yet; `--sizes=small --batch=2` runs on a
-CPU. `on_gpu/step.py` measures chosen rows within a limit.
+CPU. `on_gpu/step.py` measures selected rows within a time limit.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ from ptjax.training.optimizer import Adafactor
 REMATS = ("none", "dots", "full")
 
 Row = dict[str, Any]
-"""Settings of a measurement, as JSON has them; what was measured is added.
+"""Settings of a measurement, and later its results, as JSON.
 
 "size", "inputs" (T), "batch" (rows), "dtype", "quantize", "remat", "steps" (of a turn), "turns".
 Optional: "targets" (L), "prompt" (P), "pack", "sees_input", "dropout", "scan" (layers; default:
-yes), "options" (of XLA's compiler), "profile" (the slowest kernels too), "timed" (whether a plan
-has both ends of its time; default: yes).
+yes), "options" (of XLA's compiler), "profile" (whether to list the slowest kernels), "timed"
+(whether a plan estimates both ends of the time; default: yes).
 """
 
 
@@ -116,7 +116,7 @@ def measure(row: Row) -> Row:
 def make_turn(
     placed: planning.Placed, workload: Workload, step: Callable[..., Any], steps: int
 ) -> Callable[[], float]:
-    """What runs so many steps on random arrays and returns the seconds that they took."""
+    """A function that runs `steps` steps on random arrays and returns the seconds they took."""
     frozen = random_arrays(placed.frozen)
     state = first_state(placed, random_arrays(placed.state.trainable, seed=1))
     rng = np.random.default_rng(0)
@@ -135,7 +135,7 @@ def make_turn(
         started = time.perf_counter()
         for _ in range(steps):
             state, metrics = step(state, frozen, batch)
-        loss = float(metrics["loss"])  # waits for all of them, once
+        loss = float(metrics["loss"])  # waits for all steps
         seconds = time.perf_counter() - started
         if not np.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss}")
@@ -145,7 +145,7 @@ def make_turn(
 
 
 def profile(run: Callable[[], float], steps: int, most: int = 12) -> dict[str, float]:
-    """The kernels that take most of a step: name -> milliseconds, "all" of them first."""
+    """The slowest kernels of a step: name -> milliseconds, after "all", their total."""
     from jax.profiler import ProfileData
 
     with tempfile.TemporaryDirectory() as folder:
@@ -158,7 +158,7 @@ def profile(run: Callable[[], float], steps: int, most: int = 12) -> dict[str, f
         for plane in devices[:1] or planes:  # a CPU's kernels are on the host's plane
             for line in plane.lines:
                 if devices and not line.name.startswith("Stream"):
-                    continue  # the same again, by module and by operation
+                    continue  # the same time again, by module and by operation
                 for event in line.events:
                     spent = event.duration_ns / 1e6 / steps
                     milliseconds[event.name] = milliseconds.get(event.name, 0.0) + spent
@@ -168,7 +168,7 @@ def profile(run: Callable[[], float], steps: int, most: int = 12) -> dict[str, f
 
 
 def slice_of(kind: str, devices: int) -> Slice | None:
-    """Devices of that kind as `ptjax.plan` knows them; None does not."""
+    """The slice of such devices in `ptjax.plan`; None if it does not know them."""
     for name, one in GENERATIONS.items():
         if one.device_kind == kind:
             count = devices // one.devices * one.cores
@@ -177,7 +177,7 @@ def slice_of(kind: str, devices: int) -> Slice | None:
 
 
 def plan(row: Row, where: Slice) -> dict[str, Any]:
-    """What `ptjax.plan` says of the row on such devices, which need not be there."""
+    """The prediction of `ptjax.plan` for the row; the devices need not be present."""
     workload, layout = wanted(row, len(where.devices()))
     timed = row.get("timed", True)
     return compiling.compile_ahead(workload, layout, where, exact=True, timed=timed)
@@ -223,10 +223,10 @@ def main() -> None:
 
 
 def answer_here(row: Row, where: str | None) -> Row:
-    """The row measured, or planned for that slice; with an "error" in place of an exception."""
+    """Measures the row, or plans it for the slice `where`; an exception becomes "error"."""
     try:
         return plan(row, parse_slice(where)) if where else measure(row)
-    except Exception as error:  # most often memory: another policy may do
+    except Exception as error:  # usually out of memory; another policy may fit
         return row | {"error": f"{type(error).__name__}: {error}"[:500]}
 
 
@@ -239,10 +239,11 @@ def first_that_runs(
     """The row with the remat policy that keeps most and still runs.
 
     Args:
-        deadline: of `time.monotonic()`.
+        deadline: `time.monotonic()` after which no other policy is tried.
 
     Returns:
-        With an "error" if none does, and what else failed in "refused": policy -> error.
+        The row, with an "error" if no policy runs, or with the policies that failed before this one
+        under "refused": policy -> error.
     """
     refused: dict[str, str] = {}
     for remat in remats:
@@ -263,7 +264,7 @@ def answer(
     where: str | None = None,
     deadline: float = float("inf"),
 ) -> Row:
-    """What a process of its own makes of the row; if that fails, the row with an "error"."""
+    """Measures or plans the row in a new process; if that fails, the row has an "error"."""
     command = [sys.executable, __file__, f"--row={json.dumps(row)}"]
     seconds = None if deadline == float("inf") else max(deadline - time.monotonic(), 1.0)
     try:

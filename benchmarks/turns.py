@@ -1,9 +1,9 @@
-"""Sides of a comparison that take turns: each is a process of its own, which steps when it is told.
+"""Sides of a comparison that take turns: each is a process that runs its steps on request.
 
-So the peak memory of each is its own, each has compiled and warmed up before the clock starts, and
-what else the machine does slows all alike. A side that has imported its libraries waits until it is
-told to start: on a GPU the others have not touched it then. Needs nothing but Python, for a side
-may live in another environment.
+So each side has its own peak memory, has compiled and warmed up before the clock starts, and other
+load on the machine slows all of them alike. A side imports its libraries, then waits for the
+request to start. It uses no accelerator until then, so sides can use a GPU one after another. This
+module needs nothing but Python, because a side may run in another environment.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Side:
     Attributes:
         warm_up: compiles whatever a turn needs.
         steps: one turn; returns when all its steps are done.
-        about: what it says of itself beforehand, as JSON has it.
+        about: what it reports once it is warm, for JSON.
         peak_bytes: the largest memory so far, on the device that it steps on.
     """
 
@@ -48,9 +48,10 @@ class Side:
 
 
 def serve(start: Callable[[], Side]) -> None:
-    """The process of a side: a line of JSON when it is warm, then one for every line of stdin.
+    """The loop of a side's process: answers every line of stdin with a line of JSON.
 
-    The first line tells it to start. An exception is its last answer.
+    The first line starts it and is answered with `about` once it is warm; every other line is one
+    turn. If it raises an exception, the error is its last answer.
     """
     # Libraries may print; the answers go out on a descriptor of their own.
     answers = os.fdopen(os.dup(1), "w")
@@ -78,11 +79,11 @@ def serve(start: Callable[[], Side]) -> None:
 
 
 class Turns:
-    """Processes of several sides; `about` is what each that is warm says of itself.
+    """The processes of several sides; `about` holds the reports of those that are warm.
 
     Args:
-        optional: sides that are left out if they do not get warm.
-        timeout: seconds that a side may take for an answer; may be set anew.
+        optional: sides to leave out if they fail to warm up.
+        timeout: seconds that a side may take for an answer; may be changed later.
     """
 
     def __init__(
@@ -115,7 +116,7 @@ class Turns:
         self.end()
 
     def end(self, names: Iterable[str] | None = None) -> None:
-        """Ends some sides, or all of them; what they held is free then."""
+        """Kills some sides, or all of them, which frees their memory."""
         for name in list(self._workers) if names is None else names:
             worker = self._workers.pop(name)
             worker.kill()
@@ -123,10 +124,10 @@ class Turns:
             self.about.pop(name, None)
 
     def warm(self, names: Iterable[str] | None = None) -> None:
-        """Starts some sides, or all of them, together.
+        """Starts some sides, or all of them, at the same time, and waits until they are warm.
 
         Raises:
-            SideError: one that is not optional does not get warm.
+            SideError: a side that is not optional failed.
         """
         names = list(self._workers if names is None else names)
         for name in names:
@@ -141,13 +142,13 @@ class Turns:
                 print(f"left out: {error}", file=sys.stderr)
 
     def take(self, rounds: int) -> dict[str, list[dict[str, Any]]]:
-        """The answers of every side that is warm, one a round; each second round goes backwards.
+        """Answers of every warm side, one per round; every second round runs in reverse order.
 
-        A round before them does not count: the system takes memory back from those that wait, and
-        sides that were warm long before their first turn pay for it there.
+        One round before them is not counted. The system reclaims memory from waiting processes, and
+        sides that were warm long before their first turn pay for it in that round.
 
         Raises:
-            SideError: one of them.
+            SideError: a side failed.
         """
         answers: dict[str, list[dict[str, Any]]] = {name: [] for name in self.about}
         for turn in range(-1, rounds):
@@ -165,7 +166,7 @@ class Turns:
             stdin.write("\n")
             stdin.flush()
         except BrokenPipeError:
-            pass  # it has ended; its answer says so
+            pass  # the process has ended; `_answer` reports it
 
     def _answer(self, name: str) -> dict[str, Any]:
         worker = self._workers[name]

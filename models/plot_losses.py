@@ -1,4 +1,4 @@
-"""Draws the loss curves of all stages that are here: models/losses.svg.
+"""Draws the loss curves of all trained stages: models/losses.svg.
 
 python models/plot_losses.py
 """
@@ -14,7 +14,7 @@ from ptjax_models import SIZES, STAGES
 
 HERE = Path(__file__).resolve().parent
 WINDOW = 5
-"""Values that are averaged: each is a mean of 100 steps, whose share of every part varies."""
+"""Values in the moving average. Each is a mean of 100 steps, whose mix of parts varies."""
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
                 axis.plot(steps, smooth, color=f"C{number}", label=f"ptjax-{size}")
         axis.set(title=stage, xlabel="step", ylabel="loss of a target token")
         axis.legend()
-    pyplot.rcParams["svg.hashsalt"] = "ptjax"  # the same file from the same figures
+    pyplot.rcParams["svg.hashsalt"] = "ptjax"  # the same losses give the same file
     figure.savefig(HERE / "losses.svg", metadata={"Date": None})
 
 

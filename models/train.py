@@ -2,9 +2,10 @@
 
     python models/train.py SIZE --work_dir=DIR --data_dir=DATA --corpus_dir=CORPUS
 
-The same command resumes what was stopped. A finished stage lies in models/ptjax_models/SIZE-STAGE
-(bfloat16, with losses.json), where the second stage starts from the first; a stage that has its
-weights there is not trained again. On a GPU without a network: benchmarks/on_gpu/run.sh pretrain.
+The same command resumes an interrupted run. It writes each finished stage to
+models/ptjax_models/SIZE-STAGE (bfloat16, with losses.json) and skips stages that are there already.
+The second stage starts from the first one's folder. On a GPU machine without a network, use
+benchmarks/on_gpu/run.sh pretrain.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ WEIGHTS = Path(__file__).resolve().parent / "ptjax_models"
 
 
 def pretrain(flags: argparse.Namespace, stage: str, start: Path | None) -> Path:
-    """The MODEL_DIR of a stage that `python -m ptjax.pretrain` has finished."""
+    """Runs a stage with `python -m ptjax.pretrain`, or resumes it; returns its MODEL_DIR."""
     model_dir = flags.work_dir / f"{flags.size}-{stage}"
     settings = {
         "MODEL_DIR": model_dir,
@@ -46,7 +47,7 @@ def pretrain(flags: argparse.Namespace, stage: str, start: Path | None) -> Path:
 
 
 def pack(model_dir: Path, target: Path) -> None:
-    """Writes the weights of a finished stage in bfloat16, with the losses on the way."""
+    """Writes the weights of a finished stage in bfloat16, and its training losses."""
     from ptjax import load_backbone, save_backbone
 
     backbone = load_backbone(model_dir / "models" / "best", dtype="float32")
@@ -69,7 +70,7 @@ def main() -> None:
     parser.add_argument("--work_dir", type=Path, required=True, help="holds the MODEL_DIRs")
     parser.add_argument("--data_dir", type=Path, required=True, help="IMDb, QQP, RTE and CB")
     parser.add_argument("--corpus_dir", type=Path, required=True, help="the running text")
-    parser.add_argument("--one_thread", action="store_true", help="leave the other cores alone")
+    parser.add_argument("--one_thread", action="store_true", help="use one compute thread")
     flags = parser.parse_args()
     start = None
     for stage in STAGES:

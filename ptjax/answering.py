@@ -31,7 +31,7 @@ from ptjax.training.loss import log_likelihood
 Variables = dict[str, Any]
 
 COLDEST = 1e-30
-"""The lowest temperature above 0: no log-likelihood over it leaves float32."""
+"""The lowest temperature above 0: log-likelihoods divided by it stay within float32."""
 LABELS_AT_ONCE = 16
 """Labels whose logits [B, L, V] are held at the same time by `rank`."""
 

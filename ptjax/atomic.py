@@ -15,7 +15,7 @@ from typing import IO
 from etils import epath
 
 _LEFTOVER = re.compile(r"\.(.+\.)?[0-9a-f]{32}\.tmp")
-"""Names of temporary files; earlier versions began them with the target's."""
+"""Names of temporary files; those of earlier versions begin with the target's name."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 IN_MEMORY = 1 << 24
 """Bytes of a remote file that wait in memory; what is more waits in a temporary file."""
@@ -39,7 +39,7 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         return
     target = target.expanduser()
     _make_folder(target.parent)
-    # Not the target's name and a suffix, which would be longer than a file system allows.
+    # Without the target's name: together with a suffix it could exceed the file system's limit.
     temporary = target.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
         with temporary.open("wb") as stream:

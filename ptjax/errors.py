@@ -28,7 +28,7 @@ def missing(what: str, path: object) -> InputError:
 
 
 def gin_flag(name: str, value: object) -> str:
-    """How the command line sets a macro, or an argument of a function.
+    """The flag that sets a macro, or an argument of a function.
 
     >>> print(gin_flag("MODEL_DIR", "PATH"), gin_flag("TRAIN_STEPS", 100))
     --gin.MODEL_DIR="'PATH'" --gin.TRAIN_STEPS=100
@@ -38,15 +38,15 @@ def gin_flag(name: str, value: object) -> str:
 
 
 def is_empty(path: object) -> bool:
-    """Whether a path is an empty text, which would stand for the current folder.
+    """Whether a path is an empty string, which would mean the current folder.
 
-    Nobody means that: it is what is left of a variable of the shell that was never set.
+    Usually that is a mistake: a shell variable that was never set.
     """
     return isinstance(path, str) and not path.strip()
 
 
 def check_path(name: str, path: object) -> None:
-    """InputError for a path that is empty; `name` is the setting's.
+    """InputError if a path is empty; `name` is that of the setting.
 
     >>> check_path("MODEL_DIR", "")
     Traceback (most recent call last):
@@ -57,7 +57,7 @@ def check_path(name: str, path: object) -> None:
 
 
 def setting(name: str, *value: object) -> str:
-    """What a message advises to set, as a task's command line calls it and as `infer` does.
+    """How to set a field of the task, for a message: the gin flag, and the flag of `infer`.
 
     >>> setting("quoting", False)
     '--gin.tasks.Task.quoting=False (infer: --quoting=false)'

@@ -132,9 +132,9 @@ class _Watch:
         self.said = False
         self.interrupted = False
         self.stopping = False
-        self.pipe, self._alive = os.pipe()  # its end tells the children that this process has ended
+        self.pipe, self._alive = os.pipe()  # children read its end of file when this process ends
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            if signal.getsignal(number) != signal.SIG_IGN:  # ignored under nohup
                 signal.signal(number, self._pass_on)
 
     def start(
@@ -157,7 +157,7 @@ class _Watch:
             reader.start()
             child.readers.append(reader)
         self.children.append(child)
-        if self.stopping:  # the signal came before this child did
+        if self.stopping:  # the signal came before this child started
             process.send_signal(signal.SIGTERM)
 
     def wait(self) -> int:
@@ -217,7 +217,7 @@ class _Watch:
 
 
 def _tell(text: str) -> None:
-    """Writes to standard error, if anybody still reads it."""
+    """Writes to standard error, unless its reader has gone."""
     with contextlib.suppress(OSError):
         sys.stderr.write(text)
         sys.stderr.flush()
@@ -225,7 +225,7 @@ def _tell(text: str) -> None:
 
 def _copy_output(stream: IO[bytes], child: _Child) -> None:
     for line in stream:
-        # A reader that has gone (`| head -1`, a closed terminal) is no reason to wait.
+        # Goes on if the reader has gone (`| head -1`, a closed terminal).
         with contextlib.suppress(OSError):
             if not line.startswith(_CHATTER):
                 sys.stdout.buffer.write(line)

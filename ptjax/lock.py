@@ -49,7 +49,7 @@ POLL = 1.0
 
 
 class NotWritableError(InputError):
-    """MODEL_DIR takes no lock, so nothing can be written there."""
+    """MODEL_DIR cannot be locked, because it is not writable."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -382,7 +382,7 @@ def _elapsed(since: tuple[float, float]) -> float:
 
 
 def cannot_write(directory: epath.Path, error: Exception) -> NotWritableError:
-    """What a MODEL_DIR is refused with that takes no files, and why it takes none."""
+    """The error for a MODEL_DIR that is not writable, with the reason."""
     why = (
         error.strerror if isinstance(error, OSError) and error.strerror else atomic.one_line(error)
     )

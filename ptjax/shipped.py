@@ -14,12 +14,16 @@ NANO = "ptjax-nano"
 
 
 def find(name: str) -> epath.Path | None:
-    """Directory of a backbone that ptjax or the package ptjax-models brings, by its name.
+    """Directory of a backbone that ships with ptjax or with the package ptjax-models.
 
-    "ptjax-micro-span" is a stage of ptjax-micro, "ptjax-micro" its last one.
+    "ptjax-micro-span" is a stage of ptjax-micro; "ptjax-micro" means its last one, "-lm". The
+    name "ptjax-nano" alone is the backbone in ptjax itself.
+
+    Returns:
+        None if `name` is not of that form, or is an existing path.
 
     Raises:
-        InputError: one of ptjax's names, but neither package has it.
+        InputError: a name of that form that neither package has.
     """
     if name == NANO:
         return _in_package("ptjax") / "assets" / "nano"
@@ -27,18 +31,19 @@ def find(name: str) -> epath.Path | None:
         return None
     if importlib.util.find_spec("ptjax_models") is None:
         raise InputError(
-            f"{name} is not a path here; of the backbones ptjax-*, ptjax itself has {NANO} and the "
-            "package ptjax-models the others: `pip install ./models` in a clone of ptjax"
+            f"{name} is not a path here, and of the backbones ptjax-* only {NANO} ships with "
+            "ptjax; the package ptjax-models has the others: `pip install ./models` in a clone of "
+            "ptjax"
         )
     stages = {folder.name: folder for folder in _in_package("ptjax_models").iterdir()}
     short = name.removeprefix("ptjax-")
-    found = stages.get(short) or stages.get(f"{short}-lm")
-    if found is None:
-        known = [NANO, *(f"ptjax-{stage}" for stage in sorted(stages) if "-" in stage)]
+    directory = stages.get(short) or stages.get(f"{short}-lm")
+    if directory is None:
+        names = [NANO, *(f"ptjax-{stage}" for stage in sorted(stages) if "-" in stage)]
         raise InputError(
-            f"{name} is neither a path here nor a backbone of ptjax{near(name, known)}"
+            f"{name} is neither a path here nor a backbone of ptjax{near(name, names)}"
         )
-    return found
+    return directory
 
 
 def _in_package(package: str) -> epath.Path:

@@ -139,7 +139,8 @@ def tune(
     scores = functools.partial(Scores, backbone, seed, hard_prompt, other_hard_prompts or {})
 
     def attempt(held: lock.Lock | None) -> dict[str, Any] | None:
-        """Without the lock: what can be done without writing, a dry run or a run that is over."""
+        """The run. Without the lock only what writes nothing: a dry run, or a finished run's
+        results (None if it is not finished)."""
         writes = held is not None
         if method == "hard_prompt":
             subject = preparation.load(task)
@@ -191,11 +192,11 @@ def tune(
         with lock.hold(model_dir, needed=not dry_run) as held:
             results = attempt(held)
     except lock.NotWritableError:
-        # A run that is over has nothing to write, and may lie on a read-only disk.
+        # A finished run has nothing to write, so it may be on a read-only disk.
         results = attempt(None) if (model_dir / "results.json").exists() else None
         if results is None:
             raise
-    assert results is not None  # with the lock, everything can be done
+    assert results is not None  # with the lock, `attempt` always returns results
     return results
 
 

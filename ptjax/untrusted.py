@@ -4,7 +4,7 @@ JSON, msgpack, .npy, zip, and what gzip, xz and bzip2 inflate.
 Checkpoints, prompts, tokenizers and data come from strangers. Every reader goes through here, so
 that a file that is nested a thousand times, or claims more than it holds, is a `ValueError` with a
 reason, never a `RecursionError`, a hang or a full memory. Callers put the file's name in front;
-`read_object` does it itself.
+`read_object` does that itself.
 """
 
 from __future__ import annotations
@@ -72,10 +72,10 @@ def read_json(path: epath.Path) -> Any:
 
 
 def read_object(path: epath.Path) -> dict[str, Any]:
-    """The JSON object in a whole file: what configs of every kind are.
+    """Reads a file that must hold a JSON object, such as a config.
 
     Raises:
-        InputError: as `read_json`, or the JSON is no object.
+        InputError: where `read_json` raises ValueError, or the JSON is not an object.
         OSError: it cannot be read.
     """
     try:

@@ -1,4 +1,4 @@
-"""Paths that users give without meaning to: empty ones, long names, folders that are read-only."""
+"""Paths that users give by mistake or by need: empty ones, long names, read-only folders."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def fails(call):
     return run
 
 
-# The command and its flags, the setting that is empty.
+# A command with its flags, and the setting that is empty.
 EMPTY_SETTINGS = [
     ("train", [QUICK, "--gin.MODEL_DIR=''"], "MODEL_DIR"),
     ("train", [QUICK, "--gin.MODEL_DIR='  '"], "MODEL_DIR"),
@@ -137,7 +137,7 @@ def test_functions_refuse_empty_paths_too(backbone: Any, task: Any) -> None:
 
 
 LONGEST = 255
-"""Bytes of a name in a folder of this machine, and of nearly all."""
+"""The longest file name here, in bytes; 255 on nearly all file systems."""
 
 
 def test_the_longest_name_that_a_folder_takes_is_written(tmp_path):
@@ -173,7 +173,7 @@ def test_a_folder_of_a_longer_name_is_refused_too(fails, backbone):
 
 
 def tree(folder: Path) -> dict[str, tuple[bytes, int]]:
-    """Everything below a folder: what it holds, and when it was written."""
+    """Every file below a folder: its content and when it was written."""
     return {
         str(path): (path.read_bytes() if path.is_file() else b"", path.stat().st_mtime_ns)
         for path in sorted(folder.rglob("*"))

@@ -1,4 +1,4 @@
-"""The family's pre-training as arrays: the batches that come back are those that went in."""
+"""The family's pre-training data as arrays: reading restores the batches that were written."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_the_gin_files_give_one_mixture_to_all_sizes_and_stages(on_gpu, tmp_path
         "SpanCorruptionPart", "PrefixLMPart"]  # fmt: skip
     assert span.parts[1:] == lm.parts[1:] and span.parts[0].rate == lm.parts[0].rate
     assert span.seed != lm.seed  # other batches of the same tasks
-    # Never a validation or test split, nor a set that the studies judge by.
+    # No validation or test split, and no data set that the models are evaluated on.
     read = set(itertools.chain(*(part.task.splits.values() for part in span.parts[1:])))
     assert read == {
         "imdb/train.jsonl.xz",

@@ -1,4 +1,4 @@
-"""What becomes of a launcher's command when the launcher ends: nothing goes on unseen."""
+"""A launcher that ends leaves no process of its command behind."""
 
 from __future__ import annotations
 

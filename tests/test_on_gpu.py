@@ -1,4 +1,4 @@
-"""benchmarks/on_gpu, rehearsed on a CPU: what runs once on a GPU has to run the first time."""
+"""benchmarks/on_gpu, rehearsed on a CPU: on a GPU it must work the first time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ON_GPU = ROOT / "benchmarks" / "on_gpu"
 PARTS = ("pretrain", "parity", "step", "peft", "generate")
-# What the GPU's machine may lack.
+# Packages that the GPU machine may lack.
 ABSENT = (
     "tensorflow_datasets",
     "tensorflow",
@@ -63,7 +63,7 @@ def found(folder: Path, part: str) -> dict[str, Any]:
     return json.loads((folder / f"rehearsal_{part}.json").read_text())
 
 
-# The frame
+# run.sh and its records
 
 
 def test_run_sh_says_what_it_takes(tmp_path) -> None:

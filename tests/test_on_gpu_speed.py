@@ -24,7 +24,7 @@ def _on_the_path(monkeypatch) -> None:
         monkeypatch.syspath_prepend(str(folder))
 
 
-# Sides that wait until they are told
+# Sides that wait for the request to start
 
 
 SIDE = """

@@ -1,4 +1,4 @@
-"""The special ids that a prompt was tuned with are recorded, and have to be the backbone's."""
+"""A prompt records the special ids that it was tuned with; a backbone must have the same."""
 
 from __future__ import annotations
 

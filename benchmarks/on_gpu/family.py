@@ -1,8 +1,9 @@
-"""The pre-training of the family as arrays, for a machine without gin and without the corpus.
+"""The family's pre-training data as arrays, for a machine without gin and without the corpus.
 
-`write_from_gin` evaluates gin_configs/runs/{pretrain,adapt}_family.gin; `read` gives the same
-batches back. In the folder: ids.npz.xz, the running text and the tasks as uint16, the tasks in all
-phrasings, which are near copies of each other and so take little room; family.json, the rest.
+`write_from_gin` evaluates gin_configs/runs/{pretrain,adapt}_family.gin. `read` restores the same
+batches of the tasks. The running text may be shortened, and all stages read it in the order of the
+first one's seed. The folder holds ids.npz.xz, the running text and every phrasing of the tasks as
+uint16 (the phrasings are nearly alike, so they compress well), and family.json, all settings.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ from ptjax.models.config import T5Config
 from ptjax.training.optimizer import Adafactor
 
 TOKENIZER = "package:nano"
-# The window of xz's presets is too small to find one phrasing's texts in the one before.
+# The dictionary of xz's presets is too small to reach back from one phrasing to the one before.
 XZ = [{"id": lzma.FILTER_LZMA2, "preset": 2, "dict_size": 256 << 20}]
 
 
 class Stage(NamedTuple):
-    """What a stage trains on, and how: batches 0 ... `steps` - 1."""
+    """The data and settings of a stage, which trains on batches 0 ... `steps` - 1."""
 
     batches: MixtureBatches
     optimizer: Adafactor
@@ -41,7 +42,7 @@ class Stage(NamedTuple):
 
 
 class Family(NamedTuple):
-    """What `read` gives."""
+    """The result of `read`: configs by size, stages by name, and the tokenizer."""
 
     sizes: Mapping[str, T5Config]
     stages: Mapping[str, Stage]
@@ -49,7 +50,7 @@ class Family(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """Of a stage, as gin gives them to `pretraining.pretrain`."""
+    """Settings of a stage, as gin passes them to `pretraining.pretrain`."""
 
     parts: Sequence[mixture.Part]
     optimizer: Adafactor
@@ -68,8 +69,8 @@ def write(
     """Writes the folder.
 
     Args:
-        stages: all have as many parts, and the same tasks among them.
-        tokens: of the running text, from its start; a stage that reads more begins it anew.
+        stages: all with the same number of parts, and the same tasks in the same places.
+        tokens: how many tokens of the running text to keep; a stage that needs more starts over.
     """
     folder.mkdir(parents=True, exist_ok=True)
     first, *_ = stages.values()
@@ -99,8 +100,8 @@ def write(
 
 
 def write_from_gin(folder: Path, data_dir: Path, corpus_dir: Path, *, tokens: int) -> None:
-    """Writes the folder of the gin files' family; the paths are their DATA_DIR and CORPUS_DIR."""
-    # Nothing is trained here, so that any backbone will do where a stage starts from one.
+    """Writes the family of the gin files; the paths are their DATA_DIR and CORPUS_DIR."""
+    # Nothing is trained here, so any backbone will do as the start of a stage.
     macros = {"DATA_DIR": str(data_dir), "CORPUS_DIR": str(corpus_dir), "MODEL_DIR": str(folder)}
     macros["INITIAL_CHECKPOINT_PATH"] = "ptjax-nano"
     stages = {stage: _bound(macros, name) for stage, name in STAGES.items()}
@@ -116,8 +117,8 @@ def write_from_gin(folder: Path, data_dir: Path, corpus_dir: Path, *, tokens: in
 
 
 def _bound(macros: Mapping[str, str], *gin_files: str) -> dict[str, Any]:
-    """What the gin files give `pretraining.pretrain`."""
-    import gin  # here, for the machine that reads has none
+    """The arguments that the gin files bind for `pretraining.pretrain`."""
+    import gin  # here, because the machine that reads does not have it
 
     from ptjax import cli, pretraining
 
@@ -129,7 +130,7 @@ def _bound(macros: Mapping[str, str], *gin_files: str) -> dict[str, Any]:
 def _describe_stage(
     stage: Settings, components: Sequence[Sequence[TrainBatches]], first_seed: int
 ) -> dict[str, Any]:
-    """A stage as JSON has it; its tasks are those of the components, made with `first_seed`."""
+    """A stage for JSON. `components` are those of the first stage, made with `first_seed`."""
     found = []
     for number, (part, made) in enumerate(zip(stage.parts, components, strict=True)):
         fields = dataclasses.asdict(part)  # type: ignore[call-overload]  # all parts are dataclasses
@@ -154,7 +155,7 @@ def _describe_stage(
 
 
 def read(folder: Path) -> Family:
-    """What `write` wrote."""
+    """Reads what `write` wrote."""
     about = json.loads((folder / "family.json").read_text())
     with np.load(io.BytesIO(lzma.decompress((folder / "ids.npz.xz").read_bytes()))) as file:
         arrays = dict(file)

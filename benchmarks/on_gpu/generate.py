@@ -1,13 +1,13 @@
-"""Texts and ranked labels: ptjax against transformers on the same device and weights.
+"""The part `generate` of `run.sh`: ptjax against transformers, same device and weights.
 
     benchmarks/on_gpu/run.sh generate
 
-T5 1.1 with random weights in bfloat16 and a prompt of 100 rows in front of real inputs (SST-2's):
-16 new tokens, greedy or of four beams, or the likelier one of the task's two labels. transformers
-gets the prompt as the first of its `inputs_embeds` and uses PyTorch's sdpa. A row has the inputs a
-second of either side (medians of turns), how many answers are not the same (and how many distinct
-ones ptjax gave), and the peak memory. The weights are such that nothing ends early; where texts
-differ, bfloat16 decided a near-tie.
+T5 1.1 has random bfloat16 weights and a prompt of 100 rows in front of real inputs (SST-2). Each
+side generates 16 tokens, greedily or with four beams, or chooses the likelier of the task's two
+labels. transformers gets the prompt as the first rows of `inputs_embeds` and uses PyTorch's sdpa. A
+row has the inputs a second of both sides (from the median turn), how many answers differ, how many
+distinct answers ptjax gave, and the peak memory. The weights are chosen so that no text ends early.
+Texts may still differ where two tokens nearly tie, since both sides round to bfloat16.
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ from ptjax.scale.devices import GIB
 
 HERE = Path(__file__).parent
 SIDES = ("ptjax", "torch")
-SECONDS = {"base": 45, "xl": 100}  # that a row may take, the start of the sides included
+SECONDS = {"base": 45, "xl": 100}  # that a row needs, starting the sides included
 TOY = T5Config(512, 64, 2, 2, 2, 32, 128)
 
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What is compared.
+    """A comparison of both sides.
 
     Attributes:
-        config: of the backbone.
-        labels: rows of ids.
-        patience: seconds for an answer, in which a side may compile.
-        restart: sides anew for every method, so that ptjax's peak memory is that method's.
+        config: the backbone's.
+        inputs, labels: rows of ids.
+        patience: seconds that a side may take for an answer, compiling included.
+        restart: start new sides for every method, so that ptjax's peak memory is that method's.
     """
 
     config: T5Config
@@ -67,7 +67,7 @@ class Setup:
     restart: bool = True
 
     def write(self, folder: Path) -> None:
-        """What the sides read; the weights are made by a process that ends then."""
+        """Writes what the sides read. A child process makes the weights, to free their memory."""
         folder.mkdir(exist_ok=True)
         longest = max(map(len, self.inputs))
         settings = {
@@ -77,7 +77,7 @@ class Setup:
             "prompt": self.prompt,
             "new_tokens": self.new_tokens,
             "beams": 4,
-            "input_length": -(-longest // 16) * 16,  # what ptjax's largest bucket would have
+            "input_length": -(-longest // 16) * 16,  # as ptjax's largest bucket would be
         }
         (folder / "settings.json").write_text(json.dumps(settings))
         rows = {"input": make_rows(self.inputs), "label": make_rows(self.labels)}
@@ -93,7 +93,7 @@ def side_command(side: str, folder: Path) -> list[str]:
 
 
 class Comparison:
-    """The rows of a backbone; nothing is written and no process started before one is asked for."""
+    """The rows of a backbone; writes files and starts the sides at the first row."""
 
     def __init__(self, setup: Setup, folder: Path) -> None:
         self._setup, self._folder = setup, folder
@@ -101,13 +101,13 @@ class Comparison:
         self._method = ""
 
     def row(self, method: str, count: int) -> dict[str, Any]:
-        """Both sides' speed, and how many answers differ."""
-        if not (self._folder / "prompt.npy").exists():  # the last that is written
+        """A row: both sides' speed and peak memory, and how many answers differ."""
+        if not (self._folder / "prompt.npy").exists():  # the file that is written last
             self._setup.write(self._folder)
         (self._folder / "turn").write_text(f"{method} {count}")
         try:
             answers = self._sides(method).take(self._setup.rounds)
-        except SideError:  # the next row has new ones
+        except SideError:  # the next row starts new sides
             self.end()
             raise
         per_second, peak = (
@@ -143,11 +143,11 @@ class Comparison:
 
 
 def setups(flags: argparse.Namespace) -> Iterator[tuple[str, Setup, list[tuple[str, int]]]]:
-    """(name, what is compared, its rows), the more important ones first."""
+    """(name, comparison, its rows as (method, inputs)), the more important ones first."""
     if flags.rehearse:
         rows = random_rows(0, 8, 12, (3, TOY.vocab_size)), random_rows(1, 2, 3, (3, TOY.vocab_size))
         small: dict[str, Any] = {"prompt": 4, "new_tokens": 4, "rounds": 1}
-        # A machine that rehearses may be busy with other things.
+        # The machine may be busy, so a side may take as long as the part.
         setup = Setup(TOY, *rows, "cpu", patience=flags.limit, restart=False, **small)
         yield "toy", setup, [(method, 8) for method in METHODS]
         return
@@ -165,7 +165,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_flags(parser)
     flags = parser.parse_args()
-    # For this process and those that it starts: JAX takes memory as it needs it, as PyTorch does.
+    # Also for the sides: JAX allocates memory as it needs it, as PyTorch does.
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     with contextlib.ExitStack() as stack:
         record = stack.enter_context(Record.open("generate", flags))

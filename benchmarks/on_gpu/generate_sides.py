@@ -1,12 +1,12 @@
-"""The two sides of `generate.py`, each a process of its own that takes turns (see turns.py).
+"""The two sides of `generate.py`, each in its own process; they take turns (see turns.py).
 
-    python generate_sides.py write FOLDER      a random backbone and prompt, as both sides read them
+    python generate_sides.py write FOLDER      writes the random backbone and prompt for both sides
     python generate_sides.py ptjax FOLDER
     python generate_sides.py torch FOLDER      transformers
 
-FOLDER holds what `generate.py` wrote there: `settings.json`, `inputs.npz` and `turn`, which says
-what a turn finds (one of `METHODS`) and for how many inputs. In the first one of each, a side also
-writes what it found: FOLDER/SIDE_METHOD_COUNT.json, a string for every input.
+FOLDER holds what `generate.py` wrote: `settings.json`, `inputs.npz` and `turn`, which names the
+method of the next turn (one of `METHODS`) and its number of inputs. In the first turn of each pair,
+a side also writes its answers: FOLDER/SIDE_METHOD_COUNT.json, one string for each input.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ import turns
 
 METHODS = ("labels", "greedy", "beams")
 SHARPNESS = 3.0
-"""Of the logits: the standard deviation of the logarithm of a token's scale."""
+"""Standard deviation of the logarithm of the tokens' scales; see `RandomWeights`."""
 LARGEST_SCALE = 30.0
-EMPTY, EOS = 0, 1  # T5's
+EMPTY, EOS = 0, 1  # T5's padding and end of sequence
 Find = Callable[[str, int], list[str]]
 
 
@@ -41,7 +41,7 @@ def load_inputs(folder: Path) -> tuple[list[np.ndarray], list[np.ndarray]]:
 
 
 def serve(folder: Path, side: str) -> turns.Side:
-    """A side that is warm once it has loaded; a method's first turn compiles."""
+    """A side whose warm-up is only to load; the first turn of a method compiles."""
     settings = json.loads((folder / "settings.json").read_text())
     find, peak, reset = {"ptjax": start_ptjax, "torch": start_torch}[side](folder, settings)
     found: set[Path] = set()
@@ -63,7 +63,7 @@ def serve(folder: Path, side: str) -> turns.Side:
 
 
 def write(folder: Path) -> None:
-    """The backbone of `RandomWeights` and a prompt; no device is needed."""
+    """Writes a backbone of `RandomWeights` and a prompt; needs no accelerator."""
     from ptjax.interop.huggingface import save_huggingface
     from ptjax.models.config import T5Config
 
@@ -76,11 +76,11 @@ def write(folder: Path) -> None:
 
 
 class RandomWeights(Mapping[str, np.ndarray]):
-    """T5X's name -> float32 array, made when it is asked for; of the sizes that T5X begins with.
+    """T5X's name -> float32 array, made on access and scaled as T5X initialises it.
 
-    A few tokens have much larger logits than all others, so that near-ties, which bfloat16 decides
-    either way, are rare. Those of padding and of the end of sequence are 0, far below the best:
-    every text is as long as it may be.
+    A few tokens have much larger logits than the others. So near-ties are rare, which bfloat16
+    could decide either way. The logits of padding and of the end of sequence are 0, far below the
+    largest, so every text has the full length.
     """
 
     def __init__(self, config: Any) -> None:
@@ -90,8 +90,8 @@ class RandomWeights(Mapping[str, np.ndarray]):
         self._shapes = {k: v.shape for k, v in flatten_paths(parameter_shapes(config)).items()}
         self._head_dim = config.head_dim
         rng = np.random.default_rng(0)
-        # All arrays are made of one block, each from another place in it: to draw billions of
-        # numbers would take minutes. A prime, so that no two rows of an array are the same.
+        # All arrays are cut from one block, each from another place in it: drawing billions of
+        # numbers would take minutes. Its size is prime, so no two rows of an array are the same.
         self._block = rng.standard_normal(4_194_319, np.float32)
         scale = np.exp(SHARPNESS * rng.normal(size=config.vocab_size)).astype(np.float32)
         self._token_scale = scale * (LARGEST_SCALE / scale.max())
@@ -107,7 +107,7 @@ class RandomWeights(Mapping[str, np.ndarray]):
             return values
         if name.endswith("logits_dense/kernel"):
             return values * self._token_scale * shape[0] ** -0.5
-        # T5 does not divide the attention's logits by the root of a head's width.
+        # T5 folds the attention's 1 / sqrt(head_dim) into the initial query weights.
         width = shape[0] * (self._head_dim if name.endswith("query/kernel") else 1)
         return values * width**-0.5
 
@@ -119,7 +119,7 @@ class RandomWeights(Mapping[str, np.ndarray]):
 
 
 def start_ptjax(folder: Path, settings: dict[str, Any]) -> tuple[Find, Any, Any]:
-    """(what finds answers, what tells the peak of the device's memory, what begins it anew)."""
+    """Functions that (give the answers, return the peak memory, reset the peak)."""
     from ptjax_side import peak_bytes
     from tokens import IdsAsText, make_inputs, make_rows
 
@@ -147,7 +147,7 @@ def start_ptjax(folder: Path, settings: dict[str, Any]) -> tuple[Find, Any, Any]
             *model, source, IdsAsText(), bucket, count, max_length=length, num_beams=beams, **shared
         )[0]
 
-    # JAX has no way to reset it: `generate.py` goes from less to more.
+    # JAX cannot reset the peak, so `generate.py` goes from fewer inputs to more.
     return find, peak_bytes, lambda: None
 
 
@@ -155,7 +155,7 @@ def start_ptjax(folder: Path, settings: dict[str, Any]) -> tuple[Find, Any, Any]
 
 
 def start_torch(folder: Path, settings: dict[str, Any]) -> tuple[Find, Any, Any]:
-    """As `start_ptjax`."""
+    """As `start_ptjax`, for transformers."""
     import torch
     import transformers
 
@@ -182,7 +182,7 @@ def start_torch(folder: Path, settings: dict[str, Any]) -> tuple[Find, Any, Any]
             num_beams=settings["beams"] if method == "beams" else 1,
             do_sample=False,
         )
-        # Behind the decoder's start.
+        # Without the decoder's start token.
         return [" ".join(map(str, row)) for row in written[:, 1:].tolist()]
 
     if device == "cpu":
@@ -201,7 +201,7 @@ def pad_torch(rows: list[np.ndarray], length: int, device: str) -> tuple[Any, An
 
 
 def rank_torch(model: Any, encoder: dict[str, Any], labels: list[np.ndarray]) -> list[str]:
-    """The number of the likeliest label of each row; the encoder runs once."""
+    """The index of each row's likeliest label, as text; the encoder runs once."""
     import torch
 
     encoded, mask = model.get_encoder()(**encoder), encoder["attention_mask"]

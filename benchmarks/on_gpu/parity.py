@@ -1,11 +1,11 @@
-"""ptjax on the GPU against ptjax on the CPU of the same machine, in one process.
+"""The part `parity` of `run.sh`: ptjax on the GPU against ptjax on the same machine's CPU.
 
     benchmarks/on_gpu/run.sh parity
 
-The fixtures of tests/ and ptjax-nano, in every way in which a backbone is run: logits, loss, the
-prompt's gradient dP, texts (greedy and of a beam search) and ranked labels. A row has the largest
+Runs ptjax-nano in all `WAYS` and the fixtures of tests/ in the first two. Compares logits, loss,
+the prompt's gradient dP, texts (greedy and beam search) and ranked labels. A row has the largest
 difference of a logit in standard deviations of the logits, the relative difference of the loss, the
-norm of dP's difference over that of dP, and how many texts differ.
+norm of dP's difference over the norm of dP, and how many texts and labels differ.
 """
 
 from __future__ import annotations
@@ -52,34 +52,34 @@ from ptjax.scale.sharding import make_mesh, replicated
 from ptjax.training.loss import Loss
 
 BEAMS = 4
-SECONDS = 15  # that a row may take: compiling for both devices is nearly all of it
+SECONDS = 15  # that a row needs, nearly all of them to compile for both devices
 
-# Tolerances. On both devices every sum runs in an order of its own.
+# Tolerances. The two devices sum in different orders.
 #
-# float32, all products with `highest`: a logit's rounding is some 2^-24 of the terms that it sums,
-# over a handful of layers. On a CPU the same network, computed operation by operation instead of
-# compiled as a whole, is 4e-6 standard deviations away (dP: 2e-6). A GPU adds its own exponentials
-# and square roots; 1e-4 is also the bound that the tests have against T5X and transformers.
+# float32, all products with `highest`: the rounding error of a logit is about 2^-24 of the terms
+# that it sums, over a handful of layers. On a CPU, running the network operation by operation
+# instead of compiled as a whole moves a logit by 4e-6 standard deviations (dP: 2e-6). A GPU has its
+# own exponentials and square roots too; 1e-4 is also the tests' bound against T5X and transformers.
 EXACT = {"logits": 1e-4, "loss": 3e-5, "dP": 2e-4}
-# bfloat16: the GPU has to be as near to float32 as the CPU's bfloat16 is, within a factor of two,
-# since the largest of some thousand rounding errors is a random figure. The loss is one number, and
-# its error on the CPU may be 0 by luck: two units in bfloat16's last place are allowed in any case.
-# float32 with JAX's default precision, which is TF32 on a GPU: its products see ten bits of the
-# mantissa where bfloat16 keeps seven and rounds everything between as well, so the CPU's bfloat16
-# is a limit, and no factor is needed.
+# bfloat16: the GPU's distance from float32 may be twice that of the CPU's bfloat16, since the
+# largest of some thousand rounding errors is a random number. The loss is a single number whose
+# error on the CPU may be 0 by luck, so 2^-7 is always allowed, twice bfloat16's rounding error.
+# float32 with JAX's default precision, TF32 on a GPU: its products keep ten bits of the mantissa.
+# bfloat16 keeps seven and also rounds everything in between, so the CPU's bfloat16 is a bound as it
+# is, without a factor.
 BFLOAT16_FACTOR, TF32_FACTOR = 2.0, 1.0
 LEAST = {"logits": 0.0, "loss": 2.0**-7, "dP": 0.0}
-# Texts: none may differ in float32. Where less is kept, near-ties are decided either way, as often
-# as between bfloat16 and float32 on the CPU (a quarter of ptjax-nano's); with 32 texts a fifth more
-# is about twice the standard deviation of the difference between two such counts.
+# Texts: none may differ in float32. In lower precision near-ties go either way, about as often as
+# between bfloat16 and float32 on the CPU (a quarter of ptjax-nano's texts). A fifth of 32 texts
+# more is about twice the standard deviation of the difference between two such counts.
 LUCK = 0.2
-# Kernels in int8: a GPU divides float32 with an error of up to two units in the last place, so a
-# value just between two integers may go to either.
+# int8 kernels: a GPU's float32 division may be off by two units in the last place, so a value
+# halfway between two integers may round to either.
 INT8_STEPS = 1
 
 
 class Devices(NamedTuple):
-    """What is compared; both are of the CPU in a rehearsal."""
+    """The devices to compare; in a rehearsal both are CPU devices."""
 
     gpu: jax.Device
     cpu: jax.Device
@@ -87,12 +87,13 @@ class Devices(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
-    """What one device says.
+    """The results of one device.
 
     Attributes:
-        logits: float32 [targets' tokens, V].
-        repeats: whether the same program gave bitwise the same again.
-        texts: by how they were found, "greedy", "beams" or "labels"; empty if nothing was asked.
+        logits: float32 [target tokens, V].
+        gradient: dP, [P, D].
+        repeats: whether running the same program again gave bitwise the same.
+        texts: "greedy", "beams" or "labels" -> one answer for each input; empty if not requested.
     """
 
     logits: np.ndarray
@@ -103,10 +104,10 @@ class Answers:
 
 
 def move(backbone: Backbone, device: jax.Device, dtype: str) -> Backbone:
-    """The very same weights on another device, computed with in `dtype`."""
+    """The same weights on another device, to compute in `dtype`."""
     mesh = make_mesh(devices=[device])
     values = jax.tree.map(
-        # The scales of int8 kernels are float32, whatever they are computed with.
+        # The scales of int8 kernels stay float32 whatever `dtype` is.
         lambda x: x if isinstance(x, Quantized) else x.astype(dtype),
         jax.device_get(backbone.variables),
         is_leaf=lambda x: isinstance(x, Quantized),
@@ -120,14 +121,14 @@ def move(backbone: Backbone, device: jax.Device, dtype: str) -> Backbone:
 
 
 def answer(backbone: Backbone, subject: Subject, way: Way, *, generated: bool) -> Answers:
-    """What `backbone` says, on the device where it lives, to all that `subject` asks.
+    """Runs `subject` through `backbone`, on the backbone's own device.
 
     Args:
-        generated: texts and labels too.
+        generated: whether to generate texts and rank labels too.
     """
     [device] = backbone.mesh.devices.flat
-    with contextlib.ExitStack() as settings:  # both are of this thread alone
-        # What is on no device yet goes where the backbone is.
+    with contextlib.ExitStack() as settings:  # both apply to this thread alone
+        # Arrays that are on no device yet go to the backbone's.
         settings.enter_context(jax.default_device(device))
         if way.precision is not None:
             settings.enter_context(jax.default_matmul_precision(way.precision))
@@ -167,10 +168,10 @@ def _learn(apply_fn: Callable[..., Any], variables: Any, prompt: Any, batch: Any
 def generate(
     backbone: Backbone, subject: Subject, apply_fn: Callable[..., Any], prompt: jax.Array
 ) -> dict[str, Sequence[Any]]:
-    """`Answers.texts`: greedy, of a beam search, and the numbers of the likeliest labels."""
+    """`Answers.texts`: greedy, by beam search, and the indices of the likeliest labels."""
     config = backbone.config
     variables = with_prompt(backbone.variables, prompt)
-    # One bucket: a single shape to compile.
+    # One bucket, so there is one shape to compile.
     source, size = make_inputs(subject.inputs), len(subject.inputs)
     shared = {"ids": config.special_ids}
     bucket = [(int(source.input_lengths.max()), 0)]
@@ -196,7 +197,7 @@ def generate(
 
 
 def differences(found: Answers, expected: Answers) -> dict[str, float]:
-    """How far two devices, or two precisions, are apart; a NaN is as far as can be."""
+    """How far apart two devices or two precisions are; NaN counts as infinitely far."""
     apart = {
         "logits": np.abs(found.logits - expected.logits).max() / expected.logits.std(),
         "loss": abs(found.loss / expected.loss - 1),
@@ -207,7 +208,7 @@ def differences(found: Answers, expected: Answers) -> dict[str, float]:
 
 
 def count_others(found: Answers, expected: Answers) -> dict[str, int]:
-    """How many texts and labels are not the same; nothing where none were generated."""
+    """How many texts and labels differ; empty if none were generated."""
     return {
         name: sum(a != b for a, b in zip(said, expected.texts[name], strict=True))
         for name, said in found.texts.items()
@@ -215,7 +216,7 @@ def count_others(found: Answers, expected: Answers) -> dict[str, int]:
 
 
 def judge(way: Way, found: Answers, exact: Answers, bfloat16: Answers) -> dict[str, Any]:
-    """A row; `found` is the GPU's, `exact` and `bfloat16` are the CPU's in those precisions."""
+    """A row: `found` of the GPU, against `exact` (float32) and `bfloat16` of the CPU."""
     apart, others = differences(found, exact), count_others(found, exact)
     row: dict[str, Any] = apart | others
     limits, most = EXACT, dict.fromkeys(others, 0)
@@ -236,7 +237,7 @@ def judge(way: Way, found: Answers, exact: Answers, bfloat16: Answers) -> dict[s
 
 
 def compare_kernels(found: Backbone, expected: Backbone) -> dict[str, Any]:
-    """Int8 kernels that two devices made of the same weights: the share that differs, how far."""
+    """int8 kernels quantised on two devices: share of values that differ, largest difference."""
     ours, theirs = (
         [x for x in jax.tree.leaves(jax.device_get(b.variables)) if x.dtype == np.int8]
         for b in (found, expected)
@@ -248,18 +249,18 @@ def compare_kernels(found: Backbone, expected: Backbone) -> dict[str, Any]:
 
 @functools.cache
 def reference(subject: Subject, way: Way, dtype: str, devices: Devices, generated: bool) -> Answers:
-    """The CPU's answers, with the weights that the GPU has, computed in `dtype`."""
+    """The CPU's answers with the GPU's weights, computed in `dtype`."""
     backbone = move(load(subject.path, way, devices.gpu), devices.cpu, dtype)
     return answer(backbone, subject, way, generated=generated)
 
 
 def compare(subject: Subject, way: Way, devices: Devices, *, generated: bool) -> dict[str, Any]:
-    """The row of a subject that is run in a way."""
+    """The row of a subject, run in a given way."""
     ours = load(subject.path, way, devices.gpu)
-    # XLA compiles without Python's lock: for both devices at the same time.
+    # XLA releases the GIL while it compiles, so both devices compile at the same time.
     with concurrent.futures.ThreadPoolExecutor(1) as other:
         pending = other.submit(answer, ours, subject, way, generated=generated)
-        # A CPU's products are in full precision in any case: ways that differ in it share these.
+        # A CPU always multiplies in full precision; ways that differ only in it share a reference.
         of_cpu = dataclasses.replace(way, name="", precision=None)
         exact = reference(subject, of_cpu, FLOAT32, devices, generated)
         bfloat16 = exact
@@ -267,7 +268,7 @@ def compare(subject: Subject, way: Way, devices: Devices, *, generated: bool) ->
             bfloat16 = reference(subject, of_cpu, "bfloat16", devices, generated)
         row = judge(way, pending.result(), exact, bfloat16)
     theirs = load(subject.path, way if way.quantize else WAYS[0], devices.cpu)
-    # A prompt that is tuned on one device has to be taken on the other.
+    # A prompt tuned on one device must be accepted on the other.
     row["fingerprint"] = ours.fingerprint == theirs.fingerprint
     row["met"] &= row["fingerprint"]
     if way.quantize:
@@ -277,10 +278,10 @@ def compare(subject: Subject, way: Way, devices: Devices, *, generated: bool) ->
 
 
 def find_devices() -> Devices:
-    """The GPU and the CPU beside it, or two devices of the CPU.
+    """The GPU and the CPU of this machine, or two CPU devices.
 
     Raises:
-        SystemExit: JAX was told to leave the CPU out.
+        SystemExit: JAX_PLATFORMS leaves out the CPU.
     """
     try:
         return Devices(jax.devices()[0], jax.devices("cpu")[-1])
@@ -289,7 +290,7 @@ def find_devices() -> Devices:
 
 
 def measure(record: Record, devices: Devices, rehearse: bool) -> None:
-    """All rows, the more important ones first."""
+    """Measures all rows, the more important ones first."""
     count = 4 if rehearse else 32
     needs = 0 if rehearse else SECONDS
 
@@ -300,7 +301,7 @@ def measure(record: Record, devices: Devices, rehearse: bool) -> None:
     (name, path), *others = fixtures().items()
     tiny = random_subject(name, path, devices.cpu, count)
     if rehearse:
-        # Between them these do all that any way does; each takes seconds to compile.
+        # Together these cover every setting; each takes seconds to compile.
         for way in WAYS[0], QUANTIZED_SCANNED, PACKED_UNSEEING:
             run(tiny, way, generated=way is WAYS[0])
         return
@@ -318,10 +319,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_flags(parser)
     flags = parser.parse_args()
-    # By default JAX takes three quarters of the memory as soon as it starts; nothing here needs it.
+    # By default JAX allocates three quarters of the memory at its start; nothing here needs that.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if flags.rehearse:
-        # Two devices, so that an array on the wrong one is an error here as it is on a GPU.
+        # Two devices, so that an array on the wrong one fails here as it would with a GPU.
         jax.config.update("jax_num_cpu_devices", 2)
     with Record.open("parity", flags) as record:
         measure(record, find_devices(), flags.rehearse)

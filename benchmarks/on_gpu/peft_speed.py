@@ -1,12 +1,12 @@
-"""The part `peft` of `run.sh`: ptjax beside Hugging Face PEFT, as `against_peft.py` compares them.
+"""The part `peft` of `run.sh`: ptjax against Hugging Face PEFT, compared as in `against_peft.py`.
 
-T5 1.1 base and XL, bfloat16, P = 100, 32 real examples of SST-2 and IMDb a step, dropout 0.1; PEFT
-with PyTorch's fused attention (sdpa), at the end of base also with torch.compile. Each side is a
-process of its own, which has the GPU for itself; those of a task import their libraries at once.
-PEFT takes a batch that does not fit in parts, ptjax takes the remat policy that fits. ptjax's steps
-are compiled without Triton's products, as in the part `step`.
+T5 1.1 base and XL, bfloat16, P = 100, 32 real examples of SST-2 and IMDb a step, dropout 0.1. PEFT
+uses PyTorch's fused attention (sdpa); the last rows are base with torch.compile. Each side runs in
+its own process and has the GPU to itself; the processes of a task import their libraries at the
+same time. If a batch does not fit, PEFT splits it and ptjax chooses another remat policy. ptjax's
+steps are compiled without Triton matrix products, as in the part `step`.
 
-Not called peft.py: on the path it would stand for PEFT itself.
+This file is not called peft.py because it would shadow PEFT itself.
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ import record  # noqa: E402
 from predictions import GIB  # noqa: E402
 
 SIDES = ("peft", "paper", "both", "packed", "unseeing")
-"""The first is what the others are compared with; see `against_peft.NAMES`."""
+"""The first is the baseline of the others; see `against_peft.NAMES`."""
 OPTIONAL = ("peft_compiled",)
 TASKS = (("base", "sst2"), ("base", "imdb"), ("xl", "sst2"), ("xl", "imdb"))
 NEEDS = {"toy": 0, "base": 35, "xl": 60}
 """Seconds that must be left when a side begins."""
 LONGEST = 110
-"""Seconds after which a side is given up, so that others have their turn."""
+"""Seconds after which a side is stopped, so that the others get their turn."""
 GOALS = {"paper": 1.5, "both": 4.0}
-"""Times PEFT's examples a second."""
+"""In multiples of PEFT's examples a second."""
 AGREES = 0.5
-"""How far the bfloat16 logits of two sides may be from each other, in units of their deviation.
+"""Largest allowed difference of two sides' bfloat16 logits, in units of their standard deviation.
 
-The largest of a quarter of a million; two networks that are not the same differ by several.
+It is the maximum over a quarter of a million logits; different networks differ by several units.
 """
 NO_TRITON = {"XLA_FLAGS": "--xla_gpu_enable_triton_gemm=false"}
 
 
 def read_examples(folder: Path, task: str) -> Any:
-    """What `prepare.write_examples` wrote, as `TokenizedExamples`.
+    """Reads what `prepare.write_examples` wrote, as `TokenizedExamples`.
 
     Raises:
-        SystemExit: it is not there.
+        SystemExit: there is no such file.
     """
     file = folder / f"{task}.npz"
     if not file.exists():
@@ -62,7 +62,7 @@ def read_examples(folder: Path, task: str) -> Any:
 
 
 def invent_examples() -> Any:
-    """Random ones, for a rehearsal without data."""
+    """Random examples, for a rehearsal without data."""
     rng = np.random.default_rng(0)
     offsets = np.cumsum([0, *rng.integers(4, 25, 64)])
     ids = rng.integers(2, 8000, offsets[-1])
@@ -78,7 +78,7 @@ def to_examples(ids: np.ndarray, offsets: np.ndarray, targets: list[np.ndarray])
 
 
 def make_flags(size: str, device: str, data: Path) -> argparse.Namespace:
-    """Those of `against_peft.py`."""
+    """The flags of `against_peft.py`."""
     toy = size == "toy"
     return argparse.Namespace(
         size=size,
@@ -98,7 +98,7 @@ def make_flags(size: str, device: str, data: Path) -> argparse.Namespace:
 
 
 def programs(data: Path) -> Iterator[dict[str, Any]]:
-    """ptjax's steps at XL, as `step_time` calls them, for `predictions.py`."""
+    """ptjax's steps at XL as `step_time.Row`s, for `predictions.py`."""
     from ptjax_side import WAYS, make_batches, row_of, step_settings
 
     from ptjax.data.pipeline import Shape
@@ -111,7 +111,7 @@ def programs(data: Path) -> Iterator[dict[str, Any]]:
         for side, (sees_input, _) in WAYS.items():
             for shape in dict.fromkeys(map(Shape.of, make_batches(examples, flags, side))):
                 row = row_of(shape, step_settings(flags), sees_input)
-                yield row | {"timed": False}  # none of them is compared with its prediction
+                yield row | {"timed": False}  # no measured time is compared with these
 
 
 def first_policies(kind: str) -> dict[str, str]:
@@ -122,7 +122,7 @@ def first_policies(kind: str) -> dict[str, str]:
 
 
 def environment(flags: argparse.Namespace) -> dict[str, str]:
-    """Of the sides."""
+    """The environment of the sides."""
     import against_peft
 
     given = against_peft.environment(flags) | NO_TRITON
@@ -130,7 +130,7 @@ def environment(flags: argparse.Namespace) -> dict[str, str]:
 
 
 class Task:
-    """A backbone's size and a task: the processes of its sides, and what they answer."""
+    """A backbone size and a task: the processes of its sides, and their rows."""
 
     def __init__(
         self, found: record.Record, size: str, task: str, sides: list[str], flags: Any
@@ -140,7 +140,7 @@ class Task:
 
         self.found, self.size, self.task, self.sides = found, size, task, sides
         self.flags = make_flags(size, "cpu" if flags.rehearse else "gpu", flags.data)
-        # Where a later call on this machine finds PEFT's logits.
+        # A fixed folder, so that a later call on this machine finds PEFT's logits.
         self.folder = Path(tempfile.gettempdir()) / "ptjax_on_gpu_peft" / f"{size}_{task}"
         self.folder.mkdir(parents=True, exist_ok=True)
         commands = {side: against_peft.command(self.flags, self.folder, side) for side in sides}
@@ -154,7 +154,7 @@ class Task:
         self.turns.end()
 
     def prepare(self) -> None:
-        """Writes what the sides read, while they import their libraries."""
+        """Writes the sides' inputs while they import their libraries."""
         from ptjax_side import write_speed_inputs
 
         there = (self.flags.data / f"{self.task}.npz").exists()
@@ -175,7 +175,7 @@ class Task:
             )
 
     def find(self, side: str) -> dict[str, Any]:
-        """A row of the record; of a side that may fail, why it did."""
+        """A row of the record; for an optional side that failed, the reason."""
         from turns import SideError
 
         self.turns.timeout = max(min(LONGEST, self.found.time_left()), 1)
@@ -194,7 +194,7 @@ class Task:
         return self.describe(side, about, answers)
 
     def describe(self, side: str, about: dict[str, Any], answers: list[Any]) -> dict[str, Any]:
-        """What a side answered, beside what PEFT did."""
+        """A side's row, with its ratio to PEFT."""
         from against_peft import PEAK_FLOPS, result
 
         theirs = self.answers_of_peft()
@@ -213,7 +213,7 @@ class Task:
         return cells | self.agreement(side) | about | kept
 
     def answers_of_peft(self) -> list[dict[str, Any]]:
-        """The turns of its row, perhaps of an earlier call; [] if it has none."""
+        """The turns of PEFT's row, perhaps from an earlier call; [] if there is none."""
         name = name_of(self.size, self.task, "peft")
         rows = [row for row in self.found.rows if row["row"] == name and "seconds" in row]
         return [
@@ -223,7 +223,7 @@ class Task:
         ]
 
     def agreement(self, side: str) -> dict[str, Any]:
-        """How far the logits are from those of a side that computes the same."""
+        """How far the logits are from those of another side that computes the same."""
         from against_peft import difference
 
         other = {"unseeing": "both", "both": "unseeing", "peft": None}.get(side, "peft")
@@ -234,7 +234,7 @@ class Task:
 
 
 def name_of(size: str, task: str, side: str) -> str:
-    """Of a row."""
+    """The name of a row."""
     import against_peft
 
     return f"{size}, {task}: {against_peft.NAMES[side]}"

@@ -1,10 +1,11 @@
-"""What is said of the programs before a GPU has run them: `predictions.json`, beside this file.
+"""Compile-time predictions for the programs of the parts `step` and `peft`: `predictions.json`.
 
     python benchmarks/on_gpu/predictions.py [--data=DIR] [PART...]
 
-Compiles, without a GPU (extra `plan-gpu`), what the parts `step` and `peft` run at XL's and XXL's
-size, for an H100: every shape, remat policy and dtype. Prints compile seconds and bytes. What is in
-the file already is not compiled again, unless JAX has changed.
+Compiles for an H100, without a GPU (extra `plan-gpu`): the scanned rows of `step`, with every remat
+policy at T = 512, and the shapes of `peft` at XL. Prints compile seconds and memory, and saves each
+program to predictions.json beside this file. Programs that are there already are not compiled
+again, unless the version of JAX has changed.
 """
 
 from __future__ import annotations
@@ -21,23 +22,23 @@ FILE = HERE / "predictions.json"
 TARGET = "h100x1"
 GIB = 2**30
 MEMORY_FRACTION = 0.92
-"""Of the GPU's memory, what JAX takes: its three quarters are too little for XL at T = 512."""
+"""JAX's share of the GPU's memory. Its default, 0.75, is too little for XL at T = 512."""
 CHILD = {
-    "XLA_PYTHON_CLIENT_PREALLOCATE": "true",  # in one piece, so that nothing is split
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "true",  # in one piece, so that it does not fragment
     "XLA_CLIENT_MEM_FRACTION": str(MEMORY_FRACTION),
 }
-"""The environment of a process that has the GPU for itself."""
+"""The environment of a process that has the GPU to itself."""
 PARENT = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-"""That of the one which starts them: it only asks which GPU there is."""
+"""The environment of the process that starts those: it only looks which GPU there is."""
 SIZES = ("peak", "argument", "temporary")
 SECONDS = ("ideal", "compute", "memory", "links", "memory_most")
-"""Of a plan's estimate; its two ends follow from them."""
+"""The fields to keep of a plan's estimate; both ends of its range follow from them."""
 
 
 def load(kind: str) -> dict[str, dict[str, Any]]:
-    """Program -> what is predicted of it on such a device; {} of one that is no Hopper.
+    """Name of a program -> its prediction for a device of that kind; {} unless it is H100 or H200.
 
-    The H200 is an H100 with another memory: the same program, whose bytes come at another rate.
+    An H200 is an H100 with faster memory: it runs the same program.
     """
     from ptjax import planning
     from ptjax.scale.slices import GENERATIONS, parse_slice
@@ -58,14 +59,14 @@ def load(kind: str) -> dict[str, dict[str, Any]]:
 
 
 def usable_gib(kind: str) -> float:
-    """Of a device of that kind, by `CHILD`; infinite where it is not known."""
+    """The memory that `CHILD` gives JAX on a device of that kind; infinite if unknown."""
     from ptjax.scale.devices import GPU_MEMORY
 
     return GPU_MEMORY.get(kind, float("inf")) * MEMORY_FRACTION
 
 
 def programs(parts: list[str], data: Path) -> Iterator[dict[str, Any]]:
-    """What `step_time` calls them, once each."""
+    """The programs of the parts, as `step_time.Row`s."""
     if "step" in parts:
         import step
 
@@ -79,7 +80,9 @@ def programs(parts: list[str], data: Path) -> Iterator[dict[str, Any]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", help="step, peft; default: both")
-    parser.add_argument("--data", type=Path, default=HERE / "data", help="folder of prepare.py")
+    parser.add_argument(
+        "--data", type=Path, default=HERE / "data", help="folder that prepare.py wrote"
+    )
     flags = parser.parse_args()
     sys.path[:0] = [str(HERE.parent.parent), str(HERE.parent), str(HERE)]
     import jax
@@ -108,7 +111,7 @@ def main() -> int:
 
 
 def summary(report: Mapping[str, Any]) -> dict[str, Any]:
-    """What is kept of a plan's report."""
+    """The fields to keep of a plan's report."""
     sizes = {f"{kind}_gib": round(report[f"{kind}_bytes"] / GIB, 2) for kind in SIZES}
     seconds = {
         name: round(report["estimate"][name], 5) for name in SECONDS if name in report["estimate"]

@@ -1,10 +1,11 @@
-"""Writes what the parts of `run.sh` read, into one folder that goes to the machine with the GPU.
+"""Writes the data that the parts of `run.sh` read, into one folder to copy to the GPU machine.
 
     python benchmarks/on_gpu/prepare.py --data_dir=DIR [--data=DIR] [--tokenizer=MODEL] sst2 imdb
     python benchmarks/on_gpu/prepare.py --data_dir=DIR [--data=DIR] --corpus_dir=DIR family
 
-DATA_DIR and CORPUS_DIR are laid out as the gin files of the tasks and of the family say. The part
-`pretrain` reads `family` alone (36 MB, some five minutes), the others `sst2` and `imdb`.
+The gin files of the tasks and of the family define the layout of --data_dir and --corpus_dir. The
+part `pretrain` reads `family` (36 MB, written in about five minutes), `peft` reads `sst2` and
+`imdb`, `generate` reads `sst2`; `parity` and `step` read nothing.
 """
 
 from __future__ import annotations
@@ -29,18 +30,18 @@ from ptjax.data.preprocess import tokenize_texts  # noqa: E402
 from ptjax.data.tokenizer import load_tokenizer  # noqa: E402
 
 INPUT_LENGTH = 512
-"""Longer inputs are cut."""
+"""Longer inputs are truncated."""
 
 
 def write_examples(name: str, flags: argparse.Namespace) -> None:
-    """DATA/NAME.npz: a task's training split as ids, the end of sequence included.
+    """Writes DATA/NAME.npz: a task's training split as ids, the end of sequence included.
 
     `train_ids` uint16 [sum of lengths], one example after the other; `train_offsets` int64 [N + 1];
     `train_targets` uint8 [N], class numbers. `label_ids` and `label_offsets` hold the labels of
     the classes in the same form.
 
     Args:
-        name: of `real_batches.TASKS`.
+        name: a task of `real_batches.TASKS`.
 
     Raises:
         SystemExit: the tokenizer's ids need more than 16 bits.
@@ -64,7 +65,7 @@ def write_examples(name: str, flags: argparse.Namespace) -> None:
 
 
 def write_family(flags: argparse.Namespace) -> None:
-    """DATA/family: the batches of the family's pre-training, see `family.py`.
+    """Writes DATA/family: the data of the family's pre-training, see `family.py`.
 
     Raises:
         SystemExit: no --corpus_dir.
@@ -81,16 +82,20 @@ FILES: dict[str, Callable[[argparse.Namespace], None]] = {
     "imdb": functools.partial(write_examples, "imdb"),
     "family": write_family,
 }
-"""What is written by that name."""
+"""Name on the command line -> what writes it."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="+", metavar="NAME", help=f"of {', '.join(FILES)}")
+    parser.add_argument("names", nargs="+", metavar="NAME", help=f"one of {', '.join(FILES)}")
     parser.add_argument("--data_dir", required=True, type=os.path.abspath)
-    parser.add_argument("--corpus_dir", type=Path, help="of `family`: its running text")
-    parser.add_argument("--data", type=Path, default=HERE / "data", help="folder to write")
-    parser.add_argument("--tokenizer", default="package:nano", help="or T5's SentencePiece model")
+    parser.add_argument("--corpus_dir", type=Path, help="the running text, for `family`")
+    parser.add_argument("--data", type=Path, default=HERE / "data", help="output folder")
+    parser.add_argument(
+        "--tokenizer",
+        default="package:nano",
+        help="for example T5's SentencePiece model (default: %(default)s)",
+    )
     flags = parser.parse_args()
     if unknown := set(flags.names) - set(FILES):
         parser.error(f"{', '.join(sorted(unknown))}: choose from {', '.join(FILES)}")

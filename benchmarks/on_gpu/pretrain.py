@@ -1,8 +1,8 @@
-"""Part `pretrain` of run.sh: the next stages of the family that have no weights yet.
+"""The part `pretrain` of `run.sh`: trains the stages of the family that have no weights yet.
 
-Each leaves OUTPUT/weights/SIZE-STAGE in Hugging Face's layout, in files under 15 MB, to be copied
-to models/ptjax_models. A stage starts from the weights of the stage before it, from either place.
-When the time is nearly up, it keeps what it has in SIZE-STAGE.unfinished; the next run resumes
+Each stage writes OUTPUT/weights/SIZE-STAGE in Hugging Face's layout, in files under 15 MB; copy it
+to models/ptjax_models. The second stage starts from the first one's weights, in either folder.
+When the time is nearly up, a stage saves its weights to SIZE-STAGE.unfinished; the next run resumes
 there with a new optimizer state.
 """
 
@@ -45,15 +45,23 @@ from ptjax.training.optimizer import Adafactor
 MODELS = Path(ptjax_models.__file__).parent
 SHARD_BYTES = 14 << 20
 LOSS_PERIOD = 100
-"""Steps between looks at the losses and at the clock."""
+"""Every so many steps, the mean loss is recorded and the clock checked."""
 SAVING = 10
-"""Seconds to keep for writing weights."""
+"""Seconds reserved for writing the weights."""
 
 
 def train(
     config: T5Config, params: Any, stage: Stage, first: int, stop_at: float
 ) -> tuple[Any, int, list[float]]:
-    """(weights, steps done, the losses); ends early, between looks, at `time.monotonic()`."""
+    """Trains from step `first` on.
+
+    Args:
+        stop_at: `time.monotonic()` after which to stop early; checked every `LOSS_PERIOD` steps.
+
+    Returns:
+        (weights, steps done, mean losses of `LOSS_PERIOD` steps). The last loss is not finite if
+        training stopped for that.
+    """
     mesh = sharding.make_mesh((1, 1), jax.devices()[:1])
     trainable = {"params": params}
     freeze = freezing.make_freeze(trainable, freezing.METHODS["model_tuning"])
@@ -74,7 +82,7 @@ def train(
 
 
 def ahead(batches: Batches, first: int, workers: int = 4) -> Iterator[dict[str, np.ndarray]]:
-    """Batches from number `first` on, made in threads beside the steps."""
+    """Batches from number `first` on, made in background threads."""
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         waiting = [pool.submit(batches.batch, first + i) for i in range(4 * workers)]
         number = first + len(waiting)
@@ -88,7 +96,7 @@ def ahead(batches: Batches, first: int, workers: int = 4) -> Iterator[dict[str, 
 
 
 def find_weights(name: str, weights: Path) -> Path | None:
-    """The folder of a stage's weights, new or committed; None if it has none."""
+    """The folder with a stage's weights, in `weights` or in the package; None if there is none."""
     folders = [weights / name, MODELS / name]
     return next((folder for folder in folders if folder.exists()), None)
 
@@ -96,7 +104,12 @@ def find_weights(name: str, weights: Path) -> Path | None:
 def run_stage(
     family: Family, size: str, name: str, weights: Path, record: Record
 ) -> dict[str, Any]:
-    """Trains a stage until it is done or the time is up, and writes its weights."""
+    """Trains a stage until it is done or the time is up, and writes its weights.
+
+    Raises:
+        TimeoutError: the time is up; the weights so far are in SIZE-STAGE.unfinished.
+        FloatingPointError: the loss is not finite; nothing is written.
+    """
     stage, config = family.stages[name], family.sizes[size]
     done, unfinished = weights / f"{size}-{name}", weights / f"{size}-{name}.unfinished"
     first, source = 0, None
@@ -136,7 +149,7 @@ def run_stage(
 
 
 def write_toy(folder: Path) -> None:
-    """A family of one tiny size and stages of a few steps, for a rehearsal."""
+    """Writes a family of one tiny size and two stages of four steps, for a rehearsal."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = [f"The {a} mill was {b}." for a in ("old", "new") for b in ("good", "bad", "sold")]
     rows = [json.dumps({"text": line, "label": str(i % 2)}) for i, line in enumerate(lines * 40)]

@@ -1,7 +1,7 @@
-"""What a part of `run.sh` finds: rows in a JSON file that is whole at every moment.
+"""Results of a part of `run.sh`: rows in a JSON file, which is replaced atomically after each row.
 
-A part that is stopped by its limit, or fails, leaves the rows that it had. The same command again
-keeps them and goes on with the rest.
+A part that hits its limit or fails keeps the rows that it finished. The same command continues with
+the others.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from pathlib import Path
 from typing import Any
 
 STARTED = time.monotonic()
-"""When a part began, if it imports this module before the slow ones."""
+"""When a part began, provided that it imports this module before the slow ones."""
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers", "peft")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """What `run.sh` gives every part."""
+    """The flags that `run.sh` passes to every part."""
     parser.add_argument("--output", type=Path, required=True, help="folder of the JSON files")
     parser.add_argument("--data", type=Path, required=True, help="folder made by prepare.py")
-    parser.add_argument("--limit", type=float, default=240, help="seconds; rows stop before it")
+    parser.add_argument("--limit", type=float, default=240, help="seconds for the part")
     parser.add_argument("--rehearse", action="store_true", help="toy sizes, on any device")
 
 
@@ -40,7 +40,8 @@ class Record:
     Attributes:
         part: its name in `run.sh`.
         path: `gpu_PART.json`, or `rehearsal_PART.json`, which is never a result.
-        deadline: of `time.monotonic()`, when the last row should have begun.
+        deadline: `time.monotonic()` by which the last row should have ended.
+        about: the part and the machine.
     """
 
     part: str
@@ -51,11 +52,14 @@ class Record:
 
     @classmethod
     def open(cls, part: str, flags: argparse.Namespace, *, started: float = STARTED) -> Record:
-        """`started` is what `time.monotonic()` said before the slow imports.
+        """Reads the rows of earlier runs, if there are any.
+
+        Args:
+            started: `time.monotonic()` before the slow imports.
 
         Raises:
-            SystemExit: there is no accelerator and this is no rehearsal, or the rows that are there
-                were found on another device.
+            SystemExit: there is no accelerator and this is no rehearsal, or the earlier rows are of
+                another device.
         """
         about = {"part": part, "rehearsal": flags.rehearse, **describe_machine()}
         if about["platform"] == "cpu" and not flags.rehearse:
@@ -86,12 +90,16 @@ class Record:
         return self.deadline - time.monotonic()
 
     def measure(self, name: str, find: Callable[[], dict[str, Any]], *, needs: float = 0) -> None:
-        """Adds what `find` returns as the row `name`, unless an earlier run has it.
+        """Adds the result of `find` as the row `name`, unless an earlier run has it.
 
-        An error becomes the row's `error`, which the next run tries again: other rows still count.
+        An exception becomes the row's `error`. The part continues, and the next run tries the row
+        again.
 
         Args:
-            needs: seconds; with fewer left, the row is not begun and the part is incomplete.
+            needs: seconds that the row needs.
+
+        Raises:
+            TimeoutError: less time than that is left; this ends the part.
         """
         if any(row["row"] == name and "error" not in row for row in self.rows):
             return
@@ -101,7 +109,7 @@ class Record:
         began = time.monotonic()
         try:
             found = find()
-        except Exception as error:  # Whatever a device or a peer comes up with, the rest goes on.
+        except Exception as error:  # whatever fails, the other rows still run
             found = {"error": f"{type(error).__name__}: {error}"[:2000]}
         row = {"row": name, **found, "row_seconds": round(time.monotonic() - began, 1)}
         self.rows.append(row)
@@ -119,8 +127,8 @@ class Record:
 
 
 def describe_machine() -> dict[str, Any]:
-    """Device, driver and versions, as JSON has them."""
-    import jax  # here, so that table.py needs none
+    """Date, device, driver and versions, for JSON."""
+    import jax  # slow to import: not before STARTED is taken
 
     devices = jax.devices()
     return {

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Runs ptjax on a GPU for the first time, in parts of at most four minutes, without a network.
+# Benchmarks ptjax on a GPU machine without a network, in parts of at most four minutes each.
 #
 #   benchmarks/on_gpu/run.sh [--rehearse] [--data=DIR] [--output=DIR] [--limit=SECONDS] [PART...]
 #
-# PART: pretrain, parity, step, peft, generate; none named: those without a complete result, in this
-# order. DIR of --data is what `python benchmarks/on_gpu/prepare.py` made. Every part leaves
-# gpu_PART.json in --output whatever happens; the same command again keeps its rows and goes on.
-# --rehearse: toy sizes on the CPU. Ends with 0 if every part is complete.
+# PART: pretrain, parity, step, peft, generate; default: those without a complete result, in this
+# order. --data is the folder that `python benchmarks/on_gpu/prepare.py` wrote. Each part writes
+# gpu_PART.json to --output, with every row that it finished; the same command keeps those rows and
+# continues. --limit: seconds for each part (default: 240). --rehearse: toy sizes on the CPU, written
+# to rehearsal_PART.json. The exit code is 0 if every part is complete.
 set -uo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
@@ -26,11 +27,11 @@ for word in "$@"; do
 done
 if [ ${#rehearse[@]} -gt 0 ]; then
     export JAX_PLATFORMS=cpu
-    # Toy sizes run for a moment; nearly all of the time is the compiler's.
+    # Toy sizes spend nearly all of their time compiling.
     export XLA_FLAGS="--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     kind=rehearsal
 else
-    # Named, so that a GPU that cannot be used is an error, not a run on the CPU.
+    # Named, so that JAX fails if it cannot use the GPU instead of falling back to the CPU.
     export JAX_PLATFORMS=${JAX_PLATFORMS:-cuda,cpu}
     kind=gpu
 fi
@@ -40,16 +41,16 @@ if [ ${#parts[@]} -eq 0 ]; then
     done
 fi
 export PYTHONPATH=$root:$root/benchmarks:$here:$root/models${PYTHONPATH:+:$PYTHONPATH}
-# What is compiled once on this machine is not compiled again by the next part.
+# The parts share compiled programs.
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-${TMPDIR:-/tmp}/ptjax_on_gpu_cache}
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=${JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS:-0.2}
 
 for part in "${parts[@]}"; do
     echo "== $part" >&2
     file=$part
-    # A module `peft` on the path would stand for PEFT itself.
+    # A module called `peft` on the path would shadow PEFT itself.
     [ "$part" = peft ] && file=peft_speed
-    # The part stops by itself before the limit; this is for one that hangs.
+    # A part stops by itself before the limit; timeout ends one that hangs.
     timeout --signal=INT --kill-after=10 "$limit" "$python" "$here/$file.py" \
         --data="$data" --output="$output" --limit="$((limit - 20))" "${rehearse[@]}" \
         || echo "== $part ended with $?" >&2

@@ -1,12 +1,12 @@
 """The part `step` of `run.sh`: the prompt tuning step of T5 1.1 XL and XXL.
 
 Time, examples a second, peak memory and model-FLOPs utilisation of the step that `ptjax.train`
-compiles, without dropout, beside what `ptjax.plan` says of it (`predictions.json`). B = 32,
-P = 100, L = 16, random weights, layers scanned. `benchmarks/step_time.py` measures each row in a
-process of its own; of the remat policies whose predicted peak fits, the first that runs is taken.
+compiles, without dropout, next to the predictions of `ptjax.plan` (`predictions.json`). B = 32,
+P = 100, L = 16, random weights, layers scanned. `benchmarks/step_time.py` measures each row in its
+own process, with the first remat policy that runs of those whose predicted peak fits.
 
-The first rows are compiled as the plan was: products by cuBLAS, without Triton's, whose tuning may
-take minutes. Rows behind them let XLA choose, and unroll the layers.
+The first rows are compiled as for the predictions: matrix products by cuBLAS, not Triton, which may
+take minutes to tune. Later rows profile the kernels, let XLA choose, and unroll the layers.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from predictions import GIB  # noqa: E402
 CUBLAS = {"xla_gpu_enable_triton_gemm": False}
 COMMON = {"batch": 32, "dtype": "bfloat16", "quantize": None, "steps": 5, "turns": 4}
 LONGEST = 100
-"""Seconds after which a row is given up, so that others have their turn."""
-ROWS: dict[str, dict[str, object]] = {  # the most valuable first
+"""Seconds after which a row is stopped, so that the others get their turn."""
+ROWS: dict[str, dict[str, object]] = {  # the most important first
     "XL, T = 512": {"size": "xl", "inputs": 512, "options": CUBLAS},
     "XXL int8, T = 512": {"size": "xxl", "inputs": 512, "quantize": "int8", "options": CUBLAS},
     "XL, T = 64": {"size": "xl", "inputs": 64, "options": CUBLAS},
@@ -35,11 +35,11 @@ ROWS: dict[str, dict[str, object]] = {  # the most valuable first
     "XL, T = 512, unrolled": {"size": "xl", "inputs": 512, "options": CUBLAS, "scan": False},
 }
 OPTIONAL = (*ROWS,)[4:]
-"""Rows that are left out if they fail: the compiler may take too long for them."""
+"""Rows that may fail without failing the part: they may take too long to compile."""
 NEEDS = 40
 """Seconds that must be left when a row begins; an optional one may take all of `LONGEST`."""
 GOALS = {"utilisation": 0.50, "peak": 0.05}
-"""MFU at XL, T = 512; how far the measured peak may be from the plan's."""
+"""MFU at XL, T = 512; largest relative error of the predicted peak."""
 REHEARSED = {
     "toy int8, T = 16": {"size": "toy", "inputs": 16, "quantize": "int8", "profile": True},
 }
@@ -47,12 +47,12 @@ TOY = {"batch": 2, "steps": 2, "turns": 2}
 
 
 def settings(name: str) -> dict[str, object]:
-    """A row as `step_time` takes it, without its remat policy."""
+    """A row as a `step_time.Row`, without its remat policy."""
     return COMMON | (REHEARSED[name] | TOY if name in REHEARSED else ROWS[name])
 
 
 def programs() -> list[dict[str, object]]:
-    """What `predictions.py` compiles: scanned rows with every policy, short ones with the first."""
+    """What `predictions.py` compiles: scanned rows, at T = 512 with every remat policy."""
     import step_time
 
     found = {}
@@ -65,7 +65,7 @@ def programs() -> list[dict[str, object]]:
 
 
 def policies(row: dict[str, object], kind: str) -> list[str]:
-    """Those that fit such a device or are not predicted; the one that keeps most first."""
+    """Remat policies that are predicted to fit, or not predicted; the one that keeps most first."""
     import step_time
 
     known, usable = predictions.load(kind), predictions.usable_gib(kind)
@@ -80,7 +80,7 @@ def policies(row: dict[str, object], kind: str) -> list[str]:
 
 
 def find(name: str, kind: str, deadline: float) -> dict[str, object]:
-    """A row of the record.
+    """A row of the record; for an optional row that failed, the reason.
 
     Raises:
         RuntimeError: no policy runs, and the row is not optional.

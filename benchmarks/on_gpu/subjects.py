@@ -1,4 +1,4 @@
-"""What `parity.py` asks of which backbones, and in which ways they are run."""
+"""The inputs of `parity.py`: backbones, their examples, and the ways to run them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FIXTURES = ROOT / "tests" / "fixtures"
 SENTENCES = ROOT / "ptjax" / "assets" / "sentiment" / "test.jsonl"
 FLOAT32 = "float32"
 PROMPT = 8  # rows
-TARGET_LENGTH = 12  # also of what is generated
+TARGET_LENGTH = 12  # also the length to generate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Way:
     """How a backbone is run.
 
     Attributes:
-        precision: `jax_default_matmul_precision`; None is JAX's own.
-        generates: whether texts and labels are compared too, which most of a row's time goes to.
+        precision: `jax_default_matmul_precision`; None is JAX's default.
+        generates: whether to compare texts and labels too, which takes most of a row's time.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Way:
 
     @property
     def rounds(self) -> bool:
-        """Whether a GPU keeps less than float32 of anything."""
+        """Whether a GPU computes anything in less than float32."""
         return self.dtype != FLOAT32 or self.precision != "highest"
 
 
@@ -70,7 +70,7 @@ WAYS = (
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Subject:
-    """A backbone and what it is asked.
+    """A backbone and its examples.
 
     Attributes:
         inputs, targets, labels: rows of ids of any length.
@@ -86,7 +86,7 @@ class Subject:
 
 
 def load(path: str, way: Way, device: jax.Device) -> Backbone:
-    """The backbone as `way` holds its weights; loaded once."""
+    """The backbone with its weights stored as `way` says; cached."""
     return _load(path, device, way.dtype, way.quantize, way.scan_layers)
 
 
@@ -104,13 +104,13 @@ def fixtures() -> dict[str, str]:
 
 
 def draw_prompt(backbone: Backbone) -> np.ndarray:
-    """Rows of the embedding, as an initialiser of a prompt draws them: float32 [P, D]."""
+    """A prompt of random rows of the embedding: float32 [P, D]."""
     table = np.asarray(backbone.variables["params"]["token_embedder"]["embedding"], np.float32)
     return table[np.random.default_rng(0).integers(0, len(table), PROMPT)]
 
 
 def random_subject(name: str, path: str, device: jax.Device, count: int) -> Subject:
-    """Random ids; rows of up to 150, which reach the logarithmic buckets of distances."""
+    """Random ids. Rows of up to 150 reach the logarithmic relative-position buckets."""
     backbone = load(path, WAYS[0], device)
     ids = 3, backbone.config.vocab_size
     return Subject(
@@ -124,7 +124,7 @@ def random_subject(name: str, path: str, device: jax.Device, count: int) -> Subj
 
 
 def nano_subject(device: jax.Device, count: int) -> Subject:
-    """ptjax-nano and sentences of the shipped task; each also has the next one as its target."""
+    """ptjax-nano with sentences of the shipped task; the target of each is the next one."""
     backbone = load("ptjax-nano", WAYS[0], device)
     assert backbone.tokenizer is not None
     lines = SENTENCES.read_text().splitlines()[: count + 1]
@@ -142,7 +142,7 @@ def nano_subject(device: jax.Device, count: int) -> Subject:
 
 
 def make_subject_batch(subject: Subject, way: Way, backbone: Backbone) -> Batch:
-    """All examples: a row each, or packed four to a row."""
+    """All examples in one batch: one to a row, or packed four to a row."""
     ids = backbone.config.special_ids
     if not way.packed:
         return make_batch(

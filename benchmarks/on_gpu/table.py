@@ -1,8 +1,8 @@
-"""Prints what the parts of `run.sh` found as Markdown tables.
+"""Prints the results of the parts of `run.sh` as Markdown tables.
 
     python benchmarks/on_gpu/table.py FOLDER PART...
 
-Ends with 1 if a part is not complete.
+The exit code is 1 if a part is not complete.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 
 def show(found: dict[str, Any]) -> str:
-    """A part as a heading and a table; a column for everything that a row of it has."""
+    """A part as a heading and a table, with a column for every key that occurs in its rows."""
     rows = found["rows"]
     columns = list(dict.fromkeys(name for row in rows for name in row))
     lines = [
@@ -29,7 +29,7 @@ def show(found: dict[str, Any]) -> str:
 
 
 def cell(value: Any) -> str:
-    """A value in a table's cell."""
+    """A value as the text of a table cell."""
     match value:
         case None:
             return ""
@@ -44,7 +44,7 @@ def cell(value: Any) -> str:
 def main(folder: str, *parts: str) -> int:
     complete = True
     for part in parts:
-        # A folder is of rehearsals or of results.
+        # A result, a rehearsal, or both.
         files = sorted(Path(folder).glob(f"*_{part}.json"))
         for file in files:
             found = json.loads(file.read_text())

@@ -1,4 +1,4 @@
-"""Token rows for the parts of `run.sh`: no text and no tokenizer is needed on the GPU's machine."""
+"""Token rows for the parts of `run.sh`, so that the GPU machine needs no T5 tokenizer."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from ptjax.data.preprocess import TokenizedExamples, TokenRows
 
 
 class IdsAsText:
-    """Stands where a tokenizer writes what was generated: the ids themselves, as words."""
+    """Takes the place of a tokenizer when decoding: writes each id as a number."""
 
     def decode(self, ids: Iterable[int]) -> str:
         return " ".join(map(str, ids))
 
 
 def make_rows(rows: Sequence[np.ndarray]) -> TokenRows:
-    """Rows of ids [n], one behind the other."""
+    """Concatenates rows of ids [n]."""
     offsets = np.cumsum([0, *map(len, rows)])
     return TokenRows(np.concatenate([*rows, np.zeros(0, np.int32)]).astype(np.int32), offsets, 0)
 
@@ -29,7 +29,7 @@ def make_inputs(rows: Sequence[np.ndarray]) -> TokenizedExamples:
 
 
 def random_rows(seed: int, count: int, longest: int, ids: tuple[int, int]) -> list[np.ndarray]:
-    """`count` rows of 1 to `longest` ids, from the first of `ids` up to before the second."""
+    """`count` rows of 1 to `longest` ids, drawn from range(*ids); the first row is the longest."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(1, longest, count, endpoint=True)
     lengths[0] = longest
@@ -37,7 +37,7 @@ def random_rows(seed: int, count: int, longest: int, ids: tuple[int, int]) -> li
 
 
 def draw_rows(file: Path, count: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """(inputs of `count` training examples, drawn at random, and all labels), of prepare.py's file.
+    """(inputs of `count` random training examples, all labels), from a file of prepare.py.
 
     Raises:
         SystemExit: there is no such file.

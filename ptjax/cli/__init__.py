@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 MAY_BE_EMPTY = ("--cache_dir", "--gin_bindings", "--gin_search_paths", "--prefix")
-"""Flags to which an empty value says something; to all others it is one that was never set."""
+"""Flags that accept an empty value; for the others it is a mistake, such as an unset variable."""
 
 GIN = """\
 gin: a gin file binds arguments of Python functions and names macros (NAME = value).

@@ -35,7 +35,7 @@ GRACE_SECONDS = 10
 IDENTITY_FILE = "PTJAX_LAUNCH_IDENTITY"
 """Environment variable of `ptjax.launch`: the file in which it reads who its child is."""
 LAUNCHER_PIPE = "PTJAX_LAUNCH_PIPE"
-"""The same: a pipe of which the launcher holds the other end for as long as it lives."""
+"""The same: a pipe whose other end the launcher holds open for as long as it lives."""
 _HOST_BYTES = 64
 
 
@@ -130,7 +130,7 @@ def start(arguments: argparse.Namespace | None) -> None:
 def _end_with_launcher() -> None:
     """Ends this process when its launcher is killed.
 
-    A run that goes on unseen would hold the devices and the lock of its MODEL_DIR.
+    Otherwise the run would go on unseen, with the devices and the lock of its MODEL_DIR.
     """
     pipe = os.environ.pop(LAUNCHER_PIPE, "")
     if not pipe.isdigit() or not stat.S_ISFIFO(os.fstat(int(pipe)).st_mode):

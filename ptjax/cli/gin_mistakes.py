@@ -38,7 +38,7 @@ from ptjax.training import optimizer
 
 
 MAX_DEPTH = 100
-"""Levels of nesting in a value; real ones have fewer than ten."""
+"""Levels of nesting in a value; real values have fewer than ten."""
 _MARKS = re.compile(
     r"""(?s)\'{3}.*?\'{3}|"{3}.*?"{3}|'(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*"|\#[^\n]*|[][(){}]"""
 )
@@ -46,8 +46,9 @@ _MARKS = re.compile(
 
 
 def check_depth(text: str, where: str) -> None:
-    """InputError for a value that nobody wrote by hand: gin's parser, and what copies or prints
-    values, recurse into it.
+    """InputError for a value that is nested too deeply.
+
+    gin's parser recurses into values, and so does the code that copies or prints them.
 
     Args:
         where: the file, or the command line with the name of the setting.

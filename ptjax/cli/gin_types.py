@@ -85,7 +85,7 @@ def _reference_fits(reference: Any, kind: Any) -> bool:
 
 
 def is_path(kind: Any) -> bool:
-    """Whether an argument of that type is a path, which ours annotate as a text or a PathLike."""
+    """Whether a type is that of a path: in ptjax a union with `os.PathLike`."""
     return any(get_origin(one) is os.PathLike for one in get_args(kind))
 
 
@@ -144,12 +144,12 @@ def describe(kind: Any) -> str:
 
 
 def names_path(macro: str) -> bool:
-    """Whether a macro's name says that it stands for a path."""
+    """Whether a macro is a path, by its name."""
     return macro.endswith(("_DIR", "_PATH"))
 
 
 def flag_of(macro: str) -> str:
-    """How a macro is set, with a placeholder for its value."""
+    """The flag that sets a macro, with a placeholder for its value."""
     return gin_flag(macro, "PATH") if names_path(macro) else f"--gin.{macro}=VALUE"
 
 
@@ -163,7 +163,7 @@ def line_of(pattern: str, files: Sequence[epath.Path]) -> str:
 
 
 def check_finite(files: Sequence[epath.Path], command_line: Sequence[str]) -> None:
-    """Refuses inf and nan, which gin reads (as 1e999) and cannot write: config.gin lacked them."""
+    """Refuses inf and nan: gin reads them (as 1e999) but would leave them out of config.gin."""
     for (scope, selector), bindings in _gin._CONFIG.items():
         module, _, function = selector.rpartition(".")
         for argument, value in bindings.items():
@@ -186,7 +186,7 @@ def check_finite(files: Sequence[epath.Path], command_line: Sequence[str]) -> No
 def check_types(
     files: Sequence[epath.Path], command_line: Sequence[str], optional: Sequence[str]
 ) -> None:
-    """Every bound value against the annotation of its argument; a path is not empty."""
+    """InputError for an empty path, or a bound value of another type than its argument's."""
     for (scope, selector), bindings in list(_gin._CONFIG.items()):
         function = _gin._REGISTRY.get_match(selector).wrapped
         kinds = argument_types(function)

@@ -68,10 +68,10 @@ def check(path: str, *, force: bool, inputs: Iterable[str | os.PathLike[str]] = 
 
 
 def check_place(path: str) -> None:
-    """Refuses a local PATH, of a file or a directory, for which there is no place.
+    """Refuses a local PATH, of a file or a directory, that cannot be created.
 
     Raises:
-        InputError: a name is too long, or what would hold it is a file or cannot be written to.
+        InputError: a name is too long, or its parent is a file or not writable.
     """
     real = os.path.realpath(epath.Path(path).expanduser())
     folder = real
@@ -85,7 +85,7 @@ def check_place(path: str) -> None:
             f"--output={path}: a name of {len(os.fsencode(long))} bytes is longer than the "
             f"{longest} that {folder} takes; name it shorter"
         )
-    # A file is replaced by a new one, which is made beside it.
+    # A new file, made beside the old one, replaces it.
     places = [os.path.dirname(real), real] if os.path.isfile(real) else [folder]
     for place in places:
         if not os.access(place, os.W_OK):

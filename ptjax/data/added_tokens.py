@@ -22,7 +22,7 @@ _KINDS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 CONTROL_NAMES = tuple(f"{kind}_token" for kind in _KINDS)
 """The settings of tokenizer_config.json that name control tokens; texts cannot hold these."""
 START = "<s>"
-"""SentencePiece's own name of a start: a control token too where no setting names it, as for T5."""
+"""SentencePiece's start piece; a control token even if no setting names it, as for T5."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a backbone is pre-trained on: running text and supervised tasks, mixed at fixed rates."""
+"""Pre-training data: running text and supervised tasks, mixed at fixed rates."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class Text:
     """Documents of running text.
 
     Attributes:
-        files: paths or globs, each with the field of its records that holds the text
-            ("imdb.jsonl.xz": "text"; plain text files give the field "text" line by line).
-        data_dir: where relative paths start.
-        preprocess: fields of a record -> fields of the documents made of it.
-        take_every: keep every n-th document of a file, by file.
+        files: path or glob -> the field that holds the text ({"imdb.jsonl.xz": "text"}). In plain
+            text files, every line is a record with the field "text".
+        data_dir: relative paths start here.
+        preprocess: makes documents of a record: its fields -> the fields of each document.
+        take_every: path or glob -> n, as in `files`: use only every n-th record.
     """
 
     files: Mapping[str, str]
@@ -52,7 +52,7 @@ class Text:
                 yield from (fields[field] for fields in made)
 
     def tokenize(self, tokenizer: Tokenizer, seed: int) -> np.ndarray:
-        """All documents in random order, EOS behind each, as one stream of ids [N]."""
+        """All documents in random order, each followed by EOS, as one stream of ids [N]."""
         documents = list(self.documents())
         order = np.random.default_rng(seed).permutation(len(documents))
         dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
@@ -69,19 +69,20 @@ class Text:
 
 @dataclasses.dataclass(frozen=True)
 class TokenFile:
-    """Running text that was tokenised before: what `Text.tokenize` gives, kept in a file.
+    """Running text that is already tokenised: the result of `Text.tokenize` in a file.
 
     Attributes:
-        path: one `.npy` array of ids [N], local or gs://.
+        path: a `.npy` file with one array of ids [N], local or gs://.
     """
 
     path: str
 
     def tokenize(self, tokenizer: Tokenizer, seed: int) -> np.ndarray:
-        """The ids of the file, whose order is that of the seed with which they were made.
+        """The ids in the file. `seed` changes nothing: the documents keep the file's order.
 
         Raises:
-            InputError: no such file, not a vector of integers, or ids that the tokenizer lacks.
+            InputError: there is no such file, it holds no integer vector, or an id is not in the
+                vocabulary.
         """
         try:
             with epath.Path(self.path).open("rb") as file:
@@ -103,7 +104,7 @@ class TokenFile:
 
 
 class Part(Protocol):
-    """A component of the mixture: its rate, and its pipelines with their share of the rate."""
+    """A component of the mixture: its rate, and the pipelines that share it equally."""
 
     rate: float
     batch_size: int
@@ -121,7 +122,7 @@ def _needs_text(stream: np.ndarray | None) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class SpanCorruptionPart:
-    """T5's own objective on the running text; `rate` is its share of the batches."""
+    """T5's span corruption of the running text; `rate` is its share of the batches."""
 
     rate: float
     batch_size: int = 64
@@ -148,7 +149,7 @@ class SpanCorruptionPart:
 
 @dataclasses.dataclass(frozen=True)
 class PrefixLMPart:
-    """The paper's LM adaptation on the running text."""
+    """Prefix LM on the running text, the paper's LM adaptation."""
 
     rate: float
     batch_size: int = 64
@@ -173,11 +174,11 @@ class PrefixLMPart:
 
 @dataclasses.dataclass(frozen=True)
 class TaskPart:
-    """A supervised task in several phrasings, all at equal rates.
+    """A supervised task in several phrasings, which share its rate equally.
 
     Attributes:
-        phrasings: (template of the inputs, verbalizer or None for the task's own) each.
-        input_length: longer inputs are cut.
+        phrasings: pairs of an input template and a verbalizer; None is the task's verbalizer.
+        input_length: longer inputs are truncated.
     """
 
     rate: float

@@ -104,10 +104,10 @@ def tokenize_examples(
 
 
 def check_labels(labels: Sequence[str], tokenizer: Tokenizer, target_length: int) -> None:
-    """Refuses labels that the model could never give back as text, or not tell apart.
+    """Refuses labels that the model could never generate as text, or not tell apart.
 
     A vocabulary without some character of a label, or a target length that cuts it, would leave
-    every prediction of it wrong. Of two labels of the same tokens the first would always win.
+    every prediction of it wrong. Of two labels with the same tokens, the first would always win.
 
     Raises:
         InputError: a label does not survive encoding, cutting and decoding, or two are the same.

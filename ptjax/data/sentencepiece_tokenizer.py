@@ -135,7 +135,7 @@ class SentencePieceTokenizer:
         for i, (content, _) in enumerate(self._pieces[len(proto.pieces) :], len(proto.pieces)):
             cut.setdefault(content, AddedToken(content, i, special=True))
         for i, piece in enumerate(proto.pieces):
-            # Control symbols too: SentencePiece makes none of a text, transformers 5 does.
+            # Control symbols too: transformers 5 finds them in a text, SentencePiece does not.
             own = piece.type in _SYMBOLS or SENTINEL.fullmatch(piece.piece)
             if own and piece.piece not in control and not piece.piece.startswith("▁"):
                 special = piece.type == _PIECE.CONTROL
@@ -147,20 +147,20 @@ class SentencePieceTokenizer:
         tokens = [t for t in sorted(cut, key=lambda token: token.id) if t.sentinel is None]
         older = [token for token in tokens if not token.special or token.content in added]
         self.fingerprint = self._fingerprint_with(tokens, proto)
-        # Earlier versions spelt the model's own control symbols out, which few texts have.
+        # Earlier versions spelt the model's own control symbols out; few texts contain them.
         former = [] if older == tokens else [self._fingerprint_with(older, proto)]
-        # Those before spelt added tokens out, and took the model's own end of sequence: a prompt of
-        # then saw other ids.
+        # The first versions also spelt added tokens out, and used the model's own end of sequence:
+        # their prompts fit only if neither makes a difference here.
         if not older and self.eos_id == self._processor.eos_id():
             former.append(self._first_fingerprint())
         self.former_fingerprints = tuple(former)
 
     def _first_fingerprint(self) -> str:
-        """Of a model without added tokens, by its file alone."""
+        """The fingerprint of a model without added tokens, from its file alone."""
         return sha256(self._model + b"\nextra_ids=%d" % self.extra_ids)
 
     def _fingerprint_with(self, tokens: Sequence[AddedToken], proto: Any) -> str:
-        """The fingerprint of a tokenizer that cuts `tokens`, in the order of their ids."""
+        """The fingerprint if `tokens`, in the order of their ids, have one id each in a text."""
         added = [[t.id, t.content, t.lstrip, t.rstrip, t.single_word, t.normalized] for t in tokens]
         if self._unlike_t5:
             first = self._first_fingerprint()
@@ -230,7 +230,7 @@ class SentencePieceTokenizer:
 
 
 def _spelt_out(proto: Any) -> set[str]:
-    """The model's own padding, ends and unknown, and `<s>`, of which it need make no use."""
+    """Pieces that texts spell out: the model's padding, end and unknown, and `<s>` if it has it."""
     spec = proto.trainer_spec
     controls = {piece.piece for piece in proto.pieces if piece.type == _PIECE.CONTROL}
     return {spec.pad_piece, spec.eos_piece, spec.unk_piece} | ({START} & controls)
@@ -283,7 +283,7 @@ def _compile(
                 continue
         symbol = (own or piece.type in _SYMBOLS) and piece.piece in texts
         if symbol or piece.piece in control:
-            # Decoded, and never made of a text. Those in `control` are so already.
+            # Decoded, but never encoded from a text; control pieces are so already.
             spelt = symbol or piece.type in (_PIECE.NORMAL, _PIECE.USER_DEFINED)
             piece.type = _PIECE.UNUSED if spelt else piece.type
     for content, _ in pieces[len(names) :]:

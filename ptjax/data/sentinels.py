@@ -80,9 +80,9 @@ def encode_parts(
 ) -> list[list[int]]:
     """`encode` of texts whose marked sentinels are mT5's own pieces, `▁<extra_id_0>`.
 
-    A sentinel behind a letter opens a part of the text: in front of it SentencePiece puts the space
-    that belongs to the piece. A space that stood in the text might be an added token's: `"\\n"`
-    takes all of them.
+    The text is cut in front of every sentinel that does not follow a space. SentencePiece puts a
+    space in front of each part, which belongs to the sentinel's piece. A space inserted into the
+    text could match an added token instead: `"\\n"` takes all spaces.
     """
     parts = [_cut_before_sentinels(text) for text in texts]
     rows = iter(encode([part for cut in parts for part in cut]))

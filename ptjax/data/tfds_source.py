@@ -16,7 +16,7 @@ from ptjax.errors import InputError, gin_flag
 _TFDS_SOURCE = re.compile(r"tfds:(?P<name>[^@]+)(?:@(?P<split>.+))?")
 _VERSION = r"(?:\d+|\*)(?:\.(?:\d+|\*)){2}"
 _NAME = re.compile(rf"(?:[\w-]+:)?[A-Za-z]\w*(?:/[\w+.-]+)?(?::{_VERSION})?(?:/\w+=.+)?")
-"""[COMMUNITY:]DATASET[/CONFIG][:VERSION][/SETTING=VALUE,...], as TFDS has it."""
+"""TFDS's syntax: [COMMUNITY:]DATASET[/CONFIG][:VERSION][/SETTING=VALUE,...]."""
 _DATA_SET = re.compile(r"(?:[\w-]+:(?!\d|\*))?(\w+)")
 _MOST_NAMED = 8
 
@@ -44,7 +44,7 @@ def read_tfds(source: str, *, split: str, data_dir: str | None = None) -> Record
     if match is None or not _NAME.fullmatch(match["name"]):
         raise InputError(
             f"{source}: write tfds:NAME[/CONFIG][:VERSION][@SPLIT], such as "
-            "tfds:glue/sst2:2.0.0@train; a version has three numbers, 2.*.* is the newest 2"
+            "tfds:glue/sst2:2.0.0@train; a version has three numbers, and 2.*.* is the newest 2"
         )
     import tensorflow_datasets as tfds  # slow to import, and few tasks need it
     from tensorflow_datasets.core import constants
@@ -56,7 +56,7 @@ def read_tfds(source: str, *, split: str, data_dir: str | None = None) -> Record
         fields = [_plain(row) for row in rows]
     except (KeyboardInterrupt, MemoryError):
         raise
-    except Exception as error:  # its own kinds, and those of whatever it downloads with
+    except Exception as error:  # TFDS's own exceptions, and those of its download libraries
         # Without the names of all its data sets.
         reason = " ".join(str(error).partition("Available datasets")[0].split())[:300].rstrip(".")
         folder = epath.Path(data_dir or constants.DATA_DIR).expanduser()
@@ -74,7 +74,7 @@ def read_tfds(source: str, *, split: str, data_dir: str | None = None) -> Record
 
 
 def _prepared(folder: epath.Path, name: str) -> str:
-    """What TFDS's folder holds of a data set, for a message."""
+    """The versions of a data set in TFDS's folder, for a message."""
     data_set = _DATA_SET.findall(name)[0]
     try:
         levels = [*folder.glob(f"{data_set}/*.*.*"), *folder.glob(f"{data_set}/*/*.*.*")]

@@ -74,7 +74,7 @@ class TransformersTokenizer:
         # With a prefix, a prompt of earlier versions saw other ids.
         self.former_fingerprints = () if self.prefix else (former,)
         if same and self._control != control:
-            # They took an `<s>` that no setting names for an added token; few texts have one.
+            # Earlier versions treated an unnamed `<s>` as an added token; few texts contain it.
             older = _spiece_fingerprint(content, special_ids, control)
             self.former_fingerprints += (str(older),)
         if self.prefix:
@@ -132,8 +132,8 @@ def _load(directory: str | os.PathLike[str], name: str) -> Any:
         raise _lacks(name, pair)
     try:
         with warnings.catch_warnings():
-            # transformers 5.3 gives tokenizers 0.22 names of files, which that deprecates: where
-            # warnings are errors, this would refuse a folder for what is not its fault.
+            # transformers 5.3 passes file names to tokenizers 0.22, which deprecates that. Where
+            # warnings are errors, this would refuse a folder that is fine.
             warnings.simplefilter("ignore", DeprecationWarning)
             # trust_remote_code: without it, transformers asks on the terminal whether to run code.
             tokenizer: Any = transformers.AutoTokenizer.from_pretrained(
@@ -223,7 +223,7 @@ def _without_control_tokens(content: Mapping[str, Any], control: set[str], name:
 
 
 def _own_start(content: Mapping[str, Any]) -> set[str]:
-    """`<s>`, if it is a control symbol of the SentencePiece model that this was made of."""
+    """`<s>`, if it is a control symbol of the SentencePiece model behind tokenizer.json."""
     pieces = content["model"]["vocab"] if content["model"]["type"] == "Unigram" else ()
     special = {token["content"] for token in content["added_tokens"] if token["special"]}
     return {START} & special if any(piece == START for piece, _ in pieces) else set()

@@ -120,13 +120,13 @@ def load_prompt(path: str | os.PathLike[str]) -> PromptFile:
 def wrong_width(
     called: str, shape: Sequence[int], backbone: str, width: int, tuned_on: object = None
 ) -> InputError:
-    """The error of a prompt that a backbone cannot read, alike wherever the two meet.
+    """The error for a prompt whose width is not the backbone's.
 
     Args:
-        called: what the message calls the prompt.
+        called: the prompt's name in the message.
         shape: the prompt's.
         backbone, width: the backbone's name and its D.
-        tuned_on: what the prompt says of its own backbone.
+        tuned_on: the name of its own backbone, if the prompt records it.
     """
     return InputError(
         f"{called} {list(shape)} does not fit {backbone}, whose width is {width}; it was tuned on "

@@ -27,12 +27,12 @@ _OF_A_RUN = {"task", "input_length", "target_length", "seed", "sees_input"}
 _TEXTS = {"ptjax_version", "backbone_name", "backbone_fingerprint", "tokenizer_fingerprint"}
 _COUNTS = {"input_length", "target_length", "seed", "step"}
 SPECIAL_IDS = "special_ids"
-"""The ids that were no text to the backbone: fields of `data.batch.SpecialIds`, by name."""
+"""The backbone's special ids: fields of `data.batch.SpecialIds`, by name."""
 _MAX_LENGTH = 1 << 20  # tokens; a claim beyond it would fill the memory with padding
 
 
 def special_ids(ids: SpecialIds) -> dict[str, Any]:
-    """What a prompt records of its backbone's ids: pads, ends and starts decide what it learnt.
+    """The special ids of its backbone, as a prompt records them: training depends on them.
 
     The fingerprint does not cover them, since they change no logits of given tokens.
     """
@@ -41,9 +41,9 @@ def special_ids(ids: SpecialIds) -> dict[str, Any]:
 
 
 def other_ids(metadata: Mapping[str, Any], ids: SpecialIds) -> tuple[str, str] | None:
-    """("eos_ids = [1]", "eos_ids = [2]"): what a prompt records and a backbone has instead.
+    """The ids that differ, in the prompt and in the backbone: ("eos_ids = [1]", "eos_ids = [2]").
 
-    None if they agree, or the prompt is of before they were recorded.
+    None if they agree, or if the prompt records none (older versions did not).
     """
     own = special_ids(ids)[SPECIAL_IDS]
     recorded = metadata.get(SPECIAL_IDS) or {}

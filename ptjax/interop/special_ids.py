@@ -33,7 +33,7 @@ _FREE = (
     *("min_new_tokens", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens"),
     *("sequence_bias", "forced_eos_token_id", "exponential_decay_length_penalty"),
 )
-"""The same, of which any value does."""
+"""Settings of `generate` that change greedy texts whenever they are set."""
 SPECIAL_IDS = ("pad_id", "eos_ids", "decoder_start_id", "forced_bos_id")
 """Fields of `T5Config`."""
 
@@ -51,7 +51,7 @@ def read_special_ids(
             transformers 5 never stops.)
         `forced_bos_id`: generation_config.json alone, if it exists.
 
-    Other settings there that change what transformers generates are not used, which is said.
+    A warning lists other settings there that change what transformers generates.
 
     Args:
         config: config.json, read.
@@ -63,7 +63,7 @@ def read_special_ids(
     path = directory / GENERATION_CONFIG
     here = directory / "config.json"
     generation, there = (untrusted.read_object(path), path) if path.exists() else (config, here)
-    if set(SPECIAL_IDS) - set(chosen):  # else nothing is asked of the files
+    if set(SPECIAL_IDS) - set(chosen):  # else the files are not used
         _report_unused(generation, there)
 
     def read(raw: Mapping[str, Any], file: epath.Path, key: str) -> Any:
@@ -98,7 +98,7 @@ def read_special_ids(
 
 
 def _report_unused(generation: Mapping[str, Any], file: epath.Path) -> None:
-    """Says which settings transformers would generate with, and ptjax does not."""
+    """Warns of settings that transformers generates with and ptjax ignores."""
     used = [k for k, plain in _NEUTRAL.items() if generation.get(k) not in (None, plain)]
     used += [k for k in _FREE if generation.get(k) not in (None, [], {})]
     if used:

@@ -165,7 +165,7 @@ def _flatten(
 
 
 def _holds_array(spec: Any) -> bool:
-    """Whether an array is in a tensorstore spec, which is plain JSON where it is whole."""
+    """Whether a tensorstore spec contains an array; an intact one is plain JSON."""
     if isinstance(spec, dict):
         return any(map(_holds_array, spec.values()))
     return isinstance(spec, np.ndarray) or (isinstance(spec, list) and any(map(_holds_array, spec)))

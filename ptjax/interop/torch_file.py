@@ -102,7 +102,7 @@ def open_torch(path: str | os.PathLike[str]) -> dict[str, StoredArray]:
                 tensors = _unpickle(archive, path)
         except InputError:
             raise
-        except Exception as error:  # a damaged directory has other errors than BadZipFile too
+        except Exception as error:  # a damaged zip directory raises more than BadZipFile
             raise InputError(
                 f"{path}: the file is truncated or damaged ({error}); copy it again"
             ) from error
@@ -238,7 +238,7 @@ class _Unpickler(pickle._Unpickler):
                 f"{self._path}: a tensor {list(shape)} reaches outside of its storage of "
                 f"{storage.count:,} numbers; refused"
             )
-        # A view may repeat its storage (`expand`), but not until the memory is full.
+        # A view may repeat its storage (`expand`), but must not fill the memory.
         size = math.prod(shape) * numpy_dtype(storage.dtype).itemsize
         if size > max(untrusted.MIN_INFLATED, self._path.stat().length):
             raise InputError(

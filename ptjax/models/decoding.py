@@ -145,7 +145,7 @@ def beam_search(
         log_probs = (
             log_probs.reshape(rows, width, vocabulary) + state.live_log_likelihood[..., None]
         )
-        # Should every beam end here in every way that it can, as many others live on.
+        # Enough candidates that `width` beams stay alive even if every beam takes every EOS id.
         ways = min(1 + len(ids.eos_ids), vocabulary)
         best, index = jax.lax.top_k(log_probs.reshape(rows, -1), ways * width)
         beam, token = jnp.divmod(index, vocabulary)

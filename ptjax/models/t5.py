@@ -384,7 +384,7 @@ def parameter_shapes(config: T5Config) -> dict[str, Any]:
     """The parameter tree as float32 `jax.ShapeDtypeStruct`s; nothing is computed."""
     if config.scan_layers:
         return jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
-    # The layers of a stack are alike, and tracing dozens of them takes seconds.
+    # All layers of a stack have the same shapes, and tracing dozens of them takes seconds.
     short = dataclasses.replace(config, num_encoder_layers=1, num_decoder_layers=1)
     shapes = jax.eval_shape(functools.partial(init_params, short), jax.random.key(0))
     counts = {"encoder": config.num_encoder_layers, "decoder": config.num_decoder_layers}

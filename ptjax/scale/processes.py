@@ -71,7 +71,7 @@ def on_host(array: Any) -> np.ndarray:
 def check_shared(directory: epath.Path) -> None:
     """InputError, on all processes, unless all of them see the same `directory`.
 
-    It makes the directory, and a file there for a moment: not for a dry run.
+    It creates the directory, and briefly a file in it, so a dry run must not call it.
     """
     if not several():
         return
