@@ -254,7 +254,7 @@ def compile_all(rows: Mapping[Shape, step_time.Row]) -> dict[Shape, Compiled]:
 
 
 def compile_row(row: step_time.Row) -> Compiled:
-    """Compiles with the first policy, from the row's own on, that fits by the compiler's estimate."""
+    """Compiles with the first policy, from the row's on, that fits by the compiler's estimate."""
     device = jax.devices()[0]
     mesh = sharding.make_mesh((1, 1), [device])
     limit = (device.memory_stats() or {}).get("bytes_limit", float("inf"))

@@ -207,13 +207,13 @@ def test_the_table_ends_with_1_unless_every_part_is_complete(tmp_path, capsys) -
 
     with Record.open("step", flags(tmp_path)) as record:
         record.measure("a|b", lambda: {"met": False, "seconds": 0.123456})
-    assert table.main(str(tmp_path), "step") == 0
+    assert table.main(str(tmp_path), "rehearsal", "step") == 0
     assert "| a/b | NO | 0.1235 |" in capsys.readouterr().out
-    assert table.main(str(tmp_path), "step", "peft") == 1
+    assert table.main(str(tmp_path), "rehearsal", "step", "peft") == 1
     assert "### peft: left no results" in capsys.readouterr().out
     with Record.open("step", flags(tmp_path)) as record:
         record.measure("broken", lambda: 1 / 0)
-    assert table.main(str(tmp_path), "step") == 1
+    assert table.main(str(tmp_path), "rehearsal", "step") == 1
     assert "### step: failed: broken" in capsys.readouterr().out
 
 

@@ -162,6 +162,10 @@ def test_what_it_needs_is_said(corpus, start, tmp_path):
     with pytest.raises(InputError, match=r"text.jsonl:1: no field 'body'"):
         wrong = Text({"text.jsonl": "body"}, data_dir=str(corpus))
         pretrain(tmp_path, backbone=start, **settings | {"text": wrong})
+    for files, named in (({}, "{}"), ({"text.jsonl": "text"}, "text.jsonl")):
+        with pytest.raises(InputError, match=f"no document in the running text of {named}"):
+            none = Text(files, data_dir=str(corpus), preprocess=lambda fields: [])
+            pretrain(tmp_path, backbone=start, **settings | {"text": none})
     assert not list(tmp_path.rglob("*.safetensors"))
 
 

@@ -52,15 +52,15 @@ SAVING = 10
 
 def train(
     config: T5Config, params: Any, stage: Stage, first: int, stop_at: float
-) -> tuple[Any, int, list[float]]:
+) -> tuple[Any, dict[int, float]]:
     """Trains from step `first` on.
 
     Args:
         stop_at: `time.monotonic()` after which to stop early; checked every `LOSS_PERIOD` steps.
 
     Returns:
-        (weights, steps done, mean losses of `LOSS_PERIOD` steps). The last loss is not finite if
-        training stopped for that.
+        (weights, number of steps -> mean loss of the `LOSS_PERIOD` steps before). The last step is
+        where training stopped; a loss that is not finite stops it.
     """
     mesh = sharding.make_mesh((1, 1), jax.devices()[:1])
     trainable = {"params": params}
@@ -69,16 +69,16 @@ def train(
     init, step = recipe.compose(make_apply_fn(config), freeze, mesh)
     state = jax.jit(init)(trainable, jax.random.key(stage.seed))
     run = jax.jit(step, donate_argnums=0)
-    losses, waiting, number = [], [], first
+    losses, waiting = {}, []
     for number, batch in zip(range(first, stage.steps), ahead(stage.batches, first), strict=False):
         state, metrics = run(state, {}, sharding.put_batch(batch, mesh))
         waiting.append(metrics["loss"])
         if len(waiting) == LOSS_PERIOD or number == stage.steps - 1:
-            losses.append(float(np.mean(jax.device_get(waiting))))
+            losses[number + 1] = round(float(np.mean(jax.device_get(waiting))), 4)
             waiting = []
-            if time.monotonic() > stop_at or not math.isfinite(losses[-1]):
+            if time.monotonic() > stop_at or not math.isfinite(losses[number + 1]):
                 break
-    return state.trainable["params"], number + 1, losses
+    return state.trainable["params"], losses
 
 
 def ahead(batches: Batches, first: int, workers: int = 4) -> Iterator[dict[str, np.ndarray]]:
@@ -112,34 +112,36 @@ def run_stage(
     """
     stage, config = family.stages[name], family.sizes[size]
     done, unfinished = weights / f"{size}-{name}", weights / f"{size}-{name}.unfinished"
-    first, source = 0, None
+    before, source = {}, None
     if unfinished.exists():
         source = unfinished
-        first = json.loads((unfinished / "progress.json").read_text())["steps"]
+        stored = json.loads((unfinished / "losses.json").read_text())
+        before = {int(step): loss for step, loss in stored.items()}
     elif earlier := list(STAGES)[: list(STAGES).index(name)]:
         source = find_weights(f"{size}-{earlier[-1]}", weights)
     if source is None:
         params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(stage.seed))
     else:
         params = load_backbone(source, dtype="float32", dropout_rate=0.0).variables["params"]
-    stop_at = record.deadline - SAVING
+    first = max(before, default=0)
     began = time.monotonic()
-    params, steps, losses = train(config, params, stage, first, stop_at)
+    params, losses = train(config, params, stage, first, record.deadline - SAVING)
+    steps = max(losses)
     found = {
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
         "from_step": first,
         "steps": steps,
         "of": stage.steps,
         "seconds": time.monotonic() - began,
-        "loss": losses[-1],
+        "loss": losses[steps],
     }
-    if not math.isfinite(losses[-1]):
-        raise FloatingPointError(f"the loss of step {steps} is {losses[-1]}")
+    if not math.isfinite(losses[steps]):
+        raise FloatingPointError(f"the loss of step {steps} is {losses[steps]}")
     target = done if steps == stage.steps else unfinished
     partial = weights / "partial"
     shutil.rmtree(partial, ignore_errors=True)
     save_backbone(partial, config, params, tokenizer=family.tokenizer, max_shard_bytes=SHARD_BYTES)
-    (partial / "progress.json").write_text(json.dumps(found | {"losses": losses}))
+    (partial / "losses.json").write_text(json.dumps(before | losses) + "\n")
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)
     if target is done:

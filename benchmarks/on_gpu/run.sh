@@ -39,6 +39,7 @@ if [ ${#parts[@]} -eq 0 ]; then
     for part in pretrain parity step peft generate; do
         grep -qs '"status": "complete"' "$output/${kind}_$part.json" || parts+=("$part")
     done
+    [ ${#parts[@]} -gt 0 ] || echo "every part has a complete result in $output" >&2
 fi
 export PYTHONPATH=$root:$root/benchmarks:$here:$root/models${PYTHONPATH:+:$PYTHONPATH}
 # The parts share compiled programs.
@@ -55,4 +56,4 @@ for part in "${parts[@]}"; do
         --data="$data" --output="$output" --limit="$((limit - 20))" "${rehearse[@]}" \
         || echo "== $part ended with $?" >&2
 done
-"$python" "$here/table.py" "$output" "${parts[@]}"
+"$python" "$here/table.py" "$output" "$kind" "${parts[@]}"

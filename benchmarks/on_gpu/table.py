@@ -1,6 +1,6 @@
 """Prints the results of the parts of `run.sh` as Markdown tables.
 
-    python benchmarks/on_gpu/table.py FOLDER PART...
+    python benchmarks/on_gpu/table.py FOLDER gpu|rehearsal PART...
 
 The exit code is 1 if a part is not complete.
 """
@@ -41,16 +41,15 @@ def cell(value: Any) -> str:
             return str(value).replace("|", "/").replace("\n", " ")[:120]
 
 
-def main(folder: str, *parts: str) -> int:
+def main(folder: str, kind: str, *parts: str) -> int:
     complete = True
     for part in parts:
-        # A result, a rehearsal, or both.
-        files = sorted(Path(folder).glob(f"*_{part}.json"))
-        for file in files:
+        file = Path(folder, f"{kind}_{part}.json")
+        if file.exists():
             found = json.loads(file.read_text())
             complete &= found["status"] == "complete"
             print(show(found), end="\n\n")
-        if not files:
+        else:
             complete = False
             print(f"### {part}: left no results\n")
     return 0 if complete else 1

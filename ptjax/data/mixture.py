@@ -54,6 +54,8 @@ class Text:
     def tokenize(self, tokenizer: Tokenizer, seed: int) -> np.ndarray:
         """All documents in random order, each followed by EOS, as one stream of ids [N]."""
         documents = list(self.documents())
+        if not documents:
+            raise InputError(f"no document in the running text of {', '.join(self.files) or '{}'}")
         order = np.random.default_rng(seed).permutation(len(documents))
         dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
         rows = []
