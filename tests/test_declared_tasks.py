@@ -84,7 +84,7 @@ def test_case_4_3_evaluate_takes_the_task_of_a_tasks_file(call, place):
         assert code == 0 and json.loads(out)["task"] == "mood", err
         assert json.loads(out)["examples"] == 4
     code, _, err = call("evaluate", "--gin_file=mood.gin", "--prompts=prompts", place)
-    assert code == 2 and "the macro DATA_DIR" in err and "--gin.DATA_DIR=VALUE" in err
+    assert code == 2 and "the macro DATA_DIR" in err and "--gin.DATA_DIR=\"'PATH'\"" in err
 
 
 def test_case_4_3_several_tasks_are_listed(call, row, place):

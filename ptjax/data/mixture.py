@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
@@ -12,6 +11,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
+from ptjax import untrusted
 from ptjax.data.batch import SpecialIds
 from ptjax.data.catalogue import Preprocess
 from ptjax.data.denoising import PrefixLM, SpanCorruption
@@ -87,9 +87,8 @@ class TokenFile:
                 vocabulary.
         """
         try:
-            with epath.Path(self.path).open("rb") as file:
-                stream = np.load(io.BytesIO(file.read()), allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+            stream = untrusted.read_numpy(epath.Path(self.path).read_bytes())
+        except (OSError, ValueError) as error:
             raise InputError(f"{self.path}: cannot be read as an .npy array: {error}") from error
         if stream.ndim != 1 or stream.dtype.kind not in "iu":
             raise InputError(
