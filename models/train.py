@@ -42,7 +42,9 @@ def pretrain(flags: argparse.Namespace, stage: str, start: Path | None) -> Path:
     environment = os.environ
     if flags.one_thread:
         environment = environment | {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"}
-    subprocess.run([sys.executable, *words], check=True, env=environment)
+    done = subprocess.run([sys.executable, *words], env=environment)
+    if done.returncode:
+        sys.exit(done.returncode)  # it has said why
     return model_dir
 
 
