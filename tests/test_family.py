@@ -83,6 +83,7 @@ def test_the_gin_files_give_one_mixture_to_all_sizes_and_stages(on_gpu, tmp_path
     assert all(set(part.task.splits) == {"train"} for part in span.parts[1:])
 
 
+@pytest.mark.slow
 def test_a_stage_that_the_clock_stops_resumes_and_the_next_starts_from_it(
     on_gpu, tmp_path, monkeypatch
 ):

@@ -254,6 +254,7 @@ def test_pretrain_is_rehearsed(tmp_path) -> None:
     assert weights == {"toy-span", "toy-lm"}
 
 
+@pytest.mark.slow
 def test_parity_is_rehearsed(tmp_path) -> None:
     text = run(tmp_path, "--rehearse", "--limit=2000", "parity")
     assert "### parity: complete" in text

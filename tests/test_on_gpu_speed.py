@@ -274,6 +274,7 @@ def rehearse(part: str, folder: Path) -> list[dict]:
     return json.loads((folder / f"rehearsal_{part}.json").read_text())["rows"]
 
 
+@pytest.mark.slow
 def test_the_step_is_rehearsed(tmp_path) -> None:
     (row,) = rehearse("step", tmp_path)
     assert row["seconds"] > 0 and row["remat"] == "none" and row["kernels"]["all"] > 0
