@@ -130,7 +130,7 @@ def start(arguments: argparse.Namespace | None) -> None:
 def _end_with_launcher() -> None:
     """Ends this process when its launcher is killed.
 
-    Otherwise the run would go on unseen, with the devices and the lock of its MODEL_DIR.
+    Otherwise it would keep running unseen and hold the devices and the lock of its MODEL_DIR.
     """
     pipe = os.environ.pop(LAUNCHER_PIPE, "")
     if not pipe.isdigit() or not stat.S_ISFIFO(os.fstat(int(pipe)).st_mode):
