@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import re
+import time
 import types
 from pathlib import Path
 from types import ModuleType
@@ -138,3 +139,25 @@ def test_what_the_package_has_is_whole_small_and_of_its_size(monkeypatch):
         losses = list(json.loads(file.read_text()).values())
         assert len(losses) == {"span": 72, "lm": 8}[name.split("-")[1]]
         assert max(losses) < math.log(8192)  # of a guess
+
+
+@pytest.mark.slow
+def test_an_interrupted_stage_resumes_exactly(on_gpu, tmp_path, monkeypatch):
+    """Interrupted halfway, it ends with the same weights and losses as without a stop."""
+    family, pretrain = on_gpu
+    pretrain.write_toy(tmp_path)
+    toy = family.read(tmp_path)
+    monkeypatch.setattr(pretrain, "LOSS_PERIOD", 2)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+
+    def run(weights: Path, *, seconds: float) -> None:
+        record = types.SimpleNamespace(deadline=time.monotonic() + seconds)
+        pretrain.run_stage(toy, "toy", "span", weights, record)
+
+    run(whole, seconds=1000)
+    with pytest.raises(TimeoutError, match="step 2 of 4"):
+        run(parts, seconds=0)
+    run(parts, seconds=0)
+    for file in ("model.safetensors", "losses.json"):
+        assert (parts / "toy-span" / file).read_bytes() == (whole / "toy-span" / file).read_bytes()
+    assert [path.name for path in parts.iterdir()] == ["toy-span"]

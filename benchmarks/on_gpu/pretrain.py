@@ -2,21 +2,23 @@
 
 Each stage writes OUTPUT/weights/SIZE-STAGE in Hugging Face's layout, in files under 15 MB; copy it
 to models/ptjax_models. The second stage starts from the first one's weights, in either folder.
-When the time is nearly up, a stage saves its weights to SIZE-STAGE.unfinished; the next run resumes
-there with a new optimizer state.
+When the time is nearly up, a stage saves its weights (float32) and its optimizer state to
+SIZE-STAGE.unfinished, where the next run resumes. `--any_device` trains on a CPU too: the same
+command in a loop, with --limit=1800 for example, finishes there what a GPU began.
 """
 
 from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import dataclasses
 import functools
 import json
 import math
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,58 +29,93 @@ import jax
 import numpy as np
 import ptjax_models
 from family import Family, Settings, Stage, read, write
+from jax.sharding import Mesh
 from ptjax_models import STAGES
 
 from ptjax.backbone import load_backbone, save_backbone
 from ptjax.data import mixture
-from ptjax.data.pipeline import Batches
+from ptjax.data.pipeline import Batches, Shape
 from ptjax.data.tasks import Task
 from ptjax.models.config import T5Config
 from ptjax.models.prompted import make_apply_fn
 from ptjax.models.t5 import init_params
 from ptjax.scale import sharding
-from ptjax.scale.compiled import Recipe
+from ptjax.scale.compiled import Recipe, lower_step
 from ptjax.training import freeze as freezing
 from ptjax.training.loss import Loss
 from ptjax.training.optimizer import Adafactor
+from ptjax.training.step import TrainState
 
 MODELS = Path(ptjax_models.__file__).parent
 SHARD_BYTES = 14 << 20
 LOSS_PERIOD = 100
 """Every so many steps, the mean loss is recorded and the clock checked."""
+PROGRESS = "progress.npz"
 SAVING = 10
 """Seconds reserved for writing the weights."""
 
 
 def train(
-    config: T5Config, params: Any, stage: Stage, first: int, stop_at: float
-) -> tuple[Any, dict[int, float]]:
-    """Trains from step `first` on.
+    config: T5Config, params: Any, stage: Stage, unfinished: Path, stop_at: float
+) -> tuple[TrainState, dict[int, float]]:
+    """Trains from the beginning, or from where `unfinished` ends.
 
     Args:
         stop_at: `time.monotonic()` after which to stop early; checked every `LOSS_PERIOD` steps.
 
     Returns:
-        (weights, number of steps -> mean loss of the `LOSS_PERIOD` steps before). The last step is
-        where training stopped; a loss that is not finite stops it.
+        (last state, number of steps -> mean loss of the `LOSS_PERIOD` steps before). The last step
+        is where training stopped; a loss that is not finite stops it.
     """
     mesh = sharding.make_mesh((1, 1), jax.devices()[:1])
     trainable = {"params": params}
     freeze = freezing.make_freeze(trainable, freezing.METHODS["model_tuning"])
     recipe = Recipe("model_tuning", stage.optimizer, Loss(per_token=True))
     init, step = recipe.compose(make_apply_fn(config), freeze, mesh)
-    state = jax.jit(init)(trainable, jax.random.key(stage.seed))
-    run = jax.jit(step, donate_argnums=0)
+    start = jax.jit(init, out_shardings=sharding.replicated(mesh))
+    state = start(trainable, jax.random.key(stage.seed))
+    if unfinished.exists():
+        state = restore_progress(unfinished, state)
+    first = int(state.step)
+    run = compile_at_once(step, state, stage.batches.shapes, mesh)
     losses, waiting = {}, []
     for number, batch in zip(range(first, stage.steps), ahead(stage.batches, first), strict=False):
-        state, metrics = run(state, {}, sharding.put_batch(batch, mesh))
+        state, metrics = run[Shape.of(batch)](state, {}, sharding.put_batch(batch, mesh))
         waiting.append(metrics["loss"])
         if len(waiting) == LOSS_PERIOD or number == stage.steps - 1:
             losses[number + 1] = round(float(np.mean(jax.device_get(waiting))), 4)
             waiting = []
             if time.monotonic() > stop_at or not math.isfinite(losses[number + 1]):
                 break
-    return state.trainable["params"], losses
+    return state, losses
+
+
+def save_progress(folder: Path, state: TrainState) -> None:
+    """Writes what of `state` is not weights: its step and the optimizer's state."""
+    np.savez(folder / PROGRESS, *jax.device_get(jax.tree.leaves((state.step, state.opt_state))))
+
+
+def restore_progress(folder: Path, state: TrainState) -> TrainState:
+    """A new `state` with what `save_progress` wrote."""
+    places = jax.tree.map(lambda x: x.sharding, (state.step, state.opt_state))
+    with np.load(folder / PROGRESS) as stored:
+        read = jax.tree.unflatten(jax.tree.structure(places), list(stored.values()))
+    step, opt_state = jax.device_put(read, places)
+    return dataclasses.replace(state, step=step, opt_state=opt_state)
+
+
+def compile_at_once(
+    step: Callable[..., Any], state: TrainState, shapes: Sequence[Shape], mesh: Mesh
+) -> dict[Shape, Callable[..., Any]]:
+    """The step compiled for every batch shape, each in its own thread.
+
+    One after the other, they would take longer to compile than to train.
+    """
+    with concurrent.futures.ThreadPoolExecutor(len(shapes)) as pool:
+        pending = {
+            shape: pool.submit(lower_step(step, state, {}, shape, mesh).compile) for shape in shapes
+        }
+        return {shape: compiled.result() for shape, compiled in pending.items()}
 
 
 def ahead(batches: Batches, first: int, workers: int = 4) -> Iterator[dict[str, np.ndarray]]:
@@ -115,21 +152,19 @@ def run_stage(
     before, source = {}, None
     if unfinished.exists():
         source = unfinished
-        stored = json.loads((unfinished / "losses.json").read_text())
-        before = {int(step): loss for step, loss in stored.items()}
+        before = json.loads((unfinished / "losses.json").read_text())
     elif earlier := list(STAGES)[: list(STAGES).index(name)]:
         source = find_weights(f"{size}-{earlier[-1]}", weights)
     if source is None:
         params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(stage.seed))
     else:
         params = load_backbone(source, dtype="float32", dropout_rate=0.0).variables["params"]
-    first = max(before, default=0)
     began = time.monotonic()
-    params, losses = train(config, params, stage, first, record.deadline - SAVING)
-    steps = max(losses)
+    state, losses = train(config, params, stage, unfinished, record.deadline - SAVING)
+    params, steps = state.trainable["params"], max(losses)
     found = {
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
-        "from_step": first,
+        "from_step": max(map(int, before), default=0),
         "steps": steps,
         "of": stage.steps,
         "seconds": time.monotonic() - began,
@@ -140,7 +175,17 @@ def run_stage(
     target = done if steps == stage.steps else unfinished
     partial = weights / "partial"
     shutil.rmtree(partial, ignore_errors=True)
-    save_backbone(partial, config, params, tokenizer=family.tokenizer, max_shard_bytes=SHARD_BYTES)
+    precision = {"dtype": "bfloat16" if target is done else "float32"}
+    save_backbone(
+        partial,
+        config,
+        params,
+        tokenizer=family.tokenizer,
+        max_shard_bytes=SHARD_BYTES,
+        **precision,
+    )
+    if target is unfinished:
+        save_progress(partial, state)
     (partial / "losses.json").write_text(json.dumps(before | losses) + "\n")
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)
@@ -183,6 +228,7 @@ def write_toy(folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_flags(parser)
+    parser.add_argument("--any_device", action="store_true", help="train on a CPU too")
     parser.add_argument("--sizes", help="comma-separated; default: all, the smallest first")
     flags = parser.parse_args()
     weights = flags.output / "weights"
@@ -192,7 +238,7 @@ def main() -> None:
         write_toy(folder)
     if not (folder / "family.json").exists():
         sys.exit(f"{folder}: no family.json; make it with benchmarks/on_gpu/prepare.py")
-    with Record.open("pretrain", flags) as record:
+    with Record.open("pretrain", flags, any_device=flags.any_device) as record:
         family = read(folder)
         for size in flags.sizes.split(",") if flags.sizes else family.sizes:
             for name in family.stages:

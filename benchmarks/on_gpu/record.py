@@ -51,21 +51,30 @@ class Record:
     rows: list[dict[str, Any]]
 
     @classmethod
-    def open(cls, part: str, flags: argparse.Namespace, *, started: float = STARTED) -> Record:
+    def open(
+        cls,
+        part: str,
+        flags: argparse.Namespace,
+        *,
+        started: float = STARTED,
+        any_device: bool = False,
+    ) -> Record:
         """Reads the rows of earlier runs, if there are any.
 
         Args:
             started: `time.monotonic()` before the slow imports.
+            any_device: whether the part may run on a CPU without `--rehearse`; its file is then
+                cpu_PART.json.
 
         Raises:
             SystemExit: there is no accelerator and this is no rehearsal, or the earlier rows are of
                 another device.
         """
         about = {"part": part, "rehearsal": flags.rehearse, **describe_machine()}
-        if about["platform"] == "cpu" and not flags.rehearse:
+        if about["platform"] == "cpu" and not (flags.rehearse or any_device):
             raise SystemExit(f"{part}: JAX finds no accelerator here; --rehearse runs on a CPU")
         flags.output.mkdir(parents=True, exist_ok=True)
-        kind = "rehearsal" if flags.rehearse else "gpu"
+        kind = "rehearsal" if flags.rehearse else about["platform"]
         path = flags.output / f"{kind}_{part}.json"
         rows = []
         if path.exists():
