@@ -6,7 +6,8 @@ T5 1.1 with random bfloat16 weights, and with int8 kernels, on all devices as da
 size, length and dtype the first remat policy with which the step compiles and runs. Beside what is
 measured stands what `ptjax.plan` says of such devices beforehand. Every row is a process of its
 own, so that its peak is its own, and so is every plan. Utilisation is useful FLOPs (nothing counted
-twice) over the published peak. `--sizes=small --batch=2` runs on a CPU. `on_gpu/step.py` measures selected rows within a time limit.
+twice) over the published peak. `--sizes=small --batch=2` runs on a CPU.
+`on_gpu/step.py` measures selected rows within a time limit.
 """
 
 from __future__ import annotations
