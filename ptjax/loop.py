@@ -36,10 +36,8 @@ from ptjax.members import Member, Progress, Standing
 from ptjax.metrics_log import MetricsLog
 from ptjax.scale import processes, sharding
 from ptjax.scale.compiled import compile_steps
-from ptjax.training.freeze import flatten_paths
 from ptjax.training.step import TrainState
-
-Tree = Any
+from ptjax.trees import Tree, flatten_paths
 
 
 @dataclasses.dataclass(frozen=True)

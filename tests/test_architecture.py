@@ -21,6 +21,7 @@ PACKAGE = Path(ptjax.__file__).parent
 # From the data to the commands; a module imports from its own room and from those before it.
 ROOMS = (
     "errors",
+    "trees",
     "atomic",
     "hub",
     "untrusted",

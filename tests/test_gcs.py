@@ -35,8 +35,8 @@ from ptjax.interop.prompt_file import load_prompt, load_prompts, save_prompt
 from ptjax.loop import Pace
 from ptjax.models.config import T5Config
 from ptjax.models.t5 import init_params
-from ptjax.training.freeze import flatten_paths
 from ptjax.training.optimizer import Adafactor
+from ptjax.trees import flatten_paths
 
 # tensorboardX uploads a closed file once more when Python exits; the emulator is gone by then.
 record_writer.GCSRecordWriter.__del__ = lambda self: None

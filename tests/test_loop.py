@@ -24,8 +24,8 @@ from ptjax.interop.prompt_file import load_prompt
 from ptjax.loop import Pace, TrainingError
 from ptjax.models.prompt import Prompt
 from ptjax.scale.sharding import make_mesh, replicated
-from ptjax.training.freeze import flatten_paths
 from ptjax.training.optimizer import Adafactor
+from ptjax.trees import flatten_paths
 
 # Batches of two shapes.
 tune = functools.partial(conftest.tune, feature_lengths={"inputs": 64, "targets": 4})
