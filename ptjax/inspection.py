@@ -13,7 +13,7 @@ from absl import logging
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from ptjax import untrusted
+from ptjax import files
 from ptjax.backbone import OpenBackbone, open_backbone
 from ptjax.data.tokenizer import Tokenizer
 from ptjax.errors import InputError, check_path
@@ -206,4 +206,4 @@ def _children(folder: epath.Path) -> list[epath.Path]:
 
 
 def _read_json(file: epath.Path) -> dict[str, Any] | None:
-    return untrusted.read_object(file) if file.exists() else None
+    return files.read_object(file) if file.exists() else None

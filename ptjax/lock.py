@@ -31,8 +31,8 @@ from typing import Any
 from absl import logging
 from etils import epath
 
-from ptjax import atomic, untrusted
-from ptjax.errors import InputError, TrainingError
+from ptjax import files
+from ptjax.errors import InputError, TrainingError, one_line
 from ptjax.scale import processes
 
 NAME = "run.lock"
@@ -156,7 +156,7 @@ class Lock:
                 if _elapsed(self._confirmed) > SILENCE:
                     raise TrainingError(
                         f"{self.model_dir / NAME} could not be renewed for {SILENCE:.0f} s "
-                        f"({atomic.one_line(error)}); nothing more is written. The same command "
+                        f"({one_line(error)}); nothing more is written. The same command "
                         "goes on from the last checkpoint"
                     ) from error
         if self._lost is not None:
@@ -174,7 +174,7 @@ class Lock:
             generation = self._own_write() or self._generation
             self._store.write(NAME, None, if_equal=generation).result(timeout=TIMEOUT)
         except (OSError, ValueError) as error:
-            logging.warning("%s stays behind: %s", self.model_dir / NAME, atomic.one_line(error))
+            logging.warning("%s stays behind: %s", self.model_dir / NAME, one_line(error))
         self._generation = None
         with contextlib.suppress(OSError):  # a run that was refused leaves nothing
             for path in self._made:
@@ -275,7 +275,7 @@ class Lock:
             except Exception as error:  # of whatever kind: the next beat may succeed
                 if not failed:
                     path = self.model_dir / NAME
-                    logging.warning("%s could not be renewed: %s", path, atomic.one_line(error))
+                    logging.warning("%s could not be renewed: %s", path, one_line(error))
                 failed = True
 
 
@@ -300,7 +300,7 @@ def hold(model_dir: epath.Path, *, needed: bool = True) -> Iterator[Lock | None]
             time.sleep(POLL)
         yield lock
     except Exception as error:
-        if (reason := atomic.full_reason(error)) is None:
+        if (reason := files.full_reason(error)) is None:
             raise
         raise TrainingError(
             f"MODEL_DIR = {model_dir}: it is full ({reason}); make room, and the same command goes "
@@ -331,7 +331,7 @@ def _agreed(lock: Lock) -> bool:
 def _parse(text: bytes) -> tuple[Holder | None, float]:
     """The holder (None if the text is none of ours) and the age in seconds by its own clock."""
     try:
-        fields = untrusted.parse_json(text)
+        fields = files.parse_json(text)
         age = time.time() - float(fields.pop("time"))
         holder = Holder(**fields)
         started_fits = holder.started is None or isinstance(holder.started, int)
@@ -383,9 +383,7 @@ def _elapsed(since: tuple[float, float]) -> float:
 
 def cannot_write(directory: epath.Path, error: Exception) -> NotWritableError:
     """The error for a MODEL_DIR that is not writable, with the reason."""
-    why = (
-        error.strerror if isinstance(error, OSError) and error.strerror else atomic.one_line(error)
-    )
+    why = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
     if isinstance(error, FileExistsError):  # what mkdir says of a file
         why = os.strerror(errno.ENOTDIR)
     return NotWritableError(

@@ -24,7 +24,7 @@ from absl import logging
 from etils import epath
 from jax.sharding import Mesh
 
-from ptjax import atomic, signals
+from ptjax import files, signals
 from ptjax.checkpoint import Checkpoints
 from ptjax.damage import NotFiniteError, advice
 from ptjax.data.batch import Batch, count_examples
@@ -128,7 +128,7 @@ class Run:
             state, data = self._resume(state)
             self._check_lock()
             if self.config and processes.first():
-                atomic.write_bytes(self.model_dir / "config.gin", self.config.encode())
+                files.write_bytes(self.model_dir / "config.gin", self.config.encode())
             with Display(self.model_dir, self.pace.train_steps, self.progress.step) as display:
                 steps = compile_all(state)
                 with signals.caught() as stop:
@@ -249,7 +249,7 @@ class Run:
     def remove_leftovers(self) -> None:
         """Removes what a kill left half-written; only with the lock."""
         if processes.first():
-            atomic.remove_leftovers(self.model_dir)
+            files.remove_leftovers(self.model_dir)
             for member in self.members:
                 member.exports.remove_leftovers()
 

@@ -13,14 +13,14 @@ import jax.numpy as jnp
 from absl import logging
 from etils import epath
 
-from ptjax import atomic, lock, untrusted
+from ptjax import files, lock
 from ptjax.backbone import Backbone
 from ptjax.bank import Variant
 from ptjax.checkpoint import Checkpoints
 from ptjax.damage import check_weights
 from ptjax.data.pipeline import Bucket
 from ptjax.data.tasks import Task
-from ptjax.errors import InputError, check_at_least, check_path
+from ptjax.errors import InputError, check_at_least, check_path, one_line
 from ptjax.evaluation import Evaluation, HardPrompt
 from ptjax.exports import BEST
 from ptjax.identity import check_same, make_identity
@@ -316,11 +316,11 @@ def _read_results(model_dir: epath.Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        results = untrusted.read_json(path)
+        results = files.read_json(path)
         if not isinstance(results, dict):
             raise ValueError("it has no results")
     except ValueError as error:
-        logging.warning("%s: damaged (%s); made again", path, atomic.one_line(error))
+        logging.warning("%s: damaged (%s); made again", path, one_line(error))
         return None
     return results
 
@@ -346,12 +346,12 @@ def _refuse_a_hard_prompt(model_dir: epath.Path, identity: dict[str, Any]) -> No
     if not path.exists():
         return
     try:
-        saved = untrusted.read_json(path)
+        saved = files.read_json(path)
         if not isinstance(saved, dict):
             raise ValueError("it has no settings")
     except ValueError as error:
         raise InputError(
-            f"{path}: damaged ({atomic.one_line(error)}); put it back from a copy, or remove it "
+            f"{path}: damaged ({one_line(error)}); put it back from a copy, or remove it "
             "and results.json to score anew"
         ) from error
     check_same(saved, identity, os.fspath(model_dir))
@@ -361,4 +361,4 @@ def _write(path: epath.Path, text: str, held: lock.Lock | None) -> None:
     if held is not None:
         held.check()
     if processes.first():
-        atomic.write_bytes(path, text.encode())
+        files.write_bytes(path, text.encode())

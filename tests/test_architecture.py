@@ -22,7 +22,7 @@ PACKAGE = Path(ptjax.__file__).parent
 ROOMS = (
     "errors",
     "trees",
-    "atomic",
+    "files",
     "hub",
     "untrusted",
     "shipped",

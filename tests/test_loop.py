@@ -99,7 +99,7 @@ def test_killed_and_started_again_equals_never_killed(
 
     with monkeypatch.context() as patch:
         if where == "write_bytes":
-            patch.setattr(loop.atomic, where, dies(loop.atomic.write_bytes))
+            patch.setattr(loop.files, where, dies(loop.files.write_bytes))
         elif where == "save":
             patch.setattr(loop.Checkpoints, where, dies(loop.Checkpoints.save))
         else:

@@ -19,7 +19,7 @@ import numpy as np
 import tensorstore as ts
 from etils import epath
 
-from ptjax import untrusted
+from ptjax import files
 from ptjax.errors import InputError
 from ptjax.interop import t5x_legacy
 from ptjax.interop.stored import StoredArray, one_by_one
@@ -270,7 +270,7 @@ def _summary(items: Iterable[Item]) -> str:
 
 
 def _read_metadata(file: epath.Path) -> dict[str, Any]:
-    metadata = untrusted.read_object(file)
+    metadata = files.read_object(file)
     if not isinstance(metadata.get("tree_metadata", {}), dict):
         raise InputError(f"{file}: the file is damaged (no list of leaves); copy it again")
     return metadata
