@@ -24,6 +24,7 @@ from orbax.checkpoint import v1 as ocp
 from ptjax.errors import InputError, gin_flag, one_line
 from ptjax.identity import changed_versions, check_same
 from ptjax.lock import cannot_write
+from ptjax.model_dir import steps_in
 from ptjax.scale import processes
 from ptjax.training.step import TrainState
 
@@ -81,10 +82,9 @@ class Checkpoints:
         steps = (
             {checkpoint.step for checkpoint in self._orbax.checkpoints} if self._orbax else set()
         )
-        if not self._remote and self.directory.exists():
+        if not self._remote:
             # A local folder gets its name when it is complete; one unknown to Orbax lost a part.
-            names = [path.name for path in self.directory.iterdir()]
-            steps |= {int(name) for name in names if name.isdigit()}
+            steps |= {*steps_in(self.directory)}
         return sorted(steps, reverse=True)
 
     def check_identity(self, identity: dict[str, Any]) -> None:

@@ -12,8 +12,7 @@ from etils import epath
 from ptjax import files
 from ptjax.errors import InputError
 from ptjax.interop.huggingface import load_huggingface
-
-BEST = "best"
+from ptjax.model_dir import BEST, steps_in
 
 
 def read_model(path: epath.Path) -> dict[str, Any]:
@@ -34,7 +33,7 @@ class Exports:
     """What a run leaves behind at each evaluation.
 
     Attributes:
-        directory: `MODEL_DIR/prompts`, say.
+        directory: such as `ModelDir.prompts()`.
         suffix: of one export's name, "" when it is a folder.
         write: `(path, trainable, metadata)` writes one, whole or not at all; all processes call it
             together, and the first one writes.
@@ -95,6 +94,4 @@ class Exports:
 
     def steps(self) -> list[int]:
         """The steps of what is there, ascending."""
-        paths = self.directory.iterdir() if self.directory.exists() else ()
-        names = (path.name.removesuffix(self.suffix) for path in paths)
-        return sorted(int(name) for name in names if name.isdigit())
+        return steps_in(self.directory, self.suffix)

@@ -34,6 +34,7 @@ from ptjax.errors import InputError, TrainingError, check_at_least
 from ptjax.lock import Lock
 from ptjax.members import Member, Progress, Standing
 from ptjax.metrics_log import MetricsLog
+from ptjax.model_dir import ModelDir
 from ptjax.scale import processes, sharding
 from ptjax.scale.compiled import compile_steps
 from ptjax.training.step import TrainState
@@ -92,11 +93,11 @@ class Run:
         self.bank = any(member.name for member in members)
         if lock is not None:
             processes.check_shared(model_dir)
-        self.checkpoints = Checkpoints(model_dir / "checkpoints", clean=lock is not None)
+        self.checkpoints = Checkpoints(ModelDir(model_dir).checkpoints, clean=lock is not None)
         self.checkpoints.check_identity(identity)
         self.checkpoints.check_steps(pace.train_steps)
         self.progress = Progress([Standing() for _ in members], list(range(len(members))))
-        self.metrics = MetricsLog(model_dir / "metrics.jsonl")
+        self.metrics = MetricsLog(ModelDir(model_dir).metrics)
 
     def fit(
         self,
@@ -128,7 +129,7 @@ class Run:
             state, data = self._resume(state)
             self._check_lock()
             if self.config and processes.first():
-                files.write_bytes(self.model_dir / "config.gin", self.config.encode())
+                files.write_bytes(ModelDir(self.model_dir).config, self.config.encode())
             with Display(self.model_dir, self.pace.train_steps, self.progress.step) as display:
                 steps = compile_all(state)
                 with signals.caught() as stop:
