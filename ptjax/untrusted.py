@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from ptjax.errors import one_line
 from ptjax.files import MAX_DEPTH
 
 MAX_RATIO = 200
@@ -42,7 +43,7 @@ def unpack_msgpack(data: bytes) -> Any:
     except RecursionError:
         raise ValueError(f"nested deeper than {MAX_DEPTH} levels") from None
     except Exception as error:  # msgpack has a dozen of them, and all mean a damaged file
-        raise ValueError(str(error).split("\n")[0] or type(error).__name__) from error
+        raise ValueError(one_line(error)) from error
     level = [tree]
     for _ in range(MAX_DEPTH + 1):
         level = [x for node in level for x in _children(node)]
@@ -158,7 +159,7 @@ def read_numpy(data: bytes) -> np.ndarray:
             raise ValueError(f"the header claims {claimed:,} bytes, the file holds {held:,}")
         return np.load(io.BytesIO(data), allow_pickle=False)
     except Exception as error:  # numpy has many, and all mean a damaged file
-        raise ValueError(str(error).split("\n")[0] or type(error).__name__) from error
+        raise ValueError(one_line(error)) from error
 
 
 def _children(node: Any) -> list[Any]:
