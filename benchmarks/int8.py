@@ -24,7 +24,7 @@ from sees_input import COMMON, LENGTHS, STEPS
 from ptjax.backbone import open_backbone
 from ptjax.models.config import T5Config
 from ptjax.scale.quantize import held_shapes, is_quantized, quantize
-from ptjax.training.freeze import flatten_paths
+from ptjax.trees import flatten_paths
 
 DTYPE = "bfloat16"
 HELD = {DTYPE: None, "int8": "int8"}  # QUANTIZE

@@ -46,8 +46,8 @@ from ptjax.models.prompt import ClassLabels, Surroundings
 from ptjax.models.prompted import make_apply_fn, with_prompt
 from ptjax.models.t5 import parameter_shapes
 from ptjax.scale import sharding
-from ptjax.training.freeze import flatten_paths, unflatten_paths
 from ptjax.training.optimizer import embedding_rms
+from ptjax.trees import flatten_paths, unflatten_paths
 
 WAYS = {  # sees_input, packed
     "paper": (True, False),

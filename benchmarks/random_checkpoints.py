@@ -24,7 +24,7 @@ from ptjax.interop.huggingface import save_huggingface
 from ptjax.models.config import T5Config
 from ptjax.models.t5 import parameter_shapes
 from ptjax.scale import sharding
-from ptjax.training.freeze import flatten_paths, unflatten_paths
+from ptjax.trees import flatten_paths, unflatten_paths
 
 LEGACY_CHUNK_BYTES = 64 << 20
 """T5X divides what is larger."""

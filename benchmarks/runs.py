@@ -11,22 +11,25 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ptjax.model_dir import ModelDir
+
 
 def train(model_dir: Path, gin_files: Sequence[str], settings: Mapping[str, Any]) -> dict[str, Any]:
     """`results.json` of a `python -m ptjax.train` in `model_dir`."""
-    if not (model_dir / "results.json").exists():
+    results = ModelDir(model_dir).results
+    if not results.exists():
         _run("train", gin_files, {"MODEL_DIR": str(model_dir.absolute())} | dict(settings))
-    return json.loads((model_dir / "results.json").read_text())
+    return json.loads(results.read_text())
 
 
 def pretrain(
     model_dir: Path, gin_files: Sequence[str], settings: Mapping[str, Any], steps: int
 ) -> Path:
     """The backbone that a `python -m ptjax.pretrain` of so many steps leaves in `model_dir`."""
-    if not (model_dir / "checkpoints" / str(steps)).exists():  # written behind the weights
+    if steps not in ModelDir(model_dir).checkpoint_steps():  # written behind the weights
         given = {"MODEL_DIR": str(model_dir.absolute()), "TRAIN_STEPS": steps}
         _run("pretrain", gin_files, given | dict(settings))
-    return model_dir / "models" / "best"
+    return Path(ModelDir(model_dir).best_model)
 
 
 def evaluate(file: Path, model_dir: Path, settings: Mapping[str, Any]) -> dict[str, Any]:

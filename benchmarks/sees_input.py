@@ -29,6 +29,7 @@ from real_batches import TASKS, bucket, make_task
 
 from ptjax.backbone import load_backbone
 from ptjax.data.preprocess import tokenize_examples
+from ptjax.model_dir import ModelDir
 
 LENGTHS = {  # of inputs and targets
     "sst2": {"inputs": 64, "targets": 4},
@@ -91,7 +92,7 @@ def measured_ratios(flags: argparse.Namespace) -> dict[str, float]:
 
 def curve(model_dir: Path) -> dict[int, float]:
     """Validation accuracy by step."""
-    rows = map(json.loads, (model_dir / "metrics.jsonl").read_text().splitlines())
+    rows = map(json.loads, ModelDir(model_dir).metrics.read_text().splitlines())
     return {row["step"]: row["validation/accuracy"] for row in rows if "validation/accuracy" in row}
 
 

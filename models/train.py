@@ -51,14 +51,15 @@ def pretrain(flags: argparse.Namespace, stage: str, start: Path | None) -> Path:
 def pack(model_dir: Path, target: Path) -> None:
     """Writes the weights of a finished stage in bfloat16, and its training losses."""
     from ptjax import load_backbone, save_backbone
+    from ptjax.model_dir import ModelDir
 
-    backbone = load_backbone(model_dir / "models" / "best", dtype="float32")
+    backbone = load_backbone(ModelDir(model_dir).best_model, dtype="float32")
     partial = target.with_name(f"{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     save_backbone(
         partial, backbone.config, backbone.variables["params"], tokenizer=backbone.tokenizer
     )
-    rows = [json.loads(line) for line in (model_dir / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in ModelDir(model_dir).metrics.read_text().splitlines()]
     losses = {row["step"]: round(row["train/loss"], 4) for row in rows if "train/loss" in row}
     (partial / "losses.json").write_text(json.dumps(losses) + "\n")
     partial.rename(target)

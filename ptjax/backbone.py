@@ -32,7 +32,7 @@ from ptjax.models.t5 import parameter_shapes
 from ptjax.scale import processes, sharding
 from ptjax.scale.meshes import choose_mesh
 from ptjax.scale.quantize import is_quantized, quantize_sharded
-from ptjax.training.freeze import flatten_paths, unflatten_paths
+from ptjax.trees import flatten_paths, unflatten_paths
 
 _CHOSEN_FIELDS = {"dtype", "scan_layers", "remat"}
 """Of `T5Config`: how the network is run, which no file could tell."""

@@ -21,10 +21,10 @@ from absl import logging
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from ptjax import atomic
-from ptjax.errors import InputError, gin_flag
+from ptjax.errors import InputError, gin_flag, one_line
 from ptjax.identity import changed_versions, check_same
 from ptjax.lock import cannot_write
+from ptjax.model_dir import steps_in
 from ptjax.scale import processes
 from ptjax.training.step import TrainState
 
@@ -82,10 +82,9 @@ class Checkpoints:
         steps = (
             {checkpoint.step for checkpoint in self._orbax.checkpoints} if self._orbax else set()
         )
-        if not self._remote and self.directory.exists():
+        if not self._remote:
             # A local folder gets its name when it is complete; one unknown to Orbax lost a part.
-            names = [path.name for path in self.directory.iterdir()]
-            steps |= {int(name) for name in names if name.isdigit()}
+            steps |= {*steps_in(self.directory)}
         return sorted(steps, reverse=True)
 
     def check_identity(self, identity: dict[str, Any]) -> None:
@@ -238,7 +237,7 @@ class Checkpoints:
                 if size > READ_TWICE:
                     break
         except (OSError, ValueError, AttributeError) as error:
-            return atomic.one_line(error)
+            return one_line(error)
         return ""
 
     def _remove(self, step: int) -> None:
@@ -259,7 +258,7 @@ def _reason(error: BaseException) -> str:
     """What is wrong with a file; Orbax then only says that no handler of its own fits."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return atomic.one_line(error)
+    return one_line(error)
 
 
 def _hash_of(progress: dict[str, Any], identity: dict[str, Any], sums: Any) -> str:

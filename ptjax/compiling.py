@@ -23,7 +23,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from ptjax import atomic, planning
+from ptjax import files, planning
 from ptjax.errors import InputError
 from ptjax.planning import Layout, Report, Workload
 from ptjax.scale import meshes, sharding
@@ -224,7 +224,7 @@ class Compiler:
             return
         try:
             self.cache.mkdir(parents=True, exist_ok=True)
-            atomic.write_bytes(self.cache / key, json.dumps(report).encode())
+            files.write_bytes(self.cache / key, json.dumps(report).encode())
         except OSError as error:
             print(f"warning: answers are not kept: {error}", file=sys.stderr)
             self.cache = None

@@ -15,7 +15,7 @@ import numpy as np
 from ptjax.backbone import Backbone
 from ptjax.errors import InputError
 from ptjax.models.stacking import Unstacked
-from ptjax.training.freeze import flatten_paths
+from ptjax.trees import flatten_paths
 
 
 class NotFiniteError(InputError):

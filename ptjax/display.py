@@ -12,6 +12,7 @@ from etils import epath
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ptjax.model_dir import ModelDir
 from ptjax.scale import processes
 
 HIDDEN = {"gradient_norm", "learning_rate", "evaluation_seconds"}
@@ -28,7 +29,7 @@ class Display:
         self._events: SummaryWriter | None = None
         if processes.first():
             self._events = SummaryWriter(
-                logdir=str(model_dir / "tensorboard"), purge_step=start + 1 if start else None
+                logdir=str(ModelDir(model_dir).tensorboard), purge_step=start + 1 if start else None
             )
         self._latest: dict[str, float] = {}
         self._steps = steps

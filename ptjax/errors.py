@@ -27,6 +27,12 @@ def missing(what: str, path: object) -> InputError:
     return InputError(f"no {what} at {path}: the path does not exist; correct it")
 
 
+def one_line(error: BaseException) -> str:
+    """An error's first line, printable and not too long."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    return "".join(c if c.isprintable() else "?" for c in line)
+
+
 def gin_flag(name: str, value: object) -> str:
     """The flag that sets a macro, or an argument of a function.
 

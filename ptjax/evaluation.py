@@ -28,8 +28,8 @@ from ptjax.errors import InputError, check_at_least, check_choice
 from ptjax.models.prompt import Bank, stack_prompts
 from ptjax.models.prompted import with_prompt
 from ptjax.scale.sharding import replicated, rows_divisor
+from ptjax.trees import Tree
 
-Tree = Any
 Predict = Literal["auto", "rank", "decode"]
 
 

@@ -91,7 +91,7 @@ def export(arguments: argparse.Namespace) -> None:
 def export_file(arguments: argparse.Namespace, prompt: Any, place: str) -> None:
     import numpy as np
 
-    from ptjax import atomic, prompting
+    from ptjax import files, prompting
     from ptjax.interop.prompt_file import save_prompt
 
     if arguments.to == "safetensors":
@@ -103,7 +103,7 @@ def export_file(arguments: argparse.Namespace, prompt: Any, place: str) -> None:
     else:
         stream = io.BytesIO()
         np.save(stream, prompt.prompt, allow_pickle=False)
-        atomic.write_bytes(place, stream.getvalue())
+        files.write_bytes(place, stream.getvalue())
 
 
 def export_directory(arguments: argparse.Namespace, prompt: Any, source: str) -> None:

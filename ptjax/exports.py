@@ -9,11 +9,10 @@ from typing import Any
 from absl import logging
 from etils import epath
 
-from ptjax import atomic
+from ptjax import files
 from ptjax.errors import InputError
 from ptjax.interop.huggingface import load_huggingface
-
-BEST = "best"
+from ptjax.model_dir import BEST, steps_in
 
 
 def read_model(path: epath.Path) -> dict[str, Any]:
@@ -34,7 +33,7 @@ class Exports:
     """What a run leaves behind at each evaluation.
 
     Attributes:
-        directory: `MODEL_DIR/prompts`, say.
+        directory: such as `ModelDir.prompts()`.
         suffix: of one export's name, "" when it is a folder.
         write: `(path, trainable, metadata)` writes one, whole or not at all; all processes call it
             together, and the first one writes.
@@ -72,29 +71,27 @@ class Exports:
         if problem is None or self.problem(BEST) or self.read(best).get("step") != step:
             return problem
         logging.warning("%s; made again from %s", problem, best)
-        atomic.write_bytes(self.path(step), best.read_bytes())
+        files.write_bytes(self.path(step), best.read_bytes())
         return None
 
     def remove_leftovers(self) -> None:
         """Removes what a kill left of files that were being written."""
-        atomic.remove_leftovers(self.directory)
+        files.remove_leftovers(self.directory)
         for folder in self.directory.iterdir() if self.directory.exists() else ():
             if folder.is_dir() and not self.suffix:  # an export, or the best one
-                atomic.remove_leftovers(folder)
+                files.remove_leftovers(folder)
 
     def promote(self, step: int) -> None:
         """Makes the export of `step` the best one."""
         source, target = self.path(step), self.path(BEST)
         if not source.is_dir():
-            atomic.write_bytes(target, source.read_bytes())
+            files.write_bytes(target, source.read_bytes())
             return
         if target.exists():
             target.rmtree()
         for path in sorted(source.iterdir()):
-            atomic.write_bytes(target / path.name, path.read_bytes())
+            files.write_bytes(target / path.name, path.read_bytes())
 
     def steps(self) -> list[int]:
         """The steps of what is there, ascending."""
-        paths = self.directory.iterdir() if self.directory.exists() else ()
-        names = (path.name.removesuffix(self.suffix) for path in paths)
-        return sorted(int(name) for name in names if name.isdigit())
+        return steps_in(self.directory, self.suffix)

@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 from ptjax.models.config import T5Config
 from ptjax.models.stacking import Unstacked
 from ptjax.scale import sharding
-from ptjax.training.freeze import flatten_paths
+from ptjax.trees import flatten_paths
 
 V1_KEY, V2_KEY = "backbone_fingerprint", "backbone_fingerprint_v2"
 """The metadata of a prompt that holds each."""

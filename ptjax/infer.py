@@ -297,7 +297,7 @@ def records_of(arguments: argparse.Namespace) -> Any:
 
 def is_json(data: bytes, encoding: str) -> bool:
     """Whether bytes start like JSON lines, or are a JSON array, which is then refused by name."""
-    from ptjax import untrusted
+    from ptjax import files
 
     try:
         start = data.decode(encoding, "replace").lstrip("\ufeff \t\r\n")
@@ -306,7 +306,7 @@ def is_json(data: bytes, encoding: str) -> bool:
     if not start.startswith("["):
         return start.startswith("{")
     try:
-        return isinstance(untrusted.parse_json(start), list)
+        return isinstance(files.parse_json(start), list)
     except ValueError:
         # Broken, or a line of plain text such as "[1] a footnote".
         return re.match(r"\[\s*\{", start) is not None

@@ -13,21 +13,14 @@ from absl import logging
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from ptjax import untrusted
+from ptjax import files
 from ptjax.backbone import OpenBackbone, open_backbone
 from ptjax.data.tokenizer import Tokenizer
 from ptjax.errors import InputError, check_path
 from ptjax.fingerprint import Fingerprints, digest, sampled
 from ptjax.interop import peft, t5x
 from ptjax.interop.prompt_file import PromptFile, load_prompt, prompts_below, wrong_width
-
-BEST_PROMPT = "prompts/best.safetensors"
-BEST_MODEL = "models/best"
-
-
-def is_run(path: epath.Path) -> bool:
-    """Whether `path` is the MODEL_DIR of a run."""
-    return any((path / name).exists() for name in ("config.gin", "results.json", "prompts"))
+from ptjax.model_dir import ModelDir
 
 
 def describe(
@@ -41,7 +34,7 @@ def describe(
     check_path("the path to describe", path)
     place = epath.Path(path).expanduser()
     # A MODEL_DIR of T5X has a config.gin too.
-    if place.is_dir() and is_run(place) and not t5x.is_t5x(place):
+    if place.is_dir() and ModelDir(place).is_run() and not t5x.is_t5x(place):
         return {"kind": "run"} | describe_run(place)
     if (place / "identity").is_dir() and (place / "state").is_dir():
         return {"kind": "checkpoint"} | describe_checkpoint(place)
@@ -113,21 +106,19 @@ def describe_prompt(file: PromptFile) -> dict[str, Any]:
 
 def describe_run(model_dir: epath.Path) -> dict[str, Any]:
     """Results, newest checkpoint and best prompt of a MODEL_DIR, as far as they are there."""
-    steps = [int(p.name) for p in _children(model_dir / "checkpoints") if p.name.isdigit()]
-    best = model_dir / BEST_PROMPT
+    run = ModelDir(model_dir)
     described: dict[str, Any] = {
         "path": os.fspath(model_dir),
-        "finished": (model_dir / "results.json").exists(),
-        "newest_checkpoint": max(steps, default=None),
-        "results": _read_json(model_dir / "results.json"),
+        "finished": run.results.exists(),
+        "newest_checkpoint": max(run.checkpoint_steps(), default=None),
+        "results": run.read_results(),
     }
-    members = sorted((model_dir / "prompts").glob("*/best.safetensors"))
-    if members:
-        described["best_prompts"] = {path.parent.name: os.fspath(path) for path in members}
-    if best.exists():
+    if members := run.members():
+        described["best_prompts"] = {name: os.fspath(run.best_prompt(name)) for name in members}
+    if (best := run.best_prompt()).exists():
         described["best_prompt"] = {"path": os.fspath(best)} | describe_prompt(load_prompt(best))
-    if (model_dir / BEST_MODEL).exists():
-        described["best_model"] = os.fspath(model_dir / BEST_MODEL)
+    if run.best_model.exists():
+        described["best_model"] = os.fspath(run.best_model)
     return described
 
 
@@ -201,9 +192,5 @@ def _unit(rows: np.ndarray) -> np.ndarray:
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
 
 
-def _children(folder: epath.Path) -> list[epath.Path]:
-    return list(folder.iterdir()) if folder.exists() else []
-
-
 def _read_json(file: epath.Path) -> dict[str, Any] | None:
-    return untrusted.read_object(file) if file.exists() else None
+    return files.read_object(file) if file.exists() else None

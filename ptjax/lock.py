@@ -31,11 +31,11 @@ from typing import Any
 from absl import logging
 from etils import epath
 
-from ptjax import atomic, untrusted
-from ptjax.errors import InputError, TrainingError
+from ptjax import files
+from ptjax.errors import InputError, TrainingError, one_line
+from ptjax.model_dir import LOCK, ModelDir
 from ptjax.scale import processes
 
-NAME = "run.lock"
 HEARTBEAT = 30.0
 """Seconds between two writes of the holder."""
 SILENCE = 120.0
@@ -101,6 +101,7 @@ class Lock:
 
     def __init__(self, model_dir: epath.Path) -> None:
         self.model_dir, self.holder = model_dir, Holder.here()
+        self._path = ModelDir(model_dir).lock
         self._mutex = threading.Lock()
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
@@ -135,7 +136,7 @@ class Lock:
             return False
         if reason:
             logging.info("%s: taking over the lock of %s", self.model_dir, reason)
-        self._thread = threading.Thread(target=self._beat_until_ended, name=NAME, daemon=True)
+        self._thread = threading.Thread(target=self._beat_until_ended, name=LOCK, daemon=True)
         self._thread.start()
         return True
 
@@ -155,8 +156,8 @@ class Lock:
             except Exception as error:  # the storage's own kinds
                 if _elapsed(self._confirmed) > SILENCE:
                     raise TrainingError(
-                        f"{self.model_dir / NAME} could not be renewed for {SILENCE:.0f} s "
-                        f"({atomic.one_line(error)}); nothing more is written. The same command "
+                        f"{self._path} could not be renewed for {SILENCE:.0f} s "
+                        f"({one_line(error)}); nothing more is written. The same command "
                         "goes on from the last checkpoint"
                     ) from error
         if self._lost is not None:
@@ -172,9 +173,9 @@ class Lock:
         try:
             # An earlier write may have arrived although its answer did not.
             generation = self._own_write() or self._generation
-            self._store.write(NAME, None, if_equal=generation).result(timeout=TIMEOUT)
+            self._store.write(LOCK, None, if_equal=generation).result(timeout=TIMEOUT)
         except (OSError, ValueError) as error:
-            logging.warning("%s stays behind: %s", self.model_dir / NAME, atomic.one_line(error))
+            logging.warning("%s stays behind: %s", self._path, one_line(error))
         self._generation = None
         with contextlib.suppress(OSError):  # a run that was refused leaves nothing
             for path in self._made:
@@ -199,7 +200,7 @@ class Lock:
     def _read(self) -> tuple[bytes | None, bytes]:
         """What is there (None if nothing) and its generation."""
         try:
-            found = self._store.read(NAME).result()
+            found = self._store.read(LOCK).result()
         except (OSError, ValueError) as error:
             raise cannot_write(self.model_dir, error) from error
         return (found.value if found.state == "value" else None), found.stamp.generation
@@ -207,7 +208,7 @@ class Lock:
     def _write(self, generation: bytes) -> bytes | None:
         """Replaces that generation; the new one, or None if it was another's."""
         text = json.dumps(dataclasses.asdict(self.holder) | {"time": time.time()}).encode()
-        written = self._store.write(NAME, text, if_equal=generation)
+        written = self._store.write(LOCK, text, if_equal=generation)
         return written.result(timeout=TIMEOUT).generation or self._own_write()
 
     def _own_write(self) -> bytes | None:
@@ -229,7 +230,7 @@ class Lock:
         now = time.monotonic()
         if self._watched is None:
             # Only now: a remote file's age may come from a cache the next time.
-            if _age_by_storage(self.model_dir / NAME) > ABANDONED:
+            if _age_by_storage(self._path) > ABANDONED:
                 return f"silent for more than {ABANDONED:.0f} s"
             self._watched = generation, now
             logging.info(
@@ -261,7 +262,7 @@ class Lock:
             text, _ = self._read()
             other = None if text is None else _parse(text)[0]
             self._lost = (
-                f"{self.model_dir / NAME} was "
+                f"{self._path} was "
                 f"{f'taken over by {other}' if other else 'removed or replaced'} while this run "
                 "held it; nothing more is written here"
             )
@@ -274,8 +275,7 @@ class Lock:
                 failed = False
             except Exception as error:  # of whatever kind: the next beat may succeed
                 if not failed:
-                    path = self.model_dir / NAME
-                    logging.warning("%s could not be renewed: %s", path, atomic.one_line(error))
+                    logging.warning("%s could not be renewed: %s", self._path, one_line(error))
                 failed = True
 
 
@@ -300,7 +300,7 @@ def hold(model_dir: epath.Path, *, needed: bool = True) -> Iterator[Lock | None]
             time.sleep(POLL)
         yield lock
     except Exception as error:
-        if (reason := atomic.full_reason(error)) is None:
+        if (reason := files.full_reason(error)) is None:
             raise
         raise TrainingError(
             f"MODEL_DIR = {model_dir}: it is full ({reason}); make room, and the same command goes "
@@ -331,7 +331,7 @@ def _agreed(lock: Lock) -> bool:
 def _parse(text: bytes) -> tuple[Holder | None, float]:
     """The holder (None if the text is none of ours) and the age in seconds by its own clock."""
     try:
-        fields = untrusted.parse_json(text)
+        fields = files.parse_json(text)
         age = time.time() - float(fields.pop("time"))
         holder = Holder(**fields)
         started_fits = holder.started is None or isinstance(holder.started, int)
@@ -383,9 +383,7 @@ def _elapsed(since: tuple[float, float]) -> float:
 
 def cannot_write(directory: epath.Path, error: Exception) -> NotWritableError:
     """The error for a MODEL_DIR that is not writable, with the reason."""
-    why = (
-        error.strerror if isinstance(error, OSError) and error.strerror else atomic.one_line(error)
-    )
+    why = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
     if isinstance(error, FileExistsError):  # what mkdir says of a file
         why = os.strerror(errno.ENOTDIR)
     return NotWritableError(

@@ -24,7 +24,7 @@ from absl import logging
 from etils import epath
 from jax.sharding import Mesh
 
-from ptjax import atomic, signals
+from ptjax import files, signals
 from ptjax.checkpoint import Checkpoints
 from ptjax.damage import NotFiniteError, advice
 from ptjax.data.batch import Batch, count_examples
@@ -34,12 +34,11 @@ from ptjax.errors import InputError, TrainingError, check_at_least
 from ptjax.lock import Lock
 from ptjax.members import Member, Progress, Standing
 from ptjax.metrics_log import MetricsLog
+from ptjax.model_dir import ModelDir
 from ptjax.scale import processes, sharding
 from ptjax.scale.compiled import compile_steps
-from ptjax.training.freeze import flatten_paths
 from ptjax.training.step import TrainState
-
-Tree = Any
+from ptjax.trees import Tree, flatten_paths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,11 +93,11 @@ class Run:
         self.bank = any(member.name for member in members)
         if lock is not None:
             processes.check_shared(model_dir)
-        self.checkpoints = Checkpoints(model_dir / "checkpoints", clean=lock is not None)
+        self.checkpoints = Checkpoints(ModelDir(model_dir).checkpoints, clean=lock is not None)
         self.checkpoints.check_identity(identity)
         self.checkpoints.check_steps(pace.train_steps)
         self.progress = Progress([Standing() for _ in members], list(range(len(members))))
-        self.metrics = MetricsLog(model_dir / "metrics.jsonl")
+        self.metrics = MetricsLog(ModelDir(model_dir).metrics)
 
     def fit(
         self,
@@ -130,7 +129,7 @@ class Run:
             state, data = self._resume(state)
             self._check_lock()
             if self.config and processes.first():
-                atomic.write_bytes(self.model_dir / "config.gin", self.config.encode())
+                files.write_bytes(ModelDir(self.model_dir).config, self.config.encode())
             with Display(self.model_dir, self.pace.train_steps, self.progress.step) as display:
                 steps = compile_all(state)
                 with signals.caught() as stop:
@@ -251,7 +250,7 @@ class Run:
     def remove_leftovers(self) -> None:
         """Removes what a kill left half-written; only with the lock."""
         if processes.first():
-            atomic.remove_leftovers(self.model_dir)
+            files.remove_leftovers(self.model_dir)
             for member in self.members:
                 member.exports.remove_leftovers()
 

@@ -8,8 +8,7 @@ from typing import Any
 
 from ptjax.data.pipeline import Batches
 from ptjax.exports import Exports
-
-Tree = Any
+from ptjax.trees import Tree
 
 
 @dataclasses.dataclass

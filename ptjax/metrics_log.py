@@ -8,7 +8,7 @@ from typing import Any
 from absl import logging
 from etils import epath
 
-from ptjax import atomic, untrusted
+from ptjax import files
 
 
 class MetricsLog:
@@ -43,12 +43,12 @@ class MetricsLog:
 
     def _write(self) -> None:
         text = "".join(json.dumps(row) + "\n" for row in self._rows)
-        atomic.write_bytes(self.path, text.encode())
+        files.write_bytes(self.path, text.encode())
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
-        row = untrusted.parse_json(line)
+        row = files.parse_json(line)
     except ValueError:  # also bytes that are no UTF-8, and what is nested too deep
         return None
     fits = isinstance(row, dict) and isinstance(row.get("step"), int)

@@ -26,8 +26,8 @@ from ptjax.scale.quantize import held_shapes, placed_shapes
 from ptjax.scale.slices import Slice
 from ptjax.training import freeze as freezing
 from ptjax.training.step import batch_loss
+from ptjax.trees import Tree
 
-Tree = Any
 Report = dict[str, Any]
 
 TIGHT = 0.92

@@ -30,11 +30,12 @@ from ptjax.evaluation import (
     report_examples,
     report_lost,
 )
-from ptjax.exports import BEST, Exports, read_model
+from ptjax.exports import Exports, read_model
 from ptjax.identity import digest_texts
 from ptjax.interop import prompt_header
 from ptjax.interop.prompt_file import load_prompt, save_prompt
 from ptjax.members import Member
+from ptjax.model_dir import BEST, PROMPT_SUFFIX, ModelDir
 from ptjax.models.prompt import ClassLabels, Initializer, Prompt, SampledVocabulary, Surroundings
 from ptjax.models.prompted import with_prompt
 from ptjax.scale import processes, sharding
@@ -293,10 +294,10 @@ class Preparation:
             save_backbone(path, backbone.config, params, tokenizer=tokenizer, dtype="float32")
 
         if self.method == "model_tuning":
-            return Exports(self.model_dir / "models", "", write_model, read_model)
+            return Exports(ModelDir(self.model_dir).models, "", write_model, read_model)
         return Exports(
-            self.model_dir / "prompts" / name,
-            ".safetensors",
+            ModelDir(self.model_dir).prompts(name),
+            PROMPT_SUFFIX,
             write_prompt,
             lambda path: load_prompt(path).metadata,
         )

@@ -29,6 +29,7 @@ from ptjax.identity import digest_array, digest_texts, make_identity
 from ptjax.interop.special_ids import check_end_of_sequence
 from ptjax.loop import Pace, Run
 from ptjax.members import Member
+from ptjax.model_dir import ModelDir
 from ptjax.models.config import T5Config
 from ptjax.models.prompted import make_apply_fn
 from ptjax.models.t5 import init_params, parameter_shapes
@@ -108,7 +109,7 @@ def pretrain(
     directory = epath.Path(model_dir).expanduser()
     member = Member(
         batches,
-        Exports(directory / "models", "", write, read_model),
+        Exports(ModelDir(directory).models, "", write, read_model),
         rate_at=lambda step: float(optimizer.rate_at(step, 1.0)),
     )
     identity = make_identity(pretrain, given | {"tokenizer": found}, _describe(stream, components))

@@ -6,6 +6,7 @@ from typing import Any
 
 from ptjax import cli
 from ptjax.cli import distributed, output
+from ptjax.model_dir import ModelDir
 
 
 def main() -> None:
@@ -88,7 +89,7 @@ def bank_summary(results: dict[str, Any], model_dir: str | None) -> str:
     )
     if model_dir:
         rows.append(
-            f"\ntry it:  python -m ptjax.infer --prompt={model_dir}/prompts/{best}/best.safetensors"
+            f"\ntry it:  python -m ptjax.infer --prompt={ModelDir(model_dir).best_prompt(best)}"
             " 'a text of your own'"
         )
     return "\n".join(rows)

@@ -13,18 +13,18 @@ import jax.numpy as jnp
 from absl import logging
 from etils import epath
 
-from ptjax import atomic, lock, untrusted
+from ptjax import files, lock
 from ptjax.backbone import Backbone
 from ptjax.bank import Variant
 from ptjax.checkpoint import Checkpoints
 from ptjax.damage import check_weights
 from ptjax.data.pipeline import Bucket
 from ptjax.data.tasks import Task
-from ptjax.errors import InputError, check_at_least, check_path
+from ptjax.errors import InputError, check_at_least, check_path, one_line
 from ptjax.evaluation import Evaluation, HardPrompt
-from ptjax.exports import BEST
 from ptjax.identity import check_same, make_identity
 from ptjax.loop import Pace, Run, report_memory
+from ptjax.model_dir import BEST, ModelDir
 from ptjax.models.prompt import Initializer, Prompt
 from ptjax.preparation import (
     Preparation,
@@ -43,9 +43,6 @@ from ptjax.training.optimizer import Adafactor
 from ptjax.training.step import TrainState
 
 Tree = Any
-
-HARD_PROMPT_IDENTITY = "hard_prompt.json"
-"""In MODEL_DIR: the identity of a run that trains nothing and so has no checkpoint to hold it."""
 
 
 def tune(
@@ -155,8 +152,8 @@ def tune(
             results = scores(subject).hard_prompt_only() | _counts({}, backbone.variables)
             report_memory()
             if config:
-                _write(model_dir / "config.gin", config, held)
-            _write(model_dir / HARD_PROMPT_IDENTITY, json.dumps(identity, indent=2) + "\n", held)
+                _write(ModelDir(model_dir).config, config, held)
+            _write(ModelDir(model_dir).hard_prompt, json.dumps(identity, indent=2) + "\n", held)
         else:
             report_steps(pace.train_steps, backbone)
             starts = _start_members(preparation, task, bank or {"": Variant()}, seed)
@@ -185,7 +182,7 @@ def tune(
             if dry_run:
                 return {}
             results = _score_best(preparation, starts, run, scores, several=bool(bank)) | counts
-        _write(model_dir / "results.json", json.dumps(results, indent=2) + "\n", held)
+        _write(ModelDir(model_dir).results, json.dumps(results, indent=2) + "\n", held)
         return results
 
     try:
@@ -193,7 +190,7 @@ def tune(
             results = attempt(held)
     except lock.NotWritableError:
         # A finished run has nothing to write, so it may be on a read-only disk.
-        results = attempt(None) if (model_dir / "results.json").exists() else None
+        results = attempt(None) if ModelDir(model_dir).results.exists() else None
         if results is None:
             raise
     assert results is not None  # with the lock, `attempt` always returns results
@@ -307,20 +304,20 @@ def _finished(run: Run) -> dict[str, Any] | None:
 
 def _scored(model_dir: epath.Path) -> dict[str, Any] | None:
     """The results of a hard prompt that was scored already."""
-    return _read_results(model_dir) if (model_dir / HARD_PROMPT_IDENTITY).exists() else None
+    return _read_results(model_dir) if ModelDir(model_dir).hard_prompt.exists() else None
 
 
 def _read_results(model_dir: epath.Path) -> dict[str, Any] | None:
     """What `results.json` holds; None if there is none, or a damaged one, which is said."""
-    path = model_dir / "results.json"
+    path = ModelDir(model_dir).results
     if not path.exists():
         return None
     try:
-        results = untrusted.read_json(path)
+        results = files.read_json(path)
         if not isinstance(results, dict):
             raise ValueError("it has no results")
     except ValueError as error:
-        logging.warning("%s: damaged (%s); made again", path, atomic.one_line(error))
+        logging.warning("%s: damaged (%s); made again", path, one_line(error))
         return None
     return results
 
@@ -331,8 +328,8 @@ def _refuse_another_run(
     """A hard prompt has no checkpoints of its own; its results may not replace a run's."""
     if held is not None:
         processes.check_shared(model_dir)
-    if (model_dir / "checkpoints").exists():
-        checkpoints = Checkpoints(model_dir / "checkpoints", clean=held is not None)
+    if ModelDir(model_dir).checkpoints.exists():
+        checkpoints = Checkpoints(ModelDir(model_dir).checkpoints, clean=held is not None)
         try:
             checkpoints.check_identity(identity)
         finally:
@@ -342,16 +339,16 @@ def _refuse_another_run(
 
 def _refuse_a_hard_prompt(model_dir: epath.Path, identity: dict[str, Any]) -> None:
     """InputError where `model_dir` has the results of another hard prompt, or a damaged file."""
-    path = model_dir / HARD_PROMPT_IDENTITY
+    path = ModelDir(model_dir).hard_prompt
     if not path.exists():
         return
     try:
-        saved = untrusted.read_json(path)
+        saved = files.read_json(path)
         if not isinstance(saved, dict):
             raise ValueError("it has no settings")
     except ValueError as error:
         raise InputError(
-            f"{path}: damaged ({atomic.one_line(error)}); put it back from a copy, or remove it "
+            f"{path}: damaged ({one_line(error)}); put it back from a copy, or remove it "
             "and results.json to score anew"
         ) from error
     check_same(saved, identity, os.fspath(model_dir))
@@ -361,4 +358,4 @@ def _write(path: epath.Path, text: str, held: lock.Lock | None) -> None:
     if held is not None:
         held.check()
     if processes.first():
-        atomic.write_bytes(path, text.encode())
+        files.write_bytes(path, text.encode())

@@ -1,10 +1,9 @@
-"""Formats that strangers wrote: bounded in depth and size before anything is built.
+"""Binary formats that strangers wrote: bounded in depth and size before anything is built.
 
-JSON, msgpack, .npy, zip, and what gzip, xz and bzip2 inflate.
+msgpack, .npy, zip, and what gzip, xz and bzip2 inflate; `files` does the same for JSON.
 Checkpoints, prompts, tokenizers and data come from strangers. Every reader goes through here, so
 that a file that is nested a thousand times, or claims more than it holds, is a `ValueError` with a
-reason, never a `RecursionError`, a hang or a full memory. Callers put the file's name in front;
-`read_object` does that itself.
+reason, never a `RecursionError`, a hang or a full memory. Callers put the file's name in front.
 """
 
 from __future__ import annotations
@@ -13,80 +12,20 @@ import bz2
 import dataclasses
 import gzip
 import io
-import json
 import lzma
-import math
-import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from etils import epath
 
-from ptjax.errors import InputError
+from ptjax.errors import one_line
+from ptjax.files import MAX_DEPTH
 
-MAX_DEPTH = 100
-"""Levels of nesting; real configs, indices and parameter trees have fewer than 20."""
-MAX_JSON_BYTES = 1 << 28
-"""Of one JSON file; the largest tokenizer.json of a T5 has 17 MB."""
 MAX_RATIO = 200
 MIN_INFLATED = 1 << 26
 """Bytes that any compressed file may hold, however small it is."""
-_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
-
-
-def parse_json(
-    text: str | bytes, *, strict: bool = False, constant: Callable[[str], Any] | None = None
-) -> Any:
-    """`json.loads` for a text of a stranger.
-
-    Args:
-        constant: what NaN and Infinity become, by their names; None is Python's floats.
-        strict: what Python reads and JSON forbids is an error too, as for Rust's serde: a name
-            twice in an object, NaN and Infinity, numbers out of range, halves of surrogate pairs.
-            `-0` is a float then, and no size.
-
-    Raises:
-        ValueError: no JSON, no UTF-8, or nested deeper than `MAX_DEPTH`.
-    """
-    if isinstance(text, bytes):
-        text = text.decode()
-    if _json_depth(text) > MAX_DEPTH:
-        raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
-    return json.loads(text, **_STRICT) if strict else json.loads(text, parse_constant=constant)
-
-
-def read_json(path: epath.Path) -> Any:
-    """The JSON of a whole file.
-
-    Raises:
-        ValueError: as `parse_json`, or the file has more than `MAX_JSON_BYTES`.
-        OSError: it cannot be read.
-    """
-    if (size := path.stat().length) > MAX_JSON_BYTES:
-        raise ValueError(f"{size:,} bytes of JSON, more than {MAX_JSON_BYTES:,}")
-    return parse_json(path.read_bytes())
-
-
-def read_object(path: epath.Path) -> dict[str, Any]:
-    """Reads a file that must hold a JSON object, such as a config.
-
-    Raises:
-        InputError: where `read_json` raises ValueError, or the JSON is not an object.
-        OSError: it cannot be read.
-    """
-    try:
-        content = read_json(path)
-        if not isinstance(content, dict):
-            raise ValueError(f"it holds a {type(content).__name__}")
-    except ValueError as error:
-        raise InputError(
-            f"{path}: the file is truncated or no JSON object ({error}); copy it again"
-        ) from error
-    return content
 
 
 def unpack_msgpack(data: bytes) -> Any:
@@ -104,7 +43,7 @@ def unpack_msgpack(data: bytes) -> Any:
     except RecursionError:
         raise ValueError(f"nested deeper than {MAX_DEPTH} levels") from None
     except Exception as error:  # msgpack has a dozen of them, and all mean a damaged file
-        raise ValueError(str(error).split("\n")[0] or type(error).__name__) from error
+        raise ValueError(one_line(error)) from error
     level = [tree]
     for _ in range(MAX_DEPTH + 1):
         level = [x for node in level for x in _children(node)]
@@ -220,52 +159,7 @@ def read_numpy(data: bytes) -> np.ndarray:
             raise ValueError(f"the header claims {claimed:,} bytes, the file holds {held:,}")
         return np.load(io.BytesIO(data), allow_pickle=False)
     except Exception as error:  # numpy has many, and all mean a damaged file
-        raise ValueError(str(error).split("\n")[0] or type(error).__name__) from error
-
-
-def _json_depth(text: str) -> int:
-    """How deep the brackets outside of strings go."""
-    if text.count("[") + text.count("{") <= MAX_DEPTH:
-        return 0
-    marks = np.frombuffer(_STRING.sub("", text).encode("utf-8", "surrogatepass"), np.uint8)
-    opened = (marks == ord("[")) | (marks == ord("{"))
-    closed = (marks == ord("]")) | (marks == ord("}"))
-    steps = opened.astype(np.int8) - closed.astype(np.int8)
-    return int(np.cumsum(steps, dtype=np.int64).max(initial=0))
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    unique: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in unique:
-            raise ValueError(f"the name {name!r} stands there twice")
-        _encodable(name)
-        unique[name] = _encodable(value)
-    return unique
-
-
-def _encodable(value: Any) -> Any:
-    if isinstance(value, str):
-        value.encode()  # UnicodeEncodeError, a ValueError, for half of a surrogate pair
-    return value
-
-
-def _finite(text: str) -> float:
-    if not math.isfinite(value := float(text)):
-        raise ValueError(f"the number {text[:20]} is out of range")
-    return value
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
-
-
-_STRICT: dict[str, Any] = {
-    "object_pairs_hook": _unique,
-    "parse_constant": _no_constant,
-    "parse_float": _finite,
-    "parse_int": lambda text: -0.0 if text == "-0" else int(text),
-}
+        raise ValueError(one_line(error)) from error
 
 
 def _children(node: Any) -> list[Any]:

@@ -15,7 +15,7 @@ from ptjax.data.batch import shift_right
 from ptjax.data.pipeline import make_buckets
 from ptjax.data.preprocess import TokenizedExamples
 from ptjax.scale.sharding import make_mesh, sharding_of
-from ptjax.training.freeze import flatten_paths, unflatten_paths
+from ptjax.trees import flatten_paths, unflatten_paths
 
 
 @pytest.fixture(scope="module")

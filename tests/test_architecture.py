@@ -18,10 +18,12 @@ import ptjax
 
 PACKAGE = Path(ptjax.__file__).parent
 
+GROUND = ("errors", "trees", "files", "model_dir")
+"""What everybody may use, and what needs no arrays."""
+
 # From the data to the commands; a module imports from its own room and from those before it.
 ROOMS = (
-    "errors",
-    "atomic",
+    *GROUND,
     "hub",
     "untrusted",
     "shipped",
@@ -184,6 +186,78 @@ def test_importing_ptjax_imports_nothing_heavy() -> None:
         check=True,
     )
     assert done.stdout.split() == ["[]", ptjax.__file__], done.stderr
+
+
+def test_the_ground_floor_needs_no_arrays() -> None:
+    """Neither jax nor numpy, whatever its files import themselves; nor gin."""
+    heavy = ("jax", "flax", "numpy", "orbax", "tensorstore", "gin")
+    names = ", ".join(f"ptjax.{name}" for name in GROUND)
+    code = f"import sys, {names}; print([m for m in {heavy} if m in sys.modules], ptjax.__file__)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(PACKAGE.parent)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == ["[]", ptjax.__file__], done.stderr
+
+
+FILES_OF_A_RUN = re.compile(
+    r"(\S*/)?(config\.gin|results\.json|metrics\.jsonl|hard_prompt\.json|run\.lock|"
+    r"best\.safetensors)"
+)
+FOLDERS_OF_A_RUN = re.compile(r"(checkpoints|prompts|models|tensorboard|best)(/\S*)?")
+
+
+def spelled_paths(tree: ast.AST) -> Iterator[str]:
+    """What code spells of a MODEL_DIR: a file's name alone or behind a path, a folder behind a `/`.
+
+    What a sentence says of them is no path.
+    """
+    for node in ast.walk(tree):
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
+            name = getattr(node.right, "value", None)
+            if isinstance(name, str) and FOLDERS_OF_A_RUN.fullmatch(name):
+                yield f"line {node.lineno}: {name}"
+        elif isinstance(node, ast.JoinedStr):
+            texts = [getattr(part, "value", None) for part in node.values]
+            words = [x.split()[0][1:] for x in texts if isinstance(x, str) and x.startswith("/")]
+            yield from (
+                f"line {node.lineno}: {word}" for word in words if FOLDERS_OF_A_RUN.fullmatch(word)
+            )
+        elif isinstance(node, ast.Constant) and FILES_OF_A_RUN.fullmatch(str(node.value)):
+            yield f"line {node.lineno}: {node.value}"
+
+
+def test_one_file_alone_knows_what_lies_where_in_a_model_dir() -> None:
+    found = {
+        module: [*spelled_paths(ast.parse(file.read_text("utf-8")))]
+        for module, file in modules().items()
+    }
+    assert found.pop("model_dir")
+    wrong = {module: paths for module, paths in found.items() if paths}
+    assert not wrong, "ask ptjax.model_dir.ModelDir"
+
+
+@pytest.mark.parametrize(
+    ("code", "count"),
+    [
+        ("x / 'results.json'", 1),
+        ("[x / name for name in ('config.gin', 'other.gin')]", 1),
+        ("folder.glob('*/best.safetensors')", 1),
+        ("x / 'prompts' / name", 1),
+        ("x / 'models/best'", 1),
+        ("x / 'models' / 'best'", 2),
+        ("f'{x}/prompts/{name}/best.safetensors'", 2),
+        ("f'{x}/checkpoints and more'", 1),
+        ("'the prompts'; {'prompts': 1, 'best': 2}; 'tensorboard'", 0),
+        ("'writes results.json, config.gin'; f'remove {x} and results.json'", 0),
+        ("x / 'config.json'; x / prompts; n / 2", 0),
+    ],
+)
+def test_paths_in_a_model_dir_are_found(code, count) -> None:
+    assert len(list(spelled_paths(ast.parse(code)))) == count
 
 
 def test_files_stay_small_and_say_what_they_are() -> None:

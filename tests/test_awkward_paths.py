@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import tune
 
-from ptjax import atomic, cli
+from ptjax import cli, files
 from ptjax.backbone import load_backbone, save_backbone
 from ptjax.cli import output
 from ptjax.data.tokenizer import load_tokenizer
@@ -143,7 +143,7 @@ LONGEST = 255
 def test_the_longest_name_that_a_folder_takes_is_written(tmp_path):
     assert os.pathconf(tmp_path, "PC_NAME_MAX") == LONGEST
     file = tmp_path / ("é" * (LONGEST // 2) + "x")
-    atomic.write_bytes(file, b"1")
+    files.write_bytes(file, b"1")
     output.check(str(file), force=True)
     output.write(str(file), "2")
     assert [path.read_text() for path in tmp_path.iterdir()] == ["2"]

@@ -35,7 +35,7 @@ from ptjax.models.config import T5Config
 from ptjax.models.stacking import Unstacked
 from ptjax.models.t5 import init_params
 from ptjax.scale import sharding
-from ptjax.training.freeze import flatten_paths, unflatten_paths
+from ptjax.trees import flatten_paths, unflatten_paths
 
 LEGACY = FIXTURES / "t5_1_1_tiny_legacy"
 ORBAX = FIXTURES / "t5_1_1_tiny_orbax"

@@ -13,7 +13,7 @@ import pytest
 from conftest import outcome, tune
 from etils import epath
 
-from ptjax import atomic, cli, loop
+from ptjax import cli, files, loop
 from ptjax.backbone import Backbone
 from ptjax.data.tasks import Task
 from ptjax.errors import InputError
@@ -157,7 +157,7 @@ def disk(monkeypatch) -> list[tuple[str, Any]]:
 
 def test_case_5_5_a_file_and_its_folders_outlast_a_loss_of_power(tmp_path, disk):
     path = tmp_path / "new" / "folder" / "file"
-    atomic.write_bytes(path, b"data")
+    files.write_bytes(path, b"data")
     synced = {path: "file", path.parent: "folder", tmp_path / "new": "new", tmp_path: "there"}
     names = {inode(place.stat()): name for place, name in synced.items()}
     order = [names[what] if kind == "sync" else "renamed" for kind, what in disk]

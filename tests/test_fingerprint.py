@@ -18,7 +18,7 @@ from ptjax.fingerprint import NOT_COMPUTED, V1_KEY, V2_KEY, Fingerprints, finger
 from ptjax.interop.prompt_file import PromptFile
 from ptjax.models.config import T5Config
 from ptjax.models.t5 import parameter_shapes
-from ptjax.training.freeze import flatten_paths, unflatten_paths
+from ptjax.trees import flatten_paths, unflatten_paths
 
 NANO_V1 = "sha256:665265e64af0924f5c731cba4b2a60c51eb9232fd7e122317da033dac8505781"
 """What prompts of ptjax-nano recorded before there was a v2 (commit 324cea1)."""

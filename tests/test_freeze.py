@@ -14,10 +14,11 @@ from hypothesis import given, settings
 
 from ptjax.errors import InputError
 from ptjax.training import freeze as freezing
-from ptjax.training.freeze import METHODS, combine, flatten_paths, make_freeze, split
+from ptjax.training.freeze import METHODS, combine, make_freeze, split
 from ptjax.training.loss import Loss
 from ptjax.training.optimizer import Adafactor
 from ptjax.training.step import init_train_state, make_train_step
+from ptjax.trees import flatten_paths
 
 names = st.text("abcd_1", min_size=1, max_size=3)
 trees = st.recursive(
@@ -55,12 +56,6 @@ def test_combine_is_the_inverse_of_split(case) -> None:
     for path in flatten_paths(tree):
         assert (path in flatten_paths(frozen)) == lookup(freeze, path)
         assert (path in flatten_paths(trainable)) != lookup(freeze, path)
-
-
-@settings(max_examples=100, deadline=None)
-@given(trees)
-def test_unflatten_is_the_inverse_of_flatten(tree) -> None:
-    assert freezing.unflatten_paths(flatten_paths(tree)) == tree
 
 
 TREE = {"params": {"encoder": {"w": 1}, "decoder": {"w": 2}}, "prompt": {"prompt": 3}}

@@ -24,7 +24,7 @@ from gcp_storage_emulator.exceptions import NotFound
 from gcp_storage_emulator.handlers import objects
 from tensorboardX import record_writer
 
-from ptjax import atomic, lock, tuning
+from ptjax import files, lock, tuning
 from ptjax.backbone import Backbone, load_backbone, save_backbone
 from ptjax.data.tasks import Task
 from ptjax.data.tokenizer import load_tokenizer
@@ -35,8 +35,8 @@ from ptjax.interop.prompt_file import load_prompt, load_prompts, save_prompt
 from ptjax.loop import Pace
 from ptjax.models.config import T5Config
 from ptjax.models.t5 import init_params
-from ptjax.training.freeze import flatten_paths
 from ptjax.training.optimizer import Adafactor
+from ptjax.trees import flatten_paths
 
 # tensorboardX uploads a closed file once more when Python exits; the emulator is gone by then.
 record_writer.GCSRecordWriter.__del__ = lambda self: None
@@ -217,9 +217,9 @@ def test_prompts_out_and_in(folder):
 
 def test_a_file_is_whole_or_the_one_before(folder):
     file = folder / "results.json"
-    atomic.write_bytes(file, b"the first")
-    atomic.write_bytes(file, b"the second")
-    with pytest.raises(KeyError), atomic.written_whole(file) as stream:
+    files.write_bytes(file, b"the first")
+    files.write_bytes(file, b"the second")
+    with pytest.raises(KeyError), files.written_whole(file) as stream:
         stream.write(b"half of the th")
         raise KeyError
     assert file.read_bytes() == b"the second"
@@ -276,7 +276,7 @@ def task(bucket) -> Task:
             json.dumps({"text": ("a warm film", "a dull film")[i % 2], "label": i % 2})
             for i in range(count)
         ]
-        atomic.write_bytes(directory / f"{split}.jsonl", "\n".join(rows).encode())
+        files.write_bytes(directory / f"{split}.jsonl", "\n".join(rows).encode())
     return Task(
         name="words",
         data_dir=os.fspath(directory),

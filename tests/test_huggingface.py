@@ -19,7 +19,7 @@ from ptjax.errors import InputError
 from ptjax.interop import huggingface, huggingface_format, safetensors_file, t5x
 from ptjax.models.config import T5Config
 from ptjax.models.t5 import parameter_shapes
-from ptjax.training.freeze import flatten_paths
+from ptjax.trees import flatten_paths
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 PARITY = FIXTURES / "torch_parity"

@@ -24,8 +24,8 @@ from ptjax.interop.prompt_file import load_prompt
 from ptjax.loop import Pace, TrainingError
 from ptjax.models.prompt import Prompt
 from ptjax.scale.sharding import make_mesh, replicated
-from ptjax.training.freeze import flatten_paths
 from ptjax.training.optimizer import Adafactor
+from ptjax.trees import flatten_paths
 
 # Batches of two shapes.
 tune = functools.partial(conftest.tune, feature_lengths={"inputs": 64, "targets": 4})
@@ -99,7 +99,7 @@ def test_killed_and_started_again_equals_never_killed(
 
     with monkeypatch.context() as patch:
         if where == "write_bytes":
-            patch.setattr(loop.atomic, where, dies(loop.atomic.write_bytes))
+            patch.setattr(loop.files, where, dies(loop.files.write_bytes))
         elif where == "save":
             patch.setattr(loop.Checkpoints, where, dies(loop.Checkpoints.save))
         else:

@@ -13,7 +13,7 @@ import pytest
 from ptjax.models.config import T5Config
 from ptjax.models.t5 import parameter_shapes
 from ptjax.scale import sharding
-from ptjax.training.freeze import flatten_paths
+from ptjax.trees import flatten_paths
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "gin_configs" / "models").glob("*.gin"))

@@ -21,7 +21,7 @@ from ptjax.inference import generate
 from ptjax.interop.prompt_file import PromptFile, load_prompt, save_prompt
 from ptjax.interop.safetensors_file import open_safetensors, save_safetensors, to_header
 from ptjax.loop import TrainingError
-from ptjax.training.freeze import flatten_paths, unflatten_paths
+from ptjax.trees import flatten_paths, unflatten_paths
 
 QUERY = "decoder/layers_1/self_attention/query/kernel"
 MIDDLE = "encoder/layers_0/mlp/wo/kernel"

@@ -101,7 +101,7 @@ def test_weights_are_those_of_their_names(scan) -> None:
 
     from ptjax.models.stacking import Unstacked
     from ptjax.models.t5 import parameter_shapes
-    from ptjax.training.freeze import flatten_paths
+    from ptjax.trees import flatten_paths
 
     config = t5_1_1("toy", scan_layers=scan)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -135,7 +135,7 @@ def test_pytorch_makes_the_same_weights(tmp_path) -> None:
     from ptjax import planning
     from ptjax.interop.huggingface_format import to_huggingface
     from ptjax.scale import sharding
-    from ptjax.training.freeze import flatten_paths
+    from ptjax.trees import flatten_paths
 
     config = t5_1_1("toy")
     (tmp_path / "backbone.json").write_text(json.dumps(describe_backbone(config, "bfloat16")))

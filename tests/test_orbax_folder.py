@@ -21,7 +21,7 @@ from ptjax.checkpoint import Checkpoints
 from ptjax.errors import InputError
 from ptjax.inspection import describe
 from ptjax.interop import t5x
-from ptjax.training.freeze import unflatten_paths
+from ptjax.trees import unflatten_paths
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 ORBAX = FIXTURES / "orbax"

@@ -9,8 +9,8 @@ from t5_ids import with_lengths
 
 from ptjax.models.prompted import PromptedT5, with_prompt
 from ptjax.models.t5 import parameter_shapes
-from ptjax.training.freeze import flatten_paths
 from ptjax.training.loss import Loss
+from ptjax.trees import flatten_paths
 
 
 def tokens_of(batch):

@@ -21,9 +21,9 @@ from ptjax.models.prompted import make_apply_fn, with_prompt
 from ptjax.models.stacking import Unstacked, stack_paths
 from ptjax.scale import sharding
 from ptjax.scale.quantize import dequantize, is_quantized, quantize, quantize_sharded
-from ptjax.training.freeze import flatten_paths, unflatten_paths
 from ptjax.training.loss import Loss
 from ptjax.training.step import batch_loss
+from ptjax.trees import flatten_paths, unflatten_paths
 from ptjax.tuning import tune
 
 

@@ -27,10 +27,10 @@ from ptjax.models.stacking import split_path, stack_paths
 from ptjax.models.t5 import parameter_shapes
 from ptjax.scale import sharding
 from ptjax.scale.hlo import collectives
-from ptjax.training.freeze import flatten_paths, unflatten_paths
 from ptjax.training.loss import Loss
 from ptjax.training.optimizer import Adafactor
 from ptjax.training.step import init_train_state, make_bank_step, make_train_step
+from ptjax.trees import flatten_paths, unflatten_paths
 
 # The widths of XXL and 11B, of whose layers one is like the other.
 CONFIGS = {

@@ -22,10 +22,10 @@ from ptjax.models.stacking import Unstacked, make_layers, run_layers, stack, sta
 from ptjax.models.t5 import init_params, parameter_shapes
 from ptjax.scale.flops import step_flops
 from ptjax.training import freeze as freezing
-from ptjax.training.freeze import flatten_paths, unflatten_paths
 from ptjax.training.loss import Loss
 from ptjax.training.optimizer import Adafactor
 from ptjax.training.step import batch_loss
+from ptjax.trees import flatten_paths, unflatten_paths
 
 RNG = np.random.default_rng(0)
 INPUTS = [RNG.integers(2, 64, n) for n in (12, 7, 1, 9, 12, 3, 5, 10)]

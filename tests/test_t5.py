@@ -17,8 +17,8 @@ from t5_ids import with_lengths
 from ptjax.models.config import T5Config
 from ptjax.models.layers import relative_position_bucket
 from ptjax.models.t5 import T5, Encoded, init_params, parameter_shapes
-from ptjax.training.freeze import flatten_paths
 from ptjax.training.loss import Loss
+from ptjax.trees import flatten_paths
 
 # V, D, F, H, K, encoder layers, decoder layers, total. T5 1.1's equal Table 4 of Lester et al.
 # 2021, the rest are counted from T5X's own trees. Every released size: test_model_configs.py.

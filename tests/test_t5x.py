@@ -332,6 +332,16 @@ def test_a_leaf_that_is_no_array_is_named(legacy, value):
         t5x.load_t5x(legacy)
 
 
+def test_a_lone_spec_in_place_of_the_weights_is_refused(legacy):
+    def change(contents):
+        node, key = leaf_of(contents, QUERY)
+        contents["optimizer"] = {"target": node[key]}
+
+    edit_msgpack(legacy, change)
+    with pytest.raises(InputError, match="the checkpoint has no weights"):
+        t5x.load_t5x(legacy)
+
+
 def test_uint16_is_refused_in_the_msgpack_and_in_zarr(tmp_path):
     numbers = np.zeros((4, 4), np.uint16)
     write_checkpoint(tmp_path / "checkpoint_1", {"b/scale": numbers[0]})

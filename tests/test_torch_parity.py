@@ -25,7 +25,7 @@ from ptjax.backbone import Backbone, load_backbone, save_backbone
 from ptjax.interop.huggingface_format import COPIES
 from ptjax.models.config import T5Config
 from ptjax.models.t5 import init_params
-from ptjax.training.freeze import flatten_paths
+from ptjax.trees import flatten_paths
 
 PARITY = FIXTURES / "torch_parity"
 NAMES = ("t5_1_0", "t5_1_1", "byt5_shaped")

@@ -62,9 +62,8 @@ LINES = {
     # What ptjax imports itself is as near as its name.
     "from ptjax.data import sources\nA = [{'x': @sources.os.system()}]": "it refers to "
     "sources.os.system, ",
-    "from ptjax import atomic\natomic.write_bytes.data = 'x'": "it sets atomic.write_bytes.data, ",
-    "from ptjax import atomic\natomic.write_bytes:\n  path = 'flag'": "it sets "
-    "atomic.write_bytes, ",
+    "from ptjax import files\nfiles.write_bytes.data = 'x'": "it sets files.write_bytes.data, ",
+    "from ptjax import files\nfiles.write_bytes:\n  path = 'flag'": "it sets files.write_bytes, ",
     "from ptjax import backbone as tasks\nA = @tasks.save_backbone": "it refers to "
     "tasks.save_backbone, ",
     # It may be set, and is in every run's file; a reference would start a run.

@@ -25,7 +25,7 @@ from ptjax.models.prompted import PromptedT5
 from ptjax.models.t5 import parameter_shapes
 from ptjax.scale import sharding
 from ptjax.scale.flops import count_flops
-from ptjax.training.freeze import flatten_paths
+from ptjax.trees import flatten_paths
 
 KEYS = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 

@@ -85,7 +85,7 @@ class RandomWeights(Mapping[str, np.ndarray]):
 
     def __init__(self, config: Any) -> None:
         from ptjax.models.t5 import parameter_shapes
-        from ptjax.training.freeze import flatten_paths
+        from ptjax.trees import flatten_paths
 
         self._shapes = {k: v.shape for k, v in flatten_paths(parameter_shapes(config)).items()}
         self._head_dim = config.head_dim

@@ -12,13 +12,14 @@ from etils import epath
 
 from ptjax.cli.gin_files import TASK, configured, declared, load_gin, macro, settings
 from ptjax.errors import InputError, missing
+from ptjax.model_dir import BEST_PROMPT, BEST_PROMPTS, ModelDir
 
 TUNE = "ptjax.tuning.tune"
 LOAD_BACKBONE = "ptjax.backbone.load_backbone"
-BEST_PROMPT = "prompts/best.safetensors"
-BEST_MODEL = "models/best"
-_BEST = ("*/best.safetensors", f"*/{BEST_PROMPT}")
-"""Where a prompt of --prompts=DIR lies if its folder is a run, or a bank's member."""
+_PROMPTS = (
+    "*.safetensors", "*.npy", "*/adapter_*", *(f"*/{best}" for best in BEST_PROMPTS)
+)  # fmt: skip
+"""What --prompts=DIR reads."""
 
 
 def add_flags(parser: argparse.ArgumentParser, many: str) -> None:
@@ -95,8 +96,8 @@ def load(arguments: argparse.Namespace, *, reads_data: bool = False) -> None:
         model_dir = epath.Path(arguments.model_dir).expanduser()
         if not model_dir.exists():
             raise missing("run", arguments.model_dir)
-        if not arguments.gin_file and (model_dir / "config.gin").exists():
-            config = os.fspath(model_dir / "config.gin")
+        if not arguments.gin_file and ModelDir(model_dir).config.exists():
+            config = os.fspath(ModelDir(model_dir).config)
             arguments.gin_file = [config]
         macros = {"MODEL_DIR": os.fspath(model_dir)}
     bind_tokenizer(arguments)
@@ -114,12 +115,12 @@ def inputs(arguments: argparse.Namespace) -> list[str]:
     flags = [arguments.prompt, arguments.backbone, arguments.tokenizer, *arguments.gin_file]
     found = [epath.Path(name).expanduser() for name in flags if name and "://" not in name]
     if arguments.model_dir is not None and "://" not in arguments.model_dir:
-        directory = epath.Path(arguments.model_dir).expanduser()
-        found += [directory / name for name in ("config.gin", BEST_PROMPT, BEST_MODEL)]
-        found += directory.glob("prompts/*/best.safetensors")
+        run = ModelDir(epath.Path(arguments.model_dir).expanduser())
+        found += [run.config, run.best_prompt(), run.best_model]
+        found += map(run.best_prompt, run.members())
     if arguments.prompts is not None and "://" not in arguments.prompts:
         directory = epath.Path(arguments.prompts).expanduser()
-        for pattern in ("*.safetensors", "*.npy", "*/adapter_*", *_BEST):
+        for pattern in _PROMPTS:
             found += directory.glob(pattern)
     return [os.fspath(path) for path in found]
 
@@ -149,15 +150,15 @@ def prompt_path(arguments: argparse.Namespace) -> str | None:
             "which prompt? Name one with --prompt=PATH or --model_dir=DIR; --prompt=none is the "
             "backbone alone"
         )
-    if (directory / BEST_PROMPT).exists():
-        return os.fspath(directory / BEST_PROMPT)
-    if (directory / BEST_MODEL).exists():
+    run = ModelDir(directory)
+    if run.best_prompt().exists():
+        return os.fspath(run.best_prompt())
+    if run.best_model.exists():
         return None
-    if bank := trained_bank(arguments):
-        names = [path.parent.name for path in sorted(epath.Path(bank).glob("*/best.safetensors"))]
+    if names := run.members():
         raise InputError(
             f"the run of {directory} trained a bank, {', '.join(names)}; name one of them with "
-            f"--prompt={bank}/{names[0]}/best.safetensors"
+            f"--prompt={run.best_prompt(names[0])}"
         )
     raise InputError(
         f"{directory} has no {BEST_PROMPT} (its run has not come to an evaluation, or it tuned no "
@@ -168,9 +169,9 @@ def prompt_path(arguments: argparse.Namespace) -> str | None:
 def trained_bank(arguments: argparse.Namespace) -> str | None:
     """Where the run of MODEL_DIR left the prompts of its bank, if it trained one."""
     directory = model_dir(arguments)
-    if directory is None or not any((directory / "prompts").glob("*/best.safetensors")):
+    if directory is None or not ModelDir(directory).members():
         return None
-    return os.fspath(directory / "prompts")
+    return os.fspath(ModelDir(directory).prompts())
 
 
 def load_backbone(arguments: argparse.Namespace, metadata: dict[str, Any]) -> Any:
@@ -180,9 +181,9 @@ def load_backbone(arguments: argparse.Namespace, metadata: dict[str, Any]) -> An
     path, directory = arguments.backbone, model_dir(arguments)
     named_here = arguments.prompt is not None or arguments.prompts is not None
     if path is None and not named_here and directory is not None:
-        tuned = directory / BEST_MODEL
-        if tuned.exists() and not (directory / BEST_PROMPT).exists():
-            path = os.fspath(tuned)
+        run = ModelDir(directory)
+        if run.best_model.exists() and not run.best_prompt().exists():
+            path = os.fspath(run.best_model)
     bound = settings(LOAD_BACKBONE, "path", "tokenizer")
     named = metadata.get("backbone_name")
     if path is None and not bound:

@@ -16,7 +16,7 @@ from typing import Any
 
 from etils import epath
 
-from ptjax import atomic
+from ptjax import files
 from ptjax.errors import InputError
 
 _DESCRIPTORS = {"-": 1, "/dev/stdout": 1, "/dev/stderr": 2}
@@ -130,7 +130,7 @@ def target(path: str) -> Iterator[str]:
 def write(path: str, text: str) -> None:
     """Writes PATH, whole or not at all; see `target`."""
     with target(path) as place:
-        atomic.write_bytes(place, text.encode())
+        files.write_bytes(place, text.encode())
 
 
 def _is_plain(path: str) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 import tokenizers
 from etils import epath
 
-from ptjax import untrusted
+from ptjax import files
 from ptjax.data.sentinels import MARK, SENTINEL, marked
 from ptjax.data.vocabulary import NO_ID
 from ptjax.errors import InputError
@@ -61,7 +61,7 @@ def read_json(file: epath.Path) -> dict[str, Any]:
     Raises:
         InputError: it holds no JSON object.
     """
-    return untrusted.read_object(file) if file.exists() else {}
+    return files.read_object(file) if file.exists() else {}
 
 
 def read_added_tokens(

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ptjax import atomic
+from ptjax import files
 from ptjax.data.added_tokens import AddedToken
 from ptjax.data.sentinels import MARK, mark_sentinels, marked
 from ptjax.data.vocabulary import clear_folder, sha256, text_ids
@@ -108,4 +108,4 @@ class ByteTokenizer:
             config["extra_ids"] = 0
             config["added_tokens_decoder"] = {str(token.id): token.flags() for token in tokens}
         text = f"{json.dumps(config, indent=1)}\n"
-        atomic.write_bytes(folder / "tokenizer_config.json", text.encode())
+        files.write_bytes(folder / "tokenizer_config.json", text.encode())

@@ -15,7 +15,7 @@ from absl import logging
 from etils import epath
 from sentencepiece import sentencepiece_model_pb2
 
-from ptjax import atomic
+from ptjax import files
 from ptjax.data.added_tokens import CONTROL_NAMES, START, AddedToken, Splitter, read_added_tokens
 from ptjax.data.sentinels import MARK, SENTINEL, encode_parts, mark_sentinels, marked
 from ptjax.data.sources import resolve_path
@@ -210,7 +210,7 @@ class SentencePieceTokenizer:
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         folder = clear_folder(directory)
-        atomic.write_bytes(folder / "spiece.model", self._model)
+        files.write_bytes(folder / "spiece.model", self._model)
         config: dict[str, Any] = {
             "tokenizer_class": "T5Tokenizer",
             "extra_ids": self.extra_ids,
@@ -226,7 +226,7 @@ class SentencePieceTokenizer:
             decoder = {str(token.id): token.flags() for token in self._added}
             config |= names | {"added_tokens_decoder": decoder}
         text = f"{json.dumps(config, indent=1)}\n"
-        atomic.write_bytes(folder / "tokenizer_config.json", text.encode())
+        files.write_bytes(folder / "tokenizer_config.json", text.encode())
 
 
 def _spelt_out(proto: Any) -> set[str]:

@@ -20,7 +20,7 @@ from typing import Any, Literal, get_args
 
 from etils import epath
 
-from ptjax import untrusted
+from ptjax import files, untrusted
 from ptjax.data import tables
 from ptjax.data.tables import Row
 from ptjax.errors import InputError, check_choice, missing, setting
@@ -342,7 +342,7 @@ def _json_rows(text: str) -> Iterator[tuple[int, Row]]:
     for number, line in tables.lines(text):
         try:
             # NaN is no JSON, but what Python writes for a value that is missing.
-            row = untrusted.parse_json(line, constant=lambda _: None)
+            row = files.parse_json(line, constant=lambda _: None)
         except ValueError as error:
             reason = getattr(error, "msg", str(error))
             if line.lstrip().startswith("["):

@@ -12,7 +12,7 @@ from typing import Any
 
 from etils import epath
 
-from ptjax import atomic
+from ptjax import files
 from ptjax.data.added_tokens import CONTROL_NAMES, START, read_json
 from ptjax.data.sentinels import SENTINEL, encode_parts, mark_sentinels, marked
 from ptjax.data.vocabulary import (
@@ -119,7 +119,7 @@ class TransformersTokenizer:
             for file in self._tokenizer.save_pretrained(local):
                 source = epath.Path(file)
                 if source.exists():
-                    atomic.write_bytes(folder / source.name, source.read_bytes())
+                    files.write_bytes(folder / source.name, source.read_bytes())
 
 
 def _load(directory: str | os.PathLike[str], name: str) -> Any:

@@ -14,9 +14,9 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from ptjax import hub, untrusted
-from ptjax.atomic import written_whole
+from ptjax import hub
 from ptjax.errors import InputError
+from ptjax.files import read_json, written_whole
 from ptjax.interop import peft, safetensors_file, torch_file
 from ptjax.interop.bytes_on_disk import numpy_dtype
 from ptjax.interop.huggingface_format import (
@@ -223,7 +223,7 @@ def _open_file(file: epath.Path) -> dict[str, StoredArray]:
 
 def _open_shards(index: epath.Path) -> dict[str, StoredArray]:
     try:
-        files = untrusted.read_json(index)["weight_map"]
+        files = read_json(index)["weight_map"]
         by_file: dict[str, list[str]] = {}
         for tensor, name in files.items():
             by_file.setdefault(name, []).append(tensor)

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 from etils import epath
 
-from ptjax import untrusted
+from ptjax import files
 from ptjax.errors import InputError
 from ptjax.interop.special_ids import read_special_ids, write_special_ids
 from ptjax.models.config import T5Config
@@ -361,7 +361,7 @@ def read_config(directory: epath.Path) -> dict[str, Any]:
     path = directory / "config.json"
     if not path.exists():
         raise InputError(f"{path}: the file is missing; a Hugging Face model has one")
-    raw = untrusted.read_object(path)
+    raw = files.read_object(path)
     if kind_of(raw) not in ("t5", "mt5", "umt5"):
         raise InputError(
             f"{path}: model_type is {kind_of(raw)!r}, another network; ptjax reads t5, mt5 and umt5"

@@ -19,7 +19,7 @@ import numpy as np
 import tensorstore as ts
 from etils import epath
 
-from ptjax import untrusted
+from ptjax import files
 from ptjax.errors import InputError
 from ptjax.interop import t5x_legacy
 from ptjax.interop.stored import StoredArray, one_by_one
@@ -31,6 +31,7 @@ from ptjax.interop.zarr_arrays import (
     open_zarrs,
     reason_of,
 )
+from ptjax.trees import flatten_paths
 
 COMMITTED = "commit_success.txt"
 """Where Orbax cannot rename a folder it writes this file last."""
@@ -138,7 +139,7 @@ def has_placeholder(tree: Any) -> bool:
         return any(map(has_placeholder, tree.values()))
     if isinstance(tree, list | tuple):
         return any(map(has_placeholder, tree))
-    return isinstance(tree, str) and tree.startswith(_PLACEHOLDER)
+    return _is_placeholder(tree)
 
 
 def load_orbax(checkpoint: epath.Path) -> dict[str, StoredArray]:
@@ -181,8 +182,8 @@ def open_item(folder: epath.Path) -> Item:
     names = names_in(folder)
     metadata = _read_metadata(folder / _METADATA) if _METADATA in names else {}
     tree = t5x_legacy.read_container(folder / _AGGREGATE) if _AGGREGATE in names else {}
-    leaves = dict(_leaves(tree, ()))
-    listed = _listed(metadata) | {name for name, leaf in leaves.items() if isinstance(leaf, str)}
+    leaves = flatten_paths(tree, separator=".")
+    listed = _listed(metadata) | {name for name, leaf in leaves.items() if _is_placeholder(leaf)}
     values = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, np.ndarray)}
     in_database = metadata.get("use_ocdbt") is True or any(x.startswith(_PROCESS) for x in names)
     if _MANIFEST in names:
@@ -269,7 +270,7 @@ def _summary(items: Iterable[Item]) -> str:
 
 
 def _read_metadata(file: epath.Path) -> dict[str, Any]:
-    metadata = untrusted.read_object(file)
+    metadata = files.read_object(file)
     if not isinstance(metadata.get("tree_metadata", {}), dict):
         raise InputError(f"{file}: the file is damaged (no list of leaves); copy it again")
     return metadata
@@ -288,14 +289,8 @@ def _listed(metadata: Mapping[str, Any]) -> set[str]:
     return names
 
 
-def _leaves(tree: Any, prefix: tuple[str, ...]) -> list[tuple[str, Any]]:
-    """(dotted name, placeholder's name or array) of each leaf of a msgpack; others are left out."""
-    if isinstance(tree, dict):
-        return [leaf for key, x in tree.items() for leaf in _leaves(x, (*prefix, str(key)))]
-    name = ".".join(prefix)
-    is_array = isinstance(tree, np.ndarray)
-    is_beside = isinstance(tree, str) and tree.startswith(_PLACEHOLDER)
-    return [(name, tree)] if is_array or is_beside else []
+def _is_placeholder(leaf: Any) -> bool:
+    return isinstance(leaf, str) and leaf.startswith(_PLACEHOLDER)
 
 
 def _is_array(keys: set[str]) -> bool:

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from ptjax import untrusted
-from ptjax.atomic import written_whole
+from ptjax import files
 from ptjax.errors import InputError, check_path
+from ptjax.files import written_whole
 from ptjax.interop import safetensors_file, torch_file
 from ptjax.interop.stored import StoredArray
 
@@ -171,7 +171,7 @@ def export_peft(
 def _read_config(file: epath.Path) -> dict[str, Any]:
     if not file.exists():
         raise InputError(f"{file}: the file is missing; a PEFT directory has one")
-    return untrusted.read_object(file)
+    return files.read_object(file)
 
 
 def _check_method(config: Mapping[str, Any], file: epath.Path) -> None:

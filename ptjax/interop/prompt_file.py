@@ -21,6 +21,7 @@ from ptjax import untrusted
 from ptjax.errors import InputError, check_path, gin_flag, missing
 from ptjax.interop import peft, prompt_header, safetensors_file, t5x
 from ptjax.interop.stored import StoredArray
+from ptjax.model_dir import BEST_PROMPTS, PROMPT_SUFFIX, ModelDir
 from ptjax.models.t5 import PromptStates
 
 TENSOR = "prompt"
@@ -29,8 +30,7 @@ T5X_PROMPT = "encoder/prompt/prompt/prompt"
 """Where google-research/prompt-tuning keeps a prompt inside a T5X checkpoint."""
 NO_PROMPT = "none"
 """What commands and records call the backbone alone; no prompt can have this name."""
-_SUFFIXES = (".safetensors", ".npy")
-_BEST = ("best.safetensors", "prompts/best.safetensors")
+_SUFFIXES = (PROMPT_SUFFIX, ".npy")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +166,7 @@ def load_prompts(directory: str | os.PathLike[str]) -> dict[str, PromptFile]:
                 raise InputError(f"{prompt}: the name {name!r} means no prompt; rename it")
             found[name] = prompt
     if not found:
-        inner = directory / "prompts"
+        inner = ModelDir(directory).prompts()
         hint = f"; did you mean {inner}?" if inner.is_dir() else ""
         raise InputError(f"{directory}: no prompt in this directory{hint}")
     return {name: load_prompt(found[name]) for name in sorted(found)}
@@ -176,7 +176,7 @@ def _prompts_at(path: epath.Path) -> list[epath.Path]:
     """The prompts that a file or folder is taken for: one, or by mistake several, or none."""
     if not path.is_dir():
         return [path] if path.suffix in _SUFFIXES else []
-    inside = [path / best for best in _BEST if (path / best).exists()]
+    inside = [path / best for best in BEST_PROMPTS if (path / best).exists()]
     inside += [path] if peft.is_peft(path) else []
     if not inside:
         logging.warning("%s: no prompt in this folder, left out", path)

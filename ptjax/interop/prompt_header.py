@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ptjax import untrusted
+from ptjax import files
 from ptjax.data.batch import SpecialIds
 from ptjax.errors import InputError
 
@@ -87,7 +87,7 @@ def unseal(
         if key in (_FORMAT, _CHECKSUM):
             continue
         try:
-            metadata[key] = untrusted.parse_json(text)
+            metadata[key] = files.parse_json(text)
         except ValueError as error:
             if ours:
                 raise _damaged(where, f"its {key!r} is no JSON") from error

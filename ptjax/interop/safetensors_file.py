@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from ptjax import untrusted
-from ptjax.atomic import written_whole
+from ptjax import files
 from ptjax.errors import InputError
+from ptjax.files import written_whole
 from ptjax.interop import bytes_on_disk
 from ptjax.interop.stored import Index, ReadParts, StoredArray, one_by_one
 
@@ -129,7 +129,7 @@ def from_header(header: Mapping[str, str]) -> dict[str, Any]:
     metadata = {}
     for key, text in header.items():
         try:
-            metadata[key] = untrusted.parse_json(text)
+            metadata[key] = files.parse_json(text)
         except (TypeError, ValueError):
             metadata[key] = text
     return metadata
@@ -176,7 +176,7 @@ def _read_header(path: epath.Path) -> tuple[dict[str, Any], int]:
         try:
             if not text.startswith(b"{"):
                 raise ValueError("its header does not begin with a brace")
-            header = untrusted.parse_json(text, strict=True)
+            header = files.parse_json(text, strict=True)
         except ValueError as error:
             raise InputError(f"{path}: this is no safetensors file ({error})") from error
     return header, 8 + length

@@ -13,7 +13,7 @@ from typing import Any
 from absl import logging
 from etils import epath
 
-from ptjax import untrusted
+from ptjax import files
 from ptjax.data.tokenizer import Tokenizer
 from ptjax.errors import InputError
 from ptjax.models.config import T5Config
@@ -62,7 +62,7 @@ def read_special_ids(
     """
     path = directory / GENERATION_CONFIG
     here = directory / "config.json"
-    generation, there = (untrusted.read_object(path), path) if path.exists() else (config, here)
+    generation, there = (files.read_object(path), path) if path.exists() else (config, here)
     if set(SPECIAL_IDS) - set(chosen):  # else the files are not used
         _report_unused(generation, there)
 

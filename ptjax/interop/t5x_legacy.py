@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from ptjax import untrusted
 from ptjax.errors import InputError
 from ptjax.interop.stored import StoredArray, one_by_one
 from ptjax.interop.zarr_arrays import Stored, file_size, kvstore_spec, open_zarrs
+from ptjax.trees import flatten_paths
 
 DTYPES = ("float32", "bfloat16")
 SLOTS = {"m", "v", "v_row", "v_col"}
@@ -54,7 +55,7 @@ def load_legacy(file: epath.Path, contents: Mapping[str, Any]) -> dict[str, Stor
         InputError: another version, a leaf that is no array, a spec that leaves the checkpoint,
             or whatever `open_zarrs` finds wrong.
     """
-    leaves = dict(_flatten(_target(contents, file), (), file))
+    leaves = _leaves(_target(contents, file), file)
     arrays = {
         name: StoredArray(
             leaf.shape, leaf.dtype.name, one_by_one(leaf.__getitem__), f"{file} ({name})"
@@ -121,47 +122,40 @@ def _target(contents: Mapping[str, Any], file: epath.Path) -> Mapping[str, Any]:
             "written since 2021 (version 2 kept bfloat16 as uint16)"
         )
     optimizer = contents["optimizer"]
-    if not isinstance(optimizer, dict) or not isinstance(optimizer.get("target"), dict):
+    target = optimizer.get("target") if isinstance(optimizer, dict) else None
+    if not isinstance(target, dict) or _is_spec(target):
         raise InputError(f"{file}: the checkpoint has no weights (`optimizer/target`)")
-    target, state = optimizer["target"], optimizer.get("state")
+    state = optimizer.get("state")
     if isinstance(state, dict) and isinstance(state.get("param_states"), dict):
-        kept = {name for name, _ in _flatten(target, (), file)}
-        check_trained(_trained(state["param_states"], ()), kept, file)
+        check_trained(_trained(state["param_states"]), set(_leaves(target, file)), file)
     return target
 
 
-def _trained(states: Mapping[str, Any], prefix: tuple[str, ...]) -> Iterator[str]:
+def _trained(states: Mapping[str, Any]) -> list[str]:
     """Name of each parameter that the optimizer keeps something of: `.../kernel/v_row`."""
-    if SLOTS & set(states):
-        yield "/".join(prefix)
-        return
-    for key, value in states.items():
-        if isinstance(value, dict):
-            yield from _trained(value, (*prefix, str(key)))
+    kept = flatten_paths(states, is_leaf=lambda node: bool(SLOTS & set(node)))
+    return [name for name, slots in kept.items() if isinstance(slots, dict)]
 
 
-def _flatten(
-    tree: Mapping[str, Any], prefix: tuple[str, ...], file: epath.Path
-) -> Iterator[tuple[str, Any]]:
-    """(name, array or tensorstore spec) of each leaf."""
-    for key, value in tree.items():
-        path = (*prefix, str(key))
-        if isinstance(value, np.ndarray) or (
-            isinstance(value, dict) and {"driver", "kvstore"} <= set(value)
-        ):
-            if isinstance(value, dict) and _holds_array(value):
-                raise InputError(
-                    f"{file}: the spec of parameter {'/'.join(path)} is damaged: it holds an array "
-                    "where a text or a number belongs; copy the checkpoint again"
-                )
-            yield "/".join(path), value
-        elif isinstance(value, dict):
-            yield from _flatten(value, path, file)
-        else:
+def _leaves(target: Mapping[str, Any], file: epath.Path) -> dict[str, Any]:
+    """Name -> array or tensorstore spec of each leaf."""
+    leaves = flatten_paths(target, is_leaf=_is_spec)
+    for name, leaf in leaves.items():
+        if isinstance(leaf, dict) and _holds_array(leaf):
             raise InputError(
-                f"{file}: parameter {'/'.join(path)} is a {type(value).__name__}, neither an array "
-                "nor a tensorstore spec"
+                f"{file}: the spec of parameter {name} is damaged: it holds an array where a text "
+                "or a number belongs; copy the checkpoint again"
             )
+        if not isinstance(leaf, np.ndarray | dict):
+            raise InputError(
+                f"{file}: parameter {name} is a {type(leaf).__name__}, neither an array nor a "
+                "tensorstore spec"
+            )
+    return leaves
+
+
+def _is_spec(node: Mapping[str, Any]) -> bool:
+    return {"driver", "kvstore"} <= set(node)
 
 
 def _holds_array(spec: Any) -> bool:

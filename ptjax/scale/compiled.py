@@ -19,8 +19,7 @@ from ptjax.training import freeze as freezing
 from ptjax.training.loss import Loss
 from ptjax.training.optimizer import Adafactor
 from ptjax.training.step import TrainState, init_train_state, make_bank_step, make_train_step
-
-Tree = Any
+from ptjax.trees import Tree
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ from ptjax.models.config import T5Config
 from ptjax.models.layers import Quantized
 from ptjax.models.t5 import parameter_shapes
 from ptjax.scale import sharding
-from ptjax.training.freeze import flatten_paths, unflatten_paths
+from ptjax.trees import flatten_paths, unflatten_paths
 
 LARGEST = 127
 """-128 is left out, so that rounding is the same on both sides of zero."""

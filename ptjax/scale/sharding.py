@@ -34,9 +34,8 @@ from ptjax.data.batch import PER_ROW
 from ptjax.errors import InputError
 from ptjax.models.layers import Quantized
 from ptjax.models.stacking import gathered
-from ptjax.training.freeze import flatten_paths, unflatten_paths
+from ptjax.trees import Tree, flatten_paths, unflatten_paths
 
-Tree = Any
 Rules = Sequence[tuple[str, P]]
 """(pattern of a whole path, spec), the first match wins. `fsdp` in a spec is `data` where a stack
 of layers is divided over it too, else nothing."""
@@ -293,7 +292,7 @@ def gather_layer(mesh: Mesh) -> Callable[[Tree], Tree]:
         def whole(path: Any, weights: Any) -> Any:
             if isinstance(weights, Quantized):  # its scales are whole
                 return dataclasses.replace(weights, values=whole(path, weights.values))
-            name = "/".join(str(key.key) for key in path)
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
             where = NamedSharding(mesh, spec_of(name, weights.ndim))
             return gathered(jax.lax.with_sharding_constraint(weights, where))
 

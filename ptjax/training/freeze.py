@@ -15,8 +15,8 @@ import jax
 import optax
 
 from ptjax.errors import InputError
+from ptjax.trees import Tree, flatten_paths, unflatten_paths
 
-Tree = Any
 Freeze = Any
 """A bool, or a dict of `Freeze` whose keys are those of the variables."""
 
@@ -26,28 +26,6 @@ METHODS: dict[str, Mapping[str, bool]] = {
     "hard_prompt": {"params/.*": True},
 }
 """Method -> rules for `make_freeze`. What does not train is frozen by name, never by default."""
-
-
-def flatten_paths(tree: Tree, prefix: str = "") -> dict[str, Any]:
-    """A nested dict as `{"a/b": leaf}`. Inverse of `unflatten_paths`."""
-    if not isinstance(tree, Mapping):
-        return {prefix: tree}
-    paths = {}
-    for name, child in tree.items():
-        paths |= flatten_paths(child, f"{prefix}/{name}" if prefix else name)
-    return paths
-
-
-def unflatten_paths(paths: Mapping[str, Any]) -> Tree:
-    """`{"a/b": leaf}` as a nested dict. Inverse of `flatten_paths`."""
-    tree: dict[str, Any] = {}
-    for path, leaf in paths.items():
-        *parents, name = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = leaf
-    return tree
 
 
 def make_freeze(variables: Tree, rules: Mapping[str, bool]) -> Freeze:

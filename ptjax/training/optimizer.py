@@ -11,8 +11,8 @@ import numpy as np
 import optax
 
 from ptjax.errors import check_at_least, check_choice
+from ptjax.trees import Tree
 
-Tree = Any
 Scale = Literal["absolute", "embedding_rms"]
 
 

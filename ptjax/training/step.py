@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +11,8 @@ import optax
 
 from ptjax.training import freeze as freezing
 from ptjax.training.loss import Loss
+from ptjax.trees import Tree
 
-Tree = Any
 Batch = Mapping[str, jax.Array]
 
 
