@@ -112,4 +112,4 @@ def steps_in(folder: epath.Path, suffix: str = "") -> list[int]:
     """The steps by which things in a folder are named (`STEP` and the suffix), ascending."""
     paths = folder.iterdir() if folder.exists() else ()
     names = (path.name.removesuffix(suffix) for path in paths)
-    return sorted(int(name) for name in names if name.isdigit())
+    return sorted(int(name) for name in names if name.isdecimal())
