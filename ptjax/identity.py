@@ -24,31 +24,34 @@ import numpy as np
 from ptjax import __version__
 from ptjax.errors import InputError
 
-FORMAT = 2
-"""Of what `make_identity` gives; 1 (without the number) recorded few of the settings."""
+FORMAT = 3
+"""Of what `make_identity` gives: 1 (without the number) recorded few of the settings, 2 had the
+settings as arguments of `tune`."""
 
 _LENGTH = "how long the run is, or what is saved on the way; resuming with another is its purpose"
 _PLACE = "where the run computes"
+_WATCHES = "they look on"
 _CONTENT = "its content counts, wherever it lies"
 
 FREE: Mapping[str, str] = {
     "tune.model_dir": "names the run, and may move",
-    "tune.config": "the settings themselves count",
+    "tune.steps": _LENGTH,
+    "tune.callbacks": _WATCHES,
     "tune.dry_run": "trains nothing",
     "pretrain.model_dir": "names the run, and may move",
-    "pretrain.config": "the settings themselves count",
+    "pretrain.callbacks": _WATCHES,
     "pretrain.dry_run": "trains nothing",
-    "Pace.train_steps": _LENGTH,
-    "Pace.eval_period": _LENGTH,
-    "Pace.log_period": _LENGTH,
-    "Pace.patience": _LENGTH,
-    "Pace.keep": _LENGTH,
+    "TrainSchedule.train_steps": _LENGTH,
+    "TrainSchedule.eval_period": _LENGTH,
+    "TrainSchedule.log_period": _LENGTH,
+    "TrainSchedule.patience": _LENGTH,
+    "TrainSchedule.keep": _LENGTH,
     "Evaluation.batch_size": "how much is computed at once",
     "Task.data_dir": _CONTENT,
     "Task.splits": _CONTENT,
-    "Text.data_dir": _CONTENT,
-    "Text.files": _CONTENT,
-    "Text.take_every": "the documents that it keeps count",
+    "TextFiles.data_dir": _CONTENT,
+    "TextFiles.files": _CONTENT,
+    "TextFiles.take_every": "the documents that it keeps count",
     "TokenFile.path": _CONTENT,
     "Backbone.variables": "their fingerprint counts",
     "Backbone.apply_fn": "the config counts",
@@ -59,8 +62,6 @@ FREE: Mapping[str, str] = {
     "Backbone.fsdp": _PLACE,
     "T5Config.scan_layers": _PLACE,
     "T5Config.remat": _PLACE,
-    "Module.parent": "Flax's own",
-    "Module.name": "Flax's own",
 }
 """Settings that may change when a run resumes, and why: "function.argument", "Class.field"."""
 

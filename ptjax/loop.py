@@ -25,46 +25,26 @@ from etils import epath
 from jax.sharding import Mesh
 
 from ptjax import atomic, signals
+from ptjax.callbacks import Callback
 from ptjax.checkpoint import Checkpoints
 from ptjax.damage import NotFiniteError, advice
 from ptjax.data.batch import Batch, count_examples
 from ptjax.data.pipeline import BankBatches, Batches, Shape, make_iterator
 from ptjax.display import Display
-from ptjax.errors import InputError, TrainingError, check_at_least
+from ptjax.errors import InputError, TrainingError
 from ptjax.lock import Lock
 from ptjax.members import Member, Progress, Standing
 from ptjax.metrics_log import MetricsLog
 from ptjax.scale import processes, sharding
 from ptjax.scale.compiled import compile_steps
+from ptjax.settings import TrainSchedule
 from ptjax.training.freeze import flatten_paths
 from ptjax.training.step import TrainState
 
 Tree = Any
 
 
-@dataclasses.dataclass(frozen=True)
-class Pace:
-    """How long a run is and what happens when.
-
-    Attributes:
-        train_steps: of this run; the backbone's own pre-training steps do not count.
-        eval_period: steps between evaluations, each of which exports and checkpoints.
-        log_period: steps between lines of `metrics.jsonl`.
-        patience: stop after this many evaluations without a gain; None never stops early.
-        keep: exported prompts that stay beside the best one, the last ones.
-    """
-
-    train_steps: int = 30_000
-    eval_period: int = 500
-    log_period: int = 100
-    patience: int | None = None
-    keep: int = 2
-
-    def __post_init__(self) -> None:
-        check_at_least(1, "Pace", **dataclasses.asdict(self))
-
-
-class Run:
+class TrainingLoop:
     """One training run in MODEL_DIR, from wherever it was left to its end.
 
     With several members (a bank) the arrays of the train state have a leading axis, one entry for
@@ -74,29 +54,30 @@ class Run:
     def __init__(
         self,
         model_dir: epath.Path,
-        pace: Pace,
+        schedule: TrainSchedule,
         members: Sequence[Member],
         *,
         identity: dict[str, Any],
-        config: str = "",
+        callbacks: Sequence[Callback] = (),
         lock: Lock | None = None,
         check_weights: Callable[[], None] = lambda: None,
     ) -> None:
         """A run; nothing is written before `fit`.
 
         Args:
+            callbacks: told on every process; see `ptjax.callbacks`.
             lock: MODEL_DIR's, which the caller holds; None writes nothing (a dry run).
             check_weights: raises an `InputError` that names a weight that is not finite.
         """
         self.check_weights = check_weights
-        self.model_dir, self.pace, self.members = model_dir, pace, list(members)
-        self.identity, self.config, self.lock = identity, config, lock
+        self.model_dir, self.schedule, self.members = model_dir, schedule, list(members)
+        self.identity, self.callbacks, self.lock = identity, list(callbacks), lock
         self.bank = any(member.name for member in members)
         if lock is not None:
             processes.check_shared(model_dir)
         self.checkpoints = Checkpoints(model_dir / "checkpoints", clean=lock is not None)
         self.checkpoints.check_identity(identity)
-        self.checkpoints.check_steps(pace.train_steps)
+        self.checkpoints.check_steps(schedule.train_steps)
         self.progress = Progress([Standing() for _ in members], list(range(len(members))))
         self.metrics = MetricsLog(model_dir / "metrics.jsonl")
 
@@ -129,9 +110,9 @@ class Run:
         with contextlib.closing(self.checkpoints):  # what is being written is finished
             state, data = self._resume(state)
             self._check_lock()
-            if self.config and processes.first():
-                atomic.write_bytes(self.model_dir / "config.gin", self.config.encode())
-            with Display(self.model_dir, self.pace.train_steps, self.progress.step) as display:
+            for callback in self.callbacks:
+                callback.on_start(self.model_dir, self.progress.step)
+            with Display(self.model_dir, self.schedule.train_steps, self.progress.step) as display:
                 steps = compile_all(state)
                 with signals.caught() as stop:
                     while data is not None:
@@ -142,8 +123,10 @@ class Run:
             self._check_lock()
             if processes.first():
                 for member, standing in zip(self.members, self.progress.standings, strict=True):
-                    last = member.exports.steps()[-self.pace.keep :]
+                    last = member.exports.steps()[-self.schedule.keep :]
                     member.exports.prune({standing.best_step, standing.best_before, *last})
+            for callback in self.callbacks:
+                callback.on_end(self.progress.step)
             processes.wait_for_all("the end of the run")
             report_memory()
         return state
@@ -164,10 +147,10 @@ class Run:
         stop: signals.Stop,
     ) -> tuple[TrainState, Iterator[Batch] | None]:
         """Steps until the run is over (None), or its bank has become smaller (its new data)."""
-        progress, pace = self.progress, self.pace
+        progress, schedule = self.progress, self.schedule
         waiting: dict[str, jax.Array] | None = None
         started, examples = time.perf_counter(), 0
-        while progress.step < pace.train_steps and progress.running:
+        while progress.step < schedule.train_steps and progress.running:
             rows = next(data)
             settings = self._settings()
             examples += count_examples(rows, settings.get("active"))
@@ -178,9 +161,11 @@ class Run:
                 self._add(waiting)
             waiting = metrics
             progress.step += 1
-            at_end = progress.step == pace.train_steps
-            log = progress.step % pace.log_period == 0 or at_end
-            evaluation = progress.step % pace.eval_period == 0 or at_end
+            for callback in self.callbacks:
+                callback.on_step(progress.step)
+            at_end = progress.step == schedule.train_steps
+            log = progress.step % schedule.log_period == 0 or at_end
+            evaluation = progress.step % schedule.eval_period == 0 or at_end
             if log or evaluation:
                 self._add(metrics)
                 waiting = None
@@ -223,7 +208,7 @@ class Run:
 
     def _data(self) -> Iterator[Batch]:
         """The batches that are left: every step takes one."""
-        return make_iterator(self._batches(), self.pace.train_steps, start=self.progress.step)
+        return make_iterator(self._batches(), self.schedule.train_steps, start=self.progress.step)
 
     def _settings(self) -> dict[str, np.ndarray]:
         """What a bank's step is told beside the batch: who trains, and how fast."""
@@ -363,7 +348,10 @@ class Run:
             }
             standing.loss_sum = standing.norm_sum = 0.0
         progress.steps_summed = 0
-        self._write(display, self._named(values) | {"time/examples_per_second": rate})
+        row = self._named(values) | {"time/examples_per_second": rate}
+        self._write(display, row)
+        for callback in self.callbacks:
+            callback.on_log(progress.step, row)
 
     def _named(self, values: dict[int, dict[str, float]]) -> dict[str, float]:
         """Metrics by member's number as one row: in a bank, their mean and then each one's."""
@@ -403,12 +391,15 @@ class Run:
                 n: {f"validation/{k}": v for k, v in metrics.items()}
                 for n, metrics in found.items()
             }
-            self._write(display, self._named(validation) | took)
+            row = self._named(validation) | took
+            self._write(display, row)
+            for callback in self.callbacks:
+                callback.on_evaluation(progress.step, row)
         keep = []
         self._check_lock()
         for number, trainable in running:
             exports, standing = self.members[number].exports, progress.standings[number]
-            kept = exports.steps()[-self.pace.keep :] if processes.first() else ()
+            kept = exports.steps()[-self.schedule.keep :] if processes.first() else ()
             named = {standing.best_before, standing.best_step}
             self._select(number, trainable, found.get(number))
             keep.append((exports, named | {standing.best_step, progress.step, *kept}))
@@ -433,7 +424,7 @@ class Run:
                 member.exports.promote(step)
         else:
             standing.without_gain += 1
-            patience = self.pace.patience
+            patience = self.schedule.patience
             standing.stopped = patience is not None and standing.without_gain >= patience
 
 

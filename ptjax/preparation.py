@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -15,15 +15,13 @@ from etils import epath
 
 from ptjax import __version__
 from ptjax.backbone import Backbone, load_backbone, save_backbone
-from ptjax.bank import Variant, check_names
 from ptjax.data.packing import PackedBatches
-from ptjax.data.pipeline import Bucket, TrainBatches, make_buckets
+from ptjax.data.pipeline import TrainBatches, make_buckets
 from ptjax.data.preprocess import TokenizedExamples, tokenize_examples
 from ptjax.data.tasks import Task
 from ptjax.data.vocabularies import missing_tokenizer
-from ptjax.errors import InputError, check_at_least, check_choice, gin_flag
+from ptjax.errors import InputError, gin_flag
 from ptjax.evaluation import (
-    Evaluation,
     Evaluator,
     check_cut,
     report_cut,
@@ -35,9 +33,13 @@ from ptjax.identity import digest_texts
 from ptjax.interop import prompt_header
 from ptjax.interop.prompt_file import load_prompt, save_prompt
 from ptjax.members import Member
-from ptjax.models.prompt import ClassLabels, Initializer, Prompt, SampledVocabulary, Surroundings
+from ptjax.methods.model_tuning import ModelTuning
+from ptjax.methods.prompt_tuning import PromptTuning
+from ptjax.models.prompt import ClassLabels, SampledVocabulary, Surroundings
 from ptjax.models.prompted import with_prompt
 from ptjax.scale import processes, sharding
+from ptjax.settings import Method, RunSettings
+from ptjax.sweep import MemberOverrides, check_names
 from ptjax.training import freeze as freezing
 from ptjax.training.optimizer import Adafactor, embedding_rms
 
@@ -45,37 +47,25 @@ Tree = Any
 
 
 def check_settings(
-    method: str,
-    *,
-    prompt_length: int,
-    batch_size: int,
-    microbatches: int,
-    feature_lengths: Mapping[str, int] | None,
-    quantize: str | None,
-    bank: Mapping[str, Variant] | None,
-) -> dict[str, int]:
-    """The arguments of `tuning.tune` that need neither weights nor data to be judged.
+    settings: RunSettings, quantize: str | None, members: Mapping[str, MemberOverrides] | None
+) -> None:
+    """Settings that need neither weights nor data to be judged, with one another.
 
-    Returns:
-        {"inputs": T, "targets": L}.
+    Args:
+        quantize: of the backbone.
 
     Raises:
-        InputError: one is out of bounds, or they do not fit together.
+        InputError: they do not fit together.
     """
-    check_choice(freezing.METHODS, "tune", method=method)
-    check_at_least(1, PROMPT_LENGTH=prompt_length, BATCH_SIZE=batch_size, MICROBATCHES=microbatches)
-    if batch_size % microbatches:
-        raise InputError(f"BATCH_SIZE = {batch_size} is no multiple of {microbatches} MICROBATCHES")
-    lengths = {"inputs": 512, "targets": 16}
-    if unknown := sorted(set(feature_lengths or {}) - set(lengths)):
-        raise InputError(f"TASK_FEATURE_LENGTHS has {unknown[0]!r}, not 'inputs' or 'targets'")
-    if method == "model_tuning" and quantize:
+    method = settings.method
+    if isinstance(method, ModelTuning) and quantize:
         needed = gin_flag("QUANTIZE", None)
         raise InputError(f"int8 kernels do not train: set {needed} for model tuning")
-    if bank and method != "prompt_tuning":
-        raise InputError(f"every member of a bank has a prompt; method = {method!r} has none")
-    check_names(bank or {})
-    return lengths | dict(feature_lengths or {})
+    if members and not isinstance(method, PromptTuning):
+        raise InputError(
+            f"every member of a sweep has a prompt of its own; {type(method).__name__} has none"
+        )
+    check_names(members or {})
 
 
 class Subject:
@@ -137,22 +127,11 @@ class Start:
 
 @dataclasses.dataclass(frozen=True)
 class Preparation:
-    """What the members of a run share; the fields are arguments of `tuning.tune`."""
+    """What the members of a run share."""
 
     model_dir: epath.Path
     backbone: Backbone
-    method: str
-    prompt: Prompt
-    prompt_length: int
-    init_prompt: Initializer | None
-    optimizer: Adafactor
-    batch_size: int
-    microbatches: int
-    lengths: Mapping[str, int]
-    buckets: Sequence[Bucket] | None
-    pack: bool
-    row_length: int | None
-    evaluation: Evaluation
+    settings: RunSettings
 
     @functools.cached_property
     def embedding_rms(self) -> float:
@@ -163,31 +142,38 @@ class Preparation:
         backbone, tokenizer = self.backbone, self.backbone.tokenizer
         if tokenizer is None:
             raise missing_tokenizer(backbone.name, backbone.config.vocab_size)
-        settings = self.evaluation, self.prompt.sees_input
-        return Subject(task, Evaluator(task, backbone, tokenizer, self.lengths, *settings))
+        settings = self.settings
+        evaluator = Evaluator(
+            task,
+            backbone,
+            tokenizer,
+            settings.batching.lengths,
+            settings.evaluation,
+            attends_to_input(settings),
+        )
+        return Subject(task, evaluator)
 
-    def start(self, subject: Subject, variant: Variant, seed: int, name: str = "") -> Start:
+    def start(self, subject: Subject, overrides: MemberOverrides, name: str = "") -> Start:
         """The member `name` ("" is an ordinary run's only one) with its prompt and its data."""
-        seed = seed if variant.seed is None else variant.seed
-        variables = self.backbone.variables
-        if self.method == "prompt_tuning":
-            initializer = variant.init_prompt or self.init_prompt
-            variables = with_prompt(
-                variables, self._initial_prompt(initializer, subject, seed, name)
-            )
-        freeze = freezing.make_freeze(variables, freezing.METHODS[self.method])
+        seed = self.settings.seed if overrides.seed is None else overrides.seed
+        method, variables = self.settings.method, self.backbone.variables
+        if isinstance(method, PromptTuning):
+            if overrides.initializer is not None:
+                method = dataclasses.replace(method, initializer=overrides.initializer)
+            variables = with_prompt(variables, self._initial_prompt(method, subject, seed, name))
+        freeze = freezing.make_freeze(variables, freezing.METHODS[method.name])
         trainable, frozen = freezing.split(variables, freeze)
-        optimizer = self.optimizer
-        if variant.learning_rate is not None:
-            optimizer = dataclasses.replace(optimizer, learning_rate=variant.learning_rate)
+        optimizer = self.settings.optimizer
+        if overrides.learning_rate is not None:
+            optimizer = dataclasses.replace(optimizer, learning_rate=overrides.learning_rate)
         rms = self.embedding_rms
-        _report_rate(self.method, optimizer, rms)
+        _report_rate(method, optimizer, rms)
         member = Member(
             self._batches(subject, seed),
             self._exports(subject.task, seed, name),
             rate_at=lambda step: float(optimizer.rate_at(step, rms)),
             evaluate=lambda own: subject.evaluator(
-                freezing.combine(own, frozen), self.evaluation.split
+                freezing.combine(own, frozen), self.settings.evaluation.split
             ),
             metric=subject.evaluator.metric,
             name=name,
@@ -197,7 +183,7 @@ class Preparation:
     def load_best(self, member: Member) -> Tree:
         """Variables with a member's best export, read back from its file."""
         path, backbone = member.exports.path(BEST), self.backbone
-        if self.method == "model_tuning":
+        if isinstance(self.settings.method, ModelTuning):
             config = backbone.config
             return load_backbone(
                 path,
@@ -209,10 +195,11 @@ class Preparation:
         return with_prompt(backbone.variables, load_prompt(path).prompt)
 
     def _initial_prompt(
-        self, initializer: Initializer | None, subject: Subject, seed: int, name: str
+        self, method: PromptTuning, subject: Subject, seed: int, name: str
     ) -> jax.Array:
         """P [P, D], float32, replicated on the backbone's mesh."""
         backbone, labels = self.backbone, subject.task.labels
+        initializer, length = method.initializer, method.length
         if initializer is None:
             initializer = ClassLabels() if labels else SampledVocabulary()
         surroundings = Surroundings(
@@ -223,12 +210,12 @@ class Preparation:
         )
         # Its own stream: the same seed drives dropout through the train state's key.
         key = jax.random.fold_in(jax.random.key(seed), 1)
-        made = initializer(key, self.prompt_length, surroundings)
+        made = initializer(key, length, surroundings)
         prompt = processes.on_host(made).astype(np.float32)
-        if prompt.shape != (self.prompt_length, backbone.config.emb_dim):
+        if prompt.shape != (length, backbone.config.emb_dim):
             raise InputError(
                 f"the initial prompt{f' of {name}' if name else ''} has shape {prompt.shape}, the "
-                f"run wants ({self.prompt_length}, {backbone.config.emb_dim}); change "
+                f"run wants ({length}, {backbone.config.emb_dim}); change "
                 "PROMPT_LENGTH or the initialiser"
             )
         return jax.device_put(prompt, sharding.replicated(backbone.mesh))
@@ -236,37 +223,40 @@ class Preparation:
     def _batches(self, subject: Subject, seed: int) -> TrainBatches | PackedBatches:
         source, mesh = subject.source, self.backbone.mesh
         ids = self.backbone.config.special_ids
-        own = self.pack and self.method == "prompt_tuning" and self.prompt.sees_input
-        slots = self.prompt_length if own else 0
-        if self.pack:
+        batching, method = self.settings.batching, self.settings.method
+        own = batching.pack and isinstance(method, PromptTuning) and method.attends_to_input
+        slots = method.length if own and isinstance(method, PromptTuning) else 0
+        if batching.pack:
             batches = PackedBatches(
                 source,
-                batch_size=self.batch_size,
+                batch_size=batching.batch_size,
                 seed=seed,
                 ids=ids,
                 prompt_slots=slots,
-                row_length=self.row_length,
-                row_multiple=self.microbatches * sharding.rows_divisor(mesh),
+                row_length=batching.row_length,
+                row_multiple=batching.microbatches * sharding.rows_divisor(mesh),
             )
         else:
-            buckets = self.buckets or make_buckets(source)
+            buckets = batching.buckets or make_buckets(source)
             batches = TrainBatches(
-                source, buckets=buckets, batch_size=self.batch_size, seed=seed, ids=ids
+                source, buckets=buckets, batch_size=batching.batch_size, seed=seed, ids=ids
             )
-        length = self.lengths["inputs"]
+        length = batching.lengths["inputs"]
         logging.info(
             "%d batches an epoch; padding %.0f%% -> %.0f%% (to %d tokens -> %s)",
             batches.batches_per_epoch,
             100 * (1 - (float(source.input_lengths.mean()) + slots) / (length + slots)),
             100 * batches.padding(),
             length,
-            ("packed" if self.pack else "in buckets") + (", all with their prompts" if own else ""),
+            ("packed" if batching.pack else "in buckets")
+            + (", all with their prompts" if own else ""),
         )
         return batches
 
     def _metadata(self, task: Task, seed: int) -> dict[str, Any]:
         """What an exported prompt says of itself."""
         backbone, tokenizer = self.backbone, self.backbone.tokenizer
+        lengths = self.settings.batching.lengths
         return {
             "ptjax_version": __version__,
             "backbone_name": backbone.name,
@@ -274,10 +264,10 @@ class Preparation:
             "tokenizer_fingerprint": tokenizer.fingerprint if tokenizer else None,
             **prompt_header.special_ids(backbone.config.special_ids),
             "task": task.describe(),
-            "input_length": self.lengths["inputs"],
-            "target_length": self.lengths["targets"],
+            "input_length": lengths["inputs"],
+            "target_length": lengths["targets"],
             "seed": seed,
-            "sees_input": self.prompt.sees_input,
+            "sees_input": attends_to_input(self.settings),
         }
 
     def _exports(self, task: Task, seed: int, name: str) -> Exports:
@@ -292,7 +282,7 @@ class Preparation:
             params, tokenizer = trainable["params"], backbone.tokenizer
             save_backbone(path, backbone.config, params, tokenizer=tokenizer, dtype="float32")
 
-        if self.method == "model_tuning":
+        if isinstance(self.settings.method, ModelTuning):
             return Exports(self.model_dir / "models", "", write_model, read_model)
         return Exports(
             self.model_dir / "prompts" / name,
@@ -302,8 +292,14 @@ class Preparation:
         )
 
 
+def attends_to_input(settings: RunSettings) -> bool:
+    """Whether prompt positions see the text; without a prompt both kinds are one."""
+    method = settings.method
+    return not isinstance(method, PromptTuning) or method.attends_to_input
+
+
 def report_sizes(
-    method: str, backbone: Backbone, trainable: Tree, opt_state: Tree, frozen: Tree
+    method: Method, backbone: Backbone, trainable: Tree, opt_state: Tree, frozen: Tree
 ) -> None:
     """What trains, what is frozen, and how large the two are."""
     (trained, trained_bytes), (kept, kept_bytes) = (
@@ -314,7 +310,7 @@ def report_sizes(
     logging.info("backbone %s, %s", backbone.name, backbone.fingerprint[:19])
     logging.info(
         "%s: %s parameters train (%.4f%%), %s are frozen (%s)",
-        method,
+        method.name,
         f"{trained:,}",
         100 * trained / (trained + kept),
         f"{kept:,}",
@@ -343,7 +339,7 @@ def report_steps(train_steps: int, backbone: Backbone) -> None:
         )
 
 
-def _report_rate(method: str, optimizer: Adafactor, rms: float) -> None:
+def _report_rate(method: Method, optimizer: Adafactor, rms: float) -> None:
     """The learning rate against the embedding's scale."""
     rate = float(optimizer.rate_at(0, rms))
     logging.info(
@@ -352,7 +348,7 @@ def _report_rate(method: str, optimizer: Adafactor, rms: float) -> None:
         100 * rate / rms,
         rms,
     )
-    if method == "prompt_tuning" and rate > 0.1 * rms:
+    if isinstance(method, PromptTuning) and rate > 0.1 * rms:
         logging.warning(
             "one step may move a prompt entry by %.0f%% of the embedding's RMS; 1-3%% learns "
             "best: set %s %s (Adafactor.learning_rate_scale and learning_rate)",

@@ -1,12 +1,13 @@
-"""`tune`: a task, a frozen backbone and a recipe become a prompt and `results.json`."""
+"""`tune`: a task, a frozen backbone and settings become a prompt and `results.json`."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,201 +16,163 @@ from etils import epath
 
 from ptjax import atomic, lock, untrusted
 from ptjax.backbone import Backbone
-from ptjax.bank import Variant
-from ptjax.checkpoint import Checkpoints
+from ptjax.callbacks import Callback
 from ptjax.damage import check_weights
-from ptjax.data.pipeline import Bucket
 from ptjax.data.tasks import Task
-from ptjax.errors import InputError, check_at_least, check_path
-from ptjax.evaluation import Evaluation, HardPrompt
+from ptjax.errors import check_path
 from ptjax.exports import BEST
-from ptjax.identity import check_same, make_identity
-from ptjax.loop import Pace, Run, report_memory
-from ptjax.models.prompt import Initializer, Prompt
+from ptjax.identity import make_identity
+from ptjax.interop.prompt_file import PromptFile, load_prompt
+from ptjax.loop import TrainingLoop
 from ptjax.preparation import (
     Preparation,
     Start,
     Subject,
+    attends_to_input,
     check_settings,
     report_sizes,
     report_steps,
 )
-from ptjax.results import Scores, of_bank
+from ptjax.results import Scores, of_sweep
 from ptjax.scale import processes, sharding
 from ptjax.scale.compiled import Recipe
+from ptjax.settings import RunSettings
+from ptjax.sweep import MemberOverrides
 from ptjax.training import freeze as freezing
-from ptjax.training.loss import Loss
-from ptjax.training.optimizer import Adafactor
 from ptjax.training.step import TrainState
 
 Tree = Any
 
-HARD_PROMPT_IDENTITY = "hard_prompt.json"
-"""In MODEL_DIR: the identity of a run that trains nothing and so has no checkpoint to hold it."""
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run that is over, in MODEL_DIR.
+
+    Attributes:
+        results: what `results.json` holds; empty after a dry run.
+    """
+
+    model_dir: epath.Path
+    results: dict[str, Any]
+
+    @functools.cached_property
+    def prompt(self) -> PromptFile | None:
+        """The best prompt, of a sweep the best member's; None where no prompt was tuned."""
+        if "members" in self.results:
+            best = self.model_dir / "prompts" / self.results["best"]["member"]
+        else:
+            best = self.model_dir / "prompts"
+        path = best / f"{BEST}.safetensors"
+        return load_prompt(path) if self.results and path.exists() else None
 
 
 def tune(
-    model_dir: str | os.PathLike[str],
-    task: Task,
     backbone: Backbone,
+    task: Task,
+    model_dir: str | os.PathLike[str],
+    settings: RunSettings | None = None,
     *,
-    method: Literal["prompt_tuning", "model_tuning", "hard_prompt"] = "prompt_tuning",
-    prompt: Prompt = Prompt(),
-    prompt_length: int = 100,
-    init_prompt: Initializer | None = None,
-    optimizer: Adafactor = Adafactor(),
-    loss: Loss = Loss(),
-    pace: Pace = Pace(),
-    batch_size: int = 32,
-    microbatches: int = 1,
-    feature_lengths: Mapping[str, int] | None = None,
-    buckets: Sequence[Bucket] | None = None,
-    pack: bool = False,
-    row_length: int | None = None,
-    evaluation: Evaluation = Evaluation(),
-    hard_prompt: HardPrompt | None = None,
-    other_hard_prompts: Mapping[str, HardPrompt] | None = None,
-    seed: int = 0,
-    bank: Mapping[str, Variant] | None = None,
-    config: str = "",
+    members: Mapping[str, MemberOverrides] | None = None,
+    steps: int | None = None,
+    callbacks: Sequence[Callback] = (),
     dry_run: bool = False,
-) -> dict[str, Any]:
-    """Trains, selects on `evaluation.split`, and scores the best on the test split.
+) -> Run:
+    """Trains, selects on `settings.evaluation.split`, and scores the best on the test split.
 
     Args:
         model_dir: receives everything; a run that was stopped there goes on, one that is over
             stays as it is.
-        method: what trains, see `training.freeze.METHODS`; "hard_prompt" only scores.
-        prompt: how the prompt is read.
-        prompt_length: P.
-        init_prompt: None is class labels for a closed label set, else sampled vocabulary.
-        feature_lengths: T5X's {"inputs": T, "targets": L}, EOS included; longer ones are cut,
-            counted and reported.
-        buckets: batch shapes (T, L); None takes input lengths that double from 32.
-        pack: short examples share rows instead; a batch holds as many examples as before.
-        row_length: T of such rows, with the prompt's places where it sees its input; None chooses.
-        hard_prompt: scored beside the tuned prompt ("hard_prompt" in the results).
-        other_hard_prompts: more of them, by name.
-        bank: members by name, each a prompt of its own, trained together (`ptjax.bank`); the other
-            arguments hold for what a member does not say.
-        config: the settings as text, kept as `config.gin`.
+        settings: None is `RunSettings()`, the paper's.
+        members: of a sweep, by name: each a prompt of its own, all trained together; `settings`
+            hold for what a member does not say.
+        steps: instead of `settings.schedule.train_steps`.
+        callbacks: told what happens, see `ptjax.callbacks.Callback`.
         dry_run: compile, report, stop before the first step.
-
-    Returns:
-        What `results.json` holds.
 
     Raises:
         InputError: settings that do not fit together, or a `model_dir` of another run, or of one
-            that is past `pace.train_steps` (`identity.FREE` lists what may change).
+            that is past `train_steps` (`identity.FREE` lists what may change).
     """
-    given = dict(locals())
+    settings = RunSettings() if settings is None else settings
+    if steps is not None:
+        schedule = dataclasses.replace(settings.schedule, train_steps=steps)
+        settings = dataclasses.replace(settings, schedule=schedule)
     check_path("MODEL_DIR", model_dir)
-    model_dir = epath.Path(model_dir).expanduser()
-    check_at_least(0, RANDOM_SEED=seed)
-    lengths = check_settings(
-        method,
-        prompt_length=prompt_length,
-        batch_size=batch_size,
-        microbatches=microbatches,
-        feature_lengths=feature_lengths,
-        quantize=backbone.quantize,
-        bank=bank,
-    )
-    if method != "hard_prompt" and not pack:  # the rows of packed batches follow the mesh
-        sharding.check_batch_size(batch_size, backbone.mesh, microbatches)
-    preparation = Preparation(
-        model_dir=model_dir,
-        backbone=backbone,
-        method=method,
-        prompt=prompt,
-        prompt_length=prompt_length,
-        init_prompt=init_prompt,
-        optimizer=optimizer,
-        batch_size=batch_size,
-        microbatches=microbatches,
-        lengths=lengths,
-        buckets=buckets,
-        pack=pack,
-        row_length=row_length,
-        evaluation=evaluation,
-    )
-    # Some ways to say the same.
-    given |= {"feature_lengths": lengths, "other_hard_prompts": other_hard_prompts or None}
-    identify = functools.partial(_identify, given | {"bank": bank or None})
-    scores = functools.partial(Scores, backbone, seed, hard_prompt, other_hard_prompts or {})
-
-    def attempt(held: lock.Lock | None) -> dict[str, Any] | None:
-        """The run. Without the lock only what writes nothing: a dry run, or a finished run's
-        results (None if it is not finished)."""
-        writes = held is not None
-        if method == "hard_prompt":
-            subject = preparation.load(task)
-            identity = identify([subject])
-            _refuse_another_run(model_dir, identity, held)
-            results = None if dry_run else _scored(model_dir)
-            if results is not None:
-                return results
-            report_sizes(method, backbone, {}, {}, backbone.variables)
-            if not writes:
-                return {} if dry_run else None
-            results = scores(subject).hard_prompt_only() | _counts({}, backbone.variables)
-            report_memory()
-            if config:
-                _write(model_dir / "config.gin", config, held)
-            _write(model_dir / HARD_PROMPT_IDENTITY, json.dumps(identity, indent=2) + "\n", held)
-        else:
-            report_steps(pace.train_steps, backbone)
-            starts = _start_members(preparation, task, bank or {"": Variant()}, seed)
-            state, step = _compose(starts, preparation, loss, stacked=bool(bank))
-            frozen = starts[0].frozen
-            report_sizes(method, backbone, state.trainable, state.opt_state, frozen)
-            counts = _counts(state.trainable, frozen)
-            identity = identify([start.subject for start in starts])
-            _refuse_a_hard_prompt(model_dir, identity)
-            run = Run(
-                model_dir,
-                pace,
-                [start.member for start in starts],
-                identity=identity,
-                config=config,
-                lock=held,
-                check_weights=lambda: check_weights(backbone.variables["params"], backbone.name),
-            )
-            if writes:
-                run.remove_leftovers()
-            results = None if dry_run else _finished(run)
-            if results is not None or not (writes or dry_run):
-                run.checkpoints.close()
-                return results
-            run.fit(state, frozen, step, backbone.mesh, dry_run=dry_run)
-            if dry_run:
-                return {}
-            results = _score_best(preparation, starts, run, scores, several=bool(bank)) | counts
-        _write(model_dir / "results.json", json.dumps(results, indent=2) + "\n", held)
-        return results
-
+    directory = epath.Path(model_dir).expanduser()
+    check_settings(settings, backbone.quantize, members)
+    batching = settings.batching
+    if not batching.pack:  # the rows of packed batches follow the mesh
+        sharding.check_batch_size(batching.batch_size, backbone.mesh, batching.microbatches)
+    preparation = Preparation(directory, backbone, settings)
+    given = {"backbone": backbone, "task": task, "settings": settings, "members": members or None}
+    attempt = functools.partial(_attempt, preparation, given, list(callbacks), dry_run)
     try:
-        with lock.hold(model_dir, needed=not dry_run) as held:
+        with lock.hold(directory, needed=not dry_run) as held:
             results = attempt(held)
     except lock.NotWritableError:
         # A finished run has nothing to write, so it may be on a read-only disk.
-        results = attempt(None) if (model_dir / "results.json").exists() else None
+        results = attempt(None) if (directory / "results.json").exists() else None
         if results is None:
             raise
-    assert results is not None  # with the lock, `attempt` always returns results
+    assert results is not None  # with the lock, `_attempt` always returns results
+    return Run(directory, results)
+
+
+def _attempt(
+    preparation: Preparation,
+    given: Mapping[str, Any],
+    callbacks: Sequence[Callback],
+    dry_run: bool,
+    held: lock.Lock | None,
+) -> dict[str, Any] | None:
+    """The run. Without the lock only what writes nothing: a dry run, or a finished run's results
+    (None if it is not finished).
+
+    Args:
+        given: the arguments of `tune` that decide what is learnt.
+    """
+    settings, backbone = preparation.settings, preparation.backbone
+    model_dir = preparation.model_dir
+    members, writes = given["members"], held is not None
+    report_steps(settings.schedule.train_steps, backbone)
+    starts = _start_members(preparation, given["task"], members or {"": MemberOverrides()})
+    state, step = _compose(starts, preparation, stacked=bool(members))
+    frozen = starts[0].frozen
+    report_sizes(settings.method, backbone, state.trainable, state.opt_state, frozen)
+    counts = _counts(state.trainable, frozen)
+    run = TrainingLoop(
+        model_dir,
+        settings.schedule,
+        [start.member for start in starts],
+        identity=_identify(given, [start.subject for start in starts]),
+        callbacks=callbacks,
+        lock=held,
+        check_weights=lambda: check_weights(backbone.variables["params"], backbone.name),
+    )
+    if writes:
+        run.remove_leftovers()
+    results = None if dry_run else _finished(run)
+    if results is not None or not (writes or dry_run):
+        run.checkpoints.close()
+        return results
+    run.fit(state, frozen, step, backbone.mesh, dry_run=dry_run)
+    if dry_run:
+        return {}
+    results = _score_best(preparation, starts, run, several=bool(members)) | counts
+    _write(model_dir / "results.json", json.dumps(results, indent=2) + "\n", held)
     return results
 
 
 def _score_best(
     preparation: Preparation,
     starts: Sequence[Start],
-    run: Run,
-    scores: Callable[[Subject], Scores],
+    run: TrainingLoop,
     *,
     several: bool,
 ) -> dict[str, Any]:
     """What `results.json` holds of a run that is over, but for the sizes."""
-    of_subject = {start.subject: scores(start.subject) for start in starts}
+    backbone, settings = preparation.backbone, preparation.settings
+    of_subject = {start.subject: Scores(backbone, settings, start.subject) for start in starts}
     members, prompts = {}, []
     for start, standing in zip(starts, run.progress.standings, strict=True):
         if standing.best_step is not None:
@@ -217,7 +180,7 @@ def _score_best(
             tuned = of_subject[start.subject].tuned(best, start.variables, start.seed)
             members[start.member.name] = tuned | {"step": standing.best_step}
             prompts.append(best.get("prompt", {}).get("prompt"))
-    results = of_bank(members, run) if several else members[""]
+    results = of_sweep(members, run) if several else members[""]
     if several and len(of_subject) == 1:
         evaluator = starts[0].subject.evaluator
         together = evaluator.ensemble(prompts, evaluator.reported_split)
@@ -226,32 +189,33 @@ def _score_best(
 
 
 def _start_members(
-    preparation: Preparation, task: Task, bank: Mapping[str, Variant], seed: int
+    preparation: Preparation, task: Task, members: Mapping[str, MemberOverrides]
 ) -> list[Start]:
     """The members as they start; those of one task share what was read of it."""
     subjects: list[Subject] = []
     starts = []
-    for name, variant in bank.items():
-        own = variant.task or task
+    for name, overrides in members.items():
+        own = overrides.task or task
         # By value: gin makes a new task of every reference to one.
         subject = next((one for one in subjects if one.task == own), None)
         if subject is None:
             subject = preparation.load(own)
             subjects.append(subject)
-        starts.append(preparation.start(subject, variant, seed, name))
+        starts.append(preparation.start(subject, overrides, name))
     return starts
 
 
 def _compose(
-    starts: Sequence[Start], preparation: Preparation, loss: Loss, *, stacked: bool
+    starts: Sequence[Start], preparation: Preparation, *, stacked: bool
 ) -> tuple[TrainState, Callable[..., Any]]:
     """The first state, of one member or `stacked` of all of them, and its train step."""
+    settings = preparation.settings
     recipe = Recipe(
-        preparation.method,
-        preparation.optimizer,
-        loss,
-        preparation.microbatches,
-        preparation.prompt.sees_input,
+        settings.method.name,
+        settings.optimizer,
+        settings.loss,
+        settings.batching.microbatches,
+        attends_to_input(settings),
         stacked,
     )
     mesh, first = preparation.backbone.mesh, starts[0]
@@ -282,7 +246,7 @@ def _identify(given: Mapping[str, Any], subjects: Sequence[Subject]) -> dict[str
     return make_identity(tune, given, data)
 
 
-def _finished(run: Run) -> dict[str, Any] | None:
+def _finished(run: TrainingLoop) -> dict[str, Any] | None:
     """The results of a run that is over already; nothing is computed or written anew.
 
     None too where a best export is damaged, which resuming makes again.
@@ -297,17 +261,12 @@ def _finished(run: Run) -> dict[str, Any] | None:
         if best is not None and any(map(member.exports.problem, (best, BEST))):
             return None
     stopped = all(standing["stopped"] for standing in standings)
-    if progress["step"] < run.pace.train_steps and not stopped:
+    if progress["step"] < run.schedule.train_steps and not stopped:
         return None
     if results.get("trained_steps") != progress["step"]:  # of a shorter run before this one
         return None
     logging.info("%s: the run is finished, at step %d", run.model_dir, progress["step"])
     return results
-
-
-def _scored(model_dir: epath.Path) -> dict[str, Any] | None:
-    """The results of a hard prompt that was scored already."""
-    return _read_results(model_dir) if (model_dir / HARD_PROMPT_IDENTITY).exists() else None
 
 
 def _read_results(model_dir: epath.Path) -> dict[str, Any] | None:
@@ -323,38 +282,6 @@ def _read_results(model_dir: epath.Path) -> dict[str, Any] | None:
         logging.warning("%s: damaged (%s); made again", path, atomic.one_line(error))
         return None
     return results
-
-
-def _refuse_another_run(
-    model_dir: epath.Path, identity: dict[str, Any], held: lock.Lock | None
-) -> None:
-    """A hard prompt has no checkpoints of its own; its results may not replace a run's."""
-    if held is not None:
-        processes.check_shared(model_dir)
-    if (model_dir / "checkpoints").exists():
-        checkpoints = Checkpoints(model_dir / "checkpoints", clean=held is not None)
-        try:
-            checkpoints.check_identity(identity)
-        finally:
-            checkpoints.close()
-    _refuse_a_hard_prompt(model_dir, identity)
-
-
-def _refuse_a_hard_prompt(model_dir: epath.Path, identity: dict[str, Any]) -> None:
-    """InputError where `model_dir` has the results of another hard prompt, or a damaged file."""
-    path = model_dir / HARD_PROMPT_IDENTITY
-    if not path.exists():
-        return
-    try:
-        saved = untrusted.read_json(path)
-        if not isinstance(saved, dict):
-            raise ValueError("it has no settings")
-    except ValueError as error:
-        raise InputError(
-            f"{path}: damaged ({atomic.one_line(error)}); put it back from a copy, or remove it "
-            "and results.json to score anew"
-        ) from error
-    check_same(saved, identity, os.fspath(model_dir))
 
 
 def _write(path: epath.Path, text: str, held: lock.Lock | None) -> None:

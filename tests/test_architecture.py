@@ -28,6 +28,9 @@ ROOMS = (
     "data",
     "models",
     "training",
+    "baselines",
+    "methods",
+    "settings",
     "scale",
     "interop",
     "fingerprint",
@@ -48,8 +51,9 @@ ROOMS = (
     "members",
     "metrics_log",
     "signals",
+    "callbacks",
     "loop",
-    "bank",
+    "sweep",
     "preparation",
     "results",
     "tuning",
@@ -174,7 +178,8 @@ def test_neither_torch_nor_tensorflow_is_imported_anywhere() -> None:
 
 
 def test_importing_ptjax_imports_nothing_heavy() -> None:
-    heavy = ("jax", "flax", "optax", "numpy", "orbax", "grain", "transformers", "tensorstore")
+    heavy = ("jax", "flax", "optax", "numpy", "gin", "orbax", "grain", "transformers")
+    heavy += ("tensorstore", "sentencepiece")
     code = f"import sys, ptjax; print([m for m in {heavy} if m in sys.modules], ptjax.__file__)"
     done = subprocess.run(
         [sys.executable, "-c", code],

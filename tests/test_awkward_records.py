@@ -13,7 +13,6 @@ from conftest import tune
 from letters import LETTERS
 
 from ptjax import train, tuning
-from ptjax.bank import Variant
 from ptjax.data import metrics
 from ptjax.data.catalogue import squad
 from ptjax.data.preprocess import tokenize_examples
@@ -21,7 +20,9 @@ from ptjax.data.sources import read_records
 from ptjax.data.tasks import Example, Task
 from ptjax.data.tokenizer import load_tokenizer
 from ptjax.errors import InputError
-from ptjax.evaluation import Evaluation, Evaluator, check_cut, report_examples, report_lost
+from ptjax.evaluation import Evaluator, check_cut, report_examples, report_lost
+from ptjax.settings import Evaluation
+from ptjax.sweep import MemberOverrides
 
 OPEN = {"name": "t", "inputs": "{text}", "targets": "{target}"}
 LABELS = {"name": "t", "inputs": "{text}", "label": "label"}
@@ -58,8 +59,8 @@ def test_case_3_1_a_stray_quote_loses_its_own_line_alone(tmp_path, stray, newlin
     with pytest.raises(InputError, match=rf"a\.csv:{stray[0] + 1}: bad quoting") as refused:
         read_records(path)
     for set_it in (
-        "--gin.tasks.Task.quoting=False (infer: --quoting=false)",
-        "--gin.tasks.Task.on_bad_record=\"'skip'\" (infer: --on_bad_record=skip)",
+        "--gin.ptjax.Task.quoting=False (infer: --quoting=false)",
+        "--gin.ptjax.Task.on_bad_record=\"'skip'\" (infer: --on_bad_record=skip)",
     ):
         assert set_it in str(refused.value)
 
@@ -95,7 +96,7 @@ def test_case_3_6_a_tsv_whose_quotes_only_enclose_is_said(tmp_path, caplog):
     [said] = warnings_of(caplog)
     assert (
         "double quotes only enclose fields, 20 of them" in said
-        and "--gin.tasks.Task.quoting=True (infer: --quoting=true)" in said
+        and "--gin.ptjax.Task.quoting=True (infer: --quoting=true)" in said
     )
     caplog.clear()
     assert read_records(path, quoting=True)[1].fields["text"] == '"word 1" she said'
@@ -362,9 +363,9 @@ def test_case_3_14_two_references_to_one_task_are_one_task(backbone, task, tmp_p
     monkeypatch.setattr(tuning, "_compose", stop)
     other = dataclasses.replace(task, name="other", inputs="{text}")
     tasks = [type(task)(**vars(task)), type(task)(**vars(task)), other]
-    bank = {f"m{i}": Variant(seed=i, task=own) for i, own in enumerate(tasks)}
+    bank = {f"m{i}": MemberOverrides(seed=i, task=own) for i, own in enumerate(tasks)}
     with pytest.raises(EnoughError):
-        tune(tmp_path, task, backbone, bank=bank)
+        tune(tmp_path, task, backbone, members=bank)
     assert starts[0].subject is starts[1].subject is not starts[2].subject
     for name in ("words", "other"):
         assert [loads.count((name, s)) for s in ("train", "validation", "test")] == [1, 1, 1]

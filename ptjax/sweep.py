@@ -1,4 +1,4 @@
-"""Prompt banks: many prompts trained in one job over one frozen backbone."""
+"""Sweeps: many prompts trained in one job over one frozen backbone."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from ptjax.models.prompt import Initializer
 
 
 @dataclasses.dataclass(frozen=True)
-class Variant:
-    """What one member of a bank has of its own; None is what the run has.
+class MemberOverrides:
+    """What one member of a sweep has of its own; None is what the run has.
 
     Attributes:
         seed: of its data order, its initialisation and its dropout.
@@ -23,19 +23,19 @@ class Variant:
 
     seed: int | None = None
     learning_rate: float | None = None
-    init_prompt: Initializer | None = None
+    initializer: Initializer | None = None
     task: Task | None = None
 
     def __post_init__(self) -> None:
-        check_at_least(0, "Variant", seed=self.seed, learning_rate=self.learning_rate)
+        check_at_least(0, "MemberOverrides", seed=self.seed, learning_rate=self.learning_rate)
 
 
 def sweep(
     seeds: Sequence[int] = (),
     learning_rates: Sequence[float] = (),
-    init_prompts: Mapping[str, Initializer] | None = None,
+    initializers: Mapping[str, Initializer] | None = None,
     tasks: Sequence[Task] = (),
-) -> dict[str, Variant]:
+) -> dict[str, MemberOverrides]:
     """Every combination of what is given, named by it: "sst2_seed1_rate0.3".
 
     Raises:
@@ -43,28 +43,30 @@ def sweep(
     """
     choices = {
         "task": {task.name: task for task in tasks},
-        "init_prompt": dict(init_prompts or {}),
+        "initializer": dict(initializers or {}),
         "seed": {f"seed{seed}": seed for seed in seeds},
         "learning_rate": {f"rate{rate:g}": rate for rate in learning_rates},
     }
     given = {field: found for field, found in choices.items() if found}
     if not given:
         raise InputError(
-            "bank.sweep has nothing to combine; set seeds, learning_rates, init_prompts or tasks"
+            "sweep has nothing to combine; set seeds, learning_rates, initializers or tasks"
         )
     values = {"task": tasks, "seed": seeds, "learning_rate": learning_rates}
     for field, several in values.items():
         if len(several) > len(choices[field]):
             names = [getattr(value, "name", value) for value in several]
-            raise InputError(f"bank.sweep.{field}s has a value twice ({names}); give each once")
+            raise InputError(f"sweep.{field}s has a value twice ({names}); give each once")
     return {
-        "_".join(names): Variant(**{f: given[f][n] for f, n in zip(given, names, strict=True)})
+        "_".join(names): MemberOverrides(
+            **{f: given[f][n] for f, n in zip(given, names, strict=True)}
+        )
         for names in itertools.product(*given.values())
     }
 
 
-def check_names(members: Mapping[str, Variant]) -> None:
+def check_names(members: Mapping[str, MemberOverrides]) -> None:
     """InputError unless every name can be a folder's."""
     for name in members:
         if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name):
-            raise InputError(f"a bank's member is called {name!r}; use letters, digits, _ . + -")
+            raise InputError(f"a member is called {name!r}; use letters, digits, _ . + -")
