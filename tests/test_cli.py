@@ -72,7 +72,7 @@ def test_help_waits_for_nothing_heavy():
         "try: runpy.run_module(f'ptjax.{name}', run_name='__main__')\n"
         "except SystemExit as e: code = e.code\n"
     )
-    script = f"for name in {(*COMMANDS, 'launch')}:\n" + "".join(
+    script = f"for name in {(*COMMANDS, 'launch', 'plan')}:\n" + "".join(
         f"  {line}\n" for line in code.splitlines()
     )
     script += "print([m for m in ('jax', 'numpy', 'orbax') if m in sys.modules], code)"
@@ -109,7 +109,7 @@ MISTAKES = {
     "ptjex.Task.name = 'x'": "bad.gin:3: ptjex is not imported here; did you mean ptjax?",
     "import optix": "bad.gin:3: there is no module optix",
     # Once there were files that named modules.
-    "from ptjax import tuning\nptjax.RunSettings.seed = 3": f"bad.gin:3: {PUBLIC_NAMES}",
+    "from ptjax import tuning\ntuning.tune.seed = 3": f"bad.gin:3: {PUBLIC_NAMES}",
     "import ptjax.data.tasks": f"bad.gin:3: {PUBLIC_NAMES}",
     "tuning.tune.seed = 3": f"bad.gin:3: tuning is not imported here; {PUBLIC_NAMES}",
     "include 'tasks/sst.gin'": "bad.gin:3: no gin file tasks/sst.gin (looked in the current folder,"

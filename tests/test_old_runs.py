@@ -133,8 +133,8 @@ def test_an_old_file_of_a_stranger_still_runs_nothing(call, runs):
     Path("evil.py").write_text("open('flag', 'w')\n")
     config = Path("prompt/config.gin")
     for line in ("import evil", "include 'x.gin'", "A = @os.system()"):
-        config.write_text(f"from __gin__ import dynamic_registration\nfrom ptjax import loop\n{line}\n"
-                          "loop.Pace.keep = 1\n")  # fmt: skip
+        head = "from __gin__ import dynamic_registration\nfrom ptjax import loop\n"
+        config.write_text(f"{head}{line}\nloop.Pace.keep = 1\n")
         code, _, err = call("infer", "--model_dir=prompt", "x")
         if line == "A = @os.system()":  # a macro that nothing uses is left out
             assert "os" not in old_config.translate(config.read_text())
