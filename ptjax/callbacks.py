@@ -11,7 +11,7 @@ from etils import epath
 class Callback(Protocol):
     """Told what happens in a run, on every process; inherit from it and override what you need.
 
-    A callback may look and write, but not change the run: what it raises ends the run.
+    A callback may look and write, but not change the run. What it raises ends the run.
     """
 
     def on_start(self, model_dir: epath.Path, step: int) -> None:
@@ -27,4 +27,4 @@ class Callback(Protocol):
         """A line of `metrics.jsonl` on the split that selects."""
 
     def on_end(self, step: int) -> None:
-        """After the last step, when the best export is in its place."""
+        """When the run is over or has been stopped, however: closes what `on_start` opened."""

@@ -99,13 +99,16 @@ def make_identity(
     }
 
 
-def describe(value: Any) -> Any:
+def describe(value: Any, *, whole: bool = False) -> Any:
     """A setting as plain JSON values, alike in every process and after every start.
 
     A dataclass is its class ("is") and its fields, less the `FREE` ones. Where a field does not
     tell what it stands for (a path, a schedule), the class has a method `identity` that gives these
     fields anew. A tokenizer is its fingerprint, an array the hash of its bytes, a function or any
     other object its qualified name with the plain values inside it; never an address.
+
+    Args:
+        whole: with the `FREE` fields, and all fields as they were given.
     """
     if isinstance(value, enum.Enum):
         return value.name
@@ -116,11 +119,11 @@ def describe(value: Any) -> Any:
     if isinstance(value, bytes):
         return f"sha256:{hashlib.sha256(value).hexdigest()}"
     if isinstance(value, Mapping):
-        return {str(key): describe(item) for key, item in value.items()}
+        return {str(key): describe(item, whole=whole) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [describe(item) for item in value]
+        return [describe(item, whole=whole) for item in value]
     if isinstance(value, set | frozenset):
-        return sorted((describe(item) for item in value), key=repr)
+        return sorted((describe(item, whole=whole) for item in value), key=repr)
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if isinstance(value, np.generic):
@@ -128,22 +131,23 @@ def describe(value: Any) -> Any:
     if hasattr(value, "__array__") and hasattr(value, "shape"):
         return digest_array(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return _describe_fields(value)
+        return _describe_fields(value, whole)
     fingerprint = getattr(value, "fingerprint", None)
     if isinstance(fingerprint, str):
         return fingerprint
     return _describe_object(value)
 
 
-def _describe_fields(value: Any) -> dict[str, Any]:
+def _describe_fields(value: Any, whole: bool) -> dict[str, Any]:
     classes = [base.__name__ for base in type(value).__mro__]
     fields = {
         field.name: getattr(value, field.name)
         for field in dataclasses.fields(value)
-        if not any(f"{name}.{field.name}" in FREE for name in classes)
+        if whole or not any(f"{name}.{field.name}" in FREE for name in classes)
     }
-    told = value.identity() if hasattr(value, "identity") else {}
-    return {"is": _name(type(value)), **{k: describe(told.get(k, v)) for k, v in fields.items()}}
+    told = value.identity() if hasattr(value, "identity") and not whole else {}
+    described = {k: describe(told.get(k, v), whole=whole) for k, v in fields.items()}
+    return {"is": _name(type(value)), **described}
 
 
 def _describe_object(value: Any) -> Any:

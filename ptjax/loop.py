@@ -71,15 +71,16 @@ class TrainingLoop:
         """
         self.check_weights = check_weights
         self.model_dir, self.schedule, self.members = model_dir, schedule, list(members)
-        self.identity, self.callbacks, self.lock = identity, list(callbacks), lock
+        self.identity, self.lock = identity, lock
+        self.callbacks = [MetricsLog(), *callbacks, Display(schedule.train_steps)]
         self.bank = any(member.name for member in members)
         if lock is not None:
             processes.check_shared(model_dir)
         self.checkpoints = Checkpoints(model_dir / "checkpoints", clean=lock is not None)
         self.checkpoints.check_identity(identity)
         self.checkpoints.check_steps(schedule.train_steps)
+        self._since = time.perf_counter()
         self.progress = Progress([Standing() for _ in members], list(range(len(members))))
-        self.metrics = MetricsLog(model_dir / "metrics.jsonl")
 
     def fit(
         self,
@@ -107,16 +108,15 @@ class TrainingLoop:
         if dry_run:
             compile_all(state)
             return state
+        self._since = time.perf_counter()
         with contextlib.closing(self.checkpoints):  # what is being written is finished
             state, data = self._resume(state)
             self._check_lock()
-            for callback in self.callbacks:
-                callback.on_start(self.model_dir, self.progress.step)
-            with Display(self.model_dir, self.schedule.train_steps, self.progress.step) as display:
+            with self._told():
                 steps = compile_all(state)
                 with signals.caught() as stop:
                     while data is not None:
-                        state, data = self._steps(state, frozen, steps, data, mesh, display, stop)
+                        state, data = self._steps(state, frozen, steps, data, mesh, stop)
                         if data is not None:
                             steps = compile_all(state)
             self.checkpoints.wait()
@@ -125,11 +125,24 @@ class TrainingLoop:
                 for member, standing in zip(self.members, self.progress.standings, strict=True):
                     last = member.exports.steps()[-self.schedule.keep :]
                     member.exports.prune({standing.best_step, standing.best_before, *last})
-            for callback in self.callbacks:
-                callback.on_end(self.progress.step)
             processes.wait_for_all("the end of the run")
             report_memory()
+            self._count_seconds()
         return state
+
+    def _count_seconds(self) -> None:
+        now = time.perf_counter()
+        self.progress.seconds += now - self._since
+        self._since = now
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """Callbacks hear the start, and whoever heard it hears the end."""
+        with contextlib.ExitStack() as ended:
+            for callback in self.callbacks:
+                callback.on_start(self.model_dir, self.progress.step)
+                ended.callback(lambda one=callback: one.on_end(self.progress.step))
+            yield
 
     def _check_lock(self) -> None:
         """Before anything is written."""
@@ -143,7 +156,6 @@ class TrainingLoop:
         steps: dict[Shape, Callable[..., Any]],
         data: Iterator[Batch],
         mesh: Mesh,
-        display: Display,
         stop: signals.Stop,
     ) -> tuple[TrainState, Iterator[Batch] | None]:
         """Steps until the run is over (None), or its bank has become smaller (its new data)."""
@@ -172,12 +184,12 @@ class TrainingLoop:
             if log:
                 seconds = time.perf_counter() - started
                 started = time.perf_counter()
-                self._log(display, examples / seconds)
+                self._log(examples / seconds)
                 examples = 0
             smaller = None
             if evaluation:
                 self._check_finite(state)
-                self._evaluate(state, display)
+                self._evaluate(state)
                 smaller = None if at_end else self._smaller()
                 if smaller is not None:
                     state = _take(state, smaller)
@@ -189,6 +201,7 @@ class TrainingLoop:
                 waiting = None
             if evaluation or stopping:
                 self._check_lock()
+                self._count_seconds()
                 self.checkpoints.save(
                     progress.step, state, dataclasses.asdict(progress), self.identity
                 )
@@ -196,7 +209,6 @@ class TrainingLoop:
                 self.checkpoints.wait()
                 logging.info("saved at step %d; the same command goes on from here", progress.step)
                 raise SystemExit(stop.exit_code)
-            display.step(progress.step)
             if smaller is not None:
                 return state, self._data()
         return state, None
@@ -250,7 +262,6 @@ class TrainingLoop:
         restored = self.checkpoints.restore(like)
         if restored is None:
             if processes.first():
-                self.metrics.clear()
                 for member in self.members:
                     member.exports.prune(set())
             return state, self._data()
@@ -258,8 +269,6 @@ class TrainingLoop:
         step = self.progress.step
         logging.info("going on from step %d of %s", step, self.model_dir)
         self._restore_exports(restored[0])
-        if processes.first():
-            self.metrics.resume(step)
         return restored[0], self._data()
 
     def _restore_exports(self, state: TrainState) -> None:
@@ -335,7 +344,7 @@ class TrainingLoop:
         """The trainable variables of one member."""
         return jax.tree.map(lambda x: x[place], state.trainable) if self.bank else state.trainable
 
-    def _log(self, display: Display, rate: float) -> None:
+    def _log(self, rate: float) -> None:
         progress = self.progress
         count = max(progress.steps_summed, 1)
         values = {}
@@ -349,7 +358,7 @@ class TrainingLoop:
             standing.loss_sum = standing.norm_sum = 0.0
         progress.steps_summed = 0
         row = self._named(values) | {"time/examples_per_second": rate}
-        self._write(display, row)
+        self._check_lock()
         for callback in self.callbacks:
             callback.on_log(progress.step, row)
 
@@ -365,14 +374,7 @@ class TrainingLoop:
                 row |= {f"{k}/{self.members[number].name}": v for k, v in metrics.items()}
         return row
 
-    def _write(self, display: Display, values: dict[str, float]) -> None:
-        """One line of metrics.jsonl; the file is whole at any instant."""
-        self._check_lock()
-        if processes.first():
-            self.metrics.append({"step": self.progress.step} | values)
-        display.metrics(self.progress.step, values)
-
-    def _evaluate(self, state: TrainState, display: Display) -> None:
+    def _evaluate(self, state: TrainState) -> None:
         """Evaluates, exports, and moves the selection state."""
         progress, started = self.progress, time.perf_counter()
         running = [(n, self._trainable(state, place)) for place, n in progress.running]
@@ -392,7 +394,7 @@ class TrainingLoop:
                 for n, metrics in found.items()
             }
             row = self._named(validation) | took
-            self._write(display, row)
+            self._check_lock()
             for callback in self.callbacks:
                 callback.on_evaluation(progress.step, row)
         keep = []

@@ -111,9 +111,9 @@ def read_workload() -> tuple[Workload, Layout]:
     """What the gin files ask for, and the layout that they choose."""
     from ptjax.methods.prompt_tuning import PromptTuning
     from ptjax.planning import Layout, Workload
-    from ptjax.preparation import attends_to_input, check_settings
     from ptjax.scale.compiled import Recipe
     from ptjax.settings import RunSettings
+    from ptjax.sweep import check_members
 
     run = cli.settings(chosen.TUNE, "settings", "members")
     if not run:
@@ -126,7 +126,8 @@ def read_workload() -> tuple[Workload, Layout]:
         chosen.LOAD_BACKBONE, "path", "dtype", "mesh", "fsdp", "quantize",
         *_config_fields(),
     )  # fmt: skip
-    check_settings(settings, loaded.get("quantize"), members)
+    settings.check(loaded.get("quantize"))
+    check_members(members or {}, settings)
     method, batching = settings.method, settings.batching
     lengths = batching.lengths
     if batching.buckets and not batching.pack:
@@ -142,7 +143,7 @@ def read_workload() -> tuple[Workload, Layout]:
             settings.optimizer,
             settings.loss,
             batching.microbatches,
-            attends_to_input(settings),
+            settings.attends_to_input,
             bool(members),
         ),
         prompt_length=method.length if isinstance(method, PromptTuning) else 0,

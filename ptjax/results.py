@@ -9,9 +9,10 @@ from typing import Any
 
 from ptjax.backbone import Backbone
 from ptjax.baselines import HardPrompt
+from ptjax.identity import describe, versions
 from ptjax.loop import TrainingLoop
-from ptjax.preparation import Subject
 from ptjax.settings import RunSettings
+from ptjax.task_data import TaskData
 
 Tree = Any
 
@@ -19,8 +20,8 @@ Tree = Any
 class Scores:
     """The numbers of `results.json`, on the test split or else on the one selected on."""
 
-    def __init__(self, backbone: Backbone, settings: RunSettings, subject: Subject) -> None:
-        self.evaluator, self.train = subject.evaluator, subject.train
+    def __init__(self, backbone: Backbone, settings: RunSettings, data: TaskData) -> None:
+        self.evaluator, self.train = data.evaluator, data.train
         self.backbone, self.settings = backbone, settings
         self.metric = self.evaluator.metric
         self.split = self.evaluator.reported_split
@@ -51,6 +52,17 @@ class Scores:
             },
             "selected_on": self.evaluator.settings.split,
         }
+
+
+def describe_run(backbone: Backbone, settings: RunSettings, seconds: float) -> dict[str, Any]:
+    """What was run, on what and for how long: a row of a study."""
+    return {
+        "settings": describe(settings, whole=True),
+        "backbone": backbone.name,
+        "fingerprint": backbone.fingerprint,
+        "seconds": round(seconds, 3),
+        "versions": versions(),
+    }
 
 
 def of_sweep(members: Mapping[str, dict[str, Any]], run: TrainingLoop) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from ptjax.baselines import HardPrompt
 from ptjax.data.pipeline import Bucket
-from ptjax.errors import InputError, check_at_least, check_choice
+from ptjax.errors import InputError, check_at_least, check_choice, gin_flag
 from ptjax.methods.model_tuning import ModelTuning
 from ptjax.methods.prompt_tuning import PromptTuning
 from ptjax.training.loss import Loss
@@ -131,3 +131,21 @@ class RunSettings:
 
     def __post_init__(self) -> None:
         check_at_least(0, RANDOM_SEED=self.seed)
+
+    @property
+    def attends_to_input(self) -> bool:
+        """Whether prompt positions see the text; without a prompt both kinds are one."""
+        return not isinstance(self.method, PromptTuning) or self.method.attends_to_input
+
+    def check(self, quantize: str | None) -> None:
+        """Refuses what does not fit the backbone's weights, before they are read.
+
+        Args:
+            quantize: of the backbone.
+
+        Raises:
+            InputError: the method would train int8 kernels.
+        """
+        if isinstance(self.method, ModelTuning) and quantize:
+            needed = gin_flag("QUANTIZE", None)
+            raise InputError(f"int8 kernels do not train: set {needed} for model tuning")

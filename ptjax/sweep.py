@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 
 from ptjax.data.tasks import Task
 from ptjax.errors import InputError, check_at_least
+from ptjax.methods.prompt_tuning import PromptTuning
 from ptjax.models.prompt import Initializer
+from ptjax.settings import RunSettings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +30,17 @@ class MemberOverrides:
 
     def __post_init__(self) -> None:
         check_at_least(0, "MemberOverrides", seed=self.seed, learning_rate=self.learning_rate)
+
+    def apply(self, settings: RunSettings) -> RunSettings:
+        """The member's settings, of those of the run."""
+        method, optimizer, seed = settings.method, settings.optimizer, settings.seed
+        if self.initializer is not None and isinstance(method, PromptTuning):
+            method = dataclasses.replace(method, initializer=self.initializer)
+        if self.learning_rate is not None:
+            optimizer = dataclasses.replace(optimizer, learning_rate=self.learning_rate)
+        if self.seed is not None:
+            seed = self.seed
+        return dataclasses.replace(settings, method=method, optimizer=optimizer, seed=seed)
 
 
 def sweep(
@@ -65,8 +78,13 @@ def sweep(
     }
 
 
-def check_names(members: Mapping[str, MemberOverrides]) -> None:
-    """InputError unless every name can be a folder's."""
+def check_members(members: Mapping[str, MemberOverrides], settings: RunSettings) -> None:
+    """InputError unless every member has a prompt, and a name that can be a folder's."""
+    if members and not isinstance(settings.method, PromptTuning):
+        raise InputError(
+            "every member of a sweep has a prompt of its own; "
+            f"{type(settings.method).__name__} has none"
+        )
     for name in members:
         if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name):
             raise InputError(f"a member is called {name!r}; use letters, digits, _ . + -")

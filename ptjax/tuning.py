@@ -24,21 +24,15 @@ from ptjax.exports import BEST
 from ptjax.identity import make_identity
 from ptjax.interop.prompt_file import PromptFile, load_prompt
 from ptjax.loop import TrainingLoop
-from ptjax.preparation import (
-    Preparation,
-    Start,
-    Subject,
-    attends_to_input,
-    check_settings,
-    report_sizes,
-    report_steps,
-)
-from ptjax.results import Scores, of_sweep
+from ptjax.member_setup import MemberSetup, load_best, set_up_members
+from ptjax.results import Scores, describe_run, of_sweep
 from ptjax.scale import processes, sharding
 from ptjax.scale.compiled import Recipe
 from ptjax.settings import RunSettings
-from ptjax.sweep import MemberOverrides
+from ptjax.startup_report import report_sizes, report_steps
+from ptjax.sweep import MemberOverrides, check_members
 from ptjax.training import freeze as freezing
+from ptjax.training.optimizer import embedding_rms
 from ptjax.training.step import TrainState
 
 Tree = Any
@@ -97,15 +91,42 @@ def tune(
     if steps is not None:
         schedule = dataclasses.replace(settings.schedule, train_steps=steps)
         settings = dataclasses.replace(settings, schedule=schedule)
-    check_path("MODEL_DIR", model_dir)
+    _check(backbone, model_dir, settings, members or {})
     directory = epath.Path(model_dir).expanduser()
-    check_settings(settings, backbone.quantize, members)
-    batching = settings.batching
-    if not batching.pack:  # the rows of packed batches follow the mesh
-        sharding.check_batch_size(batching.batch_size, backbone.mesh, batching.microbatches)
-    preparation = Preparation(directory, backbone, settings)
-    given = {"backbone": backbone, "task": task, "settings": settings, "members": members or None}
-    attempt = functools.partial(_attempt, preparation, given, list(callbacks), dry_run)
+
+    def attempt(held: lock.Lock | None) -> dict[str, Any] | None:
+        """The results. Without the lock only of what writes nothing: a dry run, or a run that is
+        finished (None if it is not)."""
+        report_steps(settings.schedule.train_steps, backbone)
+        own = members or {"": MemberOverrides()}
+        setups = set_up_members(backbone, task, directory, settings, own)
+        state, step = _compose(setups, settings, stacked=bool(members))
+        frozen = setups[0].frozen
+        report_sizes(settings.method, backbone, state.trainable, state.opt_state, frozen)
+        run = TrainingLoop(
+            directory,
+            settings.schedule,
+            [setup.member for setup in setups],
+            identity=_identify(backbone, task, settings, members, setups),
+            callbacks=callbacks,
+            lock=held,
+            check_weights=lambda: check_weights(backbone.variables["params"], backbone.name),
+        )
+        if held is not None:
+            run.remove_leftovers()
+        results = None if dry_run else _finished(run)
+        if results is not None or (held is None and not dry_run):
+            run.checkpoints.close()
+            return results
+        sizes = _counts(state.trainable, frozen)  # the first step takes the state's arrays
+        run.fit(state, frozen, step, backbone.mesh, dry_run=dry_run)
+        if dry_run:
+            return {}
+        scores = _score_best(setups, settings, run, several=bool(members))
+        results = scores | sizes | describe_run(backbone, settings, run.progress.seconds)
+        _write(directory / "results.json", json.dumps(results, indent=2) + "\n", held)
+        return results
+
     try:
         with lock.hold(directory, needed=not dry_run) as held:
             results = attempt(held)
@@ -114,118 +135,67 @@ def tune(
         results = attempt(None) if (directory / "results.json").exists() else None
         if results is None:
             raise
-    assert results is not None  # with the lock, `_attempt` always returns results
+    assert results is not None  # with the lock, `attempt` always returns results
     return Run(directory, results)
 
 
-def _attempt(
-    preparation: Preparation,
-    given: Mapping[str, Any],
-    callbacks: Sequence[Callback],
-    dry_run: bool,
-    held: lock.Lock | None,
-) -> dict[str, Any] | None:
-    """The run. Without the lock only what writes nothing: a dry run, or a finished run's results
-    (None if it is not finished).
-
-    Args:
-        given: the arguments of `tune` that decide what is learnt.
-    """
-    settings, backbone = preparation.settings, preparation.backbone
-    model_dir = preparation.model_dir
-    members, writes = given["members"], held is not None
-    report_steps(settings.schedule.train_steps, backbone)
-    starts = _start_members(preparation, given["task"], members or {"": MemberOverrides()})
-    state, step = _compose(starts, preparation, stacked=bool(members))
-    frozen = starts[0].frozen
-    report_sizes(settings.method, backbone, state.trainable, state.opt_state, frozen)
-    counts = _counts(state.trainable, frozen)
-    run = TrainingLoop(
-        model_dir,
-        settings.schedule,
-        [start.member for start in starts],
-        identity=_identify(given, [start.subject for start in starts]),
-        callbacks=callbacks,
-        lock=held,
-        check_weights=lambda: check_weights(backbone.variables["params"], backbone.name),
-    )
-    if writes:
-        run.remove_leftovers()
-    results = None if dry_run else _finished(run)
-    if results is not None or not (writes or dry_run):
-        run.checkpoints.close()
-        return results
-    run.fit(state, frozen, step, backbone.mesh, dry_run=dry_run)
-    if dry_run:
-        return {}
-    results = _score_best(preparation, starts, run, several=bool(members)) | counts
-    _write(model_dir / "results.json", json.dumps(results, indent=2) + "\n", held)
-    return results
+def _check(
+    backbone: Backbone,
+    model_dir: str | os.PathLike[str],
+    settings: RunSettings,
+    members: Mapping[str, MemberOverrides],
+) -> None:
+    """Refuses what can be judged before any data are read."""
+    check_path("MODEL_DIR", model_dir)
+    settings.check(backbone.quantize)
+    check_members(members, settings)
+    batching = settings.batching
+    if not batching.pack:  # the rows of packed batches follow the mesh
+        sharding.check_batch_size(batching.batch_size, backbone.mesh, batching.microbatches)
 
 
 def _score_best(
-    preparation: Preparation,
-    starts: Sequence[Start],
-    run: TrainingLoop,
-    *,
-    several: bool,
+    setups: Sequence[MemberSetup], settings: RunSettings, run: TrainingLoop, *, several: bool
 ) -> dict[str, Any]:
-    """What `results.json` holds of a run that is over, but for the sizes."""
-    backbone, settings = preparation.backbone, preparation.settings
-    of_subject = {start.subject: Scores(backbone, settings, start.subject) for start in starts}
+    """The scores of a run that is over."""
+    backbone = setups[0].data.evaluator.backbone
+    scores = {setup.data: Scores(backbone, settings, setup.data) for setup in setups}
     members, prompts = {}, []
-    for start, standing in zip(starts, run.progress.standings, strict=True):
+    for setup, standing in zip(setups, run.progress.standings, strict=True):
         if standing.best_step is not None:
-            best = preparation.load_best(start.member)
-            tuned = of_subject[start.subject].tuned(best, start.variables, start.seed)
-            members[start.member.name] = tuned | {"step": standing.best_step}
+            best = load_best(setup, settings)
+            tuned = scores[setup.data].tuned(best, setup.variables, setup.seed)
+            members[setup.member.name] = tuned | {"step": standing.best_step}
             prompts.append(best.get("prompt", {}).get("prompt"))
     results = of_sweep(members, run) if several else members[""]
-    if several and len(of_subject) == 1:
-        evaluator = starts[0].subject.evaluator
+    if several and len(scores) == 1:
+        evaluator = setups[0].data.evaluator
         together = evaluator.ensemble(prompts, evaluator.reported_split)
         results["ensemble"] = together["ensemble"]
     return results | {"trained_steps": run.progress.step}
 
 
-def _start_members(
-    preparation: Preparation, task: Task, members: Mapping[str, MemberOverrides]
-) -> list[Start]:
-    """The members as they start; those of one task share what was read of it."""
-    subjects: list[Subject] = []
-    starts = []
-    for name, overrides in members.items():
-        own = overrides.task or task
-        # By value: gin makes a new task of every reference to one.
-        subject = next((one for one in subjects if one.task == own), None)
-        if subject is None:
-            subject = preparation.load(own)
-            subjects.append(subject)
-        starts.append(preparation.start(subject, overrides, name))
-    return starts
-
-
 def _compose(
-    starts: Sequence[Start], preparation: Preparation, *, stacked: bool
+    setups: Sequence[MemberSetup], settings: RunSettings, *, stacked: bool
 ) -> tuple[TrainState, Callable[..., Any]]:
     """The first state, of one member or `stacked` of all of them, and its train step."""
-    settings = preparation.settings
     recipe = Recipe(
         settings.method.name,
         settings.optimizer,
         settings.loss,
         settings.batching.microbatches,
-        attends_to_input(settings),
+        settings.attends_to_input,
         stacked,
     )
-    mesh, first = preparation.backbone.mesh, starts[0]
-    apply_fn = first.subject.evaluator.apply_fn
-    init, step = recipe.compose(apply_fn, first.freeze, mesh, preparation.embedding_rms)
+    first, evaluator = setups[0], setups[0].data.evaluator
+    mesh, variables = evaluator.backbone.mesh, evaluator.backbone.variables
+    rms = embedding_rms(variables["params"]["token_embedder"]["embedding"])
+    init, step = recipe.compose(evaluator.apply_fn, first.freeze, mesh, rms)
     trainable, key = first.trainable, jax.random.key(first.seed)
     if stacked:
-        trainable = jax.tree.map(lambda *x: jnp.stack(x), *(start.trainable for start in starts))
+        trainable = jax.tree.map(lambda *x: jnp.stack(x), *(setup.trainable for setup in setups))
         trainable = jax.device_put(trainable, sharding.replicated(mesh))
-        key = jnp.stack([jax.random.key(start.seed) for start in starts])
+        key = jnp.stack([jax.random.key(setup.seed) for setup in setups])
     # On the mesh: a first state that is elsewhere would compile the step twice.
     return jax.jit(init)(trainable, sharding.replicate_key(key, mesh)), step
 
@@ -237,13 +207,20 @@ def _counts(trainable: Tree, frozen: Tree) -> dict[str, int]:
     }
 
 
-def _identify(given: Mapping[str, Any], subjects: Sequence[Subject]) -> dict[str, Any]:
+def _identify(
+    backbone: Backbone,
+    task: Task,
+    settings: RunSettings,
+    members: Mapping[str, MemberOverrides] | None,
+    setups: Sequence[MemberSetup],
+) -> dict[str, Any]:
     """The identity of a run with these arguments of `tune`, on what was read for it."""
-    data: dict[str, Any] = {}
-    for number, subject in enumerate(dict.fromkeys(subjects)):
-        for name, parts in subject.describe_data().items():
-            data[f"{name} ({number})" if name in data else name] = parts
-    return make_identity(tune, given, data)
+    given = {"backbone": backbone, "task": task, "settings": settings, "members": members or None}
+    read: dict[str, Any] = {}
+    for number, data in enumerate(dict.fromkeys(setup.data for setup in setups)):
+        for name, parts in data.describe().items():
+            read[f"{name} ({number})" if name in read else name] = parts
+    return make_identity(tune, given, read)
 
 
 def _finished(run: TrainingLoop) -> dict[str, Any] | None:

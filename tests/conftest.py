@@ -109,13 +109,18 @@ def tiny_batch() -> Batch:
     return make_batch(inputs, targets, input_length=12, target_length=6, ids=T5_IDS)
 
 
+def without_seconds(results: dict[str, Any]) -> dict[str, Any]:
+    """The results of a run, without what another run of the same cannot share."""
+    return {name: value for name, value in results.items() if name != "seconds"}
+
+
 def outcome(directory: Any) -> dict[str, Any]:
     """Everything that an interrupted run has to share with an uninterrupted one: all but times."""
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     return {
         "prompts": {p.name: p.read_bytes() for p in (directory / "prompts").iterdir()},
         "metrics": [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows],
-        "results": json.loads((directory / "results.json").read_text()),
+        "results": without_seconds(json.loads((directory / "results.json").read_text())),
         "checkpoints": sorted(p.name for p in (directory / "checkpoints").iterdir()),
     }
 

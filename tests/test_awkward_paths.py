@@ -119,7 +119,7 @@ def test_functions_refuse_empty_paths_too(backbone: Any, task: Any) -> None:
     matrix = backbone.variables["params"]["token_embedder"]["embedding"][:3]
     for call in (
         lambda: tune("", task, backbone),
-        lambda: pretrain("", [], backbone=backbone),
+        lambda: pretrain(backbone, [], ""),
         lambda: load_backbone(""),
         lambda: save_backbone("", backbone.config, backbone.variables["params"]),
         lambda: load_tokenizer(" "),

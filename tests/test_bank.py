@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import At, stopped_by_sigterm
+from conftest import At, stopped_by_sigterm, without_seconds
 from t5_ids import T5_IDS
 
 from ptjax.data.batch import make_batch
@@ -265,7 +265,8 @@ def bank_outcome(directory):
         found[member] = {p.name: p.read_bytes() for p in (directory / "prompts" / member).iterdir()}
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     kept = [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
-    return found, kept, json.loads((directory / "results.json").read_text())
+    results = json.loads((directory / "results.json").read_text())
+    return found, kept, without_seconds(results)
 
 
 def test_members_stop_alone_and_the_bank_shrinks(

@@ -191,7 +191,7 @@ def test_required_bindings_count_within_their_scope(fails):
     lines = """
     include 'models/ptjax_nano.gin'
     ptjax.pretrain.model_dir = 'm'
-    ptjax.pretrain.model = @ptjax.T5Config()
+    ptjax.pretrain.start = @ptjax.T5Config()
     ptjax.pretrain.tokenizer = 'ptjax-nano'
     ptjax.pretrain.components = [@a/ptjax.TaskComponent()]
     a/ptjax.TaskComponent.task = @ptjax.Task()

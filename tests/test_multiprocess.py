@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from conftest import outcome
+from conftest import outcome, without_seconds
 from safetensors.numpy import load_file
 
 from ptjax.backbone import save_backbone
@@ -195,7 +195,9 @@ def assert_alike(directory: Path, expected: Path) -> None:
         arrays, wanted = load_file(directory / file), load_file(expected / file)
         for name, array in wanted.items():
             np.testing.assert_allclose(arrays[name], array, rtol=0, atol=1e-4, err_msg=f"{file}")
-    results = [json.loads((d / "results.json").read_text()) for d in (directory, expected)]
+    results = [
+        without_seconds(json.loads((d / "results.json").read_text())) for d in (directory, expected)
+    ]
     assert results[0] == results[1]
     checkpoints = [
         sorted(p.name for p in (d / "checkpoints").iterdir()) for d in (directory, expected)

@@ -73,18 +73,18 @@ def made(model_dir: Path) -> tuple[bytes, list]:
 
 
 def test_from_scratch_stopped_and_gone_on(corpus, tmp_path):
-    scratch = {"model": CONFIG, "tokenizer": "package:nano", **mixture(corpus)}
-    pretrain(tmp_path / "whole", **scratch)
+    scratch = {"tokenizer": "package:nano", **mixture(corpus)}
+    pretrain(CONFIG, model_dir=tmp_path / "whole", **scratch)
     weights, rows = made(tmp_path / "whole")
     assert rows[-1]["train/loss"] < rows[0]["train/loss"] < 1.1 * np.log(CONFIG.vocab_size)
     written = load_backbone(tmp_path / "whole" / "models" / "best")
     assert written.config == CONFIG and written.tokenizer is not None
 
     def again(callbacks):
-        pretrain(tmp_path / "stopped", **scratch, callbacks=callbacks)
+        pretrain(CONFIG, model_dir=tmp_path / "stopped", **scratch, callbacks=callbacks)
 
     assert stopped_by_sigterm(8, again) == 143
-    pretrain(tmp_path / "stopped", **scratch)
+    pretrain(CONFIG, model_dir=tmp_path / "stopped", **scratch)
     assert made(tmp_path / "stopped") == (weights, rows)
 
 
@@ -116,29 +116,29 @@ def test_from_a_backbone(corpus, start, tmp_path):
         "optimizer": still,
         "schedule": TrainSchedule(train_steps=1, eval_period=1),
     }
-    pretrain(tmp_path / "still", backbone=start, **settings)
+    pretrain(start, model_dir=tmp_path / "still", **settings)
     assert load_backbone(tmp_path / "still" / "models" / "best").fingerprint == start.fingerprint
-    pretrain(tmp_path / "moved", backbone=start, **mixture(corpus))
+    pretrain(start, model_dir=tmp_path / "moved", **mixture(corpus))
     assert load_backbone(tmp_path / "moved" / "models" / "best").fingerprint != start.fingerprint
     with pytest.raises(InputError, match=r"pretrain\.model = None, now T5Config\("):
         other = dataclasses.replace(CONFIG, mlp_dim=64)
-        pretrain(tmp_path / "moved", model=other, tokenizer="package:nano", **settings)
+        pretrain(other, model_dir=tmp_path / "moved", tokenizer="package:nano", **settings)
 
 
 def test_case_4_1_other_text_in_the_same_place_is_refused(corpus, start, tmp_path):
     settings = mixture(corpus) | {"schedule": TrainSchedule(train_steps=1, eval_period=1)}
-    pretrain(tmp_path / "run", backbone=start, **settings)
+    pretrain(start, model_dir=tmp_path / "run", **settings)
     before = (tmp_path / "run" / "models" / "best" / "model.safetensors").read_bytes()
     text = (corpus / "text.jsonl").read_text()
     (tmp_path / "text.jsonl").write_text(text.replace("mill", "hall", 1))
     named = r"other data: the hash of the running text = sha256:\w+, now sha256:\w+; choose"
     with pytest.raises(InputError, match=named):
-        pretrain(tmp_path / "run", backbone=start, **mixture(tmp_path))
-    named = r"PrefixLM\.input_length \(of pretrain\.parts\[1\]\) = 16, now 24;"
+        pretrain(start, model_dir=tmp_path / "run", **mixture(tmp_path))
+    named = r"PrefixLM\.input_length \(of pretrain\.components\[1\]\) = 16, now 24;"
     longer = PrefixLM(0.25, batch_size=8, input_length=24, target_length=8)
     parts = [settings["parts"][0], longer, settings["parts"][2]]
     with pytest.raises(InputError, match=named):
-        pretrain(tmp_path / "run", backbone=start, **settings | {"components": parts})
+        pretrain(start, model_dir=tmp_path / "run", **settings | {"components": parts})
     assert (tmp_path / "run" / "models" / "best" / "model.safetensors").read_bytes() == before
 
 
@@ -156,24 +156,20 @@ def test_a_phrasing_has_answers_of_its_own(corpus):
 
 def test_what_it_needs_is_said(corpus, start, tmp_path):
     settings = mixture(corpus)
-    with pytest.raises(InputError, match="either from sizes"):
-        pretrain(tmp_path, **settings)
-    with pytest.raises(InputError, match="either from sizes"):
-        pretrain(tmp_path, model=CONFIG, backbone=start, **settings)
     with pytest.raises(InputError, match="needs a tokenizer"):
-        pretrain(tmp_path, model=CONFIG, **settings)
+        pretrain(CONFIG, model_dir=tmp_path, **settings)
     with pytest.raises(InputError, match=r"set pretrain\.text"):
-        pretrain(tmp_path, backbone=start, **settings | {"text": None})
+        pretrain(start, model_dir=tmp_path, **settings | {"text": None})
     rounded = load_backbone(start.name, dtype="bfloat16")
-    with pytest.raises(InputError, match=r"set --gin\.backbone\.load_backbone\.dtype=.*float32"):
-        pretrain(tmp_path, backbone=rounded, **settings)
+    with pytest.raises(InputError, match=r"set --gin\.ptjax\.load_backbone\.dtype=.*float32"):
+        pretrain(rounded, model_dir=tmp_path, **settings)
     with pytest.raises(InputError, match=r"text.jsonl:1: no field 'body'"):
         wrong = TextFiles({"text.jsonl": "body"}, data_dir=str(corpus))
-        pretrain(tmp_path, backbone=start, **settings | {"text": wrong})
+        pretrain(start, model_dir=tmp_path, **settings | {"text": wrong})
     for files, named in (({}, "{}"), ({"text.jsonl": "text"}, "text.jsonl")):
         with pytest.raises(InputError, match=f"no document in the running text of {named}"):
             none = TextFiles(files, data_dir=str(corpus), preprocess=lambda fields: [])
-            pretrain(tmp_path, backbone=start, **settings | {"text": none})
+            pretrain(start, model_dir=tmp_path, **settings | {"text": none})
     assert not list(tmp_path.rglob("*.safetensors"))
 
 

@@ -150,8 +150,11 @@ def test_the_shots_in_context_follow_the_seed(backbone, task, tmp_path, monkeypa
 
 
 def test_a_line_shows_the_mean_of_a_bank_and_no_member(tmp_path, caplog):
-    with caplog.at_level("INFO", logger="absl"), Display(epath.Path(tmp_path), 4, 0) as display:
-        display.metrics(1, {"train/loss": 2.0, "train/loss/a": 1.0, "train/loss/b": 3.0})
+    display = Display(4)
+    with caplog.at_level("INFO", logger="absl"):
+        display.on_start(epath.Path(tmp_path), 0)
+        display.on_log(1, {"train/loss": 2.0, "train/loss/a": 1.0, "train/loss/b": 3.0})
+        display.on_end(1)
     assert [m for m in caplog.messages if m.startswith("step ")] == ["step 1/4  loss 2"]
 
 

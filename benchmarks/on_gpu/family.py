@@ -106,7 +106,7 @@ def write_from_gin(folder: Path, data_dir: Path, corpus_dir: Path, *, tokens: in
     macros["INITIAL_CHECKPOINT_PATH"] = "ptjax-nano"
     stages = {stage: _bound(macros, name) for stage, name in STAGES.items()}
     sizes = {
-        size: _bound(macros, STAGES["span"], f"models/ptjax_{size}.gin")["model"] for size in SIZES
+        size: _bound(macros, STAGES["span"], f"models/ptjax_{size}.gin")["start"] for size in SIZES
     }
     assert stages["span"]["tokenizer"] == TOKENIZER
     settings = {
