@@ -38,6 +38,7 @@ class MemberSetup:
     """A member as it starts.
 
     `variables` has its initial prompt, `trainable` and `frozen` are its halves, by `freeze`.
+    `rms` is the embedding's, to which learning rates may be relative.
     """
 
     member: Member
@@ -47,6 +48,7 @@ class MemberSetup:
     freeze: freezing.Freeze
     trainable: Tree
     frozen: Tree
+    rms: float
 
 
 def set_up_members(
@@ -100,7 +102,7 @@ def _set_up(
         metric=data.evaluator.metric,
         name=name,
     )
-    return MemberSetup(member, data, settings.seed, variables, freeze, trainable, frozen)
+    return MemberSetup(member, data, settings.seed, variables, freeze, trainable, frozen, rms)
 
 
 def _initial_prompt(method: PromptTuning, data: TaskData, seed: int, name: str) -> jax.Array:

@@ -32,7 +32,6 @@ from ptjax.settings import RunSettings
 from ptjax.startup_report import report_sizes, report_steps
 from ptjax.sweep import MemberOverrides, check_members
 from ptjax.training import freeze as freezing
-from ptjax.training.optimizer import embedding_rms
 from ptjax.training.step import TrainState
 
 Tree = Any
@@ -188,9 +187,8 @@ def _compose(
         stacked,
     )
     first, evaluator = setups[0], setups[0].data.evaluator
-    mesh, variables = evaluator.backbone.mesh, evaluator.backbone.variables
-    rms = embedding_rms(variables["params"]["token_embedder"]["embedding"])
-    init, step = recipe.compose(evaluator.apply_fn, first.freeze, mesh, rms)
+    mesh = evaluator.backbone.mesh
+    init, step = recipe.compose(evaluator.apply_fn, first.freeze, mesh, first.rms)
     trainable, key = first.trainable, jax.random.key(first.seed)
     if stacked:
         trainable = jax.tree.map(lambda *x: jnp.stack(x), *(setup.trainable for setup in setups))
