@@ -44,19 +44,19 @@ def accuracy(flags: argparse.Namespace, tuned: str, scored: str, seed: int) -> f
     settings = COMMON | {
         "INITIAL_CHECKPOINT_PATH": flags.backbone,
         "DATA_DIR": flags.data_dir,
-        "tasks.Task.inputs": TASKS["sst2"]["inputs"],
+        "ptjax.Task.inputs": TASKS["sst2"]["inputs"],
         "TASK_FEATURE_LENGTHS": LENGTHS["sst2"],
         "TRAIN_STEPS": STEPS,
         "RANDOM_SEED": seed,
         "QUANTIZE": HELD[tuned],
-        "backbone.load_backbone.dtype": DTYPE,
+        "ptjax.load_backbone.dtype": DTYPE,
     }
     model_dir = flags.output_dir / tuned / str(seed)
     own = runs.train(model_dir, ["tasks/sst2.gin", "runs/prompt_tune.gin"], settings)
     if scored == tuned:
         return own["value"]
     file = flags.output_dir / f"{tuned}_on_{scored}" / f"{seed}.json"
-    return runs.evaluate(file, model_dir, {"QUANTIZE": HELD[scored]})["value"]
+    return runs.evaluate(file, [], {"QUANTIZE": HELD[scored]}, f"--model_dir={model_dir}")["value"]
 
 
 def main() -> None:

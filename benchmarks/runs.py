@@ -32,10 +32,12 @@ def pretrain(
     return Path(ModelDir(model_dir).best_model)
 
 
-def evaluate(file: Path, model_dir: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What `python -m ptjax.evaluate` says of the run in `model_dir`; kept in `file`."""
+def evaluate(
+    file: Path, gin_files: Sequence[str], settings: Mapping[str, Any], *flags: str
+) -> dict[str, Any]:
+    """What `python -m ptjax.evaluate` says with these flags; kept in `file`."""
     if not file.exists():
-        said = _run("evaluate", [], settings, f"--model_dir={model_dir}")
+        said = _run("evaluate", gin_files, settings, *flags)
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(said)
     return json.loads(file.read_text())

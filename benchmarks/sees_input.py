@@ -109,8 +109,8 @@ def train(
         settings: dict[str, Any] = COMMON | {
             "INITIAL_CHECKPOINT_PATH": flags.backbone,
             "DATA_DIR": flags.data_dir,
-            "tasks.Task.inputs": TASKS[task]["inputs"],
-            "tasks.Task.verbalizer": TASKS[task]["verbalizer"],
+            "ptjax.Task.inputs": TASKS[task]["inputs"],
+            "ptjax.Task.verbalizer": TASKS[task]["verbalizer"],
             "TASK_FEATURE_LENGTHS": LENGTHS[task],
             "SEES_INPUT": sees_input,
             "TRAIN_STEPS": steps,

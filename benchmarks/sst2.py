@@ -17,21 +17,17 @@ import runs
 
 COMMON = {
     "INITIAL_CHECKPOINT_PATH": "ptjax-nano",
-    "tasks.Task.inputs": "{sentence}",
+    "ptjax.Task.inputs": "{sentence}",
     "TASK_FEATURE_LENGTHS": {"inputs": 64, "targets": 4},
     "DROPOUT_RATE": 0.0,
 }
 TRAINED = {"TRAIN_STEPS": 1000, "EVAL_PERIOD": 100}
-METHODS = {  # gin file of runs/, settings; a hard prompt without examples knows no seed
-    "hard prompt: an instruction": (
-        "hard_prompt",
-        {"HARD_PROMPT": "Is the following sentence positive or negative?"},
-    ),
-    "hard prompt: the name used in pre-training": ("hard_prompt", {"HARD_PROMPT": "sentiment:"}),
-    "hard prompt: the name, 2 examples in context": (
-        "hard_prompt",
-        {"HARD_PROMPT": "sentiment:", "SHOTS": 2},
-    ),
+HARD_PROMPTS = {  # text, shots; without examples in context it knows no seed
+    "hard prompt: an instruction": ("Is the following sentence positive or negative?", 0),
+    "hard prompt: the name used in pre-training": ("sentiment:", 0),
+    "hard prompt: the name, 2 examples in context": ("sentiment:", 2),
+}
+METHODS = {  # gin file of runs/, settings
     "prompt tuning, P = 20": (
         "prompt_tune",
         {"PROMPT_LENGTH": 20, "LEARNING_RATE": 0.03, "LEARNING_RATE_SCALE": "embedding_rms"}
@@ -50,16 +46,20 @@ def main() -> None:
     values: dict[str, list[float]] = {}
     trained: dict[str, int] = {}
     majority = 0.0
-    for method in METHODS:
-        run, settings = METHODS[method]
-        seeds = 1 if run == "hard_prompt" and "SHOTS" not in settings else flags.seeds
-        for seed in range(seeds):
-            number = list(METHODS).index(method)
-            given = {"DATA_DIR": flags.data_dir, "RANDOM_SEED": seed} | COMMON | settings
-            model_dir = flags.output_dir / f"{number}_{run}" / str(seed)
+    common = {"DATA_DIR": flags.data_dir} | COMMON
+    for number, (name, (text, shots)) in enumerate(HARD_PROMPTS.items()):
+        for seed in range(flags.seeds if shots else 1):
+            file = flags.output_dir / f"hard_prompt_{number}" / f"{seed}.json"
+            files = ["tasks/sst2.gin", "runs/prompt_tune.gin"]
+            asked = [f"--hard_prompt={text}", f"--shots={shots}"]
+            given = {"RANDOM_SEED": seed} | common
+            values.setdefault(name, []).append(runs.evaluate(file, files, given, *asked)["value"])
+    for method, (run, settings) in METHODS.items():
+        for seed in range(flags.seeds):
+            given = {"RANDOM_SEED": seed} | common | settings
+            model_dir = flags.output_dir / run / str(seed)
             results = runs.train(model_dir, ["tasks/sst2.gin", f"runs/{run}.gin"], given)
-            key = "hard_prompt" if "hard" in method else "value"
-            values.setdefault(method, []).append(results[key])
+            values.setdefault(method, []).append(results["value"])
             trained[method] = results["trainable_parameters"]
             majority = results["majority"]
             if method.startswith("prompt tuning"):

@@ -1,62 +1,167 @@
 """Soft prompt tuning of frozen T5 models in JAX.
 
-Names are resolved on first use: importing ptjax imports neither JAX nor anything heavy.
+Names are resolved on first use: importing ptjax imports neither JAX nor anything heavy. The same
+names are what gin files say, after `import ptjax`: `ptjax.RunSettings.seed = 3`, `@ptjax.Task()`.
 """
 
 from __future__ import annotations
 
 import importlib
+import sys
+import types
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from ptjax.backbone import Backbone, load_backbone, save_backbone
+    from ptjax.baselines import HardPrompt
+    from ptjax.callbacks import Callback
+    from ptjax.data import catalogue as preprocessors
+    from ptjax.data.mixture import (
+        MixtureComponent,
+        PrefixLM,
+        SpanCorruption,
+        TaskComponent,
+        TextFiles,
+        TokenFile,
+    )
     from ptjax.data.tasks import Task
+    from ptjax.data.tokenizer import load_tokenizer
     from ptjax.errors import InputError
     from ptjax.inference import forward, generate, loss_and_prompt_gradient
-    from ptjax.interop.prompt_file import load_prompt, load_prompts, save_prompt
+    from ptjax.interop.prompt_file import FromFile, load_prompt, load_prompts, save_prompt
+    from ptjax.methods.model_tuning import ModelTuning
+    from ptjax.methods.prompt_tuning import PromptTuning
+    from ptjax.models.config import T5Config
+    from ptjax.models.prompt import (
+        ClassLabels,
+        FrequentWords,
+        FromText,
+        SampledVocabulary,
+        Uniform,
+    )
+    from ptjax.pretraining import pretrain
     from ptjax.prompting import make_bank
-    from ptjax.tuning import tune
+    from ptjax.settings import Batching, Evaluation, RunSettings, TrainSchedule
+    from ptjax.sweep import MemberOverrides, sweep
+    from ptjax.training.loss import Loss
+    from ptjax.training.optimizer import Adafactor
+    from ptjax.tuning import Run, tune
 
 _HOMES = {
+    "Adafactor": "ptjax.training.optimizer",
     "Backbone": "ptjax.backbone",
+    "Batching": "ptjax.settings",
+    "Callback": "ptjax.callbacks",
+    "ClassLabels": "ptjax.models.prompt",
+    "Evaluation": "ptjax.settings",
+    "FrequentWords": "ptjax.models.prompt",
+    "FromFile": "ptjax.interop.prompt_file",
+    "FromText": "ptjax.models.prompt",
+    "HardPrompt": "ptjax.baselines",
     "InputError": "ptjax.errors",
+    "Loss": "ptjax.training.loss",
+    "MemberOverrides": "ptjax.sweep",
+    "MixtureComponent": "ptjax.data.mixture",
+    "ModelTuning": "ptjax.methods.model_tuning",
+    "PrefixLM": "ptjax.data.mixture",
+    "PromptTuning": "ptjax.methods.prompt_tuning",
+    "Run": "ptjax.tuning",
+    "RunSettings": "ptjax.settings",
+    "SampledVocabulary": "ptjax.models.prompt",
+    "SpanCorruption": "ptjax.data.mixture",
+    "T5Config": "ptjax.models.config",
     "Task": "ptjax.data.tasks",
+    "TaskComponent": "ptjax.data.mixture",
+    "TextFiles": "ptjax.data.mixture",
+    "TokenFile": "ptjax.data.mixture",
+    "TrainSchedule": "ptjax.settings",
+    "Uniform": "ptjax.models.prompt",
     "forward": "ptjax.inference",
     "generate": "ptjax.inference",
     "load_backbone": "ptjax.backbone",
     "load_prompt": "ptjax.interop.prompt_file",
     "load_prompts": "ptjax.interop.prompt_file",
+    "load_tokenizer": "ptjax.data.tokenizer",
     "loss_and_prompt_gradient": "ptjax.inference",
     "make_bank": "ptjax.prompting",
+    "pretrain": "ptjax.pretraining",
     "save_backbone": "ptjax.backbone",
     "save_prompt": "ptjax.interop.prompt_file",
+    "sweep": "ptjax.sweep",
     "tune": "ptjax.tuning",
 }
+_MODULES = {"preprocessors": "ptjax.data.catalogue"}
 
 __all__ = [
+    "Adafactor",
     "Backbone",
+    "Batching",
+    "Callback",
+    "ClassLabels",
+    "Evaluation",
+    "FrequentWords",
+    "FromFile",
+    "FromText",
+    "HardPrompt",
     "InputError",
+    "Loss",
+    "MemberOverrides",
+    "MixtureComponent",
+    "ModelTuning",
+    "PrefixLM",
+    "PromptTuning",
+    "Run",
+    "RunSettings",
+    "SampledVocabulary",
+    "SpanCorruption",
+    "T5Config",
     "Task",
+    "TaskComponent",
+    "TextFiles",
+    "TokenFile",
+    "TrainSchedule",
+    "Uniform",
     "forward",
     "generate",
     "load_backbone",
     "load_prompt",
     "load_prompts",
+    "load_tokenizer",
     "loss_and_prompt_gradient",
     "make_bank",
+    "preprocessors",
+    "pretrain",
     "save_backbone",
     "save_prompt",
+    "sweep",
     "tune",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(_MODULES[name])
     if name not in _HOMES:
         raise AttributeError(f"module 'ptjax' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+    return sorted([*globals(), *_HOMES, *_MODULES])
+
+
+class _Package(types.ModuleType):
+    """`ptjax.pretrain` and `ptjax.sweep` stay the functions after their modules are imported.
+
+    Importing a submodule binds it as an attribute of its package; here that would hide a public
+    name.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOMES and isinstance(value, types.ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -4,36 +4,41 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from types import TracebackType
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from absl import logging
 from etils import epath
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ptjax.callbacks import Callback
 from ptjax.model_dir import ModelDir
 from ptjax.scale import processes
+
+if TYPE_CHECKING:
+    from tensorboardX import SummaryWriter
 
 HIDDEN = {"gradient_norm", "learning_rate", "evaluation_seconds"}
 """Written to the files, but not shown beside the bar."""
 
 
-class Display:
-    """Use as a context manager around the steps."""
+class Display(Callback):
+    """Shows a run of `steps` steps. Of several processes only the first one shows something."""
 
-    def __init__(self, model_dir: epath.Path, steps: int, start: int) -> None:
+    def __init__(self, steps: int) -> None:
+        self._steps = steps
+        self._latest: dict[str, float] = {}
+        self._events: SummaryWriter | None = None
+        self._bar: Progress | None = None
+
+    def on_start(self, model_dir: epath.Path, step: int) -> None:
         from tensorboardX import SummaryWriter
 
-        # Of several processes only the first one shows something.
-        self._events: SummaryWriter | None = None
         if processes.first():
             self._events = SummaryWriter(
-                logdir=str(ModelDir(model_dir).tensorboard), purge_step=start + 1 if start else None
+                logdir=str(ModelDir(model_dir).tensorboard), purge_step=step + 1 if step else None
             )
-        self._latest: dict[str, float] = {}
-        self._steps = steps
-        self._bar: Progress | None = None
         if processes.first() and sys.stderr.isatty():
             self._bar = Progress(
                 TextColumn("step"),
@@ -43,19 +48,11 @@ class Display:
                 TextColumn("{task.fields[shown]}"),
                 console=Console(stderr=True),
             )
-            self._task = self._bar.add_task("train", total=steps, completed=start, shown="")
-
-    def __enter__(self) -> Display:
-        if self._bar:
+            self._task = self._bar.add_task("train", total=self._steps, completed=step, shown="")
             self._bar.start()
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def on_end(self, step: int) -> None:
+        failing = sys.exc_info()[0] is not None
         if self._bar:
             self._bar.stop()
         if self._events:
@@ -63,20 +60,26 @@ class Display:
                 self._events.close()
             except OSError:
                 _give_up(self._events)
-                if error is None:
+                if not failing:  # else what went wrong first is what counts
                     raise
 
-    def step(self, step: int) -> None:
+    def on_step(self, step: int) -> None:
         if self._bar:
             self._bar.update(self._task, completed=step)
 
-    def metrics(self, step: int, values: dict[str, Any]) -> None:
+    def on_log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._show(step, metrics)
+
+    def on_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._show(step, metrics)
+
+    def _show(self, step: int, metrics: Mapping[str, float]) -> None:
         if self._events:
-            for name, value in values.items():
+            for name, value in metrics.items():
                 self._events.add_scalar(name, value, step)
         fresh = {
             name.removeprefix("train/").removeprefix("time/").replace("/", " "): value
-            for name, value in values.items()
+            for name, value in metrics.items()
             if name.count("/") < 2  # of a bank the mean is enough, not every member
         }
         fresh = {name: value for name, value in fresh.items() if name not in HIDDEN}

@@ -66,13 +66,13 @@ def setting(name: str, *value: object) -> str:
     """How to set a field of the task, for a message: the gin flag, and the flag of `infer`.
 
     >>> setting("quoting", False)
-    '--gin.tasks.Task.quoting=False (infer: --quoting=false)'
+    '--gin.ptjax.Task.quoting=False (infer: --quoting=false)'
     >>> setting("columns")
     'Task.columns (infer: --columns)'
     """
     if not value:
         return f"Task.{name} (infer: --{name})"
-    flag = gin_flag(f"tasks.Task.{name}", value[0])
+    flag = gin_flag(f"ptjax.Task.{name}", value[0])
     return f"{flag} (infer: --{name}={str(value[0]).lower()})"
 
 
@@ -117,9 +117,9 @@ def listing(names: Iterable[str]) -> str:
 def check_at_least(least: float, of: str = "", **settings: float | None) -> None:
     """InputError for the first setting (of the class `of`) below `least`; None is left out.
 
-    >>> check_at_least(1, "Pace", keep=0)
+    >>> check_at_least(1, "TrainSchedule", keep=0)
     Traceback (most recent call last):
-    ptjax.errors.InputError: Pace.keep = 0: it has to be at least 1
+    ptjax.errors.InputError: TrainSchedule.keep = 0: it has to be at least 1
     """
     for name, value in settings.items():
         if value is not None and not value >= least:

@@ -1,12 +1,16 @@
-"""`python -m ptjax.evaluate`: scores a prompt, or a backbone alone, on a split of a task."""
+"""`python -m ptjax.evaluate`: scores a prompt, a hard prompt or a backbone alone on a split."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from ptjax import cli
 from ptjax.cli import chosen, distributed, output
 from ptjax.errors import InputError
+
+if TYPE_CHECKING:
+    from ptjax.baselines import HardPrompt
 
 
 def main() -> None:
@@ -21,10 +25,14 @@ def main() -> None:
         that is scored, which flatters it) and the "ensemble": a majority vote (the mean likelihood
         breaks ties) and, where labels are ranked, the mean of the labels' probabilities.
 
+        With --hard_prompt=TEXT, scores the backbone alone with the text in front of every input,
+        to compare a tuned prompt with.
+
           python -m ptjax.evaluate --model_dir=runs/quickstart
           python -m ptjax.evaluate --gin_file=quickstart.gin --prompts=runs/seeds/prompts
           python -m ptjax.evaluate --model_dir=runs/seeds
           python -m ptjax.evaluate --gin_file=quickstart.gin --prompt=none --split=validation
+          python -m ptjax.evaluate --gin_file=quickstart.gin --hard_prompt='Good or bad?' --shots=4
         """,
         gin_help="It names task and backbone; --model_dir brings its own.",
     )
@@ -32,6 +40,19 @@ def main() -> None:
         parser,
         "score every prompt in DIR (files, PEFT directories, folders with a best.safetensors) and "
         "their ensemble",
+    )
+    hard = parser.add_argument_group("a hard prompt instead")
+    hard.add_argument(
+        "--hard_prompt",
+        metavar="TEXT",
+        help="put in front of the inputs, or around them where it says {inputs}",
+    )
+    hard.add_argument(
+        "--shots",
+        type=int,
+        default=0,
+        metavar="N",
+        help="training examples in front of it, drawn with RANDOM_SEED; default: 0",
     )
     parser.add_argument(
         "--split", metavar="NAME", help="a split of the task; default: test if it has one"
@@ -47,9 +68,11 @@ def evaluate(arguments: Any) -> None:
     from ptjax import evaluation, prompting
     from ptjax.data.vocabularies import missing_tokenizer
     from ptjax.scale import processes
+    from ptjax.settings import FEATURE_LENGTHS, RunSettings
 
     if arguments.output:
         output.check(arguments.output, force=arguments.force, inputs=chosen.inputs(arguments))
+    hard_prompt = read_hard_prompt(arguments)
     chosen.load(arguments, reads_data=True)
     if arguments.prompt is None and arguments.prompts is None:
         arguments.prompts = chosen.trained_bank(arguments)
@@ -59,23 +82,34 @@ def evaluate(arguments: Any) -> None:
     task = chosen.task(metadata)
     if task is None:
         raise InputError("which task? Name it with a --gin_file or --model_dir (see --help)")
-    bound = cli.settings(chosen.TUNE, "evaluation").get("evaluation")
-    settings = bound or evaluation.Evaluation()
+    run = cli.settings(chosen.SETTINGS, "evaluation", "seed")
+    settings = RunSettings(**run)
     loaded = chosen.load_backbone(arguments, metadata)
     if loaded.tokenizer is None:
         raise missing_tokenizer(loaded.name, loaded.config.vocab_size)
     if prompt is not None:
         check = prompting.check_bank if many else prompting.check_prompt
         prompt = check(loaded, prompt, allow_mismatch=arguments.allow_mismatch)
-    lengths = {"inputs": 512, "targets": 16} | chosen.lengths(metadata)
     evaluator = evaluation.Evaluator(
-        task, loaded, loaded.tokenizer, lengths, settings, prompting.sees_input(prompt)
+        task,
+        loaded,
+        loaded.tokenizer,
+        {**FEATURE_LENGTHS, **chosen.lengths(metadata)},
+        settings.evaluation,
+        prompting.sees_input(prompt),
     )
     split = arguments.split or evaluator.reported_split
     examples = evaluator.examples(split)
     if arguments.output:
         check_output(arguments, examples, many=many)
-    scores, said = (of_many if many else of_one)(evaluator, prompt, split)
+    if many:
+        scores, said = of_many(evaluator, prompt, split)
+    else:
+        rewording = None
+        if hard_prompt is not None:
+            train = task.load("train") if hard_prompt.shots else ()
+            rewording = hard_prompt.rewording(train, settings.seed)
+        scores, said = of_one(evaluator, prompt, split, rewording)
     if not processes.first():
         return
     if arguments.output:
@@ -97,6 +131,8 @@ def evaluate(arguments: Any) -> None:
     else:
         source = {"backbone": loaded.name, "prompt": chosen.prompt_path(arguments)}
         source["step"] = metadata.get("step")
+        if hard_prompt is not None:
+            source |= {"hard_prompt": hard_prompt.text, "shots": hard_prompt.shots}
     output.show(output.as_json(described | scores | source, indent=2))
 
 
@@ -116,12 +152,29 @@ def check_output(arguments: Any, examples: Any, *, many: bool) -> None:
         output.check_fields(example.fields, new, f"{example.file}:{example.line}")
 
 
-def of_one(evaluator: Any, prompt: Any, split: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def read_hard_prompt(arguments: Any) -> HardPrompt | None:
+    """The hard prompt of the flags, which then name no other prompt."""
+    from ptjax.baselines import HardPrompt
+
+    if arguments.hard_prompt is None:
+        if arguments.shots:
+            raise InputError("--shots are of a hard prompt: add --hard_prompt=TEXT")
+        return None
+    for flag, value in (("--prompt", arguments.prompt), ("--prompts", arguments.prompts)):
+        if value is not None:
+            raise InputError(f"--hard_prompt and {flag} are mutually exclusive")
+    arguments.prompt = "none"
+    return HardPrompt(arguments.hard_prompt, arguments.shots)
+
+
+def of_one(
+    evaluator: Any, prompt: Any, split: str, rewording: Callable[[str], str] | None = None
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """(scores, what is said to every example) of a prompt, or of the backbone alone."""
     from ptjax import prompting
 
     _, variables = prompting.prompted(evaluator.backbone, prompt)
-    predictions = evaluator.predict(variables, split)
+    predictions = evaluator.predict(variables, split, rewording)
     metrics = evaluator.score(predictions, split)
     scores = {"value": metrics[evaluator.metric], "metrics": metrics}
     return scores, [{"prediction": prediction} for prediction in predictions]

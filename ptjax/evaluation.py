@@ -1,4 +1,4 @@
-"""Predicting a split of a task with given variables, and hard prompts to compare with."""
+"""Predicting and scoring the splits of a task with given variables."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import functools
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,76 +20,15 @@ from ptjax.backbone import Backbone
 from ptjax.damage import check_scores
 from ptjax.data.pipeline import ExampleSource, make_buckets
 from ptjax.data.preprocess import TokenizedExamples, check_labels, tokenize_examples
-from ptjax.data.sentinels import join_texts
 from ptjax.data.tasks import Example, Examples, Task
 from ptjax.data.tokenizer import Tokenizer
 from ptjax.ensembling import Answers, Repeated, mean_shares, vote_on_labels, vote_on_texts
-from ptjax.errors import InputError, check_at_least, check_choice
+from ptjax.errors import InputError
 from ptjax.models.prompt import Bank, stack_prompts
 from ptjax.models.prompted import with_prompt
 from ptjax.scale.sharding import replicated, rows_divisor
+from ptjax.settings import Evaluation
 from ptjax.trees import Tree
-
-Predict = Literal["auto", "rank", "decode"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
-    """How predictions are made and how many.
-
-    Attributes:
-        split: what selects the best prompt.
-        examples: cap per split, evenly spread over it; None is all. Said in the output.
-        predict: "rank" compares the likelihoods of a closed set of labels, "decode" generates
-            greedily; "auto" ranks where the set is closed.
-        batch_size: examples at once.
-    """
-
-    split: str = "validation"
-    examples: int | None = None
-    predict: Predict = "auto"
-    batch_size: int = 64
-
-    def __post_init__(self) -> None:
-        check_choice(get_args(Predict), "Evaluation", predict=self.predict)
-        check_at_least(1, EVAL_EXAMPLES=self.examples)
-        check_at_least(1, "Evaluation", batch_size=self.batch_size)
-
-
-@dataclasses.dataclass(frozen=True)
-class HardPrompt:
-    """A text in front of the input; nothing is trained.
-
-    Attributes:
-        text: put before the input, or around it where it says `{inputs}`.
-        shots: training examples put in front, in context; drawn with the run's seed.
-        separator: between a shot's input and its target, and behind each shot.
-    """
-
-    text: str
-    shots: int = 0
-    separator: str = " "
-
-    def __post_init__(self) -> None:
-        check_at_least(0, "HardPrompt", shots=self.shots)
-
-    def apply(self, inputs: str) -> str:
-        if not self.text:
-            return inputs
-        text = self.text if "{inputs}" in self.text else f"{self.text} {{inputs}}"
-        before, *behind = text.split("{inputs}")
-        return join_texts([before, *(part for literal in behind for part in (inputs, literal))])
-
-    def rewording(self, train: Sequence[Example], seed: int) -> Callable[[str], str]:
-        """Inputs -> the text that the backbone reads, shots included."""
-        chosen = np.random.default_rng(seed).permutation(len(train))[: self.shots]
-        shots = join_texts(
-            part
-            for i in chosen
-            for text in (self.apply(train[i].inputs), train[i].targets)
-            for part in (text, self.separator)
-        )
-        return lambda inputs: join_texts([shots, self.apply(inputs)])
 
 
 class Evaluator:

@@ -24,31 +24,34 @@ import numpy as np
 from ptjax import __version__
 from ptjax.errors import InputError
 
-FORMAT = 2
-"""Of what `make_identity` gives; 1 (without the number) recorded few of the settings."""
+FORMAT = 3
+"""Of what `make_identity` gives: 1 (without the number) recorded few of the settings, 2 had the
+settings as arguments of `tune`."""
 
 _LENGTH = "how long the run is, or what is saved on the way; resuming with another is its purpose"
 _PLACE = "where the run computes"
+_WATCHES = "they look on"
 _CONTENT = "its content counts, wherever it lies"
 
 FREE: Mapping[str, str] = {
     "tune.model_dir": "names the run, and may move",
-    "tune.config": "the settings themselves count",
+    "tune.steps": _LENGTH,
+    "tune.callbacks": _WATCHES,
     "tune.dry_run": "trains nothing",
     "pretrain.model_dir": "names the run, and may move",
-    "pretrain.config": "the settings themselves count",
+    "pretrain.callbacks": _WATCHES,
     "pretrain.dry_run": "trains nothing",
-    "Pace.train_steps": _LENGTH,
-    "Pace.eval_period": _LENGTH,
-    "Pace.log_period": _LENGTH,
-    "Pace.patience": _LENGTH,
-    "Pace.keep": _LENGTH,
+    "TrainSchedule.train_steps": _LENGTH,
+    "TrainSchedule.eval_period": _LENGTH,
+    "TrainSchedule.log_period": _LENGTH,
+    "TrainSchedule.patience": _LENGTH,
+    "TrainSchedule.keep": _LENGTH,
     "Evaluation.batch_size": "how much is computed at once",
     "Task.data_dir": _CONTENT,
     "Task.splits": _CONTENT,
-    "Text.data_dir": _CONTENT,
-    "Text.files": _CONTENT,
-    "Text.take_every": "the documents that it keeps count",
+    "TextFiles.data_dir": _CONTENT,
+    "TextFiles.files": _CONTENT,
+    "TextFiles.take_every": "the documents that it keeps count",
     "TokenFile.path": _CONTENT,
     "Backbone.variables": "their fingerprint counts",
     "Backbone.apply_fn": "the config counts",
@@ -59,8 +62,6 @@ FREE: Mapping[str, str] = {
     "Backbone.fsdp": _PLACE,
     "T5Config.scan_layers": _PLACE,
     "T5Config.remat": _PLACE,
-    "Module.parent": "Flax's own",
-    "Module.name": "Flax's own",
 }
 """Settings that may change when a run resumes, and why: "function.argument", "Class.field"."""
 
@@ -98,13 +99,16 @@ def make_identity(
     }
 
 
-def describe(value: Any) -> Any:
+def describe(value: Any, *, whole: bool = False) -> Any:
     """A setting as plain JSON values, alike in every process and after every start.
 
     A dataclass is its class ("is") and its fields, less the `FREE` ones. Where a field does not
     tell what it stands for (a path, a schedule), the class has a method `identity` that gives these
     fields anew. A tokenizer is its fingerprint, an array the hash of its bytes, a function or any
     other object its qualified name with the plain values inside it; never an address.
+
+    Args:
+        whole: with the `FREE` fields, and all fields as they were given.
     """
     if isinstance(value, enum.Enum):
         return value.name
@@ -115,11 +119,11 @@ def describe(value: Any) -> Any:
     if isinstance(value, bytes):
         return f"sha256:{hashlib.sha256(value).hexdigest()}"
     if isinstance(value, Mapping):
-        return {str(key): describe(item) for key, item in value.items()}
+        return {str(key): describe(item, whole=whole) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [describe(item) for item in value]
+        return [describe(item, whole=whole) for item in value]
     if isinstance(value, set | frozenset):
-        return sorted((describe(item) for item in value), key=repr)
+        return sorted((describe(item, whole=whole) for item in value), key=repr)
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if isinstance(value, np.generic):
@@ -127,22 +131,23 @@ def describe(value: Any) -> Any:
     if hasattr(value, "__array__") and hasattr(value, "shape"):
         return digest_array(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return _describe_fields(value)
+        return _describe_fields(value, whole)
     fingerprint = getattr(value, "fingerprint", None)
     if isinstance(fingerprint, str):
         return fingerprint
     return _describe_object(value)
 
 
-def _describe_fields(value: Any) -> dict[str, Any]:
+def _describe_fields(value: Any, whole: bool) -> dict[str, Any]:
     classes = [base.__name__ for base in type(value).__mro__]
     fields = {
         field.name: getattr(value, field.name)
         for field in dataclasses.fields(value)
-        if not any(f"{name}.{field.name}" in FREE for name in classes)
+        if whole or not any(f"{name}.{field.name}" in FREE for name in classes)
     }
-    told = value.identity() if hasattr(value, "identity") else {}
-    return {"is": _name(type(value)), **{k: describe(told.get(k, v)) for k, v in fields.items()}}
+    told = value.identity() if hasattr(value, "identity") and not whole else {}
+    described = {k: describe(told.get(k, v), whole=whole) for k, v in fields.items()}
+    return {"is": _name(type(value)), **described}
 
 
 def _describe_object(value: Any) -> Any:

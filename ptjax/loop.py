@@ -25,45 +25,25 @@ from etils import epath
 from jax.sharding import Mesh
 
 from ptjax import files, signals
+from ptjax.callbacks import Callback
 from ptjax.checkpoint import Checkpoints
 from ptjax.damage import NotFiniteError, advice
 from ptjax.data.batch import Batch, count_examples
 from ptjax.data.pipeline import BankBatches, Batches, Shape, make_iterator
 from ptjax.display import Display
-from ptjax.errors import InputError, TrainingError, check_at_least
+from ptjax.errors import InputError, TrainingError
 from ptjax.lock import Lock
 from ptjax.members import Member, Progress, Standing
 from ptjax.metrics_log import MetricsLog
 from ptjax.model_dir import ModelDir
 from ptjax.scale import processes, sharding
 from ptjax.scale.compiled import compile_steps
+from ptjax.settings import TrainSchedule
 from ptjax.training.step import TrainState
 from ptjax.trees import Tree, flatten_paths
 
 
-@dataclasses.dataclass(frozen=True)
-class Pace:
-    """How long a run is and what happens when.
-
-    Attributes:
-        train_steps: of this run; the backbone's own pre-training steps do not count.
-        eval_period: steps between evaluations, each of which exports and checkpoints.
-        log_period: steps between lines of `metrics.jsonl`.
-        patience: stop after this many evaluations without a gain; None never stops early.
-        keep: exported prompts that stay beside the best one, the last ones.
-    """
-
-    train_steps: int = 30_000
-    eval_period: int = 500
-    log_period: int = 100
-    patience: int | None = None
-    keep: int = 2
-
-    def __post_init__(self) -> None:
-        check_at_least(1, "Pace", **dataclasses.asdict(self))
-
-
-class Run:
+class TrainingLoop:
     """One training run in MODEL_DIR, from wherever it was left to its end.
 
     With several members (a bank) the arrays of the train state have a leading axis, one entry for
@@ -73,31 +53,33 @@ class Run:
     def __init__(
         self,
         model_dir: epath.Path,
-        pace: Pace,
+        schedule: TrainSchedule,
         members: Sequence[Member],
         *,
         identity: dict[str, Any],
-        config: str = "",
+        callbacks: Sequence[Callback] = (),
         lock: Lock | None = None,
         check_weights: Callable[[], None] = lambda: None,
     ) -> None:
         """A run; nothing is written before `fit`.
 
         Args:
+            callbacks: told on every process; see `ptjax.callbacks`.
             lock: MODEL_DIR's, which the caller holds; None writes nothing (a dry run).
             check_weights: raises an `InputError` that names a weight that is not finite.
         """
         self.check_weights = check_weights
-        self.model_dir, self.pace, self.members = model_dir, pace, list(members)
-        self.identity, self.config, self.lock = identity, config, lock
+        self.model_dir, self.schedule, self.members = model_dir, schedule, list(members)
+        self.identity, self.lock = identity, lock
+        self.callbacks = [MetricsLog(), *callbacks, Display(schedule.train_steps)]
         self.bank = any(member.name for member in members)
         if lock is not None:
             processes.check_shared(model_dir)
         self.checkpoints = Checkpoints(ModelDir(model_dir).checkpoints, clean=lock is not None)
         self.checkpoints.check_identity(identity)
-        self.checkpoints.check_steps(pace.train_steps)
+        self.checkpoints.check_steps(schedule.train_steps)
+        self._since = time.perf_counter()
         self.progress = Progress([Standing() for _ in members], list(range(len(members))))
-        self.metrics = MetricsLog(ModelDir(model_dir).metrics)
 
     def fit(
         self,
@@ -125,27 +107,41 @@ class Run:
         if dry_run:
             compile_all(state)
             return state
+        self._since = time.perf_counter()
         with contextlib.closing(self.checkpoints):  # what is being written is finished
             state, data = self._resume(state)
             self._check_lock()
-            if self.config and processes.first():
-                files.write_bytes(ModelDir(self.model_dir).config, self.config.encode())
-            with Display(self.model_dir, self.pace.train_steps, self.progress.step) as display:
+            with self._told():
                 steps = compile_all(state)
                 with signals.caught() as stop:
                     while data is not None:
-                        state, data = self._steps(state, frozen, steps, data, mesh, display, stop)
+                        state, data = self._steps(state, frozen, steps, data, mesh, stop)
                         if data is not None:
                             steps = compile_all(state)
             self.checkpoints.wait()
             self._check_lock()
             if processes.first():
                 for member, standing in zip(self.members, self.progress.standings, strict=True):
-                    last = member.exports.steps()[-self.pace.keep :]
+                    last = member.exports.steps()[-self.schedule.keep :]
                     member.exports.prune({standing.best_step, standing.best_before, *last})
             processes.wait_for_all("the end of the run")
             report_memory()
+            self._count_seconds()
         return state
+
+    def _count_seconds(self) -> None:
+        now = time.perf_counter()
+        self.progress.seconds += now - self._since
+        self._since = now
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """Callbacks hear the start, and whoever heard it hears the end."""
+        with contextlib.ExitStack() as ended:
+            for callback in self.callbacks:
+                callback.on_start(self.model_dir, self.progress.step)
+                ended.callback(lambda one=callback: one.on_end(self.progress.step))
+            yield
 
     def _check_lock(self) -> None:
         """Before anything is written."""
@@ -159,14 +155,13 @@ class Run:
         steps: dict[Shape, Callable[..., Any]],
         data: Iterator[Batch],
         mesh: Mesh,
-        display: Display,
         stop: signals.Stop,
     ) -> tuple[TrainState, Iterator[Batch] | None]:
         """Steps until the run is over (None), or its bank has become smaller (its new data)."""
-        progress, pace = self.progress, self.pace
+        progress, schedule = self.progress, self.schedule
         waiting: dict[str, jax.Array] | None = None
         started, examples = time.perf_counter(), 0
-        while progress.step < pace.train_steps and progress.running:
+        while progress.step < schedule.train_steps and progress.running:
             rows = next(data)
             settings = self._settings()
             examples += count_examples(rows, settings.get("active"))
@@ -177,21 +172,23 @@ class Run:
                 self._add(waiting)
             waiting = metrics
             progress.step += 1
-            at_end = progress.step == pace.train_steps
-            log = progress.step % pace.log_period == 0 or at_end
-            evaluation = progress.step % pace.eval_period == 0 or at_end
+            for callback in self.callbacks:
+                callback.on_step(progress.step)
+            at_end = progress.step == schedule.train_steps
+            log = progress.step % schedule.log_period == 0 or at_end
+            evaluation = progress.step % schedule.eval_period == 0 or at_end
             if log or evaluation:
                 self._add(metrics)
                 waiting = None
             if log:
                 seconds = time.perf_counter() - started
                 started = time.perf_counter()
-                self._log(display, examples / seconds)
+                self._log(examples / seconds)
                 examples = 0
             smaller = None
             if evaluation:
                 self._check_finite(state)
-                self._evaluate(state, display)
+                self._evaluate(state)
                 smaller = None if at_end else self._smaller()
                 if smaller is not None:
                     state = _take(state, smaller)
@@ -203,6 +200,7 @@ class Run:
                 waiting = None
             if evaluation or stopping:
                 self._check_lock()
+                self._count_seconds()
                 self.checkpoints.save(
                     progress.step, state, dataclasses.asdict(progress), self.identity
                 )
@@ -210,7 +208,6 @@ class Run:
                 self.checkpoints.wait()
                 logging.info("saved at step %d; the same command goes on from here", progress.step)
                 raise SystemExit(stop.exit_code)
-            display.step(progress.step)
             if smaller is not None:
                 return state, self._data()
         return state, None
@@ -222,7 +219,7 @@ class Run:
 
     def _data(self) -> Iterator[Batch]:
         """The batches that are left: every step takes one."""
-        return make_iterator(self._batches(), self.pace.train_steps, start=self.progress.step)
+        return make_iterator(self._batches(), self.schedule.train_steps, start=self.progress.step)
 
     def _settings(self) -> dict[str, np.ndarray]:
         """What a bank's step is told beside the batch: who trains, and how fast."""
@@ -264,7 +261,6 @@ class Run:
         restored = self.checkpoints.restore(like)
         if restored is None:
             if processes.first():
-                self.metrics.clear()
                 for member in self.members:
                     member.exports.prune(set())
             return state, self._data()
@@ -272,8 +268,6 @@ class Run:
         step = self.progress.step
         logging.info("going on from step %d of %s", step, self.model_dir)
         self._restore_exports(restored[0])
-        if processes.first():
-            self.metrics.resume(step)
         return restored[0], self._data()
 
     def _restore_exports(self, state: TrainState) -> None:
@@ -349,7 +343,7 @@ class Run:
         """The trainable variables of one member."""
         return jax.tree.map(lambda x: x[place], state.trainable) if self.bank else state.trainable
 
-    def _log(self, display: Display, rate: float) -> None:
+    def _log(self, rate: float) -> None:
         progress = self.progress
         count = max(progress.steps_summed, 1)
         values = {}
@@ -362,7 +356,10 @@ class Run:
             }
             standing.loss_sum = standing.norm_sum = 0.0
         progress.steps_summed = 0
-        self._write(display, self._named(values) | {"time/examples_per_second": rate})
+        row = self._named(values) | {"time/examples_per_second": rate}
+        self._check_lock()
+        for callback in self.callbacks:
+            callback.on_log(progress.step, row)
 
     def _named(self, values: dict[int, dict[str, float]]) -> dict[str, float]:
         """Metrics by member's number as one row: in a bank, their mean and then each one's."""
@@ -376,14 +373,7 @@ class Run:
                 row |= {f"{k}/{self.members[number].name}": v for k, v in metrics.items()}
         return row
 
-    def _write(self, display: Display, values: dict[str, float]) -> None:
-        """One line of metrics.jsonl; the file is whole at any instant."""
-        self._check_lock()
-        if processes.first():
-            self.metrics.append({"step": self.progress.step} | values)
-        display.metrics(self.progress.step, values)
-
-    def _evaluate(self, state: TrainState, display: Display) -> None:
+    def _evaluate(self, state: TrainState) -> None:
         """Evaluates, exports, and moves the selection state."""
         progress, started = self.progress, time.perf_counter()
         running = [(n, self._trainable(state, place)) for place, n in progress.running]
@@ -402,12 +392,15 @@ class Run:
                 n: {f"validation/{k}": v for k, v in metrics.items()}
                 for n, metrics in found.items()
             }
-            self._write(display, self._named(validation) | took)
+            row = self._named(validation) | took
+            self._check_lock()
+            for callback in self.callbacks:
+                callback.on_evaluation(progress.step, row)
         keep = []
         self._check_lock()
         for number, trainable in running:
             exports, standing = self.members[number].exports, progress.standings[number]
-            kept = exports.steps()[-self.pace.keep :] if processes.first() else ()
+            kept = exports.steps()[-self.schedule.keep :] if processes.first() else ()
             named = {standing.best_before, standing.best_step}
             self._select(number, trainable, found.get(number))
             keep.append((exports, named | {standing.best_step, progress.step, *kept}))
@@ -432,7 +425,7 @@ class Run:
                 member.exports.promote(step)
         else:
             standing.without_gain += 1
-            patience = self.pace.patience
+            patience = self.schedule.patience
             standing.stopped = patience is not None and standing.without_gain >= patience
 
 

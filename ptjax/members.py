@@ -33,13 +33,15 @@ class Standing:
 class Progress:
     """Where a run stands; plain JSON inside the checkpoint.
 
-    `held` are the numbers of the members that the train state holds, in its order.
+    `held` are the numbers of the members that the train state holds, in its order. `seconds` are
+    those of all starts together, up to the checkpoint.
     """
 
     standings: list[Standing]
     held: list[int]
     step: int = 0
     steps_summed: int = 0
+    seconds: float = 0.0
 
     @classmethod
     def from_json(cls, loaded: dict[str, Any]) -> Progress:

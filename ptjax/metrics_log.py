@@ -3,47 +3,63 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from absl import logging
 from etils import epath
 
 from ptjax import files
+from ptjax.callbacks import Callback
+from ptjax.model_dir import ModelDir
+from ptjax.scale import processes
 
 
-class MetricsLog:
+class MetricsLog(Callback):
     """The rows of one run, in memory and in the file; each has its "step"."""
 
-    def __init__(self, path: epath.Path) -> None:
-        self.path = path
+    def __init__(self) -> None:
+        self._path = epath.Path()
         self._rows: list[dict[str, Any]] = []
 
-    def append(self, row: dict[str, Any]) -> None:
-        self._rows.append(row)
-        self._write()
+    def on_start(self, model_dir: epath.Path, step: int) -> None:
+        """Goes on after `step`; of a new run nothing is left of another one."""
+        self._path = ModelDir(model_dir).metrics
+        if not processes.first():
+            return
+        if step:
+            self._resume(step)
+        else:
+            self._path.unlink(missing_ok=True)
 
-    def clear(self) -> None:
-        """A new run: nothing is left of another one."""
-        self._rows = []
-        self.path.unlink(missing_ok=True)
+    def on_log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._append(step, metrics)
 
-    def resume(self, step: int) -> None:
-        """Goes on after `step`: later rows are written again, lines that are no rows are dropped.
+    def on_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._append(step, metrics)
+
+    def _append(self, step: int, metrics: Mapping[str, float]) -> None:
+        if processes.first():
+            self._rows.append({"step": step, **metrics})
+            self._write()
+
+    def _resume(self, step: int) -> None:
+        """Drops rows after `step`, which are written again, and lines that are no rows.
 
         Without damage the file is written with the next row only.
         """
-        lines = self.path.read_bytes().splitlines() if self.path.exists() else []
+        lines = self._path.read_bytes().splitlines() if self._path.exists() else []
         rows = [row for row in map(_parse, lines) if row is not None]
         if len(rows) < len(lines):
             number = len(lines) - len(rows)
-            logging.warning("%s: dropped %d damaged line(s)", self.path, number)
+            logging.warning("%s: dropped %d damaged line(s)", self._path, number)
         self._rows = [row for row in rows if row["step"] <= step]
         if len(rows) < len(lines):
             self._write()
 
     def _write(self) -> None:
         text = "".join(json.dumps(row) + "\n" for row in self._rows)
-        files.write_bytes(self.path, text.encode())
+        files.write_bytes(self._path, text.encode())
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ptjax.planning import Layout, Report, Workload
     from ptjax.scale.slices import Slice
 
-NOT_NEEDED = {"MODEL_DIR": "", "DATA_DIR": "", "INITIAL_CHECKPOINT_PATH": "", "HARD_PROMPT": ""}
+NOT_NEEDED = {"MODEL_DIR": "", "DATA_DIR": "", "INITIAL_CHECKPOINT_PATH": ""}
 
 
 def main() -> None:
@@ -109,63 +109,49 @@ def plan(arguments: argparse.Namespace) -> None:
 
 def read_workload() -> tuple[Workload, Layout]:
     """What the gin files ask for, and the layout that they choose."""
-    from ptjax.models.prompt import Prompt
+    from ptjax.methods.prompt_tuning import PromptTuning
     from ptjax.planning import Layout, Workload
-    from ptjax.preparation import check_settings
     from ptjax.scale.compiled import Recipe
-    from ptjax.training.loss import Loss
-    from ptjax.training.optimizer import Adafactor
+    from ptjax.settings import RunSettings
+    from ptjax.sweep import check_members
 
-    run = cli.settings(
-        chosen.TUNE, "method", "prompt", "prompt_length", "optimizer", "loss", "batch_size",
-        "microbatches", "feature_lengths", "buckets", "pack", "row_length", "bank",
-    )  # fmt: skip
+    run = cli.settings(chosen.TUNE, "settings", "members")
     if not run:
         raise InputError(
             "no run to plan: add --gin_file=runs/prompt_tune.gin, or one of your own that binds "
-            "tuning.tune (pre-training is not planned)"
+            "ptjax.tune.settings (pre-training is not planned)"
         )
-    method = run.get("method", "prompt_tuning")
-    if method == "hard_prompt":
-        raise InputError(f"method = {method!r} trains nothing; there is no step to plan")
+    settings, members = run.get("settings") or RunSettings(), run.get("members")
     loaded = cli.settings(
         chosen.LOAD_BACKBONE, "path", "dtype", "mesh", "fsdp", "quantize",
         *_config_fields(),
     )  # fmt: skip
-    bank = run.get("bank")
-    sizes = {
-        "prompt_length": run.get("prompt_length", 100),
-        "batch_size": run.get("batch_size", 32),
-    }
-    microbatches, pack = run.get("microbatches", 1), run.get("pack", False)
-    lengths = check_settings(
-        method,
-        **sizes,
-        microbatches=microbatches,
-        feature_lengths=run.get("feature_lengths"),
-        quantize=loaded.get("quantize"),
-        bank=bank,
-    )
-    if (buckets := run.get("buckets")) and not pack:
-        lengths = {"inputs": max(t for t, _ in buckets), "targets": max(n for _, n in buckets)}
-    row_length = run.get("row_length")
+    settings.check(loaded.get("quantize"))
+    check_members(members or {}, settings)
+    method, batching = settings.method, settings.batching
+    lengths = batching.lengths
+    if batching.buckets and not batching.pack:
+        lengths = {
+            "inputs": max(t for t, _ in batching.buckets),
+            "targets": max(n for _, n in batching.buckets),
+        }
     check_at_least(1, "TASK_FEATURE_LENGTHS", **lengths)
-    check_at_least(1, row_length=row_length)
     workload = Workload(
         _config(loaded),
         Recipe(
-            method,
-            run.get("optimizer") or Adafactor(),
-            run.get("loss") or Loss(),
-            microbatches,
-            (run.get("prompt") or Prompt()).sees_input,
-            bool(bank),
+            method.name,
+            settings.optimizer,
+            settings.loss,
+            batching.microbatches,
+            settings.attends_to_input,
+            bool(members),
         ),
-        **sizes,
+        prompt_length=method.length if isinstance(method, PromptTuning) else 0,
+        batch_size=batching.batch_size,
         **lengths,
-        pack=pack,
-        row_length=row_length,
-        members=len(bank) if bank else None,
+        pack=batching.pack,
+        row_length=batching.row_length,
+        members=len(members) if members else None,
     )
     config = workload.config
     mesh = loaded.get("mesh") or "auto"

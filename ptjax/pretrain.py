@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ptjax import cli
-from ptjax.cli import distributed
+from ptjax.cli import distributed, output
 
 
 def main() -> None:
@@ -23,7 +23,9 @@ def main() -> None:
         from ptjax import pretraining  # here, so that --help need not wait for JAX
 
         cli.load_gin(arguments)
-        cli.bound(pretraining.pretrain)(config=cli.config_text(), dry_run=arguments.dry_run)
+        cli.bound(pretraining.pretrain)(
+            callbacks=[output.ConfigFile(cli.config_text())], dry_run=arguments.dry_run
+        )
 
     cli.run(body, arguments)
 

@@ -16,86 +16,76 @@ from etils import epath
 
 from ptjax import lock
 from ptjax.backbone import Backbone, save_backbone
+from ptjax.callbacks import Callback
 from ptjax.damage import check_weights
 from ptjax.data import mixture
-from ptjax.data.mixture import Part, Text, TokenFile
+from ptjax.data.mixture import MixtureComponent, TextFiles, TokenFile
 from ptjax.data.pipeline import TrainBatches
 from ptjax.data.preprocess import TokenizedExamples
-from ptjax.data.tokenizer import check_vocabulary, load_tokenizer
+from ptjax.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from ptjax.data.vocabularies import missing_tokenizer
 from ptjax.errors import InputError, check_path, gin_flag
 from ptjax.exports import Exports, read_model
 from ptjax.identity import digest_array, digest_texts, make_identity
 from ptjax.interop.special_ids import check_end_of_sequence
-from ptjax.loop import Pace, Run
+from ptjax.loop import TrainingLoop
 from ptjax.members import Member
 from ptjax.model_dir import ModelDir
 from ptjax.models.config import T5Config
 from ptjax.models.prompted import make_apply_fn
 from ptjax.models.t5 import init_params, parameter_shapes
-from ptjax.preparation import report_steps
 from ptjax.scale import sharding
 from ptjax.scale.compiled import Recipe
+from ptjax.settings import TrainSchedule
+from ptjax.startup_report import report_steps
 from ptjax.training import freeze as freezing
 from ptjax.training.loss import Loss
 from ptjax.training.optimizer import Adafactor
 
 
 def pretrain(
+    start: T5Config | Backbone,
+    components: Sequence[MixtureComponent],
     model_dir: str | os.PathLike[str],
-    parts: Sequence[Part],
     *,
-    text: Text | TokenFile | None = None,
-    model: T5Config | None = None,
-    backbone: Backbone | None = None,
+    text: TextFiles | TokenFile | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
     optimizer: Adafactor = Adafactor(learning_rate=0.01, multiply_by_parameter_scale=True),
     loss: Loss = Loss(per_token=True),
-    pace: Pace = Pace(),
+    schedule: TrainSchedule = TrainSchedule(),
     microbatches: int = 1,
     seed: int = 0,
-    config: str = "",
+    callbacks: Sequence[Callback] = (),
     dry_run: bool = False,
 ) -> None:
     """Trains all weights; `MODEL_DIR/models/best` is the newest, in Hugging Face's layout.
 
     Args:
-        model: sizes, to start from scratch; needs `tokenizer`.
-        backbone: what to go on from instead.
-        parts: the mixture; each batch comes from one part.
+        start: sizes, to start from scratch, which needs `tokenizer`; or a backbone to go on from.
+        components: the mixture; each batch comes from one of them.
+        callbacks: told what happens, see `ptjax.callbacks.Callback`.
 
     Raises:
-        InputError: neither or both of `model` and `backbone`, or parts without what they need.
+        InputError: there is no tokenizer, or components lack what they need.
     """
     given = dict(locals())
     check_path("MODEL_DIR", model_dir)
-    if backbone is not None and model is None:
-        report_steps(pace.train_steps, backbone)
-        model, mesh, found = backbone.config, backbone.mesh, backbone.tokenizer
-        params, apply_fn = backbone.variables["params"], backbone.apply_fn
-        if any(leaf.dtype != np.float32 for leaf in jax.tree.leaves(params)):
-            raise InputError(
-                "pretrain updates float32 weights: set "
-                + gin_flag("backbone.load_backbone.dtype", "float32")
-            )
-    elif model is not None and backbone is None:
-        mesh, found = sharding.make_mesh(), None
-        params, apply_fn = _init_on_mesh(model, seed, mesh), make_apply_fn(model)
+    if isinstance(start, Backbone):
+        report_steps(schedule.train_steps, start)
+        _check_float32(start)
+        model, mesh = start.config, start.mesh
+        params, apply_fn = start.variables["params"], start.apply_fn
     else:
-        raise InputError("pretrain starts either from sizes (pretrain.model) or from a backbone")
-    for part in parts:
-        sharding.check_batch_size(part.batch_size, mesh, microbatches)
-    if tokenizer is not None:
-        found = load_tokenizer(tokenizer)
-    if found is None:
-        if backbone is None:
-            raise InputError("pretrain needs a tokenizer: set pretrain.tokenizer")
-        raise missing_tokenizer(backbone.name, model.vocab_size)
+        model, mesh = start, sharding.make_mesh()
+        params, apply_fn = _init_on_mesh(model, seed, mesh), make_apply_fn(model)
+    for component in components:
+        sharding.check_batch_size(component.batch_size, mesh, microbatches)
+    found = _tokenizer(start, tokenizer)
     check_vocabulary(found, model.vocab_size)
     check_end_of_sequence(found, model)
     stream = None if text is None else text.tokenize(found, seed)
-    components = mixture.make_components(parts, stream, found, seed, model.special_ids)
-    batches = mixture.mix(parts, components, seed)
+    made = mixture.make_batches(components, stream, found, seed, model.special_ids)
+    batches = mixture.mix(components, made, seed)
     trainable = {"params": params}
     freeze = freezing.make_freeze(trainable, freezing.METHODS["model_tuning"])
     recipe = Recipe("model_tuning", optimizer, loss, microbatches)
@@ -112,18 +102,35 @@ def pretrain(
         Exports(ModelDir(directory).models, "", write, read_model),
         rate_at=lambda step: float(optimizer.rate_at(step, 1.0)),
     )
-    identity = make_identity(pretrain, given | {"tokenizer": found}, _describe(stream, components))
+    identity = make_identity(pretrain, given | {"tokenizer": found}, _describe(stream, made))
     with lock.hold(directory, needed=not dry_run) as held:
-        run = Run(
+        run = TrainingLoop(
             directory,
-            pace,
+            schedule,
             [member],
             identity=identity,
-            config=config,
+            callbacks=callbacks,
             lock=held,
-            check_weights=lambda: check_weights(params, backbone.name if backbone else "the start"),
+            check_weights=lambda: check_weights(params, getattr(start, "name", "the start")),
         )
         run.fit(state, {}, step, mesh, dry_run=dry_run)
+
+
+def _check_float32(backbone: Backbone) -> None:
+    if any(leaf.dtype != np.float32 for leaf in jax.tree.leaves(backbone.variables["params"])):
+        needed = gin_flag("ptjax.load_backbone.dtype", "float32")
+        raise InputError(f"pretrain updates float32 weights: set {needed}")
+
+
+def _tokenizer(start: T5Config | Backbone, named: str | os.PathLike[str] | None) -> Tokenizer:
+    """The one that is named, else the backbone's own."""
+    if named is not None:
+        return load_tokenizer(named)
+    if not isinstance(start, Backbone):
+        raise InputError("pretrain needs a tokenizer: set pretrain.tokenizer")
+    if start.tokenizer is None:
+        raise missing_tokenizer(start.name, start.config.vocab_size)
+    return start.tokenizer
 
 
 def _init_on_mesh(model: T5Config, seed: int, mesh: Any) -> Any:
@@ -134,20 +141,18 @@ def _init_on_mesh(model: T5Config, seed: int, mesh: Any) -> Any:
     return jax.jit(init, out_shardings=where)(jax.random.key(seed))
 
 
-def _describe(
-    stream: np.ndarray | None, components: Sequence[Sequence[TrainBatches]]
-) -> dict[str, Any]:
+def _describe(stream: np.ndarray | None, mixed: Sequence[Sequence[TrainBatches]]) -> dict[str, Any]:
     """What was read from files, for the run's identity."""
     data: dict[str, Any] = {}
     if stream is not None:
         data["the running text"] = {"the hash": digest_array(stream)}
-    for part, made in enumerate(components):
+    for component, made in enumerate(mixed):
         for phrasing, batches in enumerate(made):
             if isinstance(source := batches.source, TokenizedExamples):
                 arrays = [
                     x for rows in (source.inputs, source.targets) for x in (rows.ids, rows.offsets)
                 ]
-                data[f"part {part}, phrasing {phrasing}"] = {
+                data[f"component {component}, phrasing {phrasing}"] = {
                     "the number of examples": len(source),
                     "the hash": digest_texts(map(digest_array, arrays)),
                 }

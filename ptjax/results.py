@@ -8,53 +8,33 @@ from collections.abc import Mapping
 from typing import Any
 
 from ptjax.backbone import Backbone
-from ptjax.errors import InputError
-from ptjax.evaluation import HardPrompt
-from ptjax.loop import Run
-from ptjax.preparation import Subject
-
-Tree = Any
+from ptjax.baselines import HardPrompt
+from ptjax.identity import describe, versions
+from ptjax.loop import TrainingLoop
+from ptjax.settings import RunSettings
+from ptjax.task_data import TaskData
+from ptjax.trees import Tree
 
 
 class Scores:
     """The numbers of `results.json`, on the test split or else on the one selected on."""
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        seed: int,
-        hard_prompt: HardPrompt | None,
-        others: Mapping[str, HardPrompt],
-        subject: Subject,
-    ) -> None:
-        self.evaluator, self.train = subject.evaluator, subject.train
-        self.backbone, self.seed = backbone, seed
-        self.main, self.others = hard_prompt, others
+    def __init__(self, backbone: Backbone, settings: RunSettings, data: TaskData) -> None:
+        self.evaluator, self.train = data.evaluator, data.train
+        self.backbone, self.settings = backbone, settings
         self.metric = self.evaluator.metric
-        self.selected_on = self.evaluator.settings.split
         self.split = self.evaluator.reported_split
         self._hard_prompt = functools.cache(self._score_hard_prompt)
 
     def _score_hard_prompt(self, hard_prompt: HardPrompt) -> dict[str, float]:
-        rewording = hard_prompt.rewording(self.train, self.seed)
+        rewording = hard_prompt.rewording(self.train, self.settings.seed)
         return self.evaluator(self.backbone.variables, self.split, rewording)
 
     def tuned(self, best: Tree, before: Tree, seed: int) -> dict[str, Any]:
         """Of variables with the best prompt, and with the prompt that it started from."""
-        hard = None if self.main is None else self._hard_prompt(self.main)[self.metric]
+        task, hard_prompts = self.evaluator.task, self.settings.evaluation.hard_prompts
         before_value = self.evaluator(before, self.split)[self.metric]
-        return self._results(self.evaluator(best, self.split), before_value, hard, seed)
-
-    def hard_prompt_only(self) -> dict[str, Any]:
-        if self.main is None:
-            raise InputError("method 'hard_prompt' needs a text: set tune.hard_prompt")
-        metrics = self._hard_prompt(self.main)
-        return self._results(metrics, None, metrics[self.metric], self.seed) | {"step": 0}
-
-    def _results(
-        self, metrics: dict[str, float], before: float | None, hard: float | None, seed: int
-    ) -> dict[str, Any]:
-        task = self.evaluator.task
+        metrics = self.evaluator(best, self.split)
         return {
             "task": task.name,
             "split": self.split,
@@ -64,17 +44,28 @@ class Scores:
             **({} if task.positive is None else {"positive_label": task.positive}),
             "seed": seed,
             "majority": self.evaluator.majority(self.train, self.split),
-            "before": before,
-            "hard_prompt": hard,
-            "other_hard_prompts": {
-                name: self._hard_prompt(other)[self.metric] for name, other in self.others.items()
+            "before": before_value,
+            "hard_prompts": {
+                name: self._hard_prompt(hard_prompt)[self.metric]
+                for name, hard_prompt in hard_prompts.items()
             },
-            "selected_on": self.selected_on,
+            "selected_on": self.evaluator.settings.split,
         }
 
 
-def of_bank(members: Mapping[str, dict[str, Any]], run: Run) -> dict[str, Any]:
-    """The results of a bank: each member's, their average, and the best.
+def describe_run(backbone: Backbone, settings: RunSettings, seconds: float) -> dict[str, Any]:
+    """What was run, on what and for how long: a row of a study."""
+    return {
+        "settings": describe(settings, whole=True),
+        "backbone": backbone.name,
+        "fingerprint": backbone.fingerprint,
+        "seconds": round(seconds, 3),
+        "versions": versions(),
+    }
+
+
+def of_sweep(members: Mapping[str, dict[str, Any]], run: TrainingLoop) -> dict[str, Any]:
+    """The results of a sweep: each member's, their average, and the best.
 
     The best is the one that was best on the split that selects, whatever the test says.
     """

@@ -1,4 +1,4 @@
-"""`python -m ptjax.train`: prompt tuning, model tuning, or scoring a hard prompt."""
+"""`python -m ptjax.train`: prompt tuning or model tuning."""
 
 from __future__ import annotations
 
@@ -29,9 +29,11 @@ def main() -> None:
         from ptjax.scale import processes
 
         cli.load_gin(arguments)
-        results = cli.bound(tuning.tune)(config=cli.config_text(), dry_run=arguments.dry_run)
-        if results and processes.first():
-            output.show(summary(results, cli.macro("MODEL_DIR")))
+        run = cli.bound(tuning.tune)(
+            callbacks=[output.ConfigFile(cli.config_text())], dry_run=arguments.dry_run
+        )
+        if run.results and processes.first():
+            output.show(summary(run.results, cli.macro("MODEL_DIR")))
 
     cli.run(body, arguments)
 
@@ -42,19 +44,17 @@ def summary(results: dict[str, Any], model_dir: str | None) -> str:
         return bank_summary(results, model_dir)
     values = {
         "always the majority": results["majority"],
-        "hard prompt": results["hard_prompt"],
-        **{f"hard prompt: {name}": value for name, value in results["other_hard_prompts"].items()},
+        **{f"hard prompt: {name}": value for name, value in results["hard_prompts"].items()},
         "before training": results["before"],
-        f"tuned (step {results['step']})": results["value"] if results["step"] else None,
+        f"tuned (step {results['step']})": results["value"],
     }
-    shown = {name: value for name, value in values.items() if value is not None}
-    width = max(map(len, shown))
+    width = max(map(len, values))
     rows = [
         f"\n{results['task']}, {named_metric(results)} on {results['split']}:",
-        *(f"  {name:<{width}}  {value:.3f}" for name, value in shown.items()),
+        *(f"  {name:<{width}}  {value:.3f}" for name, value in values.items()),
         f"  {results['trainable_parameters']:,} trained, {results['frozen_parameters']:,} frozen",
     ]
-    if model_dir and results["step"]:  # a hard prompt leaves nothing to infer with
+    if model_dir:
         rows.append(
             f"\ntry it:  python -m ptjax.infer --model_dir={model_dir} 'a text of your own'"
         )

@@ -23,7 +23,7 @@ import json
 import logging
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
 import gin
@@ -35,7 +35,8 @@ from absl import logging as absl_logging
 from markers import missing
 from t5_ids import T5_IDS, with_lengths
 
-from ptjax import loop, prompting
+from ptjax import prompting
+from ptjax.callbacks import Callback
 from ptjax.data.batch import Batch, make_batch
 from ptjax.models.config import T5Config
 from ptjax.models.prompted import PromptedT5
@@ -108,13 +109,18 @@ def tiny_batch() -> Batch:
     return make_batch(inputs, targets, input_length=12, target_length=6, ids=T5_IDS)
 
 
+def without_seconds(results: dict[str, Any]) -> dict[str, Any]:
+    """The results of a run, without what another run of the same cannot share."""
+    return {name: value for name, value in results.items() if name != "seconds"}
+
+
 def outcome(directory: Any) -> dict[str, Any]:
     """Everything that an interrupted run has to share with an uninterrupted one: all but times."""
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     return {
         "prompts": {p.name: p.read_bytes() for p in (directory / "prompts").iterdir()},
         "metrics": [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows],
-        "results": json.loads((directory / "results.json").read_text()),
+        "results": without_seconds(json.loads((directory / "results.json").read_text())),
         "checkpoints": sorted(p.name for p in (directory / "checkpoints").iterdir()),
     }
 
@@ -149,25 +155,23 @@ def call(monkeypatch, capsys):
     return run
 
 
-@pytest.fixture
-def stopped_by_sigterm(monkeypatch):
-    """`stopped_by_sigterm(4, train)` runs `train()` with a SIGTERM in step 4; the exit code."""
+class At(Callback):
+    """Calls `function` in every step of `steps`, after it was given to the devices."""
 
-    def run(step: int, train: Callable[[], Any]) -> Any:
-        add = loop.Run._add
+    def __init__(self, steps: Container[int], function: Callable[[int], Any]) -> None:
+        self.steps, self.function = steps, function
 
-        def signalled(self, metrics):
-            add(self, metrics)
-            if self.progress.step == step:
-                os.kill(os.getpid(), signal.SIGTERM)
+    def on_step(self, step: int) -> None:
+        if step in self.steps:
+            self.function(step)
 
-        with monkeypatch.context() as patch:
-            patch.setattr(loop.Run, "_add", signalled)
-            with pytest.raises(SystemExit) as stopped:
-                train()
-        return stopped.value.code
 
-    return run
+def stopped_by_sigterm(step: int, train: Callable[[list[Callback]], Any]) -> Any:
+    """The exit code of `train(callbacks)`, which gets a SIGTERM in step `step`."""
+    kill = At({step}, lambda step: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit) as stopped:
+        train([kill])
+    return stopped.value.code
 
 
 def load_expected(name: str) -> dict[str, dict[str, np.ndarray]]:
@@ -248,20 +252,45 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Any:
     )
 
 
-def tune(directory: Path, task: Any, backbone: Any, **changes: Any) -> dict[str, Any]:
-    """A short run of the random backbone on the words, of which every batch has one shape."""
-    from ptjax import tuning
-    from ptjax.evaluation import Evaluation
-    from ptjax.loop import Pace
+def make_settings(**changes: Any) -> Any:
+    """The settings of a short run of which every batch has one shape, with `changes`.
+
+    They are fields of `RunSettings`, or of its method or its batching by their own names.
+    """
+    from ptjax.methods.prompt_tuning import PromptTuning
+    from ptjax.settings import Batching, Evaluation, RunSettings, TrainSchedule
     from ptjax.training.optimizer import Adafactor
 
-    settings = {
-        "prompt_length": 4,
+    parts: dict[str, Any] = {
+        "method": PromptTuning(length=4),
         "optimizer": Adafactor(learning_rate=0.05, learning_rate_scale="embedding_rms"),
-        "pace": Pace(train_steps=12, eval_period=3, log_period=2, keep=2),
-        "batch_size": 8,
-        "feature_lengths": {"inputs": 32, "targets": 4},
+        "schedule": TrainSchedule(train_steps=12, eval_period=3, log_period=2, keep=2),
+        "batching": Batching(batch_size=8, feature_lengths={"inputs": 32, "targets": 4}),
         "evaluation": Evaluation(batch_size=16),
         "seed": 3,
     }
-    return tuning.tune(directory, task, backbone, **(settings | changes))
+    parts |= {name: changes.pop(name) for name in list(changes) if name in parts}
+    for part in ("method", "batching"):
+        fields = {field.name for field in dataclasses.fields(parts[part])}
+        of_part = {name: changes.pop(name) for name in list(changes) if name in fields}
+        parts[part] = dataclasses.replace(parts[part], **of_part)
+    assert not changes, f"no such setting: {', '.join(changes)}"
+    return RunSettings(**parts)
+
+
+def tune(
+    directory: Path,
+    task: Any,
+    backbone: Any,
+    *,
+    members: Any = None,
+    callbacks: Any = (),
+    dry_run: bool = False,
+    **changes: Any,
+) -> dict[str, Any]:
+    """The results of such a run of the random backbone on the words."""
+    from ptjax import tuning
+
+    settings = make_settings(**changes)
+    how = {"members": members, "callbacks": callbacks, "dry_run": dry_run}
+    return tuning.tune(backbone, task, directory, settings, **how).results

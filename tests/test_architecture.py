@@ -30,6 +30,9 @@ ROOMS = (
     "data",
     "models",
     "training",
+    "baselines",
+    "methods",
+    "settings",
     "scale",
     "interop",
     "fingerprint",
@@ -45,14 +48,17 @@ ROOMS = (
     "identity",
     "lock",
     "checkpoint",
+    "callbacks",
     "display",
     "exports",
     "members",
     "metrics_log",
     "signals",
     "loop",
-    "bank",
-    "preparation",
+    "sweep",
+    "task_data",
+    "startup_report",
+    "member_setup",
     "results",
     "tuning",
     "pretraining",
@@ -176,7 +182,8 @@ def test_neither_torch_nor_tensorflow_is_imported_anywhere() -> None:
 
 
 def test_importing_ptjax_imports_nothing_heavy() -> None:
-    heavy = ("jax", "flax", "optax", "numpy", "orbax", "grain", "transformers", "tensorstore")
+    heavy = ("jax", "flax", "optax", "numpy", "gin", "orbax", "grain", "transformers")
+    heavy += ("tensorstore", "sentencepiece")
     code = f"import sys, ptjax; print([m for m in {heavy} if m in sys.modules], ptjax.__file__)"
     done = subprocess.run(
         [sys.executable, "-c", code],

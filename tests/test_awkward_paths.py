@@ -17,12 +17,11 @@ from ptjax.backbone import load_backbone, save_backbone
 from ptjax.cli import output
 from ptjax.data.tokenizer import load_tokenizer
 from ptjax.errors import InputError
-from ptjax.evaluation import HardPrompt
 from ptjax.inspection import describe
 from ptjax.interop.peft import export_peft
 from ptjax.interop.prompt_file import load_prompt, load_prompts, save_prompt
-from ptjax.loop import Pace
 from ptjax.pretraining import pretrain
+from ptjax.settings import TrainSchedule
 
 pytestmark = pytest.mark.usefixtures("own_process")
 QUICK = "--gin_file=quickstart.gin"
@@ -48,7 +47,7 @@ def fails(call):
 EMPTY_SETTINGS = [
     ("train", [QUICK, "--gin.MODEL_DIR=''"], "MODEL_DIR"),
     ("train", [QUICK, "--gin.MODEL_DIR='  '"], "MODEL_DIR"),
-    ("train", [QUICK, "--gin.tuning.tune.model_dir=''"], "tuning.tune.model_dir"),
+    ("train", [QUICK, "--gin.ptjax.tune.model_dir=''"], "ptjax.tune.model_dir"),
     ("train", [QUICK, "--gin.INITIAL_CHECKPOINT_PATH=''"], "INITIAL_CHECKPOINT_PATH"),
     ("train", [*SST2, NANO, "--gin.MODEL_DIR='m'", "--gin.DATA_DIR=''"], "DATA_DIR"),
     ("train", [*SST2, NANO, "--gin.MODEL_DIR='m'", "--gin.DATA_DIR='d'", "--gin.TOKENIZER=''"],
@@ -120,7 +119,7 @@ def test_functions_refuse_empty_paths_too(backbone: Any, task: Any) -> None:
     matrix = backbone.variables["params"]["token_embedder"]["embedding"][:3]
     for call in (
         lambda: tune("", task, backbone),
-        lambda: pretrain("", [], backbone=backbone),
+        lambda: pretrain(backbone, [], ""),
         lambda: load_backbone(""),
         lambda: save_backbone("", backbone.config, backbone.variables["params"]),
         lambda: load_tokenizer(" "),
@@ -180,7 +179,7 @@ def tree(folder: Path) -> dict[str, tuple[bytes, int]]:
     }
 
 
-ONE_STEP = Pace(train_steps=1, eval_period=1)
+ONE_STEP = TrainSchedule(train_steps=1, eval_period=1)
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +189,7 @@ def read_only(backbone, task, tmp_path_factory) -> tuple[Path, dict[str, Any]]:
     Permissions would not stop root; that `run.lock` is a folder stops everybody alike.
     """
     folder = tmp_path_factory.mktemp("finished")
-    results = tune(folder, task, backbone, pace=ONE_STEP)
+    results = tune(folder, task, backbone, schedule=ONE_STEP)
     (folder / "run.lock").mkdir()
     return folder, results
 
@@ -199,7 +198,7 @@ def test_a_finished_run_that_cannot_be_written_to_is_finished(read_only, task, b
     folder, results = read_only
     before = tree(folder)
     with caplog.at_level("INFO", logger="absl"):
-        assert tune(folder, task, backbone, pace=ONE_STEP) == results
+        assert tune(folder, task, backbone, schedule=ONE_STEP) == results
     assert f"{folder}: the run is finished, at step 1" in caplog.messages
     assert tree(folder) == before
 
@@ -207,9 +206,8 @@ def test_a_finished_run_that_cannot_be_written_to_is_finished(read_only, task, b
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"pace": dataclasses.replace(ONE_STEP, train_steps=2)}, "it cannot be written to"),
-        ({"pace": ONE_STEP, "seed": 4}, r"holds a run with tune\.seed = 3, now 4"),
-        ({"method": "hard_prompt", "hard_prompt": HardPrompt("Good?")}, "holds a run"),
+        ({"schedule": dataclasses.replace(ONE_STEP, train_steps=2)}, "it cannot be written to"),
+        ({"schedule": ONE_STEP, "seed": 4}, r"holds a run with RunSettings\.seed = 3, now 4"),
     ],
 )
 def test_what_is_left_to_do_there_is_refused(read_only, task, backbone, changes, said):
@@ -228,21 +226,7 @@ def test_a_run_that_cannot_be_written_to_and_has_no_results_is_refused_at_once(
         tune(tmp_path, broken, backbone)
 
 
-def test_a_scored_hard_prompt_that_cannot_be_written_to_is_finished(task, backbone, tmp_path):
-    scored = {"method": "hard_prompt", "hard_prompt": HardPrompt("Good or bad?")}
-    results = tune(tmp_path, task, backbone, **scored)
-    (tmp_path / "run.lock").mkdir()
-    before = tree(tmp_path)
-    assert tune(tmp_path, task, backbone, **scored) == results
-    assert tree(tmp_path) == before
-
-
-@pytest.mark.parametrize("method", ["prompt_tuning", "hard_prompt"])
-def test_a_dry_run_writes_nothing_beside_a_run(read_only, task, backbone, method):
+def test_a_dry_run_writes_nothing_beside_a_run(read_only, task, backbone):
     folder, before = read_only[0], tree(read_only[0])
-    if method == "hard_prompt":
-        with pytest.raises(InputError, match="holds a run"):
-            tune(folder, task, backbone, method=method, dry_run=True)
-    else:
-        assert tune(folder, task, backbone, pace=ONE_STEP, dry_run=True) == {}
+    assert tune(folder, task, backbone, schedule=ONE_STEP, dry_run=True) == {}
     assert tree(folder) == before

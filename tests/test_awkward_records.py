@@ -9,11 +9,11 @@ import json
 import logging
 
 import pytest
-from conftest import tune
+from conftest import make_settings, tune
+from etils import epath
 from letters import LETTERS
 
-from ptjax import train, tuning
-from ptjax.bank import Variant
+from ptjax import train
 from ptjax.data import metrics
 from ptjax.data.catalogue import squad
 from ptjax.data.preprocess import tokenize_examples
@@ -21,7 +21,10 @@ from ptjax.data.sources import read_records
 from ptjax.data.tasks import Example, Task
 from ptjax.data.tokenizer import load_tokenizer
 from ptjax.errors import InputError
-from ptjax.evaluation import Evaluation, Evaluator, check_cut, report_examples, report_lost
+from ptjax.evaluation import Evaluator, check_cut, report_examples, report_lost
+from ptjax.member_setup import set_up_members
+from ptjax.settings import Evaluation
+from ptjax.sweep import MemberOverrides
 
 OPEN = {"name": "t", "inputs": "{text}", "targets": "{target}"}
 LABELS = {"name": "t", "inputs": "{text}", "label": "label"}
@@ -58,8 +61,8 @@ def test_case_3_1_a_stray_quote_loses_its_own_line_alone(tmp_path, stray, newlin
     with pytest.raises(InputError, match=rf"a\.csv:{stray[0] + 1}: bad quoting") as refused:
         read_records(path)
     for set_it in (
-        "--gin.tasks.Task.quoting=False (infer: --quoting=false)",
-        "--gin.tasks.Task.on_bad_record=\"'skip'\" (infer: --on_bad_record=skip)",
+        "--gin.ptjax.Task.quoting=False (infer: --quoting=false)",
+        "--gin.ptjax.Task.on_bad_record=\"'skip'\" (infer: --on_bad_record=skip)",
     ):
         assert set_it in str(refused.value)
 
@@ -95,7 +98,7 @@ def test_case_3_6_a_tsv_whose_quotes_only_enclose_is_said(tmp_path, caplog):
     [said] = warnings_of(caplog)
     assert (
         "double quotes only enclose fields, 20 of them" in said
-        and "--gin.tasks.Task.quoting=True (infer: --quoting=true)" in said
+        and "--gin.ptjax.Task.quoting=True (infer: --quoting=true)" in said
     )
     caplog.clear()
     assert read_records(path, quoting=True)[1].fields["text"] == '"word 1" she said'
@@ -345,26 +348,18 @@ def test_case_3_12_mlqas_metric_is_not_taken_for_another():
 
 def test_case_3_14_two_references_to_one_task_are_one_task(backbone, task, tmp_path, monkeypatch):
     """gin makes a new, equal one of each; members that share one are an ensemble."""
-    loads, load, starts = [], Task.load, []
-
-    class EnoughError(Exception):
-        pass
+    loads, load = [], Task.load
 
     def counted(self, split, limit=None):
         loads.append((self.name, split))
         return load(self, split, limit)
 
-    def stop(made, preparation, loss, *, stacked):
-        starts.extend(made)
-        raise EnoughError  # what comes next compiles, and is the same for all
-
     monkeypatch.setattr(Task, "load", counted)
-    monkeypatch.setattr(tuning, "_compose", stop)
     other = dataclasses.replace(task, name="other", inputs="{text}")
     tasks = [type(task)(**vars(task)), type(task)(**vars(task)), other]
-    bank = {f"m{i}": Variant(seed=i, task=own) for i, own in enumerate(tasks)}
-    with pytest.raises(EnoughError):
-        tune(tmp_path, task, backbone, bank=bank)
-    assert starts[0].subject is starts[1].subject is not starts[2].subject
+    members = {f"m{i}": MemberOverrides(seed=i, task=own) for i, own in enumerate(tasks)}
+    folder = epath.Path(tmp_path)
+    setups = set_up_members(backbone, task, folder, make_settings(), members)
+    assert setups[0].data is setups[1].data is not setups[2].data
     for name in ("words", "other"):
         assert [loads.count((name, s)) for s in ("train", "validation", "test")] == [1, 1, 1]

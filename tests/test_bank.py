@@ -13,18 +13,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import At, stopped_by_sigterm, without_seconds
 from t5_ids import T5_IDS
 
-from ptjax import loop
-from ptjax.bank import Variant, sweep
 from ptjax.data.batch import make_batch
 from ptjax.data.pipeline import BankBatches, Shape, TrainBatches, make_buckets
 from ptjax.data.preprocess import TokenizedExamples, TokenRows
 from ptjax.errors import InputError
-from ptjax.evaluation import Evaluation, Evaluator
+from ptjax.evaluation import Evaluator
 from ptjax.interop.prompt_file import load_prompt
-from ptjax.loop import Pace, TrainingError
+from ptjax.loop import TrainingError
+from ptjax.methods.model_tuning import ModelTuning
+from ptjax.methods.prompt_tuning import PromptTuning
 from ptjax.models.prompt import Uniform
+from ptjax.settings import Evaluation, TrainSchedule
+from ptjax.sweep import MemberOverrides, sweep
 from ptjax.training.loss import Loss
 from ptjax.training.optimizer import Adafactor
 from ptjax.training.step import init_train_state, make_bank_step, make_train_step
@@ -196,7 +199,7 @@ def test_every_shape_that_comes_is_announced() -> None:
 def test_sweeps_name_every_combination() -> None:
     members = sweep(seeds=(0, 2), learning_rates=(0.3, 1))
     assert list(members) == ["seed0_rate0.3", "seed0_rate1", "seed2_rate0.3", "seed2_rate1"]
-    assert members["seed2_rate0.3"] == Variant(seed=2, learning_rate=0.3)
+    assert members["seed2_rate0.3"] == MemberOverrides(seed=2, learning_rate=0.3)
     for bad, said in (
         ({}, r"bank\.sweep has nothing to combine; set seeds"),
         ({"seeds": (1, 1)}, r"bank\.sweep\.seeds has a value twice \(\[1, 1\]\)"),
@@ -205,11 +208,15 @@ def test_sweeps_name_every_combination() -> None:
             sweep(**bad)
 
 
-BANK = {"a": Variant(seed=3), "b": Variant(seed=4, learning_rate=0.1), "c": Variant(seed=5)}
+BANK = {
+    "a": MemberOverrides(seed=3),
+    "b": MemberOverrides(seed=4, learning_rate=0.1),
+    "c": MemberOverrides(seed=5),
+}
 
 
-def test_a_bank_end_to_end(backbone, task, tmp_path, stopped_by_sigterm) -> None:
-    results = tune(tmp_path / "whole", task, backbone, bank=BANK, pack=True)
+def test_a_bank_end_to_end(backbone, task, tmp_path) -> None:
+    results = tune(tmp_path / "whole", task, backbone, members=BANK, pack=True)
     assert list(results["members"]) == ["a", "b", "c"]
     values = [found["value"] for found in results["members"].values()]
     assert results["average"] == pytest.approx(np.mean(values))
@@ -238,11 +245,12 @@ def test_a_bank_end_to_end(backbone, task, tmp_path, stopped_by_sigterm) -> None
             )
             assert next(rates) == next(rates)
 
-    def again():
-        return tune(tmp_path / "stopped", task, backbone, bank=BANK, pack=True)
+    def again(callbacks):
+        how = {"pack": True, "callbacks": callbacks}
+        return tune(tmp_path / "stopped", task, backbone, members=BANK, **how)
 
     assert stopped_by_sigterm(7, again) == 143
-    again()
+    again([])
     assert bank_outcome(tmp_path / "stopped") == bank_outcome(tmp_path / "whole")
 
 
@@ -257,7 +265,8 @@ def bank_outcome(directory):
         found[member] = {p.name: p.read_bytes() for p in (directory / "prompts" / member).iterdir()}
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     kept = [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
-    return found, kept, json.loads((directory / "results.json").read_text())
+    results = json.loads((directory / "results.json").read_text())
+    return found, kept, without_seconds(results)
 
 
 def test_members_stop_alone_and_the_bank_shrinks(
@@ -266,28 +275,29 @@ def test_members_stop_alone_and_the_bank_shrinks(
     tmp_path,
     monkeypatch,
     caplog,
-    stopped_by_sigterm,
 ) -> None:
     """Scores are dictated: a gains to the end, b and c stop after two, d after three."""
     gains = {"a": 9, "b": 0, "c": 0, "d": 1}
-    bank = {name: Variant(seed=seed) for seed, name in enumerate(gains)}
+    bank = {name: MemberOverrides(seed=seed) for seed, name in enumerate(gains)}
     dictated: list[float] = []
-    evaluate, score = loop.Run._evaluate, Evaluator.__call__
+    last, score = {"a": 12, "b": 6, "c": 6, "d": 8}, Evaluator.__call__
 
-    def begin_evaluation(self, state, display):
-        names = [self.members[number].name for _, number in self.progress.running]
-        dictated[:] = [min(self.progress.step // 2 - 1, gains[name or "a"]) / 10 for name in names]
-        evaluate(self, state, display)
+    def begin_evaluation(step, names):
+        running = [name for name in names if step <= last[name]]
+        dictated[:] = [min(step // 2 - 1, gains[name]) / 10 for name in running]
 
     def dictate(self, variables, split, rewording=None):
         return {"accuracy": dictated.pop(0)} if dictated else score(self, variables, split)
 
-    monkeypatch.setattr(loop.Run, "_evaluate", begin_evaluation)
     monkeypatch.setattr(Evaluator, "__call__", dictate)
-    pace = Pace(train_steps=12, eval_period=2, log_period=2, patience=2, keep=6)
+    schedule = TrainSchedule(train_steps=12, eval_period=2, log_period=2, patience=2, keep=6)
 
-    def run(directory):
-        return tune(tmp_path / directory, task, backbone, bank=bank, pack=True, pace=pace)
+    def dictating(*names):
+        return At(range(2, 13, 2), lambda step: begin_evaluation(step, names))
+
+    def run(directory, callbacks=()):
+        how = {"pack": True, "schedule": schedule, "callbacks": [dictating(*bank), *callbacks]}
+        return tune(tmp_path / directory, task, backbone, members=bank, **how)
 
     with caplog.at_level("INFO", logger="absl"):
         results = run("whole")
@@ -305,12 +315,13 @@ def test_members_stop_alone_and_the_bank_shrinks(
         assert max(exports) == (6 if name != "d" else 8)
 
     # What is left goes on with its own data.
-    tune(tmp_path / "a", task, backbone, pack=True, pace=pace, seed=0)
+    alone = {"pack": True, "schedule": schedule, "callbacks": [dictating("a")]}
+    tune(tmp_path / "a", task, backbone, **alone, seed=0)
     for one, other in zip(losses(tmp_path / "whole"), losses(tmp_path / "a"), strict=True):
         assert one["train/loss/a"] == pytest.approx(other["train/loss"], rel=0.003)
 
     # Stopped when two members have left the bank, and gone on.
-    assert stopped_by_sigterm(9, lambda: run("stopped")) == 143
+    assert stopped_by_sigterm(9, lambda callbacks: run("stopped", callbacks)) == 143
     run("stopped")
     assert bank_outcome(tmp_path / "stopped") == bank_outcome(tmp_path / "whole")
 
@@ -321,20 +332,25 @@ def test_a_member_whose_loss_is_not_finite_leaves_the_others_alone(
     tmp_path,
     caplog,
 ) -> None:
-    bank = {"good": Variant(seed=3), "wild": Variant(learning_rate=float("inf"))}
+    bank = {"good": MemberOverrides(seed=3), "wild": MemberOverrides(learning_rate=float("inf"))}
     with caplog.at_level("WARNING", logger="absl"):
-        results = tune(tmp_path / "one", task, backbone, bank=bank)
+        results = tune(tmp_path / "one", task, backbone, members=bank)
     assert results["failed"] == ["wild"]
     assert "wild: " in caplog.text and "The others go on" in caplog.text
     assert results["members"]["good"]["value"] == results["best"]["value"]
     with pytest.raises(TrainingError, match="wild"):
-        tune(tmp_path / "all", task, backbone, bank={"wild": Variant(learning_rate=float("inf"))})
+        tune(
+            tmp_path / "all",
+            task,
+            backbone,
+            members={"wild": MemberOverrides(learning_rate=float("inf"))},
+        )
 
 
 def test_several_tasks_in_one_bank(backbone, task, tmp_path) -> None:
     other = dataclasses.replace(task, name="others", inputs="read this: {text}")
     bank = sweep(tasks=(task, other))
-    results = tune(tmp_path, task, backbone, bank=bank)
+    results = tune(tmp_path, task, backbone, members=bank)
     assert {n: found["task"] for n, found in results["members"].items()} == {
         "words": "words",
         "others": "others",
@@ -349,12 +365,18 @@ def test_what_a_bank_cannot_be(backbone, task, tmp_path) -> None:
             return Uniform()(key, length, surroundings)[:, :5]
 
     for bank, method, what in (
-        ({"x": Variant(init_prompt=Narrow())}, "prompt_tuning", "initial prompt of x has shape"),
-        ({"../x": Variant()}, "prompt_tuning", "'../x'"),
-        ({"x": Variant()}, "model_tuning", "every member of a bank has a prompt"),
+        (
+            {"x": MemberOverrides(initializer=Narrow())},
+            PromptTuning,
+            "initial prompt of x has shape",
+        ),
+        ({"../x": MemberOverrides()}, PromptTuning, "'../x'"),
+        ({"x": MemberOverrides()}, ModelTuning, "every member of a sweep has a prompt"),
     ):
         with pytest.raises(InputError, match=what):
-            tune(tmp_path, task, backbone, bank=bank, method=method)
-    tune(tmp_path, task, backbone, bank={"x": Variant()})
-    with pytest.raises(InputError, match=r"Variant\.seed \(of tune\.bank\['x'\]\) = None, now 9"):
-        tune(tmp_path, task, backbone, bank={"x": Variant(seed=9)})
+            tune(tmp_path, task, backbone, members=bank, method=method())
+    tune(tmp_path, task, backbone, members={"x": MemberOverrides()})
+    with pytest.raises(
+        InputError, match=r"MemberOverrides\.seed \(of tune\.members\['x'\]\) = None, now 9"
+    ):
+        tune(tmp_path, task, backbone, members={"x": MemberOverrides(seed=9)})

@@ -22,14 +22,13 @@ pytestmark = pytest.mark.usefixtures("own_process")
 LABELS = {"mood": ("good", "bad"), "kind": ("book", "film", "play")}
 GIN = """
 from __gin__ import dynamic_registration
-from ptjax import tuning
-from ptjax.data import tasks
-tuning.tune.task = @tasks.Task()
-tasks.Task.name = 'mood'
-tasks.Task.inputs = 'mood: {text}'
-tasks.Task.splits = {'test': %DATA}
-tasks.Task.label = 'label'
-tasks.Task.verbalizer = {'0': 'good', '1': 'bad'}
+import ptjax
+ptjax.tune.task = @ptjax.Task()
+ptjax.Task.name = 'mood'
+ptjax.Task.inputs = 'mood: {text}'
+ptjax.Task.splits = {'test': %DATA}
+ptjax.Task.label = 'label'
+ptjax.Task.verbalizer = {'0': 'good', '1': 'bad'}
 """
 
 
@@ -265,10 +264,10 @@ def test_prompts_go_to_the_backbone_of_the_gin_file(call, place, gin_file, tmp_p
     run_dir = tmp_path / "run"
     shutil.copytree(place / "backbone", run_dir / "models" / "best")
     backbone = f"'{place / 'backbone'}'"
-    named = f"from ptjax import backbone\nbackbone.load_backbone.path = {backbone}\n"
+    named = f"ptjax.load_backbone.path = {backbone}\n"
     gin_text = Path(gin_file.removeprefix("--gin_file=")).read_text()
     (run_dir / "config.gin").write_text(
-        gin_text + named + "tuning.tune.backbone = @backbone.load_backbone()\n"
+        gin_text + named + "ptjax.tune.backbone = @ptjax.load_backbone()\n"
     )
     prompts = f"--prompts={place / 'seeds' / 'prompts'}"
     code, out, err = call("evaluate", f"--model_dir={run_dir}", prompts)

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
-from ptjax.data.catalogue import CATALOGUE, reviews, super_glue
+import ptjax
+from ptjax.data.catalogue import CATALOGUE, find, name_of, reviews, super_glue
 
 
 def test_names_lead_to_their_functions():
-    assert CATALOGUE["ptjax.data.catalogue.super_glue.multirc"] is super_glue.multirc
+    assert CATALOGUE["ptjax.preprocessors.multirc"] is super_glue.multirc
     for name, function in CATALOGUE.items():
-        assert name == f"{function.__module__}.{function.__name__}"
+        assert find(name) is function and name_of(function) == name
+        assert getattr(ptjax.preprocessors, name.rpartition(".")[2]) is function
+    assert name_of(json.dumps) == "json.dumps" and find("json.dumps") is None
+
+
+def test_headers_named_functions_by_where_they_were():
+    """Up to commit 324cea1 and after it, until they had public names."""
+    for module, name in (("super_glue", "wsc_referents"), ("reviews", "sentences")):
+        home = {"super_glue": super_glue, "reviews": reviews}[module]
+        assert find(f"ptjax.data.catalogue.{module}.{name}") is getattr(home, name)
+    assert find("ptjax.data.catalogue.super_glue.gone") is None
 
 
 def test_multirc_has_one_example_per_answer():

@@ -19,13 +19,14 @@ from absl import logging as absl_logging
 import ptjax
 from ptjax import cli, tuning
 from ptjax.cli import gin_files, logs
+from ptjax.cli.gin_mistakes import PUBLIC_NAMES
 from ptjax.errors import InputError
 from ptjax.loop import TrainingError
 
 COMMANDS = ("train", "evaluate", "infer", "inspect", "export", "pretrain")
 ON_SEVERAL_PROCESSES = ("train", "evaluate", "infer", "pretrain")
 pytestmark = pytest.mark.usefixtures("own_process")
-HEADER = "from __gin__ import dynamic_registration\nfrom ptjax.data import tasks\n"
+HEADER = "from __gin__ import dynamic_registration\nimport ptjax\n"
 
 
 @pytest.fixture
@@ -71,7 +72,7 @@ def test_help_waits_for_nothing_heavy():
         "try: runpy.run_module(f'ptjax.{name}', run_name='__main__')\n"
         "except SystemExit as e: code = e.code\n"
     )
-    script = f"for name in {(*COMMANDS, 'launch')}:\n" + "".join(
+    script = f"for name in {(*COMMANDS, 'launch', 'plan')}:\n" + "".join(
         f"  {line}\n" for line in code.splitlines()
     )
     script += "print([m for m in ('jax', 'numpy', 'orbax') if m in sys.modules], code)"
@@ -102,32 +103,34 @@ def test_unknown_flags(fails):
 
 
 MISTAKES = {
-    "tasks.Task.nam = 'x'": "bad.gin:3: tasks.Task has no parameter nam; did you mean name?",
-    "tasks.Tusk.name = 'x'": "bad.gin:3: ptjax.data.tasks has no Tusk; did you mean Task?",
-    "tasks.Task.name = @tasks.Tosk()": "bad.gin:3: ptjax.data.tasks has no Tosk; did you mean "
-    "Task?",
-    "task.Task.name = 'x'": "bad.gin:3: task is not imported here; did you mean tasks?",
-    "from ptjax.data import tosks": "bad.gin:3: there is no module ptjax.data.tosks; did you mean "
-    "tasks?",
+    "ptjax.Task.nam = 'x'": "bad.gin:3: ptjax.Task has no parameter nam; did you mean name?",
+    "ptjax.Tusk.name = 'x'": "bad.gin:3: ptjax has no Tusk; did you mean Task?",
+    "ptjax.Task.name = @ptjax.Tosk()": "bad.gin:3: ptjax has no Tosk; did you mean Task?",
+    "ptjex.Task.name = 'x'": "bad.gin:3: ptjex is not imported here; did you mean ptjax?",
+    "import optix": "bad.gin:3: there is no module optix",
+    # Once there were files that named modules.
+    "from ptjax import tuning\ntuning.tune.seed = 3": f"bad.gin:3: {PUBLIC_NAMES}",
+    "import ptjax.data.tasks": f"bad.gin:3: {PUBLIC_NAMES}",
+    "tuning.tune.seed = 3": f"bad.gin:3: tuning is not imported here; {PUBLIC_NAMES}",
     "include 'tasks/sst.gin'": "bad.gin:3: no gin file tasks/sst.gin (looked in the current folder,"
     f" {gin_files.gin_configs()}); did you mean tasks/sst2.gin?",
-    "tasks.Task.name = 'x": "bad.gin:3: gin cannot read this; see whether a quote or a bracket is "
+    "ptjax.Task.name = 'x": "bad.gin:3: gin cannot read this; see whether a quote or a bracket is "
     "missing, and whether every string has quotes",
-    "tasks.Task.name = x": "bad.gin:3: gin cannot read this; see whether a quote or a bracket is "
+    "ptjax.Task.name = x": "bad.gin:3: gin cannot read this; see whether a quote or a bracket is "
     "missing, and whether every string has quotes",
-    "tasks.Task.splits = {'train':": "bad.gin: gin cannot read this; see whether a quote or a "
+    "ptjax.Task.splits = {'train':": "bad.gin: gin cannot read this; see whether a quote or a "
     "bracket is missing, and whether every string has quotes",
     "TRAIN_STEPS = 3": "bad.gin:3: the macro TRAIN_STEPS is set but nothing uses it; remove it",
     "include 'bad.gin'": "bad.gin:3: it includes itself; remove one of the includes",
-    f"tasks.Task.splits = {'[' * 2000}{']' * 2000}": "bad.gin:3: a value is nested deeper than 100 "
+    f"ptjax.Task.splits = {'[' * 2000}{']' * 2000}": "bad.gin:3: a value is nested deeper than 100 "
     "levels",
-    "# a comment: ((((\ntasks.Task.splits = {'a': [\n" + "(" * 99 + "')'": "bad.gin:5: a value is "
+    "# a comment: ((((\nptjax.Task.splits = {'a': [\n" + "(" * 99 + "')'": "bad.gin:5: a value is "
     "nested deeper than 100 levels",
-    "tasks.Task = 3": "bad.gin:3: this names a function; a binding sets an argument of it, "
+    "ptjax.Task = 3": "bad.gin:3: this names a function; a binding sets an argument of it, "
     "module.name.argument",
-    "tasks.Task.name = %A\nA = %B\nB = %A": "a macro stands for itself (A = %B and B = %A); give "
+    "ptjax.Task.name = %A\nA = %B\nB = %A": "a macro stands for itself (A = %B and B = %A); give "
     "it a value",
-    "tasks.Task.name = %NAME": "bad.gin:3: the macro NAME (Task.name) has no value; set it with "
+    "ptjax.Task.name = %NAME": "bad.gin:3: the macro NAME (Task.name) has no value; set it with "
     "--gin.NAME=VALUE",
 }
 
@@ -139,9 +142,9 @@ def test_a_mistake_in_a_gin_file_is_one_line_with_its_place(fails, line):
 
 
 def test_a_mistake_in_an_included_file_names_that_file(fails):
-    Path("inner.gin").write_text(f"{HEADER}\ntasks.Task.nam = 'x'\n")
+    Path("inner.gin").write_text(f"{HEADER}\nptjax.Task.nam = 'x'\n")
     Path("outer.gin").write_text("include 'inner.gin'\n")
-    assert fails("--gin_file=outer.gin").startswith("inner.gin:4: tasks.Task has no parameter nam")
+    assert fails("--gin_file=outer.gin").startswith("inner.gin:4: ptjax.Task has no parameter nam")
 
 
 def test_mistakes_on_the_command_line(fails):
@@ -157,22 +160,28 @@ def test_mistakes_on_the_command_line(fails):
     assert fails(quick, f"--gin.TRAIN_STEPS={'[' * 2000}{']' * 2000}") == (
         "command line, TRAIN_STEPS: a value is nested deeper than 100 levels"
     )
-    assert fails(quick, "--gin.tuning.tune.sed=5") == (
-        "command line, tuning.tune.sed = 5: tuning.tune has no parameter sed; did you mean seed?"
+    assert fails(quick, "--gin.RunSettings.sed=5") == (
+        "command line, RunSettings.sed = 5: ptjax.RunSettings has no parameter sed; did you mean "
+        "seed?"
     )
+    for old in ("tuning.tune.seed", "loop.Pace.keep", "Pace.keep", "a/tasks.Task.name"):
+        head = old.rpartition("/")[2].partition(".")[0]
+        assert fails(quick, f"--gin.{old}=5") == (
+            f"command line, {old} = 5: {head} is not imported here; {PUBLIC_NAMES}"
+        )
     assert fails(quick, "--gin.tune.sed=5").endswith(
         "tune has no parameter sed; did you mean seed?"
     )
-    assert fails(quick, "--gin_bindings=tuning.tume.seed = 5").endswith(
-        "ptjax.tuning has no tume; did you mean tune?"
+    assert fails(quick, "--gin_bindings=ptjax.tume.task = 5").endswith(
+        "ptjax has no tume; did you mean tune?"
     )
 
 
 def test_required_bindings_are_missed_before_anything_is_loaded(fails):
-    assert fails().startswith("tuning.tune needs `model_dir`, which nothing sets")
+    assert fails().startswith("ptjax.tune needs `backbone`, which nothing sets")
     settings = ("--gin.MODEL_DIR='m'", "--gin.INITIAL_CHECKPOINT_PATH='/nowhere'")
     missing = fails("--gin_file=runs/prompt_tune.gin", *settings)
-    assert missing.startswith("tasks.Task needs `name`, which nothing sets")
+    assert missing.startswith("ptjax.Task needs `name`, which nothing sets")
     schedule = "--gin.LEARNING_RATE=@optax.linear_schedule()"
     missing = fails("--gin_file=quickstart.gin", schedule)
     assert ".linear_schedule needs `init_value`, which nothing sets" in missing
@@ -180,28 +189,25 @@ def test_required_bindings_are_missed_before_anything_is_loaded(fails):
 
 def test_required_bindings_count_within_their_scope(fails):
     lines = """
-    from ptjax import pretraining
-    from ptjax.data import mixture
-    from ptjax.models import t5
     include 'models/ptjax_nano.gin'
-    pretraining.pretrain.model_dir = 'm'
-    pretraining.pretrain.model = @t5.T5Config()
-    pretraining.pretrain.tokenizer = 'ptjax-nano'
-    pretraining.pretrain.parts = [@a/mixture.TaskPart()]
-    a/mixture.TaskPart.task = @tasks.Task()
-    a/mixture.TaskPart.rate = 1.0
-    a/mixture.TaskPart.phrasings = []
-    a/tasks.Task.name = 'a'
-    b/tasks.Task.inputs = '{x}'
+    ptjax.pretrain.model_dir = 'm'
+    ptjax.pretrain.start = @ptjax.T5Config()
+    ptjax.pretrain.tokenizer = 'ptjax-nano'
+    ptjax.pretrain.components = [@a/ptjax.TaskComponent()]
+    a/ptjax.TaskComponent.task = @ptjax.Task()
+    a/ptjax.TaskComponent.rate = 1.0
+    a/ptjax.TaskComponent.phrasings = []
+    a/ptjax.Task.name = 'a'
+    b/ptjax.Task.inputs = '{x}'
     """
     Path("bad.gin").write_text(HEADER + textwrap.dedent(lines))
     said = fails("--gin_file=bad.gin", command="pretrain")
-    assert said.startswith("a/tasks.Task needs `inputs`, which nothing sets")
+    assert said.startswith("a/ptjax.Task needs `inputs`, which nothing sets")
 
 
 def test_an_input_error_inside_gin_keeps_its_first_line_only(fails):
     quick = "--gin_file=quickstart.gin"
-    assert fails(quick, "--gin.tasks.Task.metrics=('accurracy',)") == (
+    assert fails(quick, "--gin.ptjax.Task.metrics=('accurracy',)") == (
         "task sentiment: no metric is called 'accurracy'; did you mean accuracy?"
     )
 
@@ -211,10 +217,10 @@ def _load(*arguments: str, **settings) -> None:
 
 
 def test_bindings_reach_what_no_gin_file_has_named():
-    _load("--gin_file=quickstart.gin", "--gin.tuning.tune.init_prompt=@prompt.Uniform()")
-    _load("--gin_file=quickstart.gin", "--gin.prompt.Uniform.scale=0.25",
-          "--gin_bindings=tune.init_prompt = @prompt.Uniform()")  # fmt: skip
-    assert cli.settings("ptjax.tuning.tune", "init_prompt")["init_prompt"].scale == 0.25
+    _load("--gin_file=quickstart.gin", "--gin.PromptTuning.initializer=@ptjax.Uniform()")
+    _load("--gin_file=quickstart.gin", "--gin.Uniform.scale=0.25",
+          "--gin_bindings=ptjax.PromptTuning.initializer = @ptjax.Uniform()")  # fmt: skip
+    assert cli.settings("ptjax.PromptTuning", "initializer")["initializer"].scale == 0.25
 
 
 def test_a_folder_of_runs_hides_no_gin_file():
@@ -246,15 +252,15 @@ def test_model_dir_may_be_open_where_nothing_trains():
         _load(*flags)
     _load(*flags, defaults={"MODEL_DIR": None})
     _load(*flags, macros={"MODEL_DIR": "/m"})
-    assert cli.settings("ptjax.tuning.tune", "model_dir") == {"model_dir": "/m"}
+    assert cli.settings("ptjax.tune", "model_dir") == {"model_dir": "/m"}
 
 
 def test_config_text_reads_back_equal_without_the_files_it_came_from(monkeypatch):
     Path("order.gin").write_text(
-        f"{HEADER}tasks.Task.verbalizer = {{'z': 'last', 'b': 'middle', 'a': 'first'}}\n"
+        f"{HEADER}ptjax.Task.verbalizer = {{'z': 'last', 'b': 'middle', 'a': 'first'}}\n"
     )
     _load("--gin_file=quickstart.gin", "--gin_file=order.gin",
-          "--gin.tuning.tune.init_prompt=@prompt.Uniform()")  # fmt: skip
+          "--gin.ptjax.PromptTuning.initializer=@ptjax.Uniform()")  # fmt: skip
     text = cli.config_text()
     assert "include" not in text
     Path("order.gin").unlink()
@@ -263,7 +269,7 @@ def test_config_text_reads_back_equal_without_the_files_it_came_from(monkeypatch
     monkeypatch.setattr(gin.config, "_LOCATION_PREFIXES", [""])
     _load("--gin_file=config.gin")
     assert cli.config_text() == text
-    task = cli.settings("ptjax.tuning.tune", "task")["task"]
+    task = cli.settings("ptjax.tune", "task")["task"]
     assert task.labels == ("last", "middle", "first")
     assert cli.bound(tuning.tune) is not tuning.tune
 
@@ -339,8 +345,8 @@ def test_log_lines_of_the_library_are_shown(capsys, monkeypatch):
 def test_train_prints_its_results_and_how_to_try_them():
     train = importlib.import_module("ptjax.train")
     results = json.loads(
-        '{"task": "t", "metric": "accuracy", "split": "test", "majority": 0.5, "hard_prompt": null,'
-        '"other_hard_prompts": {"named": 0.6}, "before": 0.51, "step": 20, "value": 0.9,'
+        '{"task": "t", "metric": "accuracy", "split": "test", "majority": 0.5,'
+        '"hard_prompts": {"named": 0.6}, "before": 0.51, "step": 20, "value": 0.9,'
         '"trainable_parameters": 2560, "frozen_parameters": 2754816}'
     )
     text = train.summary(results, "runs/x")
@@ -348,43 +354,42 @@ def test_train_prints_its_results_and_how_to_try_them():
     assert len({line.rindex(" ") for line in text.splitlines() if line[-4:-3] == "."}) == 1
     rows = {name.strip(): value for name, value in rows.items()}
     assert rows["tuned (step 20)"] == "0.900" and rows["hard prompt: named"] == "0.600"
-    assert "hard prompt" not in rows and "2,560 trained, 2,754,816 frozen" in text
+    assert "2,560 trained, 2,754,816 frozen" in text
     assert "python -m ptjax.infer --model_dir=runs/x 'a text of your own'" in text
-    assert "python -m ptjax.infer" not in train.summary(results | {"step": 0}, "runs/x")
 
 
 WRONG = {
-    "BATCH_SIZE = 'x'": "BATCH_SIZE = 'x': tuning.tune.batch_size takes a whole number",
-    "TRAIN_STEPS = 2.5": "TRAIN_STEPS = 2.5: loop.Pace.train_steps takes a whole number",
-    "PROMPT_LENGTH = True": "PROMPT_LENGTH = True: tuning.tune.prompt_length takes a whole number",
-    "LEARNING_RATE = 'a'": "LEARNING_RATE = 'a': optimizer.Adafactor.learning_rate takes a number "
+    "BATCH_SIZE = 'x'": "BATCH_SIZE = 'x': ptjax.Batching.batch_size takes a whole number",
+    "TRAIN_STEPS = 2.5": "TRAIN_STEPS = 2.5: ptjax.TrainSchedule.train_steps takes a whole number",
+    "PROMPT_LENGTH = True": "PROMPT_LENGTH = True: ptjax.PromptTuning.length takes a whole number",
+    "LEARNING_RATE = 'a'": "LEARNING_RATE = 'a': ptjax.Adafactor.learning_rate takes a number "
     "or a function such as @module.name",
     "LEARNING_RATE_SCALE = 'rms'": "LEARNING_RATE_SCALE = 'rms': "
-    "optimizer.Adafactor.learning_rate_scale takes one of 'absolute', 'embedding_rms'",
-    "TASK_FEATURE_LENGTHS = {'inputs': 'a'}": "TASK_FEATURE_LENGTHS = {'inputs': 'a'}: tuning.tune."
-    "feature_lengths takes a dict {a text in quotes: a whole number} or None",
-    "REMAT = 'x'": "REMAT = 'x': backbone.load_backbone.remat takes one of 'none', 'dots', 'full'",
-    "SCAN_LAYERS = 1": "SCAN_LAYERS = 1: backbone.load_backbone.scan_layers takes True or False",
-    "backbone.load_backbone.dtype = 'float16'": "backbone.load_backbone.dtype = 'float16': it "
+    "ptjax.Adafactor.learning_rate_scale takes one of 'absolute', 'embedding_rms'",
+    "TASK_FEATURE_LENGTHS = {'inputs': 'a'}": "TASK_FEATURE_LENGTHS = {'inputs': 'a'}: "
+    "ptjax.Batching.feature_lengths takes a dict {a text in quotes: a whole number} or None",
+    "REMAT = 'x'": "REMAT = 'x': ptjax.load_backbone.remat takes one of 'none', 'dots', 'full'",
+    "SCAN_LAYERS = 1": "SCAN_LAYERS = 1: ptjax.load_backbone.scan_layers takes True or False",
+    "ptjax.load_backbone.dtype = 'float16'": "ptjax.load_backbone.dtype = 'float16': it "
     "takes one of 'float32', 'bfloat16' or None",
-    "tasks.Task.format = 'json'": "tasks.Task.format = 'json': it takes one of 'jsonl', 'csv', "
+    "ptjax.Task.format = 'json'": "ptjax.Task.format = 'json': it takes one of 'jsonl', 'csv', "
     "'tsv', 'text' or None",
-    "tasks.Task.on_bad_record = 'skp'": "tasks.Task.on_bad_record = 'skp': it takes one of 'error',"
+    "ptjax.Task.on_bad_record = 'skp'": "ptjax.Task.on_bad_record = 'skp': it takes one of 'error',"
     " 'skip'",
-    "tasks.Task.columns = 'text'": "tasks.Task.columns = 'text': it takes a list [a text in quotes,"
+    "ptjax.Task.columns = 'text'": "ptjax.Task.columns = 'text': it takes a list [a text in quotes,"
     " ...] or None",
-    "tasks.Task.quoting = 'no'": "tasks.Task.quoting = 'no': it takes True or False or None",
-    "tuning.tune.task = 'sst2'": "tuning.tune.task = 'sst2': it takes a reference such as "
-    "@tasks.Task()",
-    "tuning.tune.pace = @loop.Pace": "tuning.tune.pace = @loop.Pace: it takes a reference such as "
-    "@loop.Pace()",
-    "tuning.tune.loss = @loop.Pace()": "tuning.tune.loss = @loop.Pace(): it takes a reference such "
-    "as @loss.Loss()",
-    "tuning.tune.init_prompt = 'uniform'": "tuning.tune.init_prompt = 'uniform': it takes a "
-    "reference such as @prompt.NAME() or None",
-    "tuning.tune.buckets = [32]": "tuning.tune.buckets = [32]: it takes a list [(a whole number, a "
-    "whole number), ...] or None",
-    "tasks.Task.preprocess = 'f'": "tasks.Task.preprocess = 'f': it takes a function such as "
+    "ptjax.Task.quoting = 'no'": "ptjax.Task.quoting = 'no': it takes True or False or None",
+    "ptjax.tune.task = 'sst2'": "ptjax.tune.task = 'sst2': it takes a reference such as "
+    "@ptjax.Task()",
+    "ptjax.RunSettings.schedule = @ptjax.TrainSchedule": "ptjax.RunSettings.schedule = "
+    "@ptjax.TrainSchedule: it takes a reference such as @ptjax.TrainSchedule()",
+    "ptjax.RunSettings.loss = @ptjax.TrainSchedule()": "ptjax.RunSettings.loss = "
+    "@ptjax.TrainSchedule(): it takes a reference such as @ptjax.Loss()",
+    "ptjax.PromptTuning.initializer = 'uniform'": "ptjax.PromptTuning.initializer = "
+    "'uniform': it takes a reference such as @ptjax.NAME() or None",
+    "ptjax.Batching.buckets = [32]": "ptjax.Batching.buckets = [32]: it takes a list [(a whole "
+    "number, a whole number), ...] or None",
+    "ptjax.Task.preprocess = 'f'": "ptjax.Task.preprocess = 'f': it takes a function such as "
     "@module.name or None",
 }
 
@@ -394,22 +399,21 @@ def test_a_value_of_the_wrong_type_is_one_line_with_its_place(fails, line):
     assert fails("--gin_file=quickstart.gin", f"--gin_bindings={line}") == (
         f"command line: {WRONG[line]}"
     )
-    imports = "".join(f"from ptjax import {name}\n" for name in ("backbone", "loop", "tuning"))
-    Path("bad.gin").write_text(f"{HEADER}{imports}include 'quickstart.gin'\n{line}\n")
-    assert fails("--gin_file=bad.gin") == f"bad.gin:7: {WRONG[line]}"
+    Path("bad.gin").write_text(f"{HEADER}include 'quickstart.gin'\n{line}\n")
+    assert fails("--gin_file=bad.gin") == f"bad.gin:4: {WRONG[line]}"
 
 
 RANGES = {
-    "EVAL_PERIOD=0": "Pace.eval_period = 0: it has to be at least 1",
-    "loop.Pace.patience=0": "Pace.patience = 0: it has to be at least 1",
+    "EVAL_PERIOD=0": "TrainSchedule.eval_period = 0: it has to be at least 1",
+    "ptjax.TrainSchedule.patience=0": "TrainSchedule.patience = 0: it has to be at least 1",
     "PROMPT_LENGTH=-1": "PROMPT_LENGTH = -1: it has to be at least 1",
     "BATCH_SIZE=0": "BATCH_SIZE = 0: it has to be at least 1",
     "MICROBATCHES=0": "MICROBATCHES = 0: it has to be at least 1",
     "MICROBATCHES=5": "BATCH_SIZE = 32 is no multiple of 5 MICROBATCHES",
     "RANDOM_SEED=-1": "RANDOM_SEED = -1: it has to be at least 0",
     "EVAL_EXAMPLES=0": "EVAL_EXAMPLES = 0: it has to be at least 1",
-    "evaluation.Evaluation.batch_size=0": "Evaluation.batch_size = 0: it has to be at least 1",
-    "instruction/evaluation.HardPrompt.shots=-1": "HardPrompt.shots = -1: it has to be at least 0",
+    "ptjax.Evaluation.batch_size=0": "Evaluation.batch_size = 0: it has to be at least 1",
+    "instruction/ptjax.HardPrompt.shots=-1": "HardPrompt.shots = -1: it has to be at least 0",
     "LEARNING_RATE=-0.3": "Adafactor.learning_rate = -0.3: it has to be at least 0",
     "STEP_OFFSET=-1": "Adafactor.step_offset = -1: it has to be at least 0",
     "Z_LOSS=-1": "Loss.z_loss = -1: it has to be at least 0",
@@ -418,7 +422,7 @@ RANGES = {
     "TASK_FEATURE_LENGTHS={'input': 64}": "TASK_FEATURE_LENGTHS has 'input', not 'inputs' or "
     "'targets'",
     # Not after thousands of steps, when the first evaluation comes.
-    "evaluation.Evaluation.split='dev'": "task sentiment: no split 'dev' (splits: train, "
+    "ptjax.Evaluation.split='dev'": "task sentiment: no split 'dev' (splits: train, "
     "validation, test)",
 }
 
@@ -433,8 +437,8 @@ def test_a_value_out_of_range_is_one_line(call, binding):
 def test_a_macro_counts_as_used_where_another_file_binds_its_argument_anew(fails):
     Path("mine.gin").write_text(
         "from __gin__ import dynamic_registration\nimport optax\n"
-        "from ptjax.training import optimizer\ninclude 'quickstart.gin'\n"
-        "optimizer.Adafactor.learning_rate = @optax.linear_schedule()\n"
+        "import ptjax\ninclude 'quickstart.gin'\n"
+        "ptjax.Adafactor.learning_rate = @optax.linear_schedule()\n"
         "optax.linear_schedule.init_value = 0.3\noptax.linear_schedule.end_value = 0.1\n"
         "optax.linear_schedule.transition_steps = 10\n"
     )

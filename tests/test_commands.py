@@ -100,7 +100,7 @@ def run_dir(place, tmp_path) -> Path:
         "--gin.MODEL_DIR='relative/and/gone'",
         f"--gin.INITIAL_CHECKPOINT_PATH='{place / 'backbone'}'",
         "--gin.EVAL_EXAMPLES=12",
-        "--gin.tasks.Task.inputs='sentence: {text}'",
+        "--gin.ptjax.Task.inputs='sentence: {text}'",
         "--gin.TASK_FEATURE_LENGTHS={'inputs': 16, 'targets': 5}",
     ]
     cli.load_gin(cli.parse(cli.make_parser("x", ""), flags))
@@ -618,12 +618,12 @@ def test_a_run_in_a_relative_model_dir_is_trained_and_used(
         "--gin_file=quickstart.gin",
         "--gin.MODEL_DIR='runs/a'",
         f"--gin.INITIAL_CHECKPOINT_PATH='{place / 'backbone'}'",
-        "--gin.backbone.load_backbone.mesh=None",
-        "--gin.tuning.tune.hard_prompt=None",
+        "--gin.ptjax.load_backbone.mesh=None",
+        "--gin.ptjax.Evaluation.hard_prompts={}",
         "--gin.TRAIN_STEPS=2",
         "--gin.EVAL_PERIOD=1",
         "--gin.EVAL_EXAMPLES=8",
-        "--gin.tasks.Task.inputs='sentence: {text}'",
+        "--gin.ptjax.Task.inputs='sentence: {text}'",
         "--gin.BATCH_SIZE=8",
         "--gin.PROMPT_LENGTH=3",
         "--gin.TASK_FEATURE_LENGTHS={'inputs': 16, 'targets': 5}",
@@ -636,10 +636,10 @@ def test_a_run_in_a_relative_model_dir_is_trained_and_used(
     assert json.loads(out)["newest_checkpoint"] == 2, err
     _, out, err = call("inspect", "runs/a/checkpoints/2", "--json")
     described = json.loads(out)
-    assert (described["kind"], described["run"]["settings"]["prompt_length"]) == (
-        "checkpoint",
-        3,
-    ), err
+    assert described["kind"] == "checkpoint", err
+    assert described["run"]["settings"]["settings"]["method"] == {
+        "is": "PromptTuning", "length": 3, "initializer": None, "attends_to_input": True,
+    }  # fmt: skip
     assert described["arrays"]["trainable/prompt/prompt"] == "[3, 16] float32"
     shutil.copytree("runs/a/checkpoints/2", "cut")
     Path("cut/state/manifest.ocdbt").unlink()

@@ -21,14 +21,14 @@ from ptjax.models.t5 import init_params
 from ptjax.prediction import rank
 
 pytestmark = pytest.mark.usefixtures("own_process")
-HEADER = "from __gin__ import dynamic_registration\nfrom ptjax.data import tasks\n"
+HEADER = "from __gin__ import dynamic_registration\nimport ptjax\n"
 MOOD = """
-{scope}tasks.Task.name = '{name}'
-{scope}tasks.Task.data_dir = %DATA_DIR
-{scope}tasks.Task.splits = {{'test': 'test.jsonl'}}
-{scope}tasks.Task.inputs = '{name}: {{text}}'
-{scope}tasks.Task.label = 'label'
-{scope}tasks.Task.verbalizer = {{'0': 'good', '1': 'bad'}}
+{scope}ptjax.Task.name = '{name}'
+{scope}ptjax.Task.data_dir = %DATA_DIR
+{scope}ptjax.Task.splits = {{'test': 'test.jsonl'}}
+{scope}ptjax.Task.inputs = '{name}: {{text}}'
+{scope}ptjax.Task.label = 'label'
+{scope}ptjax.Task.verbalizer = {{'0': 'good', '1': 'bad'}}
 """
 LENGTHS = "TASK_FEATURE_LENGTHS = {'inputs': 5, 'targets': 4}\n"
 DATA = "--gin.DATA_DIR='.'"
@@ -67,14 +67,6 @@ def test_case_4_3_infer_takes_template_labels_and_lengths_of_a_tasks_file(row, p
     assert found["inputs"] == "mood: x"
 
 
-def test_case_4_3_a_task_has_a_short_name_too(row, place):
-    header = "from __gin__ import dynamic_registration\nimport ptjax\n"
-    text = MOOD.format(scope="", name="mood").replace("tasks.Task", "ptjax.Task")
-    Path("short.gin").write_text(header + text)
-    found, _ = row("--gin_file=short.gin", "--prompt=x.npy", place, "x")
-    assert found["inputs"] == "mood: x"
-
-
 def test_case_4_3_evaluate_takes_the_task_of_a_tasks_file(call, place):
     Path("prompts").mkdir()
     for name in ("a", "b"):
@@ -92,11 +84,11 @@ def test_case_4_3_several_tasks_are_listed(call, row, place):
     for command in (["infer", "x"], ["evaluate", DATA]):
         code, _, err = call(*command, *flags)
         assert code == 2 and err.endswith(
-            "error: which task? The gin files declare 2: @kind/tasks.Task() is kind, "
-            "@tone/tasks.Task() is tone; choose one with "
-            "--gin.tuning.tune.task=@kind/tasks.Task()\n"
+            "error: which task? The gin files declare 2: @kind/ptjax.Task() is kind, "
+            "@tone/ptjax.Task() is tone; choose one with "
+            "--gin.ptjax.tune.task=@kind/ptjax.Task()\n"
         )
-    found, _ = row(*flags, "x", "--gin.tuning.tune.task=@tone/tasks.Task()")
+    found, _ = row(*flags, "x", "--gin.ptjax.tune.task=@tone/ptjax.Task()")
     assert found["inputs"] == "tone: x"
     found, _ = row(*flags, "x", "--raw")
     assert found["inputs"] == "x" and "probabilities" not in found
@@ -104,9 +96,9 @@ def test_case_4_3_several_tasks_are_listed(call, row, place):
 
 def test_case_4_3_an_unknown_scope_lists_what_there_is(call, place):
     flags = ["--gin_file=two.gin", "--prompt=x.npy", place]
-    code, _, err = call("infer", "x", *flags, "--gin.tuning.tune.task=@mood/tasks.Task()")
+    code, _, err = call("infer", "x", *flags, "--gin.ptjax.tune.task=@mood/ptjax.Task()")
     assert code == 2 and err.endswith("no gin file has the scope mood; there are kind, tone\n")
-    code, _, err = call("infer", "x", *flags, "--gin.tuning.tune.task=@tome/tasks.Task()")
+    code, _, err = call("infer", "x", *flags, "--gin.ptjax.tune.task=@tome/ptjax.Task()")
     assert code == 2 and err.endswith("no gin file has the scope tome; did you mean tone?\n")
 
 
@@ -114,7 +106,7 @@ def test_case_4_3_what_one_task_leaves_to_another_is_said(row, place):
     """Files of two tasks: the later one wins, where it says something."""
     other = MOOD.format(scope="", name="other").replace("mood", "other")
     Path("more.gin").write_text(
-        HEADER + other + "tasks.Task.group = 'g'\ntasks.Task.held_out = 2\n"
+        HEADER + other + "ptjax.Task.group = 'g'\nptjax.Task.held_out = 2\n"
     )
     flags = ("--prompt=x.npy", place, "x")
     found, err = row("--gin_file=more.gin", "--gin_file=mood.gin", *flags)
@@ -142,14 +134,14 @@ def test_case_4_3_a_prompt_picks_its_own_of_several_tasks(call, place, backbone)
 
 
 def test_case_4_3_an_unscoped_basis_is_no_task(row, place):
-    basis = "tasks.Task.label = 'label'\ntasks.Task.verbalizer = {'0': 'good', '1': 'bad'}\n"
-    own = "one/tasks.Task.name = 'one'\none/tasks.Task.inputs = 'one: {text}'\n"
+    basis = "ptjax.Task.label = 'label'\nptjax.Task.verbalizer = {'0': 'good', '1': 'bad'}\n"
+    own = "one/ptjax.Task.name = 'one'\none/ptjax.Task.inputs = 'one: {text}'\n"
     Path("one.gin").write_text(HEADER + basis + own)
     assert row("--gin_file=one.gin", "--prompt=x.npy", place, "x")[0]["inputs"] == "one: x"
 
 
 def test_case_4_3_tasks_of_a_pretraining_are_not_how_inputs_look(row, place):
-    lines = "from ptjax.data import mixture\nmixture.TaskPart.task = @mood/tasks.Task()\n"
+    lines = "ptjax.TaskComponent.task = @mood/ptjax.Task()\n"
     Path("pre.gin").write_text(HEADER + lines + MOOD.format(scope="mood/", name="mood"))
     assert row("--gin_file=pre.gin", "--prompt=x.npy", place, "x")[0]["inputs"] == "x"
 
@@ -229,7 +221,7 @@ def test_case_4_4_one_wording_wherever_a_tokenizer_is_missing(t5_1_1, task):
         rank(t5_1_1, ["a"], ["b", "c"])
     assert str(error.value) == wording
     with pytest.raises(InputError) as error:
-        tuning.tune("run", task, t5_1_1)
+        tuning.tune(t5_1_1, task, "run")
     assert str(error.value) == wording
 
 
@@ -253,8 +245,11 @@ def test_case_3_11_an_unknown_metric_lists_what_there_is():
 @pytest.mark.parametrize(
     ("flag", "said"),
     [
-        ("--gin.tuning.tune.zzz=1", "tuning.tune has no parameter zzz; there are model_dir, task"),
-        ("--gin.tuning.qqq.seed=1", "ptjax.tuning has no qqq; there are "),
+        (
+            "--gin.ptjax.tune.zzz=1",
+            "ptjax.tune has no parameter zzz; there are backbone, task, model_",
+        ),
+        ("--gin.ptjax.qqq.seed=1", "ptjax has no qqq; there are "),
         ("--gin_file=xyz.gin", "; there are quickstart.gin, models/*.gin, prompts/*.gin, runs/*"),
         ("--gin_file=tasks/qqqqqq.gin", "; there are tasks/ag_news.gin, tasks/boolq.gin, "),
     ],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ptjax.data.denoising import PrefixLM, SpanCorruption
+from ptjax.data.denoising import PrefixLMSource, SpanCorruptionSource
 from ptjax.errors import InputError
 
 
@@ -51,7 +51,7 @@ def rebuild(inputs: np.ndarray, targets: np.ndarray) -> tuple[list[int], list[in
 
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_inputs_and_targets_rebuild_the_piece(settings) -> None:
-    source = SpanCorruption(STREAM, TOKENIZER, **settings)
+    source = SpanCorruptionSource(STREAM, TOKENIZER, **settings)
     assert len(source) >= 5
     for index in range(len(source)):
         for epoch in (0, 1):
@@ -72,15 +72,15 @@ def test_inputs_and_targets_rebuild_the_piece(settings) -> None:
 def test_lengths_are_those_of_t5() -> None:
     # random_spans_helper(inputs_length=512, extra_tokens_per_span_inputs=1, ..., 0.15, 3.0) of
     # t5/data/preprocessors.py gives (568, 114): known from T5's and Flax's pre-training scripts.
-    source = SpanCorruption(np.arange(2000) % 1000, TOKENIZER, input_length=512)
+    source = SpanCorruptionSource(np.arange(2000) % 1000, TOKENIZER, input_length=512)
     assert (source.piece, source.target_lengths[0]) == (568, 114)
     assert source.input_lengths[0] == 512
     assert source.noise / source.piece == pytest.approx(0.15, abs=1e-3)
 
 
 MAKE = {
-    "spans": lambda seed=0: SpanCorruption(STREAM, TOKENIZER, input_length=32, seed=seed),
-    "prefix": lambda seed=0: PrefixLM(
+    "spans": lambda seed=0: SpanCorruptionSource(STREAM, TOKENIZER, input_length=32, seed=seed),
+    "prefix": lambda seed=0: PrefixLMSource(
         STREAM, TOKENIZER, input_length=16, target_length=8, seed=seed
     ),
 }
@@ -112,7 +112,7 @@ def test_examples_follow_from_seed_epoch_and_index(make) -> None:
 
 
 def test_a_prefix_and_what_follows_it() -> None:
-    source = PrefixLM(STREAM, TOKENIZER, input_length=16, target_length=8)
+    source = PrefixLMSource(STREAM, TOKENIZER, input_length=16, target_length=8)
     lengths, ends = set(), []
     for index in range(len(source)):
         inputs, targets = source.tokens(index, 0)
@@ -130,7 +130,7 @@ def test_a_prefix_and_what_follows_it() -> None:
 
 
 def test_epochs_cut_the_text_at_other_places() -> None:
-    source = PrefixLM(STREAM, TOKENIZER, input_length=16, target_length=8)
+    source = PrefixLMSource(STREAM, TOKENIZER, input_length=16, target_length=8)
     assert len({int(source.tokens(0, epoch)[1][-1]) for epoch in range(10)}) > 5
 
 
@@ -138,12 +138,12 @@ def test_too_little_text_is_refused() -> None:
     for length, enough in ((47, False), (48, True)):
         text = STREAM[:length]
         if enough:
-            assert len(PrefixLM(text, TOKENIZER, input_length=16, target_length=8)) == 1
+            assert len(PrefixLMSource(text, TOKENIZER, input_length=16, target_length=8)) == 1
             continue
         with pytest.raises(InputError, match="47 tokens of text are too few for pieces of 24"):
-            PrefixLM(text, TOKENIZER, input_length=16, target_length=8)
+            PrefixLMSource(text, TOKENIZER, input_length=16, target_length=8)
     with pytest.raises(InputError, match="too few"):
-        SpanCorruption(STREAM[:50], TOKENIZER, input_length=32)
+        SpanCorruptionSource(STREAM[:50], TOKENIZER, input_length=32)
 
 
 @pytest.mark.parametrize(
@@ -157,15 +157,15 @@ def test_too_little_text_is_refused() -> None:
 )
 def test_impossible_span_corruption_is_refused(settings, named):
     with pytest.raises(InputError, match=named):
-        SpanCorruption(np.arange(20_000) % 90 + 3, TOKENIZER, **settings)
+        SpanCorruptionSource(np.arange(20_000) % 90 + 3, TOKENIZER, **settings)
 
 
 def test_impossible_prefix_lm_is_refused():
     with pytest.raises(InputError, match="input_length"):
-        PrefixLM(np.arange(1000) % 90 + 3, TOKENIZER, input_length=1)
+        PrefixLMSource(np.arange(1000) % 90 + 3, TOKENIZER, input_length=1)
 
 
 def test_short_pieces_have_the_length_they_declare():
-    source = SpanCorruption(np.arange(500) % 90 + 3, TOKENIZER, input_length=8)
+    source = SpanCorruptionSource(np.arange(500) % 90 + 3, TOKENIZER, input_length=8)
     assert source.input_lengths[0] <= 8
     assert len(source.tokens(0, 0)[0]) == source.input_lengths[0]

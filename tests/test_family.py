@@ -43,8 +43,8 @@ def test_batches_come_back_as_they_went_in(on_gpu, tmp_path, monkeypatch):
     tokenizer, ids = load_tokenizer(family.TOKENIZER), read.sizes["toy"].special_ids
     for name, settings in given["stages"].items():
         stream = given["text"].tokenize(tokenizer, 0)  # the first stage's seed, for all
-        made = mixture.make_components(settings.parts, stream, tokenizer, settings.seed, ids)
-        expected = mixture.mix(settings.parts, made, settings.seed)
+        made = mixture.make_batches(settings.components, stream, tokenizer, settings.seed, ids)
+        expected = mixture.mix(settings.components, made, settings.seed)
         stage = read.stages[name]
         assert (stage.steps, stage.seed) == (settings.steps, settings.seed)
         assert stage.batches.shapes == expected.shapes
@@ -69,19 +69,22 @@ def test_the_gin_files_give_one_mixture_to_all_sizes_and_stages(on_gpu, tmp_path
     vocabularies = {config.vocab_size for config in given["sizes"].values()}
     assert vocabularies == {load_tokenizer(family.TOKENIZER).vocab_size}
     span, lm = given["stages"].values()
-    assert [type(part).__name__ for part in (span.parts[0], lm.parts[0])] == [
-        "SpanCorruptionPart", "PrefixLMPart"]  # fmt: skip
-    assert span.parts[1:] == lm.parts[1:] and span.parts[0].rate == lm.parts[0].rate
+    assert [type(part).__name__ for part in (span.components[0], lm.components[0])] == [
+        "SpanCorruption", "PrefixLM"]  # fmt: skip
+    assert (
+        span.components[1:] == lm.components[1:]
+        and span.components[0].rate == lm.components[0].rate
+    )
     assert span.seed != lm.seed  # other batches of the same tasks
     # No validation or test split, and no data set that the models are evaluated on.
-    read = set(itertools.chain(*(part.task.splits.values() for part in span.parts[1:])))
+    read = set(itertools.chain(*(part.task.splits.values() for part in span.components[1:])))
     assert read == {
         "imdb/train.jsonl.xz",
         "qqp/train.tsv",
         "super_glue/RTE/train.jsonl",
         "super_glue/CB/train.jsonl",
     }
-    assert all(set(part.task.splits) == {"train"} for part in span.parts[1:])
+    assert all(set(part.task.splits) == {"train"} for part in span.components[1:])
 
 
 @pytest.mark.slow

@@ -10,14 +10,14 @@ import http.server
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import gcsfs
 import jax
 import numpy as np
 import pytest
-from conftest import FIXTURES, outcome
+from conftest import FIXTURES, outcome, stopped_by_sigterm
 from etils import epath
 from gcp_storage_emulator import server as emulator
 from gcp_storage_emulator.exceptions import NotFound
@@ -26,15 +26,17 @@ from tensorboardX import record_writer
 
 from ptjax import files, lock, tuning
 from ptjax.backbone import Backbone, load_backbone, save_backbone
+from ptjax.callbacks import Callback
+from ptjax.cli.output import ConfigFile
 from ptjax.data.tasks import Task
 from ptjax.data.tokenizer import load_tokenizer
 from ptjax.errors import InputError, TrainingError
-from ptjax.evaluation import Evaluation
 from ptjax.interop.peft import export_peft
 from ptjax.interop.prompt_file import load_prompt, load_prompts, save_prompt
-from ptjax.loop import Pace
+from ptjax.methods.prompt_tuning import PromptTuning
 from ptjax.models.config import T5Config
 from ptjax.models.t5 import init_params
+from ptjax.settings import Batching, Evaluation, RunSettings, TrainSchedule
 from ptjax.training.optimizer import Adafactor
 from ptjax.trees import flatten_paths
 
@@ -287,32 +289,34 @@ def task(bucket) -> Task:
     )
 
 
-def tune(model_dir: epath.Path | Path, task: Task, backbone: Backbone) -> None:
-    tuning.tune(
-        model_dir,
-        task,
-        backbone,
-        prompt_length=3,
+def tune(
+    model_dir: epath.Path | Path,
+    task: Task,
+    backbone: Backbone,
+    callbacks: Sequence[Callback] = (),
+) -> None:
+    settings = RunSettings(
+        method=PromptTuning(length=3),
         optimizer=Adafactor(learning_rate=0.05, learning_rate_scale="embedding_rms"),
-        pace=Pace(train_steps=4, eval_period=2, log_period=1, keep=1),
-        batch_size=8,
-        feature_lengths={"inputs": 8, "targets": 4},
+        schedule=TrainSchedule(train_steps=4, eval_period=2, log_period=1, keep=1),
+        batching=Batching(batch_size=8, feature_lengths={"inputs": 8, "targets": 4}),
         evaluation=Evaluation(batch_size=8),
-        config="SEED = 0",
     )
+    callbacks = [ConfigFile("SEED = 0"), *callbacks]
+    tuning.tune(backbone, task, model_dir, settings, callbacks=callbacks)
 
 
 @pytest.mark.slow
-def test_a_run_is_stopped_and_goes_on(
-    folder, task, tiny_backbone, tmp_path, stopped_by_sigterm, caplog
-):
+def test_a_run_is_stopped_and_goes_on(folder, task, tiny_backbone, tmp_path, caplog):
     """And leaves what one on a local disk leaves that was never stopped.
 
     The checkpoint that it saved when it was stopped lacks the marker that is written last, as if a
     kill had been faster; so it is passed over for the one before.
     """
     tune(tmp_path, task, tiny_backbone)
-    assert stopped_by_sigterm(3, lambda: tune(folder, task, tiny_backbone)) == 143
+    assert (
+        stopped_by_sigterm(3, lambda callbacks: tune(folder, task, tiny_backbone, callbacks)) == 143
+    )
     assert not (folder / "results.json").exists()
     saved = {path.name for path in (folder / "checkpoints").iterdir()}
     assert saved == {"2", "3"}

@@ -22,31 +22,33 @@ from conftest import tune
 
 from ptjax import tuning
 from ptjax.backbone import Backbone
-from ptjax.bank import Variant
+from ptjax.baselines import HardPrompt
 from ptjax.checkpoint import SUMS
+from ptjax.cli.output import ConfigFile
 from ptjax.data import mixture
-from ptjax.data.mixture import PrefixLMPart, SpanCorruptionPart, TaskPart, Text, TokenFile
+from ptjax.data.mixture import PrefixLM, SpanCorruption, TaskComponent, TextFiles, TokenFile
 from ptjax.data.sources import read_records
 from ptjax.data.tasks import Task
 from ptjax.data.tokenizer import load_tokenizer
 from ptjax.errors import InputError
-from ptjax.evaluation import Evaluation, HardPrompt
 from ptjax.identity import FREE, check_same, describe, make_identity
 from ptjax.interop import prompt_file
 from ptjax.interop.prompt_file import FromFile, load_prompt, save_prompt
-from ptjax.loop import Pace
+from ptjax.methods.model_tuning import ModelTuning
+from ptjax.methods.prompt_tuning import PromptTuning
 from ptjax.models import prompt as prompts
 from ptjax.models.config import T5Config
 from ptjax.models.prompt import (
     ClassLabels,
     FrequentWords,
     FromText,
-    Prompt,
     SampledVocabulary,
     Uniform,
 )
 from ptjax.pretraining import pretrain
 from ptjax.scale.sharding import make_mesh
+from ptjax.settings import Batching, Evaluation, RunSettings, TrainSchedule
+from ptjax.sweep import MemberOverrides
 from ptjax.training.loss import Loss
 from ptjax.training.optimizer import Adafactor
 
@@ -74,24 +76,23 @@ def rising(step: Any) -> Any:
 DECIDES: dict[str, Any] = {
     "tune.task": OPEN,
     "tune.backbone": None,
-    "tune.method": "model_tuning",
-    "tune.prompt": Prompt(sees_input=False),
-    "tune.prompt_length": 5,
-    "tune.init_prompt": Uniform(),
-    "tune.optimizer": Adafactor(0.03),
-    "tune.loss": Loss(per_token=True),
-    "tune.batch_size": 16,
-    "tune.microbatches": 2,
-    "tune.feature_lengths": {"inputs": 32, "targets": 4},
-    "tune.buckets": [(32, 4)],
-    "tune.pack": True,
-    "tune.row_length": 256,
-    "tune.evaluation": Evaluation(examples=4),
-    "tune.hard_prompt": HardPrompt("Good?"),
-    "tune.other_hard_prompts": {"plain": HardPrompt("Good?")},
-    "tune.seed": 1,
-    "tune.bank": {"a": Variant(seed=1)},
-    "Prompt.sees_input": False,
+    "tune.settings": RunSettings(seed=1),
+    "tune.members": {"a": MemberOverrides(seed=1)},
+    "RunSettings.method": ModelTuning(),
+    "RunSettings.optimizer": Adafactor(0.03),
+    "RunSettings.loss": Loss(per_token=True),
+    "RunSettings.batching": Batching(batch_size=16),
+    "RunSettings.evaluation": Evaluation(examples=4),
+    "RunSettings.seed": 1,
+    "PromptTuning.length": 5,
+    "PromptTuning.initializer": Uniform(),
+    "PromptTuning.attends_to_input": False,
+    "Batching.batch_size": 16,
+    "Batching.microbatches": 2,
+    "Batching.feature_lengths": {"inputs": 32, "targets": 4},
+    "Batching.buckets": [(32, 4)],
+    "Batching.pack": True,
+    "Batching.row_length": 256,
     "Uniform.scale": 0.25,
     "SampledVocabulary.population": 100,
     "SampledVocabulary.special_tokens": 2,
@@ -115,13 +116,14 @@ DECIDES: dict[str, Any] = {
     "Evaluation.split": "test",
     "Evaluation.examples": 4,
     "Evaluation.predict": "decode",
+    "Evaluation.hard_prompts": {"plain": HardPrompt("Good?")},
     "HardPrompt.text": "Bad?",
     "HardPrompt.shots": 2,
     "HardPrompt.separator": "\n",
-    "Variant.seed": 2,
-    "Variant.learning_rate": 0.03,
-    "Variant.init_prompt": Uniform(),
-    "Variant.task": OPEN,
+    "MemberOverrides.seed": 2,
+    "MemberOverrides.learning_rate": 0.03,
+    "MemberOverrides.initializer": Uniform(),
+    "MemberOverrides.task": OPEN,
     "Task.name": "words2",
     "Task.inputs": "text: {text}",
     "Task.label": "class",
@@ -163,43 +165,43 @@ DECIDES: dict[str, Any] = {
     "T5Config.eos_ids": (1, 2),
     "T5Config.decoder_start_id": 5,
     "T5Config.forced_bos_id": 5,
-    "pretrain.parts": [PrefixLMPart(1.0)],
-    "pretrain.text": Text({"a.txt": "text"}),
-    "pretrain.model": T5Config(64, 8, 1, 1, 1, 8, 8),
-    "pretrain.backbone": None,
+    "pretrain.components": [PrefixLM(1.0)],
+    "pretrain.text": TextFiles({"a.txt": "text"}),
+    "pretrain.start": None,
     "pretrain.tokenizer": None,
     "pretrain.optimizer": Adafactor(0.03),
     "pretrain.loss": Loss(),
     "pretrain.microbatches": 2,
     "pretrain.seed": 1,
-    "Text.preprocess": prepare,
-    "SpanCorruptionPart.rate": 0.5,
-    "SpanCorruptionPart.batch_size": 32,
-    "SpanCorruptionPart.input_length": 64,
-    "SpanCorruptionPart.noise_density": 0.2,
-    "SpanCorruptionPart.mean_span": 2.0,
-    "PrefixLMPart.rate": 0.5,
-    "PrefixLMPart.batch_size": 32,
-    "PrefixLMPart.input_length": 32,
-    "PrefixLMPart.target_length": 16,
-    "TaskPart.rate": 0.5,
-    "TaskPart.task": OPEN,
-    "TaskPart.phrasings": [("{text}?", None)],
-    "TaskPart.batch_size": 32,
-    "TaskPart.input_length": 64,
-    "TaskPart.target_length": 8,
-    "TaskPart.buckets": [(32, 4)],
+    "TextFiles.preprocess": prepare,
+    "SpanCorruption.rate": 0.5,
+    "SpanCorruption.batch_size": 32,
+    "SpanCorruption.input_length": 64,
+    "SpanCorruption.noise_density": 0.2,
+    "SpanCorruption.mean_span": 2.0,
+    "PrefixLM.rate": 0.5,
+    "PrefixLM.batch_size": 32,
+    "PrefixLM.input_length": 32,
+    "PrefixLM.target_length": 16,
+    "TaskComponent.rate": 0.5,
+    "TaskComponent.task": OPEN,
+    "TaskComponent.phrasings": [("{text}?", None)],
+    "TaskComponent.batch_size": 32,
+    "TaskComponent.input_length": 64,
+    "TaskComponent.target_length": 8,
+    "TaskComponent.buckets": [(32, 4)],
 }
 MAY_CHANGE: dict[str, Any] = {
     "tune.model_dir": "/moved",
-    "tune.pace": Pace(train_steps=5),
-    "tune.config": "# a comment",
+    "tune.steps": 5,
+    "tune.callbacks": [ConfigFile("# a comment")],
+    "RunSettings.schedule": TrainSchedule(train_steps=5),
     "tune.dry_run": True,
-    "Pace.train_steps": 5,
-    "Pace.eval_period": 5,
-    "Pace.log_period": 5,
-    "Pace.patience": 5,
-    "Pace.keep": 5,
+    "TrainSchedule.train_steps": 5,
+    "TrainSchedule.eval_period": 5,
+    "TrainSchedule.log_period": 5,
+    "TrainSchedule.patience": 5,
+    "TrainSchedule.keep": 5,
     "Evaluation.batch_size": 5,
     "Task.splits": {"train": "moved/train.jsonl.gz"},
     "Task.data_dir": "/moved",
@@ -212,16 +214,14 @@ MAY_CHANGE: dict[str, Any] = {
     "Backbone.assumed": ("dropout_rate",),
     "T5Config.scan_layers": True,
     "T5Config.remat": "full",
-    "Prompt.parent": None,
-    "Prompt.name": "another",
     "FromFile.path": "a copy",
     "pretrain.model_dir": "/moved",
-    "pretrain.pace": Pace(train_steps=5),
-    "pretrain.config": "# a comment",
+    "pretrain.schedule": TrainSchedule(train_steps=5),
+    "pretrain.callbacks": [ConfigFile("# a comment")],
     "pretrain.dry_run": True,
-    "Text.files": {"moved.txt": "text"},
-    "Text.data_dir": "/moved",
-    "Text.take_every": {"moved.txt": 2},
+    "TextFiles.files": {"moved.txt": "text"},
+    "TextFiles.data_dir": "/moved",
+    "TextFiles.take_every": {"moved.txt": 2},
     "TokenFile.path": "moved.npy",
 }
 UNCHANGED: Any = object()
@@ -245,7 +245,7 @@ def classes_of(*hints: Any) -> set[type]:
 
 def implementations(protocol: Any) -> list[type]:
     """The dataclasses of our modules that have the protocol's method."""
-    method = {"Initializer": "__call__", "Part": "make"}.get(protocol.__name__)
+    method = {"Initializer": "__call__", "MixtureComponent": "make"}.get(protocol.__name__)
     signature = inspect.signature(getattr(protocol, method)) if method else None
     return [
         kind
@@ -259,15 +259,27 @@ def implementations(protocol: Any) -> list[type]:
 def test_case_4_1_every_setting_is_classified():
     named = {f"{f}.{name}" for f, function in FUNCTIONS.items()
              for name in inspect.signature(function).parameters}  # fmt: skip
-    hints = [h for f in FUNCTIONS.values() for h in typing.get_type_hints(f).values()]
+    hints = [
+        hint
+        for function in FUNCTIONS.values()
+        for name, hint in typing.get_type_hints(function).items()
+        if name != "return"
+    ]
     classes = classes_of(*hints)
-    assert {Variant, T5Config, FromFile, FrequentWords, TaskPart, Adafactor, Task} <= classes
+    assert {
+        MemberOverrides,
+        T5Config,
+        FromFile,
+        FrequentWords,
+        TaskComponent,
+        Adafactor,
+        Task,
+    } <= classes
     named |= {f"{kind.__name__}.{x.name}" for kind in classes for x in dataclasses.fields(kind)}
     assert named == DECIDES.keys() | MAY_CHANGE.keys()
     assert not DECIDES.keys() & MAY_CHANGE.keys()
     # The list names nothing that is gone, and says why.
-    of_flax = {"Module.parent", "Module.name"}
-    assert FREE.keys() - of_flax <= MAY_CHANGE.keys() and all(FREE.values())
+    assert FREE.keys() <= MAY_CHANGE.keys() and all(FREE.values())
 
 
 @pytest.fixture(scope="module")
@@ -282,32 +294,44 @@ def start(backbone: Backbone, saved_prompt: Path) -> Callable[[str, Any], dict[s
     """`start(setting, value)` is the identity of a run with one setting changed."""
     shutil.copyfile(saved_prompt, saved_prompt.with_name("copy.safetensors"))
     tokenizer = load_tokenizer("byt5")
-    part = functools.partial(TaskPart, 1.0)
+
+    def run(**parts: Any) -> dict[str, Any]:
+        return {"settings": RunSettings(**parts)}
+
+    def compared_with(hard_prompt: HardPrompt) -> Evaluation:
+        return Evaluation(hard_prompts={"plain": hard_prompt})
+
+    part = functools.partial(TaskComponent, 1.0)
     # Where an object of each class stands.
     objects: dict[str, tuple[Any, Callable[[Any], dict[str, Any]]]] = {
-        "Pace": (Pace(), lambda x: {"pace": x}),
-        "Prompt": (Prompt(), lambda x: {"prompt": x}),
-        "Adafactor": (Adafactor(), lambda x: {"optimizer": x}),
-        "Loss": (Loss(), lambda x: {"loss": x}),
-        "Evaluation": (Evaluation(), lambda x: {"evaluation": x}),
-        "HardPrompt": (HardPrompt("Good?"), lambda x: {"other_hard_prompts": {"plain": x}}),
-        "Variant": (Variant(seed=1), lambda x: {"bank": {"a": x}}),
+        "RunSettings": (RunSettings(), lambda x: {"settings": x}),
+        "TrainSchedule": (TrainSchedule(), lambda x: run(schedule=x)),
+        "PromptTuning": (PromptTuning(), lambda x: run(method=x)),
+        "Batching": (Batching(), lambda x: run(batching=x)),
+        "Adafactor": (Adafactor(), lambda x: run(optimizer=x)),
+        "Loss": (Loss(), lambda x: run(loss=x)),
+        "Evaluation": (Evaluation(), lambda x: run(evaluation=x)),
+        "HardPrompt": (HardPrompt("Good?"), lambda x: run(evaluation=compared_with(x))),
+        "MemberOverrides": (MemberOverrides(seed=1), lambda x: {"members": {"a": x}}),
         "Task": (WORDS, lambda x: {"task": x}),
         "Backbone": (backbone, lambda x: {"backbone": x}),
         "T5Config": (
             backbone.config,
             lambda x: {"backbone": dataclasses.replace(backbone, config=x)},
         ),
-        "FromFile": (FromFile(str(saved_prompt)), lambda x: {"init_prompt": x}),
-        "FromText": (FromText("a text"), lambda x: {"init_prompt": x}),
-        "Text": (Text({"a.txt": "text"}), lambda x: {"text": x}),
+        "FromFile": (
+            FromFile(str(saved_prompt)),
+            lambda x: run(method=PromptTuning(initializer=x)),
+        ),
+        "FromText": (FromText("a text"), lambda x: run(method=PromptTuning(initializer=x))),
+        "TextFiles": (TextFiles({"a.txt": "text"}), lambda x: {"text": x}),
         "TokenFile": (TokenFile("a.npy"), lambda x: {"text": x}),
-        "TaskPart": (part(WORDS, [("{text}", None)]), lambda x: {"parts": [x]}),
-        "PrefixLMPart": (PrefixLMPart(1.0), lambda x: {"parts": [x]}),
-        "SpanCorruptionPart": (SpanCorruptionPart(1.0), lambda x: {"parts": [x]}),
+        "TaskComponent": (part(WORDS, [("{text}", None)]), lambda x: {"components": [x]}),
+        "PrefixLM": (PrefixLM(1.0), lambda x: {"components": [x]}),
+        "SpanCorruption": (SpanCorruption(1.0), lambda x: {"components": [x]}),
     }
     objects |= {
-        kind.__name__: (kind(), lambda x: {"init_prompt": x})
+        kind.__name__: (kind(), lambda x: run(method=PromptTuning(initializer=x)))
         for kind in (Uniform, SampledVocabulary, ClassLabels, FrequentWords)
     }
     given = {"model_dir": "/run", "task": WORDS, "backbone": backbone}
@@ -318,7 +342,7 @@ def start(backbone: Backbone, saved_prompt: Path) -> Callable[[str, Any], dict[s
         "Backbone.mesh": make_mesh(devices=jax.devices()[:2]),
         "tune.backbone": dataclasses.replace(backbone, fingerprint="sha256:other"),
         "pretrain.tokenizer": tokenizer,
-        "pretrain.backbone": backbone,
+        "pretrain.start": T5Config(64, 8, 1, 1, 1, 8, 8),
     }
 
     def identity(setting: str, value: Any = UNCHANGED) -> dict[str, Any]:
@@ -332,11 +356,13 @@ def start(backbone: Backbone, saved_prompt: Path) -> Callable[[str, Any], dict[s
             made, place = objects[owner]
             made = OPEN if setting == "Task.targets" else made
             changes = place(made if value is UNCHANGED else with_(made, name, value))
-        of_pretrain = owner == "pretrain" or {"text", "parts"} & set(changes)
+        of_pretrain = owner == "pretrain" or {"text", "components"} & set(changes)
         function = pretrain if of_pretrain else tuning.tune
         signature = inspect.signature(function).parameters
         arguments = {n: p.default for n, p in signature.items()}
-        arguments |= {"model_dir": "/run", "parts": []} if of_pretrain else given
+        arguments |= (
+            {"model_dir": "/run", "components": [], "start": backbone} if of_pretrain else given
+        )
         arguments |= changes
         return make_identity(function, {n: arguments[n] for n in signature}, {})
 
@@ -345,8 +371,6 @@ def start(backbone: Backbone, saved_prompt: Path) -> Callable[[str, Any], dict[s
 
 def with_(made: Any, field: str, value: Any) -> Any:
     """A copy with another value, also where a class checks or changes what it is given."""
-    if isinstance(made, Prompt):
-        return made.clone(**{field: value})
     copy = object.__new__(type(made))
     for name in (x.name for x in dataclasses.fields(made)):
         object.__setattr__(copy, name, value if name == field else getattr(made, name))
@@ -362,7 +386,10 @@ def test_case_4_1_a_setting_that_decides_is_refused_by_name(start, setting):
         check_same(first, start(setting, DECIDES[setting]), "/run")
     # Of two objects of one class, the field that differs is named.
     changed = DECIDES[setting]
-    inside = dataclasses.is_dataclass(changed) or setting in ("tune.backbone", "Backbone.config")
+    inside = dataclasses.is_dataclass(changed) or setting in (
+        "tune.backbone",
+        "Backbone.config",
+    )
     assert inside or setting.split(".")[1] in str(refused.value)
 
 
@@ -374,15 +401,18 @@ def test_case_4_1_a_setting_that_is_free_is_accepted(start, setting):
 
 MESSAGES = {
     "Adafactor.learning_rate": "Adafactor.learning_rate = 0.3, now 0.03",
-    "tune.pack": "tune.pack = False, now True",
-    "tune.microbatches": "tune.microbatches = 1, now 2",
+    "Batching.pack": "Batching.pack = False, now True",
+    "Batching.microbatches": "Batching.microbatches = 1, now 2",
+    "RunSettings.method": "RunSettings.method = PromptTuning(length=100, initializer=None, "
+    "attends_to_input=True), now ModelTuning()",
     "Backbone.quantize": "load_backbone.quantize = None, now 'int8'",
     "T5Config.dropout_rate": "load_backbone.dropout_rate = 0.1, now 0.0",
-    "tune.init_prompt": "tune.init_prompt = None, now Uniform(scale=0.5)",
-    "Variant.learning_rate": "Variant.learning_rate (of tune.bank['a']) = None, now 0.03",
+    "PromptTuning.initializer": "PromptTuning.initializer = None, now Uniform(scale=0.5)",
+    "MemberOverrides.learning_rate": "MemberOverrides.learning_rate (of tune.members['a']) = None, "
+    "now 0.03",
     "Task.verbalizer": "the order of Task.verbalizer = ['0', '1'], now ['1', '0']",
-    "tune.bank": "tune.bank = None, now {'a': ",
-    "PrefixLMPart.rate": "PrefixLMPart.rate (of pretrain.parts[0]) = 1.0, now 0.5",
+    "tune.members": "tune.members = None, now {'a': ",
+    "PrefixLM.rate": "PrefixLM.rate (of pretrain.components[0]) = 1.0, now 0.5",
 }
 
 
@@ -401,7 +431,11 @@ def test_case_4_1_a_new_setting_counts_from_the_day_it_exists(start):
 
     assert describe(Loss())["new"] == 0
     with pytest.raises(InputError, match=r"Loss\.new = 0, now 1"):
-        check_same(start("tune.loss", Loss()), start("tune.loss", Loss(new=1)), "/run")
+        check_same(
+            start("RunSettings.loss", Loss()),
+            start("RunSettings.loss", Loss(new=1)),
+            "/run",
+        )
 
 
 def test_case_4_1_objects_are_told_by_what_they_are_never_by_their_address(saved_prompt):
@@ -432,8 +466,11 @@ def test_case_4_1_a_schedule_is_its_values(start):
     def warmup(steps: int) -> Adafactor:
         return Adafactor(optax.warmup_exponential_decay_schedule(0.0, 0.3, steps, 1000, 0.5))
 
-    one, other = start("tune.optimizer", warmup(100)), start("tune.optimizer", warmup(101))
-    check_same(one, start("tune.optimizer", warmup(100)), "/run")
+    one, other = (
+        start("RunSettings.optimizer", warmup(100)),
+        start("RunSettings.optimizer", warmup(101)),
+    )
+    check_same(one, start("RunSettings.optimizer", warmup(100)), "/run")
     with pytest.raises(InputError, match=r"learning_rate at step 1 = 0\.00\d+, now 0\.00297\d*;"):
         check_same(one, other, "/run")
     assert describe(Adafactor(rising))["learning_rate"]["step 8"] == pytest.approx(0.08)
@@ -443,8 +480,8 @@ def test_case_4_1_a_schedule_is_its_values(start):
 
 def test_case_4_1_numbers_are_the_same_in_either_spelling(start):
     check_same(start("Loss.z_loss", 1), start("Loss.z_loss", 1.0), "/run")
-    with pytest.raises(InputError, match=r"tune\.pack = False, now 0;"):
-        check_same(start("tune.pack", False), start("tune.pack", 0), "/run")
+    with pytest.raises(InputError, match=r"Batching\.pack = False, now 0;"):
+        check_same(start("Batching.pack", False), start("Batching.pack", 0), "/run")
 
 
 def test_case_4_1_a_long_value_is_cut_around_the_difference(start):
@@ -456,7 +493,7 @@ def test_case_4_1_a_long_value_is_cut_around_the_difference(start):
 
 
 def test_case_4_1_a_run_of_the_other_command_is_named(start):
-    runs = {name: start(f"{name}.seed") for name in ("tune", "pretrain")}
+    runs = {"tune": start("RunSettings.seed"), "pretrain": start("pretrain.seed")}
     for saved, now, was, is_ in (
         ("pretrain", "tune", "pretrain", "train"), ("tune", "pretrain", "train", "pretrain"),
     ):  # fmt: skip
@@ -469,7 +506,7 @@ def test_case_4_1_a_run_of_the_other_command_is_named(start):
 
 
 def test_case_4_1_a_split_more_or_less_is_named(start):
-    one = start("tune.seed")
+    one = start("RunSettings.seed")
     both = one | {"data": {"split 'test' of task words": {"the hash": "sha256:a"}}}
     with pytest.raises(InputError, match="also read split 'test' of task words, which this one la"):
         check_same(both, one, "/run")
@@ -502,9 +539,9 @@ def finished(backbone: Backbone, task: Task, tmp_path_factory) -> tuple[Path, di
 
 
 SHORT: dict[str, Any] = {
-    "pace": Pace(train_steps=2, eval_period=1, log_period=1),
-    "config": "tune.seed = 3\n",
-    "hard_prompt": HardPrompt("Good?"),
+    "schedule": TrainSchedule(train_steps=2, eval_period=1, log_period=1),
+    "callbacks": [ConfigFile("RunSettings.seed = 3\n")],
+    "evaluation": Evaluation(hard_prompts={"asked": HardPrompt("Good?")}),
 }
 
 
@@ -532,10 +569,12 @@ def test_case_4_1_a_finished_run_stays_as_it_is(finished, backbone, task, caplog
     directory, results = finished
     before = files(directory)
     with pytest.raises(InputError, match=r"Adafactor\.learning_rate = 0\.05, now 0\.3; choose an"):
-        tune(directory, task, backbone, **SHORT | {"config": "# new", "optimizer": Adafactor(
-            0.3, learning_rate_scale="embedding_rms")})  # fmt: skip
-    with pytest.raises(InputError, match=r"HardPrompt\.text = 'Good\?', now 'Bad\?';"):
-        tune(directory, task, backbone, **SHORT | {"hard_prompt": HardPrompt("Bad?")})
+        faster = Adafactor(0.3, learning_rate_scale="embedding_rms")
+        new = {"callbacks": [ConfigFile("# new")], "optimizer": faster}
+        tune(directory, task, backbone, **SHORT | new)
+    other = Evaluation(hard_prompts={"asked": HardPrompt("Bad?")})
+    with pytest.raises(InputError, match=r"HardPrompt\.text .*= 'Good\?', now 'Bad\?'"):
+        tune(directory, task, backbone, **SHORT | {"evaluation": other})
     changed = Path(task.data_dir) / "changed"
     shutil.copytree(task.data_dir, changed, dirs_exist_ok=True)
     text = (changed / "train.jsonl").read_text()
@@ -546,14 +585,17 @@ def test_case_4_1_a_finished_run_stays_as_it_is(finished, backbone, task, caplog
         tune(directory, other, backbone, **SHORT)
     assert files(directory) == before
     with caplog.at_level("INFO", logger="absl"):
-        assert tune(directory, task, backbone, **SHORT | {"config": "# the same"}) == results
+        assert (
+            tune(directory, task, backbone, **SHORT | {"callbacks": [ConfigFile("# the same")]})
+            == results
+        )
     assert f"{directory}: the run is finished, at step 2" in caplog.text
     assert files(directory) == before
 
 
 def test_case_4_2_fewer_steps_than_the_checkpoint_has(finished, backbone, task):
     with pytest.raises(InputError) as refused:
-        tune(finished[0], task, backbone, **SHORT | {"pace": Pace(train_steps=1)})
+        tune(finished[0], task, backbone, **SHORT | {"schedule": TrainSchedule(train_steps=1)})
     assert str(refused.value) == (
         f"TRAIN_STEPS = 1, but {finished[0]} holds a checkpoint of step 2; set "
         "--gin.TRAIN_STEPS=2 or more, or choose another MODEL_DIR"
@@ -575,9 +617,9 @@ def test_case_4_14_resuming_elsewhere_under_other_versions_is_said(
     identity["versions"] |= {"jax": "0.9.0", "Python": "3.10.0"}  # too old to be the installed ones
     record(directory, identity)
     changes: dict[str, Any] = {
-        "pace": Pace(train_steps=3, eval_period=3, log_period=3, patience=9, keep=1),
-        "evaluation": Evaluation(batch_size=8),
-        "config": "# longer",
+        "schedule": TrainSchedule(train_steps=3, eval_period=3, log_period=3, patience=9, keep=1),
+        "evaluation": dataclasses.replace(SHORT["evaluation"], batch_size=8),
+        "callbacks": [ConfigFile("# longer")],
     }
     moved = dataclasses.replace(task, data_dir=str(data), splits=splits)
     with caplog.at_level("INFO", logger="absl"):
@@ -615,18 +657,6 @@ def test_case_4_1_a_run_of_the_version_before_is_refused_and_its_prompt_used(
     assert code == 0 and json.loads(out)["run"] == old, err
 
 
-def test_case_4_1_a_hard_prompts_results_are_its_own(backbone, task, tmp_path):
-    settings = {"method": "hard_prompt", "hard_prompt": HardPrompt("Good?"), "config": "# first"}
-    results = tune(tmp_path, task, backbone, **settings)
-    before = files(tmp_path)
-    with pytest.raises(InputError, match=r"HardPrompt\.text = 'Good\?', now 'Bad\?'"):
-        tune(tmp_path, task, backbone, **settings | {"hard_prompt": HardPrompt("Bad?")})
-    with pytest.raises(InputError, match=r"tune\.method = 'hard_prompt', now 'prompt_tuning'"):
-        tune(tmp_path, task, backbone, **SHORT)
-    assert tune(tmp_path, task, backbone, **settings) == results
-    assert files(tmp_path) == before
-
-
 @pytest.mark.parametrize(
     ("name", "steps", "warned"),
     [
@@ -641,10 +671,10 @@ def test_case_4_7_steps_that_t5x_counts_from_the_checkpoint(
     backbone, task, tmp_path, caplog, name, steps, warned
 ):
     of_t5x = dataclasses.replace(backbone, name=name)
-    pace = Pace(train_steps=steps)
+    schedule = TrainSchedule(train_steps=steps)
     with caplog.at_level("INFO", logger="absl"), pytest.raises(InputError, match="initial prompt"):
         # Far enough to be said; a prompt of another length ends it before anything is compiled.
-        tune(tmp_path, task, of_t5x, pace=pace, init_prompt=Wrong())
+        tune(tmp_path, task, of_t5x, schedule=schedule, initializer=Wrong())
     said = [r.getMessage() for r in caplog.records if "T5X counts" in r.getMessage()]
     assert len(said) == (warned is not None)
     assert warned is None or warned in said[0]
@@ -662,7 +692,7 @@ class Wrong:
         ("LEARNING_RATE=1e999", "command line: LEARNING_RATE = inf: inf is not a finite number"),
         ("LEARNING_RATE=inf", "LEARNING_RATE = inf: inf is not a finite number"),
         ("LEARNING_RATE=-NaN", "LEARNING_RATE = -NaN: -NaN is not a finite number"),
-        ("loss.Loss.z_loss=1e999", "command line: loss.Loss.z_loss = inf: inf is not"),
+        ("ptjax.Loss.z_loss=1e999", "command line: ptjax.Loss.z_loss = inf: inf is not"),
         (
             "TASK_FEATURE_LENGTHS={'inputs': [(1, -1e999)]}",
             "command line: TASK_FEATURE_LENGTHS = {'inputs': [(1, -inf)]}: -inf is not a finite",

@@ -106,7 +106,7 @@ def test_case_3_6_what_messages_advise_infer_can_do(infer, refused):
     _, rows, err = infer("--input=in.tsv", "--quoting=true")
     assert [(row["text"], row["id"]) for row in rows] == [('she said "no"', "1")], err
     Path("in.csv").write_text('a "b, 1\n"c, 2\n')
-    assert "set --gin.tasks.Task.quoting=False (infer: --quoting=false)" in refused(
+    assert "set --gin.ptjax.Task.quoting=False (infer: --quoting=false)" in refused(
         "--input=in.csv", "--columns=text,id"
     )
     flags = ("--columns=text,id", "--quoting=false")

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import jax
 import pytest
-from conftest import tune
+from conftest import At, tune
 from etils import epath
 
 import ptjax
-from ptjax import loop
 from ptjax.errors import InputError, TrainingError
+from ptjax.settings import TrainSchedule
 
 HOLD = """
 import sys, time
@@ -59,20 +59,16 @@ def test_case_5_3_a_second_run_is_refused_and_changes_nothing(backbone, task, tm
     """While one trains, the same command is given again."""
     second: list[BaseException] = []
     seen: list[bool] = []
-    add = loop.Run._add
 
-    def start_another(self, metrics):
-        add(self, metrics)
-        if not seen:
-            before = files(tmp_path)
-            with pytest.raises(InputError) as refused:
-                tune(tmp_path, task, backbone)
-            second.append(refused.value)
-            seen.append(files(tmp_path) == before)
+    def start_another(step):
+        before = files(tmp_path)
+        with pytest.raises(InputError) as refused:
+            tune(tmp_path, task, backbone)
+        second.append(refused.value)
+        seen.append(files(tmp_path) == before)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.Run, "_add", start_another)
-        tune(tmp_path, task, backbone, pace=loop.Pace(train_steps=4, eval_period=2))
+    schedule = TrainSchedule(train_steps=4, eval_period=2)
+    tune(tmp_path, task, backbone, schedule=schedule, callbacks=[At({3}, start_another)])
     assert seen == [True]
     who = re.escape(f"in use by process {os.getpid()} on {socket.gethostname()}")
     assert re.search(rf"{who} \(heartbeat \d+ s ago\)", str(second[0]))
@@ -214,19 +210,17 @@ def test_case_5_3_a_run_whose_lock_was_taken_over_writes_nothing_more(
     lock, backbone, task, tmp_path, monkeypatch
 ):
     """As after the machine slept for an hour: the heartbeat's thread has not noticed yet."""
-    add, seen = loop.Run._add, {}
+    seen = {}
 
-    def wakes(self, metrics):
-        add(self, metrics)
-        if self.progress.step == 4:
-            self.checkpoints.wait()
-            monkeypatch.setattr(lock, "HEARTBEAT", 0.0)
-            (tmp_path / "run.lock").write_bytes(another())
-            seen.update(files(tmp_path))
+    def wakes(step):
+        while not (tmp_path / "checkpoints" / "3").exists():  # written in the background
+            time.sleep(0.01)
+        monkeypatch.setattr(lock, "HEARTBEAT", 0.0)
+        (tmp_path / "run.lock").write_bytes(another())
+        seen.update(files(tmp_path))
 
-    monkeypatch.setattr(loop.Run, "_add", wakes)
     with pytest.raises(TrainingError, match="was taken over by process 4321 on spot-7") as lost:
-        tune(tmp_path, task, backbone)
+        tune(tmp_path, task, backbone, callbacks=[At({4}, wakes)])
     assert len(str(lost.value).splitlines()) == 1
     assert seen and files(tmp_path) == seen
     assert json.loads((tmp_path / "run.lock").read_text())["token"] == "t"  # not ours to remove

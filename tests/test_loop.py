@@ -13,17 +13,20 @@ import conftest
 import jax
 import numpy as np
 import pytest
-from conftest import outcome
+from conftest import outcome, stopped_by_sigterm
 
 from ptjax import loop
 from ptjax.backbone import Backbone, load_backbone
+from ptjax.baselines import HardPrompt
+from ptjax.callbacks import Callback
 from ptjax.data.tasks import Task
 from ptjax.errors import InputError
-from ptjax.evaluation import Evaluator, HardPrompt
+from ptjax.evaluation import Evaluator
 from ptjax.interop.prompt_file import load_prompt
-from ptjax.loop import Pace, TrainingError
-from ptjax.models.prompt import Prompt
+from ptjax.loop import TrainingError
+from ptjax.methods.model_tuning import ModelTuning
 from ptjax.scale.sharding import make_mesh, replicated
+from ptjax.settings import Evaluation, TrainSchedule
 from ptjax.training.optimizer import Adafactor
 from ptjax.trees import flatten_paths
 
@@ -110,8 +113,11 @@ def test_killed_and_started_again_equals_never_killed(
     assert outcome(tmp_path) == whole[1]
 
 
-def test_sigterm_saves_at_the_end_of_the_step(whole, backbone, task, tmp_path, stopped_by_sigterm):
-    assert stopped_by_sigterm(4, lambda: tune(tmp_path, task, backbone)) == 143
+def test_sigterm_saves_at_the_end_of_the_step(whole, backbone, task, tmp_path):
+    assert (
+        stopped_by_sigterm(4, lambda callbacks: tune(tmp_path, task, backbone, callbacks=callbacks))
+        == 143
+    )
     assert not (tmp_path / "results.json").exists()
     steps = {p.name for p in (tmp_path / "checkpoints").iterdir()}
     assert not steps.isdisjoint({"4", "5"})
@@ -123,9 +129,9 @@ def test_sigterm_saves_at_the_end_of_the_step(whole, backbone, task, tmp_path, s
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"prompt_length": 5}, "prompt_length"),
-        ({"seed": 4}, "seed"),
-        ({"batch_size": 16}, "batch_size"),
+        ({"length": 5}, r"PromptTuning\.length = 4, now 5"),
+        ({"seed": 4}, r"RunSettings\.seed = 3, now 4"),
+        ({"batch_size": 16}, r"Batching\.batch_size = 8, now 16"),
         (
             {"feature_lengths": {"inputs": 32, "targets": 4}},
             r"feature_lengths\['inputs'\] = 64, now 32",
@@ -168,13 +174,6 @@ def test_an_update_that_is_not_finite_is_never_exported(backbone, task, tmp_path
     assert kept == {"3.safetensors", "6.safetensors", "best.safetensors"}
 
 
-def test_a_hard_prompt_does_not_replace_the_results_of_another_run(whole, backbone, task):
-    results = (whole[0] / "results.json").read_bytes()
-    with pytest.raises(InputError, match=r"a run with tune\.method = 'prompt_tuning'"):
-        tune(whole[0], task, backbone, method="hard_prompt", hard_prompt=HardPrompt("Good?"))
-    assert (whole[0] / "results.json").read_bytes() == results
-
-
 def test_a_model_dir_that_cannot_be_is_bad_input(backbone, task, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"MODEL_DIR = .*file: it cannot be written to \(Not a"):
@@ -183,30 +182,32 @@ def test_a_model_dir_that_cannot_be_is_bad_input(backbone, task, tmp_path):
 
 def test_patience_stops_early(backbone, task, tmp_path):
     # A learning rate of 0 never gains after the first evaluation.
-    pace = Pace(train_steps=30, eval_period=2, log_period=2, patience=2)
-    results = tune(tmp_path, task, backbone, pace=pace, optimizer=Adafactor(0.0, weight_decay=0.0))
+    schedule = TrainSchedule(train_steps=30, eval_period=2, log_period=2, patience=2)
+    results = tune(
+        tmp_path, task, backbone, schedule=schedule, optimizer=Adafactor(0.0, weight_decay=0.0)
+    )
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["step"] == 6
     assert results["step"] == 2
     assert results["value"] == results["before"]
 
 
-def test_nothing_is_compiled_after_the_first_steps(backbone, task, tmp_path, monkeypatch):
+def test_nothing_is_compiled_after_the_first_steps(backbone, task, tmp_path):
     """All batch shapes are compiled before step 1, and evaluation compiles in its first round."""
     compiled: list[str] = []
     jax.monitoring.register_event_duration_secs_listener(
         lambda name, duration, **kw: compiled.append(name) if "backend_compile" in name else None
     )
     counts = {}
-    evaluate = loop.Run._evaluate
 
-    def counting(self, state, display):
-        counts[self.progress.step, "before"] = len(compiled)
-        evaluate(self, state, display)
-        counts[self.progress.step, "after"] = len(compiled)
+    class Counting(Callback):
+        def on_step(self, step):
+            counts[step, "before"] = len(compiled)
 
-    monkeypatch.setattr(loop.Run, "_evaluate", counting)
-    tune(tmp_path, task, backbone)
+        def on_evaluation(self, step, metrics):
+            counts[step, "after"] = len(compiled)
+
+    tune(tmp_path, task, backbone, callbacks=[Counting()])
     assert counts[3, "before"] > 0
     assert counts[6, "before"] == counts[3, "after"]
     assert counts[12, "after"] == counts[6, "after"]
@@ -214,7 +215,7 @@ def test_nothing_is_compiled_after_the_first_steps(backbone, task, tmp_path, mon
 
 def test_model_tuning_trains_everything_and_is_scored_from_its_file(backbone, task, tmp_path):
     optimizer = Adafactor(learning_rate=1e-3, multiply_by_parameter_scale=True)
-    results = tune(tmp_path, task, backbone, method="model_tuning", optimizer=optimizer)
+    results = tune(tmp_path, task, backbone, method=ModelTuning(), optimizer=optimizer)
     assert results["frozen_parameters"] == 0
     tuned = load_backbone(tmp_path / "models" / "best", dtype="float32")
     before = flatten_paths(backbone.variables["params"])
@@ -225,14 +226,19 @@ def test_model_tuning_trains_everything_and_is_scored_from_its_file(backbone, ta
     assert all(moved.values()), [path for path, did in moved.items() if not did]
 
 
-def test_a_hard_prompt_is_scored_and_nothing_trains(backbone, task, tmp_path):
+def test_hard_prompts_are_scored_beside_the_tuned_one(backbone, task, tmp_path):
     hard = HardPrompt("Is it good or bad? {inputs} It is", shots=2)
-    results = tune(tmp_path, task, backbone, method="hard_prompt", hard_prompt=hard)
-    assert results["trainable_parameters"] == 0
-    assert results["value"] == results["hard_prompt"]
-    assert not (tmp_path / "prompts").exists()
+    compared = Evaluation(batch_size=16, hard_prompts={"asked": hard, "plain": HardPrompt("x")})
+    once = TrainSchedule(train_steps=1, eval_period=1)
+    results = tune(tmp_path, task, backbone, schedule=once, evaluation=compared)
+    assert list(results["hard_prompts"]) == ["asked", "plain"]
     train = task.load("train")
-    text = hard.rewording(train, 3)("text: x")
+    rewording = hard.rewording(train, 3)
+    lengths = {"inputs": 64, "targets": 4}
+    evaluator = Evaluator(task, backbone, backbone.tokenizer, lengths, compared)
+    scored = evaluator(backbone.variables, "test", rewording)
+    assert results["hard_prompts"]["asked"] == scored[evaluator.metric]
+    text = rewording("text: x")
     assert text.endswith("Is it good or bad? text: x It is")
     assert sum(text.count(word) for word in ("positive", "negative")) == 2
 
@@ -247,7 +253,9 @@ def test_what_evaluation_leaves_out_or_cuts_is_said(backbone, task, tmp_path, ca
     noisy = dataclasses.replace(task, data_dir=str(tmp_path), splits=splits, on_bad_record="skip")
     hard = HardPrompt("Good or bad?", shots=4)
     with caplog.at_level("INFO", logger="absl"):
-        tune(tmp_path / "run", noisy, backbone, method="hard_prompt", hard_prompt=hard)
+        compared = Evaluation(batch_size=16, hard_prompts={"asked": hard})
+        once = TrainSchedule(train_steps=1, eval_period=1)
+        tune(tmp_path / "run", noisy, backbone, schedule=once, evaluation=compared)
     said = [record.getMessage() for record in caplog.records]
     assert "words, split validation: 17 examples" in said
     assert any(f"left out 1 of 18 records; the first: {tmp_path}/validation" in s for s in said)
@@ -259,14 +267,14 @@ def test_what_evaluation_leaves_out_or_cuts_is_said(backbone, task, tmp_path, ca
 def test_a_model_dir_in_the_home_folder(backbone, task, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
-    tune(Path("~/run"), task, backbone, pace=Pace(train_steps=1, eval_period=1))
+    tune(Path("~/run"), task, backbone, schedule=TrainSchedule(train_steps=1, eval_period=1))
     assert [path.name for path in tmp_path.iterdir()] == ["home"]
     assert (tmp_path / "home" / "run" / "checkpoints" / "1").exists()
 
 
 def test_several_metrics_select_by_their_mean(backbone, task, tmp_path):
     several = dataclasses.replace(task, metrics=("f1", "accuracy"))
-    tune(tmp_path, several, backbone, pace=Pace(train_steps=2, eval_period=1))
+    tune(tmp_path, several, backbone, schedule=TrainSchedule(train_steps=2, eval_period=1))
     results = json.loads((tmp_path / "results.json").read_text())
     metrics = results["metrics"]
     assert results["metric"] == "mean" and results["value"] == metrics["mean"]
@@ -278,15 +286,13 @@ def test_several_metrics_select_by_their_mean(backbone, task, tmp_path):
 
 def test_case_5_3_dry_run_writes_nothing(backbone, task, tmp_path):
     assert tune(tmp_path / "new", task, backbone, dry_run=True) == {}
-    hard = {"method": "hard_prompt", "hard_prompt": HardPrompt("Good?")}
-    assert tune(tmp_path / "new", task, backbone, dry_run=True, **hard) == {}
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("sees_input", [True, False])
-def test_packed_rows_in_microbatches_on_two_devices(backbone, task, tmp_path, sees_input):
+@pytest.mark.parametrize("attends", [True, False])
+def test_packed_rows_in_microbatches_on_two_devices(backbone, task, tmp_path, attends):
     """The same examples a batch, however the rows are cut: the same losses."""
-    settings = {"pack": True, "prompt": Prompt(sees_input=sees_input)}
+    settings = {"pack": True, "attends_to_input": attends}
     still = dataclasses.replace(backbone.config, dropout_rate=0.0)
     alone = dataclasses.replace(backbone, config=still)
     mesh = make_mesh(devices=jax.devices()[:2])

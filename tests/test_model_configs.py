@@ -105,4 +105,4 @@ def test_a_file_holds_sizes_and_nothing_else(file):
     assert bound
     assert all(name.startswith("t5.T5Config.") for name in bound)
     assert len(set(bound)) == len(bound)
-    assert not {"t5.T5Config.dtype", "t5.T5Config.dropout_rate"} & set(bound)
+    assert not {"ptjax.T5Config.dtype", "ptjax.T5Config.dropout_rate"} & set(bound)

@@ -16,11 +16,14 @@ from t5_ids import decode
 from ptjax import damage, prediction, prompting
 from ptjax.backbone import load_backbone, save_backbone
 from ptjax.errors import InputError
-from ptjax.evaluation import Evaluation, Evaluator
+from ptjax.evaluation import Evaluator
 from ptjax.inference import generate
 from ptjax.interop.prompt_file import PromptFile, load_prompt, save_prompt
 from ptjax.interop.safetensors_file import open_safetensors, save_safetensors, to_header
 from ptjax.loop import TrainingError
+from ptjax.methods.model_tuning import ModelTuning
+from ptjax.methods.prompt_tuning import PromptTuning
+from ptjax.settings import Evaluation
 from ptjax.trees import flatten_paths, unflatten_paths
 
 QUERY = "decoder/layers_1/self_attention/query/kernel"
@@ -126,7 +129,7 @@ def test_case_1_11_a_layer_of_a_stack_is_named():
     damage.check_weights({"scale": jnp.ones(3)}, "x")
 
 
-@pytest.mark.parametrize("method", ["prompt_tuning", "model_tuning"])
+@pytest.mark.parametrize("method", [PromptTuning(length=4), ModelTuning()])
 def test_case_1_11_step_1_blames_the_backbone(backbone, task, tmp_path, method):
     with pytest.raises(InputError, match=rf"has NaN in {MIDDLE}") as raised:
         tune(tmp_path, task, damaged(backbone), method=method)
@@ -144,7 +147,7 @@ class Infinite:
 
 def test_case_1_11_step_1_blames_no_learning_rate(backbone, task, tmp_path):
     with pytest.raises(TrainingError, match="no learning rate is to blame") as raised:
-        tune(tmp_path, task, backbone, init_prompt=Infinite())
+        tune(tmp_path, task, backbone, initializer=Infinite())
     assert "smaller learning rate" not in str(raised.value)
 
 

@@ -88,7 +88,7 @@ MORE = {
     "launch": (*SHORT, "--dry_run"),
     "--gin_file=runs/prompt_bank.gin": ("--gin.SEEDS=(0,)", "--dry_run"),
     "--gin_file=run.gin": ("--dry_run",),
-    "pretrain": ("--dry_run", "--gin.pretraining.pretrain.parts=[@cb/mixture.TaskPart()]"),
+    "pretrain": ("--dry_run", "--gin.ptjax.pretrain.components=[@cb/ptjax.TaskComponent()]"),
     "plan": ("--quick",),
 }
 EXAMPLES = 16

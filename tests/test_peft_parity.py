@@ -56,7 +56,7 @@ def test_peft_uses_a_prompt_from_the_train_command_as_ptjax_does(call):
 
     settings = ("TRAIN_STEPS=4", "EVAL_PERIOD=4", "EVAL_EXAMPLES=8", "PROMPT_LENGTH=7")
     flags = (*(f"--gin.{s}" for s in settings), "--gin.MODEL_DIR='run'")
-    unneeded = "--gin.tuning.tune.hard_prompt=None"
+    unneeded = "--gin.ptjax.Evaluation.hard_prompts={}"
     code, _, err = call("train", "--gin_file=quickstart.gin", *flags, unneeded)
     assert code == 0, err
     code, _, err = call("export", "--model_dir=run", "--to=huggingface", "--output=peft")

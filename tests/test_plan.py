@@ -89,15 +89,11 @@ def test_settings_are_shown_as_they_are_bound_and_as_they_were_written(call):
             ),
             "(pre-training is not planned)",
         ),
-        (
-            (XXL[0], "--gin_file=runs/hard_prompt.gin", "--slice=v5e-8"),
-            "method = 'hard_prompt' trains nothing",
-        ),
         (("--gin_file=runs/prompt_tune.gin", "--slice=v5e-8"), "which T5? Add its sizes"),
         ((*XXL, "--slice=v5e-8", "--timeout_seconds=0"), "--timeout_seconds"),
         (
-            (*XXL, "--slice=v5e-8", "--gin.tuning.tune.method='hard_prompt'"),
-            "method = 'hard_prompt' trains nothing",
+            (*XXL, "--slice=v5e-8", "--gin.ptjax.RunSettings.method='model_tuning'"),
+            "it takes a reference such as @ptjax.PromptTuning() or a reference such as ",
         ),
         (
             (*XXL, "--slice=v5e-8", "--gin.REMAT='all'"),
@@ -230,6 +226,6 @@ def test_the_best_that_rounds_less_is_shown_too(capsys):
     found = {"slice": "v5e-8", "own": own, "searched": True, "best": best}
     plans.show_slice(found | {"tried": [own, plain, best]})
     _, less = capsys.readouterr().out.split("rounding the weights less:")
-    assert "backbone.load_backbone.dtype = 'bfloat16'" in less and "quantize = None" in less
+    assert "ptjax.load_backbone.dtype = 'bfloat16'" in less and "quantize = None" in less
     plans.show_slice(found | {"tried": [own, best]})
     assert "rounding" not in capsys.readouterr().out

@@ -168,7 +168,7 @@ def test_packed_rows_follow_the_mesh():
         ["SEES_INPUT = False", "MICROBATCHES = 2"],
         ["SCAN_LAYERS = True", "FSDP = True", "REMAT = 'dots'"],
         ["QUANTIZE = 'int8'"],
-        ["tuning.tune.method = 'model_tuning'", "LEARNING_RATE = 0.001"],
+        ["ptjax.RunSettings.method = 'model_tuning'", "LEARNING_RATE = 0.001"],
     ],
     ids=["plain", "groups", "fsdp", "int8", "model tuning"],
 )
@@ -181,7 +181,7 @@ def test_the_plan_lowers_the_step_that_a_run_compiles(own_process, monkeypatch, 
 
     bindings = [
         "MODEL_DIR = 'run'", "MESH = '4x2'", "LEARNING_RATE_SCALE = 'absolute'",
-        "tuning.tune.buckets = [(64, 4)]", "backbone.load_backbone.dtype = 'float32'", *extra,
+        "ptjax.Batching.buckets = [(64, 4)]", "ptjax.load_backbone.dtype = 'float32'", *extra,
     ]  # fmt: skip
     arguments = argparse.Namespace(
         gin_file=["quickstart.gin"], gin_search_paths="", gin_bindings=bindings

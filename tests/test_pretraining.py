@@ -9,17 +9,18 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from conftest import stopped_by_sigterm
 from t5_ids import T5_IDS
 
 from ptjax.backbone import Backbone, load_backbone, save_backbone
-from ptjax.data.mixture import PrefixLMPart, SpanCorruptionPart, TaskPart, Text, TokenFile
+from ptjax.data.mixture import PrefixLM, SpanCorruption, TaskComponent, TextFiles, TokenFile
 from ptjax.data.tasks import Task
 from ptjax.data.tokenizer import load_tokenizer
 from ptjax.errors import InputError
-from ptjax.loop import Pace
 from ptjax.models.config import T5Config
 from ptjax.models.t5 import init_params
 from ptjax.pretraining import pretrain
+from ptjax.settings import TrainSchedule
 from ptjax.training.optimizer import Adafactor
 
 CONFIG = T5Config(8192, 16, 2, 1, 1, 8, 32, dropout_rate=0.0, logits_via_embedding=True)
@@ -54,14 +55,14 @@ def mixture(corpus: Path) -> dict:
     )
     phrasings = [("even: {text}", None), ("odd: {text}", {"0": "no", "1": "yes"})]
     return {
-        "text": Text({"text.jsonl": "text"}, data_dir=str(corpus)),
-        "parts": [
-            SpanCorruptionPart(0.25, batch_size=8, input_length=32),
-            PrefixLMPart(0.25, batch_size=8, input_length=16, target_length=8),
-            TaskPart(0.5, task, phrasings, batch_size=8, input_length=32, target_length=4),
+        "text": TextFiles({"text.jsonl": "text"}, data_dir=str(corpus)),
+        "components": [
+            SpanCorruption(0.25, batch_size=8, input_length=32),
+            PrefixLM(0.25, batch_size=8, input_length=16, target_length=8),
+            TaskComponent(0.5, task, phrasings, batch_size=8, input_length=32, target_length=4),
         ],
         "optimizer": Adafactor(learning_rate=0.02, multiply_by_parameter_scale=True),
-        "pace": Pace(train_steps=12, eval_period=6, log_period=6),
+        "schedule": TrainSchedule(train_steps=12, eval_period=6, log_period=6),
     }
 
 
@@ -71,21 +72,25 @@ def made(model_dir: Path) -> tuple[bytes, list]:
     return (model_dir / "models" / "best" / "model.safetensors").read_bytes(), kept
 
 
-def test_from_scratch_stopped_and_gone_on(corpus, tmp_path, stopped_by_sigterm):
-    scratch = {"model": CONFIG, "tokenizer": "package:nano", **mixture(corpus)}
-    pretrain(tmp_path / "whole", **scratch)
+def test_from_scratch_stopped_and_gone_on(corpus, tmp_path):
+    scratch = {"tokenizer": "package:nano", **mixture(corpus)}
+    pretrain(CONFIG, model_dir=tmp_path / "whole", **scratch)
     weights, rows = made(tmp_path / "whole")
     assert rows[-1]["train/loss"] < rows[0]["train/loss"] < 1.1 * np.log(CONFIG.vocab_size)
     written = load_backbone(tmp_path / "whole" / "models" / "best")
     assert written.config == CONFIG and written.tokenizer is not None
-    assert stopped_by_sigterm(8, lambda: pretrain(tmp_path / "stopped", **scratch)) == 143
-    pretrain(tmp_path / "stopped", **scratch)
+
+    def again(callbacks):
+        pretrain(CONFIG, model_dir=tmp_path / "stopped", **scratch, callbacks=callbacks)
+
+    assert stopped_by_sigterm(8, again) == 143
+    pretrain(CONFIG, model_dir=tmp_path / "stopped", **scratch)
     assert made(tmp_path / "stopped") == (weights, rows)
 
 
 def test_text_that_was_tokenised_before(corpus, tmp_path):
     tokenizer = load_tokenizer("package:nano")
-    text = Text({"text.jsonl": "text"}, data_dir=str(corpus))
+    text = TextFiles({"text.jsonl": "text"}, data_dir=str(corpus))
     ids = text.tokenize(tokenizer, 3)
     np.save(tmp_path / "ids.npy", ids)
     np.testing.assert_array_equal(TokenFile(f"{tmp_path}/ids.npy").tokenize(tokenizer, 3), ids)
@@ -107,30 +112,33 @@ def test_text_that_was_tokenised_before(corpus, tmp_path):
 
 def test_from_a_backbone(corpus, start, tmp_path):
     still = Adafactor(learning_rate=0.0, weight_decay=0.0)
-    settings = mixture(corpus) | {"optimizer": still, "pace": Pace(train_steps=1, eval_period=1)}
-    pretrain(tmp_path / "still", backbone=start, **settings)
+    settings = mixture(corpus) | {
+        "optimizer": still,
+        "schedule": TrainSchedule(train_steps=1, eval_period=1),
+    }
+    pretrain(start, model_dir=tmp_path / "still", **settings)
     assert load_backbone(tmp_path / "still" / "models" / "best").fingerprint == start.fingerprint
-    pretrain(tmp_path / "moved", backbone=start, **mixture(corpus))
+    pretrain(start, model_dir=tmp_path / "moved", **mixture(corpus))
     assert load_backbone(tmp_path / "moved" / "models" / "best").fingerprint != start.fingerprint
     with pytest.raises(InputError, match=r"pretrain\.model = None, now T5Config\("):
         other = dataclasses.replace(CONFIG, mlp_dim=64)
-        pretrain(tmp_path / "moved", model=other, tokenizer="package:nano", **settings)
+        pretrain(other, model_dir=tmp_path / "moved", tokenizer="package:nano", **settings)
 
 
 def test_case_4_1_other_text_in_the_same_place_is_refused(corpus, start, tmp_path):
-    settings = mixture(corpus) | {"pace": Pace(train_steps=1, eval_period=1)}
-    pretrain(tmp_path / "run", backbone=start, **settings)
+    settings = mixture(corpus) | {"schedule": TrainSchedule(train_steps=1, eval_period=1)}
+    pretrain(start, model_dir=tmp_path / "run", **settings)
     before = (tmp_path / "run" / "models" / "best" / "model.safetensors").read_bytes()
     text = (corpus / "text.jsonl").read_text()
     (tmp_path / "text.jsonl").write_text(text.replace("mill", "hall", 1))
     named = r"other data: the hash of the running text = sha256:\w+, now sha256:\w+; choose"
     with pytest.raises(InputError, match=named):
-        pretrain(tmp_path / "run", backbone=start, **mixture(tmp_path))
-    named = r"PrefixLMPart\.input_length \(of pretrain\.parts\[1\]\) = 16, now 24;"
-    longer = PrefixLMPart(0.25, batch_size=8, input_length=24, target_length=8)
+        pretrain(start, model_dir=tmp_path / "run", **mixture(tmp_path))
+    named = r"PrefixLM\.input_length \(of pretrain\.components\[1\]\) = 16, now 24;"
+    longer = PrefixLM(0.25, batch_size=8, input_length=24, target_length=8)
     parts = [settings["parts"][0], longer, settings["parts"][2]]
     with pytest.raises(InputError, match=named):
-        pretrain(tmp_path / "run", backbone=start, **settings | {"parts": parts})
+        pretrain(start, model_dir=tmp_path / "run", **settings | {"components": parts})
     assert (tmp_path / "run" / "models" / "best" / "model.safetensors").read_bytes() == before
 
 
@@ -148,24 +156,20 @@ def test_a_phrasing_has_answers_of_its_own(corpus):
 
 def test_what_it_needs_is_said(corpus, start, tmp_path):
     settings = mixture(corpus)
-    with pytest.raises(InputError, match="either from sizes"):
-        pretrain(tmp_path, **settings)
-    with pytest.raises(InputError, match="either from sizes"):
-        pretrain(tmp_path, model=CONFIG, backbone=start, **settings)
     with pytest.raises(InputError, match="needs a tokenizer"):
-        pretrain(tmp_path, model=CONFIG, **settings)
+        pretrain(CONFIG, model_dir=tmp_path, **settings)
     with pytest.raises(InputError, match=r"set pretrain\.text"):
-        pretrain(tmp_path, backbone=start, **settings | {"text": None})
+        pretrain(start, model_dir=tmp_path, **settings | {"text": None})
     rounded = load_backbone(start.name, dtype="bfloat16")
-    with pytest.raises(InputError, match=r"set --gin\.backbone\.load_backbone\.dtype=.*float32"):
-        pretrain(tmp_path, backbone=rounded, **settings)
+    with pytest.raises(InputError, match=r"set --gin\.ptjax\.load_backbone\.dtype=.*float32"):
+        pretrain(rounded, model_dir=tmp_path, **settings)
     with pytest.raises(InputError, match=r"text.jsonl:1: no field 'body'"):
-        wrong = Text({"text.jsonl": "body"}, data_dir=str(corpus))
-        pretrain(tmp_path, backbone=start, **settings | {"text": wrong})
+        wrong = TextFiles({"text.jsonl": "body"}, data_dir=str(corpus))
+        pretrain(start, model_dir=tmp_path, **settings | {"text": wrong})
     for files, named in (({}, "{}"), ({"text.jsonl": "text"}, "text.jsonl")):
         with pytest.raises(InputError, match=f"no document in the running text of {named}"):
-            none = Text(files, data_dir=str(corpus), preprocess=lambda fields: [])
-            pretrain(tmp_path, backbone=start, **settings | {"text": none})
+            none = TextFiles(files, data_dir=str(corpus), preprocess=lambda fields: [])
+            pretrain(start, model_dir=tmp_path, **settings | {"text": none})
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
@@ -180,8 +184,8 @@ def test_the_gin_files_that_go_on_from_a_checkpoint(
         f"--gin.CORPUS_DIR='{corpus}'",
         "--gin.CORPUS_FILES={'text.jsonl': 'text'}",
         "--gin.BATCH_SIZE=8",
-        "--gin.mixture.PrefixLMPart.input_length=16",
-        "--gin.mixture.PrefixLMPart.target_length=8",
+        "--gin.mixture.PrefixLM.input_length=16",
+        "--gin.mixture.PrefixLM.target_length=8",
         "--gin.TRAIN_STEPS=2",
     )
     assert code == 0 and "step 2/2" in err, err

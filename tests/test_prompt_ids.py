@@ -11,8 +11,8 @@ from conftest import tune
 from ptjax.errors import InputError
 from ptjax.interop.peft import export_peft
 from ptjax.interop.prompt_file import PromptFile, load_prompt, save_prompt
-from ptjax.loop import Pace
 from ptjax.prompting import check_bank, check_prompt, make_bank
+from ptjax.settings import TrainSchedule
 
 IDS = {"pad_id": 0, "eos_ids": [1], "decoder_start_id": 0, "forced_bos_id": None}
 OTHERS = {"pad_id": 3, "eos_ids": [1, 7], "decoder_start_id": 5, "forced_bos_id": 9}
@@ -26,7 +26,7 @@ def with_ids(backbone, **ids):
 def tuned(backbone, task, tmp_path_factory) -> PromptFile:
     """The prompt of a run of one step."""
     folder = tmp_path_factory.mktemp("run")
-    tune(folder, task, backbone, pace=Pace(train_steps=1, eval_period=1))
+    tune(folder, task, backbone, schedule=TrainSchedule(train_steps=1, eval_period=1))
     return load_prompt(folder / "prompts" / "best.safetensors")
 
 

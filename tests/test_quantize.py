@@ -16,11 +16,13 @@ from ptjax.data.batch import make_batch
 from ptjax.data.tasks import Task
 from ptjax.errors import InputError
 from ptjax.inference import forward, loss_and_prompt_gradient
+from ptjax.methods.model_tuning import ModelTuning
 from ptjax.models.layers import Quantized
 from ptjax.models.prompted import make_apply_fn, with_prompt
 from ptjax.models.stacking import Unstacked, stack_paths
 from ptjax.scale import sharding
 from ptjax.scale.quantize import dequantize, is_quantized, quantize, quantize_sharded
+from ptjax.settings import RunSettings
 from ptjax.training.loss import Loss
 from ptjax.training.step import batch_loss
 from ptjax.trees import flatten_paths, unflatten_paths
@@ -160,4 +162,4 @@ def test_what_int8_is_not_for() -> None:
     small = load_backbone(FIXTURES / "t5_1_1_tiny_legacy", quantize="int8")
     task = Task(name="x", splits={"train": "x.jsonl"}, inputs="{text}", targets="{label}")
     with pytest.raises(InputError, match=r"int8 kernels do not train: set --gin\.QUANTIZE=None"):
-        tune("unused", task, small, method="model_tuning")
+        tune(small, task, "unused", RunSettings(method=ModelTuning()))

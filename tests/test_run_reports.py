@@ -15,13 +15,14 @@ import pytest
 from conftest import WORDS, tune
 from etils import epath
 
+from ptjax.baselines import HardPrompt
 from ptjax.data.packing import make_template
 from ptjax.display import Display
-from ptjax.evaluation import Evaluator, HardPrompt
+from ptjax.evaluation import Evaluator
 from ptjax.inspection import describe_checkpoint
 from ptjax.interop.prompt_file import load_prompt
-from ptjax.loop import Pace
 from ptjax.models.prompt import Surroundings, Uniform
+from ptjax.settings import Evaluation, TrainSchedule
 from ptjax.training.optimizer import Adafactor, embedding_rms
 
 STILL = Adafactor(learning_rate=0.0, weight_decay=0.0)
@@ -36,16 +37,16 @@ def every_step(backbone, task, tmp_path_factory) -> tuple[Path, float]:
     """Four steps, each logged, with the best prompt at the first; how many seconds they took."""
     directory = tmp_path_factory.mktemp("every_step")
     started = time.perf_counter()
-    pace = Pace(train_steps=4, eval_period=1, log_period=1, keep=2)
-    tune(directory, task, backbone, pace=pace, optimizer=STILL)
+    schedule = TrainSchedule(train_steps=4, eval_period=1, log_period=1, keep=2)
+    tune(directory, task, backbone, schedule=schedule, optimizer=STILL)
     return directory, time.perf_counter() - started
 
 
 def test_a_logged_loss_and_norm_are_means_over_the_steps_since_the_last_one(
     every_step, backbone, task, tmp_path
 ):
-    pace = Pace(train_steps=4, eval_period=4, log_period=2)
-    tune(tmp_path, task, backbone, pace=pace, optimizer=STILL)
+    schedule = TrainSchedule(train_steps=4, eval_period=4, log_period=2)
+    tune(tmp_path, task, backbone, schedule=schedule, optimizer=STILL)
     for name in ("train/loss", "train/gradient_norm"):
         single = [row[name] for row in rows_of(every_step[0]) if name in row]
         paired = [row[name] for row in rows_of(tmp_path) if name in row]
@@ -69,8 +70,10 @@ def test_only_the_best_and_the_last_exports_stay(every_step):
 
 
 def test_a_prompt_starts_from_a_stream_of_its_own(backbone, task, tmp_path):
-    pace = Pace(train_steps=1, eval_period=1)
-    tune(tmp_path, task, backbone, pace=pace, optimizer=STILL, init_prompt=Uniform(), seed=5)
+    schedule = TrainSchedule(train_steps=1, eval_period=1)
+    tune(
+        tmp_path, task, backbone, schedule=schedule, optimizer=STILL, initializer=Uniform(), seed=5
+    )
     made = load_prompt(tmp_path / "prompts" / "1.safetensors").prompt
     embedding = backbone.variables["params"]["token_embedder"]["embedding"]
     surroundings = Surroundings(embedding, backbone.tokenizer, (), list)
@@ -97,7 +100,7 @@ def test_a_learning_rate_far_above_the_embedding_is_warned_of(
 def test_the_size_of_a_checkpoint_is_that_of_what_trains(backbone, task, tmp_path, caplog):
     # Adafactor keeps one float32 for each entry of a prompt this narrow, as the prompt does.
     with caplog.at_level("INFO", logger="absl"):
-        tune(tmp_path, task, backbone, prompt_length=1000, dry_run=True)
+        tune(tmp_path, task, backbone, length=1000, dry_run=True)
     [said] = [m for m in caplog.messages if m.startswith("optimizer state")]
     state, checkpoint = map(float, re.findall(r"([\d.]+) MB", said))
     assert state == pytest.approx(1000 * 16 * 4 / 1e6, abs=0.005)  # printed to 0.01
@@ -123,8 +126,8 @@ def unbalanced(task, tmp_path_factory) -> Any:
 
 
 def test_the_majority_is_the_training_splits(backbone, unbalanced, tmp_path):
-    pace = Pace(train_steps=1, eval_period=1)
-    assert tune(tmp_path, unbalanced, backbone, pace=pace)["majority"] == 0.25
+    schedule = TrainSchedule(train_steps=1, eval_period=1)
+    assert tune(tmp_path, unbalanced, backbone, schedule=schedule)["majority"] == 0.25
 
 
 def test_the_shots_in_context_follow_the_seed(backbone, task, tmp_path, monkeypatch):
@@ -132,20 +135,26 @@ def test_the_shots_in_context_follow_the_seed(backbone, task, tmp_path, monkeypa
     read, evaluate = [], Evaluator.__call__
 
     def listening(self, variables, split, rewording=None):
-        read.append(rewording("x"))
+        if rewording is not None:
+            read.append(rewording("x"))
         return evaluate(self, variables, split, rewording)
 
     monkeypatch.setattr(Evaluator, "__call__", listening)
+    compared = Evaluation(batch_size=16, hard_prompts={"asked": hard})
+    once = TrainSchedule(train_steps=1, eval_period=1)
     for seed in (1, 2):
-        settings = {"method": "hard_prompt", "hard_prompt": hard, "seed": seed}
-        tune(tmp_path / str(seed), task, backbone, **settings)
+        how = {"evaluation": compared, "schedule": once, "seed": seed}
+        tune(tmp_path / str(seed), task, backbone, **how)
     assert read == [hard.rewording(train, seed)("x") for seed in (1, 2)]
     assert read[0] != read[1]
 
 
 def test_a_line_shows_the_mean_of_a_bank_and_no_member(tmp_path, caplog):
-    with caplog.at_level("INFO", logger="absl"), Display(epath.Path(tmp_path), 4, 0) as display:
-        display.metrics(1, {"train/loss": 2.0, "train/loss/a": 1.0, "train/loss/b": 3.0})
+    display = Display(4)
+    with caplog.at_level("INFO", logger="absl"):
+        display.on_start(epath.Path(tmp_path), 0)
+        display.on_log(1, {"train/loss": 2.0, "train/loss/a": 1.0, "train/loss/b": 3.0})
+        display.on_end(1)
     assert [m for m in caplog.messages if m.startswith("step ")] == ["step 1/4  loss 2"]
 
 

@@ -6,12 +6,12 @@ import pickle
 
 import pytest
 
+from ptjax.baselines import HardPrompt
 from ptjax.data.preprocess import tokenize_examples
 from ptjax.data.sentinels import Rendered, join_texts, mark_sentinels, spelt_out
 from ptjax.data.tasks import Task
 from ptjax.data.templates import parse_template
 from ptjax.data.tokenizer import load_tokenizer
-from ptjax.evaluation import HardPrompt
 
 S0, S1 = "<extra_id_0>", "<extra_id_1>"
 

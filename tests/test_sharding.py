@@ -20,13 +20,14 @@ from safetensors.numpy import load_file
 
 from ptjax.backbone import load_backbone
 from ptjax.errors import InputError
-from ptjax.loop import Pace
+from ptjax.methods.model_tuning import ModelTuning
 from ptjax.models.config import T5Config
 from ptjax.models.prompted import make_apply_fn
 from ptjax.models.stacking import split_path, stack_paths
 from ptjax.models.t5 import parameter_shapes
 from ptjax.scale import sharding
 from ptjax.scale.hlo import collectives
+from ptjax.settings import TrainSchedule
 from ptjax.training.loss import Loss
 from ptjax.training.optimizer import Adafactor
 from ptjax.training.step import init_train_state, make_bank_step, make_train_step
@@ -493,9 +494,9 @@ def test_fsdp_tunes_a_model_as_one_device(backbone, task, tmp_path):
             directory,
             task,
             placed,
-            method="model_tuning",
+            method=ModelTuning(),
             optimizer=Adafactor(learning_rate=1e-3, multiply_by_parameter_scale=True),
-            pace=Pace(train_steps=3, eval_period=3, log_period=1),
+            schedule=TrainSchedule(train_steps=3, eval_period=3, log_period=1),
         )
         tuned.append(load_file(directory / "models" / "best" / "model.safetensors"))
     before = load_file(Path(backbone.name) / "model.safetensors")

@@ -369,7 +369,7 @@ def test_case_1_6_a_banks_smaller_batch_is_padded_with_its_padding(madlad):
 @pytest.mark.parametrize("pack", [False, True])
 def test_case_1_6_tunes_generates_and_ranks(madlad, tmp_path, pack):
     from ptjax.data.tasks import Task
-    from ptjax.loop import Pace
+    from ptjax.settings import TrainSchedule
 
     rng = np.random.default_rng(0)
     lines = []
@@ -385,9 +385,11 @@ def test_case_1_6_tunes_generates_and_ranks(madlad, tmp_path, pack):
         label="label",
         verbalizer={"cold": "cold", "warm": "warm"},
     )
-    pace = Pace(train_steps=2, eval_period=2, log_period=1)
+    schedule = TrainSchedule(train_steps=2, eval_period=2, log_period=1)
     lengths = {"inputs": 16, "targets": 8}
-    results = tune(tmp_path / "run", task, madlad, pace=pace, pack=pack, feature_lengths=lengths)
+    results = tune(
+        tmp_path / "run", task, madlad, schedule=schedule, pack=pack, feature_lengths=lengths
+    )
     assert np.isfinite(results["best"]["value"]) if "best" in results else results
     if not pack:
         texts = ["red green", "dark"]

@@ -66,7 +66,7 @@ def test_case_4_5_a_gin_file_of_t5x_is_named_with_our_names(fails):
     )
     for told in (
         "TRAIN_STEPS: steps of this run: TRAIN_STEPS = 50000; ",
-        "MIXTURE_OR_TASK_NAME: a task's gin file, tasks/*.gin, which declares tasks.Task; ",
+        "MIXTURE_OR_TASK_NAME: a task's gin file, tasks/*.gin, which declares ptjax.Task; ",
         "prompts/from_class_labels.gin: prompts/class_labels.gin, CLASS_LABELS: the default",
         "PjitPartitioner.num_partitions: MESH = '4x2' on 8 devices (data x model)",
         "train.eval_period: EVAL_PERIOD",
@@ -113,12 +113,12 @@ UNKNOWN = {
     "--seqio_additional_cache_dirs=x": "there are no cached tasks",
     "--multiprocess_gpu": "Slurm and Open MPI are recognised",
     "--gin.MIXTURE_OR_TASK_NAME='super_glue_boolq_v102'": "a task's gin file, tasks/*.gin, which "
-    "declares tasks.Task, of this task --gin_file=tasks/boolq.gin",
-    "--gin.MIXTURE_OR_TASK_NAME='taskless_x'": "which declares tasks.Task",
+    "declares ptjax.Task, of this task --gin_file=tasks/boolq.gin",
+    "--gin.MIXTURE_OR_TASK_NAME='taskless_x'": "which declares ptjax.Task",
     "--gin.USE_CACHED_TASKS=True": "leave it out (USE_CACHED_TASKS = False is accepted, "
     "True is not)",
-    "--gin.PROMPT_REGEX=['.*']": "tuning.tune.method = 'prompt_tuning'",
-    "--gin.LOSS_NORMALIZING_FACTOR=233472": "loss.Loss.per_token = True",
+    "--gin.PROMPT_REGEX=['.*']": "ptjax.RunSettings.method = 'prompt_tuning'",
+    "--gin.LOSS_NORMALIZING_FACTOR=233472": "ptjax.Loss.per_token = True",
     "--gin.CHECKPOINT_PATH='x'": "--backbone=PATH",
     "--gin.EVAL_STEPS=20": "EVAL_EXAMPLES",
     "--gin.partitioning.PjitPartitioner.num_partitions=2": "partitioning.PjitPartitioner."
@@ -150,11 +150,11 @@ def test_case_4_6_what_means_the_same_here_is_accepted():
 
 
 def test_case_4_6_tfds_data_dir_is_the_folder_of_tasks_that_read_tfds(fails):
-    lines = "from __gin__ import dynamic_registration\nfrom ptjax.data import tasks\n"
-    lines += "tasks.Task.data_dir = %DATA_DIR\nSPLITS = {'train': 'tfds:glue/sst2'}\n"
-    Path("tfds.gin").write_text(lines + "tasks.Task.splits = %SPLITS\n")
+    lines = "from __gin__ import dynamic_registration\nimport ptjax\n"
+    lines += "ptjax.Task.data_dir = %DATA_DIR\nSPLITS = {'train': 'tfds:glue/sst2'}\n"
+    Path("tfds.gin").write_text(lines + "ptjax.Task.splits = %SPLITS\n")
     load("--gin_file=tfds.gin", "--tfds_data_dir=/data/tfds")
-    assert cli.settings("ptjax.data.tasks.Task", "data_dir") == {"data_dir": "/data/tfds"}
+    assert cli.settings("ptjax.Task", "data_dir") == {"data_dir": "/data/tfds"}
     said = fails(QUICK, "--tfds_data_dir=/data/tfds")
     assert said.startswith("--tfds_data_dir=/data/tfds: no task here reads TFDS")
     assert "--gin.DATA_DIR" in said

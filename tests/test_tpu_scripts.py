@@ -34,7 +34,7 @@ ARGUMENTS = [
     "--gin_file=tasks/sst2.gin",
     "--gin.MODEL_DIR='gs://lab/sst2'",
     "--gin.TASK_FEATURE_LENGTHS={'inputs': 64, 'targets': 8}",
-    '--gin.tuning.tune.hard_prompt="It\'s {text} `x` $HOME \\ !"',
+    '--gin.instruction/ptjax.HardPrompt.text="It\'s {text} `x` $HOME \\ !"',
     "*",
     "~",
     "",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import sys
@@ -12,7 +13,7 @@ import gin
 import numpy as np
 import pytest
 
-from ptjax import cli, loop
+from ptjax import cli
 from ptjax.cli import gin_files, trust
 from ptjax.data.catalogue import CATALOGUE
 from ptjax.interop.prompt_file import save_prompt
@@ -20,11 +21,11 @@ from ptjax.interop.prompt_file import save_prompt
 pytestmark = pytest.mark.usefixtures("own_process")
 HEADER = "from __gin__ import dynamic_registration\n"
 TASK = """
-from ptjax.data import tasks
-tasks.Task.name = 'mood'
-tasks.Task.inputs = 'mood: {text}'
-tasks.Task.label = 'label'
-tasks.Task.verbalizer = {'0': 'good', '1': 'bad'}
+import ptjax
+ptjax.Task.name = 'mood'
+ptjax.Task.inputs = 'mood: {text}'
+ptjax.Task.label = 'label'
+ptjax.Task.verbalizer = {'0': 'good', '1': 'bad'}
 """
 
 
@@ -60,15 +61,15 @@ LINES = {
     "import __gin__.evil": "it imports __gin__.evil, ",
     "A = @os.system()": "it refers to os.system, ",
     # What ptjax imports itself is as near as its name.
-    "from ptjax.data import sources\nA = [{'x': @sources.os.system()}]": "it refers to "
-    "sources.os.system, ",
-    "from ptjax import files\nfiles.write_bytes.data = 'x'": "it sets files.write_bytes.data, ",
-    "from ptjax import files\nfiles.write_bytes:\n  path = 'flag'": "it sets files.write_bytes, ",
-    "from ptjax import backbone as tasks\nA = @tasks.save_backbone": "it refers to "
-    "tasks.save_backbone, ",
+    "import ptjax\nA = [{'x': @ptjax.importlib.import_module()}]": "it refers to "
+    "ptjax.importlib.import_module, ",
+    "import ptjax\nptjax.save_prompt.prompt = 'x'": "it sets ptjax.save_prompt.prompt, ",
+    "import ptjax\nptjax.save_prompt:\n  path = 'flag'": "it sets ptjax.save_prompt, ",
+    "import ptjax as mine\nA = @mine.save_backbone": "it refers to mine.save_backbone, ",
+    "import ptjax\nA = @ptjax.preprocessors.super_glue.re.compile()": "it refers to "
+    "ptjax.preprocessors.super_glue.re.compile, ",
     # It may be set, and is in every run's file; a reference would start a run.
-    "from ptjax import tuning\ntuning.tune.seed = 1\nA = @x/tuning.tune()": "it refers to "
-    "tuning.tune, ",
+    "import ptjax\nptjax.tune.steps = 1\nA = @x/ptjax.tune()": "it refers to ptjax.tune, ",
     "import optax\nA = @optax.adam()": "it refers to optax.adam, ",
     "A = @gin.singleton()": "it refers to gin.singleton, ",
 }
@@ -108,7 +109,7 @@ def test_case_5_1_trust_config_runs_a_module_of_the_users_own(call, model_dir, e
     Path("evil.py").write_text(
         Path("evil.py").read_text() + "def shout(fields):\n    yield {'text': fields['text'] + '!'}"
     )
-    config = f"{HEADER}import evil{TASK}tasks.Task.preprocess = @evil.shout\n"
+    config = f"{HEADER}import evil{TASK}ptjax.Task.preprocess = @evil.shout\n"
     (model_dir / "config.gin").write_text(config)
     code, _, err = call("infer", f"--model_dir={model_dir}", "x")
     assert code == 2 and "imports evil" in err and not evil.exists()
@@ -126,9 +127,9 @@ def test_case_5_1_what_our_own_runs_write_is_read():
     """Every gin file of ptjax's, as a run of it writes it."""
     bound = set()
     for file in sorted(Path(gin_files.gin_configs()).rglob("*.gin")):
-        flags = [f"--gin_file={file}", "--gin.tuning.tune.optimizer=@optimizer.Adafactor()"]
-        flags.append("--gin.optimizer.Adafactor.learning_rate=@optax.linear_schedule()")
-        open_macros = "CORPUS_DIR CORPUS_FILES DATA_DIR HARD_PROMPT INITIAL_CHECKPOINT_PATH"
+        flags = [f"--gin_file={file}", "--gin.RunSettings.optimizer=@ptjax.Adafactor()"]
+        flags.append("--gin.Adafactor.learning_rate=@optax.linear_schedule()")
+        open_macros = "CORPUS_DIR CORPUS_FILES DATA_DIR INITIAL_CHECKPOINT_PATH"
         open_macros += " MODEL_DIR PROMPT_FILE PROMPT_TEXT"
         arguments = cli.parse(cli.make_parser("x", ""), flags)
         cli.load_gin(arguments, defaults=dict.fromkeys(open_macros.split(), ""))
@@ -136,26 +137,28 @@ def test_case_5_1_what_our_own_runs_write_is_read():
         with open("config.gin") as stream:
             trust.check(stream, "config.gin")
         bound |= {selector for _, selector in gin.config._CONFIG}
-    assert {"ptjax.tuning.tune", "ptjax.data.mixture.TaskPart", "ptjax.bank.sweep"} <= bound
+    assert {"ptjax.tune", "ptjax.TaskComponent", "ptjax.sweep"} <= bound
 
 
 def test_case_5_1_the_list_is_whole_and_true():
     for table in (trust.MADE, trust.BOUND):
         for module, names in table.items():
             for name in names:
-                assert callable(getattr(importlib.import_module(module), name)), (module, name)
+                holder = functools.reduce(
+                    getattr, module.split(".")[1:], importlib.import_module(module.split(".")[0])
+                )
+                assert callable(getattr(holder, name)), (module, name)
     listed = {f"{module}.{name}" for module, names in trust.MADE.items() for name in names}
     assert set(CATALOGUE) <= listed
     # Classes of settings that a run can be given in Python can be written down as well.
-    for module in ("evaluation", "pretraining", "models.prompt", "training.loss"):
+    for module in ("settings", "baselines", "data.mixture", "models.prompt", "training.loss"):
         home = importlib.import_module(f"ptjax.{module}")
         for name, value in vars(home).items():
             settings = inspect.isclass(value) and value.__module__ == home.__name__
             if settings and hasattr(value, "__dataclass_fields__") and not name.startswith("_"):
-                told = f"ptjax.{module}.{name}" in listed or name in INTERNAL
+                told = f"ptjax.{name}" in listed or name in INTERNAL
                 assert told, f"{module}.{name}: list it in trust.MADE, or here as internal"
-    assert loop.Pace.__name__ in trust.MADE["ptjax.loop"]
 
 
-INTERNAL = {"Surroundings", "Evaluator"}
+INTERNAL = {"Surroundings", "Prompt"}
 """Classes that a run makes itself."""

@@ -98,7 +98,6 @@ def test_case_5_8_every_reader_refuses_deep_nesting(tmp_path):
 def test_case_5_8_no_reader_goes_past_the_guard():
     """What parses a stranger's bytes is called in two files alone; the rest reads its own."""
     own = {
-        "preparation.py": "the settings of this run, made a line above",
         "compiling.py": "its own cache and children",
         "launch.py": "what gcloud prints",
         "checkpoint.py": "what Orbax writes of this run",

@@ -50,9 +50,9 @@ class Family(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """Settings of a stage, as gin passes them to `pretraining.pretrain`."""
+    """Settings of a stage, as gin passes them to `ptjax.pretrain`."""
 
-    parts: Sequence[mixture.Part]
+    components: Sequence[mixture.MixtureComponent]
     optimizer: Adafactor
     steps: int
     seed: int
@@ -60,7 +60,7 @@ class Settings(NamedTuple):
 
 def write(
     folder: Path,
-    text: mixture.Text,
+    text: mixture.TextFiles,
     stages: Mapping[str, Settings],
     sizes: Mapping[str, T5Config],
     *,
@@ -69,14 +69,14 @@ def write(
     """Writes the folder.
 
     Args:
-        stages: all with the same number of parts, and the same tasks in the same places.
+        stages: all with the same number of components, and the same tasks in the same places.
         tokens: how many tokens of the running text to keep; a stage that needs more starts over.
     """
     folder.mkdir(parents=True, exist_ok=True)
     first, *_ = stages.values()
     tokenizer, ids = load_tokenizer(TOKENIZER), next(iter(sizes.values())).special_ids
     stream = text.tokenize(tokenizer, first.seed)[:tokens]
-    components = mixture.make_components(first.parts, stream, tokenizer, first.seed, ids)
+    components = mixture.make_batches(first.components, stream, tokenizer, first.seed, ids)
     arrays = {"text": stream.astype(np.uint16)} | {
         f"{part}.{number}.{name}.{kind}": array.astype(np.uint16)
         for part, made in enumerate(components)
@@ -106,18 +106,20 @@ def write_from_gin(folder: Path, data_dir: Path, corpus_dir: Path, *, tokens: in
     macros["INITIAL_CHECKPOINT_PATH"] = "ptjax-nano"
     stages = {stage: _bound(macros, name) for stage, name in STAGES.items()}
     sizes = {
-        size: _bound(macros, STAGES["span"], f"models/ptjax_{size}.gin")["model"] for size in SIZES
+        size: _bound(macros, STAGES["span"], f"models/ptjax_{size}.gin")["start"] for size in SIZES
     }
     assert stages["span"]["tokenizer"] == TOKENIZER
     settings = {
-        stage: Settings(one["parts"], one["optimizer"], one["pace"].train_steps, one["seed"])
+        stage: Settings(
+            one["components"], one["optimizer"], one["schedule"].train_steps, one["seed"]
+        )
         for stage, one in stages.items()
     }
     write(folder, stages["span"]["text"], settings, sizes, tokens=tokens)
 
 
 def _bound(macros: Mapping[str, str], *gin_files: str) -> dict[str, Any]:
-    """The arguments that the gin files bind for `pretraining.pretrain`."""
+    """The arguments that the gin files bind for `ptjax.pretrain`."""
     import gin  # here, because the machine that reads does not have it
 
     from ptjax import cli, pretraining
@@ -132,8 +134,8 @@ def _describe_stage(
 ) -> dict[str, Any]:
     """A stage for JSON. `components` are those of the first stage, made with `first_seed`."""
     found = []
-    for number, (part, made) in enumerate(zip(stage.parts, components, strict=True)):
-        fields = dataclasses.asdict(part)  # type: ignore[call-overload]  # all parts are dataclasses
+    for number, (part, made) in enumerate(zip(stage.components, components, strict=True)):
+        fields = dataclasses.asdict(part)  # type: ignore[call-overload]  # all are dataclasses
         rate, size = fields.pop("rate"), fields.pop("batch_size")
         for index, batches in enumerate(made):
             seed = batches.seed + stage.seed - first_seed
@@ -141,8 +143,7 @@ def _describe_stage(
             if isinstance(batches.source, TokenizedExamples):
                 about |= {"examples": f"{number}.{index}", "buckets": batches.buckets}
             else:
-                objective = type(part).__name__.removesuffix("Part")
-                about |= {"objective": objective, "settings": fields}
+                about |= {"objective": type(part).__name__, "settings": fields}
             found.append(about)
     rates = [float(stage.optimizer.rate_at(step, 1.0)) for step in range(stage.steps)]
     rest = dataclasses.asdict(dataclasses.replace(stage.optimizer, learning_rate=0.0))
@@ -175,7 +176,7 @@ def read(folder: Path) -> Family:
         if name := one.get("examples"):
             examples = TokenizedExamples(rows(f"{name}.inputs"), rows(f"{name}.targets"))
             return TrainBatches(examples, buckets=list(map(tuple, one["buckets"])), **common)
-        objective = getattr(denoising, one["objective"])
+        objective = getattr(denoising, f"{one['objective']}Source")
         source = objective(stream, tokenizer, seed=one["seed"], **one["settings"])
         bucket = int(source.input_lengths[0]), int(source.target_lengths[0])
         return TrainBatches(source, buckets=[bucket], **common)

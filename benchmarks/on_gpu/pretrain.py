@@ -201,7 +201,7 @@ def write_toy(folder: Path) -> None:
     lines = [f"The {a} mill was {b}." for a in ("old", "new") for b in ("good", "bad", "sold")]
     rows = [json.dumps({"text": line, "label": str(i % 2)}) for i, line in enumerate(lines * 40)]
     (folder / "text.jsonl").write_text("\n".join(rows) + "\n")
-    text = mixture.Text({"text.jsonl": "text"}, data_dir=str(folder))
+    text = mixture.TextFiles({"text.jsonl": "text"}, data_dir=str(folder))
     task = Task(
         name="even",
         splits={"train": "text.jsonl"},
@@ -211,10 +211,12 @@ def write_toy(folder: Path) -> None:
         verbalizer={"0": "yes", "1": "no"},
     )
     phrasings = [("even: {text}", None), ("odd: {text}", {"0": "no", "1": "yes"})]
-    tasks = mixture.TaskPart(0.5, task, phrasings, batch_size=8, input_length=32, buckets=[(32, 4)])
+    tasks = mixture.TaskComponent(
+        0.5, task, phrasings, batch_size=8, input_length=32, buckets=[(32, 4)]
+    )
     objectives = {
-        "span": mixture.SpanCorruptionPart(0.5, batch_size=8, input_length=32),
-        "lm": mixture.PrefixLMPart(0.5, batch_size=8, input_length=16, target_length=8),
+        "span": mixture.SpanCorruption(0.5, batch_size=8, input_length=32),
+        "lm": mixture.PrefixLM(0.5, batch_size=8, input_length=16, target_length=8),
     }
     optimizer = Adafactor(learning_rate=0.01, multiply_by_parameter_scale=True)
     stages = {

@@ -43,7 +43,7 @@ MAY_BE_EMPTY = ("--cache_dir", "--gin_bindings", "--gin_search_paths", "--prefix
 GIN = """\
 gin: a gin file binds arguments of Python functions and names macros (NAME = value).
   --gin.NAME=VALUE sets a macro, or any argument of a function, for example
-    --gin.MODEL_DIR="'/tmp/run'"  --gin.TRAIN_STEPS=1000  --gin.tuning.tune.seed=3
+    --gin.MODEL_DIR="'/tmp/run'"  --gin.TRAIN_STEPS=1000  --gin.RunSettings.seed=3
   Strings need quotes of their own. Files are looked for in the current folder, in the
   --gin_search_paths, and among ptjax's own (models/, tasks/, runs/, quickstart.gin).
 """

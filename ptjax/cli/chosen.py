@@ -14,8 +14,9 @@ from ptjax.cli.gin_files import TASK, configured, declared, load_gin, macro, set
 from ptjax.errors import InputError, missing
 from ptjax.model_dir import BEST_PROMPT, BEST_PROMPTS, ModelDir
 
-TUNE = "ptjax.tuning.tune"
-LOAD_BACKBONE = "ptjax.backbone.load_backbone"
+TUNE = "ptjax.tune"
+SETTINGS = "ptjax.RunSettings"
+LOAD_BACKBONE = "ptjax.load_backbone"
 _PROMPTS = (
     "*.safetensors", "*.npy", "*/adapter_*", *(f"*/{best}" for best in BEST_PROMPTS)
 )  # fmt: skip
@@ -74,7 +75,7 @@ def add_trust_flag(group: Any) -> None:
 def bind_tokenizer(arguments: argparse.Namespace) -> None:
     """Turns --tokenizer into the binding that it stands for."""
     if arguments.tokenizer is not None:
-        arguments.gin_bindings.append(f"backbone.load_backbone.tokenizer = {arguments.tokenizer!r}")
+        arguments.gin_bindings.append(f"ptjax.load_backbone.tokenizer = {arguments.tokenizer!r}")
 
 
 def load(arguments: argparse.Namespace, *, reads_data: bool = False) -> None:
@@ -106,7 +107,8 @@ def load(arguments: argparse.Namespace, *, reads_data: bool = False) -> None:
         arguments,
         macros,
         defaults=defaults if reads_data else defaults | {"DATA_DIR": ""},
-        untrusted=None if arguments.trust_config else config,
+        of_run=config,
+        trusted=arguments.trust_config,
     )
 
 
@@ -242,7 +244,7 @@ def task(metadata: Mapping[str, Any], *, needed: bool = True) -> Any:
     """
     if (of_run := settings(TUNE, "task").get("task")) is not None:
         return of_run
-    found = declared(TASK, "tasks.Task", unless_of="ptjax.data.mixture.")
+    found = declared(TASK, unless_of="ptjax.TaskComponent")
     described = metadata.get("task")
     name = described.get("name") if isinstance(described, Mapping) else described
     if own := [task for task in found.values() if task.name == name]:
@@ -254,13 +256,13 @@ def task(metadata: Mapping[str, Any], *, needed: bool = True) -> Any:
     listed = ", ".join(f"{reference} is {task.name}" for reference, task in found.items())
     raise InputError(
         f"which task? The gin files declare {len(found)}: {listed}; choose one with "
-        f"--gin.tuning.tune.task={next(iter(found))}"
+        f"--gin.ptjax.tune.task={next(iter(found))}"
     )
 
 
 def lengths(metadata: Mapping[str, Any]) -> dict[str, int]:
     """{"inputs", "targets"} as far as they are known: the prompt's own, else the gin file's."""
-    of_run = settings(TUNE, "feature_lengths").get("feature_lengths")
+    of_run = settings("ptjax.Batching", "feature_lengths").get("feature_lengths")
     found = dict(of_run or macro("TASK_FEATURE_LENGTHS") or {})
     for side, key in (("inputs", "input_length"), ("targets", "target_length")):
         if isinstance(metadata.get(key), int):

@@ -22,14 +22,15 @@ import gin.config
 from absl import logging
 from etils import epath
 
-from ptjax.cli import gin_types, t5x_names, trust
-from ptjax.cli.gin_mistakes import IMPORTS, check_depth, explained, own_files
+import ptjax
+from ptjax.cli import gin_types, old_config, t5x_names, trust
+from ptjax.cli.gin_mistakes import IMPORTS, PUBLIC_NAMES, check_depth, explained, own_files
 from ptjax.errors import InputError, near
 
 # What gin has no public names for: its registry, its bindings, how it writes values.
 _gin: Any = gin.config
 
-TASK = "ptjax.data.tasks.Task"
+TASK = "ptjax.Task"
 
 
 def gin_configs() -> epath.Path:
@@ -44,7 +45,8 @@ def load_gin(
     macros: Mapping[str, Any] | None = None,
     *,
     defaults: Mapping[str, Any] | None = None,
-    untrusted: str | None = None,
+    of_run: str | None = None,
+    trusted: bool = False,
 ) -> None:
     """Reads the gin files and bindings, and checks every macro.
 
@@ -52,10 +54,13 @@ def load_gin(
         macros: set last, where the files use them.
         defaults: of macros that this command can do without, such as MODEL_DIR where nothing is
             written; for those that the files use and nothing sets.
-        untrusted: the one of the files that may name nothing but ptjax's settings.
+        of_run: the one of the files that is the config.gin of a MODEL_DIR, which an older ptjax
+            may have written.
+        trusted: it may name more than ptjax's settings.
 
     Raises:
-        InputError: one line with file, line and the nearest valid name; or what is in `untrusted`.
+        InputError: one line with file, line and the nearest valid name; or what `of_run` may
+            not name.
     """
     gin.clear_config()
     paths = ["", *filter(None, arguments.gin_search_paths.split(",")), os.fspath(gin_configs())]
@@ -63,12 +68,13 @@ def load_gin(
         gin.add_config_file_search_path(path)
     # Without gin's own reader of Python packages: a folder `runs` here, which every run may make,
     # is a package to it, and it fails on `include 'runs/prompt_tune.gin'`.
-    _gin._FILE_READERS = [(_open, os.path.isfile), (_open, _is_remote)]
+    read = functools.partial(_open, of_run=of_run)
+    _gin._FILE_READERS = [(read, os.path.isfile), (read, _is_remote)]
     files = []
     for file in arguments.gin_file:
         with explained(paths, file):
-            if file == untrusted:
-                with _open(file) as stream:
+            if file == of_run and not trusted:
+                with read(file) as stream:
                     trust.check(stream, file)
             with _mixed_tasks_said(file):
                 files = _flat(gin.parse_config_file(file), paths) + files  # later ones win
@@ -121,8 +127,12 @@ def _mixed_tasks_said(file: str) -> Iterator[None]:
             )
 
 
-def _open(path: str) -> IO[str]:
-    """A gin file's text; every one of them, included ones too, comes through here."""
+def _open(path: str, of_run: str | None = None) -> IO[str]:
+    """A gin file's text; every one of them, included ones too, comes through here.
+
+    Args:
+        of_run: the file that an older ptjax may have written.
+    """
     try:
         text = epath.Path(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -131,6 +141,10 @@ def _open(path: str) -> IO[str]:
         ) from None
     check_depth(text, path)
     t5x_names.check_gin_file(text, path)
+    if (line := old_config.line_of_module(text)) is not None:
+        if path != of_run:
+            raise InputError(f"{path}:{line}: {PUBLIC_NAMES}")
+        text = old_config.translate(text)
     stream = io.StringIO(text)
     stream.name = path  # type: ignore[attr-defined]  # gin's parser takes it for its messages
     return stream
@@ -169,6 +183,8 @@ def _bind(line: str, imports: str) -> None:
     except ValueError as error:
         if not str(error).startswith("No configurable matching"):
             raise
+        if (name := re.match(r"(?:[\w/]+/)?(\w+)\.", line)) and name[1] in ptjax.__all__:
+            line = f"{line[: name.start(1)]}ptjax.{line[name.start(1) :]}"
         gin.parse_config(f"{imports}\n{line}")
 
 
@@ -274,14 +290,13 @@ def _check_required(
             and not variadic
             and name not in (*bindings, *given)
         ):
-            module = function.__module__.rsplit(".", 1)[-1]
             prefix = "".join(f"{scope}/" for scope in scopes)
             unbound = scopes and not any(
                 scopes[-1] in scope.split("/") for scope, _ in _gin._CONFIG
             )
             bound = sorted({scope for scope, key in _gin._CONFIG if scope and key == selector})
             raise InputError(
-                f"{prefix}{module}.{function.__name__} needs `{name}`, which nothing sets; "
+                f"{prefix}{gin_types.name_of(function)} needs `{name}`, which nothing sets; "
                 + (
                     f"no gin file has the scope {scopes[-1]}" + near(scopes[-1], bound)
                     if unbound
@@ -328,17 +343,16 @@ def settings(function: str | Callable[..., Any], *names: str) -> dict[str, Any]:
 
 
 def _full_name(selector: str) -> str:
-    """Of what a selector stands for; `ptjax.Task` is `ptjax.data.tasks.Task`."""
-    function = _gin._REGISTRY.get_match(selector).wrapped
-    return f"{function.__module__}.{function.__qualname__}"
+    """Of what a selector stands for, under whatever name a gin file imports it."""
+    return gin_types.name_of(_gin._REGISTRY.get_match(selector).wrapped)
 
 
-def declared(selector: str, shown: str, *, unless_of: str) -> dict[str, Any]:
-    """ "@scope/SHOWN()" -> what it makes, of a class that the gin files bind, in every scope.
+def declared(selector: str, *, unless_of: str) -> dict[str, Any]:
+    """ "@scope/ptjax.Task()" -> what it makes, of a class that the gin files bind, in every scope.
 
     Args:
-        selector: the full name of the class, which need not be imported.
-        unless_of: leaves out what functions of this prefix refer to.
+        selector: the public name of the class, which need not be imported.
+        unless_of: leaves out what this class refers to.
 
     Raises:
         InputError: the only one lacks a setting. Of several, an incomplete one is their basis.
@@ -346,7 +360,7 @@ def declared(selector: str, shown: str, *, unless_of: str) -> dict[str, Any]:
     names = [name for _, name in _gin._CONFIG if _full_name(name) == selector]
     scopes = [scope for scope, name in _gin._CONFIG if name in names]
     for (_, holder), bindings in _gin._CONFIG.items():
-        for reference in _references(bindings) if holder.startswith(unless_of) else ():
+        for reference in _references(bindings) if holder == unless_of else ():
             *inner, _ = reference.scoped_selector.split("/")
             if reference.configurable.selector in names and "/".join(inner) in scopes:
                 scopes.remove("/".join(inner))
@@ -359,7 +373,7 @@ def declared(selector: str, shown: str, *, unless_of: str) -> dict[str, Any]:
                 raise
             continue
         with gin.config_scope(scope or None):
-            made[f"@{scope}{'/' if scope else ''}{shown}()"] = gin.get_configurable(names[0])()
+            made[f"@{scope}{'/' if scope else ''}{selector}()"] = gin.get_configurable(names[0])()
     return made
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import gin.config
 from etils import epath
 
-from ptjax.cli import t5x_names
+from ptjax.cli import gin_types, t5x_names
 from ptjax.errors import InputError, listing, near
 
 _gin: Any = gin.config
@@ -24,17 +24,12 @@ _gin: Any = gin.config
 IMPORTS = """\
 from __gin__ import dynamic_registration
 import optax
-from ptjax import backbone
-from ptjax import evaluation
-from ptjax import loop
-from ptjax import tuning
-from ptjax.data import tasks
-from ptjax.models import prompt
-from ptjax.models import t5
-from ptjax.scale import sharding
-from ptjax.training import loss
-from ptjax.training import optimizer
+import ptjax
 """
+PUBLIC_NAMES = (
+    "gin files name ptjax's public API: `import ptjax`, then ptjax.RunSettings.seed, "
+    "@ptjax.Task() and so on; see docs/gin.md"
+)
 
 
 MAX_DEPTH = 100
@@ -129,12 +124,15 @@ def _explain(error: BaseException, paths: Sequence[str], line: str) -> str:
         function = _gin._REGISTRY.get_match(match[1])  # the last part is enough for gin
         function = function or _gin._REGISTRY.get_match(match[1].rsplit(".", 1)[-1])
         names = inspect.signature(function.wrapped).parameters if function else ()
-        return f"{match[1]} has no parameter {match[2]}" + near(match[2], names)
+        name = gin_types.name_of(function.wrapped) if function else match[1]
+        return f"{name} has no parameter {match[2]}" + near(match[2], names)
     if match := re.match(
         r"Couldn't resolve selector ([\w.]+); <module '([\w.]+)'.* (\w+)\.$", text
     ):
         module = sys.modules[match[2]]
-        names = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+        names = getattr(module, "__all__", None) or [
+            n for n, v in vars(module).items() if callable(v) and not n.startswith("_")
+        ]
         return f"{match[2]} has no {match[3]}" + near(match[3], names)
     if match := re.match(r"No module named '([\w.]+)'", text):
         package, _, name = match[1].rpartition(".")
@@ -145,11 +143,10 @@ def _explain(error: BaseException, paths: Sequence[str], line: str) -> str:
         if match[1] in t5x_names.MODULES:
             return t5x_names.told(setting or match[1], "what docs/from_prompt_tuning.md lists")
         known = re.findall(r"import (\w+)\n", IMPORTS.partition("\n")[2])
-        return f"{match[1]} is not imported here" + (
-            near(match[1], known) or "; add a line such as: from ptjax.data import tasks"
-        )
+        hint = near(match[1], known, listed=False) or f"; {PUBLIC_NAMES}"
+        return f"{match[1]} is not imported here{hint}"
     if match := re.match(r"No configurable matching (?:reference )?'@?([\w./]+)", text):
-        known = [f"{c.module.rsplit('.', 1)[-1]}.{c.name}" for _, c in _gin._REGISTRY.items()]
+        known = [f"{c.module}.{c.name}" for _, c in _gin._REGISTRY.items()]
         return f"gin knows no {match[1]}" + near(match[1], known)
     if match := re.match(r"Unable to open file: (\S+)\. Searched", text):
         if here := t5x_names.advice(match[1]):

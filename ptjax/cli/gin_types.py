@@ -14,6 +14,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import gin.config
 from etils import epath
 
+import ptjax
+from ptjax.data import catalogue
 from ptjax.errors import InputError, gin_flag, is_empty
 
 _gin: Any = gin.config
@@ -41,6 +43,19 @@ def argument_types(function: Callable[..., Any]) -> dict[str, Any]:
         return kinds
     except (NameError, TypeError):  # imported for type checkers only, or not a function of Python
         return {}
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """What gin files call it: its public name ("ptjax.Task"), of anything else module and name."""
+    name = getattr(function, "__name__", "")
+    if name in ptjax.__all__ and getattr(ptjax, name) is function:
+        return f"ptjax.{name}"
+    ours = catalogue.name_of(function)
+    return ours if ours in catalogue.CATALOGUE else f"{_module(function)}.{name}"
+
+
+def _module(function: Callable[..., Any]) -> str:
+    return function.__module__.rsplit(".", 1)[-1]
 
 
 def fits(value: Any, kind: Any) -> bool:
@@ -139,8 +154,10 @@ def describe(kind: Any) -> str:
         return _WORDS[kind]
     if kind is Any:
         return "anything"
-    name = "NAME" if _is_function(kind) else kind.__name__
-    return f"a reference such as @{kind.__module__.rsplit('.', 1)[-1]}.{name}()"
+    if _is_function(kind):
+        ours = kind.__module__.startswith("ptjax.")
+        return f"a reference such as @{'ptjax' if ours else _module(kind)}.NAME()"
+    return f"a reference such as @{name_of(kind)}()"
 
 
 def names_path(macro: str) -> bool:
@@ -191,7 +208,7 @@ def check_types(
         function = _gin._REGISTRY.get_match(selector).wrapped
         kinds = argument_types(function)
         scoped = f"{scope}/" if scope else ""
-        function_name = scoped + f"{function.__module__.rsplit('.', 1)[-1]}.{function.__name__}"
+        function_name = scoped + name_of(function)
         for argument, value in bindings.items():
             kind = kinds.get(argument, Any)
             fitting = fits(value, kind)

@@ -17,7 +17,9 @@ from typing import Any
 from etils import epath
 
 from ptjax import files
+from ptjax.callbacks import Callback
 from ptjax.errors import InputError
+from ptjax.model_dir import ModelDir
 
 _DESCRIPTORS = {"-": 1, "/dev/stdout": 1, "/dev/stderr": 2}
 
@@ -186,3 +188,16 @@ def check_fields(fields: Mapping[str, Any], added: Mapping[str, Any], where: str
                 f"{where}: the record has a field '{name}', which the output would replace; "
                 "--prefix=TEXT puts TEXT in front of the names of the new fields"
             )
+
+
+class ConfigFile(Callback):
+    """Keeps the settings of a run as `MODEL_DIR/config.gin`, a gin file that needs no other."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def on_start(self, model_dir: epath.Path, step: int) -> None:
+        from ptjax.scale import processes  # here, so that --help need not wait for JAX
+
+        if processes.first():
+            files.write_bytes(ModelDir(model_dir).config, self.text.encode())

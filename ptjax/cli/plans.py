@@ -86,7 +86,7 @@ def _show_settings(console: Console, title: str, report: Report) -> None:
     """As lines of gin: macros where the files have them, else the arguments."""
     console.print(title)
     for name, value in report["settings"].items():
-        bound = name if has_macro(name) else f"backbone.load_backbone.{name.lower()}"
+        bound = name if has_macro(name) else f"ptjax.load_backbone.{name.lower()}"
         if name != "dtype" or value is not None:  # None is what the gin file says
             console.print(f"  {bound} = {value!r}")
 

@@ -24,7 +24,7 @@ SETTINGS: Sequence[tuple[str, str]] = (
     ("`TASK_FEATURE_LENGTHS = {'inputs': 512, 'targets': 8}`", "the same"),
     (
         "`MIXTURE_OR_TASK_NAME`, `MIXTURE_OR_TASK_MODULE`",
-        "a task's gin file, `tasks/*.gin`, which declares `tasks.Task`",
+        "a task's gin file, `tasks/*.gin`, which declares `ptjax.Task`",
     ),
     (
         "`USE_CACHED_TASKS`, `JSON_WRITE_N_RESULTS`, `USE_HARDWARE_RNG`, "
@@ -41,15 +41,15 @@ SETTINGS: Sequence[tuple[str, str]] = (
     ("`VOCABULARY`", "`TOKENIZER`, or `--tokenizer=PATH`"),
     (
         "`OPTIMIZER`",
-        "`tuning.tune.optimizer = @optimizer.Adafactor()`, its rate in `LEARNING_RATE`",
+        "`ptjax.RunSettings.optimizer = @ptjax.Adafactor()`, its rate in `LEARNING_RATE`",
     ),
     ("the restored step 1,100,000 in Adafactor's decay", "`STEP_OFFSET = 1100000`"),
-    ("`PROMPT_REGEX`, `MultiOptimizer`", "`tuning.tune.method = 'prompt_tuning'`"),
+    ("`PROMPT_REGEX`, `MultiOptimizer`", "`ptjax.RunSettings.method = @ptjax.PromptTuning()`"),
     (
         "`LOSS_NORMALIZING_FACTOR = None`",
-        "the same loss; `loss.Loss.per_token = True` divides by the target tokens",
+        "the same loss; `ptjax.Loss.per_token = True` divides by the target tokens",
     ),
-    ("`PROMPT`", "`tuning.tune.init_prompt`, a file of `prompts/`"),
+    ("`PROMPT`", "`ptjax.PromptTuning.initializer`, a file of `prompts/`"),
     (
         "`prompts/from_class_labels.gin`, `CLASS_LABELS`",
         "`prompts/class_labels.gin`, `CLASS_LABELS`: the default for a closed label set",
@@ -100,14 +100,14 @@ SETTINGS: Sequence[tuple[str, str]] = (
     ("`utils.DatasetConfig.seed`", "`RANDOM_SEED`"),
     ("`utils.RestoreCheckpointConfig.path`", "`INITIAL_CHECKPOINT_PATH`"),
     ("`utils.SaveCheckpointConfig.period`", "`EVAL_PERIOD`; it saves when it evaluates"),
-    ("`utils.SaveCheckpointConfig.keep`", "`loop.Pace.keep`"),
+    ("`utils.SaveCheckpointConfig.keep`", "`ptjax.TrainSchedule.keep`"),
     (
         "`utils.create_learning_rate_scheduler.base_learning_rate`",
         "`LEARNING_RATE`",
     ),
     (
         "`utils.create_learning_rate_scheduler`",
-        "a schedule of optax: `optimizer.Adafactor.learning_rate = @optax.NAME()`",
+        "a schedule of optax: `ptjax.Adafactor.learning_rate = @optax.NAME()`",
     ),
     ("`trainer.Trainer.num_microbatches`", "`MICROBATCHES`"),
     ("`train_script.train.total_steps`", "`TRAIN_STEPS`"),

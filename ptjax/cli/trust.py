@@ -14,39 +14,39 @@ from typing import IO, Any, NamedTuple
 
 from gin import config_parser
 
+from ptjax.data.catalogue import CATALOGUE
 from ptjax.errors import InputError
 
 MADE: Mapping[str, tuple[str, ...]] = {
-    "ptjax": ("Task", "load_backbone"),
-    "ptjax.backbone": ("load_backbone",),
-    "ptjax.bank": ("Variant", "sweep"),
-    "ptjax.data.catalogue.reviews": ("sentences", "without_line_breaks"),
-    "ptjax.data.catalogue.squad": ("squad",),
-    "ptjax.data.catalogue.super_glue": (
-        "multirc",
-        "record",
-        "record_answers",
-        "wsc",
-        "wsc_referents",
-    ),
-    "ptjax.data.mixture": ("PrefixLMPart", "SpanCorruptionPart", "TaskPart", "Text", "TokenFile"),
-    "ptjax.data.tasks": ("Task",),
-    "ptjax.data.tokenizer": ("load_tokenizer",),
-    "ptjax.evaluation": ("Evaluation", "HardPrompt"),
-    "ptjax.interop.prompt_file": ("FromFile",),
-    "ptjax.loop": ("Pace",),
-    "ptjax.models.config": ("T5Config",),
-    "ptjax.models.prompt": (
+    "ptjax": (
+        "Adafactor",
+        "Batching",
         "ClassLabels",
+        "Evaluation",
         "FrequentWords",
+        "FromFile",
         "FromText",
-        "Prompt",
+        "HardPrompt",
+        "Loss",
+        "MemberOverrides",
+        "ModelTuning",
+        "PrefixLM",
+        "PromptTuning",
+        "RunSettings",
         "SampledVocabulary",
+        "SpanCorruption",
+        "T5Config",
+        "Task",
+        "TaskComponent",
+        "TextFiles",
+        "TokenFile",
+        "TrainSchedule",
         "Uniform",
+        "load_backbone",
+        "load_tokenizer",
+        "sweep",
     ),
-    "ptjax.models.t5": ("T5Config",),
-    "ptjax.training.loss": ("Loss",),
-    "ptjax.training.optimizer": ("Adafactor",),
+    "ptjax.preprocessors": tuple(name.rpartition(".")[2] for name in CATALOGUE),
     # Learning rates that change; pure functions of numbers.
     "optax": (
         "constant_schedule",
@@ -67,9 +67,7 @@ MADE: Mapping[str, tuple[str, ...]] = {
 """Module -> what may be bound and referred to: it makes settings, and reads files at most."""
 
 BOUND: Mapping[str, tuple[str, ...]] = {
-    "ptjax": ("tune",),
-    "ptjax.pretraining": ("pretrain",),
-    "ptjax.tuning": ("tune",),
+    "ptjax": ("pretrain", "tune"),
 }
 """What may be bound but not referred to: a reference to it would run it."""
 

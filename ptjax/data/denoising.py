@@ -35,7 +35,7 @@ class _Stream:
         return self.stream[start : start + self.piece].astype(np.int32), rng
 
 
-class SpanCorruption(_Stream):
+class SpanCorruptionSource(_Stream):
     """Random spans of the input become sentinels; the target lists what they stood for.
 
     Args:
@@ -89,7 +89,7 @@ class SpanCorruption(_Stream):
         )
 
 
-class PrefixLM(_Stream):
+class PrefixLMSource(_Stream):
     """The input is 1 to `input_length` tokens, the target the `target_length` that follow.
 
     The paper's LM adaptation: the model learns to go on with a text, without sentinels.

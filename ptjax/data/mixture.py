@@ -14,7 +14,7 @@ from etils import epath
 from ptjax import untrusted
 from ptjax.data.batch import SpecialIds
 from ptjax.data.catalogue import Preprocess
-from ptjax.data.denoising import PrefixLM, SpanCorruption
+from ptjax.data.denoising import PrefixLMSource, SpanCorruptionSource
 from ptjax.data.pipeline import Bucket, MixtureBatches, TrainBatches, make_buckets
 from ptjax.data.preprocess import tokenize_examples
 from ptjax.data.sources import read_records
@@ -24,7 +24,7 @@ from ptjax.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
-class Text:
+class TextFiles:
     """Documents of running text.
 
     Attributes:
@@ -71,7 +71,7 @@ class Text:
 
 @dataclasses.dataclass(frozen=True)
 class TokenFile:
-    """Running text that is already tokenised: the result of `Text.tokenize` in a file.
+    """Running text that is already tokenised: the result of `TextFiles.tokenize` in a file.
 
     Attributes:
         path: a `.npy` file with one array of ids [N], local or gs://.
@@ -104,7 +104,7 @@ class TokenFile:
         return stream
 
 
-class Part(Protocol):
+class MixtureComponent(Protocol):
     """A component of the mixture: its rate, and the pipelines that share it equally."""
 
     rate: float
@@ -122,7 +122,7 @@ def _needs_text(stream: np.ndarray | None) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True)
-class SpanCorruptionPart:
+class SpanCorruption:
     """T5's span corruption of the running text; `rate` is its share of the batches."""
 
     rate: float
@@ -134,7 +134,7 @@ class SpanCorruptionPart:
     def make(
         self, tokenizer: Tokenizer, stream: np.ndarray | None, seed: int, ids: SpecialIds
     ) -> list[TrainBatches]:
-        source = SpanCorruption(
+        source = SpanCorruptionSource(
             _needs_text(stream),
             tokenizer,
             input_length=self.input_length,
@@ -149,7 +149,7 @@ class SpanCorruptionPart:
 
 
 @dataclasses.dataclass(frozen=True)
-class PrefixLMPart:
+class PrefixLM:
     """Prefix LM on the running text, the paper's LM adaptation."""
 
     rate: float
@@ -160,7 +160,7 @@ class PrefixLMPart:
     def make(
         self, tokenizer: Tokenizer, stream: np.ndarray | None, seed: int, ids: SpecialIds
     ) -> list[TrainBatches]:
-        source = PrefixLM(
+        source = PrefixLMSource(
             _needs_text(stream),
             tokenizer,
             input_length=self.input_length,
@@ -174,7 +174,7 @@ class PrefixLMPart:
 
 
 @dataclasses.dataclass(frozen=True)
-class TaskPart:
+class TaskComponent:
     """A supervised task in several phrasings, which share its rate equally.
 
     Attributes:
@@ -214,24 +214,27 @@ class TaskPart:
         return made
 
 
-def make_components(
-    parts: Sequence[Part],
+def make_batches(
+    components: Sequence[MixtureComponent],
     stream: np.ndarray | None,
     tokenizer: Tokenizer,
     seed: int,
     ids: SpecialIds,
 ) -> list[list[TrainBatches]]:
-    """The pipelines of every part."""
+    """The pipelines of every component."""
     return [
-        part.make(tokenizer, stream, seed + 100 * number, ids) for number, part in enumerate(parts)
+        component.make(tokenizer, stream, seed + 100 * number, ids)
+        for number, component in enumerate(components)
     ]
 
 
 def mix(
-    parts: Sequence[Part], components: Sequence[Sequence[TrainBatches]], seed: int
+    components: Sequence[MixtureComponent], batches: Sequence[Sequence[TrainBatches]], seed: int
 ) -> MixtureBatches:
-    """Batches of all parts at their rates; a part's pipelines share its rate equally."""
+    """Batches of all components at their rates; a component's pipelines share its rate equally."""
     rates = [
-        part.rate / len(made) for part, made in zip(parts, components, strict=True) for _ in made
+        component.rate / len(made)
+        for component, made in zip(components, batches, strict=True)
+        for _ in made
     ]
-    return MixtureBatches([batches for made in components for batches in made], rates, seed)
+    return MixtureBatches([one for made in batches for one in made], rates, seed)

@@ -12,7 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ptjax.data.catalogue import CATALOGUE, Preprocess
+from ptjax.data import catalogue
+from ptjax.data.catalogue import Preprocess
 from ptjax.data.metrics import METRICS
 from ptjax.data.sources import BadRecords, Format, OnBadRecord, Record, Records, read_records
 from ptjax.data.templates import RecordError, Template, as_text, find_field, parse_template
@@ -360,12 +361,12 @@ class Task:
         """
         name = description.get("preprocess")
         if name is not None and preprocess is None:
-            if name not in CATALOGUE:
+            preprocess = catalogue.find(str(name))
+            if preprocess is None:
                 raise InputError(
                     f"task {description.get('name')}: its records were prepared by {name}, which "
                     "is not part of ptjax; give the task's gin file"
                 )
-            preprocess = CATALOGUE[name]
         keys = ("name", "inputs", "targets", "label", "verbalizer", "metrics", "answers", "group")
         keys += ("sentinels", "positive_label")
         settings = {key: description[key] for key in keys if description.get(key) is not None}
@@ -393,7 +394,7 @@ def _apply(preprocess: Preprocess | None, fields: dict[str, Any]) -> Iterator[di
 
 
 def _function_name(function: Preprocess | None) -> str | None:
-    return None if function is None else f"{function.__module__}.{function.__qualname__}"
+    return None if function is None else catalogue.name_of(function)
 
 
 def _why_empty(records: Records, bad: BadRecords) -> str:

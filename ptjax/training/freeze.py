@@ -23,7 +23,6 @@ Freeze = Any
 METHODS: dict[str, Mapping[str, bool]] = {
     "prompt_tuning": {"params/.*": True, "prompt/.*": False},
     "model_tuning": {"params/.*": False},
-    "hard_prompt": {"params/.*": True},
 }
 """Method -> rules for `make_freeze`. What does not train is frozen by name, never by default."""
 

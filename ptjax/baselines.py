@@ -1,0 +1,48 @@
+"""Hard prompts: texts in front of the input, to compare a tuned prompt with."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from ptjax.data.sentinels import join_texts
+from ptjax.data.tasks import Example
+from ptjax.errors import check_at_least
+
+
+@dataclasses.dataclass(frozen=True)
+class HardPrompt:
+    """A text in front of the input; nothing is trained.
+
+    Attributes:
+        text: put before the input, or around it where it says `{inputs}`.
+        shots: training examples put in front, in context; drawn with the run's seed.
+        separator: between a shot's input and its target, and behind each shot.
+    """
+
+    text: str
+    shots: int = 0
+    separator: str = " "
+
+    def __post_init__(self) -> None:
+        check_at_least(0, "HardPrompt", shots=self.shots)
+
+    def apply(self, inputs: str) -> str:
+        if not self.text:
+            return inputs
+        text = self.text if "{inputs}" in self.text else f"{self.text} {{inputs}}"
+        before, *behind = text.split("{inputs}")
+        return join_texts([before, *(part for literal in behind for part in (inputs, literal))])
+
+    def rewording(self, train: Sequence[Example], seed: int) -> Callable[[str], str]:
+        """Inputs -> the text that the backbone reads, shots included."""
+        chosen = np.random.default_rng(seed).permutation(len(train))[: self.shots]
+        shots = join_texts(
+            part
+            for i in chosen
+            for text in (self.apply(train[i].inputs), train[i].targets)
+            for part in (text, self.separator)
+        )
+        return lambda inputs: join_texts([shots, self.apply(inputs)])

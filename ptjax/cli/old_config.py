@@ -1,0 +1,134 @@
+"""The config.gin of a MODEL_DIR from before gin files named ptjax's public API.
+
+What such a run tuned can still be used: the backbone, the task and how it is evaluated are read
+from its file. Everything else in it is left out, since the run itself is not resumed.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from gin import config_parser
+
+import ptjax
+from ptjax.cli import gin_types
+from ptjax.data.catalogue import CATALOGUE
+
+_MODULES = re.compile(r"^[ \t]*(?:from[ \t]+ptjax[\w.]*[ \t]+import\b|import[ \t]+ptjax\.)", re.M)
+_MOVED = {
+    ("tune", "evaluation"): "ptjax.RunSettings.evaluation",
+    ("tune", "feature_lengths"): "ptjax.Batching.feature_lengths",
+}
+"""Arguments that infer, evaluate and export read, and that are a field of the settings now."""
+
+
+def line_of_module(text: str) -> int | None:
+    """The line of a gin file that imports a module of ptjax instead of ptjax itself."""
+    match = _MODULES.search(text)
+    return text.count("\n", 0, match.end()) + 1 if match else None
+
+
+class _Reference:
+    """`@scope/name()`, `@name` or `%MACRO`; its `repr` is what a gin file says."""
+
+    def __init__(self, mark: str, scope: str, name: str, call: str) -> None:
+        self.mark, self.scope, self.name, self.call = mark, scope, name, call
+
+    def __repr__(self) -> str:
+        return f"{self.mark}{self.scope}{self.name}{self.call}"
+
+
+class _Names(config_parser.ParserDelegate):
+    """Keeps references as they are, and looks nothing up."""
+
+    def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> Any:
+        scope, slash, name = scoped_configurable_name.rpartition("/")
+        return _Reference("@", scope + slash, name, "()" if evaluate else "")
+
+    def macro(self, macro_name: str) -> Any:
+        return _Reference("%", "", macro_name, "")
+
+
+def translate(text: str) -> str:
+    """The settings of such a file that are still called so, under their public names.
+
+    `backbone.load_backbone.path` becomes `ptjax.load_backbone.path`, as its last parts say. What is
+    not ptjax's own stays as it is, for `trust.check` to refuse.
+
+    Raises:
+        SyntaxError, tokenize.TokenError: what gin raises for a file that it cannot read.
+    """
+    modules, macros, lines = set[str](), dict[str, str](), list[str]()
+    others = ["from __gin__ import dynamic_registration", "import ptjax"]
+    for statement in config_parser.ConfigParser(io.StringIO(text), _Names()):
+        if isinstance(statement, config_parser.ImportStatement):
+            if statement.module.split(".")[0] == "ptjax":
+                modules.add(statement.bound_name())
+            elif not statement.module.startswith("__gin__"):
+                others.append(statement.format())
+        elif isinstance(statement, config_parser.IncludeStatement):
+            others.append(f"include {statement.filename!r}")
+        elif isinstance(statement, config_parser.BindingStatement):
+            used = [_public(reference, modules) for reference in _references(statement.value)]
+            value = f" = {statement.value!r}"
+            if not statement.arg_name or statement.selector in ("gin.macro", "macro"):
+                macros[statement.selector if not statement.arg_name else statement.scope] = value
+            elif all(used) and (place := _place(statement, modules)):
+                lines.append(place + value)
+        else:
+            raise SyntaxError(f"cannot read {statement.selector}")
+    kept = _used_macros("\n".join(lines), macros)
+    return "\n".join([*others, *(f"{name}{macros[name]}" for name in kept), *lines]) + "\n"
+
+
+def _place(statement: Any, modules: set[str]) -> str | None:
+    """ "scope/ptjax.NAME.argument" of a binding; None where there is no such setting any more."""
+    head, _, _ = statement.selector.partition(".")
+    scope = f"{statement.scope}/" if statement.scope else ""
+    if head not in modules:
+        return f"{scope}{statement.selector}.{statement.arg_name}"
+    name = statement.selector.rpartition(".")[2]
+    if moved := _MOVED.get((name, statement.arg_name)):
+        return scope + moved
+    function = getattr(ptjax, name) if name in ptjax.__all__ else None
+    if function is None or statement.arg_name not in gin_types.argument_types(function):
+        return None
+    return f"{scope}ptjax.{name}.{statement.arg_name}"
+
+
+def _public(reference: _Reference, modules: set[str]) -> bool:
+    """Gives a reference its public name; False where there is none."""
+    if reference.mark == "%" or reference.name.split(".")[0] not in modules:
+        return True
+    name = reference.name.rpartition(".")[2]
+    for public in (f"ptjax.{name}", f"ptjax.preprocessors.{name}"):
+        if name in ptjax.__all__ or public in CATALOGUE:
+            reference.name = public
+            return True
+    return False
+
+
+def _references(value: Any) -> Iterator[_Reference]:
+    if isinstance(value, _Reference):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.items():
+            yield from _references(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _references(item)
+
+
+def _used_macros(text: str, macros: Mapping[str, str]) -> list[str]:
+    """The macros that the settings use, themselves or through other macros."""
+    used: list[str] = []
+    texts = [text]
+    while texts:
+        found = [name for name in re.findall(r"%(\w+)", texts.pop()) if name in macros]
+        new = [name for name in dict.fromkeys(found) if name not in used]
+        used += new
+        texts += [macros[name] for name in new]
+    return used
