@@ -49,11 +49,6 @@ runs/quickstart/prompts/seed_0/best.safetensors
         return self.path / "metrics.jsonl"
 
     @property
-    def hard_prompt(self) -> epath.Path:
-        """The identity of a run that trains nothing and so has no checkpoint to hold it."""
-        return self.path / "hard_prompt.json"
-
-    @property
     def checkpoints(self) -> epath.Path:
         """A folder for every checkpoint, named by its step."""
         return self.path / "checkpoints"

@@ -201,7 +201,7 @@ def place(workload: Workload, layout: Layout, mesh: Mesh) -> Placed:
             return jax.vmap(one, (0, None, 0))(state, frozen, examples)
 
     shape = workload.shape()
-    if shape.packed:  # as `preparation` has it: rows for every device and microbatch
+    if shape.packed:  # as `task_data` has it: rows for every device and microbatch
         multiple = recipe.microbatches * sharding.rows_divisor(mesh)
         shape = shape._replace(rows=-(-shape.rows // multiple) * multiple)
     return Placed(step, forward, state, frozen, shape, mesh)

@@ -211,7 +211,7 @@ def test_the_ground_floor_needs_no_arrays() -> None:
 
 
 FILES_OF_A_RUN = re.compile(
-    r"(\S*/)?(config\.gin|results\.json|metrics\.jsonl|hard_prompt\.json|run\.lock|"
+    r"(\S*/)?(config\.gin|results\.json|metrics\.jsonl|run\.lock|"
     r"best\.safetensors)"
 )
 FOLDERS_OF_A_RUN = re.compile(r"(checkpoints|prompts|models|tensorboard|best)(/\S*)?")

@@ -9,17 +9,18 @@ from conftest import tune
 from etils import epath
 
 from ptjax import model_dir
+from ptjax.cli.output import ConfigFile
 from ptjax.errors import InputError
-from ptjax.loop import Pace
 from ptjax.model_dir import ModelDir, steps_in
+from ptjax.settings import TrainSchedule
 
 
 def test_a_run_writes_what_the_class_names_and_nothing_else(backbone, task, tmp_path):
     run = ModelDir(tmp_path)
     assert not run.is_run()
-    results = tune(
-        tmp_path, task, backbone, pace=Pace(train_steps=4, eval_period=2), config="A = 1\n"
-    )
+    schedule = TrainSchedule(train_steps=4, eval_period=2)
+    callbacks = [ConfigFile("A = 1\n")]
+    results = tune(tmp_path, task, backbone, schedule=schedule, callbacks=callbacks)
     named = [run.config, run.results, run.metrics, run.checkpoints, run.tensorboard, run.prompts()]
     names = "checkpoints config.gin metrics.jsonl prompts results.json tensorboard"
     assert sorted(path.name for path in named) == names.split()  # for good: runs of before have it
