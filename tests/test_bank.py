@@ -201,8 +201,8 @@ def test_sweeps_name_every_combination() -> None:
     assert list(members) == ["seed0_rate0.3", "seed0_rate1", "seed2_rate0.3", "seed2_rate1"]
     assert members["seed2_rate0.3"] == MemberOverrides(seed=2, learning_rate=0.3)
     for bad, said in (
-        ({}, r"bank\.sweep has nothing to combine; set seeds"),
-        ({"seeds": (1, 1)}, r"bank\.sweep\.seeds has a value twice \(\[1, 1\]\)"),
+        ({}, r"sweep has nothing to combine; set seeds"),
+        ({"seeds": (1, 1)}, r"sweep\.seeds has a value twice \(\[1, 1\]\)"),
     ):
         with pytest.raises(InputError, match=said):
             sweep(**bad)

@@ -169,8 +169,8 @@ def test_mistakes_on_the_command_line(fails):
         assert fails(quick, f"--gin.{old}=5") == (
             f"command line, {old} = 5: {head} is not imported here; {PUBLIC_NAMES}"
         )
-    assert fails(quick, "--gin.tune.sed=5").endswith(
-        "tune has no parameter sed; did you mean seed?"
+    assert fails(quick, "--gin.tune.setings=5").endswith(
+        "tune has no parameter setings; did you mean settings?"
     )
     assert fails(quick, "--gin_bindings=ptjax.tume.task = 5").endswith(
         "ptjax has no tume; did you mean tune?"

@@ -68,7 +68,7 @@ def test_case_5_3_a_second_run_is_refused_and_changes_nothing(backbone, task, tm
         seen.append(files(tmp_path) == before)
 
     schedule = TrainSchedule(train_steps=4, eval_period=2)
-    tune(tmp_path, task, backbone, schedule=schedule, callbacks=[At({3}, start_another)])
+    tune(tmp_path, task, backbone, schedule=schedule, callbacks=[At({1}, start_another)])
     assert seen == [True]
     who = re.escape(f"in use by process {os.getpid()} on {socket.gethostname()}")
     assert re.search(rf"{who} \(heartbeat \d+ s ago\)", str(second[0]))

@@ -168,7 +168,7 @@ def test_packed_rows_follow_the_mesh():
         ["SEES_INPUT = False", "MICROBATCHES = 2"],
         ["SCAN_LAYERS = True", "FSDP = True", "REMAT = 'dots'"],
         ["QUANTIZE = 'int8'"],
-        ["ptjax.RunSettings.method = 'model_tuning'", "LEARNING_RATE = 0.001"],
+        ["ptjax.RunSettings.method = @ptjax.ModelTuning()", "LEARNING_RATE = 0.001"],
     ],
     ids=["plain", "groups", "fsdp", "int8", "model tuning"],
 )

@@ -120,7 +120,7 @@ def test_from_a_backbone(corpus, start, tmp_path):
     assert load_backbone(tmp_path / "still" / "models" / "best").fingerprint == start.fingerprint
     pretrain(start, model_dir=tmp_path / "moved", **mixture(corpus))
     assert load_backbone(tmp_path / "moved" / "models" / "best").fingerprint != start.fingerprint
-    with pytest.raises(InputError, match=r"pretrain\.model = None, now T5Config\("):
+    with pytest.raises(InputError, match=r"pretrain\.start = Backbone\(.*, now T5Config\("):
         other = dataclasses.replace(CONFIG, mlp_dim=64)
         pretrain(other, model_dir=tmp_path / "moved", tokenizer="package:nano", **settings)
 
@@ -136,14 +136,14 @@ def test_case_4_1_other_text_in_the_same_place_is_refused(corpus, start, tmp_pat
         pretrain(start, model_dir=tmp_path / "run", **mixture(tmp_path))
     named = r"PrefixLM\.input_length \(of pretrain\.components\[1\]\) = 16, now 24;"
     longer = PrefixLM(0.25, batch_size=8, input_length=24, target_length=8)
-    parts = [settings["parts"][0], longer, settings["parts"][2]]
+    parts = [settings["components"][0], longer, settings["components"][2]]
     with pytest.raises(InputError, match=named):
         pretrain(start, model_dir=tmp_path / "run", **settings | {"components": parts})
     assert (tmp_path / "run" / "models" / "best" / "model.safetensors").read_bytes() == before
 
 
 def test_a_phrasing_has_answers_of_its_own(corpus):
-    [_, _, part] = mixture(corpus)["parts"]
+    [_, _, part] = mixture(corpus)["components"]
     tokenizer = load_tokenizer("package:nano")
     told = []
     for batches in part.make(tokenizer, None, seed=0, ids=T5_IDS):
@@ -184,8 +184,8 @@ def test_the_gin_files_that_go_on_from_a_checkpoint(
         f"--gin.CORPUS_DIR='{corpus}'",
         "--gin.CORPUS_FILES={'text.jsonl': 'text'}",
         "--gin.BATCH_SIZE=8",
-        "--gin.mixture.PrefixLM.input_length=16",
-        "--gin.mixture.PrefixLM.target_length=8",
+        "--gin.ptjax.PrefixLM.input_length=16",
+        "--gin.ptjax.PrefixLM.target_length=8",
         "--gin.TRAIN_STEPS=2",
     )
     assert code == 0 and "step 2/2" in err, err

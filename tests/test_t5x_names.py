@@ -117,7 +117,7 @@ UNKNOWN = {
     "--gin.MIXTURE_OR_TASK_NAME='taskless_x'": "which declares ptjax.Task",
     "--gin.USE_CACHED_TASKS=True": "leave it out (USE_CACHED_TASKS = False is accepted, "
     "True is not)",
-    "--gin.PROMPT_REGEX=['.*']": "ptjax.RunSettings.method = 'prompt_tuning'",
+    "--gin.PROMPT_REGEX=['.*']": "ptjax.RunSettings.method = @ptjax.PromptTuning()",
     "--gin.LOSS_NORMALIZING_FACTOR=233472": "ptjax.Loss.per_token = True",
     "--gin.CHECKPOINT_PATH='x'": "--backbone=PATH",
     "--gin.EVAL_STEPS=20": "EVAL_EXAMPLES",
