@@ -42,6 +42,8 @@ from ptjax.models.prompted import PromptedT5
 from ptjax.models.t5 import init_params
 
 FIXTURES = Path(__file__).parent / "fixtures"
+PATIENCE = 900
+"""Seconds to wait for another process: only one that hangs takes so long on a busy machine."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
