@@ -7,8 +7,13 @@ from pathlib import Path
 
 # Before jax is imported anywhere: it reads these once.
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Tiny models are compiled for far longer than they run: a third of the time without LLVM's
+# optimisations. Some tests start a command with XLA_FLAGS of its own, compiled as for users:
+# test_kill, test_wheel, test_pages, test_tpu_scripts.
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    + " --xla_force_host_platform_device_count=8"
 ).strip()
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax")
