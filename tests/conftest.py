@@ -51,11 +51,36 @@ PATIENCE = 900
 """Seconds to wait for another process: only one that hangs takes so long on a busy machine."""
 
 
+LONGEST_FIRST = (
+    "test_multiprocess",
+    "test_on_gpu",
+    "test_plan",
+    "test_pages",
+    "test_bank",
+    "test_sharding",
+    "test_compiling",
+    "test_commands",
+    "test_family",
+    "test_kill",
+    "test_answering",
+    "test_on_gpu_speed",
+    "test_bank_commands",
+    "test_wheel",
+)
+"""Files of more than a minute of CPU each when nothing is in the compile cache."""
+
+
 def pytest_configure(config: pytest.Config) -> None:
     # A test run that was killed may leave half a file in the compile cache; jax compiles again.
     config.addinivalue_line(
         "filterwarnings", "ignore:Error (reading|writing) persistent compilation cache"
     )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first: one at the end would leave all processes but one without work."""
+    order = {name: number for number, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 def pytest_report_header(config: pytest.Config) -> str:
