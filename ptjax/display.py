@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Iterator
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import logging
 from etils import epath
@@ -13,6 +14,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ptjax.scale import processes
+
+if TYPE_CHECKING:
+    from tensorboardX import SummaryWriter
 
 HIDDEN = {"gradient_norm", "learning_rate", "evaluation_seconds"}
 """Written to the files, but not shown beside the bar."""
@@ -22,12 +26,13 @@ class Display:
     """Use as a context manager around the steps."""
 
     def __init__(self, model_dir: epath.Path, steps: int, start: int) -> None:
-        from tensorboardX import SummaryWriter
-
         # Of several processes only the first one shows something.
         self._events: SummaryWriter | None = None
         if processes.first():
-            self._events = SummaryWriter(
+            with _without_torch():
+                import tensorboardX
+
+            self._events = tensorboardX.SummaryWriter(
                 logdir=str(model_dir / "tensorboard"), purge_step=start + 1 if start else None
             )
         self._latest: dict[str, float] = {}
@@ -97,3 +102,16 @@ def _give_up(events: Any) -> None:
 
 def _text(values: dict[str, float]) -> str:
     return "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+
+
+@contextlib.contextmanager
+def _without_torch() -> Iterator[None]:
+    """tensorboardX imports torch, if installed, for a type alone: seconds of every start."""
+    if "torch" in sys.modules:
+        yield
+        return
+    sys.modules["torch"] = None  # type: ignore[assignment]  # which makes its import fail
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]
