@@ -2,8 +2,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Two at once, each file in one of them: its fixtures are made once.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+# Two at once, each file in one of them: its fixtures are made once. In the order of conftest.py,
+# the longest first; xdist's own begins with the files of the most tests.
+XDIST := -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest $(XDIST)
 export JAX_PLATFORMS ?= cpu
 
 # The releases of transformers whose behaviour the fixtures record.
@@ -25,7 +27,7 @@ test-all: $(VENV)/installed-oracle  ## everything
 # Outside CI: with the oldest release of each direct dependency that pyproject.toml allows.
 test-lowest: .venv-lowest/installed  ## the quickstart and the tests with the oldest releases
 	$(<D)/bin/python -m ptjax.train --gin_file=quickstart.gin --gin.MODEL_DIR="'$(<D)/quickstart'"
-	$(<D)/bin/python -m pytest -n 2 --dist loadfile
+	$(<D)/bin/python -m pytest $(XDIST)
 
 faults: $(VENV)/installed-dev  ## the tests notice the faults of tests/faults
 	$(BIN)/python tests/faults/run.py

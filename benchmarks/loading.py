@@ -34,7 +34,7 @@ from random_checkpoints import FORMATS, written
 
 from ptjax.backbone import load_backbone
 from ptjax.cli import distributed
-from ptjax.launch import free_port
+from ptjax.launch import reserved_port
 from ptjax.scale import processes
 
 DEVICES = 8
@@ -99,14 +99,18 @@ def measure(checkpoint: Path, case: Case) -> list[dict[str, Any]]:
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flag}
     command = [sys.executable, __file__, f"--load={checkpoint}"]
     command += [f"--settings={json.dumps(case.settings)}", f"--num_processes={case.processes}"]
-    command += [f"--coordinator_address=127.0.0.1:{free_port()}"]
-    started = [
-        subprocess.Popen(
-            [*command, f"--process_id={number}"], env=environment, stdout=subprocess.PIPE, text=True
-        )
-        for number in range(case.processes)
-    ]
-    answers = [process.communicate()[0] for process in started]
+    with reserved_port() as port:
+        command += [f"--coordinator_address=127.0.0.1:{port}"]
+        started = [
+            subprocess.Popen(
+                [*command, f"--process_id={number}"],
+                env=environment,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for number in range(case.processes)
+        ]
+        answers = [process.communicate()[0] for process in started]
     if any(process.returncode for process in started):
         raise SystemExit(f"loading {checkpoint} on {case} failed")
     return [json.loads(answer.splitlines()[-1]) for answer in answers]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from absl import logging
@@ -33,10 +33,11 @@ class Display(Callback):
         self._bar: Progress | None = None
 
     def on_start(self, model_dir: epath.Path, step: int) -> None:
-        from tensorboardX import SummaryWriter
-
         if processes.first():
-            self._events = SummaryWriter(
+            with _without_torch():
+                import tensorboardX
+
+            self._events = tensorboardX.SummaryWriter(
                 logdir=str(ModelDir(model_dir).tensorboard), purge_step=step + 1 if step else None
             )
         if processes.first() and sys.stderr.isatty():
@@ -101,3 +102,16 @@ def _give_up(events: Any) -> None:
 
 def _text(values: dict[str, float]) -> str:
     return "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+
+
+@contextlib.contextmanager
+def _without_torch() -> Iterator[None]:
+    """tensorboardX imports torch, if installed, for a type alone: seconds of every start."""
+    if "torch" in sys.modules:
+        yield
+        return
+    sys.modules["torch"] = None  # type: ignore[assignment]  # which makes its import fail
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]

@@ -15,19 +15,26 @@ import sys
 import tempfile
 import threading
 import types
+from collections.abc import Iterator
 from typing import IO, Any
 
 from ptjax import cli
 from ptjax.cli import distributed
 
 COMMANDS = ("train", "pretrain", "evaluate", "infer")
-# What JAX writes when a process is about to be aborted; from the first such line on all is kept.
+# What JAX or a C++ library writes when a process is about to be aborted; from the first such line
+# on all is kept. The last kind may follow what another thread wrote in the same line.
 _FATAL = re.compile(
     r"([EF]\d{4} \S+ +\d+ (coordination_service\w*|client)"
     r"|[WE]\d{4} \S+ +\d+ preemption_sync_manager)\.(h|cc):\d+\] "
+    r"|.*terminate called (after|recursively|without)"
 )
 _SILENT = re.compile(r"unhealthy \(stopped sending heartbeats\):\n((?:\d+\n)+)")
-_STATUS = re.compile(r"absl::Status: (.*)")
+_STATUS = re.compile(r"(?:absl::Status|what\(\)): +(.*)")
+# Gloo's threads end the process when a collective after one that broke gets another size.
+_GLOO = re.compile(r"'gloo::\w+'|\bexternal/gloo/")
+_GLOO_GRACE = 1.0
+"""Seconds for another process to have been killed, which is then why Gloo aborted this one."""
 # Of every connection on CPU, on standard output, where results are printed.
 _CHATTER = b"[Gloo] Rank "
 
@@ -69,8 +76,8 @@ def main() -> None:
 
 def launch(command: str, flags: list[str], count: int) -> int:
     """Runs the command to its end in `count` processes; the exit code."""
-    address = f"127.0.0.1:{free_port()}"
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, reserved_port() as port:
+        address = f"127.0.0.1:{port}"
         watch = _Watch()
         for number in range(count):
             # Ctrl-C in a terminal reaches the launcher alone, which passes on what it means.
@@ -83,10 +90,17 @@ def launch(command: str, flags: list[str], count: int) -> int:
         return watch.wait()
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+@contextlib.contextmanager
+def reserved_port() -> Iterator[int]:
+    """A free port of this machine for a coordinator, which nobody else is given meanwhile.
+
+    gRPC shares the port that it listens on (SO_REUSEPORT); all others are refused it, also as the
+    near end of a connection.
+    """
+    with socket.socket() as reserved:
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        reserved.bind(("127.0.0.1", 0))
+        yield reserved.getsockname()[1]
 
 
 def _environment(address: str, count: int, number: int) -> dict[str, str]:
@@ -169,7 +183,10 @@ class _Watch:
             for reader in child.readers:
                 reader.join()
             with ended:
+                if self.children[1:] and _GLOO.search("".join(child.held)):
+                    ended.wait_for(lambda: codes, _GLOO_GRACE)
                 codes.append(self._judge(child))
+                ended.notify_all()
 
         waiters = [threading.Thread(target=await_one, args=(c,)) for c in self.children]
         for waiter in waiters:
@@ -185,13 +202,11 @@ class _Watch:
         known = child.introduction()
         me = "the process" if known["process"] is None else _name(known["process"], known["hosts"])
         if text and code == -signal.SIGABRT:
-            problem = explain(text, known["hosts"])
+            problem = explain(text, known["hosts"], known["process"])
             if problem is None:
                 _tell(text)
                 status = _STATUS.search(text)
-                problem = (
-                    f"{me} was aborted by JAX: {status[1] if status else text.splitlines()[0]}"
-                )
+                problem = f"{me} was aborted: {status[1] if status else text.splitlines()[0]}"
             self._say(problem)
             return 1
         _tell(text)
@@ -242,8 +257,8 @@ def _copy_errors(stream: IO[bytes], child: _Child) -> None:
             _tell(text)
 
 
-def explain(text: str, hosts: list[str]) -> str | None:
-    """Which process was lost, from what JAX wrote; None if it tells something else."""
+def explain(text: str, hosts: list[str], me: int | None) -> str | None:
+    """Which process was lost, from what JAX wrote in process `me`; None if it tells otherwise."""
     if silent := _SILENT.search(text):
         names = [_name(int(number), hosts) for number in silent[1].split()]
         were = "were" if names[1:] else "was"
@@ -252,6 +267,10 @@ def explain(text: str, hosts: list[str]) -> str | None:
         return f"{_name(0, hosts)} was lost: the coordinator no longer answers"
     if "RegisterTask" in text:
         return "the processes did not find each other: start all, and let each reach process 0"
+    if _GLOO.search(text):
+        others = [_name(number, hosts) for number in range(len(hosts)) if number != me]
+        other = others[0] if len(others) == 1 else "another process"
+        return f"{other} was lost in the middle of a message, or does not run the same command"
     return None
 
 

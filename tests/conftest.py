@@ -7,8 +7,13 @@ from pathlib import Path
 
 # Before jax is imported anywhere: it reads these once.
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Tiny models are compiled for far longer than they run: a third of the time without LLVM's
+# optimisations. Some tests start a command with XLA_FLAGS of its own, compiled as for users:
+# test_kill, test_wheel, test_pages, test_tpu_scripts.
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    + " --xla_force_host_platform_device_count=8"
 ).strip()
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax")
@@ -43,6 +48,27 @@ from ptjax.models.prompted import PromptedT5
 from ptjax.models.t5 import init_params
 
 FIXTURES = Path(__file__).parent / "fixtures"
+PATIENCE = 900
+"""Seconds to wait for another process: only one that hangs takes so long on a busy machine."""
+
+
+LONGEST_FIRST = (
+    "test_multiprocess",
+    "test_on_gpu",
+    "test_plan",
+    "test_pages",
+    "test_bank",
+    "test_sharding",
+    "test_compiling",
+    "test_commands",
+    "test_family",
+    "test_kill",
+    "test_answering",
+    "test_on_gpu_speed",
+    "test_bank_commands",
+    "test_wheel",
+)
+"""Files of more than a minute of CPU each when nothing is in the compile cache."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -50,6 +76,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "filterwarnings", "ignore:Error (reading|writing) persistent compilation cache"
     )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first: one at the end would leave all processes but one without work."""
+    order = {name: number for number, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 def pytest_report_header(config: pytest.Config) -> str:

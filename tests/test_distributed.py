@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import socket
 
 import jax
 import pytest
@@ -26,6 +27,11 @@ pytestmark = pytest.mark.usefixtures("own_process")
             ["--coordinator_address=h", "--num_processes=2", "--process_id=0"],
             {},
             "--coordinator_address=h: it has to be HOST:PORT",
+        ),
+        (
+            ["--coordinator_address=h:65536", "--num_processes=2", "--process_id=0"],
+            {},
+            "--coordinator_address=h:65536: it has to be HOST:PORT",
         ),
         (
             ["--coordinator_address=h:1", "--num_processes=2", "--process_id=2"],
@@ -102,3 +108,21 @@ def test_a_command_alone_joins_nobody(monkeypatch):
     monkeypatch.setenv("SLURM_STEP_NODELIST", "node[1-2]")
     distributed.start(parser.parse_args(["--num_processes=1"]))
     assert not jax.distributed.is_initialized()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_port_that_another_program_listens_on_is_bad_input(call, shared):
+    """JAX would die of it by signal 11. A coordinator, which shares its port, is no exception."""
+    with socket.socket() as another:
+        another.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, shared)
+        another.bind(("", 0))
+        another.listen()
+        port = another.getsockname()[1]
+        flags = [f"--coordinator_address=127.0.0.1:{port}", "--num_processes=2", "--process_id=0"]
+        code, out, err = call("train", "--gin_file=quickstart.gin", *flags)
+    assert (code, out, err) == (
+        2,
+        "",
+        f"error: --coordinator_address=127.0.0.1:{port}: process 0 cannot listen on port {port} "
+        "(Address already in use); choose another one, the same for all processes\n",
+    )

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import outcome
+from conftest import PATIENCE, outcome
 
 pytestmark = pytest.mark.slow
 REPOSITORY = Path(__file__).parents[1]
@@ -37,7 +37,7 @@ def start(directory: Path, log: Path) -> subprocess.Popen[bytes]:
 
 def test_killed_at_ten_random_moments(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    assert start(tmp_path / "whole", log).wait(timeout=300) == 0, log.read_text()[-2000:]
+    assert start(tmp_path / "whole", log).wait(timeout=PATIENCE) == 0, log.read_text()[-2000:]
 
     rng = random.Random(0)
     killed, directory = tmp_path / "killed", tmp_path / "killed"
@@ -55,7 +55,7 @@ def test_killed_at_ten_random_moments(tmp_path: Path) -> None:
             break
         steps.append(newest(directory))
     assert len(steps) >= 5, f"the runs were over too soon to be killed: {steps}"
-    assert start(killed, log).wait(timeout=300) == 0, log.read_text()[-2000:]
+    assert start(killed, log).wait(timeout=PATIENCE) == 0, log.read_text()[-2000:]
     assert outcome(killed) == outcome(tmp_path / "whole")
 
 
@@ -73,7 +73,7 @@ def test_asked_to_stop_it_saves_and_says_so(tmp_path: Path, number: int, code: i
     while newest(tmp_path / "run") == 0 and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(number)
-    assert process.wait(timeout=120) == code
+    assert process.wait(timeout=PATIENCE) == code
     assert not (tmp_path / "run" / "results.json").exists()
     assert "saved at step" in log.read_text()
 
@@ -82,7 +82,7 @@ def test_case_5_3_of_two_at_once_one_trains(tmp_path: Path) -> None:
     """Both are started together; one ends at once and says why, the other one as if alone."""
     logs = [tmp_path / "log0", tmp_path / "log1"]
     both = [start(tmp_path / "run", log) for log in logs]
-    codes = [process.wait(timeout=300) for process in both]
+    codes = [process.wait(timeout=PATIENCE) for process in both]
     assert sorted(codes) == [0, 2], [log.read_text()[-2000:] for log in logs]
     winner, loser = codes.index(0), codes.index(2)
     refused = logs[loser].read_text().splitlines()[-1]

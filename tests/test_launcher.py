@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from conftest import PATIENCE
 
 # As at a terminal, whatever these tests run under.
 LAUNCH = """
@@ -30,7 +33,7 @@ def state_of(pid: int) -> str:
 
 
 def wait_until(holds: Callable[[], bool]) -> None:
-    end = time.monotonic() + 120
+    end = time.monotonic() + PATIENCE
     while not holds():
         assert time.monotonic() < end
         time.sleep(0.05)
@@ -62,7 +65,7 @@ def test_a_killed_launcher_takes_its_command_along(waiting):
 def test_a_closed_terminal_stops_the_command(waiting):
     launcher, child = waiting
     launcher.send_signal(signal.SIGHUP)
-    assert launcher.wait(timeout=120) == 128 + signal.SIGTERM
+    assert launcher.wait(timeout=PATIENCE) == 128 + signal.SIGTERM
     assert state_of(child) in ("", "Z")
 
 
@@ -111,3 +114,82 @@ def test_a_lost_process_is_no_success_where_nobody_reads_the_error(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stderr", Gone())
         assert watch.wait() == 128 + signal.SIGKILL
+
+
+GLOO = """terminate called after throwing an instance of 'gloo::EnforceNotMet'
+  what():  [enforce fail at external/gloo/gloo/transport/tcp/pair.cc:459] op.preamble.length <= \
+op.nbytes. 6000 vs 2000. Received data size doesn't match expected size. Is there a distributed \
+collective mismatch in your code?
+"""
+"""Written by jaxlib 0.10.2 in one of two processes that gathered arrays of unequal sizes."""
+AGAIN = "what was saved is whole, and the same command goes on from there"
+
+
+def watched(tmp_path: Path, *scripts: str) -> int:
+    """The launcher's exit code for children that are these shell scripts, on the machines a, b.."""
+    launch = importlib.import_module("ptjax.launch")
+    watch = launch._Watch()
+    for number, script in enumerate(scripts):
+        identity = tmp_path / f"{number}.json"
+        hosts = [chr(ord("a") + i) for i in range(max(2, len(scripts)))]
+        identity.write_text(json.dumps({"process": number, "hosts": hosts}))
+        watch.start(["sh", "-c", script], {"GLOO": GLOO}, str(identity), number)
+    code = watch.wait()
+    for child in watch.children:
+        child.process.stdout.close()
+        child.process.stderr.close()
+    os.close(watch.pipe)
+    os.close(watch._alive)
+    return code
+
+
+@pytest.fixture
+def unhandled(monkeypatch):
+    """The signals of the test process stay as they are."""
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+
+
+@pytest.mark.usefixtures("unhandled")
+@pytest.mark.parametrize("before", ["", "printf 'step 3/9  loss 2.1 ' >&2; "])
+def test_a_process_that_gloo_aborts_names_the_lost_one(tmp_path, capfd, before):
+    """In one line, also where gloo's words follow those of another thread in a line."""
+    assert watched(tmp_path, before + "printf '%s' \"$GLOO\" >&2; kill -ABRT $$") == 1
+    assert capfd.readouterr().err == (
+        "error: process 1 on b was lost in the middle of a message, or does not run the same "
+        f"command; {AGAIN}\n"
+    )
+
+
+@pytest.mark.usefixtures("unhandled")
+def test_of_a_killed_and_an_aborted_process_the_killed_one_is_the_cause(
+    tmp_path, capfd, monkeypatch
+):
+    launch = importlib.import_module("ptjax.launch")
+    monkeypatch.setattr(launch, "_GLOO_GRACE", PATIENCE)
+    aborted = "printf '%s' \"$GLOO\" >&2; kill -ABRT $$"
+    assert watched(tmp_path, aborted, "sleep 0.5; kill -KILL $$") == 128 + signal.SIGKILL
+    assert capfd.readouterr().err == (
+        f"error: process 1 on b was killed by signal 9 (SIGKILL); {AGAIN}\n"
+    )
+
+
+@pytest.mark.usefixtures("unhandled")
+def test_any_other_abort_is_told_as_it_is(tmp_path, capfd):
+    text = "terminate called after throwing an instance of 'std::bad_alloc'\n  what():  std::bad\n"
+    assert watched(tmp_path, f'printf "{text}" >&2; kill -ABRT $$') == 1
+    assert capfd.readouterr().err == (
+        f"{text}error: process 0 on a was aborted: std::bad; {AGAIN}\n"
+    )
+
+
+def test_a_reserved_port_is_given_to_nobody_but_its_coordinator():
+    launch = importlib.import_module("ptjax.launch")
+    with launch.reserved_port() as port, launch.reserved_port() as other:
+        assert port != other
+        with socket.socket() as stranger, pytest.raises(OSError, match="in use"):
+            stranger.bind(("127.0.0.1", port))
+        with socket.socket() as coordinator:
+            coordinator.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            coordinator.bind(("", port))
+            coordinator.listen()
+            socket.create_connection(("127.0.0.1", port)).close()

@@ -95,7 +95,7 @@ def test_case_5_3_killed_and_the_same_again_at_once(lock, tmp_path, caplog):
             time.sleep(0.01)
         started = time.monotonic()
         with caplog.at_level(logging.INFO, logger="absl"), lock.hold(epath.Path(tmp_path)):
-            assert time.monotonic() - started < 10
+            assert time.monotonic() - started < lock.SILENCE / 2
             held = json.loads((tmp_path / "run.lock").read_text())
             assert held["pid"] == os.getpid()
     taken = [line for line in caplog.messages if "taking over" in line]

@@ -17,16 +17,16 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from conftest import outcome, without_seconds
+from conftest import PATIENCE, outcome, without_seconds
 from safetensors.numpy import load_file
 
 from ptjax.backbone import save_backbone
-from ptjax.launch import free_port
+from ptjax.launch import reserved_port
 from ptjax.models.t5 import init_params
 
 pytestmark = pytest.mark.slow
 REPOSITORY = Path(__file__).parents[1]
-HEARTBEAT = 10
+HEARTBEAT = 20  # JAX sends one every half of it, which a busy machine may delay
 
 GIN = """
 from __gin__ import dynamic_registration
@@ -86,7 +86,9 @@ class Machines:
     def start(self, log: str, *command: str, devices: int = 4) -> subprocess.Popen[bytes]:
         """`python -m ptjax.COMMAND`, with all it says added to the file `log`."""
         environment = os.environ | {
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            # Of a flag given twice the last one counts.
+            "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} "
+            f"--xla_force_host_platform_device_count={devices}",
             "PYTHONPATH": str(REPOSITORY),
         }
         with (self.folder / log).open("ab") as stream:
@@ -103,7 +105,7 @@ class Machines:
 
     def run(self, log: str, *command: str, devices: int = 4) -> str:
         """The same to its end, which has to be a good one; what it said."""
-        code = self.start(log, *command, devices=devices).wait(timeout=600)
+        code = self.start(log, *command, devices=devices).wait(timeout=PATIENCE)
         said = (self.folder / log).read_text()
         assert code == 0, said[-3000:]
         return said
@@ -115,21 +117,21 @@ class Machines:
 
         `other_name` is the folder of process 1, where it is not that of process 0.
         """
-        port = free_port()
         begun = newest(self.folder / name)
-        processes = [
-            self.start(
-                f"{log}{number}",
-                *("ptjax.launch", "train", *self.flags(folder)),
-                f"--coordinator_address=127.0.0.1:{port}",
-                "--num_processes=2",
-                f"--process_id={number}",
-                f"--heartbeat_timeout_seconds={HEARTBEAT}",
-            )
-            for number, folder in enumerate((name, other_name or name))
-        ]
-        while newest(self.folder / name) == begun and all(p.poll() is None for p in processes):
-            time.sleep(0.02)
+        with reserved_port() as port:
+            processes = [
+                self.start(
+                    f"{log}{number}",
+                    *("ptjax.launch", "train", *self.flags(folder)),
+                    f"--coordinator_address=127.0.0.1:{port}",
+                    "--num_processes=2",
+                    f"--process_id={number}",
+                    f"--heartbeat_timeout_seconds={HEARTBEAT}",
+                )
+                for number, folder in enumerate((name, other_name or name))
+            ]
+            while newest(self.folder / name) == begun and all(p.poll() is None for p in processes):
+                time.sleep(0.02)
         return processes
 
 
@@ -155,7 +157,7 @@ def machines(
     for process in made.started:
         if process.poll() is None:
             process.terminate()
-            process.wait(timeout=60)
+            process.wait(timeout=PATIENCE)
 
 
 @pytest.fixture(scope="module")
@@ -328,24 +330,24 @@ for settings in ({}, {"scan_layers": True}):
 
 def test_a_process_reads_the_shards_of_its_own_devices(machines: Machines) -> None:
     (machines.folder / "reads.py").write_text(READS)
-    flags = [f"--coordinator_address=127.0.0.1:{free_port()}", "--num_processes=2"]
-    started = [
-        machines.start(f"reads{i}.log", "reads", *flags, f"--process_id={i}") for i in range(2)
-    ]
-    codes = [process.wait(timeout=120) for process in started]
+    with reserved_port() as port:
+        flags = [f"--coordinator_address=127.0.0.1:{port}", "--num_processes=2"]
+        started = [
+            machines.start(f"reads{i}.log", "reads", *flags, f"--process_id={i}") for i in range(2)
+        ]
+        codes = [process.wait(timeout=PATIENCE) for process in started]
     assert codes == [0, 0], [(machines.folder / f"reads{i}.log").read_text() for i in range(2)]
 
 
 def interrupt(machines: Machines, name: str, number: int, victim: int) -> list[str]:
     """Sends a signal to one of two processes in the middle of the run; what both said.
 
-    Asserts that both end, within a minute, and not well.
+    Asserts that both end, and not well.
     """
     log = f"{name}-{signal.Signals(number).name}-{victim}-"
     processes = machines.pair(name, log)
     os.kill(child_of(processes[victim]), number)
-    until = time.monotonic() + 60
-    codes = [process.wait(timeout=until - time.monotonic()) for process in processes]
+    codes = [process.wait(timeout=PATIENCE) for process in processes]
     lost = {signal.SIGTERM: (143, 143), signal.SIGKILL: (137, 1) if victim == 0 else (1, 137)}
     said = [(machines.folder / f"{log}{i}").read_text() for i in range(2)]
     assert tuple(codes) == lost[signal.Signals(number)], "\n\n".join(said)
@@ -365,8 +367,9 @@ def test_stopped_and_lost_processes(machines: Machines, one: Path, two: Path) ->
         host = socket.gethostname()
         assert own.startswith(f"error: process {victim} on {host} was killed by signal 9 (SIGKILL)")
         assert other.startswith(f"error: process {victim} on {host} was lost")
-        # Neither JAX's trace nor Python's, whether the heartbeat or a broken collective told it.
-        assert not any("stack trace" in text or "Traceback" in text for text in said)
+        # No trace, whether the heartbeat, a broken collective or Gloo, which then aborts, told it.
+        traces = ("stack trace", "Traceback", "terminate called", "what():")
+        assert not any(trace in text for trace in traces for text in said)
 
     # The last checkpoint is whole: one process alone goes on from it as well.
     subprocess.run(["cp", "-r", machines.folder / "hard", machines.folder / "alone"], check=True)
@@ -388,14 +391,14 @@ def test_bad_input_is_said_and_ends_all_with_2(
 ) -> None:
     command = ["ptjax.launch", "--processes=2", "train", *machines.flags("bad", *flags)]
     started = machines.start("bad.log", *command)
-    assert started.wait(timeout=300) == 2
+    assert started.wait(timeout=PATIENCE) == 2
     assert f"process 1: {said}" in (machines.folder / "bad.log").read_text()
 
 
 def test_a_model_dir_that_is_not_shared_is_refused(machines: Machines) -> None:
     """As on two machines with a disk of their own each."""
     processes = machines.pair("here", "unshared", "there")
-    assert [process.wait(timeout=120) for process in processes] == [2, 2]
+    assert [process.wait(timeout=PATIENCE) for process in processes] == [2, 2]
     for number in range(2):
         said = (machines.folder / f"unshared{number}").read_text()
         assert f"process {number}: error: MODEL_DIR = " in said
@@ -406,6 +409,6 @@ def test_processes_that_never_come_are_given_up(machines: Machines) -> None:
     alone = ["--coordinator_address=127.0.0.1:1", "--num_processes=2", "--process_id=1"]
     alone.append("--initialization_timeout_seconds=2")
     started = machines.start("never.log", "ptjax.launch", "train", *machines.flags("new", *alone))
-    assert started.wait(timeout=120) == 1
+    assert started.wait(timeout=PATIENCE) == 1
     [line] = (machines.folder / "never.log").read_text().splitlines()
     assert line.startswith("error: the processes did not find each other")

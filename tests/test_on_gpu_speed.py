@@ -63,7 +63,7 @@ def test_a_side_starts_when_it_is_told(tmp_path) -> None:
     [
         ("1 / 0", "first: ZeroDivisionError: division by zero"),
         ("sys.exit(5)", "first ended with 5"),
-        ("time.sleep(60)", "first ended with -9, limit 1 s"),
+        ("time.sleep(600)", "first ended with -9, limit 1 s"),
     ],
 )
 def test_a_side_that_fails_says_why(steps, said, tmp_path) -> None:
@@ -75,7 +75,7 @@ def test_a_side_that_fails_says_why(steps, said, tmp_path) -> None:
         began = time.monotonic()
         with pytest.raises(SideError, match=f"^{said}"):
             turns.take(1)
-        assert time.monotonic() - began < 50
+        assert time.monotonic() - began < 300
 
 
 def test_only_an_optional_side_is_left_out(tmp_path, monkeypatch) -> None:

@@ -14,6 +14,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from conftest import FIXTURES
 from ptjax.__main__ import COMMANDS
 from ptjax.data.sentencepiece_tokenizer import train_sentencepiece
 from ptjax.interop.prompt_file import load_prompt, save_prompt
-from ptjax.launch import free_port
+from ptjax.launch import reserved_port
 from ptjax.scale import sharding
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_process")]
@@ -196,7 +197,7 @@ def place(tmp_path_factory, backbone) -> Path:
 
 
 @pytest.fixture
-def values(place, tmp_path, backbone, call, monkeypatch) -> dict[str, Any]:
+def values(place, tmp_path, backbone, call, monkeypatch) -> Iterator[dict[str, Any]]:
     """What `FILLED` speaks of; the current folder becomes `place`, with a run of quickstart.gin."""
     monkeypatch.chdir(place)
     if not (place / "prompts").exists():
@@ -209,13 +210,8 @@ def values(place, tmp_path, backbone, call, monkeypatch) -> dict[str, Any]:
         blind = best.metadata | {"sees_input": False}
         save_prompt(place / "sees_no_input.safetensors", best.prompt, blind)
     t5x = FIXTURES / "t5_1_1_tiny_legacy" / "checkpoint_3"
-    return {
-        "place": place,
-        "new": tmp_path,
-        "t5x": t5x,
-        "hf": backbone.name,
-        "port": free_port(),
-    }
+    with reserved_port() as port:
+        yield {"place": place, "new": tmp_path, "t5x": t5x, "hf": backbone.name, "port": port}
 
 
 def test_no_line_of_a_page_is_overlooked():

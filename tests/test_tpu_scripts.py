@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import PATIENCE
 
 CLONE = Path(__file__).parents[1]
 SCRIPTS = CLONE / "tpu_scripts"
@@ -126,7 +127,7 @@ def script(name: str, *arguments: str, **environment: str) -> subprocess.Complet
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
     )
 
 
@@ -284,7 +285,7 @@ def test_a_worker_restarts_the_real_training_which_goes_on(tmp_path: Path) -> No
 
 
 def wait_for(file: Path) -> None:
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + PATIENCE
     while not file.exists():
         assert time.monotonic() < deadline, f"{file} did not appear"
         time.sleep(0.02)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -168,11 +169,33 @@ def _check_complete(named: dict[str, Any]) -> None:
         )
     address, count, number = (named[name] for name in names)
     host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
+    if not host or not port.isdecimal() or not 0 < int(port[:6]) < 2**16:
         raise InputError(f"--coordinator_address={address}: it has to be HOST:PORT")
     check_at_least(1, **{"--num_processes": count})
     if not 0 <= number < count:
         raise InputError(f"--process_id={number}: it has to be from 0 to {count - 1}")
+    if number == 0:
+        _check_port(address, int(port))
+
+
+def _check_port(address: str, port: int) -> None:
+    """Raises InputError where JAX's coordinator cannot listen, of which JAX dies by a signal.
+
+    Bound as gRPC binds, which shares its port: the launcher reserves it in that way. Another
+    coordinator, which would share it as well, is one that answers.
+    """
+    with socket.socket() as probe, socket.socket() as client:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        client.settimeout(1)
+        try:
+            probe.bind(("", port))
+            if client.connect_ex(("127.0.0.1", port)) == 0:
+                raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+        except OSError as error:
+            raise InputError(
+                f"--coordinator_address={address}: process 0 cannot listen on port {port} "
+                f"({error.strerror}); choose another one, the same for all processes"
+            ) from error
 
 
 def _timeouts(arguments: argparse.Namespace) -> tuple[int, int]:
