@@ -196,7 +196,7 @@ def test_case_3_4_no_answer_rightly_none_is_right(tmp_path):
         targets="{answer}",
         answers="answers",
         metrics=("squad_f1", "exact_match"),
-        preprocess=squad.squad,
+        preprocess=squad,
         splits={"train": "a.jsonl"},
         data_dir=str(tmp_path),
     )

@@ -103,6 +103,6 @@ def test_a_file_its_total_and_its_row_agree(name):
 def test_a_file_holds_sizes_and_nothing_else(file):
     bound = re.findall(r"^([\w./]+) *=", file.read_text(), re.MULTILINE)
     assert bound
-    assert all(name.startswith("t5.T5Config.") for name in bound)
+    assert all(name.startswith("ptjax.T5Config.") for name in bound)
     assert len(set(bound)) == len(bound)
     assert not {"ptjax.T5Config.dtype", "ptjax.T5Config.dropout_rate"} & set(bound)
