@@ -156,7 +156,7 @@ class Preparation:
 
     @functools.cached_property
     def embedding_rms(self) -> float:
-        return embedding_rms(self.backbone.variables["params"]["token_embedder"]["embedding"])
+        return embedding_rms(self.backbone.embedding)
 
     def load(self, task: Task) -> Subject:
         """Reads everything of `task` that the run will use."""
@@ -205,6 +205,7 @@ class Preparation:
                 mesh=backbone.mesh,
                 fsdp=backbone.fsdp,
                 scan_layers=config.scan_layers,
+                family=backbone.family,
             ).variables
         return with_prompt(backbone.variables, load_prompt(path).prompt)
 
@@ -216,7 +217,7 @@ class Preparation:
         if initializer is None:
             initializer = ClassLabels() if labels else SampledVocabulary()
         surroundings = Surroundings(
-            embedding=backbone.variables["params"]["token_embedder"]["embedding"],
+            embedding=backbone.embedding,
             tokenizer=backbone.tokenizer,
             labels=labels,
             texts=lambda: (example.inputs for example in subject.train),
@@ -290,7 +291,8 @@ class Preparation:
         def write_model(path: epath.Path, trainable: Tree, more: dict[str, Any]) -> None:
             # float32: the tuned weights as they are, whatever the backbone's activations.
             params, tokenizer = trainable["params"], backbone.tokenizer
-            save_backbone(path, backbone.config, params, tokenizer=tokenizer, dtype="float32")
+            kept = {"tokenizer": tokenizer, "dtype": "float32", "family": backbone.family}
+            save_backbone(path, backbone.config, params, **kept)
 
         if self.method == "model_tuning":
             return Exports(self.model_dir / "models", "", write_model, read_model)

@@ -30,8 +30,8 @@ from ptjax.interop.special_ids import check_end_of_sequence
 from ptjax.loop import Pace, Run
 from ptjax.members import Member
 from ptjax.models.config import T5Config
-from ptjax.models.prompted import make_apply_fn
-from ptjax.models.t5 import init_params, parameter_shapes
+from ptjax.models.t5 import init_params
+from ptjax.models.t5_family import T5_FAMILY
 from ptjax.preparation import report_steps
 from ptjax.scale import sharding
 from ptjax.scale.compiled import Recipe
@@ -79,7 +79,7 @@ def pretrain(
             )
     elif model is not None and backbone is None:
         mesh, found = sharding.make_mesh(), None
-        params, apply_fn = _init_on_mesh(model, seed, mesh), make_apply_fn(model)
+        params, apply_fn = _init_on_mesh(model, seed, mesh), T5_FAMILY.build(model)
     else:
         raise InputError("pretrain starts either from sizes (pretrain.model) or from a backbone")
     for part in parts:
@@ -129,7 +129,7 @@ def _init_on_mesh(model: T5Config, seed: int, mesh: Any) -> Any:
     def init(key: jax.Array) -> Any:
         return init_params(model, key)
 
-    where = sharding.shardings_of({"params": parameter_shapes(model)}, mesh)["params"]
+    where = sharding.shardings_of({"params": T5_FAMILY.parameter_shapes(model)}, mesh)["params"]
     return jax.jit(init, out_shardings=where)(jax.random.key(seed))
 
 
