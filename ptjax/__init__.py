@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ptjax.errors import InputError
     from ptjax.inference import forward, generate, loss_and_prompt_gradient
     from ptjax.interop.prompt_file import load_prompt, load_prompts, save_prompt
+    from ptjax.models.module_family import flax_module
     from ptjax.prompting import make_bank
     from ptjax.tuning import tune
 
@@ -23,6 +24,7 @@ _HOMES = {
     "Backbone": "ptjax.backbone",
     "InputError": "ptjax.errors",
     "Task": "ptjax.data.tasks",
+    "flax_module": "ptjax.models.module_family",
     "forward": "ptjax.inference",
     "generate": "ptjax.inference",
     "load_backbone": "ptjax.backbone",
@@ -39,6 +41,7 @@ __all__ = [
     "Backbone",
     "InputError",
     "Task",
+    "flax_module",
     "forward",
     "generate",
     "load_backbone",
