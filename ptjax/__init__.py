@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from ptjax.methods.model_tuning import ModelTuning
     from ptjax.methods.prompt_tuning import PromptTuning
     from ptjax.models.config import T5Config
+    from ptjax.models.module_family import flax_module
     from ptjax.models.prompt import (
         ClassLabels,
         FrequentWords,
@@ -78,6 +79,7 @@ _HOMES = {
     "TokenFile": "ptjax.data.mixture",
     "TrainSchedule": "ptjax.settings",
     "Uniform": "ptjax.models.prompt",
+    "flax_module": "ptjax.models.module_family",
     "forward": "ptjax.inference",
     "generate": "ptjax.inference",
     "load_backbone": "ptjax.backbone",
@@ -123,6 +125,7 @@ __all__ = [
     "TokenFile",
     "TrainSchedule",
     "Uniform",
+    "flax_module",
     "forward",
     "generate",
     "load_backbone",

@@ -58,6 +58,7 @@ FREE: Mapping[str, str] = {
     "Backbone.name": _CONTENT,
     "Backbone.fingerprint_v1": "the fingerprint counts, and covers it",
     "Backbone.assumed": "the config counts",
+    "Backbone.family": "the fingerprint and the config count",
     "Backbone.mesh": _PLACE,
     "Backbone.fsdp": _PLACE,
     "T5Config.scan_layers": _PLACE,

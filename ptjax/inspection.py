@@ -17,7 +17,7 @@ from ptjax import files
 from ptjax.backbone import OpenBackbone, open_backbone
 from ptjax.data.tokenizer import Tokenizer
 from ptjax.errors import InputError, check_path
-from ptjax.fingerprint import Fingerprints, digest, sampled
+from ptjax.fingerprint import Fingerprints, digest
 from ptjax.interop import peft, t5x
 from ptjax.interop.prompt_file import PromptFile, load_prompt, prompts_below, wrong_width
 from ptjax.model_dir import ModelDir
@@ -76,14 +76,15 @@ def fingerprints_of(opened: OpenBackbone) -> Fingerprints:
 
     def sample(path: str) -> dict[str, Any]:
         array = opened.arrays[path]
-        parts = sampled(path, array.shape)
+        parts = opened.family.fingerprint_parts(path, array.shape)
         read = array.read_parts([*parts.values()])
         return {
             kind: jnp.asarray(np.asarray(part, np.float32), jnp.bfloat16)
             for kind, part in zip(parts, read, strict=True)
         }
 
-    return digest(opened.config, {path: sample(path) for path in opened.arrays})
+    samples = {path: sample(path) for path in opened.arrays}
+    return digest(opened.config, samples, opened.family)
 
 
 def describe_prompt(file: PromptFile) -> dict[str, Any]:
@@ -183,7 +184,7 @@ def compare(
     file, opened = load_prompt(prompt), open_backbone(backbone, tokenizer=tokenizer)
     if fingerprints_of(opened).contradict(file.metadata):
         logging.warning("%s has not the weights that the prompt was tuned on", opened.name)
-    embedding = opened.arrays["token_embedder/embedding"].read_all().astype(np.float32)
+    embedding = opened.arrays[opened.family.embedding_path].read_all().astype(np.float32)
     return nearest_tokens(file.prompt, embedding, opened.tokenizer, count)
 
 

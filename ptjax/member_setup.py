@@ -63,7 +63,7 @@ def set_up_members(
     Args:
         members: by name; "" is an ordinary run's only one.
     """
-    rms = embedding_rms(backbone.variables["params"]["token_embedder"]["embedding"])
+    rms = embedding_rms(backbone.embedding)
     read: list[TaskData] = []
     setups = []
     for name, overrides in members.items():
@@ -112,7 +112,7 @@ def _initial_prompt(method: PromptTuning, data: TaskData, seed: int, name: str) 
     if initializer is None:
         initializer = ClassLabels() if labels else SampledVocabulary()
     surroundings = Surroundings(
-        embedding=backbone.variables["params"]["token_embedder"]["embedding"],
+        embedding=backbone.embedding,
         tokenizer=backbone.tokenizer,
         labels=labels,
         texts=lambda: (example.inputs for example in data.train),
@@ -158,7 +158,8 @@ def _make_exports(
     def write_model(path: epath.Path, trainable: Tree, more: dict[str, Any]) -> None:
         # float32: the tuned weights as they are, whatever the backbone's activations.
         params, tokenizer = trainable["params"], backbone.tokenizer
-        save_backbone(path, backbone.config, params, tokenizer=tokenizer, dtype="float32")
+        kept = {"tokenizer": tokenizer, "dtype": "float32", "family": backbone.family}
+        save_backbone(path, backbone.config, params, **kept)
 
     if isinstance(settings.method, ModelTuning):
         return Exports(ModelDir(model_dir).models, "", write_model, read_model)
@@ -181,5 +182,6 @@ def load_best(setup: MemberSetup, settings: RunSettings) -> Tree:
             mesh=backbone.mesh,
             fsdp=backbone.fsdp,
             scan_layers=config.scan_layers,
+            family=backbone.family,
         ).variables
     return with_prompt(backbone.variables, load_prompt(path).prompt)

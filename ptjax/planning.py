@@ -18,7 +18,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from ptjax.data.pipeline import Shape
 from ptjax.models.config import Remat, T5Config
-from ptjax.models.prompted import make_apply_fn
+from ptjax.models.t5_family import T5_FAMILY
 from ptjax.scale import meshes, sharding
 from ptjax.scale.compiled import Recipe, batch_shapes, lower_step
 from ptjax.scale.flops import count_flops
@@ -172,7 +172,7 @@ def place(workload: Workload, layout: Layout, mesh: Mesh) -> Placed:
     freeze = freezing.make_freeze(variables, freezing.METHODS[recipe.method])
     trainable, frozen = freezing.split(variables, freeze)
     gather = sharding.gather_layer(mesh) if layout.fsdp else None
-    apply_fn = make_apply_fn(config, recipe.sees_input, gather)
+    apply_fn = T5_FAMILY.build(config, sees_input=recipe.sees_input, gather=gather)
     init, step = recipe.compose(apply_fn, freeze, mesh)
     key = jax.eval_shape(lambda: jax.random.key(0))
     if workload.members:

@@ -32,8 +32,8 @@ from ptjax.loop import TrainingLoop
 from ptjax.members import Member
 from ptjax.model_dir import ModelDir
 from ptjax.models.config import T5Config
-from ptjax.models.prompted import make_apply_fn
-from ptjax.models.t5 import init_params, parameter_shapes
+from ptjax.models.t5 import init_params
+from ptjax.models.t5_family import T5_FAMILY
 from ptjax.scale import sharding
 from ptjax.scale.compiled import Recipe
 from ptjax.settings import TrainSchedule
@@ -77,7 +77,7 @@ def pretrain(
         params, apply_fn = start.variables["params"], start.apply_fn
     else:
         model, mesh = start, sharding.make_mesh()
-        params, apply_fn = _init_on_mesh(model, seed, mesh), make_apply_fn(model)
+        params, apply_fn = _init_on_mesh(model, seed, mesh), T5_FAMILY.build(model)
     for component in components:
         sharding.check_batch_size(component.batch_size, mesh, microbatches)
     found = _tokenizer(start, tokenizer)
@@ -137,7 +137,7 @@ def _init_on_mesh(model: T5Config, seed: int, mesh: Any) -> Any:
     def init(key: jax.Array) -> Any:
         return init_params(model, key)
 
-    where = sharding.shardings_of({"params": parameter_shapes(model)}, mesh)["params"]
+    where = sharding.shardings_of({"params": T5_FAMILY.parameter_shapes(model)}, mesh)["params"]
     return jax.jit(init, out_shardings=where)(jax.random.key(seed))
 
 

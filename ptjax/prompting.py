@@ -20,6 +20,7 @@ from ptjax.damage import check_scores
 from ptjax.errors import InputError, near
 from ptjax.interop import prompt_header
 from ptjax.interop.prompt_file import NO_PROMPT, PromptFile, load_prompt, wrong_width
+from ptjax.models.family import check_supported
 from ptjax.models.prompt import NO_PROMPT_ID, Bank, stack_prompts
 from ptjax.models.prompted import with_prompt
 from ptjax.models.t5 import PromptStates
@@ -301,6 +302,8 @@ def prompted(backbone: Backbone, prompt: Any) -> tuple[Callable[..., Any], Varia
     prompt = open_prompt(prompt)
     if isinstance(prompt, PromptBank):
         arrays = check_bank(backbone, prompt).arrays
+        if not np.all(prompt.arrays.sees_input):
+            check_supported(backbone.family, "blind prompts")
         return backbone.make_apply_fn(True), with_prompt(backbone.variables, arrays)
     array = prompt_array(backbone, prompt)
     states = getattr(prompt, "states", None)

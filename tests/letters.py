@@ -14,6 +14,7 @@ from ptjax.data.preprocess import TokenizedExamples
 from ptjax.data.vocabulary import NO_ID
 from ptjax.fingerprint import Fingerprints
 from ptjax.models.prompted import make_apply_fn
+from ptjax.models.t5_family import T5_FAMILY
 from ptjax.scale.sharding import make_mesh
 
 
@@ -44,6 +45,7 @@ def make_backbone(tiny: Any) -> Any:
         tokenizer=LETTERS,
         fingerprints=Fingerprints("sha256:0", "v2:0"),
         name="tiny",
+        family=T5_FAMILY,
         mesh=make_mesh(devices=jax.devices()[:1]),
     )
 

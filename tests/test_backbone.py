@@ -34,6 +34,7 @@ from ptjax.interop.stored import StoredArray, one_by_one
 from ptjax.models.config import T5Config
 from ptjax.models.stacking import Unstacked
 from ptjax.models.t5 import init_params
+from ptjax.models.t5_family import T5_FAMILY
 from ptjax.scale import sharding
 from ptjax.trees import flatten_paths, unflatten_paths
 
@@ -340,7 +341,7 @@ def test_a_missing_parameter_that_tells_the_sizes_is_named(legacy, name):
 def test_a_gate_is_known_by_either_branch():
     stored = t5x.load_t5x(LEGACY)
     del stored[WI]
-    assert backbones.infer_config(stored, "x")["mlp_activations"] == ("gelu", "linear")
+    assert T5_FAMILY.infer_config(stored, "x")["mlp_activations"] == ("gelu", "linear")
 
 
 def test_a_missing_chunk_is_named(legacy):
@@ -506,7 +507,7 @@ def spied(request, monkeypatch):
     path = paths.get(request.param) or request.getfixturevalue("saved")
     for module, name in ((t5x, "load_t5x"), (huggingface, "load_huggingface")):
         original = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda path, f=original: reads.spy(f(path)))
+        monkeypatch.setattr(module, name, lambda *given, f=original: reads.spy(f(*given)))
     return path, reads
 
 
@@ -613,7 +614,7 @@ def wide(tmp_path):
     )
     params = {
         name: np.ones(leaf.shape, np.float32)
-        for name, leaf in flatten_paths(backbones.parameter_shapes(config)).items()
+        for name, leaf in flatten_paths(T5_FAMILY.parameter_shapes(config)).items()
     }
     save_backbone(tmp_path / "wide", config, unflatten_paths(params))
     return tmp_path / "wide"

@@ -14,10 +14,11 @@ from conftest import FIXTURES
 from ptjax import inspection, prompting
 from ptjax.backbone import load_backbone, open_backbone, save_backbone
 from ptjax.errors import InputError
-from ptjax.fingerprint import NOT_COMPUTED, V1_KEY, V2_KEY, Fingerprints, fingerprint, sampled
+from ptjax.fingerprint import V1_KEY, V2_KEY, Fingerprints, fingerprint
 from ptjax.interop.prompt_file import PromptFile
 from ptjax.models.config import T5Config
 from ptjax.models.t5 import parameter_shapes
+from ptjax.models.t5_family import T5_FAMILY
 from ptjax.trees import flatten_paths, unflatten_paths
 
 NANO_V1 = "sha256:665265e64af0924f5c731cba4b2a60c51eb9232fd7e122317da033dac8505781"
@@ -72,7 +73,9 @@ def test_case_1_13_v1_does_not_see_what_v2_sees(t5_1_1, path):
 def test_case_1_13_a_head_of_a_large_kernel_is_sampled():
     """Any 61 neighbouring rows or columns hold a sampled entry, whatever the size."""
     for size in (1, 63, 64, 127, 128, 384, 512, 768, 1024, 4096, 10240, 16384, 65536):
-        (rows, columns) = sampled("decoder/layers_3/mlp/wi_0/kernel", (size, 2 * size))["grid"]
+        (rows, columns) = T5_FAMILY.fingerprint_parts(
+            "decoder/layers_3/mlp/wi_0/kernel", (size, 2 * size)
+        )["grid"]
         picked = range(size)[rows]
         assert picked.step <= 61 and len(picked) >= min(size, 64) and columns.start is None
 
@@ -87,12 +90,12 @@ def test_case_1_13_every_field_of_the_config_is_classified(t5_1_1):
         "dropout_rate": 0.5, "scan_layers": True, "remat": "full",
     }  # fmt: skip
     names = [field.name for field in dataclasses.fields(T5Config)]
-    assert set(names) - set(NOT_COMPUTED) <= set(other_values), "add the new field here"
+    assert set(names) - set(T5_FAMILY.not_computed) <= set(other_values), "add the new field here"
     params = t5_1_1.variables["params"]
     for name in set(names) & set(other_values):
         config = dataclasses.replace(t5_1_1.config, **{name: other_values[name]})
         same = fingerprint(config, params, t5_1_1.mesh).v2 == t5_1_1.fingerprint
-        assert same == (name in NOT_COMPUTED), name
+        assert same == (name in T5_FAMILY.not_computed), name
 
 
 def test_case_1_13_v1_of_nano_is_what_older_prompts_recorded():
@@ -129,7 +132,7 @@ def test_case_1_13_the_sample_read_from_files_is_that_of_a_wide_kernel(tmp_path)
     save_backbone(tmp_path, config, params, dtype="float32")
     loaded = load_backbone(tmp_path)
     assert inspection.fingerprints_of(open_backbone(tmp_path)) == loaded.fingerprints
-    grid = sampled("encoder/layers_0/mlp/wi_0/kernel", (16, 130))["grid"]
+    grid = T5_FAMILY.fingerprint_parts("encoder/layers_0/mlp/wi_0/kernel", (16, 130))["grid"]
     assert grid == (slice(None, None, 1), slice(None, None, 2))
 
 

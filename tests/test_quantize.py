@@ -20,8 +20,9 @@ from ptjax.methods.model_tuning import ModelTuning
 from ptjax.models.layers import Quantized
 from ptjax.models.prompted import make_apply_fn, with_prompt
 from ptjax.models.stacking import Unstacked, stack_paths
+from ptjax.models.t5_family import T5_FAMILY
 from ptjax.scale import sharding
-from ptjax.scale.quantize import dequantize, is_quantized, quantize, quantize_sharded
+from ptjax.scale.quantize import dequantize, quantize, quantize_sharded
 from ptjax.settings import RunSettings
 from ptjax.training.loss import Loss
 from ptjax.training.step import batch_loss
@@ -63,7 +64,7 @@ def test_shards_are_quantized_as_the_whole(kernel, spec) -> None:
 
 
 def test_embeddings_norms_and_logits_stay_as_they_are(tiny) -> None:
-    chosen = {path for path in flatten_paths(tiny.params) if is_quantized(path)}
+    chosen = {path for path in flatten_paths(tiny.params) if T5_FAMILY.is_quantized(path)}
     rest = set(flatten_paths(tiny.params)) - chosen
     assert {path.split("/")[-2] for path in chosen} == {
         *("query", "key", "value", "out", "wi_0", "wi_1", "wo"),
@@ -73,7 +74,7 @@ def test_embeddings_norms_and_logits_stay_as_they_are(tiny) -> None:
 
 
 def quantized(paths, function):
-    return {path: function(x) if is_quantized(path) else x for path, x in paths.items()}
+    return {path: function(x) if T5_FAMILY.is_quantized(path) else x for path, x in paths.items()}
 
 
 @pytest.mark.parametrize("scan_layers", [False, True])
@@ -121,7 +122,7 @@ def test_a_backbone_is_quantized_on_the_way_in(settings, tmp_path) -> None:
     assert small.fingerprint == plain.fingerprint
     found = Unstacked(flatten_paths(small.variables["params"]))
     for path, array in flatten_paths(plain.variables["params"]).items():
-        if not is_quantized(path):
+        if not T5_FAMILY.is_quantized(path):
             np.testing.assert_array_equal(found[path], array)
         elif not settings.get("scan_layers"):
             np.testing.assert_array_equal(found[path].values, quantize(array).values)

@@ -21,8 +21,6 @@ from ptjax.interop import peft, safetensors_file, torch_file
 from ptjax.interop.bytes_on_disk import numpy_dtype
 from ptjax.interop.huggingface_format import (
     COPIES,
-    EMBEDDING,
-    LOGITS,
     UNUSED,
     expected_names,
     load_config,
@@ -35,6 +33,7 @@ from ptjax.interop.huggingface_format import (
 from ptjax.interop.special_ids import GENERATION_CONFIG, SPECIAL_IDS
 from ptjax.interop.stored import Index, StoredArray, one_by_one
 from ptjax.models.config import T5Config
+from ptjax.models.t5_family import EMBEDDING, LOGITS
 from ptjax.scale.processes import on_host
 
 _WEIGHTS = "model.safetensors"

@@ -1,7 +1,6 @@
 """How Hugging Face's T5 names things: parameters and `config.json`, both ways.
 
-`torch.nn.Linear` keeps [out, in] where T5X's kernels are [in, out], so every kernel is transposed;
-norm scales and embeddings are not. Facts after `transformers/models/t5/modeling_t5.py`.
+The table of names is the family's. Facts after `transformers/models/t5/modeling_t5.py`.
 """
 
 from __future__ import annotations
@@ -17,69 +16,7 @@ from ptjax import files
 from ptjax.errors import InputError
 from ptjax.interop.special_ids import read_special_ids, write_special_ids
 from ptjax.models.config import T5Config
-
-EMBEDDING = "token_embedder/embedding"
-LOGITS = "decoder/logits_dense/kernel"
-
-# T5X's name, Hugging Face's name, transposed; {i} is the layer. In both, `wi_0` is the GELU side.
-_TABLE: tuple[tuple[str, str, bool], ...] = (
-    (EMBEDDING, "shared.weight", False),
-    (LOGITS, "lm_head.weight", True),
-    *(
-        row
-        for stack, mlp in (("encoder", 1), ("decoder", 2))
-        for row in (
-            (f"{stack}/{stack}_norm/scale", f"{stack}.final_layer_norm.weight", False),
-            *(
-                (
-                    f"{stack}/layers_{{i}}/mlp/{wi}/kernel",
-                    f"{stack}.block.{{i}}.layer.{mlp}.DenseReluDense.{wi}.weight",
-                    True,
-                )
-                for wi in ("wi", "wi_0", "wi_1", "wo")
-            ),
-        )
-    ),
-    *(
-        (
-            f"{stack}/layers_{{i}}/{attention}/{ours}/kernel",
-            f"{stack}.block.{{i}}.layer.{layer}.{theirs}.{ours[0]}.weight",
-            True,
-        )
-        for stack, attention, layer, theirs in (
-            ("encoder", "attention", 0, "SelfAttention"),
-            ("decoder", "self_attention", 0, "SelfAttention"),
-            ("decoder", "encoder_decoder_attention", 1, "EncDecAttention"),
-        )
-        for ours in ("query", "key", "value", "out")
-    ),
-    *(
-        (
-            f"{stack}/layers_{{i}}/{norm}_layer_norm/scale",
-            f"{stack}.block.{{i}}.layer.{layer}.layer_norm.weight",
-            False,
-        )
-        for stack, layer, norm in (
-            ("encoder", 0, "pre_attention"),
-            ("encoder", 1, "pre_mlp"),
-            ("decoder", 0, "pre_self_attention"),
-            ("decoder", 1, "pre_cross_attention"),
-            ("decoder", 2, "pre_mlp"),
-        )
-    ),
-)
-
-# T5 keeps a stack's relative position biases in its first layer, umT5 has them in every layer.
-_RELPOS = tuple(
-    (
-        f"{stack}/{ours}relpos_bias/rel_embedding",
-        f"{stack}.block.{layer}.layer.0.SelfAttention.relative_attention_bias.weight",
-        True,
-    )
-    for stack in ("encoder", "decoder")
-    for ours, layer in (("", "0"), ("layers_{i}/", "{i}"))
-)
-_RELPOS_OF_STACK, _RELPOS_OF_LAYER = _RELPOS[::2], _RELPOS[1::2]
+from ptjax.models.t5_family import LOGITS, T5_FAMILY
 
 # Copies of other tensors, and one that old files carry and the network never uses.
 COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
@@ -131,10 +68,16 @@ def _pattern(template: str) -> re.Pattern[str]:
     return re.compile(re.escape(template).replace(r"\{i\}", r"(\d+)"))
 
 
-_TO_HUGGINGFACE = [(_pattern(ours), theirs, turned) for ours, theirs, turned in _TABLE + _RELPOS]
+_RULES = {
+    of_layer: T5_FAMILY.tensor_names({"relpos_per_layer": of_layer}) for of_layer in (False, True)
+}
+_TO_HUGGINGFACE = [
+    (_pattern(ours), theirs, turned)
+    for ours, theirs, turned in dict.fromkeys([*_RULES[False], *_RULES[True]])
+]
 _TO_T5X = {
-    relpos_per_layer: [(_pattern(theirs), ours, turned) for ours, theirs, turned in _TABLE + relpos]
-    for relpos_per_layer, relpos in ((False, _RELPOS_OF_STACK), (True, _RELPOS_OF_LAYER))
+    of_layer: [(_pattern(theirs), ours, turned) for ours, theirs, turned in rules]
+    for of_layer, rules in _RULES.items()
 }
 
 
@@ -170,8 +113,7 @@ def expected_names(fields: Mapping[str, Any]) -> Iterator[str]:
     """Every parameter of a T5 with these config fields, but for the logits."""
     gated = len(fields["mlp_activations"]) == 2
     absent = {LOGITS}
-    relpos = _RELPOS_OF_LAYER if fields.get("relpos_per_layer") else _RELPOS_OF_STACK
-    for ours, _, _ in _TABLE + relpos:
+    for ours, _, _ in T5_FAMILY.tensor_names(fields):
         stack = ours.split("/")[0]
         if ours in absent or ours.split("/")[-2] in (("wi",) if gated else ("wi_0", "wi_1")):
             continue

@@ -31,6 +31,7 @@ from ptjax.interop.zarr_arrays import (
     open_zarrs,
     reason_of,
 )
+from ptjax.models.family import Family
 from ptjax.trees import flatten_paths
 
 COMMITTED = "commit_success.txt"
@@ -40,8 +41,7 @@ _PROCESS = "ocdbt.process_"
 _PLACEHOLDER = "PLACEHOLDER://"
 _T5X_TREES = {"target": "state", "_optimizer.target": "_optimizer.state"}
 """What T5X calls its model and, beside it, the optimizer's state; the latter in 2022."""
-# By these a tree is told for a T5 under T5X's names, and what stands before them for its place.
-_TELLING = ("token_embedder.embedding", "encoder.prompt.prompt.prompt")
+_PROMPT = "encoder.prompt.prompt.prompt"
 _WRAPPERS = {"target", "params", "model", "state", "train_state", "variables", "_optimizer"}
 _NUMBER = re.compile(r"([A-Za-z][\w-]*_)?(\d+)")
 
@@ -142,11 +142,11 @@ def has_placeholder(tree: Any) -> bool:
     return _is_placeholder(tree)
 
 
-def load_orbax(checkpoint: epath.Path) -> dict[str, StoredArray]:
-    """T5X's parameter name -> array of the one T5 in a checkpoint.
+def load_orbax(checkpoint: epath.Path, family: Family) -> dict[str, StoredArray]:
+    """Parameter -> array of the one network of a family in a checkpoint; T5's are T5X's names.
 
     Raises:
-        InputError: no T5 under T5X's names, or several; a checkpoint of a run of ptjax; one that
+        InputError: no such network, or several; a checkpoint of a run of ptjax; one that
             is incomplete or damaged.
     """
     if (checkpoint / "identity").is_dir() and (checkpoint / "progress").is_dir():
@@ -156,12 +156,16 @@ def load_orbax(checkpoint: epath.Path) -> dict[str, StoredArray]:
         )
     # Without a list of leaves the msgpack alone, which the caller has seen, tells an item.
     items = [open_item(folder) for folder in items_in(checkpoint) or [checkpoint]]
+    # By these a tree is told, and what stands before them for its place.
+    telling = (family.embedding_path.replace("/", "."), _PROMPT)
     models = [
-        (item, prefix) for item in items for prefix in sorted(_models(item.names | item.listed))
+        (item, prefix)
+        for item in items
+        for prefix in sorted(_models(item.names | item.listed, telling))
     ]
     if not models:
         raise InputError(
-            f"{checkpoint}: an Orbax checkpoint without a T5 under T5X's names; it holds "
+            f"{checkpoint}: an Orbax checkpoint without {family.described}; it holds "
             f"{_summary(items)}"
         )
     if len(models) > 1:
@@ -242,13 +246,13 @@ def _slashed(name: str, start: str) -> str:
     return name.removeprefix(start).replace(".", "/")
 
 
-def _models(names: Iterable[str]) -> set[str]:
-    """What stands before a T5's names in a tree: "", "target", "params", ..."""
+def _models(names: Iterable[str], telling_names: Iterable[str]) -> set[str]:
+    """What stands before a network's names in a tree: "", "target", "params", ..."""
     prefixes = set()
     for name in names:
         # T5X's own, however small.
         prefixes |= {tree for tree in _T5X_TREES if name.startswith(f"{tree}.")}
-        for telling in _TELLING:
+        for telling in telling_names:
             prefix = name.removesuffix(telling).removesuffix(".")
             if name == telling or name.endswith(f".{telling}"):
                 # Not `opt_state.0.mu`: an optimizer has arrays under the parameters' names.

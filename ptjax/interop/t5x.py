@@ -15,6 +15,8 @@ from ptjax.errors import InputError
 from ptjax.interop import orbax_folder, t5x_legacy
 from ptjax.interop.orbax_folder import COMMITTED, names_in, step_of
 from ptjax.interop.stored import StoredArray
+from ptjax.models.family import Family
+from ptjax.models.t5_family import T5_FAMILY
 
 
 def is_t5x(path: str | os.PathLike[str]) -> bool:
@@ -76,11 +78,12 @@ def checkpoints_in(path: str | os.PathLike[str]) -> dict[int, epath.Path]:
     return steps
 
 
-def load_t5x(path: str | os.PathLike[str]) -> dict[str, StoredArray]:
+def load_t5x(path: str | os.PathLike[str], family: Family = T5_FAMILY) -> dict[str, StoredArray]:
     """Opens a checkpoint; its weights stay on disk until they are read.
 
     Args:
         path: whatever `find_checkpoint` takes, local or gs://.
+        family: of the network whose tree it is.
 
     Returns:
         T5X parameter name ("encoder/layers_0/attention/query/kernel") -> array, float32 or
@@ -90,26 +93,26 @@ def load_t5x(path: str | os.PathLike[str]) -> dict[str, StoredArray]:
         InputError: the checkpoint is incomplete, damaged, or of a kind that is not read.
     """
     checkpoint = find_checkpoint(path)
-    arrays = _load(checkpoint)
+    arrays = _load(checkpoint, family)
     if not arrays:
         raise InputError(
             f"{checkpoint}: the checkpoint holds no model (`target` is empty); is it one of a run "
             "of ptjax, which keeps only what trains?"
         )
     for name, array in arrays.items():
-        _refuse_scanned(name, array)
+        family.check_name(name, array)
         t5x_legacy.check_dtype(name, array.dtype, array.where)
     return arrays
 
 
-def _load(checkpoint: epath.Path) -> dict[str, StoredArray]:
+def _load(checkpoint: epath.Path, family: Family) -> dict[str, StoredArray]:
     names = names_in(checkpoint)
     if "checkpoint" in names and not orbax_folder.is_item(names):
         file = checkpoint / "checkpoint"
         contents = t5x_legacy.read_container(file)
         if not orbax_folder.has_placeholder(contents):
             return t5x_legacy.load_legacy(file, contents)
-    return orbax_folder.load_orbax(checkpoint)
+    return orbax_folder.load_orbax(checkpoint, family)
 
 
 def _is_checkpoint(path: epath.Path) -> bool:
@@ -119,14 +122,3 @@ def _is_checkpoint(path: epath.Path) -> bool:
 def _is_complete(checkpoint: epath.Path) -> bool:
     items = orbax_folder.items_in(checkpoint)
     return all(map(orbax_folder.is_complete, items))
-
-
-def _refuse_scanned(name: str, array: StoredArray) -> None:
-    """Scanned layers (T5X `scalable_t5`, umT5) are one array with a `layers` axis."""
-    parts = name.split("/")
-    stacked = parts[:2] in (["encoder", "encoder"], ["decoder", "decoder"])
-    if stacked or "scan" in parts or "layers" in parts or len(array.shape) > 2:
-        raise InputError(
-            f"{array.where}: parameter {name} {list(array.shape)} belongs to a scanned model, "
-            "whose layers are stacked along a `layers` axis; ptjax reads unscanned T5X checkpoints"
-        )

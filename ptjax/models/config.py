@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from ptjax.data.batch import SpecialIds
 from ptjax.errors import InputError, check_choice, check_share
 
 Dtype = Literal["float32", "bfloat16"]
 Remat = Literal["none", "dots", "full"]
+
+
+def check_ids(config: Any) -> None:
+    """InputError unless the special ids of a config are ids of its vocabulary."""
+    owner = type(config).__name__
+    if not config.eos_ids:
+        raise InputError(f"{owner}.eos_ids is empty; a text needs an end of sequence")
+    forced = [] if config.forced_bos_id is None else [config.forced_bos_id]
+    for index in (config.pad_id, config.decoder_start_id, *config.eos_ids, *forced):
+        if type(index) is not int or not 0 <= index < config.vocab_size:
+            raise InputError(
+                f"{owner}: {index!r} is not an id of a vocabulary of {config.vocab_size}; "
+                f"pad_id = {config.pad_id!r}, eos_ids = {config.eos_ids!r}, decoder_start_id = "
+                f"{config.decoder_start_id!r}, forced_bos_id = {config.forced_bos_id!r}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,16 +83,7 @@ class T5Config:
         check_choice(get_args(Dtype), "T5Config", dtype=self.dtype)
         check_choice(get_args(Remat), "T5Config", remat=self.remat)
         object.__setattr__(self, "eos_ids", tuple(self.eos_ids))  # gin files and JSON have lists
-        if not self.eos_ids:
-            raise InputError("T5Config.eos_ids is empty; a text needs an end of sequence")
-        forced = [] if self.forced_bos_id is None else [self.forced_bos_id]
-        for index in (self.pad_id, self.decoder_start_id, *self.eos_ids, *forced):
-            if type(index) is not int or not 0 <= index < self.vocab_size:
-                raise InputError(
-                    f"T5Config: {index!r} is not an id of a vocabulary of {self.vocab_size}; "
-                    f"pad_id = {self.pad_id!r}, eos_ids = {self.eos_ids!r}, decoder_start_id = "
-                    f"{self.decoder_start_id!r}, forced_bos_id = {self.forced_bos_id!r}"
-                )
+        check_ids(self)
 
     @property
     def special_ids(self) -> SpecialIds:

@@ -162,7 +162,11 @@ def beam_search(
 
         # Beams of one row share their encoder states: only what they wrote has to move.
         cache = map_layers(
-            lambda layer: layer | {k: reorder(layer[k]) for k in ("self_key", "self_value")}, cache
+            lambda layer: {
+                name: jax.tree.map(reorder, x) if name.startswith("self_") else x
+                for name, x in layer.items()
+            },
+            cache,
         )
         return _Beams(
             position=state.position + 1,

@@ -86,9 +86,27 @@ class Prompt(nn.Module):
         Args:
             prompt_ids: of a bank, the prompt of every row; -1 is none.
         """
+        prompt, own, sees_input = self.rows(len(embedded), prompt_ids)
+        length = prompt.shape[1]
+        prompt = prompt.astype(embedded.dtype)
+        segment_ids = jnp.concatenate([own.astype(segment_ids.dtype), segment_ids], axis=1)
+        mask = (segment_ids != PADDING_SEGMENT)[:, None]
+        if sees_input is not True:
+            of_prompt = jnp.arange(segment_ids.shape[1]) < length
+            seen = of_prompt[None, :] | ~of_prompt[:, None]
+            mask = mask & (seen | jnp.reshape(sees_input, (-1, 1, 1)))
+        return jnp.concatenate([prompt, embedded], axis=1), segment_ids, mask
+
+    def rows(
+        self, count: int, prompt_ids: Int[Array, " B"] | None = None
+    ) -> tuple[Float[Array, "B P D"], Int[Array, "B P"], bool | Bool[Array, " B"]]:
+        """Each row's own prompt in float32, which of its places it has, whether it sees its input.
+
+        Arguments as for `before`; the places of a shorter prompt of a bank are its last ones.
+        """
         prompt, sees_input = self.matrix(), self.sees_input
-        rows, length = len(embedded), prompt.shape[-2]
-        own = jnp.ones((rows, length), segment_ids.dtype)
+        length = prompt.shape[-2]
+        own = jnp.ones((count, length), jnp.int32)
         if prompt_ids is not None:
             chosen = jnp.maximum(prompt_ids, 0)
             prompt, lengths, sees_input = (
@@ -96,16 +114,9 @@ class Prompt(nn.Module):
             )
             lengths = jnp.where(prompt_ids <= NO_PROMPT_ID, 0, lengths)
             own *= jnp.arange(length) >= length - lengths[:, None]
-        # Broadcast in float32 and cast after it: the sum of the examples' gradients, which is the
-        # transpose of this broadcast, then adds up in float32.
-        prompt = jnp.broadcast_to(prompt, (rows, *prompt.shape[-2:])).astype(embedded.dtype)
-        segment_ids = jnp.concatenate([own, segment_ids], axis=1)
-        mask = (segment_ids != PADDING_SEGMENT)[:, None]
-        if sees_input is not True:
-            of_prompt = jnp.arange(segment_ids.shape[1]) < length
-            seen = of_prompt[None, :] | ~of_prompt[:, None]
-            mask = mask & (seen | jnp.reshape(sees_input, (-1, 1, 1)))
-        return jnp.concatenate([prompt, embedded], axis=1), segment_ids, mask
+        # Broadcast in float32; the caller casts after it: the sum of the examples' gradients, which
+        # is the transpose of this broadcast, then adds up in float32.
+        return jnp.broadcast_to(prompt, (count, *prompt.shape[-2:])), own, sees_input
 
     def inside(
         self,

@@ -41,7 +41,7 @@ from ptjax.models.stacking import (
     unstack,
 )
 
-LayerCache = dict[str, Array]
+LayerCache = dict[str, Any]
 """Of a decoder layer: self_key, self_value [B, L, H, K] and cross_key, cross_value [B, S, H, K]."""
 
 Cache = Layers[LayerCache]

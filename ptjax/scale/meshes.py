@@ -11,7 +11,8 @@ from absl import logging
 from jax.sharding import Mesh
 
 from ptjax.errors import InputError
-from ptjax.models.config import T5Config
+from ptjax.models.family import Config, Family
+from ptjax.models.t5_family import T5_FAMILY
 from ptjax.scale import processes, sharding
 from ptjax.scale.devices import GIB, usable_memory
 from ptjax.scale.quantize import held_shapes
@@ -24,12 +25,13 @@ XXL in bfloat16, batch 32, takes 66% at 4x2 on v5e-8 and at 8x1 on v6e-8, and th
 
 def choose_mesh(
     mesh: Mesh | str | None,
-    config: T5Config,
+    config: Config,
     dtype: str,
     *,
     fsdp: bool = False,
     quantize: str | None = None,
     devices: Iterable[jax.Device] | None = None,
+    family: Family = T5_FAMILY,
 ) -> Mesh:
     """The mesh that `mesh` means for a backbone of `config`; logs which, and why.
 
@@ -51,15 +53,14 @@ def choose_mesh(
     elif isinstance(mesh, str):
         found = list(jax.devices() if devices is None else devices)
         if mesh == "auto":
-            shape, why = smallest_that_fits(
-                config, held_shapes(config, dtype, quantize), found, fsdp
-            )
+            held = held_shapes(config, dtype, quantize, family=family)
+            shape, why = smallest_that_fits(config, held, found, fsdp, family=family)
         else:
             shape, why = parse_mesh(mesh), "as MESH says"
         mesh = sharding.make_mesh(shape, found)
     else:
         why = "as given"
-    check_mesh(config, mesh, fsdp=fsdp)
+    check_mesh(config, mesh, fsdp=fsdp, family=family)
     if mesh.size > 1:
         kind = mesh.devices.flat[0].device_kind
         axes = " x ".join(mesh.axis_names) + (", fsdp" if fsdp else "")
@@ -86,25 +87,28 @@ def mesh_name(mesh: Mesh) -> str:
     return "x".join(map(str, mesh.axis_sizes))
 
 
-def check_mesh(config: T5Config, mesh: Mesh, *, fsdp: bool = False) -> None:
-    """InputError unless the mesh's axes divide what the table divides over them.
+def check_mesh(
+    config: Config, mesh: Mesh, *, fsdp: bool = False, family: Family = T5_FAMILY
+) -> None:
+    """InputError unless the mesh's axes divide what the family's table divides over them.
 
-    That is heads, mlp and vocabulary over `model`, and with `fsdp`, which needs scanned layers, the
-    width over `data`.
+    For T5 that is heads, mlp and vocabulary over `model`, and with `fsdp`, which needs scanned
+    layers, the width over `data`.
     """
     if fsdp and not config.scan_layers:
         raise InputError(
             "FSDP = True needs SCAN_LAYERS = True: only in a scan is a layer's weights' gathering "
             "sure to wait for that layer"
         )
-    wrong = _indivisible(config, mesh.shape, fsdp)
+    wrong = _indivisible(config, mesh.shape, fsdp, family)
     if wrong is None:
         return
     name, size, axis = wrong
     replicas = mesh.shape.get("replica")
     within = mesh.size // (replicas or 1)
     front = [] if replicas is None else [replicas]
-    fitting = [repr("x".join(map(str, [*front, *s]))) for s in fitting_shapes(config, within, fsdp)]
+    shapes = fitting_shapes(config, within, fsdp, family=family)
+    fitting = [repr("x".join(map(str, [*front, *s]))) for s in shapes]
     hint = f"MESH may be {' or '.join(fitting)}" if fitting else f"no mesh of {within} devices does"
     raise InputError(
         f"{name} = {size} is not a multiple of {mesh.shape[axis]}, the {axis} axis of the mesh "
@@ -113,33 +117,42 @@ def check_mesh(config: T5Config, mesh: Mesh, *, fsdp: bool = False) -> None:
 
 
 def _indivisible(
-    config: T5Config, sizes: Mapping[str, int], fsdp: bool
+    config: Config, sizes: Mapping[str, int], fsdp: bool, family: Family
 ) -> tuple[str, int, str] | None:
     """(field, its size, axis) that do not go together."""
-    over = {"num_heads": "model", "mlp_dim": "model", "vocab_size": "model"}
-    for name, axis in (over | ({"emb_dim": "data"} if fsdp else {})).items():
+    over = dict.fromkeys(family.divided, "model")
+    for name, axis in (
+        over | dict.fromkeys(family.divided_by_fsdp if fsdp else (), "data")
+    ).items():
         if getattr(config, name) % sizes[axis]:
             return name, getattr(config, name), axis
     return None
 
 
-def fitting_shapes(config: T5Config, devices: int, fsdp: bool) -> list[tuple[int, int]]:
+def fitting_shapes(
+    config: Config, devices: int, fsdp: bool, *, family: Family = T5_FAMILY
+) -> list[tuple[int, int]]:
     """The (data, model) of that many devices that divide the sizes, the smallest model first."""
     shapes = [(devices // model, model) for model in range(1, devices + 1) if devices % model == 0]
     return [
         (data, model)
         for data, model in shapes
-        if _indivisible(config, {"data": data, "model": model}, fsdp) is None
+        if _indivisible(config, {"data": data, "model": model}, fsdp, family) is None
     ]
 
 
 def smallest_that_fits(
-    config: T5Config, weights: Any, devices: list[Any], fsdp: bool
+    config: Config,
+    weights: Any,
+    devices: list[Any],
+    fsdp: bool,
+    *,
+    family: Family = T5_FAMILY,
 ) -> tuple[tuple[int, ...], str]:
     """(sizes of the axes, why) of 'auto'."""
     slices = sharding.count_slices(devices)
     within, kind = len(devices) // slices, devices[0].device_kind
-    fitting = fitting_shapes(config, within, fsdp)
+    fitting = fitting_shapes(config, within, fsdp, family=family)
     if not fitting:  # a model axis of 1 divides everything but a width over `data`
         raise InputError(
             f"FSDP = True: no mesh of {within} {kind} divides emb_dim = {config.emb_dim} over data "
@@ -150,7 +163,8 @@ def smallest_that_fits(
     held: list[str] = []
     for data, model in fitting:
         sizes = {"data": data, "model": model}
-        size = sharding.bytes_per_device({"params": weights}, sizes, fsdp=fsdp)
+        rules = family.sharding_rules
+        size = sharding.bytes_per_device({"params": weights}, sizes, fsdp=fsdp, rules=rules)
         if memory is None:
             return (*front, data, model), "the smallest model axis"
         if size <= SHARE * memory:

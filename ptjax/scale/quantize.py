@@ -11,9 +11,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from ptjax.models.config import T5Config
+from ptjax.models.family import Config, Family
 from ptjax.models.layers import Quantized
-from ptjax.models.t5 import parameter_shapes
+from ptjax.models.t5_family import T5_FAMILY
 from ptjax.scale import sharding
 from ptjax.trees import flatten_paths, unflatten_paths
 
@@ -21,16 +21,9 @@ LARGEST = 127
 """-128 is left out, so that rounding is the same on both sides of zero."""
 
 
-def is_quantized(path: str) -> bool:
-    """Whether int8 holds a parameter: every kernel but that of the logits.
-
-    The embedding, which the prompt has to be near to, and the logits, which T5 takes in float32,
-    are 2% of XXL and stay as they are.
-    """
-    return path.endswith("/kernel") and "logits_dense" not in path
-
-
-def held_shapes(config: T5Config, dtype: str, quantize: str | None = None) -> dict[str, Any]:
+def held_shapes(
+    config: Config, dtype: str, quantize: str | None = None, *, family: Family = T5_FAMILY
+) -> dict[str, Any]:
     """The parameters as `jax.ShapeDtypeStruct`s of the dtype in which they are held.
 
     Scales are left out: they add a thousandth.
@@ -38,21 +31,28 @@ def held_shapes(config: T5Config, dtype: str, quantize: str | None = None) -> di
 
     def held(path: str, leaf: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(
-            leaf.shape, quantize if quantize and is_quantized(path) else dtype
+            leaf.shape, quantize if quantize and family.is_quantized(path) else dtype
         )
 
-    shapes = flatten_paths(parameter_shapes(config))
+    shapes = flatten_paths(family.parameter_shapes(config))
     return unflatten_paths({path: held(path, leaf) for path, leaf in shapes.items()})
 
 
 def placed_shapes(
-    config: T5Config, dtype: str, mesh: Mesh, *, fsdp: bool = False, quantize: str | None = None
+    config: Config,
+    dtype: str,
+    mesh: Mesh,
+    *,
+    fsdp: bool = False,
+    quantize: str | None = None,
+    family: Family = T5_FAMILY,
 ) -> dict[str, Any]:
     """The parameters as `load_backbone` would hold them on `mesh`: shapes with shardings."""
 
     def placed(path: str, shape: tuple[int, ...]) -> Any:
-        where = sharding.sharding_of(f"params/{path}", shape, mesh, fsdp=fsdp)
-        if not (quantize and is_quantized(path)):
+        rules = family.sharding_rules
+        where = sharding.sharding_of(f"params/{path}", shape, mesh, fsdp=fsdp, rules=rules)
+        if not (quantize and family.is_quantized(path)):
             return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
         places = _places(where, len(shape))
         scale = (*shape[:-2], 1, shape[-1])
@@ -61,7 +61,7 @@ def placed_shapes(
             jax.ShapeDtypeStruct(scale, "float32", sharding=places.scale),
         )
 
-    shapes = flatten_paths(parameter_shapes(config))
+    shapes = flatten_paths(family.parameter_shapes(config))
     return unflatten_paths({path: placed(path, leaf.shape) for path, leaf in shapes.items()})
 
 

@@ -4,9 +4,10 @@ Pattern of a variable's path -> `PartitionSpec` over the axes of a mesh; `jax.ji
 `NamedSharding` (what pjit became) does the rest. The axes are `data`, over which the rows of a
 batch are divided, `model`, over which weights are, and across slices `replica`, whose members hold
 the same weights and other rows. Prompts and their optimizer state are small and stay replicated in
-float32, so that any host can write them.
+float32, so that any host can write them. Each family of networks has its table
+(`models.family.Family.sharding_rules`).
 
-The table is T5X's `standard_logical_axis_rules` for one activation dimension: `fsdp=False` its
+T5's table is T5X's `standard_logical_axis_rules` for one activation dimension: `fsdp=False` its
 parameter_partitioning_dims=1, `fsdp=True` its 2, but that only the layers' kernels are divided
 along D (T5X divides norm scales, embedding and logits too, 2% of XXL). Activations have no rows: a
 batch over `data` and these weights leave the compiler the layout that T5X's (1, ...) rules ask for,
@@ -32,22 +33,13 @@ from jax.sharding import PartitionSpec as P
 
 from ptjax.data.batch import PER_ROW
 from ptjax.errors import InputError
+from ptjax.models.family import Rules
 from ptjax.models.layers import Quantized
 from ptjax.models.stacking import gathered
+from ptjax.models.t5_family import T5_FAMILY
 from ptjax.trees import Tree, flatten_paths, unflatten_paths
 
-Rules = Sequence[tuple[str, P]]
-"""(pattern of a whole path, spec), the first match wins. `fsdp` in a spec is `data` where a stack
-of layers is divided over it too, else nothing."""
-
-RULES: Rules = (
-    (r"params/token_embedder/embedding", P("model", None)),
-    (r"params/.*/(query|key|value|wi|wi_0|wi_1|logits_dense)/kernel", P("fsdp", "model")),
-    (r"params/.*/(out|wo)/kernel", P("model", "fsdp")),
-    (r"params/(.*/)?relpos_bias/rel_embedding", P("model", None)),  # per stack, or in a layer
-    (r"params/.*/scale", P()),
-    (r"prompt/.*", P()),
-)
+RULES = T5_FAMILY.sharding_rules
 COLLECTIONS = ("params", "prompt")
 AXES = ("replica", "data", "model")
 
@@ -207,11 +199,13 @@ def _layer_writer(where: NamedSharding) -> Callable[[jax.Array, jax.Array, int],
     return jax.jit(write, donate_argnums=0, out_shardings=where)
 
 
-def bytes_per_device(variables: Tree, sizes: dict[str, int], *, fsdp: bool = False) -> int:
+def bytes_per_device(
+    variables: Tree, sizes: dict[str, int], *, fsdp: bool = False, rules: Rules = RULES
+) -> int:
     """What one device holds of `variables`, leaves with shape and dtype, on such a mesh."""
     held = 0
     for path, leaf in flatten_paths(variables).items():
-        spec = spec_of(path, len(leaf.shape), fsdp=fsdp)
+        spec = spec_of(path, len(leaf.shape), fsdp=fsdp, rules=rules)
         parts = math.prod(sizes[name] for axis in spec for name in _names(axis))
         held += math.prod(leaf.shape) // parts * leaf.dtype.itemsize
     return held

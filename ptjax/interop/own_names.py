@@ -1,0 +1,52 @@
+"""`model.safetensors` whose tensors have the parameters' own names, "encoder/layer/kernel".
+
+For networks that Hugging Face has no names for, beside whose weights no `config.json` lies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from etils import epath
+
+from ptjax.errors import InputError
+from ptjax.interop import safetensors_file
+from ptjax.interop.bytes_on_disk import numpy_dtype
+from ptjax.interop.stored import StoredArray
+from ptjax.scale.processes import on_host
+
+WEIGHTS = "model.safetensors"
+
+
+def load_own_names(directory: epath.Path) -> dict[str, StoredArray]:
+    """Parameter -> its array, which stays on disk until it is read.
+
+    Raises:
+        InputError: the file is truncated or damaged, or holds other than floating point.
+    """
+    return safetensors_file.open_safetensors(directory / WEIGHTS)[0]
+
+
+def save_own_names(directory: epath.Path, params: Mapping[str, Any], dtype: str) -> None:
+    """Writes what `load_own_names` reads.
+
+    Args:
+        params: name -> array (numpy or jax).
+        dtype: "float32" or "bfloat16".
+
+    Raises:
+        InputError: the folder holds a `config.json`, by which it would be read as Hugging Face's.
+    """
+    if (directory / "config.json").exists():
+        raise InputError(
+            f"{directory}: a config.json of another model lies here; name a new folder"
+        )
+    shapes = {name: jax.eval_shape(lambda name=name: params[name]).shape for name in sorted(params)}
+    safetensors_file.save_safetensors(
+        directory / WEIGHTS,
+        ((name, on_host(params[name]).astype(numpy_dtype(dtype))) for name in shapes),
+        {name: (shape, dtype) for name, shape in shapes.items()},
+        metadata={"format": "ptjax"},
+    )

@@ -1,0 +1,201 @@
+"""A Flax module of one's own as the frozen backbone: T5X's network, or one of its form.
+
+`module_network` says what ptjax asks of a module, and runs it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+from flax import linen as nn
+from flax.core import meta
+from jax.sharding import PartitionSpec as P
+
+from ptjax.data.batch import SpecialIds
+from ptjax.errors import InputError, check_share
+from ptjax.models.config import Dtype, T5Config, check_ids
+from ptjax.models.family import (
+    ApplyFn,
+    Feature,
+    NameRule,
+    Parts,
+    Rules,
+    Stored,
+    check_supported,
+    embedding_of,
+    grid_of,
+)
+from ptjax.models.module_network import TEXT, ModuleApply
+
+REPLICATED: Rules = ((r"params/.*", P()), (r"prompt/.*", P()))
+
+
+@dataclasses.dataclass(frozen=True)
+class ModuleConfig:
+    """What ptjax needs to know of a module's sizes; the module itself knows the rest.
+
+    Attributes:
+        vocab_size, emb_dim: of the embedder's table.
+        dtype: of the weights; the activations' is the module's own affair.
+        dropout_rate: 0 trains without dropout, anything else with the module's own rates.
+        pad_id, eos_ids, decoder_start_id, forced_bos_id: as in `T5Config`; T5's if nobody says.
+    """
+
+    vocab_size: int
+    emb_dim: int
+    dtype: Dtype = "float32"
+    dropout_rate: float = 0.1
+    pad_id: int = T5Config.pad_id
+    eos_ids: tuple[int, ...] = T5Config.eos_ids
+    decoder_start_id: int = T5Config.decoder_start_id
+    forced_bos_id: int | None = T5Config.forced_bos_id
+
+    def __post_init__(self) -> None:
+        check_share("ModuleConfig", dropout_rate=self.dropout_rate)
+        object.__setattr__(self, "eos_ids", tuple(self.eos_ids))
+        check_ids(self)
+
+    @property
+    def scan_layers(self) -> bool:
+        return False
+
+    @property
+    def special_ids(self) -> SpecialIds:
+        return SpecialIds(self.pad_id, self.eos_ids, self.decoder_start_id, self.forced_bos_id)
+
+
+def flax_module(
+    module: Any, *, embedder: str = "token_embedder", sharding_rules: Rules = REPLICATED
+) -> ModuleFamily:
+    """The family of one Flax module, for `load_backbone(path, family=flax_module(module))`.
+
+    Args:
+        module: of the form that `models.module_network` describes, as T5X's
+            `network.Transformer`; or what has one as its `.module`, T5X's `EncoderDecoderModel`
+            (its vocabularies and optimizer are not used).
+        embedder: path of the submodule that embeds the input's tokens, "a/b".
+        sharding_rules: (pattern of "params/...", PartitionSpec) over `data` and `model`; the
+            default has the weights whole on every device.
+
+    Raises:
+        InputError: it is no Flax module, or lacks `encode` or `decode`.
+    """
+    found = module if isinstance(module, nn.Module) else getattr(module, "module", None)
+    if not isinstance(found, nn.Module):
+        raise InputError(f"flax_module: {type(module).__name__} is no Flax module and has none")
+    for method in ("encode", "decode"):
+        if not callable(getattr(found, method, None)):
+            raise InputError(
+                f"flax_module: {type(found).__name__} has no method {method!r}; ptjax runs modules "
+                "of the form of T5X's network, see docs/own_networks.md"
+            )
+    return ModuleFamily(found, embedder, sharding_rules)
+
+
+@dataclasses.dataclass(eq=False)
+class ModuleFamily:
+    """See `family.Family`. Made by `flax_module`; one object stands for one module."""
+
+    module: nn.Module
+    embedder: str = "token_embedder"
+    sharding_rules: Rules = REPLICATED
+    title: str = "a Flax module of one's own"
+    described: str = ""
+    embedding_path: str = ""
+    config_type: type = ModuleConfig
+    divided: Sequence[str] = ()
+    divided_by_fsdp: Sequence[str] = ()
+    lacks: Collection[Feature] = (
+        "packing",
+        "blind prompts",
+        "fsdp",
+        "int8",
+        "scanned layers",
+        "remat",
+    )
+    old_fields: Sequence[str] = ("vocab_size", "emb_dim")
+    not_computed: Collection[str] = (
+        "dtype",
+        "dropout_rate",
+        "pad_id",
+        "eos_ids",
+        "decoder_start_id",
+        "forced_bos_id",
+    )
+
+    def __post_init__(self) -> None:
+        self.embedding_path = f"{self.embedder}/embedding"
+        self.described = f"a tree of {type(self.module).__name__} ({self.embedding_path})"
+        self.build = functools.cache(self._build)
+
+    def check_name(self, path: str, array: Stored) -> None:
+        """Any name may be one of the module's; `parameter_shapes` decides."""
+
+    def infer_config(self, stored: Mapping[str, Stored], name: str) -> dict[str, Any]:
+        table = stored.get(self.embedding_path)
+        if table is None:
+            raise InputError(
+                f"{name}: parameter {self.embedding_path} is missing; name the module that embeds "
+                "the input with flax_module(module, embedder=...)"
+            )
+        if len(table.shape) != 2:
+            raise InputError(
+                f"{table.where}: parameter {self.embedding_path} has shape {table.shape}, not "
+                "[vocabulary, width]"
+            )
+        return {"vocab_size": table.shape[0], "emb_dim": table.shape[1]}
+
+    def check_depth(self, stored: Mapping[str, Stored], config: ModuleConfig, name: str) -> None:
+        """The module is the user's own, and as deep as it is."""
+
+    def parameter_shapes(self, config: ModuleConfig) -> dict[str, Any]:
+        return self._shapes
+
+    @functools.cached_property
+    def _shapes(self) -> dict[str, Any]:
+        def init(key: jax.Array) -> Any:
+            tokens = jnp.full((1, 2), TEXT, jnp.int32)
+
+            def everything(module: Any) -> None:
+                encoded = module.encode(tokens, enable_dropout=False)
+                module.decode(encoded, tokens, tokens, tokens, enable_dropout=False)
+
+            return meta.unbox(self.module.init(key, method=everything))["params"]
+
+        return jax.eval_shape(init, jax.random.key(0))
+
+    def tensor_names(self, fields: Mapping[str, Any]) -> Sequence[NameRule]:
+        """None: Hugging Face has no such network. Files have the parameters' own names."""
+        return ()
+
+    def _build(
+        self, config: ModuleConfig, *, sees_input: bool = True, gather: Any = None
+    ) -> ApplyFn:
+        if not sees_input:
+            check_supported(self, "blind prompts")
+        if gather is not None:
+            check_supported(self, "fsdp")
+        own = getattr(getattr(self.module, "config", None), "dropout_rate", config.dropout_rate)
+        if config.dropout_rate and config.dropout_rate != own:
+            logging.warning(
+                "dropout_rate = %s: the module trains with its own, %s; 0 switches it off",
+                config.dropout_rate,
+                own,
+            )
+        return ModuleApply(self, self.module, self.embedder, dropout=config.dropout_rate > 0)
+
+    def embedding(self, params: Mapping[str, Any]) -> jax.Array:
+        return embedding_of(params, self.embedding_path)
+
+    def is_quantized(self, path: str) -> bool:
+        return False
+
+    def fingerprint_parts(self, path: str, shape: tuple[int, ...]) -> Parts:
+        """A grid of every parameter."""
+        return {"grid": grid_of(shape)}

@@ -1,0 +1,249 @@
+"""T5 as a family: its names, where its weights live, how a config is read off them.
+
+T5 1.0 and 1.1, LM-adapted and Flan-T5, mT5 and ByT5 differ in sizes alone. Variants of the config:
+umT5 has relative position biases in every layer (`relpos_per_layer`), UL2 is gated by silu
+(`mlp_activations`), MADLAD pads with id 1 (`pad_id`).
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec as P
+
+from ptjax.errors import InputError
+from ptjax.models import t5
+from ptjax.models.config import T5Config
+from ptjax.models.family import (
+    ApplyFn,
+    Feature,
+    NameRule,
+    Parts,
+    Rules,
+    Stored,
+    embedding_of,
+    grid_of,
+)
+from ptjax.models.prompted import make_apply_fn
+from ptjax.models.stacking import Gather
+
+EMBEDDING = "token_embedder/embedding"
+LOGITS = "decoder/logits_dense/kernel"
+
+SHARDING_RULES: Rules = (
+    (r"params/token_embedder/embedding", P("model", None)),
+    (r"params/.*/(query|key|value|wi|wi_0|wi_1|logits_dense)/kernel", P("fsdp", "model")),
+    (r"params/.*/(out|wo)/kernel", P("model", "fsdp")),
+    (r"params/(.*/)?relpos_bias/rel_embedding", P("model", None)),  # per stack, or in a layer
+    (r"params/.*/scale", P()),
+    (r"prompt/.*", P()),
+)
+
+# `torch.nn.Linear` keeps [out, in] where T5X's kernels are [in, out], so every kernel is
+# transposed; norm scales and embeddings are not. In both, `wi_0` is the GELU side.
+_NAMES = (
+    NameRule(EMBEDDING, "shared.weight", False),
+    NameRule(LOGITS, "lm_head.weight", True),
+    *(
+        row
+        for stack, mlp in (("encoder", 1), ("decoder", 2))
+        for row in (
+            NameRule(f"{stack}/{stack}_norm/scale", f"{stack}.final_layer_norm.weight", False),
+            *(
+                NameRule(
+                    f"{stack}/layers_{{i}}/mlp/{wi}/kernel",
+                    f"{stack}.block.{{i}}.layer.{mlp}.DenseReluDense.{wi}.weight",
+                    True,
+                )
+                for wi in ("wi", "wi_0", "wi_1", "wo")
+            ),
+        )
+    ),
+    *(
+        NameRule(
+            f"{stack}/layers_{{i}}/{attention}/{ours}/kernel",
+            f"{stack}.block.{{i}}.layer.{layer}.{theirs}.{ours[0]}.weight",
+            True,
+        )
+        for stack, attention, layer, theirs in (
+            ("encoder", "attention", 0, "SelfAttention"),
+            ("decoder", "self_attention", 0, "SelfAttention"),
+            ("decoder", "encoder_decoder_attention", 1, "EncDecAttention"),
+        )
+        for ours in ("query", "key", "value", "out")
+    ),
+    *(
+        NameRule(
+            f"{stack}/layers_{{i}}/{norm}_layer_norm/scale",
+            f"{stack}.block.{{i}}.layer.{layer}.layer_norm.weight",
+            False,
+        )
+        for stack, layer, norm in (
+            ("encoder", 0, "pre_attention"),
+            ("encoder", 1, "pre_mlp"),
+            ("decoder", 0, "pre_self_attention"),
+            ("decoder", 1, "pre_cross_attention"),
+            ("decoder", 2, "pre_mlp"),
+        )
+    ),
+)
+# T5 keeps a stack's relative position biases in its first layer, umT5 has them in every layer.
+_RELPOS = tuple(
+    NameRule(
+        f"{stack}/{ours}relpos_bias/rel_embedding",
+        f"{stack}.block.{layer}.layer.0.SelfAttention.relative_attention_bias.weight",
+        True,
+    )
+    for stack in ("encoder", "decoder")
+    for ours, layer in (("", "0"), ("layers_{i}/", "{i}"))
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class T5Family:
+    """See `family.Family`."""
+
+    title: str = "a T5"
+    described: str = "a T5 under T5X's names"
+    config_type: type = T5Config
+    sharding_rules: Rules = SHARDING_RULES
+    divided: Sequence[str] = ("num_heads", "mlp_dim", "vocab_size")
+    divided_by_fsdp: Sequence[str] = ("emb_dim",)
+    embedding_path: str = EMBEDDING
+    lacks: Collection[Feature] = ()
+    old_fields: Sequence[str] = (
+        "vocab_size",
+        "emb_dim",
+        "num_heads",
+        "num_encoder_layers",
+        "num_decoder_layers",
+        "head_dim",
+        "mlp_dim",
+        "mlp_activations",
+        "logits_via_embedding",
+        "relpos_buckets",
+    )
+    not_computed: Collection[str] = (
+        # How the network is run.
+        "dtype",
+        "dropout_rate",
+        "scan_layers",
+        "remat",
+        # What its inputs and outputs mean.
+        "pad_id",
+        "eos_ids",
+        "decoder_start_id",
+        "forced_bos_id",
+    )
+
+    def check_name(self, path: str, array: Stored) -> None:
+        """Scanned layers (T5X `scalable_t5`, umT5) are one array with a `layers` axis."""
+        parts = path.split("/")
+        stacked = parts[:2] in (["encoder", "encoder"], ["decoder", "decoder"])
+        if stacked or "scan" in parts or "layers" in parts or len(array.shape) > 2:
+            raise InputError(
+                f"{array.where}: parameter {path} {list(array.shape)} belongs to a scanned model, "
+                "whose layers are stacked along a `layers` axis; ptjax reads unscanned T5X "
+                "checkpoints"
+            )
+
+    def infer_config(self, stored: Mapping[str, Stored], name: str) -> dict[str, Any]:
+        """The fields of `T5Config` that parameter names and shapes tell."""
+
+        def shape(ending: str) -> tuple[int, ...]:
+            # The usual one of all layers, so that the check names the parameter that differs.
+            found = {path: array.shape for path, array in stored.items() if path.endswith(ending)}
+            if not found:
+                what = ending.removeprefix("/")
+                raise InputError(
+                    f"{name}: parameter {what} is missing; is the checkpoint complete?"
+                )
+            [(usual, _)] = collections.Counter(found.values()).most_common(1)
+            if len(usual) != 2 or 0 in usual:
+                path = next(path for path in found if found[path] == usual)
+                raise InputError(
+                    f"{stored[path].where}: parameter {path} has shape {usual}, which is no T5's"
+                )
+            return usual
+
+        vocab_size, _ = shape(EMBEDDING)
+        num_heads, relpos_buckets = shape("/relpos_bias/rel_embedding")
+        emb_dim, joined = shape("attention/query/kernel")
+        gated = any(path.endswith(("/wi_0/kernel", "/wi_1/kernel")) for path in stored)
+        return {
+            "vocab_size": vocab_size,
+            "emb_dim": emb_dim,
+            "num_heads": num_heads,
+            "num_encoder_layers": _layers(stored, "encoder"),
+            "num_decoder_layers": _layers(stored, "decoder"),
+            "head_dim": joined // num_heads,
+            "mlp_dim": shape("/mlp/wi_0/kernel" if gated else "/mlp/wi/kernel")[1],
+            "mlp_activations": ("gelu", "linear") if gated else ("relu",),
+            "logits_via_embedding": LOGITS not in stored,
+            "relpos_buckets": relpos_buckets,
+            "relpos_per_layer": "encoder/layers_0/relpos_bias/rel_embedding" in stored,
+        }
+
+    def check_depth(self, stored: Mapping[str, Stored], config: T5Config, name: str) -> None:
+        """Before the network is traced, which takes as long as a file claims that it is deep."""
+        for stack, layers in (
+            ("encoder", config.num_encoder_layers),
+            ("decoder", config.num_decoder_layers),
+        ):
+            if layers > (held := _layers(stored, stack)):
+                raise InputError(
+                    f"{name}: parameter {stack}/layers_{held}/* is missing; the config has "
+                    f"{layers:,} {stack} layers, the weights {held}; is the checkpoint complete?"
+                )
+
+    def parameter_shapes(self, config: T5Config) -> dict[str, Any]:
+        return t5.parameter_shapes(config)
+
+    def tensor_names(self, fields: Mapping[str, Any]) -> Sequence[NameRule]:
+        """`relpos_per_layer` decides whose a table in block 0 is: the layer's or the stack's."""
+        return _NAMES + _RELPOS[1 if fields.get("relpos_per_layer") else 0 :: 2]
+
+    def build(
+        self, config: T5Config, *, sees_input: bool = True, gather: Gather | None = None
+    ) -> ApplyFn:
+        return make_apply_fn(config, sees_input, gather)
+
+    def embedding(self, params: Mapping[str, Any]) -> jax.Array:
+        return embedding_of(params, EMBEDDING)
+
+    def is_quantized(self, path: str) -> bool:
+        """Every kernel but that of the logits.
+
+        The embedding, which the prompt has to be near to, and the logits, which T5 takes in
+        float32, are 2% of XXL and stay as they are.
+        """
+        return path.endswith("/kernel") and "logits_dense" not in path
+
+    def fingerprint_parts(self, path: str, shape: tuple[int, ...]) -> Parts:
+        """What is sampled of a parameter.
+
+        "rows" (v1): embedding rows 0, 97, 194, ..., a whole norm scale, the first row of a `wo`
+        kernel. "grid" (v2): every other parameter and `wo`, see `grid_of`.
+
+        >>> T5_FAMILY.fingerprint_parts("encoder/layers_0/attention/query/kernel", (512, 384))
+        {'grid': (slice(None, None, 8), slice(None, None, 6))}
+        """
+        *_, module, name = path.split("/")
+        every = slice(None)
+        if name == "embedding":
+            return {"rows": (slice(None, None, 97), every)}
+        if name == "scale":
+            return {"rows": (every,)}
+        grid = grid_of(shape)
+        return {"rows": (slice(0, 1), every), "grid": grid} if module == "wo" else {"grid": grid}
+
+
+def _layers(stored: Mapping[str, Stored], stack: str) -> int:
+    return len({path.split("/")[1] for path in stored if path.startswith(f"{stack}/layers_")})
+
+
+T5_FAMILY = T5Family()

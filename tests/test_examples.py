@@ -1,0 +1,74 @@
+"""What examples/ holds works: each file imports public names alone, trains, exports and loads."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import tune
+from t5_ids import T5_IDS
+
+import ptjax
+from ptjax.models.decoding import decode
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+PUBLIC = {"__future__", "flax", "jax", "ptjax", "sys", "typing"}
+
+
+@pytest.fixture
+def own_network(monkeypatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    return importlib.import_module("own_network")
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
+def test_an_example_is_short_and_imports_public_names(path):
+    text = path.read_text("utf-8")
+    assert len(text.splitlines()) <= 150
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom):
+            assert (node.module or "").split(".")[0] in PUBLIC - {"ptjax"}, ast.unparse(node)
+        elif isinstance(node, ast.Import):
+            assert all(alias.name in PUBLIC | {"jax.numpy"} for alias in node.names)
+
+
+def test_a_network_of_one_s_own_trains_evaluates_exports_and_loads(own_network, task, tmp_path):
+    family, folder = own_network.family(), tmp_path / "network"
+    ptjax.save_backbone(folder, None, own_network.init_params(), dtype="float32", family=family)
+    backbone = ptjax.load_backbone(folder, family=family, tokenizer="package:nano")
+    results = tune(tmp_path / "run", task, backbone)
+    rows = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    losses = [row["train/loss"] for row in rows if "train/loss" in row]
+    assert losses[-1] < losses[0]
+    assert results["trainable_parameters"] == 4 * own_network.WIDTH
+    prompt = ptjax.load_prompt(tmp_path / "run" / "prompts" / "best.safetensors")
+    assert prompt.prompt.shape == (4, own_network.WIDTH)
+    again = ptjax.load_backbone(folder, family=own_network.family(), tokenizer="package:nano")
+    texts = ["text: lovely great", "text: awful"]
+    said = ptjax.generate(again, texts, prompt, max_new_tokens=4)
+    assert said == ptjax.generate(backbone, texts, prompt, max_new_tokens=4)
+    with pytest.raises(ptjax.InputError, match=r"tuned on .* with the backbone v2:"):
+        other = own_network.init_params(seed=1)
+        ptjax.save_backbone(tmp_path / "other", None, other, dtype="float32", family=family)
+        other = ptjax.load_backbone(tmp_path / "other", family=family, tokenizer="package:nano")
+        ptjax.generate(other, texts, prompt)
+
+
+def test_its_cache_decodes_as_whole_targets_do(own_network):
+    apply_fn = own_network.family().build(own_network.family().config_type(8192, 16))
+    variables = {"params": own_network.init_params()}
+    tokens, lengths = jnp.asarray([[7, 9, 3, 0], [5, 0, 0, 0]]), jnp.asarray([3, 1])
+    settings = {"ids": T5_IDS, "max_length": 5}
+    written, _ = jax.jit(lambda: decode(apply_fn, variables, tokens, lengths, **settings))()
+    inputs = jnp.pad(written, ((0, 0), (1, 0)))[:, :-1]
+    logits = jax.jit(lambda: apply_fn(variables, tokens, inputs, encoder_lengths=lengths))()
+    before_end = np.cumsum(np.asarray(written) == 1, axis=1) == 0
+    assert before_end.sum() > 5
+    np.testing.assert_array_equal(written[before_end], logits.argmax(-1)[before_end])
