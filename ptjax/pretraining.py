@@ -70,6 +70,8 @@ def pretrain(
     check_path("MODEL_DIR", model_dir)
     if backbone is not None and model is None:
         report_steps(pace.train_steps, backbone)
+        if not isinstance(backbone.config, T5Config):
+            raise InputError(f"pretrain trains ptjax's own T5 alone, not {backbone.family.title}")
         model, mesh, found = backbone.config, backbone.mesh, backbone.tokenizer
         params, apply_fn = backbone.variables["params"], backbone.apply_fn
         if any(leaf.dtype != np.float32 for leaf in jax.tree.leaves(params)):
