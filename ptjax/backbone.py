@@ -125,7 +125,10 @@ def load_backbone(
     dtype = dtype or ("float32" if first.platform == "cpu" else "bfloat16")
     check_dtypes(dtype, quantize)
     family = family or T5_FAMILY
-    check_supported(family, *["fsdp"] * fsdp, *["int8"] * (quantize is not None))
+    if fsdp:
+        check_supported(family, "fsdp")
+    if quantize:
+        check_supported(family, "int8")
     opened = open_backbone(
         path, dtype=dtype, tokenizer=tokenizer, family=family, **config_overrides
     )

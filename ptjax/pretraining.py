@@ -72,6 +72,8 @@ def pretrain(
     check_path("MODEL_DIR", model_dir)
     if isinstance(start, Backbone):
         report_steps(schedule.train_steps, start)
+        if not isinstance(start.config, T5Config):
+            raise InputError(f"pretrain trains ptjax's own T5 alone, not {start.family.title}")
         _check_float32(start)
         model, mesh = start.config, start.mesh
         params, apply_fn = start.variables["params"], start.apply_fn

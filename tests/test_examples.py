@@ -72,3 +72,34 @@ def test_its_cache_decodes_as_whole_targets_do(own_network):
     before_end = np.cumsum(np.asarray(written) == 1, axis=1) == 0
     assert before_end.sum() > 5
     np.testing.assert_array_equal(written[before_end], logits.argmax(-1)[before_end])
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("own_process")
+def test_it_goes_through_the_commands(own_network, tmp_path, call):
+    """train, infer, evaluate and export by a gin file that names the family."""
+    family, folder, run = own_network.family(), tmp_path / "network", tmp_path / "run"
+    ptjax.save_backbone(folder, None, own_network.init_params(), dtype="float32", family=family)
+    (tmp_path / "own.gin").write_text(
+        "from __gin__ import dynamic_registration\n\nimport own_network\nimport ptjax\n\n"
+        "ptjax.load_backbone.family = @own_network.family()\n"
+        "TOKENIZER = 'package:nano'\nEVAL_EXAMPLES = 8\nBATCH_SIZE = 8\nPROMPT_LENGTH = 4\n"
+        "TRAIN_STEPS = 2\nEVAL_PERIOD = 2\nTASK_FEATURE_LENGTHS = {'inputs': 32, 'targets': 4}\n"
+        f"INITIAL_CHECKPOINT_PATH = '{folder}'\nMODEL_DIR = '{run}'\n"
+    )
+    files = ("--gin_file=quickstart.gin", f"--gin_file={tmp_path / 'own.gin'}")
+
+    def done(command: str, *arguments: object) -> str:
+        code, out, err = call(command, *arguments)
+        assert code == 0, err
+        return out
+
+    done("train", *files)
+    best = run / "prompts" / "best.safetensors"
+    own = (f"--model_dir={run}", "--trust_config")
+    assert json.loads(done("evaluate", *own))["backbone"] == str(folder)
+    assert done("infer", *own, "a lovely day").strip()
+    done("export", best, "--to=npy", f"--output={tmp_path / 'prompt.npy'}")
+    assert np.load(tmp_path / "prompt.npy").shape == (4, own_network.WIDTH)
+    code, _, err = call("train", *files, "--gin.PACK=True", f"--gin.MODEL_DIR='{tmp_path / 'x'}'")
+    assert code == 2 and "PACK = True: a Flax module of one's own cannot be run so" in err

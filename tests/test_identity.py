@@ -212,6 +212,7 @@ MAY_CHANGE: dict[str, Any] = {
     "Backbone.mesh": None,
     "Backbone.fsdp": True,
     "Backbone.assumed": ("dropout_rate",),
+    "Backbone.family": "another",
     "T5Config.scan_layers": True,
     "T5Config.remat": "full",
     "FromFile.path": "a copy",

@@ -258,4 +258,4 @@ def test_the_python_of_a_page(page, values):
             block = block.replace(f'"{text}"', filled(f'"{text}"', values))
         exec(compile(block, str(page), "exec"), names)
     if page.name == "sharding.md":
-        assert names["RULES"] == sharding.RULES
+        assert names["SHARDING_RULES"] == sharding.RULES

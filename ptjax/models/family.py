@@ -65,31 +65,57 @@ class Config(Protocol):
 
 @runtime_checkable
 class Family(Protocol):
-    """A kind of network.
+    """A kind of network."""
 
-    Attributes:
-        title: how messages call such a network, "a T5".
-        described: the same with whose names it has, "a T5 under T5X's names".
-        config_type: the dataclass of its sizes; its fields are arguments of `load_backbone`.
-        sharding_rules: where its parameters and its prompt live on a mesh.
-        divided: fields of the config that the mesh's axis `model` has to divide.
-        divided_by_fsdp: those that `data` has to divide too with `fsdp`.
-        embedding_path: the parameter [V, D] that embeds the input's tokens.
-        lacks: what such a network cannot do; `check_supported` refuses it by name.
-        old_fields: of the config, what the first version of the fingerprint covers.
-        not_computed: of the config, what changes no logits of given tokens.
-    """
+    @property
+    def title(self) -> str:
+        """How messages call such a network, "a T5"."""
+        ...
 
-    title: str
-    described: str
-    config_type: type
-    sharding_rules: Rules
-    divided: Sequence[str]
-    divided_by_fsdp: Sequence[str]
-    embedding_path: str
-    lacks: Collection[Feature]
-    old_fields: Sequence[str]
-    not_computed: Collection[str]
+    @property
+    def described(self) -> str:
+        """The same with whose names it has, "a T5 under T5X's names"."""
+        ...
+
+    @property
+    def config_type(self) -> type:
+        """The dataclass of its sizes; its fields are arguments of `load_backbone`."""
+        ...
+
+    @property
+    def sharding_rules(self) -> Rules:
+        """Where its parameters and its prompt live on a mesh."""
+        ...
+
+    @property
+    def divided(self) -> Sequence[str]:
+        """Fields of the config that the mesh's axis `model` has to divide."""
+        ...
+
+    @property
+    def divided_by_fsdp(self) -> Sequence[str]:
+        """Those that `data` has to divide too with `fsdp`."""
+        ...
+
+    @property
+    def embedding_path(self) -> str:
+        """The parameter [V, D] that embeds the input's tokens."""
+        ...
+
+    @property
+    def lacks(self) -> Collection[Feature]:
+        """What such a network cannot do; `check_supported` refuses it by name."""
+        ...
+
+    @property
+    def old_fields(self) -> Sequence[str]:
+        """Of the config, what the first version of the fingerprint covers."""
+        ...
+
+    @property
+    def not_computed(self) -> Collection[str]:
+        """Of the config, what changes no logits of given tokens."""
+        ...
 
     def check_name(self, path: str, array: Stored) -> None:
         """InputError if no such network has a parameter of this name and rank."""

@@ -84,7 +84,7 @@ class ModuleApply:
         encoder_lengths: jax.Array | None = None,
         prompt_ids: jax.Array | None = None,
         train: bool = False,
-        rngs: Mapping[str, jax.Array] | None = None,
+        rngs: dict[str, jax.Array] | None = None,
     ) -> jax.Array:
         encoded = self._encode(
             variables,
@@ -114,7 +114,7 @@ class ModuleApply:
         encoder_lengths: jax.Array | None = None,
         prompt_ids: jax.Array | None = None,
         train: bool = False,
-        rngs: Mapping[str, jax.Array] | None = None,
+        rngs: dict[str, jax.Array] | None = None,
     ) -> Encoded:
         """What the decoder reads, P + T positions a row."""
         if segment_ids is not None:
@@ -142,7 +142,7 @@ class ModuleApply:
             return jnp.concatenate([prompt[0].astype(embedded.dtype), embedded], axis=1)
 
         with nn.intercept_methods(embed):
-            states = self.module.apply(
+            states: Any = self.module.apply(
                 {"params": variables["params"]},
                 seen,
                 enable_dropout=train and self.dropout,
@@ -200,7 +200,7 @@ class ModuleApply:
         segment_ids: jax.Array | None = None,
         *,
         train: bool = False,
-        rngs: Mapping[str, jax.Array] | None = None,
+        rngs: dict[str, jax.Array] | None = None,
     ) -> jax.Array:
         """Float32 logits of whole targets."""
         if segment_ids is not None:
@@ -224,7 +224,7 @@ class ModuleApply:
             max_decode_length=length,
             mutable=["cache"],
         )
-        cached = traverse_util.flatten_dict(meta.unbox(made.get("cache", {})), sep="/")
+        cached = _flat(made.get("cache", {}))
         scalars = {path: x.dtype.name for path, x in cached.items() if x.ndim == 0}
         arrays = {path: x for path, x in cached.items() if x.ndim}
         wrong = next((path for path, x in arrays.items() if len(x) != rows), None)
@@ -265,7 +265,7 @@ class ModuleApply:
             max_decode_length=form.length,
             mutable=["cache"],
         )
-        cached = traverse_util.flatten_dict(meta.unbox(made["cache"]), sep="/")
+        cached = _flat(made["cache"])
         arrays = {path: cached[path] for path in layer["self_arrays"]}
         return logits.astype(jnp.float32), [layer | {"self_arrays": arrays}]
 
@@ -284,11 +284,15 @@ def _prompt_rows(
         )
     if held is None:
         return None
-    prompt, own, _ = Prompt().apply({"prompt": held}, rows, prompt_ids, method="rows")
-    return prompt, own
+    made: Any = Prompt().apply({"prompt": held}, rows, prompt_ids, method="rows")
+    return made[:2]
 
 
-def _fold(rngs: Mapping[str, jax.Array] | None, number: int) -> dict[str, jax.Array] | None:
+def _flat(cache: Any) -> dict[str, Any]:
+    return traverse_util.flatten_dict(meta.unbox(cache), sep="/")
+
+
+def _fold(rngs: dict[str, jax.Array] | None, number: int) -> dict[str, jax.Array] | None:
     if rngs is None:
         return None
     return {name: jax.random.fold_in(key, number) for name, key in rngs.items()}
