@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 from conftest import FIXTURES, tune
 from flax import linen as nn
-from flax.traverse_util import flatten_dict
 from t5_ids import T5_IDS
 from t5x_style import Transformer
 
@@ -29,6 +28,7 @@ from ptjax.inspection import fingerprints_of
 from ptjax.models.decoding import decode
 from ptjax.models.module_family import ModuleFamily
 from ptjax.models.prompted import with_prompt
+from ptjax.training.freeze import flatten_paths
 
 NAMES = ("t5_1_1_tiny_legacy", "t5_1_1_tiny_orbax", "t5_1_0_tiny_legacy")
 # Float32 sums in another order, through four layers; logits are up to 6.
@@ -257,7 +257,7 @@ def test_weights_under_their_own_names_come_back(tmp_path):
     assert again.fingerprints == module.fingerprints
     opened = open_backbone(tmp_path, family=module.family)
     assert fingerprints_of(opened) == module.fingerprints
-    assert set(opened.arrays) == set(flatten_dict(params, sep="/"))
+    assert set(opened.arrays) == set(flatten_paths(params))
     with pytest.raises(InputError, match="holds no backbone that ptjax knows"):
         load_backbone(tmp_path)  # T5 is read under T5X's or Hugging Face's names alone
     with pytest.raises(InputError, match=r"neither a T5X .* nor model.safetensors under its own"):
