@@ -126,8 +126,18 @@ def tune(
         _write(directory / "results.json", json.dumps(results, indent=2) + "\n", held)
         return results
 
+    return Run(directory, _under_lock(directory, attempt, needed=not dry_run))
+
+
+def _under_lock(
+    directory: epath.Path,
+    attempt: Callable[[lock.Lock | None], dict[str, Any] | None],
+    *,
+    needed: bool,
+) -> dict[str, Any]:
+    """What `attempt` gives with MODEL_DIR's lock, or without it where nothing can be written."""
     try:
-        with lock.hold(directory, needed=not dry_run) as held:
+        with lock.hold(directory, needed=needed) as held:
             results = attempt(held)
     except lock.NotWritableError:
         # A finished run has nothing to write, so it may be on a read-only disk.
@@ -135,7 +145,7 @@ def tune(
         if results is None:
             raise
     assert results is not None  # with the lock, `attempt` always returns results
-    return Run(directory, results)
+    return results
 
 
 def _check(
