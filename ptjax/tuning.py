@@ -188,14 +188,7 @@ def _compose(
     setups: Sequence[MemberSetup], settings: RunSettings, *, stacked: bool
 ) -> tuple[TrainState, Callable[..., Any]]:
     """The first state, of one member or `stacked` of all of them, and its train step."""
-    recipe = Recipe(
-        settings.method.name,
-        settings.optimizer,
-        settings.loss,
-        settings.batching.microbatches,
-        settings.attends_to_input,
-        stacked,
-    )
+    recipe = Recipe.of(settings, bank=stacked)
     first, evaluator = setups[0], setups[0].data.evaluator
     mesh = evaluator.backbone.mesh
     init, step = recipe.compose(evaluator.apply_fn, first.freeze, mesh, first.rms)
