@@ -82,8 +82,7 @@ def evaluate(arguments: Any) -> None:
     task = chosen.task(metadata)
     if task is None:
         raise InputError("which task? Name it with a --gin_file or --model_dir (see --help)")
-    run = cli.settings(chosen.SETTINGS, "evaluation", "seed")
-    settings = RunSettings(**run)
+    settings = RunSettings(**cli.settings(chosen.SETTINGS, "evaluation", "seed"))
     loaded = chosen.load_backbone(arguments, metadata)
     if loaded.tokenizer is None:
         raise missing_tokenizer(loaded.name, loaded.config.vocab_size)
@@ -105,10 +104,7 @@ def evaluate(arguments: Any) -> None:
     if many:
         scores, said = of_many(evaluator, prompt, split)
     else:
-        rewording = None
-        if hard_prompt is not None:
-            train = task.load("train") if hard_prompt.shots else ()
-            rewording = hard_prompt.rewording(train, settings.seed)
+        rewording = rewording_of(hard_prompt, task, settings.seed)
         scores, said = of_one(evaluator, prompt, split, rewording)
     if not processes.first():
         return
@@ -165,6 +161,15 @@ def read_hard_prompt(arguments: Any) -> HardPrompt | None:
             raise InputError(f"--hard_prompt and {flag} are mutually exclusive")
     arguments.prompt = "none"
     return HardPrompt(arguments.hard_prompt, arguments.shots)
+
+
+def rewording_of(
+    hard_prompt: HardPrompt | None, task: Any, seed: int
+) -> Callable[[str], str] | None:
+    """Inputs -> what the backbone reads; None without a hard prompt."""
+    if hard_prompt is None:
+        return None
+    return hard_prompt.rewording(task.load("train") if hard_prompt.shots else (), seed)
 
 
 def of_one(

@@ -109,9 +109,7 @@ def plan(arguments: argparse.Namespace) -> None:
 
 def read_workload() -> tuple[Workload, Layout]:
     """What the gin files ask for, and the layout that they choose."""
-    from ptjax.methods.prompt_tuning import PromptTuning
     from ptjax.planning import Layout, Workload
-    from ptjax.scale.compiled import Recipe
     from ptjax.settings import RunSettings
     from ptjax.sweep import check_members
 
@@ -128,31 +126,7 @@ def read_workload() -> tuple[Workload, Layout]:
     )  # fmt: skip
     settings.check(loaded.get("quantize"))
     check_members(members or {}, settings)
-    method, batching = settings.method, settings.batching
-    lengths = batching.lengths
-    if batching.buckets and not batching.pack:
-        lengths = {
-            "inputs": max(t for t, _ in batching.buckets),
-            "targets": max(n for _, n in batching.buckets),
-        }
-    check_at_least(1, "TASK_FEATURE_LENGTHS", **lengths)
-    workload = Workload(
-        _config(loaded),
-        Recipe(
-            method.name,
-            settings.optimizer,
-            settings.loss,
-            batching.microbatches,
-            settings.attends_to_input,
-            bool(members),
-        ),
-        prompt_length=method.length if isinstance(method, PromptTuning) else 0,
-        batch_size=batching.batch_size,
-        **lengths,
-        pack=batching.pack,
-        row_length=batching.row_length,
-        members=len(members) if members else None,
-    )
+    workload = Workload.of(_config(loaded), settings, len(members) if members else None)
     config = workload.config
     mesh = loaded.get("mesh") or "auto"
     kept = (loaded.get("fsdp", False), config.scan_layers, config.remat, loaded.get("quantize"))

@@ -17,6 +17,8 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from ptjax.data.pipeline import Shape
+from ptjax.errors import check_at_least
+from ptjax.methods.prompt_tuning import PromptTuning
 from ptjax.models.config import Remat, T5Config
 from ptjax.models.t5_family import T5_FAMILY
 from ptjax.scale import meshes, sharding
@@ -24,6 +26,7 @@ from ptjax.scale.compiled import Recipe, batch_shapes, lower_step
 from ptjax.scale.flops import count_flops
 from ptjax.scale.quantize import held_shapes, placed_shapes
 from ptjax.scale.slices import Slice
+from ptjax.settings import RunSettings
 from ptjax.training import freeze as freezing
 from ptjax.training.step import batch_loss
 from ptjax.trees import Tree
@@ -48,13 +51,37 @@ class Workload:
 
     config: T5Config
     recipe: Recipe
-    batch_size: int = 32
-    inputs: int = 512
-    targets: int = 16
-    prompt_length: int = 100
+    batch_size: int
+    inputs: int
+    targets: int
+    prompt_length: int
     pack: bool = False
     row_length: int | None = None
     members: int | None = None
+
+    @classmethod
+    def of(cls, config: T5Config, settings: RunSettings, members: int | None = None) -> Workload:
+        """What a run with these settings asks for, of a network of this size.
+
+        Raises:
+            InputError: a length is below 1.
+        """
+        batching, method = settings.batching, settings.method
+        lengths = batching.lengths
+        if batching.buckets and not batching.pack:
+            inputs, targets = zip(*batching.buckets, strict=True)
+            lengths = {"inputs": max(inputs), "targets": max(targets)}
+        check_at_least(1, "TASK_FEATURE_LENGTHS", **lengths)
+        return cls(
+            config,
+            Recipe.of(settings, bank=members is not None),
+            batching.batch_size,
+            **lengths,
+            prompt_length=method.length if isinstance(method, PromptTuning) else 0,
+            pack=batching.pack,
+            row_length=batching.row_length,
+            members=members,
+        )
 
     def shape(self) -> Shape:
         """The largest batch; a packed one about, as if no two examples fitted into one row."""

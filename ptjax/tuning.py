@@ -122,8 +122,18 @@ def tune(
         _write(ModelDir(directory).results, json.dumps(results, indent=2) + "\n", held)
         return results
 
+    return Run(directory, _under_lock(directory, attempt, needed=not dry_run))
+
+
+def _under_lock(
+    directory: epath.Path,
+    attempt: Callable[[lock.Lock | None], dict[str, Any] | None],
+    *,
+    needed: bool,
+) -> dict[str, Any]:
+    """What `attempt` gives with MODEL_DIR's lock, or without it where nothing can be written."""
     try:
-        with lock.hold(directory, needed=not dry_run) as held:
+        with lock.hold(directory, needed=needed) as held:
             results = attempt(held)
     except lock.NotWritableError:
         # A finished run has nothing to write, so it may be on a read-only disk.
@@ -131,7 +141,7 @@ def tune(
         if results is None:
             raise
     assert results is not None  # with the lock, `attempt` always returns results
-    return Run(directory, results)
+    return results
 
 
 def _check(
@@ -174,14 +184,7 @@ def _compose(
     setups: Sequence[MemberSetup], settings: RunSettings, *, stacked: bool
 ) -> tuple[TrainState, Callable[..., Any]]:
     """The first state, of one member or `stacked` of all of them, and its train step."""
-    recipe = Recipe(
-        settings.method.name,
-        settings.optimizer,
-        settings.loss,
-        settings.batching.microbatches,
-        settings.attends_to_input,
-        stacked,
-    )
+    recipe = Recipe.of(settings, bank=stacked)
     first, evaluator = setups[0], setups[0].data.evaluator
     mesh = evaluator.backbone.mesh
     init, step = recipe.compose(evaluator.apply_fn, first.freeze, mesh, first.rms)

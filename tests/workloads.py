@@ -8,6 +8,7 @@ from ptjax.models.config import T5Config
 from ptjax.planning import Workload
 from ptjax.scale.compiled import Recipe
 from ptjax.scale.slices import parse_slice
+from ptjax.settings import RunSettings
 from ptjax.training.loss import Loss
 from ptjax.training.optimizer import Adafactor
 
@@ -17,7 +18,7 @@ SIZES = {
     "xl": T5Config(32128, 2048, 32, 24, 24, 64, 5120, dtype="bfloat16"),
     "xxl": T5Config(32128, 4096, 64, 24, 24, 64, 10240, dtype="bfloat16"),
 }
-XXL = Workload(SIZES["xxl"], RECIPE)
+XXL = Workload.of(SIZES["xxl"], RunSettings())
 # Every kind of weight, in T5's own widths of heads: with 32 and 84 positions, which no T5 has,
 # libtpu 0.0.42.1 crashes when it compiles for tpu7x.
 TOY = Workload(

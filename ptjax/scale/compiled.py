@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from ptjax.data.pipeline import Shape
 from ptjax.scale import sharding
+from ptjax.settings import RunSettings
 from ptjax.training import freeze as freezing
 from ptjax.training.loss import Loss
 from ptjax.training.optimizer import Adafactor
@@ -38,6 +39,18 @@ class Recipe:
     microbatches: int = 1
     sees_input: bool = True
     bank: bool = False
+
+    @classmethod
+    def of(cls, settings: RunSettings, *, bank: bool) -> Recipe:
+        """What `settings` make of the step."""
+        return cls(
+            settings.method.name,
+            settings.optimizer,
+            settings.loss,
+            settings.batching.microbatches,
+            settings.attends_to_input,
+            bank,
+        )
 
     def groups(self, mesh: Mesh) -> int:
         """In how many groups of rows the step takes its batch (`sharding.reduction_groups`)."""
