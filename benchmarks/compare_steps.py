@@ -37,6 +37,8 @@ SETTINGS = {
     "TASK_FEATURE_LENGTHS": "{'inputs': 64, 'targets': 4}",
 }
 """Macros of every case."""
+_NESTED = r"\((?:[^()]|\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\))*\)"
+"""Parentheses, up to four levels."""
 
 
 def dump_steps(checkout: Path, case: str, python: str, folder: Path) -> list[str]:
@@ -71,7 +73,7 @@ def dump_steps(checkout: Path, case: str, python: str, folder: Path) -> list[str
 def normalize(text: str) -> str:
     """A module without locations, and with its functions numbered in their order."""
     text = re.sub(r"(?m)^#loc\d*( = .*)?\n", "", text)
-    text = re.sub(r" ?loc\((#loc\d*|unknown|\"[^\"]*\"(\(#loc\d*\))?)\)", "", text)
+    text = re.sub(rf" ?loc{_NESTED}", "", text)
     text = re.sub(r'jax\.result_info = "[^"]*"(, )?', "", text)
     text = re.sub(r"module @\w+", "module", text)
     names = list(dict.fromkeys(re.findall(r"func\.func private @(\w+)", text)))
