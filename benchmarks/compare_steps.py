@@ -25,7 +25,7 @@ CASES: dict[str, tuple[list[str], dict[str, str]]] = {
     "not seeing its input": (PROMPT_TUNING, {"SEES_INPUT": "False"}),
     "packed, not seeing its input": (PROMPT_TUNING, {"SEES_INPUT": "False", "PACK": "True"}),
     "microbatches": (PROMPT_TUNING, {"MICROBATCHES": "4"}),
-    "sweep": (["runs/prompt_bank.gin"], {}),
+    "sweep": (["runs/sweep.gin"], {}),
     "scanned, int8": (PROMPT_TUNING, {"SCAN_LAYERS": "True", "QUANTIZE": "'int8'"}),
     "eight devices": (PROMPT_TUNING, {"MESH": "'4x2'", "FSDP": "True", "SCAN_LAYERS": "True"}),
     "model tuning": (["runs/model_tune.gin"], {}),

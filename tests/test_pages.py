@@ -87,7 +87,7 @@ SHORT = (
 MORE = {
     "train": SHORT,
     "launch": (*SHORT, "--dry_run"),
-    "--gin_file=runs/prompt_bank.gin": ("--gin.SEEDS=(0,)", "--dry_run"),
+    "--gin_file=runs/sweep.gin": ("--gin.SEEDS=(0,)", "--dry_run"),
     "--gin_file=run.gin": ("--dry_run",),
     "pretrain": ("--dry_run", "--gin.ptjax.pretrain.components=[@cb/ptjax.TaskComponent()]"),
     "plan": ("--quick",),

@@ -51,7 +51,7 @@ def test_sizes_may_come_from_the_checkpoint(call):
 
 
 def test_a_bank_is_as_large_as_its_members(call):
-    bank = ("--gin_file=models/t5_1_1_small.gin", "--gin_file=runs/prompt_bank.gin")
+    bank = ("--gin_file=models/t5_1_1_small.gin", "--gin_file=runs/sweep.gin")
     code, out, err = call("plan", *bank, "--slice=v5e-8", "--quick", "--json")
     assert code == 0, err
     [found] = json.loads(out)

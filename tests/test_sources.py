@@ -168,7 +168,7 @@ def test_a_lone_surrogate_in_json_is_a_bad_record(tmp_path):
         (
             "a.csv",
             'a,b\n1,2\n"x"y,2\n3,4\n',
-            r":3: bad quoting .* set --gin\.tasks\.Task\.quoting=False \(infer: --quoting=false\)",
+            r":3: bad quoting .* set --gin\.ptjax\.Task\.quoting=False \(infer: --quoting=false\)",
         ),
         ("a.csv", 'a,b\n1,2\n3,4\n"x,2\n', r":4: bad quoting"),
     ],
