@@ -26,7 +26,7 @@ def start(directory: Path, log: Path) -> subprocess.Popen[bytes]:
         "--gin.EVAL_PERIOD=8",
         "--gin.EVAL_EXAMPLES=24",
         "--gin.DROPOUT_RATE=0.1",
-        "--gin.loop.TrainSchedule.log_period=3",
+        "--gin.ptjax.TrainSchedule.log_period=3",
     ]
     environment = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(REPOSITORY)}
     with log.open("ab") as stream:
