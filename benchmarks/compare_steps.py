@@ -4,8 +4,9 @@
 
 Runs `python -m ptjax.train --dry_run` in both for every case and compares the StableHLO of all
 steps that they compile, word for word, without locations and without the names of functions and
-arguments. The cases only set macros of the gin files, which refactorings keep. The exit code is 1
-if a step differs; both texts are then kept in the folder that is named.
+arguments. Both checkouts must have the gin files and macros that the cases name (commits before
+runs/sweep.gin do not). The exit code is 1 if a step differs; both texts are then kept in the folder
+that is named.
 """
 
 from __future__ import annotations

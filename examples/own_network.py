@@ -1,4 +1,4 @@
-"""A network that is no T5, frozen behind a soft prompt: one file that imports public names alone.
+"""A frozen network that is not a T5, with a soft prompt; imports only public names.
 
     python examples/own_network.py FOLDER          # random weights, to try it out
 

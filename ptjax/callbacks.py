@@ -1,4 +1,4 @@
-"""What a run tells about itself while it goes on."""
+"""How a run reports its progress to other code."""
 
 from __future__ import annotations
 

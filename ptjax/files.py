@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and JSON that strangers wrote.
+"""Atomic writes, and JSON from untrusted files.
 
 JSON is bounded in depth and size before anything is built, so that a file that is nested a thousand
 times is a `ValueError` with a reason, never a `RecursionError` or a full memory. Callers put the

@@ -44,7 +44,7 @@ class MetricsLog(Callback):
             self._write()
 
     def _resume(self, step: int) -> None:
-        """Drops rows after `step`, which are written again, and lines that are no rows.
+        """Drops rows after `step`, which are written again, and lines that are not rows.
 
         Without damage the file is written with the next row only.
         """

@@ -14,7 +14,7 @@ BEST = "best"
 PROMPT_SUFFIX = ".safetensors"
 BEST_PROMPT = f"prompts/{BEST}{PROMPT_SUFFIX}"
 BEST_PROMPTS = (f"{BEST}{PROMPT_SUFFIX}", BEST_PROMPT)
-"""Where a folder that is a bank's member, or a run, has the one prompt that it stands for."""
+"""Where the best prompt is in a folder: of a sweep's member, or of a run."""
 LOCK = "run.lock"
 
 

@@ -1,4 +1,4 @@
-"""Binary formats that strangers wrote: bounded in depth and size before anything is built.
+"""Untrusted binary formats: bounded in depth and size before anything is built.
 
 msgpack, .npy, zip, and what gzip, xz and bzip2 inflate; `files` does the same for JSON.
 Checkpoints, prompts, tokenizers and data come from strangers. Every reader goes through here, so
