@@ -109,8 +109,7 @@ def plan(arguments: argparse.Namespace) -> None:
 
 def read_workload() -> tuple[Workload, Layout]:
     """What the gin files ask for, and the layout that they choose."""
-    from ptjax.methods.prompt_tuning import PromptTuning
-    from ptjax.planning import Layout, Workload
+    from ptjax.planning import Layout, PlannedBackbone, Workload
     from ptjax.scale.compiled import Recipe
     from ptjax.settings import RunSettings
     from ptjax.sweep import check_members
@@ -126,7 +125,6 @@ def read_workload() -> tuple[Workload, Layout]:
         chosen.LOAD_BACKBONE, "path", "dtype", "mesh", "fsdp", "quantize",
         *_config_fields(),
     )  # fmt: skip
-    settings.check(loaded.get("quantize"))
     check_members(members or {}, settings)
     method, batching = settings.method, settings.batching
     lengths = batching.lengths
@@ -139,23 +137,22 @@ def read_workload() -> tuple[Workload, Layout]:
     workload = Workload(
         _config(loaded),
         Recipe(
-            method.name,
             settings.optimizer,
             settings.loss,
             batching.microbatches,
-            settings.attends_to_input,
             bool(members),
         ),
-        prompt_length=method.length if isinstance(method, PromptTuning) else 0,
+        method,
         batch_size=batching.batch_size,
         **lengths,
         pack=batching.pack,
         row_length=batching.row_length,
         members=len(members) if members else None,
     )
-    config = workload.config
+    config, quantize = workload.config, loaded.get("quantize")
+    method.check(PlannedBackbone(config, quantize), batching)
     mesh = loaded.get("mesh") or "auto"
-    kept = (loaded.get("fsdp", False), config.scan_layers, config.remat, loaded.get("quantize"))
+    kept = (loaded.get("fsdp", False), config.scan_layers, config.remat, quantize)
     return workload, Layout(mesh, *kept)
 
 
