@@ -128,11 +128,11 @@ def shift_gradients(config, params, batch, shift, collections=("shift",)):
     """(loss, its gradient) in the vectors behind the layers."""
     apply_fn = LayerShift().wrap(make_apply_fn(config, True, None, collections))
 
-    def loss(shift, params):
+    def loss(shift, params, batch):
         variables = {"params": params, "shift": shift}
         return batch_loss(apply_fn, Loss(), variables, batch, jax.random.key(0))
 
-    return jax.jit(jax.value_and_grad(loss))(shift, params)
+    return jax.jit(jax.value_and_grad(loss))(shift, params, batch)
 
 
 def test_a_collection_of_per_layer_arrays_reaches_the_layers(tiny, tiny_batch) -> None:

@@ -37,7 +37,7 @@ class PromptTuning(Method):
 
     length: int = 100
     initializer: Initializer | None = None
-    attends_to_input: bool = True
+    attends_to_input: bool = True  # pyright: ignore[reportIncompatibleMethodOverride]
 
     def __post_init__(self) -> None:
         check_at_least(1, PROMPT_LENGTH=self.length)
