@@ -155,6 +155,7 @@ def test_a_collection_of_per_layer_arrays_reaches_the_layers(tiny, tiny_batch) -
         shift_gradients(scanned, stacked, tiny_batch, shift, collections=())
 
 
+@pytest.mark.slow
 def test_a_method_with_arrays_in_scanned_layers_trains(backbone, task, tmp_path) -> None:
     params, tokenizer = backbone.variables["params"], backbone.tokenizer
     folder = tmp_path / "backbone"
