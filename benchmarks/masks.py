@@ -23,7 +23,9 @@ from ptjax.models.t5 import EncoderLayer
 class MaskedBackbone(Backbone):
     """A backbone whose `apply_fn` has the mask of a prompt already."""
 
-    def make_apply_fn(self, sees_input: bool) -> Callable[..., Any]:
+    def make_apply_fn(
+        self, sees_input: bool, collections: tuple[str, ...] = ()
+    ) -> Callable[..., Any]:
         if not sees_input:
             raise InputError("the mask is the backbone's: set SEES_INPUT = True")
         return self.apply_fn

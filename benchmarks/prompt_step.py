@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ptjax.methods.prompt_tuning import PromptTuning
 from ptjax.models.config import T5Config
 from ptjax.models.prompted import make_apply_fn
 from ptjax.models.t5 import parameter_shapes
@@ -51,7 +52,7 @@ def make_step(
 ) -> tuple[Callable[..., Any], TrainState, Any]:
     """`(step, state, frozen)`; `step(state, frozen, batch)` is jitted and donates the state."""
     variables = {"params": params, "prompt": {"prompt": jnp.asarray(prompt)}}
-    freeze = freezing.make_freeze(variables, freezing.METHODS["prompt_tuning"])
+    freeze = freezing.make_freeze(variables, PromptTuning().freeze_rules())
     trainable, frozen = freezing.split(variables, freeze)
     optimizer = freezing.lock(Adafactor().make(), freeze)
     step = make_train_step(make_apply_fn(config, sees_input), optimizer, Loss())
@@ -80,6 +81,6 @@ def count_step_flops(
         "params": parameter_shapes(config),
         "prompt": {"prompt": jax.ShapeDtypeStruct((prompt, config.emb_dim), jnp.float32)},
     }
-    freeze = freezing.make_freeze(variables, freezing.METHODS["prompt_tuning"])
+    freeze = freezing.make_freeze(variables, PromptTuning().freeze_rules())
     optimizer = freezing.lock(Adafactor().make(), freeze)
     return step_flops(make_apply_fn(config, sees_input), variables, freeze, batch, optimizer)

@@ -41,8 +41,9 @@ from ptjax.data.batch import Batch, make_batch, make_packed_batch
 from ptjax.data.pipeline import Shape
 from ptjax.data.preprocess import TokenizedExamples
 from ptjax.interop.huggingface_format import make_config_json, to_huggingface
+from ptjax.methods.base import InitContext
+from ptjax.methods.initializers import ClassLabels
 from ptjax.models.config import T5Config
-from ptjax.models.prompt import ClassLabels, Surroundings
 from ptjax.models.prompted import make_apply_fn, with_prompt
 from ptjax.models.t5 import parameter_shapes
 from ptjax.scale import sharding
@@ -199,10 +200,10 @@ def write_accuracy_inputs(
     label_tokens, _ = make_label_tokens(labels, tokenizer, TARGET_LENGTH, T5_IDS)
     np.save(folder / "label_tokens.npy", label_tokens)
     embedding = backbone.variables["params"]["token_embedder"]["embedding"]
-    surroundings = Surroundings(embedding, tokenizer, labels, lambda: [])
+    context = InitContext(embedding, tokenizer, labels, lambda: [])
     for seed in range(flags.seeds):
         key = jax.random.fold_in(jax.random.key(seed), 1)  # as ptjax.tuning does
-        prompt = ClassLabels()(key, settings["PROMPT_LENGTH"], surroundings)
+        prompt = ClassLabels()(key, settings["PROMPT_LENGTH"], context)
         np.save(folder / f"prompt_{seed}.npy", np.asarray(prompt))
     rate = settings["LEARNING_RATE"] * embedding_rms(embedding)
     (folder / "settings.json").write_text(json.dumps(train | {"learning_rate": rate}))

@@ -30,6 +30,7 @@ import numpy as np
 from prompt_step import SIZES, first_state, t5_1_1
 
 from ptjax import compiling, planning
+from ptjax.methods.prompt_tuning import PromptTuning
 from ptjax.planning import Layout, Workload
 from ptjax.scale import sharding
 from ptjax.scale.compiled import Recipe
@@ -86,12 +87,13 @@ def random_arrays(shapes: Any, seed: int = 0) -> Any:
 def wanted(row: Row, devices: int) -> tuple[Workload, Layout]:
     config = t5_1_1(row["size"], dtype=row["dtype"], dropout_rate=row.get("dropout", 0.0))
     sees_input, pack = row.get("sees_input", True), row.get("pack", False)
-    recipe = Recipe("prompt_tuning", Adafactor(), Loss(), sees_input=sees_input)
+    method = PromptTuning(row.get("prompt", 100), attends_to_input=sees_input)
+    recipe = Recipe(Adafactor(), Loss())
     kept = {"remat": row["remat"], "quantize": row["quantize"]}
     layout = Layout(f"{devices}x1", scan_layers=row.get("scan", True), **kept)
-    sizes = {"targets": row.get("targets", 16), "prompt_length": row.get("prompt", 100)}
+    sizes = {"batch_size": row["batch"], "inputs": row["inputs"], "targets": row.get("targets", 16)}
     packed = {"pack": pack, "row_length": row["inputs"] if pack else None}
-    return Workload(config, recipe, row["batch"], row["inputs"], **sizes, **packed), layout
+    return Workload(config, recipe, method, **sizes, **packed), layout
 
 
 def measure(row: Row) -> Row:

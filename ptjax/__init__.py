@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ptjax.baselines import HardPrompt
     from ptjax.callbacks import Callback
     from ptjax.data import catalogue as preprocessors
+    from ptjax.data.batching import Batching
     from ptjax.data.mixture import (
         MixtureComponent,
         PrefixLM,
@@ -31,20 +32,21 @@ if TYPE_CHECKING:
     from ptjax.errors import InputError
     from ptjax.inference import forward, generate, loss_and_prompt_gradient
     from ptjax.interop.prompt_file import FromFile, load_prompt, load_prompts, save_prompt
-    from ptjax.methods.model_tuning import ModelTuning
-    from ptjax.methods.prompt_tuning import PromptTuning
-    from ptjax.models.config import T5Config
-    from ptjax.models.module_family import flax_module
-    from ptjax.models.prompt import (
+    from ptjax.methods.base import InitContext, Method
+    from ptjax.methods.initializers import (
         ClassLabels,
         FrequentWords,
         FromText,
         SampledVocabulary,
         Uniform,
     )
+    from ptjax.methods.model_tuning import ModelTuning
+    from ptjax.methods.prompt_tuning import PromptTuning
+    from ptjax.models.config import T5Config
+    from ptjax.models.module_family import flax_module
     from ptjax.pretraining import pretrain
     from ptjax.prompting import make_bank
-    from ptjax.settings import Batching, Evaluation, RunSettings, TrainSchedule
+    from ptjax.settings import Evaluation, RunSettings, TrainSchedule
     from ptjax.sweep import MemberOverrides, sweep
     from ptjax.training.loss import Loss
     from ptjax.training.optimizer import Adafactor
@@ -53,24 +55,26 @@ if TYPE_CHECKING:
 _HOMES = {
     "Adafactor": "ptjax.training.optimizer",
     "Backbone": "ptjax.backbone",
-    "Batching": "ptjax.settings",
+    "Batching": "ptjax.data.batching",
     "Callback": "ptjax.callbacks",
-    "ClassLabels": "ptjax.models.prompt",
+    "ClassLabels": "ptjax.methods.initializers",
     "Evaluation": "ptjax.settings",
-    "FrequentWords": "ptjax.models.prompt",
+    "FrequentWords": "ptjax.methods.initializers",
     "FromFile": "ptjax.interop.prompt_file",
-    "FromText": "ptjax.models.prompt",
+    "FromText": "ptjax.methods.initializers",
     "HardPrompt": "ptjax.baselines",
+    "InitContext": "ptjax.methods.base",
     "InputError": "ptjax.errors",
     "Loss": "ptjax.training.loss",
     "MemberOverrides": "ptjax.sweep",
+    "Method": "ptjax.methods.base",
     "MixtureComponent": "ptjax.data.mixture",
     "ModelTuning": "ptjax.methods.model_tuning",
     "PrefixLM": "ptjax.data.mixture",
     "PromptTuning": "ptjax.methods.prompt_tuning",
     "Run": "ptjax.tuning",
     "RunSettings": "ptjax.settings",
-    "SampledVocabulary": "ptjax.models.prompt",
+    "SampledVocabulary": "ptjax.methods.initializers",
     "SpanCorruption": "ptjax.data.mixture",
     "T5Config": "ptjax.models.config",
     "Task": "ptjax.data.tasks",
@@ -78,7 +82,7 @@ _HOMES = {
     "TextFiles": "ptjax.data.mixture",
     "TokenFile": "ptjax.data.mixture",
     "TrainSchedule": "ptjax.settings",
-    "Uniform": "ptjax.models.prompt",
+    "Uniform": "ptjax.methods.initializers",
     "flax_module": "ptjax.models.module_family",
     "forward": "ptjax.inference",
     "generate": "ptjax.inference",
@@ -107,9 +111,11 @@ __all__ = [
     "FromFile",
     "FromText",
     "HardPrompt",
+    "InitContext",
     "InputError",
     "Loss",
     "MemberOverrides",
+    "Method",
     "MixtureComponent",
     "ModelTuning",
     "PrefixLM",

@@ -72,12 +72,19 @@ class Backbone:
         """Both, for what a prompt records."""
         return Fingerprints(self.fingerprint_v1, self.fingerprint)
 
-    def make_apply_fn(self, sees_input: bool) -> Callable[..., Any]:
-        """`apply_fn` for a prompt of that kind."""
+    def make_apply_fn(
+        self, sees_input: bool, collections: tuple[str, ...] = ()
+    ) -> Callable[..., Any]:
+        """`apply_fn` for a prompt of that kind.
+
+        Args:
+            collections: beside `params`, those in which modules of the network have arrays.
+        """
         if not sees_input:
             check_supported(self.family, "blind prompts")
         gather = _gather(self.mesh, self.fsdp)
-        return self.family.build(self.config, sees_input=sees_input, gather=gather)
+        kept = {"gather": gather, "collections": collections}
+        return self.family.build(self.config, sees_input=sees_input, **kept)
 
     @property
     def embedding(self) -> jax.Array:

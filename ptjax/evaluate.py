@@ -66,9 +66,10 @@ def main() -> None:
 
 def evaluate(arguments: Any) -> None:
     from ptjax import evaluation, prompting
+    from ptjax.data.batching import FEATURE_LENGTHS
     from ptjax.data.vocabularies import missing_tokenizer
     from ptjax.scale import processes
-    from ptjax.settings import FEATURE_LENGTHS, RunSettings
+    from ptjax.settings import RunSettings
 
     if arguments.output:
         output.check(arguments.output, force=arguments.force, inputs=chosen.inputs(arguments))

@@ -37,7 +37,8 @@ class Evaluator:
     Attributes:
         metric: what prompts are selected by; of several metrics it is their mean, as in the paper.
         reported_split: the test split, or else the one that selects.
-        apply_fn: for the kind of prompt that is evaluated; without a prompt both kinds are one.
+        apply_fn: by default the backbone's for the kind of prompt that is evaluated; without a
+            prompt both kinds are one.
         sees_input: that kind.
     """
 
@@ -49,8 +50,9 @@ class Evaluator:
         lengths: Mapping[str, int],
         settings: Evaluation,
         sees_input: bool = True,
+        apply_fn: Callable[..., Any] | None = None,
     ) -> None:
-        self.apply_fn, self.sees_input = backbone.make_apply_fn(sees_input), sees_input
+        self.apply_fn, self.sees_input = apply_fn or backbone.make_apply_fn(sees_input), sees_input
         self.task, self.backbone, self.tokenizer = task, backbone, tokenizer
         self.lengths, self.settings = lengths, settings
         self.metric = task.metrics[0] if len(task.metrics) == 1 else "mean"

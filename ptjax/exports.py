@@ -11,21 +11,7 @@ from etils import epath
 
 from ptjax import files
 from ptjax.errors import InputError
-from ptjax.interop.huggingface import load_huggingface
 from ptjax.model_dir import BEST, steps_in
-
-
-def read_model(path: epath.Path) -> dict[str, Any]:
-    """The `Exports.read` of models in Hugging Face's layout, which carry no metadata of ours.
-
-    Raises:
-        InputError: a file is missing, cut or empty.
-    """
-    load_huggingface(path)
-    for file in path.iterdir():
-        if not file.stat().length:
-            raise InputError(f"{file}: the file is empty")
-    return {}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,22 +7,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
 
 from ptjax import __version__
-from ptjax.backbone import Backbone, load_backbone, save_backbone
+from ptjax.backbone import Backbone
 from ptjax.data.tasks import Task
-from ptjax.errors import InputError
-from ptjax.exports import Exports, read_model
+from ptjax.exports import Exports
 from ptjax.interop import prompt_header
-from ptjax.interop.prompt_file import load_prompt, save_prompt
 from ptjax.members import Member
-from ptjax.methods.model_tuning import ModelTuning
-from ptjax.methods.prompt_tuning import PromptTuning
-from ptjax.model_dir import BEST, PROMPT_SUFFIX, ModelDir
-from ptjax.models.prompt import ClassLabels, SampledVocabulary, Surroundings
-from ptjax.models.prompted import with_prompt
+from ptjax.methods.base import InitContext, Method
+from ptjax.model_dir import BEST, ModelDir, suffix_of
 from ptjax.scale import processes, sharding
 from ptjax.settings import RunSettings
 from ptjax.startup_report import report_rate
@@ -87,13 +81,12 @@ def _set_up(
     name: str,
 ) -> MemberSetup:
     """The member `name`, whose settings these are, with its prompt and its batches."""
-    method, variables = settings.method, backbone.variables
-    if isinstance(method, PromptTuning):
-        variables = with_prompt(variables, _initial_prompt(method, data, settings.seed, name))
-    freeze = freezing.make_freeze(variables, freezing.METHODS[method.name])
+    method = settings.method
+    variables = backbone.variables | _init(method, data, settings.seed, name)
+    freeze = freezing.make_freeze(variables, method.freeze_rules())
     trainable, frozen = freezing.split(variables, freeze)
     optimizer, split = settings.optimizer, settings.evaluation.split
-    report_rate(method, optimizer, rms)
+    report_rate(trainable, optimizer, rms)
     member = Member(
         make_train_batches(data, settings, settings.seed),
         _make_exports(data, model_dir, settings, name),
@@ -105,31 +98,25 @@ def _set_up(
     return MemberSetup(member, data, settings.seed, variables, freeze, trainable, frozen, rms)
 
 
-def _initial_prompt(method: PromptTuning, data: TaskData, seed: int, name: str) -> jax.Array:
-    """P [P, D], float32, replicated on the backbone's mesh."""
-    backbone, labels = data.evaluator.backbone, data.task.labels
-    initializer, length = method.initializer, method.length
-    if initializer is None:
-        initializer = ClassLabels() if labels else SampledVocabulary()
-    surroundings = Surroundings(
+def _init(method: Method, data: TaskData, seed: int, name: str) -> Tree:
+    """The method's own variables at step 0, replicated on the backbone's mesh."""
+    backbone = data.evaluator.backbone
+    context = InitContext(
         embedding=backbone.embedding,
         tokenizer=backbone.tokenizer,
-        labels=labels,
+        labels=data.task.labels,
         texts=lambda: (example.inputs for example in data.train),
+        config=backbone.config,
+        member=name,
     )
     # Its own stream: the same seed drives dropout through the train state's key.
     key = jax.random.fold_in(jax.random.key(seed), 1)
-    prompt = processes.on_host(initializer(key, length, surroundings)).astype(np.float32)
-    if prompt.shape != (length, backbone.config.emb_dim):
-        raise InputError(
-            f"the initial prompt{f' of {name}' if name else ''} has shape {prompt.shape}, the run "
-            f"wants ({length}, {backbone.config.emb_dim}); change PROMPT_LENGTH or the initialiser"
-        )
-    return jax.device_put(prompt, sharding.replicated(backbone.mesh))
+    made = jax.tree.map(processes.on_host, method.init(key, context))
+    return jax.device_put(made, sharding.replicated(backbone.mesh))
 
 
 def _metadata(task: Task, backbone: Backbone, settings: RunSettings) -> dict[str, Any]:
-    """What an exported prompt says of itself."""
+    """What an export says of itself."""
     tokenizer, lengths = backbone.tokenizer, settings.batching.lengths
     return {
         "ptjax_version": __version__,
@@ -141,47 +128,24 @@ def _metadata(task: Task, backbone: Backbone, settings: RunSettings) -> dict[str
         "input_length": lengths["inputs"],
         "target_length": lengths["targets"],
         "seed": settings.seed,
-        "sees_input": settings.attends_to_input,
+        **settings.method.describe(),
     }
 
 
 def _make_exports(
     data: TaskData, model_dir: epath.Path, settings: RunSettings, name: str
 ) -> Exports:
-    backbone = data.evaluator.backbone
+    backbone, method = data.evaluator.backbone, settings.method
     metadata = _metadata(data.task, backbone, settings)
 
-    def write_prompt(path: epath.Path, trainable: Tree, more: dict[str, Any]) -> None:
-        if processes.first():
-            save_prompt(path, np.asarray(trainable["prompt"]["prompt"]), metadata | more)
+    def write(path: epath.Path, trainable: Tree, more: dict[str, Any]) -> None:
+        method.save(path, trainable, metadata | more, backbone)
 
-    def write_model(path: epath.Path, trainable: Tree, more: dict[str, Any]) -> None:
-        # float32: the tuned weights as they are, whatever the backbone's activations.
-        params, tokenizer = trainable["params"], backbone.tokenizer
-        kept = {"tokenizer": tokenizer, "dtype": "float32", "family": backbone.family}
-        save_backbone(path, backbone.config, params, **kept)
-
-    if isinstance(settings.method, ModelTuning):
-        return Exports(ModelDir(model_dir).models, "", write_model, read_model)
-    return Exports(
-        ModelDir(model_dir).prompts(name),
-        PROMPT_SUFFIX,
-        write_prompt,
-        lambda path: load_prompt(path).metadata,
-    )
+    directory = ModelDir(model_dir).exports(method.exports, name)
+    return Exports(directory, suffix_of(method.exports), write, method.read_metadata)
 
 
 def load_best(setup: MemberSetup, settings: RunSettings) -> Tree:
     """Variables with a member's best export, read back from its file."""
     path, backbone = setup.member.exports.path(BEST), setup.data.evaluator.backbone
-    if isinstance(settings.method, ModelTuning):
-        config = backbone.config
-        return load_backbone(
-            path,
-            dtype=config.dtype,
-            mesh=backbone.mesh,
-            fsdp=backbone.fsdp,
-            scan_layers=config.scan_layers,
-            family=backbone.family,
-        ).variables
-    return with_prompt(backbone.variables, load_prompt(path).prompt)
+    return backbone.variables | settings.method.load(path, backbone)

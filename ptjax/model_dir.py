@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, Literal
 
 from etils import epath
 
@@ -16,6 +16,14 @@ BEST_PROMPT = f"prompts/{BEST}{PROMPT_SUFFIX}"
 BEST_PROMPTS = (f"{BEST}{PROMPT_SUFFIX}", BEST_PROMPT)
 """Where the best prompt is in a folder: of a sweep's member, or of a run."""
 LOCK = "run.lock"
+ExportKind = Literal["prompt", "model", "arrays"]
+"""What a run leaves behind: prompts, tuned backbones, or what only its method can read."""
+_EXPORTS: dict[ExportKind, tuple[str, str]] = {
+    "prompt": ("prompts", PROMPT_SUFFIX),
+    "model": ("models", ""),
+    "arrays": ("arrays", PROMPT_SUFFIX),
+}
+"""Kind -> folder, and the suffix of an export in it."""
 
 
 class ModelDir:
@@ -62,17 +70,21 @@ runs/quickstart/prompts/seed_0/best.safetensors
         """Held by the process that writes here."""
         return self.path / LOCK
 
-    def prompts(self, member: str = "") -> epath.Path:
-        """The folder of prompts, or that of a bank's member in it: `STEP.safetensors` and the best.
+    def exports(self, kind: ExportKind, member: str = "") -> epath.Path:
+        """The folder of exports, or that of a sweep's member in it; named by steps, and the best.
 
-        The prompts of an ordinary run, whose only member is "", lie in the folder itself.
+        The exports of an ordinary run, whose only member is "", lie in the folder itself.
         """
-        return self.path / "prompts" / member
+        return self.path / _EXPORTS[kind][0] / member
+
+    def prompts(self, member: str = "") -> epath.Path:
+        """The folder of prompts: `STEP.safetensors` and the best."""
+        return self.exports("prompt", member)
 
     @property
     def models(self) -> epath.Path:
-        """The folder of tuned backbones, each a folder named by its step, and the best."""
-        return self.path / "models"
+        """The folder of tuned backbones, each a folder of its own."""
+        return self.exports("model")
 
     def best_prompt(self, member: str = "") -> epath.Path:
         return self.prompts(member) / f"{BEST}{PROMPT_SUFFIX}"
@@ -101,6 +113,11 @@ runs/quickstart/prompts/seed_0/best.safetensors
             InputError: it is damaged.
         """
         return files.read_object(self.results) if self.results.exists() else None
+
+
+def suffix_of(kind: ExportKind) -> str:
+    """Of an export's name; "" where it is a folder."""
+    return _EXPORTS[kind][1]
 
 
 def steps_in(folder: epath.Path, suffix: str = "") -> list[int]:

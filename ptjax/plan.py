@@ -109,7 +109,7 @@ def plan(arguments: argparse.Namespace) -> None:
 
 def read_workload() -> tuple[Workload, Layout]:
     """What the gin files ask for, and the layout that they choose."""
-    from ptjax.planning import Layout, Workload
+    from ptjax.planning import Layout, PlannedBackbone, Workload
     from ptjax.settings import RunSettings
     from ptjax.sweep import check_members
 
@@ -124,12 +124,12 @@ def read_workload() -> tuple[Workload, Layout]:
         chosen.LOAD_BACKBONE, "path", "dtype", "mesh", "fsdp", "quantize",
         *_config_fields(),
     )  # fmt: skip
-    settings.check(loaded.get("quantize"))
     check_members(members or {}, settings)
     workload = Workload.of(_config(loaded), settings, len(members) if members else None)
-    config = workload.config
+    config, quantize = workload.config, loaded.get("quantize")
+    settings.method.check(PlannedBackbone(config, quantize), settings.batching)
     mesh = loaded.get("mesh") or "auto"
-    kept = (loaded.get("fsdp", False), config.scan_layers, config.remat, loaded.get("quantize"))
+    kept = (loaded.get("fsdp", False), config.scan_layers, config.remat, quantize)
     return workload, Layout(mesh, *kept)
 
 

@@ -18,8 +18,9 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from ptjax.data.pipeline import Shape
 from ptjax.errors import check_at_least
-from ptjax.methods.prompt_tuning import PromptTuning
+from ptjax.methods.base import Method, run_with
 from ptjax.models.config import Remat, T5Config
+from ptjax.models.stacking import Gather
 from ptjax.models.t5_family import T5_FAMILY
 from ptjax.scale import meshes, sharding
 from ptjax.scale.compiled import Recipe, batch_shapes, lower_step
@@ -38,7 +39,7 @@ TIGHT = 0.92
 next batch, evaluation, the programs themselves."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # hashed as it is: a method may hold lists
 class Workload:
     """What a run asks for, whatever machine it is on.
 
@@ -51,10 +52,10 @@ class Workload:
 
     config: T5Config
     recipe: Recipe
+    method: Method
     batch_size: int
     inputs: int
     targets: int
-    prompt_length: int
     pack: bool = False
     row_length: int | None = None
     members: int | None = None
@@ -66,7 +67,7 @@ class Workload:
         Raises:
             InputError: a length is below 1.
         """
-        batching, method = settings.batching, settings.method
+        batching = settings.batching
         lengths = batching.lengths
         if batching.buckets and not batching.pack:
             inputs, targets = zip(*batching.buckets, strict=True)
@@ -74,10 +75,10 @@ class Workload:
         check_at_least(1, "TASK_FEATURE_LENGTHS", **lengths)
         return cls(
             config,
-            Recipe.of(settings, bank=members is not None),
+            settings.recipe(bank=members is not None),
+            settings.method,
             batching.batch_size,
             **lengths,
-            prompt_length=method.length if isinstance(method, PromptTuning) else 0,
             pack=batching.pack,
             row_length=batching.row_length,
             members=members,
@@ -95,8 +96,7 @@ class Workload:
     @property
     def _slots(self) -> int:
         """Positions that an example's own prompt takes."""
-        prompted = self.recipe.method == "prompt_tuning"
-        return self.prompt_length if prompted and self.recipe.sees_input else 0
+        return self.method.extra_positions()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,8 +170,25 @@ def _abstract_mesh(shape: tuple[int, ...]) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
+class PlannedBackbone:
+    """What methods ask of a backbone, of one without weights."""
+
+    config: T5Config
+    quantize: str | None = None
+    gather: Gather | None = None
+
+    def make_apply_fn(self, sees_input: bool, collections: tuple[str, ...]) -> Callable[..., Any]:
+        kept = {"gather": self.gather, "collections": collections}
+        return T5_FAMILY.build(self.config, sees_input=sees_input, **kept)
+
+
+@dataclasses.dataclass(frozen=True)
 class Placed:
-    """The train step and its arguments as shapes with shardings; `forward` is its loss alone."""
+    """The train step and its arguments as shapes with shardings; `forward` is its loss alone.
+
+    Attributes:
+        groups: of rows with a gradient of their own, see `Recipe.groups`.
+    """
 
     step: Callable[..., Any]
     forward: Callable[..., Any]
@@ -179,6 +196,7 @@ class Placed:
     frozen: Tree
     shape: Shape
     mesh: Mesh
+    groups: int
 
     def lower(self) -> jax.stages.Lowered:
         return lower_step(self.step, self.state, self.frozen, self.shape, self.mesh)
@@ -192,15 +210,19 @@ def place(workload: Workload, layout: Layout, mesh: Mesh) -> Placed:
     recipe, config = workload.recipe, layout.applied(workload.config)
     kept = {"fsdp": layout.fsdp, "quantize": layout.quantize}
     variables: Tree = {"params": placed_shapes(config, config.dtype, mesh, **kept)}
-    if recipe.method == "prompt_tuning":
-        size = (workload.prompt_length, config.emb_dim)
-        prompt = jax.ShapeDtypeStruct(size, "float32", sharding=sharding.replicated(mesh))
-        variables["prompt"] = {"prompt": prompt}
-    freeze = freezing.make_freeze(variables, freezing.METHODS[recipe.method])
+    variables |= jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.replicated(mesh)),
+        workload.method.variable_shapes(config),
+    )
+    freeze = freezing.make_freeze(variables, workload.method.freeze_rules())
     trainable, frozen = freezing.split(variables, freeze)
     gather = sharding.gather_layer(mesh) if layout.fsdp else None
-    apply_fn = T5_FAMILY.build(config, sees_input=recipe.sees_input, gather=gather)
-    init, step = recipe.compose(apply_fn, freeze, mesh)
+    apply_fn = run_with(workload.method, PlannedBackbone(config, layout.quantize, gather))
+    kind = {
+        "small": freezing.is_small(freezing.sizes(trainable)[0], freezing.sizes(frozen)[0]),
+        "sees_input": workload.method.attends_to_input,
+    }
+    init, step = recipe.compose(apply_fn, freeze, mesh, **kind)
     key = jax.eval_shape(lambda: jax.random.key(0))
     if workload.members:
         trainable, key = jax.tree.map(
@@ -231,7 +253,7 @@ def place(workload: Workload, layout: Layout, mesh: Mesh) -> Placed:
     if shape.packed:  # as `task_data` has it: rows for every device and microbatch
         multiple = recipe.microbatches * sharding.rows_divisor(mesh)
         shape = shape._replace(rows=-(-shape.rows // multiple) * multiple)
-    return Placed(step, forward, state, frozen, shape, mesh)
+    return Placed(step, forward, state, frozen, shape, mesh, recipe.groups(mesh, **kind))
 
 
 def count(workload: Workload, layout: Layout, where: Slice) -> Report:
@@ -248,17 +270,19 @@ def count(workload: Workload, layout: Layout, where: Slice) -> Report:
         "state": _bytes_on_device(placed.state),
         "batch": _bytes_on_device(placed.batch()),
     }
-    forward, useful, executed = _flops(workload, layout.remat, workload.recipe.groups(mesh))
+    forward, useful, executed = _flops(workload, layout.remat, placed.groups)
     # Weights are read on the way there, on the way back, and where it is taken again; each
     # microbatch does so. With FSDP they are gathered first.
     passes = (3 if layout.remat == "full" else 2) * workload.recipe.microbatches
-    weights = _weight_bytes(workload, layout, mesh)
+    weights, trained = _used_bytes(workload, layout, mesh)
     dtype = layout.applied(workload.config).dtype
     peak = mesh.size * where.flops(dtype)
     seconds = {
         "compute": executed / peak,
         "memory": passes * weights / where.generation.memory_rate,
-        "links": link_seconds(_expected_traffic(workload, layout, mesh, weights), mesh, where),
+        "links": link_seconds(
+            _expected_traffic(workload, layout, mesh, weights, trained), mesh, where
+        ),
     }
     return {
         "slice": where.name,
@@ -275,11 +299,12 @@ def count(workload: Workload, layout: Layout, where: Slice) -> Report:
     }
 
 
-def _weight_bytes(workload: Workload, layout: Layout, mesh: Mesh) -> int:
-    """Of the network on a device, as it is used, whether it trains or not."""
+def _used_bytes(workload: Workload, layout: Layout, mesh: Mesh) -> tuple[int, int]:
+    """(of the network, of what trains) on a device, as they are used: gathered."""
     placed = place(workload, dataclasses.replace(layout, fsdp=False), mesh)
-    network = placed.frozen, placed.state.trainable
-    return sum(_bytes_on_device(tree.get("params", {})) for tree in network)
+    trained = placed.state.trainable
+    network = sum(_bytes_on_device(tree.get("params", {})) for tree in (placed.frozen, trained))
+    return network, _bytes_on_device(trained)
 
 
 def _bytes_on_device(tree: Tree) -> int:
@@ -307,7 +332,7 @@ def _flops(workload: Workload, remat: Remat, groups: int) -> tuple[int, int, int
 
 
 def _expected_traffic(
-    workload: Workload, layout: Layout, mesh: Mesh, weights: int
+    workload: Workload, layout: Layout, mesh: Mesh, weights: int, trained: int
 ) -> dict[tuple[str, str], int]:
     """(kind, axis) -> bytes of the results that a device sees in a step, before compiling.
 
@@ -315,7 +340,7 @@ def _expected_traffic(
     once for each part's input on the way back; remat "full" does the first again.
 
     Args:
-        weights: bytes of the network on a device, as it is used.
+        weights, trained: see `_used_bytes`.
     """
     config, shape, sizes = layout.applied(workload.config), workload.shape(), mesh.shape
     found: dict[tuple[str, str], int] = {}
@@ -330,9 +355,6 @@ def _expected_traffic(
         found["all-reduce", "model"] = int(rows * width * (encoder + decoder))
     if layout.fsdp:
         found["all-gather", "data"] = 2 * workload.recipe.microbatches * weights
-    trained = weights
-    if workload.recipe.method == "prompt_tuning":
-        trained = 4 * workload.prompt_length * config.emb_dim * (workload.members or 1)
     for axis in sharding.rows_axes(mesh):
         if sizes[axis] > 1:
             found["all-reduce", axis] = found.get(("all-reduce", axis), 0) + trained

@@ -25,20 +25,22 @@ from ptjax.data.preprocess import TokenizedExamples
 from ptjax.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from ptjax.data.vocabularies import missing_tokenizer
 from ptjax.errors import InputError, check_path, gin_flag
-from ptjax.exports import Exports, read_model
+from ptjax.exports import Exports
 from ptjax.identity import digest_array, digest_texts, make_identity
 from ptjax.interop.special_ids import check_end_of_sequence
 from ptjax.loop import TrainingLoop
 from ptjax.members import Member
+from ptjax.methods.model_tuning import ModelTuning
 from ptjax.model_dir import ModelDir
 from ptjax.models.config import T5Config
 from ptjax.models.t5 import init_params
 from ptjax.models.t5_family import T5_FAMILY
 from ptjax.scale import sharding
-from ptjax.scale.compiled import Recipe
+from ptjax.scale.compiled import Recipe, batch_shapes
 from ptjax.settings import TrainSchedule
 from ptjax.startup_report import report_steps
 from ptjax.training import freeze as freezing
+from ptjax.training.dependence import check_used
 from ptjax.training.loss import Loss
 from ptjax.training.optimizer import Adafactor
 
@@ -89,9 +91,11 @@ def pretrain(
     made = mixture.make_batches(components, stream, found, seed, model.special_ids)
     batches = mixture.mix(components, made, seed)
     trainable = {"params": params}
-    freeze = freezing.make_freeze(trainable, freezing.METHODS["model_tuning"])
-    recipe = Recipe("model_tuning", optimizer, loss, microbatches)
-    init, step = recipe.compose(apply_fn, freeze, mesh)
+    method = ModelTuning()
+    freeze = freezing.make_freeze(trainable, method.freeze_rules())
+    recipe = Recipe(optimizer, loss, microbatches)
+    init, step = recipe.compose(apply_fn, freeze, mesh, small=False)
+    check_used(apply_fn, loss, trainable, {}, batch_shapes(min(batches.shapes), mesh))
     state = jax.jit(init)(trainable, sharding.replicate_key(jax.random.key(seed), mesh))
     logging.info("pre-training %s parameters", f"{freezing.sizes(trainable)[0]:,}")
 
@@ -101,7 +105,7 @@ def pretrain(
     directory = epath.Path(model_dir).expanduser()
     member = Member(
         batches,
-        Exports(ModelDir(directory).models, "", write, read_model),
+        Exports(ModelDir(directory).models, "", write, method.read_metadata),
         rate_at=lambda step: float(optimizer.rate_at(step, 1.0)),
     )
     identity = make_identity(pretrain, given | {"tokenizer": found}, _describe(stream, made))

@@ -20,6 +20,7 @@ from ptjax.planning import (
 )
 from ptjax.scale import meshes, sharding
 from ptjax.scale.slices import Slice
+from ptjax.training import freeze as freezing
 
 WORTH = 0.95
 """Rounded weights, bfloat16 of a float32 run or int8, have to save a twentieth of the time."""
@@ -45,7 +46,7 @@ def search(
         compile_one: `compile_ahead`, wherever it runs.
     """
     ways: list[dict[str, Any]] = [{"quantize": quantize}]
-    if workload.recipe.method != "model_tuning":
+    if workload.method.collection != "params":
         rounded = {"dtype": "bfloat16"} if workload.config.dtype == "float32" else {}
         ways += [rounded | {"quantize": quantize}] if rounded else []
         ways += [rounded | {"quantize": "int8"}] if quantize is None else []
@@ -85,7 +86,10 @@ def _by_time(
                     continue
                 report = count(workload, layout, where)
                 held = report["bytes_per_device"]
-                kept = _kept_bytes(workload, layout, counted_mesh(layout, where), held["state"])
+                # Gradients wait before the optimizer sees them; those of little weigh nothing.
+                trained, frozen = report["trainable"], report["parameters"] - report["trainable"]
+                gradients = 0 if freezing.is_small(trained, frozen) else held["state"]
+                kept = _kept_bytes(workload, layout, counted_mesh(layout, where)) + gradients
                 needed = kept + sum(held.values())
                 if needed <= TIGHT * where.usable_bytes:
                     found.append((layout, report))
@@ -100,8 +104,8 @@ def _mesh_names(workload: Workload, where: Slice) -> Iterator[str]:
         yield "x".join(map(str, [*front, *shape]))
 
 
-def _kept_bytes(workload: Workload, layout: Layout, mesh: Mesh, weights: int) -> int:
-    """At least so much waits on a device for the way back, or for the optimizer."""
+def _kept_bytes(workload: Workload, layout: Layout, mesh: Mesh) -> int:
+    """At least so much of the activations waits on a device for the way back."""
     config, model = layout.applied(workload.config), mesh.shape["model"]
     rows = workload.batch_size / (sharding.rows_divisor(mesh) * workload.recipe.microbatches)
     rows *= workload.members or 1
@@ -113,7 +117,4 @@ def _kept_bytes(workload: Workload, layout: Layout, mesh: Mesh, weights: int) ->
     total = entries * (config.num_encoder_layers * encoder + config.num_decoder_layers * decoder)
     if layout.remat == "none":  # the attention's weights
         total += config.num_encoder_layers * config.num_heads / model * encoder**2
-    kept = rows * total * np.dtype(config.dtype).itemsize
-    if workload.recipe.method == "model_tuning":  # the gradients, before the optimizer sees them
-        kept += weights
-    return int(kept)
+    return int(rows * total * np.dtype(config.dtype).itemsize)

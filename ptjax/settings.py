@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
-from typing import Any, Literal, get_args
+from collections.abc import Mapping
+from typing import Literal, get_args
 
 from ptjax.baselines import HardPrompt
-from ptjax.data.pipeline import Bucket
-from ptjax.errors import InputError, check_at_least, check_choice, gin_flag
+from ptjax.data.batching import Batching
+from ptjax.errors import InputError, check_at_least, check_choice
+from ptjax.methods.base import Method
 from ptjax.methods.model_tuning import ModelTuning
 from ptjax.methods.prompt_tuning import PromptTuning
+from ptjax.scale.compiled import Recipe
 from ptjax.training.loss import Loss
 from ptjax.training.optimizer import Adafactor
 
 Predict = Literal["auto", "rank", "decode"]
-Method = PromptTuning | ModelTuning
-
-FEATURE_LENGTHS: Mapping[str, int] = MappingProxyType({"inputs": 512, "targets": 16})
-"""Tokens of the inputs and targets, EOS included, where nothing else is said."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,48 +39,6 @@ class TrainSchedule:
 
     def __post_init__(self) -> None:
         check_at_least(1, "TrainSchedule", **dataclasses.asdict(self))
-
-
-@dataclasses.dataclass(frozen=True)
-class Batching:
-    """How examples become batches.
-
-    Attributes:
-        batch_size: examples a step.
-        microbatches: parts of a batch that are computed one after the other.
-        feature_lengths: T5X's {"inputs": T, "targets": L}, EOS included; longer ones are cut,
-            counted and reported. What it leaves out is as in `FEATURE_LENGTHS`.
-        buckets: batch shapes (T, L); None takes input lengths that double from 32.
-        pack: short examples share rows instead; a batch holds as many examples as before.
-        row_length: T of such rows, with the prompt's places where it attends to its input; None
-            chooses.
-    """
-
-    batch_size: int = 32
-    microbatches: int = 1
-    feature_lengths: Mapping[str, int] | None = None
-    buckets: Sequence[Bucket] | None = None
-    pack: bool = False
-    row_length: int | None = None
-
-    def __post_init__(self) -> None:
-        check_at_least(1, BATCH_SIZE=self.batch_size, MICROBATCHES=self.microbatches)
-        check_at_least(1, "Batching", row_length=self.row_length)
-        if self.batch_size % self.microbatches:
-            raise InputError(
-                f"BATCH_SIZE = {self.batch_size} is no multiple of {self.microbatches} MICROBATCHES"
-            )
-        if unknown := sorted(set(self.feature_lengths or {}) - set(FEATURE_LENGTHS)):
-            raise InputError(f"TASK_FEATURE_LENGTHS has {unknown[0]!r}, not 'inputs' or 'targets'")
-
-    @property
-    def lengths(self) -> dict[str, int]:
-        """{"inputs": T, "targets": L}."""
-        return {**FEATURE_LENGTHS, **(self.feature_lengths or {})}
-
-    def identity(self) -> dict[str, Any]:
-        """Lengths that are left out and lengths that are given alike are the same setting."""
-        return {"feature_lengths": self.lengths}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,11 +72,11 @@ class RunSettings:
     """Every setting of a run; `RunSettings()` is the paper's (Lester et al. 2021, appendix A).
 
     Attributes:
-        method: what trains.
+        method: what trains: ptjax's own methods, which messages name, or any other.
         seed: of the data order, the initial prompt, dropout, and the shots of hard prompts.
     """
 
-    method: Method = PromptTuning()
+    method: PromptTuning | ModelTuning | Method = PromptTuning()
     optimizer: Adafactor = Adafactor()
     loss: Loss = Loss()
     schedule: TrainSchedule = TrainSchedule()
@@ -131,21 +86,11 @@ class RunSettings:
 
     def __post_init__(self) -> None:
         check_at_least(0, RANDOM_SEED=self.seed)
+        if isinstance(self.method, type) or not isinstance(self.method, Method):
+            raise InputError(
+                f"RunSettings.method = {self.method!r}: no method; ptjax.Method says what one has"
+            )
 
-    @property
-    def attends_to_input(self) -> bool:
-        """Whether prompt positions see the text; without a prompt both kinds are one."""
-        return not isinstance(self.method, PromptTuning) or self.method.attends_to_input
-
-    def check(self, quantize: str | None) -> None:
-        """Refuses what does not fit the backbone's weights, before they are read.
-
-        Args:
-            quantize: of the backbone.
-
-        Raises:
-            InputError: the method would train int8 kernels.
-        """
-        if isinstance(self.method, ModelTuning) and quantize:
-            needed = gin_flag("QUANTIZE", None)
-            raise InputError(f"int8 kernels do not train: set {needed} for model tuning")
+    def recipe(self, *, bank: bool) -> Recipe:
+        """What these settings make of the train step, of a `bank` of prompts or of one."""
+        return Recipe(self.optimizer, self.loss, self.batching.microbatches, bank)

@@ -8,8 +8,7 @@ from absl import logging
 
 from ptjax.backbone import Backbone
 from ptjax.errors import gin_flag
-from ptjax.methods.prompt_tuning import PromptTuning
-from ptjax.settings import Method
+from ptjax.methods.base import Method
 from ptjax.training import freeze as freezing
 from ptjax.training.optimizer import Adafactor
 from ptjax.trees import Tree
@@ -56,8 +55,8 @@ def report_steps(train_steps: int, backbone: Backbone) -> None:
         )
 
 
-def report_rate(method: Method, optimizer: Adafactor, rms: float) -> None:
-    """The learning rate against the embedding's scale."""
+def report_rate(trainable: Tree, optimizer: Adafactor, rms: float) -> None:
+    """The learning rate against the embedding's scale, which a prompt's entries have."""
     rate = float(optimizer.rate_at(0, rms))
     logging.info(
         "learning rate %.4g: %.2g%% of the embedding's RMS (%.3g) a step",
@@ -65,7 +64,7 @@ def report_rate(method: Method, optimizer: Adafactor, rms: float) -> None:
         100 * rate / rms,
         rms,
     )
-    if isinstance(method, PromptTuning) and rate > 0.1 * rms:
+    if "prompt" in trainable and rate > 0.1 * rms:
         logging.warning(
             "one step may move a prompt entry by %.0f%% of the embedding's RMS; 1-3%% learns "
             "best: set %s %s (Adafactor.learning_rate_scale and learning_rate)",

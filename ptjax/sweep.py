@@ -6,11 +6,12 @@ import dataclasses
 import itertools
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ptjax.data.tasks import Task
 from ptjax.errors import InputError, check_at_least
-from ptjax.methods.prompt_tuning import PromptTuning
-from ptjax.models.prompt import Initializer
+from ptjax.methods.base import Method
+from ptjax.methods.initializers import Initializer
 from ptjax.settings import RunSettings
 
 
@@ -34,13 +35,23 @@ class MemberOverrides:
     def apply(self, settings: RunSettings) -> RunSettings:
         """The member's settings, of those of the run."""
         method, optimizer, seed = settings.method, settings.optimizer, settings.seed
-        if self.initializer is not None and isinstance(method, PromptTuning):
-            method = dataclasses.replace(method, initializer=self.initializer)
+        if self.initializer is not None:
+            method = _with_initializer(method, self.initializer)
         if self.learning_rate is not None:
             optimizer = dataclasses.replace(optimizer, learning_rate=self.learning_rate)
         if self.seed is not None:
             seed = self.seed
         return dataclasses.replace(settings, method=method, optimizer=optimizer, seed=seed)
+
+
+def _with_initializer(method: Any, initializer: Initializer) -> Method:
+    """InputError if the method takes no initialiser."""
+    if not hasattr(method, "initializer"):
+        raise InputError(
+            f"MemberOverrides.initializer: {type(method).__name__} takes no initialiser; leave it "
+            "out"
+        )
+    return dataclasses.replace(method, initializer=initializer)
 
 
 def sweep(
@@ -79,11 +90,11 @@ def sweep(
 
 
 def check_members(members: Mapping[str, MemberOverrides], settings: RunSettings) -> None:
-    """InputError unless every member has a prompt, and a name that can be a folder's."""
-    if members and not isinstance(settings.method, PromptTuning):
+    """InputError unless the method can be swept, and every name can be a folder's."""
+    if members and not settings.method.supports_sweep:
         raise InputError(
-            "every member of a sweep has a prompt of its own; "
-            f"{type(settings.method).__name__} has none"
+            "every member of a sweep has a prompt, or what else trains, of its own; "
+            f"{type(settings.method).__name__} supports no sweep"
         )
     for name in members:
         if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name):

@@ -15,7 +15,7 @@ from ptjax.data.tasks import Task
 from ptjax.data.vocabularies import missing_tokenizer
 from ptjax.evaluation import Evaluator, check_cut, report_cut, report_examples, report_lost
 from ptjax.identity import digest_texts
-from ptjax.methods.prompt_tuning import PromptTuning
+from ptjax.methods.base import run_with
 from ptjax.scale import sharding
 from ptjax.settings import RunSettings
 
@@ -75,7 +75,8 @@ def load_task_data(task: Task, backbone: Backbone, settings: RunSettings) -> Tas
         backbone.tokenizer,
         settings.batching.lengths,
         settings.evaluation,
-        settings.attends_to_input,
+        settings.method.attends_to_input,
+        run_with(settings.method, backbone),
     )
     return TaskData(task, evaluator)
 
@@ -85,9 +86,8 @@ def make_train_batches(
 ) -> TrainBatches | PackedBatches:
     """The training batches in the order of `seed`."""
     source, backbone, batching = data.source, data.evaluator.backbone, settings.batching
-    ids, method, slots = backbone.config.special_ids, settings.method, 0
-    if batching.pack and isinstance(method, PromptTuning) and method.attends_to_input:
-        slots = method.length
+    ids = backbone.config.special_ids
+    slots = settings.method.extra_positions() if batching.pack else 0
     if batching.pack:
         batches = PackedBatches(
             source,

@@ -27,11 +27,12 @@ from ptjax.member_setup import MemberSetup, load_best, set_up_members
 from ptjax.model_dir import BEST, ModelDir
 from ptjax.results import Scores, describe_run, of_sweep
 from ptjax.scale import processes, sharding
-from ptjax.scale.compiled import Recipe
+from ptjax.scale.compiled import batch_shapes
 from ptjax.settings import RunSettings
 from ptjax.startup_report import report_sizes, report_steps
 from ptjax.sweep import MemberOverrides, check_members
 from ptjax.training import freeze as freezing
+from ptjax.training.dependence import check_used
 from ptjax.training.step import TrainState
 from ptjax.trees import Tree
 
@@ -113,6 +114,7 @@ def tune(
         if results is not None or (held is None and not dry_run):
             run.checkpoints.close()
             return results
+        _check_used(setups[0], settings)
         sizes = _counts(state.trainable, frozen)  # the first step takes the state's arrays
         run.fit(state, frozen, step, backbone.mesh, dry_run=dry_run)
         if dry_run:
@@ -152,7 +154,7 @@ def _check(
 ) -> None:
     """Refuses what can be judged before any data are read."""
     check_path("MODEL_DIR", model_dir)
-    settings.check(backbone.quantize)
+    settings.method.check(backbone, settings.batching)
     check_members(members, settings)
     batching = settings.batching
     if not batching.pack:  # the rows of packed batches follow the mesh
@@ -173,7 +175,7 @@ def _score_best(
             members[setup.member.name] = tuned | {"step": standing.best_step}
             prompts.append(best.get("prompt", {}).get("prompt"))
     results = of_sweep(members, run) if several else members[""]
-    if several and len(scores) == 1:
+    if several and len(scores) == 1 and settings.method.supports_rows:
         evaluator = setups[0].data.evaluator
         together = evaluator.ensemble(prompts, evaluator.reported_split)
         results["ensemble"] = together["ensemble"]
@@ -184,10 +186,14 @@ def _compose(
     setups: Sequence[MemberSetup], settings: RunSettings, *, stacked: bool
 ) -> tuple[TrainState, Callable[..., Any]]:
     """The first state, of one member or `stacked` of all of them, and its train step."""
-    recipe = Recipe.of(settings, bank=stacked)
+    recipe = settings.recipe(bank=stacked)
     first, evaluator = setups[0], setups[0].data.evaluator
     mesh = evaluator.backbone.mesh
-    init, step = recipe.compose(evaluator.apply_fn, first.freeze, mesh, first.rms)
+    kind = {
+        "small": freezing.is_small(*_counts(first.trainable, first.frozen).values()),
+        "sees_input": settings.method.attends_to_input,
+    }
+    init, step = recipe.compose(evaluator.apply_fn, first.freeze, mesh, first.rms, **kind)
     trainable, key = first.trainable, jax.random.key(first.seed)
     if stacked:
         trainable = jax.tree.map(lambda *x: jnp.stack(x), *(setup.trainable for setup in setups))
@@ -195,6 +201,13 @@ def _compose(
         key = jnp.stack([jax.random.key(setup.seed) for setup in setups])
     # On the mesh: a first state that is elsewhere would compile the step twice.
     return jax.jit(init)(trainable, sharding.replicate_key(key, mesh)), step
+
+
+def _check_used(setup: MemberSetup, settings: RunSettings) -> None:
+    """InputError if the loss does not depend on all that trains; one batch shape tells it."""
+    evaluator, shape = setup.data.evaluator, min(setup.member.batches.shapes)
+    batch = batch_shapes(shape, evaluator.backbone.mesh)
+    check_used(evaluator.apply_fn, settings.loss, setup.trainable, setup.frozen, batch)
 
 
 def _counts(trainable: Tree, frozen: Tree) -> dict[str, int]:

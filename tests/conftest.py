@@ -289,8 +289,9 @@ def make_settings(**changes: Any) -> Any:
 
     They are fields of `RunSettings`, or of its method or its batching by their own names.
     """
+    from ptjax.data.batching import Batching
     from ptjax.methods.prompt_tuning import PromptTuning
-    from ptjax.settings import Batching, Evaluation, RunSettings, TrainSchedule
+    from ptjax.settings import Evaluation, RunSettings, TrainSchedule
     from ptjax.training.optimizer import Adafactor
 
     parts: dict[str, Any] = {

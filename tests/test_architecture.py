@@ -31,12 +31,12 @@ ROOMS = (
     "models",
     "training",
     "baselines",
-    "methods",
-    "settings",
     "scale",
     "interop",
     "fingerprint",
     "backbone",
+    "methods",
+    "settings",
     "damage",
     "prompting",
     "answering",
@@ -200,7 +200,7 @@ FILES_OF_A_RUN = re.compile(
     r"(\S*/)?(config\.gin|results\.json|metrics\.jsonl|run\.lock|"
     r"best\.safetensors)"
 )
-FOLDERS_OF_A_RUN = re.compile(r"(checkpoints|prompts|models|tensorboard|best)(/\S*)?")
+FOLDERS_OF_A_RUN = re.compile(r"(checkpoints|prompts|models|arrays|tensorboard|best)(/\S*)?")
 
 
 def spelled_paths(tree: ast.AST) -> Iterator[str]:

@@ -23,9 +23,9 @@ from ptjax.errors import InputError
 from ptjax.evaluation import Evaluator
 from ptjax.interop.prompt_file import load_prompt
 from ptjax.loop import TrainingError
+from ptjax.methods.initializers import Uniform
 from ptjax.methods.model_tuning import ModelTuning
 from ptjax.methods.prompt_tuning import PromptTuning
-from ptjax.models.prompt import Uniform
 from ptjax.settings import Evaluation, TrainSchedule
 from ptjax.sweep import MemberOverrides, sweep
 from ptjax.training.loss import Loss
@@ -361,8 +361,8 @@ def test_several_tasks_in_one_bank(backbone, task, tmp_path) -> None:
 
 def test_what_a_bank_cannot_be(backbone, task, tmp_path) -> None:
     class Narrow:
-        def __call__(self, key, length, surroundings):
-            return Uniform()(key, length, surroundings)[:, :5]
+        def __call__(self, key, length, context):
+            return Uniform()(key, length, context)[:, :5]
 
     for bank, method, what in (
         (

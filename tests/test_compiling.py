@@ -10,7 +10,7 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
-from workloads import TOY, V5E, XXL, changed
+from workloads import TOY, V5E, XXL, blind, changed
 
 from ptjax import compiling, planning
 from ptjax.planning import Layout, Workload
@@ -35,7 +35,7 @@ TPU_CASES = {
     "v5e-8, int8": ("v5e-8", TOY, Layout("8x1", quantize="int8", remat="dots")),
     "v5e-8, int8, fsdp": ("v5e-8", TOY, Layout("4x2", fsdp=True, quantize="int8")),
     "v5e-8, groups": (
-        "v5e-8", changed(TOY, sees_input=False, microbatches=2), Layout("4x2")
+        "v5e-8", changed(blind(TOY), microbatches=2), Layout("4x2")
     ),
     "v4-16": ("v4-16", TOY, Layout("4x2")),
     "v6e-8": ("v6e-8", TOY, Layout("8x1")),
@@ -47,7 +47,7 @@ CUDA_CASES = {
     "h100x8, fsdp": ("h100x8", TOY, Layout("4x2", fsdp=True, remat="full")),
     "h100x8, int8": ("h100x8", TOY, Layout("8x1", quantize="int8", remat="dots")),
     "h100x8, groups": (
-        "h100x8", changed(TOY, sees_input=False, microbatches=2), Layout("4x2")
+        "h100x8", changed(blind(TOY), microbatches=2), Layout("4x2")
     ),
     "two machines": ("h100x16", TOY, Layout("2x4x2")),
 }  # fmt: skip
@@ -63,13 +63,13 @@ def test_what_is_sent_in_a_step(case):
     step, mesh, _ = compile_for(name, workload, layout)
     rows = set(sharding.rows_axes(mesh))
     found = [one for one in collectives(step, mesh) if rows & set(one.axes) and one.shape]
-    size = workload.prompt_length * workload.config.emb_dim
+    size = workload.method.length * workload.config.emb_dim
     sums = [one for one in found if one.kind == "all-reduce"]
     assert [(one.dtype, one.times, one.in_loop) for one in sums] == [("f32", 1, False)]
     if case in CUDA_CASES:  # the loss and the number of its tokens go with it
         assert sums[0].shape == (size + 2,) and sums[0].axes == tuple(sharding.rows_axes(mesh))
     elif name != "2xv5e-4":
-        assert sums[0].shape == (workload.prompt_length, workload.config.emb_dim)
+        assert sums[0].shape == (workload.method.length, workload.config.emb_dim)
     # Between slices a part of it goes over the network, padded to whole tiles.
     assert size <= math.prod(sums[0].shape) <= size + 4096
     others = {one.kind: one for one in found if one not in sums}

@@ -19,7 +19,8 @@ import ptjax
 from ptjax.models.decoding import decode
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-PUBLIC = {"__future__", "flax", "jax", "ptjax", "sys", "typing"}
+PUBLIC = {"__future__", "dataclasses", "flax", "jax", "ptjax", "sys", "typing"}
+MOST_LINES = {"own_method.py": 60, "own_network.py": 150}
 
 
 @pytest.fixture
@@ -28,10 +29,16 @@ def own_network(monkeypatch) -> ModuleType:
     return importlib.import_module("own_network")
 
 
+@pytest.fixture
+def own_method(monkeypatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    return importlib.import_module("own_method")
+
+
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
 def test_an_example_is_short_and_imports_public_names(path):
     text = path.read_text("utf-8")
-    assert len(text.splitlines()) <= 150
+    assert len(text.splitlines()) <= MOST_LINES[path.name]
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.ImportFrom):
             assert (node.module or "").split(".")[0] in PUBLIC - {"ptjax"}, ast.unparse(node)
@@ -59,6 +66,26 @@ def test_a_network_of_one_s_own_trains_evaluates_exports_and_loads(own_network, 
         ptjax.save_backbone(tmp_path / "other", None, other, dtype="float32", family=family)
         other = ptjax.load_backbone(tmp_path / "other", family=family, tokenizer="package:nano")
         ptjax.generate(other, texts, prompt)
+
+
+def test_a_method_of_one_s_own_trains_evaluates_exports_and_loads(
+    own_method, backbone, task, tmp_path
+):
+    method = own_method.LowRankPrompt(length=4, rank=2)
+    assert isinstance(method, ptjax.Method)
+    results = tune(tmp_path, task, backbone, method=method)
+    rows = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    losses = [row["train/loss"] for row in rows if "train/loss" in row]
+    assert losses[-1] < losses[0]
+    assert results["trainable_parameters"] == 2 * (4 + 16)
+    assert results["settings"]["method"] == {
+        "is": "own_method.LowRankPrompt", "length": 4, "rank": 2
+    }  # fmt: skip
+    best = ptjax.load_prompt(tmp_path / "prompts" / "best.safetensors")
+    assert np.linalg.matrix_rank(best.prompt) == 2
+    assert best.metadata["task"]["name"] == task.name
+    texts = ["text: lovely great", "text: awful"]
+    assert len(ptjax.generate(backbone, texts, best, max_new_tokens=4)) == 2
 
 
 def test_its_cache_decodes_as_whole_targets_do(own_network):

@@ -4,6 +4,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from ptjax.methods.base import Method
+from ptjax.methods.model_tuning import ModelTuning
+from ptjax.methods.prompt_tuning import PromptTuning
 from ptjax.models.config import T5Config
 from ptjax.models.prompted import PromptedT5
 from ptjax.models.t5 import parameter_shapes
@@ -99,11 +102,9 @@ def test_unknown_work_is_an_error() -> None:
         count_flops(lambda x, w: jnp.convolve(x, w), shape(9), shape(3))
 
 
-def of_method(config: T5Config, method: str) -> tuple[int, int]:
+def of_method(config: T5Config, method: Method) -> tuple[int, int]:
     """(forward, step) at the benchmark's shapes."""
-    variables = {"params": parameter_shapes(config)}
-    if method == "prompt_tuning":
-        variables["prompt"] = {"prompt": shape(P, config.emb_dim)}
+    variables = {"params": parameter_shapes(config)} | method.variable_shapes(config)
     tokens = shape(B, L, dtype="int32")
     batch = {
         "encoder_input_tokens": shape(B, T, dtype="int32"),
@@ -112,13 +113,13 @@ def of_method(config: T5Config, method: str) -> tuple[int, int]:
         "decoder_target_tokens": tokens,
         "decoder_loss_weights": shape(B, L),
     }
-    freeze = freezing.make_freeze(variables, freezing.METHODS[method])
+    freeze = freezing.make_freeze(variables, method.freeze_rules())
     optimizer = freezing.lock(Adafactor().make(), freeze)
     return step_flops(PromptedT5(config).apply, variables, freeze, batch, optimizer)
 
 
 def test_the_forward_pass_of_t5_has_the_textbook_count() -> None:
-    forward, _ = of_method(SMALL, "prompt_tuning")
+    forward, _ = of_method(SMALL, PromptTuning(length=P))
     S, D, F, J, V = P + T, SMALL.emb_dim, SMALL.mlp_dim, SMALL.num_heads * 64, SMALL.vocab_size
     attention = 4 * D * J
     mlp = 3 * D * F
@@ -129,10 +130,10 @@ def test_the_forward_pass_of_t5_has_the_textbook_count() -> None:
 
 @pytest.mark.parametrize("config", [SMALL, BASE, XXL], ids=["small", "base", "xxl"])
 def test_a_prompt_step_computes_no_gradient_of_a_weight(config) -> None:
-    forward, step = of_method(config, "prompt_tuning")
+    forward, step = of_method(config, PromptTuning(length=P))
     assert 2.0 < step / forward <= 2.25
 
 
 def test_model_tuning_is_seen_to_compute_them() -> None:
-    forward, step = of_method(SMALL, "model_tuning")
+    forward, step = of_method(SMALL, ModelTuning())
     assert 2.9 < step / forward < 3.1

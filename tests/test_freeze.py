@@ -13,8 +13,10 @@ import pytest
 from hypothesis import given, settings
 
 from ptjax.errors import InputError
+from ptjax.methods.model_tuning import ModelTuning
+from ptjax.methods.prompt_tuning import PromptTuning
 from ptjax.training import freeze as freezing
-from ptjax.training.freeze import METHODS, combine, make_freeze, split
+from ptjax.training.freeze import combine, make_freeze, split
 from ptjax.training.loss import Loss
 from ptjax.training.optimizer import Adafactor
 from ptjax.training.step import init_train_state, make_train_step
@@ -58,6 +60,7 @@ def test_combine_is_the_inverse_of_split(case) -> None:
         assert (path in flatten_paths(trainable)) != lookup(freeze, path)
 
 
+PROMPT_TUNING, MODEL_TUNING = PromptTuning().freeze_rules(), ModelTuning().freeze_rules()
 TREE = {"params": {"encoder": {"w": 1}, "decoder": {"w": 2}}, "prompt": {"prompt": 3}}
 
 
@@ -92,21 +95,21 @@ def test_two_rules_that_agree_are_fine() -> None:
 
 def test_methods_on_a_real_tree(tiny) -> None:
     variables = tiny.variables
-    trainable, frozen = split(variables, make_freeze(variables, METHODS["prompt_tuning"]))
+    trainable, frozen = split(variables, make_freeze(variables, PROMPT_TUNING))
     assert trainable == {"prompt": {"prompt": tiny.prompt}}
     assert set(flatten_paths(frozen)) == set(flatten_paths({"params": tiny.params}))
 
     plain = {"params": tiny.params}
     everything = set(flatten_paths(plain))
-    trainable, frozen = split(plain, make_freeze(plain, METHODS["model_tuning"]))
+    trainable, frozen = split(plain, make_freeze(plain, MODEL_TUNING))
     assert (set(flatten_paths(trainable)), frozen) == (everything, {})
     trainable, frozen = split(plain, make_freeze(plain, {"params/.*": True}))
     assert (trainable, set(flatten_paths(frozen))) == ({}, everything)
 
     with pytest.raises(InputError, match="prompt/prompt"):
-        make_freeze(variables, METHODS["model_tuning"])
+        make_freeze(variables, MODEL_TUNING)
     with pytest.raises(InputError, match="matches no variable"):
-        make_freeze(plain, METHODS["prompt_tuning"])
+        make_freeze(plain, PROMPT_TUNING)
 
 
 OPTIMIZERS = {
@@ -126,7 +129,7 @@ def test_lock_over_everything_equals_split_bitwise(name, prefix) -> None:
     rng = np.random.default_rng(0)
     shapes = {"params": {"w": np.zeros((8, 4), "f")}, "prompt": {"prompt": np.zeros((3, 4), "f")}}
     variables = random_like(shapes, rng)
-    full = make_freeze(variables, METHODS["prompt_tuning"])
+    full = make_freeze(variables, PROMPT_TUNING)
     freeze = {"params": True, "prompt": False} if prefix else full
     bare, locked = OPTIMIZERS[name], freezing.lock(OPTIMIZERS[name], freeze)
     half, _ = split(variables, freeze)
@@ -157,7 +160,7 @@ def test_lock_with_nothing_frozen_or_everything() -> None:
 
 
 def test_optimizer_has_state_for_the_prompt_alone(tiny) -> None:
-    freeze = make_freeze(tiny.variables, METHODS["prompt_tuning"])
+    freeze = make_freeze(tiny.variables, PROMPT_TUNING)
     state = freezing.lock(Adafactor().make(), freeze).init(tiny.variables)
     shapes = [leaf.shape for leaf in jax.tree.leaves(state) if leaf.ndim]
     assert tiny.prompt.shape in shapes
@@ -165,7 +168,7 @@ def test_optimizer_has_state_for_the_prompt_alone(tiny) -> None:
 
 
 def test_frozen_arrays_are_bitwise_equal_after_training(tiny, tiny_batch) -> None:
-    freeze = make_freeze(tiny.variables, METHODS["prompt_tuning"])
+    freeze = make_freeze(tiny.variables, PROMPT_TUNING)
     trainable, frozen = split(tiny.variables, freeze)
     before = jax.tree.map(np.array, frozen)
     optimizer = freezing.lock(Adafactor().make(), freeze)

@@ -28,6 +28,7 @@ from ptjax import files, lock, tuning
 from ptjax.backbone import Backbone, load_backbone, save_backbone
 from ptjax.callbacks import Callback
 from ptjax.cli.output import ConfigFile
+from ptjax.data.batching import Batching
 from ptjax.data.tasks import Task
 from ptjax.data.tokenizer import load_tokenizer
 from ptjax.errors import InputError, TrainingError
@@ -36,7 +37,7 @@ from ptjax.interop.prompt_file import load_prompt, load_prompts, save_prompt
 from ptjax.methods.prompt_tuning import PromptTuning
 from ptjax.models.config import T5Config
 from ptjax.models.t5 import init_params
-from ptjax.settings import Batching, Evaluation, RunSettings, TrainSchedule
+from ptjax.settings import Evaluation, RunSettings, TrainSchedule
 from ptjax.training.optimizer import Adafactor
 from ptjax.trees import flatten_paths
 

@@ -26,6 +26,7 @@ from ptjax.baselines import HardPrompt
 from ptjax.checkpoint import SUMS
 from ptjax.cli.output import ConfigFile
 from ptjax.data import mixture
+from ptjax.data.batching import Batching
 from ptjax.data.mixture import PrefixLM, SpanCorruption, TaskComponent, TextFiles, TokenFile
 from ptjax.data.sources import read_records
 from ptjax.data.tasks import Task
@@ -34,20 +35,20 @@ from ptjax.errors import InputError
 from ptjax.identity import FREE, check_same, describe, make_identity
 from ptjax.interop import prompt_file
 from ptjax.interop.prompt_file import FromFile, load_prompt, save_prompt
-from ptjax.methods.model_tuning import ModelTuning
-from ptjax.methods.prompt_tuning import PromptTuning
-from ptjax.models import prompt as prompts
-from ptjax.models.config import T5Config
-from ptjax.models.prompt import (
+from ptjax.methods.initializers import (
     ClassLabels,
     FrequentWords,
     FromText,
     SampledVocabulary,
     Uniform,
 )
+from ptjax.methods.model_tuning import ModelTuning
+from ptjax.methods.prompt_tuning import PromptTuning
+from ptjax.models import prompt as prompts
+from ptjax.models.config import T5Config
 from ptjax.pretraining import pretrain
 from ptjax.scale.sharding import make_mesh
-from ptjax.settings import Batching, Evaluation, RunSettings, TrainSchedule
+from ptjax.settings import Evaluation, RunSettings, TrainSchedule
 from ptjax.sweep import MemberOverrides
 from ptjax.training.loss import Loss
 from ptjax.training.optimizer import Adafactor
@@ -444,10 +445,10 @@ def test_case_4_1_objects_are_told_by_what_they_are_never_by_their_address(saved
         def __init__(self, scale: float) -> None:
             self.scale = scale
 
-        def __call__(self, key: Any, length: int, surroundings: Any) -> Any: ...
+        def __call__(self, key: Any, length: int, context: Any) -> Any: ...
 
     def make(scale: float) -> Callable[..., Any]:
-        return lambda key, length, surroundings: scale
+        return lambda key, length, context: scale
 
     for value in (Own(1.0), make(1.0), functools.partial(prepare, fields={}), prepare, print, Own,
                   Own(1.0).__call__):  # fmt: skip
@@ -683,7 +684,7 @@ def test_case_4_7_steps_that_t5x_counts_from_the_checkpoint(
 
 @dataclasses.dataclass(frozen=True)
 class Wrong:
-    def __call__(self, key: Any, length: int, surroundings: Any) -> Any:
+    def __call__(self, key: Any, length: int, context: Any) -> Any:
         return jax.numpy.zeros((1, 1))
 
 

@@ -141,8 +141,8 @@ def test_case_1_11_step_1_blames_the_backbone(backbone, task, tmp_path, method):
 class Infinite:
     """An initial prompt that is not finite."""
 
-    def __call__(self, key, length, surroundings):
-        return np.full((length, surroundings.embedding.shape[1]), np.inf, np.float32)
+    def __call__(self, key, length, context):
+        return np.full((length, context.embedding.shape[1]), np.inf, np.float32)
 
 
 def test_case_1_11_step_1_blames_no_learning_rate(backbone, task, tmp_path):

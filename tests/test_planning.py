@@ -7,11 +7,12 @@ import math
 
 import jax
 import pytest
-from workloads import SIZES, TOY, V5E, XXL, changed
+from workloads import SIZES, TOY, V5E, XXL, blind, changed
 
 from ptjax import planning, searching, tuning
 from ptjax.cli import load_gin
 from ptjax.errors import InputError
+from ptjax.methods.model_tuning import ModelTuning
 from ptjax.planning import Layout
 from ptjax.scale import compiled, sharding
 from ptjax.scale.slices import parse_slice
@@ -64,7 +65,7 @@ def test_bytes_are_those_of_the_real_arrays(tiny):
         (XXL, (32, 512, 16, False, None)),
         (dataclasses.replace(XXL, pack=True), (32, 612, 16, True, None)),
         (dataclasses.replace(XXL, pack=True, row_length=700), (32, 700, 16, True, None)),
-        (changed(dataclasses.replace(XXL, pack=True), sees_input=False), (32, 512, 16, True, None)),
+        (blind(dataclasses.replace(XXL, pack=True)), (32, 512, 16, True, None)),
         (dataclasses.replace(XXL, members=3), (32, 512, 16, False, 3)),
     ],
 )
@@ -74,10 +75,10 @@ def test_the_largest_batch(workload, shape):
 
 def test_a_prompt_that_sees_nothing_and_a_bank_are_counted_as_they_run():
     seen = planning.count(TOY, Layout("8x1"), V5E)["flops"]["useful"]
-    blind = planning.count(changed(TOY, sees_input=False), Layout("8x1"), V5E)["flops"]["useful"]
+    unseeing = planning.count(blind(TOY), Layout("8x1"), V5E)["flops"]["useful"]
     bank = dataclasses.replace(changed(TOY, bank=True), members=3)
     many = planning.count(bank, Layout("8x1"), V5E)
-    assert blind < seen
+    assert unseeing < seen
     assert many["flops"]["useful"] == 3 * seen
     assert many["examples"] == 48 and many["trainable"] == 3 * 20 * 256
 
@@ -140,7 +141,7 @@ def test_what_crosses_the_network_takes_longer(name, mesh, axes, rate):
 
 
 def test_estimates_of_model_tuning_and_microbatches():
-    tuned = planning.count(changed(TOY, method="model_tuning"), Layout("8x1"), V5E)
+    tuned = planning.count(dataclasses.replace(TOY, method=ModelTuning()), Layout("8x1"), V5E)
     prompted = planning.count(TOY, Layout("8x1"), V5E)
     assert tuned["estimate"]["memory"] == prompted["estimate"]["memory"] > 0
     # All gradients cross data, not the prompt's alone.
@@ -251,7 +252,7 @@ def test_a_float32_run_is_tried_in_bfloat16():
     assert compute[0] == pytest.approx(2 * compute[1], rel=0.01)  # remat may differ
     # Weights that train stay as they are.
     compile_one, asked = compiler(workload, where, lambda layout: True)
-    searching.search(changed(workload, method="model_tuning"), where, None, compile_one)
+    searching.search(dataclasses.replace(workload, method=ModelTuning()), where, None, compile_one)
     assert {layout.dtype for layout in asked} == {None}
 
 
@@ -278,5 +279,5 @@ def test_nothing_fits():
     tried, best = searching.search(XXL, V5E, None, compile_one)
     assert best is None and len(tried) == len(asked) > 0
     # What cannot fit, such as all weights of XXL on one chip, is not even compiled.
-    whole = changed(XXL, method="model_tuning")
+    whole = dataclasses.replace(XXL, method=ModelTuning())
     assert searching.search(whole, parse_slice("v5e-1"), None, compile_one) == ([], None)

@@ -9,12 +9,12 @@ import pytest
 from ptjax.data.tokenizer import load_tokenizer
 from ptjax.errors import InputError
 from ptjax.interop.prompt_file import FromFile, save_prompt
-from ptjax.models.prompt import (
+from ptjax.methods.base import InitContext
+from ptjax.methods.initializers import (
     ClassLabels,
     FrequentWords,
     FromText,
     SampledVocabulary,
-    Surroundings,
     Uniform,
 )
 
@@ -24,18 +24,18 @@ TEXTS = ["The plot is the plot, and the acting!", "A plot of 12 twists; acting, 
 
 
 @pytest.fixture(scope="module")
-def surroundings() -> Surroundings:
+def context() -> InitContext:
     """Row i of the table is (i, i): a row of a prompt tells which tokens it came from."""
     table = np.repeat(np.arange(8192, dtype=np.float32)[:, None], 2, axis=1)
-    return Surroundings(jax.numpy.asarray(table), TOKENIZER, ("positive", "no"), lambda: TEXTS)
+    return InitContext(jax.numpy.asarray(table), TOKENIZER, ("positive", "no"), lambda: TEXTS)
 
 
 def mean_id(text: str) -> float:
     return float(np.mean(TOKENIZER.encode(text)))
 
 
-def test_uniform_fills_its_interval_evenly(surroundings):
-    rows = np.asarray(Uniform(0.5)(KEY, 5000, surroundings))
+def test_uniform_fills_its_interval_evenly(context):
+    rows = np.asarray(Uniform(0.5)(KEY, 5000, context))
     assert rows.shape == (5000, 2)
     assert rows.min() < -0.49 and rows.max() > 0.49
     assert abs(rows).max() <= 0.5
@@ -43,58 +43,56 @@ def test_uniform_fills_its_interval_evenly(surroundings):
     assert abs(rows.mean()) < 0.012
 
 
-def test_sampled_vocabulary_draws_common_tokens_once(surroundings):
-    ids = np.asarray(SampledVocabulary(population=50)(KEY, 50, surroundings))[:, 0]
+def test_sampled_vocabulary_draws_common_tokens_once(context):
+    ids = np.asarray(SampledVocabulary(population=50)(KEY, 50, context))[:, 0]
     assert sorted(ids) == list(range(3, 53))
-    again = np.asarray(SampledVocabulary(population=50)(jax.random.key(1), 50, surroundings))[:, 0]
+    again = np.asarray(SampledVocabulary(population=50)(jax.random.key(1), 50, context))[:, 0]
     assert list(ids) != list(again)
-    longer = np.asarray(SampledVocabulary(population=5)(KEY, 40, surroundings))[:, 0]
+    longer = np.asarray(SampledVocabulary(population=5)(KEY, 40, context))[:, 0]
     assert set(longer) == set(range(3, 8))
 
 
-def test_class_labels_average_their_pieces_and_fill_up(surroundings):
-    rows = np.asarray(ClassLabels()(KEY, 6, surroundings))
+def test_class_labels_average_their_pieces_and_fill_up(context):
+    rows = np.asarray(ClassLabels()(KEY, 6, context))
     assert rows[:2, 0].tolist() == [mean_id("positive"), mean_id("no")]
-    np.testing.assert_array_equal(rows[2:], SampledVocabulary()(KEY, 6, surroundings)[2:])
-    own = np.asarray(ClassLabels(labels=("commonsense reasoning",))(KEY, 1, surroundings))
+    np.testing.assert_array_equal(rows[2:], SampledVocabulary()(KEY, 6, context)[2:])
+    own = np.asarray(ClassLabels(labels=("commonsense reasoning",))(KEY, 1, context))
     assert own[0, 0] == pytest.approx(mean_id("commonsense reasoning"))
-    open_set = Surroundings(surroundings.embedding, TOKENIZER, None, lambda: TEXTS)
+    open_set = InitContext(context.embedding, TOKENIZER, None, lambda: TEXTS)
     with pytest.raises(InputError, match="closed label set"):
         ClassLabels()(KEY, 6, open_set)
 
 
-def test_a_text_is_cut_or_filled_up(surroundings):
+def test_a_text_is_cut_or_filled_up(context):
     ids = TOKENIZER.encode("a rather long text about nothing")
-    cut = np.asarray(FromText("a rather long text about nothing")(KEY, 3, surroundings))
+    cut = np.asarray(FromText("a rather long text about nothing")(KEY, 3, context))
     assert cut[:, 0].tolist() == ids[:3]
-    filled = np.asarray(FromText("a rather long text about nothing")(KEY, 20, surroundings))
+    filled = np.asarray(FromText("a rather long text about nothing")(KEY, 20, context))
     assert filled[: len(ids), 0].tolist() == ids
     assert len(filled) == 20
 
 
 @pytest.mark.parametrize("initializer", [FromText(" "), ClassLabels(("good", ""))])
-def test_a_text_without_pieces_is_refused(surroundings, initializer):
+def test_a_text_without_pieces_is_refused(context, initializer):
     with pytest.raises(InputError, match=r"no prompt can be made of the text ' ?': it has no pie"):
-        initializer(KEY, 3, surroundings)
+        initializer(KEY, 3, context)
 
 
-def test_frequent_words_leave_out_stop_words_and_punctuation(surroundings):
+def test_frequent_words_leave_out_stop_words_and_punctuation(context):
     assert FrequentWords().words(9, TEXTS) == ["acting", "plot", "twists"]
-    rows = np.asarray(FrequentWords()(KEY, 3, surroundings))
+    rows = np.asarray(FrequentWords()(KEY, 3, context))
     assert rows[:, 0].tolist() == pytest.approx([mean_id(w) for w in ("acting", "plot", "twists")])
 
 
-def test_from_file_wants_the_same_length(surroundings, tmp_path):
+def test_from_file_wants_the_same_length(context, tmp_path):
     path = tmp_path / "p.safetensors"
     save_prompt(path, np.arange(8, dtype=np.float32).reshape(4, 2), {})
-    np.testing.assert_array_equal(
-        FromFile(str(path))(KEY, 4, surroundings), np.arange(8).reshape(4, 2)
-    )
+    np.testing.assert_array_equal(FromFile(str(path))(KEY, 4, context), np.arange(8).reshape(4, 2))
     with pytest.raises(InputError, match="4 rows, the run wants 5"):
-        FromFile(str(path))(KEY, 5, surroundings)
+        FromFile(str(path))(KEY, 5, context)
 
 
-def test_without_a_tokenizer_the_message_names_the_argument(surroundings):
-    bare = Surroundings(surroundings.embedding, None, ("yes",), lambda: TEXTS)
+def test_without_a_tokenizer_the_message_names_the_argument(context):
+    bare = InitContext(context.embedding, None, ("yes",), lambda: TEXTS)
     with pytest.raises(InputError, match="tokenizer="):
         ClassLabels()(KEY, 2, bare)

@@ -21,7 +21,8 @@ from ptjax.display import Display
 from ptjax.evaluation import Evaluator
 from ptjax.inspection import describe_checkpoint
 from ptjax.interop.prompt_file import load_prompt
-from ptjax.models.prompt import Surroundings, Uniform
+from ptjax.methods.base import InitContext
+from ptjax.methods.initializers import Uniform
 from ptjax.settings import Evaluation, TrainSchedule
 from ptjax.training.optimizer import Adafactor, embedding_rms
 
@@ -76,10 +77,10 @@ def test_a_prompt_starts_from_a_stream_of_its_own(backbone, task, tmp_path):
     )
     made = load_prompt(tmp_path / "prompts" / "1.safetensors").prompt
     embedding = backbone.variables["params"]["token_embedder"]["embedding"]
-    surroundings = Surroundings(embedding, backbone.tokenizer, (), list)
+    context = InitContext(embedding, backbone.tokenizer, (), list)
     seed = jax.random.key(5)  # drives dropout, through the train state
     for key, equal in ((jax.random.fold_in(seed, 1), True), (seed, False)):
-        drawn = np.asarray(Uniform()(key, 4, surroundings))
+        drawn = np.asarray(Uniform()(key, 4, context))
         assert np.array_equal(made, drawn) == equal
 
 

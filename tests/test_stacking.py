@@ -16,6 +16,7 @@ from t5_ids import T5_IDS, decode, with_lengths
 from ptjax.backbone import load_backbone, save_backbone
 from ptjax.data.batch import make_batch, make_packed_batch
 from ptjax.errors import InputError
+from ptjax.methods.prompt_tuning import PromptTuning
 from ptjax.models.config import T5Config
 from ptjax.models.prompted import make_apply_fn, with_prompt
 from ptjax.models.stacking import Unstacked, make_layers, run_layers, stack, stack_paths
@@ -196,7 +197,7 @@ def test_of_the_work_of_a_step_remat_adds_what_it_says() -> None:
             "decoder_target_tokens": tokens,
             "decoder_loss_weights": jax.ShapeDtypeStruct((32, 16), "float32"),
         }
-        freeze = freezing.make_freeze(variables, freezing.METHODS["prompt_tuning"])
+        freeze = freezing.make_freeze(variables, PromptTuning().freeze_rules())
         optimizer = freezing.lock(Adafactor().make(), freeze)
         forward, step = step_flops(make_apply_fn(config), variables, freeze, batch, optimizer)
         ratios[remat] = step / forward

@@ -151,7 +151,17 @@ def test_case_5_1_the_list_is_whole_and_true():
     listed = {f"{module}.{name}" for module, names in trust.MADE.items() for name in names}
     assert set(CATALOGUE) <= listed
     # Classes of settings that a run can be given in Python can be written down as well.
-    for module in ("settings", "baselines", "data.mixture", "models.prompt", "training.loss"):
+    for module in (
+        "settings",
+        "baselines",
+        "data.batching",
+        "data.mixture",
+        "methods.base",
+        "methods.initializers",
+        "methods.model_tuning",
+        "methods.prompt_tuning",
+        "training.loss",
+    ):
         home = importlib.import_module(f"ptjax.{module}")
         for name, value in vars(home).items():
             settings = inspect.isclass(value) and value.__module__ == home.__name__
@@ -160,5 +170,5 @@ def test_case_5_1_the_list_is_whole_and_true():
                 assert told, f"{module}.{name}: list it in trust.MADE, or here as internal"
 
 
-INTERNAL = {"Surroundings", "Prompt"}
+INTERNAL = {"InitContext"}
 """Classes that a run makes itself."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
+from ptjax.methods.prompt_tuning import PromptTuning
 from ptjax.models.config import T5Config
 from ptjax.planning import Workload
 from ptjax.scale.compiled import Recipe
@@ -12,7 +14,7 @@ from ptjax.settings import RunSettings
 from ptjax.training.loss import Loss
 from ptjax.training.optimizer import Adafactor
 
-RECIPE = Recipe("prompt_tuning", Adafactor(), Loss())
+RECIPE = Recipe(Adafactor(), Loss())
 SIZES = {
     "small": T5Config(32128, 512, 6, 8, 8, 64, 1024, dtype="bfloat16"),
     "xl": T5Config(32128, 2048, 32, 24, 24, 64, 5120, dtype="bfloat16"),
@@ -24,13 +26,19 @@ XXL = Workload.of(SIZES["xxl"], RunSettings())
 TOY = Workload(
     T5Config(512, 256, 8, 2, 2, 64, 512, dtype="bfloat16"),
     RECIPE,
+    PromptTuning(length=20),
     batch_size=16,
     inputs=108,
     targets=16,
-    prompt_length=20,
 )
 V5E = parse_slice("v5e-8")
 
 
 def changed(workload: Workload, **recipe: object) -> Workload:
     return dataclasses.replace(workload, recipe=dataclasses.replace(workload.recipe, **recipe))
+
+
+def blind(workload: Workload) -> Workload:
+    """With a prompt of the same length that does not see its input."""
+    method: Any = workload.method
+    return dataclasses.replace(workload, method=PromptTuning(method.length, attends_to_input=False))

@@ -36,6 +36,7 @@ from ptjax.backbone import load_backbone, save_backbone
 from ptjax.data import mixture
 from ptjax.data.pipeline import Batches, Shape
 from ptjax.data.tasks import Task
+from ptjax.methods.model_tuning import ModelTuning
 from ptjax.models.config import T5Config
 from ptjax.models.prompted import make_apply_fn
 from ptjax.models.t5 import init_params
@@ -69,9 +70,9 @@ def train(
     """
     mesh = sharding.make_mesh((1, 1), jax.devices()[:1])
     trainable = {"params": params}
-    freeze = freezing.make_freeze(trainable, freezing.METHODS["model_tuning"])
-    recipe = Recipe("model_tuning", stage.optimizer, Loss(per_token=True))
-    init, step = recipe.compose(make_apply_fn(config), freeze, mesh)
+    freeze = freezing.make_freeze(trainable, ModelTuning().freeze_rules())
+    recipe = Recipe(stage.optimizer, Loss(per_token=True))
+    init, step = recipe.compose(make_apply_fn(config), freeze, mesh, small=False)
     start = jax.jit(init, out_shardings=sharding.replicated(mesh))
     state = start(trainable, jax.random.key(stage.seed))
     if unfinished.exists():

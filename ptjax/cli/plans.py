@@ -20,16 +20,17 @@ def show_run(workload: Workload, counted: Report | None) -> None:
         counted: of any slice; None where none could be.
     """
     config, shape = workload.config, workload.shape()
-    console, method = _console(), workload.recipe.method
+    console, method = _console(), workload.method
     layers = f"{config.num_encoder_layers}+{config.num_decoder_layers} layers"
-    console.print(f"T5 of {layers}, D = {config.emb_dim}, {config.dtype}; {method}")
+    console.print(f"T5 of {layers}, D = {config.emb_dim}, {config.dtype}; {method.name}")
     if counted:
         share = 100 * counted["trainable"] / counted["parameters"]
         console.print(
             f"{counted['parameters']:,} parameters, {counted['trainable']:,} train ({share:.4f}%)"
         )
         forward, useful = counted["flops"]["forward"], counted["flops"]["useful"]
-        prompts = f", prompts of {workload.prompt_length}" if method == "prompt_tuning" else ""
+        prompt = method.variable_shapes(config).get("prompt")
+        prompts = f", prompts of {prompt['prompt'].shape[0]}" if prompt else ""
         console.print(
             f"a step of {shape}{prompts}: forward {forward:.4g} FLOPs, step {useful:.4g} "
             f"({useful / forward:.2f} forward)"

@@ -284,7 +284,7 @@ class FromFile:
 
     path: str | os.PathLike[str]
 
-    def __call__(self, key: Any, length: int, surroundings: Any) -> np.ndarray:
+    def __call__(self, key: Any, length: int, context: Any) -> np.ndarray:
         prompt = load_prompt(self.path).prompt
         if len(prompt) != length:
             raise InputError(

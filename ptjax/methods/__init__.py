@@ -1,1 +1,1 @@
-"""What trains, one file per method."""
+"""What trains, one file per method; `base` has the protocol."""

@@ -145,9 +145,16 @@ class Family(Protocol):
         ...
 
     def build(
-        self, config: Any, *, sees_input: bool = True, gather: Callable[..., Any] | None = None
+        self,
+        config: Any,
+        *,
+        sees_input: bool = True,
+        gather: Callable[..., Any] | None = None,
+        collections: tuple[str, ...] = (),
     ) -> ApplyFn:
         """`apply_fn(variables, ..., method=)` for such prompts, the same object each time.
+
+        In `collections` the network's modules have arrays beside their `params`.
 
         The methods are those of `prompted.PromptedT5`: none (logits), `encode`, `init_cache`,
         `decode_step`, and `prompt_states` of a network that takes prompts which see no input.

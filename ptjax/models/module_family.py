@@ -175,7 +175,12 @@ class ModuleFamily:
         return ()
 
     def _build(
-        self, config: ModuleConfig, *, sees_input: bool = True, gather: Any = None
+        self,
+        config: ModuleConfig,
+        *,
+        sees_input: bool = True,
+        gather: Any = None,
+        collections: tuple[str, ...] = (),
     ) -> ApplyFn:
         if not sees_input:
             check_supported(self, "blind prompts")
@@ -188,7 +193,8 @@ class ModuleFamily:
                 config.dropout_rate,
                 own,
             )
-        return ModuleApply(self, self.module, self.embedder, dropout=config.dropout_rate > 0)
+        dropout = config.dropout_rate > 0
+        return ModuleApply(self, self.module, self.embedder, dropout, ("params", *collections))
 
     def embedding(self, params: Mapping[str, Any]) -> jax.Array:
         return embedding_of(params, self.embedding_path)

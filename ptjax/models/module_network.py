@@ -56,8 +56,17 @@ class ModuleApply:
     One object for one family and config, for jit caches by it.
     """
 
-    def __init__(self, family: Family, module: nn.Module, embedder: str, dropout: bool) -> None:
+    def __init__(
+        self,
+        family: Family,
+        module: nn.Module,
+        embedder: str,
+        dropout: bool,
+        collections: Sequence[str] = ("params",),
+    ) -> None:
+        """Of the variables, the module is given `collections`."""
         self.family, self.module, self.embedder, self.dropout = family, module, embedder, dropout
+        self.collections = collections
 
     def __call__(
         self, variables: Variables, *arguments: Any, method: str | None = None, **settings: Any
@@ -143,7 +152,7 @@ class ModuleApply:
 
         with nn.intercept_methods(embed):
             states: Any = self.module.apply(
-                {"params": variables["params"]},
+                self._own(variables),
                 seen,
                 enable_dropout=train and self.dropout,
                 rngs=rngs,
@@ -151,6 +160,11 @@ class ModuleApply:
             )
         self._check_encoded(calls, seen.shape, jnp.shape(states))
         return Encoded(states, (seen != PADDING).astype(jnp.int32))
+
+    def _own(self, variables: Variables, *more: str) -> dict[str, Any]:
+        """What of the variables the module knows."""
+        names = (*self.collections, *more)
+        return {name: variables[name] for name in names if name in variables}
 
     def _check_encoded(
         self, calls: Sequence[tuple[int, ...]], seen: tuple[int, ...], states: tuple[int, ...]
@@ -180,7 +194,7 @@ class ModuleApply:
     ) -> Any:
         # Targets all count as text, so that a mask of them is causal alone: at places that count,
         # the result is the same.
-        own = {name: variables[name] for name in ("params", "cache") if name in variables}
+        own = self._own(variables, "cache")
         enable_dropout = train and self.dropout
         return self.module.apply(
             own,

@@ -1,14 +1,10 @@
-"""The soft prompt: its Flax module and the ways to initialise it."""
+"""The soft prompt as the network reads it: its Flax module, and banks of prompts."""
 
 from __future__ import annotations
 
-import collections
-import dataclasses
-import re
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Sequence
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -16,10 +12,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ptjax.data.batch import PADDING_SEGMENT
 from ptjax.errors import InputError
-
-if TYPE_CHECKING:  # the network runs where no SentencePiece is installed
-    from ptjax.data.tokenizer import Tokenizer
-
 
 NO_PROMPT_ID = -1
 """Of the rows of a batch that take no prompt of their bank."""
@@ -132,143 +124,3 @@ class Prompt(nn.Module):
         # Looked up in float32 and cast after it, as in `before`.
         rows = prompt[jnp.where(own, positions, 0)].astype(embedded.dtype)
         return jnp.where(own[..., None], rows, embedded)
-
-
-@dataclasses.dataclass(frozen=True)
-class Surroundings:
-    """What an initialiser may look at.
-
-    Attributes:
-        embedding: the backbone's table [V, D].
-        labels: the verbalizers of a closed label set, else None.
-        texts: the training inputs, formatted by the task's template; read only when called.
-    """
-
-    embedding: jax.Array
-    tokenizer: Tokenizer | None
-    labels: Sequence[str] | None
-    texts: Callable[[], Iterable[str]]
-
-    def rows(self, ids: Sequence[int] | np.ndarray | Array) -> Float[Array, "n D"]:
-        return self.embedding[jnp.asarray(ids)].astype(jnp.float32)
-
-    def phrase(self, text: str) -> Float[Array, " D"]:
-        """The average of the embeddings of a text's pieces."""
-        return jnp.mean(self.rows(self.encode(text)), axis=0)
-
-    def encode(self, text: str) -> list[int]:
-        if self.tokenizer is None:
-            raise InputError(
-                "this prompt initialiser needs the backbone's tokenizer; give load_backbone the "
-                "argument tokenizer="
-            )
-        ids = self.tokenizer.encode(text)
-        if not ids:
-            raise InputError(f"no prompt can be made of the text {text!r}: it has no pieces")
-        return ids
-
-
-@runtime_checkable
-class Initializer(Protocol):
-    """`(key, length, surroundings) -> P [length, D]`, float32."""
-
-    def __call__(
-        self, key: Array, length: int, surroundings: Surroundings
-    ) -> Float[Array, "P D"]: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Uniform:
-    """U(-scale, scale) per entry, as the paper says; its code draws from [0, 0.5)."""
-
-    scale: float = 0.5
-
-    def __call__(self, key: Array, length: int, surroundings: Surroundings) -> Float[Array, "P D"]:
-        shape = (length, surroundings.embedding.shape[1])
-        return jax.random.uniform(key, shape, minval=-self.scale, maxval=self.scale)
-
-
-@dataclasses.dataclass(frozen=True)
-class SampledVocabulary:
-    """Embeddings of random tokens among the `population` most common.
-
-    SentencePiece orders a unigram vocabulary by frequency, behind padding, EOS and unknown, which
-    are left out. No token is drawn twice unless the prompt is longer than the population.
-    """
-
-    population: int = 5000
-    special_tokens: int = 3
-
-    def __call__(self, key: Array, length: int, surroundings: Surroundings) -> Float[Array, "P D"]:
-        end = min(self.special_tokens + self.population, len(surroundings.embedding))
-        common = np.arange(self.special_tokens, end)
-        ids = jax.random.choice(key, common, (length,), replace=length > len(common))
-        return surroundings.rows(ids)
-
-
-@dataclasses.dataclass(frozen=True)
-class ClassLabels:
-    """One row per class label, its pieces averaged; other rows by `rest` (paper, section 3.2).
-
-    Attributes:
-        labels: texts to use instead of the task's verbalizers (the paper gives ReCoRD and WSC
-            words of their own).
-    """
-
-    labels: tuple[str, ...] | None = None
-    rest: Initializer = SampledVocabulary()
-
-    def __call__(self, key: Array, length: int, surroundings: Surroundings) -> Float[Array, "P D"]:
-        labels = self.labels or surroundings.labels
-        if not labels:
-            raise InputError(
-                "class-label initialisation needs a closed label set: give the task a verbalizer, "
-                "set ClassLabels.labels, or choose SampledVocabulary"
-            )
-        return _fill([surroundings.phrase(x) for x in labels], self.rest, key, length, surroundings)
-
-
-@dataclasses.dataclass(frozen=True)
-class FromText:
-    """The embedded pieces of `text`, cut to the prompt's length; other rows by `rest`."""
-
-    text: str
-    rest: Initializer = SampledVocabulary()
-
-    def __call__(self, key: Array, length: int, surroundings: Surroundings) -> Float[Array, "P D"]:
-        rows = list(surroundings.rows(surroundings.encode(self.text)))
-        return _fill(rows, self.rest, key, length, surroundings)
-
-
-@dataclasses.dataclass(frozen=True)
-class FrequentWords:
-    """The words that stand most often in the training inputs, each its pieces averaged.
-
-    Stop words, punctuation and numbers do not count; other rows by `rest`.
-    """
-
-    minimum_letters: int = 3
-    rest: Initializer = SampledVocabulary()
-
-    def __call__(self, key: Array, length: int, surroundings: Surroundings) -> Float[Array, "P D"]:
-        words = [surroundings.phrase(word) for word in self.words(length, surroundings.texts())]
-        return _fill(words, self.rest, key, length, surroundings)
-
-    def words(self, count: int, texts: Iterable[str]) -> list[str]:
-        """The `count` most frequent, ties in alphabetical order."""
-        # Imported here: scikit-learn takes a second to load and only this initialiser needs it.
-        from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
-
-        pattern = re.compile(rf"[^\W\d_]{{{self.minimum_letters},}}")
-        counts = collections.Counter(w for text in texts for w in pattern.findall(text.lower()))
-        ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-        return [word for word, _ in ranked if word not in ENGLISH_STOP_WORDS][:count]
-
-
-def _fill(
-    rows: list[Array], rest: Initializer, key: Array, length: int, surroundings: Surroundings
-) -> Float[Array, "P D"]:
-    """`rows`, cut to `length` or followed by rows of `rest`."""
-    rows = rows[:length]
-    others = rest(key, length, surroundings)[len(rows) :]
-    return jnp.concatenate([jnp.stack(rows), others]) if rows else others

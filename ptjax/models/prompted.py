@@ -32,9 +32,10 @@ class PromptedT5(nn.Module):
     config: T5Config
     sees_input: bool = True
     gather: Gather | None = None
+    collections: tuple[str, ...] = ()
 
     def setup(self) -> None:
-        self.backbone = T5(self.config, self.gather)
+        self.backbone = T5(self.config, self.gather, self.collections)
         nn.share_scope(self, self.backbone)
         self.prompt = Prompt(self.sees_input)
         nn.share_scope(self, self.prompt)
@@ -152,14 +153,19 @@ class PromptedT5(nn.Module):
 
 @functools.cache
 def make_apply_fn(
-    config: T5Config, sees_input: bool = True, gather: Gather | None = None
+    config: T5Config,
+    sees_input: bool = True,
+    gather: Gather | None = None,
+    collections: tuple[str, ...] = (),
 ) -> Callable[..., Any]:
     """`PromptedT5(...).apply`, the same object for the same settings: jit caches by it.
 
     Args:
         gather: for weights that are divided along D too (`scale.sharding.gather_layer`).
+        collections: beside `params`, those in which layers have arrays of their own, which a scan
+            over layers has to carry.
     """
-    return PromptedT5(config, sees_input, gather).apply
+    return PromptedT5(config, sees_input, gather, collections).apply
 
 
 def with_prompt(

@@ -7,7 +7,7 @@ have one name for all layers, `encoder/layers/...`, and a leading axis.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
+from ptjax.errors import InputError
 from ptjax.models.config import T5Config
 
 T = TypeVar("T")
@@ -49,13 +50,19 @@ def run_layers(
     x: Any,
     *own: Any,
     gather: Gather | None = None,
+    collections: Collection[str] = (),
 ) -> tuple[Any, Layers[Any]]:
     """`x, made = step(layer, x, *own of this layer)` for every layer: the last x, and all made.
 
     Args:
         own: `Layers` each, or None.
+        collections: beside `params`, those in which layers have arrays of their own; stacked as
+            the parameters are.
         gather: what is done to a layer's parameters before they are used. It is done once more on
             the way back: to keep what was gathered would be to keep all of it.
+
+    Raises:
+        InputError: layers that are scanned over have arrays in another collection.
     """
     policy = _POLICIES.get(config.remat)
     if gather is not None:
@@ -65,9 +72,10 @@ def run_layers(
         # Within a scan nothing else could be merged with what is made again.
         step = nn.remat(step, policy=policy, prevent_cse=not config.scan_layers)
     if config.scan_layers:
+        _check_carried(layers, collections)
         scanned = nn.scan(
             step,
-            variable_axes={"params": 0},
+            variable_axes=dict.fromkeys(("params", *collections), 0),
             split_rngs={"params": True, "dropout": True},
             length=count,
         )
@@ -77,6 +85,16 @@ def run_layers(
         x, of_layer = step(layer, x, *(None if one is None else one[index] for one in own))
         made.append(of_layer)
     return x, made
+
+
+def _check_carried(layers: nn.Module, collections: Collection[str]) -> None:
+    """A scan leaves all other collections out without a word."""
+    for name, arrays in layers.variables.items():
+        if arrays and name not in ("params", *collections):
+            raise InputError(
+                f"SCAN_LAYERS = True: the layers have arrays in the collection {name!r}, which the "
+                f"scan over them does not carry; build the network with collections=({name!r},)"
+            )
 
 
 def gathered(weights: jax.Array) -> jax.Array:

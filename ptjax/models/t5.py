@@ -160,6 +160,7 @@ class DecoderLayer(nn.Module):
 class Encoder(nn.Module):
     config: T5Config
     gather: Gather | None = None
+    collections: tuple[str, ...] = ()
 
     def setup(self) -> None:
         cfg = self.config
@@ -212,7 +213,9 @@ class Encoder(nn.Module):
 
         count = cfg.num_encoder_layers
         own = unstack(cfg, count, prompt)
-        x, made = run_layers(cfg, count, run, self.layers, x, own, gather=self.gather)
+        x, made = run_layers(
+            cfg, count, run, self.layers, x, own, gather=self.gather, collections=self.collections
+        )
         states = self.output_dropout(self.encoder_norm(x), deterministic)
         return states, stack(made) if keep else None
 
@@ -220,6 +223,7 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     config: T5Config
     gather: Gather | None = None
+    collections: tuple[str, ...] = ()
 
     def setup(self) -> None:
         cfg = self.config
@@ -240,7 +244,15 @@ class Decoder(nn.Module):
             return None, layer.encoder_decoder_attention.keys_values(encoded)
 
         count = self.config.num_decoder_layers
-        return run_layers(self.config, count, of_layer, self.layers, None, gather=self.gather)[1]
+        return run_layers(
+            self.config,
+            count,
+            of_layer,
+            self.layers,
+            None,
+            gather=self.gather,
+            collections=self.collections,
+        )[1]
 
     def __call__(
         self,
@@ -279,24 +291,39 @@ class Decoder(nn.Module):
         shared = None if encoded.prompt is None else encoded.prompt.decoder
         shared = unstack(cfg, count, shared)
         x = self.input_dropout(embedded, deterministic).astype(cfg.dtype)
-        x, made = run_layers(cfg, count, run, self.layers, x, cache, shared, gather=self.gather)
+        x, made = run_layers(
+            cfg,
+            count,
+            run,
+            self.layers,
+            x,
+            cache,
+            shared,
+            gather=self.gather,
+            collections=self.collections,
+        )
         states = self.output_dropout(self.decoder_norm(x), deterministic)
         return states, None if cache is None else made
 
 
 class T5(nn.Module):
-    """The encoder-decoder, in pieces that a prompt can be put between; `gather` is for FSDP."""
+    """The encoder-decoder, in pieces that a prompt can be put between.
+
+    Attributes:
+        gather, collections: see `stacking.run_layers`.
+    """
 
     config: T5Config
     gather: Gather | None = None
+    collections: tuple[str, ...] = ()
 
     def setup(self) -> None:
         cfg = self.config
         self.token_embedder = nn.Embed(
             cfg.vocab_size, cfg.emb_dim, embedding_init=nn.initializers.normal(1.0)
         )
-        self.encoder = Encoder(cfg, self.gather)
-        self.decoder = Decoder(cfg, self.gather)
+        self.encoder = Encoder(cfg, self.gather, self.collections)
+        self.decoder = Decoder(cfg, self.gather, self.collections)
 
     def embed(self, tokens: Int[Array, "B t"]) -> Float[Array, "B t D"]:
         return self.token_embedder.embedding.astype(self.config.dtype)[tokens]

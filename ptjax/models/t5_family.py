@@ -208,9 +208,14 @@ class T5Family:
         return _NAMES + _RELPOS[1 if fields.get("relpos_per_layer") else 0 :: 2]
 
     def build(
-        self, config: T5Config, *, sees_input: bool = True, gather: Gather | None = None
+        self,
+        config: T5Config,
+        *,
+        sees_input: bool = True,
+        gather: Gather | None = None,
+        collections: tuple[str, ...] = (),
     ) -> ApplyFn:
-        return make_apply_fn(config, sees_input, gather)
+        return make_apply_fn(config, sees_input, gather, collections)
 
     def embedding(self, params: Mapping[str, Any]) -> jax.Array:
         return embedding_of(params, EMBEDDING)

@@ -15,7 +15,6 @@ from jax.sharding import Mesh
 
 from ptjax.data.pipeline import Shape
 from ptjax.scale import sharding
-from ptjax.settings import RunSettings
 from ptjax.training import freeze as freezing
 from ptjax.training.loss import Loss
 from ptjax.training.optimizer import Adafactor
@@ -28,45 +27,42 @@ class Recipe:
     """What of a run's settings its train step consists of.
 
     Attributes:
-        method: what trains, see `training.freeze.METHODS`.
-        sees_input: of the prompt.
         bank: whether a step trains several prompts.
     """
 
-    method: str
     optimizer: Adafactor
     loss: Loss
     microbatches: int = 1
-    sees_input: bool = True
     bank: bool = False
 
-    @classmethod
-    def of(cls, settings: RunSettings, *, bank: bool) -> Recipe:
-        """What `settings` make of the step."""
-        return cls(
-            settings.method.name,
-            settings.optimizer,
-            settings.loss,
-            settings.batching.microbatches,
-            settings.attends_to_input,
-            bank,
-        )
+    def groups(self, mesh: Mesh, *, small: bool, sees_input: bool = True) -> int:
+        """In how many groups of rows the step takes its batch (`sharding.reduction_groups`).
 
-    def groups(self, mesh: Mesh) -> int:
-        """In how many groups of rows the step takes its batch (`sharding.reduction_groups`)."""
-        if self.method != "prompt_tuning":  # every group has its own copy of what trains
+        Args:
+            small: what trains (`freezing.is_small`): every group has a gradient of its own.
+            sees_input: the prompt.
+        """
+        if not small:
             return 1
-        parts = {"microbatches": self.microbatches, "sees_input": self.sees_input}
+        parts = {"microbatches": self.microbatches, "sees_input": sees_input}
         return sharding.reduction_groups(mesh, **parts)
 
     def compose(
-        self, apply_fn: Callable[..., Any], freeze: freezing.Freeze, mesh: Mesh, rms: float = 1.0
+        self,
+        apply_fn: Callable[..., Any],
+        freeze: freezing.Freeze,
+        mesh: Mesh,
+        rms: float = 1.0,
+        *,
+        small: bool,
+        sees_input: bool = True,
     ) -> tuple[Callable[[Tree, jax.Array], TrainState], Callable[..., Any]]:
         """(what makes the first state of trainable variables and a key, the step).
 
         Args:
             apply_fn: of the backbone, for such prompts.
             rms: of the embedding.
+            small, sees_input: as for `groups`.
         """
 
         def make_optimizer(rate: jax.Array | None = None) -> optax.GradientTransformation:
@@ -76,7 +72,8 @@ class Recipe:
             # A copy: the step donates its state, and these arrays belong to the caller.
             return init_train_state(jax.tree.map(jnp.copy, trainable), make_optimizer(), key)
 
-        parts = {"microbatches": self.microbatches, "groups": self.groups(mesh)}
+        groups = self.groups(mesh, small=small, sees_input=sees_input)
+        parts = {"microbatches": self.microbatches, "groups": groups}
         if self.bank:
             step = make_bank_step(apply_fn, make_optimizer, self.loss, **parts)
             return jax.vmap(init), step

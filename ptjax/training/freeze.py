@@ -20,15 +20,14 @@ from ptjax.trees import Tree, flatten_paths, unflatten_paths
 Freeze = Any
 """A bool, or a dict of `Freeze` whose keys are those of the variables."""
 
-METHODS: dict[str, Mapping[str, bool]] = {
-    "prompt_tuning": {"params/.*": True, "prompt/.*": False},
-    "model_tuning": {"params/.*": False},
-}
-"""Method -> rules for `make_freeze`. What does not train is frozen by name, never by default."""
+SMALL = 0.1
+"""Of the frozen elements; what trains is small up to this share of them."""
 
 
 def make_freeze(variables: Tree, rules: Mapping[str, bool]) -> Freeze:
     """The full tree of bools that `rules` (pattern of a whole path -> frozen) give `variables`.
+
+    What does not train is frozen by name, never by default.
 
     Raises:
         InputError: a pattern matches no variable, two patterns disagree about one, or none covers
@@ -95,6 +94,14 @@ def lock(optimizer: optax.GradientTransformation, freeze: Freeze) -> optax.Gradi
 
     # What `optax.transforms.selective_transform` does; its mask cannot depend on the tree given.
     return optax.transforms.partition({"train": optimizer, "freeze": optax.set_to_zero()}, labels)
+
+
+def is_small(trained: int, frozen: int) -> bool:
+    """Whether so many elements that train are few beside the frozen ones.
+
+    Then copies of them cost next to nothing: gradients of their own, bytes to send, files to keep.
+    """
+    return trained <= SMALL * frozen
 
 
 def sizes(tree: Tree) -> tuple[int, int]:
