@@ -16,7 +16,7 @@ else the machine does slows all. With --threads=1 the CPU seconds, compared too,
 other work (with more, PyTorch's threads count the time in which they wait for each other). On a
 GPU, in bfloat16, each side has the device for itself; PEFT comes with torch.compile too, and FLOP/s
 are set against the device's peak. The FLOPs are those of the matrix products on the batches as each
-side pads them, counted by ptjax.scale.flops.
+side pads them, counted by ptjax.planning.flops.
 
 Accuracy: the shipped backbone on the CPU, SST-2, 1,000 steps of 32 examples, P = 20, the recipe of
 `sst2.py`, the same first prompts; the best step on validation, judged on the test split by the

@@ -21,10 +21,10 @@ from prompt_step import t5_1_1
 from real_batches import TASKS
 from sees_input import COMMON, LENGTHS, STEPS
 
-from ptjax.backbone import open_backbone
+from ptjax.backbones.open import open_backbone
 from ptjax.models.config import T5Config
 from ptjax.models.t5_family import T5_FAMILY
-from ptjax.scale.quantize import held_shapes, quantize
+from ptjax.sharding.quantize import held_shapes, quantize
 from ptjax.trees import flatten_paths
 
 DTYPE = "bfloat16"

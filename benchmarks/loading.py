@@ -32,10 +32,10 @@ import jax
 from prompt_step import SIZES, t5_1_1
 from random_checkpoints import FORMATS, written
 
-from ptjax.backbone import load_backbone
+from ptjax.backbones.load import load_backbone
 from ptjax.cli import distributed
 from ptjax.launch import reserved_port
-from ptjax.scale import processes
+from ptjax.sharding import processes
 
 DEVICES = 8
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Int
 
-from ptjax.backbone import Backbone
+from ptjax.backbones.load import Backbone
 from ptjax.errors import InputError
 from ptjax.models.layers import mask_bias
 from ptjax.models.t5 import EncoderLayer

@@ -13,9 +13,9 @@ from ptjax.methods.prompt_tuning import PromptTuning
 from ptjax.models.config import T5Config
 from ptjax.models.prompted import make_apply_fn
 from ptjax.models.t5 import parameter_shapes
-from ptjax.planning import Placed
-from ptjax.scale import sharding
-from ptjax.scale.flops import step_flops
+from ptjax.planning.flops import step_flops
+from ptjax.planning.workload import Placed
+from ptjax.sharding.arrays import replicate_key, replicated
 from ptjax.training import freeze as freezing
 from ptjax.training.loss import Loss
 from ptjax.training.optimizer import Adafactor
@@ -68,8 +68,8 @@ def first_state(placed: Placed, trainable: Any) -> TrainState:
     """
     shapes = placed.state.step, placed.state.opt_state
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
-    count, opt_state = jax.device_put(zeros, sharding.replicated(placed.mesh))
-    key = sharding.replicate_key(jax.random.key(0), placed.mesh)
+    count, opt_state = jax.device_put(zeros, replicated(placed.mesh))
+    key = replicate_key(jax.random.key(0), placed.mesh)
     return TrainState(count, trainable, opt_state, key)
 
 

@@ -34,19 +34,21 @@ from real_batches import (
     pick,
 )
 
-from ptjax import planning
-from ptjax.answering import make_label_tokens
-from ptjax.backbone import load_backbone, save_backbone
+from ptjax.backbones.load import load_backbone
+from ptjax.backbones.save import save_backbone
 from ptjax.data.batch import Batch, make_batch, make_packed_batch
 from ptjax.data.pipeline import Shape
 from ptjax.data.preprocess import TokenizedExamples
+from ptjax.inference.answering import make_label_tokens
 from ptjax.interop.huggingface_format import make_config_json, to_huggingface
 from ptjax.methods.base import InitContext
 from ptjax.methods.initializers import ClassLabels
 from ptjax.models.config import T5Config
 from ptjax.models.prompted import make_apply_fn, with_prompt
 from ptjax.models.t5 import parameter_shapes
-from ptjax.scale import sharding
+from ptjax.planning.workload import Placed, place
+from ptjax.sharding.arrays import put_batch, replicated
+from ptjax.sharding.meshes import make_mesh
 from ptjax.training.optimizer import embedding_rms
 from ptjax.trees import flatten_paths, unflatten_paths
 
@@ -202,7 +204,7 @@ def write_accuracy_inputs(
     embedding = backbone.variables["params"]["token_embedder"]["embedding"]
     context = InitContext(embedding, tokenizer, labels, lambda: [])
     for seed in range(flags.seeds):
-        key = jax.random.fold_in(jax.random.key(seed), 1)  # as ptjax.tuning does
+        key = jax.random.fold_in(jax.random.key(seed), 1)  # as ptjax.trainer.tune does
         prompt = ClassLabels()(key, settings["PROMPT_LENGTH"], context)
         np.save(folder / f"prompt_{seed}.npy", np.asarray(prompt))
     rate = settings["LEARNING_RATE"] * embedding_rms(embedding)
@@ -244,7 +246,7 @@ def make_params(shapes: Mapping[str, Any], head_dim: int, dtype: str) -> dict[st
     return unflatten_paths(made)
 
 
-Compiled = tuple[planning.Placed, Callable[..., Any], str]
+Compiled = tuple[Placed, Callable[..., Any], str]
 """The placed step, its compiled function, and its remat policy."""
 
 
@@ -257,10 +259,10 @@ def compile_all(rows: Mapping[Shape, step_time.Row]) -> dict[Shape, Compiled]:
 def compile_row(row: step_time.Row) -> Compiled:
     """Compiles with the first policy, from the row's on, that fits by the compiler's estimate."""
     device = jax.devices()[0]
-    mesh = sharding.make_mesh((1, 1), [device])
+    mesh = make_mesh((1, 1), [device])
     limit = (device.memory_stats() or {}).get("bytes_limit", float("inf"))
     for remat in step_time.REMATS[step_time.REMATS.index(row["remat"]) :]:
-        placed = planning.place(*step_time.wanted(row | {"remat": remat}, 1), mesh)
+        placed = place(*step_time.wanted(row | {"remat": remat}, 1), mesh)
         step = placed.lower().compile(compiler_options=row.get("options"))
         memory: Any = step.memory_analysis()
         if memory is None or memory.peak_memory_in_bytes <= FITS * limit:
@@ -303,9 +305,9 @@ def start(folder: Path, side: str) -> turns.Side:
     real = check["decoder_loss_weights"] > 0
     np.save(folder / f"{side}_logits.npy", np.asarray(logits, np.float32)[real])
     state = first_state(
-        placed, jax.device_put({"prompt": {"prompt": prompt}}, sharding.replicated(placed.mesh))
+        placed, jax.device_put({"prompt": {"prompt": prompt}}, replicated(placed.mesh))
     )
-    put = [sharding.put_batch(batch, placed.mesh) for batch in batches]
+    put = [put_batch(batch, placed.mesh) for batch in batches]
 
     def run(numbers: Iterable[int]) -> None:
         nonlocal state

@@ -23,7 +23,7 @@ from flax import serialization
 from ptjax.interop.huggingface import save_huggingface
 from ptjax.models.config import T5Config
 from ptjax.models.t5 import parameter_shapes
-from ptjax.scale import sharding
+from ptjax.sharding.rules import spec_of
 from ptjax.trees import flatten_paths, unflatten_paths
 
 LEGACY_CHUNK_BYTES = 64 << 20
@@ -81,7 +81,7 @@ def write_orbax(directory: Path, config: T5Config, model: int = 1) -> None:
     for name, shape in params.shapes.items():
         dotted = f"target.{name.replace('/', '.')}/"
         kvstore = {"driver": "ocdbt", "base": base, "path": dotted}
-        spec = sharding.spec_of(f"params/{name}", len(shape))
+        spec = spec_of(f"params/{name}", len(shape))
         parts = [model if axis == "model" else 1 for axis in spec]
         chunks = tuple(n // m for n, m in itertools.zip_longest(shape, parts, fillvalue=1))
         _write_zarr(kvstore, _metadata(shape, chunks, "zstd"), params[name])

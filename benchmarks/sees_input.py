@@ -27,7 +27,7 @@ from packing import Steps, survey
 from prompt_step import make_step
 from real_batches import TASKS, bucket, make_task
 
-from ptjax.backbone import load_backbone
+from ptjax.backbones.load import load_backbone
 from ptjax.data.preprocess import tokenize_examples
 from ptjax.model_dir import ModelDir
 

@@ -24,7 +24,7 @@ import numpy as np
 import runs
 import sees_input
 
-from ptjax.backbone import load_backbone
+from ptjax.backbones.load import load_backbone
 from ptjax.models.prompted import with_prompt
 
 NANO = "ptjax-nano"

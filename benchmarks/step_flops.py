@@ -2,7 +2,7 @@
 
     python benchmarks/step_flops.py [--output=FILE.json]
 
-Counted from the jaxpr (`ptjax.scale.flops`), so no weights exist and XXL takes seconds. Going back
+Counted from the jaxpr (`ptjax.planning.flops`): no weights exist and XXL takes seconds. Going back
 through a frozen network costs its activations' gradients alone: step / forward is 2 and a little.
 3.0 would mean that the gradients of frozen weights are computed too. Exits 1 above 2.25.
 """

@@ -29,12 +29,13 @@ import jax
 import numpy as np
 from prompt_step import SIZES, first_state, t5_1_1
 
-from ptjax import compiling, planning
 from ptjax.methods.prompt_tuning import PromptTuning
-from ptjax.planning import Layout, Workload
-from ptjax.scale import sharding
-from ptjax.scale.compiled import Recipe
-from ptjax.scale.slices import ENVIRONMENT, GENERATIONS, Slice, parse_slice
+from ptjax.planning import compiler
+from ptjax.planning.slices import ENVIRONMENT, GENERATIONS, Slice, parse_slice
+from ptjax.planning.workload import Layout, Placed, Workload, place
+from ptjax.sharding.arrays import put_batch
+from ptjax.sharding.meshes import make_mesh
+from ptjax.training.compile import Recipe
 from ptjax.training.loss import Loss
 from ptjax.training.optimizer import Adafactor
 
@@ -100,7 +101,7 @@ def measure(row: Row) -> Row:
     """One row, in this process."""
     devices = jax.devices()
     workload, layout = wanted(row, len(devices))
-    placed = planning.place(workload, layout, sharding.make_mesh((len(devices), 1)))
+    placed = place(workload, layout, make_mesh((len(devices), 1)))
     started = time.perf_counter()
     step = placed.lower().compile(compiler_options=row.get("options"))
     found: Row = {"compile_seconds": time.perf_counter() - started}
@@ -116,7 +117,7 @@ def measure(row: Row) -> Row:
 
 
 def make_turn(
-    placed: planning.Placed, workload: Workload, step: Callable[..., Any], steps: int
+    placed: Placed, workload: Workload, step: Callable[..., Any], steps: int
 ) -> Callable[[], float]:
     """A function that runs `steps` steps on random arrays and returns the seconds they took."""
     frozen = random_arrays(placed.frozen)
@@ -129,7 +130,7 @@ def make_turn(
         for name, (shape, dtype) in placed.shape.arrays().items()
     }
     arrays["encoder_lengths"][:] = placed.shape.inputs
-    batch = sharding.put_batch(arrays, placed.mesh)
+    batch = put_batch(arrays, placed.mesh)
     jax.block_until_ready((frozen, state, batch))
 
     def turn() -> float:
@@ -182,7 +183,7 @@ def plan(row: Row, where: Slice) -> dict[str, Any]:
     """The prediction of `ptjax.plan` for the row; the devices need not be present."""
     workload, layout = wanted(row, len(where.devices()))
     timed = row.get("timed", True)
-    return compiling.compile_ahead(workload, layout, where, exact=True, timed=timed)
+    return compiler.compile_ahead(workload, layout, where, exact=True, timed=timed)
 
 
 def main() -> None:

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from ptjax.backbone import Backbone, load_backbone, save_backbone
-    from ptjax.baselines import HardPrompt
-    from ptjax.callbacks import Callback
+    from ptjax.backbones.load import Backbone, load_backbone
+    from ptjax.backbones.save import save_backbone
     from ptjax.data import catalogue as preprocessors
     from ptjax.data.batching import Batching
+    from ptjax.data.hard_prompt import HardPrompt
     from ptjax.data.mixture import (
         MixtureComponent,
         PrefixLM,
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from ptjax.data.tasks import Task
     from ptjax.data.tokenizer import load_tokenizer
     from ptjax.errors import InputError
-    from ptjax.inference import forward, generate, loss_and_prompt_gradient
+    from ptjax.inference.forward import forward, generate, loss_and_prompt_gradient
+    from ptjax.inference.prompts import make_bank
     from ptjax.interop.prompt_file import FromFile, load_prompt, load_prompts, save_prompt
     from ptjax.methods.base import InitContext, Method
     from ptjax.methods.initializers import (
@@ -44,35 +45,35 @@ if TYPE_CHECKING:
     from ptjax.methods.prompt_tuning import PromptTuning
     from ptjax.models.config import T5Config
     from ptjax.models.module_family import flax_module
-    from ptjax.pretraining import pretrain
-    from ptjax.prompting import make_bank
     from ptjax.settings import Evaluation, RunSettings, TrainSchedule
-    from ptjax.sweep import MemberOverrides, sweep
+    from ptjax.trainer.callbacks import Callback
+    from ptjax.trainer.pretrain import pretrain
+    from ptjax.trainer.sweep import MemberOverrides, sweep
+    from ptjax.trainer.tune import Run, tune
     from ptjax.training.loss import Loss
     from ptjax.training.optimizer import Adafactor
-    from ptjax.tuning import Run, tune
 
 _HOMES = {
     "Adafactor": "ptjax.training.optimizer",
-    "Backbone": "ptjax.backbone",
+    "Backbone": "ptjax.backbones.load",
     "Batching": "ptjax.data.batching",
-    "Callback": "ptjax.callbacks",
+    "Callback": "ptjax.trainer.callbacks",
     "ClassLabels": "ptjax.methods.initializers",
     "Evaluation": "ptjax.settings",
     "FrequentWords": "ptjax.methods.initializers",
     "FromFile": "ptjax.interop.prompt_file",
     "FromText": "ptjax.methods.initializers",
-    "HardPrompt": "ptjax.baselines",
+    "HardPrompt": "ptjax.data.hard_prompt",
     "InitContext": "ptjax.methods.base",
     "InputError": "ptjax.errors",
     "Loss": "ptjax.training.loss",
-    "MemberOverrides": "ptjax.sweep",
+    "MemberOverrides": "ptjax.trainer.sweep",
     "Method": "ptjax.methods.base",
     "MixtureComponent": "ptjax.data.mixture",
     "ModelTuning": "ptjax.methods.model_tuning",
     "PrefixLM": "ptjax.data.mixture",
     "PromptTuning": "ptjax.methods.prompt_tuning",
-    "Run": "ptjax.tuning",
+    "Run": "ptjax.trainer.tune",
     "RunSettings": "ptjax.settings",
     "SampledVocabulary": "ptjax.methods.initializers",
     "SpanCorruption": "ptjax.data.mixture",
@@ -84,19 +85,19 @@ _HOMES = {
     "TrainSchedule": "ptjax.settings",
     "Uniform": "ptjax.methods.initializers",
     "flax_module": "ptjax.models.module_family",
-    "forward": "ptjax.inference",
-    "generate": "ptjax.inference",
-    "load_backbone": "ptjax.backbone",
+    "forward": "ptjax.inference.forward",
+    "generate": "ptjax.inference.forward",
+    "load_backbone": "ptjax.backbones.load",
     "load_prompt": "ptjax.interop.prompt_file",
     "load_prompts": "ptjax.interop.prompt_file",
     "load_tokenizer": "ptjax.data.tokenizer",
-    "loss_and_prompt_gradient": "ptjax.inference",
-    "make_bank": "ptjax.prompting",
-    "pretrain": "ptjax.pretraining",
-    "save_backbone": "ptjax.backbone",
+    "loss_and_prompt_gradient": "ptjax.inference.forward",
+    "make_bank": "ptjax.inference.prompts",
+    "pretrain": "ptjax.trainer.pretrain",
+    "save_backbone": "ptjax.backbones.save",
     "save_prompt": "ptjax.interop.prompt_file",
-    "sweep": "ptjax.sweep",
-    "tune": "ptjax.tuning",
+    "sweep": "ptjax.trainer.sweep",
+    "tune": "ptjax.trainer.tune",
 }
 _MODULES = {"preprocessors": "ptjax.data.catalogue"}
 

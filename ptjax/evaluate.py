@@ -10,7 +10,7 @@ from ptjax.cli import chosen, distributed, output
 from ptjax.errors import InputError
 
 if TYPE_CHECKING:
-    from ptjax.baselines import HardPrompt
+    from ptjax.data.hard_prompt import HardPrompt
 
 
 def main() -> None:
@@ -65,11 +65,12 @@ def main() -> None:
 
 
 def evaluate(arguments: Any) -> None:
-    from ptjax import evaluation, prompting
     from ptjax.data.batching import FEATURE_LENGTHS
     from ptjax.data.vocabularies import missing_tokenizer
-    from ptjax.scale import processes
+    from ptjax.evaluation import evaluator
+    from ptjax.inference import prompts
     from ptjax.settings import RunSettings
+    from ptjax.sharding import processes
 
     if arguments.output:
         output.check(arguments.output, force=arguments.force, inputs=chosen.inputs(arguments))
@@ -88,15 +89,15 @@ def evaluate(arguments: Any) -> None:
     if loaded.tokenizer is None:
         raise missing_tokenizer(loaded.name, loaded.config.vocab_size)
     if prompt is not None:
-        check = prompting.check_bank if many else prompting.check_prompt
+        check = prompts.check_bank if many else prompts.check_prompt
         prompt = check(loaded, prompt, allow_mismatch=arguments.allow_mismatch)
-    evaluator = evaluation.Evaluator(
+    evaluator = evaluator.Evaluator(
         task,
         loaded,
         loaded.tokenizer,
         {**FEATURE_LENGTHS, **chosen.lengths(metadata)},
         settings.evaluation,
-        prompting.sees_input(prompt),
+        prompts.sees_input(prompt),
     )
     split = arguments.split or evaluator.reported_split
     examples = evaluator.examples(split)
@@ -151,7 +152,7 @@ def check_output(arguments: Any, examples: Any, *, many: bool) -> None:
 
 def read_hard_prompt(arguments: Any) -> HardPrompt | None:
     """The hard prompt of the flags, which then name no other prompt."""
-    from ptjax.baselines import HardPrompt
+    from ptjax.data.hard_prompt import HardPrompt
 
     if arguments.hard_prompt is None:
         if arguments.shots:
@@ -177,9 +178,9 @@ def of_one(
     evaluator: Any, prompt: Any, split: str, rewording: Callable[[str], str] | None = None
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """(scores, what is said to every example) of a prompt, or of the backbone alone."""
-    from ptjax import prompting
+    from ptjax.inference import prompts
 
-    _, variables = prompting.prompted(evaluator.backbone, prompt)
+    _, variables = prompts.prompted(evaluator.backbone, prompt)
     predictions = evaluator.predict(variables, split, rewording)
     metrics = evaluator.score(predictions, split)
     scores = {"value": metrics[evaluator.metric], "metrics": metrics}

@@ -91,14 +91,15 @@ def export(arguments: argparse.Namespace) -> None:
 def export_file(arguments: argparse.Namespace, prompt: Any, place: str) -> None:
     import numpy as np
 
-    from ptjax import files, prompting
+    from ptjax import files
+    from ptjax.inference import prompts
     from ptjax.interop.prompt_file import save_prompt
 
     if arguments.to == "safetensors":
         save_prompt(place, prompt.prompt, prompt.metadata)
     elif arguments.to == "compiled":
         loaded = chosen.load_backbone(arguments, prompt.metadata)
-        compiled = prompting.compile_prompt(loaded, prompting.check_prompt(loaded, prompt))
+        compiled = prompts.compile_prompt(loaded, prompts.check_prompt(loaded, prompt))
         save_prompt(place, prompt.prompt, compiled.metadata, compiled.states)
     else:
         stream = io.BytesIO()
@@ -148,8 +149,8 @@ def backbone_sizes(
     Raises:
         InputError: nothing names it, or the prompt was tuned on another one.
     """
-    from ptjax import inspection
-    from ptjax.backbone import open_backbone
+    from ptjax.backbones import describe
+    from ptjax.backbones.open import open_backbone
 
     path = arguments.backbone or cli.settings(chosen.LOAD_BACKBONE, "path").get("path")
     named = metadata.get("backbone_name")
@@ -160,7 +161,7 @@ def backbone_sizes(
             opened = open_backbone(str(named))
     else:
         opened = open_backbone(str(path))
-    if inspection.fingerprints_of(opened).contradict(metadata):
+    if describe.fingerprints_of(opened).contradict(metadata):
         raise InputError(
             f"the prompt was not tuned on the weights of {opened.name}, which PEFT would be told; "
             f"name its own backbone, {named}, with --backbone"

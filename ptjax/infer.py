@@ -123,8 +123,8 @@ def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def infer(arguments: argparse.Namespace) -> None:
-    from ptjax import prediction, prompting
-    from ptjax.scale import processes
+    from ptjax.inference import predict, prompts
+    from ptjax.sharding import processes
 
     if arguments.input == "-" and processes.several():
         raise InputError("standard input reaches only one of several processes; give --input=FILE")
@@ -142,9 +142,9 @@ def infer(arguments: argparse.Namespace) -> None:
     tells = next((metadata for metadata in said if metadata.get("backbone_name")), {})
     loaded = chosen.load_backbone(arguments, tells)
     if prompt is not None:
-        check = prompting.check_bank if many else prompting.check_prompt
+        check = prompts.check_bank if many else prompts.check_prompt
         prompt = check(loaded, prompt, allow_mismatch=arguments.allow_mismatch)
-    found = prediction.predict(
+    found = predict.predict(
         loaded,
         [one.text for one in asked],
         [one.manner for one in asked],
@@ -193,7 +193,7 @@ class Question:
     Attributes:
         text: the model's input.
         fields: the record's own.
-        manner: of its prompt, a `prediction.Manner`.
+        manner: of its prompt, a `predict.Manner`.
         prompt_id: in the bank, -1 for none; 0 without a bank.
     """
 
@@ -214,19 +214,19 @@ def questions_of(
     Raises:
         InputError: a record that cannot be used, with its place.
     """
-    from ptjax import prediction
     from ptjax.data import sources
+    from ptjax.inference import predict
 
     records = records_of(arguments)
     bad, manners = records.bad, {}
     kept, asked = [], []
     for record in records:
         try:
-            number = 0 if bank is None else prediction.prompt_of(record, bank)
+            number = 0 if bank is None else predict.prompt_of(record, bank)
             if number not in manners:
                 manners[number] = manner_of(said[number], raw=arguments.raw)
             task = None if arguments.raw else manners[number].task
-            text, fields = prediction.format_record(record, task)
+            text, fields = predict.format_record(record, task)
             new = {"inputs": text, "prediction": None, "score": None, "probabilities": None}
             output.check_fields(fields, prefixed(new, arguments.prefix), record.where)
         except InputError as error:
@@ -237,7 +237,7 @@ def questions_of(
         kept.append(record)
         asked.append(Question(text, fields, manners[number], number))
     ids = None if bank is None else [one.prompt_id for one in asked]
-    prediction.check_prompt_fields(kept, [one.manner for one in asked], ids)
+    predict.check_prompt_fields(kept, [one.manner for one in asked], ids)
     sources.non_empty(sources.Records(kept, bad), arguments.input or "the command line")
     if bad.count:
         total = len(kept) + bad.count
@@ -246,22 +246,22 @@ def questions_of(
 
 
 def manner_of(metadata: dict[str, Any], *, raw: bool) -> Any:
-    from ptjax import prediction
+    from ptjax.inference import predict
 
     lengths = chosen.lengths(metadata)
-    task = prediction.task_of(metadata, chosen.task(metadata, needed=not raw))
-    return prediction.Manner(task, lengths.get("inputs"), lengths.get("targets"))
+    task = predict.task_of(metadata, chosen.task(metadata, needed=not raw))
+    return predict.Manner(task, lengths.get("inputs"), lengths.get("targets"))
 
 
 def records_of(arguments: argparse.Namespace) -> Any:
-    """The inputs as `sources.Records`; a plain line is one with the field `prediction.PLAIN`."""
-    from ptjax import prediction
+    """The inputs as `sources.Records`; a plain line is one with the field `predict.PLAIN`."""
     from ptjax.data import sources
+    from ptjax.inference import predict
 
     bad = sources.BadRecords(arguments.on_bad_record)
     if arguments.texts:
         plain = [
-            sources.Record({prediction.PLAIN: text}, "the command line, text", i)
+            sources.Record({predict.PLAIN: text}, "the command line, text", i)
             for i, text in enumerate(arguments.texts, 1)
         ]
         return sources.Records(plain, bad)
@@ -291,7 +291,7 @@ def records_of(arguments: argparse.Namespace) -> Any:
         )
     if kind != "text":
         return records
-    plain = [sources.Record({prediction.PLAIN: r.fields["text"]}, r.file, r.line) for r in records]
+    plain = [sources.Record({predict.PLAIN: r.fields["text"]}, r.file, r.line) for r in records]
     return sources.Records(plain, records.bad)
 
 

@@ -42,13 +42,13 @@ def main() -> None:
 
 
 def inspect(arguments: argparse.Namespace) -> None:
-    from ptjax import inspection
+    from ptjax.backbones import describe
 
     check_at_least(1, **{"--tokens": arguments.tokens})
     chosen.bind_tokenizer(arguments)
     cli.load_gin(arguments, defaults={"MODEL_DIR": None, "DATA_DIR": ""})
     bound = cli.settings(chosen.LOAD_BACKBONE, "path", "tokenizer")
-    described = inspection.describe(arguments.path, bound.get("tokenizer"))
+    described = describe.describe(arguments.path, bound.get("tokenizer"))
     prompt = described.get("best_prompt") or (described if described["kind"] == "prompt" else None)
     if prompt is not None:
         add_tokens(prompt, arguments, bound)
@@ -60,20 +60,21 @@ def add_tokens(
     described: dict[str, Any], arguments: argparse.Namespace, bound: dict[str, Any]
 ) -> None:
     """Adds "compared_with" and "nearest_tokens", or "not_compared" with the reason."""
-    from ptjax import backbone, inspection
+    from ptjax.backbones import describe
+    from ptjax.backbones.open import would_download
 
     asked = arguments.backbone or bound.get("path")
     name = asked or described["metadata"].get("backbone_name")
     if name is None:
         described["not_compared"] = "name the backbone with --backbone to see the nearest tokens"
         return
-    if not asked and backbone.would_download(name):
+    if not asked and would_download(name):
         described["not_compared"] = (
             f"its backbone, {name}, is not on this machine; --backbone={name} downloads it"
         )
         return
     try:
-        described["nearest_tokens"] = inspection.compare(
+        described["nearest_tokens"] = describe.compare(
             described["path"], name, bound.get("tokenizer"), arguments.tokens
         )
     except InputError as error:

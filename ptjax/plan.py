@@ -15,8 +15,8 @@ from ptjax.cli import chosen, output
 from ptjax.errors import InputError, check_at_least
 
 if TYPE_CHECKING:
-    from ptjax.planning import Layout, Report, Workload
-    from ptjax.scale.slices import Slice
+    from ptjax.planning.slices import Slice
+    from ptjax.planning.workload import Layout, Report, Workload
 
 NOT_NEEDED = {"MODEL_DIR": "", "DATA_DIR": "", "INITIAL_CHECKPOINT_PATH": ""}
 
@@ -84,22 +84,22 @@ def main() -> None:
 
 
 def plan(arguments: argparse.Namespace) -> None:
-    from ptjax.scale.slices import ENVIRONMENT, parse_slice
+    from ptjax.planning.slices import ENVIRONMENT, parse_slice
 
     os.environ |= ENVIRONMENT
     names = [name.strip() for text in arguments.slice for name in text.split(",") if name.strip()]
     slices = [parse_slice(name) for name in names or [""]]
     check_at_least(1, **{"--timeout_seconds": arguments.timeout_seconds})
     cli.load_gin(arguments, defaults=NOT_NEEDED)
-    from ptjax import compiling
+    from ptjax.planning import compiler
 
     workload, layout = read_workload()
     if arguments.compile is not None:
-        print(json.dumps(compiling.answer(workload, slices[0], arguments.compile)))
+        print(json.dumps(compiler.answer(workload, slices[0], arguments.compile)))
         return
     if not arguments.quick:
         for where in slices:
-            compiling.check_compiler(where)
+            compiler.check_compiler(where)
     found = (plan_slice(workload, layout, where, arguments) for where in slices)
     if arguments.json:
         output.show(output.as_json(list(found), indent=2))
@@ -109,9 +109,9 @@ def plan(arguments: argparse.Namespace) -> None:
 
 def read_workload() -> tuple[Workload, Layout]:
     """What the gin files ask for, and the layout that they choose."""
-    from ptjax.planning import Layout, PlannedBackbone, Workload
+    from ptjax.planning.workload import Layout, PlannedBackbone, Workload
     from ptjax.settings import RunSettings
-    from ptjax.sweep import check_members
+    from ptjax.trainer.sweep import check_members
 
     run = cli.settings(chosen.TUNE, "settings", "members")
     if not run:
@@ -141,7 +141,8 @@ def _config_fields() -> list[str]:
 
 def _config(loaded: Mapping[str, Any]) -> Any:
     """Sizes from models/*.gin, or from the headers of the checkpoint; settings from the run."""
-    from ptjax.backbone import check_dtypes, open_backbone, would_download
+    from ptjax.backbones.load import check_dtypes
+    from ptjax.backbones.open import open_backbone, would_download
     from ptjax.models.config import T5Config
 
     own = ("path", "dtype", "mesh", "fsdp", "quantize")
@@ -169,12 +170,14 @@ def plan_slice(
     workload: Workload, layout: Layout, where: Slice, arguments: argparse.Namespace
 ) -> Report:
     """What is found for one slice: the gin file's layout, those tried, the best of them."""
-    from ptjax import compiling, planning, searching
+    from ptjax.planning.compiler import Compiler
+    from ptjax.planning.search import search
+    from ptjax.planning.workload import Layout, count, settle
 
     searched = not (arguments.quick or arguments.no_search)
     found: Report = {"slice": where.name, "own": {}, "searched": searched, "tried": []}
     found["best"] = None
-    compiler = compiling.Compiler(
+    compiler = Compiler(
         workload,
         where,
         cli.config_text(),
@@ -183,19 +186,17 @@ def plan_slice(
         cache=Path(arguments.cache_dir).expanduser() if arguments.cache_dir else None,
     )
     try:
-        layout = planning.settle(workload, layout, where)
+        layout = settle(workload, layout, where)
     except InputError as error:
         found["own"] = {"verdict": "refused", "reason": str(error)}
     else:
         quick = arguments.quick
-        found["own"] = (
-            planning.count(workload, layout, where) if quick else compiler(layout, timed=True)
-        )
+        found["own"] = count(workload, layout, where) if quick else compiler(layout, timed=True)
     if not searched:
         return found
-    tried, best = searching.search(workload, where, layout.quantize, compiler)
+    tried, best = search(workload, where, layout.quantize, compiler)
     if best:
-        again = compiler(planning.Layout.of(best["settings"]), timed=True)
+        again = compiler(Layout.of(best["settings"]), timed=True)
         best = again if again["verdict"] == "fits" else best
     return found | {"tried": tried, "best": best}
 

@@ -20,10 +20,10 @@ def main() -> None:
     arguments = cli.parse(parser)
 
     def body() -> None:
-        from ptjax import pretraining  # here, so that --help need not wait for JAX
+        from ptjax.trainer import pretrain
 
         cli.load_gin(arguments)
-        cli.bound(pretraining.pretrain)(
+        cli.bound(pretrain.pretrain)(
             callbacks=[output.ConfigFile(cli.config_text())], dry_run=arguments.dry_run
         )
 

@@ -6,13 +6,13 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Literal, get_args
 
-from ptjax.baselines import HardPrompt
 from ptjax.data.batching import Batching
+from ptjax.data.hard_prompt import HardPrompt
 from ptjax.errors import InputError, check_at_least, check_choice
 from ptjax.methods.base import Method
 from ptjax.methods.model_tuning import ModelTuning
 from ptjax.methods.prompt_tuning import PromptTuning
-from ptjax.scale.compiled import Recipe
+from ptjax.training.compile import Recipe
 from ptjax.training.loss import Loss
 from ptjax.training.optimizer import Adafactor
 

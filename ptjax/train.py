@@ -25,11 +25,11 @@ def main() -> None:
     arguments = cli.parse(parser)
 
     def body() -> None:
-        from ptjax import tuning  # here, so that --help need not wait for JAX
-        from ptjax.scale import processes
+        from ptjax.sharding import processes
+        from ptjax.trainer import tune
 
         cli.load_gin(arguments)
-        run = cli.bound(tuning.tune)(
+        run = cli.bound(tune.tune)(
             callbacks=[output.ConfigFile(cli.config_text())], dry_run=arguments.dry_run
         )
         if run.results and processes.first():

@@ -40,12 +40,12 @@ from absl import logging as absl_logging
 from markers import missing
 from t5_ids import T5_IDS, with_lengths
 
-from ptjax import prompting
-from ptjax.callbacks import Callback
 from ptjax.data.batch import Batch, make_batch
+from ptjax.inference import prompts
 from ptjax.models.config import T5Config
 from ptjax.models.prompted import PromptedT5
 from ptjax.models.t5 import init_params
+from ptjax.trainer.callbacks import Callback
 
 FIXTURES = Path(__file__).parent / "fixtures"
 PATIENCE = 900
@@ -163,7 +163,7 @@ def own_process(monkeypatch, tmp_path):
     root = logging.getLogger()
     monkeypatch.setattr(root, "handlers", list(root.handlers))
     monkeypatch.setattr(gin.config, "_LOCATION_PREFIXES", [""])
-    monkeypatch.setattr(prompting, "_WARNED", set())
+    monkeypatch.setattr(prompts, "_WARNED", set())
     monkeypatch.chdir(tmp_path)
     before = absl_logging.get_verbosity()
     gin.clear_config()
@@ -226,7 +226,7 @@ def oracle() -> dict[str, dict[str, np.ndarray]]:
 @pytest.fixture(scope="session")
 def t5_1_1() -> Any:
     """The backbone of t5_1_1_tiny_legacy, float32."""
-    from ptjax.backbone import load_backbone
+    from ptjax.backbones.load import load_backbone
 
     return load_backbone(FIXTURES / "t5_1_1_tiny_legacy", dtype="float32")
 
@@ -234,7 +234,7 @@ def t5_1_1() -> Any:
 @pytest.fixture(scope="session")
 def t5_1_0() -> Any:
     """The backbone of t5_1_0_tiny_legacy, float32."""
-    from ptjax.backbone import load_backbone
+    from ptjax.backbones.load import load_backbone
 
     return load_backbone(FIXTURES / "t5_1_0_tiny_legacy", dtype="float32")
 
@@ -248,7 +248,8 @@ WORDS = {
 @pytest.fixture(scope="session")
 def backbone(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A random T5 1.1 of width 16 with the shipped vocabulary."""
-    from ptjax.backbone import load_backbone, save_backbone
+    from ptjax.backbones.load import load_backbone
+    from ptjax.backbones.save import save_backbone
     from ptjax.data.tokenizer import load_tokenizer
 
     config = T5Config(8192, 16, 2, 1, 1, 8, 32, dropout_rate=0.1)
@@ -322,8 +323,8 @@ def tune(
     **changes: Any,
 ) -> dict[str, Any]:
     """The results of such a run of the random backbone on the words."""
-    from ptjax import tuning
+    from ptjax.trainer import tune
 
     settings = make_settings(**changes)
     how = {"members": members, "callbacks": callbacks, "dry_run": dry_run}
-    return tuning.tune(backbone, task, directory, settings, **how).results
+    return tune.tune(backbone, task, directory, settings, **how).results

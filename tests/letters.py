@@ -9,13 +9,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from ptjax.answering import tokenize_inputs
+from ptjax.backbones.fingerprint import Fingerprints
 from ptjax.data.preprocess import TokenizedExamples
 from ptjax.data.vocabulary import NO_ID
-from ptjax.fingerprint import Fingerprints
+from ptjax.inference.answering import tokenize_inputs
 from ptjax.models.prompted import make_apply_fn
 from ptjax.models.t5_family import T5_FAMILY
-from ptjax.scale.sharding import make_mesh
+from ptjax.sharding.meshes import make_mesh
 
 
 class LetterTokenizer:

@@ -10,11 +10,12 @@ import pytest
 from letters import LETTERS, make_backbone, random_texts, text_source
 from t5_ids import T5_IDS, lengths_of
 
-from ptjax import answering
 from ptjax.data.batch import shift_right
 from ptjax.data.pipeline import make_buckets
 from ptjax.data.preprocess import TokenizedExamples
-from ptjax.scale.sharding import make_mesh, sharding_of
+from ptjax.inference import answering
+from ptjax.sharding.meshes import make_mesh
+from ptjax.sharding.rules import sharding_of
 from ptjax.trees import flatten_paths, unflatten_paths
 
 

@@ -13,15 +13,16 @@ import pytest
 from conftest import tune
 
 from ptjax import cli, files
-from ptjax.backbone import load_backbone, save_backbone
+from ptjax.backbones.describe import describe
+from ptjax.backbones.load import load_backbone
+from ptjax.backbones.save import save_backbone
 from ptjax.cli import output
 from ptjax.data.tokenizer import load_tokenizer
 from ptjax.errors import InputError
-from ptjax.inspection import describe
 from ptjax.interop.peft import export_peft
 from ptjax.interop.prompt_file import load_prompt, load_prompts, save_prompt
-from ptjax.pretraining import pretrain
 from ptjax.settings import TrainSchedule
+from ptjax.trainer.pretrain import pretrain
 
 pytestmark = pytest.mark.usefixtures("own_process")
 QUICK = "--gin_file=quickstart.gin"

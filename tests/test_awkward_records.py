@@ -21,10 +21,10 @@ from ptjax.data.sources import read_records
 from ptjax.data.tasks import Example, Task
 from ptjax.data.tokenizer import load_tokenizer
 from ptjax.errors import InputError
-from ptjax.evaluation import Evaluator, check_cut, report_examples, report_lost
-from ptjax.member_setup import set_up_members
+from ptjax.evaluation.evaluator import Evaluator, check_cut, report_examples, report_lost
 from ptjax.settings import Evaluation
-from ptjax.sweep import MemberOverrides
+from ptjax.trainer.setup import set_up_members
+from ptjax.trainer.sweep import MemberOverrides
 
 OPEN = {"name": "t", "inputs": "{text}", "targets": "{target}"}
 LABELS = {"name": "t", "inputs": "{text}", "label": "label"}

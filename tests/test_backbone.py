@@ -18,24 +18,28 @@ import numpy as np
 import pytest
 import tensorstore as ts
 from conftest import FIXTURES, load_expected
+from etils import epath
 from flax import serialization
 from jax.sharding import Mesh
 from t5_ids import with_lengths
 
 import ptjax
-from ptjax import backbone as backbones
-from ptjax import inspection, shipped
-from ptjax.backbone import load_backbone, save_backbone
+from ptjax.backbones import describe, shipped
+from ptjax.backbones import load as backbones
+from ptjax.backbones.fingerprint import fingerprint
+from ptjax.backbones.load import load_backbone
+from ptjax.backbones.open import would_download
+from ptjax.backbones.save import save_backbone
 from ptjax.data.tokenizer import load_tokenizer
 from ptjax.errors import InputError
-from ptjax.fingerprint import fingerprint
 from ptjax.interop import huggingface, t5x
 from ptjax.interop.stored import StoredArray, one_by_one
 from ptjax.models.config import T5Config
 from ptjax.models.stacking import Unstacked
 from ptjax.models.t5 import init_params
 from ptjax.models.t5_family import T5_FAMILY
-from ptjax.scale import sharding
+from ptjax.sharding.meshes import make_mesh
+from ptjax.sharding.rules import shardings_of
 from ptjax.trees import flatten_paths, unflatten_paths
 
 LEGACY = FIXTURES / "t5_1_1_tiny_legacy"
@@ -180,7 +184,7 @@ def test_a_hub_id_is_downloaded_and_its_revision_recorded(saved, monkeypatch):
 
     def download(repo_id, revision, ours):
         asked.append((repo_id, revision))
-        return backbones.epath.Path(saved), "0123abc"
+        return epath.Path(saved), "0123abc"
 
     monkeypatch.setattr(huggingface, "download", download)
     loaded = load_backbone("google/t5-tiny")
@@ -201,9 +205,9 @@ def test_only_a_hub_id_that_is_not_here_would_be_downloaded(saved, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "t5").mkdir(parents=True)
     for name in ("ptjax-nano", saved, "runs/t5", "/nowhere/t5", "a/b/c", "google/t5@0a"):
-        assert not backbones.would_download(name), name
+        assert not would_download(name), name
     for name in ("google/t5", "google/t5@0b", "t5-small"):
-        assert backbones.would_download(name), name
+        assert would_download(name), name
 
 
 def test_a_folder_of_something_else(tmp_path):
@@ -232,7 +236,7 @@ def test_backbones_of_the_package_ptjax_models(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     first, last = load_backbone("ptjax-pico-span"), load_backbone("ptjax-pico-lm")
     assert first.fingerprint != last.fingerprint == load_backbone("ptjax-pico").fingerprint
-    assert not backbones.would_download("ptjax-pico")
+    assert not would_download("ptjax-pico")
     with pytest.raises(InputError, match=r"ptjax-piko .*; did you mean ptjax-pico-lm\?"):
         load_backbone("ptjax-piko")
     with pytest.raises(InputError, match="there are ptjax-nano, ptjax-pico-lm, ptjax-pico-span"):
@@ -434,7 +438,7 @@ def test_fingerprints_are_equal_however_the_weights_came(tmp_path, t5_1_1, dtype
     if isinstance(path, str):
         save_backbone(tmp_path, t5_1_1.config, t5_1_1.variables["params"], dtype=path)
         path = tmp_path
-    mesh = sharding.make_mesh(2) if devices == 8 else None
+    mesh = make_mesh(2) if devices == 8 else None
     loaded = load_backbone(path, dtype=dtype, mesh=mesh)
     assert loaded.fingerprint == t5_1_1.fingerprint
     assert loaded.fingerprint_v1 == t5_1_1.fingerprint_v1
@@ -533,11 +537,11 @@ def test_each_weight_is_read_once_and_never_held_twice(spied, scan_layers):
 def test_a_mesh_reads_each_part_once_and_gives_the_same_weights(spied, t5_1_1, name, fsdp):
     path, reads = spied
     loaded = load_backbone(path, mesh=name, fsdp=fsdp, scan_layers=fsdp)
-    assert loaded.mesh == sharding.make_mesh(2) and loaded.fsdp == fsdp
+    assert loaded.mesh == make_mesh(2) and loaded.fsdp == fsdp
     if not fsdp:
         assert_same_weights(loaded, t5_1_1)
     assert loaded.fingerprint == t5_1_1.fingerprint
-    where = sharding.shardings_of(loaded.variables, loaded.mesh, fsdp=fsdp)
+    where = shardings_of(loaded.variables, loaded.mesh, fsdp=fsdp)
     for name, array in flatten_paths(loaded.variables["params"]).items():
         assert array.sharding == flatten_paths(where["params"])[name]
         expected = {
@@ -669,7 +673,7 @@ def test_a_saved_backbone_brings_its_tokenizer(tmp_path, wide):
     assert copy.tokenizer is not None
     assert copy.tokenizer.fingerprint == loaded.tokenizer.fingerprint
     assert copy.fingerprint == loaded.fingerprint
-    description = inspection.describe(tmp_path / "copy")
+    description = describe.describe(tmp_path / "copy")
     assert description["tokenizer_fingerprint"] == loaded.tokenizer.fingerprint
     count = sum(x.size for x in jax.tree.leaves(params))
     assert (description["parameters"], description["bytes"]) == (count, 2 * count)  # bfloat16

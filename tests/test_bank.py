@@ -20,14 +20,14 @@ from ptjax.data.batch import make_batch
 from ptjax.data.pipeline import BankBatches, Shape, TrainBatches, make_buckets
 from ptjax.data.preprocess import TokenizedExamples, TokenRows
 from ptjax.errors import InputError
-from ptjax.evaluation import Evaluator
+from ptjax.evaluation.evaluator import Evaluator
 from ptjax.interop.prompt_file import load_prompt
-from ptjax.loop import TrainingError
 from ptjax.methods.initializers import Uniform
 from ptjax.methods.model_tuning import ModelTuning
 from ptjax.methods.prompt_tuning import PromptTuning
 from ptjax.settings import Evaluation, TrainSchedule
-from ptjax.sweep import MemberOverrides, sweep
+from ptjax.trainer.loop import TrainingError
+from ptjax.trainer.sweep import MemberOverrides, sweep
 from ptjax.training.loss import Loss
 from ptjax.training.optimizer import Adafactor
 from ptjax.training.step import init_train_state, make_bank_step, make_train_step

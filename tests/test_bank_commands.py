@@ -10,7 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-from ptjax.backbone import load_backbone, save_backbone
+from ptjax.backbones.load import load_backbone
+from ptjax.backbones.save import save_backbone
 from ptjax.data.tasks import Task
 from ptjax.data.tokenizer import load_tokenizer
 from ptjax.interop.prompt_file import load_prompt, save_prompt

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from etils import epath
 
-from ptjax import checkpoint
-from ptjax.checkpoint import Checkpoints
 from ptjax.errors import InputError
-from ptjax.identity import make_identity
+from ptjax.trainer import checkpoints
+from ptjax.trainer.checkpoints import Checkpoints
+from ptjax.trainer.identity import make_identity
 from ptjax.training.optimizer import Adafactor
 from ptjax.training.step import TrainState, init_train_state
 
@@ -159,13 +159,13 @@ def test_case_5_4_when_none_is_whole_it_says_so_and_removes_nothing(tmp_path):
 
 
 def test_a_checkpoint_of_an_older_version_has_no_checksums_and_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "SUMS", "unknown")
+    monkeypatch.setattr(checkpoints, "SUMS", "unknown")
     _, newer = save_two(tmp_path)
     monkeypatch.undo()
     like = state_of(2)
-    checkpoints = Checkpoints(epath.Path(tmp_path))
-    restored = checkpoints.restore(lambda progress: like)
-    checkpoints.close()
+    reopened = Checkpoints(epath.Path(tmp_path))
+    restored = reopened.restore(lambda progress: like)
+    reopened.close()
     assert restored is not None and restored[1]["step"] == 4
     for one, other in zip(content(restored[0]), content(newer), strict=True):
         np.testing.assert_array_equal(one, other)

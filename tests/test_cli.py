@@ -17,11 +17,12 @@ import pytest
 from absl import logging as absl_logging
 
 import ptjax
-from ptjax import cli, tuning
+from ptjax import cli
 from ptjax.cli import gin_files, logs
 from ptjax.cli.gin_mistakes import PUBLIC_NAMES
 from ptjax.errors import InputError
-from ptjax.loop import TrainingError
+from ptjax.trainer import tune
+from ptjax.trainer.loop import TrainingError
 
 COMMANDS = ("train", "evaluate", "infer", "inspect", "export", "pretrain")
 ON_SEVERAL_PROCESSES = ("train", "evaluate", "infer", "pretrain")
@@ -271,7 +272,7 @@ def test_config_text_reads_back_equal_without_the_files_it_came_from(monkeypatch
     assert cli.config_text() == text
     task = cli.settings("ptjax.tune", "task")["task"]
     assert task.labels == ("last", "middle", "first")
-    assert cli.bound(tuning.tune) is not tuning.tune
+    assert cli.bound(tune.tune) is not tune.tune
 
 
 @pytest.mark.parametrize(
@@ -335,7 +336,7 @@ def test_log_lines_of_the_library_are_shown(capsys, monkeypatch):
     """absl's own level is WARNING until somebody says otherwise."""
     absl_logging.set_verbosity(absl_logging.WARNING)
     logs.prepare()
-    from ptjax.data import preprocess  # any module of ours, by its file
+    from ptjax.data import preprocess
 
     source = "from absl import logging\nlogging.info('%d examples', 3)"
     exec(compile(source, preprocess.__file__, "exec"), {})

@@ -14,19 +14,22 @@ import pytest
 from etils import epath
 from markers import SHARED
 
-from ptjax import cli, inspection, prediction
-from ptjax.backbone import load_backbone, save_backbone
+from ptjax import cli
+from ptjax.backbones import describe
+from ptjax.backbones.load import load_backbone
+from ptjax.backbones.save import save_backbone
 from ptjax.data.sources import Record
 from ptjax.data.tasks import Task
 from ptjax.data.tokenizer import load_tokenizer
 from ptjax.errors import InputError
-from ptjax.inference import generate, generate_with_scores
+from ptjax.inference import predict
+from ptjax.inference.forward import generate, generate_with_scores
+from ptjax.inference.prompts import check_prompt
 from ptjax.interop import huggingface
 from ptjax.interop.peft import export_peft
 from ptjax.interop.prompt_file import PromptFile, load_prompt, save_prompt
 from ptjax.models.config import T5Config
 from ptjax.models.t5 import init_params
-from ptjax.prompting import check_prompt
 
 pytestmark = pytest.mark.usefixtures("own_process")
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -130,7 +133,7 @@ def test_evaluate_a_run_whose_model_dir_has_moved(call, run_dir, place, backbone
     assert result["prompt"] == str(run_dir / "prompts" / "best.safetensors")
     # The prompt's own input length, 24, and not the gin file's 16.
     prompt = load_prompt(place / "prompt.safetensors")
-    ranked = prediction.rank(
+    ranked = predict.rank(
         backbone, [r["inputs"] for r in rows], ("negative", "positive"), prompt, input_length=24,
         target_length=5,
     )  # fmt: skip
@@ -182,7 +185,7 @@ def test_infer_ranks_the_labels_with_the_prompts_template_and_lengths(
         shares = row["probabilities"]
         assert sum(shares.values()) == pytest.approx(1) and set(shares) == set(SENTIMENT.labels)
         assert row["prediction"] == max(shares, key=shares.__getitem__)
-    one = prediction.rank(backbone, ["sentence: no"], SENTIMENT.labels, prompt, input_length=24,
+    one = predict.rank(backbone, ["sentence: no"], SENTIMENT.labels, prompt, input_length=24,
                           target_length=5)[0]  # fmt: skip
     assert rows[1]["score"] == pytest.approx(one.score, abs=1e-5)
     assert np.log(rows[1]["probabilities"][one.text]) > one.score  # among the labels, not all texts
@@ -320,12 +323,12 @@ def test_a_users_own_preprocess_comes_from_the_gin_files_task():
     task = Task(name="t", inputs="{a}", targets="{b}", preprocess=_doubled)
     metadata = {"task": json.loads(json.dumps(task.describe()))}
     with pytest.raises(InputError, match="give the task's gin file"):
-        prediction.task_of(metadata)
-    same = prediction.task_of(metadata, task)
+        predict.task_of(metadata)
+    same = predict.task_of(metadata, task)
     assert same is not None
     record = Record({"a": "x", "b": ""}, "f", 1)
-    assert prediction.format_record(record, same)[0] == "xx"
-    assert prediction.task_of({}, task) is task
+    assert predict.format_record(record, same)[0] == "xx"
+    assert predict.task_of({}, task) is task
 
 
 def _doubled(fields):
@@ -423,7 +426,7 @@ def test_inspect_refuses(fails, tmp_path, run_dir):
 
 def test_nearest_tokens_are_in_order_and_survive_rows_of_zeros():
     embedding = np.array([[1, 0], [1, 1], [0, 2], [-1, 0]], np.float32)
-    rows = inspection.nearest_tokens(np.array([[2, 0.1], [0, 0]], np.float32), embedding, None)
+    rows = describe.nearest_tokens(np.array([[2, 0.1], [0, 0]], np.float32), embedding, None)
     assert [piece for piece, _ in rows[0]] == ["<0>", "<1>", "<2>"]
     assert rows[0][1][1] == pytest.approx(2.1 / np.sqrt(4.01) / np.sqrt(2))
     assert [cosine for _, cosine in rows[1]] == [0, 0, 0]

@@ -12,20 +12,22 @@ import jax.numpy as jnp
 import pytest
 from workloads import TOY, V5E, XXL, blind, changed
 
-from ptjax import compiling, planning
-from ptjax.planning import Layout, Workload
-from ptjax.scale import meshes, sharding
-from ptjax.scale.hlo import bytes_accessed, collectives
-from ptjax.scale.slices import Slice, parse_slice
+from ptjax.planning import compiler
+from ptjax.planning.hlo import bytes_accessed, collectives
+from ptjax.planning.slices import Slice, parse_slice
+from ptjax.planning.workload import Layout, Workload, _bytes_on_device, place
+from ptjax.sharding import meshes
+from ptjax.sharding.arrays import rows_axes
+from ptjax.sharding.meshes import make_mesh
 
 
 @functools.cache
 def compile_for(name: str, workload: Workload, layout: Layout):
     """(the compiled step, its mesh, what went in)."""
     where = parse_slice(name)
-    mesh = sharding.make_mesh(meshes.parse_mesh(layout.mesh), where.topology_devices())
-    placed = planning.place(workload, layout, mesh)
-    return placed.lower().compile(compiler_options=compiling.compiler_options(where)), mesh, placed
+    mesh = make_mesh(meshes.parse_mesh(layout.mesh), where.topology_devices())
+    placed = place(workload, layout, mesh)
+    return placed.lower().compile(compiler_options=compiler.compiler_options(where)), mesh, placed
 
 
 TPU_CASES = {
@@ -61,13 +63,13 @@ def test_what_is_sent_in_a_step(case):
     """Over the rows' axes: the prompt's gradient in float32, once, and scalars. Nothing else."""
     name, workload, layout = CASES[case]
     step, mesh, _ = compile_for(name, workload, layout)
-    rows = set(sharding.rows_axes(mesh))
+    rows = set(rows_axes(mesh))
     found = [one for one in collectives(step, mesh) if rows & set(one.axes) and one.shape]
     size = workload.method.length * workload.config.emb_dim
     sums = [one for one in found if one.kind == "all-reduce"]
     assert [(one.dtype, one.times, one.in_loop) for one in sums] == [("f32", 1, False)]
     if case in CUDA_CASES:  # the loss and the number of its tokens go with it
-        assert sums[0].shape == (size + 2,) and sums[0].axes == tuple(sharding.rows_axes(mesh))
+        assert sums[0].shape == (size + 2,) and sums[0].axes == tuple(rows_axes(mesh))
     elif name != "2xv5e-4":
         assert sums[0].shape == (workload.method.length, workload.config.emb_dim)
     # Between slices a part of it goes over the network, padded to whole tiles.
@@ -90,7 +92,7 @@ def test_what_is_sent_in_a_step(case):
 def test_the_state_is_donated_and_nothing_else_comes_out(case):
     step, _, placed = compile_for(*CASES[case])
     memory = step.memory_analysis()
-    held = planning._bytes_on_device(dataclasses.replace(placed.state, key=()))  # goes through
+    held = _bytes_on_device(dataclasses.replace(placed.state, key=()))  # goes through
     # Small arrays are padded to tiles of at most 4 KiB; the metrics are three scalars.
     room = 4096 * len(jax.tree.leaves(placed.state))
     assert held <= memory.alias_size_in_bytes <= held + room
@@ -101,7 +103,7 @@ def test_the_state_is_donated_and_nothing_else_comes_out(case):
 @pytest.mark.tpu
 def test_what_does_not_fit_is_refused_with_its_reason():
     wide = dataclasses.replace(TOY.config, emb_dim=8192, mlp_dim=262144, vocab_size=32128)
-    found = compiling.compile_ahead(dataclasses.replace(TOY, config=wide), Layout("8x1"), V5E)
+    found = compiler.compile_ahead(dataclasses.replace(TOY, config=wide), Layout("8x1"), V5E)
     assert found["verdict"] == "does not fit"
     assert "exceeds available HBM (15.75G)" in found["reason"]
 
@@ -119,7 +121,7 @@ XXL_PEAKS = {
 def test_xxl_on_eight_small_chips(layout):
     """Within 5% of the golden peak. That int8 compiles at all is a canary: a product that takes in
     the cast crashed libtpu's compiler under a scan of this size."""
-    found = compiling.compile_ahead(XXL, layout, V5E)
+    found = compiler.compile_ahead(XXL, layout, V5E)
     assert found["verdict"] == "fits"
     assert found["peak_bytes"] / 2**30 == pytest.approx(XXL_PEAKS[layout], rel=0.05)
     sent = sum(one["bytes"] for one in found["collectives"])
@@ -130,7 +132,7 @@ def test_xxl_on_eight_small_chips(layout):
 @pytest.mark.cuda
 def test_a_gpu_that_is_too_small_is_said():
     """Its compiler refuses nothing."""
-    found = compiling.compile_ahead(XXL, Layout("1x1"), parse_slice("h100x1"))
+    found = compiler.compile_ahead(XXL, Layout("1x1"), parse_slice("h100x1"))
     assert found["verdict"] == "does not fit"
     assert found["peak_bytes"] > found["usable_bytes"] == 59 * 2**30
     needed = f"{found['peak_bytes'] / 2**30:.2f}"
@@ -153,7 +155,7 @@ def test_what_a_gpu_reads_and_writes():
     [device] = parse_slice("h100x1").topology_devices()
     place = jax.sharding.SingleDeviceSharding(device)
     wide = jax.ShapeDtypeStruct((512, 512), "float32", sharding=place)
-    options = compiling.compiler_options(parse_slice("h100x1"))
+    options = compiler.compiler_options(parse_slice("h100x1"))
     once, one_kernel, seven = (
         bytes_accessed(jax.jit(f).lower(wide, wide).compile(compiler_options=options))
         for f in (product, fused, chain)
@@ -168,20 +170,20 @@ def test_what_a_gpu_reads_and_writes():
 @pytest.mark.cuda
 @pytest.mark.slow
 def test_xxl_on_eight_gpus():
-    found = compiling.compile_ahead(XXL, Layout("8x1", remat="dots"), parse_slice("h100x8"))
+    found = compiler.compile_ahead(XXL, Layout("8x1", remat="dots"), parse_slice("h100x8"))
     assert found["verdict"] == "fits"
     assert found["peak_bytes"] / 2**30 == pytest.approx(27.04, rel=0.05)
     assert sum(one["bytes"] for one in found["collectives"]) < 2e6
 
 
 def test_room_has_to_be_left_for_what_else_is_there():
-    verdicts = [compiling._verdict(peak, 100) for peak in (92, 93, 100, 101)]
+    verdicts = [compiler._verdict(peak, 100) for peak in (92, 93, 100, 101)]
     assert verdicts == ["fits", "tight", "tight", "does not fit"]
 
 
 def test_a_mesh_that_the_devices_do_not_make_is_an_answer(monkeypatch):
     monkeypatch.setattr(Slice, "topology_devices", lambda self: self.devices()[:4])
-    found = compiling.compile_ahead(TOY, Layout("4x2"), V5E)
+    found = compiler.compile_ahead(TOY, Layout("4x2"), V5E)
     assert found["verdict"] == "refused"
     assert found["reason"].startswith("a mesh of 4x2 is 8 devices, and there are 4")
     assert "peak_bytes" not in found

@@ -13,13 +13,14 @@ import pytest
 from conftest import outcome, tune, without_seconds
 from etils import epath
 
-from ptjax import cli, files, loop
-from ptjax.backbone import Backbone
+from ptjax import cli, files
+from ptjax.backbones.load import Backbone
 from ptjax.data.tasks import Task
 from ptjax.errors import InputError
-from ptjax.exports import Exports
-from ptjax.metrics_log import MetricsLog
 from ptjax.settings import TrainSchedule
+from ptjax.trainer import loop
+from ptjax.trainer.exports import Exports
+from ptjax.trainer.metrics_log import MetricsLog
 from ptjax.training.optimizer import Adafactor
 
 
@@ -91,7 +92,7 @@ def test_case_5_5_a_damaged_prompt_of_the_best_step_is_made_again(
     shutil.copytree(directory, copy)
     damage(copy / "prompts" / f"{made['results']['step']}.safetensors", how)
     # The run is over, and scoring is not what is tested.
-    monkeypatch.setattr("ptjax.results.Scores.tuned", lambda *args: {})
+    monkeypatch.setattr("ptjax.trainer.results.Scores.tuned", lambda *args: {})
     tune(copy, task, backbone)
     assert outcome(copy)["prompts"] == made["prompts"]
 

@@ -10,15 +10,18 @@ import jax
 import numpy as np
 import pytest
 
-from ptjax import cli, inference, tuning
-from ptjax.backbone import load_backbone, save_backbone
+from ptjax import cli
+from ptjax.backbones.load import load_backbone
+from ptjax.backbones.save import save_backbone
 from ptjax.data.tasks import Task
 from ptjax.data.vocabularies import missing_tokenizer
 from ptjax.errors import InputError, near
+from ptjax.inference import forward
+from ptjax.inference.predict import rank
 from ptjax.interop.prompt_file import save_prompt
 from ptjax.models.config import T5Config
 from ptjax.models.t5 import init_params
-from ptjax.prediction import rank
+from ptjax.trainer import tune
 
 pytestmark = pytest.mark.usefixtures("own_process")
 HEADER = "from __gin__ import dynamic_registration\nimport ptjax\n"
@@ -214,14 +217,14 @@ def test_case_4_4_the_released_t5s_are_told_by_their_rows(rows, source):
 def test_case_4_4_one_wording_wherever_a_tokenizer_is_missing(t5_1_1, task):
     """A T5X checkpoint has no vocabulary beside it."""
     with pytest.raises(InputError) as error:
-        inference.generate(t5_1_1, ["a"])
+        forward.generate(t5_1_1, ["a"])
     wording = str(missing_tokenizer(t5_1_1.name, t5_1_1.config.vocab_size))
     assert str(error.value) == wording
     with pytest.raises(InputError) as error:
         rank(t5_1_1, ["a"], ["b", "c"])
     assert str(error.value) == wording
     with pytest.raises(InputError) as error:
-        tuning.tune(t5_1_1, task, "run")
+        tune.tune(t5_1_1, task, "run")
     assert str(error.value) == wording
 
 

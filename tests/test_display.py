@@ -9,7 +9,7 @@ from pathlib import Path
 from etils import epath
 
 import ptjax
-from ptjax.display import Display
+from ptjax.trainer.display import Display
 
 
 def test_a_line_shows_what_was_just_measured_and_nothing_older(tmp_path, caplog):
@@ -31,7 +31,7 @@ def test_a_run_does_not_import_torch(tmp_path):
     code = (
         "import sys\n"
         "from etils import epath\n"
-        "from ptjax.display import Display\n"
+        "from ptjax.trainer.display import Display\n"
         "Display(steps=4).on_start(epath.Path('run'), 0)\n"
         "assert 'torch' not in sys.modules\n"
         "import torch\n"

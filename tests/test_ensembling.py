@@ -10,9 +10,10 @@ import pytest
 from letters import LETTERS, make_backbone
 from t5_ids import T5_IDS
 
-from ptjax import answering, ensembling, evaluation
 from ptjax.data.pipeline import make_buckets
 from ptjax.data.tasks import Task
+from ptjax.evaluation import ensembles, evaluator
+from ptjax.inference import answering
 from ptjax.models.prompt import stack_prompts
 from ptjax.models.prompted import with_prompt
 
@@ -37,22 +38,22 @@ def make_evaluator(tiny, task, *, labels: str = LABELS, **settings: Any):
     }  # fmt: skip
     kept = {k: v for k, v in task.items() if labels or k != "label"}
     made = Task(name="t", metrics="accuracy", **(kept | targets))
-    chosen = evaluation.Evaluation(batch_size=8)
+    chosen = evaluator.Evaluation(batch_size=8)
     lengths = {"inputs": 50, "targets": 4}
-    return evaluation.Evaluator(made, make_backbone(tiny), LETTERS, lengths, chosen, **settings)
+    return evaluator.Evaluator(made, make_backbone(tiny), LETTERS, lengths, chosen, **settings)
 
 
 def test_the_mean_is_one_of_probabilities():
     odds = np.log([[[9.0, 1.0], [2.0, 3.0]], [[1.0, 1.0], [1.0, 3.0]]])
     np.testing.assert_allclose(
-        ensembling.mean_shares(odds), [[(0.9 + 0.4) / 2, (0.1 + 0.6) / 2], [0.375, 0.625]]
+        ensembles.mean_shares(odds), [[(0.9 + 0.4) / 2, (0.1 + 0.6) / 2], [0.375, 0.625]]
     )
     # Log-likelihoods would be added up instead, and one prompt could veto.
     veto = np.log([[[0.6, 0.4], [0.6, 0.4], [1e-9, 1.0 - 1e-9]]])
-    np.testing.assert_allclose(ensembling.mean_shares(veto), [[0.4, 0.6]], atol=1e-8)
+    np.testing.assert_allclose(ensembles.mean_shares(veto), [[0.4, 0.6]], atol=1e-8)
     # All labels of one prompt may be unlikely texts: only their shares count.
     unlikely = veto + np.array([[0.0], [-900.0], [0.0]])
-    np.testing.assert_allclose(ensembling.mean_shares(unlikely), [[0.4, 0.6]], atol=1e-8)
+    np.testing.assert_allclose(ensembles.mean_shares(unlikely), [[0.4, 0.6]], atol=1e-8)
 
 
 def test_most_votes_win_and_the_mean_breaks_ties():
@@ -62,19 +63,19 @@ def test_most_votes_win_and_the_mean_breaks_ties():
             [[0.5, 0.4, 0.1], [0.1, 0.4, 0.5], [0.33, 0.34, 0.33]],  # a vote each
         ]
     )
-    assert ensembling.mean_shares(likelihoods).argmax(axis=1).tolist() == [1, 1]
-    assert ensembling.vote_on_labels(likelihoods).tolist() == [0, 1]
+    assert ensembles.mean_shares(likelihoods).argmax(axis=1).tolist() == [1, 1]
+    assert ensembles.vote_on_labels(likelihoods).tolist() == [0, 1]
     # Of two that tie, even if the mean would take a third one.
     tie = np.log([[[0.5, 0.1, 0.4]] * 2 + [[0.1, 0.45, 0.45 - 1e-6]] * 2])
-    assert ensembling.mean_shares(tie).argmax() == 2
-    assert ensembling.vote_on_labels(tie).tolist() == [0]
+    assert ensembles.mean_shares(tie).argmax() == 2
+    assert ensembles.vote_on_labels(tie).tolist() == [0]
 
 
 def test_texts_are_voted_on_and_their_authors_break_ties():
-    assert ensembling.vote_on_texts(["x", "y", "x"], np.array([-9.0, -1.0, -9.0])) == "x"
-    assert ensembling.vote_on_texts(["x", "y"], np.array([-9.0, -1.0])) == "y"
+    assert ensembles.vote_on_texts(["x", "y", "x"], np.array([-9.0, -1.0, -9.0])) == "x"
+    assert ensembles.vote_on_texts(["x", "y"], np.array([-9.0, -1.0])) == "y"
     four = np.array([-3.0, -2.0, -3.0, -5.0])
-    assert ensembling.vote_on_texts(["x", "y", "x", "y"], four) == "x"
+    assert ensembles.vote_on_texts(["x", "y", "x", "y"], four) == "x"
 
 
 @pytest.mark.parametrize("sees_input", [True, False])
@@ -132,7 +133,7 @@ def test_generated_texts_are_voted_on(tiny, task):
     assert answers.members == alone and answers.mean_likelihood is None
     assert len({*map(tuple, alone)}) == 3
     assert answers.majority_vote == [
-        ensembling.vote_on_texts(texts, own)
+        ensembles.vote_on_texts(texts, own)
         for texts, own in zip(zip(*alone, strict=True), np.transpose(scores), strict=True)
     ]
     assert list(evaluator.ensemble(PROMPTS, "test")["ensemble"]) == ["majority_vote"]

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 
-from ptjax.backbone import load_backbone
+from ptjax.backbones.load import load_backbone
 from ptjax.data import mixture
 from ptjax.data.tokenizer import load_tokenizer
 

@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 from conftest import FIXTURES
 
-from ptjax import inspection, prompting
-from ptjax.backbone import load_backbone, open_backbone, save_backbone
+from ptjax.backbones import describe
+from ptjax.backbones.fingerprint import V1_KEY, V2_KEY, Fingerprints, fingerprint
+from ptjax.backbones.load import load_backbone
+from ptjax.backbones.open import open_backbone
+from ptjax.backbones.save import save_backbone
 from ptjax.errors import InputError
-from ptjax.fingerprint import V1_KEY, V2_KEY, Fingerprints, fingerprint
+from ptjax.inference import prompts
 from ptjax.interop.prompt_file import PromptFile
 from ptjax.models.config import T5Config
 from ptjax.models.t5 import parameter_shapes
@@ -99,7 +102,7 @@ def test_case_1_13_every_field_of_the_config_is_classified(t5_1_1):
 
 
 def test_case_1_13_v1_of_nano_is_what_older_prompts_recorded():
-    described = inspection.describe("ptjax-nano")
+    described = describe.describe("ptjax-nano")
     loaded = load_backbone("ptjax-nano")
     assert loaded.fingerprint_v1 == described["fingerprint_v1"] == NANO_V1
     assert loaded.fingerprint == described["fingerprint"]
@@ -120,7 +123,7 @@ def test_case_1_13_one_backbone_has_one_fingerprint(name, how, tmp_path, request
         path = tmp_path
         save_backbone(path, plain.config, plain.variables["params"], dtype="bfloat16")
     assert load_backbone(path, **settings).fingerprints == plain.fingerprints
-    assert inspection.fingerprints_of(open_backbone(path)) == plain.fingerprints
+    assert describe.fingerprints_of(open_backbone(path)) == plain.fingerprints
 
 
 def test_case_1_13_the_sample_read_from_files_is_that_of_a_wide_kernel(tmp_path):
@@ -131,7 +134,7 @@ def test_case_1_13_the_sample_read_from_files_is_that_of_a_wide_kernel(tmp_path)
     params = unflatten_paths({k: rng.normal(size=x.shape) for k, x in shapes.items()})
     save_backbone(tmp_path, config, params, dtype="float32")
     loaded = load_backbone(tmp_path)
-    assert inspection.fingerprints_of(open_backbone(tmp_path)) == loaded.fingerprints
+    assert describe.fingerprints_of(open_backbone(tmp_path)) == loaded.fingerprints
     grid = T5_FAMILY.fingerprint_parts("encoder/layers_0/mlp/wi_0/kernel", (16, 130))["grid"]
     assert grid == (slice(None, None, 1), slice(None, None, 2))
 
@@ -150,44 +153,44 @@ def test_case_1_13_a_prompt_with_v2_is_refused_by_a_relative_of_its_backbone(t5_
     assert own.v1 == t5_1_1.fingerprint_v1
     merged = dataclasses.replace(t5_1_1, fingerprint=own.v2, fingerprint_v1=own.v1)
     prompt = prompt_of(t5_1_1, **t5_1_1.fingerprints.as_metadata())
-    prompting.check_prompt(t5_1_1, prompt)
+    prompts.check_prompt(t5_1_1, prompt)
     with pytest.raises(InputError, match="not with that of"):
-        prompting.check_prompt(merged, prompt)
-    bank = prompting.make_bank({"a": prompt, "b": prompt})
+        prompts.check_prompt(merged, prompt)
+    bank = prompts.make_bank({"a": prompt, "b": prompt})
     with pytest.raises(InputError, match="prompt 'a' was tuned on"):
-        prompting.check_bank(merged, bank)
+        prompts.check_bank(merged, bank)
 
 
 def test_case_1_13_a_prompt_with_v1_alone_stays_valid_and_this_is_said(t5_1_1, caplog):
     caplog.set_level(logging.INFO, logger="absl")
     old = prompt_of(t5_1_1, **{V1_KEY: t5_1_1.fingerprint_v1})
-    checked = prompting.check_prompt(t5_1_1, old)
+    checked = prompts.check_prompt(t5_1_1, old)
     [record] = caplog.records
     assert "before fingerprints covered every parameter" in record.getMessage()
     # With both it is not said again.
     assert checked.metadata[V2_KEY] == t5_1_1.fingerprint
-    prompting.check_prompt(t5_1_1, checked)
+    prompts.check_prompt(t5_1_1, checked)
     assert len(caplog.records) == 1
     caplog.clear()
-    bank = prompting.make_bank({f"p{i}": old for i in range(7)} | {"new": checked})
-    prompting.check_bank(t5_1_1, bank)
+    bank = prompts.make_bank({f"p{i}": old for i in range(7)} | {"new": checked})
+    prompts.check_bank(t5_1_1, bank)
     [record] = caplog.records
     assert "prompts p0, p1, p2, p3, p4 and 2 more" in record.getMessage()
     caplog.clear()
     other = prompt_of(t5_1_1, **{V1_KEY: "sha256:0"})
     with pytest.raises(InputError, match="was tuned on"):
-        prompting.check_prompt(t5_1_1, other)
-    prompting.check_prompt(t5_1_1, other, allow_mismatch=True)
+        prompts.check_prompt(t5_1_1, other)
+    prompts.check_prompt(t5_1_1, other, allow_mismatch=True)
     [record] = caplog.records
     assert "used all the same" in record.getMessage()
 
 
 def test_case_1_13_states_are_kept_where_v1_alone_is_recorded(t5_1_1):
     prompt = prompt_of(t5_1_1, sees_input=False)
-    compiled = prompting.compile_prompt(t5_1_1, prompt)
+    compiled = prompts.compile_prompt(t5_1_1, prompt)
     assert compiled.metadata[V2_KEY] == t5_1_1.fingerprint
     old = {k: v for k, v in compiled.metadata.items() if k != V2_KEY}
     for metadata, kept in ((old, True), (old | {V2_KEY: "v2:0"}, False)):
         file = PromptFile(compiled.prompt, metadata, compiled.states)
-        checked = prompting.check_prompt(t5_1_1, file, allow_mismatch=True)
+        checked = prompts.check_prompt(t5_1_1, file, allow_mismatch=True)
         assert (checked.states is not None) == kept

@@ -21,10 +21,12 @@ from t5_ids import T5_IDS
 from t5x_style import Transformer
 
 import ptjax
-from ptjax.answering import Labels, rank
-from ptjax.backbone import Backbone, load_backbone, open_backbone, save_backbone
+from ptjax.backbones.describe import fingerprints_of
+from ptjax.backbones.load import Backbone, load_backbone
+from ptjax.backbones.open import open_backbone
+from ptjax.backbones.save import save_backbone
 from ptjax.errors import InputError
-from ptjax.inspection import fingerprints_of
+from ptjax.inference.answering import Labels, rank
 from ptjax.models.decoding import decode
 from ptjax.models.module_family import ModuleFamily
 from ptjax.models.prompted import with_prompt

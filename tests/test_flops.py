@@ -10,7 +10,7 @@ from ptjax.methods.prompt_tuning import PromptTuning
 from ptjax.models.config import T5Config
 from ptjax.models.prompted import PromptedT5
 from ptjax.models.t5 import parameter_shapes
-from ptjax.scale.flops import count_flops, step_flops
+from ptjax.planning.flops import count_flops, step_flops
 from ptjax.training import freeze as freezing
 from ptjax.training.optimizer import Adafactor
 

@@ -24,9 +24,9 @@ from gcp_storage_emulator.exceptions import NotFound
 from gcp_storage_emulator.handlers import objects
 from tensorboardX import record_writer
 
-from ptjax import files, lock, tuning
-from ptjax.backbone import Backbone, load_backbone, save_backbone
-from ptjax.callbacks import Callback
+from ptjax import files
+from ptjax.backbones.load import Backbone, load_backbone
+from ptjax.backbones.save import save_backbone
 from ptjax.cli.output import ConfigFile
 from ptjax.data.batching import Batching
 from ptjax.data.tasks import Task
@@ -38,6 +38,9 @@ from ptjax.methods.prompt_tuning import PromptTuning
 from ptjax.models.config import T5Config
 from ptjax.models.t5 import init_params
 from ptjax.settings import Evaluation, RunSettings, TrainSchedule
+from ptjax.trainer import lock
+from ptjax.trainer import tune as tuning
+from ptjax.trainer.callbacks import Callback
 from ptjax.training.optimizer import Adafactor
 from ptjax.trees import flatten_paths
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ptjax.baselines import HardPrompt
-from ptjax.evaluation import Evaluator
+from ptjax.data.hard_prompt import HardPrompt
+from ptjax.evaluation.evaluator import Evaluator
 from ptjax.settings import Evaluation
 
 pytestmark = pytest.mark.usefixtures("own_process")

@@ -37,7 +37,7 @@ CALLS = """
 import json, sys
 from ptjax.errors import InputError
 from ptjax.interop import huggingface
-from ptjax.backbone import load_backbone
+from ptjax.backbones.load import load_backbone
 from ptjax.data.tokenizer import load_tokenizer
 for name in sys.argv[1:]:
     kind, _, repo = name.partition(":")

@@ -20,19 +20,16 @@ import optax
 import pytest
 from conftest import tune
 
-from ptjax import tuning
-from ptjax.backbone import Backbone
-from ptjax.baselines import HardPrompt
-from ptjax.checkpoint import SUMS
+from ptjax.backbones.load import Backbone
 from ptjax.cli.output import ConfigFile
 from ptjax.data import mixture
 from ptjax.data.batching import Batching
+from ptjax.data.hard_prompt import HardPrompt
 from ptjax.data.mixture import PrefixLM, SpanCorruption, TaskComponent, TextFiles, TokenFile
 from ptjax.data.sources import read_records
 from ptjax.data.tasks import Task
 from ptjax.data.tokenizer import load_tokenizer
 from ptjax.errors import InputError
-from ptjax.identity import FREE, check_same, describe, make_identity
 from ptjax.interop import prompt_file
 from ptjax.interop.prompt_file import FromFile, load_prompt, save_prompt
 from ptjax.methods.initializers import (
@@ -46,10 +43,13 @@ from ptjax.methods.model_tuning import ModelTuning
 from ptjax.methods.prompt_tuning import PromptTuning
 from ptjax.models import prompt as prompts
 from ptjax.models.config import T5Config
-from ptjax.pretraining import pretrain
-from ptjax.scale.sharding import make_mesh
 from ptjax.settings import Evaluation, RunSettings, TrainSchedule
-from ptjax.sweep import MemberOverrides
+from ptjax.sharding.meshes import make_mesh
+from ptjax.trainer import tune as tuning
+from ptjax.trainer.checkpoints import SUMS
+from ptjax.trainer.identity import FREE, check_same, describe, make_identity
+from ptjax.trainer.pretrain import pretrain
+from ptjax.trainer.sweep import MemberOverrides
 from ptjax.training.loss import Loss
 from ptjax.training.optimizer import Adafactor
 

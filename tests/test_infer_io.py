@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 
 import ptjax
-from ptjax import cli, prediction
+from ptjax import cli
 from ptjax.cli import logs, output
 from ptjax.data.tasks import Task
 from ptjax.errors import InputError
+from ptjax.inference import predict
 from ptjax.interop.prompt_file import save_prompt
 
 pytestmark = pytest.mark.usefixtures("own_process")
@@ -280,8 +281,8 @@ def test_case_5_9_export_keeps_links_fifos_and_its_input(call, prompt, fifo):
 
 
 def test_case_5_12_what_is_not_finite_is_null(infer, monkeypatch):
-    answer = prediction.Prediction("good", math.nan, {"good": math.nan, "bad": math.inf})
-    monkeypatch.setattr(prediction, "predict", lambda *_, **__: [answer])
+    answer = predict.Prediction("good", math.nan, {"good": math.nan, "bad": math.inf})
+    monkeypatch.setattr(predict, "predict", lambda *_, **__: [answer])
     record = b'{"text": "a", "kept": 0.5}'
     _, rows, err = infer("--input=-", stdin=record)
     assert rows[0]["score"] is None and rows[0]["kept"] == 0.5, err

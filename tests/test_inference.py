@@ -12,12 +12,13 @@ import pytest
 from letters import LETTERS, make_backbone, random_texts, text_source
 from t5_ids import decode
 
-from ptjax import inference, prompting
 from ptjax.data.batch import shift_right
 from ptjax.errors import InputError
+from ptjax.inference import forward, prompts
+from ptjax.inference.prompts import check_prompt
 from ptjax.interop.prompt_file import PromptFile
-from ptjax.prompting import check_prompt
-from ptjax.scale.sharding import make_mesh, replicated
+from ptjax.sharding.arrays import replicated
+from ptjax.sharding.meshes import make_mesh
 from ptjax.training.loss import Loss
 
 
@@ -30,7 +31,7 @@ def test_forward_is_the_model_without_dropout(backbone, tiny, tiny_batch):
     apply_fn = tiny.jitted()
     names = ("encoder_input_tokens", "decoder_input_tokens")
     batch = [tiny_batch[name] for name in names]
-    plain = inference.forward(backbone, tiny_batch)
+    plain = forward.forward(backbone, tiny_batch)
     assert plain.dtype == jnp.float32
     np.testing.assert_allclose(plain, apply_fn(backbone.variables, *batch), atol=1e-6)
     expected = apply_fn(tiny.variables, *batch)
@@ -38,7 +39,7 @@ def test_forward_is_the_model_without_dropout(backbone, tiny, tiny_batch):
     held = types.SimpleNamespace(prompt=np.asarray(tiny.prompt))
     for prompt in (tiny.prompt, held):
         np.testing.assert_allclose(
-            inference.forward(backbone, tiny_batch, prompt), expected, atol=1e-6
+            forward.forward(backbone, tiny_batch, prompt), expected, atol=1e-6
         )
 
 
@@ -59,7 +60,7 @@ def test_loss_and_gradient_are_t5x_defaults(backbone, tiny, tiny_batch):
     unsaid: Any = tiny_batch | {"decoder_loss_weights": None}
     cases = ((tiny_batch, 1.0), (weighted, 0.5), (unweighted, 1.0), (unsaid, 1.0))
     for batch, scale in cases:
-        value, gradient = inference.loss_and_prompt_gradient(backbone, batch, tiny.prompt)
+        value, gradient = forward.loss_and_prompt_gradient(backbone, batch, tiny.prompt)
         expected = jax.value_and_grad(loss)(tiny.prompt, weights * scale)
         np.testing.assert_allclose(value, expected[0], rtol=1e-5)
         np.testing.assert_allclose(gradient, expected[1], atol=1e-4)
@@ -69,13 +70,13 @@ def test_loss_and_gradient_are_t5x_defaults(backbone, tiny, tiny_batch):
 
 def test_bad_prompts_and_batches_are_named(backbone, tiny, tiny_batch):
     with pytest.raises(InputError, match=r"\[5, 8\] does not fit \S*tiny, whose width is 16"):
-        inference.forward(backbone, tiny_batch, tiny.prompt[:, :8])
+        forward.forward(backbone, tiny_batch, tiny.prompt[:, :8])
     with pytest.raises(InputError, match=r"a matrix \[P, 16\], this is \[16\]"):
-        inference.generate(backbone, ["a"], tiny.prompt[0])
+        forward.generate(backbone, ["a"], tiny.prompt[0])
     with pytest.raises(InputError, match="no 'decoder_input_tokens'"):
-        inference.forward(backbone, {"encoder_input_tokens": np.ones((1, 2))})
+        forward.forward(backbone, {"encoder_input_tokens": np.ones((1, 2))})
     with pytest.raises(InputError, match="needs a prompt"):
-        inference.loss_and_prompt_gradient(backbone, tiny_batch, None)
+        forward.loss_and_prompt_gradient(backbone, tiny_batch, None)
 
 
 @pytest.mark.parametrize(
@@ -93,17 +94,17 @@ def test_what_jax_would_clip_or_broadcast_is_refused(
     backbone, tiny, tiny_batch, name, value, message
 ):
     with pytest.raises(InputError, match=message):
-        inference.loss_and_prompt_gradient(backbone, tiny_batch | {name: value}, tiny.prompt)
+        forward.loss_and_prompt_gradient(backbone, tiny_batch | {name: value}, tiny.prompt)
 
 
 def test_a_loaded_prompt_without_a_fingerprint_is_said_once(
     backbone, tiny, tiny_batch, caplog, monkeypatch
 ):
-    monkeypatch.setattr(prompting, "_WARNED", set())
+    monkeypatch.setattr(prompts, "_WARNED", set())
     bare = PromptFile(np.asarray(tiny.prompt), {})
-    inference.forward(backbone, tiny_batch, check_prompt(backbone, bare))
+    forward.forward(backbone, tiny_batch, check_prompt(backbone, bare))
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    inference.forward(backbone, tiny_batch, bare)
+    forward.forward(backbone, tiny_batch, bare)
     assert caplog.text.count("does not say which backbone") == 1
 
 
@@ -112,15 +113,15 @@ def test_a_prompt_may_live_on_another_mesh(backbone, tiny, tiny_batch):
     variables = jax.device_put(backbone.variables, jax.devices()[0])
     placed: Any = types.SimpleNamespace(**{**vars(backbone), "variables": variables})
     np.testing.assert_array_equal(
-        inference.forward(placed, tiny_batch, elsewhere),
-        inference.forward(placed, tiny_batch, tiny.prompt),
+        forward.forward(placed, tiny_batch, elsewhere),
+        forward.forward(placed, tiny_batch, tiny.prompt),
     )
 
 
 def test_a_missing_tokenizer_names_the_argument(backbone):
     mute = types.SimpleNamespace(**{**vars(backbone), "tokenizer": None})
     with pytest.raises(InputError, match=r"load_backbone\(tokenizer=PATH\)"):
-        inference.generate(mute, ["a"])
+        forward.generate(mute, ["a"])
 
 
 @pytest.mark.parametrize(
@@ -143,16 +144,16 @@ def test_a_missing_tokenizer_names_the_argument(backbone):
 )
 def test_impossible_settings_are_refused(backbone, settings):
     with pytest.raises(InputError):
-        inference.generate(backbone, ["a"], **settings)
+        forward.generate(backbone, ["a"], **settings)
 
 
 def test_generate_answers_every_text_in_order_whatever_the_batch(backbone, tiny):
     texts = random_texts(11)
     settings = {"prompt": tiny.prompt, "max_new_tokens": 6}
-    together, scores = inference.generate_with_scores(backbone, texts, batch_size=4, **settings)
+    together, scores = forward.generate_with_scores(backbone, texts, batch_size=4, **settings)
     assert len(set(together)) > 5
-    assert inference.generate(backbone, [], **settings) == []
-    reversed_texts = inference.generate(backbone, texts[::-1], **settings)
+    assert forward.generate(backbone, [], **settings) == []
+    reversed_texts = forward.generate(backbone, texts[::-1], **settings)
     assert reversed_texts[::-1] == together
     # One by one and by hand: the prompt, the text, one end of sequence, then the argmax.
     for text, answer, score in list(zip(texts, together, scores, strict=True))[:4]:
@@ -172,8 +173,8 @@ def test_generate_answers_every_text_in_order_whatever_the_batch(backbone, tiny)
 
 def test_beam_settings_are_passed_on(backbone, tiny):
     texts, settings = random_texts(6), {"prompt": tiny.prompt, "max_new_tokens": 5}
-    greedy = inference.generate(backbone, texts, **settings)
-    written, scores = inference.generate_with_scores(
+    greedy = forward.generate(backbone, texts, **settings)
+    written, scores = forward.generate_with_scores(
         backbone, texts, num_beams=4, alpha=2.0, **settings
     )
     assert written != greedy
@@ -190,19 +191,19 @@ def test_beam_settings_are_passed_on(backbone, tiny):
 def test_samples_depend_on_seed_and_text_number_only(backbone, tiny):
     texts = ["same"] * 6
     settings = {"prompt": tiny.prompt, "max_new_tokens": 6, "temperature": 2.0}
-    drawn = inference.generate(backbone, texts, **settings)
+    drawn = forward.generate(backbone, texts, **settings)
     assert len(set(drawn)) == 6
-    assert inference.generate(backbone, texts, batch_size=4, **settings) == drawn
-    assert inference.generate(backbone, texts, seed=1, **settings) != drawn
-    assert inference.generate(backbone, texts, seed=-1, **settings) != drawn
+    assert forward.generate(backbone, texts, batch_size=4, **settings) == drawn
+    assert forward.generate(backbone, texts, seed=1, **settings) != drawn
+    assert forward.generate(backbone, texts, seed=-1, **settings) != drawn
 
 
 def test_lengths_come_from_the_prompts_metadata(backbone, tiny, caplog):
     metadata = {"input_length": 4, "target_length": 3}
     prompt = types.SimpleNamespace(prompt=tiny.prompt, metadata=metadata)
-    cut, whole = inference.generate(backbone, ["abcdefgh", "abc"], prompt)
+    cut, whole = forward.generate(backbone, ["abcdefgh", "abc"], prompt)
     assert cut == whole
     assert len(cut) <= 3
     assert "1 of 2 texts were cut to 4 tokens" in caplog.text
-    longer = inference.generate(backbone, ["abcdefgh"], prompt, max_new_tokens=6, input_length=9)
-    assert longer == inference.generate(backbone, ["abcdefgh"], tiny.prompt, max_new_tokens=6)
+    longer = forward.generate(backbone, ["abcdefgh"], prompt, max_new_tokens=6, input_length=9)
+    assert longer == forward.generate(backbone, ["abcdefgh"], tiny.prompt, max_new_tokens=6)

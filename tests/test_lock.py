@@ -36,7 +36,7 @@ with lock.hold(epath.Path(sys.argv[1])):
 @pytest.fixture
 def lock():
     """Here, so that only the tests that need the module fail without it."""
-    from ptjax import lock
+    from ptjax.trainer import lock
 
     return lock
 

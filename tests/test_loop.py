@@ -15,18 +15,19 @@ import numpy as np
 import pytest
 from conftest import outcome, stopped_by_sigterm
 
-from ptjax import loop
-from ptjax.backbone import Backbone, load_backbone
-from ptjax.baselines import HardPrompt
-from ptjax.callbacks import Callback
+from ptjax.backbones.load import Backbone, load_backbone
+from ptjax.data.hard_prompt import HardPrompt
 from ptjax.data.tasks import Task
 from ptjax.errors import InputError
-from ptjax.evaluation import Evaluator
+from ptjax.evaluation.evaluator import Evaluator
 from ptjax.interop.prompt_file import load_prompt
-from ptjax.loop import TrainingError
 from ptjax.methods.model_tuning import ModelTuning
-from ptjax.scale.sharding import make_mesh, replicated
 from ptjax.settings import Evaluation, TrainSchedule
+from ptjax.sharding.arrays import replicated
+from ptjax.sharding.meshes import make_mesh
+from ptjax.trainer import loop
+from ptjax.trainer.callbacks import Callback
+from ptjax.trainer.loop import TrainingError
 from ptjax.training.optimizer import Adafactor
 from ptjax.trees import flatten_paths
 

@@ -12,9 +12,10 @@ import pytest
 
 from ptjax.errors import InputError
 from ptjax.models.config import T5Config
-from ptjax.scale import devices, meshes, sharding
-from ptjax.scale.quantize import held_shapes
-from ptjax.scale.slices import parse_slice
+from ptjax.planning.slices import parse_slice
+from ptjax.sharding import devices, meshes
+from ptjax.sharding.meshes import make_mesh
+from ptjax.sharding.quantize import held_shapes
 
 SMALL = T5Config(32128, 512, 6, 8, 8, 64, 1024)
 XXL = T5Config(32128, 4096, 64, 24, 24, 64, 10240)
@@ -55,7 +56,7 @@ def test_none_is_one_device_and_a_mesh_is_itself(tiny):
     mesh = meshes.choose_mesh(None, tiny.config, "float32")
     assert mesh.shape == {"data": 1, "model": 1}
     assert list(mesh.devices.flat) == jax.local_devices()[:1]
-    mesh = sharding.make_mesh(2)
+    mesh = make_mesh(2)
     assert meshes.choose_mesh(mesh, tiny.config, "float32") is mesh
 
 
@@ -185,9 +186,9 @@ def test_memory_of_devices():
 
 def test_a_first_axis_that_the_slices_do_not_divide():
     with pytest.raises(InputError, match="in 2 slices, and the first axis, 1, is not a multiple"):
-        sharding.make_mesh((1, 8), tpus(8, slices=2))
+        make_mesh((1, 8), tpus(8, slices=2))
     with pytest.raises(InputError, match="in 2 slices cannot be divided into a model axis of 8"):
-        sharding.make_mesh(8, tpus(8, slices=2))
+        make_mesh(8, tpus(8, slices=2))
 
 
 @pytest.mark.tpu
@@ -217,7 +218,7 @@ def test_auto_for_xxl_on_tpus(name, dtype, sizes):
 @pytest.mark.parametrize("shape", [(8, 2), (2, 8), (16, 1), (2, 2, 4)])
 def test_the_model_axis_is_of_neighbours(shape):
     """Whoever talks most stands in a line or block: 4x4 chips are cut where it has to be."""
-    mesh = sharding.make_mesh(shape, parse_slice("v5e-16").topology_devices())
+    mesh = make_mesh(shape, parse_slice("v5e-16").topology_devices())
     for group in mesh.devices.reshape(-1, shape[-1]):
         places = np.array([device.coords for device in group])
         assert np.prod(np.ptp(places, axis=0) + 1) == shape[-1]

@@ -24,7 +24,7 @@ from ptjax.models.prompted import make_apply_fn
 from ptjax.models.stacking import stack_paths
 from ptjax.models.t5 import EncoderLayer
 from ptjax.settings import RunSettings
-from ptjax.sweep import MemberOverrides
+from ptjax.trainer.sweep import MemberOverrides
 from ptjax.training.dependence import unused_leaves
 from ptjax.training.freeze import is_small
 from ptjax.training.loss import Loss

@@ -12,15 +12,16 @@ import pytest
 from letters import LETTERS, make_backbone, random_texts, text_source
 from t5_ids import T5_IDS, decode, with_lengths
 
-from ptjax import answering, inference, prediction
 from ptjax.data.pipeline import make_buckets
 from ptjax.data.tasks import Task
 from ptjax.errors import InputError
+from ptjax.inference import answering, forward, predict
+from ptjax.inference.prompts import PromptBank, check_bank, make_bank
 from ptjax.interop.prompt_file import PromptFile
 from ptjax.models.prompt import stack_prompts
 from ptjax.models.prompted import make_apply_fn, with_prompt
-from ptjax.prompting import PromptBank, check_bank, make_bank
-from ptjax.scale.sharding import make_mesh, replicated
+from ptjax.sharding.arrays import replicated
+from ptjax.sharding.meshes import make_mesh
 
 RNG = np.random.default_rng(5)
 NAMES = ("short", "blind", "long", "blind_long")
@@ -184,13 +185,13 @@ def test_a_mesh_shares_the_rows_and_their_prompts(tiny, bank, batch_size):
 
 
 def test_forward_takes_names_numbers_and_none(backbone, bank, tiny_batch, tiny, tokens):
-    mixed = inference.forward(backbone, tiny_batch, bank, IDS)
+    mixed = forward.forward(backbone, tiny_batch, bank, IDS)
     names = [None, *NAMES]
     said = [names[i + 1] for i in IDS]
-    np.testing.assert_array_equal(inference.forward(backbone, tiny_batch, bank, said), mixed)
+    np.testing.assert_array_equal(forward.forward(backbone, tiny_batch, bank, said), mixed)
     said[1] = "none"
-    np.testing.assert_array_equal(inference.forward(backbone, tiny_batch, bank, said), mixed)
-    want = inference.forward(backbone, tiny_batch, files()["blind"])
+    np.testing.assert_array_equal(forward.forward(backbone, tiny_batch, bank, said), mixed)
+    want = forward.forward(backbone, tiny_batch, files()["blind"])
     np.testing.assert_allclose(mixed[3], want[3], rtol=0, atol=2e-5)
 
 
@@ -198,12 +199,12 @@ def test_forward_takes_names_numbers_and_none(backbone, bank, tiny_batch, tiny, 
 def test_generated_texts_keep_their_order_and_their_prompts_lengths(backbone, bank, settings):
     texts = random_texts(13)
     ids = np.resize(IDS, 13).tolist()
-    mixed, scores = inference.generate_with_scores(
+    mixed, scores = forward.generate_with_scores(
         backbone, texts, bank, prompt_ids=ids, batch_size=4, max_new_tokens=None, **settings
     )
     for i, name in enumerate([*NAMES, None]):
         prompt = None if name is None else files()[name]
-        want, want_scores = inference.generate_with_scores(backbone, texts, prompt, **settings)
+        want, want_scores = forward.generate_with_scores(backbone, texts, prompt, **settings)
         rows = [row for row in range(13) if ids[row] == (i if name else -1)]
         assert rows and [mixed[row] for row in rows] == [want[row] for row in rows]
         np.testing.assert_allclose(scores[rows], want_scores[rows], rtol=1e-4)
@@ -215,12 +216,12 @@ def test_ranking_takes_every_texts_own_labels_and_lengths(backbone, bank):
     ids = np.resize(IDS, 13)
     sets = {-1: ("x", "y"), 0: ("yes", "no", "maybe"), 1: ("b", "a"), 2: ("x", "y"), 3: ("q", "r")}
     said: dict[str, Any] = dict(input_length=[9 + i % 3 for i in range(13)])
-    mixed = prediction.rank(
+    mixed = predict.rank(
         backbone, texts, [sets[int(i)] for i in ids], bank, prompt_ids=ids, batch_size=4, **said
     )
     for i in range(-1, 4):
         prompt = None if i < 0 else files()[NAMES[i]]
-        want = prediction.rank(backbone, texts, sets[i], prompt, **said)
+        want = predict.rank(backbone, texts, sets[i], prompt, **said)
         for row in np.flatnonzero(ids == i):
             assert mixed[row].text == want[row].text
             assert mixed[row].score == pytest.approx(want[row].score, abs=1e-4)
@@ -233,19 +234,19 @@ def test_predictions_rank_or_write_as_each_prompts_task_wants(backbone, bank):
     opened = Task(name="o", inputs="{t}", targets="{t}")
     tasks = [closed, opened, None]
     texts = random_texts(9)
-    manners = [prediction.Manner(tasks[i % 3], 20, 4 + i % 2) for i in range(9)]
+    manners = [predict.Manner(tasks[i % 3], 20, 4 + i % 2) for i in range(9)]
     ids = [i % 5 - 1 for i in range(9)]
     settings: dict[str, Any] = dict(num_beams=2, temperature=0.0, top_p=1.0)
-    found = prediction.predict(backbone, texts, manners, bank, ids, **settings)
+    found = predict.predict(backbone, texts, manners, bank, ids, **settings)
     own: dict[str, Any] = dict(prompt_ids=ids, input_length=20)
-    ranked = prediction.rank(backbone, texts, ("no", "yes"), bank, **own)
+    ranked = predict.rank(backbone, texts, ("no", "yes"), bank, **own)
     longest = [4 + i % 2 for i in range(9)]
-    wrote = prediction.decode(backbone, texts, bank, max_new_tokens=longest, **own, **settings)
+    wrote = predict.decode(backbone, texts, bank, max_new_tokens=longest, **own, **settings)
     for i, one in enumerate(found):
         want = wrote[i] if i % 3 else ranked[i]
         assert (one.text, one.probabilities is None) == (want.text, i % 3 > 0)
         assert one.score == pytest.approx(want.score, abs=1e-4)
-    written = prediction.predict(
+    written = predict.predict(
         backbone, texts, manners, bank, ids, decode_all=True, max_new_tokens=2, **settings
     )
     assert all(one.probabilities is None and len(one.text) <= 2 for one in written)
@@ -258,7 +259,7 @@ def test_a_bank_is_placed_and_checked_once(backbone, bank, caplog):
         "prompt 'a' does not say which backbone it was tuned on; its width fits"
     ]
     caplog.clear()
-    inference.generate(backbone, ["x"], checked, prompt_ids=["b"], max_new_tokens=2)
+    forward.generate(backbone, ["x"], checked, prompt_ids=["b"], max_new_tokens=2)
     assert not caplog.records
     assert isinstance(checked.arrays.prompt, jax.Array) and checked.metadata[1] is None
 
@@ -275,15 +276,15 @@ def test_a_bank_of_unequal_widths_names_the_member(backbone):
         make_bank({})
     narrow = make_bank({"a": MATRICES[0][:, :8], "b": MATRICES[2][:, :8]})
     with pytest.raises(InputError, match=r"prompt 'a' \[3, 8\] does not fit tiny, whose"):
-        inference.generate(backbone, ["x"], narrow, prompt_ids=["a"])
+        forward.generate(backbone, ["x"], narrow, prompt_ids=["a"])
 
 
 def test_a_member_of_another_backbone_is_named(backbone):
     members = files() | {"odd": PromptFile(MATRICES[0], {"backbone_fingerprint": "sha256:1"})}
     with pytest.raises(InputError, match="prompt 'odd' was tuned on a backbone with the backbone"):
-        inference.generate(backbone, ["x"], make_bank(members), prompt_ids=["short"])
+        forward.generate(backbone, ["x"], make_bank(members), prompt_ids=["short"])
     allowed = check_bank(backbone, make_bank(members), allow_mismatch=True)
-    inference.generate(backbone, ["x"], allowed, prompt_ids=["odd"], max_new_tokens=2)
+    forward.generate(backbone, ["x"], allowed, prompt_ids=["odd"], max_new_tokens=2)
 
 
 @pytest.mark.parametrize(
@@ -300,14 +301,14 @@ def test_a_member_of_another_backbone_is_named(backbone):
 )
 def test_a_choice_that_means_nothing_is_refused(backbone, bank, prompt_ids, message):
     with pytest.raises(InputError, match=message):
-        inference.generate(backbone, ["x", "y"], bank, prompt_ids=prompt_ids)
+        forward.generate(backbone, ["x", "y"], bank, prompt_ids=prompt_ids)
 
 
 def test_a_choice_without_a_bank_and_the_other_way_round(backbone, bank, tiny, tiny_batch, tokens):
     with pytest.raises(InputError, match="choose from a bank"):
-        inference.generate(backbone, ["x"], tiny.prompt, prompt_ids=[0])
+        forward.generate(backbone, ["x"], tiny.prompt, prompt_ids=[0])
     with pytest.raises(InputError, match="one prompt is needed here, not a bank"):
-        inference.loss_and_prompt_gradient(backbone, tiny_batch, bank)
+        forward.loss_and_prompt_gradient(backbone, tiny_batch, bank)
     apply_fn, plain, ids = (
         with_lengths(make_apply_fn(tiny.config)),
         {"params": tiny.params},

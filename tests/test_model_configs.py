@@ -12,7 +12,7 @@ import pytest
 
 from ptjax.models.config import T5Config
 from ptjax.models.t5 import parameter_shapes
-from ptjax.scale import sharding
+from ptjax.sharding.rules import RULES
 from ptjax.trees import flatten_paths
 
 ROOT = Path(__file__).parents[1]
@@ -95,7 +95,7 @@ def test_a_file_its_total_and_its_row_agree(name):
         f"{total:,}",
     ]
     for path in shapes:
-        rules = [pattern for pattern, _ in sharding.RULES if re.fullmatch(pattern, path)]
+        rules = [pattern for pattern, _ in RULES if re.fullmatch(pattern, path)]
         assert len(rules) == 1, path
 
 

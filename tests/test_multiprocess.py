@@ -20,7 +20,7 @@ import pytest
 from conftest import PATIENCE, outcome, without_seconds
 from safetensors.numpy import load_file
 
-from ptjax.backbone import save_backbone
+from ptjax.backbones.save import save_backbone
 from ptjax.launch import reserved_port
 from ptjax.models.t5 import init_params
 
@@ -57,7 +57,7 @@ from __gin__ import dynamic_registration
 import ptjax
 
 ptjax.tune.members = @ptjax.sweep()
-ptjax.sweep.seeds = (1, 2)
+ptjax.trainer.sweep.seeds = (1, 2)
 PACK = True
 """
 STEPS = 90
@@ -299,7 +299,7 @@ import sys
 
 import jax
 
-from ptjax.backbone import load_backbone
+from ptjax.backbones.load import load_backbone
 from ptjax.cli import distributed
 from ptjax.interop import bytes_on_disk
 

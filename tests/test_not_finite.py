@@ -13,17 +13,19 @@ from conftest import tune
 from letters import make_backbone
 from t5_ids import decode
 
-from ptjax import damage, prediction, prompting
-from ptjax.backbone import load_backbone, save_backbone
+from ptjax.backbones import damage
+from ptjax.backbones.load import load_backbone
+from ptjax.backbones.save import save_backbone
 from ptjax.errors import InputError
-from ptjax.evaluation import Evaluator
-from ptjax.inference import generate
+from ptjax.evaluation.evaluator import Evaluator
+from ptjax.inference import predict, prompts
+from ptjax.inference.forward import generate
 from ptjax.interop.prompt_file import PromptFile, load_prompt, save_prompt
 from ptjax.interop.safetensors_file import open_safetensors, save_safetensors, to_header
-from ptjax.loop import TrainingError
 from ptjax.methods.model_tuning import ModelTuning
 from ptjax.methods.prompt_tuning import PromptTuning
 from ptjax.settings import Evaluation
+from ptjax.trainer.loop import TrainingError
 from ptjax.trees import flatten_paths, unflatten_paths
 
 QUERY = "decoder/layers_1/self_attention/query/kernel"
@@ -50,7 +52,7 @@ def letters(tiny) -> Any:
 
 
 WAYS = {
-    "rank": lambda backbone: prediction.rank(backbone, ["abc", "b"], [["xy", "z"], ["a"]]),
+    "rank": lambda backbone: predict.rank(backbone, ["abc", "b"], [["xy", "z"], ["a"]]),
     "greedy": lambda backbone: generate(backbone, ["abc", "b"], max_new_tokens=4),
     "beams": lambda backbone: generate(backbone, ["abc", "b"], max_new_tokens=4, num_beams=2),
 }
@@ -68,11 +70,11 @@ def test_case_1_11_a_label_whose_logit_is_minus_infinity_is_no_score(letters, mo
     def likelihoods(*args, **settings):
         return np.array([0, 0]), np.array([[-1.0, -np.inf], [-1.0, -2.0]], np.float32)
 
-    monkeypatch.setattr(prediction, "predict_labels", likelihoods)
+    monkeypatch.setattr(predict, "predict_labels", likelihoods)
     with pytest.raises(damage.NotFiniteError, match="the score of a label is not finite"):
-        prediction.rank(letters, ["a", "b"], ["x", "y"])
+        predict.rank(letters, ["a", "b"], ["x", "y"])
     # Of a smaller set -inf is no label at all.
-    found = prediction.rank(letters, ["a", "b"], [["x"], ["x", "y"]])
+    found = predict.rank(letters, ["a", "b"], [["x"], ["x", "y"]])
     assert [p.probabilities["x"] for p in found] == [1.0, pytest.approx(np.e / (np.e + 1))]
 
 
@@ -118,7 +120,7 @@ def test_case_1_11_int8_does_not_hide_a_nan(tmp_path, backbone):
         save_backbone(folder, backbone.config, params, tokenizer=backbone.tokenizer)
         loaded = load_backbone(folder, quantize="int8")
         with pytest.raises(InputError, match=f"in {MIDDLE} "):
-            prediction.rank(loaded, ["a text"], ["positive", "negative"])
+            predict.rank(loaded, ["a text"], ["positive", "negative"])
 
 
 def test_case_1_11_a_layer_of_a_stack_is_named():
@@ -169,15 +171,15 @@ def test_case_1_11_a_prompt_without_scores_is_not_exported(backbone, task, tmp_p
 
 def test_case_1_11_states_of_a_damaged_backbone_are_not_compiled(letters, tiny):
     prompt = PromptFile(np.asarray(tiny.prompt), {"sees_input": False})
-    assert prompting.compile_prompt(letters, prompt).states is not None
+    assert prompts.compile_prompt(letters, prompt).states is not None
     with pytest.raises(InputError, match=rf"tiny has NaN in {MIDDLE}"):
-        prompting.compile_prompt(damaged(letters), prompt)
+        prompts.compile_prompt(damaged(letters), prompt)
 
 
 @pytest.mark.parametrize("name", ["encoder_keys", "encoder_values", "decoder_keys"])
 def test_case_1_11_compiled_states_that_are_not_finite_are_refused(letters, tiny, tmp_path, name):
     prompt = PromptFile(np.asarray(tiny.prompt), {"sees_input": False})
-    compiled = prompting.compile_prompt(letters, prompt)
+    compiled = prompts.compile_prompt(letters, prompt)
     file = tmp_path / "prompt.safetensors"
     save_prompt(file, compiled.prompt, compiled.metadata, compiled.states)
     assert load_prompt(file).states is not None

@@ -132,16 +132,16 @@ def test_pytorch_makes_the_same_weights(tmp_path) -> None:
     from prompt_step import t5_1_1
     from ptjax_side import describe_backbone, make_params
 
-    from ptjax import planning
     from ptjax.interop.huggingface_format import to_huggingface
-    from ptjax.scale import sharding
+    from ptjax.sharding.meshes import make_mesh
+    from ptjax.sharding.quantize import placed_shapes
     from ptjax.trees import flatten_paths
 
     config = t5_1_1("toy")
     (tmp_path / "backbone.json").write_text(json.dumps(describe_backbone(config, "bfloat16")))
     settings = {"dtype": "bfloat16", "device": "cpu"}
     theirs = dict(peft_side.make_backbone(tmp_path, settings).named_parameters())
-    shapes = planning.placed_shapes(config, "bfloat16", sharding.make_mesh(1))
+    shapes = placed_shapes(config, "bfloat16", make_mesh(1))
     for name, array in flatten_paths(make_params(shapes, config.head_dim, "bfloat16")).items():
         their_name, transposed = to_huggingface(name)
         other = theirs.pop(their_name).detach().float().numpy()

@@ -16,11 +16,11 @@ from orbax import checkpoint as ocp
 from orbax.checkpoint import v1
 from test_checkpoint import state_of
 
-from ptjax.backbone import open_backbone
-from ptjax.checkpoint import Checkpoints
+from ptjax.backbones.describe import describe
+from ptjax.backbones.open import open_backbone
 from ptjax.errors import InputError
-from ptjax.inspection import describe
 from ptjax.interop import t5x
+from ptjax.trainer.checkpoints import Checkpoints
 from ptjax.trees import unflatten_paths
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"

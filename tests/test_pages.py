@@ -25,7 +25,7 @@ from ptjax.__main__ import COMMANDS
 from ptjax.data.sentencepiece_tokenizer import train_sentencepiece
 from ptjax.interop.prompt_file import load_prompt, save_prompt
 from ptjax.launch import reserved_port
-from ptjax.scale import sharding
+from ptjax.sharding.rules import RULES
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_process")]
 ROOT = Path(__file__).parents[1]
@@ -258,4 +258,4 @@ def test_the_python_of_a_page(page, values):
             block = block.replace(f'"{text}"', filled(f'"{text}"', values))
         exec(compile(block, str(page), "exec"), names)
     if page.name == "sharding.md":
-        assert names["SHARDING_RULES"] == sharding.RULES
+        assert names["SHARDING_RULES"] == RULES

@@ -22,7 +22,8 @@ from test_torch_parity import (
 )
 
 import ptjax
-from ptjax.backbone import load_backbone, save_backbone
+from ptjax.backbones.load import load_backbone
+from ptjax.backbones.save import save_backbone
 from ptjax.errors import InputError
 from ptjax.interop.peft import export_peft
 from ptjax.interop.prompt_file import PromptFile, load_prompt

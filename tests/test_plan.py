@@ -8,7 +8,7 @@ import os
 import pytest
 
 from ptjax.cli import plans
-from ptjax.planning import Layout
+from ptjax.planning.workload import Layout
 
 XXL = ("--gin_file=models/t5_1_1_xxl.gin", "--gin_file=runs/prompt_tune.gin")
 NANO = ("--gin_file=quickstart.gin",)

@@ -9,20 +9,31 @@ import jax
 import pytest
 from workloads import SIZES, TOY, V5E, XXL, blind, changed
 
-from ptjax import planning, searching, tuning
 from ptjax.cli import load_gin
 from ptjax.errors import InputError
 from ptjax.methods.model_tuning import ModelTuning
-from ptjax.planning import Layout
-from ptjax.scale import compiled, sharding
-from ptjax.scale.slices import parse_slice
+from ptjax.planning import search
+from ptjax.planning.slices import parse_slice
+from ptjax.planning.workload import (
+    Layout,
+    _bytes_on_device,
+    count,
+    counted_mesh,
+    link_seconds,
+    place,
+    settle,
+)
+from ptjax.sharding.meshes import make_mesh
+from ptjax.sharding.rules import shardings_of
+from ptjax.trainer import tune
+from ptjax.training import compile
 
 # Counting
 
 
 @pytest.mark.parametrize(("remat", "most"), [("none", 2.25), ("dots", 2.30), ("full", 2.90)])
 def test_the_work_of_a_step_of_xxl(remat, most):
-    found = planning.count(XXL, Layout("8x1", remat=remat), V5E)
+    found = count(XXL, Layout("8x1", remat=remat), V5E)
     assert (found["parameters"], found["trainable"]) == (11_135_332_352 + 409_600, 409_600)
     flops = found["flops"]
     assert flops["useful"] <= 2.25 * flops["forward"]
@@ -42,7 +53,7 @@ def test_the_work_of_a_step_of_xxl(remat, most):
 def test_bytes_of_the_frozen_weights(layout, share):
     """Up to what is left whole: norms, with FSDP embedding and logits, which int8 leaves too."""
     whole = 2 * 11_135_332_352
-    held = planning.count(XXL, layout, V5E)["bytes_per_device"]
+    held = count(XXL, layout, V5E)["bytes_per_device"]
     rest = 2 * 32128 * 4096 if layout.quantize or layout.fsdp else 0
     assert whole * share <= held["frozen"] <= whole * share + rest + 2e7
     # The prompt in float32 and, it has fewer than 128 rows, a second moment for each entry.
@@ -51,12 +62,12 @@ def test_bytes_of_the_frozen_weights(layout, share):
 
 def test_bytes_are_those_of_the_real_arrays(tiny):
     workload = dataclasses.replace(TOY, config=tiny.config)
-    mesh = sharding.make_mesh((4, 2))
-    placed = planning.place(workload, Layout("4x2", scan_layers=False), mesh)
+    mesh = make_mesh((4, 2))
+    placed = place(workload, Layout("4x2", scan_layers=False), mesh)
     params = {"params": tiny.params}
-    real = jax.device_put(params, sharding.shardings_of(params, mesh))
+    real = jax.device_put(params, shardings_of(params, mesh))
     held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(real))
-    assert planning._bytes_on_device(placed.frozen) == held
+    assert _bytes_on_device(placed.frozen) == held
 
 
 @pytest.mark.parametrize(
@@ -74,10 +85,10 @@ def test_the_largest_batch(workload, shape):
 
 
 def test_a_prompt_that_sees_nothing_and_a_bank_are_counted_as_they_run():
-    seen = planning.count(TOY, Layout("8x1"), V5E)["flops"]["useful"]
-    unseeing = planning.count(blind(TOY), Layout("8x1"), V5E)["flops"]["useful"]
+    seen = count(TOY, Layout("8x1"), V5E)["flops"]["useful"]
+    unseeing = count(blind(TOY), Layout("8x1"), V5E)["flops"]["useful"]
     bank = dataclasses.replace(changed(TOY, bank=True), members=3)
-    many = planning.count(bank, Layout("8x1"), V5E)
+    many = count(bank, Layout("8x1"), V5E)
     assert unseeing < seen
     assert many["flops"]["useful"] == 3 * seen
     assert many["examples"] == 48 and many["trainable"] == 3 * 20 * 256
@@ -95,22 +106,22 @@ def test_a_prompt_that_sees_nothing_and_a_bank_are_counted_as_they_run():
 )
 def test_what_does_not_fit_together_is_said(layout, changes, message):
     with pytest.raises(InputError, match=message):
-        planning.settle(dataclasses.replace(TOY, **changes), layout, V5E)
+        settle(dataclasses.replace(TOY, **changes), layout, V5E)
 
 
 def test_auto_is_what_a_run_would_take():
-    assert planning.settle(XXL, Layout("auto"), V5E).mesh == "4x2"
-    assert planning.settle(XXL, Layout("auto"), parse_slice("2xv5e-16")).mesh == "2x8x2"
-    assert planning.settle(XXL, Layout("auto"), parse_slice("h100x8")).mesh == "8x1"
+    assert settle(XXL, Layout("auto"), V5E).mesh == "4x2"
+    assert settle(XXL, Layout("auto"), parse_slice("2xv5e-16")).mesh == "2x8x2"
+    assert settle(XXL, Layout("auto"), parse_slice("h100x8")).mesh == "8x1"
 
 
 def test_estimates_follow_from_the_published_rates():
-    found = planning.count(XXL, Layout("1x8", remat="full"), V5E)
+    found = count(XXL, Layout("1x8", remat="full"), V5E)
     estimate, flops = found["estimate"], found["flops"]
     assert estimate["compute"] == flops["executed"] / (8 * 197e12)
     assert estimate["memory"] == 3 * found["bytes_per_device"]["frozen"] / 819e9
     # What FSDP gathers is read as whole as without it.
-    alike = [planning.count(XXL, Layout("8x1", fsdp=fsdp), V5E)["estimate"] for fsdp in (0, 1)]
+    alike = [count(XXL, Layout("8x1", fsdp=fsdp), V5E)["estimate"] for fsdp in (0, 1)]
     assert alike[0]["memory"] == alike[1]["memory"] and alike[1]["links"] > alike[0]["links"]
     # 14 sums of [32, 612, 4096] and [32, 16, 4096] bfloat16 a layer pair, around a ring of eight.
     assert estimate["links"] == pytest.approx(2 * 7 / 8 * 24.0e9 / 90e9, rel=0.1)
@@ -134,29 +145,27 @@ def test_estimates_follow_from_the_published_rates():
 )
 def test_what_crosses_the_network_takes_longer(name, mesh, axes, rate):
     where = parse_slice(name)
-    counted = planning.counted_mesh(Layout(mesh), where)
+    counted = counted_mesh(Layout(mesh), where)
     members = math.prod(counted.shape[axis] for axis in axes)
-    found = planning.link_seconds({("all-reduce", *axes): 10**9}, counted, where)
+    found = link_seconds({("all-reduce", *axes): 10**9}, counted, where)
     assert found == pytest.approx(2 * (members - 1) / members * 1e9 / rate)
 
 
 def test_estimates_of_model_tuning_and_microbatches():
-    tuned = planning.count(dataclasses.replace(TOY, method=ModelTuning()), Layout("8x1"), V5E)
-    prompted = planning.count(TOY, Layout("8x1"), V5E)
+    tuned = count(dataclasses.replace(TOY, method=ModelTuning()), Layout("8x1"), V5E)
+    prompted = count(TOY, Layout("8x1"), V5E)
     assert tuned["estimate"]["memory"] == prompted["estimate"]["memory"] > 0
     # All gradients cross data, not the prompt's alone.
     parameters = tuned["trainable"]
     assert tuned["estimate"]["links"] == pytest.approx(2 * 7 / 8 * 2 * parameters / 90e9)
-    parts = planning.count(changed(TOY, microbatches=2), Layout("8x1"), V5E)
+    parts = count(changed(TOY, microbatches=2), Layout("8x1"), V5E)
     assert parts["estimate"]["memory"] == 2 * prompted["estimate"]["memory"]
 
 
 def test_packed_rows_follow_the_mesh():
     workload = dataclasses.replace(TOY, batch_size=12, pack=True)
-    assert planning.settle(workload, Layout("8x1"), V5E) == Layout("8x1")
-    assert planning.place(workload, Layout("8x1"), planning.counted_mesh(Layout("8x1"), V5E)).shape[
-        :2
-    ] == (16, 128)
+    assert settle(workload, Layout("8x1"), V5E) == Layout("8x1")
+    assert place(workload, Layout("8x1"), counted_mesh(Layout("8x1"), V5E)).shape[:2] == (16, 128)
 
 
 # It is the step of a real run
@@ -193,13 +202,13 @@ def test_the_plan_lowers_the_step_that_a_run_compiles(own_process, monkeypatch, 
 
     def record(step, state, frozen, shapes, mesh):
         [shape] = shapes
-        lowered.append(compiled.lower_step(step, state, frozen, shape, mesh).as_text())
+        lowered.append(compile.lower_step(step, state, frozen, shape, mesh).as_text())
         return {}
 
-    monkeypatch.setattr("ptjax.loop.compile_steps", record)
-    bound(tuning.tune)(dry_run=True)
-    mesh = sharding.make_mesh((4, 2))
-    assert planning.place(workload, layout, mesh).lower().as_text() == lowered[0]
+    monkeypatch.setattr("ptjax.trainer.loop.compile_steps", record)
+    bound(tune.tune)(dry_run=True)
+    mesh = make_mesh((4, 2))
+    assert place(workload, layout, mesh).lower().as_text() == lowered[0]
 
 
 # Searching
@@ -212,24 +221,24 @@ def compiler(workload, where, fits):
     def compile_one(layout):
         asked.append(layout)
         verdict = "fits" if fits(layout) else "does not fit"
-        return planning.count(workload, layout, where) | {"verdict": verdict}
+        return count(workload, layout, where) | {"verdict": verdict}
 
     return compile_one, asked
 
 
 def test_the_fastest_that_fits_is_found_first():
     compile_one, asked = compiler(XXL, V5E, lambda layout: True)
-    tried, best = searching.search(XXL, V5E, None, compile_one)
+    tried, best = search.search(XXL, V5E, None, compile_one)
     # In bfloat16 even what has to be kept of 4x2 is too much; with int8 kernels it is not.
     assert [(layout.mesh, layout.quantize) for layout in asked] == [("2x4", None), ("4x2", "int8")]
     assert best == tried[1]
-    seconds = [searching.expected_seconds(one) for one in tried]
-    assert seconds[1] < searching.WORTH * seconds[0]
+    seconds = [search.expected_seconds(one) for one in tried]
+    assert seconds[1] < search.WORTH * seconds[0]
 
 
 def test_what_the_gin_file_says_of_int8_stays():
     compile_one, asked = compiler(XXL, V5E, lambda layout: True)
-    searching.search(XXL, V5E, "int8", compile_one)
+    search.search(XXL, V5E, "int8", compile_one)
     assert {layout.quantize for layout in asked} == {"int8"}
 
 
@@ -237,7 +246,7 @@ def test_a_float32_run_is_tried_in_bfloat16():
     workload = dataclasses.replace(XXL, config=dataclasses.replace(XXL.config, dtype="float32"))
     where = parse_slice("h100x8")
     compile_one, asked = compiler(workload, where, lambda layout: True)
-    tried, best = searching.search(workload, where, None, compile_one)
+    tried, best = search.search(workload, where, None, compile_one)
     assert [(layout.dtype, layout.quantize) for layout in asked] == [
         (None, None), ("bfloat16", None)
     ]  # fmt: skip
@@ -252,21 +261,21 @@ def test_a_float32_run_is_tried_in_bfloat16():
     assert compute[0] == pytest.approx(2 * compute[1], rel=0.01)  # remat may differ
     # Weights that train stay as they are.
     compile_one, asked = compiler(workload, where, lambda layout: True)
-    searching.search(dataclasses.replace(workload, method=ModelTuning()), where, None, compile_one)
+    search.search(dataclasses.replace(workload, method=ModelTuning()), where, None, compile_one)
     assert {layout.dtype for layout in asked} == {None}
 
 
 def test_int8_is_left_where_it_gains_nothing():
     where = parse_slice("v6e-8")
     compile_one, asked = compiler(XXL, where, lambda layout: True)
-    _, best = searching.search(XXL, where, None, compile_one)
+    _, best = search.search(XXL, where, None, compile_one)
     assert [layout.mesh for layout in asked] == ["8x1"]
     assert best["settings"]["QUANTIZE"] is None
 
 
 def test_a_mesh_that_is_full_is_left():
     compile_one, asked = compiler(XXL, V5E, lambda layout: layout.mesh == "1x8")
-    _, best = searching.search(XXL, V5E, None, compile_one)
+    _, best = search.search(XXL, V5E, None, compile_one)
     assert best["settings"]["MESH"] == "1x8"
     for mesh in {layout.mesh for layout in asked}:
         remats = [x.remat for x in asked if x.mesh == mesh and not x.fsdp and not x.quantize]
@@ -276,8 +285,8 @@ def test_a_mesh_that_is_full_is_left():
 
 def test_nothing_fits():
     compile_one, asked = compiler(XXL, V5E, lambda layout: False)
-    tried, best = searching.search(XXL, V5E, None, compile_one)
+    tried, best = search.search(XXL, V5E, None, compile_one)
     assert best is None and len(tried) == len(asked) > 0
     # What cannot fit, such as all weights of XXL on one chip, is not even compiled.
     whole = dataclasses.replace(XXL, method=ModelTuning())
-    assert searching.search(whole, parse_slice("v5e-1"), None, compile_one) == ([], None)
+    assert search.search(whole, parse_slice("v5e-1"), None, compile_one) == ([], None)

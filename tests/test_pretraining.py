@@ -12,15 +12,16 @@ import pytest
 from conftest import stopped_by_sigterm
 from t5_ids import T5_IDS
 
-from ptjax.backbone import Backbone, load_backbone, save_backbone
+from ptjax.backbones.load import Backbone, load_backbone
+from ptjax.backbones.save import save_backbone
 from ptjax.data.mixture import PrefixLM, SpanCorruption, TaskComponent, TextFiles, TokenFile
 from ptjax.data.tasks import Task
 from ptjax.data.tokenizer import load_tokenizer
 from ptjax.errors import InputError
 from ptjax.models.config import T5Config
 from ptjax.models.t5 import init_params
-from ptjax.pretraining import pretrain
 from ptjax.settings import TrainSchedule
+from ptjax.trainer.pretrain import pretrain
 from ptjax.training.optimizer import Adafactor
 
 CONFIG = T5Config(8192, 16, 2, 1, 1, 8, 32, dropout_rate=0.0, logits_via_embedding=True)

@@ -13,11 +13,11 @@ import tensorstore as ts
 from flax import serialization
 from markers import SHARED
 
-from ptjax.backbone import load_backbone
+from ptjax.backbones.load import load_backbone
 from ptjax.errors import InputError
+from ptjax.inference.prompts import check_prompt
 from ptjax.interop.peft import export_peft
 from ptjax.interop.prompt_file import T5X_PROMPT, load_prompt, load_prompts, save_prompt
-from ptjax.prompting import check_prompt
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 NUMPY_NAME = "encoder.prompt.prompt.prompt"

@@ -9,9 +9,9 @@ import pytest
 from conftest import tune
 
 from ptjax.errors import InputError
+from ptjax.inference.prompts import check_bank, check_prompt, make_bank
 from ptjax.interop.peft import export_peft
 from ptjax.interop.prompt_file import PromptFile, load_prompt, save_prompt
-from ptjax.prompting import check_bank, check_prompt, make_bank
 from ptjax.settings import TrainSchedule
 
 IDS = {"pad_id": 0, "eos_ids": [1], "decoder_start_id": 0, "forced_bos_id": None}

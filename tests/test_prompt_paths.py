@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ptjax import prompting
 from ptjax.errors import InputError
-from ptjax.inference import forward, generate, loss_and_prompt_gradient
+from ptjax.inference import prompts
+from ptjax.inference.forward import forward, generate, loss_and_prompt_gradient
+from ptjax.inference.predict import rank
+from ptjax.inference.prompts import check_bank, make_bank
 from ptjax.interop.prompt_file import PromptFile, save_prompt
-from ptjax.prediction import rank
-from ptjax.prompting import check_bank, make_bank
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def matrix() -> np.ndarray:
 @pytest.fixture(autouse=True)
 def new_process(monkeypatch):
     """What was said before is forgotten."""
-    monkeypatch.setattr(prompting, "_WARNED", set())
+    monkeypatch.setattr(prompts, "_WARNED", set())
 
 
 def test_case_4_12_a_prompt_may_be_a_path(backbone, matrix, tmp_path):

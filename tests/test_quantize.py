@@ -11,23 +11,24 @@ import pytest
 from conftest import FIXTURES
 from t5_ids import T5_IDS
 
-from ptjax.backbone import load_backbone, save_backbone
+from ptjax.backbones.load import load_backbone
+from ptjax.backbones.save import save_backbone
 from ptjax.data.batch import make_batch
 from ptjax.data.tasks import Task
 from ptjax.errors import InputError
-from ptjax.inference import forward, loss_and_prompt_gradient
+from ptjax.inference.forward import forward, loss_and_prompt_gradient
 from ptjax.methods.model_tuning import ModelTuning
 from ptjax.models.layers import Quantized
 from ptjax.models.prompted import make_apply_fn, with_prompt
 from ptjax.models.stacking import Unstacked, stack_paths
 from ptjax.models.t5_family import T5_FAMILY
-from ptjax.scale import sharding
-from ptjax.scale.quantize import dequantize, quantize, quantize_sharded
 from ptjax.settings import RunSettings
+from ptjax.sharding.meshes import make_mesh
+from ptjax.sharding.quantize import dequantize, quantize, quantize_sharded
+from ptjax.trainer.tune import tune
 from ptjax.training.loss import Loss
 from ptjax.training.step import batch_loss
 from ptjax.trees import flatten_paths, unflatten_paths
-from ptjax.tuning import tune
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ def test_an_entry_is_off_by_half_a_scale_at_most(kernel) -> None:
 @pytest.mark.parametrize("spec", [("model", None), (None, "model")])
 def test_shards_are_quantized_as_the_whole(kernel, spec) -> None:
     """Also where a channel lies on several devices, whose largest entry is that of all."""
-    mesh = sharding.make_mesh(4, devices=jax.devices()[:4])
+    mesh = make_mesh(4, devices=jax.devices()[:4])
     where = jax.NamedSharding(mesh, jax.P(None, *spec))
     got = quantize_sharded(jax.device_put(kernel, where))
     want = quantize(kernel)

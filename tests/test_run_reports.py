@@ -15,15 +15,15 @@ import pytest
 from conftest import WORDS, tune
 from etils import epath
 
-from ptjax.baselines import HardPrompt
+from ptjax.backbones.describe import describe_checkpoint
+from ptjax.data.hard_prompt import HardPrompt
 from ptjax.data.packing import make_template
-from ptjax.display import Display
-from ptjax.evaluation import Evaluator
-from ptjax.inspection import describe_checkpoint
+from ptjax.evaluation.evaluator import Evaluator
 from ptjax.interop.prompt_file import load_prompt
 from ptjax.methods.base import InitContext
 from ptjax.methods.initializers import Uniform
 from ptjax.settings import Evaluation, TrainSchedule
+from ptjax.trainer.display import Display
 from ptjax.training.optimizer import Adafactor, embedding_rms
 
 STILL = Adafactor(learning_rate=0.0, weight_decay=0.0)

@@ -15,7 +15,7 @@ from ptjax.data.batch import make_batch, make_packed_batch
 from ptjax.models.config import T5Config
 from ptjax.models.prompted import make_apply_fn, with_prompt
 from ptjax.models.t5 import T5, Encoded, parameter_shapes
-from ptjax.scale.flops import count_flops
+from ptjax.planning.flops import count_flops
 from ptjax.training.loss import Loss
 from ptjax.training.step import batch_loss
 

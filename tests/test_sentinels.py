@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 
-from ptjax.baselines import HardPrompt
+from ptjax.data.hard_prompt import HardPrompt
 from ptjax.data.preprocess import tokenize_examples
 from ptjax.data.sentinels import Rendered, join_texts, mark_sentinels, spelt_out
 from ptjax.data.tasks import Task

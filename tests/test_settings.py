@@ -18,10 +18,10 @@ from conftest import make_settings
 
 import ptjax
 from ptjax import cli
-from ptjax.callbacks import Callback
 from ptjax.errors import InputError
-from ptjax.identity import describe
 from ptjax.settings import RunSettings
+from ptjax.trainer.callbacks import Callback
+from ptjax.trainer.identity import describe
 
 
 def test_the_defaults_are_the_papers_recipe_and_its_gin_files(own_process):
@@ -57,7 +57,7 @@ def test_public_functions_take_few_arguments():
 
 def test_public_names_are_what_they_say_also_beside_modules_of_the_same_name():
     import ptjax.pretrain  # a command
-    import ptjax.sweep  # a room
+    import ptjax.trainer.sweep  # a room
 
     for name in ("pretrain", "sweep"):
         assert inspect.isfunction(getattr(ptjax, name))

@@ -18,16 +18,36 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file
 
-from ptjax.backbone import load_backbone
+from ptjax.backbones.load import load_backbone
 from ptjax.errors import InputError
 from ptjax.methods.model_tuning import ModelTuning
 from ptjax.models.config import T5Config
 from ptjax.models.prompted import make_apply_fn
 from ptjax.models.stacking import split_path, stack_paths
 from ptjax.models.t5 import parameter_shapes
-from ptjax.scale import sharding
-from ptjax.scale.hlo import collectives
+from ptjax.planning.hlo import collectives
 from ptjax.settings import TrainSchedule
+from ptjax.sharding.arrays import (
+    _layer_writer,
+    batch_sharding,
+    check_batch_size,
+    gather_layer,
+    put_batch,
+    reduction_groups,
+    replicated,
+    rows_axes,
+    rows_divisor,
+    stack_layers,
+)
+from ptjax.sharding.meshes import make_mesh
+from ptjax.sharding.rules import (
+    RULES,
+    bytes_per_device,
+    check_rules,
+    sharding_of,
+    shardings_of,
+    spec_of,
+)
 from ptjax.training.loss import Loss
 from ptjax.training.optimizer import Adafactor
 from ptjax.training.step import init_train_state, make_bank_step, make_train_step
@@ -63,10 +83,10 @@ def tree(**shapes: tuple[int, ...]) -> dict:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_table_holds_for_both_kinds_of_t5(name):
-    sharding.check_rules(variables_of(name))
-    sharding.check_rules({"params": variables_of(name)["params"]})
+    check_rules(variables_of(name))
+    check_rules({"params": variables_of(name)["params"]})
     for path in shapes_of(name):
-        assert sum(bool(re.fullmatch(pattern, path)) for pattern, _ in sharding.RULES) == 1, path
+        assert sum(bool(re.fullmatch(pattern, path)) for pattern, _ in RULES) == 1, path
 
 
 @pytest.mark.parametrize(
@@ -94,24 +114,24 @@ def test_the_table_holds_for_both_kinds_of_t5(name):
 def test_a_table_with_a_mistake(rules, message):
     three = tree(a=(4, 4), ab=(4, 4), b=(4, 4)) if "contradict" in message else None
     with pytest.raises(InputError, match=message):
-        sharding.check_rules(three or tree(a=(4, 4), ab=(4, 4)), rules)
+        check_rules(three or tree(a=(4, 4), ab=(4, 4)), rules)
 
 
 def test_an_exception_stands_before_its_rule_and_agreeing_rows_may_overlap():
     exception = [("params/a", P("model")), ("params/.*", P()), ("prompt/.*", P())]
-    sharding.check_rules(tree(a=(4,), b=(4,)), exception)
-    assert sharding.spec_of("params/a", 1, rules=exception) == P("model")
-    assert sharding.spec_of("params/b", 1, rules=exception) == P()
-    sharding.check_rules(tree(a=(4,), ab=(4,), b=(4,)), [("params/a.*", P()), ("params/.*b", P())])
+    check_rules(tree(a=(4,), b=(4,)), exception)
+    assert spec_of("params/a", 1, rules=exception) == P("model")
+    assert spec_of("params/b", 1, rules=exception) == P()
+    check_rules(tree(a=(4,), ab=(4,), b=(4,)), [("params/a.*", P()), ("params/.*b", P())])
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("fsdp", [False, True])
 def test_a_device_of_a_mesh_holds_its_part_of_a_large_model(name, fsdp):
     """Everything but norms is divided over the model axis, the layers' kernels over data too."""
-    mesh = sharding.make_mesh(4)
+    mesh = make_mesh(4)
     params = {"params": variables_of(name, scan_layers=fsdp)["params"]}
-    where = flatten_paths(sharding.shardings_of(params, mesh, fsdp=fsdp))
+    where = flatten_paths(shardings_of(params, mesh, fsdp=fsdp))
     held = 0
     for path, leaf in flatten_paths(params).items():
         part = math.prod(where[path].shard_shape(leaf.shape))
@@ -120,16 +140,16 @@ def test_a_device_of_a_mesh_holds_its_part_of_a_large_model(name, fsdp):
         parts = 1 if path.endswith("scale") else 8 if of_layer else 4
         assert part * parts == math.prod(leaf.shape), path
     sizes = {"data": 2, "model": 4}
-    assert sharding.bytes_per_device(params, sizes, fsdp=fsdp) == 4 * held
+    assert bytes_per_device(params, sizes, fsdp=fsdp) == 4 * held
     whole = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
     assert held < 1.001 * whole / 4
 
 
 def test_where_each_kind_of_array_lives():
-    mesh = sharding.make_mesh(2)
+    mesh = make_mesh(2)
 
     def specs(path, *shape):
-        both = [sharding.sharding_of(path, shape, mesh, fsdp=fsdp) for fsdp in (False, True)]
+        both = [sharding_of(path, shape, mesh, fsdp=fsdp) for fsdp in (False, True)]
         assert all(where.mesh == mesh for where in both)
         return tuple(where.spec for where in both)
 
@@ -152,28 +172,28 @@ def test_where_each_kind_of_array_lives():
 
 
 def test_stacked_layers_have_a_leading_axis_that_is_never_divided():
-    mesh = sharding.make_mesh((2, 2, 2))
+    mesh = make_mesh((2, 2, 2))
     kernel = "params/decoder/layers/mlp/wo/kernel"
-    where = sharding.sharding_of(kernel, (3, 16, 8), mesh, fsdp=True)
+    where = sharding_of(kernel, (3, 16, 8), mesh, fsdp=True)
     assert where.spec == P(None, "model", "data")
     assert where.shard_shape((3, 16, 8)) == (3, 8, 4)
     scale = "params/decoder/layers/pre_mlp_layer_norm/scale"
-    assert sharding.sharding_of(scale, (3, 8), mesh).is_fully_replicated
+    assert sharding_of(scale, (3, 8), mesh).is_fully_replicated
     # One layer on its own has no such axis, and neither has what stands beside the layers.
-    assert sharding.spec_of("params/decoder/layers_0/mlp/wo/kernel", 2) == P("model", None)
+    assert spec_of("params/decoder/layers_0/mlp/wo/kernel", 2) == P("model", None)
     stacked = {"encoder": {"layers": {"mlp": {"wo": {"kernel": np.zeros((3, 16, 8))}}}}}
     rules = [(r"params/.*/wo/kernel", P("model", "fsdp"))]
-    found = sharding.shardings_of({"params": stacked}, mesh, rules=rules)
+    found = shardings_of({"params": stacked}, mesh, rules=rules)
     assert flatten_paths(found)["params/encoder/layers/mlp/wo/kernel"].spec == P(
         None, "model", None
     )
     with pytest.raises(InputError, match="3 axes, but it has 2"):
-        sharding.spec_of(kernel, 2)
+        spec_of(kernel, 2)
 
 
 def test_layers_are_stacked_in_place_one_at_a_time():
     """`jax.live_arrays` when a layer is asked for: the stack, and the layer before."""
-    mesh = sharding.make_mesh((2, 4))
+    mesh = make_mesh((2, 4))
     rows = np.arange(3 * 8 * 4, dtype=np.float32).reshape(3, 8, 4)
     layer = [NamedSharding(mesh, P("model", None)), NamedSharding(mesh, P())]
     elsewhere = sum(x.nbytes for x in jax.live_arrays())
@@ -184,13 +204,13 @@ def test_layers_are_stacked_in_place_one_at_a_time():
             held.append(sum(x.nbytes for x in jax.live_arrays()) - elsewhere)
             yield {"kernel": jax.device_put(row, layer[0]), "scale": jax.device_put(row, layer[1])}
 
-    stacked = sharding.stack_layers(layers(), 3)
+    stacked = stack_layers(layers(), 3)
     for name, spec in {"kernel": P(None, "model", None), "scale": P()}.items():
         np.testing.assert_array_equal(stacked[name], rows)
         assert stacked[name].sharding == NamedSharding(mesh, spec)
     assert held == [0] + [2 * (rows.nbytes + rows[0].nbytes)] * 2
     kernel = stacked["kernel"]
-    writing = sharding._layer_writer(kernel.sharding).lower(kernel, rows[0], 0).compile()
+    writing = _layer_writer(kernel.sharding).lower(kernel, rows[0], 0).compile()
     assert writing.memory_analysis().alias_size_in_bytes == rows.nbytes // 4  # of a device
 
 
@@ -199,17 +219,17 @@ def test_layers_are_stacked_in_place_one_at_a_time():
 )
 def test_a_variable_without_a_row_is_an_error(path):
     with pytest.raises(InputError, match=f"no row for variable '{path}'"):
-        sharding.sharding_of(path, (4, 4), sharding.make_mesh())
+        sharding_of(path, (4, 4), make_mesh())
 
 
 def test_what_an_axis_does_not_divide_is_an_error():
-    mesh = sharding.make_mesh(4)
-    assert sharding.sharding_of(KERNEL, (8, 384), mesh).shard_shape((8, 384)) == (8, 96)
+    mesh = make_mesh(4)
+    assert sharding_of(KERNEL, (8, 384), mesh).shard_shape((8, 384)) == (8, 96)
     with pytest.raises(InputError, match=r"\[8, 7\]: 7 is not a multiple of 4, the mesh's model"):
-        sharding.sharding_of(KERNEL, (8, 7), mesh)
+        sharding_of(KERNEL, (8, 7), mesh)
     stacked = split_path(KERNEL)[0]
     with pytest.raises(InputError, match=r"\[3, 7, 8\]: 7 is not a multiple of 2, the mesh's data"):
-        sharding.sharding_of(stacked, (3, 7, 8), mesh, fsdp=True)
+        sharding_of(stacked, (3, 7, 8), mesh, fsdp=True)
 
 
 # T5X's table: `standard_logical_axis_rules` of t5x/partitioning.py, by (activation_partitioning_
@@ -258,15 +278,15 @@ def test_t5x_s_rules_are_a_table_of_ours(name, dims):
     used = {p: t5x_spec(names, LOGICAL[dims]) for p, names in NAMED.items()}
     shapes = flatten_paths(params)
     rows = [row for row in used.items() if any(re.fullmatch(row[0], path) for path in shapes)]
-    sharding.check_rules(params, rows)
+    check_rules(params, rows)
     for path, leaf in shapes.items():
         [wanted] = [spec for pattern, spec in rows if re.fullmatch(pattern, path)]
         rank = len(leaf.shape)
-        assert whole(sharding.spec_of(path, rank, rules=rows), rank) == whole(wanted, rank)
+        assert whole(spec_of(path, rank, rules=rows), rank) == whole(wanted, rank)
         if dims[0] == 1:
             name, layer = split_path(path)
             front = [] if layer is None else [None]
-            ours = sharding.spec_of(name, rank + len(front), fsdp=dims[1] == 2)
+            ours = spec_of(name, rank + len(front), fsdp=dims[1] == 2)
             # The one difference: outside of the layers' kernels T5X divides D over data as well.
             kept = [
                 None if axis == "data" and rank < 2 + (layer is None) else axis for axis in wanted
@@ -301,14 +321,14 @@ def test_t5x_s_rules_as_its_documentation_gives_them():
     ],
 )
 def test_all_devices_are_on_the_mesh(shape, sizes):
-    mesh = sharding.make_mesh(shape)
+    mesh = make_mesh(shape)
     assert dict(mesh.shape) == sizes
     assert list(mesh.devices.flat) == jax.devices()
-    assert sharding.rows_divisor(mesh) == 8 // sizes["model"]
+    assert rows_divisor(mesh) == 8 // sizes["model"]
 
 
 def test_a_mesh_of_some_devices():
-    mesh = sharding.make_mesh(2, jax.devices()[:6])
+    mesh = make_mesh(2, jax.devices()[:6])
     assert mesh.devices.shape == (3, 2)
     assert set(mesh.devices.flat) == set(jax.devices()[:6])
 
@@ -317,37 +337,37 @@ def test_a_mesh_of_some_devices():
 def test_devices_that_cannot_be_divided_so(model):
     message = f"8 devices cannot be divided into a model axis of {model}"
     with pytest.raises(InputError, match=message):
-        sharding.make_mesh(model)
+        make_mesh(model)
 
 
 @pytest.mark.parametrize("shape", [(8,), (4, 1), (2, 2, 2, 1), (0, 8), (-1, -8)])
 def test_a_shape_that_is_no_mesh_of_these_devices(shape):
     with pytest.raises(InputError, match="and there are 8; it is data x model, or replica x data"):
-        sharding.make_mesh(shape)
+        make_mesh(shape)
 
 
 def test_a_batch_goes_over_replica_and_data():
     rows = np.arange(48).reshape(8, 6)
     for shape, part in {(4, 2): (2, 6), (2, 2, 2): (2, 6), (2, 4, 1): (1, 6)}.items():
-        mesh = sharding.make_mesh(shape)
-        placed = sharding.put_batch({"encoder_input_tokens": rows, "active": rows[0]}, mesh)
+        mesh = make_mesh(shape)
+        placed = put_batch({"encoder_input_tokens": rows, "active": rows[0]}, mesh)
         tokens = placed["encoder_input_tokens"]
         np.testing.assert_array_equal(tokens, rows)
         assert {shard.data.shape for shard in tokens.addressable_shards} == {part}
         assert placed["active"].is_fully_replicated
         # That of a bank has its members in front.
-        assert sharding.batch_sharding(mesh, 3).shard_shape((5, 8, 6)) == (5, *part)
+        assert batch_sharding(mesh, 3).shard_shape((5, 8, 6)) == (5, *part)
 
 
 def test_batch_sizes_that_the_mesh_does_not_divide():
-    mesh = sharding.make_mesh((2, 2, 2))
-    sharding.check_batch_size(8, mesh)
-    sharding.check_batch_size(8, mesh, microbatches=2)
+    mesh = make_mesh((2, 2, 2))
+    check_batch_size(8, mesh)
+    check_batch_size(8, mesh, microbatches=2)
     message = "batch size 6 is not a multiple of the 4 devices on the mesh's replica x data axis; "
     with pytest.raises(InputError, match=message + "choose 4 or 8, or another MESH"):
-        sharding.check_batch_size(6, mesh)
+        check_batch_size(6, mesh)
     with pytest.raises(InputError, match=r"batch size 4, in 2 microbatches, .*; choose 8, or"):
-        sharding.check_batch_size(4, mesh, microbatches=2)
+        check_batch_size(4, mesh, microbatches=2)
 
 
 # Numbers and traffic
@@ -368,7 +388,7 @@ SGD = optax.sgd(1.0)
 
 def run_step(tiny, batch, mesh, *, fsdp=False, microbatches=1, sees_input=True, members=None):
     """(the compiled step, its frozen weights, the state after it, its metrics) without dropout."""
-    gather = sharding.gather_layer(mesh) if fsdp else None
+    gather = gather_layer(mesh) if fsdp else None
     # One layer each compiles fast, and has every kind of weight; a scan over one is unrolled.
     count = 2 if fsdp else 1
     layers = {"num_encoder_layers": count, "num_decoder_layers": count, "dropout_rate": 0.0}
@@ -379,9 +399,9 @@ def run_step(tiny, batch, mesh, *, fsdp=False, microbatches=1, sees_input=True, 
         kept = stack_paths(kept, jax.numpy.stack)
         config = dataclasses.replace(config, scan_layers=True)
     params = {"params": unflatten_paths(kept)}
-    frozen = jax.device_put(params, sharding.shardings_of(params, mesh, fsdp=fsdp))
+    frozen = jax.device_put(params, shardings_of(params, mesh, fsdp=fsdp))
     prompt = {"prompt": {"prompt": tiny.prompt}}
-    groups = sharding.reduction_groups(mesh, microbatches=microbatches, sees_input=sees_input)
+    groups = reduction_groups(mesh, microbatches=microbatches, sees_input=sees_input)
     parts = {"microbatches": microbatches, "groups": groups}
     apply = make_apply_fn(config, sees_input, gather)
     state = init_train_state(jax.tree.map(np.array, prompt), SGD, jax.random.key(0))
@@ -391,8 +411,8 @@ def run_step(tiny, batch, mesh, *, fsdp=False, microbatches=1, sees_input=True, 
         step = make_bank_step(apply, optax.sgd, Loss(), **parts)
         batch = {name: np.stack([x] * members) for name, x in batch.items()}
         batch |= {"active": np.ones(members, bool), "learning_rate": np.ones(members, np.float32)}
-    state = jax.device_put(state, sharding.replicated(mesh))
-    batch = sharding.put_batch(batch, mesh)
+    state = jax.device_put(state, replicated(mesh))
+    batch = put_batch(batch, mesh)
     places = jax.tree.map(lambda x: x.sharding, state)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(places, None))
     compiled = jitted.lower(state, frozen, batch).compile()
@@ -404,7 +424,7 @@ def one_device(tiny, tiny_batch):
     """`one_device(sees_input, fsdp)` -> (loss, gradient of the prompt), each computed once."""
 
     def alone(sees_input, fsdp):
-        mesh = sharding.make_mesh(devices=jax.devices()[:1])
+        mesh = make_mesh(devices=jax.devices()[:1])
         *_, state, metrics = run_step(tiny, tiny_batch, mesh, sees_input=sees_input, fsdp=fsdp)
         return metrics["loss"], np.asarray(tiny.prompt - state.trainable["prompt"]["prompt"])
 
@@ -420,7 +440,7 @@ FAST = ("4x2", "8x1, fsdp", "4x2, microbatches")
 def test_a_mesh_changes_no_number_and_reduces_one_array(tiny, tiny_batch, one_device, case):
     """Sums are taken in another order: 1e-5 of the largest entry is some hundred roundings."""
     shape, settings = CASES[case]
-    mesh = sharding.make_mesh(shape)
+    mesh = make_mesh(shape)
     compiled, frozen, state, metrics = run_step(tiny, tiny_batch, mesh, **settings)
     fsdp = settings.get("fsdp", False)
     loss, gradient = one_device(settings.get("sees_input", True), fsdp)
@@ -429,7 +449,7 @@ def test_a_mesh_changes_no_number_and_reduces_one_array(tiny, tiny_batch, one_de
     np.testing.assert_allclose(ours, gradient, rtol=0, atol=1e-5 * np.abs(gradient).max())
     assert state.trainable["prompt"]["prompt"].is_fully_replicated
 
-    rows = sharding.rows_axes(mesh)
+    rows = rows_axes(mesh)
     found = [one for one in collectives(compiled, mesh) if set(one.axes) & set(rows)]
     reduced = [one for one in found if one.kind == "all-reduce" and one.shape]
     # All rows' devices at once, in float32, when the loop over microbatches is over.
@@ -453,10 +473,10 @@ def shard_shape(array, mesh):
 
 
 def test_every_device_holds_its_part_and_no_more(tiny, tiny_batch):
-    mesh = sharding.make_mesh((2, 2, 2))
+    mesh = make_mesh((2, 2, 2))
     stacked = stack_paths(flatten_paths(tiny.params), jax.numpy.stack)
     params = {"params": unflatten_paths(stacked)}
-    where = sharding.shardings_of(params, mesh, fsdp=True)
+    where = shardings_of(params, mesh, fsdp=True)
     placed = jax.device_put(params, where)
     held = dict.fromkeys(jax.devices(), 0)
     for path, array in flatten_paths(placed).items():
@@ -465,13 +485,13 @@ def test_every_device_holds_its_part_and_no_more(tiny, tiny_batch):
         for shard in array.addressable_shards:
             assert shard.data.size * parts == array.size, path
             held[shard.device] += shard.data.nbytes
-    wanted = sharding.bytes_per_device(params, dict(mesh.shape), fsdp=True)
+    wanted = bytes_per_device(params, dict(mesh.shape), fsdp=True)
     assert set(held.values()) == {wanted}
 
 
 @pytest.mark.slow
 def test_a_bank_reduces_the_gradients_of_its_prompts_at_once(tiny, tiny_batch):
-    mesh = sharding.make_mesh((4, 2))
+    mesh = make_mesh((4, 2))
     compiled, *_ = run_step(tiny, tiny_batch, mesh, microbatches=2, sees_input=False, members=3)
     found = [one for one in collectives(compiled, mesh) if one.axes != ("model",)]
     assert [one[:3] for one in found if one.shape != (3,)] == [

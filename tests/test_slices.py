@@ -8,8 +8,8 @@ import pytest
 from jax.experimental import topologies
 
 from ptjax.errors import InputError
-from ptjax.scale import slices
-from ptjax.scale.devices import usable_memory
+from ptjax.planning import slices
+from ptjax.sharding.devices import usable_memory
 
 DEVICES = {
     "v5e-1": 1,

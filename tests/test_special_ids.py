@@ -17,18 +17,21 @@ import sentencepiece
 from conftest import tune
 from t5_ids import T5_IDS, decode
 
-from ptjax import answering, inference, inspect, inspection
-from ptjax.backbone import load_backbone, save_backbone
+from ptjax import inspect
+from ptjax.backbones import describe
+from ptjax.backbones.load import load_backbone
+from ptjax.backbones.save import save_backbone
 from ptjax.data.batch import SpecialIds, make_batch, make_packed_batch, trailing_lengths
 from ptjax.data.packing import PackedBatches
 from ptjax.data.pipeline import BankBatches, TrainBatches, make_buckets
 from ptjax.data.preprocess import TokenizedExamples, TokenRows
 from ptjax.data.tokenizer import SentencePieceTokenizer
 from ptjax.errors import InputError
+from ptjax.inference import answering, forward
+from ptjax.inference.predict import rank
 from ptjax.interop.huggingface_format import make_config_json
 from ptjax.models.config import T5Config
 from ptjax.models.t5 import init_params
-from ptjax.prediction import rank
 
 SIZES = dict(
     vocab_size=128,
@@ -108,7 +111,7 @@ def test_case_1_5_start_and_forced_first_token_come_from_the_files(folder):
     rewrite(folder / "generation_config.json", forced_bos_token_id=103, eos_token_id=None)
     config = load_backbone(folder).config
     assert config.special_ids == SpecialIds(0, (1, 7), 101, 103)
-    described = inspect.show(inspection.describe(folder))
+    described = inspect.show(describe.describe(folder))
     for line in ("pad id: 0", "eos ids: 1, 7", "decoder start id: 101", "forced bos id: 103"):
         assert f"\n  {line}\n" in described
 
@@ -223,7 +226,7 @@ def log_probs_of(backbone: Any, inputs: np.ndarray, targets: np.ndarray) -> np.n
     start = np.full((len(targets), 1), backbone.config.decoder_start_id)
     fed = np.concatenate([start, targets[:, :-1]], axis=1)
     batch = {"encoder_input_tokens": inputs, "decoder_input_tokens": fed}
-    log_probs = jax.nn.log_softmax(inference.forward(backbone, batch))
+    log_probs = jax.nn.log_softmax(forward.forward(backbone, batch))
     return np.take_along_axis(np.asarray(log_probs), targets[..., None], -1)[..., 0]
 
 
@@ -288,20 +291,20 @@ def test_case_1_6_padding_of_another_id_is_invisible(madlad):
     ids = madlad.config.special_ids
     batch = make_batch(rows, targets, input_length=9, target_length=4, ids=ids)
     assert batch["encoder_input_tokens"][1].tolist() == [0, 2] + [1] * 7
-    padded = inference.forward(madlad, batch)
+    padded = forward.forward(madlad, batch)
     for i, (row, target) in enumerate(zip(rows, targets, strict=True)):
         sizes = {"input_length": len(row), "target_length": len(target)}
         alone = make_batch([row], [target], **sizes, ids=ids)
-        want = inference.forward(madlad, alone)[0]
+        want = forward.forward(madlad, alone)[0]
         # Sums over more, masked positions run in another order.
         np.testing.assert_allclose(padded[i, : len(target)], want, rtol=0, atol=1e-5)
     # Without lengths they are read off the trailing padding, here with the same result.
     del batch["encoder_lengths"]
-    np.testing.assert_array_equal(inference.forward(madlad, batch), padded)
+    np.testing.assert_array_equal(forward.forward(madlad, batch), padded)
     prompt = np.ones((2, 16), np.float32)
     weights = batch.pop("decoder_loss_weights")
-    unsaid = inference.loss_and_prompt_gradient(madlad, batch, prompt)
-    said = inference.loss_and_prompt_gradient(
+    unsaid = forward.loss_and_prompt_gradient(madlad, batch, prompt)
+    said = forward.loss_and_prompt_gradient(
         madlad, batch | {"decoder_loss_weights": weights}, prompt
     )
     np.testing.assert_array_equal(unsaid[0], said[0])
@@ -313,11 +316,11 @@ def test_case_1_6_rows_that_begin_with_padding_need_lengths(madlad):
         "decoder_input_tokens": np.zeros((2, 1), int),
     }
     with pytest.raises(InputError, match=r"row 1 .* begins with the padding id 1 .* on the right"):
-        inference.forward(madlad, batch)
-    inference.forward(madlad, batch | {"encoder_lengths": [2, 4]})
+        forward.forward(madlad, batch)
+    forward.forward(madlad, batch | {"encoder_lengths": [2, 4]})
     for lengths in ([2], [2, 5], [-1, 2]):
         with pytest.raises(InputError, match="have to be 2 numbers from 0 to 4"):
-            inference.forward(madlad, batch | {"encoder_lengths": lengths})
+            forward.forward(madlad, batch | {"encoder_lengths": lengths})
 
 
 def test_case_1_6_a_network_is_not_run_without_lengths(madlad):
@@ -393,8 +396,8 @@ def test_case_1_6_tunes_generates_and_ranks(madlad, tmp_path, pack):
     assert np.isfinite(results["best"]["value"]) if "best" in results else results
     if not pack:
         texts = ["red green", "dark"]
-        together = inference.generate(madlad, texts, max_new_tokens=4)
-        assert together == [inference.generate(madlad, [x], max_new_tokens=4)[0] for x in texts]
+        together = forward.generate(madlad, texts, max_new_tokens=4)
+        assert together == [forward.generate(madlad, [x], max_new_tokens=4)[0] for x in texts]
         ranked = rank(madlad, texts, ["cold", "warm"])
         alone = [rank(madlad, [x], ["cold", "warm"])[0] for x in texts]
         for one, other in zip(ranked, alone, strict=True):
@@ -452,4 +455,4 @@ def test_case_1_6_logits_are_transformers(torch_model):
             decoder_input_ids=torch.tensor(decoder),
         ).logits.numpy()
     # float32 on both sides, summed in another order; 1e-4 as in test_torch_parity.
-    np.testing.assert_allclose(inference.forward(ours, batch), want, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(forward.forward(ours, batch), want, rtol=0, atol=1e-4)

@@ -13,7 +13,8 @@ from conftest import FIXTURES
 from flax import linen as nn
 from t5_ids import T5_IDS, decode, with_lengths
 
-from ptjax.backbone import load_backbone, save_backbone
+from ptjax.backbones.load import load_backbone
+from ptjax.backbones.save import save_backbone
 from ptjax.data.batch import make_batch, make_packed_batch
 from ptjax.errors import InputError
 from ptjax.methods.prompt_tuning import PromptTuning
@@ -21,7 +22,7 @@ from ptjax.models.config import T5Config
 from ptjax.models.prompted import make_apply_fn, with_prompt
 from ptjax.models.stacking import Unstacked, make_layers, run_layers, stack, stack_paths
 from ptjax.models.t5 import init_params, parameter_shapes
-from ptjax.scale.flops import step_flops
+from ptjax.planning.flops import step_flops
 from ptjax.training import freeze as freezing
 from ptjax.training.loss import Loss
 from ptjax.training.optimizer import Adafactor

@@ -13,7 +13,8 @@ from jax.interpreters import partial_eval
 from t5_ids import with_lengths
 
 from ptjax.models.prompted import with_prompt
-from ptjax.scale.sharding import make_mesh, put_batch, replicated
+from ptjax.sharding.arrays import put_batch, replicated
+from ptjax.sharding.meshes import make_mesh
 from ptjax.training.loss import Loss
 from ptjax.training.optimizer import Adafactor
 from ptjax.training.step import init_train_state, make_train_step

@@ -15,14 +15,14 @@ import pytest
 import sentencepiece
 from markers import SHARED
 
-from ptjax.backbone import Backbone
+from ptjax.backbones.load import Backbone
 from ptjax.data import tokenizer as tokenizers
 from ptjax.data.sentinels import MARK
 from ptjax.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, TransformersTokenizer
 from ptjax.errors import InputError
+from ptjax.inference.prompts import check_prompt
 from ptjax.interop.prompt_file import PromptFile
 from ptjax.models.config import T5Config
-from ptjax.prompting import check_prompt
 
 NANO = "package:nano/spiece.model"
 TEXTS = ["a fine film .", "the plot is <extra_id_0> thin", "", "  spaces   inside ", "naïve 電影"]

@@ -22,8 +22,9 @@ import transformers
 from tokenizer_folders import FIXTURES, SPIECE, unpack, write_source
 from tokenizer_texts import ADDED, control_texts, texts
 
-from ptjax import backbone as backbones
-from ptjax.backbone import load_backbone, save_backbone
+from ptjax.backbones import load as backbones
+from ptjax.backbones.load import load_backbone
+from ptjax.backbones.save import save_backbone
 from ptjax.data.preprocess import tokenize_texts
 from ptjax.data.sentinels import Rendered
 from ptjax.data.tokenizer import (

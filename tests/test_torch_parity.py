@@ -21,7 +21,8 @@ import safetensors.numpy
 from conftest import FIXTURES
 from t5_ids import with_lengths
 
-from ptjax.backbone import Backbone, load_backbone, save_backbone
+from ptjax.backbones.load import Backbone, load_backbone
+from ptjax.backbones.save import save_backbone
 from ptjax.interop.huggingface_format import COPIES
 from ptjax.models.config import T5Config
 from ptjax.models.t5 import init_params

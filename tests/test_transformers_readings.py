@@ -22,7 +22,8 @@ from etils import epath
 from oracles import record_models as recorded
 from t5_ids import with_lengths
 
-from ptjax.backbone import load_backbone, save_backbone
+from ptjax.backbones.load import load_backbone
+from ptjax.backbones.save import save_backbone
 from ptjax.errors import InputError
 from ptjax.interop import huggingface, huggingface_format
 from ptjax.models.config import T5Config

@@ -16,15 +16,16 @@ from oracles import record_models as recorded
 from t5_ids import T5_IDS, decode, with_lengths
 from test_transformers_readings import FIVE, TOLERANCE, about, make_folder, recorded_logits
 
-from ptjax.backbone import Backbone, load_backbone, save_backbone
+from ptjax.backbones.load import Backbone, load_backbone
+from ptjax.backbones.save import save_backbone
 from ptjax.data.batch import shift_right
 from ptjax.errors import InputError
 from ptjax.interop import huggingface, huggingface_format
 from ptjax.models.config import T5Config
 from ptjax.models.prompted import PromptedT5
 from ptjax.models.t5 import parameter_shapes
-from ptjax.scale import sharding
-from ptjax.scale.flops import count_flops
+from ptjax.planning.flops import count_flops
+from ptjax.sharding.rules import check_rules
 from ptjax.trees import flatten_paths
 
 KEYS = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
@@ -149,7 +150,7 @@ def test_case_1_12_on_a_mesh_and_in_int8(folder, umt5):
 
 def test_case_1_12_planning_knows_its_parameters_and_work(tiny, tiny_umt5, tiny_batch):
     shapes = {"params": parameter_shapes(tiny_umt5.config)}
-    sharding.check_rules(shapes)
+    check_rules(shapes)
     [one, many] = (
         sum(np.prod(x.shape) for x in jax.tree.leaves(parameter_shapes(t.config)))
         for t in (tiny, tiny_umt5)

@@ -24,11 +24,11 @@ from test_torch_file import write as write_torch
 
 import ptjax
 from ptjax import files, untrusted
-from ptjax.backbone import open_backbone
+from ptjax.backbones.describe import describe
+from ptjax.backbones.open import open_backbone
 from ptjax.data import added_tokens
 from ptjax.data.sources import read_records
 from ptjax.errors import InputError
-from ptjax.inspection import describe
 from ptjax.interop.huggingface import load_huggingface
 from ptjax.interop.huggingface_format import read_config
 from ptjax.interop.peft import export_peft, load_peft, method_of

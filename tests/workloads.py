@@ -7,10 +7,10 @@ from typing import Any
 
 from ptjax.methods.prompt_tuning import PromptTuning
 from ptjax.models.config import T5Config
-from ptjax.planning import Workload
-from ptjax.scale.compiled import Recipe
-from ptjax.scale.slices import parse_slice
+from ptjax.planning.slices import parse_slice
+from ptjax.planning.workload import Workload
 from ptjax.settings import RunSettings
+from ptjax.training.compile import Recipe
 from ptjax.training.loss import Loss
 from ptjax.training.optimizer import Adafactor
 

@@ -122,11 +122,12 @@ def _bound(macros: Mapping[str, str], *gin_files: str) -> dict[str, Any]:
     """The arguments that the gin files bind for `ptjax.pretrain`."""
     import gin  # here, because the machine that reads does not have it
 
-    from ptjax import cli, pretraining
+    from ptjax import cli
+    from ptjax.trainer import pretrain
 
     words = [f"--gin_file={file}" for file in gin_files]
     cli.load_gin(cli.parse(cli.make_parser("prepare", ""), words), defaults=macros)
-    return gin.get_bindings(pretraining.pretrain)
+    return gin.get_bindings(pretrain.pretrain)
 
 
 def _describe_stage(

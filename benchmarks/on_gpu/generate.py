@@ -37,7 +37,7 @@ from tokens import draw_rows, make_rows, random_rows
 from turns import SideError, Turns
 
 from ptjax.models.config import T5Config
-from ptjax.scale.devices import GIB
+from ptjax.sharding.devices import GIB
 
 HERE = Path(__file__).parent
 SIDES = ("ptjax", "torch")

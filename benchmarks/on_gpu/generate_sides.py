@@ -123,10 +123,10 @@ def start_ptjax(folder: Path, settings: dict[str, Any]) -> tuple[Find, Any, Any]
     from ptjax_side import peak_bytes
     from tokens import IdsAsText, make_inputs, make_rows
 
-    from ptjax.answering import Labels, predict_labels, predict_texts
-    from ptjax.backbone import load_backbone
+    from ptjax.backbones.load import load_backbone
     from ptjax.data.batch import pad
-    from ptjax.prompting import prompted
+    from ptjax.inference.answering import Labels, predict_labels, predict_texts
+    from ptjax.inference.prompts import prompted
 
     backbone = load_backbone(folder / "backbone", dtype=settings["dtype"])
     model = prompted(backbone, np.load(folder / "prompt.npy"))

@@ -43,12 +43,13 @@ from subjects import (
 )
 from tokens import IdsAsText, make_inputs, make_rows
 
-from ptjax.answering import Labels, predict_labels, predict_texts
-from ptjax.backbone import Backbone
+from ptjax.backbones.load import Backbone
 from ptjax.data.batch import pad
+from ptjax.inference.answering import Labels, predict_labels, predict_texts
 from ptjax.models.layers import Quantized
 from ptjax.models.prompted import with_prompt
-from ptjax.scale.sharding import make_mesh, replicated
+from ptjax.sharding.arrays import replicated
+from ptjax.sharding.meshes import make_mesh
 from ptjax.training.loss import Loss
 
 BEAMS = 4

@@ -40,8 +40,8 @@ def load(kind: str) -> dict[str, dict[str, Any]]:
 
     An H200 is an H100 with faster memory: it runs the same program.
     """
-    from ptjax import planning
-    from ptjax.scale.slices import GENERATIONS, parse_slice
+    from ptjax.planning.slices import GENERATIONS, parse_slice
+    from ptjax.planning.workload import estimate
 
     if not FILE.exists() or not kind.startswith(("NVIDIA H100", "NVIDIA H200")):
         return {}
@@ -54,13 +54,13 @@ def load(kind: str) -> dict[str, dict[str, Any]]:
             name: taken / (faster if name.startswith("memory") else 1)
             for name, taken in program["seconds"].items()
         }
-        program |= planning.estimate(seconds, seconds.pop("ideal"))
+        program |= estimate(seconds, seconds.pop("ideal"))
     return programs
 
 
 def usable_gib(kind: str) -> float:
     """The memory that `CHILD` gives JAX on a device of that kind; infinite if unknown."""
-    from ptjax.scale.devices import GPU_MEMORY
+    from ptjax.sharding.devices import GPU_MEMORY
 
     return GPU_MEMORY.get(kind, float("inf")) * MEMORY_FRACTION
 
@@ -88,7 +88,7 @@ def main() -> int:
     import jax
     import step_time
 
-    from ptjax.scale.slices import ENVIRONMENT
+    from ptjax.planning.slices import ENVIRONMENT
 
     found = json.loads(FILE.read_text()) if FILE.exists() else {}
     if found.get("jax") != jax.__version__:

@@ -32,7 +32,8 @@ from family import Family, Settings, Stage, read, write
 from jax.sharding import Mesh
 from ptjax_models import STAGES
 
-from ptjax.backbone import load_backbone, save_backbone
+from ptjax.backbones.load import load_backbone
+from ptjax.backbones.save import save_backbone
 from ptjax.data import mixture
 from ptjax.data.pipeline import Batches, Shape
 from ptjax.data.tasks import Task
@@ -40,9 +41,10 @@ from ptjax.methods.model_tuning import ModelTuning
 from ptjax.models.config import T5Config
 from ptjax.models.prompted import make_apply_fn
 from ptjax.models.t5 import init_params
-from ptjax.scale import sharding
-from ptjax.scale.compiled import Recipe, lower_step
+from ptjax.sharding.arrays import put_batch, replicated
+from ptjax.sharding.meshes import make_mesh
 from ptjax.training import freeze as freezing
+from ptjax.training.compile import Recipe, lower_step
 from ptjax.training.loss import Loss
 from ptjax.training.optimizer import Adafactor
 from ptjax.training.step import TrainState
@@ -68,12 +70,12 @@ def train(
         (last state, number of steps -> mean loss of the `LOSS_PERIOD` steps before). The last step
         is where training stopped; a loss that is not finite stops it.
     """
-    mesh = sharding.make_mesh((1, 1), jax.devices()[:1])
+    mesh = make_mesh((1, 1), jax.devices()[:1])
     trainable = {"params": params}
     freeze = freezing.make_freeze(trainable, ModelTuning().freeze_rules())
     recipe = Recipe(stage.optimizer, Loss(per_token=True))
     init, step = recipe.compose(make_apply_fn(config), freeze, mesh, small=False)
-    start = jax.jit(init, out_shardings=sharding.replicated(mesh))
+    start = jax.jit(init, out_shardings=replicated(mesh))
     state = start(trainable, jax.random.key(stage.seed))
     if unfinished.exists():
         state = restore_progress(unfinished, state)
@@ -81,7 +83,7 @@ def train(
     run = compile_at_once(step, state, stage.batches.shapes, mesh)
     losses, waiting = {}, []
     for number, batch in zip(range(first, stage.steps), ahead(stage.batches, first), strict=False):
-        state, metrics = run[Shape.of(batch)](state, {}, sharding.put_batch(batch, mesh))
+        state, metrics = run[Shape.of(batch)](state, {}, put_batch(batch, mesh))
         waiting.append(metrics["loss"])
         if len(waiting) == LOSS_PERIOD or number == stage.steps - 1:
             losses[number + 1] = round(float(np.mean(jax.device_get(waiting))), 4)

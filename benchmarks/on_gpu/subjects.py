@@ -12,10 +12,10 @@ import jax
 import numpy as np
 from tokens import random_rows
 
-from ptjax.backbone import Backbone, load_backbone
+from ptjax.backbones.load import Backbone, load_backbone
 from ptjax.data.batch import Batch, make_batch, make_packed_batch
 from ptjax.data.preprocess import tokenize_texts
-from ptjax.scale.sharding import make_mesh
+from ptjax.sharding.meshes import make_mesh
 
 ROOT = Path(__file__).parents[2]
 FIXTURES = ROOT / "tests" / "fixtures"

@@ -178,7 +178,7 @@ def trained_bank(arguments: argparse.Namespace) -> str | None:
 
 def load_backbone(arguments: argparse.Namespace, metadata: dict[str, Any]) -> Any:
     """The backbone of the flags, else tuned by the run, else of the gin file, else the prompt's."""
-    from ptjax import backbone
+    from ptjax.backbones import load
 
     path, directory = arguments.backbone, model_dir(arguments)
     named_here = arguments.prompt is not None or arguments.prompts is not None
@@ -192,12 +192,12 @@ def load_backbone(arguments: argparse.Namespace, metadata: dict[str, Any]) -> An
         if named is None:
             raise InputError("which backbone? Name it with --backbone=PATH or a --gin_file")
         with naming_it(named):
-            return configured(LOAD_BACKBONE, backbone.load_backbone)(named)
+            return configured(LOAD_BACKBONE, load.load_backbone)(named)
     if path is None:
         found = settings(TUNE, "backbone").get("backbone")
-        return found or configured(LOAD_BACKBONE, backbone.load_backbone)()
+        return found or configured(LOAD_BACKBONE, load.load_backbone)()
     # The other settings of the gin file (tokenizer, mesh, dtype) hold for this path as well.
-    return configured(LOAD_BACKBONE, backbone.load_backbone)(path)
+    return configured(LOAD_BACKBONE, load.load_backbone)(path)
 
 
 @contextlib.contextmanager
@@ -222,12 +222,12 @@ def load_prompt(arguments: argparse.Namespace) -> Any:
 
 def load_bank(arguments: argparse.Namespace) -> Any:
     """The prompts below --prompts, as a bank."""
-    from ptjax import prompting
+    from ptjax.inference.prompts import make_bank
     from ptjax.interop import prompt_file
 
     prompts = prompt_file.load_prompts(arguments.prompts)
     try:
-        return prompting.make_bank(prompts)
+        return make_bank(prompts)
     except InputError as error:
         raise InputError(f"--prompts={arguments.prompts}: {error}") from error
 

@@ -17,9 +17,9 @@ from typing import Any
 from etils import epath
 
 from ptjax import files
-from ptjax.callbacks import Callback
 from ptjax.errors import InputError
 from ptjax.model_dir import ModelDir
+from ptjax.trainer.callbacks import Callback
 
 _DESCRIPTORS = {"-": 1, "/dev/stdout": 1, "/dev/stderr": 2}
 
@@ -197,7 +197,7 @@ class ConfigFile(Callback):
         self.text = text
 
     def on_start(self, model_dir: epath.Path, step: int) -> None:
-        from ptjax.scale import processes  # here, so that --help need not wait for JAX
+        from ptjax.sharding import processes
 
         if processes.first():
             files.write_bytes(ModelDir(model_dir).config, self.text.encode())

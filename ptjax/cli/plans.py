@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ptjax.cli.gin_files import has_macro
-from ptjax.planning import Layout, Report, Workload
+from ptjax.planning.workload import Layout, Report, Workload
 
 _COLUMNS = (
     "layout", "verdict", "GiB a device", "FLOPs", "MB sent", "s a step", "examples/s", "MFU"

@@ -34,7 +34,7 @@ from ptjax.interop.special_ids import GENERATION_CONFIG, SPECIAL_IDS
 from ptjax.interop.stored import Index, StoredArray, one_by_one
 from ptjax.models.config import T5Config
 from ptjax.models.t5_family import EMBEDDING, LOGITS
-from ptjax.scale.processes import on_host
+from ptjax.sharding.processes import on_host
 
 _WEIGHTS = "model.safetensors"
 _TORCH = "pytorch_model.bin"

@@ -15,7 +15,7 @@ from ptjax.errors import InputError
 from ptjax.interop import safetensors_file
 from ptjax.interop.bytes_on_disk import numpy_dtype
 from ptjax.interop.stored import StoredArray
-from ptjax.scale.processes import on_host
+from ptjax.sharding.processes import on_host
 
 WEIGHTS = "model.safetensors"
 

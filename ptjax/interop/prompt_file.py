@@ -294,5 +294,5 @@ class FromFile:
         return prompt
 
     def identity(self) -> dict[str, Any]:
-        """What the path stands for; see `ptjax.identity.describe`."""
+        """What the path stands for; see `ptjax.trainer.identity.describe`."""
         return {"path": load_prompt(self.path).prompt}

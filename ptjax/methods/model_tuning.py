@@ -47,7 +47,7 @@ class ModelTuning(Method):
 
         float32: the tuned weights as they are, whatever the backbone's activations.
         """
-        from ptjax.backbone import save_backbone
+        from ptjax.backbones.save import save_backbone
 
         params, tokenizer = trainable["params"], backbone.tokenizer
         kept = {"tokenizer": tokenizer, "dtype": "float32", "family": backbone.family}
@@ -69,7 +69,7 @@ class ModelTuning(Method):
         return {}
 
     def load(self, path: Path, backbone: Any) -> Variables:
-        from ptjax.backbone import load_backbone
+        from ptjax.backbones.load import load_backbone
 
         config = backbone.config
         return load_backbone(

@@ -15,7 +15,7 @@ from ptjax.methods.base import InitContext, Method, Path, Variables
 from ptjax.methods.initializers import ClassLabels, Initializer, SampledVocabulary
 from ptjax.model_dir import ExportKind
 from ptjax.models.prompted import with_prompt
-from ptjax.scale import processes
+from ptjax.sharding import processes
 
 
 @dataclasses.dataclass(frozen=True)

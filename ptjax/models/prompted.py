@@ -161,7 +161,7 @@ def make_apply_fn(
     """`PromptedT5(...).apply`, the same object for the same settings: jit caches by it.
 
     Args:
-        gather: for weights that are divided along D too (`scale.sharding.gather_layer`).
+        gather: for weights that are divided along D too (`sharding.arrays.gather_layer`).
         collections: beside `params`, those in which layers have arrays of their own, which a scan
             over layers has to carry.
     """

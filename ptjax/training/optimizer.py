@@ -52,7 +52,7 @@ class Adafactor:
         check_at_least(0, "Adafactor", learning_rate=rate, weight_decay=decay, step_offset=offset)
 
     def identity(self) -> dict[str, Any]:
-        """A schedule by its values; see `ptjax.identity.describe`."""
+        """A schedule by its values; see `ptjax.trainer.identity.describe`."""
         schedule = self.learning_rate
         if not callable(schedule):
             return {}

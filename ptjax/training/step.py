@@ -64,7 +64,7 @@ def make_train_step(
     batch [B, ...] is taken in `microbatches` equal parts whose gradients add up.
 
     Args:
-        groups: of neighbouring rows, one for each device (`scale.sharding.reduction_groups`).
+        groups: of neighbouring rows, one for each device (`sharding.arrays.reduction_groups`).
             Every group has a gradient of its own, and they are added once, when all is done, so
             that devices exchange one gradient a step. Each draws its own dropout.
     """

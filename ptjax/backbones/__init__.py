@@ -1,0 +1,1 @@
+"""Frozen backbones: opened, loaded, saved, described."""

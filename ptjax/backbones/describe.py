@@ -1,0 +1,197 @@
+"""What a path holds: a prompt, a run's MODEL_DIR, a checkpoint in it, or a backbone."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from etils import epath
+from orbax.checkpoint import v1 as ocp
+
+from ptjax import files
+from ptjax.backbones.fingerprint import Fingerprints, digest
+from ptjax.backbones.open import OpenBackbone, open_backbone
+from ptjax.data.tokenizer import Tokenizer
+from ptjax.errors import InputError, check_path
+from ptjax.interop import peft, t5x
+from ptjax.interop.prompt_file import PromptFile, load_prompt, prompts_below, wrong_width
+from ptjax.model_dir import ModelDir
+
+
+def describe(
+    path: str | os.PathLike[str], tokenizer: str | None = None, **config_overrides: Any
+) -> dict[str, Any]:
+    """What `path` is, as plain JSON values; "kind" is "prompt", "run", "checkpoint" or "backbone".
+
+    Raises:
+        InputError: it is none of them, or damaged.
+    """
+    check_path("the path to describe", path)
+    place = epath.Path(path).expanduser()
+    # A MODEL_DIR of T5X has a config.gin too.
+    if place.is_dir() and ModelDir(place).is_run() and not t5x.is_t5x(place):
+        return {"kind": "run"} | describe_run(place)
+    if (place / "identity").is_dir() and (place / "state").is_dir():
+        return {"kind": "checkpoint"} | describe_checkpoint(place)
+    if peft.is_peft(place) or (place.is_file() and place.name != "checkpoint"):
+        return {"kind": "prompt", "path": os.fspath(path)} | describe_prompt(load_prompt(place))
+    backbone_here = t5x.is_t5x(place) or (place / "config.json").exists()
+    if place.is_dir() and not backbone_here and (below := prompts_below(place)):
+        raise InputError(f"{path}: no prompt itself; did you mean {below[0]}?")
+    opened = open_backbone(path, tokenizer=tokenizer, **config_overrides)
+    return {"kind": "backbone"} | describe_backbone(opened)
+
+
+def describe_backbone(opened: OpenBackbone) -> dict[str, Any]:
+    """Sizes, parameters, bytes, dtypes, fingerprints, without loading the weights.
+
+    Only the fingerprints' sample is read, so a backbone may be larger than this machine's memory.
+    """
+    fingerprints = fingerprints_of(opened)
+    counts = {name: int(np.prod(array.shape)) for name, array in opened.arrays.items()}
+    widths = {name: jnp.dtype(array.dtype).itemsize for name, array in opened.arrays.items()}
+    tokenizer = opened.tokenizer
+    return {
+        "name": opened.name,
+        "config": {k: v for k, v in dataclasses.asdict(opened.config).items() if k != "dtype"},
+        "assumed": list(opened.assumed),
+        "parameters": sum(counts.values()),
+        "bytes": sum(counts[name] * widths[name] for name in counts),
+        "stored_as": sorted({array.dtype for array in opened.arrays.values()}),
+        "fingerprint": fingerprints.v2,
+        "fingerprint_v1": fingerprints.v1,
+        "tokenizer": tokenizer.name if tokenizer else None,
+        "tokenizer_fingerprint": tokenizer.fingerprint if tokenizer else None,
+        "prompt_inside": list(opened.prompt.shape) if opened.prompt else None,
+    }
+
+
+def fingerprints_of(opened: OpenBackbone) -> Fingerprints:
+    """Those of `load_backbone`, of which only the sample is read."""
+
+    def sample(path: str) -> dict[str, Any]:
+        array = opened.arrays[path]
+        parts = opened.family.fingerprint_parts(path, array.shape)
+        read = array.read_parts([*parts.values()])
+        return {
+            kind: jnp.asarray(np.asarray(part, np.float32), jnp.bfloat16)
+            for kind, part in zip(parts, read, strict=True)
+        }
+
+    samples = {path: sample(path) for path in opened.arrays}
+    return digest(opened.config, samples, opened.family)
+
+
+def describe_prompt(file: PromptFile) -> dict[str, Any]:
+    """Shape, bytes, norms and metadata of a prompt."""
+    norms = np.linalg.norm(file.prompt, axis=1)
+    return {
+        "shape": list(file.prompt.shape),
+        "bytes": file.prompt.nbytes,
+        "sees_input": file.sees_input,
+        "compiled": file.states is not None,
+        "rms": float(np.sqrt(np.mean(np.square(file.prompt)))),
+        "row_norms": {
+            "least": float(norms.min()),
+            "median": float(np.median(norms)),
+            "greatest": float(norms.max()),
+        },
+        "metadata": file.metadata,
+    }
+
+
+def describe_run(model_dir: epath.Path) -> dict[str, Any]:
+    """Results, newest checkpoint and best prompt of a MODEL_DIR, as far as they are there."""
+    run = ModelDir(model_dir)
+    described: dict[str, Any] = {
+        "path": os.fspath(model_dir),
+        "finished": run.results.exists(),
+        "newest_checkpoint": max(run.checkpoint_steps(), default=None),
+        "results": run.read_results(),
+    }
+    if members := run.members():
+        described["best_prompts"] = {name: os.fspath(run.best_prompt(name)) for name in members}
+    if (best := run.best_prompt()).exists():
+        described["best_prompt"] = {"path": os.fspath(best)} | describe_prompt(load_prompt(best))
+    if run.best_model.exists():
+        described["best_model"] = os.fspath(run.best_model)
+    return described
+
+
+def describe_checkpoint(folder: epath.Path) -> dict[str, Any]:
+    """Of which run a checkpoint of ptjax is, how far that was, and what it holds."""
+    if not (folder / "state" / "manifest.ocdbt").exists():
+        raise InputError(f"{folder}: the checkpoint is incomplete, its arrays are not there")
+    remote = "://" in os.fspath(folder)  # Orbax wants an absolute path, but epath knows none of gs
+    try:
+        place = folder if remote else folder.absolute()
+        state: Any = ocp.metadata(place, "state").metadata
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder}: the checkpoint is incomplete or damaged ({error})") from error
+    leaves = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+    }
+    return {
+        "path": os.fspath(folder),
+        "run": _read_json(folder / "identity" / "data.json"),
+        "progress": _read_json(folder / "progress" / "data.json"),
+        "arrays": {name: f"{list(leaf.shape)} {leaf.dtype}" for name, leaf in leaves.items()},
+        "bytes": sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in leaves.values()),
+    }
+
+
+def nearest_tokens(
+    prompt: np.ndarray, embedding: np.ndarray, tokenizer: Tokenizer | None, count: int = 3
+) -> list[list[tuple[str, float]]]:
+    """The `count` vocabulary tokens nearest to each row, best first, with their cosines.
+
+    Args:
+        prompt: [P, D].
+        embedding: [V, D].
+        tokenizer: without one, tokens are shown by number.
+
+    Raises:
+        InputError: the widths differ.
+    """
+    if prompt.shape[1] != embedding.shape[1]:
+        raise wrong_width("the prompt", prompt.shape, "the backbone", embedding.shape[1])
+    cosines = _unit(prompt) @ _unit(embedding).T
+    order = np.argsort(-cosines, axis=1, kind="stable")[:, :count]
+
+    def show(index: int) -> str:
+        return tokenizer.id_to_piece(index) if tokenizer else f"<{index}>"
+
+    return [
+        [(show(int(i)), float(row[i])) for i in best]
+        for row, best in zip(cosines, order, strict=True)
+    ]
+
+
+def compare(
+    prompt: str | os.PathLike[str], backbone: str, tokenizer: str | None = None, count: int = 3
+) -> list[list[tuple[str, float]]]:
+    """`nearest_tokens` of the prompt at a path in the vocabulary of the backbone at another.
+
+    Of the backbone only the embedding and the fingerprint's sample are read; a warning says when
+    it is another one than the prompt was tuned on.
+    """
+    file, opened = load_prompt(prompt), open_backbone(backbone, tokenizer=tokenizer)
+    if fingerprints_of(opened).contradict(file.metadata):
+        logging.warning("%s has not the weights that the prompt was tuned on", opened.name)
+    embedding = opened.arrays[opened.family.embedding_path].read_all().astype(np.float32)
+    return nearest_tokens(file.prompt, embedding, opened.tokenizer, count)
+
+
+def _unit(rows: np.ndarray) -> np.ndarray:
+    # Rows of zeros (never trained) have no direction: their cosine is 0.
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+
+
+def _read_json(file: epath.Path) -> dict[str, Any] | None:
+    return files.read_object(file) if file.exists() else None

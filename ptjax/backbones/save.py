@@ -1,0 +1,59 @@
+"""Saves a backbone in Hugging Face's layout."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+from ptjax.data.tokenizer import Tokenizer
+from ptjax.errors import InputError, check_path
+from ptjax.interop import huggingface, own_names
+from ptjax.models.family import Family
+from ptjax.models.layers import Quantized
+from ptjax.models.stacking import Unstacked
+from ptjax.models.t5_family import T5_FAMILY
+from ptjax.sharding import processes
+from ptjax.trees import flatten_paths
+
+
+def save_backbone(
+    directory: str | os.PathLike[str],
+    config: Any,
+    params: Mapping[str, Any],
+    *,
+    tokenizer: Tokenizer | None = None,
+    dtype: str = "bfloat16",
+    max_shard_bytes: int | None = None,
+    family: Family = T5_FAMILY,
+) -> None:
+    """Writes the Hugging Face layout (which `load_backbone` and `transformers` read).
+
+    A family without Hugging Face's names writes `model.safetensors` under its parameters' own.
+
+    Several processes call it together; the first one writes.
+
+    Args:
+        params: nested dict under T5X's names, layers stacked or not.
+        max_shard_bytes: split the weights into files of at most this size.
+    """
+    check_path("the folder of the backbone", directory)
+    own_names_only = not family.tensor_names({})
+    flat = flatten_paths(params) if own_names_only else Unstacked(flatten_paths(params))
+    if any(isinstance(array, Quantized) for array in flat.values()):
+        raise InputError(
+            "int8 kernels are a rounded copy; save the backbone as it was loaded without quantize"
+        )
+    if not processes.first():
+        for name in sorted(flat):  # in the order in which the first one writes them
+            processes.on_host(flat[name])
+        return
+    target = epath.Path(directory).expanduser()
+    target.mkdir(parents=True, exist_ok=True)
+    if tokenizer is not None:
+        tokenizer.save(target)
+    if own_names_only:
+        return own_names.save_own_names(target, flat, dtype)
+    huggingface.save_huggingface(target, flat, config, dtype=dtype, max_shard_bytes=max_shard_bytes)

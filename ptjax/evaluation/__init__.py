@@ -1,0 +1,1 @@
+"""Scores of a prompt, a model or an ensemble on a task."""

@@ -1,0 +1,1 @@
+"""Tuned prompts at work: generated texts and likelihoods of labels."""

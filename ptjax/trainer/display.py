@@ -1,0 +1,117 @@
+"""What a person sees of a run: a progress bar on a terminal, plain lines elsewhere, TensorBoard."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from absl import logging
+from etils import epath
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ptjax.model_dir import ModelDir
+from ptjax.sharding import processes
+from ptjax.trainer.callbacks import Callback
+
+if TYPE_CHECKING:
+    from tensorboardX import SummaryWriter
+
+HIDDEN = {"gradient_norm", "learning_rate", "evaluation_seconds"}
+"""Written to the files, but not shown beside the bar."""
+
+
+class Display(Callback):
+    """Shows a run of `steps` steps. Of several processes only the first one shows something."""
+
+    def __init__(self, steps: int) -> None:
+        self._steps = steps
+        self._latest: dict[str, float] = {}
+        self._events: SummaryWriter | None = None
+        self._bar: Progress | None = None
+
+    def on_start(self, model_dir: epath.Path, step: int) -> None:
+        if processes.first():
+            with _without_torch():
+                import tensorboardX
+
+            self._events = tensorboardX.SummaryWriter(
+                logdir=str(ModelDir(model_dir).tensorboard), purge_step=step + 1 if step else None
+            )
+        if processes.first() and sys.stderr.isatty():
+            self._bar = Progress(
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[shown]}"),
+                console=Console(stderr=True),
+            )
+            self._task = self._bar.add_task("train", total=self._steps, completed=step, shown="")
+            self._bar.start()
+
+    def on_end(self, step: int) -> None:
+        failing = sys.exc_info()[0] is not None
+        if self._bar:
+            self._bar.stop()
+        if self._events:
+            try:
+                self._events.close()
+            except OSError:
+                _give_up(self._events)
+                if not failing:  # else what went wrong first is what counts
+                    raise
+
+    def on_step(self, step: int) -> None:
+        if self._bar:
+            self._bar.update(self._task, completed=step)
+
+    def on_log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._show(step, metrics)
+
+    def on_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._show(step, metrics)
+
+    def _show(self, step: int, metrics: Mapping[str, float]) -> None:
+        if self._events:
+            for name, value in metrics.items():
+                self._events.add_scalar(name, value, step)
+        fresh = {
+            name.removeprefix("train/").removeprefix("time/").replace("/", " "): value
+            for name, value in metrics.items()
+            if name.count("/") < 2  # of a bank the mean is enough, not every member
+        }
+        fresh = {name: value for name, value in fresh.items() if name not in HIDDEN}
+        self._latest |= fresh
+        if self._bar:
+            self._bar.update(self._task, completed=step, shown=_text(self._latest))
+        else:
+            logging.info("step %d/%d  %s", step, self._steps, _text(fresh))
+
+
+def _give_up(events: Any) -> None:
+    """Of a writer that cannot write: ends its thread, and keeps it from trying again at exit."""
+    writer = events.file_writer.event_writer
+    writer.flush = lambda: None
+    with contextlib.suppress(OSError):
+        writer.close()
+    writer.close = lambda: None
+
+
+def _text(values: dict[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+
+
+@contextlib.contextmanager
+def _without_torch() -> Iterator[None]:
+    """tensorboardX imports torch, if installed, for a type alone: seconds of every start."""
+    if "torch" in sys.modules:
+        yield
+        return
+    sys.modules["torch"] = None  # type: ignore[assignment]  # which makes its import fail
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]

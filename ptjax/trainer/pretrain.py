@@ -1,0 +1,168 @@
+"""`pretrain`: model tuning on running text and supervised text-to-text tasks.
+
+From scratch it makes a backbone; from a checkpoint it is the paper's LM adaptation.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from etils import epath
+
+from ptjax.backbones.damage import check_weights
+from ptjax.backbones.load import Backbone
+from ptjax.backbones.save import save_backbone
+from ptjax.data import mixture
+from ptjax.data.mixture import MixtureComponent, TextFiles, TokenFile
+from ptjax.data.pipeline import TrainBatches
+from ptjax.data.preprocess import TokenizedExamples
+from ptjax.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from ptjax.data.vocabularies import missing_tokenizer
+from ptjax.errors import InputError, check_path, gin_flag
+from ptjax.interop.special_ids import check_end_of_sequence
+from ptjax.methods.model_tuning import ModelTuning
+from ptjax.model_dir import ModelDir
+from ptjax.models.config import T5Config
+from ptjax.models.t5 import init_params
+from ptjax.models.t5_family import T5_FAMILY
+from ptjax.settings import TrainSchedule
+from ptjax.sharding.arrays import check_batch_size, replicate_key
+from ptjax.sharding.meshes import make_mesh
+from ptjax.sharding.rules import shardings_of
+from ptjax.trainer import lock
+from ptjax.trainer.callbacks import Callback
+from ptjax.trainer.exports import Exports
+from ptjax.trainer.identity import digest_array, digest_texts, make_identity
+from ptjax.trainer.loop import TrainingLoop
+from ptjax.trainer.members import Member
+from ptjax.trainer.startup_report import report_steps
+from ptjax.training import freeze as freezing
+from ptjax.training.compile import Recipe, batch_shapes
+from ptjax.training.dependence import check_used
+from ptjax.training.loss import Loss
+from ptjax.training.optimizer import Adafactor
+
+
+def pretrain(
+    start: T5Config | Backbone,
+    components: Sequence[MixtureComponent],
+    model_dir: str | os.PathLike[str],
+    *,
+    text: TextFiles | TokenFile | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
+    optimizer: Adafactor = Adafactor(learning_rate=0.01, multiply_by_parameter_scale=True),
+    loss: Loss = Loss(per_token=True),
+    schedule: TrainSchedule = TrainSchedule(),
+    microbatches: int = 1,
+    seed: int = 0,
+    callbacks: Sequence[Callback] = (),
+    dry_run: bool = False,
+) -> None:
+    """Trains all weights; `MODEL_DIR/models/best` is the newest, in Hugging Face's layout.
+
+    Args:
+        start: sizes, to start from scratch, which needs `tokenizer`; or a backbone to go on from.
+        components: the mixture; each batch comes from one of them.
+        callbacks: told what happens, see `ptjax.trainer.callbacks.Callback`.
+
+    Raises:
+        InputError: there is no tokenizer, or components lack what they need.
+    """
+    given = dict(locals())
+    check_path("MODEL_DIR", model_dir)
+    if isinstance(start, Backbone):
+        report_steps(schedule.train_steps, start)
+        if not isinstance(start.config, T5Config):
+            raise InputError(f"pretrain trains ptjax's own T5 alone, not {start.family.title}")
+        _check_float32(start)
+        model, mesh = start.config, start.mesh
+        params, apply_fn = start.variables["params"], start.apply_fn
+    else:
+        model, mesh = start, make_mesh()
+        params, apply_fn = _init_on_mesh(model, seed, mesh), T5_FAMILY.build(model)
+    for component in components:
+        check_batch_size(component.batch_size, mesh, microbatches)
+    found = _tokenizer(start, tokenizer)
+    check_vocabulary(found, model.vocab_size)
+    check_end_of_sequence(found, model)
+    stream = None if text is None else text.tokenize(found, seed)
+    made = mixture.make_batches(components, stream, found, seed, model.special_ids)
+    batches = mixture.mix(components, made, seed)
+    trainable = {"params": params}
+    method = ModelTuning()
+    freeze = freezing.make_freeze(trainable, method.freeze_rules())
+    recipe = Recipe(optimizer, loss, microbatches)
+    init, step = recipe.compose(apply_fn, freeze, mesh, small=False)
+    check_used(apply_fn, loss, trainable, {}, batch_shapes(min(batches.shapes), mesh))
+    state = jax.jit(init)(trainable, replicate_key(jax.random.key(seed), mesh))
+    logging.info("pre-training %s parameters", f"{freezing.sizes(trainable)[0]:,}")
+
+    def write(path: epath.Path, trainable: Any, metadata: dict[str, Any]) -> None:
+        save_backbone(path, model, trainable["params"], tokenizer=found, dtype="float32")
+
+    directory = epath.Path(model_dir).expanduser()
+    member = Member(
+        batches,
+        Exports(ModelDir(directory).models, "", write, method.read_metadata),
+        rate_at=lambda step: float(optimizer.rate_at(step, 1.0)),
+    )
+    identity = make_identity(pretrain, given | {"tokenizer": found}, _describe(stream, made))
+    with lock.hold(directory, needed=not dry_run) as held:
+        run = TrainingLoop(
+            directory,
+            schedule,
+            [member],
+            identity=identity,
+            callbacks=callbacks,
+            lock=held,
+            check_weights=lambda: check_weights(params, getattr(start, "name", "the start")),
+        )
+        run.fit(state, {}, step, mesh, dry_run=dry_run)
+
+
+def _check_float32(backbone: Backbone) -> None:
+    if any(leaf.dtype != np.float32 for leaf in jax.tree.leaves(backbone.variables["params"])):
+        needed = gin_flag("ptjax.load_backbone.dtype", "float32")
+        raise InputError(f"pretrain updates float32 weights: set {needed}")
+
+
+def _tokenizer(start: T5Config | Backbone, named: str | os.PathLike[str] | None) -> Tokenizer:
+    """The one that is named, else the backbone's own."""
+    if named is not None:
+        return load_tokenizer(named)
+    if not isinstance(start, Backbone):
+        raise InputError("pretrain needs a tokenizer: set pretrain.tokenizer")
+    if start.tokenizer is None:
+        raise missing_tokenizer(start.name, start.config.vocab_size)
+    return start.tokenizer
+
+
+def _init_on_mesh(model: T5Config, seed: int, mesh: Any) -> Any:
+    def init(key: jax.Array) -> Any:
+        return init_params(model, key)
+
+    where = shardings_of({"params": T5_FAMILY.parameter_shapes(model)}, mesh)["params"]
+    return jax.jit(init, out_shardings=where)(jax.random.key(seed))
+
+
+def _describe(stream: np.ndarray | None, mixed: Sequence[Sequence[TrainBatches]]) -> dict[str, Any]:
+    """What was read from files, for the run's identity."""
+    data: dict[str, Any] = {}
+    if stream is not None:
+        data["the running text"] = {"the hash": digest_array(stream)}
+    for component, made in enumerate(mixed):
+        for phrasing, batches in enumerate(made):
+            if isinstance(source := batches.source, TokenizedExamples):
+                arrays = [
+                    x for rows in (source.inputs, source.targets) for x in (rows.ids, rows.offsets)
+                ]
+                data[f"component {component}, phrasing {phrasing}"] = {
+                    "the number of examples": len(source),
+                    "the hash": digest_texts(map(digest_array, arrays)),
+                }
+    return data

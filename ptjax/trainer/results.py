@@ -1,0 +1,79 @@
+"""The numbers of `results.json`."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+from collections.abc import Mapping
+from typing import Any
+
+from ptjax.backbones.load import Backbone
+from ptjax.data.hard_prompt import HardPrompt
+from ptjax.settings import RunSettings
+from ptjax.trainer.identity import describe, versions
+from ptjax.trainer.loop import TrainingLoop
+from ptjax.trainer.task_data import TaskData
+from ptjax.trees import Tree
+
+
+class Scores:
+    """The numbers of `results.json`, on the test split or else on the one selected on."""
+
+    def __init__(self, backbone: Backbone, settings: RunSettings, data: TaskData) -> None:
+        self.evaluator, self.train = data.evaluator, data.train
+        self.backbone, self.settings = backbone, settings
+        self.metric = self.evaluator.metric
+        self.split = self.evaluator.reported_split
+        self._hard_prompt = functools.cache(self._score_hard_prompt)
+
+    def _score_hard_prompt(self, hard_prompt: HardPrompt) -> dict[str, float]:
+        rewording = hard_prompt.rewording(self.train, self.settings.seed)
+        return self.evaluator(self.backbone.variables, self.split, rewording)
+
+    def tuned(self, best: Tree, before: Tree, seed: int) -> dict[str, Any]:
+        """Of variables with the best prompt, and with the prompt that it started from."""
+        task, hard_prompts = self.evaluator.task, self.settings.evaluation.hard_prompts
+        before_value = self.evaluator(before, self.split)[self.metric]
+        metrics = self.evaluator(best, self.split)
+        return {
+            "task": task.name,
+            "split": self.split,
+            "metric": self.metric,
+            "value": metrics[self.metric],
+            "metrics": metrics,
+            **({} if task.positive is None else {"positive_label": task.positive}),
+            "seed": seed,
+            "majority": self.evaluator.majority(self.train, self.split),
+            "before": before_value,
+            "hard_prompts": {
+                name: self._hard_prompt(hard_prompt)[self.metric]
+                for name, hard_prompt in hard_prompts.items()
+            },
+            "selected_on": self.evaluator.settings.split,
+        }
+
+
+def describe_run(backbone: Backbone, settings: RunSettings, seconds: float) -> dict[str, Any]:
+    """What was run, on what and for how long: a row of a study."""
+    return {
+        "settings": describe(settings, whole=True),
+        "backbone": backbone.name,
+        "fingerprint": backbone.fingerprint,
+        "seconds": round(seconds, 3),
+        "versions": versions(),
+    }
+
+
+def of_sweep(members: Mapping[str, dict[str, Any]], run: TrainingLoop) -> dict[str, Any]:
+    """The results of a sweep: each member's, their average, and the best.
+
+    The best is the one that was best on the split that selects, whatever the test says.
+    """
+    standings = dict(zip((m.name for m in run.members), run.progress.standings, strict=True))
+    best = max(members, key=lambda name: standings[name].best_value or 0.0)
+    return {
+        "members": dict(members),
+        "average": statistics.fmean(results["value"] for results in members.values()),
+        "best": {"member": best, "value": members[best]["value"]},
+        "failed": [name for name, standing in standings.items() if standing.failed],
+    }

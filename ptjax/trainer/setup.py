@@ -1,0 +1,152 @@
+"""The members of a run before its first step: what trains, on which batches, exported where."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from etils import epath
+
+from ptjax import __version__
+from ptjax.backbones.load import Backbone
+from ptjax.data.tasks import Task
+from ptjax.interop import prompt_header
+from ptjax.methods.base import InitContext, Method
+from ptjax.model_dir import BEST, ModelDir, suffix_of
+from ptjax.settings import RunSettings
+from ptjax.sharding import processes
+from ptjax.sharding.arrays import replicated
+from ptjax.trainer.exports import Exports
+from ptjax.trainer.members import Member
+from ptjax.trainer.startup_report import report_rate
+from ptjax.trainer.sweep import MemberOverrides
+from ptjax.trainer.task_data import TaskData, load_task_data, make_train_batches
+from ptjax.training import freeze as freezing
+from ptjax.training.optimizer import embedding_rms
+from ptjax.trees import Tree
+
+
+@dataclasses.dataclass(frozen=True)
+class MemberSetup:
+    """A member as it starts.
+
+    `variables` has its initial prompt, `trainable` and `frozen` are its halves, by `freeze`.
+    `rms` is the embedding's, to which learning rates may be relative.
+    """
+
+    member: Member
+    data: TaskData
+    seed: int
+    variables: Tree
+    freeze: freezing.Freeze
+    trainable: Tree
+    frozen: Tree
+    rms: float
+
+
+def set_up_members(
+    backbone: Backbone,
+    task: Task,
+    model_dir: epath.Path,
+    settings: RunSettings,
+    members: Mapping[str, MemberOverrides],
+) -> list[MemberSetup]:
+    """The members in their order; those of one task share what was read of it.
+
+    Args:
+        members: by name; "" is an ordinary run's only one.
+    """
+    rms = embedding_rms(backbone.embedding)
+    read: list[TaskData] = []
+    setups = []
+    for name, overrides in members.items():
+        learnt = overrides.task or task
+        # By value: gin makes a new task of every reference to one.
+        data = next((one for one in read if one.task == learnt), None)
+        if data is None:
+            data = load_task_data(learnt, backbone, settings)
+            read.append(data)
+        own = overrides.apply(settings)
+        setups.append(_set_up(data, backbone, model_dir, own, rms, name))
+    return setups
+
+
+def _set_up(
+    data: TaskData,
+    backbone: Backbone,
+    model_dir: epath.Path,
+    settings: RunSettings,
+    rms: float,
+    name: str,
+) -> MemberSetup:
+    """The member `name`, whose settings these are, with its prompt and its batches."""
+    method = settings.method
+    variables = backbone.variables | _init(method, data, settings.seed, name)
+    freeze = freezing.make_freeze(variables, method.freeze_rules())
+    trainable, frozen = freezing.split(variables, freeze)
+    optimizer, split = settings.optimizer, settings.evaluation.split
+    report_rate(trainable, optimizer, rms)
+    member = Member(
+        make_train_batches(data, settings, settings.seed),
+        _make_exports(data, model_dir, settings, name),
+        rate_at=lambda step: float(optimizer.rate_at(step, rms)),
+        evaluate=lambda own: data.evaluator(freezing.combine(own, frozen), split),
+        metric=data.evaluator.metric,
+        name=name,
+    )
+    return MemberSetup(member, data, settings.seed, variables, freeze, trainable, frozen, rms)
+
+
+def _init(method: Method, data: TaskData, seed: int, name: str) -> Tree:
+    """The method's own variables at step 0, replicated on the backbone's mesh."""
+    backbone = data.evaluator.backbone
+    context = InitContext(
+        embedding=backbone.embedding,
+        tokenizer=backbone.tokenizer,
+        labels=data.task.labels,
+        texts=lambda: (example.inputs for example in data.train),
+        config=backbone.config,
+        member=name,
+    )
+    # Its own stream: the same seed drives dropout through the train state's key.
+    key = jax.random.fold_in(jax.random.key(seed), 1)
+    made = jax.tree.map(processes.on_host, method.init(key, context))
+    return jax.device_put(made, replicated(backbone.mesh))
+
+
+def _metadata(task: Task, backbone: Backbone, settings: RunSettings) -> dict[str, Any]:
+    """What an export says of itself."""
+    tokenizer, lengths = backbone.tokenizer, settings.batching.lengths
+    return {
+        "ptjax_version": __version__,
+        "backbone_name": backbone.name,
+        **backbone.fingerprints.as_metadata(),
+        "tokenizer_fingerprint": tokenizer.fingerprint if tokenizer else None,
+        **prompt_header.special_ids(backbone.config.special_ids),
+        "task": task.describe(),
+        "input_length": lengths["inputs"],
+        "target_length": lengths["targets"],
+        "seed": settings.seed,
+        **settings.method.describe(),
+    }
+
+
+def _make_exports(
+    data: TaskData, model_dir: epath.Path, settings: RunSettings, name: str
+) -> Exports:
+    backbone, method = data.evaluator.backbone, settings.method
+    metadata = _metadata(data.task, backbone, settings)
+
+    def write(path: epath.Path, trainable: Tree, more: dict[str, Any]) -> None:
+        method.save(path, trainable, metadata | more, backbone)
+
+    directory = ModelDir(model_dir).exports(method.exports, name)
+    return Exports(directory, suffix_of(method.exports), write, method.read_metadata)
+
+
+def load_best(setup: MemberSetup, settings: RunSettings) -> Tree:
+    """Variables with a member's best export, read back from its file."""
+    path, backbone = setup.member.exports.path(BEST), setup.data.evaluator.backbone
+    return backbone.variables | settings.method.load(path, backbone)

@@ -1,0 +1,78 @@
+"""What a run says before its first step: sizes, the learning rate, steps that T5X counts."""
+
+from __future__ import annotations
+
+import re
+
+from absl import logging
+
+from ptjax.backbones.load import Backbone
+from ptjax.errors import gin_flag
+from ptjax.methods.base import Method
+from ptjax.training import freeze as freezing
+from ptjax.training.optimizer import Adafactor
+from ptjax.trees import Tree
+
+
+def report_sizes(
+    method: Method, backbone: Backbone, trainable: Tree, opt_state: Tree, frozen: Tree
+) -> None:
+    """What trains, what is frozen, and how large the two are."""
+    (trained, trained_bytes), (kept, kept_bytes) = (
+        freezing.sizes(trainable),
+        freezing.sizes(frozen),
+    )
+    _, optimizer_bytes = freezing.sizes(opt_state)
+    logging.info("backbone %s, %s", backbone.name, backbone.fingerprint[:19])
+    logging.info(
+        "%s: %s parameters train (%.4f%%), %s are frozen (%s)",
+        method.name,
+        f"{trained:,}",
+        100 * trained / (trained + kept),
+        f"{kept:,}",
+        _megabytes(kept_bytes),
+    )
+    logging.info(
+        "optimizer state %s, a checkpoint about %s",
+        _megabytes(optimizer_bytes),
+        _megabytes(trained_bytes + optimizer_bytes),
+    )
+
+
+def report_steps(train_steps: int, backbone: Backbone) -> None:
+    """A warning where TRAIN_STEPS seems to count the backbone's own steps, as T5X does."""
+    checkpoint = re.search(r"checkpoint_(\d+)/*$", backbone.name)
+    before = int(checkpoint[1]) if checkpoint else 0
+    # A checkpoint of a few steps beside a long run is no sign of it.
+    if train_steps / 10 < before < train_steps:
+        logging.warning(
+            "TRAIN_STEPS = %s are steps of this run. T5X counts on from the checkpoint's %s and "
+            "would train %s: set %s if that is what you mean",
+            f"{train_steps:,}",
+            f"{before:,}",
+            f"{train_steps - before:,}",
+            gin_flag("TRAIN_STEPS", train_steps - before),
+        )
+
+
+def report_rate(trainable: Tree, optimizer: Adafactor, rms: float) -> None:
+    """The learning rate against the embedding's scale, which a prompt's entries have."""
+    rate = float(optimizer.rate_at(0, rms))
+    logging.info(
+        "learning rate %.4g: %.2g%% of the embedding's RMS (%.3g) a step",
+        rate,
+        100 * rate / rms,
+        rms,
+    )
+    if "prompt" in trainable and rate > 0.1 * rms:
+        logging.warning(
+            "one step may move a prompt entry by %.0f%% of the embedding's RMS; 1-3%% learns "
+            "best: set %s %s (Adafactor.learning_rate_scale and learning_rate)",
+            100 * rate / rms,
+            gin_flag("LEARNING_RATE_SCALE", "embedding_rms"),
+            gin_flag("LEARNING_RATE", 0.03),
+        )
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.2f} MB"
