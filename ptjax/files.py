@@ -16,12 +16,18 @@ import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import IO, Any
 
 from etils import epath
 
 from ptjax.errors import InputError
+
+PathLike = str | os.PathLike[str]
+JsonObject = dict[str, Any]
+"""What a JSON object holds: texts, numbers, booleans, None, and lists and objects of them."""
+Metadata = Mapping[str, Any]
+"""The same, read only: what a prompt's header, `config.json` or `results.json` says."""
 
 _LEFTOVER = re.compile(r"\.(.+\.)?[0-9a-f]{32}\.tmp")
 """Names of temporary files; those of earlier versions begin with the target's name."""
@@ -127,7 +133,7 @@ def read_json(path: epath.Path) -> Any:
     return parse_json(path.read_bytes())
 
 
-def read_object(path: epath.Path) -> dict[str, Any]:
+def read_object(path: epath.Path) -> JsonObject:
     """Reads a file that must hold a JSON object, such as a config.
 
     Raises:

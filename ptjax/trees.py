@@ -8,6 +8,9 @@ from typing import Any
 Tree = Any
 """A leaf, or a mapping from names to trees. What a leaf is does not matter here."""
 
+Variables = dict[str, Any]
+"""Flax's variables: collection -> nested dict of arrays."""
+
 
 def flatten_paths(
     tree: Tree,

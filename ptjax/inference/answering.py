@@ -27,8 +27,7 @@ from ptjax.errors import InputError
 from ptjax.models import decoding
 from ptjax.sharding.arrays import batch_sharding, replicated, rows_divisor
 from ptjax.training.loss import log_likelihood
-
-Variables = dict[str, Any]
+from ptjax.trees import Variables
 
 COLDEST = 1e-30
 """The lowest temperature above 0: log-likelihoods divided by it stay within float32."""

@@ -28,8 +28,8 @@ from ptjax.inference.prompts import (
 from ptjax.models.prompt import NO_PROMPT_ID
 from ptjax.models.prompted import with_prompt
 from ptjax.training.loss import Loss
+from ptjax.trees import Variables
 
-Variables = dict[str, Any]
 PromptIds = Sequence[str | int | None] | np.ndarray | None
 
 INPUT_LENGTH, MAX_NEW_TOKENS = 512, 64

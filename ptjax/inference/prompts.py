@@ -25,8 +25,7 @@ from ptjax.models.prompt import NO_PROMPT_ID, Bank, stack_prompts
 from ptjax.models.prompted import with_prompt
 from ptjax.models.t5 import PromptStates
 from ptjax.sharding.arrays import replicated
-
-Variables = dict[str, Any]
+from ptjax.trees import Variables
 
 _WARNED: set[bytes] = set()
 """Digests of what was said about which prompt on which backbone: each is said once."""

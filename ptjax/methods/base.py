@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
@@ -18,15 +17,14 @@ from jaxtyping import Array, Float
 
 from ptjax.data.batching import Batching
 from ptjax.errors import InputError
+from ptjax.files import JsonObject, Metadata, PathLike
 from ptjax.model_dir import ExportKind
+from ptjax.models.family import ApplyFn
+from ptjax.trees import Variables
 
 if TYPE_CHECKING:  # the network runs where no SentencePiece is installed
     from ptjax.data.tokenizer import Tokenizer
 
-Variables = dict[str, Any]
-"""Flax's: collection -> nested dict of arrays."""
-ApplyFn = Callable[..., Any]
-Path = str | os.PathLike[str]
 
 BUILT_IN = ("params", "prompt")
 """Collections that every network reads by itself; `run_with` has it carry all others."""
@@ -113,9 +111,7 @@ class Method(Protocol):
         """Pattern of a whole path -> whether it is frozen, see `training.freeze.make_freeze`."""
         ...
 
-    def save(
-        self, path: Path, trainable: Variables, metadata: Mapping[str, Any], backbone: Any
-    ) -> None:
+    def save(self, path: PathLike, trainable: Variables, metadata: Metadata, backbone: Any) -> None:
         """Writes an export, whole or not at all. All processes call it, the first one writes.
 
         Args:
@@ -124,11 +120,11 @@ class Method(Protocol):
         """
         ...
 
-    def read_metadata(self, path: Path) -> dict[str, Any]:
+    def read_metadata(self, path: PathLike) -> JsonObject:
         """Of an export. InputError: it is missing or damaged."""
         ...
 
-    def load(self, path: Path, backbone: Any) -> Variables:
+    def load(self, path: PathLike, backbone: Any) -> Variables:
         """The collections of an export that stand in for those of the backbone."""
         ...
 

@@ -11,8 +11,10 @@ from jaxtyping import Array
 
 from ptjax.data.batching import Batching
 from ptjax.errors import InputError, gin_flag
-from ptjax.methods.base import FrozenNetwork, InitContext, Method, Path, Variables
+from ptjax.files import JsonObject, Metadata, PathLike
+from ptjax.methods.base import FrozenNetwork, InitContext, Method
 from ptjax.model_dir import ExportKind
+from ptjax.trees import Variables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +42,7 @@ class ModelTuning(Method):
     # `save_backbone` and what it needs of foreign formats are imported late: settings and plans
     # need none of it.
 
-    def save(
-        self, path: Path, trainable: Variables, metadata: Mapping[str, Any], backbone: Any
-    ) -> None:
+    def save(self, path: PathLike, trainable: Variables, metadata: Metadata, backbone: Any) -> None:
         """A folder in Hugging Face's layout, which has no place for metadata.
 
         float32: the tuned weights as they are, whatever the backbone's activations.
@@ -53,7 +53,7 @@ class ModelTuning(Method):
         kept = {"tokenizer": tokenizer, "dtype": "float32", "family": backbone.family}
         save_backbone(path, backbone.config, params, **kept)
 
-    def read_metadata(self, path: Path) -> dict[str, Any]:
+    def read_metadata(self, path: PathLike) -> JsonObject:
         """Nothing, of a model that is whole.
 
         Raises:
@@ -68,7 +68,7 @@ class ModelTuning(Method):
                 raise InputError(f"{file}: the file is empty")
         return {}
 
-    def load(self, path: Path, backbone: Any) -> Variables:
+    def load(self, path: PathLike, backbone: Any) -> Variables:
         from ptjax.backbones.load import load_backbone
 
         config = backbone.config

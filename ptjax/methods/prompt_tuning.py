@@ -11,11 +11,13 @@ import numpy as np
 from jaxtyping import Array
 
 from ptjax.errors import InputError, check_at_least
-from ptjax.methods.base import InitContext, Method, Path, Variables
+from ptjax.files import JsonObject, Metadata, PathLike
+from ptjax.methods.base import InitContext, Method
 from ptjax.methods.initializers import ClassLabels, Initializer, SampledVocabulary
 from ptjax.model_dir import ExportKind
 from ptjax.models.prompted import with_prompt
 from ptjax.sharding import processes
+from ptjax.trees import Variables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,20 +76,18 @@ class PromptTuning(Method):
     # Prompt files, and the foreign formats beside them, are imported late: settings and plans need
     # none of it.
 
-    def save(
-        self, path: Path, trainable: Variables, metadata: Mapping[str, Any], backbone: Any
-    ) -> None:
+    def save(self, path: PathLike, trainable: Variables, metadata: Metadata, backbone: Any) -> None:
         from ptjax.interop.prompt_file import save_prompt
 
         if processes.first():
             save_prompt(path, np.asarray(trainable["prompt"]["prompt"]), metadata)
 
-    def read_metadata(self, path: Path) -> dict[str, Any]:
+    def read_metadata(self, path: PathLike) -> JsonObject:
         from ptjax.interop.prompt_file import load_prompt
 
         return load_prompt(path).metadata
 
-    def load(self, path: Path, backbone: Any) -> Variables:
+    def load(self, path: PathLike, backbone: Any) -> Variables:
         from ptjax.interop.prompt_file import load_prompt
 
         return with_prompt({}, load_prompt(path).prompt)

@@ -14,8 +14,8 @@ from jax.sharding import PartitionSpec
 
 from ptjax.data.batch import SpecialIds
 from ptjax.errors import InputError
+from ptjax.trees import Tree
 
-Tree = Any
 ApplyFn = Callable[..., Any]
 Parts = dict[str, tuple[slice, ...]]
 Rules = Sequence[tuple[str, PartitionSpec]]
