@@ -66,18 +66,18 @@ class Backbone:
         return Fingerprints(self.fingerprint_v1, self.fingerprint)
 
     def make_apply_fn(
-        self, sees_input: bool, collections: tuple[str, ...] = ()
+        self, attends_to_input: bool, collections: tuple[str, ...] = ()
     ) -> Callable[..., Any]:
         """`apply_fn` for a prompt of that kind.
 
         Args:
             collections: beside `params`, those in which modules of the network have arrays.
         """
-        if not sees_input:
+        if not attends_to_input:
             check_supported(self.family, "blind prompts")
         gather = _gather(self.mesh, self.fsdp)
         kept = {"gather": gather, "collections": collections}
-        return self.family.build(self.config, sees_input=sees_input, **kept)
+        return self.family.build(self.config, attends_to_input=attends_to_input, **kept)
 
     @property
     def embedding(self) -> jax.Array:

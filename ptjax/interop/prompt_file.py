@@ -49,7 +49,7 @@ class PromptFile:
     states: PromptStates | None = None
 
     @property
-    def sees_input(self) -> bool:
+    def attends_to_input(self) -> bool:
         """Whether it was tuned to attend to its input, as every prompt but some of ours was."""
         return bool(self.metadata.get("sees_input", True))
 
@@ -232,7 +232,7 @@ def _load_safetensors(path: epath.Path) -> PromptFile:
     metadata = prompt_header.unseal(header, tensors, os.fspath(path))
     prompt = _checked(tensors[TENSOR], os.fspath(path))
     file = PromptFile(prompt, metadata, _load_states(path, arrays))
-    if file.states is not None and file.sees_input:
+    if file.states is not None and file.attends_to_input:
         raise InputError(f"{path}: a compiled prompt that sees its input; compile it again")
     if file.states is not None and file.states.encoder[0].shape[1] != len(prompt):
         raise InputError(f"{path}: the states are not of this prompt of {len(prompt)} rows")

@@ -148,7 +148,7 @@ class Family(Protocol):
         self,
         config: Any,
         *,
-        sees_input: bool = True,
+        attends_to_input: bool = True,
         gather: Callable[..., Any] | None = None,
         collections: tuple[str, ...] = (),
     ) -> ApplyFn:

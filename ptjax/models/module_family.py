@@ -178,11 +178,11 @@ class ModuleFamily:
         self,
         config: ModuleConfig,
         *,
-        sees_input: bool = True,
+        attends_to_input: bool = True,
         gather: Any = None,
         collections: tuple[str, ...] = (),
     ) -> ApplyFn:
-        if not sees_input:
+        if not attends_to_input:
             check_supported(self, "blind prompts")
         if gather is not None:
             check_supported(self, "fsdp")

@@ -211,11 +211,11 @@ class T5Family:
         self,
         config: T5Config,
         *,
-        sees_input: bool = True,
+        attends_to_input: bool = True,
         gather: Gather | None = None,
         collections: tuple[str, ...] = (),
     ) -> ApplyFn:
-        return make_apply_fn(config, sees_input, gather, collections)
+        return make_apply_fn(config, attends_to_input, gather, collections)
 
     def embedding(self, params: Mapping[str, Any]) -> jax.Array:
         return embedding_of(params, EMBEDDING)

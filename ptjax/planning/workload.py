@@ -186,9 +186,11 @@ class PlannedBackbone:
     quantize: str | None = None
     gather: Gather | None = None
 
-    def make_apply_fn(self, sees_input: bool, collections: tuple[str, ...]) -> Callable[..., Any]:
+    def make_apply_fn(
+        self, attends_to_input: bool, collections: tuple[str, ...]
+    ) -> Callable[..., Any]:
         kept = {"gather": self.gather, "collections": collections}
-        return T5_FAMILY.build(self.config, sees_input=sees_input, **kept)
+        return T5_FAMILY.build(self.config, attends_to_input=attends_to_input, **kept)
 
 
 @dataclasses.dataclass(frozen=True)
