@@ -20,7 +20,7 @@ from ptjax.errors import InputError
 from ptjax.methods.prompt_tuning import PromptTuning
 from ptjax.models.config import T5Config
 from ptjax.models.prompted import make_apply_fn, with_prompt
-from ptjax.models.stacking import Unstacked, make_layers, run_layers, stack, stack_paths
+from ptjax.models.stacking import UnstackedView, make_layers, run_layers, stack, stack_paths
 from ptjax.models.t5 import init_params, parameter_shapes
 from ptjax.planning.flops import step_flops
 from ptjax.training import freeze as freezing
@@ -149,7 +149,7 @@ def test_initial_parameters_are_those_of_the_names(scan_layers) -> None:
     of_layers = dataclasses.replace(config, scan_layers=False)
     params = flatten_paths(jax.jit(init_params, static_argnums=0)(config, jax.random.key(0)))
     want = flatten_paths(parameter_shapes(of_layers))
-    found = Unstacked(params)
+    found = UnstackedView(params)
     assert {path: found[path].shape for path in found} == {k: v.shape for k, v in want.items()}
     assert len(found) == len(want)
     # Every layer has its own draw, of the scale that T5X gives it.

@@ -20,7 +20,7 @@ from etils import epath
 from ptjax import untrusted
 from ptjax.errors import InputError, check_path, gin_flag, missing
 from ptjax.interop import peft, prompt_header, safetensors_file, t5x
-from ptjax.interop.stored import StoredArray
+from ptjax.interop.lazy_array import LazyArray
 from ptjax.model_dir import BEST_PROMPTS, PROMPT_SUFFIX, ModelDir
 from ptjax.models.t5 import PromptStates
 
@@ -239,7 +239,7 @@ def _load_safetensors(path: epath.Path) -> PromptFile:
     return file
 
 
-def _load_states(path: epath.Path, arrays: Mapping[str, StoredArray]) -> PromptStates | None:
+def _load_states(path: epath.Path, arrays: Mapping[str, LazyArray]) -> PromptStates | None:
     """The states of a compiled prompt, if the file has any."""
     names = [[f"{stack}_{kind}" for kind in _KINDS] for stack in PromptStates._fields]
     if not any(name in arrays for pair in names for name in pair):

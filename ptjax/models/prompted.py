@@ -15,7 +15,7 @@ from ptjax.errors import InputError
 from ptjax.models.config import T5Config
 from ptjax.models.layers import positions_in_segments, same_segment
 from ptjax.models.prompt import Bank, Prompt
-from ptjax.models.stacking import Gather
+from ptjax.models.stacking import GatherFn
 from ptjax.models.t5 import T5, Cache, Encoded, PromptStates
 
 
@@ -31,7 +31,7 @@ class PromptedT5(nn.Module):
 
     config: T5Config
     attends_to_input: bool = True
-    gather: Gather | None = None
+    gather: GatherFn | None = None
     collections: tuple[str, ...] = ()
 
     def setup(self) -> None:
@@ -155,7 +155,7 @@ class PromptedT5(nn.Module):
 def make_apply_fn(
     config: T5Config,
     attends_to_input: bool = True,
-    gather: Gather | None = None,
+    gather: GatherFn | None = None,
     collections: tuple[str, ...] = (),
 ) -> Callable[..., Any]:
     """`PromptedT5(...).apply`, the same object for the same settings: jit caches by it.
