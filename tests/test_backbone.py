@@ -286,7 +286,7 @@ def test_a_config_json_beside_a_t5x_checkpoint_is_read(legacy, saved, where):
         ({"num_decoder_layers": 1}, "decoder/layers_1/.* does not belong to a T5 of this config"),
         ({"logits_via_embedding": True}, "decoder/logits_dense/kernel does not belong"),
         ({"mlp_activations": ("gelu", "sine")}, "these sizes make no T5.*sine"),
-        ({"dtype": "float16"}, "dtype = 'float16': it takes one of 'float32', 'bfloat16'"),
+        ({"dtype": "float16"}, "dtype must be one of 'float32', 'bfloat16', got 'float16'"),
     ],
 )
 def test_overrides_that_do_not_fit(override, message):
