@@ -193,7 +193,7 @@ def _compose(
     mesh = evaluator.backbone.mesh
     kind = {
         "small": freezing.is_small(*_counts(first.trainable, first.frozen).values()),
-        "sees_input": settings.method.attends_to_input,
+        "attends_to_input": settings.method.attends_to_input,
     }
     init, step = recipe.compose(evaluator.apply_fn, first.freeze, mesh, first.rms, **kind)
     trainable, key = first.trainable, jax.random.key(first.seed)

@@ -44,7 +44,7 @@ class Recipe:
         """
         if not small:
             return 1
-        parts = {"microbatches": self.microbatches, "sees_input": attends_to_input}
+        parts = {"microbatches": self.microbatches, "attends_to_input": attends_to_input}
         return reduction_groups(mesh, **parts)
 
     def compose(
