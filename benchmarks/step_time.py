@@ -35,7 +35,7 @@ from ptjax.planning.slices import ENVIRONMENT, GENERATIONS, Slice, parse_slice
 from ptjax.planning.workload import Layout, Placed, Workload, place
 from ptjax.sharding.arrays import put_batch
 from ptjax.sharding.meshes import make_mesh
-from ptjax.training.compile import Recipe
+from ptjax.training.compile import StepConfig
 from ptjax.training.loss import Loss
 from ptjax.training.optimizer import Adafactor
 
@@ -89,12 +89,12 @@ def wanted(row: Row, devices: int) -> tuple[Workload, Layout]:
     config = t5_1_1(row["size"], dtype=row["dtype"], dropout_rate=row.get("dropout", 0.0))
     sees_input, pack = row.get("sees_input", True), row.get("pack", False)
     method = PromptTuning(row.get("prompt", 100), attends_to_input=sees_input)
-    recipe = Recipe(Adafactor(), Loss())
+    step_config = StepConfig(Adafactor(), Loss())
     kept = {"remat": row["remat"], "quantize": row["quantize"]}
     layout = Layout(f"{devices}x1", scan_layers=row.get("scan", True), **kept)
     sizes = {"batch_size": row["batch"], "inputs": row["inputs"], "targets": row.get("targets", 16)}
     packed = {"pack": pack, "row_length": row["inputs"] if pack else None}
-    return Workload(config, recipe, method, **sizes, **packed), layout
+    return Workload(config, step_config, method, **sizes, **packed), layout
 
 
 def measure(row: Row) -> Row:

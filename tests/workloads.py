@@ -10,11 +10,11 @@ from ptjax.models.config import T5Config
 from ptjax.planning.slices import parse_slice
 from ptjax.planning.workload import Workload
 from ptjax.settings import RunSettings
-from ptjax.training.compile import Recipe
+from ptjax.training.compile import StepConfig
 from ptjax.training.loss import Loss
 from ptjax.training.optimizer import Adafactor
 
-RECIPE = Recipe(Adafactor(), Loss())
+STEP_CONFIG = StepConfig(Adafactor(), Loss())
 SIZES = {
     "small": T5Config(32128, 512, 6, 8, 8, 64, 1024, dtype="bfloat16"),
     "xl": T5Config(32128, 2048, 32, 24, 24, 64, 5120, dtype="bfloat16"),
@@ -25,7 +25,7 @@ XXL = Workload.of(SIZES["xxl"], RunSettings())
 # libtpu 0.0.42.1 crashes when it compiles for tpu7x.
 TOY = Workload(
     T5Config(512, 256, 8, 2, 2, 64, 512, dtype="bfloat16"),
-    RECIPE,
+    STEP_CONFIG,
     PromptTuning(length=20),
     batch_size=16,
     inputs=108,
@@ -34,8 +34,9 @@ TOY = Workload(
 V5E = parse_slice("v5e-8")
 
 
-def changed(workload: Workload, **recipe: object) -> Workload:
-    return dataclasses.replace(workload, recipe=dataclasses.replace(workload.recipe, **recipe))
+def changed(workload: Workload, **changes: object) -> Workload:
+    step_config = dataclasses.replace(workload.step_config, **changes)
+    return dataclasses.replace(workload, step_config=step_config)
 
 
 def blind(workload: Workload) -> Workload:

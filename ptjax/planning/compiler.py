@@ -153,7 +153,8 @@ def _accessed_bytes(
     Of one and two layers unrolled, and of one microbatch: the TPU's compiler counts the body of a
     loop once, and a GPU's loop takes slices of stacks, which would be counted whole.
     """
-    config, recipe, parts = workload.config, workload.recipe, workload.recipe.microbatches
+    config, step_config = workload.config, workload.step_config
+    parts = step_config.microbatches
     encoder, decoder = config.num_encoder_layers, config.num_decoder_layers
     unrolled = dataclasses.replace(layout, scan_layers=False, fsdp=False)
 
@@ -162,7 +163,7 @@ def _accessed_bytes(
         shallow = dataclasses.replace(
             workload,
             config=dataclasses.replace(config, **sizes),
-            recipe=dataclasses.replace(recipe, microbatches=1),
+            step_config=dataclasses.replace(step_config, microbatches=1),
             batch_size=workload.batch_size // parts,
         )
         lowered = place(shallow, unrolled, mesh).lower()

@@ -100,7 +100,7 @@ def _mesh_names(workload: Workload, where: Slice) -> Iterator[str]:
 def _kept_bytes(workload: Workload, layout: Layout, mesh: Mesh) -> int:
     """At least so much of the activations waits on a device for the way back."""
     config, model = layout.applied(workload.config), mesh.shape["model"]
-    rows = workload.batch_size / (rows_divisor(mesh) * workload.recipe.microbatches)
+    rows = workload.batch_size / (rows_divisor(mesh) * workload.step_config.microbatches)
     rows *= workload.members or 1
     encoder, decoder = workload.positions(), workload.targets
     heads = config.num_heads * config.head_dim

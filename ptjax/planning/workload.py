@@ -37,7 +37,7 @@ from ptjax.sharding.meshes import check_shape
 from ptjax.sharding.quantize import held_shapes, placed_shapes
 from ptjax.sharding.rules import AXES
 from ptjax.training import freeze as freezing
-from ptjax.training.compile import Recipe, batch_shapes, lower_step
+from ptjax.training.compile import StepConfig, batch_shapes, lower_step, sweep_shapes
 from ptjax.training.step import batch_loss
 from ptjax.trees import Tree
 
@@ -60,7 +60,7 @@ class Workload:
     """
 
     config: T5Config
-    recipe: Recipe
+    step_config: StepConfig
     method: Method
     batch_size: int
     inputs: int
@@ -84,7 +84,7 @@ class Workload:
         check_at_least(1, "TASK_FEATURE_LENGTHS", **lengths)
         return cls(
             config,
-            settings.recipe(bank=members is not None),
+            settings.step_config(sweep=members is not None),
             settings.method,
             batching.batch_size,
             **lengths,
@@ -162,7 +162,7 @@ def settle(workload: Workload, layout: Layout, where: Slice) -> Layout:
     mesh = counted_mesh(layout, where)
     meshes.check_mesh(config, mesh, fsdp=layout.fsdp)
     if not workload.pack:
-        check_batch_size(workload.batch_size, mesh, workload.recipe.microbatches)
+        check_batch_size(workload.batch_size, mesh, workload.step_config.microbatches)
     return layout
 
 
@@ -196,7 +196,7 @@ class Placed:
     """The train step and its arguments as shapes with shardings; `forward` is its loss alone.
 
     Attributes:
-        groups: of rows with a gradient of their own, see `Recipe.groups`.
+        groups: of rows with a gradient of their own, see `StepConfig.groups`.
     """
 
     step: Callable[..., Any]
@@ -210,13 +210,14 @@ class Placed:
     def lower(self) -> jax.stages.Lowered:
         return lower_step(self.step, self.state, self.frozen, self.shape, self.mesh)
 
-    def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
-        return batch_shapes(self.shape, self.mesh)
+    def inputs(self) -> tuple[Tree, ...]:
+        """What the step takes after state and frozen weights."""
+        return batch_shapes(self.shape, self.mesh), *sweep_shapes(self.shape.members, self.mesh)
 
 
 def place(workload: Workload, layout: Layout, mesh: Mesh) -> Placed:
     """What `ptjax.train` would compile."""
-    recipe, config = workload.recipe, layout.applied(workload.config)
+    step_config, config = workload.step_config, layout.applied(workload.config)
     kept = {"fsdp": layout.fsdp, "quantize": layout.quantize}
     variables: Tree = {"params": placed_shapes(config, config.dtype, mesh, **kept)}
     variables |= jax.tree.map(
@@ -229,9 +230,9 @@ def place(workload: Workload, layout: Layout, mesh: Mesh) -> Placed:
     apply_fn = run_with(workload.method, PlannedBackbone(config, layout.quantize, gather))
     kind = {
         "small": freezing.is_small(freezing.sizes(trainable)[0], freezing.sizes(frozen)[0]),
-        "sees_input": workload.method.attends_to_input,
+        "attends_to_input": workload.method.attends_to_input,
     }
-    init, step = recipe.compose(apply_fn, freeze, mesh, **kind)
+    init, step = step_config.make(apply_fn, freeze, mesh, **kind)
     key = jax.eval_shape(lambda: jax.random.key(0))
     if workload.members:
         trainable, key = jax.tree.map(
@@ -249,20 +250,19 @@ def place(workload: Workload, layout: Layout, mesh: Mesh) -> Placed:
 
     def forward(state: Any, frozen: Tree, batch: Any) -> jax.Array:
         variables = freezing.combine(state.trainable, frozen)
-        return batch_loss(apply_fn, recipe.loss, variables, batch, state.key)
+        return batch_loss(apply_fn, step_config.loss, variables, batch, state.key)
 
     if workload.members:
-        one, settings = forward, ("active", "learning_rate")
+        of_member = jax.vmap(forward, (0, None, 0))
 
-        def forward(state: Any, frozen: Tree, batch: Any) -> jax.Array:
-            examples = {name: x for name, x in batch.items() if name not in settings}
-            return jax.vmap(one, (0, None, 0))(state, frozen, examples)
+        def forward(state: Any, frozen: Tree, batch: Any, *_: Tree) -> jax.Array:
+            return of_member(state, frozen, batch)
 
     shape = workload.shape()
     if shape.packed:  # as `task_data` has it: rows for every device and microbatch
-        multiple = recipe.microbatches * rows_divisor(mesh)
+        multiple = step_config.microbatches * rows_divisor(mesh)
         shape = shape._replace(rows=-(-shape.rows // multiple) * multiple)
-    return Placed(step, forward, state, frozen, shape, mesh, recipe.groups(mesh, **kind))
+    return Placed(step, forward, state, frozen, shape, mesh, step_config.groups(mesh, **kind))
 
 
 def count(workload: Workload, layout: Layout, where: Slice) -> Report:
@@ -277,12 +277,12 @@ def count(workload: Workload, layout: Layout, where: Slice) -> Report:
     held = {
         "frozen": _bytes_on_device(placed.frozen),
         "state": _bytes_on_device(placed.state),
-        "batch": _bytes_on_device(placed.batch()),
+        "batch": _bytes_on_device(placed.inputs()),
     }
     forward, useful, executed = _flops(workload, layout.remat, placed.groups)
     # Weights are read on the way there, on the way back, and where it is taken again; each
     # microbatch does so. With FSDP they are gathered first.
-    passes = (3 if layout.remat == "full" else 2) * workload.recipe.microbatches
+    passes = (3 if layout.remat == "full" else 2) * workload.step_config.microbatches
     weights, trained = _used_bytes(workload, layout, mesh)
     dtype = layout.applied(workload.config).dtype
     peak = mesh.size * where.flops(dtype)
@@ -328,11 +328,11 @@ def _flops(workload: Workload, remat: Remat, groups: int) -> tuple[int, int, int
     """(forward, useful, executed) of a step on all devices; useful is nothing done twice.
 
     Args:
-        groups: of rows with a gradient of their own, see `Recipe.groups`.
+        groups: of rows with a gradient of their own, see `StepConfig.groups`.
     """
     # Neither where weights lie nor their dtype changes it; scanned, it traces fast.
     once = place(workload, Layout("", remat="none"), _abstract_mesh((groups, 1)))
-    arguments = once.state, once.frozen, once.batch()
+    arguments = once.state, once.frozen, *once.inputs()
     forward, useful = count_flops(once.forward, *arguments), count_flops(once.step, *arguments)
     if remat == "none":
         return forward, useful, useful
@@ -363,7 +363,7 @@ def _expected_traffic(
         )
         found["all-reduce", "model"] = int(rows * width * (encoder + decoder))
     if layout.fsdp:
-        found["all-gather", "data"] = 2 * workload.recipe.microbatches * weights
+        found["all-gather", "data"] = 2 * workload.step_config.microbatches * weights
     for axis in rows_axes(mesh):
         if sizes[axis] > 1:
             found["all-reduce", axis] = found.get(("all-reduce", axis), 0) + trained
