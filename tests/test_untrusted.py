@@ -98,9 +98,9 @@ def test_case_5_8_every_reader_refuses_deep_nesting(tmp_path):
 def test_case_5_8_no_reader_goes_past_the_guard():
     """What parses a stranger's bytes is called in two files alone; the rest reads its own."""
     own = {
-        "compiling.py": "its own cache and children",
+        "compiler.py": "its own cache and children",
         "launch.py": "what gcloud prints",
-        "checkpoint.py": "what Orbax writes of this run",
+        "checkpoints.py": "what Orbax writes of this run",
         "infer.py": "the user's own lines",
         **dict.fromkeys(("tokenizer.py", "transformers_tokenizer.py"), "of the tokenizers library"),
     }
