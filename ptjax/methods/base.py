@@ -59,7 +59,11 @@ class InitContext:
         return jnp.mean(self.rows(self.encode(text)), axis=0)
 
     def encode(self, text: str) -> list[int]:
-        """The token ids of a text. InputError: the backbone has no tokenizer, or it has no tokens."""
+        """The token ids of a text.
+
+        Raises:
+            InputError: the backbone has no tokenizer, or the text has no tokens.
+        """
         if self.tokenizer is None:
             raise InputError(
                 "this prompt initialiser needs the backbone's tokenizer; pass tokenizer= to "
@@ -78,7 +82,7 @@ class FrozenNetwork(Protocol):
     def config(self) -> Config: ...
     @property
     def quantize(self) -> str | None: ...
-    def make_apply_fn(self, sees_input: bool, collections: tuple[str, ...], /) -> ApplyFn: ...
+    def make_apply_fn(self, attends_to_input: bool, collections: tuple[str, ...], /) -> ApplyFn: ...
 
 
 @runtime_checkable

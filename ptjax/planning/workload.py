@@ -20,7 +20,7 @@ from ptjax.data.pipeline import Shape
 from ptjax.errors import check_at_least
 from ptjax.methods.base import Method, run_with
 from ptjax.models.config import Remat, T5Config
-from ptjax.models.stacking import Gather
+from ptjax.models.stacking import GatherFn
 from ptjax.models.t5_family import T5_FAMILY
 from ptjax.planning.flops import count_flops
 from ptjax.planning.slices import Slice
@@ -184,11 +184,13 @@ class PlannedBackbone:
 
     config: T5Config
     quantize: str | None = None
-    gather: Gather | None = None
+    gather: GatherFn | None = None
 
-    def make_apply_fn(self, sees_input: bool, collections: tuple[str, ...]) -> Callable[..., Any]:
+    def make_apply_fn(
+        self, attends_to_input: bool, collections: tuple[str, ...]
+    ) -> Callable[..., Any]:
         kept = {"gather": self.gather, "collections": collections}
-        return T5_FAMILY.build(self.config, sees_input=sees_input, **kept)
+        return T5_FAMILY.build(self.config, attends_to_input=attends_to_input, **kept)
 
 
 @dataclasses.dataclass(frozen=True)

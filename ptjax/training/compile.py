@@ -52,7 +52,9 @@ class StepConfig:
         """
         if not small:
             return 1
-        return reduction_groups(mesh, microbatches=self.microbatches, sees_input=attends_to_input)
+        return reduction_groups(
+            mesh, microbatches=self.microbatches, attends_to_input=attends_to_input
+        )
 
     def make(
         self,
