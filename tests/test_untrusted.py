@@ -110,7 +110,9 @@ def test_case_5_8_no_reader_goes_past_the_guard():
     for file in package.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text("utf-8"))):
             if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(tuple(guarded)):
-                calls.setdefault(file.relative_to(package).as_posix(), []).append(f"{node.lineno}: {ast.unparse(node.func)}")
+                calls.setdefault(file.relative_to(package).as_posix(), []).append(
+                    f"{node.lineno}: {ast.unparse(node.func)}"
+                )
     assert calls.pop("files.py") and calls.pop("untrusted.py")
     assert set(calls) == set(own), calls
 
