@@ -48,14 +48,14 @@ def t5_1_1(size: str, **settings: Any) -> T5Config:
 
 
 def make_step(
-    config: T5Config, params: Any, prompt: Any, sees_input: bool
+    config: T5Config, params: Any, prompt: Any, attends_to_input: bool
 ) -> tuple[Callable[..., Any], TrainState, Any]:
     """`(step, state, frozen)`; `step(state, frozen, batch)` is jitted and donates the state."""
     variables = {"params": params, "prompt": {"prompt": jnp.asarray(prompt)}}
     freeze = freezing.make_freeze(variables, PromptTuning().freeze_rules())
     trainable, frozen = freezing.split(variables, freeze)
     optimizer = freezing.lock(Adafactor().make(), freeze)
-    step = make_train_step(make_apply_fn(config, sees_input), optimizer, Loss())
+    step = make_train_step(make_apply_fn(config, attends_to_input), optimizer, Loss())
     state = init_train_state(trainable, optimizer, jax.random.key(0))
     return jax.jit(step, donate_argnums=0), state, frozen
 
@@ -74,7 +74,7 @@ def first_state(abstract: AbstractStep, trainable: Any) -> TrainState:
 
 
 def count_step_flops(
-    config: T5Config, prompt: int, batch: Mapping[str, Any], sees_input: bool = True
+    config: T5Config, prompt: int, batch: Mapping[str, Any], attends_to_input: bool = True
 ) -> tuple[int, int]:
     """(forward, step) for a batch of arrays or shapes and a prompt of so many rows."""
     variables = {
@@ -83,4 +83,4 @@ def count_step_flops(
     }
     freeze = freezing.make_freeze(variables, PromptTuning().freeze_rules())
     optimizer = freezing.lock(Adafactor().make(), freeze)
-    return step_flops(make_apply_fn(config, sees_input), variables, freeze, batch, optimizer)
+    return step_flops(make_apply_fn(config, attends_to_input), variables, freeze, batch, optimizer)

@@ -87,8 +87,8 @@ def random_arrays(shapes: Any, seed: int = 0) -> Any:
 
 def wanted(row: Row, devices: int) -> tuple[StepSpec, ParallelConfig]:
     config = t5_1_1(row["size"], dtype=row["dtype"], dropout_rate=row.get("dropout", 0.0))
-    sees_input, pack = row.get("sees_input", True), row.get("pack", False)
-    method = PromptTuning(row.get("prompt", 100), attends_to_input=sees_input)
+    attends_to_input, pack = row.get("sees_input", True), row.get("pack", False)
+    method = PromptTuning(row.get("prompt", 100), attends_to_input=attends_to_input)
     recipe = Recipe(Adafactor(), Loss())
     kept = {"remat": row["remat"], "quantize": row["quantize"]}
     parallel = ParallelConfig(f"{devices}x1", scan_layers=row.get("scan", True), **kept)

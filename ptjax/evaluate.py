@@ -97,7 +97,7 @@ def evaluate(arguments: Any) -> None:
         loaded.tokenizer,
         {**FEATURE_LENGTHS, **model_flags.lengths(metadata)},
         settings.evaluation,
-        prompts.sees_input(prompt),
+        prompts.attends_to_input(prompt),
     )
     split = arguments.split or evaluator.reported_split
     examples = evaluator.examples(split)

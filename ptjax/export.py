@@ -70,7 +70,7 @@ def export(arguments: argparse.Namespace) -> None:
     prompt = model_flags.load_prompt(arguments)
     if source is None or prompt is None:
         raise InputError("there is no prompt to export: the run tuned the backbone itself")
-    if arguments.to in ("npy", *PEFT) and not prompt.sees_input:
+    if arguments.to in ("npy", *PEFT) and not prompt.attends_to_input:
         raise InputError(
             f"{source} does not see its input, which --to={arguments.to} cannot tell: others would "
             "read it in another way than it was tuned"

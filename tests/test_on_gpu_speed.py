@@ -99,7 +99,7 @@ def test_weights_are_those_of_their_names(scan) -> None:
     from prompt_step import t5_1_1
     from ptjax_side import make_params
 
-    from ptjax.models.stacking import Unstacked
+    from ptjax.models.stacking import UnstackedView
     from ptjax.models.t5 import parameter_shapes
     from ptjax.trees import flatten_paths
 
@@ -108,7 +108,7 @@ def test_weights_are_those_of_their_names(scan) -> None:
     shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), parameter_shapes(config)
     )
-    made = Unstacked(flatten_paths(make_params(shapes, config.head_dim, "float32")))
+    made = UnstackedView(flatten_paths(make_params(shapes, config.head_dim, "float32")))
     assert "encoder/layers_1/mlp/wo/kernel" in made
     for name in made:
         array = np.asarray(made[name])

@@ -20,7 +20,7 @@ from ptjax.inference.forward import forward, loss_and_prompt_gradient
 from ptjax.methods.model_tuning import ModelTuning
 from ptjax.models.layers import Quantized
 from ptjax.models.prompted import make_apply_fn, with_prompt
-from ptjax.models.stacking import Unstacked, stack_paths
+from ptjax.models.stacking import UnstackedView, stack_paths
 from ptjax.models.t5_family import T5_FAMILY
 from ptjax.settings import RunSettings
 from ptjax.sharding.meshes import make_mesh
@@ -121,7 +121,7 @@ def test_a_backbone_is_quantized_on_the_way_in(settings, tmp_path) -> None:
     )
     # One that is tuned on either is told to belong to both.
     assert small.fingerprint == plain.fingerprint
-    found = Unstacked(flatten_paths(small.variables["params"]))
+    found = UnstackedView(flatten_paths(small.variables["params"]))
     for path, array in flatten_paths(plain.variables["params"]).items():
         if not T5_FAMILY.is_quantized(path):
             np.testing.assert_array_equal(found[path], array)

@@ -39,7 +39,7 @@ class Evaluator:
         reported_split: the test split, or else the one that selects.
         apply_fn: by default the backbone's for the kind of prompt that is evaluated; without a
             prompt both kinds are one.
-        sees_input: that kind.
+        attends_to_input: that kind.
     """
 
     def __init__(
@@ -49,10 +49,13 @@ class Evaluator:
         tokenizer: Tokenizer,
         lengths: Mapping[str, int],
         settings: Evaluation,
-        sees_input: bool = True,
+        attends_to_input: bool = True,
         apply_fn: Callable[..., Any] | None = None,
     ) -> None:
-        self.apply_fn, self.sees_input = apply_fn or backbone.make_apply_fn(sees_input), sees_input
+        self.apply_fn, self.attends_to_input = (
+            apply_fn or backbone.make_apply_fn(attends_to_input),
+            attends_to_input,
+        )
         self.task, self.backbone, self.tokenizer = task, backbone, tokenizer
         self.lengths, self.settings = lengths, settings
         self.metric = task.metrics[0] if len(task.metrics) == 1 else "mean"
@@ -107,7 +110,9 @@ class Evaluator:
                 bank.
             names: of the prompts; default: their numbers.
         """
-        bank = prompts if isinstance(prompts, Bank) else stack_prompts(prompts, self.sees_input)
+        bank = (
+            prompts if isinstance(prompts, Bank) else stack_prompts(prompts, self.attends_to_input)
+        )
         return self.score_ensemble(self.ask(bank, split), split, names)
 
     def ask(self, bank: Bank, split: str) -> Answers:

@@ -19,11 +19,11 @@ from ptjax.errors import InputError
 from ptjax.inference.answering import predict_texts, rows_at_once, tokenize_inputs
 from ptjax.inference.prompts import (
     PromptBank,
+    attends_to_input,
     choose_prompts,
     open_prompt,
     prompt_array,
     prompted,
-    sees_input,
 )
 from ptjax.models.prompt import NO_PROMPT_ID
 from ptjax.models.prompted import with_prompt
@@ -80,7 +80,7 @@ def loss_and_prompt_gradient(
     """
     prompt = open_prompt(prompt)
     array = prompt_array(backbone, prompt)
-    apply_fn = backbone.make_apply_fn(sees_input(prompt))
+    apply_fn = backbone.make_apply_fn(attends_to_input(prompt))
     if array is None:
         raise InputError("loss_and_prompt_gradient needs a prompt [P, D], not None")
     names = ("encoder_input_tokens", "decoder_input_tokens", "decoder_target_tokens")

@@ -203,7 +203,9 @@ def make_bank(prompts: Mapping[str, Any]) -> PromptBank:
             )
     return PromptBank(
         tuple(prompts),
-        stack_prompts([*matrices.values()], [sees_input(prompt) for prompt in prompts.values()]),
+        stack_prompts(
+            [*matrices.values()], [attends_to_input(prompt) for prompt in prompts.values()]
+        ),
         tuple(getattr(prompt, "metadata", None) for prompt in prompts.values()),
     )
 
@@ -266,9 +268,9 @@ def choose_prompts(
     return ids
 
 
-def sees_input(prompt: Any) -> bool:
+def attends_to_input(prompt: Any) -> bool:
     """Whether a prompt, of whatever kind, was tuned to see its input; a bare array was."""
-    return getattr(prompt, "sees_input", True)
+    return getattr(prompt, "attends_to_input", True)
 
 
 def compile_prompt(backbone: Backbone, prompt: PromptFile) -> PromptFile:
@@ -280,7 +282,7 @@ def compile_prompt(backbone: Backbone, prompt: PromptFile) -> PromptFile:
     Raises:
         InputError: the prompt sees its input, so there is nothing that all inputs share.
     """
-    if prompt.sees_input:
+    if prompt.attends_to_input:
         raise InputError(
             "only a prompt that does not see its input can be compiled, and this one does; tune "
             "one with SEES_INPUT = False"
@@ -301,7 +303,7 @@ def prompted(backbone: Backbone, prompt: Any) -> tuple[Callable[..., Any], Varia
     prompt = open_prompt(prompt)
     if isinstance(prompt, PromptBank):
         arrays = check_bank(backbone, prompt).arrays
-        if not np.all(prompt.arrays.sees_input):
+        if not np.all(prompt.arrays.attends_to_input):
             check_supported(backbone.family, "blind prompts")
         return backbone.make_apply_fn(True), with_prompt(backbone.variables, arrays)
     array = prompt_array(backbone, prompt)
@@ -311,7 +313,7 @@ def prompted(backbone: Backbone, prompt: Any) -> tuple[Callable[..., Any], Varia
         cast = jax.tree.map(lambda x: jnp.asarray(x, backbone.config.dtype), states)
         array = jax.device_put(cast, replicated(backbone.mesh))
     variables = with_prompt(backbone.variables, array)
-    return backbone.make_apply_fn(sees_input(prompt)), variables
+    return backbone.make_apply_fn(attends_to_input(prompt)), variables
 
 
 def prompt_array(backbone: Backbone, prompt: Any) -> Float[Array, "P D"] | None:

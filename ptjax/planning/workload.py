@@ -20,7 +20,7 @@ from ptjax.files import JsonObject, Metadata
 from ptjax.methods.base import Method, run_with
 from ptjax.models.config import Remat, T5Config
 from ptjax.models.family import ApplyFn
-from ptjax.models.stacking import Gather
+from ptjax.models.stacking import GatherFn
 from ptjax.models.t5_family import T5_FAMILY
 from ptjax.planning.slices import Slice
 from ptjax.settings import RunSettings
@@ -175,11 +175,11 @@ class PlannedBackbone:
 
     config: T5Config
     quantize: str | None = None
-    gather: Gather | None = None
+    gather: GatherFn | None = None
 
-    def make_apply_fn(self, sees_input: bool, collections: tuple[str, ...]) -> ApplyFn:
+    def make_apply_fn(self, attends_to_input: bool, collections: tuple[str, ...]) -> ApplyFn:
         settings = {"gather": self.gather, "collections": collections}
-        return T5_FAMILY.build(self.config, sees_input=sees_input, **settings)
+        return T5_FAMILY.build(self.config, attends_to_input=attends_to_input, **settings)
 
 
 @dataclasses.dataclass(frozen=True)

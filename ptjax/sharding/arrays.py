@@ -80,13 +80,13 @@ def gather_layer(mesh: Mesh) -> Callable[[Tree], Tree]:
     return gather
 
 
-def reduction_groups(mesh: Mesh, *, microbatches: int, sees_input: bool) -> int:
+def reduction_groups(mesh: Mesh, *, microbatches: int, attends_to_input: bool) -> int:
     """The `groups` of `make_train_step` so that only the prompt's gradient is summed over `data`.
 
     1 where the compiler achieves that alone: for a batch in one microbatch, each of whose rows has
     its own copy of the prompt.
     """
-    return 1 if microbatches == 1 and sees_input else rows_divisor(mesh)
+    return 1 if microbatches == 1 and attends_to_input else rows_divisor(mesh)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -23,8 +23,8 @@ from ptjax.trees import Tree
 
 SHARE = 0.7
 """The share of a device's memory that 'auto' allows for the frozen weights; the rest is for
-activations. The weights of T5 XXL in bfloat16, batch 32, take 66% at 4x2 on v5e-8 and at 8x1 on v6e-8, and the
-compiled steps 76% and 71-85%."""
+activations. The weights of T5 XXL in bfloat16, batch 32, take 66% at 4x2 on v5e-8 and at 8x1 on
+v6e-8, and the compiled steps 76% and 71-85%."""
 
 
 def make_mesh(shape: int | Sequence[int] = 1, devices: Iterable[jax.Device] | None = None) -> Mesh:
