@@ -26,7 +26,7 @@ from ptjax.backbones.load import Backbone, load_backbone
 from ptjax.backbones.open import open_backbone
 from ptjax.backbones.save import save_backbone
 from ptjax.errors import InputError
-from ptjax.inference.answering import Labels, rank
+from ptjax.inference.labels import Labels, rank
 from ptjax.models.decoding import decode
 from ptjax.models.module_family import ModuleFamily
 from ptjax.models.prompted import with_prompt
