@@ -51,7 +51,7 @@ def main() -> None:
     hard.add_argument(
         "--hard_prompt",
         metavar="TEXT",
-        help="put in front of the inputs, or around them where it says {inputs}",
+        help="prefix of every input; or it surrounds the input where it contains {inputs}",
     )
     hard.add_argument(
         "--shots",

@@ -62,7 +62,7 @@ def loss_and_prompt_gradient(
 ) -> tuple[Float[Array, ""], Float[Array, "P D"]]:
     """T5X's training loss with its defaults and its gradient by the prompt, both float32.
 
-    There is no dropout.
+    Without dropout.
 
     Args:
         batch: as for `forward`, with `decoder_target_tokens` [B, L] and optionally
@@ -70,7 +70,7 @@ def loss_and_prompt_gradient(
         prompt: as for `forward`, but neither None nor a bank.
 
     Raises:
-        InputError: as for `forward`, or there is no prompt.
+        InputError: as for `forward`, or the prompt is None.
     """
     opened = open_single(backbone, prompt)
     if opened is None:
