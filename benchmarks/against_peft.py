@@ -200,12 +200,12 @@ def measure_accuracy(flags: argparse.Namespace) -> dict[str, list[dict[str, Any]
                 )
                 result.write_text(done.stdout)
             found["peft"].append(json.loads(result.read_text()))
-    for side, (sees_input, pack) in WAYS.items():
+    for side, (attends_to_input, pack) in WAYS.items():
         found[side] = [
             runs.train(
                 flags.output_dir / side / str(seed),
                 ["tasks/sst2.gin", f"runs/{run}.gin"],
-                settings | {"SEES_INPUT": sees_input, "PACK": pack, "RANDOM_SEED": seed},
+                settings | {"SEES_INPUT": attends_to_input, "PACK": pack, "RANDOM_SEED": seed},
             )
             for seed in range(flags.seeds)
         ]

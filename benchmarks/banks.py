@@ -50,9 +50,9 @@ def make_batch(shape: Shape) -> dict[str, np.ndarray]:
     return batch
 
 
-def start(flags: argparse.Namespace, sees_input: bool, members: int | None) -> dict[str, Any]:
+def start(flags: argparse.Namespace, attends_to_input: bool, members: int | None) -> dict[str, Any]:
     """A compiled step of one prompt or of a bank, its first state and its batch."""
-    apply_fn = make_apply_fn(CONFIG, sees_input)
+    apply_fn = make_apply_fn(CONFIG, attends_to_input)
 
     def init(key: jax.Array) -> TrainState:
         prompt = jax.random.uniform(key, (flags.prompt, CONFIG.emb_dim), minval=-0.5, maxval=0.5)
@@ -85,9 +85,9 @@ def turn(side: dict[str, Any], frozen: Any) -> None:
     side["seconds"].append(time.perf_counter() - began)
 
 
-def compare(flags: argparse.Namespace, sees_input: bool, members: int) -> dict[str, Any]:
+def compare(flags: argparse.Namespace, attends_to_input: bool, members: int) -> dict[str, Any]:
     """N single steps against one step of a bank of N, in turn."""
-    single, bank = start(flags, sees_input, None), start(flags, sees_input, members)
+    single, bank = start(flags, attends_to_input, None), start(flags, attends_to_input, members)
     for side in (single, bank):
         turn(side, flags.frozen)
         side["seconds"].clear()
@@ -97,7 +97,7 @@ def compare(flags: argparse.Namespace, sees_input: bool, members: int) -> dict[s
             turn(single, flags.frozen)
     one, many = (statistics.median(side["seconds"]) for side in (single, bank))
     return {
-        "sees_input": sees_input,
+        "sees_input": attends_to_input,
         "members": members,
         "seconds_alone": members * one,
         "seconds_bank": many,
@@ -125,12 +125,12 @@ def main() -> None:
     print("| sees_input | N | N runs, s/step | bank, s/step | ratio | one run, GB | bank, GB |")
     print("|---|--:|--:|--:|--:|--:|--:|")
     results = []
-    for sees_input in (True, False):
+    for attends_to_input in (True, False):
         for members in map(int, flags.members.split(",")):
-            found = compare(flags, sees_input, members)
+            found = compare(flags, attends_to_input, members)
             results.append(found)
             print(
-                f"| {sees_input} | {members} | {found['seconds_alone']:.2f} | "
+                f"| {attends_to_input} | {members} | {found['seconds_alone']:.2f} | "
                 f"{found['seconds_bank']:.2f} | {found['ratio']:.2f} | "
                 f"{found['bytes_alone'] / 1e9:.2f} | {found['bytes_bank'] / 1e9:.2f} |",
                 flush=True,

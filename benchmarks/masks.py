@@ -24,9 +24,9 @@ class MaskedBackbone(Backbone):
     """A backbone whose `apply_fn` has the mask of a prompt already."""
 
     def make_apply_fn(
-        self, sees_input: bool, collections: tuple[str, ...] = ()
+        self, attends_to_input: bool, collections: tuple[str, ...] = ()
     ) -> Callable[..., Any]:
-        if not sees_input:
+        if not attends_to_input:
             raise InputError("the mask is the backbone's: set SEES_INPUT = True")
         return self.apply_fn
 
@@ -70,7 +70,7 @@ def hide_from_prompt(
     def start(tokens: Int[Array, "B T"]) -> Int[Array, " 1"]:
         return jnp.full(1, prompt_length)
 
-    apply_fn = hide(backbone.make_apply_fn(sees_input=True), start, layers)
+    apply_fn = hide(backbone.make_apply_fn(attends_to_input=True), start, layers)
     return MaskedBackbone(**vars(backbone) | {"apply_fn": apply_fn})
 
 

@@ -59,7 +59,7 @@ def shape_of(batch: Batch) -> Shape:
     return rows, inputs, batch["decoder_input_tokens"].shape[1], "encoder_segment_ids" in batch
 
 
-def survey(plan: Any, prompt: int, sees_input: bool) -> Epoch:
+def survey(plan: Any, prompt: int, attends_to_input: bool) -> Epoch:
     """Goes through an epoch."""
     found = Epoch(collections.Counter(), {}, 0, 0, 0)
     for batch in epoch(plan):
@@ -68,8 +68,8 @@ def survey(plan: Any, prompt: int, sees_input: bool) -> Epoch:
         found.batches.setdefault(shape, batch)
         examples = count_examples(batch)
         # A prompt that sees no input runs once a step; a packed one has its places in the rows.
-        own = (examples if sees_input else 1) * prompt
-        placed = packed and sees_input
+        own = (examples if attends_to_input else 1) * prompt
+        placed = packed and attends_to_input
         found.positions += rows * inputs + (0 if placed else own)
         found.used += own + int((batch["encoder_input_tokens"] > 0).sum())
         found.examples += examples
@@ -118,7 +118,7 @@ class Steps:
 
 
 def measure(
-    flags: argparse.Namespace, config: T5Config, params: Any, sees_input: bool
+    flags: argparse.Namespace, config: T5Config, params: Any, attends_to_input: bool
 ) -> list[dict[str, Any]]:
     """A row of results for every task and plan."""
     plans = {
@@ -131,24 +131,24 @@ def measure(
     for task in flags.tasks.split(","):
         source = load_examples(make_task(task, flags.data_dir), flags.tokenizer, flags.length)
         for name, make in plans.items():
-            plan = make(source, flags.batch, flags.prompt if sees_input else 0)
-            epochs[task, name] = survey(plan, flags.prompt, sees_input)
+            plan = make(source, flags.batch, flags.prompt if attends_to_input else 0)
+            epochs[task, name] = survey(plan, flags.prompt, attends_to_input)
     batches = {shape: batch for found in epochs.values() for shape, batch in found.batches.items()}
 
     shape = flags.prompt, config.emb_dim
     prompt = np.random.default_rng(0).uniform(-0.5, 0.5, shape).astype(np.float32)
-    steps = Steps(make_step(config, params, prompt, sees_input), batches)
+    steps = Steps(make_step(config, params, prompt, attends_to_input), batches)
     for turn in range(flags.rounds):
         for shape in np.random.default_rng(turn).permutation(len(batches)):
             steps.turn(list(batches)[shape], flags.seconds)
     return [
-        row(task, name, found, steps, epochs[task, next(iter(plans))], sees_input)
+        row(task, name, found, steps, epochs[task, next(iter(plans))], attends_to_input)
         for (task, name), found in epochs.items()
     ]
 
 
 def row(
-    task: str, name: str, found: Epoch, steps: Steps, first: Epoch, sees_input: bool
+    task: str, name: str, found: Epoch, steps: Steps, first: Epoch, attends_to_input: bool
 ) -> dict[str, Any]:
     """One plan's figures; `first` is what it is compared with."""
     rates, others = (
@@ -160,7 +160,7 @@ def row(
     )
     return {
         "task": task,
-        "sees_input": sees_input,
+        "sees_input": attends_to_input,
         "batches": name,
         "shapes": len(found.counts),
         "padding": 1 - found.used / found.positions,
@@ -203,7 +203,9 @@ def main() -> None:
     params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
     params = jax.tree.map(lambda x: x.astype(flags.dtype), params)
     rows = [
-        row for sees_input in (True, False) for row in measure(flags, config, params, sees_input)
+        row
+        for attends_to_input in (True, False)
+        for row in measure(flags, config, params, attends_to_input)
     ]
     show(rows)
     if flags.output:

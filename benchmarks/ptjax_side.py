@@ -46,7 +46,7 @@ from ptjax.methods.initializers import ClassLabels
 from ptjax.models.config import T5Config
 from ptjax.models.prompted import make_apply_fn, with_prompt
 from ptjax.models.t5 import parameter_shapes
-from ptjax.planning.workload import Placed, place
+from ptjax.planning.workload import AbstractStep, abstract_step
 from ptjax.sharding.arrays import put_batch, replicated
 from ptjax.sharding.meshes import make_mesh
 from ptjax.training.optimizer import embedding_rms
@@ -95,22 +95,22 @@ def write_speed_inputs(
     (folder / "backbone.json").write_text(json.dumps(describe_backbone(config, flags.dtype)))
     scanned = t5_1_1(flags.size, dropout_rate=flags.dropout, scan_layers=True)  # traced sooner
     count = functools.cache(
-        lambda shape, sees_input: count_step_flops(
-            scanned, flags.prompt, step_time_batch(shape), sees_input
+        lambda shape, attends_to_input: count_step_flops(
+            scanned, flags.prompt, step_time_batch(shape), attends_to_input
         )[1]
     )
     flops = {}
     for side in sides:
-        sees_input, packed = WAYS.get(side, (True, False))
+        attends_to_input, packed = WAYS.get(side, (True, False))
         batches = make_batches(source, flags, side)
-        check = make_check(source, packed, flags.prompt if packed and sees_input else 0)
+        check = make_check(source, packed, flags.prompt if packed and attends_to_input else 0)
         arrays = {
             f"{i}/{name}": array
             for i, batch in enumerate([check, *batches])
             for name, array in batch.items()
         }
         np.savez(folder / f"{side}.npz", **arrays)
-        total = sum(count(Shape.of(batch), sees_input) for batch in batches)
+        total = sum(count(Shape.of(batch), attends_to_input) for batch in batches)
         flops[side] = total / (flags.batch * len(batches))
     return flops
 
@@ -130,9 +130,9 @@ def step_settings(flags: argparse.Namespace) -> step_time.Row:
 
 def make_batches(source: TokenizedExamples, flags: argparse.Namespace, side: str) -> list[Batch]:
     """Batches that represent an epoch, as the side pads or packs them."""
-    sees_input, packed = WAYS.get(side, (True, False))
+    attends_to_input, packed = WAYS.get(side, (True, False))
     make_plan = pack if packed else bucket if side in WAYS else pad_to_longest()
-    slots = flags.prompt if packed and sees_input else 0
+    slots = flags.prompt if packed and attends_to_input else 0
     return pick(make_plan(source, flags.batch, slots), flags.batches)
 
 
@@ -246,7 +246,7 @@ def make_params(shapes: Mapping[str, Any], head_dim: int, dtype: str) -> dict[st
     return unflatten_paths(made)
 
 
-Compiled = tuple[Placed, Callable[..., Any], str]
+Compiled = tuple[AbstractStep, Callable[..., Any], str]
 """The placed step, its compiled function, and its remat policy."""
 
 
@@ -262,24 +262,24 @@ def compile_row(row: step_time.Row) -> Compiled:
     mesh = make_mesh((1, 1), [device])
     limit = (device.memory_stats() or {}).get("bytes_limit", float("inf"))
     for remat in step_time.REMATS[step_time.REMATS.index(row["remat"]) :]:
-        placed = place(*step_time.wanted(row | {"remat": remat}, 1), mesh)
-        step = placed.lower().compile(compiler_options=row.get("options"))
+        abstract = abstract_step(*step_time.wanted(row | {"remat": remat}, 1), mesh)
+        step = abstract.lower().compile(compiler_options=row.get("options"))
         memory: Any = step.memory_analysis()
         if memory is None or memory.peak_memory_in_bytes <= FITS * limit:
             break
-    return placed, step, remat
+    return abstract, step, remat
 
 
-def row_of(shape: Shape, settings: Mapping[str, Any], sees_input: bool) -> step_time.Row:
+def row_of(shape: Shape, settings: Mapping[str, Any], attends_to_input: bool) -> step_time.Row:
     """The `step_time.Row` of a batch of that shape."""
     sizes = {"batch": shape.rows, "inputs": shape.inputs, "targets": shape.targets}
-    return {**settings, **sizes, "pack": shape.packed, "sees_input": sees_input}
+    return {**settings, **sizes, "pack": shape.packed, "sees_input": attends_to_input}
 
 
 def start(folder: Path, side: str) -> turns.Side:
     """Tuning steps over the batches that were made for this side."""
     settings = json.loads((folder / "settings.json").read_text())
-    sees_input, _ = WAYS[side]
+    attends_to_input, _ = WAYS[side]
     prompt = np.load(folder / "prompt.npy")
     stored = np.load(folder / f"{side}.npz")
     check, *batches = (
@@ -287,14 +287,16 @@ def start(folder: Path, side: str) -> turns.Side:
         for i in range(settings["batches"] + 1)
     )
     shapes = [Shape.of(batch) for batch in batches]
-    rows = {shape: row_of(shape, settings["step"], sees_input) for shape in dict.fromkeys(shapes)}
+    rows = {
+        shape: row_of(shape, settings["step"], attends_to_input) for shape in dict.fromkeys(shapes)
+    }
     for row in rows.values():
         row["remat"] = settings.get("remats", {}).get(step_time.name_of(row), row["remat"])
     compiled = compile_all(rows)
-    workload, layout = step_time.wanted(rows[shapes[0]], 1)
-    config, (placed, *_) = layout.applied(workload.config), compiled[shapes[0]]
-    frozen = {"params": make_params(placed.frozen["params"], config.head_dim, settings["dtype"])}
-    logits = jax.jit(make_apply_fn(config, sees_input))(
+    spec, parallel = step_time.wanted(rows[shapes[0]], 1)
+    config, (abstract, *_) = parallel.applied(spec.config), compiled[shapes[0]]
+    frozen = {"params": make_params(abstract.frozen["params"], config.head_dim, settings["dtype"])}
+    logits = jax.jit(make_apply_fn(config, attends_to_input))(
         with_prompt(frozen, prompt),
         check["encoder_input_tokens"],
         check["decoder_input_tokens"],
@@ -305,9 +307,9 @@ def start(folder: Path, side: str) -> turns.Side:
     real = check["decoder_loss_weights"] > 0
     np.save(folder / f"{side}_logits.npy", np.asarray(logits, np.float32)[real])
     state = first_state(
-        placed, jax.device_put({"prompt": {"prompt": prompt}}, replicated(placed.mesh))
+        abstract, jax.device_put({"prompt": {"prompt": prompt}}, replicated(abstract.mesh))
     )
-    put = [put_batch(batch, placed.mesh) for batch in batches]
+    put = [put_batch(batch, abstract.mesh) for batch in batches]
 
     def run(numbers: Iterable[int]) -> None:
         nonlocal state

@@ -57,7 +57,7 @@ def time_ratio(flags: argparse.Namespace, task: str) -> float:
     backbone = load_backbone(flags.backbone, dtype="float32")
     examples = make_task(task, flags.data_dir).load("train")
     source = tokenize_examples(examples, backbone.tokenizer, *LENGTHS[task].values())
-    epoch = survey(bucket(source, BATCH, 0), PROMPT, sees_input=True)
+    epoch = survey(bucket(source, BATCH, 0), PROMPT, attends_to_input=True)
     shape = PROMPT, backbone.config.emb_dim
     prompt = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     made = (
@@ -99,7 +99,7 @@ def curve(model_dir: Path) -> dict[int, float]:
 def train(
     flags: argparse.Namespace,
     task: str,
-    sees_input: bool,
+    attends_to_input: bool,
     steps: int,
     gin_files: Sequence[str] = (),
 ) -> tuple[list[float], list[dict[int, float]]]:
@@ -112,11 +112,11 @@ def train(
             "ptjax.Task.inputs": TASKS[task]["inputs"],
             "ptjax.Task.verbalizer": TASKS[task]["verbalizer"],
             "TASK_FEATURE_LENGTHS": LENGTHS[task],
-            "SEES_INPUT": sees_input,
+            "SEES_INPUT": attends_to_input,
             "TRAIN_STEPS": steps,
             "RANDOM_SEED": seed,
         }
-        model_dir = flags.output_dir / f"{task}_{sees_input}_{steps}" / str(seed)
+        model_dir = flags.output_dir / f"{task}_{attends_to_input}_{steps}" / str(seed)
         files = [f"tasks/{task}.gin", "runs/prompt_tune.gin", *gin_files]
         values.append(runs.train(model_dir, files, settings)["value"])
         curves.append(curve(model_dir))
@@ -133,10 +133,10 @@ def draw(file: Path, curves: dict[tuple[str, bool], dict[int, float]], ratios: A
     tasks = list(dict.fromkeys(task for task, _ in curves))
     size = 1 + 3 * len(tasks), 3
     figure, axes = pyplot.subplots(1, len(tasks), squeeze=False, figsize=size, layout="constrained")
-    for (task, sees_input), points in curves.items():
+    for (task, attends_to_input), points in curves.items():
         axis = axes[0][tasks.index(task)]
-        pace = 1.0 if sees_input else ratios[task]
-        label = "sees its input" if sees_input else "does not"
+        pace = 1.0 if attends_to_input else ratios[task]
+        label = "sees its input" if attends_to_input else "does not"
         axis.plot([step / pace for step in points], list(points.values()), ".-", label=label)
         axis.set_title(task)
         axis.set_xlabel("time, in steps of the former")
@@ -158,11 +158,11 @@ def main() -> None:
     tests, curves = [], {}
     for task in flags.tasks:
         longer = max(STEPS, 100 * round(STEPS * ratios[task] / 100))
-        for sees_input, steps in ((True, STEPS), (False, STEPS), (False, longer)):
-            values, found = train(flags, task, sees_input, steps)
-            tests.append(f"| {task} | {sees_input} | {steps:,} | {runs.show(values)} |")
+        for attends_to_input, steps in ((True, STEPS), (False, STEPS), (False, longer)):
+            values, found = train(flags, task, attends_to_input, steps)
+            tests.append(f"| {task} | {attends_to_input} | {steps:,} | {runs.show(values)} |")
             means = {step: statistics.mean(one[step] for one in found) for step in found[0]}
-            curves[task, sees_input] = means
+            curves[task, attends_to_input] = means
     print("\n| task | time of a step, seeing / not |\n|---|--:|")
     print("\n".join(f"| {task} | {ratios[task]:.2f} |" for task in flags.tasks))
     print("\n| test accuracy | sees_input | steps | mean | std | seeds |")
@@ -170,9 +170,9 @@ def main() -> None:
     print("\n".join(tests))
     print(f"\n| validation, mean of the seeds | sees_input | {' | '.join(map(str, CURVE))} |")
     print("|---|---|" + "--:|" * len(CURVE))
-    for (task, sees_input), points in curves.items():
+    for (task, attends_to_input), points in curves.items():
         row = " | ".join(f"{points[step]:.3f}" for step in CURVE)
-        print(f"| {task} | {sees_input} | {row} |")
+        print(f"| {task} | {attends_to_input} | {row} |")
     draw(flags.output_dir / "sees_input.png", curves, ratios)
 
 

@@ -46,7 +46,7 @@ def check_masks() -> None:
     prompted = with_prompt(backbone.variables, embedding[jnp.array(name)])
     alone, both, targets = (jnp.array([row]) for row in (text, name + text, [0, *text]))
     whole, longer = ({"encoder_lengths": jnp.array([x.shape[1]])} for x in (alone, both))
-    want = backbone.make_apply_fn(sees_input=False)(prompted, alone, targets, **whole)
+    want = backbone.make_apply_fn(attends_to_input=False)(prompted, alone, targets, **whole)
     layers = range(backbone.config.num_encoder_layers)
     blind = masks.hide_from_prompt(backbone, len(name), layers)
     for found in (

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from absl import logging
 
 from ptjax import cli
-from ptjax.cli import chosen, distributed, output
+from ptjax.cli import distributed, model_flags, output
 from ptjax.errors import InputError, check_at_least
 from ptjax.files import JsonObject, Metadata
 
@@ -87,7 +87,7 @@ def main() -> None:
     )
     output.add_flags(parser, "written whole or not at all; default: standard output")
     output.add_prefix_flag(parser)
-    chosen.add_flags(
+    model_flags.add_flags(
         parser,
         "the prompts in DIR (files, PEFT directories, folders with a best.safetensors), each named "
         "as its file or folder; every record of --input names its own in the field 'prompt'",
@@ -139,10 +139,10 @@ def infer(arguments: argparse.Namespace) -> None:
     check_at_least(1, **{"--batch_size": arguments.batch_size})
     if arguments.output:
         output.check(arguments.output, force=arguments.force, inputs=inputs_of(arguments))
-    chosen.load(arguments)
+    model_flags.load(arguments)
     many = arguments.prompts is not None
-    bank: PromptBank | None = chosen.load_bank(arguments) if many else None
-    single: PromptFile | None = None if many else chosen.load_prompt(arguments)
+    bank: PromptBank | None = model_flags.load_bank(arguments) if many else None
+    single: PromptFile | None = None if many else model_flags.load_prompt(arguments)
     if bank is not None:
         # The backbone alone comes last, where -1 finds it.
         of_prompts = [metadata or {} for metadata in (*bank.metadata, None)]
@@ -151,7 +151,7 @@ def infer(arguments: argparse.Namespace) -> None:
     # Before the backbone is loaded: a bad line is reported in a second, not after minutes.
     requests = read_requests(arguments, of_prompts, bank)
     named = next((metadata for metadata in of_prompts if metadata.get("backbone_name")), {})
-    loaded = chosen.load_backbone(arguments, named)
+    loaded = model_flags.load_backbone(arguments, named)
     prompt = bank if many else single
     prompt = prompts.open_prompt(loaded, prompt, allow_mismatch=arguments.allow_mismatch)
     predictions = predict.predict(
@@ -196,7 +196,7 @@ def inputs_of(arguments: argparse.Namespace) -> list[str]:
     from ptjax.data import sources
 
     files = [] if arguments.input in (None, "-") else sources.find_files(arguments.input)
-    return [*map(os.fspath, files), *chosen.inputs(arguments)]
+    return [*map(os.fspath, files), *model_flags.inputs(arguments)]
 
 
 def prefixed(fields: JsonObject, prefix: str) -> JsonObject:
@@ -267,8 +267,8 @@ def format_of(metadata: Metadata, *, raw: bool) -> InputFormat:
     """The input format of a prompt, completed from the gin files."""
     from ptjax.inference import records
 
-    lengths = chosen.lengths(metadata)
-    task = records.task_of(metadata, chosen.task(metadata, needed=not raw))
+    lengths = model_flags.lengths(metadata)
+    task = records.task_of(metadata, model_flags.task(metadata, needed=not raw))
     return records.InputFormat(task, lengths.get("inputs"), lengths.get("targets"))
 
 

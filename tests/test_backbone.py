@@ -33,9 +33,9 @@ from ptjax.backbones.save import save_backbone
 from ptjax.data.tokenizer import load_tokenizer
 from ptjax.errors import InputError
 from ptjax.interop import huggingface, t5x
-from ptjax.interop.stored import StoredArray, one_by_one
+from ptjax.interop.lazy_array import LazyArray, one_by_one
 from ptjax.models.config import T5Config
-from ptjax.models.stacking import Unstacked
+from ptjax.models.stacking import UnstackedView
 from ptjax.models.t5 import init_params
 from ptjax.models.t5_family import T5_FAMILY
 from ptjax.sharding.meshes import make_mesh
@@ -286,7 +286,7 @@ def test_a_config_json_beside_a_t5x_checkpoint_is_read(legacy, saved, where):
         ({"num_decoder_layers": 1}, "decoder/layers_1/.* does not belong to a T5 of this config"),
         ({"logits_via_embedding": True}, "decoder/logits_dense/kernel does not belong"),
         ({"mlp_activations": ("gelu", "sine")}, "these sizes make no T5.*sine"),
-        ({"dtype": "float16"}, "dtype = 'float16': it takes one of 'float32', 'bfloat16'"),
+        ({"dtype": "float16"}, "dtype must be one of 'float32', 'bfloat16', got 'float16'"),
     ],
 )
 def test_overrides_that_do_not_fit(override, message):
@@ -487,8 +487,8 @@ class Reads:
     alive: list[tuple[str, weakref.ref[np.ndarray]]] = dataclasses.field(default_factory=list)
     most_alive: int = 0
 
-    def spy(self, arrays: dict[str, StoredArray]) -> dict[str, StoredArray]:
-        def wrap(name: str, array: StoredArray) -> StoredArray:
+    def spy(self, arrays: dict[str, LazyArray]) -> dict[str, LazyArray]:
+        def wrap(name: str, array: LazyArray) -> LazyArray:
             def read(index):
                 held = {other for other, ref in self.alive if ref() is not None}
                 self.most_alive = max(self.most_alive, len(held - {name}) + 1)
@@ -523,7 +523,7 @@ def test_each_weight_is_read_once_and_never_held_twice(spied, scan_layers):
     """
     path, reads = spied
     loaded = load_backbone(path, dtype="bfloat16", scan_layers=scan_layers)
-    found = Unstacked(flatten_paths(loaded.variables["params"]))
+    found = UnstackedView(flatten_paths(loaded.variables["params"]))
     shapes = {path: found[path].shape for path in found}
     assert sorted(reads.parts) == sorted(
         (path, tuple((0, size) for size in shape)) for path, shape in shapes.items()
@@ -551,7 +551,7 @@ def test_a_mesh_reads_each_part_once_and_gives_the_same_weights(spied, t5_1_1, n
         # Stacked, each layer's part is read for itself.
         stacked = "/layers/" in name
         expected = {bounds[1:] for bounds in expected} if stacked else expected
-        for path in Unstacked({name: array}):
+        for path in UnstackedView({name: array}):
             parts = [part for read, part in reads.parts if read == path]
             assert sorted(parts) == sorted(expected)
     assert sum(math.prod(b - a for a, b in part) for _, part in reads.parts) == 66_176

@@ -72,7 +72,7 @@ def place(tmp_path_factory) -> Path:
     }
     opened = Task(name="copy", inputs="copy {text} {other}", targets="{text}")
     save("mixed/mood/best.safetensors", 5, tasks["mood"], (24, 5))
-    save("mixed/kind.safetensors", 3, tasks["kind"], (9, 6), sees_input=False)
+    save("mixed/kind.safetensors", 3, tasks["kind"], (9, 6), attends_to_input=False)
     save("mixed/copy/prompts/best.safetensors", 4, opened, (16, 7))
     for seed in range(3):
         save(f"seeds/prompts/seed_{seed}/best.safetensors", 4, tasks["mood"], (24, 5), seed=seed)

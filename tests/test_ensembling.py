@@ -83,9 +83,9 @@ def test_texts_are_voted_on_and_their_authors_break_ties():
     assert ensembles.vote_on_texts(["x", "y", "x", "y"], four) == "x"
 
 
-@pytest.mark.parametrize("sees_input", [True, False])
-def test_members_and_ensembles_are_those_of_separate_runs(tiny, task, sees_input):
-    evaluator = make_evaluator(tiny, task, attends_to_input=sees_input)
+@pytest.mark.parametrize("attends_to_input", [True, False])
+def test_members_and_ensembles_are_those_of_separate_runs(tiny, task, attends_to_input):
+    evaluator = make_evaluator(tiny, task, attends_to_input=attends_to_input)
     source, labels = evaluator._source("test"), list(LABELS)
     tokens = ranking.make_label_tokens(labels, LETTERS, 4, T5_IDS)
     found = []
@@ -106,7 +106,7 @@ def test_members_and_ensembles_are_those_of_separate_runs(tiny, task, sees_input
         votes = collections.Counter(said)
         tied = [x for x in labels if votes[x] == max(votes.values())]
         majority.append(max(tied, key=lambda x: shares[:, i, labels.index(x)].sum()))
-    answers = evaluator.predict_bank(make_bank(sees_input), "test")
+    answers = evaluator.predict_bank(make_bank(attends_to_input), "test")
     assert answers.members == own
     assert (answers.majority_vote, answers.mean_likelihood) == (majority, mean)
     # Otherwise the numbers would agree for nothing: all three tell something different.

@@ -115,7 +115,7 @@ def test_each_row_takes_its_prompt_of_a_bank():
     bank = ptjax.make_bank(prompts)
     logits = np.asarray(ptjax.forward(module, batch, bank, prompt_ids=chosen))
     close(logits, ptjax.forward(ours, batch, bank, prompt_ids=chosen))
-    blind = types.SimpleNamespace(prompt=make_prompt(ours), sees_input=False, metadata=None)
+    blind = types.SimpleNamespace(prompt=make_prompt(ours), attends_to_input=False, metadata=None)
     bank = ptjax.make_bank(prompts | {"blind": blind})
     with pytest.raises(InputError, match=r"SEES_INPUT = False: a Flax module .* cannot"):
         ptjax.forward(module, batch, bank, prompt_ids=chosen)

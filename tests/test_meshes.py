@@ -15,7 +15,7 @@ from ptjax.models.config import T5Config
 from ptjax.planning.slices import parse_slice
 from ptjax.sharding import devices, meshes
 from ptjax.sharding.meshes import make_mesh
-from ptjax.sharding.quantize import held_shapes
+from ptjax.sharding.quantize import weight_shapes
 
 SMALL = T5Config(32128, 512, 6, 8, 8, 64, 1024)
 XXL = T5Config(32128, 4096, 64, 24, 24, 64, 10240)
@@ -136,19 +136,19 @@ def test_each_size_that_the_table_divides_is_checked(changes, message):
     ],
 )
 def test_auto_takes_the_smallest_model_axis_that_fits(found, dtype, fsdp, shape):
-    chosen, _ = meshes.smallest_that_fits(wide(fsdp), held_shapes(wide(fsdp), dtype), found, fsdp)
+    chosen, _ = meshes.smallest_that_fits(wide(fsdp), weight_shapes(wide(fsdp), dtype), found, fsdp)
     assert chosen == shape
 
 
 def test_int8_fits_a_smaller_model_axis():
     """The kernels of 13.24 GiB in bfloat16 take 6.5, embedding and logits stay at 0.49."""
-    held = held_shapes(wide(), "bfloat16", "int8")
+    held = weight_shapes(wide(), "bfloat16", "int8")
     chosen, why = meshes.smallest_that_fits(wide(), held, tpus(8), False)
     assert chosen == (8, 1) and why.startswith("the frozen weights take 6.87 of 15.75 GiB")
 
 
 def test_auto_says_why():
-    _, why = meshes.smallest_that_fits(wide(), held_shapes(wide(), "bfloat16"), tpus(8), False)
+    _, why = meshes.smallest_that_fits(wide(), weight_shapes(wide(), "bfloat16"), tpus(8), False)
     assert why == (
         "the frozen weights take 6.62 of 15.75 GiB a device (at most 70%; 13.24 GiB with a "
         "smaller model axis)"
@@ -157,7 +157,9 @@ def test_auto_says_why():
 
 def test_auto_leaves_out_what_does_not_divide():
     narrow = T5Config(32064, 4096, 6, 2, 2, 64, 131072 * 3)
-    chosen, _ = meshes.smallest_that_fits(narrow, held_shapes(narrow, "bfloat16"), tpus(12), False)
+    chosen, _ = meshes.smallest_that_fits(
+        narrow, weight_shapes(narrow, "bfloat16"), tpus(12), False
+    )
     assert chosen == (2, 6)  # 4 would do, were there not 6 heads
 
 
@@ -172,7 +174,7 @@ def test_auto_leaves_out_what_does_not_divide():
 )
 def test_auto_without_a_mesh_that_fits(found, fsdp, message):
     with pytest.raises(InputError, match=message):
-        meshes.smallest_that_fits(wide(fsdp), held_shapes(wide(fsdp), "bfloat16"), found, fsdp)
+        meshes.smallest_that_fits(wide(fsdp), weight_shapes(wide(fsdp), "bfloat16"), found, fsdp)
 
 
 def test_memory_of_devices():

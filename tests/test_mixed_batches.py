@@ -68,8 +68,8 @@ def tokens(tiny_batch):
 
 
 @functools.cache
-def jitted(config, sees_input: bool):
-    return jax.jit(with_lengths(make_apply_fn(config, sees_input)), static_argnames="method")
+def jitted(config, attends_to_input: bool):
+    return jax.jit(with_lengths(make_apply_fn(config, attends_to_input)), static_argnames="method")
 
 
 def alone(tiny, i: int) -> tuple[bool, dict[str, Any]]:
@@ -81,12 +81,12 @@ def alone(tiny, i: int) -> tuple[bool, dict[str, Any]]:
 def test_a_bank_stands_on_the_right(bank):
     arrays = bank.arrays
     assert arrays.prompt.shape == (4, 7, 16)
-    assert (arrays.lengths.tolist(), arrays.sees_input.tolist()) == ([3, 4, 7, 6], SEES)
+    assert (arrays.lengths.tolist(), arrays.attends_to_input.tolist()) == ([3, 4, 7, 6], SEES)
     assert arrays.prompt.dtype == np.float32 and arrays.lengths.dtype == np.int32
     np.testing.assert_array_equal(arrays.prompt[0, 4:], MATRICES[0])
     assert not arrays.prompt[0, :4].any()
-    same = stack_prompts(jnp.ones((2, 3, 16)), sees_input=False)
-    assert same.prompt.shape == (2, 3, 16) and not same.sees_input.any()
+    same = stack_prompts(jnp.ones((2, 3, 16)), attends_to_input=False)
+    assert same.prompt.shape == (2, 3, 16) and not same.attends_to_input.any()
 
 
 def test_every_row_is_the_run_of_its_prompt_alone(tiny, bank, tokens):
@@ -95,8 +95,8 @@ def test_every_row_is_the_run_of_its_prompt_alone(tiny, bank, tokens):
     )
     wants = []
     for i in range(-1, 4):
-        sees_input, variables = alone(tiny, i)
-        want = jitted(tiny.config, sees_input)(variables, *tokens)
+        attends_to_input, variables = alone(tiny, i)
+        want = jitted(tiny.config, attends_to_input)(variables, *tokens)
         np.testing.assert_allclose(mixed[i == IDS], want[i == IDS], rtol=0, atol=2e-5)
         wants.append(want)
     # No two of them say the same, so each row could be told from its neighbours'.
@@ -125,8 +125,10 @@ def test_decoding_a_mixed_batch(tiny, bank, tokens, num_beams):
         **settings,
     )
     for i in range(-1, 4):
-        sees_input, variables = alone(tiny, i)
-        want = decode(make_apply_fn(tiny.config, sees_input), variables, tokens[0], **settings)
+        attends_to_input, variables = alone(tiny, i)
+        want = decode(
+            make_apply_fn(tiny.config, attends_to_input), variables, tokens[0], **settings
+        )
         np.testing.assert_array_equal(written[i == IDS], want[0][i == IDS])
         np.testing.assert_allclose(scores[i == IDS], want[1][i == IDS], rtol=0, atol=1e-4)
 

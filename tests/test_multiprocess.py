@@ -57,7 +57,7 @@ from __gin__ import dynamic_registration
 import ptjax
 
 ptjax.tune.members = @ptjax.sweep()
-ptjax.trainer.sweep.seeds = (1, 2)
+ptjax.sweep.seeds = (1, 2)
 PACK = True
 """
 STEPS = 90

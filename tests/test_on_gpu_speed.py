@@ -99,7 +99,7 @@ def test_weights_are_those_of_their_names(scan) -> None:
     from prompt_step import t5_1_1
     from ptjax_side import make_params
 
-    from ptjax.models.stacking import Unstacked
+    from ptjax.models.stacking import UnstackedView
     from ptjax.models.t5 import parameter_shapes
     from ptjax.trees import flatten_paths
 
@@ -108,7 +108,7 @@ def test_weights_are_those_of_their_names(scan) -> None:
     shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), parameter_shapes(config)
     )
-    made = Unstacked(flatten_paths(make_params(shapes, config.head_dim, "float32")))
+    made = UnstackedView(flatten_paths(make_params(shapes, config.head_dim, "float32")))
     assert "encoder/layers_1/mlp/wo/kernel" in made
     for name in made:
         array = np.asarray(made[name])
@@ -134,14 +134,14 @@ def test_pytorch_makes_the_same_weights(tmp_path) -> None:
 
     from ptjax.interop.huggingface_format import to_huggingface
     from ptjax.sharding.meshes import make_mesh
-    from ptjax.sharding.quantize import placed_shapes
+    from ptjax.sharding.quantize import sharded_shapes
     from ptjax.trees import flatten_paths
 
     config = t5_1_1("toy")
     (tmp_path / "backbone.json").write_text(json.dumps(describe_backbone(config, "bfloat16")))
     settings = {"dtype": "bfloat16", "device": "cpu"}
     theirs = dict(peft_side.make_backbone(tmp_path, settings).named_parameters())
-    shapes = placed_shapes(config, "bfloat16", make_mesh(1))
+    shapes = sharded_shapes(config, "bfloat16", make_mesh(1))
     for name, array in flatten_paths(make_params(shapes, config.head_dim, "bfloat16")).items():
         their_name, transposed = to_huggingface(name)
         other = theirs.pop(their_name).detach().float().numpy()

@@ -8,7 +8,7 @@ import os
 import pytest
 
 from ptjax.cli import plans
-from ptjax.planning.workload import Layout
+from ptjax.planning.workload import ParallelConfig
 
 XXL = ("--gin_file=models/t5_1_1_xxl.gin", "--gin_file=runs/prompt_tune.gin")
 NANO = ("--gin_file=quickstart.gin",)
@@ -187,7 +187,7 @@ def report(verdict, dtype="bfloat16", quantize=None):
     """As `plan_slice` puts it together, but for the numbers."""
     return {
         "verdict": verdict,
-        "settings": Layout("8x1", quantize=quantize, dtype=dtype).settings(),
+        "settings": ParallelConfig("8x1", quantize=quantize, dtype=dtype).settings(),
         "dtype": dtype,
         "usable_bytes": 1,
         "bytes_per_device": {},

@@ -51,7 +51,7 @@ def test_prompts_of_before_the_checksum_stay_readable():
     assert digest == "9cfc404397ca053adb3f04aeb16aa7d493937f32963a3ca75f60d32ccc4adcf8"
     texts = header_of(OLD / "trained.safetensors")
     assert trained.metadata == {key: json.loads(text) for key, text in texts.items()}
-    assert not trained.sees_input and trained.metadata["task"]["label"] == "label"
+    assert not trained.attends_to_input and trained.metadata["task"]["label"] == "label"
     np.testing.assert_array_equal(compiled.prompt, ramp(2, 4))
     assert compiled.states is not None
     for pair in compiled.states:

@@ -20,7 +20,7 @@ from ptjax.inference.forward import forward, loss_and_prompt_gradient
 from ptjax.methods.model_tuning import ModelTuning
 from ptjax.models.layers import Quantized
 from ptjax.models.prompted import make_apply_fn, with_prompt
-from ptjax.models.stacking import Unstacked, stack_paths
+from ptjax.models.stacking import UnstackedView, stack_paths
 from ptjax.models.t5_family import T5_FAMILY
 from ptjax.settings import RunSettings
 from ptjax.sharding.meshes import make_mesh
@@ -121,7 +121,7 @@ def test_a_backbone_is_quantized_on_the_way_in(settings, tmp_path) -> None:
     )
     # One that is tuned on either is told to belong to both.
     assert small.fingerprint == plain.fingerprint
-    found = Unstacked(flatten_paths(small.variables["params"]))
+    found = UnstackedView(flatten_paths(small.variables["params"]))
     for path, array in flatten_paths(plain.variables["params"]).items():
         if not T5_FAMILY.is_quantized(path):
             np.testing.assert_array_equal(found[path], array)
@@ -159,7 +159,7 @@ def test_on_a_mesh_int8_gives_the_loss_and_gradient_of_one_device(fsdp) -> None:
 
 
 def test_what_int8_is_not_for() -> None:
-    with pytest.raises(InputError, match=r"quantize = 'int4': it takes one of 'int8', None"):
+    with pytest.raises(InputError, match=r"quantize must be one of 'int8', None, got 'int4'"):
         load_backbone(FIXTURES / "t5_1_1_tiny_legacy", quantize="int4")
     small = load_backbone(FIXTURES / "t5_1_1_tiny_legacy", quantize="int8")
     task = Task(name="x", splits={"train": "x.jsonl"}, inputs="{text}", targets="{label}")

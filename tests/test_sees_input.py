@@ -46,9 +46,9 @@ def unpacked() -> dict[str, np.ndarray]:
 
 
 @functools.cache
-def value_and_grad(config: T5Config, sees_input: bool):
+def value_and_grad(config: T5Config, attends_to_input: bool):
     """Jitted `(prompt, params, batch) -> (loss, dP)` without dropout."""
-    apply_fn = make_apply_fn(dataclasses.replace(config, dropout_rate=0.0), sees_input)
+    apply_fn = make_apply_fn(dataclasses.replace(config, dropout_rate=0.0), attends_to_input)
 
     def loss(prompt, params, batch):
         return batch_loss(apply_fn, Loss(), with_prompt({"params": params}, prompt), batch, KEY)
@@ -109,17 +109,17 @@ def test_a_copy_for_every_row_is_the_same_prompt(tiny, unpacked) -> None:
     assert_same(run(tiny.prompt, tiny.params, unpacked), (loss, gradients.sum(0)))
 
 
-@pytest.mark.parametrize("sees_input", [True, False])
-def test_packed_equals_unpacked(tiny, unpacked, sees_input) -> None:
-    run = value_and_grad(tiny.config, sees_input)
-    rows = packed(len(tiny.prompt) if sees_input else 0)
+@pytest.mark.parametrize("attends_to_input", [True, False])
+def test_packed_equals_unpacked(tiny, unpacked, attends_to_input) -> None:
+    run = value_and_grad(tiny.config, attends_to_input)
+    rows = packed(len(tiny.prompt) if attends_to_input else 0)
     assert_same(run(tiny.prompt, tiny.params, rows), run(tiny.prompt, tiny.params, unpacked))
 
 
-@pytest.mark.parametrize("sees_input", [True, False])
-def test_packed_logits_of_an_example_in_third_place(tiny, unpacked, sees_input) -> None:
-    apply_fn = jax.jit(with_lengths(make_apply_fn(tiny.config, sees_input)))
-    rows = packed(len(tiny.prompt) if sees_input else 0)
+@pytest.mark.parametrize("attends_to_input", [True, False])
+def test_packed_logits_of_an_example_in_third_place(tiny, unpacked, attends_to_input) -> None:
+    apply_fn = jax.jit(with_lengths(make_apply_fn(tiny.config, attends_to_input)))
+    rows = packed(len(tiny.prompt) if attends_to_input else 0)
     names = "encoder_input_tokens", "decoder_input_tokens"
     segments = rows["encoder_segment_ids"], rows["decoder_segment_ids"]
     got = apply_fn(tiny.variables, *(rows[name] for name in names), *segments)
@@ -128,10 +128,10 @@ def test_packed_logits_of_an_example_in_third_place(tiny, unpacked, sees_input) 
     np.testing.assert_allclose(got[0, 8:12], third, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("sees_input", [True, False])
-def test_twenty_steps_of_sgd_packed_and_unpacked(tiny, unpacked, sees_input) -> None:
-    run = value_and_grad(tiny.config, sees_input)
-    rows = packed(len(tiny.prompt) if sees_input else 0)
+@pytest.mark.parametrize("attends_to_input", [True, False])
+def test_twenty_steps_of_sgd_packed_and_unpacked(tiny, unpacked, attends_to_input) -> None:
+    run = value_and_grad(tiny.config, attends_to_input)
+    rows = packed(len(tiny.prompt) if attends_to_input else 0)
     prompts = [tiny.prompt, tiny.prompt]
     for _ in range(20):
         steps = [run(p, tiny.params, b) for p, b in zip(prompts, (rows, unpacked), strict=True)]

@@ -380,13 +380,13 @@ CASES = {
     "8x1, fsdp": ((8, 1), {"fsdp": True}),
     "4x2, fsdp": ((4, 2), {"fsdp": True}),
     "4x2, microbatches": ((4, 2), {"microbatches": 2}),
-    "4x2, a prompt that sees no input": ((4, 2), {"sees_input": False}),
-    "2x2x2, all of it": ((2, 2, 2), {"fsdp": True, "microbatches": 2, "sees_input": False}),
+    "4x2, a prompt that sees no input": ((4, 2), {"attends_to_input": False}),
+    "2x2x2, all of it": ((2, 2, 2), {"fsdp": True, "microbatches": 2, "attends_to_input": False}),
 }
 SGD = optax.sgd(1.0)
 
 
-def run_step(tiny, batch, mesh, *, fsdp=False, microbatches=1, sees_input=True, members=None):
+def run_step(tiny, batch, mesh, *, fsdp=False, microbatches=1, attends_to_input=True, members=None):
     """(the compiled step, its frozen weights, the state after it, its metrics) without dropout."""
     gather = gather_layer(mesh) if fsdp else None
     # One layer each compiles fast, and has every kind of weight; a scan over one is unrolled.
@@ -401,9 +401,9 @@ def run_step(tiny, batch, mesh, *, fsdp=False, microbatches=1, sees_input=True, 
     params = {"params": unflatten_paths(kept)}
     frozen = jax.device_put(params, shardings_of(params, mesh, fsdp=fsdp))
     prompt = {"prompt": {"prompt": tiny.prompt}}
-    groups = reduction_groups(mesh, microbatches=microbatches, sees_input=sees_input)
+    groups = reduction_groups(mesh, microbatches=microbatches, attends_to_input=attends_to_input)
     parts = {"microbatches": microbatches, "groups": groups}
-    apply = make_apply_fn(config, sees_input, gather)
+    apply = make_apply_fn(config, attends_to_input, gather)
     state = init_train_state(jax.tree.map(np.array, prompt), SGD, jax.random.key(0))
     step = make_train_step(apply, SGD, Loss(), **parts)
     if members:
@@ -421,11 +421,13 @@ def run_step(tiny, batch, mesh, *, fsdp=False, microbatches=1, sees_input=True, 
 
 @pytest.fixture(scope="module")
 def one_device(tiny, tiny_batch):
-    """`one_device(sees_input, fsdp)` -> (loss, gradient of the prompt), each computed once."""
+    """`one_device(attends_to_input, fsdp)` -> (loss, gradient of the prompt), cached."""
 
-    def alone(sees_input, fsdp):
+    def alone(attends_to_input, fsdp):
         mesh = make_mesh(devices=jax.devices()[:1])
-        *_, state, metrics = run_step(tiny, tiny_batch, mesh, sees_input=sees_input, fsdp=fsdp)
+        *_, state, metrics = run_step(
+            tiny, tiny_batch, mesh, attends_to_input=attends_to_input, fsdp=fsdp
+        )
         return metrics["loss"], np.asarray(tiny.prompt - state.trainable["prompt"]["prompt"])
 
     return functools.cache(alone)
@@ -443,7 +445,7 @@ def test_a_mesh_changes_no_number_and_reduces_one_array(tiny, tiny_batch, one_de
     mesh = make_mesh(shape)
     compiled, frozen, state, metrics = run_step(tiny, tiny_batch, mesh, **settings)
     fsdp = settings.get("fsdp", False)
-    loss, gradient = one_device(settings.get("sees_input", True), fsdp)
+    loss, gradient = one_device(settings.get("attends_to_input", True), fsdp)
     np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
     ours = np.asarray(tiny.prompt - state.trainable["prompt"]["prompt"])
     np.testing.assert_allclose(ours, gradient, rtol=0, atol=1e-5 * np.abs(gradient).max())
@@ -492,7 +494,9 @@ def test_every_device_holds_its_part_and_no_more(tiny, tiny_batch):
 @pytest.mark.slow
 def test_a_bank_reduces_the_gradients_of_its_prompts_at_once(tiny, tiny_batch):
     mesh = make_mesh((4, 2))
-    compiled, *_ = run_step(tiny, tiny_batch, mesh, microbatches=2, sees_input=False, members=3)
+    compiled, *_ = run_step(
+        tiny, tiny_batch, mesh, microbatches=2, attends_to_input=False, members=3
+    )
     found = [one for one in collectives(compiled, mesh) if one.axes != ("model",)]
     assert [one[:3] for one in found if one.shape != (3,)] == [
         ("all-reduce", "f32", (3, *tiny.prompt.shape))

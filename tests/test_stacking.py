@@ -20,7 +20,7 @@ from ptjax.errors import InputError
 from ptjax.methods.prompt_tuning import PromptTuning
 from ptjax.models.config import T5Config
 from ptjax.models.prompted import make_apply_fn, with_prompt
-from ptjax.models.stacking import Unstacked, make_layers, run_layers, stack, stack_paths
+from ptjax.models.stacking import UnstackedView, make_layers, run_layers, stack, stack_paths
 from ptjax.models.t5 import init_params, parameter_shapes
 from ptjax.planning.flops import step_flops
 from ptjax.training import freeze as freezing
@@ -49,9 +49,9 @@ def batch_of(kind: str, prompt_slots: int):
     return make_packed_batch(INPUTS, TARGETS, ROWS, ids=T5_IDS, prompt_slots=prompt_slots, **sizes)
 
 
-def value_and_grad(config: T5Config, params, prompt, batch, sees_input=True):
+def value_and_grad(config: T5Config, params, prompt, batch, attends_to_input=True):
     """Loss and dP, without dropout."""
-    apply_fn = make_apply_fn(dataclasses.replace(config, dropout_rate=0.0), sees_input)
+    apply_fn = make_apply_fn(dataclasses.replace(config, dropout_rate=0.0), attends_to_input)
 
     @jax.jit
     @jax.value_and_grad
@@ -69,12 +69,12 @@ def assert_same(got, want) -> None:
 
 
 @pytest.mark.parametrize("kind", ["unpacked", "packed"])
-@pytest.mark.parametrize("sees_input", [True, False])
-def test_scanned_layers_are_the_same_network(tiny, stacked, kind, sees_input) -> None:
-    batch = batch_of(kind, len(tiny.prompt) if sees_input else 0)
+@pytest.mark.parametrize("attends_to_input", [True, False])
+def test_scanned_layers_are_the_same_network(tiny, stacked, kind, attends_to_input) -> None:
+    batch = batch_of(kind, len(tiny.prompt) if attends_to_input else 0)
     scanned = dataclasses.replace(tiny.config, scan_layers=True)
-    want = value_and_grad(tiny.config, tiny.params, tiny.prompt, batch, sees_input)
-    assert_same(value_and_grad(scanned, stacked, tiny.prompt, batch, sees_input), want)
+    want = value_and_grad(tiny.config, tiny.params, tiny.prompt, batch, attends_to_input)
+    assert_same(value_and_grad(scanned, stacked, tiny.prompt, batch, attends_to_input), want)
 
 
 @pytest.mark.parametrize("remat", ["dots", "full"])
@@ -149,7 +149,7 @@ def test_initial_parameters_are_those_of_the_names(scan_layers) -> None:
     of_layers = dataclasses.replace(config, scan_layers=False)
     params = flatten_paths(jax.jit(init_params, static_argnums=0)(config, jax.random.key(0)))
     want = flatten_paths(parameter_shapes(of_layers))
-    found = Unstacked(params)
+    found = UnstackedView(params)
     assert {path: found[path].shape for path in found} == {k: v.shape for k, v in want.items()}
     assert len(found) == len(want)
     # Every layer has its own draw, of the scale that T5X gives it.
@@ -179,7 +179,7 @@ def test_a_checkpoint_is_stacked_on_the_way_in_and_written_out_again(name, tmp_p
 def test_remat_is_one_of_three() -> None:
     # The suite's own checks of types would refuse it before.
     wrong = types.SimpleNamespace(**dataclasses.asdict(XXL) | {"remat": "some"})
-    with pytest.raises(InputError, match=r"T5Config\.remat = 'some': it takes one of 'none'"):
+    with pytest.raises(InputError, match=r"T5Config\.remat must be one of 'none'"):
         T5Config.__post_init__(wrong)
 
 

@@ -118,8 +118,8 @@ def stacked(params: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-@pytest.mark.parametrize("sees_input", [True, False])
-def test_case_1_12_scanned_layers_and_prompts(tiny_umt5, tiny_batch, sees_input):
+@pytest.mark.parametrize("attends_to_input", [True, False])
+def test_case_1_12_scanned_layers_and_prompts(tiny_umt5, tiny_batch, attends_to_input):
     """A prompt before the text, either kind; layers written out and scanned over."""
     inputs, targets = tiny_batch["encoder_input_tokens"], tiny_batch["decoder_input_tokens"]
     logits = []
@@ -127,7 +127,7 @@ def test_case_1_12_scanned_layers_and_prompts(tiny_umt5, tiny_batch, sees_input)
         config = dataclasses.replace(tiny_umt5.config, scan_layers=scan)
         params = stacked(tiny_umt5.params) if scan else tiny_umt5.params
         variables = tiny_umt5.variables | {"params": params}
-        network = PromptedT5(config, sees_input=sees_input)
+        network = PromptedT5(config, attends_to_input=attends_to_input)
         logits.append(np.asarray(jax.jit(with_lengths(network.apply))(variables, inputs, targets)))
     assert logits[0].std() > 0.1
     # float32, compiled in two ways.

@@ -73,7 +73,7 @@ INSTEAD = {
 
 def hits(text: str) -> list[str]:
     """Phrases of the list in a file, each with its line."""
-    joined = re.sub(r'"?\s*\n\s*(# |f?")?', " ", text)  # a phrase may go over the end of a line
+    joined = re.sub(r'\s*"?\s*\n\s*(# |f?")?', " ", text)  # a phrase may go over the end of a line
     return [
         f"{match[0]!r}: write {instead!r}"
         for pattern, instead in INSTEAD.items()

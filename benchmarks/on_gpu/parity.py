@@ -133,7 +133,7 @@ def answer(backbone: Backbone, subject: Subject, way: Way, *, generated: bool) -
         settings.enter_context(jax.default_device(device))
         if way.precision is not None:
             settings.enter_context(jax.default_matmul_precision(way.precision))
-        apply_fn = backbone.make_apply_fn(way.sees_input)
+        apply_fn = backbone.make_apply_fn(way.attends_to_input)
         prompt = jax.device_put(subject.prompt, replicated(backbone.mesh))
         batch = make_subject_batch(subject, way, backbone)
         compute = functools.partial(_learn, apply_fn, backbone.variables, prompt, batch)

@@ -108,9 +108,9 @@ def programs(data: Path) -> Iterator[dict[str, Any]]:
             continue
         flags = make_flags(size, "gpu", data)
         examples = read_examples(data, task)
-        for side, (sees_input, _) in WAYS.items():
+        for side, (attends_to_input, _) in WAYS.items():
             for shape in dict.fromkeys(map(Shape.of, make_batches(examples, flags, side))):
-                row = row_of(shape, step_settings(flags), sees_input)
+                row = row_of(shape, step_settings(flags), attends_to_input)
                 yield row | {"timed": False}  # no measured time is compared with these
 
 

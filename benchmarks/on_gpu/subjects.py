@@ -40,7 +40,7 @@ class Way:
     quantize: Any = None
     scan_layers: bool = False
     packed: bool = False
-    sees_input: bool = True
+    attends_to_input: bool = True
     generates: bool = False
 
     @property
@@ -50,7 +50,7 @@ class Way:
 
 
 BFLOAT16: dict[str, Any] = {"dtype": "bfloat16", "precision": None}
-PACKED_UNSEEING = Way("packed, not seeing its input", packed=True, sees_input=False)
+PACKED_UNSEEING = Way("packed, not seeing its input", packed=True, attends_to_input=False)
 QUANTIZED_SCANNED = Way(
     "int8, scanned, bfloat16", quantize="int8", scan_layers=True, generates=True, **BFLOAT16
 )
@@ -61,10 +61,10 @@ WAYS = (
     Way("int8", quantize="int8"),
     Way("scanned", scan_layers=True),
     Way("packed", packed=True),
-    Way("not seeing its input", sees_input=False, generates=True),
+    Way("not seeing its input", attends_to_input=False, generates=True),
     PACKED_UNSEEING,
     QUANTIZED_SCANNED,
-    Way("packed, not seeing its input, bfloat16", packed=True, sees_input=False, **BFLOAT16),
+    Way("packed, not seeing its input, bfloat16", packed=True, attends_to_input=False, **BFLOAT16),
 )
 
 
@@ -152,7 +152,7 @@ def make_subject_batch(subject: Subject, way: Way, backbone: Backbone) -> Batch:
             target_length=TARGET_LENGTH,
             ids=ids,
         )
-    rows, slots = np.arange(len(subject.inputs)) // 4, PROMPT if way.sees_input else 0
+    rows, slots = np.arange(len(subject.inputs)) // 4, PROMPT if way.attends_to_input else 0
     return make_packed_batch(
         subject.inputs,
         subject.targets,

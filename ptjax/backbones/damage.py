@@ -14,7 +14,7 @@ import numpy as np
 
 from ptjax.backbones.load import Backbone
 from ptjax.errors import InputError
-from ptjax.models.stacking import Unstacked
+from ptjax.models.stacking import UnstackedView
 from ptjax.trees import flatten_paths
 
 
@@ -28,7 +28,7 @@ def check_weights(params: Mapping[str, Any], name: str) -> None:
     Raises:
         InputError: one is NaN or infinite; the message names it.
     """
-    arrays = Unstacked({k: x for k, x in flatten_paths(params).items() if not _is_deleted(x)})
+    arrays = UnstackedView({k: x for k, x in flatten_paths(params).items() if not _is_deleted(x)})
     for path in sorted(arrays):
         # An int8 kernel has the NaN and the infinity of a channel in its scale.
         for array in jax.tree.leaves(arrays[path]):

@@ -93,7 +93,7 @@ def describe_prompt(file: PromptFile) -> dict[str, Any]:
     return {
         "shape": list(file.prompt.shape),
         "bytes": file.prompt.nbytes,
-        "sees_input": file.sees_input,
+        "sees_input": file.attends_to_input,
         "kv_cache": file.states is not None,
         "rms": float(np.sqrt(np.mean(np.square(file.prompt)))),
         "row_norms": {

@@ -23,7 +23,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ptjax.models.family import Family
-from ptjax.models.stacking import Unstacked
+from ptjax.models.stacking import UnstackedView
 from ptjax.models.t5_family import T5_FAMILY
 from ptjax.sharding.arrays import replicated
 from ptjax.trees import flatten_paths
@@ -85,7 +85,7 @@ def digest(
     sizes = {field: getattr(config, field) for field in family.old_fields}
     v1 = hashlib.sha256(json.dumps(sizes).encode())
     v2 = hashlib.sha256(json.dumps(_computed(config, family), sort_keys=True).encode())
-    values = Unstacked(jax.device_get(samples))
+    values = UnstackedView(jax.device_get(samples))
     for path in sorted(values):
         sample = {kind: np.ascontiguousarray(x).tobytes() for kind, x in values[path].items()}
         if "rows" in sample:

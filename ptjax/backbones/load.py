@@ -17,11 +17,11 @@ from ptjax.backbones.fingerprint import Fingerprints, digest, sample_of
 from ptjax.backbones.open import OpenBackbone, open_backbone
 from ptjax.data.tokenizer import Tokenizer
 from ptjax.errors import check_choice
-from ptjax.interop.stored import Index, StoredArray, cast
+from ptjax.interop.lazy_array import Index, LazyArray, cast
 from ptjax.models.config import Dtype, T5Config
 from ptjax.models.family import Family, check_supported
 from ptjax.models.layers import Quantized
-from ptjax.models.stacking import Gather, stack_paths
+from ptjax.models.stacking import GatherFn, stack_paths
 from ptjax.models.t5_family import T5_FAMILY
 from ptjax.sharding.arrays import gather_layer, stack_layers
 from ptjax.sharding.meshes import choose_mesh
@@ -66,18 +66,18 @@ class Backbone:
         return Fingerprints(self.fingerprint_v1, self.fingerprint)
 
     def make_apply_fn(
-        self, sees_input: bool, collections: tuple[str, ...] = ()
+        self, attends_to_input: bool, collections: tuple[str, ...] = ()
     ) -> Callable[..., Any]:
         """`apply_fn` for a prompt of that kind.
 
         Args:
             collections: beside `params`, those in which modules of the network have arrays.
         """
-        if not sees_input:
+        if not attends_to_input:
             check_supported(self.family, "blind prompts")
         gather = _gather(self.mesh, self.fsdp)
         kept = {"gather": gather, "collections": collections}
-        return self.family.build(self.config, sees_input=sees_input, **kept)
+        return self.family.build(self.config, attends_to_input=attends_to_input, **kept)
 
     @property
     def embedding(self) -> jax.Array:
@@ -162,7 +162,7 @@ def check_dtypes(dtype: str, quantize: str | None) -> None:
     check_choice(("int8", None), "load_backbone", quantize=quantize)
 
 
-def _gather(mesh: Mesh, fsdp: bool) -> Gather | None:
+def _gather(mesh: Mesh, fsdp: bool) -> GatherFn | None:
     return gather_layer(mesh) if fsdp else None
 
 
@@ -202,7 +202,7 @@ def _load_params(
     return params, samples
 
 
-def place(stored: StoredArray, where: NamedSharding) -> jax.Array:
+def place(stored: LazyArray, where: NamedSharding) -> jax.Array:
     """`stored` on the devices.
 
     Only the parts that this process's devices hold are read, together and each once, however many

@@ -14,9 +14,9 @@ from ptjax.data.tokenizer import Tokenizer, check_vocabulary, find_tokenizer, lo
 from ptjax.errors import InputError, check_path, missing, near
 from ptjax.interop import huggingface
 from ptjax.interop.formats import Opened, open_directory
+from ptjax.interop.lazy_array import LazyArray
 from ptjax.interop.prompt_file import T5X_PROMPT
 from ptjax.interop.special_ids import check_end_of_sequence
-from ptjax.interop.stored import StoredArray
 from ptjax.models.family import Family, Feature, check_supported
 from ptjax.models.t5_family import T5_FAMILY
 from ptjax.trees import flatten_paths
@@ -29,8 +29,8 @@ _CHOSEN_FIELDS = {"dtype", "scan_layers", "remat"}
 class OpenBackbone:
     """A backbone whose weights are still in their files; `prompt` is one beside them."""
 
-    arrays: dict[str, StoredArray]
-    prompt: StoredArray | None
+    arrays: dict[str, LazyArray]
+    prompt: LazyArray | None
     config: Any
     tokenizer: Tokenizer | None
     name: str
@@ -112,7 +112,7 @@ def _tokenizer_of(
 
 
 def _make_config(
-    stored: Mapping[str, StoredArray],
+    stored: Mapping[str, LazyArray],
     told: Mapping[str, Any],
     overrides: Mapping[str, Any],
     dtype: str,
@@ -148,7 +148,7 @@ def _make_config(
     return kind_of_config(**settings), assumed
 
 
-def _check(stored: Mapping[str, StoredArray], config: Any, name: str, family: Family) -> None:
+def _check(stored: Mapping[str, LazyArray], config: Any, name: str, family: Family) -> None:
     """Every parameter of `config`, each of its shape, and no other."""
     family.check_depth(stored, config, name)
     try:

@@ -13,7 +13,7 @@ from ptjax.errors import InputError, check_path
 from ptjax.interop import huggingface, own_names
 from ptjax.models.family import Family
 from ptjax.models.layers import Quantized
-from ptjax.models.stacking import Unstacked
+from ptjax.models.stacking import UnstackedView
 from ptjax.models.t5_family import T5_FAMILY
 from ptjax.sharding import processes
 from ptjax.trees import flatten_paths
@@ -41,7 +41,7 @@ def save_backbone(
     """
     check_path("the folder of the backbone", directory)
     own_names_only = not family.tensor_names({})
-    flat = flatten_paths(params) if own_names_only else Unstacked(flatten_paths(params))
+    flat = flatten_paths(params) if own_names_only else UnstackedView(flatten_paths(params))
     if any(isinstance(array, Quantized) for array in flat.values()):
         raise InputError(
             "int8 kernels are a rounded copy; save the backbone as it was loaded without quantize"

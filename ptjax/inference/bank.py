@@ -53,7 +53,7 @@ def wrap_prompt(prompt: SinglePrompt) -> PromptFile:
         return BarePrompt(prompt, {})
     metadata = getattr(prompt, "metadata", None)
     if metadata is None:
-        return BarePrompt(prompt.prompt, {"sees_input": getattr(prompt, "sees_input", True)})
+        return BarePrompt(prompt.prompt, {"sees_input": getattr(prompt, "attends_to_input", True)})
     return PromptFile(prompt.prompt, metadata, getattr(prompt, "states", None))
 
 
@@ -120,7 +120,9 @@ def make_bank(prompts: Mapping[str, SinglePrompt]) -> PromptBank:
             )
     return PromptBank(
         tuple(members),
-        stack_prompts([*matrices.values()], [member.sees_input for member in members.values()]),
+        stack_prompts(
+            [*matrices.values()], [member.attends_to_input for member in members.values()]
+        ),
         tuple(None if isinstance(x, BarePrompt) else x.metadata for x in members.values()),
     )
 
@@ -138,7 +140,7 @@ def place_bank(bank: Bank, mesh: Mesh) -> Bank:
         bank = Bank(
             np.pad(np.asarray(bank.prompt), ((0, rows), (length, 0), (0, 0))),
             np.pad(np.asarray(bank.lengths), (0, rows)),
-            np.pad(np.asarray(bank.sees_input), (0, rows), constant_values=True),
+            np.pad(np.asarray(bank.attends_to_input), (0, rows), constant_values=True),
         )
     return jax.device_put(bank, replicated(mesh))
 

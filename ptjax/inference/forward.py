@@ -155,8 +155,8 @@ def _encoder_lengths(
     first = inputs[:, :1] == pad_id
     if in_front := np.flatnonzero(first.any(axis=1) & (lengths > 0)).tolist():
         raise InputError(
-            f"row {in_front[0]} of encoder_input_tokens begins with the padding id {pad_id}, "
-            "and text follows; pad on the right, or pass encoder_lengths if that id is text"
+            f"row {in_front[0]} of encoder_input_tokens begins with the padding id {pad_id} "
+            "and has text after it; pad on the right, or pass encoder_lengths if that id is text"
         )
     return lengths
 

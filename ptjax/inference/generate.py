@@ -18,7 +18,7 @@ from ptjax.data.batch import SpecialIds
 from ptjax.data.pipeline import ExampleSource
 from ptjax.data.tokenizer import Tokenizer
 from ptjax.data.vocabularies import missing_tokenizer
-from ptjax.errors import InputError
+from ptjax.errors import InputError, check_at_least
 from ptjax.files import Metadata
 from ptjax.inference.bank import PromptBank, PromptIds, choose_prompts
 from ptjax.inference.batches import map_examples, tokenize_inputs
@@ -58,8 +58,7 @@ class Decoding:
 
     def __post_init__(self) -> None:
         temperature, top_p = self.temperature, self.top_p
-        if self.num_beams < 1:
-            raise InputError(f"num_beams must be >= 1, got {self.num_beams}")
+        check_at_least(1, num_beams=self.num_beams)
         if not (temperature == 0 or COLDEST <= temperature < np.inf):
             raise InputError(
                 f"temperature must be 0 (greedy) or a finite number >= {COLDEST}, got {temperature}"
@@ -194,10 +193,7 @@ def generate_tokens(
         InputError: a length or a batch size below 1.
     """
     how, ids = how or Decoding(), model.ids
-    if max_new_tokens < 1 or batch_size < 1:
-        raise InputError(
-            f"max_new_tokens and batch_size must be >= 1, got {max_new_tokens} and {batch_size}"
-        )
+    check_at_least(1, max_new_tokens=max_new_tokens, batch_size=batch_size)
     settings = _Traced(
         limit=max_new_tokens,
         seed=np.uint32(how.seed % 2**32),

@@ -55,13 +55,13 @@ def bind(backbone: Backbone, prompt: Prompt = None, apply_fn: ApplyFn | None = N
     """
     attends = True
     if isinstance(prompt, PromptBank):
-        if not np.all(prompt.arrays.sees_input):
+        if not np.all(prompt.arrays.attends_to_input):
             check_supported(backbone.family, "blind prompts")
         variables = with_prompt(backbone.variables, prompt.arrays)
     elif prompt is None:
         variables = with_prompt(backbone.variables, None)
     else:
-        attends, place = prompt.sees_input, replicated(backbone.mesh)
+        attends, place = prompt.attends_to_input, replicated(backbone.mesh)
         if prompt.states is None:
             # It may come from another mesh, that of the run that tuned it.
             held = jax.device_put(jnp.asarray(prompt.prompt, jnp.float32), place)

@@ -28,7 +28,7 @@ def precompute_prompt_kv(backbone: Backbone, prompt: PromptFile) -> PromptFile:
         InputError: the prompt attends to its input, so its keys depend on the example; or it does
             not fit the backbone.
     """
-    if not prompt.sees_input:
+    if not prompt.attends_to_input:
         opened = check_prompt(backbone, dataclasses.replace(prompt, states=None))
         model = bind(backbone, opened)
         states = jax.device_get(_prompt_states(model.apply_fn, model.variables))

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
-from ptjax.interop.stored import Index
+from ptjax.interop.lazy_array import Index
 
 _PIECE = 1 << 22
 

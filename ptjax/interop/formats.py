@@ -12,7 +12,7 @@ from etils import epath
 from ptjax.errors import InputError
 from ptjax.interop import huggingface, own_names, t5x
 from ptjax.interop.huggingface_format import load_config
-from ptjax.interop.stored import StoredArray
+from ptjax.interop.lazy_array import LazyArray
 from ptjax.models.family import Family
 
 
@@ -26,7 +26,7 @@ class Opened(NamedTuple):
         folders: where a tokenizer may lie, nearest first.
     """
 
-    arrays: dict[str, StoredArray]
+    arrays: dict[str, LazyArray]
     told: dict[str, Any]
     name: str
     folders: tuple[epath.Path, ...]

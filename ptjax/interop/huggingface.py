@@ -30,8 +30,8 @@ from ptjax.interop.huggingface_format import (
     to_huggingface,
     to_t5x,
 )
+from ptjax.interop.lazy_array import Index, LazyArray, one_by_one
 from ptjax.interop.special_ids import GENERATION_CONFIG, SPECIAL_IDS
-from ptjax.interop.stored import Index, StoredArray, one_by_one
 from ptjax.models.config import T5Config
 from ptjax.models.t5_family import EMBEDDING, LOGITS
 from ptjax.sharding.processes import on_host
@@ -47,7 +47,7 @@ _DOWNLOADS = (
 )
 
 
-def load_huggingface(directory: str | os.PathLike[str]) -> dict[str, StoredArray]:
+def load_huggingface(directory: str | os.PathLike[str]) -> dict[str, LazyArray]:
     """Opens a Hugging Face T5; its weights stay on disk until they are read.
 
     Args:
@@ -98,7 +98,7 @@ def load_huggingface(directory: str | os.PathLike[str]) -> dict[str, StoredArray
 
 
 def _decide_logits(
-    arrays: dict[str, StoredArray], config: Mapping[str, Any], directory: epath.Path
+    arrays: dict[str, LazyArray], config: Mapping[str, Any], directory: epath.Path
 ) -> None:
     """Leaves `LOGITS` in `arrays` exactly when T5X's network would have it.
 
@@ -131,7 +131,7 @@ def _decide_logits(
             )
 
 
-def _equal(one: StoredArray, other: StoredArray) -> bool:
+def _equal(one: LazyArray, other: LazyArray) -> bool:
     """Whether two [V, D] arrays are the same, compared a few rows at a time."""
     if one.shape != other.shape or len(one.shape) != 2:
         return False
@@ -143,18 +143,18 @@ def _equal(one: StoredArray, other: StoredArray) -> bool:
     )
 
 
-def _transpose(array: StoredArray) -> StoredArray:
+def _transpose(array: LazyArray) -> LazyArray:
     def read_parts(indices: Sequence[Index]) -> list[np.ndarray]:
         return [part.T for part in array.read_parts([index[::-1] for index in indices])]
 
-    return StoredArray(array.shape[::-1], array.dtype, read_parts, array.where)
+    return LazyArray(array.shape[::-1], array.dtype, read_parts, array.where)
 
 
-def _scaled(array: StoredArray, factor: float) -> StoredArray:
+def _scaled(array: LazyArray, factor: float) -> LazyArray:
     def read(index: Index) -> np.ndarray:
         return array.read(index).astype(np.float32) * np.float32(factor)
 
-    return StoredArray(array.shape, "float32", one_by_one(read), array.where)
+    return LazyArray(array.shape, "float32", one_by_one(read), array.where)
 
 
 def _check_adapter(directory: epath.Path) -> None:
@@ -180,7 +180,7 @@ def _check_adapter(directory: epath.Path) -> None:
     )
 
 
-def _open_float_tensors(directory: epath.Path, config: Mapping[str, Any]) -> dict[str, StoredArray]:
+def _open_float_tensors(directory: epath.Path, config: Mapping[str, Any]) -> dict[str, LazyArray]:
     """`_open_tensors`; a word on weights that are, or would be, quantized."""
     settings = config.get("quantization_config")
     if settings is None:
@@ -203,7 +203,7 @@ def _open_float_tensors(directory: epath.Path, config: Mapping[str, Any]) -> dic
     return tensors
 
 
-def _open_tensors(directory: epath.Path) -> dict[str, StoredArray]:
+def _open_tensors(directory: epath.Path) -> dict[str, LazyArray]:
     """Every tensor of the weight files, under Hugging Face's names."""
     for name in (_WEIGHTS, f"{_WEIGHTS}.index.json", _TORCH, f"{_TORCH}.index.json"):
         if (directory / name).exists():
@@ -214,13 +214,13 @@ def _open_tensors(directory: epath.Path) -> dict[str, StoredArray]:
     )
 
 
-def _open_file(file: epath.Path) -> dict[str, StoredArray]:
+def _open_file(file: epath.Path) -> dict[str, LazyArray]:
     if file.suffix == ".safetensors":
         return safetensors_file.open_safetensors(file)[0]
     return torch_file.open_torch(file)
 
 
-def _open_shards(index: epath.Path) -> dict[str, StoredArray]:
+def _open_shards(index: epath.Path) -> dict[str, LazyArray]:
     try:
         files = read_json(index)["weight_map"]
         by_file: dict[str, list[str]] = {}

@@ -22,9 +22,9 @@ from etils import epath
 from ptjax import files
 from ptjax.errors import InputError
 from ptjax.interop import t5x_legacy
-from ptjax.interop.stored import StoredArray, one_by_one
+from ptjax.interop.lazy_array import LazyArray, one_by_one
 from ptjax.interop.zarr_arrays import (
-    Stored,
+    ArrayLocation,
     file_size,
     kvstore_spec,
     open_database,
@@ -71,7 +71,7 @@ class Item:
     def names(self) -> set[str]:
         return {*self.arrays, *self.values}
 
-    def stored(self, name: str) -> Stored:
+    def stored(self, name: str) -> ArrayLocation:
         """Where the array of this dotted name lies."""
         prefix = f"{name}/"
         # What a database lacks was never written into it; a folder may have lost a file.
@@ -80,11 +80,11 @@ class Item:
         )
         if self.sizes is None:
             where = self.folder / name
-            return Stored(
+            return ArrayLocation(
                 kvstore_spec(where), self.arrays[name], str(where), may_omit, file_size(where)
             )
         sizes = self.sizes
-        return Stored(
+        return ArrayLocation(
             {**self.kvstore, "path": prefix},
             self.arrays[name],
             f"{self.folder} ({name})",
@@ -142,7 +142,7 @@ def has_placeholder(tree: Any) -> bool:
     return _is_placeholder(tree)
 
 
-def load_orbax(checkpoint: epath.Path, family: Family) -> dict[str, StoredArray]:
+def load_orbax(checkpoint: epath.Path, family: Family) -> dict[str, LazyArray]:
     """Parameter -> array of the one network of a family in a checkpoint; T5's are T5X's names.
 
     Raises:
@@ -212,7 +212,7 @@ def open_item(folder: epath.Path) -> Item:
     return Item(folder, arrays, values, listed - set(values), kvstore, sizes, stores_fill)
 
 
-def _open(item: Item, prefix: str) -> dict[str, StoredArray]:
+def _open(item: Item, prefix: str) -> dict[str, LazyArray]:
     """The arrays below `prefix`, under T5X's names."""
     start = f"{prefix}." if prefix else ""
     if lost := sorted(_below(start, item.listed) - item.names):
@@ -232,7 +232,7 @@ def _open(item: Item, prefix: str) -> dict[str, StoredArray]:
     )
     for name in wanted - set(item.arrays):
         value = item.values[name]
-        arrays[_slashed(name, start)] = StoredArray(
+        arrays[_slashed(name, start)] = LazyArray(
             value.shape, value.dtype.name, one_by_one(value.__getitem__), f"{item.folder} ({name})"
         )
     return arrays

@@ -14,13 +14,13 @@ from etils import epath
 from ptjax.errors import InputError
 from ptjax.interop import safetensors_file
 from ptjax.interop.bytes_on_disk import numpy_dtype
-from ptjax.interop.stored import StoredArray
+from ptjax.interop.lazy_array import LazyArray
 from ptjax.sharding.processes import on_host
 
 WEIGHTS = "model.safetensors"
 
 
-def load_own_names(directory: epath.Path) -> dict[str, StoredArray]:
+def load_own_names(directory: epath.Path) -> dict[str, LazyArray]:
     """Parameter -> its array, which stays on disk until it is read.
 
     Raises:

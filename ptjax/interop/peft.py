@@ -19,7 +19,7 @@ from ptjax import files
 from ptjax.errors import InputError, check_path
 from ptjax.files import written_whole
 from ptjax.interop import safetensors_file, torch_file
-from ptjax.interop.stored import StoredArray
+from ptjax.interop.lazy_array import LazyArray
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -202,7 +202,7 @@ def _size(config: Mapping[str, Any], key: str, default: int | None, file: epath.
 
 def _open_weights(
     directory: epath.Path,
-) -> tuple[dict[str, StoredArray], dict[str, str], epath.Path]:
+) -> tuple[dict[str, LazyArray], dict[str, str], epath.Path]:
     """(name -> array, header, the file)."""
     file = directory / WEIGHTS
     if file.exists():

@@ -21,7 +21,7 @@ from jaxtyping import Array
 from ptjax import untrusted
 from ptjax.errors import InputError, check_path, gin_flag, missing
 from ptjax.interop import peft, prompt_header, safetensors_file, t5x
-from ptjax.interop.stored import StoredArray
+from ptjax.interop.lazy_array import LazyArray
 from ptjax.model_dir import BEST_PROMPTS, PROMPT_SUFFIX, ModelDir
 from ptjax.models.t5 import PromptStates
 
@@ -50,7 +50,7 @@ class PromptFile:
     states: PromptStates | None = None
 
     @property
-    def sees_input(self) -> bool:
+    def attends_to_input(self) -> bool:
         """Whether it was tuned to attend to its input, as every prompt but some of ours was."""
         return bool(self.metadata.get("sees_input", True))
 
@@ -233,14 +233,14 @@ def _load_safetensors(path: epath.Path) -> PromptFile:
     metadata = prompt_header.unseal(header, tensors, os.fspath(path))
     prompt = _checked(tensors[TENSOR], os.fspath(path))
     file = PromptFile(prompt, metadata, _load_states(path, arrays))
-    if file.states is not None and file.sees_input:
+    if file.states is not None and file.attends_to_input:
         raise InputError(f"{path}: a compiled prompt that sees its input; compile it again")
     if file.states is not None and file.states.encoder[0].shape[1] != len(prompt):
         raise InputError(f"{path}: the states are not of this prompt of {len(prompt)} rows")
     return file
 
 
-def _load_states(path: epath.Path, arrays: Mapping[str, StoredArray]) -> PromptStates | None:
+def _load_states(path: epath.Path, arrays: Mapping[str, LazyArray]) -> PromptStates | None:
     """The states of a compiled prompt, if the file has any."""
     names = [[f"{stack}_{kind}" for kind in _KINDS] for stack in PromptStates._fields]
     if not any(name in arrays for pair in names for name in pair):

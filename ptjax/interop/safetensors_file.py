@@ -20,7 +20,7 @@ from ptjax import files
 from ptjax.errors import InputError
 from ptjax.files import written_whole
 from ptjax.interop import bytes_on_disk
-from ptjax.interop.stored import Index, ReadParts, StoredArray, one_by_one
+from ptjax.interop.lazy_array import Index, LazyArray, ReadParts, one_by_one
 
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 _MAX_HEADER = 100_000_000  # the reference reader's
@@ -29,7 +29,7 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 def open_safetensors(
     path: str | os.PathLike[str],
-) -> tuple[dict[str, StoredArray], dict[str, str]]:
+) -> tuple[dict[str, LazyArray], dict[str, str]]:
     """(name -> array, metadata of the header); the data stays in the file.
 
     Raises:
@@ -58,7 +58,7 @@ def open_safetensors(
     if position < end:
         raise InputError(f"{path}: {end - position:,} bytes after the last tensor; copy it again")
     arrays = {
-        name: StoredArray(
+        name: LazyArray(
             shape, dtype, _reader(path, begin + start, shape, dtype), f"{path} ({name})"
         )
         for start, _, shape, dtype, name in entries

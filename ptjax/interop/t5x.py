@@ -13,8 +13,8 @@ from etils import epath
 
 from ptjax.errors import InputError
 from ptjax.interop import orbax_folder, t5x_legacy
+from ptjax.interop.lazy_array import LazyArray
 from ptjax.interop.orbax_folder import COMMITTED, names_in, step_of
-from ptjax.interop.stored import StoredArray
 from ptjax.models.family import Family
 from ptjax.models.t5_family import T5_FAMILY
 
@@ -78,7 +78,7 @@ def checkpoints_in(path: str | os.PathLike[str]) -> dict[int, epath.Path]:
     return steps
 
 
-def load_t5x(path: str | os.PathLike[str], family: Family = T5_FAMILY) -> dict[str, StoredArray]:
+def load_t5x(path: str | os.PathLike[str], family: Family = T5_FAMILY) -> dict[str, LazyArray]:
     """Opens a checkpoint; its weights stay on disk until they are read.
 
     Args:
@@ -105,7 +105,7 @@ def load_t5x(path: str | os.PathLike[str], family: Family = T5_FAMILY) -> dict[s
     return arrays
 
 
-def _load(checkpoint: epath.Path, family: Family) -> dict[str, StoredArray]:
+def _load(checkpoint: epath.Path, family: Family) -> dict[str, LazyArray]:
     names = names_in(checkpoint)
     if "checkpoint" in names and not orbax_folder.is_item(names):
         file = checkpoint / "checkpoint"

@@ -16,8 +16,8 @@ from etils import epath
 
 from ptjax import untrusted
 from ptjax.errors import InputError
-from ptjax.interop.stored import StoredArray, one_by_one
-from ptjax.interop.zarr_arrays import Stored, file_size, kvstore_spec, open_zarrs
+from ptjax.interop.lazy_array import LazyArray, one_by_one
+from ptjax.interop.zarr_arrays import ArrayLocation, file_size, kvstore_spec, open_zarrs
 from ptjax.trees import flatten_paths
 
 DTYPES = ("float32", "bfloat16")
@@ -48,7 +48,7 @@ def read_container(file: epath.Path) -> dict[str, Any]:
     return contents
 
 
-def load_legacy(file: epath.Path, contents: Mapping[str, Any]) -> dict[str, StoredArray]:
+def load_legacy(file: epath.Path, contents: Mapping[str, Any]) -> dict[str, LazyArray]:
     """Parameter name -> array of a `checkpoint` file with these contents.
 
     Raises:
@@ -57,7 +57,7 @@ def load_legacy(file: epath.Path, contents: Mapping[str, Any]) -> dict[str, Stor
     """
     leaves = _leaves(_target(contents, file), file)
     arrays = {
-        name: StoredArray(
+        name: LazyArray(
             leaf.shape, leaf.dtype.name, one_by_one(leaf.__getitem__), f"{file} ({name})"
         )
         for name, leaf in leaves.items()
@@ -68,7 +68,9 @@ def load_legacy(file: epath.Path, contents: Mapping[str, Any]) -> dict[str, Stor
     keys = _list_folders(folders.values())
     stored = open_zarrs(
         {
-            name: Stored(kvstore_spec(folder), held, os.fspath(folder), False, file_size(folder))
+            name: ArrayLocation(
+                kvstore_spec(folder), held, os.fspath(folder), False, file_size(folder)
+            )
             for (name, folder), held in zip(folders.items(), keys, strict=True)
         }
     )
@@ -100,7 +102,7 @@ def check_trained(trained: Iterable[str], kept: set[str], where: epath.Path) -> 
         )
 
 
-def _check_spec(name: str, spec: Mapping[str, Any], stored: StoredArray, file: epath.Path) -> None:
+def _check_spec(name: str, spec: Mapping[str, Any], stored: LazyArray, file: epath.Path) -> None:
     """T5X keeps shape and dtype in both places; where they differ a folder was swapped."""
     metadata = spec.get("metadata", {})
     wanted = metadata.get("shape") if isinstance(metadata, dict) else None

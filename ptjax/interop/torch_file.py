@@ -2,7 +2,7 @@
 
 Such a file is a zip of a pickle (`data.pkl`) and one uncompressed member per storage (`data/0`,
 ...). A pickle may call anything, so this unpickler knows only the names that rebuild a tensor; a
-tensor becomes a `StoredArray` and its bytes stay in the file.
+tensor becomes a `LazyArray` and its bytes stay in the file.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ptjax import untrusted
 from ptjax.errors import InputError
 from ptjax.interop import bytes_on_disk
 from ptjax.interop.bytes_on_disk import numpy_dtype
-from ptjax.interop.stored import Index, StoredArray, one_by_one
+from ptjax.interop.lazy_array import Index, LazyArray, one_by_one
 
 _STORAGES = {
     ("torch", "FloatStorage"): "float32",
@@ -79,7 +79,7 @@ class _Storage:
     count: int
 
 
-def open_torch(path: str | os.PathLike[str]) -> dict[str, StoredArray]:
+def open_torch(path: str | os.PathLike[str]) -> dict[str, LazyArray]:
     """name -> array of a state dict that torch.save wrote; nothing of it is executed.
 
     Raises:
@@ -107,8 +107,7 @@ def open_torch(path: str | os.PathLike[str]) -> dict[str, StoredArray]:
                 f"{path}: the file is truncated or damaged ({error}); copy it again"
             ) from error
     if not isinstance(tensors, dict) or not all(
-        isinstance(name, str) and isinstance(tensor, StoredArray)
-        for name, tensor in tensors.items()
+        isinstance(name, str) and isinstance(tensor, LazyArray) for name, tensor in tensors.items()
     ):
         raise InputError(f"{path}: this is no state dict (names -> tensors)")
     return {
@@ -118,7 +117,7 @@ def open_torch(path: str | os.PathLike[str]) -> dict[str, StoredArray]:
 
 
 def _unpickle(archive: zipfile.ZipFile, path: epath.Path) -> Any:
-    """What `data.pkl` holds, with tensors as `StoredArray`s."""
+    """What `data.pkl` holds, with tensors as `LazyArray`s."""
     pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
     if len(pickles) != 1:
         raise InputError(f"{path}: this is no file of torch.save (it has no data.pkl)")
@@ -226,7 +225,7 @@ class _Unpickler(pickle._Unpickler):
         shape: tuple[int, ...],
         strides: tuple[int, ...],
         *_: Any,
-    ) -> StoredArray:
+    ) -> LazyArray:
         """A view on a storage, checked to lie inside of it."""
         if any(type(x) is not int for x in (offset, *shape, *strides)):
             raise ValueError("a tensor whose sizes are no numbers")
@@ -260,9 +259,9 @@ class _Unpickler(pickle._Unpickler):
                     f"{path}: the file was changed or cut off while it was read ({error})"
                 ) from error
 
-        return StoredArray(tuple(shape), dtype, one_by_one(read), os.fspath(path))
+        return LazyArray(tuple(shape), dtype, one_by_one(read), os.fspath(path))
 
-    def _rebuild_parameter(self, tensor: StoredArray, *_: Any) -> StoredArray:
+    def _rebuild_parameter(self, tensor: LazyArray, *_: Any) -> LazyArray:
         return tensor
 
 

@@ -19,7 +19,7 @@ import tensorstore as ts
 from etils import epath
 
 from ptjax.errors import InputError
-from ptjax.interop.stored import Index, ReadParts, StoredArray
+from ptjax.interop.lazy_array import Index, LazyArray, ReadParts
 
 # A checkpoint does not change under its reader: no request asks whether what is cached is stale.
 _FINISHED = {"open": True, "recheck_cached_data": False, "recheck_cached_metadata": False}
@@ -30,7 +30,7 @@ _MAX_RATIO = 2000
 
 
 @dataclasses.dataclass(frozen=True)
-class Stored:
+class ArrayLocation:
     """Where an array lies.
 
     Attributes:
@@ -58,11 +58,11 @@ def kvstore_spec(folder: epath.Path) -> dict[str, Any]:
 
 
 def file_size(folder: epath.Path) -> Callable[[str], int]:
-    """`Stored.size_of` for an array in a folder of its own."""
+    """`ArrayLocation.size_of` for an array in a folder of its own."""
     return lambda key: (folder / key).stat().length
 
 
-def open_zarrs(requests: Mapping[str, Stored]) -> dict[str, StoredArray]:
+def open_zarrs(requests: Mapping[str, ArrayLocation]) -> dict[str, LazyArray]:
     """Parameter name -> array, all opened at once and none read.
 
     With futures, not asyncio: a notebook's event loop is already running.
@@ -90,13 +90,13 @@ def open_zarrs(requests: Mapping[str, Stored]) -> dict[str, StoredArray]:
                 f"{stored.where}: parameter {name} cannot be opened ({reason_of(error)})"
             ) from error
         chunks = _present_chunks(array, name, stored)
-        arrays[name] = StoredArray(
+        arrays[name] = LazyArray(
             array.shape, array.dtype.name, _reader(array, name, stored, chunks), stored.where
         )
     return arrays
 
 
-def _present_chunks(array: ts.TensorStore, name: str, stored: Stored) -> list[str]:
+def _present_chunks(array: ts.TensorStore, name: str, stored: ArrayLocation) -> list[str]:
     """The keys of the chunks that are there, all of them unless some may be left out."""
     metadata = array.spec().to_json()["metadata"]
     if stored.may_omit and metadata.get("fill_value") is not None:
@@ -139,7 +139,9 @@ def _chunk_keys(shape: tuple[int, ...], metadata: Mapping[str, Any]) -> Iterator
         yield separator.join([*first, *index]) or "0"
 
 
-def _reader(array: ts.TensorStore, name: str, stored: Stored, chunks: list[str]) -> ReadParts:
+def _reader(
+    array: ts.TensorStore, name: str, stored: ArrayLocation, chunks: list[str]
+) -> ReadParts:
     claimed = math.prod(array.shape) * array.dtype.numpy_dtype.itemsize
 
     def read_parts(indices: Sequence[Index]) -> list[np.ndarray]:

@@ -34,7 +34,7 @@ class NameRule(NamedTuple):
 
 
 @runtime_checkable
-class Stored(Protocol):
+class ArrayInfo(Protocol):
     """An array that is still in its file."""
 
     @property
@@ -117,11 +117,11 @@ class Family(Protocol):
         """Of the config, what changes no logits of given tokens."""
         ...
 
-    def check_name(self, path: str, array: Stored) -> None:
+    def check_name(self, path: str, array: ArrayInfo) -> None:
         """InputError if no such network has a parameter of this name and rank."""
         ...
 
-    def infer_config(self, stored: Mapping[str, Stored], name: str) -> dict[str, Any]:
+    def infer_config(self, stored: Mapping[str, ArrayInfo], name: str) -> dict[str, Any]:
         """The fields of the config that the parameters' names and shapes tell.
 
         Args:
@@ -132,7 +132,7 @@ class Family(Protocol):
         """
         ...
 
-    def check_depth(self, stored: Mapping[str, Stored], config: Any, name: str) -> None:
+    def check_depth(self, stored: Mapping[str, ArrayInfo], config: Any, name: str) -> None:
         """InputError if the config has more layers than are stored; nothing is traced."""
         ...
 
@@ -148,7 +148,7 @@ class Family(Protocol):
         self,
         config: Any,
         *,
-        sees_input: bool = True,
+        attends_to_input: bool = True,
         gather: Callable[..., Any] | None = None,
         collections: tuple[str, ...] = (),
     ) -> ApplyFn:

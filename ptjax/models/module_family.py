@@ -22,11 +22,11 @@ from ptjax.errors import InputError, check_share
 from ptjax.models.config import Dtype, T5Config, check_ids
 from ptjax.models.family import (
     ApplyFn,
+    ArrayInfo,
     Feature,
     NameRule,
     Parts,
     Rules,
-    Stored,
     check_supported,
     embedding_of,
     grid_of,
@@ -134,10 +134,10 @@ class ModuleFamily:
         self.described = f"a tree of {type(self.module).__name__} ({self.embedding_path})"
         self.build = functools.cache(self._build)
 
-    def check_name(self, path: str, array: Stored) -> None:
+    def check_name(self, path: str, array: ArrayInfo) -> None:
         """Any name may be one of the module's; `parameter_shapes` decides."""
 
-    def infer_config(self, stored: Mapping[str, Stored], name: str) -> dict[str, Any]:
+    def infer_config(self, stored: Mapping[str, ArrayInfo], name: str) -> dict[str, Any]:
         table = stored.get(self.embedding_path)
         if table is None:
             raise InputError(
@@ -151,7 +151,7 @@ class ModuleFamily:
             )
         return {"vocab_size": table.shape[0], "emb_dim": table.shape[1]}
 
-    def check_depth(self, stored: Mapping[str, Stored], config: ModuleConfig, name: str) -> None:
+    def check_depth(self, stored: Mapping[str, ArrayInfo], config: ModuleConfig, name: str) -> None:
         """The module is the user's own, and as deep as it is."""
 
     def parameter_shapes(self, config: ModuleConfig) -> dict[str, Any]:
@@ -178,11 +178,11 @@ class ModuleFamily:
         self,
         config: ModuleConfig,
         *,
-        sees_input: bool = True,
+        attends_to_input: bool = True,
         gather: Any = None,
         collections: tuple[str, ...] = (),
     ) -> ApplyFn:
-        if not sees_input:
+        if not attends_to_input:
             check_supported(self, "blind prompts")
         if gather is not None:
             check_supported(self, "fsdp")

@@ -26,24 +26,24 @@ class Bank(NamedTuple):
     Attributes:
         prompt: float32 [N, P, D].
         lengths: int32 [N], up to P.
-        sees_input: bool [N], as `Prompt.sees_input`.
+        attends_to_input: bool [N], as `Prompt.attends_to_input`.
     """
 
     prompt: Array | np.ndarray
     lengths: Array | np.ndarray
-    sees_input: Array | np.ndarray
+    attends_to_input: Array | np.ndarray
 
 
 def stack_prompts(
     prompts: Sequence[np.ndarray | Array] | np.ndarray | Array,
-    sees_input: Sequence[bool] | bool = True,
+    attends_to_input: Sequence[bool] | bool = True,
 ) -> Bank:
     """N matrices [P_i, D], or an array [N, P, D], as a bank of numpy arrays."""
     matrices = [np.asarray(prompt, np.float32) for prompt in prompts]
     lengths = np.array([len(matrix) for matrix in matrices], np.int32)
     places = [((lengths.max() - len(matrix), 0), (0, 0)) for matrix in matrices]
     stacked = np.stack([np.pad(m, place) for m, place in zip(matrices, places, strict=True)])
-    return Bank(stacked, lengths, np.broadcast_to(sees_input, lengths.shape))
+    return Bank(stacked, lengths, np.broadcast_to(attends_to_input, lengths.shape))
 
 
 class Prompt(nn.Module):
@@ -53,13 +53,12 @@ class Prompt(nn.Module):
     [B, P, D] in its place gives every example its own prompt, a `Bank` the one that it names.
 
     Attributes:
-        sees_input: as in the paper, where the prompt is read in the light of the input. Without it
-            the prompt's positions attend to the prompt alone; text still attends to prompt and
-            text. What the layers make of the prompt is then the same for every example and is
-            computed once.
+        attends_to_input: True as in the paper: prompt positions attend to prompt and text. If
+            False they attend to the prompt alone (text still attends to both), so their states
+            are the same for every example and are computed once.
     """
 
-    sees_input: bool = True
+    attends_to_input: bool = True
 
     def matrix(self) -> Float[Array, "*B P D"]:
         return self.get_variable("prompt", "prompt")
@@ -78,15 +77,15 @@ class Prompt(nn.Module):
         Args:
             prompt_ids: of a bank, the prompt of every row; -1 is none.
         """
-        prompt, own, sees_input = self.rows(len(embedded), prompt_ids)
+        prompt, own, attends_to_input = self.rows(len(embedded), prompt_ids)
         length = prompt.shape[1]
         prompt = prompt.astype(embedded.dtype)
         segment_ids = jnp.concatenate([own.astype(segment_ids.dtype), segment_ids], axis=1)
         mask = (segment_ids != PADDING_SEGMENT)[:, None]
-        if sees_input is not True:
+        if attends_to_input is not True:
             of_prompt = jnp.arange(segment_ids.shape[1]) < length
             seen = of_prompt[None, :] | ~of_prompt[:, None]
-            mask = mask & (seen | jnp.reshape(sees_input, (-1, 1, 1)))
+            mask = mask & (seen | jnp.reshape(attends_to_input, (-1, 1, 1)))
         return jnp.concatenate([prompt, embedded], axis=1), segment_ids, mask
 
     def rows(
@@ -96,19 +95,19 @@ class Prompt(nn.Module):
 
         Arguments as for `before`; the places of a shorter prompt of a bank are its last ones.
         """
-        prompt, sees_input = self.matrix(), self.sees_input
+        prompt, attends_to_input = self.matrix(), self.attends_to_input
         length = prompt.shape[-2]
         own = jnp.ones((count, length), jnp.int32)
         if prompt_ids is not None:
             chosen = jnp.maximum(prompt_ids, 0)
-            prompt, lengths, sees_input = (
+            prompt, lengths, attends_to_input = (
                 self.get_variable("prompt", name)[chosen] for name in Bank._fields
             )
             lengths = jnp.where(prompt_ids <= NO_PROMPT_ID, 0, lengths)
             own *= jnp.arange(length) >= length - lengths[:, None]
         # Broadcast in float32; the caller casts after it: the sum of the examples' gradients, which
         # is the transpose of this broadcast, then adds up in float32.
-        return jnp.broadcast_to(prompt, (count, *prompt.shape[-2:])), own, sees_input
+        return jnp.broadcast_to(prompt, (count, *prompt.shape[-2:])), own, attends_to_input
 
     def inside(
         self,

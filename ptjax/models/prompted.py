@@ -15,7 +15,7 @@ from ptjax.errors import InputError
 from ptjax.models.config import T5Config
 from ptjax.models.layers import positions_in_segments, same_segment
 from ptjax.models.prompt import Bank, Prompt
-from ptjax.models.stacking import Gather
+from ptjax.models.stacking import GatherFn
 from ptjax.models.t5 import T5, Cache, Encoded, PromptStates
 
 
@@ -30,14 +30,14 @@ class PromptedT5(nn.Module):
     """
 
     config: T5Config
-    sees_input: bool = True
-    gather: Gather | None = None
+    attends_to_input: bool = True
+    gather: GatherFn | None = None
     collections: tuple[str, ...] = ()
 
     def setup(self) -> None:
         self.backbone = T5(self.config, self.gather, self.collections)
         nn.share_scope(self, self.backbone)
-        self.prompt = Prompt(self.sees_input)
+        self.prompt = Prompt(self.attends_to_input)
         nn.share_scope(self, self.prompt)
 
     def encode(
@@ -80,7 +80,7 @@ class PromptedT5(nn.Module):
             states = self.get_variable("prompt", "states")
         elif self.has_variable("prompt", "prompt"):
             matrix = self.prompt.matrix()
-            if matrix.ndim == 2 and not self.sees_input:
+            if matrix.ndim == 2 and not self.attends_to_input:
                 states = self.backbone.prompt_states(matrix, train=train)
             elif positions is not None:
                 embedded = self.prompt.inside(embedded, segment_ids, positions)
@@ -154,8 +154,8 @@ class PromptedT5(nn.Module):
 @functools.cache
 def make_apply_fn(
     config: T5Config,
-    sees_input: bool = True,
-    gather: Gather | None = None,
+    attends_to_input: bool = True,
+    gather: GatherFn | None = None,
     collections: tuple[str, ...] = (),
 ) -> Callable[..., Any]:
     """`PromptedT5(...).apply`, the same object for the same settings: jit caches by it.
@@ -165,7 +165,7 @@ def make_apply_fn(
         collections: beside `params`, those in which layers have arrays of their own, which a scan
             over layers has to carry.
     """
-    return PromptedT5(config, sees_input, gather, collections).apply
+    return PromptedT5(config, attends_to_input, gather, collections).apply
 
 
 def with_prompt(

@@ -23,7 +23,7 @@ Made = TypeVar("Made")
 Layers = list[T] | T
 """Something of every layer: a list, or where layers are scanned, arrays with a leading axis."""
 
-Gather = Callable[[Any], Any]
+GatherFn = Callable[[Any], Any]
 """A layer's parameters -> the same, whole on every device of `data`; see `gathered`."""
 
 _GATHERED = "gathered"
@@ -49,7 +49,7 @@ def run_layers(
     layers: Any,
     x: Any,
     *own: Any,
-    gather: Gather | None = None,
+    gather: GatherFn | None = None,
     collections: Collection[str] = (),
 ) -> tuple[Any, Layers[Any]]:
     """`x, made = step(layer, x, *own of this layer)` for every layer: the last x, and all made.
@@ -98,7 +98,7 @@ def _check_carried(layers: nn.Module, collections: Collection[str]) -> None:
 
 
 def gathered(weights: jax.Array) -> jax.Array:
-    """Says of `weights` that a `Gather` made them."""
+    """Says of `weights` that a `GatherFn` made them."""
     return checkpoint_name(weights, _GATHERED)
 
 
@@ -148,10 +148,10 @@ def stack_paths(arrays: Mapping[str, T], join: Callable[[list[T]], T]) -> dict[s
     }
 
 
-class Unstacked(Mapping[str, Any]):
+class UnstackedView(Mapping[str, Any]):
     """Parameters by T5X's names, also where layers are stacked: each is sliced when asked for.
 
-    >>> list(Unstacked({"encoder/layers/scale": np.ones((2, 8)), "encoder/norm": np.ones(8)}))
+    >>> list(UnstackedView({"encoder/layers/scale": np.ones((2, 8)), "encoder/norm": np.ones(8)}))
     ['encoder/layers_0/scale', 'encoder/layers_1/scale', 'encoder/norm']
     """
 

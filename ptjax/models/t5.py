@@ -32,7 +32,7 @@ from ptjax.models.layers import (
     same_segment,
 )
 from ptjax.models.stacking import (
-    Gather,
+    GatherFn,
     Layers,
     make_layers,
     map_layers,
@@ -159,7 +159,7 @@ class DecoderLayer(nn.Module):
 
 class Encoder(nn.Module):
     config: T5Config
-    gather: Gather | None = None
+    gather: GatherFn | None = None
     collections: tuple[str, ...] = ()
 
     def setup(self) -> None:
@@ -222,7 +222,7 @@ class Encoder(nn.Module):
 
 class Decoder(nn.Module):
     config: T5Config
-    gather: Gather | None = None
+    gather: GatherFn | None = None
     collections: tuple[str, ...] = ()
 
     def setup(self) -> None:
@@ -314,7 +314,7 @@ class T5(nn.Module):
     """
 
     config: T5Config
-    gather: Gather | None = None
+    gather: GatherFn | None = None
     collections: tuple[str, ...] = ()
 
     def setup(self) -> None:

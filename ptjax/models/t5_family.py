@@ -20,16 +20,16 @@ from ptjax.models import t5
 from ptjax.models.config import T5Config
 from ptjax.models.family import (
     ApplyFn,
+    ArrayInfo,
     Feature,
     NameRule,
     Parts,
     Rules,
-    Stored,
     embedding_of,
     grid_of,
 )
 from ptjax.models.prompted import make_apply_fn
-from ptjax.models.stacking import Gather
+from ptjax.models.stacking import GatherFn
 
 EMBEDDING = "token_embedder/embedding"
 LOGITS = "decoder/logits_dense/kernel"
@@ -140,7 +140,7 @@ class T5Family:
         "forced_bos_id",
     )
 
-    def check_name(self, path: str, array: Stored) -> None:
+    def check_name(self, path: str, array: ArrayInfo) -> None:
         """Scanned layers (T5X `scalable_t5`, umT5) are one array with a `layers` axis."""
         parts = path.split("/")
         stacked = parts[:2] in (["encoder", "encoder"], ["decoder", "decoder"])
@@ -151,7 +151,7 @@ class T5Family:
                 "checkpoints"
             )
 
-    def infer_config(self, stored: Mapping[str, Stored], name: str) -> dict[str, Any]:
+    def infer_config(self, stored: Mapping[str, ArrayInfo], name: str) -> dict[str, Any]:
         """The fields of `T5Config` that parameter names and shapes tell."""
 
         def shape(ending: str) -> tuple[int, ...]:
@@ -188,7 +188,7 @@ class T5Family:
             "relpos_per_layer": "encoder/layers_0/relpos_bias/rel_embedding" in stored,
         }
 
-    def check_depth(self, stored: Mapping[str, Stored], config: T5Config, name: str) -> None:
+    def check_depth(self, stored: Mapping[str, ArrayInfo], config: T5Config, name: str) -> None:
         """Before the network is traced, which takes as long as a file claims that it is deep."""
         for stack, layers in (
             ("encoder", config.num_encoder_layers),
@@ -211,11 +211,11 @@ class T5Family:
         self,
         config: T5Config,
         *,
-        sees_input: bool = True,
-        gather: Gather | None = None,
+        attends_to_input: bool = True,
+        gather: GatherFn | None = None,
         collections: tuple[str, ...] = (),
     ) -> ApplyFn:
-        return make_apply_fn(config, sees_input, gather, collections)
+        return make_apply_fn(config, attends_to_input, gather, collections)
 
     def embedding(self, params: Mapping[str, Any]) -> jax.Array:
         return embedding_of(params, EMBEDDING)
@@ -247,7 +247,7 @@ class T5Family:
         return {"rows": (slice(0, 1), every), "grid": grid} if module == "wo" else {"grid": grid}
 
 
-def _layers(stored: Mapping[str, Stored], stack: str) -> int:
+def _layers(stored: Mapping[str, ArrayInfo], stack: str) -> int:
     return len({path.split("/")[1] for path in stored if path.startswith(f"{stack}/layers_")})
 
 

@@ -79,13 +79,13 @@ def gather_layer(mesh: Mesh) -> Callable[[Tree], Tree]:
     return gather
 
 
-def reduction_groups(mesh: Mesh, *, microbatches: int, sees_input: bool) -> int:
+def reduction_groups(mesh: Mesh, *, microbatches: int, attends_to_input: bool) -> int:
     """`groups` of `make_train_step`, so that `data` sums one array a step, the prompt's gradient.
 
     1 where the compiler finds that sum by itself: from a batch in one piece whose rows each have
     the prompt before them.
     """
-    return 1 if microbatches == 1 and sees_input else rows_divisor(mesh)
+    return 1 if microbatches == 1 and attends_to_input else rows_divisor(mesh)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

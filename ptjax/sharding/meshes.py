@@ -18,7 +18,7 @@ from ptjax.models.family import Config, Family
 from ptjax.models.t5_family import T5_FAMILY
 from ptjax.sharding import processes
 from ptjax.sharding.devices import GIB, usable_memory
-from ptjax.sharding.quantize import held_shapes
+from ptjax.sharding.quantize import weight_shapes
 from ptjax.sharding.rules import AXES, bytes_per_device
 
 SHARE = 0.7
@@ -120,7 +120,7 @@ def choose_mesh(
     elif isinstance(mesh, str):
         found = list(jax.devices() if devices is None else devices)
         if mesh == "auto":
-            held = held_shapes(config, dtype, quantize, family=family)
+            held = weight_shapes(config, dtype, quantize, family=family)
             shape, why = smallest_that_fits(config, held, found, fsdp, family=family)
         else:
             shape, why = parse_mesh(mesh), "as MESH says"

@@ -21,7 +21,7 @@ LARGEST = 127
 """-128 is left out, so that rounding is the same on both sides of zero."""
 
 
-def held_shapes(
+def weight_shapes(
     config: Config, dtype: str, quantize: str | None = None, *, family: Family = T5_FAMILY
 ) -> dict[str, Any]:
     """The parameters as `jax.ShapeDtypeStruct`s of the dtype in which they are held.
@@ -38,7 +38,7 @@ def held_shapes(
     return unflatten_paths({path: held(path, leaf) for path, leaf in shapes.items()})
 
 
-def placed_shapes(
+def sharded_shapes(
     config: Config,
     dtype: str,
     mesh: Mesh,

@@ -35,16 +35,16 @@ class Recipe:
     microbatches: int = 1
     bank: bool = False
 
-    def groups(self, mesh: Mesh, *, small: bool, sees_input: bool = True) -> int:
+    def groups(self, mesh: Mesh, *, small: bool, attends_to_input: bool = True) -> int:
         """In how many groups of rows the step takes its batch (`sharding.arrays.reduction_groups`).
 
         Args:
             small: what trains (`freezing.is_small`): every group has a gradient of its own.
-            sees_input: the prompt.
+            attends_to_input: the prompt.
         """
         if not small:
             return 1
-        parts = {"microbatches": self.microbatches, "sees_input": sees_input}
+        parts = {"microbatches": self.microbatches, "sees_input": attends_to_input}
         return reduction_groups(mesh, **parts)
 
     def compose(
@@ -55,14 +55,14 @@ class Recipe:
         rms: float = 1.0,
         *,
         small: bool,
-        sees_input: bool = True,
+        attends_to_input: bool = True,
     ) -> tuple[Callable[[Tree, jax.Array], TrainState], Callable[..., Any]]:
         """(what makes the first state of trainable variables and a key, the step).
 
         Args:
             apply_fn: of the backbone, for such prompts.
             rms: of the embedding.
-            small, sees_input: as for `groups`.
+            small, attends_to_input: as for `groups`.
         """
 
         def make_optimizer(rate: jax.Array | None = None) -> optax.GradientTransformation:
@@ -72,7 +72,7 @@ class Recipe:
             # A copy: the step donates its state, and these arrays belong to the caller.
             return init_train_state(jax.tree.map(jnp.copy, trainable), make_optimizer(), key)
 
-        groups = self.groups(mesh, small=small, sees_input=sees_input)
+        groups = self.groups(mesh, small=small, attends_to_input=attends_to_input)
         parts = {"microbatches": self.microbatches, "groups": groups}
         if self.bank:
             step = make_bank_step(apply_fn, make_optimizer, self.loss, **parts)

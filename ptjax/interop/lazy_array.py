@@ -14,7 +14,7 @@ ReadParts = Callable[[Sequence[Index]], list[np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True)
-class StoredArray:
+class LazyArray:
     """An array in a file, of which any parts can be read on demand.
 
     Nothing is in memory before that, so that its devices' shards are all a host ever holds of it.
@@ -44,11 +44,11 @@ class StoredArray:
 
 
 def one_by_one(read: Callable[[Index], np.ndarray]) -> ReadParts:
-    """`StoredArray.read_parts` where parts have nothing in common."""
+    """`LazyArray.read_parts` where parts have nothing in common."""
     return lambda indices: [read(index) for index in indices]
 
 
-def cast(array: StoredArray, dtype: str) -> StoredArray:
+def cast(array: LazyArray, dtype: str) -> LazyArray:
     """`array` in another dtype; each part is cast when it has been read."""
 
     def read_parts(indices: Sequence[Index]) -> list[np.ndarray]:
