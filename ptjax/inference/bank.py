@@ -118,11 +118,10 @@ def make_bank(prompts: Mapping[str, SinglePrompt]) -> PromptBank:
                 f"{list(matrices[first].shape)}; the prompts of a bank must be matrices [P, D] of "
                 "the same width D"
             )
+    attends = [member.attends_to_input for member in members.values()]
     return PromptBank(
         tuple(members),
-        stack_prompts(
-            [*matrices.values()], [member.attends_to_input for member in members.values()]
-        ),
+        stack_prompts([*matrices.values()], attends),
         tuple(None if isinstance(x, BarePrompt) else x.metadata for x in members.values()),
     )
 
