@@ -1,8 +1,9 @@
 """Atomic writes, and JSON from untrusted files.
 
-Depth and size of JSON are checked before it is parsed: a file that is nested a thousand times raises
-a `ValueError` with a reason, not a `RecursionError` or a `MemoryError`. Callers add the file's name
-to the message; `read_object` adds it already. `untrusted` does the same for other formats.
+Depth and size of JSON are checked before it is parsed: a file that is nested a thousand times
+raises a `ValueError` with a reason, not a `RecursionError` or a `MemoryError`. Callers add the
+file's name to the message; `read_object` adds it already. `untrusted` does the same for other
+formats.
 """
 
 from __future__ import annotations

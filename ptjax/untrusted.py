@@ -3,7 +3,8 @@
 The formats are msgpack, .npy, zip, gzip, xz and bzip2; `files` does the same for JSON. Checkpoints,
 prompts, tokenizers and data may come from strangers, and every reader of them uses this module. A
 file that is nested a thousand times, or that claims more bytes than it holds, raises a `ValueError`
-with a reason, not a `RecursionError` or a `MemoryError`. Callers add the file's name to the message.
+with a reason, not a `RecursionError` or a `MemoryError`. Callers add the file's name to the
+message.
 """
 
 from __future__ import annotations
@@ -120,8 +121,8 @@ def inflate(data: bytes, suffix: str) -> bytes:
     """The inflated content of a .gz, .xz or .bz2 file.
 
     Raises:
-        ValueError: it inflates to more than 64 MiB and more than 200 times its size. Text compresses
-            to a tenth, repetitive text to a hundredth, a decompression bomb to a thousandth.
+        ValueError: it inflates to more than 64 MiB and more than 200 times its size. Text
+            compresses to a tenth, repetitive text to a hundredth, a bomb to a thousandth.
         OSError, EOFError, zlib.error, lzma.LZMAError: it is damaged, or another format.
     """
     opened = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}[suffix]
@@ -133,8 +134,8 @@ def inflate(data: bytes, suffix: str) -> bytes:
             total += len(piece)
             if total > limit:
                 raise ValueError(
-                    f"{len(data):,} bytes inflate to more than {limit:,}; if that is intended, unpack "
-                    "the file first"
+                    f"{len(data):,} bytes inflate to more than {limit:,}; if that is intended, "
+                    "unpack the file first"
                 )
     return b"".join(pieces)
 

@@ -62,7 +62,9 @@ def test_none_is_one_device_and_a_mesh_is_itself(tiny):
 
 @pytest.mark.parametrize("name", ["", "8", "8x", "x8", "2x2x2x1", "0x8", "8X1", "2,4", "automatic"])
 def test_what_is_no_name(tiny, name):
-    with pytest.raises(InputError, match=f"^MESH = '{name}': it is 'auto', data x model such as "):
+    with pytest.raises(
+        InputError, match=f"^MESH must be 'auto', data x model such as .*, got '{name}'$"
+    ):
         meshes.choose_mesh(name, tiny.config, "float32")
 
 
@@ -73,7 +75,7 @@ def test_the_log_says_which_mesh_and_why(tiny, caplog):
     meshes.choose_mesh("auto", tiny.config, "float32")
     meshes.choose_mesh(None, tiny.config, "float32")
     assert [record.getMessage() for record in caplog.records] == [
-        "mesh 2x4 (data x model, fsdp) of 8 cpu: as MESH says",
+        "mesh 2x4 (data x model, fsdp) of 8 cpu: as set by MESH",
         "mesh 8x1 (data x model) of 8 cpu: the smallest model axis",
     ]
 
@@ -150,7 +152,7 @@ def test_int8_fits_a_smaller_model_axis():
 def test_auto_says_why():
     _, why = meshes.smallest_that_fits(wide(), weight_shapes(wide(), "bfloat16"), tpus(8), False)
     assert why == (
-        "the frozen weights take 6.62 of 15.75 GiB a device (at most 70%; 13.24 GiB with a "
+        "the frozen weights take 6.62 of 15.75 GiB per device (at most 70%; 13.24 GiB with a "
         "smaller model axis)"
     )
 
@@ -166,9 +168,9 @@ def test_auto_leaves_out_what_does_not_divide():
 @pytest.mark.parametrize(
     ("found", "fsdp", "message"),
     [
-        (tpus(1), False, "at least 13.24 GiB a device, more than 70% of its 15.75; take"),
-        (tpus(1), False, "take more devices or FSDP = True, or name a MESH to try it"),
-        (tpus(2, "TPU v2"), True, "take more devices, or name a MESH"),
+        (tpus(1), False, "at least 13.24 GiB per device, more than 70% of its 15.75; use"),
+        (tpus(1), False, "use more devices or FSDP = True, or name a MESH to try anyway"),
+        (tpus(2, "TPU v2"), True, "use more devices, or name a MESH"),
         (tpus(3), True, "FSDP = True: no mesh of 3 TPU v5 lite divides emb_dim = 4096"),
     ],
 )

@@ -70,15 +70,15 @@ def test_settings_are_shown_as_they_are_bound_and_as_they_were_written(call):
     """Not as markup of the terminal, which brackets would be."""
     code, out, err = call("plan", *XXL, "--slice=v5e-8", "--quick", "--gin.MESH='[/a]'")
     assert code == 0, err
-    assert "MESH = '[/a]': it is 'auto', data x model" in out
+    assert "MESH must be 'auto', data x model such as '8x1'" in out
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ((*XXL, "--slice=v5e-3"), "--slice=v5e-3: there is no such size"),
+        ((*XXL, "--slice=v5e-3"), "--slice=v5e-3: unknown size"),
         (XXL, "the following arguments are required: --slice"),
-        ((*XXL, "--slice=,"), "--slice=: no slice of that name"),
+        ((*XXL, "--slice=,"), "--slice=: unknown slice"),
         (("--slice=v5e-8",), "no run to plan: add --gin_file=runs/prompt_tune.gin"),
         (
             (
