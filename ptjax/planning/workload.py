@@ -218,7 +218,7 @@ def abstract_step(spec: StepSpec, parallel: ParallelConfig, mesh: Mesh) -> Abstr
     apply_fn = run_with(spec.method, PlannedBackbone(config, parallel.quantize, gather))
     kind = {
         "small": freezing.is_small(freezing.sizes(trainable)[0], freezing.sizes(frozen)[0]),
-        "sees_input": spec.method.attends_to_input,
+        "attends_to_input": spec.method.attends_to_input,
     }
     init, step = recipe.compose(apply_fn, freeze, mesh, **kind)
     key = jax.eval_shape(lambda: jax.random.key(0))
