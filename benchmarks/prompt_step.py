@@ -54,7 +54,7 @@ def make_step(
     variables = {"params": params, "prompt": {"prompt": jnp.asarray(prompt)}}
     freeze = freezing.make_freeze(variables, PromptTuning().freeze_rules())
     trainable, frozen = freezing.split(variables, freeze)
-    optimizer = freezing.lock(Adafactor().make(), freeze)
+    optimizer = freezing.freeze_updates(Adafactor().make(), freeze)
     step = make_train_step(make_apply_fn(config, attends_to_input), optimizer, Loss())
     state = init_train_state(trainable, optimizer, jax.random.key(0))
     return jax.jit(step, donate_argnums=0), state, frozen
@@ -82,5 +82,5 @@ def count_step_flops(
         "prompt": {"prompt": jax.ShapeDtypeStruct((prompt, config.emb_dim), jnp.float32)},
     }
     freeze = freezing.make_freeze(variables, PromptTuning().freeze_rules())
-    optimizer = freezing.lock(Adafactor().make(), freeze)
+    optimizer = freezing.freeze_updates(Adafactor().make(), freeze)
     return step_flops(make_apply_fn(config, attends_to_input), variables, freeze, batch, optimizer)

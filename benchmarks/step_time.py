@@ -35,7 +35,7 @@ from ptjax.planning.slices import ENVIRONMENT, GENERATIONS, Slice, parse_slice
 from ptjax.planning.workload import AbstractStep, ParallelConfig, StepSpec, abstract_step
 from ptjax.sharding.arrays import put_batch
 from ptjax.sharding.meshes import make_mesh
-from ptjax.training.compile import Recipe
+from ptjax.training.compile import StepConfig
 from ptjax.training.loss import Loss
 from ptjax.training.optimizer import Adafactor
 
@@ -89,12 +89,12 @@ def wanted(row: Row, devices: int) -> tuple[StepSpec, ParallelConfig]:
     config = t5_1_1(row["size"], dtype=row["dtype"], dropout_rate=row.get("dropout", 0.0))
     attends_to_input, pack = row.get("sees_input", True), row.get("pack", False)
     method = PromptTuning(row.get("prompt", 100), attends_to_input=attends_to_input)
-    recipe = Recipe(Adafactor(), Loss())
+    step_config = StepConfig(Adafactor(), Loss())
     kept = {"remat": row["remat"], "quantize": row["quantize"]}
     parallel = ParallelConfig(f"{devices}x1", scan_layers=row.get("scan", True), **kept)
     sizes = {"batch_size": row["batch"], "inputs": row["inputs"], "targets": row.get("targets", 16)}
     packed = {"pack": pack, "row_length": row["inputs"] if pack else None}
-    return StepSpec(config, recipe, method, **sizes, **packed), parallel
+    return StepSpec(config, step_config, method, **sizes, **packed), parallel
 
 
 def measure(row: Row) -> Row:

@@ -10,11 +10,11 @@ from ptjax.models.config import T5Config
 from ptjax.planning.slices import parse_slice
 from ptjax.planning.workload import StepSpec
 from ptjax.settings import RunSettings
-from ptjax.training.compile import Recipe
+from ptjax.training.compile import StepConfig
 from ptjax.training.loss import Loss
 from ptjax.training.optimizer import Adafactor
 
-RECIPE = Recipe(Adafactor(), Loss())
+RECIPE = StepConfig(Adafactor(), Loss())
 SIZES = {
     "small": T5Config(32128, 512, 6, 8, 8, 64, 1024, dtype="bfloat16"),
     "xl": T5Config(32128, 2048, 32, 24, 24, 64, 5120, dtype="bfloat16"),
@@ -34,8 +34,10 @@ TOY = StepSpec(
 V5E = parse_slice("v5e-8")
 
 
-def changed(spec: StepSpec, **recipe: object) -> StepSpec:
-    return dataclasses.replace(spec, recipe=dataclasses.replace(spec.recipe, **recipe))
+def changed(spec: StepSpec, **step_config: object) -> StepSpec:
+    return dataclasses.replace(
+        spec, step_config=dataclasses.replace(spec.step_config, **step_config)
+    )
 
 
 def blind(spec: StepSpec) -> StepSpec:

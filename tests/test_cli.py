@@ -20,9 +20,8 @@ import ptjax
 from ptjax import cli
 from ptjax.cli import gin_files, logs
 from ptjax.cli.gin_mistakes import PUBLIC_NAMES
-from ptjax.errors import InputError
+from ptjax.errors import InputError, TrainingError
 from ptjax.trainer import tune
-from ptjax.trainer.loop import TrainingError
 
 COMMANDS = ("train", "evaluate", "infer", "inspect", "export", "pretrain")
 ON_SEVERAL_PROCESSES = ("train", "evaluate", "infer", "pretrain")

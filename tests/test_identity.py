@@ -632,7 +632,7 @@ def test_case_4_14_resuming_elsewhere_under_other_versions_is_said(
     [line] = [text for text in said if text.startswith("resuming under other versions: ")]
     assert f"jax {jax.__version__} (was 0.9.0)" in line and "(was 3.10.0)" in line
     assert "optax" not in line
-    assert f"going on from step 2 of {directory}" in said
+    assert f"resuming from step 2 of {directory}" in said
     assert results["trained_steps"] == 3
     assert (directory / "config.gin").read_text() == "# longer"
     assert json.loads(recorded(directory).read_text())["versions"]["jax"] == jax.__version__

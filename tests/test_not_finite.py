@@ -16,7 +16,7 @@ from t5_ids import decode
 from ptjax.backbones import damage
 from ptjax.backbones.load import load_backbone
 from ptjax.backbones.save import save_backbone
-from ptjax.errors import InputError
+from ptjax.errors import InputError, TrainingError
 from ptjax.evaluation.evaluator import Evaluator
 from ptjax.inference import predict, prompts
 from ptjax.inference.forward import generate
@@ -25,7 +25,6 @@ from ptjax.interop.safetensors_file import open_safetensors, save_safetensors, t
 from ptjax.methods.model_tuning import ModelTuning
 from ptjax.methods.prompt_tuning import PromptTuning
 from ptjax.settings import Evaluation
-from ptjax.trainer.loop import TrainingError
 from ptjax.trees import flatten_paths, unflatten_paths
 
 QUERY = "decoder/layers_1/self_attention/query/kernel"

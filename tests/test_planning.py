@@ -80,7 +80,7 @@ def test_the_largest_batch(spec, shape):
 def test_a_prompt_that_sees_nothing_and_a_bank_are_counted_as_they_run():
     seen = count(TOY, ParallelConfig("8x1"), V5E)["flops"]["useful"]
     unseeing = count(blind(TOY), ParallelConfig("8x1"), V5E)["flops"]["useful"]
-    bank = dataclasses.replace(changed(TOY, bank=True), members=3)
+    bank = dataclasses.replace(changed(TOY, sweep=True), members=3)
     many = count(bank, ParallelConfig("8x1"), V5E)
     assert unseeing < seen
     assert many["flops"]["useful"] == 3 * seen

@@ -199,7 +199,7 @@ def test_of_the_work_of_a_step_remat_adds_what_it_says() -> None:
             "decoder_loss_weights": jax.ShapeDtypeStruct((32, 16), "float32"),
         }
         freeze = freezing.make_freeze(variables, PromptTuning().freeze_rules())
-        optimizer = freezing.lock(Adafactor().make(), freeze)
+        optimizer = freezing.freeze_updates(Adafactor().make(), freeze)
         forward, step = step_flops(make_apply_fn(config), variables, freeze, batch, optimizer)
         ratios[remat] = step / forward
     assert 2.0 < ratios["none"] <= 2.25

@@ -152,7 +152,7 @@ def _accessed_bytes(
     counts the body of a loop once, and a GPU's loop slices stacked weights, which would count as
     reads of the whole stack.
     """
-    config, recipe, parts = spec.config, spec.recipe, spec.recipe.microbatches
+    config, step_config, parts = spec.config, spec.step_config, spec.step_config.microbatches
     encoder, decoder = config.num_encoder_layers, config.num_decoder_layers
     unrolled = dataclasses.replace(parallel, scan_layers=False, fsdp=False)
 
@@ -161,7 +161,7 @@ def _accessed_bytes(
         shallow = dataclasses.replace(
             spec,
             config=dataclasses.replace(config, **sizes),
-            recipe=dataclasses.replace(recipe, microbatches=1),
+            step_config=dataclasses.replace(step_config, microbatches=1),
             batch_size=spec.batch_size // parts,
         )
         lowered = abstract_step(shallow, unrolled, mesh).lower()

@@ -46,12 +46,12 @@ def count(spec: StepSpec, parallel: ParallelConfig, slice_: Slice) -> Report:
     device_bytes = {
         "frozen": bytes_on_device(abstract.frozen),
         "state": bytes_on_device(abstract.state),
-        "batch": bytes_on_device(abstract.batch()),
+        "batch": bytes_on_device(abstract.inputs()),
     }
     forward, useful, executed = _flops(spec, parallel.remat, abstract.groups)
     # Each microbatch reads the weights in the forward pass, in the backward pass, and once more
     # where the forward pass is recomputed. With FSDP they are gathered first.
-    passes = (3 if parallel.remat == "full" else 2) * spec.recipe.microbatches
+    passes = (3 if parallel.remat == "full" else 2) * spec.step_config.microbatches
     weights, trained = _gathered_bytes(spec, parallel, mesh)
     dtype = parallel.applied(spec.config).dtype
     peak = mesh.size * slice_.flops(dtype)
@@ -104,7 +104,7 @@ def _flops(spec: StepSpec, remat: Remat, groups: int) -> tuple[int, int, int]:
     # Neither shardings nor the weights' dtype change the count; scanned layers trace fast.
     mesh = mesh_of_sizes((groups, 1))
     once = abstract_step(spec, ParallelConfig("", remat="none"), mesh)
-    arguments = once.state, once.frozen, once.batch()
+    arguments = once.state, once.frozen, *once.inputs()
     forward, useful = count_flops(once.forward, *arguments), count_flops(once.step, *arguments)
     if remat == "none":
         return forward, useful, useful
@@ -133,7 +133,7 @@ def _expected_traffic(
         decoder = config.num_decoder_layers * ((6 + 2 * again) * shape.targets + spec.positions())
         traffic["all-reduce", "model"] = int(rows * width * (encoder + decoder))
     if parallel.fsdp:
-        traffic["all-gather", "data"] = 2 * spec.recipe.microbatches * weights
+        traffic["all-gather", "data"] = 2 * spec.step_config.microbatches * weights
     for axis in rows_axes(mesh):
         if sizes[axis] > 1:
             traffic["all-reduce", axis] = traffic.get(("all-reduce", axis), 0) + trained

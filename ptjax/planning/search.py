@@ -103,7 +103,7 @@ def _mesh_names(spec: StepSpec, slice_: Slice) -> Iterator[str]:
 def _saved_bytes(spec: StepSpec, parallel: ParallelConfig, mesh: Mesh) -> int:
     """A lower bound of the activations that a device saves for the backward pass."""
     config, model = parallel.applied(spec.config), mesh.shape["model"]
-    rows = spec.batch_size / (rows_divisor(mesh) * spec.recipe.microbatches)
+    rows = spec.batch_size / (rows_divisor(mesh) * spec.step_config.microbatches)
     rows *= spec.members or 1
     encoder, decoder = spec.positions(), spec.targets
     heads = config.num_heads * config.head_dim

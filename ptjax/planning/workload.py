@@ -30,7 +30,7 @@ from ptjax.sharding.meshes import check_shape
 from ptjax.sharding.quantize import sharded_shapes, weight_shapes
 from ptjax.sharding.rules import AXES
 from ptjax.training import freeze as freezing
-from ptjax.training.compile import Recipe, batch_shapes, lower_step
+from ptjax.training.compile import StepConfig, batch_shapes, lower_step, sweep_shapes
 from ptjax.training.step import Batch, TrainState, batch_loss
 from ptjax.trees import Tree
 
@@ -47,7 +47,7 @@ class StepSpec:
     """
 
     config: T5Config
-    recipe: Recipe
+    step_config: StepConfig
     method: Method
     batch_size: int
     inputs: int
@@ -73,7 +73,7 @@ class StepSpec:
         check_at_least(1, "TASK_FEATURE_LENGTHS", **lengths)
         return cls(
             config,
-            settings.recipe(bank=members is not None),
+            settings.step_config(sweep=members is not None),
             settings.method,
             batching.batch_size,
             **lengths,
@@ -152,7 +152,7 @@ def resolve(spec: StepSpec, parallel: ParallelConfig, slice_: Slice) -> Parallel
     mesh = abstract_mesh(parallel, slice_)
     meshes.check_mesh(config, mesh, fsdp=parallel.fsdp)
     if not spec.pack:
-        check_batch_size(spec.batch_size, mesh, spec.recipe.microbatches)
+        check_batch_size(spec.batch_size, mesh, spec.step_config.microbatches)
     return parallel
 
 
@@ -188,7 +188,7 @@ class AbstractStep:
 
     Attributes:
         forward: the loss alone, with the arguments of `step`.
-        groups: the number of groups of rows with a gradient of their own (`Recipe.groups`).
+        groups: the number of groups of rows with a gradient of their own (`StepConfig.groups`).
     """
 
     step: Callable[..., object]
@@ -202,13 +202,14 @@ class AbstractStep:
     def lower(self) -> jax.stages.Lowered:
         return lower_step(self.step, self.state, self.frozen, self.shape, self.mesh)
 
-    def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
-        return batch_shapes(self.shape, self.mesh)
+    def inputs(self) -> tuple[Tree, ...]:
+        """What the step takes after state and frozen weights."""
+        return batch_shapes(self.shape, self.mesh), *sweep_shapes(self.shape.members, self.mesh)
 
 
 def abstract_step(spec: StepSpec, parallel: ParallelConfig, mesh: Mesh) -> AbstractStep:
     """The step that `ptjax.train` would compile."""
-    recipe, config = spec.recipe, parallel.applied(spec.config)
+    step_config, config = spec.step_config, parallel.applied(spec.config)
     quantization = {"fsdp": parallel.fsdp, "quantize": parallel.quantize}
     variables: Tree = {"params": sharded_shapes(config, config.dtype, mesh, **quantization)}
     variables |= _replicated_shapes(spec.method.variable_shapes(config), mesh)
@@ -220,7 +221,7 @@ def abstract_step(spec: StepSpec, parallel: ParallelConfig, mesh: Mesh) -> Abstr
         "small": freezing.is_small(freezing.sizes(trainable)[0], freezing.sizes(frozen)[0]),
         "attends_to_input": spec.method.attends_to_input,
     }
-    init, step = recipe.compose(apply_fn, freeze, mesh, **kind)
+    init, step = step_config.make(apply_fn, freeze, mesh, **kind)
     key = jax.eval_shape(lambda: jax.random.key(0))
     if spec.members:
         trainable, key = _replicated_shapes((trainable, key), mesh, spec.members)
@@ -230,20 +231,19 @@ def abstract_step(spec: StepSpec, parallel: ParallelConfig, mesh: Mesh) -> Abstr
 
     def forward(state: TrainState, frozen: Tree, batch: Batch) -> jax.Array:
         variables = freezing.combine(state.trainable, frozen)
-        return batch_loss(apply_fn, recipe.loss, variables, batch, state.key)
+        return batch_loss(apply_fn, step_config.loss, variables, batch, state.key)
 
     if spec.members:
-        member_forward, step_inputs = forward, ("active", "learning_rate")
+        of_members = jax.vmap(forward, (0, None, 0))
 
-        def forward(state: TrainState, frozen: Tree, batch: Batch) -> jax.Array:
-            examples = {name: x for name, x in batch.items() if name not in step_inputs}
-            return jax.vmap(member_forward, (0, None, 0))(state, frozen, examples)
+        def forward(state: TrainState, frozen: Tree, batch: Batch, *_: Tree) -> jax.Array:
+            return of_members(state, frozen, batch)
 
     shape = spec.shape()
     if shape.packed:  # as in a run: rows for every device and microbatch
-        multiple = recipe.microbatches * rows_divisor(mesh)
+        multiple = step_config.microbatches * rows_divisor(mesh)
         shape = shape._replace(rows=-(-shape.rows // multiple) * multiple)
-    return AbstractStep(step, forward, state, frozen, shape, mesh, recipe.groups(mesh, **kind))
+    return AbstractStep(step, forward, state, frozen, shape, mesh, step_config.groups(mesh, **kind))
 
 
 def _replicated_shapes(tree: Tree, mesh: Mesh, *lead: int) -> Tree:

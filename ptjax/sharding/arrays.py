@@ -132,6 +132,12 @@ def put_batch(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
     }
 
 
+def put_replicated(arrays: Iterable[np.ndarray], mesh: Mesh) -> tuple[jax.Array, ...]:
+    """Arrays that every process has whole, on every device of the mesh."""
+    where = replicated(mesh)
+    return tuple(jax.make_array_from_callback(x.shape, where, x.__getitem__) for x in arrays)
+
+
 def check_batch_size(batch_size: int, mesh: Mesh, microbatches: int = 1) -> None:
     """InputError unless the mesh divides the rows of every microbatch equally."""
     step = rows_divisor(mesh) * microbatches
