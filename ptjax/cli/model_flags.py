@@ -239,7 +239,7 @@ def load_prompt(arguments: argparse.Namespace) -> Any:
 
 def load_bank(arguments: argparse.Namespace) -> Any:
     """Loads the prompts of --prompts as a `PromptBank`."""
-    from ptjax.inference.prompts import make_bank
+    from ptjax.inference.bank import make_bank
     from ptjax.interop import prompt_file
 
     prompts = prompt_file.load_prompts(arguments.prompts)
