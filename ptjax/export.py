@@ -27,13 +27,13 @@ def main() -> None:
     parser = cli.make_parser(
         "export",
         """
-        Writes a prompt for others. safetensors: ptjax's own file, one tensor `prompt` [P, D] with
-        all it knows of itself in the header. kv_cache: the same file with the keys and values of
-        every layer of its backbone, for a prompt that does not see its input (SEES_INPUT = False);
-        no command has to compute them again. npy: the numpy file that
-        google-research/prompt-tuning reads; it keeps nothing of the task. peft, or huggingface: a
-        directory for peft.PeftModel.from_pretrained, which needs the backbone's sizes; ptjax finds
-        the task in it again, for PEFT the template has to travel beside it.
+        Writes a prompt in another format. safetensors: ptjax's own file, one tensor `prompt` [P, D]
+        with its metadata in the header. kv_cache: the same file with precomputed keys and values of
+        every layer of its backbone, for a prompt that does not see its input (SEES_INPUT = False).
+        npy: the numpy file that google-research/prompt-tuning reads, without metadata. peft, or
+        huggingface: a directory for peft.PeftModel.from_pretrained, which needs the backbone's
+        sizes. ptjax reads the task's template from it; PEFT does not, so pass it on with the
+        directory.
 
           python -m ptjax.export --model_dir=runs/quickstart --to=npy --output=prompt.npy
         """,
@@ -45,18 +45,18 @@ def main() -> None:
         metavar="PROMPT",
         help="any prompt that ptjax reads; default: the best one of MODEL_DIR",
     )
-    parser.add_argument("--prompt", metavar="PATH", help="the same as a flag, as other commands")
+    parser.add_argument("--prompt", metavar="PATH", help="the same, as the flag of other commands")
     parser.add_argument("--to", required=True, choices=FORMATS, help="the format")
     parser.add_argument("--output", required=True, metavar="PATH", help="a file, or a directory")
     parser.add_argument("--model_dir", metavar="DIR", help="what `python -m ptjax.train` wrote")
     parser.add_argument(
         "--backbone",
         metavar="PATH",
-        help="that kv_cache is for, or whose sizes peft's config tells; default: the gin "
-        "file's or the prompt's own",
+        help="the backbone whose keys and values kv_cache needs, or whose sizes peft needs; "
+        "default: the gin file's or the prompt's own",
     )
     model_flags.add_tokenizer_flag(parser)
-    parser.add_argument("--force", action="store_true", help="overwrite what is there")
+    parser.add_argument("--force", action="store_true", help="overwrite existing output")
     model_flags.add_trust_flag(parser)
     parser.set_defaults(prompts=None)  # one at a time
     arguments = cli.parse(parser)
@@ -76,8 +76,8 @@ def export(arguments: argparse.Namespace) -> None:
         raise InputError("no prompt to export: the run tuned the backbone itself")
     if arguments.to in ("npy", *PEFT) and not prompt.attends_to_input:
         raise InputError(
-            f"{source} does not see its input, which --to={arguments.to} cannot tell: others would "
-            "read it in another way than it was tuned"
+            f"{source} does not see its input, which --to={arguments.to} cannot record: it "
+            "would be used differently from how it was tuned"
         )
     if arguments.to in PEFT:
         export_directory(arguments, prompt, source)
