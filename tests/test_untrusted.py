@@ -100,7 +100,7 @@ def test_case_5_8_no_reader_goes_past_the_guard():
     own = {
         "planning/compiler.py": "its own cache and children",
         "launch.py": "what its children write",
-        "trainer/checkpoints.py": "what Orbax writes of this run",
+        "trainer/checksums.py": "what Orbax writes of this run",
         "data/transformers_tokenizer.py": "of the tokenizers library",
     }
     guarded = {"json.loads", "json.load", "msgpack_restore", "np.load", "archive.read"}

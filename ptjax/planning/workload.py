@@ -229,14 +229,14 @@ def abstract_step(spec: StepSpec, parallel: ParallelConfig, mesh: Mesh) -> Abstr
     # Trainable variables have the table's shardings; the factored second moments are small.
     state = dataclasses.replace(state, trainable=trainable)
 
-    def loss(state: TrainState, frozen: Tree, batch: Batch) -> jax.Array:
+    def member_loss(state: TrainState, frozen: Tree, batch: Batch) -> jax.Array:
         variables = freezing.combine(state.trainable, frozen)
         return batch_loss(apply_fn, step_config.loss, variables, batch, state.key)
 
-    losses = jax.vmap(loss, (0, None, 0)) if spec.members else loss
+    loss = jax.vmap(member_loss, (0, None, 0)) if spec.members else member_loss
 
     def forward(state: TrainState, frozen: Tree, batch: Batch, *_: Tree) -> jax.Array:
-        return losses(state, frozen, batch)
+        return loss(state, frozen, batch)
 
     shape = spec.shape()
     if shape.packed:  # as in a run: rows for every device and microbatch
