@@ -370,7 +370,7 @@ def test_what_a_bank_cannot_be(backbone, task, tmp_path) -> None:
             "initial prompt of x has shape",
         ),
         ({"../x": MemberOverrides()}, PromptTuning, "'../x'"),
-        ({"x": MemberOverrides()}, ModelTuning, "every member of a sweep has a prompt"),
+        ({"x": MemberOverrides()}, ModelTuning, "ModelTuning does not support sweeps"),
     ):
         with pytest.raises(InputError, match=what):
             tune(tmp_path, task, backbone, members=bank, method=method())

@@ -662,7 +662,7 @@ def test_case_4_1_a_run_of_the_version_before_is_refused_and_its_prompt_used(
 @pytest.mark.parametrize(
     ("name", "steps", "warned"),
     [
-        ("gs://bucket/t5_1_1_lm100k_base/checkpoint_1100000", 1_150_000, "would train 50,000"),
+        ("gs://bucket/t5_1_1_lm100k_base/checkpoint_1100000", 1_150_000, "would train for 50,000"),
         ("/t5/checkpoint_1000000/", 1_000_001, "set --gin.TRAIN_STEPS=1 if"),
         ("/t5/checkpoint_1100000", 30_000, None),
         ("/t5/checkpoint_100", 30_000, None),

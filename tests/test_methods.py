@@ -114,7 +114,7 @@ def test_what_is_no_method_is_refused() -> None:
 def test_a_sweep_wants_a_method_that_has_what_its_members_set() -> None:
     swept = dataclasses.make_dataclass("Swept", (), bases=(LayerShift,), frozen=True)
     member = MemberOverrides(initializer=ptjax.Uniform())
-    with pytest.raises(InputError, match="Swept takes no initialiser"):
+    with pytest.raises(InputError, match="Swept has no initialiser"):
         member.apply(RunSettings(method=swept()))
     assert member.apply(RunSettings()).method == PromptTuning(initializer=ptjax.Uniform())
 
