@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ptjax import cli
-from ptjax.cli import chosen, distributed, output
+from ptjax.cli import distributed, model_flags, output
 from ptjax.errors import InputError
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def main() -> None:
         """,
         gin_help="It names task and backbone; --model_dir brings its own.",
     )
-    chosen.add_flags(
+    model_flags.add_flags(
         parser,
         "score every prompt in DIR (files, PEFT directories, folders with a best.safetensors) and "
         "their ensemble",
@@ -73,19 +73,19 @@ def evaluate(arguments: Any) -> None:
     from ptjax.sharding import processes
 
     if arguments.output:
-        output.check(arguments.output, force=arguments.force, inputs=chosen.inputs(arguments))
+        output.check(arguments.output, force=arguments.force, inputs=model_flags.inputs(arguments))
     hard_prompt = read_hard_prompt(arguments)
-    chosen.load(arguments, reads_data=True)
+    model_flags.load(arguments, reads_data=True)
     if arguments.prompt is None and arguments.prompts is None:
-        arguments.prompts = chosen.trained_bank(arguments)
+        arguments.prompts = model_flags.trained_bank(arguments)
     many = arguments.prompts is not None
-    prompt = chosen.load_bank(arguments) if many else chosen.load_prompt(arguments)
+    prompt = model_flags.load_bank(arguments) if many else model_flags.load_prompt(arguments)
     metadata = shared_metadata(prompt) if many else {} if prompt is None else prompt.metadata
-    task = chosen.task(metadata)
+    task = model_flags.task(metadata)
     if task is None:
         raise InputError("which task? Name it with a --gin_file or --model_dir (see --help)")
-    settings = RunSettings(**cli.settings(chosen.SETTINGS, "evaluation", "seed"))
-    loaded = chosen.load_backbone(arguments, metadata)
+    settings = RunSettings(**cli.settings(model_flags.SETTINGS, "evaluation", "seed"))
+    loaded = model_flags.load_backbone(arguments, metadata)
     if loaded.tokenizer is None:
         raise missing_tokenizer(loaded.name, loaded.config.vocab_size)
     if prompt is not None:
@@ -95,7 +95,7 @@ def evaluate(arguments: Any) -> None:
         task,
         loaded,
         loaded.tokenizer,
-        {**FEATURE_LENGTHS, **chosen.lengths(metadata)},
+        {**FEATURE_LENGTHS, **model_flags.lengths(metadata)},
         settings.evaluation,
         prompts.attends_to_input(prompt),
     )
@@ -127,7 +127,7 @@ def evaluate(arguments: Any) -> None:
     if many:
         source = {"backbone": loaded.name, "prompts": arguments.prompts}
     else:
-        source = {"backbone": loaded.name, "prompt": chosen.prompt_path(arguments)}
+        source = {"backbone": loaded.name, "prompt": model_flags.prompt_path(arguments)}
         source["step"] = metadata.get("step")
         if hard_prompt is not None:
             source |= {"hard_prompt": hard_prompt.text, "shots": hard_prompt.shots}

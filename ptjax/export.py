@@ -11,7 +11,7 @@ from typing import Any
 from absl import logging
 
 from ptjax import cli
-from ptjax.cli import chosen, output
+from ptjax.cli import model_flags, output
 from ptjax.errors import InputError
 
 PEFT = ("peft", "huggingface")
@@ -51,9 +51,9 @@ def main() -> None:
         help="that compiled is for, or whose sizes peft's config tells; default: the gin "
         "file's or the prompt's own",
     )
-    chosen.add_tokenizer_flag(parser)
+    model_flags.add_tokenizer_flag(parser)
     parser.add_argument("--force", action="store_true", help="overwrite what is there")
-    chosen.add_trust_flag(parser)
+    model_flags.add_trust_flag(parser)
     parser.set_defaults(prompts=None)  # one at a time
     arguments = cli.parse(parser)
     cli.run(lambda: export(arguments))
@@ -65,9 +65,9 @@ def export(arguments: argparse.Namespace) -> None:
     if arguments.path is not None and arguments.prompt is not None:
         raise InputError(f"two prompts, {arguments.path} and {arguments.prompt}; name one")
     arguments.prompt = arguments.prompt or arguments.path
-    chosen.load(arguments)
-    source = chosen.prompt_path(arguments)
-    prompt = chosen.load_prompt(arguments)
+    model_flags.load(arguments)
+    source = model_flags.prompt_path(arguments)
+    prompt = model_flags.load_prompt(arguments)
     if source is None or prompt is None:
         raise InputError("there is no prompt to export: the run tuned the backbone itself")
     if arguments.to in ("npy", *PEFT) and not prompt.attends_to_input:
@@ -78,7 +78,7 @@ def export(arguments: argparse.Namespace) -> None:
     if arguments.to in PEFT:
         export_directory(arguments, prompt, source)
     else:
-        read = [os.path.expanduser(source), *chosen.inputs(arguments)]
+        read = [os.path.expanduser(source), *model_flags.inputs(arguments)]
         output.check(arguments.output, force=arguments.force, inputs=read)
         with output.target(arguments.output) as place:
             export_file(arguments, prompt, place)
@@ -98,7 +98,7 @@ def export_file(arguments: argparse.Namespace, prompt: Any, place: str) -> None:
     if arguments.to == "safetensors":
         save_prompt(place, prompt.prompt, prompt.metadata)
     elif arguments.to == "compiled":
-        loaded = chosen.load_backbone(arguments, prompt.metadata)
+        loaded = model_flags.load_backbone(arguments, prompt.metadata)
         compiled = prompts.compile_prompt(loaded, prompts.check_prompt(loaded, prompt))
         save_prompt(place, prompt.prompt, compiled.metadata, compiled.states)
     else:
@@ -152,12 +152,12 @@ def backbone_sizes(
     from ptjax.backbones import describe
     from ptjax.backbones.open import open_backbone
 
-    path = arguments.backbone or cli.settings(chosen.LOAD_BACKBONE, "path").get("path")
+    path = arguments.backbone or cli.settings(model_flags.LOAD_BACKBONE, "path").get("path")
     named = metadata.get("backbone_name")
     if path is None and named is None:
         raise InputError(f"--to={arguments.to} needs the backbone's sizes; name it with --backbone")
     if path is None:
-        with chosen.naming_it(str(named)):
+        with model_flags.naming_it(str(named)):
             opened = open_backbone(str(named))
     else:
         opened = open_backbone(str(path))

@@ -12,7 +12,7 @@ from typing import Any
 from absl import logging
 
 from ptjax import cli
-from ptjax.cli import chosen, distributed, output
+from ptjax.cli import distributed, model_flags, output
 from ptjax.errors import InputError, check_at_least
 
 FORMATS = ("jsonl", "text", "csv", "tsv")
@@ -79,7 +79,7 @@ def main() -> None:
     )
     output.add_flags(parser, "written whole or not at all; default: standard output")
     output.add_prefix_flag(parser)
-    chosen.add_flags(
+    model_flags.add_flags(
         parser,
         "the prompts in DIR (files, PEFT directories, folders with a best.safetensors), each named "
         "as its file or folder; every record of --input names its own in the field 'prompt'",
@@ -131,16 +131,16 @@ def infer(arguments: argparse.Namespace) -> None:
     check_at_least(1, **{"--batch_size": arguments.batch_size})
     if arguments.output:
         output.check(arguments.output, force=arguments.force, inputs=inputs_of(arguments))
-    chosen.load(arguments)
+    model_flags.load(arguments)
     many = arguments.prompts is not None
-    prompt = chosen.load_bank(arguments) if many else chosen.load_prompt(arguments)
+    prompt = model_flags.load_bank(arguments) if many else model_flags.load_prompt(arguments)
     # The backbone alone stands last, where -1 finds it.
     of_many = [metadata or {} for metadata in (*prompt.metadata, None)] if many else []
     said = of_many or [{} if prompt is None else prompt.metadata]
     # Before the backbone is loaded: a bad line is found in a second, not after minutes.
     asked = questions_of(arguments, said, prompt if many else None)
     tells = next((metadata for metadata in said if metadata.get("backbone_name")), {})
-    loaded = chosen.load_backbone(arguments, tells)
+    loaded = model_flags.load_backbone(arguments, tells)
     if prompt is not None:
         check = prompts.check_bank if many else prompts.check_prompt
         prompt = check(loaded, prompt, allow_mismatch=arguments.allow_mismatch)
@@ -179,7 +179,7 @@ def inputs_of(arguments: argparse.Namespace) -> list[str]:
     from ptjax.data import sources
 
     files = [] if arguments.input in (None, "-") else sources.find_files(arguments.input)
-    return [*map(os.fspath, files), *chosen.inputs(arguments)]
+    return [*map(os.fspath, files), *model_flags.inputs(arguments)]
 
 
 def prefixed(fields: dict[str, Any], prefix: str) -> dict[str, Any]:
@@ -248,8 +248,8 @@ def questions_of(
 def manner_of(metadata: dict[str, Any], *, raw: bool) -> Any:
     from ptjax.inference import predict
 
-    lengths = chosen.lengths(metadata)
-    task = predict.task_of(metadata, chosen.task(metadata, needed=not raw))
+    lengths = model_flags.lengths(metadata)
+    task = predict.task_of(metadata, model_flags.task(metadata, needed=not raw))
     return predict.Manner(task, lengths.get("inputs"), lengths.get("targets"))
 
 

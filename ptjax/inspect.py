@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from ptjax import cli
-from ptjax.cli import chosen, logs, output
+from ptjax.cli import logs, model_flags, output
 from ptjax.errors import InputError, check_at_least
 
 
@@ -32,7 +32,7 @@ def main() -> None:
         help="whose vocabulary to compare a prompt with; default: the gin file's, or the one that "
         "the prompt names",
     )
-    chosen.add_tokenizer_flag(parser)
+    model_flags.add_tokenizer_flag(parser)
     parser.add_argument(
         "--tokens", type=int, default=3, metavar="N", help="nearest tokens per row; default: 3"
     )
@@ -45,9 +45,9 @@ def inspect(arguments: argparse.Namespace) -> None:
     from ptjax.backbones import describe
 
     check_at_least(1, **{"--tokens": arguments.tokens})
-    chosen.bind_tokenizer(arguments)
+    model_flags.bind_tokenizer(arguments)
     cli.load_gin(arguments, defaults={"MODEL_DIR": None, "DATA_DIR": ""})
-    bound = cli.settings(chosen.LOAD_BACKBONE, "path", "tokenizer")
+    bound = cli.settings(model_flags.LOAD_BACKBONE, "path", "tokenizer")
     described = describe.describe(arguments.path, bound.get("tokenizer"))
     prompt = described.get("best_prompt") or (described if described["kind"] == "prompt" else None)
     if prompt is not None:

@@ -421,7 +421,7 @@ def test_inspect_refuses(fails, tmp_path, run_dir):
     export_peft("above/named", np.ones((3, 16), np.float32), num_heads=2, num_layers=1)
     assert fails("inspect", "above").endswith("did you mean above/named?")
     (run_dir / "results.json").write_text("{")
-    assert "results.json: the file is truncated or no JSON object" in fails("inspect", run_dir)
+    assert "results.json: the file is truncated or not a JSON object" in fails("inspect", run_dir)
 
 
 def test_nearest_tokens_are_in_order_and_survive_rows_of_zeros():

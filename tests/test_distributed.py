@@ -41,12 +41,12 @@ pytestmark = pytest.mark.usefixtures("own_process")
         (
             ["--coordinator_address=h:1", "--num_processes=0", "--process_id=0"],
             {},
-            "--num_processes = 0: it has to be at least 1",
+            "--num_processes must be >= 1, got 0",
         ),
         (
             ["--heartbeat_timeout_seconds=0"],
             {"JAX_NUM_PROCESSES": "2"},
-            "--heartbeat_timeout_seconds = 0: it has to be at least 1",
+            "--heartbeat_timeout_seconds must be >= 1, got 0",
         ),
         ([], {"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES=two: it has to be a whole number"),
         ([], {"JAX_NUM_PROCESSES": "2"}, "several processes need --coordinator_address too"),

@@ -52,13 +52,14 @@ class Mutant:
 
     Attributes:
         path: of the file, from the root.
-        line: its number, from 1.
+        line, column: where it begins; lines count from 1.
         old, new: that line before and after.
         source: the whole file, mutated.
     """
 
     path: str
     line: int
+    column: int
     operator: str
     old: str
     new: str
@@ -170,7 +171,7 @@ def annotated(tree: ast.AST) -> Iterator[ast.AST]:
 def mutants_of(file: Path) -> list[Mutant]:
     """All mutants of a file, but for those in annotations."""
     source = file.read_text("utf-8")
-    path, lines = str(file.relative_to(ROOT)), source.splitlines()
+    path = str(file.relative_to(ROOT))
     unused = [
         ((n.lineno, n.col_offset), (n.end_lineno, n.end_col_offset))
         for n in annotated(ast.parse(source))
@@ -186,14 +187,22 @@ def mutants_of(file: Path) -> list[Mutant]:
         changed = mutate_code(source, operator, mutation.occurrence)
         if changed is None or changed == source:
             continue
-        new = changed.splitlines()
-        line = next(
-            (i for i, pair in enumerate(zip(lines, new, strict=False)) if pair[0] != pair[1]),
-            start[0] - 1,
-        )
+        line, column = start
+        old, new = (text.splitlines()[line - 1].strip() for text in (source, changed))
         name = mutation.operator_name.removeprefix("core/")
-        made.append(Mutant(path, line + 1, name, lines[line].strip(), new[line].strip(), changed))
+        made.append(Mutant(path, line, column, name, old, new, changed))
     return made
+
+
+def choose_mutants(room: str, count: int, seed: int) -> list[Mutant]:
+    """One mutant at each of `count` random places: a `+` has eleven mutants and a `<` has six."""
+    places: dict[tuple[str, int, int], list[Mutant]] = {}
+    for file in sorted((ROOT / "ptjax" / room).rglob("*.py")):
+        for mutant in mutants_of(file):
+            places.setdefault((mutant.path, mutant.line, mutant.column), []).append(mutant)
+    chance = random.Random(seed)
+    chosen = chance.sample(sorted(places), min(count, len(places)))
+    return [chance.choice(places[place]) for place in chosen]
 
 
 def attempt(mutant: Mutant, tests: list[str], tree: Path) -> str:
@@ -264,7 +273,7 @@ def run_room(room: str, count: int, seed: int, equivalent: set[tuple[str, str, s
         counts[outcome] += 1
     share = 1 - (counts["survived"] + counts["not run"]) / len(sample)
     shown = ", ".join(f"{n} {name}" for name, n in counts.items())
-    print(f"{room}: {len(sample)} of {len(possible)} mutants: {shown}; {share:.1%}", flush=True)
+    print(f"{room}: {len(sample)} mutants: {shown}; {share:.1%}", flush=True)
     return share
 
 
