@@ -510,7 +510,7 @@ def test_case_4_1_a_run_of_the_other_command_is_named(start):
 def test_case_4_1_a_split_more_or_less_is_named(start):
     one = start("RunSettings.seed")
     both = one | {"data": {"split 'test' of task words": {"the hash": "sha256:a"}}}
-    with pytest.raises(InputError, match="also read split 'test' of task words, which this one la"):
+    with pytest.raises(InputError, match="also read split 'test' of task words, which this one do"):
         check_same(both, one, "/run")
     with pytest.raises(InputError, match="a run without split 'test' of task words, which this"):
         check_same(one, both, "/run")

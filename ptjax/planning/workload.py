@@ -229,15 +229,13 @@ def abstract_step(spec: StepSpec, parallel: ParallelConfig, mesh: Mesh) -> Abstr
     # Trainable variables have the table's shardings; the factored second moments are small.
     state = dataclasses.replace(state, trainable=trainable)
 
-    def forward(state: TrainState, frozen: Tree, batch: Batch) -> jax.Array:
+    def member_loss(state: TrainState, frozen: Tree, batch: Batch) -> jax.Array:
         variables = freezing.combine(state.trainable, frozen)
         return batch_loss(apply_fn, step_config.loss, variables, batch, state.key)
 
-    if spec.members:
-        of_members = jax.vmap(forward, (0, None, 0))
-
-        def forward(state: TrainState, frozen: Tree, batch: Batch, *_: Tree) -> jax.Array:
-            return of_members(state, frozen, batch)
+    def forward(state: TrainState, frozen: Tree, batch: Batch, *_: Tree) -> jax.Array:
+        losses = jax.vmap(member_loss, (0, None, 0)) if spec.members else member_loss
+        return losses(state, frozen, batch)
 
     shape = spec.shape()
     if shape.packed:  # as in a run: rows for every device and microbatch

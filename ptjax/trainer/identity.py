@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ptjax import __version__
 from ptjax.errors import InputError
@@ -186,7 +185,7 @@ def _name(value: object) -> str:
     return name if isinstance(value, type) else f"{module.rsplit('.', 1)[-1]}.{name}"
 
 
-def digest_array(values: npt.ArrayLike) -> str:
+def digest_array(values: object) -> str:
     """ "sha256:..." over dtype, shape and bytes."""
     array = np.asarray(values)
     digest = hashlib.sha256(f"{array.dtype} {array.shape} ".encode())

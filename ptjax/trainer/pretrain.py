@@ -111,7 +111,7 @@ def pretrain(
     member = Member(
         batches,
         Exports(ModelDir(directory).models, "", write, method.read_metadata),
-        rate_at=lambda step: float(optimizer.rate_at(step, 1.0)),
+        rate_at=lambda step: optimizer.rate_number(step, 1.0),
     )
     data = _describe(stream, of_components)
     identity = make_identity(pretrain, given | {"tokenizer": resolved}, data)

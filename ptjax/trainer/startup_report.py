@@ -57,7 +57,7 @@ def report_steps(train_steps: int, backbone: Backbone) -> None:
 
 def report_rate(trainable: Tree, optimizer: Adafactor, rms: float) -> None:
     """Logs the learning rate relative to the embedding's RMS, the scale of a prompt's entries."""
-    rate = float(optimizer.rate_at(0, rms))
+    rate = optimizer.rate_number(0, rms)
     logging.info(
         "learning rate %.4g: %.2g%% of the embedding's RMS (%.3g) a step",
         rate,

@@ -70,6 +70,10 @@ class Adafactor:
         rate = self.learning_rate(step) if callable(self.learning_rate) else self.learning_rate
         return rate * embedding_rms if self.learning_rate_scale == "embedding_rms" else rate
 
+    def rate_number(self, step: int, embedding_rms: float) -> float:
+        """`rate_at` as a Python number, for logs and the inputs of a sweep's step."""
+        return float(np.asarray(self.rate_at(step, embedding_rms)))
+
     def make(
         self, embedding_rms: float = 1.0, rate: jax.Array | None = None
     ) -> optax.GradientTransformation:
