@@ -39,7 +39,7 @@ from ptjax.backbones.save import save_backbone
 from ptjax.data.batch import Batch, make_batch, make_packed_batch
 from ptjax.data.pipeline import Shape
 from ptjax.data.preprocess import TokenizedExamples
-from ptjax.inference.answering import make_label_tokens
+from ptjax.inference.labels import make_label_tokens
 from ptjax.interop.huggingface_format import make_config_json, to_huggingface
 from ptjax.methods.base import InitContext
 from ptjax.methods.initializers import ClassLabels

@@ -30,8 +30,9 @@ if TYPE_CHECKING:
     from ptjax.data.tasks import Task
     from ptjax.data.tokenizer import load_tokenizer
     from ptjax.errors import InputError
-    from ptjax.inference.forward import forward, generate, loss_and_prompt_gradient
-    from ptjax.inference.prompts import make_bank
+    from ptjax.inference.bank import make_bank
+    from ptjax.inference.forward import forward, loss_and_prompt_gradient
+    from ptjax.inference.generate import generate
     from ptjax.interop.prompt_file import FromFile, load_prompt, load_prompts, save_prompt
     from ptjax.methods.base import InitContext, Method
     from ptjax.methods.initializers import (
@@ -86,13 +87,13 @@ _HOMES = {
     "Uniform": "ptjax.methods.initializers",
     "flax_module": "ptjax.models.module_family",
     "forward": "ptjax.inference.forward",
-    "generate": "ptjax.inference.forward",
+    "generate": "ptjax.inference.generate",
     "load_backbone": "ptjax.backbones.load",
     "load_prompt": "ptjax.interop.prompt_file",
     "load_prompts": "ptjax.interop.prompt_file",
     "load_tokenizer": "ptjax.data.tokenizer",
     "loss_and_prompt_gradient": "ptjax.inference.forward",
-    "make_bank": "ptjax.inference.prompts",
+    "make_bank": "ptjax.inference.bank",
     "pretrain": "ptjax.trainer.pretrain",
     "save_backbone": "ptjax.backbones.save",
     "save_prompt": "ptjax.interop.prompt_file",

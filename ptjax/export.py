@@ -16,7 +16,7 @@ from ptjax.errors import InputError
 
 PEFT = ("peft", "huggingface")
 """Two names of one format."""
-FORMATS = ("safetensors", "compiled", "npy", *PEFT)
+FORMATS = ("safetensors", "kv_cache", "npy", *PEFT)
 
 
 def main() -> None:
@@ -24,7 +24,7 @@ def main() -> None:
         "export",
         """
         Writes a prompt for others. safetensors: ptjax's own file, one tensor `prompt` [P, D] with
-        all it knows of itself in the header. compiled: the same file with the keys and values of
+        all it knows of itself in the header. kv_cache: the same file with the keys and values of
         every layer of its backbone, for a prompt that does not see its input (SEES_INPUT = False);
         no command has to compute them again. npy: the numpy file that
         google-research/prompt-tuning reads; it keeps nothing of the task. peft, or huggingface: a
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument(
         "--backbone",
         metavar="PATH",
-        help="that compiled is for, or whose sizes peft's config tells; default: the gin "
+        help="that kv_cache is for, or whose sizes peft's config tells; default: the gin "
         "file's or the prompt's own",
     )
     model_flags.add_tokenizer_flag(parser)
@@ -92,15 +92,16 @@ def export_file(arguments: argparse.Namespace, prompt: Any, place: str) -> None:
     import numpy as np
 
     from ptjax import files
-    from ptjax.inference import prompts
+    from ptjax.inference.prompt_kv import precompute_prompt_kv
+    from ptjax.inference.prompts import check_prompt
     from ptjax.interop.prompt_file import save_prompt
 
     if arguments.to == "safetensors":
         save_prompt(place, prompt.prompt, prompt.metadata)
-    elif arguments.to == "compiled":
+    elif arguments.to == "kv_cache":
         loaded = model_flags.load_backbone(arguments, prompt.metadata)
-        compiled = prompts.compile_prompt(loaded, prompts.check_prompt(loaded, prompt))
-        save_prompt(place, prompt.prompt, compiled.metadata, compiled.states)
+        file = precompute_prompt_kv(loaded, check_prompt(loaded, prompt))
+        save_prompt(place, prompt.prompt, file.metadata, file.states)
     else:
         stream = io.BytesIO()
         np.save(stream, prompt.prompt, allow_pickle=False)

@@ -16,7 +16,7 @@ from ptjax.backbones.save import save_backbone
 from ptjax.data.tasks import Task
 from ptjax.data.vocabularies import missing_tokenizer
 from ptjax.errors import InputError, near
-from ptjax.inference import forward
+from ptjax.inference import generate
 from ptjax.inference.predict import rank
 from ptjax.interop.prompt_file import save_prompt
 from ptjax.models.config import T5Config
@@ -217,7 +217,7 @@ def test_case_4_4_the_released_t5s_are_told_by_their_rows(rows, source):
 def test_case_4_4_one_wording_wherever_a_tokenizer_is_missing(t5_1_1, task):
     """A T5X checkpoint has no vocabulary beside it."""
     with pytest.raises(InputError) as error:
-        forward.generate(t5_1_1, ["a"])
+        generate.generate(t5_1_1, ["a"])
     wording = str(missing_tokenizer(t5_1_1.name, t5_1_1.config.vocab_size))
     assert str(error.value) == wording
     with pytest.raises(InputError) as error:

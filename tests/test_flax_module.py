@@ -27,7 +27,7 @@ from ptjax.backbones.open import open_backbone
 from ptjax.backbones.save import save_backbone
 from ptjax.errors import InputError
 from ptjax.evaluation.evaluator import Evaluator
-from ptjax.inference.answering import Labels, rank
+from ptjax.inference.labels import Labels, rank
 from ptjax.methods.model_tuning import ModelTuning
 from ptjax.models.decoding import decode
 from ptjax.models.module_family import ModuleFamily

@@ -94,7 +94,7 @@ def describe_prompt(file: PromptFile) -> dict[str, Any]:
         "shape": list(file.prompt.shape),
         "bytes": file.prompt.nbytes,
         "sees_input": file.attends_to_input,
-        "compiled": file.states is not None,
+        "kv_cache": file.states is not None,
         "rms": float(np.sqrt(np.mean(np.square(file.prompt)))),
         "row_norms": {
             "least": float(norms.min()),
@@ -185,7 +185,7 @@ def compare(
     if fingerprints_of(opened).contradict(file.metadata):
         logging.warning("%s has not the weights that the prompt was tuned on", opened.name)
     embedding = opened.arrays[opened.family.embedding_path].read_all().astype(np.float32)
-    return nearest_tokens(file.prompt, embedding, opened.tokenizer, count)
+    return nearest_tokens(np.asarray(file.prompt), embedding, opened.tokenizer, count)
 
 
 def _unit(rows: np.ndarray) -> np.ndarray:

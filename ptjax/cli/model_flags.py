@@ -222,7 +222,7 @@ def load_prompt(arguments: argparse.Namespace) -> Any:
 
 def load_bank(arguments: argparse.Namespace) -> Any:
     """The prompts below --prompts, as a bank."""
-    from ptjax.inference.prompts import make_bank
+    from ptjax.inference.bank import make_bank
     from ptjax.interop import prompt_file
 
     prompts = prompt_file.load_prompts(arguments.prompts)
