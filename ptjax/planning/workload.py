@@ -31,7 +31,7 @@ from ptjax.sharding.quantize import sharded_shapes, weight_shapes
 from ptjax.sharding.rules import AXES
 from ptjax.training import freeze as freezing
 from ptjax.training.compile import StepConfig, batch_shapes, lower_step, sweep_shapes
-from ptjax.training.step import Batch, TrainState, batch_loss
+from ptjax.training.step import Batch, TrainState, TrainStep, batch_loss
 from ptjax.trees import Tree
 
 
@@ -191,7 +191,7 @@ class AbstractStep:
         groups: the number of groups of rows with a gradient of their own (`StepConfig.groups`).
     """
 
-    step: Callable[..., object]
+    step: TrainStep
     forward: Callable[..., jax.Array]
     state: TrainState
     frozen: Tree
