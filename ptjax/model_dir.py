@@ -73,7 +73,7 @@ runs/quickstart/prompts/seed_0/best.safetensors
     def exports(self, kind: ExportKind, member: str = "") -> epath.Path:
         """The folder of a member's exports: one per step, named after it, and the best.
 
-        Of the only member of an ordinary run, "", it is the folder of all exports itself.
+        An ordinary run has one member, "", whose folder is that of the exports itself.
         """
         return self.path / _EXPORTS[kind][0] / member
 

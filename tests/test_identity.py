@@ -591,7 +591,7 @@ def test_case_4_1_a_finished_run_stays_as_it_is(finished, backbone, task, caplog
             tune(directory, task, backbone, **SHORT | {"callbacks": [ConfigFile("# the same")]})
             == results
         )
-    assert f"{directory}: the run is finished, at step 2" in caplog.text
+    assert f"{directory}: the run has finished, at step 2" in caplog.text
     assert files(directory) == before
 
 
@@ -649,7 +649,7 @@ def test_case_4_1_a_run_of_the_version_before_is_refused_and_its_prompt_used(
            "sees_input": True, "tokenizer_fingerprint": None}  # fmt: skip
     record(tmp_path / "old", old)
     with pytest.raises(InputError, match=r"old holds a run of another ptjax \(an older version\), "
-                       r"whose checkpoints do not record .* Its prompts can be used"):  # fmt: skip
+                       r"whose checkpoints record .* Its prompts can be used"):  # fmt: skip
         tune(tmp_path / "old", task, backbone, **SHORT)
     best = tmp_path / "old" / "prompts" / "best.safetensors"
     code, _, err = call("export", best, "--to=npy", "--output=best.npy")

@@ -107,7 +107,7 @@ def test_the_methods_of_ptjax_make_what_they_say(backbone) -> None:
 
 def test_what_is_no_method_is_refused() -> None:
     for wrong in ("prompt_tuning", PromptTuning, object(), ptjax.Uniform()):
-        with pytest.raises(InputError, match=r"RunSettings\.method = .*: no method"):
+        with pytest.raises(InputError, match=r"RunSettings\.method = .* is not a method"):
             RunSettings(method=wrong)  # pyright: ignore[reportArgumentType]
 
 

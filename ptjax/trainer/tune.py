@@ -188,7 +188,7 @@ def _score_best(
 def _make_step(
     backbone: Backbone, setups: Sequence[MemberSetup], settings: RunSettings, *, sweep: bool
 ) -> tuple[TrainState, TrainStep]:
-    """The first state and its train step: of all members of a `sweep`, stacked, or of the one."""
+    """The first state and its train step. In a `sweep` the state has all members, stacked."""
     first, mesh = setups[0], backbone.mesh
     init, step = settings.step_config(sweep=sweep).make(
         run_with(settings.method, backbone),
