@@ -68,7 +68,7 @@ def length_weights(lengths: np.ndarray, length: int) -> np.ndarray:
 
 
 def count_examples(batch: Batch, active: np.ndarray | None = None) -> int:
-    """How many examples a batch holds, or those of a bank's `active` members (bool [N])."""
+    """How many examples a batch holds, or those of a sweep's `active` members (bool [N])."""
     members = ... if active is None else active
     if "encoder_segment_ids" in batch:
         return int(batch["encoder_segment_ids"][members].max(axis=-1).sum())

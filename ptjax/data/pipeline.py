@@ -25,7 +25,7 @@ Bucket = tuple[int, int]
 class Shape(NamedTuple):
     """A global batch: its rows, T and L, and whether a row holds several examples.
 
-    That of a bank has `members` such batches, one above the other.
+    A batch of a sweep stacks `members` such batches.
     """
 
     rows: int
@@ -224,11 +224,11 @@ class MixtureBatches:
         return self.components[component[index]].batch(int(own[index]))
 
 
-class BankBatches:
-    """The members' batches of one number, laid above each other: arrays [N, rows, length].
+class SweepBatches:
+    """Batches of a sweep: those of its N members, stacked to arrays [N, rows, length].
 
-    Each has its own examples in its own order. Smaller ones are padded: to the largest of them
-    where the combinations are few, else always to the largest of all.
+    Each member has its own examples in its own order. Smaller batches are padded: to the largest of
+    the stack if there are few combinations of shapes, else to the largest shape of all.
     """
 
     MOST_SHAPES = 8  # each is compiled
