@@ -14,7 +14,7 @@ from ptjax.training.compile import StepConfig
 from ptjax.training.loss import Loss
 from ptjax.training.optimizer import Adafactor
 
-RECIPE = StepConfig(Adafactor(), Loss())
+STEP_CONFIG = StepConfig(Adafactor(), Loss())
 SIZES = {
     "small": T5Config(32128, 512, 6, 8, 8, 64, 1024, dtype="bfloat16"),
     "xl": T5Config(32128, 2048, 32, 24, 24, 64, 5120, dtype="bfloat16"),
@@ -25,7 +25,7 @@ XXL = StepSpec.from_settings(SIZES["xxl"], RunSettings())
 # libtpu 0.0.42.1 crashes when it compiles for tpu7x.
 TOY = StepSpec(
     T5Config(512, 256, 8, 2, 2, 64, 512, dtype="bfloat16"),
-    RECIPE,
+    STEP_CONFIG,
     PromptTuning(length=20),
     batch_size=16,
     inputs=108,
