@@ -319,7 +319,7 @@ def test_case_1_6_rows_that_begin_with_padding_need_lengths(madlad):
         forward.forward(madlad, batch)
     forward.forward(madlad, batch | {"encoder_lengths": [2, 4]})
     for lengths in ([2], [2, 5], [-1, 2]):
-        with pytest.raises(InputError, match="have to be 2 numbers from 0 to 4"):
+        with pytest.raises(InputError, match="must be 2 numbers from 0 to 4"):
             forward.forward(madlad, batch | {"encoder_lengths": lengths})
 
 
