@@ -16,9 +16,10 @@ from letters import LETTERS
 from ptjax import train
 from ptjax.data import metrics
 from ptjax.data.catalogue import squad
+from ptjax.data.examples import Example
 from ptjax.data.preprocess import tokenize_examples
 from ptjax.data.sources import read_records
-from ptjax.data.tasks import Example, Task
+from ptjax.data.tasks import Task
 from ptjax.data.tokenizer import load_tokenizer
 from ptjax.errors import InputError
 from ptjax.evaluation.evaluator import Evaluator, check_cut, report_examples, report_lost

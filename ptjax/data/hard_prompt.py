@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from ptjax.data.examples import Example
 from ptjax.data.sentinels import join_texts
-from ptjax.data.tasks import Example
 from ptjax.errors import check_at_least
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ptjax.data.tasks import Example
+from ptjax.data.examples import Example
 from ptjax.data.tokenizer import Tokenizer
 from ptjax.errors import InputError
 

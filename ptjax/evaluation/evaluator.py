@@ -17,9 +17,10 @@ from jaxtyping import Array
 
 from ptjax.backbones.damage import check_scores
 from ptjax.backbones.load import Backbone
+from ptjax.data.examples import Example, Examples
 from ptjax.data.pipeline import ExampleSource, make_buckets
 from ptjax.data.preprocess import TokenizedExamples, check_labels, tokenize_examples
-from ptjax.data.tasks import Example, Examples, Task
+from ptjax.data.tasks import Task
 from ptjax.data.tokenizer import Tokenizer
 from ptjax.errors import InputError
 from ptjax.evaluation.ensembles import Answers, Repeated, mean_shares, vote_on_labels, vote_on_texts

@@ -354,11 +354,11 @@ def download(
 ) -> tuple[epath.Path, str]:
     """(local directory, commit) of a model on the Hugging Face hub, from its cache if offline.
 
-    Downloads safetensors, or `pytorch_model.bin` if there are none; variants
+    Downloads safetensors, or else `pytorch_model.bin`; variants
     (`model.fp16.safetensors`) are not downloaded. `ours` as for `hub.download`.
 
     Raises:
-        InputError: there is no such model, it is private, or the hub cannot be reached.
+        InputError: the model does not exist or is private, or the hub cannot be reached.
     """
 
     def fetch(weights: str, suffix: str) -> epath.Path:

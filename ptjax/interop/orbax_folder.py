@@ -146,8 +146,8 @@ def load_orbax(checkpoint: epath.Path, family: Family) -> dict[str, LazyArray]:
     """Parameter -> array of the single network of this family in a checkpoint.
 
     Raises:
-        InputError: there is no such network, or several; the checkpoint is one of a ptjax run,
-            incomplete or damaged.
+        InputError: the checkpoint holds none or several such networks, is one of a ptjax run, is
+            incomplete, or is damaged.
     """
     if (checkpoint / "identity").is_dir() and (checkpoint / "progress").is_dir():
         raise InputError(

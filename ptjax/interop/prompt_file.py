@@ -301,5 +301,5 @@ class FromFile:
         return prompt
 
     def identity(self) -> JsonObject:
-        """What the path stands for; see `ptjax.trainer.identity.describe`."""
+        """The prompt itself identifies a run, not its path; see `ptjax.trainer.identity`."""
         return {"path": load_prompt(self.path).prompt}

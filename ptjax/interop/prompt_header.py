@@ -115,7 +115,7 @@ def check_types(metadata: Metadata, where: str) -> None:
 
 
 def wrong_value(metadata: Metadata) -> str | None:
-    """Describes the first value of the wrong type; None if there is none."""
+    """Describes the first value of the wrong type, or None."""
     for key, value in metadata.items():
         limit = _MAX_LENGTH if key.endswith("_length") else 1 << 64
         bad = (

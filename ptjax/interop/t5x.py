@@ -33,7 +33,7 @@ def find_checkpoint(path: str | os.PathLike[str]) -> epath.Path:
     several, of which the largest completely saved step is chosen.
 
     Raises:
-        InputError: there is no checkpoint.
+        InputError: no checkpoint exists there.
     """
     path = epath.Path(path)
     if path.name == "checkpoint" and path.is_file():
