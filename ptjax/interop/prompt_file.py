@@ -295,7 +295,7 @@ class FromFile:
         prompt = load_prompt(self.path).prompt
         if len(prompt) != length:
             raise InputError(
-                f"{self.path}: {len(prompt)} rows, the run wants {length}; set "
+                f"{self.path}: {len(prompt)} rows, but the run expects {length}; set "
                 + gin_flag("PROMPT_LENGTH", len(prompt))
             )
         return prompt
