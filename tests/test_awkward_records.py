@@ -134,7 +134,7 @@ def test_case_3_9_the_index_column_of_pandas_is_left_out(tmp_path, caplog, suffi
         {"text": "a", "label": "1"},
         {"text": "b", "label": "0"},
     ]
-    assert warnings_of(caplog) == [f"{path}:1: the first column has no name and is left out"]
+    assert warnings_of(caplog) == [f"{path}:1: the first column has no name and is ignored"]
     assert "2 columns instead of 3 (text, label)" in (records.bad.first or "")
 
 

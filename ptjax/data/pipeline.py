@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple, Protocol, SupportsIndex
+from typing import Any, NamedTuple, Protocol, SupportsIndex
 
 import numpy as np
 
@@ -35,7 +35,7 @@ class Shape(NamedTuple):
     members: int | None = None
 
     @classmethod
-    def of(cls, batch: Mapping[str, np.ndarray]) -> Shape:
+    def of(cls, batch: Mapping[str, Any]) -> Shape:
         """The shape of a batch."""
         *_, rows, inputs = batch["encoder_input_tokens"].shape
         targets = batch["decoder_input_tokens"].shape[-1]

@@ -106,8 +106,8 @@ class SentencePieceTokenizer:
         self._unlike_t5 = _unlike_t5(proto)
         if self._unlike_t5 and folder is not None:
             logging.warning(
-                "%s: transformers 5 ignores settings of this model (%s); ptjax uses SentencePiece's "
-                "ids, like seqio and the slow tokenizer of transformers 4",
+                "%s: transformers 5 ignores settings of this model (%s); ptjax uses the "
+                "ids of SentencePiece, like seqio and the slow tokenizer of transformers 4",
                 self.name,
                 ", ".join(self._unlike_t5),
             )
