@@ -35,7 +35,7 @@ PER_ROW = ("encoder_lengths",)
 class SpecialIds:
     """The special ids of a vocabulary; see `models.config.T5Config`.
 
-    There are no defaults: every caller takes the ids from its backbone's config.
+    They have no defaults: every caller takes the ids from its backbone's config.
     """
 
     pad_id: int

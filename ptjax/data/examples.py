@@ -65,7 +65,7 @@ def make_examples(
         bad: counts the records that do not fit, or raises at the first.
 
     Raises:
-        InputError: a record does not fit, or there is no example.
+        InputError: a record does not fit, or no record makes an example.
     """
     examples = []
     for record in records:

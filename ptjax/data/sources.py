@@ -128,7 +128,7 @@ def find_files(pattern: str | os.PathLike[str]) -> list[epath.Path]:
     """The file of this name, or else the files that match it as a glob, sorted by name.
 
     Raises:
-        InputError: there is no such file, it is a folder, or the glob has no match.
+        InputError: the file does not exist or is a folder, or the glob has no match.
     """
     path = resolve_path(pattern)
     if path.is_dir():
@@ -231,7 +231,7 @@ def parse_records(
 
 
 def non_empty(records: Records, source: str) -> Records:
-    """Returns the records; InputError if there is none."""
+    """Returns the records; InputError if it is empty."""
     if records:
         return records
     if records.bad.count:

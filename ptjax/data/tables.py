@@ -90,7 +90,7 @@ def rows(
 
     Args:
         cells: the same with lists of cells.
-        columns: their names, if there is no header line.
+        columns: their names, for a file without a header line.
         name: of the file, for messages.
     """
     nameless = 0

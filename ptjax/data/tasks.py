@@ -168,7 +168,7 @@ class Task:
 
         Raises:
             InputError: an example lacks a field that a metric needs.
-            ValueError: there is no example, or not one prediction per example.
+            ValueError: `examples` is empty, or has another length than `predictions`.
         """
         if len(predictions) != len(examples) or not examples:
             raise ValueError(f"{len(predictions)} predictions for {len(examples)} examples")

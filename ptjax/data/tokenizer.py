@@ -82,7 +82,7 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Tokenizer:
 
 
 def find_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer | None:
-    """The tokenizer in a folder, with its added tokens; None if there are no tokenizer files.
+    """The tokenizer in a folder, with its added tokens; None without tokenizer files.
 
     T5's SentencePiece file is preferred: fast tokenizers made from it differ on rare texts.
 

@@ -145,7 +145,7 @@ def load_prompts(directory: str | os.PathLike[str]) -> dict[str, PromptFile]:
     folder without a prompt is skipped with a warning.
 
     Raises:
-        InputError: there is no prompt, two have the same name, one is called 'none', or
+        InputError: the directory holds no prompt, two have the same name, one is called 'none', or
             `load_prompt` refuses one; the message names the path.
     """
     check_path("the folder of the prompts", directory)
