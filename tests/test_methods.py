@@ -20,9 +20,9 @@ from ptjax.errors import InputError
 from ptjax.methods.base import InitContext, Method
 from ptjax.methods.model_tuning import ModelTuning
 from ptjax.methods.prompt_tuning import PromptTuning
+from ptjax.models.layers import EncoderLayer
 from ptjax.models.prompted import make_apply_fn
 from ptjax.models.stacking import stack_paths
-from ptjax.models.t5 import EncoderLayer
 from ptjax.settings import RunSettings
 from ptjax.trainer.sweep import MemberOverrides
 from ptjax.training.dependence import unused_leaves

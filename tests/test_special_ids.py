@@ -140,7 +140,7 @@ def test_how_transformers_would_generate_is_said(folder, caplog, file):
     load_backbone(folder)
     [line] = [line for line in caplog.messages if "generates with" in line]
     listed = "num_beams = 4, no_repeat_ngram_size = 3, forced_eos_token_id = 1"
-    assert line.startswith(f"{folder / file}: transformers generates with {listed}; ptjax decodes")
+    assert line.startswith(f"{folder / file}: transformers generates with {listed}; ptjax ignores")
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_case_1_5_untold_ids_are_t5s_and_said(folder, t5_1_1):
 
 def test_case_1_5_a_tokenizer_ends_texts_as_the_model_does(folder):
     make_tokenizer(unk_id=0, pad_id=1, eos_id=2).save(folder)
-    with pytest.raises(InputError, match=r"texts end with id 2, those of the model with 1; .*\(2,"):
+    with pytest.raises(InputError, match=r"ends texts with id 2, the model with 1; .*\(2,"):
         load_backbone(folder)
     for chosen in ((2, 7), [2, 7]):
         assert load_backbone(folder, eos_ids=chosen).config.eos_ids == (2, 7)
