@@ -86,7 +86,7 @@ def test_case_5_10_a_byte_order_mark_is_no_text(infer):
 def test_case_5_10_a_json_array_is_named(refused, text):
     said = refused("--input=-", stdin=text.encode())
     assert said.startswith("standard input:1: ") and "array" in said
-    assert "write one JSON object a line" in said
+    assert "write one JSON object per line" in said
     Path("in.json").write_text(text)
     assert "array" in refused("--input=in.json")
 
