@@ -29,14 +29,14 @@ from ptjax.models.t5 import init_params
 from ptjax.training import freeze as freezing
 from ptjax.training.loss import Loss
 from ptjax.training.optimizer import Adafactor
-from ptjax.training.step import TrainState, init_train_state, make_bank_step, make_train_step
+from ptjax.training.step import TrainState, init_train_state, make_sweep_step, make_train_step
 
 CONFIG = t5_1_1("small")
 FREEZE = {"params": True, "prompt": False}
 
 
 def make_optimizer(rate: Any = None) -> Any:
-    return freezing.lock(Adafactor().make(1.0, rate), FREEZE)
+    return freezing.freeze_updates(Adafactor().make(1.0, rate), FREEZE)
 
 
 def make_batch(shape: Shape) -> dict[str, np.ndarray]:
@@ -64,15 +64,18 @@ def start(flags: argparse.Namespace, attends_to_input: bool, members: int | None
         step: Callable[..., Any] = make_train_step(apply_fn, make_optimizer(), Loss())
     else:
         state = jax.jit(jax.vmap(init))(jax.random.split(key, members))
-        step = make_bank_step(apply_fn, make_optimizer, Loss())
+        step = make_sweep_step(apply_fn, make_optimizer, Loss())
     shape = Shape(flags.batch, flags.inputs, flags.targets, members=members)
     batch = jax.device_put(make_batch(shape))
-    compiled = jax.jit(step, donate_argnums=0).lower(state, flags.frozen, batch).compile()
+    inputs: tuple[Any, ...] = (batch,)
+    if members is not None:  # all of them train, at one learning rate
+        inputs += np.ones(members, bool), np.ones(members, np.float32)
+    compiled = jax.jit(step, donate_argnums=0).lower(state, flags.frozen, *inputs).compile()
     memory = compiled.memory_analysis()
     return {
         "step": compiled,
         "state": state,
-        "batch": batch,
+        "inputs": inputs,
         "seconds": [],
         "bytes": memory.temp_size_in_bytes + memory.output_size_in_bytes,
     }
@@ -81,7 +84,7 @@ def start(flags: argparse.Namespace, attends_to_input: bool, members: int | None
 def turn(side: dict[str, Any], frozen: Any) -> None:
     """One timed step."""
     began = time.perf_counter()
-    side["state"], _ = jax.block_until_ready(side["step"](side["state"], frozen, side["batch"]))
+    side["state"], _ = jax.block_until_ready(side["step"](side["state"], frozen, *side["inputs"]))
     side["seconds"].append(time.perf_counter() - began)
 
 

@@ -14,7 +14,7 @@ from ptjax.models.config import T5Config
 from ptjax.models.prompted import make_apply_fn
 from ptjax.models.t5 import parameter_shapes
 from ptjax.planning.flops import step_flops
-from ptjax.planning.workload import Placed
+from ptjax.planning.workload import AbstractStep
 from ptjax.sharding.arrays import replicate_key, replicated
 from ptjax.training import freeze as freezing
 from ptjax.training.loss import Loss
@@ -54,22 +54,22 @@ def make_step(
     variables = {"params": params, "prompt": {"prompt": jnp.asarray(prompt)}}
     freeze = freezing.make_freeze(variables, PromptTuning().freeze_rules())
     trainable, frozen = freezing.split(variables, freeze)
-    optimizer = freezing.lock(Adafactor().make(), freeze)
+    optimizer = freezing.freeze_updates(Adafactor().make(), freeze)
     step = make_train_step(make_apply_fn(config, attends_to_input), optimizer, Loss())
     state = init_train_state(trainable, optimizer, jax.random.key(0))
     return jax.jit(step, donate_argnums=0), state, frozen
 
 
-def first_state(placed: Placed, trainable: Any) -> TrainState:
+def first_state(abstract: AbstractStep, trainable: Any) -> TrainState:
     """The initial state of `placed.step`, as `init_train_state` makes it: zeros and `trainable`.
 
     Args:
         trainable: arrays on the mesh.
     """
-    shapes = placed.state.step, placed.state.opt_state
+    shapes = abstract.state.step, abstract.state.opt_state
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
-    count, opt_state = jax.device_put(zeros, replicated(placed.mesh))
-    key = replicate_key(jax.random.key(0), placed.mesh)
+    count, opt_state = jax.device_put(zeros, replicated(abstract.mesh))
+    key = replicate_key(jax.random.key(0), abstract.mesh)
     return TrainState(count, trainable, opt_state, key)
 
 
@@ -82,5 +82,5 @@ def count_step_flops(
         "prompt": {"prompt": jax.ShapeDtypeStruct((prompt, config.emb_dim), jnp.float32)},
     }
     freeze = freezing.make_freeze(variables, PromptTuning().freeze_rules())
-    optimizer = freezing.lock(Adafactor().make(), freeze)
+    optimizer = freezing.freeze_updates(Adafactor().make(), freeze)
     return step_flops(make_apply_fn(config, attends_to_input), variables, freeze, batch, optimizer)

@@ -39,14 +39,14 @@ from ptjax.backbones.save import save_backbone
 from ptjax.data.batch import Batch, make_batch, make_packed_batch
 from ptjax.data.pipeline import Shape
 from ptjax.data.preprocess import TokenizedExamples
-from ptjax.inference.answering import make_label_tokens
+from ptjax.inference.labels import make_label_tokens
 from ptjax.interop.huggingface_format import make_config_json, to_huggingface
 from ptjax.methods.base import InitContext
 from ptjax.methods.initializers import ClassLabels
 from ptjax.models.config import T5Config
 from ptjax.models.prompted import make_apply_fn, with_prompt
 from ptjax.models.t5 import parameter_shapes
-from ptjax.planning.workload import Placed, place
+from ptjax.planning.workload import AbstractStep, abstract_step
 from ptjax.sharding.arrays import put_batch, replicated
 from ptjax.sharding.meshes import make_mesh
 from ptjax.training.optimizer import embedding_rms
@@ -246,7 +246,7 @@ def make_params(shapes: Mapping[str, Any], head_dim: int, dtype: str) -> dict[st
     return unflatten_paths(made)
 
 
-Compiled = tuple[Placed, Callable[..., Any], str]
+Compiled = tuple[AbstractStep, Callable[..., Any], str]
 """The placed step, its compiled function, and its remat policy."""
 
 
@@ -262,12 +262,12 @@ def compile_row(row: step_time.Row) -> Compiled:
     mesh = make_mesh((1, 1), [device])
     limit = (device.memory_stats() or {}).get("bytes_limit", float("inf"))
     for remat in step_time.REMATS[step_time.REMATS.index(row["remat"]) :]:
-        placed = place(*step_time.wanted(row | {"remat": remat}, 1), mesh)
-        step = placed.lower().compile(compiler_options=row.get("options"))
+        abstract = abstract_step(*step_time.wanted(row | {"remat": remat}, 1), mesh)
+        step = abstract.lower().compile(compiler_options=row.get("options"))
         memory: Any = step.memory_analysis()
         if memory is None or memory.peak_memory_in_bytes <= FITS * limit:
             break
-    return placed, step, remat
+    return abstract, step, remat
 
 
 def row_of(shape: Shape, settings: Mapping[str, Any], attends_to_input: bool) -> step_time.Row:
@@ -293,9 +293,9 @@ def start(folder: Path, side: str) -> turns.Side:
     for row in rows.values():
         row["remat"] = settings.get("remats", {}).get(step_time.name_of(row), row["remat"])
     compiled = compile_all(rows)
-    workload, layout = step_time.wanted(rows[shapes[0]], 1)
-    config, (placed, *_) = layout.applied(workload.config), compiled[shapes[0]]
-    frozen = {"params": make_params(placed.frozen["params"], config.head_dim, settings["dtype"])}
+    spec, parallel = step_time.wanted(rows[shapes[0]], 1)
+    config, (abstract, *_) = parallel.applied(spec.config), compiled[shapes[0]]
+    frozen = {"params": make_params(abstract.frozen["params"], config.head_dim, settings["dtype"])}
     logits = jax.jit(make_apply_fn(config, attends_to_input))(
         with_prompt(frozen, prompt),
         check["encoder_input_tokens"],
@@ -307,9 +307,9 @@ def start(folder: Path, side: str) -> turns.Side:
     real = check["decoder_loss_weights"] > 0
     np.save(folder / f"{side}_logits.npy", np.asarray(logits, np.float32)[real])
     state = first_state(
-        placed, jax.device_put({"prompt": {"prompt": prompt}}, replicated(placed.mesh))
+        abstract, jax.device_put({"prompt": {"prompt": prompt}}, replicated(abstract.mesh))
     )
-    put = [put_batch(batch, placed.mesh) for batch in batches]
+    put = [put_batch(batch, abstract.mesh) for batch in batches]
 
     def run(numbers: Iterable[int]) -> None:
         nonlocal state

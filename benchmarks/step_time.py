@@ -32,10 +32,10 @@ from prompt_step import SIZES, first_state, t5_1_1
 from ptjax.methods.prompt_tuning import PromptTuning
 from ptjax.planning import compiler
 from ptjax.planning.slices import ENVIRONMENT, GENERATIONS, Slice, parse_slice
-from ptjax.planning.workload import Layout, Placed, Workload, place
+from ptjax.planning.workload import AbstractStep, ParallelConfig, StepSpec, abstract_step
 from ptjax.sharding.arrays import put_batch
 from ptjax.sharding.meshes import make_mesh
-from ptjax.training.compile import Recipe
+from ptjax.training.compile import StepConfig
 from ptjax.training.loss import Loss
 from ptjax.training.optimizer import Adafactor
 
@@ -85,27 +85,27 @@ def random_arrays(shapes: Any, seed: int = 0) -> Any:
     return jax.tree.unflatten(tree, made)
 
 
-def wanted(row: Row, devices: int) -> tuple[Workload, Layout]:
+def wanted(row: Row, devices: int) -> tuple[StepSpec, ParallelConfig]:
     config = t5_1_1(row["size"], dtype=row["dtype"], dropout_rate=row.get("dropout", 0.0))
     attends_to_input, pack = row.get("sees_input", True), row.get("pack", False)
     method = PromptTuning(row.get("prompt", 100), attends_to_input=attends_to_input)
-    recipe = Recipe(Adafactor(), Loss())
+    step_config = StepConfig(Adafactor(), Loss())
     kept = {"remat": row["remat"], "quantize": row["quantize"]}
-    layout = Layout(f"{devices}x1", scan_layers=row.get("scan", True), **kept)
+    parallel = ParallelConfig(f"{devices}x1", scan_layers=row.get("scan", True), **kept)
     sizes = {"batch_size": row["batch"], "inputs": row["inputs"], "targets": row.get("targets", 16)}
     packed = {"pack": pack, "row_length": row["inputs"] if pack else None}
-    return Workload(config, recipe, method, **sizes, **packed), layout
+    return StepSpec(config, step_config, method, **sizes, **packed), parallel
 
 
 def measure(row: Row) -> Row:
     """One row, in this process."""
     devices = jax.devices()
-    workload, layout = wanted(row, len(devices))
-    placed = place(workload, layout, make_mesh((len(devices), 1)))
+    spec, parallel = wanted(row, len(devices))
+    abstract = abstract_step(spec, parallel, make_mesh((len(devices), 1)))
     started = time.perf_counter()
-    step = placed.lower().compile(compiler_options=row.get("options"))
+    step = abstract.lower().compile(compiler_options=row.get("options"))
     found: Row = {"compile_seconds": time.perf_counter() - started}
-    run = make_turn(placed, workload, step, row["steps"])
+    run = make_turn(abstract, spec, step, row["steps"])
     run()  # warms up
     found["seconds"] = statistics.median(run() for _ in range(row["turns"])) / row["steps"]
     if row.get("profile"):
@@ -117,20 +117,20 @@ def measure(row: Row) -> Row:
 
 
 def make_turn(
-    placed: Placed, workload: Workload, step: Callable[..., Any], steps: int
+    abstract: AbstractStep, spec: StepSpec, step: Callable[..., Any], steps: int
 ) -> Callable[[], float]:
     """A function that runs `steps` steps on random arrays and returns the seconds they took."""
-    frozen = random_arrays(placed.frozen)
-    state = first_state(placed, random_arrays(placed.state.trainable, seed=1))
+    frozen = random_arrays(abstract.frozen)
+    state = first_state(abstract, random_arrays(abstract.state.trainable, seed=1))
     rng = np.random.default_rng(0)
     arrays = {
         name: np.ones(shape, dtype)
         if "weights" in name
-        else rng.integers(2, workload.config.vocab_size, shape).astype(dtype)
-        for name, (shape, dtype) in placed.shape.arrays().items()
+        else rng.integers(2, spec.config.vocab_size, shape).astype(dtype)
+        for name, (shape, dtype) in abstract.shape.arrays().items()
     }
-    arrays["encoder_lengths"][:] = placed.shape.inputs
-    batch = put_batch(arrays, placed.mesh)
+    arrays["encoder_lengths"][:] = abstract.shape.inputs
+    batch = put_batch(arrays, abstract.mesh)
     jax.block_until_ready((frozen, state, batch))
 
     def turn() -> float:
@@ -181,9 +181,9 @@ def slice_of(kind: str, devices: int) -> Slice | None:
 
 def plan(row: Row, where: Slice) -> dict[str, Any]:
     """The prediction of `ptjax.plan` for the row; the devices need not be present."""
-    workload, layout = wanted(row, len(where.devices()))
+    spec, parallel = wanted(row, len(where.devices()))
     timed = row.get("timed", True)
-    return compiler.compile_ahead(workload, layout, where, exact=True, timed=timed)
+    return compiler.compile_ahead(spec, parallel, where, exact=True, timed=timed)
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Soft prompt tuning of frozen T5 models in JAX.
 
-Names are resolved on first use: importing ptjax imports neither JAX nor anything heavy. The same
-names are what gin files say, after `import ptjax`: `ptjax.RunSettings.seed = 3`, `@ptjax.Task()`.
+Names are resolved on first use, so `import ptjax` is fast and does not import JAX. Gin files use
+the same names after `import ptjax`: `ptjax.RunSettings.seed = 3`, `@ptjax.Task()`.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ if TYPE_CHECKING:
     from ptjax.data.tasks import Task
     from ptjax.data.tokenizer import load_tokenizer
     from ptjax.errors import InputError
-    from ptjax.inference.forward import forward, generate, loss_and_prompt_gradient
-    from ptjax.inference.prompts import make_bank
+    from ptjax.inference.bank import make_bank
+    from ptjax.inference.forward import forward, loss_and_prompt_gradient
+    from ptjax.inference.generate import generate
     from ptjax.interop.prompt_file import FromFile, load_prompt, load_prompts, save_prompt
     from ptjax.methods.base import InitContext, Method
     from ptjax.methods.initializers import (
@@ -86,13 +87,13 @@ _HOMES = {
     "Uniform": "ptjax.methods.initializers",
     "flax_module": "ptjax.models.module_family",
     "forward": "ptjax.inference.forward",
-    "generate": "ptjax.inference.forward",
+    "generate": "ptjax.inference.generate",
     "load_backbone": "ptjax.backbones.load",
     "load_prompt": "ptjax.interop.prompt_file",
     "load_prompts": "ptjax.interop.prompt_file",
     "load_tokenizer": "ptjax.data.tokenizer",
     "loss_and_prompt_gradient": "ptjax.inference.forward",
-    "make_bank": "ptjax.inference.prompts",
+    "make_bank": "ptjax.inference.bank",
     "pretrain": "ptjax.trainer.pretrain",
     "save_backbone": "ptjax.backbones.save",
     "save_prompt": "ptjax.interop.prompt_file",
@@ -163,13 +164,12 @@ def __dir__() -> list[str]:
 
 
 class _Package(types.ModuleType):
-    """`ptjax.pretrain` and `ptjax.sweep` stay the functions after their modules are imported.
+    """Keeps `ptjax.pretrain` the function after the module `ptjax.pretrain` is imported.
 
-    Importing a submodule binds it as an attribute of its package; here that would hide a public
-    name.
+    Importing a submodule binds it as an attribute of its package, which would hide the public name.
     """
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         if not (name in _HOMES and isinstance(value, types.ModuleType)):
             super().__setattr__(name, value)
 

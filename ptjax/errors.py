@@ -1,4 +1,4 @@
-"""The exceptions for bad input and for a run that fails, and what most settings share."""
+"""The exceptions for bad input and for failed runs, and checks that many settings share."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable
 
 _LISTED_CHARACTERS = 300
-"""About four lines of a terminal: how much of what there is a message lists."""
+"""Length limit for a list of names in a message, about four lines of a terminal."""
 
 
 class InputError(ValueError):
@@ -19,11 +19,11 @@ class InputError(ValueError):
 
 
 class TrainingError(RuntimeError):
-    """The run cannot go on; what it saved before is good. Exit code 1."""
+    """The run cannot continue; its last checkpoint is intact. Exit code 1."""
 
 
 def missing(what: str, path: object) -> InputError:
-    """The error of a path that leads nowhere, alike for everything that a user names by path."""
+    """The error for a path that does not exist; `what` names the thing that should be there."""
     return InputError(f"no {what} at {path}: the path does not exist; correct it")
 
 
@@ -63,7 +63,7 @@ def check_path(name: str, path: object) -> None:
 
 
 def setting(name: str, *value: object) -> str:
-    """How to set a field of the task, for a message: the gin flag, and the flag of `infer`.
+    """How to set a field of the task, as messages say it: the gin flag, and the flag of `infer`.
 
     >>> setting("quoting", False)
     '--gin.ptjax.Task.quoting=False (infer: --quoting=false)'
@@ -83,13 +83,13 @@ def near(
     listed: bool = True,
     compared: Callable[[str], str] = lambda name: name.lstrip("-"),
 ) -> str:
-    """What follows "unknown NAME": the nearest known name, else all there are.
+    """A hint to append to "unknown NAME": the most similar known name, else all known names.
 
-    Only a name that is alike is suggested: a far-fetched one sends the reader the wrong way.
+    Only a similar name is suggested: a far-fetched one would mislead the reader.
 
     Args:
-        listed: whether to list what there is where nothing is alike.
-        compared: the part of a name that is compared, without what many names share.
+        listed: whether to list the known names if none is similar.
+        compared: reduces a name to the part that is compared, without what many names share.
 
     >>> near("acuracy", ["accuracy", "f1"])
     '; did you mean accuracy?'
@@ -104,7 +104,7 @@ def near(
 
 
 def listing(names: Iterable[str]) -> str:
-    """Names with commas; of very many only the first and their number."""
+    """Names separated by commas; a long list is cut off and ends with the number of names."""
     choices = list(names)
     shown: list[str] = []
     for name in choices:
@@ -115,35 +115,35 @@ def listing(names: Iterable[str]) -> str:
 
 
 def check_at_least(least: float, of: str = "", **settings: float | None) -> None:
-    """InputError for the first setting (of the class `of`) below `least`; None is left out.
+    """InputError for the first setting (of the class `of`) below `least`; None passes.
 
     >>> check_at_least(1, "TrainSchedule", keep=0)
     Traceback (most recent call last):
-    ptjax.errors.InputError: TrainSchedule.keep = 0: it has to be at least 1
+    ptjax.errors.InputError: TrainSchedule.keep must be >= 1, got 0
     """
     for name, value in settings.items():
         if value is not None and not value >= least:
             name = f"{of}.{name}" if of else name
-            raise InputError(f"{name} = {value}: it has to be at least {least}")
+            raise InputError(f"{name} must be >= {least}, got {value}")
 
 
 def check_choice(choices: Iterable[object], of: str = "", **settings: object) -> None:
-    """InputError for the first setting (of the class `of`) that is none of `choices`.
+    """InputError for the first setting (of the class `of`) whose value is not in `choices`.
 
     >>> check_choice(("none", "full"), "T5Config", remat="x")
     Traceback (most recent call last):
-    ptjax.errors.InputError: T5Config.remat = 'x': it takes one of 'none', 'full'
+    ptjax.errors.InputError: T5Config.remat must be one of 'none', 'full', got 'x'
     """
     choices = list(choices)
     for name, value in settings.items():
         if value not in choices:
             name = f"{of}.{name}" if of else name
             listed = ", ".join(map(repr, choices))
-            raise InputError(f"{name} = {value!r}: it takes one of {listed}")
+            raise InputError(f"{name} must be one of {listed}, got {value!r}")
 
 
 def check_share(of: str, **settings: float) -> None:
     """InputError for the first setting of the class `of` that is not in [0, 1)."""
     for name, value in settings.items():
         if not 0 <= value < 1:
-            raise InputError(f"{of}.{name} = {value}: it has to be at least 0 and less than 1")
+            raise InputError(f"{of}.{name} must be >= 0 and < 1, got {value}")

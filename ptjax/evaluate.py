@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ptjax import cli
-from ptjax.cli import chosen, distributed, output
+from ptjax.cli import distributed, model_flags, output
 from ptjax.errors import InputError
+from ptjax.files import JsonObject
 
 if TYPE_CHECKING:
     from ptjax.data.hard_prompt import HardPrompt
+    from ptjax.data.tasks import Example, Examples, Task
+    from ptjax.evaluation.evaluator import Evaluator
+    from ptjax.inference.bank import PromptBank
+    from ptjax.interop.prompt_file import PromptFile
 
 
 def main() -> None:
@@ -20,13 +26,13 @@ def main() -> None:
         Scores a prompt on a split of the gin file's task and prints the metrics as JSON
         (fractions). Every example counts exactly once; logs go to stderr.
 
-        With --prompts=DIR, scores every prompt of one task and what all of them say together, N
-        prompts in one forward pass: "members", their "average", the "best" (chosen on the split
-        that is scored, which flatters it) and the "ensemble": a majority vote (the mean likelihood
-        breaks ties) and, where labels are ranked, the mean of the labels' probabilities.
+        With --prompts=DIR, scores every prompt of one task and their ensemble, N prompts in one
+        forward pass: "members", their "average", the "best" (chosen on the split that is scored,
+        which flatters it) and the "ensemble": a majority vote (the mean likelihood breaks ties)
+        and, where labels are ranked, the mean of the labels' probabilities.
 
         With --hard_prompt=TEXT, scores the backbone alone with the text in front of every input,
-        to compare a tuned prompt with.
+        as a baseline for a tuned prompt.
 
           python -m ptjax.evaluate --model_dir=runs/quickstart
           python -m ptjax.evaluate --gin_file=quickstart.gin --prompts=runs/seeds/prompts
@@ -36,7 +42,7 @@ def main() -> None:
         """,
         gin_help="It names task and backbone; --model_dir brings its own.",
     )
-    chosen.add_flags(
+    model_flags.add_flags(
         parser,
         "score every prompt in DIR (files, PEFT directories, folders with a best.safetensors) and "
         "their ensemble",
@@ -45,7 +51,7 @@ def main() -> None:
     hard.add_argument(
         "--hard_prompt",
         metavar="TEXT",
-        help="put in front of the inputs, or around them where it says {inputs}",
+        help="prefix of every input; or it surrounds the input where it contains {inputs}",
     )
     hard.add_argument(
         "--shots",
@@ -64,56 +70,49 @@ def main() -> None:
     cli.run(lambda: evaluate(arguments), arguments)
 
 
-def evaluate(arguments: Any) -> None:
+def evaluate(arguments: argparse.Namespace) -> None:
     from ptjax.data.batching import FEATURE_LENGTHS
-    from ptjax.data.vocabularies import missing_tokenizer
-    from ptjax.evaluation import evaluator
+    from ptjax.evaluation.evaluator import Evaluator
     from ptjax.inference import prompts
+    from ptjax.inference.bank import PromptBank
+    from ptjax.inference.generate import tokenizer_of
     from ptjax.settings import RunSettings
     from ptjax.sharding import processes
 
     if arguments.output:
-        output.check(arguments.output, force=arguments.force, inputs=chosen.inputs(arguments))
+        output.check(arguments.output, force=arguments.force, inputs=model_flags.inputs(arguments))
     hard_prompt = read_hard_prompt(arguments)
-    chosen.load(arguments, reads_data=True)
+    model_flags.load(arguments, reads_data=True)
     if arguments.prompt is None and arguments.prompts is None:
-        arguments.prompts = chosen.trained_bank(arguments)
+        arguments.prompts = model_flags.trained_bank(arguments)
     many = arguments.prompts is not None
-    prompt = chosen.load_bank(arguments) if many else chosen.load_prompt(arguments)
-    metadata = shared_metadata(prompt) if many else {} if prompt is None else prompt.metadata
-    task = chosen.task(metadata)
+    prompt = model_flags.load_bank(arguments) if many else model_flags.load_prompt(arguments)
+    metadata = metadata_of(prompt)
+    task = model_flags.task(metadata)
     if task is None:
         raise InputError("which task? Name it with a --gin_file or --model_dir (see --help)")
-    settings = RunSettings(**cli.settings(chosen.SETTINGS, "evaluation", "seed"))
-    loaded = chosen.load_backbone(arguments, metadata)
-    if loaded.tokenizer is None:
-        raise missing_tokenizer(loaded.name, loaded.config.vocab_size)
-    if prompt is not None:
-        check = prompts.check_bank if many else prompts.check_prompt
-        prompt = check(loaded, prompt, allow_mismatch=arguments.allow_mismatch)
-    evaluator = evaluator.Evaluator(
-        task,
-        loaded,
-        loaded.tokenizer,
-        {**FEATURE_LENGTHS, **chosen.lengths(metadata)},
-        settings.evaluation,
-        prompts.attends_to_input(prompt),
-    )
+    settings = RunSettings(**cli.settings(model_flags.SETTINGS, "evaluation", "seed"))
+    loaded = model_flags.load_backbone(arguments, metadata)
+    tokenizer = tokenizer_of(loaded)
+    prompt = prompts.open_prompt(loaded, prompt, allow_mismatch=arguments.allow_mismatch)
+    lengths = {**FEATURE_LENGTHS, **model_flags.lengths(metadata)}
+    attends = isinstance(prompt, PromptBank) or prompt is None or prompt.attends_to_input
+    evaluator = Evaluator(task, loaded, tokenizer, lengths, settings.evaluation, attends)
     split = arguments.split or evaluator.reported_split
     examples = evaluator.examples(split)
     if arguments.output:
         check_output(arguments, examples, many=many)
-    if many:
-        scores, said = of_many(evaluator, prompt, split)
+    if isinstance(prompt, PromptBank):
+        scores, predictions = evaluate_bank(evaluator, prompt, split)
     else:
         rewording = rewording_of(hard_prompt, task, settings.seed)
-        scores, said = of_one(evaluator, prompt, split, rewording)
+        scores, predictions = evaluate_prompt(evaluator, prompt, split, rewording)
     if not processes.first():
         return
     if arguments.output:
         rows = [
-            example.fields | added(example, one, arguments.prefix)
-            for example, one in zip(examples, said, strict=True)
+            example.fields | added(example, of_example, arguments.prefix)
+            for example, of_example in zip(examples, predictions, strict=True)
         ]
         lines = [output.as_json(row, ensure_ascii=False) + "\n" for row in rows]
         output.write(arguments.output, "".join(lines))
@@ -127,21 +126,30 @@ def evaluate(arguments: Any) -> None:
     if many:
         source = {"backbone": loaded.name, "prompts": arguments.prompts}
     else:
-        source = {"backbone": loaded.name, "prompt": chosen.prompt_path(arguments)}
+        source = {"backbone": loaded.name, "prompt": model_flags.prompt_path(arguments)}
         source["step"] = metadata.get("step")
         if hard_prompt is not None:
             source |= {"hard_prompt": hard_prompt.text, "shots": hard_prompt.shots}
     output.show(output.as_json(described | scores | source, indent=2))
 
 
-def added(example: Any, answers: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """The fields that an example's row of --output has besides its own."""
-    new = {"inputs": example.inputs, "targets": example.targets} | answers
+def metadata_of(prompt: PromptFile | PromptBank | None) -> JsonObject:
+    """The metadata of a prompt, or what the prompts of a bank have in common."""
+    from ptjax.inference.bank import PromptBank
+
+    if prompt is None:
+        return {}
+    return shared_metadata(prompt) if isinstance(prompt, PromptBank) else prompt.metadata
+
+
+def added(example: Example, predictions: JsonObject, prefix: str) -> JsonObject:
+    """The fields that an example's row of --output has in addition to its own."""
+    new = {"inputs": example.inputs, "targets": example.targets} | predictions
     return {f"{prefix}{name}": value for name, value in new.items()}
 
 
-def check_output(arguments: Any, examples: Any, *, many: bool) -> None:
-    """Before anything is scored: --output is no file of the split, and replaces no field."""
+def check_output(arguments: argparse.Namespace, examples: Examples, *, many: bool) -> None:
+    """Before anything is scored: --output is not a file of the split, and replaces no field."""
     files = dict.fromkeys(example.file for example in examples)
     output.check(arguments.output, force=arguments.force, inputs=files)
     names = ("predictions", "majority_vote", "mean_likelihood") if many else ("prediction",)
@@ -150,13 +158,13 @@ def check_output(arguments: Any, examples: Any, *, many: bool) -> None:
         output.check_fields(example.fields, new, f"{example.file}:{example.line}")
 
 
-def read_hard_prompt(arguments: Any) -> HardPrompt | None:
-    """The hard prompt of the flags, which then name no other prompt."""
+def read_hard_prompt(arguments: argparse.Namespace) -> HardPrompt | None:
+    """The hard prompt of the flags, which must then name no other prompt."""
     from ptjax.data.hard_prompt import HardPrompt
 
     if arguments.hard_prompt is None:
         if arguments.shots:
-            raise InputError("--shots are of a hard prompt: add --hard_prompt=TEXT")
+            raise InputError("--shots belongs to a hard prompt: add --hard_prompt=TEXT")
         return None
     for flag, value in (("--prompt", arguments.prompt), ("--prompts", arguments.prompts)):
         if value is not None:
@@ -166,67 +174,72 @@ def read_hard_prompt(arguments: Any) -> HardPrompt | None:
 
 
 def rewording_of(
-    hard_prompt: HardPrompt | None, task: Any, seed: int
+    hard_prompt: HardPrompt | None, task: Task, seed: int
 ) -> Callable[[str], str] | None:
-    """Inputs -> what the backbone reads; None without a hard prompt."""
+    """A function from an input to the input with the hard prompt; None without one."""
     if hard_prompt is None:
         return None
     return hard_prompt.rewording(task.load("train") if hard_prompt.shots else (), seed)
 
 
-def of_one(
-    evaluator: Any, prompt: Any, split: str, rewording: Callable[[str], str] | None = None
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """(scores, what is said to every example) of a prompt, or of the backbone alone."""
-    from ptjax.inference import prompts
+def evaluate_prompt(
+    evaluator: Evaluator,
+    prompt: PromptFile | None,
+    split: str,
+    rewording: Callable[[str], str] | None = None,
+) -> tuple[JsonObject, list[JsonObject]]:
+    """(scores, the prediction for every example) of a prompt, or of the backbone alone."""
+    from ptjax.inference.model import bind
 
-    _, variables = prompts.prompted(evaluator.backbone, prompt)
+    variables = bind(evaluator.backbone, prompt, evaluator.apply_fn).variables
     predictions = evaluator.predict(variables, split, rewording)
     metrics = evaluator.score(predictions, split)
     scores = {"value": metrics[evaluator.metric], "metrics": metrics}
     return scores, [{"prediction": prediction} for prediction in predictions]
 
 
-def of_many(evaluator: Any, bank: Any, split: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """(scores, what is said to every example) of the prompts of a bank, one by one and together."""
-    answers = evaluator.ask(bank.arrays, split)
-    together = {"majority_vote": answers.majority_vote}
-    if answers.mean_likelihood is not None:
-        together["mean_likelihood"] = answers.mean_likelihood
-    said = [
+def evaluate_bank(
+    evaluator: Evaluator, bank: PromptBank, split: str
+) -> tuple[JsonObject, list[JsonObject]]:
+    """(scores, the predictions for every example) of a bank's prompts and of their ensembles."""
+    predictions = evaluator.predict_bank(bank, split)
+    together = {"majority_vote": predictions.majority_vote}
+    if predictions.mean_likelihood is not None:
+        together["mean_likelihood"] = predictions.mean_likelihood
+    rows = [
         {"predictions": dict(zip(bank.names, members, strict=True))}
         | {way: texts[i] for way, texts in together.items()}
-        for i, members in enumerate(zip(*answers.members, strict=True))
+        for i, members in enumerate(zip(*predictions.members, strict=True))
     ]
-    return evaluator.score_ensemble(answers, split, bank.names), said
+    return evaluator.score_ensemble(predictions, split, bank.names), rows
 
 
-def shared_metadata(bank: Any) -> dict[str, Any]:
-    """What prompts of one task say alike, as far as they say anything.
+def shared_metadata(bank: PromptBank) -> JsonObject:
+    """The metadata that prompts of one task have in common.
 
     Raises:
         InputError: two were tuned for different tasks or lengths; it names both.
     """
-    shared: dict[str, Any] = {}
-    sayers: dict[str, str] = {}
-    for name, metadata in zip(bank.names, bank.metadata, strict=True):
-        said = metadata or {}
-        task = said.get("task")
-        shared.setdefault("backbone_name", said.get("backbone_name"))
+    shared: JsonObject = {}
+    first: dict[str, str] = {}
+    for name, of_prompt in zip(bank.names, bank.metadata, strict=True):
+        metadata = of_prompt or {}
+        task = metadata.get("task")
+        shared.setdefault("backbone_name", metadata.get("backbone_name"))
         for key, value in (
             ("task", task.get("name") if isinstance(task, dict) else None),
-            ("input_length", said.get("input_length")),
-            ("target_length", said.get("target_length")),
+            ("input_length", metadata.get("input_length")),
+            ("target_length", metadata.get("target_length")),
         ):
             if value is None:
                 continue
             if shared.setdefault(key, value) != value:
                 raise InputError(
                     f"prompt {name!r} has the {key.replace('_', ' ')} {value!r}, prompt "
-                    f"{sayers[key]!r} {shared[key]!r}; prompts are scored together on one task, in "
-                    "one way; move one elsewhere"
+                    f"{first[key]!r} {shared[key]!r}; prompts are scored together only on one "
+                    "task with the same lengths; move one to another directory"
                 )
-            sayers.setdefault(key, name)
+            first.setdefault(key, name)
     return shared
 
 

@@ -1,8 +1,9 @@
 """Atomic writes, and JSON from untrusted files.
 
-JSON is bounded in depth and size before anything is built, so that a file that is nested a thousand
-times is a `ValueError` with a reason, never a `RecursionError` or a full memory. Callers put the
-file's name in front; `read_object` does that itself. `untrusted` does the same for other formats.
+Depth and size of JSON are checked before it is parsed: a file that is nested a thousand times
+raises a `ValueError` with a reason, not a `RecursionError` or a `MemoryError`. Callers add the
+file's name to the message; `read_object` adds it already. `untrusted` does the same for other
+formats.
 """
 
 from __future__ import annotations
@@ -25,29 +26,29 @@ from ptjax.errors import InputError
 
 PathLike = str | os.PathLike[str]
 JsonObject = dict[str, Any]
-"""What a JSON object holds: texts, numbers, booleans, None, and lists and objects of them."""
+"""A parsed JSON object: strings, numbers, booleans, None, and lists and objects of them."""
 Metadata = Mapping[str, Any]
-"""The same, read only: what a prompt's header, `config.json` or `results.json` says."""
+"""A read-only JSON object: a prompt's header, `config.json`, `results.json`."""
 
 _LEFTOVER = re.compile(r"\.(.+\.)?[0-9a-f]{32}\.tmp")
-"""Names of temporary files; those of earlier versions begin with the target's name."""
+"""Names of temporary files; in earlier versions they began with the target's name."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 IN_MEMORY = 1 << 24
-"""Bytes of a remote file that wait in memory; what is more waits in a temporary file."""
+"""Bytes of a remote file that are buffered in memory; a larger one goes to a temporary file."""
 MAX_DEPTH = 100
-"""Levels of nesting; real configs, indices and parameter trees have fewer than 20."""
+"""Allowed levels of nesting; real configs, indices and parameter trees have fewer than 20."""
 MAX_JSON_BYTES = 1 << 28
-"""Of one JSON file; the largest tokenizer.json of a T5 has 17 MB."""
+"""Allowed size of a JSON file; the largest tokenizer.json of a T5 has 17 MB."""
 _STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 
 
 @contextlib.contextmanager
-def written_whole(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-    """A stream into `path`; a reader finds the old file or the whole new one, never a part.
+def written_whole(path: PathLike) -> Iterator[IO[bytes]]:
+    """Opens `path` for an atomic write: readers see the old file or the complete new one.
 
-    A local file is written under another name and renamed, and when this returns it outlasts a
-    loss of power: file and folder are synced. Renaming an object on gs:// would be a
-    copy, and leaving a half-written one closes it; so it is sent when everything is there.
+    A local file is written under another name, synced and renamed, so it survives a power failure
+    once this returns. On gs:// a rename would be a copy, and closing a partly written object would
+    publish it, so everything is buffered and then uploaded.
     """
     target = epath.Path(path)
     if "://" in os.fspath(target):
@@ -59,7 +60,7 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         return
     target = target.expanduser()
     _make_folder(target.parent)
-    # Without the target's name: together with a suffix it could exceed the file system's limit.
+    # Not derived from the target's name, which may have the longest length allowed already.
     temporary = target.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
         with temporary.open("wb") as stream:
@@ -72,14 +73,14 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         temporary.unlink(missing_ok=True)
 
 
-def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
-    """Writes a whole file at once; see `written_whole`."""
+def write_bytes(path: PathLike, data: bytes) -> None:
+    """Writes a file atomically; see `written_whole`."""
     with written_whole(path) as stream:
         stream.write(data)
 
 
-def remove_leftovers(folder: str | os.PathLike[str]) -> None:
-    """Removes what a killed process left of `written_whole` in a local folder, not below it."""
+def remove_leftovers(folder: PathLike) -> None:
+    """Removes the temporary files of killed processes from a local folder, not from those below."""
     target = epath.Path(folder)
     if "://" in os.fspath(target) or not target.is_dir():
         return
@@ -89,11 +90,11 @@ def remove_leftovers(folder: str | os.PathLike[str]) -> None:
 
 
 def full_reason(error: BaseException | None) -> str | None:
-    """The system's words, if an error or what caused it says that a disk or quota is full."""
+    """The system's message if an error, or its cause, is a full disk or quota; else None."""
     while error is not None:
         for number in _FULL:
             words = os.strerror(number)
-            # tensorstore's errors, and Orbax's around them, have no number.
+            # Errors of tensorstore, and of Orbax around it, have no errno.
             if (isinstance(error, OSError) and error.errno == number) or words in str(error):
                 return words
         error = error.__cause__ or error.__context__
@@ -101,18 +102,18 @@ def full_reason(error: BaseException | None) -> str | None:
 
 
 def parse_json(
-    text: str | bytes, *, strict: bool = False, constant: Callable[[str], Any] | None = None
+    text: str | bytes, *, strict: bool = False, constant: Callable[[str], object] | None = None
 ) -> Any:
-    """`json.loads` for a text of a stranger.
+    """`json.loads` for untrusted text.
 
     Args:
-        constant: what NaN and Infinity become, by their names; None is Python's floats.
-        strict: what Python reads and JSON forbids is an error too, as for Rust's serde: a name
-            twice in an object, NaN and Infinity, numbers out of range, halves of surrogate pairs.
-            `-0` is a float then, and no size.
+        constant: maps the names NaN, Infinity and -Infinity to values; by default Python's floats.
+        strict: reject what Python accepts and JSON forbids, as Rust's serde does: duplicate names
+            in an object, NaN and Infinity, numbers out of range, lone surrogates. `-0` becomes a
+            float, which is not a valid size.
 
     Raises:
-        ValueError: no JSON, no UTF-8, or nested deeper than `MAX_DEPTH`.
+        ValueError: not JSON, not UTF-8, or nested deeper than `MAX_DEPTH`.
     """
     if isinstance(text, bytes):
         text = text.decode()
@@ -122,7 +123,7 @@ def parse_json(
 
 
 def read_json(path: epath.Path) -> Any:
-    """The JSON of a whole file.
+    """Parses a JSON file.
 
     Raises:
         ValueError: as `parse_json`, or the file has more than `MAX_JSON_BYTES`.
@@ -146,13 +147,13 @@ def read_object(path: epath.Path) -> JsonObject:
             raise ValueError(f"it holds a {type(content).__name__}")
     except ValueError as error:
         raise InputError(
-            f"{path}: the file is truncated or no JSON object ({error}); copy it again"
+            f"{path}: the file is truncated or not a JSON object ({error}); copy it again"
         ) from error
     return content
 
 
 def _make_folder(folder: epath.Path) -> None:
-    """With its parents; those that are new are synced into theirs."""
+    """Creates a folder and its parents, and syncs each new name to the disk."""
     new = []
     while not folder.exists():
         new.append(folder)
@@ -163,7 +164,7 @@ def _make_folder(folder: epath.Path) -> None:
 
 
 def _sync_folder(folder: epath.Path) -> None:
-    """Makes names in a folder last; some file systems, and Windows, know no such thing."""
+    """Writes the names in a folder to the disk; some file systems, and Windows, cannot."""
     with contextlib.suppress(OSError):
         number = os.open(folder, os.O_RDONLY)
         try:
@@ -173,10 +174,10 @@ def _sync_folder(folder: epath.Path) -> None:
 
 
 def _json_depth(text: str) -> int:
-    """How deep the brackets outside of strings go."""
+    """Depth of the nested brackets outside of strings."""
     if text.count("[") + text.count("{") <= MAX_DEPTH:
         return 0
-    import numpy as np  # not at the top: few texts come this far
+    import numpy as np  # imported late: few texts need it
 
     marks = np.frombuffer(_STRING.sub("", text).encode("utf-8", "surrogatepass"), np.uint8)
     opened = (marks == ord("[")) | (marks == ord("{"))
@@ -185,19 +186,19 @@ def _json_depth(text: str) -> int:
     return int(np.cumsum(steps, dtype=np.int64).max(initial=0))
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    unique: dict[str, Any] = {}
+def _unique(pairs: list[tuple[str, object]]) -> JsonObject:
+    unique: JsonObject = {}
     for name, value in pairs:
         if name in unique:
-            raise ValueError(f"the name {name!r} stands there twice")
+            raise ValueError(f"duplicate name {name!r}")
         _encodable(name)
         unique[name] = _encodable(value)
     return unique
 
 
-def _encodable(value: Any) -> Any:
+def _encodable(value: object) -> object:
     if isinstance(value, str):
-        value.encode()  # UnicodeEncodeError, a ValueError, for half of a surrogate pair
+        value.encode()  # raises UnicodeEncodeError, a ValueError, for a lone surrogate
     return value
 
 
@@ -208,10 +209,10 @@ def _finite(text: str) -> float:
 
 
 def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")
 
 
-_STRICT: dict[str, Any] = {
+_STRICT: JsonObject = {
     "object_pairs_hook": _unique,
     "parse_constant": _no_constant,
     "parse_float": _finite,

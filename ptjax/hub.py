@@ -1,4 +1,4 @@
-"""The Hugging Face hub: files of a model, from its cache where there is no network."""
+"""Downloads files of models from the Hugging Face hub; offline, its local cache is used."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     "vocab.txt",
 )
-"""All that a tokenizer's folder may be made of."""
+"""All files that a tokenizer may consist of."""
 
 
 def download(
@@ -30,14 +30,15 @@ def download(
     revision: str | None = None,
     ours: Iterable[str] = (),
 ) -> Path:
-    """A local folder with the files of a model that fit the patterns, from the cache if offline.
+    """A local folder with those files of a model that match `patterns`.
 
     Args:
-        ours: names that ptjax itself gives; one that is alike is suggested.
+        repo_id: namespace/name.
+        ours: names of ptjax's own models; a similar one is suggested in the error.
 
     Raises:
-        InputError: there is no such model or revision, it is private or gated, or the hub cannot
-            be reached.
+        InputError: the model or revision does not exist, is private or gated, or the hub cannot be
+            reached and its cache does not hold the model.
     """
     try:
         folder = huggingface_hub.snapshot_download(
@@ -50,29 +51,29 @@ def download(
 
 
 def _reason(error: Exception, revision: str | None) -> str:
-    """What is wrong and what to do about it."""
+    """Explains what failed and what to do."""
     errors = huggingface_hub.errors
-    # Where the hub fails, the error of its answer stands behind one that speaks of the cache.
+    # The hub's HTTP error is the cause of an error about the cache.
     response = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
     status = getattr(response, "status_code", None)
-    hub = "not a path here, and the Hugging Face hub"
+    hub = "not a local path, and the Hugging Face hub"
     log_in = "log in with `hf auth login` or set HF_TOKEN"
     if isinstance(error, errors.HFValidationError):
-        return "neither a path here nor a model id (namespace/name); correct the path"
-    if isinstance(error, errors.GatedRepoError):  # of the class of missing ones
-        return f"{hub} gives this model only to those it knows; {log_in}"
+        return "neither a local path nor a model id (namespace/name); correct the path"
+    if isinstance(error, errors.GatedRepoError):  # a subclass of RepositoryNotFoundError
+        return f"{hub} gives access to this model on request only; {log_in}"
     if isinstance(error, errors.RevisionNotFoundError):
         return f"{hub} has no revision {revision!r} of this model; correct it"
     if status in (401, 403):
-        return f"{hub} does not show it to everybody: private, or misspelt; {log_in}"
+        return f"{hub} denies access to it: private, or misspelt; {log_in}"
     if isinstance(error, errors.RepositoryNotFoundError):
         return f"{hub} has no such model; correct the path or the id"
     if status is not None:
-        return f"{hub} fails (HTTP {status}); try again later"
+        return f"{hub} failed (HTTP {status}); try again later"
     if isinstance(error, errors.LocalEntryNotFoundError):
         return (
-            f"{hub} cannot be reached, nor does its cache here hold the model; check the network "
+            f"{hub} cannot be reached; its local cache does not hold the model; check the network "
             "(and HF_HUB_OFFLINE), or download it first"
         )
     reason = str(error).strip().split("\n")[0] or type(error).__name__
-    return f"{hub} does not give this model ({reason})"
+    return f"{hub} did not provide it ({reason})"

@@ -7,13 +7,21 @@ import dataclasses
 import os
 import re
 import sys
-from typing import Any
+from typing import TYPE_CHECKING
 
 from absl import logging
 
 from ptjax import cli
-from ptjax.cli import chosen, distributed, output
+from ptjax.cli import distributed, model_flags, output
 from ptjax.errors import InputError, check_at_least
+from ptjax.files import JsonObject, Metadata
+
+if TYPE_CHECKING:
+    from ptjax.data.sources import Records
+    from ptjax.inference.bank import PromptBank
+    from ptjax.inference.predict import Prediction
+    from ptjax.inference.records import InputFormat
+    from ptjax.interop.prompt_file import PromptFile
 
 FORMATS = ("jsonl", "text", "csv", "tsv")
 ON_BAD_RECORD = ("error", "skip")
@@ -79,7 +87,7 @@ def main() -> None:
     )
     output.add_flags(parser, "written whole or not at all; default: standard output")
     output.add_prefix_flag(parser)
-    chosen.add_flags(
+    model_flags.add_flags(
         parser,
         "the prompts in DIR (files, PEFT directories, folders with a best.safetensors), each named "
         "as its file or folder; every record of --input names its own in the field 'prompt'",
@@ -131,25 +139,27 @@ def infer(arguments: argparse.Namespace) -> None:
     check_at_least(1, **{"--batch_size": arguments.batch_size})
     if arguments.output:
         output.check(arguments.output, force=arguments.force, inputs=inputs_of(arguments))
-    chosen.load(arguments)
+    model_flags.load(arguments)
     many = arguments.prompts is not None
-    prompt = chosen.load_bank(arguments) if many else chosen.load_prompt(arguments)
-    # The backbone alone stands last, where -1 finds it.
-    of_many = [metadata or {} for metadata in (*prompt.metadata, None)] if many else []
-    said = of_many or [{} if prompt is None else prompt.metadata]
-    # Before the backbone is loaded: a bad line is found in a second, not after minutes.
-    asked = questions_of(arguments, said, prompt if many else None)
-    tells = next((metadata for metadata in said if metadata.get("backbone_name")), {})
-    loaded = chosen.load_backbone(arguments, tells)
-    if prompt is not None:
-        check = prompts.check_bank if many else prompts.check_prompt
-        prompt = check(loaded, prompt, allow_mismatch=arguments.allow_mismatch)
-    found = predict.predict(
+    bank: PromptBank | None = model_flags.load_bank(arguments) if many else None
+    single: PromptFile | None = None if many else model_flags.load_prompt(arguments)
+    if bank is not None:
+        # The backbone alone comes last, where -1 finds it.
+        of_prompts = [metadata or {} for metadata in (*bank.metadata, None)]
+    else:
+        of_prompts = [{} if single is None else single.metadata]
+    # Before the backbone is loaded: a bad line is reported in a second, not after minutes.
+    requests = read_requests(arguments, of_prompts, bank)
+    named = next((metadata for metadata in of_prompts if metadata.get("backbone_name")), {})
+    loaded = model_flags.load_backbone(arguments, named)
+    prompt = bank if many else single
+    prompt = prompts.open_prompt(loaded, prompt, allow_mismatch=arguments.allow_mismatch)
+    predictions = predict.predict(
         loaded,
-        [one.text for one in asked],
-        [one.manner for one in asked],
+        [request.text for request in requests],
+        [request.input_format for request in requests],
         prompt,
-        [one.prompt_id for one in asked] if many else None,
+        None if bank is None else [request.prompt_id for request in requests],
         decode_all=arguments.decode,
         max_new_tokens=arguments.max_new_tokens,
         batch_size=arguments.batch_size,
@@ -158,20 +168,27 @@ def infer(arguments: argparse.Namespace) -> None:
         top_p=arguments.top_p,
         seed=arguments.seed,
     )
-    if not processes.first():
+    if processes.first():
+        pairs = zip(requests, predictions, strict=True)
+        write(arguments, [row_of(*pair, arguments.prefix) for pair in pairs])
+
+
+def row_of(request: Request, prediction: Prediction, prefix: str) -> JsonObject:
+    """The record's own fields and the prediction's."""
+    new = {"inputs": request.text, "prediction": prediction.text, "score": prediction.score}
+    if prediction.probabilities is not None:
+        new["probabilities"] = prediction.probabilities
+    return request.fields | prefixed(new, prefix)
+
+
+def write(arguments: argparse.Namespace, rows: list[JsonObject]) -> None:
+    """Writes JSON lines to --output, else to standard output."""
+    text = "".join(output.as_json(row, ensure_ascii=False) + "\n" for row in rows)
+    if not arguments.output:
+        output.show(text)
         return
-    lines = []
-    for question, answer in zip(asked, found, strict=True):
-        new = {"inputs": question.text, "prediction": answer.text, "score": answer.score}
-        if answer.probabilities is not None:
-            new["probabilities"] = answer.probabilities
-        row = question.fields | prefixed(new, arguments.prefix)
-        lines.append(output.as_json(row, ensure_ascii=False) + "\n")
-    if arguments.output:
-        output.write(arguments.output, "".join(lines))
-        logging.info("wrote %s predictions to %s", f"{len(lines):,}", arguments.output)
-    else:
-        output.show("".join(lines))
+    output.write(arguments.output, text)
+    logging.info("wrote %s predictions to %s", f"{len(rows):,}", arguments.output)
 
 
 def inputs_of(arguments: argparse.Namespace) -> list[str]:
@@ -179,54 +196,55 @@ def inputs_of(arguments: argparse.Namespace) -> list[str]:
     from ptjax.data import sources
 
     files = [] if arguments.input in (None, "-") else sources.find_files(arguments.input)
-    return [*map(os.fspath, files), *chosen.inputs(arguments)]
+    return [*map(os.fspath, files), *model_flags.inputs(arguments)]
 
 
-def prefixed(fields: dict[str, Any], prefix: str) -> dict[str, Any]:
+def prefixed(fields: JsonObject, prefix: str) -> JsonObject:
     return {f"{prefix}{name}": value for name, value in fields.items()}
 
 
 @dataclasses.dataclass(frozen=True)
-class Question:
-    """An input that can be answered.
+class Request:
+    """An input to predict for.
 
     Attributes:
         text: the model's input.
         fields: the record's own.
-        manner: of its prompt, a `predict.Manner`.
+        input_format: of its prompt.
         prompt_id: in the bank, -1 for none; 0 without a bank.
     """
 
     text: str
-    fields: dict[str, Any]
-    manner: Any
+    fields: JsonObject
+    input_format: InputFormat
     prompt_id: int
 
 
-def questions_of(
-    arguments: argparse.Namespace, said: list[dict[str, Any]], bank: Any
-) -> list[Question]:
-    """What the records ask, in order, those left out that --on_bad_record skips.
+def read_requests(
+    arguments: argparse.Namespace, of_prompts: list[JsonObject], bank: PromptBank | None
+) -> list[Request]:
+    """The inputs in order, without those that --on_bad_record skips.
 
     Args:
-        said: the metadata of every prompt.
+        of_prompts: the metadata of every prompt.
 
     Raises:
         InputError: a record that cannot be used, with its place.
     """
     from ptjax.data import sources
-    from ptjax.inference import predict
+    from ptjax.inference import records as reading
 
     records = records_of(arguments)
-    bad, manners = records.bad, {}
-    kept, asked = [], []
+    bad = records.bad
+    formats: dict[int, InputFormat] = {}
+    kept, requests = [], []
     for record in records:
         try:
-            number = 0 if bank is None else predict.prompt_of(record, bank)
-            if number not in manners:
-                manners[number] = manner_of(said[number], raw=arguments.raw)
-            task = None if arguments.raw else manners[number].task
-            text, fields = predict.format_record(record, task)
+            number = 0 if bank is None else reading.prompt_of(record, bank)
+            if number not in formats:
+                formats[number] = format_of(of_prompts[number], raw=arguments.raw)
+            task = None if arguments.raw else formats[number].task
+            text, fields = reading.format_record(record, task)
             new = {"inputs": text, "prediction": None, "score": None, "probabilities": None}
             output.check_fields(fields, prefixed(new, arguments.prefix), record.where)
         except InputError as error:
@@ -235,50 +253,55 @@ def questions_of(
             bad.report(record.where, str(error).removeprefix(f"{record.where}: "))
             continue
         kept.append(record)
-        asked.append(Question(text, fields, manners[number], number))
-    ids = None if bank is None else [one.prompt_id for one in asked]
-    predict.check_prompt_fields(kept, [one.manner for one in asked], ids)
+        requests.append(Request(text, fields, formats[number], number))
+    ids = None if bank is None else [request.prompt_id for request in requests]
+    reading.check_prompt_fields(kept, [request.input_format for request in requests], ids)
     sources.non_empty(sources.Records(kept, bad), arguments.input or "the command line")
     if bad.count:
         total = len(kept) + bad.count
         logging.warning("left out %d of %d records; the first: %s", bad.count, total, bad.first)
-    return asked
+    return requests
 
 
-def manner_of(metadata: dict[str, Any], *, raw: bool) -> Any:
-    from ptjax.inference import predict
+def format_of(metadata: Metadata, *, raw: bool) -> InputFormat:
+    """The input format of a prompt, completed from the gin files."""
+    from ptjax.inference import records
 
-    lengths = chosen.lengths(metadata)
-    task = predict.task_of(metadata, chosen.task(metadata, needed=not raw))
-    return predict.Manner(task, lengths.get("inputs"), lengths.get("targets"))
+    lengths = model_flags.lengths(metadata)
+    task = records.task_of(metadata, model_flags.task(metadata, needed=not raw))
+    return records.InputFormat(task, lengths.get("inputs"), lengths.get("targets"))
 
 
-def records_of(arguments: argparse.Namespace) -> Any:
-    """The inputs as `sources.Records`; a plain line is one with the field `predict.PLAIN`."""
+def records_of(arguments: argparse.Namespace) -> Records:
+    """The inputs as records; a plain line is one with the field `records.PLAIN`."""
     from ptjax.data import sources
-    from ptjax.inference import predict
+    from ptjax.inference.records import PLAIN
 
     bad = sources.BadRecords(arguments.on_bad_record)
     if arguments.texts:
         plain = [
-            sources.Record({predict.PLAIN: text}, "the command line, text", i)
+            sources.Record({PLAIN: text}, "the command line, text", i)
             for i, text in enumerate(arguments.texts, 1)
         ]
         return sources.Records(plain, bad)
     name, kind = arguments.input, arguments.format
-    read: dict[str, Any] = {
-        "columns": arguments.columns,
-        "quoting": QUOTING.get(arguments.quoting),
-        "encoding": arguments.encoding,
-    }
+    columns, encoding = arguments.columns, arguments.encoding
+    quoting = QUOTING.get(arguments.quoting)
     if name == "-":
         name, data = "standard input", sys.stdin.buffer.read()
-        kind = kind or ("jsonl" if is_json(data, arguments.encoding) else "text")
-        found = sources.parse_records(data, name, kind, bad, **read)
-        records = sources.non_empty(sources.Records(found, bad), name)
+        kind = kind or ("jsonl" if is_json(data, encoding) else "text")
+        parsed = sources.parse_records(
+            data, name, kind, bad, columns=columns, quoting=quoting, encoding=encoding
+        )
+        records = sources.non_empty(sources.Records(parsed, bad), name)
     else:
         records = sources.read_records(
-            name, format=kind, on_bad_record=arguments.on_bad_record, **read
+            name,
+            format=kind,
+            on_bad_record=arguments.on_bad_record,
+            columns=columns,
+            quoting=quoting,
+            encoding=encoding,
         )
         stem = name.removesuffix(".gz").removesuffix(".xz").removesuffix(".bz2")
         kind = kind or ("text" if os.path.splitext(stem)[1] == ".txt" else None)
@@ -291,17 +314,17 @@ def records_of(arguments: argparse.Namespace) -> Any:
         )
     if kind != "text":
         return records
-    plain = [sources.Record({predict.PLAIN: r.fields["text"]}, r.file, r.line) for r in records]
+    plain = [sources.Record({PLAIN: r.fields["text"]}, r.file, r.line) for r in records]
     return sources.Records(plain, records.bad)
 
 
 def is_json(data: bytes, encoding: str) -> bool:
-    """Whether bytes start like JSON lines, or are a JSON array, which is then refused by name."""
+    """Whether bytes start like JSON lines, or are a JSON array, which the reader then refuses."""
     from ptjax import files
 
     try:
         start = data.decode(encoding, "replace").lstrip("\ufeff \t\r\n")
-    except LookupError:  # no such encoding, which the reader says
+    except LookupError:  # no such encoding, which the reader reports
         return False
     if not start.startswith("["):
         return start.startswith("{")

@@ -1,4 +1,4 @@
-"""`python -m ptjax.plan`: does a run fit a slice, what does a step cost, what is best there."""
+"""`python -m ptjax.plan`: whether a run fits a slice, what a step costs, the best settings."""
 
 from __future__ import annotations
 
@@ -6,17 +6,20 @@ import argparse
 import dataclasses
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ptjax import cli
-from ptjax.cli import chosen, output
+from ptjax.cli import model_flags, output
 from ptjax.errors import InputError, check_at_least
+from ptjax.files import Metadata
 
 if TYPE_CHECKING:
+    from ptjax.models.config import T5Config
+    from ptjax.planning.estimate import Report
     from ptjax.planning.slices import Slice
-    from ptjax.planning.workload import Layout, Report, Workload
+    from ptjax.planning.workload import ParallelConfig, StepSpec
 
 NOT_NEEDED = {"MODEL_DIR": "", "DATA_DIR": "", "INITIAL_CHECKPOINT_PATH": ""}
 
@@ -31,18 +34,18 @@ def main() -> None:
         data, no TPU, no GPU.
 
         By default the train step is compiled for the slice by the devices' own compiler (pip
-        install 'ptjax[plan]' for TPUs, 'ptjax[plan-gpu]' for GPUs), in a process of its own,
-        first as the gin file has it and then in the layouts that may be faster, until one fits
+        install 'ptjax[plan]' for TPUs, 'ptjax[plan-gpu]' for GPUs), in a process of its own:
+        first in the gin file's layout, then in the layouts that may be faster, until one fits
         (all with SCAN_LAYERS = True). --quick counts parameters, FLOPs and bytes in seconds,
         without a verdict.
 
-        Times are estimates from published rates: from compute, memory and links all overlapping to
-        no sending hidden.
+        Times are estimates from published rates: the lower one if compute, memory and links all
+        overlap, the upper one if communication overlaps with nothing.
 
           python -m ptjax.plan --gin_file=models/t5_1_1_xxl.gin --gin_file=runs/prompt_tune.gin \\
               --gin.SCAN_LAYERS=True --slice=v5e-8
         """,
-        gin_help="models/t5_1_1_xxl.gin and the like give sizes, runs/prompt_tune.gin the recipe.",
+        gin_help="models/t5_1_1_xxl.gin and the like set sizes, runs/prompt_tune.gin the rest.",
         exit_codes=cli.EXIT_CODES + " (a run that does not fit is an answer: 0)",
     )
     parser.add_argument(
@@ -58,7 +61,7 @@ def main() -> None:
         "--no_search", action="store_true", help="compile the gin file's own layout alone"
     )
     parser.add_argument(
-        "--exact", action="store_true", help="for TPUs, compile with all of the compiler's effort"
+        "--exact", action="store_true", help="for TPUs, compile with the full effort of a real run"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(
@@ -66,7 +69,7 @@ def main() -> None:
         type=int,
         default=900,
         metavar="S",
-        help="of one compilation; default: 900",
+        help="limit for one compilation; default: 900",
     )
     parser.add_argument(
         "--cache_dir",
@@ -74,10 +77,10 @@ def main() -> None:
             os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "ptjax", "plan"
         ),
         metavar="DIR",
-        help="where answers are kept, by settings, ptjax and compiler; '' keeps none; "
+        help="cache of results, keyed by settings, ptjax and compiler; '' disables it; "
         "default: %(default)s",
     )
-    # What the process that compiles is told.
+    # The job of a compiling process, see planning/compiler.py.
     parser.add_argument("--compile", help=argparse.SUPPRESS)
     arguments = cli.parse(parser)
     cli.run(lambda: plan(arguments))
@@ -93,27 +96,27 @@ def plan(arguments: argparse.Namespace) -> None:
     cli.load_gin(arguments, defaults=NOT_NEEDED)
     from ptjax.planning import compiler
 
-    workload, layout = read_workload()
+    spec, parallel = read_spec()
     if arguments.compile is not None:
-        print(json.dumps(compiler.answer(workload, slices[0], arguments.compile)))
+        print(json.dumps(compiler.answer(spec, slices[0], arguments.compile)))
         return
     if not arguments.quick:
-        for where in slices:
-            compiler.check_compiler(where)
-    found = (plan_slice(workload, layout, where, arguments) for where in slices)
+        for slice_ in slices:
+            compiler.check_compiler(slice_)
+    plans = (plan_slice(spec, parallel, slice_, arguments) for slice_ in slices)
     if arguments.json:
-        output.show(output.as_json(list(found), indent=2))
+        output.show(output.as_json(list(plans), indent=2))
     else:
-        _show(workload, found)
+        _show(spec, plans)
 
 
-def read_workload() -> tuple[Workload, Layout]:
-    """What the gin files ask for, and the layout that they choose."""
-    from ptjax.planning.workload import Layout, PlannedBackbone, Workload
+def read_spec() -> tuple[StepSpec, ParallelConfig]:
+    """The step and the parallel configuration that the gin files set."""
+    from ptjax.planning.workload import ParallelConfig, PlannedBackbone, StepSpec
     from ptjax.settings import RunSettings
     from ptjax.trainer.sweep import check_members
 
-    run = cli.settings(chosen.TUNE, "settings", "members")
+    run = cli.settings(model_flags.TUNE, "settings", "members")
     if not run:
         raise InputError(
             "no run to plan: add --gin_file=runs/prompt_tune.gin, or one of your own that binds "
@@ -121,16 +124,16 @@ def read_workload() -> tuple[Workload, Layout]:
         )
     settings, members = run.get("settings") or RunSettings(), run.get("members")
     loaded = cli.settings(
-        chosen.LOAD_BACKBONE, "path", "dtype", "mesh", "fsdp", "quantize",
+        model_flags.LOAD_BACKBONE, "path", "dtype", "mesh", "fsdp", "quantize",
         *_config_fields(),
     )  # fmt: skip
     check_members(members or {}, settings)
-    workload = Workload.of(_config(loaded), settings, len(members) if members else None)
-    config, quantize = workload.config, loaded.get("quantize")
+    spec = StepSpec.from_settings(_config(loaded), settings, len(members) if members else None)
+    config, quantize = spec.config, loaded.get("quantize")
     settings.method.check(PlannedBackbone(config, quantize), settings.batching)
     mesh = loaded.get("mesh") or "auto"
-    kept = (loaded.get("fsdp", False), config.scan_layers, config.remat, quantize)
-    return workload, Layout(mesh, *kept)
+    fsdp = loaded.get("fsdp", False)
+    return spec, ParallelConfig(mesh, fsdp, config.scan_layers, config.remat, quantize)
 
 
 def _config_fields() -> list[str]:
@@ -139,19 +142,26 @@ def _config_fields() -> list[str]:
     return [field.name for field in dataclasses.fields(T5Config)]
 
 
-def _config(loaded: Mapping[str, Any]) -> Any:
-    """Sizes from models/*.gin, or from the headers of the checkpoint; settings from the run."""
+def _config(loaded: Metadata) -> T5Config:
+    """The network: sizes from models/*.gin or from the checkpoint's headers, settings from the run.
+
+    Args:
+        loaded: the arguments of `load_backbone` that the gin files bind.
+
+    Raises:
+        InputError: nothing gives the sizes.
+    """
     from ptjax.backbones.load import check_dtypes
     from ptjax.backbones.open import open_backbone, would_download
     from ptjax.models.config import T5Config
 
-    own = ("path", "dtype", "mesh", "fsdp", "quantize")
-    chosen_fields = {name: value for name, value in loaded.items() if name not in own}
+    others = ("path", "dtype", "mesh", "fsdp", "quantize")
+    overrides = {name: value for name, value in loaded.items() if name not in others}
     dtype = loaded.get("dtype") or "bfloat16"
     check_dtypes(dtype, loaded.get("quantize"))
     sizes = cli.settings(T5Config, *_config_fields())
     if sizes:
-        config = cli.bound(T5Config, given=list(chosen_fields))(**chosen_fields, dtype=dtype)
+        config = cli.bound(T5Config, given=list(overrides))(**overrides, dtype=dtype)
         return dataclasses.replace(config, mlp_activations=tuple(config.mlp_activations))
     if not loaded.get("path"):
         raise InputError(
@@ -163,53 +173,61 @@ def _config(loaded: Mapping[str, Any]) -> Any:
             f"{loaded['path']} is not on this machine, and planning downloads no weights; add its "
             "sizes instead (--gin_file=models/t5_1_1_xxl.gin or the like)"
         )
-    return open_backbone(loaded["path"], dtype=dtype, **chosen_fields).config
+    return open_backbone(loaded["path"], dtype=dtype, **overrides).config
 
 
 def plan_slice(
-    workload: Workload, layout: Layout, where: Slice, arguments: argparse.Namespace
+    spec: StepSpec, parallel: ParallelConfig, slice_: Slice, arguments: argparse.Namespace
 ) -> Report:
-    """What is found for one slice: the gin file's layout, those tried, the best of them."""
+    """The plan for one slice.
+
+    Returns:
+        "own": the report for the gin file's configuration; "tried": those of the configurations
+        that were compiled; "best": the best that fits, or None; "searched": whether others were
+        tried at all.
+    """
     from ptjax.planning.compiler import Compiler
+    from ptjax.planning.estimate import count
     from ptjax.planning.search import search
-    from ptjax.planning.workload import Layout, count, settle
+    from ptjax.planning.workload import ParallelConfig, resolve
 
     searched = not (arguments.quick or arguments.no_search)
-    found: Report = {"slice": where.name, "own": {}, "searched": searched, "tried": []}
-    found["best"] = None
+    plan: Report = {"slice": slice_.name, "own": {}, "searched": searched, "tried": []}
+    plan["best"] = None
     compiler = Compiler(
-        workload,
-        where,
+        spec,
+        slice_,
         cli.config_text(),
         exact=arguments.exact,
         timeout=arguments.timeout_seconds,
         cache=Path(arguments.cache_dir).expanduser() if arguments.cache_dir else None,
     )
     try:
-        layout = settle(workload, layout, where)
+        parallel = resolve(spec, parallel, slice_)
     except InputError as error:
-        found["own"] = {"verdict": "refused", "reason": str(error)}
+        plan["own"] = {"verdict": "refused", "reason": str(error)}
     else:
         quick = arguments.quick
-        found["own"] = count(workload, layout, where) if quick else compiler(layout, timed=True)
+        plan["own"] = count(spec, parallel, slice_) if quick else compiler(parallel, timed=True)
     if not searched:
-        return found
-    tried, best = search(workload, where, layout.quantize, compiler)
+        return plan
+    tried, best = search(spec, slice_, parallel.quantize, compiler)
     if best:
-        again = compiler(Layout.of(best["settings"]), timed=True)
-        best = again if again["verdict"] == "fits" else best
-    return found | {"tried": tried, "best": best}
+        timed = compiler(ParallelConfig.from_settings(best["settings"]), timed=True)
+        best = timed if timed["verdict"] == "fits" else best
+    return plan | {"tried": tried, "best": best}
 
 
-def _show(workload: Workload, found: Iterable[Report]) -> None:
-    """Each slice as soon as it is planned."""
+def _show(spec: StepSpec, slice_plans: Iterable[Report]) -> None:
+    """Prints each plan as soon as it is made."""
     from ptjax.cli import plans
 
-    for i, one in enumerate(found):
+    for i, slice_plan in enumerate(slice_plans):
         if i == 0:
-            counted = [report for report in (one["own"], *one["tried"]) if "flops" in report]
-            plans.show_run(workload, counted[0] if counted else None)
-        plans.show_slice(one)
+            reports = (slice_plan["own"], *slice_plan["tried"])
+            counted = [report for report in reports if "flops" in report]
+            plans.show_run(spec, counted[0] if counted else None)
+        plans.show_slice(slice_plan)
 
 
 if __name__ == "__main__":

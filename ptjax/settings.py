@@ -1,4 +1,4 @@
-"""`RunSettings`: every setting of a run but what it works on. The defaults are the paper's."""
+"""`RunSettings`: every setting of a run except backbone, task and folder. Defaults: the paper's."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ptjax.errors import InputError, check_at_least, check_choice
 from ptjax.methods.base import Method
 from ptjax.methods.model_tuning import ModelTuning
 from ptjax.methods.prompt_tuning import PromptTuning
-from ptjax.training.compile import Recipe
+from ptjax.training.compile import StepConfig
 from ptjax.training.loss import Loss
 from ptjax.training.optimizer import Adafactor
 
@@ -24,11 +24,11 @@ class TrainSchedule:
     """How long a run is, and when it evaluates, logs and saves.
 
     Attributes:
-        train_steps: of this run; the backbone's own pre-training steps do not count.
-        eval_period: steps between evaluations, each of which exports and checkpoints.
-        log_period: steps between lines of `metrics.jsonl`.
-        patience: stop after this many evaluations without a gain; None never stops early.
-        keep: exported prompts that stay beside the best one, the last ones.
+        train_steps: steps of this run, without the backbone's own pre-training steps.
+        eval_period: steps between evaluations; each evaluation also exports and checkpoints.
+        log_period: steps between rows of `metrics.jsonl`.
+        patience: stop after this many evaluations without improvement; None never stops early.
+        keep: number of most recent exports to keep in addition to the best one.
     """
 
     train_steps: int = 30_000
@@ -43,16 +43,16 @@ class TrainSchedule:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """How predictions are made, how many, and what they are compared with.
+    """How predictions are made, on how many examples, and which baselines are scored too.
 
     Attributes:
-        split: what selects the best prompt.
-        examples: cap per split, evenly spread over it; None is all. Said in the output.
+        split: the split on which the best prompt is selected.
+        examples: at most this many per split, evenly spread over it; None is all.
         predict: "rank" compares the likelihoods of a closed set of labels, "decode" generates
-            greedily; "auto" ranks where the set is closed.
-        batch_size: examples at once.
-        hard_prompts: by name, texts that the backbone is given instead of the tuned prompt, scored
-            once, when the run is over.
+            greedily; "auto" ranks if the task has a closed set.
+        batch_size: examples per batch.
+        hard_prompts: baselines by name: texts that replace the tuned prompt. They are scored once,
+            after training.
     """
 
     split: str = "validation"
@@ -72,8 +72,8 @@ class RunSettings:
     """Every setting of a run; `RunSettings()` is the paper's (Lester et al. 2021, appendix A).
 
     Attributes:
-        method: what trains: ptjax's own methods, which messages name, or any other.
-        seed: of the data order, the initial prompt, dropout, and the shots of hard prompts.
+        method: prompt tuning, model tuning, or a `Method` of yours.
+        seed: drives the data order, the initial prompt, dropout, and the shots of hard prompts.
     """
 
     method: PromptTuning | ModelTuning | Method = PromptTuning()
@@ -88,9 +88,9 @@ class RunSettings:
         check_at_least(0, RANDOM_SEED=self.seed)
         if isinstance(self.method, type) or not isinstance(self.method, Method):
             raise InputError(
-                f"RunSettings.method = {self.method!r}: no method; ptjax.Method says what one has"
+                f"RunSettings.method = {self.method!r} is not a method; see ptjax.Method"
             )
 
-    def recipe(self, *, bank: bool) -> Recipe:
-        """What these settings make of the train step, of a `bank` of prompts or of one."""
-        return Recipe(self.optimizer, self.loss, self.batching.microbatches, bank)
+    def step_config(self, *, sweep: bool) -> StepConfig:
+        """The settings of the train step, which trains all members of a `sweep` or one prompt."""
+        return StepConfig(self.optimizer, self.loss, self.batching.microbatches, sweep)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 Tree = Any
-"""A leaf, or a mapping from names to trees. What a leaf is does not matter here."""
+"""A leaf of any type, or a mapping from names to trees."""
 
 Variables = dict[str, Any]
 """Flax's variables: collection -> nested dict of arrays."""
@@ -16,21 +16,22 @@ def flatten_paths(
     tree: Tree,
     *,
     separator: str = "/",
-    is_leaf: Callable[[Mapping[Any, Any]], bool] | None = None,
-) -> dict[str, Any]:
-    """A nested dict as `{"a/b": leaf}`, in its own order. Inverse of `unflatten_paths`.
+    is_leaf: Callable[[Mapping[str, Tree]], bool] | None = None,
+) -> dict[str, Tree]:
+    """A nested dict as `{"a/b": leaf}`, in the same order. Inverse of `unflatten_paths`.
 
     Args:
-        tree: mappings with keys of any kind; a path has their `str`. Empty ones leave nothing.
-        separator: what stands between the names of a path.
-        is_leaf: whether a mapping counts as a leaf, instead of being flattened too.
+        tree: mappings with keys of any type, which a path contains as `str`. Empty mappings are
+            dropped.
+        separator: joins the names of a path.
+        is_leaf: whether to treat a mapping as a leaf instead of flattening it.
 
     >>> flatten_paths({"params": {"w": 1, "b": {"c": 2}}})
     {'params/w': 1, 'params/b/c': 2}
     >>> flatten_paths({"params": {"w": 1, "b": {"c": 2}}}, is_leaf=lambda node: "c" in node)
     {'params/w': 1, 'params/b': {'c': 2}}
     """
-    paths: dict[str, Any] = {}
+    paths: dict[str, Tree] = {}
 
     def walk(node: Tree, names: tuple[str, ...]) -> None:
         if not isinstance(node, Mapping) or (is_leaf is not None and is_leaf(node)):
@@ -43,13 +44,13 @@ def flatten_paths(
     return paths
 
 
-def unflatten_paths(paths: Mapping[str, Any]) -> dict[str, Any]:
+def unflatten_paths(paths: Mapping[str, Tree]) -> dict[str, Tree]:
     """`{"a/b": leaf}` as a nested dict. Inverse of `flatten_paths`.
 
     >>> unflatten_paths({"params/w": 1, "params/b/c": 2})
     {'params': {'w': 1, 'b': {'c': 2}}}
     """
-    tree: dict[str, Any] = {}
+    tree: dict[str, Tree] = {}
     for path, leaf in paths.items():
         *parents, name = path.split("/")
         node = tree

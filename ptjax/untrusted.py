@@ -1,9 +1,10 @@
-"""Untrusted binary formats: bounded in depth and size before anything is built.
+"""Reads untrusted binary formats: depth and size are checked before anything is built.
 
-msgpack, .npy, zip, and what gzip, xz and bzip2 inflate; `files` does the same for JSON.
-Checkpoints, prompts, tokenizers and data come from strangers. Every reader goes through here, so
-that a file that is nested a thousand times, or claims more than it holds, is a `ValueError` with a
-reason, never a `RecursionError`, a hang or a full memory. Callers put the file's name in front.
+The formats are msgpack, .npy, zip, gzip, xz and bzip2; `files` does the same for JSON. Checkpoints,
+prompts, tokenizers and data may come from strangers, and every reader of them uses this module. A
+file that is nested a thousand times, or that claims more bytes than it holds, raises a `ValueError`
+with a reason, not a `RecursionError` or a `MemoryError`. Callers add the file's name to the
+message.
 """
 
 from __future__ import annotations
@@ -24,25 +25,26 @@ from ptjax.errors import one_line
 from ptjax.files import MAX_DEPTH
 
 MAX_RATIO = 200
+"""Allowed ratio of inflated to compressed bytes, above `MIN_INFLATED`."""
 MIN_INFLATED = 1 << 26
-"""Bytes that any compressed file may hold, however small it is."""
+"""Inflated bytes that any compressed file may have, whatever its size."""
 
 
 def unpack_msgpack(data: bytes) -> Any:
-    """The tree in a msgpack of flax: dicts, lists, numbers, texts, and numpy arrays.
+    """The tree in Flax's msgpack: dicts, lists, numbers, strings and numpy arrays.
 
-    Arrays are views of `data`: what one claims beyond its bytes is an error of flax.
+    Arrays are views of `data`: Flax rejects an array that claims more bytes than there are.
 
     Raises:
-        ValueError: no msgpack, truncated, or nested deeper than `MAX_DEPTH`.
+        ValueError: not msgpack, truncated, or nested deeper than `MAX_DEPTH`.
     """
-    from flax import serialization  # not at the top: the readers of JSON have no use for it
+    from flax import serialization  # imported late: most formats do not need it
 
     try:
         tree = serialization.msgpack_restore(data)
     except RecursionError:
         raise ValueError(f"nested deeper than {MAX_DEPTH} levels") from None
-    except Exception as error:  # msgpack has a dozen of them, and all mean a damaged file
+    except Exception as error:  # any of msgpack's dozen types means a damaged file
         raise ValueError(one_line(error)) from error
     level = [tree]
     for _ in range(MAX_DEPTH + 1):
@@ -56,8 +58,8 @@ def unpack_msgpack(data: bytes) -> Any:
 class Member:
     """An uncompressed member of a zip: `size` bytes from byte `offset` of the file.
 
-    `crc32` is its checksum, None where the writer left it out: `torch.save` can be told to, and
-    writes 0.
+    `crc32` is its checksum; None if the writer omitted it (an option of `torch.save`, which then
+    writes 0).
     """
 
     name: str
@@ -66,19 +68,19 @@ class Member:
     crc32: int | None
 
     def check(self, crc32: int) -> None:
-        """ValueError unless this is the checksum of its bytes, if it has one."""
+        """ValueError if `crc32`, computed from the bytes, is not the recorded checksum."""
         if self.crc32 not in (None, crc32):
-            raise ValueError(f"{self.name} is damaged, its checksum (CRC-32) is another")
+            raise ValueError(f"{self.name} is damaged: its checksum (CRC-32) does not match")
 
 
 def find_member(archive: zipfile.ZipFile, name: str, file_size: int) -> Member:
-    """Where a member lies, by its own header and not by the directory alone.
+    """Locates a member by its local header, since the zip's directory alone may lie.
 
     Args:
-        file_size: of the whole file; a member ends inside of it.
+        file_size: size of the whole file, in which the member must end.
 
     Raises:
-        ValueError: it is missing, compressed (so nothing inflates), or reaches outside of the file.
+        ValueError: the member is missing, compressed, or extends beyond the file.
     """
     try:
         info = archive.getinfo(name)
@@ -89,7 +91,7 @@ def find_member(archive: zipfile.ZipFile, name: str, file_size: int) -> Member:
     stream = archive.fp
     assert stream is not None
     stream.seek(info.header_offset)
-    # After the local header, of which the names vary.
+    # The data follows the local header, whose last two fields have variable lengths.
     signature, name_length, extra_length = struct.unpack("<4s22xHH", stream.read(30))
     if signature != b"PK\x03\x04":
         raise ValueError(f"the entry of {name} is damaged")
@@ -100,10 +102,10 @@ def find_member(archive: zipfile.ZipFile, name: str, file_size: int) -> Member:
 
 
 def read_member(archive: zipfile.ZipFile, name: str, file_size: int, limit: int) -> bytes:
-    """A whole member, checked; see `find_member`.
+    """The bytes of a member, checked against its checksum.
 
     Raises:
-        ValueError: as there, or it has more than `limit` bytes, or its checksum is wrong.
+        ValueError: as `find_member`, or it has more than `limit` bytes, or its checksum is wrong.
     """
     member = find_member(archive, name, file_size)
     if member.size > limit:
@@ -116,12 +118,12 @@ def read_member(archive: zipfile.ZipFile, name: str, file_size: int, limit: int)
 
 
 def inflate(data: bytes, suffix: str) -> bytes:
-    """What a whole .gz, .xz or .bz2 file holds.
+    """The inflated content of a .gz, .xz or .bz2 file.
 
     Raises:
-        ValueError: over 64 MiB that are more than 200 times the file. Text shrinks to a tenth, to a
-            hundredth where lines repeat; a file made to fill the memory goes to a thousandth.
-        OSError, EOFError, zlib.error, lzma.LZMAError: it is damaged, or of another kind.
+        ValueError: it inflates to more than 64 MiB and more than 200 times its size. Text
+            compresses to a tenth, repetitive text to a hundredth, a bomb to a thousandth.
+        OSError, EOFError, zlib.error, lzma.LZMAError: it is damaged, or another format.
     """
     opened = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}[suffix]
     limit = max(MAX_RATIO * len(data), MIN_INFLATED)
@@ -132,17 +134,17 @@ def inflate(data: bytes, suffix: str) -> bytes:
             total += len(piece)
             if total > limit:
                 raise ValueError(
-                    f"{len(data):,} bytes that hold more than {limit:,}; if that is meant, unpack "
-                    "it first"
+                    f"{len(data):,} bytes inflate to more than {limit:,}; if that is intended, "
+                    "unpack the file first"
                 )
     return b"".join(pieces)
 
 
 def read_numpy(data: bytes) -> np.ndarray:
-    """The array of a .npy file; never a pickle.
+    """The array of a .npy file; pickles are rejected.
 
     Raises:
-        ValueError: truncated, no .npy, or its header claims more than the file holds.
+        ValueError: truncated, not a .npy file, or its header claims more bytes than the file has.
     """
     stream = io.BytesIO(data)
     try:
@@ -158,11 +160,11 @@ def read_numpy(data: bytes) -> np.ndarray:
         if claimed > held and not dtype.hasobject:
             raise ValueError(f"the header claims {claimed:,} bytes, the file holds {held:,}")
         return np.load(io.BytesIO(data), allow_pickle=False)
-    except Exception as error:  # numpy has many, and all mean a damaged file
+    except Exception as error:  # any of numpy's types means a damaged file
         raise ValueError(one_line(error)) from error
 
 
-def _children(node: Any) -> list[Any]:
+def _children(node: object) -> list[object]:
     if isinstance(node, dict):
         return list(node.values())
     return list(node) if isinstance(node, list | tuple) else []

@@ -63,7 +63,7 @@ LONGEST_FIRST = (
     "test_commands",
     "test_family",
     "test_kill",
-    "test_answering",
+    "test_predictions",
     "test_on_gpu_speed",
     "test_bank_commands",
     "test_wheel",

@@ -12,7 +12,7 @@ import numpy as np
 from ptjax.backbones.fingerprint import Fingerprints
 from ptjax.data.preprocess import TokenizedExamples
 from ptjax.data.vocabulary import NO_ID
-from ptjax.inference.answering import tokenize_inputs
+from ptjax.inference.batches import tokenize_inputs
 from ptjax.models.prompted import make_apply_fn
 from ptjax.models.t5_family import T5_FAMILY
 from ptjax.sharding.meshes import make_mesh

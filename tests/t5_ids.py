@@ -44,6 +44,9 @@ def with_lengths(apply_fn: Callable[..., Any]) -> Callable[..., Any]:
 def _run(name: str, apply_fn: Any, variables: Any, tokens: Any, **settings: Any) -> Any:
     ids = dataclasses.replace(T5_IDS, eos_ids=(settings.pop("eos_id", 1),))
     settings.setdefault("ids", ids)
+    if "keys" in settings:
+        how = {key: settings.pop(key) for key in decoding.Sampling._fields if key in settings}
+        settings["sampling"] = decoding.Sampling(**how)
     return _jitted[name](apply_fn, variables, tokens, lengths_of(tokens), **settings)
 
 

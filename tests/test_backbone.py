@@ -289,7 +289,7 @@ def test_a_config_json_beside_a_t5x_checkpoint_is_read(legacy, saved, where):
         ({"num_decoder_layers": 1}, "decoder/layers_1/.* does not belong to a T5 of this config"),
         ({"logits_via_embedding": True}, "decoder/logits_dense/kernel does not belong"),
         ({"mlp_activations": ("gelu", "sine")}, "invalid config of a T5.*sine"),
-        ({"dtype": "float16"}, "dtype = 'float16': it takes one of 'float32', 'bfloat16'"),
+        ({"dtype": "float16"}, "dtype must be one of 'float32', 'bfloat16', got 'float16'"),
     ],
 )
 def test_overrides_that_do_not_fit(override, message):
@@ -589,7 +589,7 @@ def test_a_chunk_that_several_devices_share_is_read_once(scan_layers):
     [
         ("1x8", "num_heads = 4 is not a multiple of 8, the model axis of the mesh 1x8; MESH may"),
         ("3x2", "a mesh of 3x2 is 6 devices, and there are 8"),
-        ("8", "MESH = '8': it is 'auto', data x model such as '8x1'"),
+        ("8", "MESH must be 'auto', data x model such as '8x1', .* got '8'"),
     ],
 )
 def test_a_mesh_that_does_not_fit_is_said_before_a_weight_is_read(spied, mesh, message):

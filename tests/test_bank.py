@@ -19,18 +19,17 @@ from t5_ids import T5_IDS
 from ptjax.data.batch import make_batch
 from ptjax.data.pipeline import BankBatches, Shape, TrainBatches, make_buckets
 from ptjax.data.preprocess import TokenizedExamples, TokenRows
-from ptjax.errors import InputError
+from ptjax.errors import InputError, TrainingError
 from ptjax.evaluation.evaluator import Evaluator
 from ptjax.interop.prompt_file import load_prompt
 from ptjax.methods.initializers import Uniform
 from ptjax.methods.model_tuning import ModelTuning
 from ptjax.methods.prompt_tuning import PromptTuning
 from ptjax.settings import Evaluation, TrainSchedule
-from ptjax.trainer.loop import TrainingError
 from ptjax.trainer.sweep import MemberOverrides, sweep
 from ptjax.training.loss import Loss
 from ptjax.training.optimizer import Adafactor
-from ptjax.training.step import init_train_state, make_bank_step, make_train_step
+from ptjax.training.step import init_train_state, make_sweep_step, make_train_step
 
 SIZES = ((12, 6), (20, 4), (8, 3))
 LENGTHS = {"inputs": 64, "targets": 4}
@@ -61,9 +60,10 @@ class Fixed:
         return self.held
 
 
-def bank_batch(batches, active=(True, True, True), rates=(0.1, 0.2, 0.3)):
-    settings = {"active": np.array(active), "learning_rate": np.array(rates, np.float32)}
-    return BankBatches([Fixed(batch) for batch in batches]).batch(0) | settings
+def sweep_inputs(batches, active=(True, True, True), rates=(0.1, 0.2, 0.3)):
+    """Batch, `active` and `learning_rate` of a sweep's step."""
+    batch = BankBatches([Fixed(batch) for batch in batches]).batch(0)
+    return batch, np.array(active), np.array(rates, np.float32)
 
 
 def states(tiny, make_optimizer, count=3):
@@ -85,10 +85,10 @@ def test_twenty_steps_of_sgd_equal_those_of_each_member_alone(tiny, batches) -> 
     apply_fn, frozen = tiny.apply_fn(dropout_rate=0.0), {"params": tiny.params}
     alone, together = states(tiny, optax.sgd)
     rates = (0.001, 0.002, 0.003)
-    bank_step = jax.jit(make_bank_step(apply_fn, optax.sgd, Loss()))
-    batch = bank_batch(batches, rates=rates)
+    sweep_step = jax.jit(make_sweep_step(apply_fn, optax.sgd, Loss()))
+    inputs = sweep_inputs(batches, rates=rates)
     steps = [jax.jit(make_train_step(apply_fn, optax.sgd(rate), Loss())) for rate in rates]
-    first, metrics = bank_step(together, frozen, batch)
+    first, metrics = sweep_step(together, frozen, *inputs)
     for number, (state, step) in enumerate(zip(alone, steps, strict=True)):
         after, want = step(state, frozen, batches[number])
         moved = prompts(after) - prompts(state)
@@ -97,7 +97,7 @@ def test_twenty_steps_of_sgd_equal_those_of_each_member_alone(tiny, batches) -> 
         np.testing.assert_allclose(got, moved, rtol=0, atol=1e-5 * max(np.abs(moved).max(), 0.1))
         np.testing.assert_allclose(metrics["loss"][number], want["loss"], rtol=1e-5)
     for _ in range(20):
-        together, _ = bank_step(together, frozen, batch)
+        together, _ = sweep_step(together, frozen, *inputs)
         alone = [s(a, frozen, b)[0] for s, a, b in zip(steps, alone, batches, strict=True)]
     for number, state in enumerate(alone):
         np.testing.assert_allclose(prompts(together)[number], prompts(state), rtol=0, atol=1e-5)
@@ -138,9 +138,9 @@ def test_a_stopped_member_stays_bit_by_bit(tiny, batches) -> None:
         return Adafactor().make(1.0, rate)
 
     _, state = states(tiny, make_optimizer)
-    step = jax.jit(make_bank_step(tiny.apply_fn(), make_optimizer, Loss()))
-    batch = bank_batch(batches, active=(True, False, True))
-    after, _ = step(state, {"params": tiny.params}, batch)
+    step = jax.jit(make_sweep_step(tiny.apply_fn(), make_optimizer, Loss()))
+    inputs = sweep_inputs(batches, active=(True, False, True))
+    after, _ = step(state, {"params": tiny.params}, *inputs)
     jax.tree.map(
         lambda a, b: np.testing.assert_array_equal(jax.device_get(a[1]), jax.device_get(b[1])),
         (after.trainable, after.opt_state, after.step),
@@ -173,8 +173,7 @@ def test_every_shape_that_comes_is_announced() -> None:
         buckets = make_buckets(source, smallest=16)
         parts.append(TrainBatches(source, buckets=buckets, batch_size=4, seed=seed, ids=T5_IDS))
     bank = BankBatches(parts)
-    settings = {"active": np.ones(3, bool), "learning_rate": np.ones(3, np.float32)}
-    seen = {Shape.of(bank.batch(number) | settings) for number in range(60)}
+    seen = {Shape.of(bank.batch(number)) for number in range(60)}
     assert seen <= set(bank.shapes)
     assert len(seen) > 1
 
@@ -193,7 +192,7 @@ def test_every_shape_that_comes_is_announced() -> None:
     # Too many combinations to compile: all come in the largest.
     many = BankBatches([Uneven(range(5, 12)), Uneven(range(7, 20))])
     assert many.shapes == [Shape(4, 19, 3, members=2)]
-    assert {Shape.of(many.batch(n) | {"active": np.ones(2)}) for n in range(9)} == set(many.shapes)
+    assert {Shape.of(many.batch(n)) for n in range(9)} == set(many.shapes)
 
 
 def test_sweeps_name_every_combination() -> None:
@@ -301,7 +300,7 @@ def test_members_stop_alone_and_the_bank_shrinks(
 
     with caplog.at_level("INFO", logger="absl"):
         results = run("whole")
-    shrunk = [r.getMessage() for r in caplog.records if "goes on with" in r.getMessage()]
+    shrunk = [r.getMessage() for r in caplog.records if "the sweep shrinks" in r.getMessage()]
     assert [line.split(":")[0] for line in shrunk] == [
         "2 of 4 members still train",
         "1 of 2 members still train",
@@ -336,7 +335,7 @@ def test_a_member_whose_loss_is_not_finite_leaves_the_others_alone(
     with caplog.at_level("WARNING", logger="absl"):
         results = tune(tmp_path / "one", task, backbone, members=bank)
     assert results["failed"] == ["wild"]
-    assert "wild: " in caplog.text and "The others go on" in caplog.text
+    assert "wild: " in caplog.text and "The other members continue" in caplog.text
     assert results["members"]["good"]["value"] == results["best"]["value"]
     with pytest.raises(TrainingError, match="wild"):
         tune(

@@ -152,7 +152,9 @@ def test_case_5_4_when_none_is_whole_it_says_so_and_removes_nothing(tmp_path):
     save_two(tmp_path)
     for step in (2, 4):
         (tmp_path / str(step) / "state" / "manifest.ocdbt").write_bytes(b"")
-    with pytest.raises(InputError, match=r"no checkpoint is whole \(step 4: .*; step 2: ") as none:
+    with pytest.raises(
+        InputError, match=r"every checkpoint is damaged \(step 4: .*; step 2: "
+    ) as none:
         reopen(tmp_path, state_of(2))
     assert len(str(none.value).splitlines()) == 1
     assert {"2", "4"} <= {path.name for path in tmp_path.iterdir()}

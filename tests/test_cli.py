@@ -20,9 +20,8 @@ import ptjax
 from ptjax import cli
 from ptjax.cli import gin_files, logs
 from ptjax.cli.gin_mistakes import PUBLIC_NAMES
-from ptjax.errors import InputError
+from ptjax.errors import InputError, TrainingError
 from ptjax.trainer import tune
-from ptjax.trainer.loop import TrainingError
 
 COMMANDS = ("train", "evaluate", "infer", "inspect", "export", "pretrain")
 ON_SEVERAL_PROCESSES = ("train", "evaluate", "infer", "pretrain")
@@ -108,28 +107,28 @@ MISTAKES = {
     "ptjax.Tusk.name = 'x'": "bad.gin:3: ptjax has no Tusk; did you mean Task?",
     "ptjax.Task.name = @ptjax.Tosk()": "bad.gin:3: ptjax has no Tosk; did you mean Task?",
     "ptjex.Task.name = 'x'": "bad.gin:3: ptjex is not imported here; did you mean ptjax?",
-    "import optix": "bad.gin:3: there is no module optix",
+    "import optix": "bad.gin:3: module optix not found",
     # Once there were files that named modules.
     "from ptjax import tuning\ntuning.tune.seed = 3": f"bad.gin:3: {PUBLIC_NAMES}",
     "import ptjax.data.tasks": f"bad.gin:3: {PUBLIC_NAMES}",
     "tuning.tune.seed = 3": f"bad.gin:3: tuning is not imported here; {PUBLIC_NAMES}",
     "include 'tasks/sst.gin'": "bad.gin:3: no gin file tasks/sst.gin (looked in the current folder,"
     f" {gin_files.gin_configs()}); did you mean tasks/sst2.gin?",
-    "ptjax.Task.name = 'x": "bad.gin:3: gin cannot read this; see whether a quote or a bracket is "
-    "missing, and whether every string has quotes",
-    "ptjax.Task.name = x": "bad.gin:3: gin cannot read this; see whether a quote or a bracket is "
-    "missing, and whether every string has quotes",
-    "ptjax.Task.splits = {'train':": "bad.gin: gin cannot read this; see whether a quote or a "
-    "bracket is missing, and whether every string has quotes",
+    "ptjax.Task.name = 'x": "bad.gin:3: gin cannot parse this; check for a missing quote or bracket"
+    ", and that every string has quotes",
+    "ptjax.Task.name = x": "bad.gin:3: gin cannot parse this; check for a missing quote or bracket"
+    ", and that every string has quotes",
+    "ptjax.Task.splits = {'train':": "bad.gin: gin cannot parse this; check for a missing quote "
+    "or bracket, and that every string has quotes",
     "TRAIN_STEPS = 3": "bad.gin:3: the macro TRAIN_STEPS is set but nothing uses it; remove it",
     "include 'bad.gin'": "bad.gin:3: it includes itself; remove one of the includes",
     f"ptjax.Task.splits = {'[' * 2000}{']' * 2000}": "bad.gin:3: a value is nested deeper than 100 "
     "levels",
     "# a comment: ((((\nptjax.Task.splits = {'a': [\n" + "(" * 99 + "')'": "bad.gin:5: a value is "
     "nested deeper than 100 levels",
-    "ptjax.Task = 3": "bad.gin:3: this names a function; a binding sets an argument of it, "
+    "ptjax.Task = 3": "bad.gin:3: this names a function; a binding sets one of its arguments, "
     "module.name.argument",
-    "ptjax.Task.name = %A\nA = %B\nB = %A": "a macro stands for itself (A = %B and B = %A); give "
+    "ptjax.Task.name = %A\nA = %B\nB = %A": "a macro refers to itself (A = %B and B = %A); give "
     "it a value",
     "ptjax.Task.name = %NAME": "bad.gin:3: the macro NAME (Task.name) has no value; set it with "
     "--gin.NAME=VALUE",
@@ -405,21 +404,21 @@ def test_a_value_of_the_wrong_type_is_one_line_with_its_place(fails, line):
 
 
 RANGES = {
-    "EVAL_PERIOD=0": "TrainSchedule.eval_period = 0: it has to be at least 1",
-    "ptjax.TrainSchedule.patience=0": "TrainSchedule.patience = 0: it has to be at least 1",
-    "PROMPT_LENGTH=-1": "PROMPT_LENGTH = -1: it has to be at least 1",
-    "BATCH_SIZE=0": "BATCH_SIZE = 0: it has to be at least 1",
-    "MICROBATCHES=0": "MICROBATCHES = 0: it has to be at least 1",
+    "EVAL_PERIOD=0": "TrainSchedule.eval_period must be >= 1, got 0",
+    "ptjax.TrainSchedule.patience=0": "TrainSchedule.patience must be >= 1, got 0",
+    "PROMPT_LENGTH=-1": "PROMPT_LENGTH must be >= 1, got -1",
+    "BATCH_SIZE=0": "BATCH_SIZE must be >= 1, got 0",
+    "MICROBATCHES=0": "MICROBATCHES must be >= 1, got 0",
     "MICROBATCHES=5": "BATCH_SIZE = 32 is no multiple of 5 MICROBATCHES",
-    "RANDOM_SEED=-1": "RANDOM_SEED = -1: it has to be at least 0",
-    "EVAL_EXAMPLES=0": "EVAL_EXAMPLES = 0: it has to be at least 1",
-    "ptjax.Evaluation.batch_size=0": "Evaluation.batch_size = 0: it has to be at least 1",
-    "instruction/ptjax.HardPrompt.shots=-1": "HardPrompt.shots = -1: it has to be at least 0",
-    "LEARNING_RATE=-0.3": "Adafactor.learning_rate = -0.3: it has to be at least 0",
-    "STEP_OFFSET=-1": "Adafactor.step_offset = -1: it has to be at least 0",
-    "Z_LOSS=-1": "Loss.z_loss = -1: it has to be at least 0",
-    "LABEL_SMOOTHING=1.0": "Loss.label_smoothing = 1.0: it has to be at least 0 and less than 1",
-    "DROPOUT_RATE=2": "T5Config.dropout_rate = 2: it has to be at least 0 and less than 1",
+    "RANDOM_SEED=-1": "RANDOM_SEED must be >= 0, got -1",
+    "EVAL_EXAMPLES=0": "EVAL_EXAMPLES must be >= 1, got 0",
+    "ptjax.Evaluation.batch_size=0": "Evaluation.batch_size must be >= 1, got 0",
+    "instruction/ptjax.HardPrompt.shots=-1": "HardPrompt.shots must be >= 0, got -1",
+    "LEARNING_RATE=-0.3": "Adafactor.learning_rate must be >= 0, got -0.3",
+    "STEP_OFFSET=-1": "Adafactor.step_offset must be >= 0, got -1",
+    "Z_LOSS=-1": "Loss.z_loss must be >= 0, got -1",
+    "LABEL_SMOOTHING=1.0": "Loss.label_smoothing must be >= 0 and < 1, got 1.0",
+    "DROPOUT_RATE=2": "T5Config.dropout_rate must be >= 0 and < 1, got 2",
     "TASK_FEATURE_LENGTHS={'input': 64}": "TASK_FEATURE_LENGTHS has 'input', not 'inputs' or "
     "'targets'",
     # Not after thousands of steps, when the first evaluation comes.

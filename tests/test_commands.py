@@ -22,8 +22,8 @@ from ptjax.data.sources import Record
 from ptjax.data.tasks import Task
 from ptjax.data.tokenizer import load_tokenizer
 from ptjax.errors import InputError
-from ptjax.inference import predict
-from ptjax.inference.forward import generate, generate_with_scores
+from ptjax.inference import predict, records
+from ptjax.inference.generate import generate, generate_with_scores
 from ptjax.inference.prompts import check_prompt
 from ptjax.interop import huggingface
 from ptjax.interop.peft import export_peft
@@ -270,7 +270,7 @@ def test_infer_refuses(fails, place):
     assert fails("infer", "x").startswith("which prompt? ")
     assert fails("infer", "x", "--prompt=gone.npy").startswith("no prompt at gone.npy: ")
     assert fails("infer", "x", "--prompt=none").startswith("which backbone? ")
-    assert "go with --decode" in fails("infer", prompt, "x", "--num_beams=2")
+    assert "need --decode" in fails("infer", prompt, "x", "--num_beams=2")
     assert fails("infer", prompt, "x", "--batch_size=0").startswith("--batch_size = 0: ")
     none = fails("infer", prompt, "x", "--decode", "--max_new_tokens=0")
     assert "the length to generate" in none and "must be 1 or more" in none
@@ -316,19 +316,19 @@ def test_check_prompt_takes_a_hub_id_for_any_commit_of_it(backbone, caplog):
     assert not caplog.records
     for name in ("google/t5@main", "google/mt5"):
         check_prompt(of_hub, PromptFile(prompt, {"backbone_name": name}))
-        assert f"tuned on {name} and does not tell its weights" in caplog.text
+        assert f"tuned on {name} and records no fingerprint" in caplog.text
 
 
 def test_a_users_own_preprocess_comes_from_the_gin_files_task():
     task = Task(name="t", inputs="{a}", targets="{b}", preprocess=_doubled)
     metadata = {"task": json.loads(json.dumps(task.describe()))}
     with pytest.raises(InputError, match="give the task's gin file"):
-        predict.task_of(metadata)
-    same = predict.task_of(metadata, task)
+        records.task_of(metadata)
+    same = records.task_of(metadata, task)
     assert same is not None
     record = Record({"a": "x", "b": ""}, "f", 1)
-    assert predict.format_record(record, same)[0] == "xx"
-    assert predict.task_of({}, task) is task
+    assert records.format_record(record, same)[0] == "xx"
+    assert records.task_of({}, task) is task
 
 
 def _doubled(fields):
@@ -421,7 +421,7 @@ def test_inspect_refuses(fails, tmp_path, run_dir):
     export_peft("above/named", np.ones((3, 16), np.float32), num_heads=2, num_layers=1)
     assert fails("inspect", "above").endswith("did you mean above/named?")
     (run_dir / "results.json").write_text("{")
-    assert "results.json: the file is truncated or no JSON object" in fails("inspect", run_dir)
+    assert "results.json: the file is truncated or not a JSON object" in fails("inspect", run_dir)
 
 
 def test_nearest_tokens_are_in_order_and_survive_rows_of_zeros():
@@ -453,7 +453,7 @@ def test_export_reads_back(call, fails, run_dir, place, kind):
     again = ("export", place / "bare.npy", f"--to={kind}", "--output=out/p")
     if kind == "huggingface":
         again += (f"--backbone={place / 'backbone'}",)
-    assert fails(*again) == "out/p is there already; overwrite it with --force"
+    assert fails(*again) == "out/p already exists; overwrite it with --force"
     code, out, err = call(*again, "--force")
     assert code == 0, err
 
@@ -522,7 +522,7 @@ def test_a_peft_directory_of_others_names_its_backbone_alone(call, fails, place)
     assert code == 0 and _rows(out)[0]["inputs"] == "a text" and "warning" not in err, err
     flags = ("--prompt=peft", "a text", "--max_new_tokens=2", f"--backbone={place / 'other'}")
     code, _, err = call("infer", *flags)
-    said = f"warning: the prompt was tuned on {place / 'backbone'} and does not tell its weights"
+    said = f"warning: the prompt was tuned on {place / 'backbone'} and records no fingerprint"
     assert code == 0 and err.count(said) == 1
     _, out, err = call("inspect", "peft", "--json")
     assert json.loads(out)["compared_with"] == str(place / "backbone"), err
@@ -665,13 +665,13 @@ def test_an_unseeing_prompt_is_compiled_and_used(call, tmp_path) -> None:
         "sees_input": False,
     }
     save_prompt("blind.safetensors", rows, metadata)
-    code, _, err = call("export", "blind.safetensors", "--to=compiled", "--output=c.safetensors")
+    code, _, err = call("export", "blind.safetensors", "--to=kv_cache", "--output=c.safetensors")
     assert code == 0, err
     file = load_prompt("c.safetensors")
     assert metadata.items() <= file.metadata.items()
     np.testing.assert_array_equal(file.prompt, rows)
     assert file.states is not None and len(file.states.encoder[0]) == 4
-    assert "compiled: yes" in call("inspect", "c.safetensors")[1]
+    assert "kv cache: yes" in call("inspect", "c.safetensors")[1]
     ask = ("infer", "--raw", "--max_new_tokens=5", "a lovely film", "nothing at all")
     answers = [call(*ask, f"--prompt={name}") for name in ("blind.safetensors", "c.safetensors")]
     assert answers[0][0] == 0, answers[0][2]
@@ -695,6 +695,6 @@ def test_an_unseeing_prompt_is_compiled_and_used(call, tmp_path) -> None:
         assert (code, len(err.strip().splitlines())) == (2, 1)
         assert "does not see its input" in err
     save_prompt("seeing.safetensors", rows, metadata | {"sees_input": True})
-    code, _, err = call("export", "seeing.safetensors", "--to=compiled", "--output=x.safetensors")
+    code, _, err = call("export", "seeing.safetensors", "--to=kv_cache", "--output=x.safetensors")
     assert code == 2 and "only a prompt that does not see its input" in err
     assert not (tmp_path / "x.safetensors").exists()

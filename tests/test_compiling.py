@@ -10,48 +10,53 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
-from workloads import TOY, V5E, XXL, blind, changed
+from step_specs import TOY, V5E, XXL, blind, changed
 
 from ptjax.planning import compiler
+from ptjax.planning.estimate import bytes_on_device
 from ptjax.planning.hlo import bytes_accessed, collectives
 from ptjax.planning.slices import Slice, parse_slice
-from ptjax.planning.workload import Layout, Workload, _bytes_on_device, place
+from ptjax.planning.workload import ParallelConfig, StepSpec, abstract_step
 from ptjax.sharding import meshes
 from ptjax.sharding.arrays import rows_axes
 from ptjax.sharding.meshes import make_mesh
 
 
 @functools.cache
-def compile_for(name: str, workload: Workload, layout: Layout):
+def compile_for(name: str, spec: StepSpec, parallel: ParallelConfig):
     """(the compiled step, its mesh, what went in)."""
-    where = parse_slice(name)
-    mesh = make_mesh(meshes.parse_mesh(layout.mesh), where.topology_devices())
-    placed = place(workload, layout, mesh)
-    return placed.lower().compile(compiler_options=compiler.compiler_options(where)), mesh, placed
+    slice_ = parse_slice(name)
+    mesh = make_mesh(meshes.parse_mesh(parallel.mesh), slice_.topology_devices())
+    abstract = abstract_step(spec, parallel, mesh)
+    return (
+        abstract.lower().compile(compiler_options=compiler.compiler_options(slice_)),
+        mesh,
+        abstract,
+    )
 
 
 TPU_CASES = {
-    "v5e-8": ("v5e-8", TOY, Layout("4x2")),
-    "v5e-8, unrolled": ("v5e-8", TOY, Layout("4x2", scan_layers=False)),
-    "v5e-8, fsdp": ("v5e-8", TOY, Layout("4x2", fsdp=True, remat="full")),
-    "v5e-8, int8": ("v5e-8", TOY, Layout("8x1", quantize="int8", remat="dots")),
-    "v5e-8, int8, fsdp": ("v5e-8", TOY, Layout("4x2", fsdp=True, quantize="int8")),
+    "v5e-8": ("v5e-8", TOY, ParallelConfig("4x2")),
+    "v5e-8, unrolled": ("v5e-8", TOY, ParallelConfig("4x2", scan_layers=False)),
+    "v5e-8, fsdp": ("v5e-8", TOY, ParallelConfig("4x2", fsdp=True, remat="full")),
+    "v5e-8, int8": ("v5e-8", TOY, ParallelConfig("8x1", quantize="int8", remat="dots")),
+    "v5e-8, int8, fsdp": ("v5e-8", TOY, ParallelConfig("4x2", fsdp=True, quantize="int8")),
     "v5e-8, groups": (
-        "v5e-8", changed(blind(TOY), microbatches=2), Layout("4x2")
+        "v5e-8", changed(blind(TOY), microbatches=2), ParallelConfig("4x2")
     ),
-    "v4-16": ("v4-16", TOY, Layout("4x2")),
-    "v6e-8": ("v6e-8", TOY, Layout("8x1")),
-    "tpu7x-8": ("tpu7x-8", TOY, Layout("4x2")),
-    "two slices": ("2xv5e-4", TOY, Layout("2x2x2")),
+    "v4-16": ("v4-16", TOY, ParallelConfig("4x2")),
+    "v6e-8": ("v6e-8", TOY, ParallelConfig("8x1")),
+    "tpu7x-8": ("tpu7x-8", TOY, ParallelConfig("4x2")),
+    "two slices": ("2xv5e-4", TOY, ParallelConfig("2x2x2")),
 }  # fmt: skip
 CUDA_CASES = {
-    "h100x8": ("h100x8", TOY, Layout("4x2")),
-    "h100x8, fsdp": ("h100x8", TOY, Layout("4x2", fsdp=True, remat="full")),
-    "h100x8, int8": ("h100x8", TOY, Layout("8x1", quantize="int8", remat="dots")),
+    "h100x8": ("h100x8", TOY, ParallelConfig("4x2")),
+    "h100x8, fsdp": ("h100x8", TOY, ParallelConfig("4x2", fsdp=True, remat="full")),
+    "h100x8, int8": ("h100x8", TOY, ParallelConfig("8x1", quantize="int8", remat="dots")),
     "h100x8, groups": (
-        "h100x8", changed(blind(TOY), microbatches=2), Layout("4x2")
+        "h100x8", changed(blind(TOY), microbatches=2), ParallelConfig("4x2")
     ),
-    "two machines": ("h100x16", TOY, Layout("2x4x2")),
+    "two machines": ("h100x16", TOY, ParallelConfig("2x4x2")),
 }  # fmt: skip
 CASES = TPU_CASES | CUDA_CASES
 EVERY = [pytest.param(case, marks=pytest.mark.tpu) for case in TPU_CASES]
@@ -61,23 +66,23 @@ EVERY += [pytest.param(case, marks=pytest.mark.cuda) for case in CUDA_CASES]
 @pytest.mark.parametrize("case", EVERY)
 def test_what_is_sent_in_a_step(case):
     """Over the rows' axes: the prompt's gradient in float32, once, and scalars. Nothing else."""
-    name, workload, layout = CASES[case]
-    step, mesh, _ = compile_for(name, workload, layout)
+    name, spec, parallel = CASES[case]
+    step, mesh, _ = compile_for(name, spec, parallel)
     rows = set(rows_axes(mesh))
     found = [one for one in collectives(step, mesh) if rows & set(one.axes) and one.shape]
-    size = workload.method.length * workload.config.emb_dim
+    size = spec.method.length * spec.config.emb_dim
     sums = [one for one in found if one.kind == "all-reduce"]
     assert [(one.dtype, one.times, one.in_loop) for one in sums] == [("f32", 1, False)]
     if case in CUDA_CASES:  # the loss and the number of its tokens go with it
         assert sums[0].shape == (size + 2,) and sums[0].axes == tuple(rows_axes(mesh))
     elif name != "2xv5e-4":
-        assert sums[0].shape == (workload.method.length, workload.config.emb_dim)
+        assert sums[0].shape == (spec.method.length, spec.config.emb_dim)
     # Between slices a part of it goes over the network, padded to whole tiles.
     assert size <= math.prod(sums[0].shape) <= size + 4096
     others = {one.kind: one for one in found if one not in sums}
     if name != "2xv5e-4":
-        assert set(others) == ({"all-gather"} if layout.fsdp else set())
-    if layout.fsdp:  # every layer gathers its own weights, there and back
+        assert set(others) == ({"all-gather"} if parallel.fsdp else set())
+    if parallel.fsdp:  # every layer gathers its own weights, there and back
         gathered = [one for one in found if one.kind == "all-gather"]
         assert all(one.in_loop and one.times % 2 == 0 for one in gathered)
     elif name == "2xv5e-4":
@@ -90,11 +95,11 @@ def test_what_is_sent_in_a_step(case):
 
 @pytest.mark.parametrize("case", EVERY)
 def test_the_state_is_donated_and_nothing_else_comes_out(case):
-    step, _, placed = compile_for(*CASES[case])
+    step, _, abstract = compile_for(*CASES[case])
     memory = step.memory_analysis()
-    held = _bytes_on_device(dataclasses.replace(placed.state, key=()))  # goes through
+    held = bytes_on_device(dataclasses.replace(abstract.state, key=()))  # goes through
     # Small arrays are padded to tiles of at most 4 KiB; the metrics are three scalars.
-    room = 4096 * len(jax.tree.leaves(placed.state))
+    room = 4096 * len(jax.tree.leaves(abstract.state))
     assert held <= memory.alias_size_in_bytes <= held + room
     assert memory.alias_size_in_bytes <= memory.output_size_in_bytes
     assert memory.output_size_in_bytes <= memory.alias_size_in_bytes + 3 * 4096
@@ -103,36 +108,38 @@ def test_the_state_is_donated_and_nothing_else_comes_out(case):
 @pytest.mark.tpu
 def test_what_does_not_fit_is_refused_with_its_reason():
     wide = dataclasses.replace(TOY.config, emb_dim=8192, mlp_dim=262144, vocab_size=32128)
-    found = compiler.compile_ahead(dataclasses.replace(TOY, config=wide), Layout("8x1"), V5E)
+    found = compiler.compile_ahead(
+        dataclasses.replace(TOY, config=wide), ParallelConfig("8x1"), V5E
+    )
     assert found["verdict"] == "does not fit"
     assert "exceeds available HBM (15.75G)" in found["reason"]
 
 
 # Golden: jax 0.10.2, libtpu 0.0.42.1.
 XXL_PEAKS = {
-    Layout("1x8", remat="full"): 7.22,
-    Layout("8x1", remat="full", quantize="int8"): 11.87,
+    ParallelConfig("1x8", remat="full"): 7.22,
+    ParallelConfig("8x1", remat="full", quantize="int8"): 11.87,
 }
 
 
 @pytest.mark.tpu
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", XXL_PEAKS, ids=str)
-def test_xxl_on_eight_small_chips(layout):
+@pytest.mark.parametrize("parallel", XXL_PEAKS, ids=str)
+def test_xxl_on_eight_small_chips(parallel):
     """Within 5% of the golden peak. That int8 compiles at all is a canary: a product that takes in
     the cast crashed libtpu's compiler under a scan of this size."""
-    found = compiler.compile_ahead(XXL, layout, V5E)
+    found = compiler.compile_ahead(XXL, parallel, V5E)
     assert found["verdict"] == "fits"
-    assert found["peak_bytes"] / 2**30 == pytest.approx(XXL_PEAKS[layout], rel=0.05)
+    assert found["peak_bytes"] / 2**30 == pytest.approx(XXL_PEAKS[parallel], rel=0.05)
     sent = sum(one["bytes"] for one in found["collectives"])
-    assert sent < 2e6 if layout.mesh == "8x1" else sent < 25e9
+    assert sent < 2e6 if parallel.mesh == "8x1" else sent < 25e9
     assert json.dumps(found)
 
 
 @pytest.mark.cuda
 def test_a_gpu_that_is_too_small_is_said():
     """Its compiler refuses nothing."""
-    found = compiler.compile_ahead(XXL, Layout("1x1"), parse_slice("h100x1"))
+    found = compiler.compile_ahead(XXL, ParallelConfig("1x1"), parse_slice("h100x1"))
     assert found["verdict"] == "does not fit"
     assert found["peak_bytes"] > found["usable_bytes"] == 59 * 2**30
     needed = f"{found['peak_bytes'] / 2**30:.2f}"
@@ -153,8 +160,8 @@ def test_what_a_gpu_reads_and_writes():
         return jax.lax.fori_loop(0, 7, lambda _, x: product(x, y), x)
 
     [device] = parse_slice("h100x1").topology_devices()
-    place = jax.sharding.SingleDeviceSharding(device)
-    wide = jax.ShapeDtypeStruct((512, 512), "float32", sharding=place)
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    wide = jax.ShapeDtypeStruct((512, 512), "float32", sharding=sharding)
     options = compiler.compiler_options(parse_slice("h100x1"))
     once, one_kernel, seven = (
         bytes_accessed(jax.jit(f).lower(wide, wide).compile(compiler_options=options))
@@ -170,7 +177,7 @@ def test_what_a_gpu_reads_and_writes():
 @pytest.mark.cuda
 @pytest.mark.slow
 def test_xxl_on_eight_gpus():
-    found = compiler.compile_ahead(XXL, Layout("8x1", remat="dots"), parse_slice("h100x8"))
+    found = compiler.compile_ahead(XXL, ParallelConfig("8x1", remat="dots"), parse_slice("h100x8"))
     assert found["verdict"] == "fits"
     assert found["peak_bytes"] / 2**30 == pytest.approx(27.04, rel=0.05)
     assert sum(one["bytes"] for one in found["collectives"]) < 2e6
@@ -183,7 +190,7 @@ def test_room_has_to_be_left_for_what_else_is_there():
 
 def test_a_mesh_that_the_devices_do_not_make_is_an_answer(monkeypatch):
     monkeypatch.setattr(Slice, "topology_devices", lambda self: self.devices()[:4])
-    found = compiler.compile_ahead(TOY, Layout("4x2"), V5E)
+    found = compiler.compile_ahead(TOY, ParallelConfig("4x2"), V5E)
     assert found["verdict"] == "refused"
     assert found["reason"].startswith("a mesh of 4x2 is 8 devices, and there are 4")
     assert "peak_bytes" not in found

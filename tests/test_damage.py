@@ -57,7 +57,7 @@ def test_case_5_4_the_run_goes_on_from_the_checkpoint_before(
     assert outcome(copy) == whole[1]
     damaged = [line for line in caplog.messages if "the checkpoint of step 12 is damaged" in line]
     assert len(damaged) == 1 and damaged[0].endswith("; going back to step 9")
-    assert f"going on from step 9 of {copy}" in caplog.messages
+    assert f"resuming from step 9 of {copy}" in caplog.messages
     assert f"{rows}: dropped 1 damaged line(s)" in caplog.messages
 
 
@@ -112,14 +112,14 @@ def test_case_5_5_without_both_the_checkpoint_makes_it_or_the_way_out_is_named(
     if steps == 3:
         tune(tmp_path, task, backbone, **settings)
         assert [file.read_bytes() for file in files] == [before, before]
-        said = [line for line in caplog.messages if "made again from the checkpoint" in line]
+        said = [line for line in caplog.messages if "restored from the checkpoint" in line]
         assert len(said) == 1 and said[0].startswith(f"{files[0]}: ")
         return
     with pytest.raises(InputError) as refused:
         tune(tmp_path, task, backbone, **settings)
     problem = str(refused.value)
     assert problem.startswith(f"{files[0]}: ") and len(problem.splitlines()) == 1
-    assert f"remove {tmp_path / 'checkpoints'} to start anew" in problem
+    assert f"remove {tmp_path / 'checkpoints'} to start from step 0" in problem
 
 
 def inode(status: os.stat_result) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from ptjax.backbones.save import save_backbone
 from ptjax.data.tasks import Task
 from ptjax.data.vocabularies import missing_tokenizer
 from ptjax.errors import InputError, near
-from ptjax.inference import forward
+from ptjax.inference import generate
 from ptjax.inference.predict import rank
 from ptjax.interop.prompt_file import save_prompt
 from ptjax.models.config import T5Config
@@ -115,7 +115,7 @@ def test_case_4_3_what_one_task_leaves_to_another_is_said(row, place):
     found, err = row("--gin_file=more.gin", "--gin_file=mood.gin", *flags)
     assert found["inputs"] == "mood: x"
     assert (
-        "mood.gin declares the task mood, but an earlier gin file the task other, whose "
+        "mood.gin declares the task mood, but an earlier gin file declares the task other, whose "
         "Task.group, Task.held_out it keeps; " in err
     )
     # One that leaves nothing, and the same task twice.
@@ -217,7 +217,7 @@ def test_case_4_4_the_released_t5s_are_told_by_their_rows(rows, source):
 def test_case_4_4_one_wording_wherever_a_tokenizer_is_missing(t5_1_1, task):
     """A T5X checkpoint has no vocabulary beside it."""
     with pytest.raises(InputError) as error:
-        forward.generate(t5_1_1, ["a"])
+        generate.generate(t5_1_1, ["a"])
     wording = str(missing_tokenizer(t5_1_1.name, t5_1_1.config.vocab_size))
     assert str(error.value) == wording
     with pytest.raises(InputError) as error:

@@ -286,3 +286,15 @@ def test_bfloat16_activations_decode_too():
         assert tokens.shape == (2, 3)
         assert scores.dtype == jnp.float32
         assert np.all(np.isfinite(scores))
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_a_longer_cache_changes_nothing(model, num_beams):
+    """Five tokens in a cache of eight are as in a cache of five."""
+    inputs, settings = _inputs(6, 24), {"num_beams": num_beams}
+    tokens, scores = decode(*model, inputs, max_length=8, limit=5, **settings)
+    expected, expected_scores = decode(*model, inputs, max_length=5, **settings)
+    np.testing.assert_array_equal(tokens[:, :5], expected)
+    assert not np.any(tokens[:, 5:])
+    # Sums over more masked keys: float32 rounding.
+    np.testing.assert_allclose(scores, expected_scores, rtol=1e-5)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import collections
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from letters import LETTERS, make_backbone
 from t5_ids import T5_IDS
 
-from ptjax.data.pipeline import make_buckets
 from ptjax.data.tasks import Task
 from ptjax.evaluation import ensembles, evaluator
-from ptjax.inference import answering
+from ptjax.inference import labels as ranking
+from ptjax.inference.bank import PromptBank
 from ptjax.models.prompt import stack_prompts
 from ptjax.models.prompted import with_prompt
 
@@ -41,6 +42,10 @@ def make_evaluator(tiny, task, *, labels: str = LABELS, **settings: Any):
     chosen = evaluator.Evaluation(batch_size=8)
     lengths = {"inputs": 50, "targets": 4}
     return evaluator.Evaluator(made, make_backbone(tiny), LETTERS, lengths, chosen, **settings)
+
+
+def make_bank(sees_input: bool = True) -> PromptBank:
+    return PromptBank(("x", "y", "z"), stack_prompts(PROMPTS, sees_input), (None,) * 3)
 
 
 def test_the_mean_is_one_of_probabilities():
@@ -82,15 +87,12 @@ def test_texts_are_voted_on_and_their_authors_break_ties():
 def test_members_and_ensembles_are_those_of_separate_runs(tiny, task, attends_to_input):
     evaluator = make_evaluator(tiny, task, attends_to_input=attends_to_input)
     source, labels = evaluator._source("test"), list(LABELS)
-    tokens = answering.make_label_tokens(labels, LETTERS, 4, T5_IDS)
+    tokens = ranking.make_label_tokens(labels, LETTERS, 4, T5_IDS)
     found = []
     for prompt in PROMPTS:
         variables = with_prompt({"params": tiny.params}, prompt)
-        found.append(
-            answering.predict_labels(
-                evaluator.apply_fn, variables, source, tokens, make_buckets(source), 8, ids=T5_IDS
-            )[1]
-        )
+        model = evaluator.model.with_variables(variables)
+        found.append(ranking.predict_labels(model, source, [tokens], 8)[1])
     own = [[labels[i] for i in one.argmax(axis=1)] for one in found]
     right = [example.targets for example in evaluator.examples("test")]
 
@@ -104,7 +106,7 @@ def test_members_and_ensembles_are_those_of_separate_runs(tiny, task, attends_to
         votes = collections.Counter(said)
         tied = [x for x in labels if votes[x] == max(votes.values())]
         majority.append(max(tied, key=lambda x: shares[:, i, labels.index(x)].sum()))
-    answers = evaluator.ask(stack_prompts(PROMPTS, attends_to_input), "test")
+    answers = evaluator.predict_bank(make_bank(attends_to_input), "test")
     assert answers.members == own
     assert (answers.majority_vote, answers.mean_likelihood) == (majority, mean)
     # Otherwise the numbers would agree for nothing: all three tell something different.
@@ -126,10 +128,11 @@ def test_generated_texts_are_voted_on(tiny, task):
     alone, scores = [], []
     for prompt in PROMPTS:
         variables = with_prompt({"params": tiny.params}, prompt)
-        texts, found = evaluator._predict(variables, evaluator._source("test"), 8)
+        model = evaluator.model.with_variables(variables)
+        texts, found = evaluator._predict(model, evaluator._source("test"))
         alone.append(texts)
         scores.append(found)
-    answers = evaluator.ask(stack_prompts(PROMPTS), "test")
+    answers = evaluator.predict_bank(make_bank(), "test")
     assert answers.members == alone and answers.mean_likelihood is None
     assert len({*map(tuple, alone)}) == 3
     assert answers.majority_vote == [
@@ -140,19 +143,19 @@ def test_generated_texts_are_voted_on(tiny, task):
 
 
 def test_the_prompts_of_an_example_share_a_batch(tiny, task, monkeypatch):
-    """N rows of one forward pass: 8 rows at once become two examples of three prompts."""
+    """N rows of one forward pass: 8 rows at once hold two examples of three prompts."""
     evaluator = make_evaluator(tiny, task)
     batches = []
 
     def rank(apply_fn, variables, tokens, lengths, labels, sets, prompt_ids, *, ids):
         batches.append((np.asarray(tokens), np.asarray(prompt_ids)))
-        return np.zeros((len(tokens), len(labels.tokens)))
+        return jnp.zeros((len(tokens), labels.tokens.shape[1]))
 
-    monkeypatch.setattr(answering, "rank", rank)
-    evaluator.ask(stack_prompts(PROMPTS), "test")
+    monkeypatch.setattr(ranking, "rank", rank)
+    evaluator.predict_bank(make_bank(), "test")
     assert len(batches) > 10
     for tokens, prompt_ids in batches:
         real = tokens.any(axis=1)
-        assert prompt_ids[real].tolist() == [0, 1, 2] * (real.sum() // 3) and len(tokens) == 6
+        assert prompt_ids[real].tolist() == [0, 1, 2] * (real.sum() // 3) and len(tokens) == 8
         examples = tokens[real].reshape(-1, 3, tokens.shape[1])
         assert (examples == examples[:, :1]).all()

@@ -18,6 +18,8 @@ from ptjax.backbones.open import open_backbone
 from ptjax.backbones.save import save_backbone
 from ptjax.errors import InputError
 from ptjax.inference import prompts
+from ptjax.inference.bank import make_bank
+from ptjax.inference.prompt_kv import precompute_prompt_kv
 from ptjax.interop.prompt_file import PromptFile
 from ptjax.models.config import T5Config
 from ptjax.models.t5 import parameter_shapes
@@ -156,7 +158,7 @@ def test_case_1_13_a_prompt_with_v2_is_refused_by_a_relative_of_its_backbone(t5_
     prompts.check_prompt(t5_1_1, prompt)
     with pytest.raises(InputError, match="not with that of"):
         prompts.check_prompt(merged, prompt)
-    bank = prompts.make_bank({"a": prompt, "b": prompt})
+    bank = make_bank({"a": prompt, "b": prompt})
     with pytest.raises(InputError, match="prompt 'a' was tuned on"):
         prompts.check_bank(merged, bank)
 
@@ -172,7 +174,7 @@ def test_case_1_13_a_prompt_with_v1_alone_stays_valid_and_this_is_said(t5_1_1, c
     prompts.check_prompt(t5_1_1, checked)
     assert len(caplog.records) == 1
     caplog.clear()
-    bank = prompts.make_bank({f"p{i}": old for i in range(7)} | {"new": checked})
+    bank = make_bank({f"p{i}": old for i in range(7)} | {"new": checked})
     prompts.check_bank(t5_1_1, bank)
     [record] = caplog.records
     assert "prompts p0, p1, p2, p3, p4 and 2 more" in record.getMessage()
@@ -187,7 +189,7 @@ def test_case_1_13_a_prompt_with_v1_alone_stays_valid_and_this_is_said(t5_1_1, c
 
 def test_case_1_13_states_are_kept_where_v1_alone_is_recorded(t5_1_1):
     prompt = prompt_of(t5_1_1, attends_to_input=False)
-    compiled = prompts.compile_prompt(t5_1_1, prompt)
+    compiled = precompute_prompt_kv(t5_1_1, prompt)
     assert compiled.metadata[V2_KEY] == t5_1_1.fingerprint
     old = {k: v for k, v in compiled.metadata.items() if k != V2_KEY}
     for metadata, kept in ((old, True), (old | {V2_KEY: "v2:0"}, False)):

@@ -26,11 +26,15 @@ from ptjax.backbones.load import Backbone, load_backbone
 from ptjax.backbones.open import open_backbone
 from ptjax.backbones.save import save_backbone
 from ptjax.errors import InputError
-from ptjax.inference.answering import Labels, rank
+from ptjax.evaluation.evaluator import Evaluator
+from ptjax.inference.labels import Labels, rank
+from ptjax.methods.model_tuning import ModelTuning
 from ptjax.models.decoding import decode
 from ptjax.models.module_family import ModuleFamily
 from ptjax.models.prompted import with_prompt
+from ptjax.settings import Evaluation, TrainSchedule
 from ptjax.training.freeze import flatten_paths
+from ptjax.training.optimizer import Adafactor
 
 NAMES = ("t5_1_1_tiny_legacy", "t5_1_1_tiny_orbax", "t5_1_0_tiny_legacy")
 # Float32 sums in another order, through four layers; logits are up to 6.
@@ -286,3 +290,33 @@ def test_a_run_trains_scores_and_exports_as_that_of_ptjax(tmp_path, backbone, ta
     assert [results[0][name] for name in counts] == [results[1][name] for name in counts]
     assert results[0]["value"] == results[1]["value"]
     assert len(texts[0]) == len(texts[1]) == 1
+
+
+def test_model_tuning_exports_a_model_that_loads_back(tmp_path, backbone, task):
+    """A whole run; the same command then returns the same results, and notices a cut export."""
+    family = ptjax.flax_module(Transformer(backbone.config))
+    start = load_backbone(backbone.name, family=family)
+    settings = {
+        "method": ModelTuning(),
+        "optimizer": Adafactor(learning_rate=1e-2, multiply_by_parameter_scale=True),
+        "schedule": TrainSchedule(train_steps=2, eval_period=1),
+    }
+    results = tune(tmp_path, task, start, **settings)
+    assert results["frozen_parameters"] == 0
+    best = tmp_path / "models" / "best"
+    tuned = load_backbone(best, family=family)
+    before = flatten_paths(start.variables["params"])
+    after = flatten_paths(tuned.variables["params"])
+    assert set(after) == set(before)
+    unmoved = [path for path in after if np.array_equal(after[path], before[path])]
+    assert not unmoved
+    assert tuned.fingerprint != start.fingerprint
+    lengths = {"inputs": 32, "targets": 4}
+    evaluator = Evaluator(task, tuned, tuned.tokenizer, lengths, Evaluation(batch_size=16))
+    assert evaluator(tuned.variables, "test") == results["metrics"]
+    assert tune(tmp_path, task, start, **settings) == results
+    ModelTuning().read_metadata(best)
+    weights = best / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    with pytest.raises(InputError, match=r"best/model\.safetensors: .*"):
+        ModelTuning().read_metadata(best)

@@ -114,7 +114,7 @@ def of_method(config: T5Config, method: Method) -> tuple[int, int]:
         "decoder_loss_weights": shape(B, L),
     }
     freeze = freezing.make_freeze(variables, method.freeze_rules())
-    optimizer = freezing.lock(Adafactor().make(), freeze)
+    optimizer = freezing.freeze_updates(Adafactor().make(), freeze)
     return step_flops(PromptedT5(config).apply, variables, freeze, batch, optimizer)
 
 

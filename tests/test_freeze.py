@@ -131,7 +131,7 @@ def test_lock_over_everything_equals_split_bitwise(name, prefix) -> None:
     variables = random_like(shapes, rng)
     full = make_freeze(variables, PROMPT_TUNING)
     freeze = {"params": True, "prompt": False} if prefix else full
-    bare, locked = OPTIMIZERS[name], freezing.lock(OPTIMIZERS[name], freeze)
+    bare, locked = OPTIMIZERS[name], freezing.freeze_updates(OPTIMIZERS[name], freeze)
     half, _ = split(variables, freeze)
     whole_state, half_state, bare_state = (
         locked.init(variables),
@@ -154,14 +154,14 @@ def test_lock_over_everything_equals_split_bitwise(name, prefix) -> None:
 def test_lock_with_nothing_frozen_or_everything() -> None:
     params = {"w": jnp.ones(3)}
     for freeze, moved in ((False, True), (True, False)):
-        optimizer = freezing.lock(optax.sgd(1.0), freeze)
+        optimizer = freezing.freeze_updates(optax.sgd(1.0), freeze)
         updates, _ = optimizer.update({"w": jnp.ones(3)}, optimizer.init(params), params)
         assert bool(updates["w"].any()) is moved
 
 
 def test_optimizer_has_state_for_the_prompt_alone(tiny) -> None:
     freeze = make_freeze(tiny.variables, PROMPT_TUNING)
-    state = freezing.lock(Adafactor().make(), freeze).init(tiny.variables)
+    state = freezing.freeze_updates(Adafactor().make(), freeze).init(tiny.variables)
     shapes = [leaf.shape for leaf in jax.tree.leaves(state) if leaf.ndim]
     assert tiny.prompt.shape in shapes
     assert sum(np.prod(shape) for shape in shapes) == tiny.prompt.size + 2  # unused v_row, v_col
@@ -171,7 +171,7 @@ def test_frozen_arrays_are_bitwise_equal_after_training(tiny, tiny_batch) -> Non
     freeze = make_freeze(tiny.variables, PROMPT_TUNING)
     trainable, frozen = split(tiny.variables, freeze)
     before = jax.tree.map(np.array, frozen)
-    optimizer = freezing.lock(Adafactor().make(), freeze)
+    optimizer = freezing.freeze_updates(Adafactor().make(), freeze)
     apply = tiny.apply_fn(num_encoder_layers=1, num_decoder_layers=1, dropout_rate=0.0)
     step = jax.jit(make_train_step(apply, optimizer, Loss()))
     state = init_train_state(trainable, optimizer, jax.random.key(0))

@@ -327,7 +327,7 @@ def test_a_run_is_stopped_and_goes_on(folder, task, tiny_backbone, tmp_path, cap
     (folder / "checkpoints" / "3" / "commit_success.txt").unlink()
     with caplog.at_level(logging.INFO, logger="absl"):
         tune(folder, task, tiny_backbone)
-    assert f"going on from step 2 of {folder}" in caplog.messages
+    assert f"resuming from step 2 of {folder}" in caplog.messages
     assert outcome(folder) == outcome(tmp_path)
     assert (folder / "config.gin").read_text() == (tmp_path / "config.gin").read_text()
     assert any((folder / "tensorboard").iterdir())

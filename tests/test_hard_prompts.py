@@ -61,6 +61,6 @@ def test_it_is_the_only_prompt(call, flags):
         flag = more.partition("=")[0]
         assert code == 2 and f"--hard_prompt and {flag} are mutually exclusive" in err
     code, _, err = call("evaluate", *flags, "--prompt=none", "--shots=2")
-    assert code == 2 and "--shots are of a hard prompt: add --hard_prompt=TEXT" in err
+    assert code == 2 and "--shots belongs to a hard prompt: add --hard_prompt=TEXT" in err
     code, _, err = call("evaluate", *flags, "--hard_prompt=x", "--shots=-1")
-    assert code == 2 and "HardPrompt.shots = -1: it has to be at least 0" in err
+    assert code == 2 and "HardPrompt.shots must be >= 0, got -1" in err

@@ -157,12 +157,12 @@ def test_case_1_3_missing_private_and_no_network_are_three_messages(downloads, e
         "tokenizer:bty5",
     ]
     none, private, gated, broken, revision, tokenizer, *ours = ask(endpoint, cache, *asked)
-    assert none.startswith("org/none: not a path here, and the Hugging Face hub has no such model")
+    assert none.startswith("org/none: not a local path, and the Hugging Face hub has no such model")
     assert tokenizer == none and "did you mean" not in none
     assert ours[0].endswith("; did you mean ptjax-nano?") and ours[1].endswith("mean byt5?")
     assert "private, or misspelt; log in with `hf auth login`" in private
-    assert "only to those it knows; log in with `hf auth login`" in gated
-    assert "the Hugging Face hub fails (HTTP 500)" in broken
+    assert "on request only; log in with `hf auth login`" in gated
+    assert "the Hugging Face hub failed (HTTP 500)" in broken
     assert "has no revision 'v9' of this model" in revision
     closed = "http://127.0.0.1:9"
     cached, away = ask(closed, cache, "model:org/bpe", "model:org/none")

@@ -512,8 +512,11 @@ def test_what_the_cache_of_the_hub_holds(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("repo_id", "reason"),
     [
-        ("google/t5-small-lm-adapt", "not a path here, and the Hugging Face hub cannot be reached"),
-        ("no such name", "neither a path here nor a model id"),
+        (
+            "google/t5-small-lm-adapt",
+            "not a local path, and the Hugging Face hub cannot be reached",
+        ),
+        ("no such name", "neither a local path nor a model id"),
     ],
 )
 def test_offline_is_one_line(tmp_path, monkeypatch, repo_id, reason):

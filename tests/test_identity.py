@@ -32,6 +32,7 @@ from ptjax.data.tokenizer import load_tokenizer
 from ptjax.errors import InputError
 from ptjax.interop import prompt_file
 from ptjax.interop.prompt_file import FromFile, load_prompt, save_prompt
+from ptjax.methods import initializers
 from ptjax.methods.initializers import (
     ClassLabels,
     FrequentWords,
@@ -41,7 +42,6 @@ from ptjax.methods.initializers import (
 )
 from ptjax.methods.model_tuning import ModelTuning
 from ptjax.methods.prompt_tuning import PromptTuning
-from ptjax.models import prompt as prompts
 from ptjax.models.config import T5Config
 from ptjax.settings import Evaluation, RunSettings, TrainSchedule
 from ptjax.sharding.meshes import make_mesh
@@ -251,7 +251,7 @@ def implementations(protocol: Any) -> list[type]:
     signature = inspect.signature(getattr(protocol, method)) if method else None
     return [
         kind
-        for module in (prompts, prompt_file, mixture)
+        for module in (initializers, prompt_file, mixture)
         for kind in vars(module).values()
         if method and dataclasses.is_dataclass(kind) and method in vars(kind)
         and list(inspect.signature(vars(kind)[method]).parameters) == list(signature.parameters)
@@ -632,7 +632,7 @@ def test_case_4_14_resuming_elsewhere_under_other_versions_is_said(
     [line] = [text for text in said if text.startswith("resuming under other versions: ")]
     assert f"jax {jax.__version__} (was 0.9.0)" in line and "(was 3.10.0)" in line
     assert "optax" not in line
-    assert f"going on from step 2 of {directory}" in said
+    assert f"resuming from step 2 of {directory}" in said
     assert results["trained_steps"] == 3
     assert (directory / "config.gin").read_text() == "# longer"
     assert json.loads(recorded(directory).read_text())["versions"]["jax"] == jax.__version__

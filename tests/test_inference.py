@@ -14,7 +14,7 @@ from t5_ids import decode
 
 from ptjax.data.batch import shift_right
 from ptjax.errors import InputError
-from ptjax.inference import forward, prompts
+from ptjax.inference import forward, generate, prompts
 from ptjax.inference.prompts import check_prompt
 from ptjax.interop.prompt_file import PromptFile
 from ptjax.sharding.arrays import replicated
@@ -72,7 +72,7 @@ def test_bad_prompts_and_batches_are_named(backbone, tiny, tiny_batch):
     with pytest.raises(InputError, match=r"\[5, 8\] does not fit \S*tiny, whose width is 16"):
         forward.forward(backbone, tiny_batch, tiny.prompt[:, :8])
     with pytest.raises(InputError, match=r"a matrix \[P, 16\], this is \[16\]"):
-        forward.generate(backbone, ["a"], tiny.prompt[0])
+        generate.generate(backbone, ["a"], tiny.prompt[0])
     with pytest.raises(InputError, match="no 'decoder_input_tokens'"):
         forward.forward(backbone, {"encoder_input_tokens": np.ones((1, 2))})
     with pytest.raises(InputError, match="needs a prompt"):
@@ -86,8 +86,8 @@ def test_bad_prompts_and_batches_are_named(backbone, tiny, tiny_batch):
         ("decoder_target_tokens", np.full((8, 6), -100), "ids from -100 to -100"),
         ("encoder_input_tokens", np.ones(8), r"encoder_input_tokens has shape \[8\]"),
         ("decoder_input_tokens", np.ones((1, 6)), r"decoder_input_tokens has shape \[1, 6\]"),
-        ("decoder_target_tokens", np.ones((8, 1)), "have to be of one shape"),
-        ("decoder_loss_weights", np.ones((8, 1)), "have to be of one shape"),
+        ("decoder_target_tokens", np.ones((8, 1)), "must have the same shape"),
+        ("decoder_loss_weights", np.ones((8, 1)), "must have the same shape"),
     ],
 )
 def test_what_jax_would_clip_or_broadcast_is_refused(
@@ -121,7 +121,7 @@ def test_a_prompt_may_live_on_another_mesh(backbone, tiny, tiny_batch):
 def test_a_missing_tokenizer_names_the_argument(backbone):
     mute = types.SimpleNamespace(**{**vars(backbone), "tokenizer": None})
     with pytest.raises(InputError, match=r"load_backbone\(tokenizer=PATH\)"):
-        forward.generate(mute, ["a"])
+        generate.generate(mute, ["a"])
 
 
 @pytest.mark.parametrize(
@@ -144,16 +144,16 @@ def test_a_missing_tokenizer_names_the_argument(backbone):
 )
 def test_impossible_settings_are_refused(backbone, settings):
     with pytest.raises(InputError):
-        forward.generate(backbone, ["a"], **settings)
+        generate.generate(backbone, ["a"], **settings)
 
 
 def test_generate_answers_every_text_in_order_whatever_the_batch(backbone, tiny):
     texts = random_texts(11)
     settings = {"prompt": tiny.prompt, "max_new_tokens": 6}
-    together, scores = forward.generate_with_scores(backbone, texts, batch_size=4, **settings)
+    together, scores = generate.generate_with_scores(backbone, texts, batch_size=4, **settings)
     assert len(set(together)) > 5
-    assert forward.generate(backbone, [], **settings) == []
-    reversed_texts = forward.generate(backbone, texts[::-1], **settings)
+    assert generate.generate(backbone, [], **settings) == []
+    reversed_texts = generate.generate(backbone, texts[::-1], **settings)
     assert reversed_texts[::-1] == together
     # One by one and by hand: the prompt, the text, one end of sequence, then the argmax.
     for text, answer, score in list(zip(texts, together, scores, strict=True))[:4]:
@@ -173,8 +173,8 @@ def test_generate_answers_every_text_in_order_whatever_the_batch(backbone, tiny)
 
 def test_beam_settings_are_passed_on(backbone, tiny):
     texts, settings = random_texts(6), {"prompt": tiny.prompt, "max_new_tokens": 5}
-    greedy = forward.generate(backbone, texts, **settings)
-    written, scores = forward.generate_with_scores(
+    greedy = generate.generate(backbone, texts, **settings)
+    written, scores = generate.generate_with_scores(
         backbone, texts, num_beams=4, alpha=2.0, **settings
     )
     assert written != greedy
@@ -191,19 +191,19 @@ def test_beam_settings_are_passed_on(backbone, tiny):
 def test_samples_depend_on_seed_and_text_number_only(backbone, tiny):
     texts = ["same"] * 6
     settings = {"prompt": tiny.prompt, "max_new_tokens": 6, "temperature": 2.0}
-    drawn = forward.generate(backbone, texts, **settings)
+    drawn = generate.generate(backbone, texts, **settings)
     assert len(set(drawn)) == 6
-    assert forward.generate(backbone, texts, batch_size=4, **settings) == drawn
-    assert forward.generate(backbone, texts, seed=1, **settings) != drawn
-    assert forward.generate(backbone, texts, seed=-1, **settings) != drawn
+    assert generate.generate(backbone, texts, batch_size=4, **settings) == drawn
+    assert generate.generate(backbone, texts, seed=1, **settings) != drawn
+    assert generate.generate(backbone, texts, seed=-1, **settings) != drawn
 
 
 def test_lengths_come_from_the_prompts_metadata(backbone, tiny, caplog):
     metadata = {"input_length": 4, "target_length": 3}
     prompt = types.SimpleNamespace(prompt=tiny.prompt, metadata=metadata)
-    cut, whole = forward.generate(backbone, ["abcdefgh", "abc"], prompt)
+    cut, whole = generate.generate(backbone, ["abcdefgh", "abc"], prompt)
     assert cut == whole
     assert len(cut) <= 3
     assert "1 of 2 texts were cut to 4 tokens" in caplog.text
-    longer = forward.generate(backbone, ["abcdefgh"], prompt, max_new_tokens=6, input_length=9)
-    assert longer == forward.generate(backbone, ["abcdefgh"], tiny.prompt, max_new_tokens=6)
+    longer = generate.generate(backbone, ["abcdefgh"], prompt, max_new_tokens=6, input_length=9)
+    assert longer == generate.generate(backbone, ["abcdefgh"], tiny.prompt, max_new_tokens=6)

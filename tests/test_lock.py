@@ -26,7 +26,7 @@ from ptjax.settings import TrainSchedule
 HOLD = """
 import sys, time
 from etils import epath
-from ptjax import lock
+from ptjax.trainer import lock
 with lock.hold(epath.Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)

@@ -15,19 +15,19 @@ import numpy as np
 import pytest
 from conftest import outcome, stopped_by_sigterm
 
+from ptjax import files
 from ptjax.backbones.load import Backbone, load_backbone
 from ptjax.data.hard_prompt import HardPrompt
 from ptjax.data.tasks import Task
-from ptjax.errors import InputError
+from ptjax.errors import InputError, TrainingError
 from ptjax.evaluation.evaluator import Evaluator
 from ptjax.interop.prompt_file import load_prompt
 from ptjax.methods.model_tuning import ModelTuning
 from ptjax.settings import Evaluation, TrainSchedule
 from ptjax.sharding.arrays import replicated
 from ptjax.sharding.meshes import make_mesh
-from ptjax.trainer import loop
 from ptjax.trainer.callbacks import Callback
-from ptjax.trainer.loop import TrainingError
+from ptjax.trainer.checkpoints import Checkpoints
 from ptjax.training.optimizer import Adafactor
 from ptjax.trees import flatten_paths
 
@@ -103,9 +103,9 @@ def test_killed_and_started_again_equals_never_killed(
 
     with monkeypatch.context() as patch:
         if where == "write_bytes":
-            patch.setattr(loop.files, where, dies(loop.files.write_bytes))
+            patch.setattr(files, where, dies(files.write_bytes))
         elif where == "save":
-            patch.setattr(loop.Checkpoints, where, dies(loop.Checkpoints.save))
+            patch.setattr(Checkpoints, where, dies(Checkpoints.save))
         else:
             patch.setattr(Evaluator, "__call__", dies(Evaluator.__call__))
         with pytest.raises(KeyError, match="killed"):

@@ -15,7 +15,7 @@ from ptjax.models.config import T5Config
 from ptjax.planning.slices import parse_slice
 from ptjax.sharding import devices, meshes
 from ptjax.sharding.meshes import make_mesh
-from ptjax.sharding.quantize import held_shapes
+from ptjax.sharding.quantize import weight_shapes
 
 SMALL = T5Config(32128, 512, 6, 8, 8, 64, 1024)
 XXL = T5Config(32128, 4096, 64, 24, 24, 64, 10240)
@@ -62,7 +62,9 @@ def test_none_is_one_device_and_a_mesh_is_itself(tiny):
 
 @pytest.mark.parametrize("name", ["", "8", "8x", "x8", "2x2x2x1", "0x8", "8X1", "2,4", "automatic"])
 def test_what_is_no_name(tiny, name):
-    with pytest.raises(InputError, match=f"^MESH = '{name}': it is 'auto', data x model such as "):
+    with pytest.raises(
+        InputError, match=f"^MESH must be 'auto', data x model such as .*, got '{name}'$"
+    ):
         meshes.choose_mesh(name, tiny.config, "float32")
 
 
@@ -73,7 +75,7 @@ def test_the_log_says_which_mesh_and_why(tiny, caplog):
     meshes.choose_mesh("auto", tiny.config, "float32")
     meshes.choose_mesh(None, tiny.config, "float32")
     assert [record.getMessage() for record in caplog.records] == [
-        "mesh 2x4 (data x model, fsdp) of 8 cpu: as MESH says",
+        "mesh 2x4 (data x model, fsdp) of 8 cpu: as set by MESH",
         "mesh 8x1 (data x model) of 8 cpu: the smallest model axis",
     ]
 
@@ -136,43 +138,45 @@ def test_each_size_that_the_table_divides_is_checked(changes, message):
     ],
 )
 def test_auto_takes_the_smallest_model_axis_that_fits(found, dtype, fsdp, shape):
-    chosen, _ = meshes.smallest_that_fits(wide(fsdp), held_shapes(wide(fsdp), dtype), found, fsdp)
+    chosen, _ = meshes.smallest_that_fits(wide(fsdp), weight_shapes(wide(fsdp), dtype), found, fsdp)
     assert chosen == shape
 
 
 def test_int8_fits_a_smaller_model_axis():
     """The kernels of 13.24 GiB in bfloat16 take 6.5, embedding and logits stay at 0.49."""
-    held = held_shapes(wide(), "bfloat16", "int8")
+    held = weight_shapes(wide(), "bfloat16", "int8")
     chosen, why = meshes.smallest_that_fits(wide(), held, tpus(8), False)
     assert chosen == (8, 1) and why.startswith("the frozen weights take 6.87 of 15.75 GiB")
 
 
 def test_auto_says_why():
-    _, why = meshes.smallest_that_fits(wide(), held_shapes(wide(), "bfloat16"), tpus(8), False)
+    _, why = meshes.smallest_that_fits(wide(), weight_shapes(wide(), "bfloat16"), tpus(8), False)
     assert why == (
-        "the frozen weights take 6.62 of 15.75 GiB a device (at most 70%; 13.24 GiB with a "
+        "the frozen weights take 6.62 of 15.75 GiB per device (at most 70%; 13.24 GiB with a "
         "smaller model axis)"
     )
 
 
 def test_auto_leaves_out_what_does_not_divide():
     narrow = T5Config(32064, 4096, 6, 2, 2, 64, 131072 * 3)
-    chosen, _ = meshes.smallest_that_fits(narrow, held_shapes(narrow, "bfloat16"), tpus(12), False)
+    chosen, _ = meshes.smallest_that_fits(
+        narrow, weight_shapes(narrow, "bfloat16"), tpus(12), False
+    )
     assert chosen == (2, 6)  # 4 would do, were there not 6 heads
 
 
 @pytest.mark.parametrize(
     ("found", "fsdp", "message"),
     [
-        (tpus(1), False, "at least 13.24 GiB a device, more than 70% of its 15.75; take"),
-        (tpus(1), False, "take more devices or FSDP = True, or name a MESH to try it"),
-        (tpus(2, "TPU v2"), True, "take more devices, or name a MESH"),
+        (tpus(1), False, "at least 13.24 GiB per device, more than 70% of its 15.75; use"),
+        (tpus(1), False, "use more devices or FSDP = True, or name a MESH to try anyway"),
+        (tpus(2, "TPU v2"), True, "use more devices, or name a MESH"),
         (tpus(3), True, "FSDP = True: no mesh of 3 TPU v5 lite divides emb_dim = 4096"),
     ],
 )
 def test_auto_without_a_mesh_that_fits(found, fsdp, message):
     with pytest.raises(InputError, match=message):
-        meshes.smallest_that_fits(wide(fsdp), held_shapes(wide(fsdp), "bfloat16"), found, fsdp)
+        meshes.smallest_that_fits(wide(fsdp), weight_shapes(wide(fsdp), "bfloat16"), found, fsdp)
 
 
 def test_memory_of_devices():

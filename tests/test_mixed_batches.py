@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -12,11 +13,15 @@ import pytest
 from letters import LETTERS, make_backbone, random_texts, text_source
 from t5_ids import T5_IDS, decode, with_lengths
 
-from ptjax.data.pipeline import make_buckets
 from ptjax.data.tasks import Task
 from ptjax.errors import InputError
-from ptjax.inference import answering, forward, predict
-from ptjax.inference.prompts import PromptBank, check_bank, make_bank
+from ptjax.inference import forward, generate, predict
+from ptjax.inference.bank import PromptBank, make_bank, place_bank
+from ptjax.inference.batches import input_buckets
+from ptjax.inference.labels import make_label_tokens, predict_labels
+from ptjax.inference.model import bind
+from ptjax.inference.prompts import check_bank, open_prompt
+from ptjax.inference.records import InputFormat
 from ptjax.interop.prompt_file import PromptFile
 from ptjax.models.prompt import stack_prompts
 from ptjax.models.prompted import make_apply_fn, with_prompt
@@ -128,7 +133,7 @@ def test_decoding_a_mixed_batch(tiny, bank, tokens, num_beams):
         np.testing.assert_allclose(scores[i == IDS], want[1][i == IDS], rtol=0, atol=1e-4)
 
 
-def test_one_compiled_function_serves_any_mix(tiny, bank):
+def test_one_compiled_function_serves_any_mix(backbone, tiny, bank):
     traced = []
 
     def apply_fn(*args, **kwargs):  # it runs only while jax traces
@@ -136,51 +141,34 @@ def test_one_compiled_function_serves_any_mix(tiny, bank):
         return make_apply_fn(tiny.config)(*args, **kwargs)
 
     source = text_source(random_texts(16, 20))
-    buckets = make_buckets(source)
-    labels = answering.stack_label_sets(
-        [
-            answering.make_label_tokens(one, LETTERS, 8, T5_IDS)
-            for one in (["a", "bc"], ["d", "e", "f"])
-        ],
-        T5_IDS,
-    )
+    assert len(input_buckets(source)) == 1
+    labels = [make_label_tokens(x, LETTERS, 8, T5_IDS) for x in (["a", "bc"], ["d", "e", "f"])]
+    bound = bind(backbone, open_prompt(backbone, bank))
     for number in range(4):
         mix = np.random.default_rng(number).permutation(np.tile(IDS, 2))
         if number < 2:
             mix = np.full_like(mix, -number)  # one prompt for all, none for any
         other = bank.arrays._replace(prompt=bank.arrays.prompt * (1 + number))
-        variables = with_prompt({"params": tiny.params}, other)
-        where = apply_fn, variables, source
+        variables = with_prompt({"params": tiny.params}, place_bank(other, backbone.mesh))
+        model = dataclasses.replace(bound, apply_fn=apply_fn, variables=variables)
         sets = (mix > 0).astype(np.int32)
-        shared = {"ids": T5_IDS, "prompt_ids": mix}
-        answering.predict_labels(*where, labels, buckets, 16, label_sets=sets, **shared)
-        answering.predict_texts(*where, LETTERS, buckets, 16, max_length=3, **shared)
+        predict_labels(model, source, labels, 16, label_sets=sets, prompt_ids=mix)
+        generate.generate_tokens(model, source, 16, max_new_tokens=3, prompt_ids=mix)
         assert traced.count("encode") == 2
 
 
-@pytest.mark.parametrize("batch_size", [8, 3])  # 3 rows are no share for every device
-def test_a_mesh_shares_the_rows_and_their_prompts(tiny, bank, batch_size):
+@pytest.mark.parametrize("batch_size", [8, 3])  # 3 rows are rounded up to a share per device
+def test_a_mesh_shares_the_rows_and_their_prompts(backbone, bank, batch_size):
     mesh = make_mesh(2)
-    variables = with_prompt({"params": tiny.params}, bank.arrays)
-    placed = jax.device_put(variables, replicated(mesh))
-    source, labels = (
-        text_source(random_texts(8, 15)),
-        answering.make_label_tokens("abc", LETTERS, 2, T5_IDS),
-    )
-    found = [
-        answering.predict_labels(
-            make_apply_fn(tiny.config),
-            where,
-            source,
-            labels,
-            make_buckets(source),
-            batch_size,
-            ids=T5_IDS,
-            prompt_ids=IDS,
-        )[1]
-        for where in (placed, variables)
+    alone = bind(backbone, open_prompt(backbone, bank))
+    placed = jax.device_put(alone.variables, replicated(mesh))
+    source = text_source(random_texts(8, 15))
+    labels = make_label_tokens("abc", LETTERS, 2, T5_IDS)
+    likelihoods = [
+        predict_labels(model, source, [labels], batch_size, prompt_ids=IDS)[1]
+        for model in (dataclasses.replace(alone, variables=placed, mesh=mesh), alone)
     ]
-    np.testing.assert_allclose(found[0], found[1], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(*likelihoods, rtol=0, atol=1e-4)
 
 
 # From Python
@@ -201,12 +189,12 @@ def test_forward_takes_names_numbers_and_none(backbone, bank, tiny_batch, tiny, 
 def test_generated_texts_keep_their_order_and_their_prompts_lengths(backbone, bank, settings):
     texts = random_texts(13)
     ids = np.resize(IDS, 13).tolist()
-    mixed, scores = forward.generate_with_scores(
+    mixed, scores = generate.generate_with_scores(
         backbone, texts, bank, prompt_ids=ids, batch_size=4, max_new_tokens=None, **settings
     )
     for i, name in enumerate([*NAMES, None]):
         prompt = None if name is None else files()[name]
-        want, want_scores = forward.generate_with_scores(backbone, texts, prompt, **settings)
+        want, want_scores = generate.generate_with_scores(backbone, texts, prompt, **settings)
         rows = [row for row in range(13) if ids[row] == (i if name else -1)]
         assert rows and [mixed[row] for row in rows] == [want[row] for row in rows]
         np.testing.assert_allclose(scores[rows], want_scores[rows], rtol=1e-4)
@@ -236,10 +224,10 @@ def test_predictions_rank_or_write_as_each_prompts_task_wants(backbone, bank):
     opened = Task(name="o", inputs="{t}", targets="{t}")
     tasks = [closed, opened, None]
     texts = random_texts(9)
-    manners = [predict.Manner(tasks[i % 3], 20, 4 + i % 2) for i in range(9)]
+    formats = [InputFormat(tasks[i % 3], 20, 4 + i % 2) for i in range(9)]
     ids = [i % 5 - 1 for i in range(9)]
     settings: dict[str, Any] = dict(num_beams=2, temperature=0.0, top_p=1.0)
-    found = predict.predict(backbone, texts, manners, bank, ids, **settings)
+    found = predict.predict(backbone, texts, formats, bank, ids, **settings)
     own: dict[str, Any] = dict(prompt_ids=ids, input_length=20)
     ranked = predict.rank(backbone, texts, ("no", "yes"), bank, **own)
     longest = [4 + i % 2 for i in range(9)]
@@ -249,7 +237,7 @@ def test_predictions_rank_or_write_as_each_prompts_task_wants(backbone, bank):
         assert (one.text, one.probabilities is None) == (want.text, i % 3 > 0)
         assert one.score == pytest.approx(want.score, abs=1e-4)
     written = predict.predict(
-        backbone, texts, manners, bank, ids, decode_all=True, max_new_tokens=2, **settings
+        backbone, texts, formats, bank, ids, decode_all=True, max_new_tokens=2, **settings
     )
     assert all(one.probabilities is None and len(one.text) <= 2 for one in written)
 
@@ -258,10 +246,10 @@ def test_a_bank_is_placed_and_checked_once(backbone, bank, caplog):
     bare = make_bank({"a": PromptFile(MATRICES[0], {}), "b": MATRICES[1]})
     checked = check_bank(backbone, bare)
     assert [r.getMessage() for r in caplog.records] == [
-        "prompt 'a' does not say which backbone it was tuned on; its width fits"
+        "prompt 'a' does not say which backbone it was tuned on; only the width was checked"
     ]
     caplog.clear()
-    forward.generate(backbone, ["x"], checked, prompt_ids=["b"], max_new_tokens=2)
+    generate.generate(backbone, ["x"], checked, prompt_ids=["b"], max_new_tokens=2)
     assert not caplog.records
     assert isinstance(checked.arrays.prompt, jax.Array) and checked.metadata[1] is None
 
@@ -272,21 +260,21 @@ def test_a_bank_is_placed_and_checked_once(backbone, bank, caplog):
 def test_a_bank_of_unequal_widths_names_the_member(backbone):
     with pytest.raises(InputError, match=r"prompt 'b' has .* \[3, 8\], prompt 'a' \[3, 16\]"):
         make_bank({"a": MATRICES[0], "b": MATRICES[0][:, :8]})
-    with pytest.raises(InputError, match=r"prompt 'a' has the shape \[16\]"):
+    with pytest.raises(InputError, match=r"prompt 'a' has shape \[16\]"):
         make_bank({"a": MATRICES[0][0]})
     with pytest.raises(InputError, match="a prompt at least"):
         make_bank({})
     narrow = make_bank({"a": MATRICES[0][:, :8], "b": MATRICES[2][:, :8]})
     with pytest.raises(InputError, match=r"prompt 'a' \[3, 8\] does not fit tiny, whose"):
-        forward.generate(backbone, ["x"], narrow, prompt_ids=["a"])
+        generate.generate(backbone, ["x"], narrow, prompt_ids=["a"])
 
 
 def test_a_member_of_another_backbone_is_named(backbone):
     members = files() | {"odd": PromptFile(MATRICES[0], {"backbone_fingerprint": "sha256:1"})}
     with pytest.raises(InputError, match="prompt 'odd' was tuned on a backbone with the backbone"):
-        forward.generate(backbone, ["x"], make_bank(members), prompt_ids=["short"])
+        generate.generate(backbone, ["x"], make_bank(members), prompt_ids=["short"])
     allowed = check_bank(backbone, make_bank(members), allow_mismatch=True)
-    forward.generate(backbone, ["x"], allowed, prompt_ids=["odd"], max_new_tokens=2)
+    generate.generate(backbone, ["x"], allowed, prompt_ids=["odd"], max_new_tokens=2)
 
 
 @pytest.mark.parametrize(
@@ -296,19 +284,19 @@ def test_a_member_of_another_backbone_is_named(backbone):
         (["short", 4], r"prompt_ids\[1\]: no prompt has the number 4; there are 4"),
         (["short", -2], "no prompt has the number -2"),
         (["short", True], "no prompt has the number True"),
-        (["short"], "one for each of 2 examples"),
-        ("xy", "one for each of 2 examples"),
+        (["short"], r"one entry per example \(2\), got 1"),
+        ("xy", r"one entry per example \(2\), got 'xy'"),
         (None, "needs prompt_ids"),
     ],
 )
 def test_a_choice_that_means_nothing_is_refused(backbone, bank, prompt_ids, message):
     with pytest.raises(InputError, match=message):
-        forward.generate(backbone, ["x", "y"], bank, prompt_ids=prompt_ids)
+        generate.generate(backbone, ["x", "y"], bank, prompt_ids=prompt_ids)
 
 
 def test_a_choice_without_a_bank_and_the_other_way_round(backbone, bank, tiny, tiny_batch, tokens):
     with pytest.raises(InputError, match="choose from a bank"):
-        forward.generate(backbone, ["x"], tiny.prompt, prompt_ids=[0])
+        generate.generate(backbone, ["x"], tiny.prompt, prompt_ids=[0])
     with pytest.raises(InputError, match="one prompt is needed here, not a bank"):
         forward.loss_and_prompt_gradient(backbone, tiny_batch, bank)
     apply_fn, plain, ids = (

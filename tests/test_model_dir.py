@@ -66,7 +66,9 @@ def test_damaged_results_are_refused_by_name(tmp_path):
     run = ModelDir(tmp_path)
     assert run.read_results() is None
     run.results.write_text("[1]")
-    with pytest.raises(InputError, match=r"results\.json: the file is truncated or no JSON object"):
+    with pytest.raises(
+        InputError, match=r"results\.json: the file is truncated or not a JSON object"
+    ):
         run.read_results()
 
 

@@ -57,7 +57,7 @@ from __gin__ import dynamic_registration
 import ptjax
 
 ptjax.tune.members = @ptjax.sweep()
-ptjax.trainer.sweep.seeds = (1, 2)
+ptjax.sweep.seeds = (1, 2)
 PACK = True
 """
 STEPS = 90
@@ -411,4 +411,4 @@ def test_processes_that_never_come_are_given_up(machines: Machines) -> None:
     started = machines.start("never.log", "ptjax.launch", "train", *machines.flags("new", *alone))
     assert started.wait(timeout=PATIENCE) == 1
     [line] = (machines.folder / "never.log").read_text().splitlines()
-    assert line.startswith("error: the processes did not find each other")
+    assert line.startswith("error: the processes did not connect")

@@ -16,16 +16,16 @@ from t5_ids import decode
 from ptjax.backbones import damage
 from ptjax.backbones.load import load_backbone
 from ptjax.backbones.save import save_backbone
-from ptjax.errors import InputError
+from ptjax.errors import InputError, TrainingError
 from ptjax.evaluation.evaluator import Evaluator
-from ptjax.inference import predict, prompts
-from ptjax.inference.forward import generate
+from ptjax.inference import predict
+from ptjax.inference.generate import generate
+from ptjax.inference.prompt_kv import precompute_prompt_kv
 from ptjax.interop.prompt_file import PromptFile, load_prompt, save_prompt
 from ptjax.interop.safetensors_file import open_safetensors, save_safetensors, to_header
 from ptjax.methods.model_tuning import ModelTuning
 from ptjax.methods.prompt_tuning import PromptTuning
 from ptjax.settings import Evaluation
-from ptjax.trainer.loop import TrainingError
 from ptjax.trees import flatten_paths, unflatten_paths
 
 QUERY = "decoder/layers_1/self_attention/query/kernel"
@@ -171,15 +171,15 @@ def test_case_1_11_a_prompt_without_scores_is_not_exported(backbone, task, tmp_p
 
 def test_case_1_11_states_of_a_damaged_backbone_are_not_compiled(letters, tiny):
     prompt = PromptFile(np.asarray(tiny.prompt), {"sees_input": False})
-    assert prompts.compile_prompt(letters, prompt).states is not None
+    assert precompute_prompt_kv(letters, prompt).states is not None
     with pytest.raises(InputError, match=rf"tiny has NaN in {MIDDLE}"):
-        prompts.compile_prompt(damaged(letters), prompt)
+        precompute_prompt_kv(damaged(letters), prompt)
 
 
 @pytest.mark.parametrize("name", ["encoder_keys", "encoder_values", "decoder_keys"])
 def test_case_1_11_compiled_states_that_are_not_finite_are_refused(letters, tiny, tmp_path, name):
     prompt = PromptFile(np.asarray(tiny.prompt), {"sees_input": False})
-    compiled = prompts.compile_prompt(letters, prompt)
+    compiled = precompute_prompt_kv(letters, prompt)
     file = tmp_path / "prompt.safetensors"
     save_prompt(file, compiled.prompt, compiled.metadata, compiled.states)
     assert load_prompt(file).states is not None

@@ -134,14 +134,14 @@ def test_pytorch_makes_the_same_weights(tmp_path) -> None:
 
     from ptjax.interop.huggingface_format import to_huggingface
     from ptjax.sharding.meshes import make_mesh
-    from ptjax.sharding.quantize import placed_shapes
+    from ptjax.sharding.quantize import sharded_shapes
     from ptjax.trees import flatten_paths
 
     config = t5_1_1("toy")
     (tmp_path / "backbone.json").write_text(json.dumps(describe_backbone(config, "bfloat16")))
     settings = {"dtype": "bfloat16", "device": "cpu"}
     theirs = dict(peft_side.make_backbone(tmp_path, settings).named_parameters())
-    shapes = placed_shapes(config, "bfloat16", make_mesh(1))
+    shapes = sharded_shapes(config, "bfloat16", make_mesh(1))
     for name, array in flatten_paths(make_params(shapes, config.head_dim, "bfloat16")).items():
         their_name, transposed = to_huggingface(name)
         other = theirs.pop(their_name).detach().float().numpy()

@@ -285,6 +285,6 @@ def test_case_1_16_damage_in_what_an_item_says_of_itself(tmp_path):
         t5x.load_t5x(folder)
     (folder / "_METADATA").write_text('{"tree_metadata": {')
     with pytest.raises(
-        InputError, match=r"_METADATA: the file is truncated or no JSON object \(Expecting"
+        InputError, match=r"_METADATA: the file is truncated or not a JSON object \(Expecting"
     ):
         t5x.load_t5x(folder)

@@ -8,7 +8,7 @@ import os
 import pytest
 
 from ptjax.cli import plans
-from ptjax.planning.workload import Layout
+from ptjax.planning.workload import ParallelConfig
 
 XXL = ("--gin_file=models/t5_1_1_xxl.gin", "--gin_file=runs/prompt_tune.gin")
 NANO = ("--gin_file=quickstart.gin",)
@@ -70,15 +70,15 @@ def test_settings_are_shown_as_they_are_bound_and_as_they_were_written(call):
     """Not as markup of the terminal, which brackets would be."""
     code, out, err = call("plan", *XXL, "--slice=v5e-8", "--quick", "--gin.MESH='[/a]'")
     assert code == 0, err
-    assert "MESH = '[/a]': it is 'auto', data x model" in out
+    assert "MESH must be 'auto', data x model such as '8x1'" in out
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ((*XXL, "--slice=v5e-3"), "--slice=v5e-3: there is no such size"),
+        ((*XXL, "--slice=v5e-3"), "--slice=v5e-3: unknown size"),
         (XXL, "the following arguments are required: --slice"),
-        ((*XXL, "--slice=,"), "--slice=: no slice of that name"),
+        ((*XXL, "--slice=,"), "--slice=: unknown slice"),
         (("--slice=v5e-8",), "no run to plan: add --gin_file=runs/prompt_tune.gin"),
         (
             (
@@ -187,7 +187,7 @@ def report(verdict, dtype="bfloat16", quantize=None):
     """As `plan_slice` puts it together, but for the numbers."""
     return {
         "verdict": verdict,
-        "settings": Layout("8x1", quantize=quantize, dtype=dtype).settings(),
+        "settings": ParallelConfig("8x1", quantize=quantize, dtype=dtype).settings(),
         "dtype": dtype,
         "usable_bytes": 1,
         "bytes_per_device": {},

@@ -7,22 +7,15 @@ import math
 
 import jax
 import pytest
-from workloads import SIZES, TOY, V5E, XXL, blind, changed
+from step_specs import SIZES, TOY, V5E, XXL, blind, changed
 
 from ptjax.cli import load_gin
 from ptjax.errors import InputError
 from ptjax.methods.model_tuning import ModelTuning
 from ptjax.planning import search
+from ptjax.planning.estimate import bytes_on_device, count, link_seconds
 from ptjax.planning.slices import parse_slice
-from ptjax.planning.workload import (
-    Layout,
-    _bytes_on_device,
-    count,
-    counted_mesh,
-    link_seconds,
-    place,
-    settle,
-)
+from ptjax.planning.workload import ParallelConfig, abstract_mesh, abstract_step, resolve
 from ptjax.sharding.meshes import make_mesh
 from ptjax.sharding.rules import shardings_of
 from ptjax.trainer import tune
@@ -33,7 +26,7 @@ from ptjax.training import compile
 
 @pytest.mark.parametrize(("remat", "most"), [("none", 2.25), ("dots", 2.30), ("full", 2.90)])
 def test_the_work_of_a_step_of_xxl(remat, most):
-    found = count(XXL, Layout("8x1", remat=remat), V5E)
+    found = count(XXL, ParallelConfig("8x1", remat=remat), V5E)
     assert (found["parameters"], found["trainable"]) == (11_135_332_352 + 409_600, 409_600)
     flops = found["flops"]
     assert flops["useful"] <= 2.25 * flops["forward"]
@@ -42,36 +35,36 @@ def test_the_work_of_a_step_of_xxl(remat, most):
 
 
 @pytest.mark.parametrize(
-    ("layout", "share"),
+    ("parallel", "share"),
     [
-        (Layout("1x8"), 1 / 8),
-        (Layout("4x2"), 1 / 2),
-        (Layout("2x4", fsdp=True), 1 / 8),
-        (Layout("8x1", quantize="int8"), 1 / 2),
+        (ParallelConfig("1x8"), 1 / 8),
+        (ParallelConfig("4x2"), 1 / 2),
+        (ParallelConfig("2x4", fsdp=True), 1 / 8),
+        (ParallelConfig("8x1", quantize="int8"), 1 / 2),
     ],
 )
-def test_bytes_of_the_frozen_weights(layout, share):
+def test_bytes_of_the_frozen_weights(parallel, share):
     """Up to what is left whole: norms, with FSDP embedding and logits, which int8 leaves too."""
     whole = 2 * 11_135_332_352
-    held = count(XXL, layout, V5E)["bytes_per_device"]
-    rest = 2 * 32128 * 4096 if layout.quantize or layout.fsdp else 0
+    held = count(XXL, parallel, V5E)["bytes_per_device"]
+    rest = 2 * 32128 * 4096 if parallel.quantize or parallel.fsdp else 0
     assert whole * share <= held["frozen"] <= whole * share + rest + 2e7
     # The prompt in float32 and, it has fewer than 128 rows, a second moment for each entry.
     assert held["state"] == pytest.approx(2 * 4 * 100 * 4096 + 200, abs=200_000)
 
 
 def test_bytes_are_those_of_the_real_arrays(tiny):
-    workload = dataclasses.replace(TOY, config=tiny.config)
+    spec = dataclasses.replace(TOY, config=tiny.config)
     mesh = make_mesh((4, 2))
-    placed = place(workload, Layout("4x2", scan_layers=False), mesh)
+    abstract = abstract_step(spec, ParallelConfig("4x2", scan_layers=False), mesh)
     params = {"params": tiny.params}
     real = jax.device_put(params, shardings_of(params, mesh))
     held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(real))
-    assert _bytes_on_device(placed.frozen) == held
+    assert bytes_on_device(abstract.frozen) == held
 
 
 @pytest.mark.parametrize(
-    ("workload", "shape"),
+    ("spec", "shape"),
     [
         (XXL, (32, 512, 16, False, None)),
         (dataclasses.replace(XXL, pack=True), (32, 612, 16, True, None)),
@@ -80,48 +73,52 @@ def test_bytes_are_those_of_the_real_arrays(tiny):
         (dataclasses.replace(XXL, members=3), (32, 512, 16, False, 3)),
     ],
 )
-def test_the_largest_batch(workload, shape):
-    assert tuple(workload.shape()) == shape
+def test_the_largest_batch(spec, shape):
+    assert tuple(spec.shape()) == shape
 
 
 def test_a_prompt_that_sees_nothing_and_a_bank_are_counted_as_they_run():
-    seen = count(TOY, Layout("8x1"), V5E)["flops"]["useful"]
-    unseeing = count(blind(TOY), Layout("8x1"), V5E)["flops"]["useful"]
-    bank = dataclasses.replace(changed(TOY, bank=True), members=3)
-    many = count(bank, Layout("8x1"), V5E)
+    seen = count(TOY, ParallelConfig("8x1"), V5E)["flops"]["useful"]
+    unseeing = count(blind(TOY), ParallelConfig("8x1"), V5E)["flops"]["useful"]
+    bank = dataclasses.replace(changed(TOY, sweep=True), members=3)
+    many = count(bank, ParallelConfig("8x1"), V5E)
     assert unseeing < seen
     assert many["flops"]["useful"] == 3 * seen
     assert many["examples"] == 48 and many["trainable"] == 3 * 20 * 256
 
 
 @pytest.mark.parametrize(
-    ("layout", "changes", "message"),
+    ("parallel", "changes", "message"),
     [
-        (Layout("4x4"), {}, "a mesh of 4x4 is 16 devices, and there are 8"),
-        (Layout("8"), {}, "MESH = '8'"),
-        (Layout("1x8"), {"config": SIZES["small"]}, "num_heads = 6 is not a multiple of 8"),
-        (Layout("8x1"), {"batch_size": 12}, "batch size 12 is not a multiple of the 8 devices"),
-        (Layout("8x1", fsdp=True, scan_layers=False), {}, "FSDP = True needs SCAN_LAYERS"),
+        (ParallelConfig("4x4"), {}, "a mesh of 4x4 is 16 devices, and there are 8"),
+        (ParallelConfig("8"), {}, "MESH must be .* got '8'"),
+        (ParallelConfig("1x8"), {"config": SIZES["small"]}, "num_heads = 6 is not a multiple of 8"),
+        (
+            ParallelConfig("8x1"),
+            {"batch_size": 12},
+            "batch size 12 is not a multiple of the 8 devices",
+        ),
+        (ParallelConfig("8x1", fsdp=True, scan_layers=False), {}, "FSDP = True needs SCAN_LAYERS"),
     ],
 )
-def test_what_does_not_fit_together_is_said(layout, changes, message):
+def test_what_does_not_fit_together_is_said(parallel, changes, message):
     with pytest.raises(InputError, match=message):
-        settle(dataclasses.replace(TOY, **changes), layout, V5E)
+        resolve(dataclasses.replace(TOY, **changes), parallel, V5E)
 
 
 def test_auto_is_what_a_run_would_take():
-    assert settle(XXL, Layout("auto"), V5E).mesh == "4x2"
-    assert settle(XXL, Layout("auto"), parse_slice("2xv5e-16")).mesh == "2x8x2"
-    assert settle(XXL, Layout("auto"), parse_slice("h100x8")).mesh == "8x1"
+    assert resolve(XXL, ParallelConfig("auto"), V5E).mesh == "4x2"
+    assert resolve(XXL, ParallelConfig("auto"), parse_slice("2xv5e-16")).mesh == "2x8x2"
+    assert resolve(XXL, ParallelConfig("auto"), parse_slice("h100x8")).mesh == "8x1"
 
 
 def test_estimates_follow_from_the_published_rates():
-    found = count(XXL, Layout("1x8", remat="full"), V5E)
+    found = count(XXL, ParallelConfig("1x8", remat="full"), V5E)
     estimate, flops = found["estimate"], found["flops"]
     assert estimate["compute"] == flops["executed"] / (8 * 197e12)
     assert estimate["memory"] == 3 * found["bytes_per_device"]["frozen"] / 819e9
     # What FSDP gathers is read as whole as without it.
-    alike = [count(XXL, Layout("8x1", fsdp=fsdp), V5E)["estimate"] for fsdp in (0, 1)]
+    alike = [count(XXL, ParallelConfig("8x1", fsdp=fsdp), V5E)["estimate"] for fsdp in (0, 1)]
     assert alike[0]["memory"] == alike[1]["memory"] and alike[1]["links"] > alike[0]["links"]
     # 14 sums of [32, 612, 4096] and [32, 16, 4096] bfloat16 a layer pair, around a ring of eight.
     assert estimate["links"] == pytest.approx(2 * 7 / 8 * 24.0e9 / 90e9, rel=0.1)
@@ -144,28 +141,30 @@ def test_estimates_follow_from_the_published_rates():
     ],
 )
 def test_what_crosses_the_network_takes_longer(name, mesh, axes, rate):
-    where = parse_slice(name)
-    counted = counted_mesh(Layout(mesh), where)
+    slice_ = parse_slice(name)
+    counted = abstract_mesh(ParallelConfig(mesh), slice_)
     members = math.prod(counted.shape[axis] for axis in axes)
-    found = link_seconds({("all-reduce", *axes): 10**9}, counted, where)
+    found = link_seconds({("all-reduce", *axes): 10**9}, counted, slice_)
     assert found == pytest.approx(2 * (members - 1) / members * 1e9 / rate)
 
 
 def test_estimates_of_model_tuning_and_microbatches():
-    tuned = count(dataclasses.replace(TOY, method=ModelTuning()), Layout("8x1"), V5E)
-    prompted = count(TOY, Layout("8x1"), V5E)
+    tuned = count(dataclasses.replace(TOY, method=ModelTuning()), ParallelConfig("8x1"), V5E)
+    prompted = count(TOY, ParallelConfig("8x1"), V5E)
     assert tuned["estimate"]["memory"] == prompted["estimate"]["memory"] > 0
     # All gradients cross data, not the prompt's alone.
     parameters = tuned["trainable"]
     assert tuned["estimate"]["links"] == pytest.approx(2 * 7 / 8 * 2 * parameters / 90e9)
-    parts = count(changed(TOY, microbatches=2), Layout("8x1"), V5E)
+    parts = count(changed(TOY, microbatches=2), ParallelConfig("8x1"), V5E)
     assert parts["estimate"]["memory"] == 2 * prompted["estimate"]["memory"]
 
 
 def test_packed_rows_follow_the_mesh():
-    workload = dataclasses.replace(TOY, batch_size=12, pack=True)
-    assert settle(workload, Layout("8x1"), V5E) == Layout("8x1")
-    assert place(workload, Layout("8x1"), counted_mesh(Layout("8x1"), V5E)).shape[:2] == (16, 128)
+    spec = dataclasses.replace(TOY, batch_size=12, pack=True)
+    assert resolve(spec, ParallelConfig("8x1"), V5E) == ParallelConfig("8x1")
+    assert abstract_step(
+        spec, ParallelConfig("8x1"), abstract_mesh(ParallelConfig("8x1"), V5E)
+    ).shape[:2] == (16, 128)
 
 
 # It is the step of a real run
@@ -187,7 +186,7 @@ def test_the_plan_lowers_the_step_that_a_run_compiles(own_process, monkeypatch, 
     import argparse
 
     from ptjax.cli import bound
-    from ptjax.plan import NOT_NEEDED, read_workload
+    from ptjax.plan import NOT_NEEDED, read_spec
 
     bindings = [
         "MODEL_DIR = 'run'", "MESH = '4x2'", "LEARNING_RATE_SCALE = 'absolute'",
@@ -197,7 +196,7 @@ def test_the_plan_lowers_the_step_that_a_run_compiles(own_process, monkeypatch, 
         gin_file=["quickstart.gin"], gin_search_paths="", gin_bindings=bindings
     )
     load_gin(arguments, defaults=NOT_NEEDED)
-    workload, layout = read_workload()
+    spec, parallel = read_spec()
     lowered = []
 
     def record(step, state, frozen, shapes, mesh):
@@ -208,46 +207,49 @@ def test_the_plan_lowers_the_step_that_a_run_compiles(own_process, monkeypatch, 
     monkeypatch.setattr("ptjax.trainer.loop.compile_steps", record)
     bound(tune.tune)(dry_run=True)
     mesh = make_mesh((4, 2))
-    assert place(workload, layout, mesh).lower().as_text() == lowered[0]
+    assert abstract_step(spec, parallel, mesh).lower().as_text() == lowered[0]
 
 
 # Searching
 
 
-def compiler(workload, where, fits):
+def compiler(spec, slice_, fits):
     """What `search` asks for, with the verdict of `fits(layout)`; and what it was asked."""
     asked = []
 
-    def compile_one(layout):
-        asked.append(layout)
-        verdict = "fits" if fits(layout) else "does not fit"
-        return count(workload, layout, where) | {"verdict": verdict}
+    def compile_one(parallel):
+        asked.append(parallel)
+        verdict = "fits" if fits(parallel) else "does not fit"
+        return count(spec, parallel, slice_) | {"verdict": verdict}
 
     return compile_one, asked
 
 
 def test_the_fastest_that_fits_is_found_first():
-    compile_one, asked = compiler(XXL, V5E, lambda layout: True)
+    compile_one, asked = compiler(XXL, V5E, lambda parallel: True)
     tried, best = search.search(XXL, V5E, None, compile_one)
     # In bfloat16 even what has to be kept of 4x2 is too much; with int8 kernels it is not.
-    assert [(layout.mesh, layout.quantize) for layout in asked] == [("2x4", None), ("4x2", "int8")]
+    assert [(parallel.mesh, parallel.quantize) for parallel in asked] == [
+        ("2x4", None),
+        ("4x2", "int8"),
+    ]
     assert best == tried[1]
     seconds = [search.expected_seconds(one) for one in tried]
     assert seconds[1] < search.WORTH * seconds[0]
 
 
 def test_what_the_gin_file_says_of_int8_stays():
-    compile_one, asked = compiler(XXL, V5E, lambda layout: True)
+    compile_one, asked = compiler(XXL, V5E, lambda parallel: True)
     search.search(XXL, V5E, "int8", compile_one)
-    assert {layout.quantize for layout in asked} == {"int8"}
+    assert {parallel.quantize for parallel in asked} == {"int8"}
 
 
 def test_a_float32_run_is_tried_in_bfloat16():
-    workload = dataclasses.replace(XXL, config=dataclasses.replace(XXL.config, dtype="float32"))
-    where = parse_slice("h100x8")
-    compile_one, asked = compiler(workload, where, lambda layout: True)
-    tried, best = search.search(workload, where, None, compile_one)
-    assert [(layout.dtype, layout.quantize) for layout in asked] == [
+    spec = dataclasses.replace(XXL, config=dataclasses.replace(XXL.config, dtype="float32"))
+    slice_ = parse_slice("h100x8")
+    compile_one, asked = compiler(spec, slice_, lambda parallel: True)
+    tried, best = search.search(spec, slice_, None, compile_one)
+    assert [(parallel.dtype, parallel.quantize) for parallel in asked] == [
         (None, None), ("bfloat16", None)
     ]  # fmt: skip
     assert best == tried[1] and best["settings"]["dtype"] == "bfloat16"
@@ -260,31 +262,31 @@ def test_a_float32_run_is_tried_in_bfloat16():
     assert held[0] == pytest.approx(2 * held[1]) and memory[0] == pytest.approx(2 * memory[1])
     assert compute[0] == pytest.approx(2 * compute[1], rel=0.01)  # remat may differ
     # Weights that train stay as they are.
-    compile_one, asked = compiler(workload, where, lambda layout: True)
-    search.search(dataclasses.replace(workload, method=ModelTuning()), where, None, compile_one)
-    assert {layout.dtype for layout in asked} == {None}
+    compile_one, asked = compiler(spec, slice_, lambda parallel: True)
+    search.search(dataclasses.replace(spec, method=ModelTuning()), slice_, None, compile_one)
+    assert {parallel.dtype for parallel in asked} == {None}
 
 
 def test_int8_is_left_where_it_gains_nothing():
-    where = parse_slice("v6e-8")
-    compile_one, asked = compiler(XXL, where, lambda layout: True)
-    _, best = search.search(XXL, where, None, compile_one)
-    assert [layout.mesh for layout in asked] == ["8x1"]
+    slice_ = parse_slice("v6e-8")
+    compile_one, asked = compiler(XXL, slice_, lambda parallel: True)
+    _, best = search.search(XXL, slice_, None, compile_one)
+    assert [parallel.mesh for parallel in asked] == ["8x1"]
     assert best["settings"]["QUANTIZE"] is None
 
 
 def test_a_mesh_that_is_full_is_left():
-    compile_one, asked = compiler(XXL, V5E, lambda layout: layout.mesh == "1x8")
+    compile_one, asked = compiler(XXL, V5E, lambda parallel: parallel.mesh == "1x8")
     _, best = search.search(XXL, V5E, None, compile_one)
     assert best["settings"]["MESH"] == "1x8"
-    for mesh in {layout.mesh for layout in asked}:
+    for mesh in {parallel.mesh for parallel in asked}:
         remats = [x.remat for x in asked if x.mesh == mesh and not x.fsdp and not x.quantize]
         assert len(set(remats)) == len(remats)
     assert len(asked) < 30
 
 
 def test_nothing_fits():
-    compile_one, asked = compiler(XXL, V5E, lambda layout: False)
+    compile_one, asked = compiler(XXL, V5E, lambda parallel: False)
     tried, best = search.search(XXL, V5E, None, compile_one)
     assert best is None and len(tried) == len(asked) > 0
     # What cannot fit, such as all weights of XXL on one chip, is not even compiled.

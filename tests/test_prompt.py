@@ -74,7 +74,9 @@ def test_a_text_is_cut_or_filled_up(context):
 
 @pytest.mark.parametrize("initializer", [FromText(" "), ClassLabels(("good", ""))])
 def test_a_text_without_pieces_is_refused(context, initializer):
-    with pytest.raises(InputError, match=r"no prompt can be made of the text ' ?': it has no pie"):
+    with pytest.raises(
+        InputError, match=r"cannot initialise a prompt from the text ' ?': it has no"
+    ):
         initializer(KEY, 3, context)
 
 

@@ -9,7 +9,8 @@ import pytest
 from conftest import tune
 
 from ptjax.errors import InputError
-from ptjax.inference.prompts import check_bank, check_prompt, make_bank
+from ptjax.inference.bank import make_bank
+from ptjax.inference.prompts import check_bank, check_prompt
 from ptjax.interop.peft import export_peft
 from ptjax.interop.prompt_file import PromptFile, load_prompt, save_prompt
 from ptjax.settings import TrainSchedule

@@ -7,9 +7,11 @@ import pytest
 
 from ptjax.errors import InputError
 from ptjax.inference import prompts
-from ptjax.inference.forward import forward, generate, loss_and_prompt_gradient
+from ptjax.inference.bank import make_bank
+from ptjax.inference.forward import forward, loss_and_prompt_gradient
+from ptjax.inference.generate import generate
 from ptjax.inference.predict import rank
-from ptjax.inference.prompts import check_bank, make_bank
+from ptjax.inference.prompts import check_bank
 from ptjax.interop.prompt_file import PromptFile, save_prompt
 
 

@@ -159,7 +159,7 @@ def test_on_a_mesh_int8_gives_the_loss_and_gradient_of_one_device(fsdp) -> None:
 
 
 def test_what_int8_is_not_for() -> None:
-    with pytest.raises(InputError, match=r"quantize = 'int4': it takes one of 'int8', None"):
+    with pytest.raises(InputError, match=r"quantize must be one of 'int8', None, got 'int4'"):
         load_backbone(FIXTURES / "t5_1_1_tiny_legacy", quantize="int4")
     small = load_backbone(FIXTURES / "t5_1_1_tiny_legacy", quantize="int8")
     task = Task(name="x", splits={"train": "x.jsonl"}, inputs="{text}", targets="{label}")

@@ -101,10 +101,10 @@ def test_preprocessors_are_printed_back(own_process):
     [
         (lambda: ptjax.Batching(batch_size=8, microbatches=3), "no multiple of 3 MICROBATCHES"),
         (lambda: ptjax.Batching(feature_lengths={"input": 3}), "TASK_FEATURE_LENGTHS has 'input'"),
-        (lambda: ptjax.Batching(row_length=0), "Batching.row_length = 0: it has to be at least 1"),
-        (lambda: ptjax.PromptTuning(length=0), "PROMPT_LENGTH = 0: it has to be at least 1"),
-        (lambda: ptjax.RunSettings(seed=-1), "RANDOM_SEED = -1: it has to be at least 0"),
-        (lambda: ptjax.TrainSchedule(keep=0), "TrainSchedule.keep = 0: it has to be at least 1"),
+        (lambda: ptjax.Batching(row_length=0), "Batching.row_length must be >= 1, got 0"),
+        (lambda: ptjax.PromptTuning(length=0), "PROMPT_LENGTH must be >= 1, got 0"),
+        (lambda: ptjax.RunSettings(seed=-1), "RANDOM_SEED must be >= 0, got -1"),
+        (lambda: ptjax.TrainSchedule(keep=0), "TrainSchedule.keep must be >= 1, got 0"),
     ],
 )
 def test_what_cannot_be_is_refused_where_it_is_made(make, said):

@@ -50,7 +50,7 @@ from ptjax.sharding.rules import (
 )
 from ptjax.training.loss import Loss
 from ptjax.training.optimizer import Adafactor
-from ptjax.training.step import init_train_state, make_bank_step, make_train_step
+from ptjax.training.step import init_train_state, make_sweep_step, make_train_step
 from ptjax.trees import flatten_paths, unflatten_paths
 
 # The widths of XXL and 11B, of whose layers one is like the other.
@@ -102,17 +102,16 @@ def test_the_table_holds_for_both_kinds_of_t5(name):
         ),
         (
             [("params/a.*", P("model")), ("params/.*b", P())],
-            "rows 'params/a.*' .* and 'params/.*b' .* contradict each other about variable "
-            "'params/ab'",
+            "rows 'params/a.*' .* and 'params/.*b' .* conflict about variable 'params/ab'",
         ),
         ([("params/.*", P("model", None, None))], "gives variable 'params/a' 3 axes, but it has 2"),
-        ([("params/.*", P("modle"))], "row 'params/.*' names axis 'modle'"),
+        ([("params/.*", P("modle"))], "row 'params/.*' names the unknown axis 'modle'"),
         ([("params/.*", P("fsdp", "data"))], "row 'params/.*' names an axis twice"),
-        ([("params/.*", P()), ("parms/.*", P())], "row 'parms/.*' is for no collection of ours"),
+        ([("params/.*", P()), ("parms/.*", P())], "row 'parms/.*' is for an unknown collection"),
     ],
 )
 def test_a_table_with_a_mistake(rules, message):
-    three = tree(a=(4, 4), ab=(4, 4), b=(4, 4)) if "contradict" in message else None
+    three = tree(a=(4, 4), ab=(4, 4), b=(4, 4)) if "conflict" in message else None
     with pytest.raises(InputError, match=message):
         check_rules(three or tree(a=(4, 4), ab=(4, 4)), rules)
 
@@ -408,15 +407,17 @@ def run_step(tiny, batch, mesh, *, fsdp=False, microbatches=1, attends_to_input=
     step = make_train_step(apply, SGD, Loss(), **parts)
     if members:
         state = jax.tree.map(lambda x: jax.numpy.stack([x] * members), state)
-        step = make_bank_step(apply, optax.sgd, Loss(), **parts)
+        step = make_sweep_step(apply, optax.sgd, Loss(), **parts)
         batch = {name: np.stack([x] * members) for name, x in batch.items()}
-        batch |= {"active": np.ones(members, bool), "learning_rate": np.ones(members, np.float32)}
     state = jax.device_put(state, replicated(mesh))
-    batch = put_batch(batch, mesh)
+    inputs = [put_batch(batch, mesh)]
+    if members:  # all are active, with a learning rate of 1
+        settings = np.ones(members, bool), np.ones(members, np.float32)
+        inputs += jax.device_put(settings, replicated(mesh))
     places = jax.tree.map(lambda x: x.sharding, state)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(places, None))
-    compiled = jitted.lower(state, frozen, batch).compile()
-    return compiled, frozen, *compiled(state, frozen, batch)
+    compiled = jitted.lower(state, frozen, *inputs).compile()
+    return compiled, frozen, *compiled(state, frozen, *inputs)
 
 
 @pytest.fixture(scope="module")

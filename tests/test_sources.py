@@ -126,7 +126,7 @@ def test_format_is_told_where_the_suffix_does_not(tmp_path):
     ):
         read_records(path)
     assert read_records(path, format="tsv", columns=("l", "t"))[0].fields == {"l": "1", "t": "x"}
-    with pytest.raises(InputError, match=r"Task\.format = 'xml': it takes one of 'jsonl'"):
+    with pytest.raises(InputError, match=r"Task\.format must be one of 'jsonl'"):
         read_records(path, format="xml")
 
 

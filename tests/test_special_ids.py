@@ -27,7 +27,7 @@ from ptjax.data.pipeline import BankBatches, TrainBatches, make_buckets
 from ptjax.data.preprocess import TokenizedExamples, TokenRows
 from ptjax.data.tokenizer import SentencePieceTokenizer
 from ptjax.errors import InputError
-from ptjax.inference import answering, forward
+from ptjax.inference import forward, generate, labels
 from ptjax.inference.predict import rank
 from ptjax.interop.huggingface_format import make_config_json
 from ptjax.models.config import T5Config
@@ -265,19 +265,19 @@ def test_case_1_5_any_end_ends_a_text_and_padding_follows(started):
     for row, cut in zip(tokens.tolist(), np.asarray(found).tolist(), strict=True):
         stop = next((i for i, token in enumerate(row) if token in ends), len(row) - 1) + 1
         assert cut == row[:stop] + [9] * (6 - stop)
-        assert answering.before_end(cut, dataclasses.replace(free, eos_ids=ends)) == [
+        assert generate.before_end(cut, dataclasses.replace(free, eos_ids=ends)) == [
             token for token in row[:stop] if token not in ends
         ]
 
 
 def test_case_1_5_labels_are_ranked_behind_the_start_as_they_are(started):
-    labels = answering.Labels(np.array([[5, 1, 0], [0, 7, 1]]), np.array([2, 3]))
+    sets = labels.Labels(np.array([[5, 1, 0], [0, 7, 1]]), np.array([2, 3]))
     for forced in (None, 102):
         ids = dataclasses.replace(started.config.special_ids, forced_bos_id=forced)
         lengths = trailing_lengths(INPUTS, 0)
         model = started.apply_fn, started.variables
-        ranked = answering.rank(*model, INPUTS, lengths, labels, ids=ids)
-        for c, (row, length) in enumerate(zip(*labels, strict=True)):
+        ranked = labels.rank(*model, INPUTS, lengths, sets, ids=ids)
+        for c, (row, length) in enumerate(zip(*sets, strict=True)):
             targets = np.tile(row[:length], (len(INPUTS), 1))
             expected = log_probs_of(started, INPUTS, targets).sum(axis=1)
             np.testing.assert_allclose(ranked[:, c], expected, rtol=1e-5)
@@ -396,8 +396,8 @@ def test_case_1_6_tunes_generates_and_ranks(madlad, tmp_path, pack):
     assert np.isfinite(results["best"]["value"]) if "best" in results else results
     if not pack:
         texts = ["red green", "dark"]
-        together = forward.generate(madlad, texts, max_new_tokens=4)
-        assert together == [forward.generate(madlad, [x], max_new_tokens=4)[0] for x in texts]
+        together = generate.generate(madlad, texts, max_new_tokens=4)
+        assert together == [generate.generate(madlad, [x], max_new_tokens=4)[0] for x in texts]
         ranked = rank(madlad, texts, ["cold", "warm"])
         alone = [rank(madlad, [x], ["cold", "warm"])[0] for x in texts]
         for one, other in zip(ranked, alone, strict=True):

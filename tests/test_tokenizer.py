@@ -213,7 +213,7 @@ def test_what_is_no_tokenizer(tmp_path, monkeypatch):
         (tmp_path / "nowhere", "no tokenizer at .*: the path does not exist"),
         (tmp_path / "empty", "no tokenizer in it; it needs spiece.model"),
         (tmp_path / "file.json", r"must be a SentencePiece \*.model"),
-        ("some/model", "some/model: not a path here, and the Hugging Face hub cannot be reached"),
+        ("some/model", "some/model: not a local path, and the Hugging Face hub cannot be reached"),
     ]:
         with pytest.raises(InputError, match=message):
             tokenizers.load_tokenizer(source)
@@ -240,10 +240,12 @@ def test_broken_json_files(tmp_path):
     with pytest.raises(InputError, match="transformers cannot load this tokenizer"):
         tokenizers.load_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(InputError, match=r"_config\.json: the file is truncated or no JSON"):
+    with pytest.raises(InputError, match=r"_config\.json: the file is truncated or not a JSON"):
         tokenizers.load_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("[]")
-    with pytest.raises(InputError, match=r"_config\.json: .* no JSON object \(it holds a list\)"):
+    with pytest.raises(
+        InputError, match=r"_config\.json: .* not a JSON object \(it holds a list\)"
+    ):
         tokenizers.load_tokenizer(tmp_path)
 
 

@@ -137,7 +137,7 @@ def test_case_5_1_what_our_own_runs_write_is_read():
         with open("config.gin") as stream:
             trust.check(stream, "config.gin")
         bound |= {selector for _, selector in gin.config._CONFIG}
-    assert {"ptjax.tune", "ptjax.TaskComponent", "ptjax.trainer.sweep"} <= bound
+    assert {"ptjax.tune", "ptjax.TaskComponent", "ptjax.sweep"} <= bound
 
 
 def test_case_5_1_the_list_is_whole_and_true():
@@ -153,7 +153,7 @@ def test_case_5_1_the_list_is_whole_and_true():
     # Classes of settings that a run can be given in Python can be written down as well.
     for module in (
         "settings",
-        "baselines",
+        "data.hard_prompt",
         "data.batching",
         "data.mixture",
         "methods.base",

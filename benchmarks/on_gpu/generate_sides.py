@@ -125,27 +125,26 @@ def start_ptjax(folder: Path, settings: dict[str, Any]) -> tuple[Find, Any, Any]
 
     from ptjax.backbones.load import load_backbone
     from ptjax.data.batch import pad
-    from ptjax.inference.answering import Labels, predict_labels, predict_texts
-    from ptjax.inference.prompts import prompted
+    from ptjax.inference.generate import Decoding, decode_tokens, generate_tokens
+    from ptjax.inference.labels import Labels, predict_labels
+    from ptjax.inference.model import bind
+    from ptjax.inference.prompts import open_prompt
 
     backbone = load_backbone(folder / "backbone", dtype=settings["dtype"])
-    model = prompted(backbone, np.load(folder / "prompt.npy"))
+    model = bind(backbone, open_prompt(backbone, np.load(folder / "prompt.npy")))
     inputs, labels = load_inputs(folder)
     rows = make_rows(labels)
     tokens = Labels(pad(labels, int(rows.lengths.max()), EMPTY), rows.lengths)
 
     def find(method: str, count: int) -> list[str]:
         source = make_inputs(inputs[:count])
-        bucket = [(settings["input_length"], 0)]
-        shared = {"ids": backbone.config.special_ids}
         if method == "labels":
-            chosen, _ = predict_labels(*model, source, tokens, bucket, count, **shared)
+            chosen, _ = predict_labels(model, source, [tokens], count)
             return [str(i) for i in chosen]
-        beams = settings["beams"] if method == "beams" else 1
+        how = Decoding(num_beams=settings["beams"] if method == "beams" else 1)
         length = settings["new_tokens"]
-        return predict_texts(
-            *model, source, IdsAsText(), bucket, count, max_length=length, num_beams=beams, **shared
-        )[0]
+        written, _ = generate_tokens(model, source, count, max_new_tokens=length, how=how)
+        return decode_tokens(written, IdsAsText(), model.ids)
 
     # JAX cannot reset the peak, so `generate.py` goes from fewer inputs to more.
     return find, peak_bytes, lambda: None

@@ -45,7 +45,9 @@ from tokens import IdsAsText, make_inputs, make_rows
 
 from ptjax.backbones.load import Backbone
 from ptjax.data.batch import pad
-from ptjax.inference.answering import Labels, predict_labels, predict_texts
+from ptjax.inference.generate import Decoding, decode_tokens, generate_tokens
+from ptjax.inference.labels import Labels, predict_labels
+from ptjax.inference.model import Model
 from ptjax.models.layers import Quantized
 from ptjax.models.prompted import with_prompt
 from ptjax.sharding.arrays import replicated
@@ -172,28 +174,16 @@ def generate(
     """`Answers.texts`: greedy, by beam search, and the indices of the likeliest labels."""
     config = backbone.config
     variables = with_prompt(backbone.variables, prompt)
-    # One bucket, so there is one shape to compile.
+    model = Model(apply_fn, variables, backbone.mesh, config.special_ids)
     source, size = make_inputs(subject.inputs), len(subject.inputs)
-    shared = {"ids": config.special_ids}
-    bucket = [(int(source.input_lengths.max()), 0)]
-    texts = {
-        name: predict_texts(
-            apply_fn,
-            variables,
-            source,
-            IdsAsText(),
-            bucket,
-            size,
-            max_length=TARGET_LENGTH,
-            num_beams=beams,
-            **shared,
-        )[0]
-        for name, beams in (("greedy", 1), ("beams", BEAMS))
-    }
+    texts = {}
+    for name, beams in (("greedy", 1), ("beams", BEAMS)):
+        how = Decoding(num_beams=beams)
+        tokens, _ = generate_tokens(model, source, size, max_new_tokens=TARGET_LENGTH, how=how)
+        texts[name] = decode_tokens(tokens, IdsAsText(), model.ids)
     rows = make_rows(subject.labels)
     tokens = pad(subject.labels, int(rows.lengths.max()), config.pad_id)
-    labels = Labels(tokens, rows.lengths)
-    chosen, _ = predict_labels(apply_fn, variables, source, labels, bucket, size, **shared)
+    chosen, _ = predict_labels(model, source, [Labels(tokens, rows.lengths)], size)
     return texts | {"labels": chosen.tolist()}
 
 

@@ -40,8 +40,8 @@ def load(kind: str) -> dict[str, dict[str, Any]]:
 
     An H200 is an H100 with faster memory: it runs the same program.
     """
+    from ptjax.planning.estimate import step_seconds
     from ptjax.planning.slices import GENERATIONS, parse_slice
-    from ptjax.planning.workload import estimate
 
     if not FILE.exists() or not kind.startswith(("NVIDIA H100", "NVIDIA H200")):
         return {}
@@ -54,7 +54,7 @@ def load(kind: str) -> dict[str, dict[str, Any]]:
             name: taken / (faster if name.startswith("memory") else 1)
             for name, taken in program["seconds"].items()
         }
-        program |= estimate(seconds, seconds.pop("ideal"))
+        program |= step_seconds(seconds, seconds.pop("ideal"))
     return programs
 
 

@@ -44,7 +44,7 @@ from ptjax.models.t5 import init_params
 from ptjax.sharding.arrays import put_batch, replicated
 from ptjax.sharding.meshes import make_mesh
 from ptjax.training import freeze as freezing
-from ptjax.training.compile import Recipe, lower_step
+from ptjax.training.compile import StepConfig, lower_step
 from ptjax.training.loss import Loss
 from ptjax.training.optimizer import Adafactor
 from ptjax.training.step import TrainState
@@ -73,8 +73,8 @@ def train(
     mesh = make_mesh((1, 1), jax.devices()[:1])
     trainable = {"params": params}
     freeze = freezing.make_freeze(trainable, ModelTuning().freeze_rules())
-    recipe = Recipe(stage.optimizer, Loss(per_token=True))
-    init, step = recipe.compose(make_apply_fn(config), freeze, mesh, small=False)
+    step_config = StepConfig(stage.optimizer, Loss(per_token=True))
+    init, step = step_config.make(make_apply_fn(config), freeze, mesh, small=False)
     start = jax.jit(init, out_shardings=replicated(mesh))
     state = start(trainable, jax.random.key(stage.seed))
     if unfinished.exists():

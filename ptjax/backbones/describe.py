@@ -95,7 +95,7 @@ def describe_prompt(file: PromptFile) -> JsonObject:
         "shape": list(file.prompt.shape),
         "bytes": file.prompt.nbytes,
         "sees_input": file.attends_to_input,
-        "compiled": file.states is not None,
+        "kv_cache": file.states is not None,
         "rms": float(np.sqrt(np.mean(np.square(file.prompt)))),
         "row_norms": {
             "least": float(norms.min()),
@@ -187,7 +187,7 @@ def compare(
     if fingerprints_of(opened).contradict(file.metadata):
         logging.warning("the prompt was tuned on different weights than %s", opened.name)
     embedding = opened.arrays[opened.family.embedding_path].read_all().astype(np.float32)
-    return nearest_tokens(file.prompt, embedding, opened.tokenizer, count)
+    return nearest_tokens(np.asarray(file.prompt), embedding, opened.tokenizer, count)
 
 
 def _unit(rows: np.ndarray) -> np.ndarray:

@@ -37,17 +37,16 @@ class Shape(NamedTuple):
     @classmethod
     def of(cls, batch: Mapping[str, Any]) -> Shape:
         """The shape of a batch."""
-        *_, rows, inputs = batch["encoder_input_tokens"].shape
+        *members, rows, inputs = batch["encoder_input_tokens"].shape
         targets = batch["decoder_input_tokens"].shape[-1]
-        members = len(batch["active"]) if "active" in batch else None
-        return cls(rows, inputs, targets, "encoder_segment_ids" in batch, members)
+        return cls(rows, inputs, targets, "encoder_segment_ids" in batch, *members)
 
     def __str__(self) -> str:
         members = "" if self.members is None else f"{self.members}x"
         return f"{members}{self.rows}x{self.inputs}+{self.targets}"
 
     def arrays(self) -> dict[str, tuple[tuple[int, ...], type]]:
-        """Shape and dtype of every array of such a batch, including a sweep's settings."""
+        """Shape and dtype of every array of such a batch."""
         lead = (self.rows,) if self.members is None else (self.members, self.rows)
         encoder, decoder = (*lead, self.inputs), (*lead, self.targets)
         arrays: dict[str, tuple[tuple[int, ...], type]] = {
@@ -61,9 +60,6 @@ class Shape(NamedTuple):
         else:
             arrays["encoder_segment_ids"] = (encoder, np.int32)
             arrays["decoder_segment_ids"] = (decoder, np.int32)
-        if self.members is not None:
-            arrays["active"] = ((self.members,), np.bool_)
-            arrays["learning_rate"] = ((self.members,), np.float32)
         return arrays
 
 

@@ -1,4 +1,4 @@
-"""Several prompts of one task, asked together: how their answers become one (paper, section 5)."""
+"""Ensembles of prompts of one task: how their predictions are combined (paper, section 5)."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ptjax.data.pipeline import ExampleSource
 
 
 @dataclasses.dataclass(frozen=True)
-class Repeated:
-    """An example source in which every example stands `times` times, one behind the other."""
+class RepeatedSource:
+    """An example source in which every example appears `times` times in a row."""
 
     source: ExampleSource
     times: int
@@ -36,14 +36,14 @@ class Repeated:
 
 
 @dataclasses.dataclass(frozen=True)
-class Answers:
-    """What N prompts and their ensembles say to M examples.
+class EnsemblePredictions:
+    """The predictions of N prompts and their ensembles for M examples.
 
     Attributes:
         members: N lists of M texts.
         majority_vote: M texts.
-        mean_likelihood: M texts, or None where the texts were generated: there are no likelihoods
-            of what the others wrote.
+        mean_likelihood: M texts, or None where the texts were generated: a prompt has no
+            likelihoods of the texts that the others generated.
     """
 
     members: list[list[str]]
@@ -54,22 +54,22 @@ class Answers:
 def mean_shares(likelihoods: Float[np.ndarray, "M N C"]) -> Float[np.ndarray, "M C"]:
     """The mean over N prompts of each label's probability among the labels.
 
-    Of probabilities, not of log-likelihoods: there, one prompt that is sure of itself outweighs all
-    others.
+    Probabilities are averaged, not log-likelihoods, in which one confident prompt would outweigh
+    all others.
     """
     return softmax(likelihoods.astype(np.float64), axis=2).mean(axis=1)
 
 
 def vote_on_labels(likelihoods: Float[np.ndarray, "M N C"]) -> Int[np.ndarray, " M"]:
-    """The label that most of N prompts hold likeliest; of a tie, by `mean_shares`."""
+    """The label that is likeliest for most of N prompts; `mean_shares` breaks ties."""
     votes = (likelihoods.argmax(axis=2)[..., None] == np.arange(likelihoods.shape[2])).sum(axis=1)
     most = votes == votes.max(axis=1, keepdims=True)
     return np.where(most, mean_shares(likelihoods), -1.0).argmax(axis=1)
 
 
 def vote_on_texts(texts: Sequence[str], scores: Float[np.ndarray, " N"]) -> str:
-    """What most of N prompts wrote; of a tie, what its authors hold likeliest in the mean."""
-    written: dict[str, list[float]] = collections.defaultdict(list)
+    """The text that most of N prompts generated; the mean score of those prompts breaks ties."""
+    votes: dict[str, list[float]] = collections.defaultdict(list)
     for text, score in zip(texts, scores, strict=True):
-        written[text].append(float(score))
-    return max(written, key=lambda text: (len(written[text]), float(np.mean(written[text]))))
+        votes[text].append(float(score))
+    return max(votes, key=lambda text: (len(votes[text]), float(np.mean(votes[text]))))

@@ -1,16 +1,13 @@
-"""Predicting and scoring the splits of a task with given variables."""
+"""Predictions and scores of a task's splits, with any variables of a network."""
 
 from __future__ import annotations
 
 import collections
 import dataclasses
 import functools
-import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
-import jax
 import numpy as np
 from absl import logging
 from jaxtyping import Array
@@ -18,29 +15,38 @@ from jaxtyping import Array
 from ptjax.backbones.damage import check_scores
 from ptjax.backbones.load import Backbone
 from ptjax.data.examples import Example, Examples
-from ptjax.data.pipeline import ExampleSource, make_buckets
+from ptjax.data.pipeline import ExampleSource
 from ptjax.data.preprocess import TokenizedExamples, check_labels, tokenize_examples
 from ptjax.data.tasks import Task
 from ptjax.data.tokenizer import Tokenizer
 from ptjax.errors import InputError
-from ptjax.evaluation.ensembles import Answers, Repeated, mean_shares, vote_on_labels, vote_on_texts
-from ptjax.inference.answering import make_label_tokens, predict_labels, predict_texts
-from ptjax.models.prompt import Bank, stack_prompts
+from ptjax.evaluation.ensembles import (
+    EnsemblePredictions,
+    RepeatedSource,
+    mean_shares,
+    vote_on_labels,
+    vote_on_texts,
+)
+from ptjax.files import JsonObject
+from ptjax.inference.bank import PromptBank, place_bank
+from ptjax.inference.generate import decode_tokens, generate_tokens
+from ptjax.inference.labels import make_label_tokens, predict_labels
+from ptjax.inference.model import Model
+from ptjax.models.family import ApplyFn
+from ptjax.models.prompt import stack_prompts
 from ptjax.models.prompted import with_prompt
 from ptjax.settings import Evaluation
-from ptjax.sharding.arrays import replicated, rows_divisor
-from ptjax.trees import Tree
+from ptjax.trees import Variables
 
 
 class Evaluator:
     """Predicts and scores splits of one task with one backbone, reusing what it compiled.
 
     Attributes:
-        metric: what prompts are selected by; of several metrics it is their mean, as in the paper.
+        metric: prompts are selected by it; of several metrics it is their mean, as in the paper.
         reported_split: the test split, or else the one that selects.
-        apply_fn: by default the backbone's for the kind of prompt that is evaluated; without a
-            prompt both kinds are one.
-        attends_to_input: that kind.
+        attends_to_input: whether the prompts that are evaluated attend to their input.
+        model: the backbone's network, without a prompt.
     """
 
     def __init__(
@@ -51,11 +57,16 @@ class Evaluator:
         lengths: Mapping[str, int],
         settings: Evaluation,
         attends_to_input: bool = True,
-        apply_fn: Callable[..., Any] | None = None,
+        apply_fn: ApplyFn | None = None,
     ) -> None:
-        self.apply_fn, self.attends_to_input = (
+        """`apply_fn`: by default the backbone's, for such prompts."""
+        self.attends_to_input = attends_to_input
+        self.model = Model(
             apply_fn or backbone.make_apply_fn(attends_to_input),
-            attends_to_input,
+            backbone.variables,
+            backbone.mesh,
+            backbone.config.special_ids,
+            tokenizer,
         )
         self.task, self.backbone, self.tokenizer = task, backbone, tokenizer
         self.lengths, self.settings = lengths, settings
@@ -72,8 +83,13 @@ class Evaluator:
         self.examples = functools.cache(self._load)
         self._source = functools.cache(lambda split: self._tokenize(self.examples(split)))
 
+    @property
+    def apply_fn(self) -> ApplyFn:
+        """Of the network, for the kind of prompt that is evaluated."""
+        return self.model.apply_fn
+
     def __call__(
-        self, variables: Tree, split: str, rewording: Callable[[str], str] | None = None
+        self, variables: Variables, split: str, rewording: Callable[[str], str] | None = None
     ) -> dict[str, float]:
         """Metrics of `split`, every example exactly once; `rewording` changes the inputs' text."""
         return self.score(self.predict(variables, split, rewording), split)
@@ -84,66 +100,69 @@ class Evaluator:
         return values if len(values) == 1 else values | {"mean": statistics.fmean(values.values())}
 
     def predict(
-        self, variables: Tree, split: str, rewording: Callable[[str], str] | None = None
+        self, variables: Variables, split: str, rewording: Callable[[str], str] | None = None
     ) -> list[str]:
         """A text for every example of `split`, in its order.
 
         Raises:
-            InputError: a logit is not finite; where a weight of the backbone is to blame, it is
+            InputError: a logit is not finite; where a weight of the backbone is the cause, it is
                 named, else it is a `NotFiniteError`.
         """
         if rewording is None:
             source = self._source(split)
         else:
             source = self._tokenize(self.examples(split), rewording)
-        return self._predict(variables, source, self.settings.batch_size)[0]
+        return self._predict(self.model.with_variables(variables), source)[0]
 
     def ensemble(
         self,
-        prompts: Sequence[np.ndarray | Array] | np.ndarray | Array | Bank,
+        prompts: Sequence[np.ndarray | Array] | np.ndarray | Array,
         split: str,
         names: Sequence[str] | None = None,
-    ) -> dict[str, Any]:
-        """The scores of N prompts and of their ensembles, as `score_ensemble` has them.
+    ) -> JsonObject:
+        """The scores of N prompts and of their ensembles; see `score_ensemble`.
 
         Args:
-            prompts: matrices [P_i, D] or an array [N, P, D], of the kind that is evaluated, or a
-                bank.
+            prompts: matrices [P_i, D] or an array [N, P, D]; they attend to their input as those
+                that are evaluated do.
             names: of the prompts; default: their numbers.
         """
-        bank = (
-            prompts if isinstance(prompts, Bank) else stack_prompts(prompts, self.attends_to_input)
-        )
-        return self.score_ensemble(self.ask(bank, split), split, names)
+        names = names or [str(number) for number in range(len(prompts))]
+        arrays = stack_prompts(prompts, self.attends_to_input)
+        bank = PromptBank(tuple(names), arrays, (None,) * len(names))
+        return self.score_ensemble(self.predict_bank(bank, split), split, names)
 
-    def ask(self, bank: Bank, split: str) -> Answers:
-        """What every prompt of a bank says to every example of `split`, and what all say together.
+    def predict_bank(self, bank: PromptBank, split: str) -> EnsemblePredictions:
+        """The predictions of every prompt of a bank, and of their ensembles, for `split`.
 
         The prompts of an example share a batch: N rows of one forward pass.
         """
-        count, examples = len(bank.lengths), len(self.examples(split))
-        source = Repeated(self._source(split), count)
-        # A batch holds all rows of an example, and divides over the mesh.
-        step = math.lcm(count, rows_divisor(self.backbone.mesh))
-        placed = jax.device_put(bank, replicated(self.backbone.mesh))
+        count, examples = len(bank.names), len(self.examples(split))
+        placed = place_bank(bank.arrays, self.backbone.mesh)
         texts, scores = self._predict(
-            with_prompt(self.backbone.variables, placed),
-            source,
-            step * max(1, self.settings.batch_size // step),
+            self.model.with_variables(with_prompt(self.backbone.variables, placed)),
+            RepeatedSource(self._source(split), count),
             np.tile(np.arange(count, dtype=np.int32), examples),
+            group=count,
         )
         members = [texts[member::count] for member in range(count)]
         scores = scores.reshape(examples, count, *scores.shape[1:])
         if not self.ranks:
-            said = zip(zip(*members, strict=True), scores, strict=True)
-            return Answers(members, [vote_on_texts(*one) for one in said], None)
+            votes = zip(zip(*members, strict=True), scores, strict=True)
+            voted = [vote_on_texts(texts, of_texts) for texts, of_texts in votes]
+            return EnsemblePredictions(members, voted, None)
         labels = list(self.task.labels or ())
         majority, mean = vote_on_labels(scores), mean_shares(scores).argmax(axis=1)
-        return Answers(members, [labels[i] for i in majority], [labels[i] for i in mean])
+        return EnsemblePredictions(
+            members, [labels[i] for i in majority], [labels[i] for i in mean]
+        )
 
     def score_ensemble(
-        self, answers: Answers, split: str, names: Sequence[str] | None = None
-    ) -> dict[str, Any]:
+        self,
+        predictions: EnsemblePredictions,
+        split: str,
+        names: Sequence[str] | None = None,
+    ) -> JsonObject:
         """Scores as in the paper's Table 3, all on `split`.
 
         Returns:
@@ -152,51 +171,51 @@ class Evaluator:
             "ensemble": metrics of "majority_vote" and, where labels were ranked, of
             "mean_likelihood".
         """
-        names = names or [str(number) for number in range(len(answers.members))]
-        scores = [self.score(member, split) for member in answers.members]
+        names = names or [str(number) for number in range(len(predictions.members))]
+        scores = [self.score(member, split) for member in predictions.members]
         best = max(range(len(scores)), key=lambda member: scores[member][self.metric])
-        ensemble = {"majority_vote": self.score(answers.majority_vote, split)}
-        if answers.mean_likelihood is not None:
-            ensemble["mean_likelihood"] = self.score(answers.mean_likelihood, split)
+        ensemble = {"majority_vote": self.score(predictions.majority_vote, split)}
+        if predictions.mean_likelihood is not None:
+            ensemble["mean_likelihood"] = self.score(predictions.mean_likelihood, split)
         return {
             "members": dict(zip(names, scores, strict=True)),
-            "average": {name: statistics.fmean(one[name] for one in scores) for name in scores[0]},
+            "average": {
+                name: statistics.fmean(metrics[name] for metrics in scores) for name in scores[0]
+            },
             "best": {"name": names[best], "value": scores[best][self.metric]},
             "ensemble": ensemble,
         }
 
     def _predict(
         self,
-        variables: Tree,
+        model: Model,
         source: ExampleSource,
-        batch_size: int,
         prompt_ids: np.ndarray | None = None,
+        group: int = 1,
     ) -> tuple[list[str], np.ndarray]:
         """A text for every example, in order, and its score [N]; of all labels [N, C] if ranked."""
-        buckets, length = make_buckets(source), self.lengths["targets"]
-        where, ids = (self.apply_fn, variables, source), self.backbone.config.special_ids
+        length, batch_size = self.lengths["targets"], self.settings.batch_size
         if not self.ranks:
-            texts, scores = predict_texts(
-                *where,
-                self.tokenizer,
-                buckets,
+            tokens, scores = generate_tokens(
+                model,
+                source,
                 batch_size,
-                ids=ids,
-                max_length=length,
+                max_new_tokens=length,
                 prompt_ids=prompt_ids,
+                group=group,
             )
             check_scores(scores, self.backbone, f"task {self.task.name}: the score of a text")
-            return texts, scores
+            return decode_tokens(tokens, self.tokenizer, model.ids), scores
         labels = list(self.task.labels or ())
-        tokens = make_label_tokens(labels, self.tokenizer, length, ids)
+        tokens = make_label_tokens(labels, self.tokenizer, length, model.ids)
         chosen, likelihoods = predict_labels(
-            *where, tokens, buckets, batch_size, ids=ids, prompt_ids=prompt_ids
+            model, source, [tokens], batch_size, prompt_ids=prompt_ids, group=group
         )
         check_scores(likelihoods, self.backbone, f"task {self.task.name}: the score of a label")
         return [labels[i] for i in chosen], likelihoods
 
     def majority(self, train: Sequence[Example], split: str) -> float:
-        """The metric of always saying what stands most often in the training targets."""
+        """The metric of always predicting the most frequent training target."""
         most, _ = collections.Counter(example.targets for example in train).most_common(1)[0]
         return self.score([most] * len(self.examples(split)), split)[self.metric]
 
@@ -221,7 +240,7 @@ class Evaluator:
 
 
 def report_examples(task: Task, split: str, examples: Examples, note: str = "") -> None:
-    """How many there are, and what was left out of them."""
+    """Logs how many examples there are, and which records were left out."""
     logging.info("%s, split %s: %d examples%s", task.name, split, len(examples), note)
     if bad := examples.bad.count:
         lines = examples.bad.lines
@@ -236,11 +255,11 @@ def report_examples(task: Task, split: str, examples: Examples, note: str = "") 
 
 MOST_CUT = 0.99
 """The share of a task's inputs or targets that may be cut; beyond it the length is a mistake. Long
-reviews may well be meant to be cut: 98% of IMDb's are longer than 64 tokens."""
+reviews may be cut on purpose: 98% of IMDb's are longer than 64 tokens."""
 
 
 def check_cut(source: TokenizedExamples, lengths: Mapping[str, int], what: str) -> None:
-    """Refuses to train with lengths that cut nearly everything; of other splits that is a warning.
+    """Refuses lengths that cut nearly every example of a training split.
 
     Raises:
         InputError: more than `MOST_CUT` of the inputs or targets do not fit; it names the setting.
@@ -255,7 +274,7 @@ def check_cut(source: TokenizedExamples, lengths: Mapping[str, int], what: str) 
 
 
 def report_cut(source: TokenizedExamples, lengths: Mapping[str, int]) -> None:
-    """How many texts did not fit; a hard prompt with many shots may leave nothing of the input."""
+    """Warns about texts that were cut; a hard prompt with many shots may leave no input at all."""
     for side, rows in (("inputs", source.inputs), ("targets", source.targets)):
         if rows.truncated:
             logging.warning(
@@ -270,10 +289,11 @@ def report_cut(source: TokenizedExamples, lengths: Mapping[str, int]) -> None:
 def report_lost(
     task: Task, examples: Sequence[Example], source: TokenizedExamples, tokenizer: Tokenizer
 ) -> None:
-    """Counts the texts that the vocabulary cannot write, each kind with an example.
+    """Warns about texts that the vocabulary cannot represent, with an example of each kind.
 
-    An open target that does not come back from its tokens is one that even a perfect model gets
-    wrong; of labels, `check_labels` refuses those. Texts that were cut are left to `report_cut`.
+    An open target that does not survive tokenising and decoding is one that even a perfect model
+    gets wrong; such labels are refused by `check_labels`. Texts that were cut are left to
+    `report_cut`.
     """
     longest = source.target_lengths.max(initial=0) if source.targets.truncated else np.inf
     texts = [example.targets for example in examples] if task.labels is None else []

@@ -19,6 +19,17 @@ from ptjax.interop.lazy_array import LazyArray
 from ptjax.sharding.processes import on_host
 
 WEIGHTS = "model.safetensors"
+_MARK = {"format": "ptjax"}
+"""Metadata of such a file; Hugging Face's have {"format": "pt"}."""
+
+
+def has_own_names(directory: epath.Path) -> bool:
+    """Whether `save_own_names` wrote the weights in a folder.
+
+    Raises:
+        InputError: as `load_own_names`.
+    """
+    return safetensors_file.open_safetensors(directory / WEIGHTS)[1] == _MARK
 
 
 def load_own_names(directory: epath.Path) -> dict[str, LazyArray]:
@@ -51,5 +62,5 @@ def save_own_names(
         directory / WEIGHTS,
         ((name, on_host(params[name]).astype(numpy_dtype(dtype))) for name in shapes),
         {name: (shape, dtype) for name, shape in shapes.items()},
-        metadata={"format": "ptjax"},
+        metadata=_MARK,
     )

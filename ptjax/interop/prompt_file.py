@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 from absl import logging
 from etils import epath
+from jaxtyping import Array
 
 from ptjax import untrusted
 from ptjax.errors import InputError, check_path, gin_flag, missing
@@ -34,7 +35,7 @@ NO_PROMPT = "none"
 _SUFFIXES = (PROMPT_SUFFIX, ".npy")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class PromptFile:
     """A prompt and what its file records about it.
 
@@ -45,7 +46,7 @@ class PromptFile:
         states: of a compiled prompt: keys and values for the backbone that its metadata names.
     """
 
-    prompt: np.ndarray
+    prompt: np.ndarray | Array
     metadata: JsonObject
     states: PromptStates | None = None
 
@@ -292,7 +293,7 @@ class FromFile:
     path: str | os.PathLike[str]
 
     def __call__(self, key: Any, length: int, context: Any) -> np.ndarray:
-        prompt = load_prompt(self.path).prompt
+        prompt = np.asarray(load_prompt(self.path).prompt)
         if len(prompt) != length:
             raise InputError(
                 f"{self.path}: {len(prompt)} rows, but the run expects {length}; set "

@@ -1,4 +1,4 @@
-"""The ways to initialise a soft prompt."""
+"""Initialisers of soft prompts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Initializer(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Uniform:
-    """U(-scale, scale) per entry, as the paper says; its code draws from [0, 0.5)."""
+    """U(-scale, scale) per entry, as in the paper; the paper's code draws from [0, 0.5)."""
 
     scale: float = 0.5
 
@@ -37,10 +37,11 @@ class Uniform:
 
 @dataclasses.dataclass(frozen=True)
 class SampledVocabulary:
-    """Embeddings of random tokens among the `population` most common.
+    """Embeddings of random tokens among the `population` most frequent ones.
 
-    SentencePiece orders a unigram vocabulary by frequency, behind padding, EOS and unknown, which
-    are left out. No token is drawn twice unless the prompt is longer than the population.
+    SentencePiece orders a unigram vocabulary by frequency, after the `special_tokens` (padding, EOS
+    and unknown), which are never drawn. No token is drawn twice unless the prompt is longer than
+    the population.
     """
 
     population: int = 5000
@@ -55,11 +56,11 @@ class SampledVocabulary:
 
 @dataclasses.dataclass(frozen=True)
 class ClassLabels:
-    """One row per class label, its pieces averaged; other rows by `rest` (paper, section 3.2).
+    """One row per class label, the average of its tokens' embeddings (paper, section 3.2).
 
     Attributes:
-        labels: texts to use instead of the task's verbalizers (the paper gives ReCoRD and WSC
-            words of their own).
+        labels: texts that replace the task's verbalizers, as the paper does for ReCoRD and WSC.
+        rest: initialises the other rows.
     """
 
     labels: tuple[str, ...] | None = None
@@ -69,15 +70,15 @@ class ClassLabels:
         labels = self.labels or context.labels
         if not labels:
             raise InputError(
-                "class-label initialisation needs a closed label set: give the task a verbalizer, "
-                "set ClassLabels.labels, or choose SampledVocabulary"
+                "class-label initialisation needs a closed label set: set a verbalizer in the "
+                "task or ClassLabels.labels, or choose SampledVocabulary"
             )
         return _fill([context.phrase(x) for x in labels], self.rest, key, length, context)
 
 
 @dataclasses.dataclass(frozen=True)
 class FromText:
-    """The embedded pieces of `text`, cut to the prompt's length; other rows by `rest`."""
+    """The embedded tokens of `text`, cut to the prompt's length; `rest` fills the other rows."""
 
     text: str
     rest: Initializer = SampledVocabulary()
@@ -89,9 +90,9 @@ class FromText:
 
 @dataclasses.dataclass(frozen=True)
 class FrequentWords:
-    """The words that stand most often in the training inputs, each its pieces averaged.
+    """The most frequent words of the training inputs, each the average of its tokens' embeddings.
 
-    Stop words, punctuation and numbers do not count; other rows by `rest`.
+    Stop words, punctuation and numbers do not count; `rest` fills the other rows.
     """
 
     minimum_letters: int = 3
@@ -103,7 +104,7 @@ class FrequentWords:
 
     def words(self, count: int, texts: Iterable[str]) -> list[str]:
         """The `count` most frequent, ties in alphabetical order."""
-        # Imported here: scikit-learn takes a second to load and only this initialiser needs it.
+        # Imported here: scikit-learn takes a second to load, and nothing else needs it.
         from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
         pattern = re.compile(rf"[^\W\d_]{{{self.minimum_letters},}}")
@@ -115,7 +116,7 @@ class FrequentWords:
 def _fill(
     rows: list[Array], rest: Initializer, key: Array, length: int, context: InitContext
 ) -> Float[Array, "P D"]:
-    """`rows`, cut to `length` or followed by rows of `rest`."""
+    """`rows`, cut to `length` or filled up with rows of `rest`."""
     rows = rows[:length]
     others = rest(key, length, context)[len(rows) :]
     return jnp.concatenate([jnp.stack(rows), others]) if rows else others

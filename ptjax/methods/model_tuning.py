@@ -1,10 +1,10 @@
-"""Model tuning: all weights of the backbone train."""
+"""Model tuning: all weights of the backbone are trained."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from etils import epath
 from jaxtyping import Array
@@ -14,12 +14,16 @@ from ptjax.errors import InputError, gin_flag
 from ptjax.files import JsonObject, Metadata, PathLike
 from ptjax.methods.base import FrozenNetwork, InitContext, Method
 from ptjax.model_dir import ExportKind
+from ptjax.models.family import Config
 from ptjax.trees import Variables
+
+if TYPE_CHECKING:
+    from ptjax.backbones.load import Backbone
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelTuning(Method):
-    """All weights train, in float32; there is no prompt."""
+    """All weights are trained, in float32; there is no prompt."""
 
     name: ClassVar[str] = "model_tuning"
     collection: ClassVar[str] = "params"
@@ -30,7 +34,7 @@ class ModelTuning(Method):
             needed = gin_flag("QUANTIZE", None)
             raise InputError(f"int8 kernels do not train: set {needed} for model tuning")
 
-    def variable_shapes(self, config: Any) -> Variables:
+    def variable_shapes(self, config: Config) -> Variables:
         return {}
 
     def init(self, key: Array, context: InitContext) -> Variables:
@@ -39,13 +43,14 @@ class ModelTuning(Method):
     def freeze_rules(self) -> Mapping[str, bool]:
         return {"params/.*": False}
 
-    # `save_backbone` and what it needs of foreign formats are imported late: settings and plans
-    # need none of it.
+    # Functions for foreign formats are imported late: settings and plans do not need them.
 
-    def save(self, path: PathLike, trainable: Variables, metadata: Metadata, backbone: Any) -> None:
-        """A folder in Hugging Face's layout, which has no place for metadata.
+    def save(
+        self, path: PathLike, trainable: Variables, metadata: Metadata, backbone: Backbone
+    ) -> None:
+        """Writes a folder as `save_backbone` does; its layout has no place for metadata.
 
-        float32: the tuned weights as they are, whatever the backbone's activations.
+        The weights are saved in float32, as they were tuned, whatever the activations' dtype.
         """
         from ptjax.backbones.save import save_backbone
 
@@ -54,21 +59,23 @@ class ModelTuning(Method):
         save_backbone(path, backbone.config, params, **kept)
 
     def read_metadata(self, path: PathLike) -> JsonObject:
-        """Nothing, of a model that is whole.
+        """Checks that an export is intact; it has no metadata.
 
         Raises:
-            InputError: a file is missing, cut or empty.
+            InputError: a file is missing, truncated or empty.
         """
         from ptjax.interop.huggingface import load_huggingface
+        from ptjax.interop.own_names import WEIGHTS, has_own_names
 
         folder = epath.Path(path)
-        load_huggingface(folder)
+        if not ((folder / WEIGHTS).exists() and has_own_names(folder)):
+            load_huggingface(folder)
         for file in folder.iterdir():
             if not file.stat().length:
                 raise InputError(f"{file}: the file is empty")
         return {}
 
-    def load(self, path: PathLike, backbone: Any) -> Variables:
+    def load(self, path: PathLike, backbone: Backbone) -> Variables:
         from ptjax.backbones.load import load_backbone
 
         config = backbone.config

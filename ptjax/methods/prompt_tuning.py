@@ -1,10 +1,10 @@
-"""Prompt tuning: a learned matrix in front of the embedded input (Lester et al. 2021)."""
+"""Prompt tuning: a learned matrix is prepended to the embedded input (Lester et al. 2021)."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import jax
 import numpy as np
@@ -15,20 +15,25 @@ from ptjax.files import JsonObject, Metadata, PathLike
 from ptjax.methods.base import InitContext, Method
 from ptjax.methods.initializers import ClassLabels, Initializer, SampledVocabulary
 from ptjax.model_dir import ExportKind
+from ptjax.models.family import Config
 from ptjax.models.prompted import with_prompt
 from ptjax.sharding import processes
 from ptjax.trees import Variables
 
+if TYPE_CHECKING:
+    from ptjax.backbones.load import Backbone
+
 
 @dataclasses.dataclass(frozen=True)
 class PromptTuning(Method):
-    """A soft prompt trains; the backbone is frozen.
+    """A soft prompt is trained; the backbone is frozen.
 
     Attributes:
-        length: P.
-        initializer: None takes class labels for a closed label set, else the sampled vocabulary.
-        attends_to_input: as in the paper. Without it the prompt's positions attend to the prompt
-            alone, so its states are computed once a step (`models.prompt.Prompt`).
+        length: P, the number of rows.
+        initializer: None is `ClassLabels` for a closed label set, else `SampledVocabulary`.
+        attends_to_input: True, as in the paper: the prompt's positions attend to the input. With
+            False they attend to the prompt alone, so its states are computed once per step
+            (`models.prompt.Prompt`).
     """
 
     name: ClassVar[str] = "prompt_tuning"
@@ -44,39 +49,40 @@ class PromptTuning(Method):
     def __post_init__(self) -> None:
         check_at_least(1, PROMPT_LENGTH=self.length)
 
-    def variable_shapes(self, config: Any) -> Variables:
+    def variable_shapes(self, config: Config) -> Variables:
         size = (self.length, config.emb_dim)
         return {"prompt": {"prompt": jax.ShapeDtypeStruct(size, np.float32)}}
 
     def init(self, key: Array, context: InitContext) -> Variables:
-        """P [P, D], float32, on the host."""
+        """The prompt [P, D], float32, on the host."""
         initializer = self.initializer
         if initializer is None:
             initializer = ClassLabels() if context.labels else SampledVocabulary()
-        made = processes.on_host(initializer(key, self.length, context)).astype(np.float32)
-        size = (self.length, context.embedding.shape[1])
-        if made.shape != size:
+        prompt = processes.on_host(initializer(key, self.length, context)).astype(np.float32)
+        shape = (self.length, context.embedding.shape[1])
+        if prompt.shape != shape:
             owner = f" of {context.member}" if context.member else ""
             raise InputError(
-                f"the initial prompt{owner} has shape {made.shape}, the run wants {size}; change "
-                "PROMPT_LENGTH or the initialiser"
+                f"the initial prompt{owner} has shape {prompt.shape}, but the run needs {shape}; "
+                "change PROMPT_LENGTH or the initialiser"
             )
-        return {"prompt": {"prompt": made}}
+        return {"prompt": {"prompt": prompt}}
 
     def freeze_rules(self) -> Mapping[str, bool]:
         return {"params/.*": True, "prompt/.*": False}
 
     def extra_positions(self) -> int:
-        """A prompt that does not see its input is there once for all examples."""
+        """P; 0 for a prompt that does not attend to the input: all examples share one."""
         return self.length if self.attends_to_input else 0
 
-    def describe(self) -> Mapping[str, Any]:
+    def describe(self) -> Metadata:
         return {"sees_input": self.attends_to_input}
 
-    # Prompt files, and the foreign formats beside them, are imported late: settings and plans need
-    # none of it.
+    # Prompt files are imported late: settings and plans do not need them.
 
-    def save(self, path: PathLike, trainable: Variables, metadata: Metadata, backbone: Any) -> None:
+    def save(
+        self, path: PathLike, trainable: Variables, metadata: Metadata, backbone: Backbone
+    ) -> None:
         from ptjax.interop.prompt_file import save_prompt
 
         if processes.first():
@@ -87,7 +93,7 @@ class PromptTuning(Method):
 
         return load_prompt(path).metadata
 
-    def load(self, path: PathLike, backbone: Any) -> Variables:
+    def load(self, path: PathLike, backbone: Backbone) -> Variables:
         from ptjax.interop.prompt_file import load_prompt
 
         return with_prompt({}, load_prompt(path).prompt)

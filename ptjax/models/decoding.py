@@ -1,7 +1,8 @@
 """Greedy decoding, sampling and beam search over the KV cache.
 
-Pure functions of `PromptedT5.apply`. The encoder and the cross-attention's keys and values are
-computed once; a `while_loop` of static shapes then runs one target position at a time.
+Pure functions of a network's `apply_fn`. The encoder and the cross-attention's keys and values are
+computed once; a `while_loop` of static shapes then decodes one target position at a time. How many
+it decodes is a traced number, so one compiled program serves every length up to its cache's.
 """
 
 from __future__ import annotations
@@ -9,80 +10,111 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from ptjax.data.batch import SpecialIds
+from ptjax.models.family import ApplyFn
 from ptjax.models.stacking import map_layers
 from ptjax.models.t5 import Cache
+from ptjax.trees import Variables
 
+T = TypeVar("T")
 Step = Callable[[Array, Cache, Array], tuple[Array, Cache]]
 
 
+class Sampling(NamedTuple):
+    """How tokens are sampled.
+
+    Attributes:
+        keys: one per row, so that a row's sample does not depend on the other rows.
+        temperature: divides the logits before sampling; > 0.
+        top_p: samples from the fewest tokens whose probabilities reach it; in (0, 1].
+    """
+
+    keys: Key[Array, " B"]
+    temperature: float | Array = 1.0
+    top_p: float | Array = 1.0
+
+
 def decode(
-    apply_fn: Callable[..., Any],
-    variables: dict[str, Any],
+    apply_fn: ApplyFn,
+    variables: Variables,
     encoder_input_tokens: Int[Array, "B T"],
     encoder_lengths: Int[Array, " B"],
     *,
     ids: SpecialIds,
     max_length: int,
+    limit: Int[Array, ""] | int | None = None,
     prompt_ids: Int[Array, " B"] | None = None,
     num_beams: int = 1,
     alpha: float | Array = 0.6,
-    keys: Key[Array, " B"] | None = None,
-    temperature: float | Array = 1.0,
-    top_p: float | Array = 1.0,
+    sampling: Sampling | None = None,
 ) -> tuple[Int[Array, "B L"], Float[Array, " B"]]:
-    """The targets that the model writes, and their scores.
+    """The targets that the model generates, and their scores.
 
-    Greedy by default, the best of a beam search with `num_beams > 1`, sampled with `keys`. A row
-    of length 0 is filler: it is never waited for, and its result means nothing.
+    Greedy by default, the best of a beam search with `num_beams > 1`, sampled with `sampling`. A
+    row of length 0 is filler: the loop never waits for it, and its result is meaningless.
 
     Args:
-        encoder_lengths: how many of a row's tokens are real.
-        ids: with what a target begins and ends, with what it is filled up, and the token that
-            comes first in every target, if there is one.
-        max_length: L; static under `jax.jit`, as are `apply_fn`, `ids` and `num_beams`.
-        prompt_ids: where the variables hold a bank of prompts, which is each row's.
-        alpha: of the beam search's brevity penalty.
-        keys: one per row, so that what a row draws does not depend on the other rows.
-        temperature: divides the logits before sampling; > 0.
-        top_p: samples from the fewest tokens whose probabilities reach it; in (0, 1].
+        encoder_lengths: the number of real tokens in each row.
+        ids: the vocabulary's start, end and padding ids, and the forced first token, if any.
+        max_length: L, the places in the cache; static under `jax.jit`, as are `apply_fn`, `ids`
+            and `num_beams`.
+        limit: the most tokens to generate, up to L; may be traced. None is L.
+        prompt_ids: each row's prompt, where the variables hold a bank of prompts.
+        alpha: the exponent of the beam search's brevity penalty.
 
     Returns:
         Tokens int32 [B, L], `pad_id` after the end of sequence. Float32 scores [B]: the tokens'
-        log-likelihood (whatever the temperature), the end of sequence included; after a beam
-        search as `beam_search` has it. A forced first token is certain: it adds 0.
+        log-likelihood (at temperature 1), the end of sequence included; after a beam search as in
+        `beam_search`. A forced first token is certain: it adds 0.
     """
-    if num_beams > 1:
-        tokens, scores = beam_search(
-            apply_fn,
-            variables,
-            encoder_input_tokens,
-            encoder_lengths,
-            ids=ids,
-            max_length=max_length,
-            prompt_ids=prompt_ids,
-            num_beams=num_beams,
-            alpha=alpha,
+    run = functools.partial(apply_fn, variables)
+    limit = max_length if limit is None else limit
+    if num_beams == 1:
+        step, cache = _start(
+            run, (encoder_input_tokens, encoder_lengths), prompt_ids, ids, max_length, 1
         )
-        return tokens[:, 0], scores[:, 0]
-    inputs = encoder_input_tokens, encoder_lengths
-    step, cache = _start(apply_fn, variables, inputs, prompt_ids, ids, max_length, 1)
+        return _decode_rows(step, cache, encoder_lengths, ids, max_length, limit, sampling)
+    tokens, scores = beam_search(
+        apply_fn,
+        variables,
+        encoder_input_tokens,
+        encoder_lengths,
+        ids=ids,
+        max_length=max_length,
+        limit=limit,
+        prompt_ids=prompt_ids,
+        num_beams=num_beams,
+        alpha=alpha,
+    )
+    return tokens[:, 0], scores[:, 0]
+
+
+def _decode_rows(
+    step: Step,
+    cache: Cache,
+    encoder_lengths: Int[Array, " B"],
+    ids: SpecialIds,
+    max_length: int,
+    limit: Int[Array, ""] | int,
+    sampling: Sampling | None,
+) -> tuple[Int[Array, "B L"], Float[Array, " B"]]:
+    """Greedy decoding, or sampling: `decode` without beams."""
 
     def unfinished(state: _Rows) -> Array:
-        return (state.position < max_length) & ~jnp.all(state.ended)
+        return (state.position < limit) & ~jnp.all(state.ended)
 
     def grow(state: _Rows) -> _Rows:
         log_probs, cache = step(state.last, state.cache, state.position)
-        if keys is None:
+        if sampling is None:
             token = jnp.argmax(log_probs, axis=-1)
         else:
-            token = _sample(log_probs, keys, state.position, temperature, top_p)
+            token = _sample(log_probs, sampling, state.position)
         gained = jnp.take_along_axis(log_probs, token[:, None], axis=-1)[:, 0]
         token = jnp.where(state.ended, ids.pad_id, token).astype(jnp.int32)
         return _Rows(
@@ -94,7 +126,7 @@ def decode(
             cache=cache,
         )
 
-    rows = len(encoder_input_tokens)
+    rows = len(encoder_lengths)
     start = _Rows(
         position=jnp.int32(0),
         tokens=jnp.full((rows, max_length), ids.pad_id, jnp.int32),
@@ -108,14 +140,15 @@ def decode(
 
 
 def beam_search(
-    apply_fn: Callable[..., Any],
-    variables: dict[str, Any],
+    apply_fn: ApplyFn,
+    variables: Variables,
     encoder_input_tokens: Int[Array, "B T"],
     encoder_lengths: Int[Array, " B"],
     *,
     ids: SpecialIds,
     max_length: int,
     num_beams: int,
+    limit: Int[Array, ""] | int | None = None,
     prompt_ids: Int[Array, " B"] | None = None,
     alpha: float | Array = 0.6,
 ) -> tuple[Int[Array, "B K L"], Float[Array, "B K"]]:
@@ -127,8 +160,9 @@ def beam_search(
     stopping at every step, with one beam too.
     """
     rows, width = len(encoder_input_tokens), num_beams
-    inputs = encoder_input_tokens, encoder_lengths
-    step, cache = _start(apply_fn, variables, inputs, prompt_ids, ids, max_length, width)
+    limit = max_length if limit is None else limit
+    inputs, run = (encoder_input_tokens, encoder_lengths), functools.partial(apply_fn, variables)
+    step, cache = _start(run, inputs, prompt_ids, ids, max_length, width)
 
     def penalty(length: Array | int) -> Array:
         return ((5.0 + length) / 6.0) ** jnp.float32(alpha)
@@ -136,8 +170,8 @@ def beam_search(
     def unfinished(state: _Beams) -> Array:
         # Log-likelihoods only fall and the penalty is greatest at the full length, so no live
         # beam can end with a better score than this.
-        bound = state.live_log_likelihood[:, 0] / penalty(max_length)
-        return (state.position < max_length) & jnp.any(state.scores[:, -1] < bound)
+        bound = state.live_log_likelihood[:, 0] / penalty(limit)
+        return (state.position < limit) & jnp.any(state.scores[:, -1] < bound)
 
     def grow(state: _Beams) -> _Beams:
         log_probs, cache = step(state.last.reshape(-1), state.cache, state.position)
@@ -155,19 +189,6 @@ def beam_search(
         scores, kept = jax.lax.top_k(jnp.concatenate([state.scores, scores], axis=1), width)
         finished = _pick(jnp.concatenate([state.finished, tokens], axis=1), kept)
         live_log_likelihood, kept = jax.lax.top_k(jnp.where(ended, -jnp.inf, best), width)
-        beam = _pick(beam, kept)
-
-        def reorder(x: Array) -> Array:
-            return _pick(x.reshape(rows, width, *x.shape[1:]), beam).reshape(x.shape)
-
-        # Beams of one row share their encoder states: only what they wrote has to move.
-        cache = map_layers(
-            lambda layer: {
-                name: jax.tree.map(reorder, x) if name.startswith("self_") else x
-                for name, x in layer.items()
-            },
-            cache,
-        )
         return _Beams(
             position=state.position + 1,
             live=_pick(tokens, kept),
@@ -175,7 +196,7 @@ def beam_search(
             live_log_likelihood=live_log_likelihood,
             finished=finished,
             scores=scores,
-            cache=cache,
+            cache=_reorder(cache, _pick(beam, kept)),
         )
 
     # All beams start equal, so only the first counts; filler rows start without any.
@@ -191,11 +212,11 @@ def beam_search(
         cache=cache,
     )
     state = jax.lax.while_loop(unfinished, grow, start)
-    some = jnp.isfinite(state.scores[:, :1])
-    # NaN ends the search: what had been finished by then is no answer.
-    some &= ~jnp.isnan(state.live_log_likelihood).any(axis=1, keepdims=True)
-    tokens = jnp.where(some[..., None], state.finished, state.live)
-    return tokens, jnp.where(some, state.scores, state.live_log_likelihood / penalty(max_length))
+    finished = jnp.isfinite(state.scores[:, :1])
+    # NaN ends the search: targets that were finished before it are not an answer.
+    finished &= ~jnp.isnan(state.live_log_likelihood).any(axis=1, keepdims=True)
+    tokens = jnp.where(finished[..., None], state.finished, state.live)
+    return tokens, jnp.where(finished, state.scores, state.live_log_likelihood / penalty(limit))
 
 
 class _Rows(NamedTuple):
@@ -222,36 +243,33 @@ class _Beams(NamedTuple):
 
 
 def _start(
-    apply_fn: Callable[..., Any],
-    variables: dict[str, Any],
+    run: ApplyFn,
     inputs: tuple[Int[Array, "B T"], Int[Array, " B"]],
     prompt_ids: Int[Array, " B"] | None,
     ids: SpecialIds,
     max_length: int,
     width: int,
 ) -> tuple[Step, Cache]:
-    """A function of (last token [B*K], cache, position) -> (log p [B*K, V], cache), first cache.
+    """A function (last token [B*K], cache, position) -> (log p [B*K, V], cache); the first cache.
 
     Args:
+        run: the network's `apply_fn` with its variables.
         inputs: tokens and lengths.
+        width: K.
     """
     tokens, lengths = inputs
-    encoded = apply_fn(
-        variables, tokens, encoder_lengths=lengths, prompt_ids=prompt_ids, method="encode"
-    )
-    cache = apply_fn(variables, encoded, max_length, method="init_cache")
+    encoded = run(tokens, encoder_lengths=lengths, prompt_ids=prompt_ids, method="encode")
+    cache = run(encoded, max_length, method="init_cache")
 
-    # Every row its beams; a prompt that all rows share stays one.
-    def repeat(x: Any) -> Any:
-        return jax.tree.map(lambda leaf: jnp.repeat(leaf, width, axis=0), x)
+    # Every beam gets its row's arrays; a prompt that all rows share is not repeated.
+    def repeat(rows: T) -> T:
+        return jax.tree.map(lambda leaf: jnp.repeat(leaf, width, axis=0), rows)
 
     cache, segment_ids = map_layers(repeat, cache), repeat(encoded.segment_ids)
     encoded = encoded._replace(segment_ids=segment_ids)
 
     def step(last: Array, cache: Cache, position: Array) -> tuple[Array, Cache]:
-        logits, cache = apply_fn(
-            variables, last[:, None], cache, position, encoded, method="decode_step"
-        )
+        logits, cache = run(last[:, None], cache, position, encoded, method="decode_step")
         log_probs = jax.nn.log_softmax(logits[:, 0])
         if ids.forced_bos_id is not None:
             forced = jnp.arange(log_probs.shape[-1]) == ids.forced_bos_id
@@ -260,6 +278,25 @@ def _start(
         return log_probs, cache
 
     return step, cache
+
+
+def _reorder(cache: Cache, beam: Int[Array, "B K"]) -> Cache:
+    """The cache in which each beam has what the beam that it continues had written.
+
+    The beams of a row share its encoder states, so only self-attention's arrays move.
+    """
+    rows, width = beam.shape
+
+    def reorder(x: Array) -> Array:
+        return _pick(x.reshape(rows, width, *x.shape[1:]), beam).reshape(x.shape)
+
+    return map_layers(
+        lambda layer: {
+            name: jax.tree.map(reorder, x) if name.startswith("self_") else x
+            for name, x in layer.items()
+        },
+        cache,
+    )
 
 
 def _ends(tokens: Int[Array, "*n"], ids: SpecialIds) -> Bool[Array, "*n"]:
@@ -273,21 +310,19 @@ def _pick(x: Array, index: Int[Array, "B k"]) -> Array:
 
 
 def _sample(
-    log_probs: Float[Array, "B V"],
-    keys: Key[Array, " B"],
-    position: Int[Array, ""],
-    temperature: float | Array,
-    top_p: float | Array,
+    log_probs: Float[Array, "B V"], sampling: Sampling, position: Int[Array, ""]
 ) -> Int[Array, " B"]:
+    keys, temperature, top_p = sampling
+
     def nucleus(logits: Array) -> Array:
         probs = jax.nn.softmax(logits)
         descending = jnp.sort(probs, axis=-1, descending=True)
         before = jnp.cumsum(descending, axis=-1) - descending
-        # The most probable token is always one of them: nothing comes before it.
+        # The most probable token is always included: nothing comes before it.
         last = jnp.sum(before < top_p, axis=-1, keepdims=True) - 1
         return jnp.where(probs >= jnp.take_along_axis(descending, last, axis=-1), logits, -jnp.inf)
 
-    # A condition, not `where`: sorting the vocabulary is slow, and mostly not asked for.
+    # A condition, not `where`: sorting the vocabulary is slow, and rarely needed.
     logits = jax.lax.cond(top_p < 1.0, nucleus, lambda x: x, log_probs / temperature)
     keys = jax.vmap(jax.random.fold_in, (0, None))(keys, position)
     return jax.vmap(jax.random.categorical)(keys, logits)

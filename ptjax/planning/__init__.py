@@ -1,1 +1,1 @@
-"""Whether a run fits a slice, and how long it takes, without the slice."""
+"""Predicts, without a slice, whether a run fits it and how long a step takes."""

@@ -1,6 +1,6 @@
-"""The train step compiled ahead of time for devices that are not there.
+"""Compiles the train step ahead of time, for devices that this machine does not have.
 
-In processes of their own: the compiler may crash, or never end.
+Each compilation runs in a process of its own, because the compiler may crash or never return.
 """
 
 from __future__ import annotations
@@ -16,26 +16,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from ptjax import files
 from ptjax.errors import InputError
+from ptjax.files import JsonObject, Metadata
+from ptjax.planning.estimate import TIGHT, Report, count, link_seconds, step_seconds
 from ptjax.planning.hlo import bytes_accessed, collectives
 from ptjax.planning.slices import Slice
-from ptjax.planning.workload import (
-    TIGHT,
-    Layout,
-    Report,
-    Workload,
-    count,
-    link_seconds,
-    place,
-)
+from ptjax.planning.workload import ParallelConfig, StepSpec, abstract_step
 from ptjax.sharding import meshes
 from ptjax.sharding.devices import FRACTIONS, GIB
 from ptjax.sharding.meshes import make_mesh
@@ -43,67 +35,74 @@ from ptjax.sharding.meshes import make_mesh
 _CRASHED, _LATE = "compiler crashed", "compiler took too long"
 _PACKAGES = re.compile("jax.*|flax|optax|libtpu.*")
 
-FAST: dict[str, Any] = {"exec_time_optimization_effort": -1.0}
-"""Half the time of the TPU's compiler; the peak of T5 XXL comes out up to 1% higher, that of small
-25%."""
-UNTUNED: dict[str, Any] = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
-"""Products as XLA calls cuBLAS for them: which kernel is fastest only a GPU can tell."""
+FAST: JsonObject = {"exec_time_optimization_effort": -1.0}
+"""Halves the compile time for TPUs. The reported peak memory is up to 1% higher for T5 XXL, up to
+25% for T5 small."""
+UNTUNED: JsonObject = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+"""Matrix products call cuBLAS: choosing the fastest kernel would need a GPU."""
 
 
-def check_compiler(where: Slice) -> None:
-    """InputError unless what compiles for the slice is installed."""
-    if not any(map(importlib.util.find_spec, where.compiler)):
-        extra = "plan" if where.is_tpu else "plan-gpu"
+def check_compiler(slice_: Slice) -> None:
+    """InputError unless a compiler for the slice's devices is installed."""
+    if not any(map(importlib.util.find_spec, slice_.compiler)):
+        extra = "plan" if slice_.is_tpu else "plan-gpu"
         raise InputError(
-            f"compiling for {where.name} needs {where.compiler[0]}: pip install 'ptjax[{extra}]', "
-            "or use --quick"
+            f"compiling for {slice_.name} needs {slice_.compiler[0]}: "
+            f"pip install 'ptjax[{extra}]', or use --quick"
         )
 
 
 def compile_ahead(
-    workload: Workload, layout: Layout, where: Slice, *, exact: bool = False, timed: bool = False
+    spec: StepSpec,
+    parallel: ParallelConfig,
+    slice_: Slice,
+    *,
+    exact: bool = False,
+    timed: bool = False,
 ) -> Report:
-    """`count`, and what the compiler for the slice's devices makes of the step.
+    """`count`, completed by what the compiler for the slice's devices reports of the step.
 
-    In a process of its own: the compiler may take that one with it.
+    Call it in a process of its own: a compiler that crashes ends the process.
 
     Args:
-        layout: settled.
-        exact: for TPUs, at the effort of a real run instead of half the time.
-        timed: also count what it reads and writes, from two shallow networks more.
+        parallel: as `resolve` returns it.
+        exact: for TPUs, compile with the effort of a real run instead of `FAST`.
+        timed: also count the bytes that the step reads and writes, which takes two or three
+            compilations of shallow networks.
 
     Returns:
-        With "verdict": "fits", "tight" (over `TIGHT` of the memory), "does not fit", or
-        "refused": the devices make no such mesh.
+        The report, with "verdict": "fits", "tight" (over `TIGHT` of the memory), "does not fit" or
+        "refused" (the devices cannot form the mesh).
 
     Raises:
-        InputError: nothing compiles for this slice.
+        InputError: the compiler does not support this slice.
     """
-    report = count(workload, layout, where)
-    devices = where.topology_devices()
+    report = count(spec, parallel, slice_)
+    devices = slice_.topology_devices()
     try:
-        mesh = make_mesh(meshes.parse_mesh(layout.mesh), devices)
+        mesh = make_mesh(meshes.parse_mesh(parallel.mesh), devices)
     except InputError as error:
         return report | {"verdict": "refused", "reason": str(error)}
-    options = compiler_options(where, exact)
-    lowered, started = place(workload, layout, mesh).lower(), time.perf_counter()
+    options = compiler_options(slice_, exact)
+    lowered, started = abstract_step(spec, parallel, mesh).lower(), time.perf_counter()
     try:
-        compiled: Any = lowered.compile(compiler_options=options)
+        compiled = lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
         if not re.search("RESOURCE_EXHAUSTED.*HBM", str(error)):
             raise
         return report | {"verdict": "does not fit", "reason": str(error).splitlines()[0]}
     memory = compiled.memory_analysis()
-    peak, usable = memory.peak_memory_in_bytes, where.usable_bytes
-    if peak > usable:  # a GPU's compiler refuses nothing
+    assert memory is not None  # the compilers of TPUs and GPUs report it
+    peak, usable = memory.peak_memory_in_bytes, slice_.usable_bytes
+    if peak > usable:  # the compiler for GPUs accepts any program
         report["reason"] = (
             f"needs {peak / GIB:.2f} GiB; JAX gives a program {usable / GIB:.2f} of this GPU "
             f"({FRACTIONS[0]})"
         )
     traffic: dict[tuple[str, ...], list[int]] = {}
-    for one in collectives(compiled, mesh):
-        total = traffic.setdefault((one.kind, *one.axes), [0, 0, 0])
-        for i, more in enumerate((1, one.times, one.bytes)):
+    for collective in collectives(compiled, mesh):
+        total = traffic.setdefault((collective.kind, *collective.axes), [0, 0, 0])
+        for i, more in enumerate((1, collective.times, collective.bytes)):
             total[i] += more
     report |= {
         "verdict": _verdict(peak, usable),
@@ -121,15 +120,15 @@ def compile_ahead(
     estimate = report["estimate"]
     seconds = {name: estimate[name] for name in ("compute", "memory")}
     sent = {key: size for key, (*_, size) in traffic.items()}
-    seconds["links"] = link_seconds(sent, mesh, where)
+    seconds["links"] = link_seconds(sent, mesh, slice_)
     if timed:
         try:
-            accessed = _accessed_bytes(workload, layout, mesh, where, options)
+            accessed = _accessed_bytes(spec, parallel, mesh, slice_, options)
         except jax.errors.JaxRuntimeError:
-            pass  # the step itself compiled: its verdict stands, without an upper end
+            pass  # the step itself compiled, so its verdict is valid, without an upper bound
         else:
-            seconds["memory_most"] = accessed / where.generation.memory_rate
-    return report | {"estimate": estimate(seconds, estimate["ideal"])}
+            seconds["memory_most"] = accessed / slice_.generation.memory_rate
+    return report | {"estimate": step_seconds(seconds, estimate["ideal"])}
 
 
 def _verdict(peak: int, usable: int) -> str:
@@ -138,86 +137,89 @@ def _verdict(peak: int, usable: int) -> str:
     return "tight" if peak > TIGHT * usable else "fits"
 
 
-def compiler_options(where: Slice, exact: bool = False) -> dict[str, Any]:
-    """What the compiler of the slice's devices is told."""
-    if not where.is_tpu:
+def compiler_options(slice_: Slice, exact: bool = False) -> JsonObject:
+    """The options of the compiler for the slice's devices; `exact` is that of `compile_ahead`."""
+    if not slice_.is_tpu:
         return UNTUNED
     return {} if exact else FAST
 
 
 def _accessed_bytes(
-    workload: Workload, layout: Layout, mesh: Mesh, where: Slice, options: Any
+    spec: StepSpec, parallel: ParallelConfig, mesh: Mesh, slice_: Slice, options: JsonObject
 ) -> float:
-    """Bytes that a device's program reads and writes, those kept on the chip included.
+    """Bytes that a device's program reads and writes, in all its memories.
 
-    Of one and two layers unrolled, and of one microbatch: the TPU's compiler counts the body of a
-    loop once, and a GPU's loop takes slices of stacks, which would be counted whole.
+    Extrapolated from one and two layers, unrolled, and from one microbatch: the TPU's compiler
+    counts the body of a loop once, and a GPU's loop slices stacked weights, which would count as
+    reads of the whole stack.
     """
-    config, recipe, parts = workload.config, workload.recipe, workload.recipe.microbatches
+    config, step_config, parts = spec.config, spec.step_config, spec.step_config.microbatches
     encoder, decoder = config.num_encoder_layers, config.num_decoder_layers
-    unrolled = dataclasses.replace(layout, scan_layers=False, fsdp=False)
+    unrolled = dataclasses.replace(parallel, scan_layers=False, fsdp=False)
 
     def accessed(layers: tuple[int, int]) -> float:
         sizes = {"num_encoder_layers": layers[0], "num_decoder_layers": layers[1]}
         shallow = dataclasses.replace(
-            workload,
+            spec,
             config=dataclasses.replace(config, **sizes),
-            recipe=dataclasses.replace(recipe, microbatches=1),
-            batch_size=workload.batch_size // parts,
+            step_config=dataclasses.replace(step_config, microbatches=1),
+            batch_size=spec.batch_size // parts,
         )
-        lowered = place(shallow, unrolled, mesh).lower()
-        compiled: Any = lowered.compile(compiler_options=options)
-        if where.is_tpu:
-            return parts * float(compiled.cost_analysis()["bytes accessed"])
+        lowered = abstract_step(shallow, unrolled, mesh).lower()
+        compiled = lowered.compile(compiler_options=options)
+        if slice_.is_tpu:
+            cost = compiled.cost_analysis()
+            assert cost is not None
+            return parts * float(cost["bytes accessed"])
         return parts * bytes_accessed(compiled)
 
-    one = accessed((1, 1))
+    single = accessed((1, 1))
     if encoder == decoder:
-        return one + (encoder - 1) * (accessed((2, 2)) - one)
-    more = (encoder - 1) * (accessed((2, 1)) - one) + (decoder - 1) * (accessed((1, 2)) - one)
-    return one + more
+        return single + (encoder - 1) * (accessed((2, 2)) - single)
+    per_encoder, per_decoder = accessed((2, 1)) - single, accessed((1, 2)) - single
+    return single + (encoder - 1) * per_encoder + (decoder - 1) * per_decoder
 
 
 class Compiler:
-    """`compile_ahead` for one slice in a process of its own, each answer kept.
+    """`compile_ahead` for one slice, in a process of its own, with cached reports.
 
     Args:
         gin: all settings of the run, as `ptjax.plan --compile` reads them.
         exact: see `compile_ahead`.
-        timeout: seconds of one compilation.
-        cache: the folder of the answers; None keeps none.
+        timeout: seconds that one compilation may take.
+        cache: the folder of the cached reports; None caches in memory only.
     """
 
     def __init__(
         self,
-        workload: Workload,
-        where: Slice,
+        spec: StepSpec,
+        slice_: Slice,
         gin: str,
         *,
         exact: bool = False,
         timeout: int = 900,
         cache: Path | None = None,
     ) -> None:
-        self.workload, self.where, self.gin = workload, where, gin
+        self.spec, self.slice_, self.gin = spec, slice_, gin
         self.exact, self.timeout, self.cache = exact, timeout, cache
-        self.known: dict[str, Report] = {}
+        self.reports: dict[str, Report] = {}
 
-    def __call__(self, layout: Layout, timed: bool = False) -> Report:
-        """The answer for one layout: what is known of it, or a compilation."""
+    def __call__(self, parallel: ParallelConfig, timed: bool = False) -> Report:
+        """The report for one configuration, cached or compiled now."""
         jobs = [
-            {"layout": layout.settings(), "exact": self.exact, "timed": with_time}
-            for with_time in ((True,) if timed else (True, False))  # a timed answer has all of it
+            {"parallel": parallel.settings(), "exact": self.exact, "timed": with_time}
+            for with_time in ((True,) if timed else (True, False))  # a timed report has all keys
         ]
         keys = [self._key(job) for job in jobs]
         for key in keys:
-            if key not in self.known and (found := self._read(key)):
-                self.known[key] = found
-            if key in self.known:
-                return self.known[key]
-        print(f"{self.where.name}: compiling {layout} ...", file=sys.stderr, flush=True)
-        report = self._compile(layout, jobs[-1])
-        self.known[keys[-1]] = report
-        # A crash or a timeout may have been the machine's; it is tried again another time.
+            if key not in self.reports and (cached := self._read(key)):
+                self.reports[key] = cached
+            if key in self.reports:
+                return self.reports[key]
+        print(f"{self.slice_.name}: compiling {parallel} ...", file=sys.stderr, flush=True)
+        report = self._compile(parallel, jobs[-1])
+        self.reports[keys[-1]] = report
+        # This machine may have caused a crash or a timeout, so the next run tries again.
         if report["verdict"] not in (_CRASHED, _LATE):
             self._write(keys[-1], report)
         return report
@@ -235,15 +237,15 @@ class Compiler:
             self.cache.mkdir(parents=True, exist_ok=True)
             files.write_bytes(self.cache / key, json.dumps(report).encode())
         except OSError as error:
-            print(f"warning: answers are not kept: {error}", file=sys.stderr)
+            print(f"warning: reports are not cached: {error}", file=sys.stderr)
             self.cache = None
 
-    def _compile(self, layout: Layout, job: Mapping[str, Any]) -> Report:
+    def _compile(self, parallel: ParallelConfig, job: Metadata) -> Report:
         with tempfile.TemporaryDirectory() as folder:
             config = Path(folder) / "plan.gin"
             config.write_text(self.gin, "utf-8")
             command = [sys.executable, "-m", "ptjax.plan", f"--gin_file={config}"]
-            command += [f"--slice={self.where.name}", f"--compile={json.dumps(job)}"]
+            command += [f"--slice={self.slice_.name}", f"--compile={json.dumps(job)}"]
             try:
                 done = subprocess.run(
                     command,
@@ -253,44 +255,44 @@ class Compiler:
                     timeout=self.timeout,
                 )
             except subprocess.TimeoutExpired:
-                counted = count(self.workload, layout, self.where)
+                counted = count(self.spec, parallel, self.slice_)
                 return counted | {"verdict": _LATE, "reason": f"more than {self.timeout} s"}
         if done.returncode == 0:
             return json.loads(done.stdout.splitlines()[-1])
-        if done.returncode == 2:  # the run is no reason: its settings were read here already
+        if done.returncode == 2:  # not the run's settings, which were checked before
             raise InputError(done.stderr.strip().splitlines()[-1].removeprefix("error: "))
-        counted = count(self.workload, layout, self.where)
+        counted = count(self.spec, parallel, self.slice_)
         return counted | {"verdict": _CRASHED, "reason": _reason(done)}
 
-    def _key(self, job: Mapping[str, Any]) -> str:
-        """Whatever an answer depends on: the run, the slice, the compiler and this program."""
+    def _key(self, job: Metadata) -> str:
+        """A hash of everything that a report depends on: run, slice, compiler and this package."""
         digest = hashlib.sha256()
         versions = [
-            f"{one.name} {one.version}"
-            for one in importlib.metadata.distributions()
-            if _PACKAGES.fullmatch(one.name)
+            f"{package.name} {package.version}"
+            for package in importlib.metadata.distributions()
+            if _PACKAGES.fullmatch(package.name)
         ]
         flags = [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS", *FRACTIONS)]
-        for part in (self.gin, self.where.name, json.dumps(job), *sorted(versions), *flags):
+        for part in (self.gin, self.slice_.name, json.dumps(job), *sorted(versions), *flags):
             digest.update(part.encode() + b"\0")
         for source in sorted(Path(__file__).parent.rglob("*.py")):
             digest.update(source.read_bytes())
         return f"{digest.hexdigest()[:32]}.json"
 
 
-def answer(workload: Workload, where: Slice, job: str) -> Report:
-    """What the process does that `Compiler` starts.
+def answer(spec: StepSpec, slice_: Slice, job: str) -> Report:
+    """What the process that `Compiler` starts prints.
 
     Args:
-        job: of `--compile`.
+        job: the value of `--compile`, as `Compiler` wrote it.
     """
     wanted = json.loads(job)
-    layout = Layout.of(wanted["layout"])
-    return compile_ahead(workload, layout, where, exact=wanted["exact"], timed=wanted["timed"])
+    parallel = ParallelConfig.from_settings(wanted["parallel"])
+    return compile_ahead(spec, parallel, slice_, exact=wanted["exact"], timed=wanted["timed"])
 
 
 def _reason(done: subprocess.CompletedProcess[str]) -> str:
-    """Why a compilation ended: its signal, and the line that tells most."""
+    """Why a compilation ended: its signal, and the most informative line of its errors."""
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
     telling = [x for x in lines if re.match(r"F\d{4} |.*(Check failed|Error|STACK OVERFLOW)", x)]
     last = (telling or lines or [""])[-1][:300]

@@ -1,30 +1,31 @@
-"""What a compiled program sends, between which devices of a mesh, and what it reads and writes."""
+"""Reads from a compiled program's HLO which collectives it runs and how many bytes it accesses."""
 
 from __future__ import annotations
 
 import math
 import re
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "send")
 _BITS = {"pred": 8, "bf16": 16, "token": 0, "opaque": 0}
-# They move nothing: names for what is there, and what is counted where it happens.
+# Operations that move no bytes themselves: aliases, and calls whose bodies are counted.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call",
          "conditional", "opt-barrier", "after-all", "partition-id", "replica-id"}  # fmt: skip
 
 
 class Collective(NamedTuple):
-    """One array in one collective; an operation on several of them counts once for each.
+    """One array in one collective; an operation on several arrays counts once for each.
 
     Attributes:
-        kind: "send" goes to another slice, over the network.
-        shape: of what a device has afterwards.
-        axes: the mesh axes along which the devices of a group differ; of a send the slices' axis.
-        times: that it happens in a run of the program, where it stands in loops.
-        in_loop: whether it does.
+        kind: one of `KINDS`; "send" goes to another slice, over the network.
+        shape: of the result on one device.
+        axes: the mesh axes along which the devices of a group differ; for a send, the slices' axis.
+        times: how often it runs in one run of the program.
+        in_loop: whether it is inside a loop.
     """
 
     kind: str
@@ -36,15 +37,15 @@ class Collective(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """Of the result, over all times."""
+        """Bytes of the result on one device, over all runs."""
         return self.times * _array_bytes(self.dtype, self.shape)
 
 
-def collectives(compiled: Any, mesh: Mesh) -> list[Collective]:
-    """All of a compiled function, from its HLO."""
-    computations, entry = _computations(compiled.as_text())
+def collectives(compiled: jax.stages.Compiled, mesh: Mesh) -> list[Collective]:
+    """All collectives of a compiled function."""
+    computations, entry = _computations(compiled.as_text() or "")
     loops = _loops(computations, entry)
-    found = []
+    results = []
     pattern = re.compile(rf" = (.*?) ({'|'.join(KINDS)})(?:-start)?\(")
     for name, (times, in_loop) in loops.items():
         for line in computations[name]:
@@ -58,42 +59,43 @@ def collectives(compiled: Any, mesh: Mesh) -> list[Collective]:
             arrays = _arrays(result)
             pair = kind in ("all-gather", "collective-permute") or result.startswith("((")
             if pair and f"{kind}-start(" in line:
-                # (what goes in, what comes out), and counters of 32 bits behind them.
+                # (operands, results), followed by 32-bit counters.
                 arrays = [array for array in arrays if array != ("u32", ())]
                 arrays = arrays[len(arrays) // 2 :]
             for dtype, shape in arrays:
-                found.append(Collective(kind, dtype, shape, axes, times, in_loop))
-    return found
+                results.append(Collective(kind, dtype, shape, axes, times, in_loop))
+    return results
 
 
-def bytes_accessed(compiled: Any) -> int:
-    """That a GPU's program reads and writes: arguments and result of every kernel, every time."""
-    computations, entry = _computations(compiled.as_text())
-    lines = (line for one in computations.values() for line in one if " call(" not in line)
-    inside = {x for line in lines for x in re.findall(r"(?:calls|to_apply)=(%[\w.\-]+)", line)}
+def bytes_accessed(compiled: jax.stages.Compiled) -> int:
+    """Bytes that a GPU's program reads and writes: operands and results of all its kernels."""
+    computations, entry = _computations(compiled.as_text() or "")
+    bodies = computations.values()
+    lines = (line for body in bodies for line in body if " call(" not in line)
+    in_kernels = {x for line in lines for x in re.findall(r"(?:calls|to_apply)=(%[\w.\-]+)", line)}
     total = 0
     for name, (times, _) in _loops(computations, entry).items():
-        if name in inside:  # of a kernel
+        if name in in_kernels:
             continue
         sizes: dict[str, int] = {}
         for line in computations[name]:
             match = re.match(r"\s*(?:ROOT )?(%[\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*?)\)", line)
             if match is None:
                 continue
-            result, kind, operation, operands = match.groups()
+            result, type_, operation, operands = match.groups()
             if operation == "custom-call":  # without the scratch space of cuBLAS
-                kind = re.sub(r"s8\[\d+\]", "", kind)
-            sizes[result] = sum(_array_bytes(dtype, shape) for dtype, shape in _arrays(kind))
+                type_ = re.sub(r"s8\[\d+\]", "", type_)
+            sizes[result] = sum(_array_bytes(dtype, shape) for dtype, shape in _arrays(type_))
             if operation not in _FREE and not operation.endswith("-done"):
                 read = re.findall(r"%[\w.\-]+", operands)
-                total += times * (sizes[result] + sum(sizes.get(one, 0) for one in read))
+                total += times * (sizes[result] + sum(sizes.get(operand, 0) for operand in read))
     return total
 
 
 def _arrays(text: str) -> list[tuple[str, tuple[int, ...]]]:
-    """(dtype, shape) of those in a type, such as "(f32[4,8]{1,0}, u32[])"."""
-    found = re.findall(r"(\w+)\[([\d,]*)\]", text)
-    return [(dtype, tuple(map(int, filter(None, sizes.split(","))))) for dtype, sizes in found]
+    """(dtype, shape) of the arrays in a type such as "(f32[4,8]{1,0}, u32[])"."""
+    arrays = re.findall(r"(\w+)\[([\d,]*)\]", text)
+    return [(dtype, tuple(map(int, filter(None, sizes.split(","))))) for dtype, sizes in arrays]
 
 
 def _array_bytes(dtype: str, shape: tuple[int, ...]) -> int:
@@ -102,23 +104,23 @@ def _array_bytes(dtype: str, shape: tuple[int, ...]) -> int:
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    """(name -> its lines, the name of the one that is run)."""
-    found: dict[str, list[str]] = {}
+    """(computation -> its lines, the name of the entry computation)."""
+    computations: dict[str, list[str]] = {}
     entry = name = ""
     for line in text.splitlines():
         if line.endswith("{") and (match := re.match(r"(ENTRY )?(%[\w.\-]+) ", line)):
             name = match[2]
-            found[name] = []
+            computations[name] = []
             entry = name if match[1] else entry
         elif name:
-            found[name].append(line)
-    return found, entry
+            computations[name].append(line)
+    return computations, entry
 
 
 def _loops(computations: dict[str, list[str]], entry: str) -> dict[str, tuple[int, bool]]:
-    """Computation -> (how often it runs, whether in a loop), of all that the entry reaches."""
+    """Computation -> (how often it runs, whether in a loop), for all reachable from the entry."""
     reached = {entry: (1, False)}
-    for name in reversed(computations):  # they stand before those that call them
+    for name in reversed(computations):  # a computation precedes its callers
         if name not in reached:
             continue
         times, in_loop = reached[name]
@@ -134,21 +136,21 @@ def _loops(computations: dict[str, list[str]], entry: str) -> dict[str, tuple[in
 
 
 def _turns(line: str, computations: dict[str, list[str]]) -> int:
-    """How often a while loop turns: what its counter, from 0, is compared with."""
+    """The number of iterations of a while loop: its counter starts at 0 and has this limit."""
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', line):
         return int(known[1])
     condition = re.search(r"condition=(%[\w.\-]+)", line)
     assert condition is not None, line
     lines = list(computations[condition[1]])
-    for called in [x for one in lines for x in re.findall(r"calls=(%[\w.\-]+)", one)]:
+    for called in [x for text in lines for x in re.findall(r"calls=(%[\w.\-]+)", text)]:
         lines += computations[called]
-    limits = [int(n) for one in lines for n in re.findall(r"s32\[\]\S* constant\((\d+)\)", one)]
+    limits = [int(n) for text in lines for n in re.findall(r"s32\[\]\S* constant\((\d+)\)", text)]
     return max(limits, default=1)
 
 
 def _groups(line: str, count: int) -> np.ndarray:
-    """Positions in the mesh of the devices that talk to each other, [groups, members]."""
-    # [2,4]<=[4,2]T(1,0): the numbers in order, as 4x2, transposed, read as 2 groups of 4.
+    """The groups of devices that communicate, as positions in the mesh [groups, members]."""
+    # [2,4]<=[4,2]T(1,0): 0..7 reshaped to 4x2, transposed, read as 2 groups of 4.
     if match := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
         groups, numbers, order = (
             [int(n) for n in part.split(",")] if part else None for part in match.groups()
@@ -159,8 +161,8 @@ def _groups(line: str, count: int) -> np.ndarray:
         return np.array(
             [list(map(int, g.split(","))) for g in re.findall(r"\{([\d,]+)\}", match[1])]
         )
-    # mesh['axis_0'=4,'axis_1'=2], device_ids=([2,4]T(1,0)) {'axis_1'}: the numbers (here as 2x4,
-    # transposed) as 4x2, groups along the second axis.
+    # mesh['axis_0'=4,'axis_1'=2], device_ids=([2,4]T(1,0)) {'axis_1'}: 0..7 (here reshaped to 2x4
+    # and transposed) reshaped to 4x2, in groups along the second axis.
     ids = r"(?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?"
     if match := re.search(rf"replica_groups=mesh\[(.*?)\]{ids} \{{(.*?)\}}", line):
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match[1])}
@@ -180,4 +182,4 @@ def _groups(line: str, count: int) -> np.ndarray:
 def _axes(groups: np.ndarray, mesh: Mesh) -> tuple[str, ...]:
     places = np.array(np.unravel_index(groups, mesh.devices.shape))  # [axes, groups, members]
     differ = (places != places[:, :, :1]).any(axis=(1, 2))
-    return tuple(name for name, one in zip(mesh.axis_names, differ, strict=True) if one)
+    return tuple(name for name, differs in zip(mesh.axis_names, differ, strict=True) if differs)

@@ -1,113 +1,116 @@
-"""The best layout of a workload on a slice: counted for all, compiled for few."""
+"""Finds the fastest parallel configuration of a step on a slice: counts all, compiles few."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from jax.sharding import Mesh
 
 from ptjax.errors import InputError
+from ptjax.files import JsonObject, Metadata
+from ptjax.planning.estimate import TIGHT, Report, count
 from ptjax.planning.slices import Slice
-from ptjax.planning.workload import TIGHT, Layout, Report, Workload, count, counted_mesh, settle
+from ptjax.planning.workload import ParallelConfig, StepSpec, abstract_mesh, resolve
 from ptjax.sharding import meshes
 from ptjax.sharding.arrays import rows_divisor
 from ptjax.training import freeze as freezing
 
 WORTH = 0.95
-"""Rounded weights, bfloat16 of a float32 run or int8, have to save a twentieth of the time."""
+"""Lower-precision weights (bfloat16 for a float32 run, or int8) must be at least 5% faster to be
+chosen."""
 
 
 def expected_seconds(report: Report) -> float:
-    """What layouts are compared by: a step that hides nothing of what it sends."""
+    """The time by which configurations are compared: no communication is hidden."""
     seconds = report["estimate"]
     return max(seconds["compute"], seconds["memory"]) + seconds["links"]
 
 
 def search(
-    workload: Workload,
-    where: Slice,
+    spec: StepSpec,
+    slice_: Slice,
     quantize: str | None,
-    compile_one: Callable[[Layout], Report],
+    compile_one: Callable[[ParallelConfig], Report],
 ) -> tuple[list[Report], Report | None]:
-    """(what was compiled, the best that fits): fastest first by estimate, until one fits.
+    """(the reports of what was compiled, the best that fits).
+
+    Configurations are compiled in the order of their estimated time until one fits.
 
     Args:
-        quantize: what the gin file says. Unless the weights train, a float32 run is also tried in
-            bfloat16, and kernels in int8 if the gin file says nothing.
-        compile_one: `compile_ahead`, wherever it runs.
+        quantize: as the gin file sets it. Unless the weights are trainable, a float32 run is also
+            tried in bfloat16, and with int8 kernels if `quantize` is None.
+        compile_one: `compile_ahead`, in any process.
     """
-    ways: list[dict[str, Any]] = [{"quantize": quantize}]
-    if workload.method.collection != "params":
-        rounded = {"dtype": "bfloat16"} if workload.config.dtype == "float32" else {}
-        ways += [rounded | {"quantize": quantize}] if rounded else []
-        ways += [rounded | {"quantize": "int8"}] if quantize is None else []
+    precisions: list[JsonObject] = [{"quantize": quantize}]
+    if spec.method.collection != "params":
+        rounded = {"dtype": "bfloat16"} if spec.config.dtype == "float32" else {}
+        precisions += [rounded | {"quantize": quantize}] if rounded else []
+        precisions += [rounded | {"quantize": "int8"}] if quantize is None else []
     tried: list[Report] = []
     best: Report | None = None
-    for way in ways:
+    for precision in precisions:
         full: set[tuple[str, bool]] = set()
-        for layout, counted in _by_time(workload, where, way):
+        for parallel, counted in _by_time(spec, slice_, precision):
             if best and expected_seconds(counted) > WORTH * expected_seconds(best):
                 break
-            if (layout.mesh, layout.fsdp) in full:
+            if (parallel.mesh, parallel.fsdp) in full:
                 continue
-            report = compile_one(layout)
+            report = compile_one(parallel)
             tried.append(report)
             if report["verdict"] == "fits":
                 best = report
                 break
-            if layout.remat == "full":
-                full.add((layout.mesh, layout.fsdp))
+            if parallel.remat == "full":
+                full.add((parallel.mesh, parallel.fsdp))
     return tried, best
 
 
 def _by_time(
-    workload: Workload, where: Slice, way: Mapping[str, Any]
-) -> Iterator[tuple[Layout, Report]]:
-    """The layouts whose weights and kept activations can fit, those first that may be faster."""
-    found = []
-    for mesh in _mesh_names(workload, where):
+    spec: StepSpec, slice_: Slice, precision: Metadata
+) -> Iterator[tuple[ParallelConfig, Report]]:
+    """The configurations whose weights and saved activations can fit, fastest estimate first."""
+    candidates = []
+    for mesh in _mesh_names(spec, slice_):
         for fsdp in (False, True):
             for remat in ("none", "dots", "full"):
-                layout = Layout(mesh, fsdp, True, remat, **way)
+                parallel = ParallelConfig(mesh, fsdp, True, remat, **precision)
                 try:
-                    settle(workload, layout, where)
+                    resolve(spec, parallel, slice_)
                 except InputError:
                     continue
-                if fsdp and counted_mesh(layout, where).shape["data"] == 1:
+                if fsdp and abstract_mesh(parallel, slice_).shape["data"] == 1:
                     continue
-                report = count(workload, layout, where)
-                held = report["bytes_per_device"]
-                # Gradients wait before the optimizer sees them; those of little weigh nothing.
+                report = count(spec, parallel, slice_)
+                device_bytes = report["bytes_per_device"]
+                # Gradients are kept until the optimizer's update; small ones can be neglected.
                 trained, frozen = report["trainable"], report["parameters"] - report["trainable"]
-                gradients = 0 if freezing.is_small(trained, frozen) else held["state"]
-                kept = _kept_bytes(workload, layout, counted_mesh(layout, where)) + gradients
-                needed = kept + sum(held.values())
-                if needed <= TIGHT * where.usable_bytes:
-                    found.append((layout, report))
+                gradients = 0 if freezing.is_small(trained, frozen) else device_bytes["state"]
+                saved = _saved_bytes(spec, parallel, abstract_mesh(parallel, slice_))
+                if saved + gradients + sum(device_bytes.values()) <= TIGHT * slice_.usable_bytes:
+                    candidates.append((parallel, report))
 
-    yield from sorted(found, key=lambda one: expected_seconds(one[1]))
+    yield from sorted(candidates, key=lambda candidate: expected_seconds(candidate[1]))
 
 
-def _mesh_names(workload: Workload, where: Slice) -> Iterator[str]:
-    within = len(where.devices()) // where.slices
-    front = [where.slices] if where.slices > 1 else []
-    for shape in meshes.fitting_shapes(workload.config, within, fsdp=False):
+def _mesh_names(spec: StepSpec, slice_: Slice) -> Iterator[str]:
+    within = len(slice_.devices()) // slice_.slices
+    front = [slice_.slices] if slice_.slices > 1 else []
+    for shape in meshes.fitting_shapes(spec.config, within, fsdp=False):
         yield "x".join(map(str, [*front, *shape]))
 
 
-def _kept_bytes(workload: Workload, layout: Layout, mesh: Mesh) -> int:
-    """At least so much of the activations waits on a device for the way back."""
-    config, model = layout.applied(workload.config), mesh.shape["model"]
-    rows = workload.batch_size / (rows_divisor(mesh) * workload.recipe.microbatches)
-    rows *= workload.members or 1
-    encoder, decoder = workload.positions(), workload.targets
+def _saved_bytes(spec: StepSpec, parallel: ParallelConfig, mesh: Mesh) -> int:
+    """A lower bound of the activations that a device saves for the backward pass."""
+    config, model = parallel.applied(spec.config), mesh.shape["model"]
+    rows = spec.batch_size / (rows_divisor(mesh) * spec.step_config.microbatches)
+    rows *= spec.members or 1
+    encoder, decoder = spec.positions(), spec.targets
     heads = config.num_heads * config.head_dim
     entries = config.emb_dim  # the layer's input
-    if layout.remat != "full":  # queries, keys, values, the two of the gated feed-forward part
+    if parallel.remat != "full":  # queries, keys, values, both inputs of the gated feed-forward
         entries += (3 * heads + len(config.mlp_activations) * config.mlp_dim) / model
     total = entries * (config.num_encoder_layers * encoder + config.num_decoder_layers * decoder)
-    if layout.remat == "none":  # the attention's weights
+    if parallel.remat == "none":  # the attention weights
         total += config.num_encoder_layers * config.num_heads / model * encoder**2
     return int(rows * total * np.dtype(config.dtype).itemsize)

@@ -1,4 +1,4 @@
-"""Slices by their Cloud names: what the compiler is asked for, and what the makers publish."""
+"""Slices by their Cloud names: topologies for the compiler, and published rates."""
 
 from __future__ import annotations
 
@@ -6,45 +6,50 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
 
 from ptjax.errors import InputError, near
+from ptjax.files import JsonObject, Metadata
 from ptjax.sharding.devices import GIB, GPU_MEMORY, known_memory
 
+if TYPE_CHECKING:  # JAX is imported after `ENVIRONMENT` is set
+    import jax
+
 ENVIRONMENT = {
-    # A CPU is all that is there; libtpu need not ask the network which TPU this is.
+    # Run on the CPU, and keep libtpu from asking the network which TPU this machine is.
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
     "TPU_WORKER_HOSTNAMES": "localhost",
-    # Else two processes at once refuse each other, and each leaves log files behind.
+    # Let processes load libtpu at the same time, without log files.
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_LOG_DIR": "disabled",
-    # The CUDA plugin compiles without the libraries that running needs.
+    # The CUDA plugin compiles without the libraries that execution needs.
     "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
 }
-"""What a process needs that compiles for devices which are not there, before it imports JAX."""
+"""Environment variables of a process that compiles for absent devices, set before importing JAX."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """A kind of device. Its rates are the makers' published ones, none of them measured by us.
+    """A kind of device. The rates are those that its maker publishes; we measured none.
 
     Attributes:
-        device_kind: what JAX calls it.
-        topology: libtpu's name of the generation; "" is a GPU.
-        flops: bfloat16, dense, of a device a second.
-        memory_rate: bytes of its memory a second.
-        link_rate: bytes a second that a device sends to its neighbours in the slice, a GPU to the
-            others of its machine.
-        network_rate: its share of what a machine sends over the network. Not published for v2 to
-            v4: as v5p's by the chip, or half of that.
-        devices: of a chip, as JAX counts them.
-        cores: of a chip, as Cloud names count ("v4-8" is four chips).
-        axes: of the slice's torus.
+        device_kind: as JAX names it.
+        topology: libtpu's name of the generation; "" for a GPU.
+        flops: dense bfloat16 FLOPs per second and device.
+        memory_rate: bytes per second between a device and its memory.
+        link_rate: bytes per second that a device sends to its neighbours in the slice, a GPU to
+            the others in its machine.
+        network_rate: a device's share of the bytes per second that a machine sends over the
+            network. Not published for v2 to v4; assumed to be v5p's per chip for v4, half of that
+            for v2 and v3.
+        devices: JAX devices per chip.
+        cores: cores per chip, which Cloud names count ("v4-8" is four chips).
+        axes: axes of the slice's torus.
         most: chips of the largest slice; GPUs of a machine.
-        options: of `get_topology_desc`; of a GPU what the compiler wants to know of it, under the
+        options: for a TPU, options of `get_topology_desc`; for a GPU, its properties under the
             names of XLA's `GpuDeviceInfoProto`.
     """
 
@@ -58,7 +63,7 @@ class Generation:
     cores: int = 1
     axes: int = 2
     most: int = 256
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    options: Metadata = dataclasses.field(default_factory=dict)
 
 
 def _gpu(
@@ -69,13 +74,15 @@ def _gpu(
     clock: float,
     shared: int,
     cache: int,
-) -> dict[str, Any]:
-    """A GPU as NVIDIA's programming guide and data sheets have it.
+) -> JsonObject:
+    """A GPU's properties, from NVIDIA's programming guide and data sheets.
 
     Args:
-        lanes: of float32 in a core (a streaming multiprocessor).
+        capability: CUDA compute capability (major, minor).
+        cores: streaming multiprocessors.
+        lanes: float32 lanes of a multiprocessor.
         clock: GHz.
-        shared: KiB of a core; a block may have all but one.
+        shared: KiB of shared memory of a multiprocessor; a block may use 1 KiB less.
         cache: MiB of L2.
     """
     return {
@@ -103,7 +110,7 @@ GENERATIONS = {
     "v3": Generation("TPU v3", "v3", 61.5e12, 450e9, 41e9, 1.56e9, 2, 2, most=1024),
     "v4": Generation(
         "TPU v4", "v4", 275e12, 1228e9, 90e9, 6.25e9, cores=2, axes=3, most=4096,
-        # Without it a chip is two devices of half the memory, which no TPU v4 shows today.
+        # Without it libtpu describes a chip as two devices, unlike real TPU v4.
         options={"chip_config_name": "megacore"},
     ),
     "v5e": Generation("TPU v5 lite", "v5e", 197e12, 819e9, 90e9, 3.12e9),
@@ -133,7 +140,7 @@ _MOST_SLICES = 64
 
 
 class Device(NamedTuple):
-    """One that is only counted with, under the names of `jax.Device`."""
+    """A device for counting, with the attributes of `jax.Device` that meshes need."""
 
     id: int
     platform: str
@@ -143,11 +150,11 @@ class Device(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """Machines to plan for.
+    """Hardware to plan for: one or several slices of TPUs, or machines with GPUs.
 
     Attributes:
-        chips: of a slice, as its torus has them; of GPUs (number in a machine,).
-        slices: how many of them, over the data-centre network; JAX counts machines of GPUs so.
+        chips: the shape of a slice's torus; for GPUs (GPUs per machine,).
+        slices: the number of slices, or of machines with GPUs, joined by the data-centre network.
     """
 
     name: str
@@ -161,69 +168,73 @@ class Slice:
 
     @property
     def usable_bytes(self) -> int:
-        """Of a device's memory."""
+        """Bytes of a device's memory that a program may use."""
         return known_memory(self.generation.device_kind) or 0
 
     def flops(self, dtype: str) -> float:
-        """Of a device a second, in products of matrices of that dtype as JAX does them by default.
+        """FLOPs per second and device, for matrix products of `dtype` at JAX's default precision.
 
-        A TPU rounds float32 to bfloat16 for them, a GPU to TF32, which takes twice the time.
+        For float32 a TPU rounds to bfloat16, a GPU to TF32, which takes twice the time.
         """
         halved = dtype == "float32" and not self.is_tpu
         return self.generation.flops / (2 if halved else 1)
 
     @property
     def compiler(self) -> tuple[str, ...]:
-        """The packages that compile for it, one of which has to be there."""
+        """The packages that contain a compiler for the devices; one of them is enough."""
         return ("libtpu",) if self.is_tpu else ("jax_cuda13_plugin", "jax_cuda12_plugin")
 
     def devices(self) -> list[Device]:
-        """All of them, to be counted with."""
+        """All devices, for counting."""
         each = math.prod(self.chips) * self.generation.devices
         platform = "tpu" if self.is_tpu else "gpu"
         kind = self.generation.device_kind
         return [Device(i, platform, kind, i // each) for i in range(each * self.slices)]
 
-    def topology_devices(self) -> list[Any]:
-        """`jax.Device`s that can be compiled for and hold nothing.
+    def topology_devices(self) -> list[jax.Device]:
+        """All devices, for compiling: they hold no arrays.
 
-        In a process of its own with `ENVIRONMENT`: the compiler may crash.
+        Call it in a process of its own, with `ENVIRONMENT`: the compiler may crash.
 
         Raises:
-            InputError: the compiler is missing or knows no such slice.
+            InputError: the compiler is missing or does not support the slice.
         """
         os.environ |= ENVIRONMENT
         from jax.experimental import topologies
 
         if self.is_tpu:
-            platform, who = "tpu", "libtpu"
+            platform, compiler = "tpu", "libtpu"
             name = f"{self.generation.topology}:{'x'.join(map(str, self.chips))}"
             bounds = [*_host_bounds(self.chips, self.generation.axes)]
             options = {"chips_per_host_bounds": bounds, **self.generation.options}
             if self.slices > 1:
                 options["num_slices"] = self.slices
         else:
-            platform, who, name = "cuda", "XLA's CUDA plugin", ""
+            platform, compiler, name = "cuda", "XLA's CUDA plugin", ""
             options = {
-                "topology": f"{self.slices}x1x{self.chips[0]}",  # machines, processes, GPUs of each
+                "topology": f"{self.slices}x1x{self.chips[0]}",  # machines, processes, GPUs
                 "target_config": _target_config(self.generation),
             }
         try:
-            found = topologies.get_topology_desc(platform=platform, topology_name=name, **options)
+            topology = topologies.get_topology_desc(
+                platform=platform, topology_name=name, **options
+            )
         except Exception as error:
             reason = str(error).splitlines()[0]
-            raise InputError(f"{self.name}: {who} makes no such topology: {reason}") from None
-        return list(found.devices)
+            raise InputError(
+                f"{self.name}: {compiler} supports no such topology: {reason}"
+            ) from None
+        return list(topology.devices)
 
 
 def parse_slice(name: str) -> Slice:
-    """What a name stands for.
+    """The slice of this name.
 
     >>> parse_slice("v4-16").chips, parse_slice("2xv5e-16").chips, parse_slice("h100x8").chips
     ((2, 2, 2), (4, 4), (8,))
 
     Raises:
-        InputError: no such generation, or no slice of that size.
+        InputError: the generation is unknown or has no slice of that size.
     """
     count, kind, size = _parts(name)
     generation = GENERATIONS[kind]
@@ -239,16 +250,14 @@ def parse_slice(name: str) -> Slice:
     if size not in offered:
         closest = sorted(sorted(offered, key=lambda other: abs(other - size))[:3])
         *some, last = [f"{kind}-{n}" for n in closest]
-        raise InputError(
-            f"--slice={name}: there is no such size; near it {', '.join(some)}, {last}"
-        )
+        raise InputError(f"--slice={name}: unknown size; the nearest are {', '.join(some)}, {last}")
     if not 1 <= count <= _MOST_SLICES:
-        raise InputError(f"--slice={name}: 1 to {_MOST_SLICES} slices")
+        raise InputError(f"--slice={name}: the number of slices must be 1 to {_MOST_SLICES}")
     return Slice(name, generation, offered[size], count)
 
 
 def _parts(name: str) -> tuple[int, str, int]:
-    """(slices, generation, size) in a name; several machines of GPUs are one size."""
+    """(number of slices, generation, size) in a name; all machines of GPUs count as one size."""
     if match := re.fullmatch(r"(?:(\d+)x)?([a-z]\w*)-(\d+)", name.lower()):
         count, kind, size = int(match[1] or 1), ALIASES.get(match[2], match[2]), int(match[3])
         if kind in GENERATIONS and GENERATIONS[kind].topology:
@@ -258,16 +267,16 @@ def _parts(name: str) -> tuple[int, str, int]:
         return 1, match[1], int(match[2])
     hint = near(name.lower(), EXAMPLES, listed=False)
     raise InputError(
-        f"--slice={name}: no slice of that name"
-        + (f"{hint} Names" if hint else "; names")
-        + f" are such as {', '.join(EXAMPLES)}"
+        f"--slice={name}: unknown slice"
+        + (f"{hint} Examples" if hint else "; examples")
+        + f": {', '.join(EXAMPLES)}"
     )
 
 
 def _toruses(generation: Generation) -> Iterator[tuple[int, ...]]:
-    """The slices of a generation: the shortest axis doubles, the last one first."""
+    """The slices of a generation: each doubles the shortest axis of the one before."""
     chips = (1,) * generation.axes
-    if generation.cores == 1:  # the others are not sold by the chip
+    if generation.cores == 1:  # other generations are not sold as single chips
         yield chips
     chips = (2, 2, *(1,) * (generation.axes - 2))
     while math.prod(chips) <= generation.most:
@@ -277,18 +286,18 @@ def _toruses(generation: Generation) -> Iterator[tuple[int, ...]]:
 
 
 def _host_bounds(chips: tuple[int, ...], axes: int) -> tuple[int, ...]:
-    """Chips of a host: four in a square, but of a v5e or v6e that has no more, all eight."""
+    """Chips of a host: 2x2; of a v5e or v6e slice of at most eight chips, all of them."""
     if math.prod(chips) <= 8 and axes == 2:
         return (*chips, 1)
     return (2, 2, 1)
 
 
 def _target_config(generation: Generation) -> str:
-    """A GPU for XLA's compiler: its `GpuTargetConfigProto` as text."""
+    """A GPU's `GpuTargetConfigProto` as text, for XLA's compiler."""
 
-    def fields(values: Mapping[str, Any]) -> Iterator[str]:
+    def fields(values: Metadata) -> Iterator[str]:
         for name, value in values.items():
-            nested = isinstance(value, Mapping)
+            nested = isinstance(value, dict)
             yield f"{name} {{ {' '.join(fields(value))} }}" if nested else f"{name}: {value}"
 
     return " ".join(

@@ -1,1 +1,1 @@
-"""Where arrays live."""
+"""Meshes, and where on them arrays live."""

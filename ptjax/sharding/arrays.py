@@ -1,4 +1,4 @@
-"""Arrays on a mesh: batches over `data`, keys and prompts everywhere, weights layer by layer."""
+"""Puts arrays on a mesh: batches over `data`, keys and prompts replicated, layers stacked."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ptjax.data.batch import PER_ROW
+from ptjax.data.batch import PER_ROW, Batch
 from ptjax.errors import InputError
 from ptjax.models.layers import Quantized
 from ptjax.models.stacking import gathered
@@ -23,17 +22,17 @@ from ptjax.trees import Tree
 
 
 def stack_layers(layers: Iterable[Tree], count: int) -> Tree:
-    """What `count` layers have, as arrays with an axis of the layers in front, never divided.
+    """Stacks the arrays of `count` layers along a new first axis, which is never divided.
 
-    Each is written into its place before the next one is asked for: one layer is all that is held
-    twice, on the devices and, while it is read, on the host.
+    Each layer is written into the stack before the next one is read, so at most one layer is in
+    memory twice, on the devices and on the host.
     """
     stacked = None
     for number, layer in enumerate(layers):
         if stacked is None:
             stacked = jax.tree.map(functools.partial(_empty_stack, count), layer)
         stacked = jax.tree.map(
-            lambda stack, own, number=number: _layer_writer(stack.sharding)(stack, own, number),
+            lambda stack, array, number=number: _layer_writer(stack.sharding)(stack, array, number),
             stacked,
             layer,
         )
@@ -41,38 +40,40 @@ def stack_layers(layers: Iterable[Tree], count: int) -> Tree:
 
 
 def _empty_stack(count: int, layer: jax.Array) -> jax.Array:
-    where = layer.sharding
-    assert isinstance(where, NamedSharding)
-    spec = P(None, *where.spec) if len(where.spec) else P()
-    make = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=NamedSharding(where.mesh, spec))
+    sharding = layer.sharding
+    assert isinstance(sharding, NamedSharding)
+    spec = P(None, *sharding.spec) if len(sharding.spec) else P()
+    stacked = NamedSharding(sharding.mesh, spec)
+    make = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=stacked)
     return make((count, *layer.shape), layer.dtype)
 
 
 @functools.cache
-def _layer_writer(where: NamedSharding) -> Callable[[jax.Array, jax.Array, int], jax.Array]:
-    """(stack, a layer, its number) -> the stack with it, in the same memory."""
+def _layer_writer(sharding: NamedSharding) -> Callable[[jax.Array, jax.Array, int], jax.Array]:
+    """A function (stack, layer, number) -> the stack with that layer, in the same memory."""
 
     def write(stack: jax.Array, layer: jax.Array, number: int) -> jax.Array:
         return jax.lax.dynamic_update_index_in_dim(stack, layer, number, 0)
 
-    return jax.jit(write, donate_argnums=0, out_shardings=where)
+    return jax.jit(write, donate_argnums=0, out_shardings=sharding)
 
 
 @functools.cache
 def gather_layer(mesh: Mesh) -> Callable[[Tree], Tree]:
-    """A layer's parameters -> the same as the table has them without FSDP.
+    """A function that gathers a layer's parameters: sharded as without FSDP.
 
-    What FSDP does before weights are used. Said of the weights, for the compiler alone may move the
-    activations instead, which are larger. The same object for the same mesh: jit caches by it.
+    FSDP calls it before a layer runs. The constraint is on the weights because the compiler, left
+    alone, may move the activations, which are larger. Equal meshes get the same function object,
+    which is part of jit's cache key.
     """
 
     def gather(variables: Tree) -> Tree:
-        def whole(path: Any, weights: Any) -> Any:
-            if isinstance(weights, Quantized):  # its scales are whole
+        def whole(path: jax.tree_util.KeyPath, weights: Tree) -> Tree:
+            if isinstance(weights, Quantized):  # its scales are never divided over `data`
                 return dataclasses.replace(weights, values=whole(path, weights.values))
             name = jax.tree_util.keystr(path, simple=True, separator="/")
-            where = NamedSharding(mesh, spec_of(name, weights.ndim))
-            return gathered(jax.lax.with_sharding_constraint(weights, where))
+            sharding = NamedSharding(mesh, spec_of(name, weights.ndim))
+            return gathered(jax.lax.with_sharding_constraint(weights, sharding))
 
         return jax.tree.map_with_path(whole, variables, is_leaf=lambda x: isinstance(x, Quantized))
 
@@ -80,10 +81,10 @@ def gather_layer(mesh: Mesh) -> Callable[[Tree], Tree]:
 
 
 def reduction_groups(mesh: Mesh, *, microbatches: int, attends_to_input: bool) -> int:
-    """`groups` of `make_train_step`, so that `data` sums one array a step, the prompt's gradient.
+    """The `groups` of `make_train_step` so that only the prompt's gradient is summed over `data`.
 
-    1 where the compiler finds that sum by itself: from a batch in one piece whose rows each have
-    the prompt before them.
+    1 where the compiler achieves that alone: for a batch in one microbatch, each of whose rows has
+    its own copy of the prompt.
     """
     return 1 if microbatches == 1 and attends_to_input else rows_divisor(mesh)
 
@@ -98,30 +99,30 @@ def rows_axes(mesh: Mesh) -> tuple[str, ...]:
 
 
 def rows_divisor(mesh: Mesh) -> int:
-    """Of what the number of rows of a batch is a multiple: replica x data."""
+    """The number of parts into which the rows of a batch are divided: replica x data."""
     return math.prod(mesh.shape[name] for name in rows_axes(mesh))
 
 
 def replicate_key(key: jax.Array, mesh: Mesh) -> jax.Array:
-    """Typed random keys on every device of the mesh; `jax.device_put` cannot, across processes."""
+    """Copies typed random keys to every device; across processes `jax.device_put` cannot."""
     data = np.asarray(jax.random.key_data(key))
     return jax.random.wrap_key_data(jax.device_put(data, replicated(mesh)))
 
 
 def batch_sharding(mesh: Mesh, rank: int = 2) -> NamedSharding:
-    """Rows, the last axis but one, over `replica` and `data`; everything else whole."""
+    """Divides rows, the last axis but one, over `replica` and `data`, and no other axis."""
     return NamedSharding(mesh, P(*[None] * (rank - 2), rows_axes(mesh)) if rank > 1 else P())
 
 
 def sharding_in_batch(name: str, rank: int, mesh: Mesh) -> NamedSharding:
-    """Of the array `name` of a batch; one number a row lies where the row does."""
+    """The sharding of a batch's array `name`; an array with one number per row follows the rows."""
     return batch_sharding(mesh, rank + (name in PER_ROW))
 
 
-def put_batch(batch: dict[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
-    """A global batch, which every process has whole, as arrays over `data`, see `batch_sharding`.
+def put_batch(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
+    """Puts a global batch on the mesh, divided as in `batch_sharding`.
 
-    Each process moves what its own devices hold, however the mesh lies over the processes.
+    Every process passes the whole batch and transfers only the rows of its own devices.
     """
     return {
         name: jax.make_array_from_callback(
@@ -129,6 +130,12 @@ def put_batch(batch: dict[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
         )
         for name, rows in batch.items()
     }
+
+
+def put_replicated(arrays: Iterable[np.ndarray], mesh: Mesh) -> tuple[jax.Array, ...]:
+    """Arrays that every process has whole, on every device of the mesh."""
+    where = replicated(mesh)
+    return tuple(jax.make_array_from_callback(x.shape, where, x.__getitem__) for x in arrays)
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, microbatches: int = 1) -> None:

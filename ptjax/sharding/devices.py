@@ -1,13 +1,23 @@
-"""What a device offers: the memory that a program may use."""
+"""How much memory a program may use on a device."""
 
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Protocol
 
 from ptjax.errors import InputError
 
 GIB = 2**30
+
+
+class DeviceLike(Protocol):
+    """A `jax.Device`, or a planned one that has its attributes."""
+
+    @property
+    def platform(self) -> str: ...
+    @property
+    def device_kind(self) -> str: ...
+
 
 USABLE_HBM = {
     "TPU v2": 7.48,
@@ -21,24 +31,24 @@ USABLE_HBM = {
     "TPU v6e": 31.25,
     "TPU7x": 94.75,
 }
-"""`device_kind` -> GiB of a TPU that a compiled program may use, from the compiler's own refusals
-of one that needs more (libtpu 0.0.42). A device is a core of v2, v3 and TPU7x, else a chip."""
+"""`device_kind` -> GiB of a TPU that a compiled program may use, from the compiler's error for a
+program that needs more (libtpu 0.0.42). A device is a core of v2, v3 and TPU7x, else a chip."""
 GPU_MEMORY = {
     "NVIDIA A100-SXM4-80GB": 79.2,
     "NVIDIA H100 80GB HBM3": 79.2,
     "NVIDIA H200": 139.8,
     "NVIDIA B200": 178.4,
 }
-"""`device_kind` -> GiB of a GPU; of it JAX takes a fraction, three quarters by default."""
+"""`device_kind` -> GiB of a GPU, of which JAX uses a fraction, three quarters by default."""
 FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
-"""The environment variables, the newer one first, that name another."""
+"""The environment variables that set the fraction, the newer one first."""
 
 
 def known_memory(kind: str) -> int | None:
-    """Bytes that a program may use of such a device, from the tables; None is unknown.
+    """Bytes that a program may use on a device of this kind, from the tables; None if unknown.
 
     Raises:
-        InputError: the fraction of a GPU is no number between 0 and 1.
+        InputError: the fraction for GPUs is not a number between 0 and 1.
     """
     if kind not in GPU_MEMORY:
         usable = USABLE_HBM.get(kind)
@@ -50,21 +60,21 @@ def known_memory(kind: str) -> int | None:
     except ValueError:
         fraction = 0.0
     if not 0 < fraction <= 1:
-        raise InputError(f"{name} = {text!r}: a number between 0 and 1")
-    return int(fraction * GPU_MEMORY[kind]) * GIB  # whole, as `usable_memory` has it
+        raise InputError(f"{name} must be a number between 0 and 1, got {text!r}")
+    return int(fraction * GPU_MEMORY[kind]) * GIB  # whole GiB, as in `usable_memory`
 
 
-def usable_memory(device: Any) -> int | None:
-    """Bytes of `device` (also one of a topology that is only compiled for); None is unknown.
+def usable_memory(device: DeviceLike) -> int | None:
+    """Bytes that a program may use on `device`, which may be absent; None if unknown.
 
-    TPUs come from the table, so that every host finds the same. Other devices tell their limit, if
-    this process holds one of that kind, rounded down to whole GiB for the same reason; else theirs
-    comes from the table too. A CPU's memory is its host's: None.
+    TPUs are looked up in the table, so that all hosts agree. For other devices JAX reports the
+    limit if this process has one of the kind, rounded down to whole GiB for the same reason; else
+    the table has it. None for a CPU, which shares the memory of its host.
     """
     if device.platform == "cpu":
         return None
     if device.platform != "tpu":
-        import jax  # here, for the tables are needed before JAX may be told where it runs
+        import jax  # imported late: planning sets JAX's environment variables first
 
         for local in jax.local_devices():
             if local.device_kind == device.device_kind:

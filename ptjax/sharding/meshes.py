@@ -1,11 +1,10 @@
-"""Which mesh: a name such as '4x2', or 'auto', becomes devices in `data` x `model`."""
+"""Makes meshes: a name such as '4x2', or 'auto', becomes devices in `data` x `model`."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -17,45 +16,47 @@ from ptjax.errors import InputError
 from ptjax.models.family import Config, Family
 from ptjax.models.t5_family import T5_FAMILY
 from ptjax.sharding import processes
-from ptjax.sharding.devices import GIB, usable_memory
-from ptjax.sharding.quantize import held_shapes
+from ptjax.sharding.devices import GIB, DeviceLike, usable_memory
+from ptjax.sharding.quantize import weight_shapes
 from ptjax.sharding.rules import AXES, bytes_per_device
+from ptjax.trees import Tree
 
 SHARE = 0.7
-"""Of a device's memory, what 'auto' gives to the frozen weights; the rest is for activations. T5
-XXL in bfloat16, batch 32, takes 66% at 4x2 on v5e-8 and at 8x1 on v6e-8, and those compile with
-76% and 71-85% of the memory in use."""
+"""The share of a device's memory that 'auto' allows for the frozen weights; the rest is for
+activations. The weights of T5 XXL in bfloat16, batch 32, take 66% at 4x2 on v5e-8 and at 8x1 on
+v6e-8, and the compiled steps 76% and 71-85%."""
 
 
 def make_mesh(shape: int | Sequence[int] = 1, devices: Iterable[jax.Device] | None = None) -> Mesh:
     """All `devices` as `data` x `model`, or as `replica` x `data` x `model`.
 
-    Neighbours on `model`, the axis that communicates most, are neighbours in the machine; the first
-    axis goes over the slices, where there are several. The devices may be of a topology that is
-    only compiled for.
+    Neighbours on `model`, the axis that communicates most, are neighbours in the machine. The first
+    axis spans the slices, if there are several.
 
     Args:
-        shape: the sizes of two or three axes; an int is `model` alone, `data` has the rest and
-            `replica` the slices, if there are several.
+        shape: the sizes of two or three axes; an int is the size of `model`, with all other devices
+            of a slice on `data` and the slices, if there are several, on `replica`.
+        devices: default: all of this run. They may belong to a topology for ahead-of-time
+            compilation.
 
     Raises:
-        InputError: the devices cannot be divided so.
+        InputError: the devices cannot be divided into this shape.
     """
-    found = list(jax.devices() if devices is None else devices)
-    slices = count_slices(found)
+    all_devices = list(jax.devices() if devices is None else devices)
+    slices = count_slices(all_devices)
     if isinstance(shape, int):
-        if shape < 1 or len(found) // slices % shape:
-            each = f"{len(found)} devices" + (f" in {slices} slices" if slices > 1 else "")
+        if shape < 1 or len(all_devices) // slices % shape:
+            each = f"{len(all_devices)} devices" + (f" in {slices} slices" if slices > 1 else "")
             raise InputError(f"{each} cannot be divided into a model axis of {shape}")
-        rest = len(found) // slices // shape
+        rest = len(all_devices) // slices // shape
         shape = (rest, shape) if slices == 1 else (slices, rest, shape)
-    check_shape(shape, found)
-    axis_types = (AxisType.Auto,) * len(shape)
-    return Mesh(_arrange(tuple(shape), slices, found), AXES[-len(shape) :], axis_types=axis_types)
+    check_shape(shape, all_devices)
+    arranged = _arrange(tuple(shape), slices, all_devices)
+    return Mesh(arranged, AXES[-len(shape) :], axis_types=(AxisType.Auto,) * len(shape))
 
 
-def check_shape(shape: Sequence[int], devices: Sequence[Any]) -> None:
-    """InputError unless a mesh of `shape` takes all devices and its first axis the slices."""
+def check_shape(shape: Sequence[int], devices: Sequence[DeviceLike]) -> None:
+    """InputError unless `shape` has as many devices and its first axis divides into the slices."""
     slices = count_slices(devices)
     name = "x".join(map(str, shape))
     if len(shape) not in (2, 3) or min(shape) < 1 or math.prod(shape) != len(devices):
@@ -82,11 +83,11 @@ def _arrange(shape: tuple[int, ...], slices: int, devices: list[jax.Device]) -> 
     except (ValueError, NotImplementedError, AssertionError) as error:
         name = "x".join(map(str, shape))
         reason = str(error).splitlines()[0] if str(error) else "not a block of the machine"
-        raise InputError(f"these devices make no mesh of {name}: {reason}") from error
+        raise InputError(f"these devices cannot form a mesh of {name}: {reason}") from error
 
 
-def count_slices(devices: Iterable[Any]) -> int:
-    """In how many slices they are; those that do not say are in one."""
+def count_slices(devices: Iterable[DeviceLike]) -> int:
+    """The number of slices; devices without a `slice_index` belong to one slice."""
     return len({getattr(device, "slice_index", 0) for device in devices})
 
 
@@ -100,31 +101,31 @@ def choose_mesh(
     devices: Iterable[jax.Device] | None = None,
     family: Family = T5_FAMILY,
 ) -> Mesh:
-    """The mesh that `mesh` means for a backbone of `config`; logs which, and why.
+    """The mesh for a backbone of `config`; logs which it is, and why.
 
     Args:
-        mesh: a name, "data x model" ('4x2') or "replica x data x model" ('2x2x2'); 'auto' is the
-            smallest model axis whose part of the frozen weights leaves a device enough of its
-            memory (`SHARE`), for a model axis communicates in every layer and a data axis once a
-            step; None is this process's first device.
+        mesh: a mesh, or a name: "data x model" ('4x2') or "replica x data x model" ('2x2x2').
+            'auto' chooses the smallest model axis with which the frozen weights leave a device
+            enough memory (`SHARE`), because a model axis communicates in every layer, a data axis
+            once per step. None is the first device of this process.
         dtype, quantize: of the frozen weights, as for `load_backbone`.
-        fsdp: whether they are divided over `data` too.
-        devices: default all.
+        fsdp: whether the weights are divided over `data` too.
+        devices: default: all.
 
     Raises:
-        InputError: the name is none, or the mesh does not divide the devices or the sizes.
+        InputError: the name is not valid, or the mesh does not divide the devices or the sizes.
     """
     if mesh is None:
-        chosen = None if processes.several() else jax.local_devices()[:1]
-        mesh, why = make_mesh(devices=chosen), "as none is named"
+        local = None if processes.several() else jax.local_devices()[:1]
+        mesh, why = make_mesh(devices=local), "MESH is not set"
     elif isinstance(mesh, str):
-        found = list(jax.devices() if devices is None else devices)
+        all_devices = list(jax.devices() if devices is None else devices)
         if mesh == "auto":
-            held = held_shapes(config, dtype, quantize, family=family)
-            shape, why = smallest_that_fits(config, held, found, fsdp, family=family)
+            weights = weight_shapes(config, dtype, quantize, family=family)
+            shape, why = smallest_that_fits(config, weights, all_devices, fsdp, family=family)
         else:
-            shape, why = parse_mesh(mesh), "as MESH says"
-        mesh = make_mesh(shape, found)
+            shape, why = parse_mesh(mesh), "as set by MESH"
+        mesh = make_mesh(shape, all_devices)
     else:
         why = "as given"
     check_mesh(config, mesh, fsdp=fsdp, family=family)
@@ -136,36 +137,36 @@ def choose_mesh(
 
 
 def parse_mesh(name: str) -> tuple[int, ...]:
-    """The sizes in a mesh's name.
+    """The sizes of the axes in a mesh's name.
 
     >>> parse_mesh("2x4")
     (2, 4)
     """
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", name):
         raise InputError(
-            f"MESH = {name!r}: it is 'auto', data x model such as '8x1', or replica x data x model "
-            "such as '2x4x1'"
+            f"MESH must be 'auto', data x model such as '8x1', or replica x data x model such as "
+            f"'2x4x1', got {name!r}"
         )
     return tuple(map(int, name.split("x")))
 
 
 def mesh_name(mesh: Mesh) -> str:
-    """ "2x4" """
+    """The mesh's name, "2x4". Inverse of `parse_mesh`."""
     return "x".join(map(str, mesh.axis_sizes))
 
 
 def check_mesh(
     config: Config, mesh: Mesh, *, fsdp: bool = False, family: Family = T5_FAMILY
 ) -> None:
-    """InputError unless the mesh's axes divide what the family's table divides over them.
+    """InputError unless the mesh divides the dimensions that the family's table divides.
 
-    For T5 that is heads, mlp and vocabulary over `model`, and with `fsdp`, which needs scanned
+    For T5 these are heads, mlp and vocabulary over `model`, and with `fsdp`, which needs scanned
     layers, the width over `data`.
     """
     if fsdp and not config.scan_layers:
         raise InputError(
-            "FSDP = True needs SCAN_LAYERS = True: only in a scan is a layer's weights' gathering "
-            "sure to wait for that layer"
+            "FSDP = True needs SCAN_LAYERS = True: only a scan guarantees that a layer's weights "
+            "are gathered no earlier than that layer runs"
         )
     wrong = _indivisible(config, mesh.shape, fsdp, family)
     if wrong is None:
@@ -186,7 +187,7 @@ def check_mesh(
 def _indivisible(
     config: Config, sizes: Mapping[str, int], fsdp: bool, family: Family
 ) -> tuple[str, int, str] | None:
-    """(field, its size, axis) that do not go together."""
+    """The first (field, its size, axis) where the axis does not divide the size, or None."""
     over = dict.fromkeys(family.divided, "model")
     for name, axis in (
         over | dict.fromkeys(family.divided_by_fsdp if fsdp else (), "data")
@@ -199,7 +200,7 @@ def _indivisible(
 def fitting_shapes(
     config: Config, devices: int, fsdp: bool, *, family: Family = T5_FAMILY
 ) -> list[tuple[int, int]]:
-    """The (data, model) of that many devices that divide the sizes, the smallest model first."""
+    """The shapes (data, model) of that many devices that divide `config`, smallest model first."""
     shapes = [(devices // model, model) for model in range(1, devices + 1) if devices % model == 0]
     return [
         (data, model)
@@ -210,13 +211,20 @@ def fitting_shapes(
 
 def smallest_that_fits(
     config: Config,
-    weights: Any,
-    devices: list[Any],
+    weights: Tree,
+    devices: Sequence[DeviceLike],
     fsdp: bool,
     *,
     family: Family = T5_FAMILY,
 ) -> tuple[tuple[int, ...], str]:
-    """(sizes of the axes, why) of 'auto'."""
+    """(sizes of the axes, why) of MESH = 'auto', see `choose_mesh`.
+
+    Args:
+        weights: shapes and dtypes of the frozen weights (`quantize.weight_shapes`).
+
+    Raises:
+        InputError: no mesh divides the sizes, or the weights fit none.
+    """
     slices = count_slices(devices)
     within, kind = len(devices) // slices, devices[0].device_kind
     fitting = fitting_shapes(config, within, fsdp, family=family)
@@ -227,7 +235,7 @@ def smallest_that_fits(
         )
     memory = usable_memory(devices[0])
     front = () if slices == 1 else (slices,)
-    held: list[str] = []
+    too_large: list[str] = []
     for data, model in fitting:
         sizes = {"data": data, "model": model}
         rules = family.sharding_rules
@@ -235,14 +243,14 @@ def smallest_that_fits(
         if memory is None:
             return (*front, data, model), "the smallest model axis"
         if size <= SHARE * memory:
-            why = f"the frozen weights take {size / GIB:.2f} of {memory / GIB:.2f} GiB a device"
-            if held:
-                why += f" (at most {SHARE:.0%}; {held[-1]} GiB with a smaller model axis)"
+            why = f"the frozen weights take {size / GIB:.2f} of {memory / GIB:.2f} GiB per device"
+            if too_large:
+                why += f" (at most {SHARE:.0%}; {too_large[-1]} GiB with a smaller model axis)"
             return (*front, data, model), why
-        held.append(f"{size / GIB:.2f}")
+        too_large.append(f"{size / GIB:.2f}")
     raise InputError(
-        f"MESH = 'auto': on {within} {kind} the frozen weights take at least {held[-1]} GiB a "
-        f"device, more than {SHARE:.0%} of its {(memory or 0) / GIB:.2f}; take more devices"
+        f"MESH = 'auto': on {within} {kind} the frozen weights take at least {too_large[-1]} GiB "
+        f"per device, more than {SHARE:.0%} of its {(memory or 0) / GIB:.2f}; use more devices"
         + ("" if fsdp else " or FSDP = True")
-        + ", or name a MESH to try it all the same"
+        + ", or name a MESH to try anyway"
     )

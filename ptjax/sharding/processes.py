@@ -1,25 +1,24 @@
-"""One program on several processes: which of them writes, when they wait, what they agree on.
+"""One program on several processes: which of them writes, and where they wait for each other.
 
-Every process runs the same steps on the same global arrays, sees the same numbers and so decides
-alike; only what comes from outside (a signal, a disk) has to be agreed on. One process alone pays
-nothing for any of this.
+All processes run the same steps on the same global arrays, so they reach the same decisions. Only
+external events (a signal, the state of a disk) need an agreement. A single process skips all of it.
 """
 
 from __future__ import annotations
 
 import secrets
 import time
-from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
+from jax.typing import ArrayLike
 
 from ptjax.errors import InputError
 
 SHARED_WAIT_SECONDS = 10.0
-"""A network file system may show a new file late."""
+"""How long a network file system may take to show a new file."""
 
 
 def several() -> bool:
@@ -32,35 +31,35 @@ def first() -> bool:
 
 
 def wait_for_all(what: str) -> None:
-    """Returns when every process has come here; `what` has to be the same word on all of them.
+    """Waits until every process has called it with the same label `what`.
 
-    Before one reads what the first wrote, or the first removes what others may still read.
+    Needed before others read what the first process wrote, and before it removes what they read.
     """
     if several():
         multihost_utils.sync_global_devices(what)
 
 
 def stop_agreed(step: int) -> bool:
-    """Whether all processes end after `step`, because one of them was sent SIGTERM.
+    """Whether all processes stop after `step`, because one of them received SIGTERM.
 
-    JAX's preemption service catches the signal, tells the others and settles on a step that none
-    of them has passed. It has to be asked after every step, on every process.
+    JAX's preemption service catches the signal and chooses a step that no process has passed yet.
+    Every process must call this after every step.
     """
     return several() and multihost_utils.reached_preemption_sync_point(step)
 
 
 def of_first(number: int) -> int:
-    """The `number` of the first process, on all of them."""
+    """The first process's `number`, on all processes."""
     return int(multihost_utils.broadcast_one_to_all(np.int32(number))) if several() else number
 
 
 def any_of_all(here: bool) -> bool:
-    """Whether it is so on any process; all of them have to ask together."""
+    """Whether `here` is true on any process; all processes must call it together."""
     return bool(multihost_utils.process_allgather(np.array(here)).any()) if several() else here
 
 
-def on_host(array: Any) -> np.ndarray:
-    """The whole array in this process's memory; all processes have to ask for it together."""
+def on_host(array: ArrayLike) -> np.ndarray:
+    """The whole array in this process's memory; all processes must call it together."""
     if isinstance(array, jax.Array) and not (
         array.is_fully_addressable or array.is_fully_replicated
     ):
@@ -71,7 +70,7 @@ def on_host(array: Any) -> np.ndarray:
 def check_shared(directory: epath.Path) -> None:
     """InputError, on all processes, unless all of them see the same `directory`.
 
-    It creates the directory, and briefly a file in it, so a dry run must not call it.
+    It creates the directory and, for a moment, a file in it, so a dry run must not call it.
     """
     if not several():
         return

@@ -1,9 +1,8 @@
-"""Frozen kernels in int8, with a scale for every output channel."""
+"""Frozen kernels in int8, with a scale per output channel."""
 
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,30 +14,30 @@ from ptjax.models.family import Config, Family
 from ptjax.models.layers import Quantized
 from ptjax.models.t5_family import T5_FAMILY
 from ptjax.sharding.rules import sharding_of
-from ptjax.trees import flatten_paths, unflatten_paths
+from ptjax.trees import Tree, flatten_paths, unflatten_paths
 
 LARGEST = 127
-"""-128 is left out, so that rounding is the same on both sides of zero."""
+"""-128 is not used, so that the range is symmetric."""
 
 
-def held_shapes(
+def weight_shapes(
     config: Config, dtype: str, quantize: str | None = None, *, family: Family = T5_FAMILY
-) -> dict[str, Any]:
-    """The parameters as `jax.ShapeDtypeStruct`s of the dtype in which they are held.
+) -> Tree:
+    """The parameters as `jax.ShapeDtypeStruct`s of the dtypes that the frozen weights have.
 
-    Scales are left out: they add a thousandth.
+    The scales of quantized kernels are left out: they would add 0.1%.
     """
 
-    def held(path: str, leaf: Any) -> jax.ShapeDtypeStruct:
+    def with_dtype(path: str, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(
             leaf.shape, quantize if quantize and family.is_quantized(path) else dtype
         )
 
     shapes = flatten_paths(family.parameter_shapes(config))
-    return unflatten_paths({path: held(path, leaf) for path, leaf in shapes.items()})
+    return unflatten_paths({path: with_dtype(path, leaf) for path, leaf in shapes.items()})
 
 
-def placed_shapes(
+def sharded_shapes(
     config: Config,
     dtype: str,
     mesh: Mesh,
@@ -46,30 +45,31 @@ def placed_shapes(
     fsdp: bool = False,
     quantize: str | None = None,
     family: Family = T5_FAMILY,
-) -> dict[str, Any]:
-    """The parameters as `load_backbone` would hold them on `mesh`: shapes with shardings."""
+) -> Tree:
+    """The parameters as `load_backbone` would put them on `mesh`: shapes with shardings."""
 
-    def placed(path: str, shape: tuple[int, ...]) -> Any:
+    def sharded(path: str, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct | Quantized:
         rules = family.sharding_rules
-        where = sharding_of(f"params/{path}", shape, mesh, fsdp=fsdp, rules=rules)
+        sharding = sharding_of(f"params/{path}", shape, mesh, fsdp=fsdp, rules=rules)
         if not (quantize and family.is_quantized(path)):
-            return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
-        places = _places(where, len(shape))
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+        shardings = _quantized_shardings(sharding, len(shape))
         scale = (*shape[:-2], 1, shape[-1])
         return Quantized(
-            jax.ShapeDtypeStruct(shape, quantize, sharding=places.values),
-            jax.ShapeDtypeStruct(scale, "float32", sharding=places.scale),
+            jax.ShapeDtypeStruct(shape, quantize, sharding=shardings.values),
+            jax.ShapeDtypeStruct(scale, "float32", sharding=shardings.scale),
         )
 
     shapes = flatten_paths(family.parameter_shapes(config))
-    return unflatten_paths({path: placed(path, leaf.shape) for path, leaf in shapes.items()})
+    return unflatten_paths({path: sharded(path, leaf.shape) for path, leaf in shapes.items()})
 
 
 @jax.jit
 def quantize(kernel: Float[Array, "*L i o"]) -> Quantized:
-    """Symmetric, by the largest absolute value of a channel; one of zeros has the scale 1.
+    """Rounds a kernel to int8 symmetrically; a channel's scale is its largest magnitude / 127.
 
-    A channel with a NaN or an infinity has it as its scale: int8 could not hold it.
+    A channel of zeros has the scale 1. A NaN or infinity becomes the scale of its channel, since
+    int8 cannot hold it.
     """
     kernel = kernel.astype(jnp.float32)
     largest = jnp.max(jnp.abs(kernel), axis=-2, keepdims=True)
@@ -78,24 +78,24 @@ def quantize(kernel: Float[Array, "*L i o"]) -> Quantized:
 
 
 def dequantize(kernel: Quantized) -> Float[Array, "*L i o"]:
-    """Float32; off by half a scale at the most."""
+    """The kernel in float32; its rounding error is at most half a scale."""
     return kernel.values.astype(jnp.float32) * kernel.scale
 
 
 def quantize_sharded(kernel: jax.Array) -> Quantized:
-    """`quantize` of a kernel on a mesh: the values stay where they are, scales go with channels."""
-    where = kernel.sharding
-    assert isinstance(where, NamedSharding)
-    return _compiled(_places(where, kernel.ndim))(kernel)
+    """`quantize` on a mesh: values keep the kernel's sharding, scales that of its channels."""
+    sharding = kernel.sharding
+    assert isinstance(sharding, NamedSharding)
+    return _compiled(_quantized_shardings(sharding, kernel.ndim))(kernel)
 
 
-def _places(where: NamedSharding, rank: int) -> Quantized:
-    """The shardings of a quantized kernel; scales are whole over `data`, for FSDP gathers none."""
-    *lead, _, channels = [*where.spec, *[None] * (rank - len(where.spec))]
+def _quantized_shardings(kernel: NamedSharding, rank: int) -> Quantized:
+    """The shardings of a quantized kernel; `data` never divides scales, as FSDP gathers none."""
+    *lead, _, channels = [*kernel.spec, *[None] * (rank - len(kernel.spec))]
     channels = None if channels in ("data", ("data",)) else channels
-    return Quantized(where, NamedSharding(where.mesh, P(*lead, None, channels)))
+    return Quantized(kernel, NamedSharding(kernel.mesh, P(*lead, None, channels)))
 
 
 @functools.cache
-def _compiled(places: Quantized):
-    return jax.jit(quantize, out_shardings=places)
+def _compiled(shardings: Quantized):
+    return jax.jit(quantize, out_shardings=shardings)

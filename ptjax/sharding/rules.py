@@ -1,18 +1,17 @@
-"""One table says where every array lives.
+"""The sharding table: which axes of a mesh divide which variable.
 
-Pattern of a variable's path -> `PartitionSpec` over the axes of a mesh; `jax.jit` with
-`NamedSharding` (what pjit became) does the rest. The axes are `data`, over which the rows of a
-batch are divided, `model`, over which weights are, and across slices `replica`, whose members hold
-the same weights and other rows. Prompts and their optimizer state are small and stay replicated in
-float32, so that any host can write them. Each family of networks has its table
+The table maps a pattern of a variable's path to a `PartitionSpec`; `jax.jit` with `NamedSharding`
+does the rest. `data` divides the rows of a batch, `model` divides weights, and `replica`, across
+slices, has the same weights and other rows. Prompts and their optimizer state are small and stay
+replicated in float32, so that any host can write them. Each family of networks has its own table
 (`models.family.Family.sharding_rules`).
 
-T5's table is T5X's `standard_logical_axis_rules` for one activation dimension: `fsdp=False` its
-parameter_partitioning_dims=1, `fsdp=True` its 2, but that only the layers' kernels are divided
-along D (T5X divides norm scales, embedding and logits too, 2% of XXL). Activations have no rows: a
-batch over `data` and these weights leave the compiler the layout that T5X's (1, ...) rules ask for,
-heads, mlp and logits over `model`, the width whole. T5X's two activation dimensions, which divide
-the width of activations over `model`, are not offered.
+T5's table is T5X's `standard_logical_axis_rules` for one activation dimension. `fsdp=False` is its
+parameter_partitioning_dims=1. `fsdp=True` is its 2, except that only the layers' kernels are
+divided along D (T5X also divides norm scales, embedding and logits, 2% of XXL). The table has no
+rows for activations: given a batch over `data` and these weights, the compiler chooses the layout
+of T5X's (1, ...) rules: heads, mlp and logits over `model`, the width whole. T5X's two activation
+dimensions, which divide the width of activations over `model`, are not supported.
 """
 
 from __future__ import annotations
@@ -34,19 +33,19 @@ AXES = ("replica", "data", "model")
 
 
 def check_rules(variables: Tree, rules: Rules = RULES) -> None:
-    """Every variable has a row, every row has a use, and no two contradict each other.
+    """Checks that every variable has a row, every row is used, and no two rows conflict.
 
-    Rows are judged by the collections that `variables` has. A row may be the exception from a
-    later one, which then matches all that it does and more. Two that overlap otherwise and differ
-    contradict each other.
+    Only rows for the collections of `variables` are checked. A row may be an exception to a later
+    one, which then matches all of its variables and more. Otherwise two rows that match the same
+    variable must have the same spec.
 
     Args:
         variables: {"params": ...} or {"params": ..., "prompt": ...} of leaves with a shape.
 
     Raises:
-        InputError: a variable without a row; a row that matches none, is never reached,
-            contradicts another, has more axes than its variable, names an axis twice or one that
-            no mesh has.
+        InputError: a variable without a row; a row that matches no variable, is never reached,
+            conflicts with another, has more axes than its variable, names an axis twice, or names
+            an unknown axis.
     """
     shapes = {path: leaf.shape for path, leaf in flatten_paths(variables).items()}
     for path, shape in shapes.items():
@@ -56,30 +55,32 @@ def check_rules(variables: Tree, rules: Rules = RULES) -> None:
         _check_axes(pattern, spec)
         collection = pattern.split("/")[0]
         if collection not in COLLECTIONS:
-            raise InputError(f"the sharding table's row {pattern!r} is for no collection of ours")
+            raise InputError(f"the sharding table's row {pattern!r} is for an unknown collection")
         if collection not in variables:
             continue
-        found = {path for path in shapes if re.fullmatch(pattern, path)}
-        if not found:
+        matched = {path for path in shapes if re.fullmatch(pattern, path)}
+        if not matched:
             raise InputError(f"the sharding table's row {pattern!r} matches no variable")
-        if found <= set().union(*(before for *_, before in seen)):
+        if matched <= set().union(*(earlier for *_, earlier in seen)):
             raise InputError(
-                f"the sharding table's row {pattern!r} is never reached: earlier rows take all "
-                "that it matches"
+                f"the sharding table's row {pattern!r} is never reached: earlier rows match "
+                "all its variables"
             )
-        for other, other_spec, before in seen:
-            if other_spec != spec and found & before and not before < found:
+        for other, other_spec, earlier in seen:
+            if other_spec != spec and matched & earlier and not earlier < matched:
                 raise InputError(
                     f"the sharding table's rows {other!r} ({other_spec}) and {pattern!r} ({spec}) "
-                    f"contradict each other about variable {min(found & before)!r}"
+                    f"conflict about variable {min(matched & earlier)!r}"
                 )
-        seen.append((pattern, spec, found))
+        seen.append((pattern, spec, matched))
 
 
 def _check_axes(pattern: str, spec: P) -> None:
     named = [name for axis in spec for name in _names(axis)]
     if unknown := sorted(set(named) - {*AXES, "fsdp"}):
-        raise InputError(f"the sharding table's row {pattern!r} names axis {unknown[0]!r}")
+        raise InputError(
+            f"the sharding table's row {pattern!r} names the unknown axis {unknown[0]!r}"
+        )
     used = ["data" if name == "fsdp" else name for name in named]
     if len(set(used)) < len(used):
         raise InputError(f"the sharding table's row {pattern!r} names an axis twice: {spec}")
@@ -91,22 +92,22 @@ def _names(axis: str | tuple[str, ...] | None) -> tuple[str, ...]:
 
 
 def spec_of(path: str, rank: int, *, fsdp: bool = False, rules: Rules = RULES) -> P:
-    """The spec of the variable `path` ("params/encoder/...") of `rank` axes.
+    """The spec of the variable `path` ("params/encoder/...") with `rank` axes.
 
-    The layers of a stack may be one array each, `.../layers/...`, with an axis of the layers in
-    front: that one is never divided.
+    A stacked variable, `.../layers/...`, has an additional first axis of layers, which is never
+    divided.
 
     Raises:
-        InputError: no row covers it, or its row has more axes than it.
+        InputError: no row matches it, or its row has more axes than it.
     """
     spec = next((spec for pattern, spec in rules if re.fullmatch(pattern, path)), None)
     if spec is None:
         raise InputError(f"the sharding table has no row for variable {path!r}")
     stacked = "/layers/" in path
-    meant = {"fsdp": ("data",) if fsdp and stacked else ()}
-    # JAX reads an entry of one name, or none, like the name itself, or None.
+    axes_of = {"fsdp": ("data",) if fsdp and stacked else ()}
+    # To JAX a tuple of one name equals the name, and an empty one None.
     resolved = [
-        tuple(real for name in _names(axis) for real in meant.get(name, (name,))) for axis in spec
+        tuple(real for name in _names(axis) for real in axes_of.get(name, (name,))) for axis in spec
     ]
     if resolved and stacked:
         resolved.insert(0, ())
@@ -125,11 +126,11 @@ def sharding_of(
     fsdp: bool = False,
     rules: Rules = RULES,
 ) -> NamedSharding:
-    """Where the variable `path` ("params/encoder/...") lives.
+    """The sharding of the variable `path` ("params/encoder/...").
 
     Raises:
-        InputError: no row covers it, or the mesh does not divide it (`meshes.check_mesh` says
-            that of a whole model, and what does).
+        InputError: no row matches it, or the mesh does not divide it (`meshes.check_mesh` checks a
+            whole model, and names meshes that do).
     """
     spec = spec_of(path, len(shape), fsdp=fsdp, rules=rules)
     for size, axis in zip(shape, tuple(spec), strict=False):
@@ -145,20 +146,25 @@ def sharding_of(
 def shardings_of(variables: Tree, mesh: Mesh, *, fsdp: bool = False, rules: Rules = RULES) -> Tree:
     """`sharding_of` of every leaf of `variables`, after `check_rules`; errors as there."""
     check_rules(variables, rules)
-    found = {
+    shardings = {
         path: sharding_of(path, leaf.shape, mesh, fsdp=fsdp, rules=rules)
         for path, leaf in flatten_paths(variables).items()
     }
-    return unflatten_paths(found)
+    return unflatten_paths(shardings)
 
 
 def bytes_per_device(
     variables: Tree, sizes: dict[str, int], *, fsdp: bool = False, rules: Rules = RULES
 ) -> int:
-    """What one device holds of `variables`, leaves with shape and dtype, on such a mesh."""
-    held = 0
+    """Bytes that one device holds of `variables`.
+
+    Args:
+        variables: leaves with shape and dtype.
+        sizes: axis of the mesh -> its size.
+    """
+    total = 0
     for path, leaf in flatten_paths(variables).items():
         spec = spec_of(path, len(leaf.shape), fsdp=fsdp, rules=rules)
         parts = math.prod(sizes[name] for axis in spec for name in _names(axis))
-        held += math.prod(leaf.shape) // parts * leaf.dtype.itemsize
-    return held
+        total += math.prod(leaf.shape) // parts * leaf.dtype.itemsize
+    return total

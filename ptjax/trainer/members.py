@@ -1,69 +1,30 @@
-"""The members of a run, and where they stand."""
+"""The members that a run trains side by side, and their part of its train state."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from ptjax.data.pipeline import Batches
+import jax
+import numpy as np
+from absl import logging
+
+from ptjax.data.pipeline import BankBatches, Batches
 from ptjax.trainer.exports import Exports
+from ptjax.trainer.progress import RunProgress
+from ptjax.training.step import TrainState
 from ptjax.trees import Tree
-
-
-@dataclasses.dataclass
-class Standing:
-    """Where one member of a run stands. Sums start at the last logged step.
-
-    `failed` says that its loss was not finite. `best_before` was the best until the last
-    evaluation: the checkpoint before the newest one names it.
-    """
-
-    best_value: float | None = None
-    best_step: int | None = None
-    without_gain: int = 0
-    stopped: bool = False
-    failed: bool = False
-    loss_sum: float = 0.0
-    norm_sum: float = 0.0
-    best_before: int | None = None
-
-
-@dataclasses.dataclass
-class Progress:
-    """Where a run stands; plain JSON inside the checkpoint.
-
-    `held` are the numbers of the members that the train state holds, in its order. `seconds` are
-    those of all starts together, up to the checkpoint.
-    """
-
-    standings: list[Standing]
-    held: list[int]
-    step: int = 0
-    steps_summed: int = 0
-    seconds: float = 0.0
-
-    @classmethod
-    def from_json(cls, loaded: dict[str, Any]) -> Progress:
-        """The inverse of `dataclasses.asdict`."""
-        standings = [Standing(**standing) for standing in loaded["standings"]]
-        fields: dict[str, Any] = loaded | {"standings": standings}
-        return cls(**fields)
-
-    @property
-    def running(self) -> list[tuple[int, int]]:
-        """(place in the train state, number) of every member that has not stopped."""
-        return [(i, m) for i, m in enumerate(self.held) if not self.standings[m].stopped]
 
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """One of those that a run trains side by side; an ordinary run has one, whose name is "".
+    """One member of a run; an ordinary run has a single one, whose name is "".
 
     Attributes:
-        evaluate: metrics of its trainable variables; None, and the newest is the best.
-        metric: which of them selects.
-        rate_at: its learning rate at a step, for the log and, in a bank, for the step itself.
+        rate_at: its learning rate at a step: for the log and, in a sweep, for the train step.
+        evaluate: the metrics of its trainable variables; without it the newest export is the best.
+        metric: the metric that selects the best export.
     """
 
     batches: Batches
@@ -72,3 +33,99 @@ class Member:
     evaluate: Callable[[Tree], dict[str, float]] | None = None
     metric: str | None = None
     name: str = ""
+
+
+class Members:
+    """All members of a run, with their progress.
+
+    In a sweep every array of the train state has a leading axis, with a place for each member that
+    the state holds (`progress.member_ids`). An ordinary run has no such axis.
+
+    A member's id is its index in the run.
+    """
+
+    def __init__(self, members: Sequence[Member]) -> None:
+        self._members = list(members)
+        self.is_sweep = any(member.name for member in members)
+        self.progress = RunProgress.at_start(len(members))
+
+    def __iter__(self) -> Iterator[Member]:
+        return iter(self._members)
+
+    def __getitem__(self, member_id: int) -> Member:
+        return self._members[member_id]
+
+    def batches(self) -> Batches:
+        """The training batches of the members in the train state."""
+        batches = [self[member_id].batches for member_id in self.progress.member_ids]
+        return BankBatches(batches) if self.is_sweep else batches[0]
+
+    def sweep_inputs(self) -> tuple[np.ndarray, ...]:
+        """`active` and `learning_rate` of the next step of a sweep; nothing in an ordinary run."""
+        if not self.is_sweep:
+            return ()
+        progress = self.progress
+        active = [not progress.members[member_id].stopped for member_id in progress.member_ids]
+        rates = [self[member_id].rate_at(progress.step) for member_id in progress.member_ids]
+        return np.array(active), np.array(rates, np.float32)
+
+    def trainable(self, state: TrainState, place: int) -> Tree:
+        """The trainable variables of one member."""
+        return (
+            jax.tree.map(lambda x: x[place], state.trainable) if self.is_sweep else state.trainable
+        )
+
+    def running(self, state: TrainState) -> list[tuple[int, Tree]]:
+        """(id, trainable variables) of every member that still trains."""
+        return [
+            (member_id, self.trainable(state, place)) for place, member_id in self.progress.running
+        ]
+
+    def reduce(self, state: TrainState, places: Sequence[int]) -> TrainState:
+        """The part of `state` that belongs to the members at `places`; all of it for all."""
+        if len(places) == len(self._members):
+            return state
+        index = np.array(places)
+        return jax.tree.map(lambda x: jax.device_put(x[index], x.sharding), state)
+
+    def shrink(self, state: TrainState) -> TrainState:
+        """Drops stopped members from the train state, once half of its places are idle.
+
+        The number of places is halved as often as possible: each size needs compiled steps of its
+        own. Members that have stopped fill the places that are left.
+        """
+        progress, running = self.progress, self.progress.running
+        count = size = len(progress.member_ids)
+        while running and size // 2 >= len(running):
+            size //= 2
+        if size == count:
+            return state
+        logging.info(
+            "%d of %d members still train: the sweep shrinks to %d places",
+            len(running),
+            count,
+            size,
+        )
+        kept = [place for place, _ in running]
+        idle = [place for place in range(count) if place not in kept]
+        places = sorted(kept + idle[: size - len(kept)])
+        progress.member_ids = [progress.member_ids[place] for place in places]
+        return self.reduce(state, places)
+
+    def export(self, member_id: int, trainable: Tree, value: float | None) -> None:
+        """Writes a member's export of the current step, with the value that selects."""
+        member, step = self[member_id], self.progress.step
+        metadata = {"step": step, "metric": member.metric, "value": value}
+        member.exports.write(member.exports.path(step), trainable, metadata)
+
+    def merge(self, metrics: Mapping[int, Mapping[str, float]]) -> dict[str, float]:
+        """Metrics by member id as one row: their means and, in a sweep, each member's own."""
+        names = dict.fromkeys(name for values in metrics.values() for name in values)
+        row = {
+            name: statistics.fmean(values[name] for values in metrics.values() if name in values)
+            for name in names
+        }
+        if self.is_sweep:
+            for member_id, values in metrics.items():
+                row |= {f"{name}/{self[member_id].name}": x for name, x in values.items()}
+        return row

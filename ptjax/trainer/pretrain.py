@@ -42,7 +42,7 @@ from ptjax.trainer.loop import TrainingLoop
 from ptjax.trainer.members import Member
 from ptjax.trainer.startup_report import report_steps
 from ptjax.training import freeze as freezing
-from ptjax.training.compile import Recipe, batch_shapes
+from ptjax.training.compile import StepConfig, batch_shapes
 from ptjax.training.dependence import check_used
 from ptjax.training.loss import Loss
 from ptjax.training.optimizer import Adafactor
@@ -96,8 +96,8 @@ def pretrain(
     trainable = {"params": params}
     method = ModelTuning()
     freeze = freezing.make_freeze(trainable, method.freeze_rules())
-    recipe = Recipe(optimizer, loss, microbatches)
-    init, step = recipe.compose(apply_fn, freeze, mesh, small=False)
+    step_config = StepConfig(optimizer, loss, microbatches)
+    init, step = step_config.make(apply_fn, freeze, mesh, small=False)
     check_used(apply_fn, loss, trainable, {}, batch_shapes(min(batches.shapes), mesh))
     state = jax.jit(init)(trainable, replicate_key(jax.random.key(seed), mesh))
     logging.info("pre-training %s parameters", f"{freezing.sizes(trainable)[0]:,}")

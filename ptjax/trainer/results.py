@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 import statistics
 from collections.abc import Mapping
-from typing import Any
 
 from ptjax.backbones.load import Backbone
 from ptjax.data.hard_prompt import HardPrompt
+from ptjax.files import JsonObject
 from ptjax.settings import RunSettings
 from ptjax.trainer.identity import describe, versions
 from ptjax.trainer.loop import TrainingLoop
@@ -17,7 +17,7 @@ from ptjax.trees import Tree
 
 
 class Scores:
-    """The numbers of `results.json`, on the test split or else on the one selected on."""
+    """The scores in `results.json`: on the test split, or without one on the split of selection."""
 
     def __init__(self, backbone: Backbone, settings: RunSettings, data: TaskData) -> None:
         self.evaluator, self.train = data.evaluator, data.train
@@ -30,8 +30,8 @@ class Scores:
         rewording = hard_prompt.rewording(self.train, self.settings.seed)
         return self.evaluator(self.backbone.variables, self.split, rewording)
 
-    def tuned(self, best: Tree, before: Tree, seed: int) -> dict[str, Any]:
-        """Of variables with the best prompt, and with the prompt that it started from."""
+    def tuned(self, best: Tree, before: Tree, seed: int) -> JsonObject:
+        """The scores of the best variables, those of step 0 (`before`), and the baselines."""
         task, hard_prompts = self.evaluator.task, self.settings.evaluation.hard_prompts
         before_value = self.evaluator(before, self.split)[self.metric]
         metrics = self.evaluator(best, self.split)
@@ -53,8 +53,8 @@ class Scores:
         }
 
 
-def describe_run(backbone: Backbone, settings: RunSettings, seconds: float) -> dict[str, Any]:
-    """What was run, on what and for how long: a row of a study."""
+def describe_run(backbone: Backbone, settings: RunSettings, seconds: float) -> JsonObject:
+    """Settings, backbone, duration and versions: a row of a study."""
     return {
         "settings": describe(settings, whole=True),
         "backbone": backbone.name,
@@ -64,16 +64,16 @@ def describe_run(backbone: Backbone, settings: RunSettings, seconds: float) -> d
     }
 
 
-def of_sweep(members: Mapping[str, dict[str, Any]], run: TrainingLoop) -> dict[str, Any]:
-    """The results of a sweep: each member's, their average, and the best.
+def of_sweep(members: Mapping[str, JsonObject], run: TrainingLoop) -> JsonObject:
+    """The results of a sweep: each member's, their average, and the best member.
 
-    The best is the one that was best on the split that selects, whatever the test says.
+    The best member is selected on the validation split, not on the test split.
     """
-    standings = dict(zip((m.name for m in run.members), run.progress.standings, strict=True))
-    best = max(members, key=lambda name: standings[name].best_value or 0.0)
+    progress = dict(zip((m.name for m in run.members), run.progress.members, strict=True))
+    best = max(members, key=lambda name: progress[name].best_value or 0.0)
     return {
         "members": dict(members),
         "average": statistics.fmean(results["value"] for results in members.values()),
         "best": {"member": best, "value": members[best]["value"]},
-        "failed": [name for name, standing in standings.items() if standing.failed],
+        "failed": [name for name, member in progress.items() if member.failed],
     }

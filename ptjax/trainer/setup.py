@@ -1,10 +1,10 @@
-"""The members of a run before its first step: what trains, on which batches, exported where."""
+"""Sets up the members of a run: variables, training batches and exports of each."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 from etils import epath
@@ -12,6 +12,7 @@ from etils import epath
 from ptjax import __version__
 from ptjax.backbones.load import Backbone
 from ptjax.data.tasks import Task
+from ptjax.files import JsonObject
 from ptjax.interop import prompt_header
 from ptjax.methods.base import InitContext, Method
 from ptjax.model_dir import BEST, ModelDir, suffix_of
@@ -19,6 +20,7 @@ from ptjax.settings import RunSettings
 from ptjax.sharding import processes
 from ptjax.sharding.arrays import replicated
 from ptjax.trainer.exports import Exports
+from ptjax.trainer.identity import describe
 from ptjax.trainer.members import Member
 from ptjax.trainer.startup_report import report_rate
 from ptjax.trainer.sweep import MemberOverrides
@@ -30,10 +32,12 @@ from ptjax.trees import Tree
 
 @dataclasses.dataclass(frozen=True)
 class MemberSetup:
-    """A member as it starts.
+    """A member before its first step.
 
-    `variables` has its initial prompt, `trainable` and `frozen` are its halves, by `freeze`.
-    `rms` is the embedding's, to which learning rates may be relative.
+    Attributes:
+        variables: the backbone's, with the member's initial prompt.
+        trainable, frozen: the halves of `variables` according to `freeze`.
+        rms: the embedding's, to which learning rates may be relative.
     """
 
     member: Member
@@ -53,24 +57,33 @@ def set_up_members(
     settings: RunSettings,
     members: Mapping[str, MemberOverrides],
 ) -> list[MemberSetup]:
-    """The members in their order; those of one task share what was read of it.
+    """Sets up the members, in their order. Members of equal tasks share data and evaluator.
 
     Args:
-        members: by name; "" is an ordinary run's only one.
+        members: by name; "" is the only member of an ordinary run.
     """
     rms = embedding_rms(backbone.embedding)
-    read: list[TaskData] = []
+    loaded: list[TaskData] = []
     setups = []
     for name, overrides in members.items():
-        learnt = overrides.task or task
-        # By value: gin makes a new task of every reference to one.
-        data = next((one for one in read if one.task == learnt), None)
+        member_task = overrides.task or task
+        data = next((data for data in loaded if _is_same(data.task, member_task)), None)
         if data is None:
-            data = load_task_data(learnt, backbone, settings)
-            read.append(data)
-        own = overrides.apply(settings)
-        setups.append(_set_up(data, backbone, model_dir, own, rms, name))
+            data = load_task_data(member_task, backbone, settings)
+            loaded.append(data)
+        setups.append(_set_up(data, backbone, model_dir, overrides.apply(settings), rms, name))
     return setups
+
+
+def _is_same(task: Task, other: Task) -> bool:
+    """Whether two tasks are equal; gin makes a new object of every reference to a task.
+
+    Their descriptions too, in which the labels are in order: equal dicts may differ in that.
+    """
+    if task != other:
+        return False
+    first, second = (json.dumps(describe(each, whole=True)) for each in (task, other))
+    return first == second
 
 
 def _set_up(
@@ -81,7 +94,7 @@ def _set_up(
     rms: float,
     name: str,
 ) -> MemberSetup:
-    """The member `name`, whose settings these are, with its prompt and its batches."""
+    """Sets up the member `name`; `settings` are its own."""
     method = settings.method
     variables = backbone.variables | _init(method, data, settings.seed, name)
     freeze = freezing.make_freeze(variables, method.freeze_rules())
@@ -92,7 +105,7 @@ def _set_up(
         make_train_batches(data, settings, settings.seed),
         _make_exports(data, model_dir, settings, name),
         rate_at=lambda step: float(optimizer.rate_at(step, rms)),
-        evaluate=lambda own: data.evaluator(freezing.combine(own, frozen), split),
+        evaluate=lambda trainable: data.evaluator(freezing.combine(trainable, frozen), split),
         metric=data.evaluator.metric,
         name=name,
     )
@@ -110,14 +123,14 @@ def _init(method: Method, data: TaskData, seed: int, name: str) -> Tree:
         config=backbone.config,
         member=name,
     )
-    # Its own stream: the same seed drives dropout through the train state's key.
+    # A stream of its own: the same seed drives dropout through the train state's key.
     key = jax.random.fold_in(jax.random.key(seed), 1)
-    made = jax.tree.map(processes.on_host, method.init(key, context))
-    return jax.device_put(made, replicated(backbone.mesh))
+    variables = jax.tree.map(processes.on_host, method.init(key, context))
+    return jax.device_put(variables, replicated(backbone.mesh))
 
 
-def _metadata(task: Task, backbone: Backbone, settings: RunSettings) -> dict[str, Any]:
-    """What an export says of itself."""
+def _metadata(task: Task, backbone: Backbone, settings: RunSettings) -> JsonObject:
+    """The metadata of every export of a member."""
     tokenizer, lengths = backbone.tokenizer, settings.batching.lengths
     return {
         "ptjax_version": __version__,
@@ -139,14 +152,14 @@ def _make_exports(
     backbone, method = data.evaluator.backbone, settings.method
     metadata = _metadata(data.task, backbone, settings)
 
-    def write(path: epath.Path, trainable: Tree, more: dict[str, Any]) -> None:
-        method.save(path, trainable, metadata | more, backbone)
+    def write(path: epath.Path, trainable: Tree, of_step: JsonObject) -> None:
+        method.save(path, trainable, metadata | of_step, backbone)
 
     directory = ModelDir(model_dir).exports(method.exports, name)
     return Exports(directory, suffix_of(method.exports), write, method.read_metadata)
 
 
 def load_best(setup: MemberSetup, settings: RunSettings) -> Tree:
-    """Variables with a member's best export, read back from its file."""
+    """The variables of a member's best export, read from its file."""
     path, backbone = setup.member.exports.path(BEST), setup.data.evaluator.backbone
     return backbone.variables | settings.method.load(path, backbone)

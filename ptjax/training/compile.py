@@ -1,72 +1,81 @@
-"""The train step, put together and compiled for its place and every shape of its batches."""
+"""Builds the train step from a run's settings and compiles it for every batch shape."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from absl import logging
 from jax.sharding import Mesh
 
 from ptjax.data.pipeline import Shape
-from ptjax.sharding.arrays import reduction_groups, sharding_in_batch
+from ptjax.models.family import ApplyFn
+from ptjax.sharding.arrays import reduction_groups, replicated, sharding_in_batch
 from ptjax.training import freeze as freezing
 from ptjax.training.loss import Loss
 from ptjax.training.optimizer import Adafactor
-from ptjax.training.step import TrainState, init_train_state, make_bank_step, make_train_step
+from ptjax.training.step import (
+    TrainState,
+    TrainStep,
+    init_train_state,
+    make_sweep_step,
+    make_train_step,
+)
 from ptjax.trees import Tree
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
-    """What of a run's settings its train step consists of.
+class StepConfig:
+    """The settings of a run that its train step depends on.
 
     Attributes:
-        bank: whether a step trains several prompts.
+        sweep: whether one step trains several members.
     """
 
     optimizer: Adafactor
     loss: Loss
     microbatches: int = 1
-    bank: bool = False
+    sweep: bool = False
 
     def groups(self, mesh: Mesh, *, small: bool, attends_to_input: bool = True) -> int:
-        """In how many groups of rows the step takes its batch (`sharding.arrays.reduction_groups`).
+        """Number of row groups the step splits its batch into (`sharding.arrays.reduction_groups`).
 
         Args:
-            small: what trains (`freezing.is_small`): every group has a gradient of its own.
-            attends_to_input: the prompt.
+            small: whether the trainable variables are few (`freezing.is_small`): each group holds
+                a gradient of its own.
+            attends_to_input: whether the prompt's positions attend to the input.
         """
         if not small:
             return 1
-        parts = {"microbatches": self.microbatches, "sees_input": attends_to_input}
-        return reduction_groups(mesh, **parts)
+        return reduction_groups(
+            mesh, microbatches=self.microbatches, attends_to_input=attends_to_input
+        )
 
-    def compose(
+    def make(
         self,
-        apply_fn: Callable[..., Any],
+        apply_fn: ApplyFn,
         freeze: freezing.Freeze,
         mesh: Mesh,
         rms: float = 1.0,
         *,
         small: bool,
         attends_to_input: bool = True,
-    ) -> tuple[Callable[[Tree, jax.Array], TrainState], Callable[..., Any]]:
-        """(what makes the first state of trainable variables and a key, the step).
+    ) -> tuple[Callable[[Tree, jax.Array], TrainState], TrainStep]:
+        """`(init, step)`; `init(trainable, key)` gives the first state.
 
         Args:
-            apply_fn: of the backbone, for such prompts.
-            rms: of the embedding.
+            apply_fn: the network as the method runs it (`methods.base.run_with`).
+            rms: the embedding's, to which learning rates may be relative.
             small, attends_to_input: as for `groups`.
         """
 
         def make_optimizer(rate: jax.Array | None = None) -> optax.GradientTransformation:
-            return freezing.lock(self.optimizer.make(rms, rate), freeze)
+            return freezing.freeze_updates(self.optimizer.make(rms, rate), freeze)
 
         def init(trainable: Tree, key: jax.Array) -> TrainState:
             # A copy: the step donates its state, and these arrays belong to the caller.
@@ -74,44 +83,52 @@ class Recipe:
 
         groups = self.groups(mesh, small=small, attends_to_input=attends_to_input)
         parts = {"microbatches": self.microbatches, "groups": groups}
-        if self.bank:
-            step = make_bank_step(apply_fn, make_optimizer, self.loss, **parts)
+        if self.sweep:
+            step = make_sweep_step(apply_fn, make_optimizer, self.loss, **parts)
             return jax.vmap(init), step
         return init, make_train_step(apply_fn, make_optimizer(), self.loss, **parts)
 
 
 def lower_step(
-    train_step: Callable[..., Any], state: TrainState, frozen: Tree, shape: Shape, mesh: Mesh
+    train_step: TrainStep, state: TrainState, frozen: Tree, shape: Shape, mesh: Mesh
 ) -> jax.stages.Lowered:
     """The step for batches of `shape`, its state donated.
 
     Args:
         state, frozen: arrays on the mesh, or `jax.ShapeDtypeStruct`s with their shardings.
     """
-    # The state goes out as it came in, so the next step takes it without moving anything.
-    places = jax.tree.map(lambda x: x.sharding, state)
-    jitted = jax.jit(train_step, donate_argnums=0, out_shardings=(places, None))
-    return jitted.lower(state, frozen, batch_shapes(shape, mesh))
+    # The new state has the shardings of the old one: the next step takes it without a transfer.
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    jitted = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
+    inputs = batch_shapes(shape, mesh), *sweep_shapes(shape.members, mesh)
+    return jitted.lower(state, frozen, *inputs)
 
 
 def batch_shapes(shape: Shape, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """The arrays of such a batch, with their shardings."""
+    """The arrays of a batch of `shape`, with their shardings."""
     return {
         name: jax.ShapeDtypeStruct(size, dtype, sharding=sharding_in_batch(name, len(size), mesh))
         for name, (size, dtype) in shape.arrays().items()
     }
 
 
+def sweep_shapes(members: int | None, mesh: Mesh) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """`active` and `learning_rate` of a sweep's step; nothing without members."""
+    dtypes = () if members is None else (np.bool_, np.float32)
+    where = replicated(mesh)
+    return tuple(jax.ShapeDtypeStruct((members or 0,), x, sharding=where) for x in dtypes)
+
+
 def compile_steps(
-    train_step: Callable[..., Any],
+    train_step: TrainStep,
     state: TrainState,
     frozen: Tree,
     shapes: Sequence[Shape],
     mesh: Mesh,
-) -> dict[Shape, Callable[..., Any]]:
-    """The step compiled for every batch shape, before the first batch is seen.
+) -> dict[Shape, TrainStep]:
+    """The step compiled for every batch shape, before the first batch is read.
 
-    A compiled step refuses any other shape, so nothing is ever compiled again on the way.
+    A compiled step rejects any other shape, so nothing is recompiled during the run.
     """
     started = time.perf_counter()
     compiled = {

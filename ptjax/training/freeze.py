@@ -1,7 +1,7 @@
-"""What is frozen, said once.
+"""The freeze map: the one place that states which variables are frozen.
 
-A freeze map is a prefix tree over the variables, True = frozen: `{"params": True, "prompt": False}`
-is prompt tuning. The gradient, the optimizer, the checkpoint and the start-up report all read it.
+It is a prefix tree over the variables, True = frozen: `{"params": True, "prompt": False}` is prompt
+tuning. The gradient, the optimizer, the checkpoint and the start-up report all read it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import optax
@@ -17,21 +16,21 @@ import optax
 from ptjax.errors import InputError
 from ptjax.trees import Tree, flatten_paths, unflatten_paths
 
-Freeze = Any
-"""A bool, or a dict of `Freeze` whose keys are those of the variables."""
+Freeze = Tree
+"""A bool, or a dict of `Freeze` with the keys of the variables."""
 
 SMALL = 0.1
-"""Of the frozen elements; what trains is small up to this share of them."""
+"""Up to this fraction of the frozen elements, the trainable ones count as few."""
 
 
 def make_freeze(variables: Tree, rules: Mapping[str, bool]) -> Freeze:
-    """The full tree of bools that `rules` (pattern of a whole path -> frozen) give `variables`.
+    """Applies `rules` (pattern of a whole path -> frozen) to `variables`: a full tree of bools.
 
-    What does not train is frozen by name, never by default.
+    Every variable must be named by a rule; nothing is frozen by default.
 
     Raises:
-        InputError: a pattern matches no variable, two patterns disagree about one, or none covers
-            it.
+        InputError: a pattern matches no variable, or a variable matches no pattern, or two that
+            disagree.
     """
     decided: dict[str, bool] = {}
     used = set()
@@ -40,7 +39,7 @@ def make_freeze(variables: Tree, rules: Mapping[str, bool]) -> Freeze:
         used |= set(verdicts)
         if len(set(verdicts.values())) != 1:
             what = "no freeze rule covers" if not verdicts else f"rules {verdicts} disagree about"
-            raise InputError(f"{what} variable {path!r}; say True (frozen) or False once")
+            raise InputError(f"{what} variable {path!r}; give it True (frozen) or False, once")
         decided[path] = next(iter(verdicts.values()))
     if unused := set(rules) - used:
         raise InputError(f"freeze rule {sorted(unused)[0]!r} matches no variable")
@@ -48,7 +47,7 @@ def make_freeze(variables: Tree, rules: Mapping[str, bool]) -> Freeze:
 
 
 def split(variables: Tree, freeze: Freeze) -> tuple[Tree, Tree]:
-    """(trainable, frozen) halves of nested dicts. Inverse of `combine`.
+    """Splits nested dicts into their (trainable, frozen) halves. Inverse of `combine`.
 
     >>> split({"params": {"w": 1}, "prompt": {"p": 2}}, {"params": True, "prompt": False})
     ({'prompt': {'p': 2}}, {'params': {'w': 1}})
@@ -69,7 +68,7 @@ def split(variables: Tree, freeze: Freeze) -> tuple[Tree, Tree]:
 
 
 def combine(trainable: Tree, frozen: Tree) -> Tree:
-    """The variables that `split` took apart.
+    """Merges the halves that `split` returned. Inverse of `split`.
 
     >>> combine({"prompt": {"p": 2}}, {"params": {"w": 1}})
     {'params': {'w': 1}, 'prompt': {'p': 2}}
@@ -80,11 +79,13 @@ def combine(trainable: Tree, frozen: Tree) -> Tree:
     return merged
 
 
-def lock(optimizer: optax.GradientTransformation, freeze: Freeze) -> optax.GradientTransformation:
-    """`optimizer` for the trainable variables alone; every other update becomes zero.
+def freeze_updates(
+    optimizer: optax.GradientTransformation, freeze: Freeze
+) -> optax.GradientTransformation:
+    """`optimizer` for the trainable variables; the updates of all others are zero.
 
-    The second lock behind `split`: it works on the trainable half and on the whole tree alike.
-    (`optax.masked` would let the raw gradients of frozen weights through.)
+    A second safeguard behind `split`: it takes the trainable half or the whole tree.
+    (`optax.masked` would pass the raw gradients of frozen weights through.)
     """
 
     def labels(tree: Tree, freeze: Freeze = freeze) -> Tree:
@@ -92,14 +93,14 @@ def lock(optimizer: optax.GradientTransformation, freeze: Freeze) -> optax.Gradi
             return "freeze" if freeze else "train"
         return {name: labels(child, freeze[name]) for name, child in tree.items()}
 
-    # What `optax.transforms.selective_transform` does; its mask cannot depend on the tree given.
+    # As `optax.transforms.selective_transform`, whose mask cannot depend on the given tree.
     return optax.transforms.partition({"train": optimizer, "freeze": optax.set_to_zero()}, labels)
 
 
 def is_small(trained: int, frozen: int) -> bool:
-    """Whether so many elements that train are few beside the frozen ones.
+    """Whether `trained` elements are few compared with `frozen` ones.
 
-    Then copies of them cost next to nothing: gradients of their own, bytes to send, files to keep.
+    If so, copies of them are cheap: one gradient per device group, transfers, exported files.
     """
     return trained <= SMALL * frozen
 

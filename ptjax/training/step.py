@@ -8,18 +8,22 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Bool, Float
 
+from ptjax.models.family import ApplyFn
 from ptjax.training import freeze as freezing
 from ptjax.training.loss import Loss
 from ptjax.trees import Tree
 
 Batch = Mapping[str, jax.Array]
+Metrics = dict[str, jax.Array]
+"""Of one step: "loss", "target_tokens" and "gradient_norm"; in a sweep each is an array [N]."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything that changes: donated, checkpointed, and without a frozen weight in it."""
+    """Everything that a step changes. Donated to the step, checkpointed; no frozen weights."""
 
     step: jax.Array
     trainable: Tree
@@ -27,16 +31,21 @@ class TrainState:
     key: jax.Array
 
 
+TrainStep = Callable[..., tuple[TrainState, Metrics]]
+"""`(state, frozen, batch) -> (state, metrics)`; of a sweep also `(..., active, learning_rate)`."""
+
+
 def init_train_state(
     trainable: Tree, optimizer: optax.GradientTransformation, key: jax.Array
 ) -> TrainState:
+    """The state before the first step."""
     return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable), key)
 
 
 def batch_loss(
-    apply_fn: Callable[..., jax.Array], loss: Loss, variables: Tree, batch: Batch, key: jax.Array
+    apply_fn: ApplyFn, loss: Loss, variables: Tree, batch: Batch, key: jax.Array
 ) -> jax.Array:
-    """The loss of a batch, summed over its targets; dropout draws from `key`."""
+    """The loss of a batch, summed over its targets; `key` drives dropout."""
     logits = apply_fn(
         variables,
         batch["encoder_input_tokens"],
@@ -51,29 +60,29 @@ def batch_loss(
 
 
 def make_train_step(
-    apply_fn: Callable[..., jax.Array],
+    apply_fn: ApplyFn,
     optimizer: optax.GradientTransformation,
     loss: Loss,
     *,
     microbatches: int = 1,
     groups: int = 1,
-) -> Callable[[TrainState, Tree, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """`(state, frozen, batch) -> (state, metrics)`, to be jitted with the state donated.
+) -> TrainStep:
+    """`(state, frozen, batch) -> (state, metrics)`; jit it with the state donated.
 
-    `jax.grad` sees the trainable half only, so no gradient of a frozen weight is ever formed. The
-    batch [B, ...] is taken in `microbatches` equal parts whose gradients add up.
+    `jax.grad` sees the trainable half only, so the gradient of a frozen weight is never computed.
+    The batch [B, ...] is split into `microbatches` equal parts, whose gradients are summed.
 
     Args:
-        groups: of neighbouring rows, one for each device (`sharding.arrays.reduction_groups`).
-            Every group has a gradient of its own, and they are added once, when all is done, so
-            that devices exchange one gradient a step. Each draws its own dropout.
+        groups: number of groups of adjacent rows, one per device
+            (`sharding.arrays.reduction_groups`). Each group computes its own gradient with its own
+            dropout; they are summed once at the end, so devices exchange one gradient per step.
     """
 
     def part_loss(trainable: Tree, frozen: Tree, batch: Batch, key: jax.Array) -> jax.Array:
         return batch_loss(apply_fn, loss, freezing.combine(trainable, frozen), batch, key)
 
     def gradient(trainable: Tree, frozen: Tree, batch: Batch, key: jax.Array) -> Tree:
-        """(loss, gradient) of a microbatch; with several groups, of each [groups, ...]."""
+        """(loss, gradient) of a microbatch; with several groups, one of each: [groups, ...]."""
         value_and_grad = jax.value_and_grad(part_loss)
         if groups == 1:
             return value_and_grad(trainable, frozen, batch, key)
@@ -81,15 +90,13 @@ def make_train_step(
         keys = jax.random.split(key, groups)
         return jax.vmap(value_and_grad, (None, None, 0, 0))(trainable, frozen, grouped, keys)
 
-    def train_step(
-        state: TrainState, frozen: Tree, batch: Batch
-    ) -> tuple[TrainState, dict[str, jax.Array]]:
+    def train_step(state: TrainState, frozen: Tree, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
         if microbatches == 1:
             value, grads = gradient(state.trainable, frozen, dict(batch), key)
         else:
             keys = jax.random.split(key, microbatches)
-            # Every m-th row: what a device of a mesh has of the batch stays on it.
+            # Every m-th row, so that each device keeps the rows that it holds.
             parts = jax.tree.map(
                 lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), dict(batch)
             )
@@ -118,35 +125,38 @@ def make_train_step(
     return train_step
 
 
-def make_bank_step(
-    apply_fn: Callable[..., jax.Array],
+def make_sweep_step(
+    apply_fn: ApplyFn,
     make_optimizer: Callable[[jax.Array], optax.GradientTransformation],
     loss: Loss,
     *,
     microbatches: int = 1,
     groups: int = 1,
-) -> Callable[[TrainState, Tree, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """The train step of N prompts over one frozen backbone: everything else has an axis N in front.
+) -> TrainStep:
+    """`(state, frozen, batch, active, learning_rate) -> (state, metrics)` for N members.
 
-    Each member has its own batch, dropout and optimizer state (factored moments and clipping see
-    one prompt only). Of the batch, `active` bool [N] says who trains: the others' state stays bit
-    by bit; `learning_rate` float32 [N] goes to `make_optimizer`.
+    All members share the frozen weights; state, batch and metrics have a leading axis N. Each
+    member has its own dropout and optimizer state: factored moments and clipping see one member
+    only. `active` bool [N]: the state of the other members stays bit-identical. `learning_rate`
+    float32 [N]: passed to `make_optimizer`.
     """
 
     def member_step(
         state: TrainState, frozen: Tree, batch: Batch, active: jax.Array, rate: jax.Array
-    ) -> tuple[TrainState, dict[str, jax.Array]]:
+    ) -> tuple[TrainState, Metrics]:
         optimizer = make_optimizer(rate)
         step = make_train_step(apply_fn, optimizer, loss, microbatches=microbatches, groups=groups)
         after, metrics = step(state, frozen, batch)
         return jax.tree.map(lambda new, old: jnp.where(active, new, old), after, state), metrics
 
-    def bank_step(
-        state: TrainState, frozen: Tree, batch: Batch
-    ) -> tuple[TrainState, dict[str, jax.Array]]:
-        examples = dict(batch)
-        settings = examples.pop("active"), examples.pop("learning_rate")
-        each = jax.vmap(member_step, in_axes=(0, None, 0, 0, 0))
-        return each(state, frozen, examples, *settings)
+    def sweep_step(
+        state: TrainState,
+        frozen: Tree,
+        batch: Batch,
+        active: Bool[Array, " N"],
+        learning_rate: Float[Array, " N"],
+    ) -> tuple[TrainState, Metrics]:
+        members = jax.vmap(member_step, in_axes=(0, None, 0, 0, 0))
+        return members(state, frozen, dict(batch), active, learning_rate)
 
-    return bank_step
+    return sweep_step

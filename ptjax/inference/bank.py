@@ -1,0 +1,171 @@
+"""Banks: prompts by name, of which every example of a batch takes its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from typing import Protocol, runtime_checkable
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Int
+
+from ptjax.errors import InputError, near
+from ptjax.files import JsonObject, PathLike
+from ptjax.inference.capacity import bank_capacity
+from ptjax.interop.prompt_file import NO_PROMPT, PromptFile, load_prompt
+from ptjax.models.prompt import NO_PROMPT_ID, Bank, stack_prompts
+from ptjax.sharding.arrays import replicated
+
+PromptIds = Sequence[str | int | None] | Int[np.ndarray, " B"] | None
+"""Each example's prompt, by name or number; None, "none" and -1 are the backbone alone."""
+
+
+@runtime_checkable
+class HasPrompt(Protocol):
+    """An object that holds a prompt; it may have `metadata` too, as a `PromptFile` has."""
+
+    @property
+    def prompt(self) -> np.ndarray | Array: ...
+
+
+SinglePrompt = PromptFile | HasPrompt | PathLike | np.ndarray | Array
+"""A prompt as callers may pass it."""
+
+
+class BarePrompt(PromptFile):
+    """A prompt that came as an array: without metadata, so only its width can be checked."""
+
+
+def wrap_prompt(prompt: SinglePrompt) -> PromptFile:
+    """A prompt as a `PromptFile`, loaded where it is a path.
+
+    Raises:
+        InputError: no prompt at that path, or one that `load_prompt` refuses.
+    """
+    if isinstance(prompt, PromptFile):
+        return prompt
+    if isinstance(prompt, str | os.PathLike):
+        return load_prompt(prompt)
+    if not isinstance(prompt, HasPrompt):
+        return BarePrompt(prompt, {})
+    metadata = getattr(prompt, "metadata", None)
+    if metadata is None:
+        return BarePrompt(prompt.prompt, {"sees_input": getattr(prompt, "attends_to_input", True)})
+    return PromptFile(prompt.prompt, metadata, getattr(prompt, "states", None))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PromptBank:
+    """Prompts by name, of which every example of a batch takes its own.
+
+    Attributes:
+        names: of the N prompts.
+        arrays: the prompts side by side, the N first rows; more rows are room for more prompts.
+        metadata: of each prompt; None for a bare array.
+    """
+
+    names: tuple[str, ...]
+    arrays: Bank
+    metadata: tuple[JsonObject | None, ...]
+
+    def id_of(self, prompt: str | int | None) -> int:
+        """The number of a prompt, given by name or number; -1 for None, "none" and -1.
+
+        Raises:
+            InputError: the bank has no such prompt.
+        """
+        if prompt is None or prompt == NO_PROMPT:
+            return NO_PROMPT_ID
+        if prompt in self.names:
+            return self.names.index(prompt)
+        if not isinstance(prompt, bool | str) and prompt in range(NO_PROMPT_ID, len(self.names)):
+            return int(prompt)
+        if not isinstance(prompt, str):
+            raise InputError(f"no prompt has the number {prompt}; there are {len(self.names)}")
+        raise InputError(
+            f"no prompt is called {prompt!r}{near(prompt, self.names)} ('{NO_PROMPT}' is the "
+            "backbone alone)"
+        )
+
+    def matrix(self, number: int) -> np.ndarray:
+        """The prompt of that number, float32 [P, D]."""
+        rows = np.asarray(self.arrays.prompt[number])
+        return rows[len(rows) - int(self.arrays.lengths[number]) :]
+
+
+def make_bank(prompts: Mapping[str, SinglePrompt]) -> PromptBank:
+    """A bank of prompts of any lengths, by name, each given as for `ptjax.forward`.
+
+    >>> bank = make_bank(load_prompts("runs/prompts"))  # doctest: +SKIP
+
+    Precomputed keys and values are not used: in a bank every row runs its own prompt.
+
+    Raises:
+        InputError: no prompt, or one that is not a matrix or not as wide as the first; it is named.
+    """
+    if not prompts:
+        raise InputError("a bank needs a prompt at least")
+    members = {name: wrap_prompt(prompt) for name, prompt in prompts.items()}
+    matrices = {name: np.asarray(member.prompt) for name, member in members.items()}
+    first, width = next(iter(matrices)), next(iter(matrices.values())).shape[-1:]
+    for name, matrix in matrices.items():
+        if matrix.ndim != 2 or matrix.shape[1:] != width:
+            raise InputError(
+                f"prompt {name!r} has shape {list(matrix.shape)}, prompt {first!r} "
+                f"{list(matrices[first].shape)}; the prompts of a bank must be matrices [P, D] of "
+                "the same width D"
+            )
+    attends = [member.attends_to_input for member in members.values()]
+    return PromptBank(
+        tuple(members),
+        stack_prompts([*matrices.values()], attends),
+        tuple(None if isinstance(x, BarePrompt) else x.metadata for x in members.values()),
+    )
+
+
+def place_bank(bank: Bank, mesh: Mesh) -> Bank:
+    """A bank's arrays on every device of the mesh, padded to their capacities.
+
+    No example takes one of the added rows, and a prompt's added positions are masked.
+    """
+    count, longest = bank.prompt.shape[:2]
+    rows, length = (size - old for size, old in zip(
+        bank_capacity(count, longest), (count, longest), strict=True
+    ))  # fmt: skip
+    if rows or length:
+        bank = Bank(
+            np.pad(np.asarray(bank.prompt), ((0, rows), (length, 0), (0, 0))),
+            np.pad(np.asarray(bank.lengths), (0, rows)),
+            np.pad(np.asarray(bank.attends_to_input), (0, rows), constant_values=True),
+        )
+    return jax.device_put(bank, replicated(mesh))
+
+
+def choose_prompts(
+    prompt: PromptFile | PromptBank | None, prompt_ids: PromptIds, count: int
+) -> Int[np.ndarray, " B"] | None:
+    """`prompt_ids` as int32 [count] where `prompt` is a bank, else None.
+
+    Raises:
+        InputError: a bank without them or the other way round, another number of them, or one that
+            names no prompt of the bank; with its place.
+    """
+    if not isinstance(prompt, PromptBank):
+        if prompt_ids is not None:
+            raise InputError("prompt_ids choose from a bank of prompts; make one with make_bank")
+        return None
+    if prompt_ids is None:
+        raise InputError("a bank of prompts needs prompt_ids: a name, or None, for every example")
+    if isinstance(prompt_ids, str) or len(prompt_ids) != count:
+        got = repr(prompt_ids) if isinstance(prompt_ids, str) else len(prompt_ids)
+        raise InputError(f"prompt_ids must have one entry per example ({count}), got {got}")
+    ids = np.zeros(count, np.int32)
+    for i, prompt_id in enumerate(prompt_ids):
+        try:
+            ids[i] = prompt.id_of(prompt_id)
+        except InputError as error:
+            raise InputError(f"prompt_ids[{i}]: {error}") from None
+    return ids

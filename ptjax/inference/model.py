@@ -1,0 +1,79 @@
+"""A network bound to its variables: what every prediction is computed with."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from ptjax.backbones.load import Backbone
+from ptjax.data.batch import SpecialIds
+from ptjax.data.tokenizer import Tokenizer
+from ptjax.inference.bank import PromptBank
+from ptjax.inference.prompts import Prompt
+from ptjax.models.family import ApplyFn, check_supported
+from ptjax.models.prompted import with_prompt
+from ptjax.sharding.arrays import replicated
+from ptjax.trees import Variables
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A network with its variables, the mesh that they live on, and its vocabulary.
+
+    Attributes:
+        apply_fn: of the network; jit caches by it.
+        variables: the backbone's, and those of a prompt or another method.
+        mesh: its devices share the rows of a batch.
+        ids: the vocabulary's special ids.
+        tokenizer: None where only ids go in and come out.
+    """
+
+    apply_fn: ApplyFn
+    variables: Variables
+    mesh: Mesh
+    ids: SpecialIds
+    tokenizer: Tokenizer | None = None
+
+    def with_variables(self, variables: Variables) -> Model:
+        """The same network with other variables."""
+        return dataclasses.replace(self, variables=variables)
+
+
+def bind(backbone: Backbone, prompt: Prompt = None, apply_fn: ApplyFn | None = None) -> Model:
+    """The backbone with a prompt that `open_prompt` returned, or alone.
+
+    Args:
+        apply_fn: the network's, where a method has wrapped it; None builds the backbone's for this
+            kind of prompt.
+
+    Raises:
+        InputError: the network cannot run such a prompt.
+    """
+    attends = True
+    if isinstance(prompt, PromptBank):
+        if not np.all(prompt.arrays.attends_to_input):
+            check_supported(backbone.family, "blind prompts")
+        variables = with_prompt(backbone.variables, prompt.arrays)
+    elif prompt is None:
+        variables = with_prompt(backbone.variables, None)
+    else:
+        attends, place = prompt.attends_to_input, replicated(backbone.mesh)
+        if prompt.states is None:
+            # It may come from another mesh, that of the run that tuned it.
+            held = jax.device_put(jnp.asarray(prompt.prompt, jnp.float32), place)
+        else:
+            dtype = backbone.config.dtype
+            cast = jax.tree.map(lambda x: jnp.asarray(x, dtype), prompt.states)
+            held = jax.device_put(cast, place)
+        variables = with_prompt(backbone.variables, held)
+    return Model(
+        apply_fn or backbone.make_apply_fn(attends),
+        variables,
+        backbone.mesh,
+        backbone.config.special_ids,
+        backbone.tokenizer,
+    )

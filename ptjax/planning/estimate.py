@@ -1,0 +1,179 @@
+"""The cost of a step in seconds, counted from shapes: no compiler, no weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from ptjax.files import JsonObject
+from ptjax.models.config import Remat
+from ptjax.planning.flops import count_flops
+from ptjax.planning.slices import Slice
+from ptjax.planning.workload import (
+    ParallelConfig,
+    StepSpec,
+    abstract_mesh,
+    abstract_step,
+    mesh_of_sizes,
+)
+from ptjax.sharding.arrays import rows_axes, rows_divisor
+from ptjax.training import freeze as freezing
+from ptjax.trees import Tree
+
+Report = JsonObject
+"""Facts about a step on a slice: `count` documents the keys, `compiler` adds its own."""
+
+TIGHT = 0.92
+"""Share of the usable memory above which a program that compiles may still fail: the next batch,
+evaluation and the programs themselves need memory too."""
+
+
+def count(spec: StepSpec, parallel: ParallelConfig, slice_: Slice) -> Report:
+    """Parameters, FLOPs, bytes per device and seconds, from the jaxpr and the shardings.
+
+    Args:
+        parallel: as `resolve` returns it.
+    """
+    mesh = abstract_mesh(parallel, slice_)
+    abstract = abstract_step(spec, parallel, mesh)
+    (trainable, _), (frozen, _) = map(freezing.sizes, (abstract.state.trainable, abstract.frozen))
+    device_bytes = {
+        "frozen": bytes_on_device(abstract.frozen),
+        "state": bytes_on_device(abstract.state),
+        "batch": bytes_on_device(abstract.inputs()),
+    }
+    forward, useful, executed = _flops(spec, parallel.remat, abstract.groups)
+    # Each microbatch reads the weights in the forward pass, in the backward pass, and once more
+    # where the forward pass is recomputed. With FSDP they are gathered first.
+    passes = (3 if parallel.remat == "full" else 2) * spec.step_config.microbatches
+    weights, trained = _gathered_bytes(spec, parallel, mesh)
+    dtype = parallel.applied(spec.config).dtype
+    peak = mesh.size * slice_.flops(dtype)
+    traffic = _expected_traffic(spec, parallel, mesh, weights, trained)
+    seconds = {
+        "compute": executed / peak,
+        "memory": passes * weights / slice_.generation.memory_rate,
+        "links": link_seconds(traffic, mesh, slice_),
+    }
+    return {
+        "slice": slice_.name,
+        "devices": mesh.size,
+        "settings": parallel.settings(),
+        "dtype": dtype,
+        "parameters": trainable + frozen,
+        "trainable": trainable,
+        "flops": {"forward": forward, "useful": useful, "executed": executed},
+        "bytes_per_device": device_bytes,
+        "usable_bytes": slice_.usable_bytes,
+        "examples": spec.batch_size * (spec.members or 1),
+        "estimate": step_seconds(seconds, useful / peak),
+    }
+
+
+def _gathered_bytes(spec: StepSpec, parallel: ParallelConfig, mesh: Mesh) -> tuple[int, int]:
+    """Bytes on a device after FSDP's gathers: (of the network, of the trainable variables)."""
+    gathered = abstract_step(spec, dataclasses.replace(parallel, fsdp=False), mesh)
+    trained = gathered.state.trainable
+    network = sum(bytes_on_device(tree.get("params", {})) for tree in (gathered.frozen, trained))
+    return network, bytes_on_device(trained)
+
+
+def bytes_on_device(tree: Tree) -> int:
+    """Bytes that one device holds of `tree`, whose leaves have shapes, dtypes and shardings."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _flops(spec: StepSpec, remat: Remat, groups: int) -> tuple[int, int, int]:
+    """FLOPs of a step on all devices: (forward, useful, executed).
+
+    Useful FLOPs leave out recomputation.
+
+    Args:
+        groups: as in `AbstractStep`.
+    """
+    # Neither shardings nor the weights' dtype change the count; scanned layers trace fast.
+    mesh = mesh_of_sizes((groups, 1))
+    once = abstract_step(spec, ParallelConfig("", remat="none"), mesh)
+    arguments = once.state, once.frozen, *once.inputs()
+    forward, useful = count_flops(once.forward, *arguments), count_flops(once.step, *arguments)
+    if remat == "none":
+        return forward, useful, useful
+    recomputing = abstract_step(spec, ParallelConfig("", remat=remat), mesh)
+    return forward, useful, count_flops(recomputing.step, *arguments)
+
+
+def _expected_traffic(
+    spec: StepSpec, parallel: ParallelConfig, mesh: Mesh, weights: int, trained: int
+) -> dict[tuple[str, str], int]:
+    """(kind, axis) -> bytes of the results that a device receives per step, before compiling.
+
+    A layer sums its activations [rows, positions, D] over `model` once per sublayer in the forward
+    pass and once per sublayer in the backward pass; remat "full" repeats the forward ones.
+
+    Args:
+        weights, trained: see `_gathered_bytes`.
+    """
+    config, shape, sizes = parallel.applied(spec.config), spec.shape(), mesh.shape
+    traffic: dict[tuple[str, str], int] = {}
+    width = np.dtype(config.dtype).itemsize * config.emb_dim
+    rows = shape.rows * (spec.members or 1) / rows_divisor(mesh)
+    again = parallel.remat == "full"
+    if sizes["model"] > 1:
+        encoder = config.num_encoder_layers * (4 + again) * spec.positions()
+        decoder = config.num_decoder_layers * ((6 + 2 * again) * shape.targets + spec.positions())
+        traffic["all-reduce", "model"] = int(rows * width * (encoder + decoder))
+    if parallel.fsdp:
+        traffic["all-gather", "data"] = 2 * spec.step_config.microbatches * weights
+    for axis in rows_axes(mesh):
+        if sizes[axis] > 1:
+            traffic["all-reduce", axis] = traffic.get(("all-reduce", axis), 0) + trained
+    return traffic
+
+
+def link_seconds(traffic: Mapping[tuple[str, ...], int], mesh: Mesh, slice_: Slice) -> float:
+    """Seconds that collectives take on rings of devices.
+
+    Among n devices an all-reduce sends 2 (n - 1) / n of its result, an all-gather half of that.
+    Between slices every device of a group contributes its share of the network's bandwidth.
+
+    Args:
+        traffic: (kind, *axes) -> bytes of the results.
+    """
+    seconds, generation = 0.0, slice_.generation
+    for (kind, *axes), size in traffic.items():
+        members = math.prod(mesh.shape[axis] for axis in axes)
+        between = slice_.slices > 1 and mesh.axis_names[0] in axes
+        share = {"all-reduce": 2.0, "reduce-scatter": float(members)}.get(kind, 1.0)
+        share = 1.0 if kind in ("send", "collective-permute") else share * (members - 1) / members
+        rate = generation.link_rate
+        if between or kind == "send":
+            together = 1 if kind == "send" else max(members // slice_.slices, 1)
+            rate = min(rate, together * generation.network_rate)
+        seconds += share * size / rate
+    return seconds
+
+
+def step_seconds(seconds: Mapping[str, float], ideal: float) -> Report:
+    """A step's time: "low" if everything overlaps, "high" if communication hides nothing.
+
+    Args:
+        seconds: "compute", "memory", "links", and "memory_most" where it is known; without it
+            "high" is None.
+        ideal: seconds of the useful FLOPs at the devices' peak.
+    """
+    low = max(seconds["compute"], seconds["memory"], seconds["links"])
+    high = None
+    if "memory_most" in seconds:
+        high = max(seconds["compute"], seconds["memory_most"]) + seconds["links"]
+    utilisation = [ideal / x if x else None for x in (high, low)]
+    return {**seconds, "ideal": ideal, "low": low, "high": high, "utilisation": utilisation}

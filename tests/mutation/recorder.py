@@ -1,0 +1,33 @@
+"""A pytest plugin: how long each test takes, and which lines it runs (coverage's contexts).
+
+A fixture of the session and a function's compilation count for the first test that needs them;
+that test alone runs them again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import coverage
+import pytest
+
+SECONDS: dict[str, float] = {}
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    current, began = coverage.Coverage.current(), time.perf_counter()
+    assert current is not None
+    current.switch_context(item.nodeid)
+    result = yield
+    current.switch_context("")
+    SECONDS[item.nodeid] = time.perf_counter() - began
+    return result
+
+
+def pytest_sessionfinish() -> None:
+    Path(os.environ["PTJAX_TEST_SECONDS"]).write_text(json.dumps(SECONDS))
