@@ -195,7 +195,7 @@ def test_infer_refuses_what_names_no_prompt(fails, place, tmp_path):
     shutil.copytree(place / "mixed", tmp_path / "bank")
     np.save(tmp_path / "bank" / "narrow.npy", np.ones((2, 8), np.float32))
     said = fails("infer", f"--prompts={tmp_path / 'bank'}", "--input=-", stdin=b'{"prompt": "x"}')
-    assert said.startswith(f"--prompts={tmp_path / 'bank'}: prompt 'narrow' has the shape [2, 8]")
+    assert said.startswith(f"--prompts={tmp_path / 'bank'}: prompt 'narrow' has shape [2, 8]")
 
 
 def test_a_member_of_another_backbone_is_named(call, fails, place, tmp_path):
@@ -215,16 +215,18 @@ def test_a_field_called_prompt_is_data_a_choice_or_warned_about(call, fails, pla
     record = b'{"prompt": "mood", "text": "x"}\n{"text": "y"}\n'
     code, out, err = call("infer", one, "--input=-", stdin=record)
     assert code == 0 and _rows(out)[0]["prompt"] == "mood"
-    assert "warning: 1 of 2 records have a field 'prompt', which chooses none without" in err
+    assert "warning: 1 of 2 records have a field 'prompt', which is ignored without" in err
     task = Task(name="ask", inputs="answer: {prompt}", targets="{t}")
     file = load_prompt(place / "mixed" / "kind.safetensors")
     reads_it = tmp_path / "bank" / "ask.safetensors"
     save_prompt(reads_it, file.prompt, file.metadata | {"task": task.describe()})
     record = b'{"prompt": "ask"}'
     code, out, err = call("infer", f"--prompt={reads_it}", "--input=-", stdin=record)
-    assert code == 0 and _rows(out)[0]["inputs"] == "answer: ask" and "chooses none" not in err
+    assert code == 0 and _rows(out)[0]["inputs"] == "answer: ask" and "is ignored" not in err
     said = fails("infer", f"--prompts={reads_it.parent}", "--input=-", stdin=record)
-    assert said.startswith("standard input:1: the field 'prompt' names the prompt, and the inputs")
+    assert said.startswith(
+        "standard input:1: the field 'prompt' names the prompt, but the template"
+    )
 
 
 # evaluate

@@ -188,7 +188,7 @@ def test_case_1_13_a_prompt_with_v1_alone_stays_valid_and_this_is_said(t5_1_1, c
 
 
 def test_case_1_13_states_are_kept_where_v1_alone_is_recorded(t5_1_1):
-    prompt = prompt_of(t5_1_1, attends_to_input=False)
+    prompt = prompt_of(t5_1_1, sees_input=False)
     compiled = precompute_prompt_kv(t5_1_1, prompt)
     assert compiled.metadata[V2_KEY] == t5_1_1.fingerprint
     old = {k: v for k, v in compiled.metadata.items() if k != V2_KEY}

@@ -23,7 +23,7 @@ from ptjax.backbones.load import load_backbone
 from ptjax.backbones.save import save_backbone
 from ptjax.data.batch import SpecialIds, make_batch, make_packed_batch, trailing_lengths
 from ptjax.data.packing import PackedBatches
-from ptjax.data.pipeline import BankBatches, TrainBatches, make_buckets
+from ptjax.data.pipeline import SweepBatches, TrainBatches, make_buckets
 from ptjax.data.preprocess import TokenizedExamples, TokenRows
 from ptjax.data.tokenizer import SentencePieceTokenizer
 from ptjax.errors import InputError
@@ -319,7 +319,7 @@ def test_case_1_6_rows_that_begin_with_padding_need_lengths(madlad):
         forward.forward(madlad, batch)
     forward.forward(madlad, batch | {"encoder_lengths": [2, 4]})
     for lengths in ([2], [2, 5], [-1, 2]):
-        with pytest.raises(InputError, match="have to be 2 numbers from 0 to 4"):
+        with pytest.raises(InputError, match="must be 2 numbers from 0 to 4"):
             forward.forward(madlad, batch | {"encoder_lengths": lengths})
 
 
@@ -363,7 +363,7 @@ def test_case_1_6_a_banks_smaller_batch_is_padded_with_its_padding(madlad):
         source = source_of(*rows)
         shape = {"buckets": [(length, length)], "batch_size": 1, "seed": 0}
         members.append(TrainBatches(source, **shape, ids=ids))
-    batch = BankBatches(members).batch(0)
+    batch = SweepBatches(members).batch(0)
     assert batch["encoder_input_tokens"].tolist() == [[[5, 2, 1, 1]], [[5, 6, 7, 2]]]
     assert batch["encoder_lengths"].tolist() == [[2], [4]]
     assert batch["decoder_loss_weights"].tolist() == [[[1, 1, 0, 0]], [[1] * 4]]

@@ -11,6 +11,7 @@ a side also writes its answers: FOLDER/SIDE_METHOD_COUNT.json, one string for ea
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
@@ -132,6 +133,7 @@ def start_ptjax(folder: Path, settings: dict[str, Any]) -> tuple[Find, Any, Any]
 
     backbone = load_backbone(folder / "backbone", dtype=settings["dtype"])
     model = bind(backbone, open_prompt(backbone, np.load(folder / "prompt.npy")))
+    model = dataclasses.replace(model, tokenizer=IdsAsText())
     inputs, labels = load_inputs(folder)
     rows = make_rows(labels)
     tokens = Labels(pad(labels, int(rows.lengths.max()), EMPTY), rows.lengths)
@@ -144,7 +146,7 @@ def start_ptjax(folder: Path, settings: dict[str, Any]) -> tuple[Find, Any, Any]
         how = Decoding(num_beams=settings["beams"] if method == "beams" else 1)
         length = settings["new_tokens"]
         written, _ = generate_tokens(model, source, count, max_new_tokens=length, how=how)
-        return decode_tokens(written, IdsAsText(), model.ids)
+        return decode_tokens(model, written)
 
     # JAX cannot reset the peak, so `generate.py` goes from fewer inputs to more.
     return find, peak_bytes, lambda: None

@@ -174,13 +174,13 @@ def generate(
     """`Answers.texts`: greedy, by beam search, and the indices of the likeliest labels."""
     config = backbone.config
     variables = with_prompt(backbone.variables, prompt)
-    model = Model(apply_fn, variables, backbone.mesh, config.special_ids)
+    model = Model(apply_fn, variables, backbone.mesh, config.special_ids, IdsAsText())
     source, size = make_inputs(subject.inputs), len(subject.inputs)
     texts = {}
     for name, beams in (("greedy", 1), ("beams", BEAMS)):
         how = Decoding(num_beams=beams)
         tokens, _ = generate_tokens(model, source, size, max_new_tokens=TARGET_LENGTH, how=how)
-        texts[name] = decode_tokens(tokens, IdsAsText(), model.ids)
+        texts[name] = decode_tokens(model, tokens)
     rows = make_rows(subject.labels)
     tokens = pad(subject.labels, int(rows.lengths.max()), config.pad_id)
     chosen, _ = predict_labels(model, source, [Labels(tokens, rows.lengths)], size)

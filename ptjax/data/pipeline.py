@@ -226,10 +226,10 @@ class MixtureBatches:
         return self.components[components[index]].batch(int(numbers[index]))
 
 
-class BankBatches:
-    """The members' batches of one number, stacked: arrays [N, rows, length].
+class SweepBatches:
+    """Batches of a sweep: those of its N members, stacked to arrays [N, rows, length].
 
-    Every member has its own examples in its own order. Smaller batches are padded to the largest of
+    Each member has its own examples in its own order. Smaller batches are padded to the largest of
     the same number or, if that would give too many shapes, to the largest of all.
     """
 

@@ -205,7 +205,7 @@ class Evaluator:
                 group=group,
             )
             check_scores(scores, self.backbone, f"task {self.task.name}: the score of a text")
-            return decode_tokens(tokens, self.tokenizer, model.ids), scores
+            return decode_tokens(model, tokens), scores
         labels = list(self.task.labels or ())
         tokens = make_label_tokens(labels, self.tokenizer, length, model.ids)
         chosen, likelihoods = predict_labels(

@@ -132,14 +132,13 @@ def place_bank(bank: Bank, mesh: Mesh) -> Bank:
     No example takes one of the added rows, and a prompt's added positions are masked.
     """
     count, longest = bank.prompt.shape[:2]
-    rows, length = (size - old for size, old in zip(
-        bank_capacity(count, longest), (count, longest), strict=True
-    ))  # fmt: skip
-    if rows or length:
+    capacity, length = bank_capacity(count, longest)
+    if (capacity, length) != (count, longest):
+        rows = (0, capacity - count)
         bank = Bank(
-            np.pad(np.asarray(bank.prompt), ((0, rows), (length, 0), (0, 0))),
-            np.pad(np.asarray(bank.lengths), (0, rows)),
-            np.pad(np.asarray(bank.attends_to_input), (0, rows), constant_values=True),
+            np.pad(np.asarray(bank.prompt), (rows, (length - longest, 0), (0, 0))),
+            np.pad(np.asarray(bank.lengths), rows),
+            np.pad(np.asarray(bank.attends_to_input), rows, constant_values=True),
         )
     return jax.device_put(bank, replicated(mesh))
 

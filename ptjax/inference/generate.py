@@ -165,7 +165,7 @@ def generate_with_scores(
             numbers=rows,
         )
         check_scores(scores[rows], backbone, "the score of a generated text")
-        for i, text in zip(rows, decode_tokens(tokens, tokenizer, model.ids), strict=True):
+        for i, text in zip(rows, decode_tokens(model, tokens), strict=True):
             generated[i] = text
     return generated, scores
 
@@ -225,11 +225,11 @@ def generate_tokens(
     return np.asarray(tokens)[:, :max_new_tokens], np.asarray(scores)
 
 
-def decode_tokens(
-    tokens: Int[np.ndarray, "N L"], tokenizer: Tokenizer, ids: SpecialIds
-) -> list[str]:
+def decode_tokens(model: Model, tokens: Int[np.ndarray, "N L"]) -> list[str]:
     """The texts of generated tokens, each up to its first end of sequence."""
-    return [tokenizer.decode(before_end(row, ids)) for row in tokens.tolist()]
+    if model.tokenizer is None:
+        raise InputError("a model without a tokenizer generates only tokens, not texts")
+    return [model.tokenizer.decode(before_end(row, model.ids)) for row in tokens.tolist()]
 
 
 def before_end(row: Sequence[int], ids: SpecialIds) -> list[int]:
