@@ -551,7 +551,7 @@ def test_inspect_downloads_nothing_unasked(call, place, monkeypatch):
 def test_export_tells_peft_no_other_backbone_than_the_prompt_s(fails, call, place):
     flags = ("export", place / "prompt.safetensors", "--to=huggingface", "--output=p")
     said = fails(*flags, f"--backbone={place / 'other'}")
-    assert said.startswith(f"the prompt was not tuned on the weights of {place / 'other'}, ")
+    assert said.startswith(f"the prompt was not tuned on the weights of {place / 'other'}; ")
     assert not Path("p").exists()
     shutil.copytree(place / "backbone", "moved")
     code, _, err = call(*flags, "--backbone=moved")
