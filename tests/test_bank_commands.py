@@ -222,7 +222,7 @@ def test_a_field_called_prompt_is_data_a_choice_or_warned_about(call, fails, pla
     code, out, err = call("infer", f"--prompt={reads_it}", "--input=-", stdin=record)
     assert code == 0 and _rows(out)[0]["inputs"] == "answer: ask" and "is ignored" not in err
     said = fails("infer", f"--prompts={reads_it.parent}", "--input=-", stdin=record)
-    assert said.startswith("standard input:1: the field 'prompt' names the prompt, but the template")
+    assert said.startswith("standard input:1: the field 'prompt' names the prompt, but ")
 
 
 # evaluate

@@ -271,7 +271,7 @@ def test_infer_refuses(fails, place):
     assert fails("infer", "x", "--prompt=gone.npy").startswith("no prompt at gone.npy: ")
     assert fails("infer", "x", "--prompt=none").startswith("which backbone? ")
     assert "need --decode" in fails("infer", prompt, "x", "--num_beams=2")
-    assert fails("infer", prompt, "x", "--batch_size=0")== "--batch_size must be >= 1, got 0"
+    assert fails("infer", prompt, "x", "--batch_size=0") == "--batch_size must be >= 1, got 0"
     none = fails("infer", prompt, "x", "--decode", "--max_new_tokens=0")
     assert none == "max_new_tokens must be >= 1, got 0"
     two_fields = f"--prompt={place / 'open.safetensors'}"
@@ -412,7 +412,7 @@ def test_inspect_a_model_dir_of_t5x(call, tmp_path):
 
 
 def test_inspect_refuses(fails, tmp_path, run_dir):
-    assert fails("inspect", "ptjax-nano", "--tokens=-2")== "--tokens must be >= 1, got -2"
+    assert fails("inspect", "ptjax-nano", "--tokens=-2") == "--tokens must be >= 1, got -2"
     assert fails("inspect", "/no/such/path").startswith("no backbone at /no/such/path")
     Path("x.safetensors").write_bytes(b"short")
     assert fails("inspect", "x.safetensors").startswith("x.safetensors: ")
