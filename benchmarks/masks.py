@@ -15,8 +15,7 @@ from jaxtyping import Array, Int
 
 from ptjax.backbones.load import Backbone
 from ptjax.errors import InputError
-from ptjax.models.layers import mask_bias
-from ptjax.models.t5 import EncoderLayer
+from ptjax.models.layers import EncoderLayer, mask_bias
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Soft prompt tuning of frozen T5 models in JAX.
 
-Names are resolved on first use: importing ptjax imports neither JAX nor anything heavy. The same
-names are what gin files say, after `import ptjax`: `ptjax.RunSettings.seed = 3`, `@ptjax.Task()`.
+Names are resolved on first use, so `import ptjax` is fast and does not import JAX. Gin files use
+the same names after `import ptjax`: `ptjax.RunSettings.seed = 3`, `@ptjax.Task()`.
 """
 
 from __future__ import annotations
@@ -164,13 +164,12 @@ def __dir__() -> list[str]:
 
 
 class _Package(types.ModuleType):
-    """`ptjax.pretrain` and `ptjax.sweep` stay the functions after their modules are imported.
+    """Keeps `ptjax.pretrain` the function after the module `ptjax.pretrain` is imported.
 
-    Importing a submodule binds it as an attribute of its package; here that would hide a public
-    name.
+    Importing a submodule binds it as an attribute of its package, which would hide the public name.
     """
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         if not (name in _HOMES and isinstance(value, types.ModuleType)):
             super().__setattr__(name, value)
 

@@ -1,4 +1,4 @@
-"""`python -m ptjax`, or `ptjax`: lists the commands, and runs the one that is named."""
+"""`python -m ptjax`, or `ptjax`: lists the commands, or runs one of them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ COMMANDS = {
     "train": "prompt tuning, model tuning, scoring a hard prompt",
     "evaluate": "scores a prompt on a split, or many and their ensemble",
     "infer": "texts or JSON lines in, JSON lines out",
-    "inspect": "what a checkpoint or a prompt is",
+    "inspect": "describes a checkpoint or a prompt",
     "export": "a prompt as safetensors, numpy or for Hugging Face PEFT",
     "pretrain": "a backbone from scratch, or the LM adaptation of one",
-    "plan": "before renting: does a run fit a slice, what does a step cost",
-    "launch": "the same commands on several processes",
+    "plan": "predicts whether a run fits a slice, and what a step costs",
+    "launch": "runs a command on several processes",
 }
 
 
@@ -35,8 +35,8 @@ def main() -> None:
         from ptjax.errors import near
 
         kind = "flag" if name.startswith("-") else "command"
-        known = ["--help", "--version"] if kind == "flag" else COMMANDS
-        print(f"error: unknown {kind} {name}{near(name, known)}", file=sys.stderr)
+        choices = ["--help", "--version"] if kind == "flag" else COMMANDS
+        print(f"error: unknown {kind} {name}{near(name, choices)}", file=sys.stderr)
         raise SystemExit(2)
 
 

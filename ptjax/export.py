@@ -1,4 +1,4 @@
-"""`python -m ptjax.export`: a prompt in the format of others."""
+"""`python -m ptjax.export`: writes a prompt in other formats."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ import argparse
 import io
 import os
 import re
-from typing import Any
+from typing import TYPE_CHECKING
 
 from absl import logging
 
 from ptjax import cli
 from ptjax.cli import model_flags, output
 from ptjax.errors import InputError
+from ptjax.files import Metadata
+
+if TYPE_CHECKING:
+    from ptjax.interop.prompt_file import PromptFile
 
 PEFT = ("peft", "huggingface")
 """Two names of one format."""
@@ -23,13 +27,13 @@ def main() -> None:
     parser = cli.make_parser(
         "export",
         """
-        Writes a prompt for others. safetensors: ptjax's own file, one tensor `prompt` [P, D] with
-        all it knows of itself in the header. kv_cache: the same file with the keys and values of
-        every layer of its backbone, for a prompt that does not see its input (SEES_INPUT = False);
-        no command has to compute them again. npy: the numpy file that
-        google-research/prompt-tuning reads; it keeps nothing of the task. peft, or huggingface: a
-        directory for peft.PeftModel.from_pretrained, which needs the backbone's sizes; ptjax finds
-        the task in it again, for PEFT the template has to travel beside it.
+        Writes a prompt in another format. safetensors: ptjax's own file, one tensor `prompt` [P, D]
+        with its metadata in the header. kv_cache: the same file with precomputed keys and values of
+        every layer of its backbone, for a prompt that does not see its input (SEES_INPUT = False).
+        npy: the numpy file that google-research/prompt-tuning reads, without metadata. peft, or
+        huggingface: a directory for peft.PeftModel.from_pretrained, which needs the backbone's
+        sizes. ptjax reads the task's template from it; PEFT does not, so pass it on with the
+        directory.
 
           python -m ptjax.export --model_dir=runs/quickstart --to=npy --output=prompt.npy
         """,
@@ -41,18 +45,18 @@ def main() -> None:
         metavar="PROMPT",
         help="any prompt that ptjax reads; default: the best one of MODEL_DIR",
     )
-    parser.add_argument("--prompt", metavar="PATH", help="the same as a flag, as other commands")
+    parser.add_argument("--prompt", metavar="PATH", help="the same, as the flag of other commands")
     parser.add_argument("--to", required=True, choices=FORMATS, help="the format")
     parser.add_argument("--output", required=True, metavar="PATH", help="a file, or a directory")
     parser.add_argument("--model_dir", metavar="DIR", help="what `python -m ptjax.train` wrote")
     parser.add_argument(
         "--backbone",
         metavar="PATH",
-        help="that kv_cache is for, or whose sizes peft's config tells; default: the gin "
-        "file's or the prompt's own",
+        help="the backbone whose keys and values kv_cache needs, or whose sizes peft needs; "
+        "default: the gin file's or the prompt's own",
     )
     model_flags.add_tokenizer_flag(parser)
-    parser.add_argument("--force", action="store_true", help="overwrite what is there")
+    parser.add_argument("--force", action="store_true", help="overwrite existing output")
     model_flags.add_trust_flag(parser)
     parser.set_defaults(prompts=None)  # one at a time
     arguments = cli.parse(parser)
@@ -69,26 +73,26 @@ def export(arguments: argparse.Namespace) -> None:
     source = model_flags.prompt_path(arguments)
     prompt = model_flags.load_prompt(arguments)
     if source is None or prompt is None:
-        raise InputError("there is no prompt to export: the run tuned the backbone itself")
+        raise InputError("no prompt to export: the run tuned the backbone itself")
     if arguments.to in ("npy", *PEFT) and not prompt.attends_to_input:
         raise InputError(
-            f"{source} does not see its input, which --to={arguments.to} cannot tell: others would "
-            "read it in another way than it was tuned"
+            f"{source} does not see its input, which --to={arguments.to} cannot record: it "
+            "would be used differently from how it was tuned"
         )
     if arguments.to in PEFT:
         export_directory(arguments, prompt, source)
     else:
         read = [os.path.expanduser(source), *model_flags.inputs(arguments)]
         output.check(arguments.output, force=arguments.force, inputs=read)
-        with output.target(arguments.output) as place:
-            export_file(arguments, prompt, place)
+        with output.target(arguments.output) as real:
+            export_file(arguments, prompt, real)
     path = os.fspath(epath.Path(arguments.output).expanduser())
-    # Standard output may be where the file itself goes.
+    # The file itself may go to standard output.
     report = f"{path}: {arguments.to}, {list(prompt.prompt.shape)} from {source}"
     logging.info("%s", report) if output.is_stream(arguments.output) else output.show(report)
 
 
-def export_file(arguments: argparse.Namespace, prompt: Any, place: str) -> None:
+def export_file(arguments: argparse.Namespace, prompt: PromptFile, path: str) -> None:
     import numpy as np
 
     from ptjax import files
@@ -97,19 +101,19 @@ def export_file(arguments: argparse.Namespace, prompt: Any, place: str) -> None:
     from ptjax.interop.prompt_file import save_prompt
 
     if arguments.to == "safetensors":
-        save_prompt(place, prompt.prompt, prompt.metadata)
+        save_prompt(path, prompt.prompt, prompt.metadata)
     elif arguments.to == "kv_cache":
         loaded = model_flags.load_backbone(arguments, prompt.metadata)
         file = precompute_prompt_kv(loaded, check_prompt(loaded, prompt))
-        save_prompt(place, prompt.prompt, file.metadata, file.states)
+        save_prompt(path, prompt.prompt, file.metadata, file.states)
     else:
         stream = io.BytesIO()
         np.save(stream, prompt.prompt, allow_pickle=False)
-        files.write_bytes(place, stream.getvalue())
+        files.write_bytes(path, stream.getvalue())
 
 
-def export_directory(arguments: argparse.Namespace, prompt: Any, source: str) -> None:
-    """A directory for PEFT."""
+def export_directory(arguments: argparse.Namespace, prompt: PromptFile, source: str) -> None:
+    """Writes a directory for PEFT."""
     from etils import epath
 
     from ptjax.interop import peft
@@ -117,16 +121,16 @@ def export_directory(arguments: argparse.Namespace, prompt: Any, source: str) ->
 
     directory = epath.Path(arguments.output).expanduser()
     if directory.exists() and not arguments.force:
-        raise InputError(f"{directory} is there already; overwrite it with --force")
+        raise InputError(f"{directory} already exists; overwrite it with --force")
     if directory.exists() and not directory.is_dir():
         raise InputError(f"{directory} is a file; name a directory for --to={arguments.to}")
-    own = epath.Path(source).expanduser()
-    if directory.exists() and own.exists() and directory.resolve() == own.resolve():
+    read = epath.Path(source).expanduser()
+    if directory.exists() and read.exists() and directory.resolve() == read.resolve():
         raise InputError(f"--output={directory}: this is the input {source}; name another one")
     if "://" not in arguments.output:
         output.check_place(arguments.output)
     name, heads, layers, width = backbone_sizes(arguments, prompt.metadata)
-    # "id@commit" is how ptjax records a model of the hub.
+    # ptjax records a model of the hub as "id@commit".
     hub = re.fullmatch(r"(.+)@([0-9a-f]{40})", name)
     if width != prompt.prompt.shape[1]:
         tuned_on = prompt.metadata.get("backbone_name")
@@ -142,13 +146,11 @@ def export_directory(arguments: argparse.Namespace, prompt: Any, source: str) ->
     )
 
 
-def backbone_sizes(
-    arguments: argparse.Namespace, metadata: dict[str, object]
-) -> tuple[str, int, int, int]:
-    """(name, heads, encoder layers, width) of the backbone, of whose weights a sample is read.
+def backbone_sizes(arguments: argparse.Namespace, metadata: Metadata) -> tuple[str, int, int, int]:
+    """(name, heads, encoder layers, width) of the backbone; only a sample of its weights is read.
 
     Raises:
-        InputError: nothing names it, or the prompt was tuned on another one.
+        InputError: no backbone is named, or the prompt was tuned on another one.
     """
     from ptjax.backbones import describe
     from ptjax.backbones.open import open_backbone
@@ -164,8 +166,8 @@ def backbone_sizes(
         opened = open_backbone(str(path))
     if describe.fingerprints_of(opened).contradict(metadata):
         raise InputError(
-            f"the prompt was not tuned on the weights of {opened.name}, which PEFT would be told; "
-            f"name its own backbone, {named}, with --backbone"
+            f"the prompt was not tuned on the weights of {opened.name}; name its backbone, "
+            f"{named}, with --backbone"
         )
     config = opened.config
     return opened.name, config.num_heads, config.num_encoder_layers, config.emb_dim

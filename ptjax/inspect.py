@@ -1,25 +1,25 @@
-"""`python -m ptjax.inspect`: what a checkpoint, a prompt or a MODEL_DIR is."""
+"""`python -m ptjax.inspect`: describes a checkpoint, a prompt or a MODEL_DIR."""
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 from ptjax import cli
 from ptjax.cli import logs, model_flags, output
 from ptjax.errors import InputError, check_at_least
+from ptjax.files import JsonObject, Metadata
 
 
 def main() -> None:
     parser = cli.make_parser(
         "inspect",
         """
-        Says what PATH is. A backbone (T5X checkpoint, Hugging Face directory or hub id,
-        ptjax-nano): its sizes, the ones that its files do not tell and ptjax assumes, parameters,
+        Describes PATH. A backbone (T5X checkpoint, Hugging Face directory or hub id, ptjax-nano):
+        its sizes, those that ptjax assumes because its files do not contain them, parameters,
         fingerprints, tokenizer. A prompt (ptjax's file, .npy, PEFT directory): shape, norms, what
         it was tuned for, and the vocabulary tokens nearest to each row. A MODEL_DIR: its results,
-        newest checkpoint and best prompt. A checkpoint in it: of which run, how far, and what it
-        holds. Weights are not loaded, so any size will do.
+        newest checkpoint and best prompt. A checkpoint in it: its run, step and contents. Weights
+        are not loaded, so any size will do.
 
           python -m ptjax.inspect runs/quickstart/prompts/best.safetensors
         """,
@@ -29,8 +29,8 @@ def main() -> None:
     parser.add_argument(
         "--backbone",
         metavar="PATH",
-        help="whose vocabulary to compare a prompt with; default: the gin file's, or the one that "
-        "the prompt names",
+        help="the backbone whose vocabulary to compare a prompt with; default: the gin file's, or "
+        "the one that the prompt names",
     )
     model_flags.add_tokenizer_flag(parser)
     parser.add_argument(
@@ -56,19 +56,17 @@ def inspect(arguments: argparse.Namespace) -> None:
     output.show(as_json if arguments.json else show(described))
 
 
-def add_tokens(
-    described: dict[str, Any], arguments: argparse.Namespace, bound: dict[str, Any]
-) -> None:
+def add_tokens(described: JsonObject, arguments: argparse.Namespace, bound: Metadata) -> None:
     """Adds "compared_with" and "nearest_tokens", or "not_compared" with the reason."""
     from ptjax.backbones import describe
     from ptjax.backbones.open import would_download
 
-    asked = arguments.backbone or bound.get("path")
-    name = asked or described["metadata"].get("backbone_name")
+    chosen = arguments.backbone or bound.get("path")
+    name = chosen or described["metadata"].get("backbone_name")
     if name is None:
         described["not_compared"] = "name the backbone with --backbone to see the nearest tokens"
         return
-    if not asked and would_download(name):
+    if not chosen and would_download(name):
         described["not_compared"] = (
             f"its backbone, {name}, is not on this machine; --backbone={name} downloads it"
         )
@@ -78,15 +76,15 @@ def add_tokens(
             described["path"], name, bound.get("tokenizer"), arguments.tokens
         )
     except InputError as error:
-        if asked:
+        if chosen:
             raise
         described["not_compared"] = f"{str(error).splitlines()[0]}; name it with --backbone"
         return
     described["compared_with"] = name
 
 
-def show(described: dict[str, Any], indent: int = 0) -> str:
-    """Nested values as indented lines."""
+def show(described: Metadata, indent: int = 0) -> str:
+    """A description as indented lines."""
     lines = []
     for name, value in described.items():
         shown = logs.printable(name).replace("_", " ")
@@ -99,12 +97,12 @@ def show(described: dict[str, Any], indent: int = 0) -> str:
             lines.append(f"{shown}: {', '.join(map(plain, value)) or 'none'}")
         elif value is not None:
             number = isinstance(value, int) and not isinstance(value, bool)
-            number = number and not name.endswith("_id")  # which counts nothing
+            number = number and not name.endswith("_id")  # an id gets no thousands separators
             lines.append(f"{shown}: {value:,}" if number else f"{shown}: {plain(value)}")
     return "\n".join(" " * indent + line for text in lines for line in text.split("\n"))
 
 
-def plain(value: Any) -> str:
+def plain(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:.4g}" if isinstance(value, float) else logs.printable(str(value))

@@ -1,4 +1,4 @@
-"""`python -m ptjax.launch`: starts a command's processes here, and says which one was lost."""
+"""`python -m ptjax.launch`: starts a command's processes and reports which one was lost."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ import tempfile
 import threading
 import types
 from collections.abc import Iterator
-from typing import IO, Any
+from typing import IO
 
 from ptjax import cli
 from ptjax.cli import distributed
+from ptjax.files import JsonObject
 
 COMMANDS = ("train", "pretrain", "evaluate", "infer")
-# What JAX or a C++ library writes when a process is about to be aborted; from the first such line
-# on all is kept. The last kind may follow what another thread wrote in the same line.
+# What JAX or a C++ library writes before it aborts a process; output is held back from the first
+# such line on. The last pattern may follow another thread's output in the same line.
 _FATAL = re.compile(
     r"([EF]\d{4} \S+ +\d+ (coordination_service\w*|client)"
     r"|[WE]\d{4} \S+ +\d+ preemption_sync_manager)\.(h|cc):\d+\] "
@@ -31,11 +32,11 @@ _FATAL = re.compile(
 )
 _SILENT = re.compile(r"unhealthy \(stopped sending heartbeats\):\n((?:\d+\n)+)")
 _STATUS = re.compile(r"(?:absl::Status|what\(\)): +(.*)")
-# Gloo's threads end the process when a collective after one that broke gets another size.
+# Gloo's threads abort the process when the collective after a broken one has another size.
 _GLOO = re.compile(r"'gloo::\w+'|\bexternal/gloo/")
 _GLOO_GRACE = 1.0
-"""Seconds for another process to have been killed, which is then why Gloo aborted this one."""
-# Of every connection on CPU, on standard output, where results are printed.
+"""Seconds to wait for the end of another process, which explains why Gloo aborted this one."""
+# Gloo prints it for every connection, on standard output, among the results.
 _CHATTER = b"[Gloo] Rank "
 
 
@@ -44,11 +45,11 @@ def main() -> None:
         "launch",
         """
         Starts one of ptjax's commands and watches it. When a process is lost, on this machine or
-        another, JAX aborts all others within the heartbeat's timeout; the launcher then says in one
-        line which was lost and ends non-zero. The same command goes on from the last checkpoint.
+        another, JAX aborts all others within the heartbeat's timeout; the launcher then reports in
+        one line which was lost and ends non-zero. Rerun the same command to resume.
 
         In a TPU pod, under Slurm and under Open MPI run it once on each machine or for each task:
-        who the others are is found out there. --processes=N starts N on this machine alone. Ctrl-C,
+        the other processes are detected. --processes=N starts N on this machine alone. Ctrl-C,
         SIGTERM and a closed terminal save and stop all of them; if the launcher itself is killed,
         they end at once.
 
@@ -57,30 +58,30 @@ def main() -> None:
         """,
         gin=False,
         exit_codes="exit codes: the command's own; 1 a process was lost; 130 and 143 stopped by "
-        "Ctrl-C\n  and SIGTERM (saved); 128 + N killed by signal N. Start again on any but 0 and 2",
+        "Ctrl-C\n  and SIGTERM (saved); 128 + N killed by signal N. Rerun on any but 0 and 2",
     )
     parser.add_argument(
         "--processes",
         type=int,
         default=1,
         metavar="N",
-        help="so many on this machine, each with one of its GPUs; default: 1, with all of them",
+        help="number on this machine, each with one of its GPUs; default: 1, with all of them",
     )
     parser.add_argument("command", choices=COMMANDS, help="what to start")
     parser.add_argument("flags", nargs=argparse.REMAINDER, metavar="...", help="its flags")
     arguments = parser.parse_args()
     if arguments.processes < 1:
-        parser.error(f"argument --processes: {arguments.processes}: it has to be at least 1")
+        parser.error(f"argument --processes: must be >= 1, got {arguments.processes}")
     raise SystemExit(launch(arguments.command, arguments.flags, arguments.processes))
 
 
 def launch(command: str, flags: list[str], count: int) -> int:
-    """Runs the command to its end in `count` processes; the exit code."""
+    """Runs the command in `count` processes until they end; returns the exit code."""
     with tempfile.TemporaryDirectory() as folder, reserved_port() as port:
         address = f"127.0.0.1:{port}"
         watch = _Watch()
         for number in range(count):
-            # Ctrl-C in a terminal reaches the launcher alone, which passes on what it means.
+            # In sessions of their own: the launcher alone receives Ctrl-C, and passes it on.
             watch.start(
                 [sys.executable, "-m", f"ptjax.{command}", *flags],
                 _environment(address, count, number),
@@ -92,10 +93,10 @@ def launch(command: str, flags: list[str], count: int) -> int:
 
 @contextlib.contextmanager
 def reserved_port() -> Iterator[int]:
-    """A free port of this machine for a coordinator, which nobody else is given meanwhile.
+    """A free port of this machine for a coordinator, reserved while this is open.
 
-    gRPC shares the port that it listens on (SO_REUSEPORT); all others are refused it, also as the
-    near end of a connection.
+    gRPC listens with SO_REUSEPORT and can share the port; the system gives it to no other program,
+    not even as the local port of a connection.
     """
     with socket.socket() as reserved:
         reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -119,31 +120,32 @@ class _Child:
     """A process that the launcher started.
 
     Attributes:
-        identity: the file in which it writes its number and everybody's machine.
-        number: its own, as far as the launcher knows.
-        held: what JAX wrote while it aborted it.
+        identity: the file in which it writes its process id and the machines of all processes.
+        number: its process id, if the launcher assigned it.
+        abort_lines: what JAX wrote while it aborted the process.
     """
 
     process: subprocess.Popen[bytes]
     identity: str
     number: int | None
-    held: list[str] = dataclasses.field(default_factory=list)
+    abort_lines: list[str] = dataclasses.field(default_factory=list)
     readers: list[threading.Thread] = dataclasses.field(default_factory=list)
 
-    def introduction(self) -> dict[str, Any]:
+    def introduction(self) -> JsonObject:
+        """{"process": id or None, "hosts": machines}, as `distributed` writes it."""
         try:
             with open(self.identity, encoding="utf-8") as stream:
                 return json.load(stream)
-        except (OSError, ValueError):  # it ended before it knew
+        except (OSError, ValueError):  # it ended before it wrote the file
             return {"process": self.number, "hosts": []}
 
 
 class _Watch:
-    """The children, what they write, and what became of them."""
+    """Watches the children: passes on their output, and reports the first that is lost."""
 
     def __init__(self) -> None:
         self.children: list[_Child] = []
-        self.said = False
+        self.reported = False
         self.interrupted = False
         self.stopping = False
         self.pipe, self._alive = os.pipe()  # children read its end of file when this process ends
@@ -175,7 +177,7 @@ class _Watch:
             process.send_signal(signal.SIGTERM)
 
     def wait(self) -> int:
-        """Until all have ended; the exit code of the first that did not end well."""
+        """Waits until all have ended; returns the exit code of the first that failed."""
         ended, codes = threading.Condition(), []
 
         def await_one(child: _Child) -> None:
@@ -183,7 +185,7 @@ class _Watch:
             for reader in child.readers:
                 reader.join()
             with ended:
-                if self.children[1:] and _GLOO.search("".join(child.held)):
+                if self.children[1:] and _GLOO.search("".join(child.abort_lines)):
                     ended.wait_for(lambda: codes, _GLOO_GRACE)
                 codes.append(self._judge(child))
                 ended.notify_all()
@@ -197,42 +199,42 @@ class _Watch:
         return 128 + signal.SIGINT if self.interrupted and code == 128 + signal.SIGTERM else code
 
     def _judge(self, child: _Child) -> int:
-        """The exit code that a child's end amounts to; says what was lost, once."""
-        code, text = child.process.returncode, "".join(child.held)
-        known = child.introduction()
-        me = "the process" if known["process"] is None else _name(known["process"], known["hosts"])
+        """The exit code for a child that has ended; reports once what was lost."""
+        code, text = child.process.returncode, "".join(child.abort_lines)
+        intro = child.introduction()
+        me = "the process" if intro["process"] is None else _name(intro["process"], intro["hosts"])
         if text and code == -signal.SIGABRT:
-            problem = explain(text, known["hosts"], known["process"])
+            problem = explain(text, intro["hosts"], intro["process"])
             if problem is None:
-                _tell(text)
+                _write_error(text)
                 status = _STATUS.search(text)
                 problem = f"{me} was aborted: {status[1] if status else text.splitlines()[0]}"
-            self._say(problem)
+            self._report(problem)
             return 1
-        _tell(text)
+        _write_error(text)
         if code < 0:
-            self._say(f"{me} was killed by signal {-code} ({signal.Signals(-code).name})")
+            self._report(f"{me} was killed by signal {-code} ({signal.Signals(-code).name})")
             return 128 - code
         return code
 
-    def _say(self, problem: str) -> None:
-        # The first to be known is the cause; the others end because of it.
-        if not self.said:
-            again = "what was saved is whole, and the same command goes on from there"
-            _tell(f"error: {problem}; {again}\n")
-        self.said = True
+    def _report(self, problem: str) -> None:
+        # The first problem is the cause; the other processes end because of it.
+        if not self.reported:
+            advice = "the last checkpoint is intact; rerun the same command to resume"
+            _write_error(f"error: {problem}; {advice}\n")
+        self.reported = True
 
     def _pass_on(self, number: int, frame: types.FrameType | None) -> None:
         self.stopping = True
         again = self.interrupted and number == signal.SIGINT
         self.interrupted = self.interrupted or number == signal.SIGINT
         for child in self.children:
-            # SIGTERM is the signal on which all processes agree when to stop.
+            # On SIGTERM the processes agree on a step after which all stop.
             child.process.send_signal(signal.SIGKILL if again else signal.SIGTERM)
 
 
-def _tell(text: str) -> None:
-    """Writes to standard error, unless its reader has gone."""
+def _write_error(text: str) -> None:
+    """Writes to standard error, unless it is closed."""
     with contextlib.suppress(OSError):
         sys.stderr.write(text)
         sys.stderr.flush()
@@ -240,7 +242,7 @@ def _tell(text: str) -> None:
 
 def _copy_output(stream: IO[bytes], child: _Child) -> None:
     for line in stream:
-        # Goes on if the reader has gone (`| head -1`, a closed terminal).
+        # Keeps reading even if standard output is closed (`| head -1`, a closed terminal).
         with contextlib.suppress(OSError):
             if not line.startswith(_CHATTER):
                 sys.stdout.buffer.write(line)
@@ -248,17 +250,17 @@ def _copy_output(stream: IO[bytes], child: _Child) -> None:
 
 
 def _copy_errors(stream: IO[bytes], child: _Child) -> None:
-    """Passes lines on, but keeps what comes from the first sign of an abort on."""
+    """Passes lines on, but holds them back from the first sign of an abort on."""
     for line in stream:
         text = line.decode(errors="replace")
-        if child.held or _FATAL.match(text):
-            child.held.append(text)
+        if child.abort_lines or _FATAL.match(text):
+            child.abort_lines.append(text)
         else:
-            _tell(text)
+            _write_error(text)
 
 
 def explain(text: str, hosts: list[str], me: int | None) -> str | None:
-    """Which process was lost, from what JAX wrote in process `me`; None if it tells otherwise."""
+    """Which process was lost, from what JAX wrote in process `me`; None if unclear."""
     if silent := _SILENT.search(text):
         names = [_name(int(number), hosts) for number in silent[1].split()]
         were = "were" if names[1:] else "was"
@@ -266,11 +268,11 @@ def explain(text: str, hosts: list[str], me: int | None) -> str | None:
     if "Failed to send RPC to coordination service" in text:
         return f"{_name(0, hosts)} was lost: the coordinator no longer answers"
     if "RegisterTask" in text:
-        return "the processes did not find each other: start all, and let each reach process 0"
+        return "the processes did not connect: start all, and check that each can reach process 0"
     if _GLOO.search(text):
         others = [_name(number, hosts) for number in range(len(hosts)) if number != me]
         other = others[0] if len(others) == 1 else "another process"
-        return f"{other} was lost in the middle of a message, or does not run the same command"
+        return f"{other} was lost during a message, or runs another command"
     return None
 
 

@@ -1,36 +1,36 @@
-"""MODEL_DIR, the folder of one run: what lies where in it, and what it is called."""
+"""MODEL_DIR, the folder of one run: names and places of its files."""
 
 from __future__ import annotations
 
-import os
-from typing import Any, Literal
+from typing import Literal
 
 from etils import epath
 
 from ptjax import files
+from ptjax.files import JsonObject, PathLike
 
 BEST = "best"
-"""The name of the best export; the others are named by their steps."""
+"""The name of the best export; the others are named after their steps."""
 PROMPT_SUFFIX = ".safetensors"
 BEST_PROMPT = f"prompts/{BEST}{PROMPT_SUFFIX}"
 BEST_PROMPTS = (f"{BEST}{PROMPT_SUFFIX}", BEST_PROMPT)
-"""Where the best prompt is in a folder: of a sweep's member, or of a run."""
+"""Path of the best prompt within the folder of a sweep's member, or of a run."""
 LOCK = "run.lock"
 ExportKind = Literal["prompt", "model", "arrays"]
-"""What a run leaves behind: prompts, tuned backbones, or what only its method can read."""
+"""The kind of a run's exports: prompts, tuned backbones, or arrays that only its method reads."""
 _EXPORTS: dict[ExportKind, tuple[str, str]] = {
     "prompt": ("prompts", PROMPT_SUFFIX),
     "model": ("models", ""),
     "arrays": ("arrays", PROMPT_SUFFIX),
 }
-"""Kind -> folder, and the suffix of an export in it."""
+"""Kind -> folder, and suffix of an export in it."""
 
 
 class ModelDir:
-    """The paths of a run; nothing of it need exist.
+    """The paths of a run; they need not exist.
 
-    Everyone who reads or writes there asks this class. A run writes `config` when it starts, then
-    `metrics`, `tensorboard`, `checkpoints` and the exports, `results` when it is over.
+    No other code knows these paths. A run writes `config` when it starts, then `metrics`,
+    `tensorboard`, `checkpoints` and the exports, and at the end `results`.
 
     >>> run = ModelDir("runs/quickstart")
     >>> print(run.results, run.best_prompt(), run.best_prompt("seed_0"))
@@ -38,7 +38,7 @@ class ModelDir:
 runs/quickstart/prompts/seed_0/best.safetensors
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: PathLike) -> None:
         self.path = epath.Path(path)
 
     @property
@@ -48,7 +48,7 @@ runs/quickstart/prompts/seed_0/best.safetensors
 
     @property
     def results(self) -> epath.Path:
-        """What a finished run scores."""
+        """The scores of a finished run."""
         return self.path / "results.json"
 
     @property
@@ -58,7 +58,7 @@ runs/quickstart/prompts/seed_0/best.safetensors
 
     @property
     def checkpoints(self) -> epath.Path:
-        """A folder for every checkpoint, named by its step."""
+        """A folder for each checkpoint, named after its step."""
         return self.path / "checkpoints"
 
     @property
@@ -67,13 +67,13 @@ runs/quickstart/prompts/seed_0/best.safetensors
 
     @property
     def lock(self) -> epath.Path:
-        """Held by the process that writes here."""
+        """The lock file; held by the run that writes to this folder."""
         return self.path / LOCK
 
     def exports(self, kind: ExportKind, member: str = "") -> epath.Path:
-        """The folder of exports, or that of a sweep's member in it; named by steps, and the best.
+        """The folder of a member's exports: one per step, named after it, and the best.
 
-        The exports of an ordinary run, whose only member is "", lie in the folder itself.
+        An ordinary run has one member, "", whose folder is that of the exports itself.
         """
         return self.path / _EXPORTS[kind][0] / member
 
@@ -83,7 +83,7 @@ runs/quickstart/prompts/seed_0/best.safetensors
 
     @property
     def models(self) -> epath.Path:
-        """The folder of tuned backbones, each a folder of its own."""
+        """The folder of tuned backbones, each of which is a folder."""
         return self.exports("model")
 
     def best_prompt(self, member: str = "") -> epath.Path:
@@ -94,34 +94,34 @@ runs/quickstart/prompts/seed_0/best.safetensors
         return self.models / BEST
 
     def is_run(self) -> bool:
-        """Whether a run wrote here."""
+        """Whether a run has written to this folder."""
         return any(path.exists() for path in (self.config, self.results, self.prompts()))
 
     def members(self) -> list[str]:
-        """The members of a bank that have a best prompt, by name."""
+        """The names of a sweep's members that have a best prompt."""
         best = self.prompts().glob(f"*/{BEST}{PROMPT_SUFFIX}")
         return [path.parent.name for path in sorted(best)]
 
     def checkpoint_steps(self) -> list[int]:
-        """The steps of the checkpoints, ascending; also of those that are damaged."""
+        """The steps of the checkpoints, also of damaged ones, ascending."""
         return steps_in(self.checkpoints)
 
-    def read_results(self) -> dict[str, Any] | None:
-        """What `results` holds; None if it is not there.
+    def read_results(self) -> JsonObject | None:
+        """The content of `results`; None if the file does not exist.
 
         Raises:
-            InputError: it is damaged.
+            InputError: the file is damaged.
         """
         return files.read_object(self.results) if self.results.exists() else None
 
 
 def suffix_of(kind: ExportKind) -> str:
-    """Of an export's name; "" where it is a folder."""
+    """The suffix of an export's name; "" if an export is a folder."""
     return _EXPORTS[kind][1]
 
 
 def steps_in(folder: epath.Path, suffix: str = "") -> list[int]:
-    """The steps by which things in a folder are named (`STEP` and the suffix), ascending."""
+    """The steps in a folder whose entries are named `STEP` and the suffix, ascending."""
     paths = folder.iterdir() if folder.exists() else ()
     names = (path.name.removesuffix(suffix) for path in paths)
     return sorted(int(name) for name in names if name.isdecimal())

@@ -10,8 +10,8 @@ def main() -> None:
     parser = cli.make_parser(
         "pretrain",
         "Trains all weights of a T5 on span corruption, prefix LM and supervised tasks, and "
-        "writes MODEL_DIR/models/best in Hugging Face's layout. A run that was stopped goes on "
-        "when the same command is given again.",
+        "writes MODEL_DIR/models/best in Hugging Face's layout. Rerun the same command to resume a "
+        "run that was stopped.",
         gin_help="For example runs/pretrain_nano.gin.",
         exit_codes=cli.RUN_EXIT_CODES,
     )

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from ptjax import cli
 from ptjax.cli import distributed, output
+from ptjax.files import Metadata
 from ptjax.model_dir import ModelDir
 
 
@@ -13,13 +12,13 @@ def main() -> None:
     parser = cli.make_parser(
         "train",
         "Tunes a soft prompt on a frozen T5 and writes MODEL_DIR: prompts/best.safetensors, "
-        "results.json, metrics.jsonl, tensorboard/, checkpoints/, config.gin. A run that was "
-        "stopped goes on when the same command is given again.",
+        "results.json, metrics.jsonl, tensorboard/, checkpoints/, config.gin. Rerun the same "
+        "command to resume a run that was stopped.",
         gin_help="For example quickstart.gin, or tasks/sst2.gin and runs/prompt_tune.gin.",
         exit_codes=cli.RUN_EXIT_CODES,
     )
     parser.add_argument(
-        "--dry_run", action="store_true", help="compile the step, print the report, stop"
+        "--dry_run", action="store_true", help="compile the step, print the report and stop"
     )
     distributed.add_flags(parser, saves=True)
     arguments = cli.parse(parser)
@@ -38,10 +37,10 @@ def main() -> None:
     cli.run(body, arguments)
 
 
-def summary(results: dict[str, Any], model_dir: str | None) -> str:
-    """The results as a person reads them."""
+def summary(results: Metadata, model_dir: str | None) -> str:
+    """The results as readable text."""
     if "members" in results:
-        return bank_summary(results, model_dir)
+        return sweep_summary(results, model_dir)
     values = {
         "always the majority": results["majority"],
         **{f"hard prompt: {name}": value for name, value in results["hard_prompts"].items()},
@@ -61,27 +60,29 @@ def summary(results: dict[str, Any], model_dir: str | None) -> str:
     return "\n".join(rows)
 
 
-def named_metric(results: dict[str, Any]) -> str:
-    """The metric, and of an F1 also whose: "f1 of 'paraphrase'"."""
+def named_metric(results: Metadata) -> str:
+    """The metric's name; of F1 with the label: "f1 of 'paraphrase'"."""
     metric, label = results["metric"], results.get("positive_label")
     if label is None or metric not in ("f1", "mean"):
         return metric
     return f"f1 of {label!r}" if metric == "f1" else f"mean (f1 of {label!r})"
 
 
-def bank_summary(results: dict[str, Any], model_dir: str | None) -> str:
-    """A line for every member."""
+def sweep_summary(results: Metadata, model_dir: str | None) -> str:
+    """The results of a sweep, with a line for every member."""
     members, best = results["members"], results["best"]["member"]
     width = max(map(len, [*members, "ensemble"]))
     rows = [""]
-    for name, found in members.items():
-        what = f"{found['value']:.3f}  {found['task']}, {named_metric(found)} on {found['split']}"
-        chosen = ", the best when it was chosen" if name == best else ""
-        rows.append(f"  {name:<{width}}  {what}, step {found['step']}{chosen}")
+    for name, scores in members.items():
+        metric = f"{scores['task']}, {named_metric(scores)} on {scores['split']}"
+        note = ", the best when it was chosen" if name == best else ""
+        rows.append(
+            f"  {name:<{width}}  {scores['value']:.3f}  {metric}, step {scores['step']}{note}"
+        )
     rows.append(f"  {'average':<{width}}  {results['average']:.3f}")
-    for way, metrics in results.get("ensemble", {}).items():
+    for vote, metrics in results.get("ensemble", {}).items():
         metric = members[best]["metric"]
-        rows.append(f"  {'ensemble':<{width}}  {metrics[metric]:.3f}  {way.replace('_', ' ')}")
+        rows.append(f"  {'ensemble':<{width}}  {metrics[metric]:.3f}  {vote.replace('_', ' ')}")
     if results["failed"]:
         rows.append(f"  failed (a loss was not finite): {', '.join(results['failed'])}")
     rows.append(

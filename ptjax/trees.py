@@ -16,7 +16,7 @@ def flatten_paths(
     tree: Tree,
     *,
     separator: str = "/",
-    is_leaf: Callable[[Mapping[object, Tree]], bool] | None = None,
+    is_leaf: Callable[[Mapping[str, Tree]], bool] | None = None,
 ) -> dict[str, Tree]:
     """A nested dict as `{"a/b": leaf}`, in the same order. Inverse of `unflatten_paths`.
 

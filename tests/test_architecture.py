@@ -51,7 +51,14 @@ COMMANDS = {
     "launch",
     "plan",
 }
-MAX_LINES = 450
+MAX_LINES_OF_A_FILE = 400
+MAX_LINES_OF_A_CLASS = 200
+MAX_LINES_OF_A_FUNCTION = 80
+LONGER_FUNCTIONS = {"beam_search": 90}
+MAX_ARGUMENTS = 12
+FEWER_ARGUMENTS = {"tune": 8}
+MAX_ANY = 120
+"""In signatures: annotations of arguments and results that name `Any`."""
 
 
 @functools.cache
@@ -229,10 +236,110 @@ def test_paths_in_a_model_dir_are_found(code, count) -> None:
 def test_files_stay_small_and_say_what_they_are() -> None:
     for module, file in modules().items():
         lines = len(file.read_text("utf-8").splitlines())
-        assert lines <= MAX_LINES, f"{module} has {lines} lines"
+        assert lines <= MAX_LINES_OF_A_FILE, f"{module} has {lines} lines"
         assert file.stem not in {"utils", "util", "common", "helpers", "misc"}
         assert not file.stem.startswith("base_")
         assert ast.get_docstring(ast.parse(file.read_text("utf-8"))), f"{module}: no docstring"
+
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def definitions(tree: ast.AST) -> Iterator[Function | ast.ClassDef]:
+    """Functions, methods and classes, wherever they are defined."""
+    for node in ast.walk(tree):
+        if isinstance(node, Function | ast.ClassDef):
+            yield node
+
+
+def arguments_of(function: Function) -> list[ast.arg]:
+    """All arguments, those of a method without `self`."""
+    of = function.args
+    named = [*of.posonlyargs, *of.args, *of.kwonlyargs, *filter(None, (of.vararg, of.kwarg))]
+    return [argument for argument in named if argument.arg not in ("self", "cls")]
+
+
+def too_long(tree: ast.AST) -> Iterator[str]:
+    """Functions and classes with more lines than allowed."""
+    for node in definitions(tree):
+        most = MAX_LINES_OF_A_CLASS
+        if isinstance(node, Function):
+            most = LONGER_FUNCTIONS.get(node.name, MAX_LINES_OF_A_FUNCTION)
+        assert node.end_lineno is not None
+        lines = node.end_lineno - node.lineno + 1
+        if lines > most:
+            yield f"{node.name} has {lines} lines instead of {most}"
+
+
+def too_many_arguments(tree: ast.AST) -> Iterator[str]:
+    """Public functions with more arguments than allowed."""
+    for node in definitions(tree):
+        if isinstance(node, Function) and not node.name.startswith("_"):
+            count = len(arguments_of(node))
+            most = FEWER_ARGUMENTS.get(node.name, MAX_ARGUMENTS)
+            if count > most:
+                yield f"{node.name} has {count} arguments instead of {most}"
+
+
+def count_any(tree: ast.AST) -> int:
+    """How often signatures name `Any`, in strings too."""
+    annotations = [
+        annotation
+        for node in definitions(tree)
+        if isinstance(node, Function)
+        for annotation in (*(x.annotation for x in arguments_of(node)), node.returns)
+    ]
+    names = (name for x in annotations if x is not None for name in ast.walk(x))
+    return sum(
+        getattr(name, "id", None) == "Any" or "Any" in str(getattr(name, "value", ""))
+        for name in names
+        if isinstance(name, ast.Name | ast.Constant)
+    )
+
+
+def test_functions_and_classes_stay_short_and_take_few_arguments() -> None:
+    wrong = [
+        f"{module}: {problem}"
+        for module, file in modules().items()
+        for check in (too_long, too_many_arguments)
+        for problem in check(ast.parse(file.read_text("utf-8")))
+    ]
+    assert not wrong
+
+
+def test_signatures_rarely_say_any() -> None:
+    counts = {m: count_any(ast.parse(file.read_text("utf-8"))) for m, file in modules().items()}
+    most = sorted(counts.items(), key=lambda item: -item[1])[:10]
+    assert sum(counts.values()) <= MAX_ANY, most
+
+
+@pytest.mark.parametrize(
+    ("check", "code", "count"),
+    [
+        (too_long, "def f():\n" + 79 * "    x\n", 0),
+        (too_long, "class C:\n    async def f():\n" + 80 * "        x\n", 1),
+        (too_long, "def beam_search():\n" + 89 * "    x\n", 0),
+        (too_long, "class C:\n" + 200 * "    x\n", 1),
+        (too_many_arguments, f"def f({', '.join(f'x{i}' for i in range(12))}): ...", 0),
+        (too_many_arguments, f"def f({', '.join(f'x{i}' for i in range(11))}, *a, **k): ...", 1),
+        (too_many_arguments, "def tune(a, b, c, /, d, e, *, f, g, h, i): ...", 1),
+        (too_many_arguments, f"def _f({', '.join(f'x{i}' for i in range(13))}): ...", 0),
+    ],
+)
+def test_what_is_too_large_is_found(check, code, count) -> None:
+    assert len(list(check(ast.parse(code)))) == count
+
+
+@pytest.mark.parametrize(
+    ("code", "count"),
+    [
+        ("def f(x: Any, *a: list[Any], y: int) -> dict[str, Any]: ...", 3),
+        ("class C:\n    async def f(self, x: 'Any | None', **k: Any): ...", 2),
+        ("x: Any = 1; y = cast(Any, x); AnyStr = Anything", 0),
+    ],
+)
+def test_any_in_signatures_is_counted(code, count) -> None:
+    assert count_any(ast.parse(code)) == count
 
 
 # Where a format or a trainer itself says its ids: ByT5's vocabulary is its bytes behind 0, 1 and 2,

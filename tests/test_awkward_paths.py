@@ -200,7 +200,7 @@ def test_a_finished_run_that_cannot_be_written_to_is_finished(read_only, task, b
     before = tree(folder)
     with caplog.at_level("INFO", logger="absl"):
         assert tune(folder, task, backbone, schedule=ONE_STEP) == results
-    assert f"{folder}: the run is finished, at step 1" in caplog.messages
+    assert f"{folder}: the run has finished, at step 1" in caplog.messages
     assert tree(folder) == before
 
 

@@ -16,9 +16,10 @@ from letters import LETTERS
 from ptjax import train
 from ptjax.data import metrics
 from ptjax.data.catalogue import squad
+from ptjax.data.examples import Example
 from ptjax.data.preprocess import tokenize_examples
 from ptjax.data.sources import read_records
-from ptjax.data.tasks import Example, Task
+from ptjax.data.tasks import Task
 from ptjax.data.tokenizer import load_tokenizer
 from ptjax.errors import InputError
 from ptjax.evaluation.evaluator import Evaluator, check_cut, report_examples, report_lost
@@ -133,7 +134,7 @@ def test_case_3_9_the_index_column_of_pandas_is_left_out(tmp_path, caplog, suffi
         {"text": "a", "label": "1"},
         {"text": "b", "label": "0"},
     ]
-    assert warnings_of(caplog) == [f"{path}:1: the first column has no name and is left out"]
+    assert warnings_of(caplog) == [f"{path}:1: the first column has no name and is ignored"]
     assert "2 columns instead of 3 (text, label)" in (records.bad.first or "")
 
 

@@ -279,13 +279,16 @@ def test_a_config_json_beside_a_t5x_checkpoint_is_read(legacy, saved, where):
     [
         ({"dropout": 0.2}, r"no field 'dropout'; did you mean dropout_rate\?"),
         ({"zzz": 1}, "no field 'zzz'"),
-        ({"num_heads": "4"}, "num_heads = '4' is no int"),
-        ({"mlp_activations": "relu"}, "mlp_activations = 'relu' is no tuple"),
-        ({"relpos_buckets": 16}, r"rel_embedding has shape \(4, 32\), the config wants \(4, 16\)"),
+        ({"num_heads": "4"}, "num_heads must be of type int, got '4'"),
+        ({"mlp_activations": "relu"}, "mlp_activations must be of type tuple, got 'relu'"),
+        (
+            {"relpos_buckets": 16},
+            r"rel_embedding has shape \(4, 32\), but the config says \(4, 16\)",
+        ),
         ({"num_decoder_layers": 3}, "parameter decoder/layers_2/.* is missing"),
         ({"num_decoder_layers": 1}, "decoder/layers_1/.* does not belong to a T5 of this config"),
         ({"logits_via_embedding": True}, "decoder/logits_dense/kernel does not belong"),
-        ({"mlp_activations": ("gelu", "sine")}, "these sizes make no T5.*sine"),
+        ({"mlp_activations": ("gelu", "sine")}, "invalid config of a T5.*sine"),
         ({"dtype": "float16"}, "dtype must be one of 'float32', 'bfloat16', got 'float16'"),
     ],
 )
@@ -365,13 +368,13 @@ def test_a_truncated_chunk_is_named(legacy):
 @pytest.mark.parametrize(
     ("name", "shape", "message"),
     [
-        (WO, (64, 31), rf"wo.kernel: parameter {WO} has shape \(64, 31\), .* wants \(64, 32\)"),
-        (WO, (64,), rf"wo.kernel: parameter {WO} has shape \(64,\), .* wants \(64, 32\)"),
+        (WO, (64, 31), rf"wo.kernel: parameter {WO} has shape \(64, 31\), .* says \(64, 32\)"),
+        (WO, (64,), rf"wo.kernel: parameter {WO} has shape \(64,\), .* says \(64, 32\)"),
         (EMBEDDING, (64,), rf"embedding: parameter {EMBEDDING} has shape \(64,\)"),
         # Sizes are what most parameters tell, so the one that differs is the one that is named.
-        (EMBEDDING, (256, 31), rf"{EMBEDDING} has shape \(256, 31\), .* wants \(256, 32\)"),
-        (QUERY, (32, 28), rf"parameter {QUERY} has shape \(32, 28\), .* wants \(32, 32\)"),
-        (WI, (32, 63), rf"parameter {WI} has shape \(32, 63\), .* wants \(32, 64\)"),
+        (EMBEDDING, (256, 31), rf"{EMBEDDING} has shape \(256, 31\), .* says \(256, 32\)"),
+        (QUERY, (32, 28), rf"parameter {QUERY} has shape \(32, 28\), .* says \(32, 32\)"),
+        (WI, (32, 63), rf"parameter {WI} has shape \(32, 63\), .* says \(32, 64\)"),
     ],
 )
 def test_a_shape_that_does_not_fit_is_named(legacy, name, shape, message):
@@ -423,7 +426,7 @@ def test_a_prompt_inside_a_checkpoint_is_left_out_and_said(legacy, t5_1_1, caplo
     assert_same_weights(loaded, t5_1_1)
     assert loaded.fingerprint == t5_1_1.fingerprint
     assert [record.getMessage() for record in caplog.records] == [
-        f"{legacy} also holds a prompt, left out here; load_prompt(path) returns it"
+        f"{legacy} also holds a prompt, which is ignored; load_prompt(path) returns it"
     ]
     np.testing.assert_array_equal(ptjax.load_prompt(legacy).prompt, prompt)
 

@@ -1,4 +1,4 @@
-"""Banks: every member is what it would be alone, and stops alone."""
+"""Sweeps: every member is what it would be alone, and stops alone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from conftest import At, stopped_by_sigterm, without_seconds
 from t5_ids import T5_IDS
 
 from ptjax.data.batch import make_batch
-from ptjax.data.pipeline import BankBatches, Shape, TrainBatches, make_buckets
+from ptjax.data.pipeline import Shape, SweepBatches, TrainBatches, make_buckets
 from ptjax.data.preprocess import TokenizedExamples, TokenRows
 from ptjax.errors import InputError, TrainingError
 from ptjax.evaluation.evaluator import Evaluator
@@ -62,7 +62,7 @@ class Fixed:
 
 def sweep_inputs(batches, active=(True, True, True), rates=(0.1, 0.2, 0.3)):
     """Batch, `active` and `learning_rate` of a sweep's step."""
-    batch = BankBatches([Fixed(batch) for batch in batches]).batch(0)
+    batch = SweepBatches([Fixed(batch) for batch in batches]).batch(0)
     return batch, np.array(active), np.array(rates, np.float32)
 
 
@@ -151,7 +151,7 @@ def test_a_stopped_member_stays_bit_by_bit(tiny, batches) -> None:
 
 
 def test_batches_above_each_other(batches) -> None:
-    bank = BankBatches([Fixed(batch) for batch in batches])
+    bank = SweepBatches([Fixed(batch) for batch in batches])
     assert bank.shapes == [Shape(4, 20, 6, members=3)]
     made = bank.batch(0)
     for number, batch in enumerate(batches):
@@ -172,7 +172,7 @@ def test_every_shape_that_comes_is_announced() -> None:
         source = TokenizedExamples(rows, targets)
         buckets = make_buckets(source, smallest=16)
         parts.append(TrainBatches(source, buckets=buckets, batch_size=4, seed=seed, ids=T5_IDS))
-    bank = BankBatches(parts)
+    bank = SweepBatches(parts)
     seen = {Shape.of(bank.batch(number)) for number in range(60)}
     assert seen <= set(bank.shapes)
     assert len(seen) > 1
@@ -190,7 +190,7 @@ def test_every_shape_that_comes_is_announced() -> None:
             return make_batch(rows, [[1]] * 4, input_length=length, target_length=3, ids=T5_IDS)
 
     # Too many combinations to compile: all come in the largest.
-    many = BankBatches([Uneven(range(5, 12)), Uneven(range(7, 20))])
+    many = SweepBatches([Uneven(range(5, 12)), Uneven(range(7, 20))])
     assert many.shapes == [Shape(4, 19, 3, members=2)]
     assert {Shape.of(many.batch(n)) for n in range(9)} == set(many.shapes)
 
@@ -370,7 +370,7 @@ def test_what_a_bank_cannot_be(backbone, task, tmp_path) -> None:
             "initial prompt of x has shape",
         ),
         ({"../x": MemberOverrides()}, PromptTuning, "'../x'"),
-        ({"x": MemberOverrides()}, ModelTuning, "every member of a sweep has a prompt"),
+        ({"x": MemberOverrides()}, ModelTuning, "ModelTuning does not support sweeps"),
     ):
         with pytest.raises(InputError, match=what):
             tune(tmp_path, task, backbone, members=bank, method=method())

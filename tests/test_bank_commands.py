@@ -183,7 +183,9 @@ def test_a_record_whose_prompt_is_missing_is_named(fails, place, record, message
 def test_infer_refuses_what_names_no_prompt(fails, place, tmp_path):
     many = f"--prompts={place / 'mixed'}"
     one = f"--prompt={place / 'mixed' / 'kind.safetensors'}"
-    assert fails("infer", many, one, "x").startswith("--prompt is one prompt, --prompts=DIR many")
+    assert fails("infer", many, one, "x").startswith(
+        "--prompt and --prompts are mutually exclusive"
+    )
     plain = "a plain text names no prompt of many; give records, or one --prompt"
     assert fails("infer", many, "x") == f"the command line, text:1: {plain}"
     assert fails("infer", many, "--input=-", stdin=b"x\n") == f"standard input:1: {plain}"
@@ -222,7 +224,9 @@ def test_a_field_called_prompt_is_data_a_choice_or_warned_about(call, fails, pla
     code, out, err = call("infer", f"--prompt={reads_it}", "--input=-", stdin=record)
     assert code == 0 and _rows(out)[0]["inputs"] == "answer: ask" and "is ignored" not in err
     said = fails("infer", f"--prompts={reads_it.parent}", "--input=-", stdin=record)
-    assert said.startswith("standard input:1: the field 'prompt' names the prompt, but ")
+    assert said.startswith(
+        "standard input:1: the field 'prompt' names the prompt, but the template"
+    )
 
 
 # evaluate
@@ -291,7 +295,7 @@ def test_evaluate_refuses_prompts_that_are_no_ensemble(fails, place, gin_file, t
         f"{place / 'seeds'}: no prompt in this directory; did you mean {place / 'seeds'}/prompts?"
     )
     both = (f"--prompts={place / 'mixed'}", "--prompt=none")
-    assert fails("evaluate", *flags, *both).startswith("--prompt is one prompt")
+    assert fails("evaluate", *flags, *both).startswith("--prompt and --prompts are")
 
 
 def test_the_model_dir_of_a_bank(call, tmp_path) -> None:
@@ -307,5 +311,5 @@ def test_the_model_dir_of_a_bank(call, tmp_path) -> None:
     assert json.loads(out)["examples"] == 8
     code, _, err = call("infer", f"--model_dir={tmp_path / 'run'}", *files, "a text")
     assert code == 2
-    assert "trained a bank, a, b; name one of them" in err
+    assert "is a sweep of a, b; name one of them" in err
     assert "run/prompts/a/best.safetensors" in err

@@ -107,28 +107,28 @@ MISTAKES = {
     "ptjax.Tusk.name = 'x'": "bad.gin:3: ptjax has no Tusk; did you mean Task?",
     "ptjax.Task.name = @ptjax.Tosk()": "bad.gin:3: ptjax has no Tosk; did you mean Task?",
     "ptjex.Task.name = 'x'": "bad.gin:3: ptjex is not imported here; did you mean ptjax?",
-    "import optix": "bad.gin:3: there is no module optix",
+    "import optix": "bad.gin:3: module optix not found",
     # Once there were files that named modules.
     "from ptjax import tuning\ntuning.tune.seed = 3": f"bad.gin:3: {PUBLIC_NAMES}",
     "import ptjax.data.tasks": f"bad.gin:3: {PUBLIC_NAMES}",
     "tuning.tune.seed = 3": f"bad.gin:3: tuning is not imported here; {PUBLIC_NAMES}",
     "include 'tasks/sst.gin'": "bad.gin:3: no gin file tasks/sst.gin (looked in the current folder,"
     f" {gin_files.gin_configs()}); did you mean tasks/sst2.gin?",
-    "ptjax.Task.name = 'x": "bad.gin:3: gin cannot read this; see whether a quote or a bracket is "
-    "missing, and whether every string has quotes",
-    "ptjax.Task.name = x": "bad.gin:3: gin cannot read this; see whether a quote or a bracket is "
-    "missing, and whether every string has quotes",
-    "ptjax.Task.splits = {'train':": "bad.gin: gin cannot read this; see whether a quote or a "
-    "bracket is missing, and whether every string has quotes",
+    "ptjax.Task.name = 'x": "bad.gin:3: gin cannot parse this; check for a missing quote or bracket"
+    ", and that every string has quotes",
+    "ptjax.Task.name = x": "bad.gin:3: gin cannot parse this; check for a missing quote or bracket"
+    ", and that every string has quotes",
+    "ptjax.Task.splits = {'train':": "bad.gin: gin cannot parse this; check for a missing quote "
+    "or bracket, and that every string has quotes",
     "TRAIN_STEPS = 3": "bad.gin:3: the macro TRAIN_STEPS is set but nothing uses it; remove it",
     "include 'bad.gin'": "bad.gin:3: it includes itself; remove one of the includes",
     f"ptjax.Task.splits = {'[' * 2000}{']' * 2000}": "bad.gin:3: a value is nested deeper than 100 "
     "levels",
     "# a comment: ((((\nptjax.Task.splits = {'a': [\n" + "(" * 99 + "')'": "bad.gin:5: a value is "
     "nested deeper than 100 levels",
-    "ptjax.Task = 3": "bad.gin:3: this names a function; a binding sets an argument of it, "
+    "ptjax.Task = 3": "bad.gin:3: this names a function; a binding sets one of its arguments, "
     "module.name.argument",
-    "ptjax.Task.name = %A\nA = %B\nB = %A": "a macro stands for itself (A = %B and B = %A); give "
+    "ptjax.Task.name = %A\nA = %B\nB = %A": "a macro refers to itself (A = %B and B = %A); give "
     "it a value",
     "ptjax.Task.name = %NAME": "bad.gin:3: the macro NAME (Task.name) has no value; set it with "
     "--gin.NAME=VALUE",

@@ -363,7 +363,7 @@ def test_inspect_a_prompt_that_names_no_backbone(call, fails, place):
     narrow = fails("inspect", place / "narrow.npy", flag)
     assert narrow.startswith("the prompt [3, 8] does not fit the backbone, whose width is 16")
     _, _, err = call("inspect", place / "prompt.safetensors", f"--backbone={place / 'other'}")
-    assert "has not the weights that the prompt was tuned on" in err
+    assert "the prompt was tuned on different weights" in err
 
 
 def test_inspect_a_prompt_whose_backbone_is_gone(call, place):
@@ -453,7 +453,7 @@ def test_export_reads_back(call, fails, run_dir, place, kind):
     again = ("export", place / "bare.npy", f"--to={kind}", "--output=out/p")
     if kind == "huggingface":
         again += (f"--backbone={place / 'backbone'}",)
-    assert fails(*again) == "out/p is there already; overwrite it with --force"
+    assert fails(*again) == "out/p already exists; overwrite it with --force"
     code, out, err = call(*again, "--force")
     assert code == 0, err
 

@@ -115,7 +115,7 @@ def test_case_4_3_what_one_task_leaves_to_another_is_said(row, place):
     found, err = row("--gin_file=more.gin", "--gin_file=mood.gin", *flags)
     assert found["inputs"] == "mood: x"
     assert (
-        "mood.gin declares the task mood, but an earlier gin file the task other, whose "
+        "mood.gin declares the task mood, but an earlier gin file declares the task other, whose "
         "Task.group, Task.held_out it keeps; " in err
     )
     # One that leaves nothing, and the same task twice.

@@ -26,17 +26,17 @@ pytestmark = pytest.mark.usefixtures("own_process")
         (
             ["--coordinator_address=h", "--num_processes=2", "--process_id=0"],
             {},
-            "--coordinator_address=h: it has to be HOST:PORT",
+            "--coordinator_address must be HOST:PORT, got h",
         ),
         (
             ["--coordinator_address=h:65536", "--num_processes=2", "--process_id=0"],
             {},
-            "--coordinator_address=h:65536: it has to be HOST:PORT",
+            "--coordinator_address must be HOST:PORT, got h:65536",
         ),
         (
             ["--coordinator_address=h:1", "--num_processes=2", "--process_id=2"],
             {},
-            "--process_id=2: it has to be from 0 to 1",
+            "--process_id must be >= 0 and < 2, got 2",
         ),
         (
             ["--coordinator_address=h:1", "--num_processes=0", "--process_id=0"],
@@ -48,7 +48,7 @@ pytestmark = pytest.mark.usefixtures("own_process")
             {"JAX_NUM_PROCESSES": "2"},
             "--heartbeat_timeout_seconds must be >= 1, got 0",
         ),
-        ([], {"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES=two: it has to be a whole number"),
+        ([], {"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES must be a whole number, got two"),
         ([], {"JAX_NUM_PROCESSES": "2"}, "several processes need --coordinator_address too"),
     ],
 )
@@ -75,7 +75,7 @@ def test_a_command_for_one_process_refuses_several(call, monkeypatch, command, v
     arguments = {"inspect": ["ptjax-nano"], "export": ["nothing", "--to=npy", "--output=x"]}
     code, out, err = call(command, *arguments[command])
     assert (code, out) == (2, "")
-    assert err.startswith("error: this command runs in one process, and here are several")
+    assert err.startswith("error: this command supports one process only")
     # The way out that it names.
     monkeypatch.setenv("JAX_NUM_PROCESSES", "1")
     assert "several" not in call(command, *arguments[command])[2]

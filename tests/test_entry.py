@@ -30,7 +30,7 @@ finally:
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        ([], 0, "python -m ptjax.inspect   what a checkpoint or a prompt is"),
+        ([], 0, "python -m ptjax.inspect   describes a checkpoint or a prompt"),
         (["--version"], 0, f"ptjax {ptjax.__version__}\n"),
         (["infre"], 2, "error: unknown command infre; did you mean infer?\n"),
         (["train", "--help"], 0, "usage: python -m ptjax.train"),

@@ -130,7 +130,9 @@ def test_a_t5x_model_is_taken_for_its_module(text_of):
     family = pair(NAMES[0])[1].family
     model = types.SimpleNamespace(module=text_of(family))
     if model.module is None:
-        with pytest.raises(InputError, match="SimpleNamespace is no Flax module and has none"):
+        with pytest.raises(
+            InputError, match="SimpleNamespace is neither a Flax module nor has one"
+        ):
             ptjax.flax_module(model)
     else:
         assert ptjax.flax_module(model).module is family.module

@@ -60,7 +60,7 @@ def test_case_1_10_a_prompt_beside_the_weights_is_said(folder, said):
     """It does not change them, and `load_prompt` reads it from the same folder."""
     export_peft(folder, np.zeros((3, 16), np.float32), num_heads=4, num_layers=2)
     assert huggingface.load_huggingface(folder)
-    assert len(said) == 1 and "also holds a prompt (PROMPT_TUNING), left out" in said[0]
+    assert len(said) == 1 and "also holds a prompt (PROMPT_TUNING), which is ignored" in said[0]
 
 
 def set_quantization(folder: Path, value: Any) -> None:

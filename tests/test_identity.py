@@ -510,7 +510,7 @@ def test_case_4_1_a_run_of_the_other_command_is_named(start):
 def test_case_4_1_a_split_more_or_less_is_named(start):
     one = start("RunSettings.seed")
     both = one | {"data": {"split 'test' of task words": {"the hash": "sha256:a"}}}
-    with pytest.raises(InputError, match="also read split 'test' of task words, which this one la"):
+    with pytest.raises(InputError, match="also read split 'test' of task words, which this one do"):
         check_same(both, one, "/run")
     with pytest.raises(InputError, match="a run without split 'test' of task words, which this"):
         check_same(one, both, "/run")
@@ -591,7 +591,7 @@ def test_case_4_1_a_finished_run_stays_as_it_is(finished, backbone, task, caplog
             tune(directory, task, backbone, **SHORT | {"callbacks": [ConfigFile("# the same")]})
             == results
         )
-    assert f"{directory}: the run is finished, at step 2" in caplog.text
+    assert f"{directory}: the run has finished, at step 2" in caplog.text
     assert files(directory) == before
 
 
@@ -649,7 +649,7 @@ def test_case_4_1_a_run_of_the_version_before_is_refused_and_its_prompt_used(
            "sees_input": True, "tokenizer_fingerprint": None}  # fmt: skip
     record(tmp_path / "old", old)
     with pytest.raises(InputError, match=r"old holds a run of another ptjax \(an older version\), "
-                       r"whose checkpoints do not record .* Its prompts can be used"):  # fmt: skip
+                       r"whose checkpoints record .* Its prompts can be used"):  # fmt: skip
         tune(tmp_path / "old", task, backbone, **SHORT)
     best = tmp_path / "old" / "prompts" / "best.safetensors"
     code, _, err = call("export", best, "--to=npy", "--output=best.npy")
@@ -662,7 +662,7 @@ def test_case_4_1_a_run_of_the_version_before_is_refused_and_its_prompt_used(
 @pytest.mark.parametrize(
     ("name", "steps", "warned"),
     [
-        ("gs://bucket/t5_1_1_lm100k_base/checkpoint_1100000", 1_150_000, "would train 50,000"),
+        ("gs://bucket/t5_1_1_lm100k_base/checkpoint_1100000", 1_150_000, "would train for 50,000"),
         ("/t5/checkpoint_1000000/", 1_000_001, "set --gin.TRAIN_STEPS=1 if"),
         ("/t5/checkpoint_1100000", 30_000, None),
         ("/t5/checkpoint_100", 30_000, None),

@@ -86,7 +86,7 @@ def test_case_5_10_a_byte_order_mark_is_no_text(infer):
 def test_case_5_10_a_json_array_is_named(refused, text):
     said = refused("--input=-", stdin=text.encode())
     assert said.startswith("standard input:1: ") and "array" in said
-    assert "write one JSON object a line" in said
+    assert "write one JSON object per line" in said
     Path("in.json").write_text(text)
     assert "array" in refused("--input=in.json")
 
@@ -191,7 +191,7 @@ def test_case_4_10_infer_says_where_its_output_is(infer):
 def test_case_5_9_a_file_that_is_there_is_kept_unless_forced(infer, refused):
     Path("out.jsonl").write_text("mine")
     assert refused("x", "--output=out.jsonl") == (
-        "out.jsonl is there already; overwrite it with --force"
+        "out.jsonl already exists; overwrite it with --force"
     )
     assert Path("out.jsonl").read_text() == "mine"
     code, _, err = infer("x", "--output=out.jsonl", "--force")
@@ -210,7 +210,7 @@ def test_case_5_9_output_is_checked_before_the_work(refused, prompt):
     Path("folder").mkdir()
     assert "it is a directory" in refused("x", "--output=folder", "--force", later)
     assert "it is a directory" in refused("x", "--output=new/", "--force", later)
-    assert "in.jsonl is a file and no folder" in refused("x", "--output=in.jsonl/out", later)
+    assert "in.jsonl is a file, not a folder" in refused("x", "--output=in.jsonl/out", later)
     assert Path("in.jsonl").read_text() == '{"text": "a"}\n'
 
 

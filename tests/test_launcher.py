@@ -110,7 +110,7 @@ def test_a_lost_process_is_no_success_where_nobody_reads_the_error(monkeypatch):
     child.process.kill()
     child.process.wait()
     watch = object.__new__(launch._Watch)
-    watch.said, watch.interrupted, watch.children = False, False, [child]
+    watch.reported, watch.interrupted, watch.children = False, False, [child]
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stderr", Gone())
         assert watch.wait() == 128 + signal.SIGKILL
@@ -122,7 +122,7 @@ op.nbytes. 6000 vs 2000. Received data size doesn't match expected size. Is ther
 collective mismatch in your code?
 """
 """Written by jaxlib 0.10.2 in one of two processes that gathered arrays of unequal sizes."""
-AGAIN = "what was saved is whole, and the same command goes on from there"
+AGAIN = "the last checkpoint is intact; rerun the same command to resume"
 
 
 def watched(tmp_path: Path, *scripts: str) -> int:
@@ -155,8 +155,7 @@ def test_a_process_that_gloo_aborts_names_the_lost_one(tmp_path, capfd, before):
     """In one line, also where gloo's words follow those of another thread in a line."""
     assert watched(tmp_path, before + "printf '%s' \"$GLOO\" >&2; kill -ABRT $$") == 1
     assert capfd.readouterr().err == (
-        "error: process 1 on b was lost in the middle of a message, or does not run the same "
-        f"command; {AGAIN}\n"
+        f"error: process 1 on b was lost during a message, or runs another command; {AGAIN}\n"
     )
 
 

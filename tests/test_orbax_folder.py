@@ -211,7 +211,7 @@ def test_case_1_16_a_parameter_that_the_list_has_is_missed(tmp_path):
     save(tmp_path / "x", {"params": tree()}, use_ocdbt=False)
     shutil.rmtree(tmp_path / "x" / "params.decoder.decoder_norm.scale")
     with pytest.raises(
-        InputError, match="parameter decoder/decoder_norm/scale is missing, the che"
+        InputError, match="parameter decoder/decoder_norm/scale is missing, but the che"
     ):
         t5x.load_t5x(tmp_path / "x")
 
@@ -244,7 +244,7 @@ def test_case_1_16_another_model_is_named_by_what_it_holds(tmp_path):
     v1.save(tmp_path / "x", {"params": {"layer_0": {"w": np.ones(3)}, "embedder": np.ones(3)}})
     with pytest.raises(InputError) as error:
         open_backbone(tmp_path / "x")
-    assert "an Orbax checkpoint without a T5 under T5X's names" in str(error.value)
+    assert "this Orbax checkpoint does not hold a T5 under T5X's names" in str(error.value)
     assert "it holds params.embedder, params.layer_0 (in state)" in str(error.value)
 
 
@@ -263,7 +263,7 @@ def test_case_1_16_two_models_in_one_checkpoint(tmp_path):
 def test_case_1_16_runs_side_by_side_are_no_steps(tmp_path):
     for name in ("a_1", "b_2"):
         shutil.copytree(ORBAX / "v0_4_ocdbt", tmp_path / name)
-    with pytest.raises(InputError, match="a_1 and b_2 are of two runs; name one of them"):
+    with pytest.raises(InputError, match="a_1 and b_2 are of different runs; name one of them"):
         t5x.load_t5x(tmp_path)
 
 

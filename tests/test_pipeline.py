@@ -265,7 +265,7 @@ def test_make_batch_pads_shifts_and_weighs() -> None:
 
 def test_buckets_that_do_not_hold_each_other_are_refused():
     source = Source(np.full(4, 10, np.int32), np.full(4, 5, np.int32))
-    with pytest.raises(InputError, match="the larger has to hold the smaller"):
+    with pytest.raises(InputError, match="the larger must contain the smaller"):
         TrainBatches(source, buckets=[(32, 8), (16, 32)], batch_size=2, seed=0, ids=T5_IDS)
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from ptjax.data import preprocess
+from ptjax.data.examples import Example
 from ptjax.data.preprocess import check_labels, tokenize_examples, tokenize_texts
-from ptjax.data.tasks import Example
 from ptjax.data.tokenizer import ByteTokenizer, SentencePieceTokenizer
 from ptjax.errors import InputError
 

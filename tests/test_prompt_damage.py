@@ -92,7 +92,7 @@ def test_case_5_6_the_states_of_a_compiled_prompt_too(tmp_path):
     save_prompt(file, ramp(2, 4), METADATA, PromptStates(pair, pair))
     assert load_prompt(file).states is not None
     file.write_bytes(file.read_bytes()[:-4] + np.float32(7).tobytes())
-    with pytest.raises(InputError, match=rf"{DAMAGED} \(its checksum is another\)"):
+    with pytest.raises(InputError, match=rf"{DAMAGED} \(the checksum does not match\)"):
         load_prompt(file)
 
 
@@ -104,7 +104,7 @@ def test_case_5_6_a_header_without_its_checksum_is_no_older_file(tmp_path):
             tmp_path / "x.safetensors",
             lambda header, key=key: header.pop(key),
         )
-        with pytest.raises(InputError, match=rf"{DAMAGED} \(its checksum is another\)"):
+        with pytest.raises(InputError, match=rf"{DAMAGED} \(the checksum does not match\)"):
             load_prompt(file)
 
 
@@ -115,28 +115,28 @@ def test_case_5_6_a_prompt_that_is_saved_again_is_sealed_anew(tmp_path):
     assert load_prompt(tmp_path / "y.safetensors").metadata["step"] == 3
     first, second = (header_of(tmp_path / f"{x}.safetensors")["ptjax_sha256"] for x in "xy")
     assert first != second and "ptjax_sha256" not in read.metadata
-    with pytest.raises(InputError, match=r"cannot be saved with this metadata, its 'step' is 1\.5"):
+    with pytest.raises(InputError, match=r"cannot be saved with this metadata, 'step' is 1\.5"):
         save_prompt(tmp_path / "y.safetensors", read.prompt, {"step": 1.5})
 
 
 @pytest.mark.parametrize(
     ("key", "text", "message"),
     [
-        ("input_length", '"512"', "its 'input_length' is \"512\""),
-        ("input_length", "true", "its 'input_length' is true"),
-        ("input_length", "64.0", r"its 'input_length' is 64\.0"),
-        ("input_length", str(10**9), "its 'input_length' is 1000000000"),
-        ("target_length", "-4", "its 'target_length' is -4"),
-        ("sees_input", "0", "its 'sees_input' is 0"),
-        ("sees_input", "falsf", "its 'sees_input' is no JSON"),
-        ("backbone_fingerprint", "[1]", r"its 'backbone_fingerprint' is \[1\]"),
-        ("seed", None, "it lacks 'seed'"),
-        ("task", None, "it lacks 'task'"),
-        ("sees_input", None, "it lacks 'sees_input'"),
-        ("verbalizer", None, "its 'task' lost the labels"),
-        ("label", None, "its 'task' lost the labels"),
-        ("verbalizer", {"a": 1}, "its 'task' has a value of another type"),
-        ("inputs", 3, "its 'task' has a value of another type"),
+        ("input_length", '"512"', "'input_length' is \"512\""),
+        ("input_length", "true", "'input_length' is true"),
+        ("input_length", "64.0", r"'input_length' is 64\.0"),
+        ("input_length", str(10**9), "'input_length' is 1000000000"),
+        ("target_length", "-4", "'target_length' is -4"),
+        ("sees_input", "0", "'sees_input' is 0"),
+        ("sees_input", "falsf", "'sees_input' is not valid JSON"),
+        ("backbone_fingerprint", "[1]", r"'backbone_fingerprint' is \[1\]"),
+        ("seed", None, "'seed' is missing"),
+        ("task", None, "'task' is missing"),
+        ("sees_input", None, "'sees_input' is missing"),
+        ("verbalizer", None, "'task' lost its labels"),
+        ("label", None, "'task' lost its labels"),
+        ("verbalizer", {"a": 1}, "'task' has a value of the wrong type"),
+        ("inputs", 3, "'task' has a value of the wrong type"),
     ],
 )
 def test_case_5_6_wrong_types_in_a_file_of_ours_are_damage(tmp_path, key, text, message):
@@ -164,7 +164,7 @@ def test_somebody_else_s_values_may_be_anything(tmp_path):
 def test_case_5_6_wrong_types_in_a_peft_directory_of_ours(tmp_path):
     metadata = {"sees_input": 1}
     export_peft(tmp_path, ramp(2, 4), num_heads=1, num_layers=1, metadata=metadata)
-    with pytest.raises(InputError, match=r"was damaged or changed .*its 'sees_input' is 1"):
+    with pytest.raises(InputError, match=r"was damaged or changed .*'sees_input' is 1"):
         load_prompt(tmp_path)
 
 

@@ -84,7 +84,7 @@ def test_opening_reads_the_header_alone(tmp_path, tensors):
     file.write_bytes(data[:-140] + np.ones((7, 5), np.float32).tobytes())
     np.testing.assert_array_equal(array.read_all(), np.ones((7, 5)))
     file.write_bytes(data[:-1])
-    with pytest.raises(InputError, match=r"x\.safetensors: the file was changed or cut off"):
+    with pytest.raises(InputError, match=r"x\.safetensors: the file was changed or truncated"):
         array.read_all()
 
 
@@ -167,7 +167,7 @@ def test_any_json_fits_into_a_header():
 def test_no_safetensors_file(tmp_path, header):
     file = tmp_path / "x.safetensors"
     file.write_bytes(len(header).to_bytes(8, "little") + header)
-    with pytest.raises(InputError, match="this is no safetensors file"):
+    with pytest.raises(InputError, match="this is not a safetensors file"):
         open_safetensors(file)
 
 

@@ -23,7 +23,7 @@ from ptjax.backbones.load import load_backbone
 from ptjax.backbones.save import save_backbone
 from ptjax.data.batch import SpecialIds, make_batch, make_packed_batch, trailing_lengths
 from ptjax.data.packing import PackedBatches
-from ptjax.data.pipeline import BankBatches, TrainBatches, make_buckets
+from ptjax.data.pipeline import SweepBatches, TrainBatches, make_buckets
 from ptjax.data.preprocess import TokenizedExamples, TokenRows
 from ptjax.data.tokenizer import SentencePieceTokenizer
 from ptjax.errors import InputError
@@ -140,7 +140,7 @@ def test_how_transformers_would_generate_is_said(folder, caplog, file):
     load_backbone(folder)
     [line] = [line for line in caplog.messages if "generates with" in line]
     listed = "num_beams = 4, no_repeat_ngram_size = 3, forced_eos_token_id = 1"
-    assert line.startswith(f"{folder / file}: transformers generates with {listed}; ptjax decodes")
+    assert line.startswith(f"{folder / file}: transformers generates with {listed}; ptjax ignores")
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_case_1_5_untold_ids_are_t5s_and_said(folder, t5_1_1):
 
 def test_case_1_5_a_tokenizer_ends_texts_as_the_model_does(folder):
     make_tokenizer(unk_id=0, pad_id=1, eos_id=2).save(folder)
-    with pytest.raises(InputError, match=r"texts end with id 2, those of the model with 1; .*\(2,"):
+    with pytest.raises(InputError, match=r"ends texts with id 2, the model with 1; .*\(2,"):
         load_backbone(folder)
     for chosen in ((2, 7), [2, 7]):
         assert load_backbone(folder, eos_ids=chosen).config.eos_ids == (2, 7)
@@ -363,7 +363,7 @@ def test_case_1_6_a_banks_smaller_batch_is_padded_with_its_padding(madlad):
         source = source_of(*rows)
         shape = {"buckets": [(length, length)], "batch_size": 1, "seed": 0}
         members.append(TrainBatches(source, **shape, ids=ids))
-    batch = BankBatches(members).batch(0)
+    batch = SweepBatches(members).batch(0)
     assert batch["encoder_input_tokens"].tolist() == [[[5, 2, 1, 1]], [[5, 6, 7, 2]]]
     assert batch["encoder_lengths"].tolist() == [[2], [4]]
     assert batch["decoder_loss_weights"].tolist() == [[[1, 1, 0, 0]], [[1] * 4]]

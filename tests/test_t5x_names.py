@@ -110,7 +110,7 @@ UNKNOWN = {
     "--process_index=0": "ptjax has instead: --process_id",
     "--initialization_timeout=9": "ptjax has instead: --initialization_timeout_seconds",
     "--run_mode=train": "the mode is the command",
-    "--seqio_additional_cache_dirs=x": "there are no cached tasks",
+    "--seqio_additional_cache_dirs=x": "ptjax caches no tasks",
     "--multiprocess_gpu": "Slurm and Open MPI are recognised",
     "--gin.MIXTURE_OR_TASK_NAME='super_glue_boolq_v102'": "a task's gin file, tasks/*.gin, which "
     "declares ptjax.Task, of this task --gin_file=tasks/boolq.gin",

@@ -169,7 +169,7 @@ def test_settings_of_the_source_reach_it(tmp_path):
         ({"verbalizer": {"0": "a", "1": 1}}, "the verbalizer's text for '1' is 1"),
         ({"metrics": ()}, "no metric"),
         ({"metrics": ("acuracy",)}, "no metric is called 'acuracy'; did you mean accuracy"),
-        ({"positive_label": "maybe"}, "positive_label='maybe' is no text of its verbalizer ("),
+        ({"positive_label": "maybe"}, "positive_label='maybe' is not a text of its verbalizer ("),
         ({"metrics": "group_exact_match"}, "needs `group`"),
         ({"metrics": "f1", "verbalizer": {"0": "a", "1": "b", "2": "c"}}, "takes two labels"),
         (

@@ -212,7 +212,7 @@ def test_what_is_no_tokenizer(tmp_path, monkeypatch):
         (tmp_path / "no.model", "no tokenizer at .*: the path does not exist"),
         (tmp_path / "nowhere", "no tokenizer at .*: the path does not exist"),
         (tmp_path / "empty", "no tokenizer in it; it needs spiece.model"),
-        (tmp_path / "file.json", r"has to be a SentencePiece \*.model"),
+        (tmp_path / "file.json", r"must be a SentencePiece \*.model"),
         ("some/model", "some/model: not a local path, and the Hugging Face hub cannot be reached"),
     ]:
         with pytest.raises(InputError, match=message):

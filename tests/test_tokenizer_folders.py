@@ -410,7 +410,7 @@ def test_case_5_2_a_tokenizer_that_brings_code(tmp_path, monkeypatch, auto_map):
     questions = []
     # Somebody who says yes to everything.
     monkeypatch.setattr("builtins.input", lambda *said: questions.append(said) or "y")
-    with pytest.raises(InputError, match=r"brings code of its own .* which ptjax does not run"):
+    with pytest.raises(InputError, match=r"comes with its own code .* which ptjax does not run"):
         load_tokenizer(folder)
     assert not flag.exists() and not questions
     shutil.copy(SPIECE, folder)

@@ -166,7 +166,7 @@ def test_case_1_8_a_tied_config_with_a_head_of_its_own(tmp_path, model_type, mon
     keys = {"tie_word_embeddings": True, "feed_forward_proj": "gated-gelu"}
     folder = make_folder(tmp_path, head="own", model_type=model_type, **keys)
     both = (
-        "it does not say who wrote it.*4 takes the embedding, scaled by.*5 takes lm_head.weight, "
+        "it records no version.*4 uses the embedding, scaled by.*5 uses lm_head.weight, "
         "scaled by.*remove lm_head.weight"
     )
     with pytest.raises(InputError, match=both):
@@ -242,10 +242,13 @@ def test_case_1_9_logits_are_those_of_transformers_and_come_back(tmp_path, keys)
     ("keys", "message"),
     [
         ({"feed_forward_proj": "gated-sine"}, "feed_forward_proj is 'gated-sine'; .* relu, "),
-        ({"feed_forward_proj": "relu", "dense_act_fn": "sine"}, "dense_act_fn is 'sine'; ptjax"),
+        (
+            {"feed_forward_proj": "relu", "dense_act_fn": "sine"},
+            "dense_act_fn is 'sine'; supported",
+        ),
         ({"feed_forward_proj": "relu", "dense_act_fn": ["x"]}, r"dense_act_fn is \['x'\]"),
-        ({"feed_forward_proj": "half-gelu"}, "'half-gelu'; it has to be the name of an activ"),
-        ({"feed_forward_proj": 3}, "feed_forward_proj is 3; it has to be"),
+        ({"feed_forward_proj": "half-gelu"}, "'half-gelu'; it must be the name of an activ"),
+        ({"feed_forward_proj": 3}, "feed_forward_proj is 3; it must be"),
     ],
 )
 def test_case_1_9_an_activation_without_a_name_here_is_refused(tmp_path, keys, message):

@@ -68,6 +68,20 @@ INSTEAD = {
     r"\bfound out\b|\bfinds? out\b": "detects, determines",
     r"\bof which kind\b": "which kind",
     r"\bthinks?\b": "assumes",
+    r"\b(is|are) (there|here) already\b": "already exists",
+    r"\beverybody\b": "all processes, all users",
+    r"\b(reader|user|process) has gone\b": "is closed, has ended",
+    r"\bthe void\b": "a closed stream",
+    r"\bat the most\b": "at most",
+    r"\bin so far\b": "if, where",
+    r"\bso much of\b": "that much, N bytes of",
+    r"\bdearest\b": "most expensive",
+    r"\bstrangers'? (own )?(file|bytes|text)s?\b|\bof a stranger\b": "untrusted",
+    r"\b(is|are|was) (known|said) of\b": "is known about",
+    r"\bto die of\b|\bdies of\b": "fails with, is aborted by",
+    r"\bknows? no such\b": "does not support",
+    r"\bas (it|he|she) wants\b": "in any order, freely",
+    r"\bin a process of one's own\b": "in a separate process",
 }
 
 
@@ -102,6 +116,8 @@ def test_no_phrase_of_the_list_is_left(room: str) -> None:
         ("the run goes on; what trains", 2),
         ("is not a number, must be >= 1, resumes", 0),
         ("is no longer here", 0),
+        ("it is there already; of a stranger", 2),
+        ("strangers may write it; it is there; already so", 0),
     ],
 )
 def test_phrases_are_found(text: str, count: int) -> None:

@@ -1,4 +1,4 @@
-"""What a path holds: a prompt, a run's MODEL_DIR, a checkpoint in it, or a backbone."""
+"""Describes what a path holds: a prompt, a run's MODEL_DIR, one of its checkpoints, a backbone."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from ptjax.backbones.fingerprint import Fingerprints, digest
 from ptjax.backbones.open import OpenBackbone, open_backbone
 from ptjax.data.tokenizer import Tokenizer
 from ptjax.errors import InputError, check_path
+from ptjax.files import JsonObject
 from ptjax.interop import peft, t5x
 from ptjax.interop.prompt_file import PromptFile, load_prompt, prompts_below, wrong_width
 from ptjax.model_dir import ModelDir
@@ -25,11 +26,11 @@ from ptjax.model_dir import ModelDir
 
 def describe(
     path: str | os.PathLike[str], tokenizer: str | None = None, **config_overrides: Any
-) -> dict[str, Any]:
-    """What `path` is, as plain JSON values; "kind" is "prompt", "run", "checkpoint" or "backbone".
+) -> JsonObject:
+    """Describes `path` as JSON values; "kind" is "prompt", "run", "checkpoint" or "backbone".
 
     Raises:
-        InputError: it is none of them, or damaged.
+        InputError: the path holds something else, or is damaged.
     """
     check_path("the path to describe", path)
     place = epath.Path(path).expanduser()
@@ -42,15 +43,15 @@ def describe(
         return {"kind": "prompt", "path": os.fspath(path)} | describe_prompt(load_prompt(place))
     backbone_here = t5x.is_t5x(place) or (place / "config.json").exists()
     if place.is_dir() and not backbone_here and (below := prompts_below(place)):
-        raise InputError(f"{path}: no prompt itself; did you mean {below[0]}?")
+        raise InputError(f"{path} is not a prompt itself; did you mean {below[0]}?")
     opened = open_backbone(path, tokenizer=tokenizer, **config_overrides)
     return {"kind": "backbone"} | describe_backbone(opened)
 
 
-def describe_backbone(opened: OpenBackbone) -> dict[str, Any]:
-    """Sizes, parameters, bytes, dtypes, fingerprints, without loading the weights.
+def describe_backbone(opened: OpenBackbone) -> JsonObject:
+    """Sizes, parameters, bytes, dtypes and fingerprints, without loading the weights.
 
-    Only the fingerprints' sample is read, so a backbone may be larger than this machine's memory.
+    Reads only the fingerprints' sample, so a backbone may be larger than this machine's memory.
     """
     fingerprints = fingerprints_of(opened)
     counts = {name: int(np.prod(array.shape)) for name, array in opened.arrays.items()}
@@ -72,9 +73,9 @@ def describe_backbone(opened: OpenBackbone) -> dict[str, Any]:
 
 
 def fingerprints_of(opened: OpenBackbone) -> Fingerprints:
-    """Those of `load_backbone`, of which only the sample is read."""
+    """The fingerprints as `load_backbone` computes them, reading only the sample."""
 
-    def sample(path: str) -> dict[str, Any]:
+    def sample(path: str) -> dict[str, jax.Array]:
         array = opened.arrays[path]
         parts = opened.family.fingerprint_parts(path, array.shape)
         read = array.read_parts([*parts.values()])
@@ -87,7 +88,7 @@ def fingerprints_of(opened: OpenBackbone) -> Fingerprints:
     return digest(opened.config, samples, opened.family)
 
 
-def describe_prompt(file: PromptFile) -> dict[str, Any]:
+def describe_prompt(file: PromptFile) -> JsonObject:
     """Shape, bytes, norms and metadata of a prompt."""
     norms = np.linalg.norm(file.prompt, axis=1)
     return {
@@ -105,10 +106,10 @@ def describe_prompt(file: PromptFile) -> dict[str, Any]:
     }
 
 
-def describe_run(model_dir: epath.Path) -> dict[str, Any]:
-    """Results, newest checkpoint and best prompt of a MODEL_DIR, as far as they are there."""
+def describe_run(model_dir: epath.Path) -> JsonObject:
+    """Results, newest checkpoint and best prompt of a MODEL_DIR, as far as they exist."""
     run = ModelDir(model_dir)
-    described: dict[str, Any] = {
+    described: JsonObject = {
         "path": os.fspath(model_dir),
         "finished": run.results.exists(),
         "newest_checkpoint": max(run.checkpoint_steps(), default=None),
@@ -123,11 +124,12 @@ def describe_run(model_dir: epath.Path) -> dict[str, Any]:
     return described
 
 
-def describe_checkpoint(folder: epath.Path) -> dict[str, Any]:
-    """Of which run a checkpoint of ptjax is, how far that was, and what it holds."""
+def describe_checkpoint(folder: epath.Path) -> JsonObject:
+    """The run of a ptjax checkpoint, its progress, and the arrays in the checkpoint."""
     if not (folder / "state" / "manifest.ocdbt").exists():
-        raise InputError(f"{folder}: the checkpoint is incomplete, its arrays are not there")
-    remote = "://" in os.fspath(folder)  # Orbax wants an absolute path, but epath knows none of gs
+        raise InputError(f"{folder}: the checkpoint is incomplete, its arrays are missing")
+    # Orbax needs an absolute path, and `absolute` does not work for gs://.
+    remote = "://" in os.fspath(folder)
     try:
         place = folder if remote else folder.absolute()
         state: Any = ocp.metadata(place, "state").metadata
@@ -149,12 +151,12 @@ def describe_checkpoint(folder: epath.Path) -> dict[str, Any]:
 def nearest_tokens(
     prompt: np.ndarray, embedding: np.ndarray, tokenizer: Tokenizer | None, count: int = 3
 ) -> list[list[tuple[str, float]]]:
-    """The `count` vocabulary tokens nearest to each row, best first, with their cosines.
+    """The `count` vocabulary tokens nearest to each row, best first, with cosine similarities.
 
     Args:
         prompt: [P, D].
         embedding: [V, D].
-        tokenizer: without one, tokens are shown by number.
+        tokenizer: without one, tokens are shown as ids.
 
     Raises:
         InputError: the widths differ.
@@ -176,14 +178,14 @@ def nearest_tokens(
 def compare(
     prompt: str | os.PathLike[str], backbone: str, tokenizer: str | None = None, count: int = 3
 ) -> list[list[tuple[str, float]]]:
-    """`nearest_tokens` of the prompt at a path in the vocabulary of the backbone at another.
+    """`nearest_tokens` of a prompt in the vocabulary of a backbone, both given by their paths.
 
-    Of the backbone only the embedding and the fingerprint's sample are read; a warning says when
-    it is another one than the prompt was tuned on.
+    Reads only the embedding and the fingerprint's sample of the backbone. Logs a warning if the
+    prompt was tuned on a different backbone.
     """
     file, opened = load_prompt(prompt), open_backbone(backbone, tokenizer=tokenizer)
     if fingerprints_of(opened).contradict(file.metadata):
-        logging.warning("%s has not the weights that the prompt was tuned on", opened.name)
+        logging.warning("the prompt was tuned on different weights than %s", opened.name)
     embedding = opened.arrays[opened.family.embedding_path].read_all().astype(np.float32)
     return nearest_tokens(np.asarray(file.prompt), embedding, opened.tokenizer, count)
 
@@ -193,5 +195,5 @@ def _unit(rows: np.ndarray) -> np.ndarray:
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
 
 
-def _read_json(file: epath.Path) -> dict[str, Any] | None:
+def _read_json(file: epath.Path) -> JsonObject | None:
     return files.read_object(file) if file.exists() else None

@@ -1,11 +1,10 @@
-"""Which backbone this is, whatever file, dtype or devices it came through.
+"""Fingerprints: identify a backbone independently of file format, dtype and devices.
 
-There are two fingerprints, both over sizes and a sample of the weights in bfloat16, the coarsest
-dtype that backbones are kept in. `v2` samples every parameter and covers everything that the
-network computes with. `v1` ("sha256:...") samples embeddings, norms and a row of each `wo` kernel,
-so a T5 with merged LoRA has the one of its base. Prompts record both, each under a key of its own:
-versions of ptjax that know v1 alone go on reading new prompts, and prompts that record v1 alone
-stay valid.
+There are two, both over sizes and a sample of the weights in bfloat16, the coarsest dtype that
+backbones are stored in. `v2` samples every parameter and covers every config field that affects the
+logits. `v1` ("sha256:...") samples embeddings, norms and a row of each `wo` kernel, so it does not
+distinguish a T5 with merged LoRA from its base. Prompts record both under separate keys: versions
+of ptjax that only know v1 can read new prompts, and prompts with v1 alone stay valid.
 """
 
 from __future__ import annotations
@@ -15,35 +14,39 @@ import functools
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from ptjax.files import JsonObject, Metadata
 from ptjax.models.family import Family
 from ptjax.models.stacking import UnstackedView
 from ptjax.models.t5_family import T5_FAMILY
 from ptjax.sharding.arrays import replicated
-from ptjax.trees import flatten_paths
+from ptjax.trees import Tree, flatten_paths
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 V1_KEY, V2_KEY = "backbone_fingerprint", "backbone_fingerprint_v2"
-"""The metadata of a prompt that holds each."""
+"""Their keys in a prompt's metadata."""
 
 V2_PREFIX = "v2:"
 
 
 class Fingerprints(NamedTuple):
-    """Of one backbone."""
+    """The two fingerprints of a backbone."""
 
     v1: str
     v2: str
 
-    def compare(self, metadata: Mapping[str, Any]) -> tuple[str, str] | None:
-        """(what a prompt's metadata records, what this backbone has): equal if it is the same one.
+    def compare(self, metadata: Metadata) -> tuple[str, str] | None:
+        """(the fingerprint that a prompt records, this backbone's): equal for the same backbone.
 
-        v2 decides where it is recorded; None where neither is.
+        Uses v2 if it is recorded, else v1; None if the prompt records neither.
         """
         recorded = metadata.get(V2_KEY) or metadata.get(V1_KEY)
         if recorded is None:
@@ -51,26 +54,26 @@ class Fingerprints(NamedTuple):
         recorded = str(recorded)
         return recorded, self.v2 if recorded.startswith(V2_PREFIX) else self.v1
 
-    def contradict(self, metadata: Mapping[str, Any]) -> bool:
-        """Whether a prompt records that it was tuned on another backbone."""
+    def contradict(self, metadata: Metadata) -> bool:
+        """Whether a prompt records that it was tuned on a different backbone."""
         pair = self.compare(metadata)
         return pair is not None and pair[0] != pair[1]
 
-    def match_v1_alone(self, metadata: Mapping[str, Any]) -> bool:
-        """Whether a prompt records this backbone's v1, and no v2."""
+    def match_v1_alone(self, metadata: Metadata) -> bool:
+        """Whether a prompt records this backbone's v1 and no v2."""
         return self.compare(metadata) == (self.v1, self.v1)
 
     def as_metadata(self) -> dict[str, str]:
-        """What a prompt that is tuned on this backbone records."""
+        """The entries in the metadata of a prompt that is tuned on this backbone."""
         return {V1_KEY: self.v1, V2_KEY: self.v2}
 
 
 def fingerprint(
-    config: Any, params: Mapping[str, Any], mesh: Mesh, family: Family = T5_FAMILY
+    config: DataclassInstance, params: Tree, mesh: Mesh, family: Family = T5_FAMILY
 ) -> Fingerprints:
-    """Both fingerprints of parameters by ptjax's names.
+    """Both fingerprints of parameters under ptjax's names.
 
-    The sample is taken from the arrays on their devices, so that no file is read a second time.
+    Takes the sample from the arrays on their devices, so no file is read again.
     """
     samples = {}
     for path, array in flatten_paths(params).items():
@@ -79,9 +82,9 @@ def fingerprint(
 
 
 def digest(
-    config: Any, samples: Mapping[str, Mapping[str, jax.Array]], family: Family
+    config: DataclassInstance, samples: Mapping[str, Mapping[str, jax.Array]], family: Family
 ) -> Fingerprints:
-    """The fingerprints, from what `sample_of` took of each parameter."""
+    """Both fingerprints, from the result of `sample_of` for each parameter."""
     sizes = {field: getattr(config, field) for field in family.old_fields}
     v1 = hashlib.sha256(json.dumps(sizes).encode())
     v2 = hashlib.sha256(json.dumps(_computed(config, family), sort_keys=True).encode())
@@ -97,10 +100,10 @@ def digest(
     return Fingerprints(f"sha256:{v1.hexdigest()}", f"{V2_PREFIX}{v2.hexdigest()}")
 
 
-def _computed(config: Any, family: Family) -> dict[str, Any]:
-    """The fields that the network's function depends on.
+def _computed(config: DataclassInstance, family: Family) -> JsonObject:
+    """The fields that affect the logits.
 
-    One at its default is left out: a field that a later version adds changes no old fingerprint.
+    Fields at their default are omitted, so that a field added later changes no old fingerprint.
     """
     return {
         field.name: getattr(config, field.name)
@@ -112,7 +115,7 @@ def _computed(config: Any, family: Family) -> dict[str, Any]:
 def sample_of(
     path: str, array: jax.Array, mesh: Mesh, family: Family
 ) -> dict[str, dict[str, jax.Array]]:
-    """What the fingerprints take of a parameter, by its name."""
+    """{path: the sample of the parameter}."""
     ending = "/".join(path.split("/")[-2:])
     stacked = "/layers/" in path and "scanned layers" not in family.lacks
     return {path: _sample(array, ending, stacked, mesh, family)}
@@ -122,12 +125,10 @@ def sample_of(
 def _sample(
     array: jax.Array, ending: str, stacked: bool, mesh: Mesh, family: Family
 ) -> dict[str, jax.Array]:
-    """The parts of an array, or of each layer of a stack, that the family samples.
-
-    They are on every device.
+    """The parts of an array, or of each layer of a stack, that the family samples; replicated.
 
     Args:
-        ending: of the name, so that the layers of a network share one program.
+        ending: the last two names of the path, so that all layers share one compiled program.
     """
     layers = (slice(None),) if stacked else ()
     parts = family.fingerprint_parts(ending, array.shape[len(layers) :])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Callable
 from typing import Annotated, Any, Literal, get_args
 
 import jax
@@ -19,7 +18,7 @@ from ptjax.data.tokenizer import Tokenizer
 from ptjax.errors import check_choice
 from ptjax.interop.lazy_array import Index, LazyArray, cast
 from ptjax.models.config import Dtype, T5Config
-from ptjax.models.family import Family, check_supported
+from ptjax.models.family import ApplyFn, Family, check_supported
 from ptjax.models.layers import Quantized
 from ptjax.models.stacking import GatherFn, stack_paths
 from ptjax.models.t5_family import T5_FAMILY
@@ -35,21 +34,21 @@ class Backbone:
     """A frozen network, ready for a prompt.
 
     Attributes:
-        variables: `{"params": ...}`, of a T5 under T5X's names.
-        apply_fn: `make_apply_fn(True)`, for prompts that see their input.
-        fingerprint: "v2:..." of sizes and a sample of every parameter; equal whatever file format,
-            dtype or number of devices they came through.
-        name: what the user called it: a path, a hub id with its revision, "ptjax-nano".
-        mesh: where the variables live; with `fsdp` each divided over its `data` axis too.
-        quantize: "int8" where kernels are `Quantized`.
-        assumed: config fields that the files do not tell, at the family's values.
-        fingerprint_v1: "sha256:...", of the part that older prompts know; see `fingerprint`.
-        family: what kind of network it is.
+        variables: `{"params": ...}`; for a T5 under T5X's names.
+        apply_fn: `make_apply_fn(True)`, for prompts that attend to their input.
+        fingerprint: "v2:..." over sizes and a sample of every parameter; independent of file
+            format, dtype and number of devices.
+        name: the user's name for it: a path, a hub id with its revision, "ptjax-nano".
+        mesh: the mesh of the variables; with `fsdp` they are sharded over its `data` axis too.
+        quantize: "int8" if kernels are `Quantized`.
+        assumed: config fields that the files do not state, set to the family's defaults.
+        fingerprint_v1: "sha256:...", the fingerprint of older prompts; see `fingerprint`.
+        family: the kind of network.
     """
 
     config: Any
     variables: dict[str, Any]
-    apply_fn: Callable[..., Any]
+    apply_fn: ApplyFn
     tokenizer: Tokenizer | None
     fingerprint: str
     name: str
@@ -65,13 +64,11 @@ class Backbone:
         """Both, for what a prompt records."""
         return Fingerprints(self.fingerprint_v1, self.fingerprint)
 
-    def make_apply_fn(
-        self, attends_to_input: bool, collections: tuple[str, ...] = ()
-    ) -> Callable[..., Any]:
-        """`apply_fn` for a prompt of that kind.
+    def make_apply_fn(self, attends_to_input: bool, collections: tuple[str, ...] = ()) -> ApplyFn:
+        """`apply_fn` for prompts that attend to their input, or do not.
 
         Args:
-            collections: beside `params`, those in which modules of the network have arrays.
+            collections: collections other than `params` that hold arrays of the network's modules.
         """
         if not attends_to_input:
             check_supported(self.family, "blind prompts")
@@ -98,28 +95,27 @@ def load_backbone(
 ) -> Backbone:
     """Loads a T5X checkpoint (legacy or Orbax) or a Hugging Face directory or hub id.
 
-    A tree under T5X's names that Orbax (0.4 or newer, also its v1) saved is read as T5X's are:
-    bare, or below `params` or `target`.
+    A tree under T5X's names saved by Orbax (0.4 or newer, also its v1) is read like T5X's: at the
+    top level, or below `params` or `target`.
 
     Args:
         path: local or gs://; "ptjax-nano" is the backbone that ptjax ships; a hub id may end in
-            "@revision". A folder of several `checkpoint_N`, or steps of Orbax, means the newest.
+            "@revision". In a folder of several `checkpoint_N`, or of Orbax steps, the newest.
         dtype: of weights and activations; None is bfloat16 on TPU and GPU and float32 on CPU.
-        mesh: arrays go straight to their place on it; 'auto', '8x1', '2x4' (data x model) or
-            '2x2x2' (replica x data x model) are all devices (`meshes.choose_mesh`); None is
-            the first device or, on several processes, all of them.
-        fsdp: weights are divided over `data` too, and gathered layer by layer; needs
-            `scan_layers`.
-        quantize: "int8" holds the kernels in a byte an entry, see `sharding.quantize`.
-        tokenizer: a tokenizer, or where to find one; None looks beside the weights.
-        family: of a network that is not ptjax's own T5, such as `flax_module(...)`; it takes a
-            `model.safetensors` under its parameters' own names too.
+        mesh: arrays are loaded directly to their devices; 'auto', '8x1', '2x4' (data x model) or
+            '2x2x2' (replica x data x model) use all devices (`meshes.choose_mesh`); None uses
+            the first device or, with several processes, all of them.
+        fsdp: shard weights over `data` too, and gather them layer by layer; needs `scan_layers`.
+        quantize: "int8" stores kernels at one byte per entry; see `sharding.quantize`.
+        tokenizer: a tokenizer or its path; None looks in the folder of the weights.
+        family: for a network other than ptjax's own T5, such as `flax_module(...)`; it can also
+            be loaded from a `model.safetensors` under its parameters' own names.
         **config_overrides: fields of `T5Config`, or of the family's config, that the files do not
-            tell or tell wrongly.
+            state or state incorrectly.
 
     Raises:
         InputError: the path holds no backbone, or an incomplete or damaged one; a setting does
-            not fit it, or the mesh does not divide it.
+            not fit it, or its sizes are not divisible by the mesh.
     """
     first = mesh.devices.flat[0] if isinstance(mesh, Mesh) else jax.local_devices()[0]
     dtype = dtype or ("float32" if first.platform == "cpu" else "bfloat16")
@@ -134,7 +130,7 @@ def load_backbone(
     )
     if opened.prompt is not None:
         logging.warning(
-            "%s also holds a prompt, left out here; load_prompt(path) returns it", opened.name
+            "%s also holds a prompt, which is ignored; load_prompt(path) returns it", opened.name
         )
     check_rules({"params": opened.arrays}, family.sharding_rules)
     mesh = choose_mesh(mesh, opened.config, dtype, fsdp=fsdp, quantize=quantize, family=family)
@@ -157,7 +153,7 @@ def load_backbone(
 
 
 def check_dtypes(dtype: str, quantize: str | None) -> None:
-    """InputError unless a backbone can be held so."""
+    """InputError unless a backbone can be loaded with these dtypes."""
     check_choice(get_args(Dtype), "load_backbone", dtype=dtype)  # T5 overflows in float16
     check_choice(("int8", None), "load_backbone", quantize=quantize)
 
@@ -169,20 +165,20 @@ def _gather(mesh: Mesh, fsdp: bool) -> GatherFn | None:
 def _load_params(
     opened: OpenBackbone, dtype: str, mesh: Mesh, fsdp: bool, quantize: str | None
 ) -> tuple[dict[str, jax.Array | Quantized], dict[str, dict[str, jax.Array]]]:
-    """(parameters on the mesh by their paths, what the fingerprints take of them)."""
+    """(parameters on the mesh by path, their samples for the fingerprints)."""
     samples: dict[str, dict[str, jax.Array]] = {}
     family, rules = opened.family, opened.family.sharding_rules
 
-    def load(path: str, where: NamedSharding) -> jax.Array | Quantized:
-        # Popped, for an array inside of a T5X msgpack is in memory already.
-        array = place(cast(opened.arrays.pop(path), dtype), where)
+    def load(path: str, sharding: NamedSharding) -> jax.Array | Quantized:
+        # Popped to free memory: an array of a T5X msgpack is already in memory.
+        array = place(cast(opened.arrays.pop(path), dtype), sharding)
         samples.update(sample_of(path, array, mesh, family))
         return quantize_sharded(array) if quantize and family.is_quantized(path) else array
 
-    def place_of(name: str, shape: tuple[int, ...]) -> NamedSharding:
+    def find_sharding(name: str, shape: tuple[int, ...]) -> NamedSharding:
         return sharding_of(f"params/{name}", shape, mesh, fsdp=fsdp, rules=rules)
 
-    # The largest first: what reading takes besides its result is free again before memory fills.
+    # Largest first: temporary memory for reading is needed while the devices are still empty.
     shapes = {path: array.shape for path, array in opened.arrays.items()}
     largest_first = sorted(shapes, key=lambda path: -math.prod(shapes[path]))
     names: dict[str, Any] = {path: path for path in largest_first}
@@ -191,30 +187,28 @@ def _load_params(
     params = {}
     for name, paths in names.items():
         if isinstance(paths, str):
-            where = place_of(name, shapes[paths])
-            params[name] = load(paths, where)
+            params[name] = load(paths, find_sharding(name, shapes[paths]))
         else:
-            shape = (len(paths), *shapes[paths[0]])
-            where = place_of(name, shape)
-            of_layer = NamedSharding(mesh, P(*where.spec[1:]))
+            stacked = find_sharding(name, (len(paths), *shapes[paths[0]]))
+            of_layer = NamedSharding(mesh, P(*stacked.spec[1:]))
             layers = (load(path, of_layer) for path in paths)
             params[name] = stack_layers(layers, len(paths))
     return params, samples
 
 
-def place(stored: LazyArray, where: NamedSharding) -> jax.Array:
-    """`stored` on the devices.
+def place(lazy_array: LazyArray, sharding: NamedSharding) -> jax.Array:
+    """Loads an array onto its devices.
 
-    Only the parts that this process's devices hold are read, together and each once, however many
-    devices hold it.
+    Reads only the shards of this process's devices, and each once, however many devices hold it.
     """
+    shape = lazy_array.shape
 
     def bounds(index: Index | None) -> tuple[tuple[int, int], ...]:
-        pairs = zip(index or (), stored.shape, strict=True)
+        pairs = zip(index or (), shape, strict=True)
         return tuple(part.indices(size)[:2] for part, size in pairs)
 
-    held = where.addressable_devices_indices_map(stored.shape)
-    wanted = dict.fromkeys(map(bounds, held.values()))
-    read = stored.read_parts([tuple(slice(*bound) for bound in part) for part in wanted])
-    parts = dict(zip(wanted, read, strict=True))
-    return jax.make_array_from_callback(stored.shape, where, lambda index: parts[bounds(index)])
+    by_device = sharding.addressable_devices_indices_map(shape)
+    shards = dict.fromkeys(map(bounds, by_device.values()))
+    read = lazy_array.read_parts([tuple(slice(*bound) for bound in shard) for shard in shards])
+    parts = dict(zip(shards, read, strict=True))
+    return jax.make_array_from_callback(shape, sharding, lambda index: parts[bounds(index)])

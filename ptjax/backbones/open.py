@@ -1,4 +1,4 @@
-"""Opens a backbone: what a path holds, its config and tokenizer, weights still in their files."""
+"""Opens a backbone: finds its format, config and tokenizer; the weights stay in their files."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from etils import epath
 from ptjax.backbones import shipped
 from ptjax.data.tokenizer import Tokenizer, check_vocabulary, find_tokenizer, load_tokenizer
 from ptjax.errors import InputError, check_path, missing, near
+from ptjax.files import JsonObject, Metadata
 from ptjax.interop import huggingface
 from ptjax.interop.formats import Opened, open_directory
 from ptjax.interop.lazy_array import LazyArray
@@ -22,12 +23,12 @@ from ptjax.models.t5_family import T5_FAMILY
 from ptjax.trees import flatten_paths
 
 _CHOSEN_FIELDS = {"dtype", "scan_layers", "remat"}
-"""Of `T5Config`: how the network is run, which no file could tell."""
+"""Fields of `T5Config` about how the network is run, which files do not state."""
 
 
 @dataclasses.dataclass(frozen=True)
 class OpenBackbone:
-    """A backbone whose weights are still in their files; `prompt` is one beside them."""
+    """A backbone whose weights are still in their files; `prompt` is one saved with them."""
 
     arrays: dict[str, LazyArray]
     prompt: LazyArray | None
@@ -46,22 +47,22 @@ def open_backbone(
     family: Family = T5_FAMILY,
     **config_overrides: Any,
 ) -> OpenBackbone:
-    """`load_backbone` up to the point where weights would be read; args and errors as there."""
+    """`load_backbone` without reading the weights; same arguments and errors."""
     chosen = _supported(family, config_overrides)
-    arrays, told, name, folders = _open(path, chosen, family)
+    arrays, from_config, name, folders = _open(path, chosen, family)
     prompt = arrays.pop(T5X_PROMPT, None)
-    config, assumed = _make_config(arrays, told, chosen, dtype, name, family)
+    config, assumed = _make_config(arrays, from_config, chosen, dtype, name, family)
     _check(arrays, config, name, family)
-    # Before the weights are read: a wrong tokenizer is found in a second, not after minutes.
-    found = _tokenizer_of(tokenizer, folders)
-    if found is not None:
-        check_vocabulary(found, config.vocab_size)
-        check_end_of_sequence(found, config)
-    return OpenBackbone(arrays, prompt, config, found, name, assumed, family)
+    # Before the weights are read: a wrong tokenizer fails in a second, not after minutes.
+    tokenizer = _tokenizer_of(tokenizer, folders)
+    if tokenizer is not None:
+        check_vocabulary(tokenizer, config.vocab_size)
+        check_end_of_sequence(tokenizer, config)
+    return OpenBackbone(arrays, prompt, config, tokenizer, name, assumed, family)
 
 
 def _open(path: str | os.PathLike[str], chosen: Collection[str], family: Family) -> Opened:
-    """What `path` holds, wherever that lies."""
+    """Opens `path`: shipped with ptjax, local, remote or on the hub."""
     check_path("the path of the backbone", path)
     name = os.fspath(path)
     directory = shipped.find(name) or epath.Path(path).expanduser()
@@ -79,7 +80,7 @@ def _may_be_hub_id(name: str) -> bool:
 
 
 def would_download(path: str | os.PathLike[str]) -> bool:
-    """Whether `path` may be a model of the hub of which this machine has no copy."""
+    """Whether `path` may be a model on the hub that this machine has not downloaded."""
     name = os.fspath(path)
     if shipped.find(name) or not _may_be_hub_id(name) or epath.Path(path).exists():
         return False
@@ -87,8 +88,8 @@ def would_download(path: str | os.PathLike[str]) -> bool:
     return not huggingface.is_downloaded(repo_id, revision or None)
 
 
-def _supported(family: Family, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """`overrides` that the family's config has; InputError for what its networks cannot do."""
+def _supported(family: Family, overrides: Metadata) -> JsonObject:
+    """`overrides` without unused settings that the family lacks; InputError if one is used."""
     chosen = dict(overrides)
     plain: tuple[tuple[Feature, str, Any], ...] = (
         ("scanned layers", "scan_layers", False),
@@ -103,7 +104,7 @@ def _supported(family: Family, overrides: Mapping[str, Any]) -> dict[str, Any]:
 def _tokenizer_of(
     tokenizer: str | os.PathLike[str] | Tokenizer | None, folders: Iterable[epath.Path]
 ) -> Tokenizer | None:
-    """The tokenizer that the user names, else the first one in `folders`."""
+    """The tokenizer that the user chose, else the first one in `folders`."""
     if isinstance(tokenizer, str | os.PathLike):
         return load_tokenizer(tokenizer)
     if tokenizer is not None:
@@ -112,18 +113,18 @@ def _tokenizer_of(
 
 
 def _make_config(
-    stored: Mapping[str, LazyArray],
-    told: Mapping[str, Any],
-    overrides: Mapping[str, Any],
+    lazy_arrays: Mapping[str, LazyArray],
+    from_config: Metadata,
+    overrides: Metadata,
     dtype: str,
     name: str,
     family: Family,
 ) -> tuple[Any, tuple[str, ...]]:
-    """(config, fields at the family's values that neither files nor user tell).
+    """(config, fields set to the family's defaults because neither files nor user state them).
 
-    What config.json tells stands above what names and shapes tell, and the user above both.
+    The user's fields override those of config.json, and these override the inferred ones.
     """
-    inferred, kind_of_config = family.infer_config(stored, name), family.config_type
+    inferred, kind_of_config = family.infer_config(lazy_arrays, name), family.config_type
     defaults: dict[str, Any] = {
         f.name: f.default
         for f in dataclasses.fields(kind_of_config)
@@ -137,20 +138,20 @@ def _make_config(
             raise InputError(f"load_backbone: {owner} has no field {field!r}{near(field, kinds)}")
         if not isinstance(value, (int, float) if kinds[field] is float else kinds[field]):
             kind = getattr(kinds[field], "__name__", kinds[field])
-            raise InputError(f"load_backbone: {field} = {value!r} is no {kind}")
-    told = {field: value for field, value in told.items() if field in kinds}
-    # Names tell one branch from two, not what is applied to them.
-    untold = {*defaults} - (set(inferred) - {"mlp_activations"})
-    assumed = tuple(sorted(untold - set(told) - set(overrides) - _CHOSEN_FIELDS))
-    settings: dict[str, Any] = {**inferred, **told, **overrides, "dtype": dtype}
+            raise InputError(f"load_backbone: {field} must be of type {kind}, got {value!r}")
+    from_config = {field: value for field, value in from_config.items() if field in kinds}
+    # Parameter names distinguish one MLP branch from two, but do not state the activation.
+    not_inferred = {*defaults} - (set(inferred) - {"mlp_activations"})
+    assumed = tuple(sorted(not_inferred - set(from_config) - set(overrides) - _CHOSEN_FIELDS))
+    settings: dict[str, Any] = {**inferred, **from_config, **overrides, "dtype": dtype}
     if "eos_ids" in settings:
         settings["eos_ids"] = tuple(settings["eos_ids"])
     return kind_of_config(**settings), assumed
 
 
-def _check(stored: Mapping[str, LazyArray], config: Any, name: str, family: Family) -> None:
-    """Every parameter of `config`, each of its shape, and no other."""
-    family.check_depth(stored, config, name)
+def _check(lazy_arrays: Mapping[str, LazyArray], config: Any, name: str, family: Family) -> None:
+    """InputError unless the arrays are exactly the parameters of `config`, with their shapes."""
+    family.check_depth(lazy_arrays, config, name)
     try:
         of_layers = dataclasses.replace(config, scan_layers=False) if config.scan_layers else config
         expected = flatten_paths(family.parameter_shapes(of_layers))
@@ -158,16 +159,17 @@ def _check(stored: Mapping[str, LazyArray], config: Any, name: str, family: Fami
         raise
     except Exception as error:  # sizes of 0 or activations unknown to Flax, deep inside the network
         what = family.title.removeprefix("a ")
-        raise InputError(f"{name}: these sizes make no {what}: {config} ({error})") from error
+        raise InputError(f"{name}: invalid config of a {what}: {config} ({error})") from error
     for path, leaf in expected.items():
-        if path not in stored:
+        if path not in lazy_arrays:
             raise InputError(f"{name}: parameter {path} is missing; is the checkpoint complete?")
-        if stored[path].shape != leaf.shape:
+        array = lazy_arrays[path]
+        if array.shape != leaf.shape:
             raise InputError(
-                f"{stored[path].where}: parameter {path} has shape {stored[path].shape}, the "
-                f"config wants {leaf.shape}"
+                f"{array.where}: parameter {path} has shape {array.shape}, but the config says "
+                f"{leaf.shape}"
             )
-    if extra := sorted(set(stored) - set(expected)):
+    if extra := sorted(set(lazy_arrays) - set(expected)):
         raise InputError(
             f"{name}: parameter {extra[0]} does not belong to {family.title} of this config"
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
@@ -16,24 +15,23 @@ from ptjax.models.layers import Quantized
 from ptjax.models.stacking import UnstackedView
 from ptjax.models.t5_family import T5_FAMILY
 from ptjax.sharding import processes
-from ptjax.trees import flatten_paths
+from ptjax.trees import Tree, flatten_paths
 
 
 def save_backbone(
     directory: str | os.PathLike[str],
     config: Any,
-    params: Mapping[str, Any],
+    params: Tree,
     *,
     tokenizer: Tokenizer | None = None,
     dtype: str = "bfloat16",
     max_shard_bytes: int | None = None,
     family: Family = T5_FAMILY,
 ) -> None:
-    """Writes the Hugging Face layout (which `load_backbone` and `transformers` read).
+    """Writes the Hugging Face layout, which `load_backbone` and `transformers` read.
 
-    A family without Hugging Face's names writes `model.safetensors` under its parameters' own.
-
-    Several processes call it together; the first one writes.
+    For a family without Hugging Face's names, writes `model.safetensors` under the parameters' own
+    names. With several processes, all must call it; the first one writes.
 
     Args:
         params: nested dict under T5X's names, layers stacked or not.
@@ -43,11 +41,9 @@ def save_backbone(
     own_names_only = not family.tensor_names({})
     flat = flatten_paths(params) if own_names_only else UnstackedView(flatten_paths(params))
     if any(isinstance(array, Quantized) for array in flat.values()):
-        raise InputError(
-            "int8 kernels are a rounded copy; save the backbone as it was loaded without quantize"
-        )
+        raise InputError("int8 kernels are rounded; load the backbone without quantize to save it")
     if not processes.first():
-        for name in sorted(flat):  # in the order in which the first one writes them
+        for name in sorted(flat):  # same order as in the writing process
             processes.on_host(flat[name])
         return
     target = epath.Path(directory).expanduser()

@@ -16,14 +16,14 @@ NANO = "ptjax-nano"
 def find(name: str) -> epath.Path | None:
     """Directory of a backbone that ships with ptjax or with the package ptjax-models.
 
-    "ptjax-micro-span" is a stage of ptjax-micro; "ptjax-micro" means its last one, "-lm". The
-    name "ptjax-nano" alone is the backbone in ptjax itself.
+    "ptjax-micro-span" is a training stage of ptjax-micro; "ptjax-micro" means its last one, "-lm".
+    "ptjax-nano" is the only backbone in ptjax itself.
 
     Returns:
-        None if `name` is not of that form, or is an existing path.
+        None if `name` does not start with "ptjax-", or is an existing path.
 
     Raises:
-        InputError: a name of that form that neither package has.
+        InputError: neither package has a backbone of that name.
     """
     if name == NANO:
         return _in_package("ptjax") / "assets" / "nano"

@@ -1,8 +1,8 @@
-"""Flags -> gin -> a library function, shared by the thin commands.
+"""From flags and gin files to a call of the library; shared by all commands.
 
-The library has no `@gin.configurable`: gin files name functions through dynamic registration.
-Errors of the user end as one line and exit code 2, failures as exit code 1. Nothing heavy is
-imported here, so that `--help` answers at once.
+The library has no `@gin.configurable`: gin files name functions through dynamic registration. Bad
+input ends with one line and exit code 2, a failure with exit code 1. Nothing heavy is imported
+here, so that `--help` is fast.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ import sys
 import textwrap
 import types
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from ptjax.cli import distributed, gin_types, logs, t5x_names
-from ptjax.cli.gin_files import bound, config_text, has_macro, load_gin, macro, settings
+from ptjax.cli.gin_files import bound, config_text, load_gin, settings
+from ptjax.cli.gin_macros import has_macro, macro
 from ptjax.errors import InputError, TrainingError, near
 
 __all__ = [
@@ -38,23 +39,23 @@ __all__ = [
 ]
 
 MAY_BE_EMPTY = ("--cache_dir", "--gin_bindings", "--gin_search_paths", "--prefix")
-"""Flags that accept an empty value; for the others it is a mistake, such as an unset variable."""
+"""Flags that accept an empty value. For the others it is rejected: usually an unset variable."""
 
 GIN = """\
 gin: a gin file binds arguments of Python functions and names macros (NAME = value).
   --gin.NAME=VALUE sets a macro, or any argument of a function, for example
     --gin.MODEL_DIR="'/tmp/run'"  --gin.TRAIN_STEPS=1000  --gin.RunSettings.seed=3
-  Strings need quotes of their own. Files are looked for in the current folder, in the
+  Strings need their own quotes. Files are searched in the current folder, in the
   --gin_search_paths, and among ptjax's own (models/, tasks/, runs/, quickstart.gin).
 """
 EXIT_CODES = "exit codes: 0 finished, 1 failed, 2 bad input"
 RUN_EXIT_CODES = f"""\
 {EXIT_CODES},
-  130 and 143 stopped by Ctrl-C and SIGTERM (saved; the same command goes on)"""
+  130 and 143 stopped by Ctrl-C and SIGTERM (saved; rerun the same command to resume)"""
 
 
 class _Parser(argparse.ArgumentParser):
-    """One line for what is wrong, with the nearest valid flag."""
+    """Reports an error in one line, with the nearest valid flag."""
 
     def error(self, message: str) -> NoReturn:
         if unknown := re.match(r"unrecognized arguments: (\S+)", message):
@@ -63,7 +64,7 @@ class _Parser(argparse.ArgumentParser):
             kind = "flag" if name.startswith("-") else "argument"
             here = t5x_names.flag_advice(name)
             message = (
-                t5x_names.told(name, here)
+                t5x_names.replacement_message(name, here)
                 if here
                 else f"unknown {kind} {name}{near(name, flags, listed=False)}"
             )
@@ -79,10 +80,12 @@ def make_parser(
     gin_help: str = "",
     exit_codes: str = EXIT_CODES,
 ) -> argparse.ArgumentParser:
-    """A parser with the gin flags that all commands share which read gin files.
+    """A parser with the flags for gin files that all commands share.
 
     Args:
-        description: paragraphs, which are filled; lines that start with a space stay as they are.
+        description: paragraphs, which are wrapped; one that starts with a space is kept as it is.
+        gin: whether the command reads gin files.
+        gin_help: what the gin files of this command may set.
     """
     _open_standard_streams()
     paragraphs = textwrap.dedent(description).strip().split("\n\n")
@@ -103,13 +106,13 @@ def make_parser(
         action="append",
         default=[],
         metavar="FILE",
-        help="a gin file; may be repeated, later ones win. " + gin_help,
+        help="a gin file; may be repeated, later ones override earlier ones. " + gin_help,
     )
     settings.add_argument(
         "--gin_search_paths",
         default="",
         metavar="DIRS",
-        help="comma-separated folders where gin files are looked for too",
+        help="comma-separated folders to search for gin files",
     )
     settings.add_argument(
         "--gin_bindings",
@@ -118,7 +121,7 @@ def make_parser(
         metavar="'NAME = VALUE'",
         help="a line of gin; may be repeated. --gin.NAME=VALUE is the short form",
     )
-    # For command lines written for T5X: what they mean here, docs/from_prompt_tuning.md says.
+    # Accepted for command lines written for T5X, see docs/from_prompt_tuning.md.
     settings.add_argument("--tfds_data_dir", metavar="DIR", help=argparse.SUPPRESS)
     for name in ("--alsologtostderr", "--logtostderr"):
         settings.add_argument(name, action="store_true", help=argparse.SUPPRESS)
@@ -126,10 +129,10 @@ def make_parser(
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Flags as usual, with `--gin.NAME=VALUE` turned into a binding."""
+    """Parses the flags; `--gin.NAME=VALUE` becomes a binding."""
     argv, rest, bindings = list(sys.argv[1:] if argv is None else argv), [], []
     for argument in argv:
-        if re.search("[\ud800-\udfff]", argument):  # how Python holds bytes that are no text
+        if re.search("[\ud800-\udfff]", argument):  # how Python represents bytes that are not UTF-8
             parser.error(f"the argument {argument!r} has bytes that are not UTF-8 text")
         name, _, value = argument.removeprefix("--gin.").partition("=")
         if not argument.startswith("--gin."):
@@ -148,30 +151,30 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
     return arguments
 
 
-def run(body: Callable[[], Any], processes: argparse.Namespace | None = None) -> NoReturn:
-    """Runs a command's body; turns its outcome into an exit code.
+def run(body: Callable[[], object], processes: argparse.Namespace | None = None) -> NoReturn:
+    """Runs a command's body and exits with the matching code.
 
     Args:
-        processes: with the flags of `distributed.add_flags`, of a command that may be one of
-            several processes.
+        processes: the flags of `distributed.add_flags`, for a command that supports several
+            processes.
     """
     logs.prepare()
     with distributed.ending(processes):
         _run(body, processes)
 
 
-def _run(body: Callable[[], Any], processes: argparse.Namespace | None) -> NoReturn:
-    # Outside of the loop, which saves first: the exit code is 143 here as there.
+def _run(body: Callable[[], object], processes: argparse.Namespace | None) -> NoReturn:
+    # Outside of the training loop, which saves first and exits with 143 too.
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
         distributed.start(processes)
         body()
         sys.stdout.flush()
     except InputError as error:
-        # gin appends lines to what is raised inside of it.
+        # gin appends lines to errors that pass through it.
         raise SystemExit(_say("error", error, 2)) from None
     except BrokenPipeError:
-        # In the middle of the work; Python must not flush into the void when it exits.
+        # The reader is gone; Python must not flush to it when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
     except OSError as error:
@@ -187,15 +190,15 @@ def _run(body: Callable[[], Any], processes: argparse.Namespace | None) -> NoRet
 
 
 def _open_standard_streams() -> None:
-    """Gives what the caller closed (`>&-`) somewhere to go, and JSON its encoding.
+    """Opens standard streams that the caller closed (`>&-`), and sets UTF-8 for output.
 
-    Else the next file that is opened would be the one that everybody prints into.
+    Otherwise the next file that is opened would get the descriptor of, say, standard output.
     """
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest free number is this one
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
         if getattr(sys, name) is None:
             stream = io.FileIO(number, mode, closefd=False)
             buffered = io.BufferedReader(stream) if mode == "r" else io.BufferedWriter(stream)
@@ -212,10 +215,10 @@ def _terminate(number: int, frame: types.FrameType | None) -> NoReturn:
 
 def _say(what: str, error: BaseException, code: int) -> int:
     text = str(error)
-    if isinstance(error, InputError):  # one line, but for what gin appends
+    if isinstance(error, InputError):  # one line, without the lines that gin appends
         text = re.split(r"\n  In (?:call|file|bindings)\b", text)[0]
     else:
         text = (text.splitlines() or [type(error).__name__])[0]
-    with contextlib.suppress(OSError):  # nobody may be reading
+    with contextlib.suppress(OSError):  # standard error may be closed
         print(f"{logs.speaker()}{what}: {logs.one_line(text)}", file=sys.stderr)
     return code

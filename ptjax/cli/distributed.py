@@ -1,8 +1,8 @@
-"""A command that runs on several processes: how they find each other, and how they end.
+"""Runs a command on several processes: how they find each other, and how they end.
 
-`jax.distributed` does the work. In a TPU pod, under Slurm and under Open MPI it finds out by itself
-who they are; elsewhere three flags or environment variables say so. A command alone on its machine
-asks nothing of anybody.
+`jax.distributed` does the work. In a TPU pod, under Slurm and under Open MPI it detects the other
+processes; elsewhere three flags or environment variables name them. A command that is the only
+process does not need any of this.
 """
 
 from __future__ import annotations
@@ -21,52 +21,56 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from absl import logging
 
 from ptjax.cli import logs
 from ptjax.errors import InputError, check_at_least
+from ptjax.files import JsonObject
 
 HEARTBEAT_TIMEOUT = 30
-"""JAX's own 100 s would leave the others hanging for more than a minute and a half."""
+"""Seconds. With JAX's default, 100, the other processes would hang for a minute and a half."""
 INITIALIZATION_TIMEOUT = 300
 GRACE_SECONDS = 10
-"""How long a process that failed waits for the others to have failed as well."""
+"""How long a failed process waits for the others to fail as well."""
 IDENTITY_FILE = "PTJAX_LAUNCH_IDENTITY"
-"""Environment variable of `ptjax.launch`: the file in which it reads who its child is."""
+"""Environment variable set by `ptjax.launch`: the file in which a child writes who it is."""
 LAUNCHER_PIPE = "PTJAX_LAUNCH_PIPE"
-"""The same: a pipe whose other end the launcher holds open for as long as it lives."""
+"""Environment variable set by `ptjax.launch`: a pipe that closes when the launcher ends."""
 _HOST_BYTES = 64
 
 
 def add_flags(parser: argparse.ArgumentParser, *, saves: bool = False) -> None:
-    """The flags of a command that can run on several processes.
+    """Adds the flags of a command that can run on several processes.
 
     Args:
-        saves: SIGTERM makes them save together; else it ends a process at once, as everywhere.
+        saves: whether SIGTERM makes all processes save together; else it ends a process at once.
     """
     parser.set_defaults(saves=saves)
     described = (
-        "The same command on each of them; MODEL_DIR and the data on storage that all share. In a "
-        "TPU pod, under srun and under mpirun nothing needs to be said; elsewhere the first three "
+        "Run the same command on each of them, with MODEL_DIR and the data on shared storage. In a "
+        "TPU pod, under srun and under mpirun no flag is needed; elsewhere give the first three "
         "flags, or the environment variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and "
-        "JAX_PROCESS_ID. `python -m ptjax.launch` starts and watches them."
+        "JAX_PROCESS_ID. `python -m ptjax.launch` starts and watches the processes."
     )
     group = parser.add_argument_group("several processes", textwrap.fill(described, 90))
     group.add_argument(
         "--coordinator_address", metavar="HOST:PORT", help="a free port of process 0's machine"
     )
     group.add_argument(
-        "--num_processes", type=int, metavar="N", help="how many; 1 ignores what is around"
+        "--num_processes",
+        type=int,
+        metavar="N",
+        help="number of processes; 1 ignores any cluster environment",
     )
-    group.add_argument("--process_id", type=int, metavar="I", help="0 to N - 1, another for each")
+    group.add_argument("--process_id", type=int, metavar="I", help="0 to N - 1, different for each")
     group.add_argument(
         "--heartbeat_timeout_seconds",
         type=int,
         default=HEARTBEAT_TIMEOUT,
         metavar="S",
-        help="a process that is silent for so long is lost, and the others end; "
+        help="a process that is silent for S seconds is lost, and the others end; "
         f"default: {HEARTBEAT_TIMEOUT}",
     )
     group.add_argument(
@@ -74,19 +78,19 @@ def add_flags(parser: argparse.ArgumentParser, *, saves: bool = False) -> None:
         type=int,
         default=INITIALIZATION_TIMEOUT,
         metavar="S",
-        help=f"until all have found each other; default: {INITIALIZATION_TIMEOUT}",
+        help=f"limit for all to connect; default: {INITIALIZATION_TIMEOUT}",
     )
 
 
 def start(arguments: argparse.Namespace | None) -> None:
-    """Joins the other processes, if there are any; before JAX touches a device.
+    """Joins the other processes, if there are any. Call it before JAX uses a device.
 
     Args:
-        arguments: with the flags of `add_flags`; None for a command that runs alone.
+        arguments: the flags of `add_flags`; None for a command that supports one process only.
 
     Raises:
-        InputError: settings that are incomplete or do not fit together, or several processes for a
-            command that runs alone.
+        InputError: the flags are incomplete or inconsistent, or there are several processes but the
+            command supports one only.
     """
     _end_with_launcher()
     named = _named(arguments)
@@ -94,44 +98,44 @@ def start(arguments: argparse.Namespace | None) -> None:
     if named.get("num_processes") == 1 or (not named and cluster is None):
         return
     if arguments is None:
-        if not named and cluster == "TPU":  # which may be this machine alone
+        if not named and cluster == "TPU":  # this machine may be the only one
             return
         raise InputError(
-            "this command runs in one process, and here are several; start it once, with "
-            "JAX_NUM_PROCESSES=1 in the environment"
+            "this command supports one process only; start it once, with JAX_NUM_PROCESSES=1 in "
+            "the environment"
         )
     heartbeat, patience = _timeouts(arguments)
     if cluster is None:
         _check_complete(named)
     import jax
 
-    config: Any = jax.config
+    config = jax.config
     if not os.environ.get("JAX_CPU_COLLECTIVES_IMPLEMENTATION"):
         config.update("jax_cpu_collectives_implementation", "gloo")
     config.update("jax_enable_preemption_service", arguments.saves)
     try:
         jax.distributed.initialize(
             **named,
-            # What is said in full needs no detection, which asks the network in some places.
+            # Detection may access the network and is not needed if all three are set.
             cluster_detection_method="deactivate" if len(named) == 3 else None,
             heartbeat_timeout_seconds=heartbeat,
             initialization_timeout=patience,
         )
     except Exception as error:
         if cluster != "TPU" or named:
-            raise InputError(f"several processes, but JAX cannot join them: {error}") from error
-        # A TPU machine outside of Google's cloud, or without its metadata server.
-        logging.warning("this TPU machine is taken to be alone; JAX found no others (%s)", error)
+            raise InputError(f"JAX cannot connect the processes: {error}") from error
+        # A TPU machine outside of Google Cloud, or without its metadata server.
+        logging.warning("using this TPU machine alone; JAX found no others (%s)", error)
     if jax.process_count() > 1:
         _introduce()
-    else:  # the preemption service, which nobody will ask, has taken the signal
+    else:  # undo the preemption service's signal handler, which nothing reads here
         signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
 
 
 def _end_with_launcher() -> None:
     """Ends this process when its launcher is killed.
 
-    Otherwise it would keep running unseen and hold the devices and the lock of its MODEL_DIR.
+    Otherwise it would keep running and hold the devices and the lock of its MODEL_DIR.
     """
     pipe = os.environ.pop(LAUNCHER_PIPE, "")
     if not pipe.isdigit() or not stat.S_ISFIFO(os.fstat(int(pipe)).st_mode):
@@ -144,9 +148,9 @@ def _end_with_launcher() -> None:
     threading.Thread(target=wait, name="launcher", daemon=True).start()
 
 
-def _named(arguments: argparse.Namespace | None) -> dict[str, Any]:
-    """What flags, or else environment variables, say of the processes, under JAX's names."""
-    named: dict[str, Any] = {}
+def _named(arguments: argparse.Namespace | None) -> JsonObject:
+    """Arguments of `jax.distributed.initialize` from the flags, or else environment variables."""
+    named: JsonObject = {}
     for name, kind in (("coordinator_address", str), ("num_processes", int), ("process_id", int)):
         value = getattr(arguments, name, None)
         variable = f"JAX_{name.upper()}"
@@ -154,35 +158,35 @@ def _named(arguments: argparse.Namespace | None) -> dict[str, Any]:
             try:
                 value = kind(text)
             except ValueError:
-                raise InputError(f"{variable}={text}: it has to be a whole number") from None
+                raise InputError(f"{variable} must be a whole number, got {text}") from None
         if value is not None:
             named[name] = value
     return named
 
 
-def _check_complete(named: dict[str, Any]) -> None:
+def _check_complete(named: JsonObject) -> None:
     names = ("coordinator_address", "num_processes", "process_id")
     if missing := [name for name in names if name not in named]:
         raise InputError(
-            f"several processes need --{missing[0]} too (or JAX_{missing[0].upper()}); all three "
-            "of --coordinator_address, --num_processes and --process_id go together"
+            f"several processes need --{missing[0]} too (or JAX_{missing[0].upper()}); give all of "
+            "--coordinator_address, --num_processes and --process_id"
         )
     address, count, number = (named[name] for name in names)
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port[:6]) < 2**16:
-        raise InputError(f"--coordinator_address={address}: it has to be HOST:PORT")
+        raise InputError(f"--coordinator_address must be HOST:PORT, got {address}")
     check_at_least(1, **{"--num_processes": count})
     if not 0 <= number < count:
-        raise InputError(f"--process_id={number}: it has to be from 0 to {count - 1}")
+        raise InputError(f"--process_id must be >= 0 and < {count}, got {number}")
     if number == 0:
         _check_port(address, int(port))
 
 
 def _check_port(address: str, port: int) -> None:
-    """Raises InputError where JAX's coordinator cannot listen, of which JAX dies by a signal.
+    """InputError if JAX's coordinator cannot listen on `port`; JAX itself would abort.
 
-    Bound as gRPC binds, which shares its port: the launcher reserves it in that way. Another
-    coordinator, which would share it as well, is one that answers.
+    The probe binds with SO_REUSEPORT, as gRPC does, since the launcher reserves the port that way.
+    Another coordinator would share the port too, so the probe also tries to connect to one.
     """
     with socket.socket() as probe, socket.socket() as client:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -209,12 +213,12 @@ def _timeouts(arguments: argparse.Namespace) -> tuple[int, int]:
 
 
 def _cluster() -> str | None:
-    """What may have started several of us, told by the environment alone; JAX finds out the rest.
+    """The cluster that may have started several processes, judged by the environment, or None.
 
-    An indexed job of Kubernetes is none: its pods may as well be a sweep of separate runs.
+    An indexed job of Kubernetes does not count: its pods may be separate runs.
     """
     for name, count, also in (
-        ("Slurm", "SLURM_NTASKS", "SLURM_STEP_NODELIST"),  # the latter only inside of srun
+        ("Slurm", "SLURM_NTASKS", "SLURM_STEP_NODELIST"),  # set inside of srun only
         ("Open MPI", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
     ):
         text = os.environ.get(count, "")
@@ -222,13 +226,13 @@ def _cluster() -> str | None:
             return name
     import jax
 
-    # JAX puts it there on a machine that has TPU chips, unless the user chose another platform.
-    config: Any = jax.config
-    return "TPU" if "tpu" in (config.jax_platforms or "").split(",") else None
+    # JAX sets it on a machine with TPU chips, unless the user chose another platform.
+    platforms = getattr(jax.config, "jax_platforms", None) or ""
+    return "TPU" if "tpu" in platforms.split(",") else None
 
 
 def _introduce() -> None:
-    """Says who is there, here and to the launcher."""
+    """Logs the processes and their machines, and reports them to the launcher."""
     import jax
     import numpy as np
     from jax.experimental import multihost_utils
@@ -250,11 +254,11 @@ def _introduce() -> None:
 
 @contextlib.contextmanager
 def ending(arguments: argparse.Namespace | None) -> Iterator[None]:
-    """Around a command: how a process ends that is one of several.
+    """Wraps a command, so that a failing process among several ends with its own exit code.
 
-    JAX lets a process that ends wait for the others, and when they do not come aborts all of them,
-    this one as well, whatever its exit code was to be. One that failed alone must not wait: with
-    its heartbeat gone the others end too.
+    When a process exits, JAX waits for the others, and aborts all processes if they do not come,
+    which would replace the exit code. A process that failed alone must not wait: the others end
+    when its heartbeat stops.
     """
     import jax
 
@@ -268,8 +272,8 @@ def ending(arguments: argparse.Namespace | None) -> Iterator[None]:
         if arguments is None or not jax.distributed.is_initialized():
             raise
         if isinstance(error, jax.errors.JaxRuntimeError) and logs.speaker():
-            # A collective without one of its processes fails here and hangs there. Ending at once
-            # would make the others take this one for the lost one.
+            # If a process is lost, a collective fails in some of the others and hangs in the rest,
+            # which would take this process for the lost one if it ended at once.
             seconds = arguments.heartbeat_timeout_seconds + GRACE_SECONDS
             first = str(error).splitlines()[0]
             print(f"waiting {seconds} s to learn if a process was lost: {first}", file=sys.stderr)
@@ -279,7 +283,7 @@ def ending(arguments: argparse.Namespace | None) -> Iterator[None]:
 
 
 def _leave(code: int) -> NoReturn:
-    """Ends with `code`, together with the others if they end as well."""
+    """Ends with `code`, after waiting a while for the others to end as well."""
     import jax
 
     together = threading.Thread(target=jax.distributed.shutdown, daemon=True)

@@ -1,4 +1,4 @@
-"""Reading gin files: what they bind, and one line for whatever is wrong with them."""
+"""Reads gin files and what they bind; every mistake in them is one line."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ import os
 import pprint
 import re
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from importlib import resources
+from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any
 
 import gin
@@ -24,50 +23,43 @@ from etils import epath
 
 import ptjax
 from ptjax.cli import gin_types, old_config, t5x_names, trust
-from ptjax.cli.gin_mistakes import IMPORTS, PUBLIC_NAMES, check_depth, explained, own_files
+from ptjax.cli.gin_macros import check_macros, macro, used_and_set
+from ptjax.cli.gin_mistakes import IMPORTS, PUBLIC_NAMES, check_depth, explained, gin_configs
 from ptjax.errors import InputError, near
+from ptjax.files import JsonObject, Metadata
 
-# What gin has no public names for: its registry, its bindings, how it writes values.
+# gin's registry, its bindings and its printer have no public names.
 _gin: Any = gin.config
 
 TASK = "ptjax.Task"
 
 
-def gin_configs() -> epath.Path:
-    """ptjax's own gin files: inside an installed package, or at the top of a clone."""
-    package = epath.Path(os.fspath(resources.files("ptjax")))  # type: ignore[arg-type]
-    inside = package / "gin_configs"
-    return inside if inside.exists() else package.parent / "gin_configs"
-
-
 def load_gin(
     arguments: argparse.Namespace,
-    macros: Mapping[str, Any] | None = None,
+    macros: Metadata | None = None,
     *,
-    defaults: Mapping[str, Any] | None = None,
+    defaults: Metadata | None = None,
     of_run: str | None = None,
     trusted: bool = False,
 ) -> None:
     """Reads the gin files and bindings, and checks every macro.
 
     Args:
-        macros: set last, where the files use them.
-        defaults: of macros that this command can do without, such as MODEL_DIR where nothing is
-            written; for those that the files use and nothing sets.
-        of_run: the one of the files that is the config.gin of a MODEL_DIR, which an older ptjax
-            may have written.
-        trusted: it may name more than ptjax's settings.
+        macros: override all other values, if the files use them.
+        defaults: values of macros that this command does not need, such as MODEL_DIR if it writes
+            nothing; for macros that the files use and nothing sets.
+        of_run: the gin file that is the config.gin of a MODEL_DIR, possibly of an older ptjax.
+        trusted: whether `of_run` may name more than ptjax's settings.
 
     Raises:
-        InputError: one line with file, line and the nearest valid name; or what `of_run` may
-            not name.
+        InputError: one line with file, line and the nearest valid name.
     """
     gin.clear_config()
     paths = ["", *filter(None, arguments.gin_search_paths.split(",")), os.fspath(gin_configs())]
     for path in paths:
         gin.add_config_file_search_path(path)
-    # Without gin's own reader of Python packages: a folder `runs` here, which every run may make,
-    # is a package to it, and it fails on `include 'runs/prompt_tune.gin'`.
+    # Replaces gin's readers, one of which reads from Python packages: it takes a local folder
+    # `runs`, which any run may create, for a package and fails on `include 'runs/x.gin'`.
     read = functools.partial(_open, of_run=of_run)
     _gin._FILE_READERS = [(read, os.path.isfile), (read, _is_remote)]
     files = []
@@ -76,14 +68,14 @@ def load_gin(
             if file == of_run and not trusted:
                 with read(file) as stream:
                     trust.check(stream, file)
-            with _mixed_tasks_said(file):
-                files = _flat(gin.parse_config_file(file), paths) + files  # later ones win
+            with _warning_of_mixed_tasks(file):
+                files = _flat(gin.parse_config_file(file), paths) + files  # later ones override
     imports = [line for line in arguments.gin_bindings if re.match(r"(import|from)\s", line)]
     for line in arguments.gin_bindings:
         with explained(paths, f"command line, {line}", line):
             _bind(line, IMPORTS + "\n".join(x for x in imports if "__gin__" not in x))
     _apply_t5x_flags(arguments)
-    used, known = _macros()
+    used, known = used_and_set()
     for name in sorted((known - set(used)) & set(t5x_names.ACCEPTED)):
         if macro(name) in t5x_names.ACCEPTED[name]:
             del _gin._CONFIG[name, "gin.macro"]
@@ -92,19 +84,19 @@ def load_gin(
         gin.bind_parameter((name, "gin.macro", "value"), (macros or {})[name])
         known.add(name)
     given = {line.partition("=")[0].strip() for line in arguments.gin_bindings}
-    _check_macros(used, known, files, given, optional=list(defaults or ()))
+    check_macros(used, known, files, given, optional=list(defaults or ()))
     try:
         gin_types.check_finite(files, arguments.gin_bindings)
         gin_types.check_types(files, arguments.gin_bindings, optional=list(defaults or ()))
     except RecursionError:
-        raise InputError("a macro stands for itself (A = %B and B = %A); give it a value") from None
+        raise InputError("a macro refers to itself (A = %B and B = %A); give it a value") from None
     for name in (set(defaults or ()) & set(used)) - known:
         gin.bind_parameter((name, "gin.macro", "value"), (defaults or {})[name])
 
 
 @contextlib.contextmanager
-def _mixed_tasks_said(file: str) -> Iterator[None]:
-    """Warns where `file` declares a task and keeps settings of an earlier file's other task."""
+def _warning_of_mixed_tasks(file: str) -> Iterator[None]:
+    """Warns if `file` declares a task, but keeps settings of another task in an earlier file."""
     keys = [key for key in _gin._CONFIG if _full_name(key[1]) == TASK]
     before = {key: _gin._CONFIG.pop(key) for key in keys}
     try:
@@ -118,8 +110,8 @@ def _mixed_tasks_said(file: str) -> Iterator[None]:
         left = [name for name in bindings if name not in now[key]]
         if left and None not in (old, new) and old != new and "inputs" in now[key]:
             logging.warning(
-                "%s declares the task %s, but an earlier gin file the task %s, whose %s it keeps; "
-                "name one task's file, or bind these anew",
+                "%s declares the task %s, but an earlier gin file declares the task %s, whose %s "
+                "it keeps; name one task's file, or set these too",
                 file,
                 new,
                 old,
@@ -128,7 +120,7 @@ def _mixed_tasks_said(file: str) -> Iterator[None]:
 
 
 def _open(path: str, of_run: str | None = None) -> IO[str]:
-    """A gin file's text; every one of them, included ones too, comes through here.
+    """Opens and checks a gin file; gin calls it for included files too.
 
     Args:
         of_run: the file that an older ptjax may have written.
@@ -136,9 +128,7 @@ def _open(path: str, of_run: str | None = None) -> IO[str]:
     try:
         text = epath.Path(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path}: a gin file is UTF-8 text, this is not ({error.reason})"
-        ) from None
+        raise InputError(f"{path}: a gin file must be UTF-8 text ({error.reason})") from None
     check_depth(text, path)
     t5x_names.check_gin_file(text, path)
     if (line := old_config.line_of_module(text)) is not None:
@@ -146,37 +136,37 @@ def _open(path: str, of_run: str | None = None) -> IO[str]:
             raise InputError(f"{path}:{line}: {PUBLIC_NAMES}")
         text = old_config.translate(text)
     stream = io.StringIO(text)
-    stream.name = path  # type: ignore[attr-defined]  # gin's parser takes it for its messages
+    stream.name = path  # type: ignore[attr-defined]  # gin's parser uses it in its messages
     return stream
 
 
 def _apply_t5x_flags(arguments: argparse.Namespace) -> None:
-    """--tfds_data_dir, which overrides the folder of every task that reads TFDS, as in T5X."""
+    """--tfds_data_dir: overrides the folder of all tasks that read TFDS, as in T5X."""
     folder = getattr(arguments, "tfds_data_dir", None)
     if folder is None:
         return
-    places = []
+    settings = []
     for (scope, selector), bindings in _gin._CONFIG.items():
         splits = bindings.get("splits") if _full_name(selector) == TASK else None
         splits = gin_types.macro_value(splits) if gin_types.is_macro(splits) else splits
         if isinstance(splits, dict) and any(str(s).startswith("tfds:") for s in splits.values()):
-            places.append((scope, selector, "data_dir"))
-    if not places:
+            settings.append((scope, selector, "data_dir"))
+    if not settings:
         raise InputError(
-            f"--tfds_data_dir={folder}: no task here reads TFDS; where its files are is "
+            f"--tfds_data_dir={folder}: no task here reads TFDS; set the folder of its files with "
             "--gin.DATA_DIR=\"'DIR'\""
         )
-    for place in places:
-        gin.bind_parameter(place, folder)
+    for setting in settings:
+        gin.bind_parameter(setting, folder)
 
 
 def _is_remote(path: str) -> bool:
-    # The search paths are put in front of everything: "folder/gs://..." is no remote file.
+    # gin prepends the search paths to any name: "folder/gs://..." is not a remote file.
     return re.match(r"\w+://", path) is not None and epath.Path(path).exists()
 
 
 def _bind(line: str, imports: str) -> None:
-    """One binding of the command line; it may name what no gin file has named so far."""
+    """Applies a binding of the command line, which may name things that no gin file imports."""
     check_depth(line, f"command line, {line.partition('=')[0].strip()}")
     try:
         gin.parse_config(line)
@@ -189,97 +179,37 @@ def _bind(line: str, imports: str) -> None:
 
 
 def _flat(parsed: Any, paths: Sequence[str]) -> list[epath.Path]:
-    """A gin file and all that it includes."""
+    """A gin file and all files that it includes."""
     candidates = [epath.Path(os.path.join(path, parsed.filename)) for path in paths]
     files = [path for path in candidates if path.exists()][:1]
     return files + [file for inner in parsed.includes for file in _flat(inner, paths)]
-
-
-def _macros() -> tuple[dict[str, str], set[str]]:
-    """(macro that is used -> an argument that uses it, macros that are bound)."""
-    config = _gin._CONFIG
-    used = {
-        reference.scoped_selector.rsplit("/", 1)[0]: f"{selector.rsplit('.', 1)[-1]}.{argument}"
-        for (_, selector), bindings in config.items()
-        for argument, value in bindings.items()
-        for reference in _gin.iterate_references(value)
-        if gin_types.is_macro(reference)
-    }
-    return used, {scope for scope, selector in config if selector == "gin.macro"}
-
-
-def _check_macros(
-    used: Mapping[str, str],
-    bound: set[str],
-    files: Sequence[epath.Path],
-    given: set[str],
-    optional: Sequence[str],
-) -> None:
-    """A macro that is bound but never used, or used but never bound, is a mistake.
-
-    A file may use a macro for an argument that another file binds anew; on the command line
-    (`given`) that would be lost without a word.
-    """
-
-    def use(name: str) -> str:
-        return gin_types.line_of(rf"^[^#]*%{re.escape(name)}\b", files)
-
-    for name in sorted(bound - set(used) - set(optional)):
-        if name in given or not use(name):
-            raise InputError(
-                ("" if name in given else gin_types.line_of(rf"^\s*{re.escape(name)}\s*=", files))
-                + (_of_t5x(name) or _unused(name, used))
-            )
-        del _gin._CONFIG[name, "gin.macro"]  # config.gin has no file that says %NAME
-    if missing := sorted(set(used) - bound - set(optional)):
-        name = missing[0]
-        raise InputError(
-            use(name)
-            + f"the macro {name} ({used[name]}) has no value; set it with {gin_types.flag_of(name)}"
-        )
-
-
-def _unused(name: str, used: Iterable[str]) -> str:
-    return f"the macro {name} is set but nothing uses it" + (near(name, used) or "; remove it")
-
-
-def _of_t5x(name: str) -> str:
-    """What to say of a macro that only T5X has."""
-    here = t5x_names.advice(name)
-    if here is None:
-        return ""
-    value = macro(name)
-    file = t5x_names.task_file(value, own_files(gin_configs())) if isinstance(value, str) else None
-    hint = f", of this task --gin_file={file}" if name == "MIXTURE_OR_TASK_NAME" and file else ""
-    if name in t5x_names.ACCEPTED:
-        hint = f" ({name} = {t5x_names.ACCEPTED[name][0]!r} is accepted, {value!r} is not)"
-    return t5x_names.told(f"the macro {name}", here) + hint
 
 
 def bound(function: Callable[..., Any], *, given: Sequence[str] = ()) -> Callable[..., Any]:
     """`function` with the arguments that gin binds.
 
     Args:
-        given: arguments that the caller brings.
+        given: arguments that the caller passes.
 
     Raises:
-        InputError: an argument without a default is not bound, here or in anything bound to it.
+        InputError: an argument without a default is not bound, in `function` or in a reference that
+            is bound to it.
     """
     selector = _selector(function)
     _check_required(function, [], given)
     return function if selector is None else gin.get_configurable(function)
 
 
-def _selector(function: Callable[..., Any]) -> str | None:
-    found = _gin._inverse_lookup(function)
-    return found.selector if found else None
+def _selector(function: Callable[..., object]) -> str | None:
+    configurable = _gin._inverse_lookup(function)
+    return configurable.selector if configurable else None
 
 
 def _check_required(
-    function: Callable[..., Any], scopes: list[str], given: Sequence[str] = ()
+    function: Callable[..., object], scopes: list[str], given: Sequence[str] = ()
 ) -> None:
     selector = _selector(function)
-    bindings: dict[str, Any] = {}
+    bindings: JsonObject = {}
     if selector is not None:
         scoped = "/".join([*scopes, selector])
         bindings = gin.get_bindings(scoped, resolve_references=False)
@@ -305,12 +235,12 @@ def _check_required(
             )
     for reference in _references(bindings):
         if reference.evaluate:
-            *own, _ = reference.scoped_selector.split("/")
-            _check_required(reference.configurable.wrapped, own or scopes)
+            *inner, _ = reference.scoped_selector.split("/")
+            _check_required(reference.configurable.wrapped, inner or scopes)
 
 
-def _references(value: Any) -> Iterator[Any]:
-    """All references in a value; a macro stands for those in its own."""
+def _references(value: object) -> Iterator[Any]:
+    """All references in a value, with macros replaced by those in their values."""
     for reference in _gin.iterate_references(value):
         if gin_types.is_macro(reference):
             yield from _references(gin_types.macro_value(reference))
@@ -319,43 +249,44 @@ def _references(value: Any) -> Iterator[Any]:
 
 
 def configured(selector: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, whose full name is `selector`, with what gin binds to it, if anything."""
-    known = _gin._REGISTRY.get_match(selector) is not None
-    return gin.get_configurable(selector) if known else function
+    """`function` with what gin binds to `selector`, its public name, if anything."""
+    registered = _gin._REGISTRY.get_match(selector) is not None
+    return gin.get_configurable(selector) if registered else function
 
 
-def settings(function: str | Callable[..., Any], *names: str) -> dict[str, Any]:
-    """Values of the arguments `names` of a function, as far as gin binds them.
+def settings(function: str | Callable[..., object], *names: str) -> JsonObject:
+    """The values that gin binds to the arguments `names` of a function.
 
     Args:
-        function: or its full name, where it need not be imported.
+        function: the function, or its public name, which does not import it.
     """
     selector = function if isinstance(function, str) else _selector(function)
     if selector is None or _gin._REGISTRY.get_match(selector) is None:
         return {}
     bindings = gin.get_bindings(selector, resolve_references=False)
-    chosen = {name: bindings[name] for name in names if name in bindings}
-    for reference in _references(chosen):
+    values = {name: bindings[name] for name in names if name in bindings}
+    for reference in _references(values):
         if reference.evaluate:
             *scopes, _ = reference.scoped_selector.split("/")
             _check_required(reference.configurable.wrapped, scopes)
-    return copy.deepcopy(chosen)  # which is how gin evaluates references
+    return copy.deepcopy(values)  # gin evaluates references when they are copied
 
 
 def _full_name(selector: str) -> str:
-    """Of what a selector stands for, under whatever name a gin file imports it."""
+    """The public name of a selector, under whatever name a gin file imports it."""
     return gin_types.name_of(_gin._REGISTRY.get_match(selector).wrapped)
 
 
-def declared(selector: str, *, unless_of: str) -> dict[str, Any]:
-    """ "@scope/ptjax.Task()" -> what it makes, of a class that the gin files bind, in every scope.
+def declared(selector: str, *, unless_of: str) -> JsonObject:
+    """All objects of a class that the gin files declare: "@scope/ptjax.Task()" -> object.
 
     Args:
-        selector: the public name of the class, which need not be imported.
-        unless_of: leaves out what this class refers to.
+        selector: the public name of the class, which is not imported for this.
+        unless_of: the name of a class; objects that it refers to are left out.
 
     Raises:
-        InputError: the only one lacks a setting. Of several, an incomplete one is their basis.
+        InputError: the only declaration lacks a setting. Among several, an incomplete one is
+            skipped: it holds the settings that the others share.
     """
     names = [name for _, name in _gin._CONFIG if _full_name(name) == selector]
     scopes = [scope for scope, name in _gin._CONFIG if name in names]
@@ -377,23 +308,10 @@ def declared(selector: str, *, unless_of: str) -> dict[str, Any]:
     return made
 
 
-def macro(name: str) -> Any:
-    """The value of a macro, or None."""
-    try:
-        return copy.deepcopy(gin.query_parameter(f"%{name}"))
-    except ValueError:
-        return None
-
-
-def has_macro(name: str) -> bool:
-    """Whether the files or flags set the macro, to whatever value."""
-    return name in _macros()[1]
-
-
 def config_text() -> str:
-    """All settings as a gin file that needs no other; dicts keep their order.
+    """All settings as one self-contained gin file.
 
-    gin sorts the keys of dicts, but the order of a verbalizer is the order of the labels.
+    Dicts keep their order, which gin would sort: the order of a verbalizer is that of the labels.
     """
     ordered = functools.partial(pprint.pformat, sort_dicts=False)
     _gin.pprint = types.SimpleNamespace(pformat=ordered)

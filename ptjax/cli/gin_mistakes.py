@@ -1,4 +1,4 @@
-"""What gin raises for a mistake in a gin file or binding, as one line with its place."""
+"""Turns what gin raises for a mistake into one line, with file and line number."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import sys
 import tokenize
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import resources
 from typing import Any
 
 import gin.config
@@ -20,7 +21,7 @@ from ptjax.errors import InputError, listing, near
 
 _gin: Any = gin.config
 
-# What a binding on the command line may name, beyond what the gin files have imported.
+# What bindings on the command line may name without an import in a gin file.
 IMPORTS = """\
 from __gin__ import dynamic_registration
 import optax
@@ -33,28 +34,35 @@ PUBLIC_NAMES = (
 
 
 MAX_DEPTH = 100
-"""Levels of nesting in a value; real values have fewer than ten."""
+"""Allowed levels of nesting in a value; real values have fewer than ten."""
 _MARKS = re.compile(
     r"""(?s)\'{3}.*?\'{3}|"{3}.*?"{3}|'(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*"|\#[^\n]*|[][(){}]"""
 )
-"""Strings, comments, and brackets outside of them."""
+"""Matches strings, comments, and brackets outside of them."""
 
 
-def check_depth(text: str, where: str) -> None:
+def check_depth(text: str, source: str) -> None:
     """InputError for a value that is nested too deeply.
 
     gin's parser recurses into values, and so does the code that copies or prints them.
 
     Args:
-        where: the file, or the command line with the name of the setting.
+        source: the file, or "command line" with the name of the setting.
     """
     depth = 0
     for mark in _MARKS.finditer(text):
         depth += (mark[0] in "[({") - (mark[0] in "])}")
         if depth > MAX_DEPTH:
             line = text.count("\n", 0, mark.start()) + 1
-            place = where if where.startswith("command line") else f"{where}:{line}"
+            place = source if source.startswith("command line") else f"{source}:{line}"
             raise InputError(f"{place}: a value is nested deeper than {MAX_DEPTH} levels")
+
+
+def gin_configs() -> epath.Path:
+    """ptjax's own gin files: inside an installed package, or at the top of a clone."""
+    package = epath.Path(os.fspath(resources.files("ptjax")))  # type: ignore[arg-type]
+    inside = package / "gin_configs"
+    return inside if inside.exists() else package.parent / "gin_configs"
 
 
 def own_files(folder: epath.Path) -> list[str]:
@@ -74,29 +82,37 @@ _MISTAKES = (
 
 
 @contextmanager
-def explained(paths: Sequence[str], where: str, line: str = "") -> Iterator[None]:
-    """Turns what gin raises into an InputError of one line; `line` is one of the command line."""
+def explained(paths: Sequence[str], source: str, line: str = "") -> Iterator[None]:
+    """Turns what gin raises into an InputError of one line.
+
+    Args:
+        paths: the search paths of gin files.
+        source: the file, or the binding on the command line, for the message.
+        line: the binding, if it is one.
+    """
     try:
         yield
     except InputError:
         raise
     except _MISTAKES as error:
         text = _explain(error, paths, line)
-        place = (not line and _place(error, where)) or where
-        missing = isinstance(error, OSError) and place == where
+        place = (not line and _place(error, source)) or source
+        missing = isinstance(error, OSError) and place == source
         raise InputError(text if missing else f"{place}: {text}") from error
 
 
 def _place(error: BaseException, file: str) -> str:
     """ "file:line" of a mistake in a gin file."""
-    if isinstance(error, tokenize.TokenError):  # a bracket left open is seen at the file's end only
+    if isinstance(
+        error, tokenize.TokenError
+    ):  # an open bracket is only noticed at the end of the file
         message, (number, _) = error.args
         return "" if "EOF" in message else f"{file}:{number}"
     if isinstance(error, SyntaxError):
         place = error.args[1] if len(error.args) > 1 else None
         filename, number = getattr(place, "filename", None), getattr(place, "line_num", None)
         return f"{filename}:{number}" if filename else ""
-    # The innermost of nested includes comes first.
+    # The innermost of nested includes is mentioned first.
     found = re.search(r'\n  In file "([^"]+)",? line (\d+)', str(error))
     return f"{found[1]}:{found[2]}" if found else ""
 
@@ -109,19 +125,19 @@ def _explain(error: BaseException, paths: Sequence[str], line: str) -> str:
         if match := re.match(r"([\w./]+) = ([^'\"@%\[({\d\s].*)$", line):
             return f"a string needs its own quotes: --gin.{match[1]}=\"'{match[2]}'\""
         return (
-            "gin cannot read this; see whether a quote or a bracket is missing, and whether every "
-            "string has quotes"
+            "gin cannot parse this; check for a missing quote or bracket, and that every string "
+            "has quotes"
         )
     if isinstance(error, RecursionError):
         return "it includes itself; remove one of the includes"
     setting = line.partition("=")[0].strip()
     if here := t5x_names.advice(setting):
-        return t5x_names.told(setting, here)
+        return t5x_names.replacement_message(setting, here)
     text = str(error).split("\n  In ")[0].replace("\n", " ")
     if text.startswith("not enough values to unpack"):
-        return "this names a function; a binding sets an argument of it, module.name.argument"
+        return "this names a function; a binding sets one of its arguments, module.name.argument"
     if match := re.match(r"Configurable '([\w./]+)' doesn't have a parameter named '(\w+)'", text):
-        function = _gin._REGISTRY.get_match(match[1])  # the last part is enough for gin
+        function = _gin._REGISTRY.get_match(match[1])  # gin accepts the last part alone
         function = function or _gin._REGISTRY.get_match(match[1].rsplit(".", 1)[-1])
         names = inspect.signature(function.wrapped).parameters if function else ()
         name = gin_types.name_of(function.wrapped) if function else match[1]
@@ -138,19 +154,20 @@ def _explain(error: BaseException, paths: Sequence[str], line: str) -> str:
         package, _, name = match[1].rpartition(".")
         folder = getattr(sys.modules.get(package), "__path__", None)
         known = [module.name for module in pkgutil.iter_modules(folder)] if folder else []
-        return f"there is no module {match[1]}" + near(name, known)
+        return f"module {match[1]} not found" + near(name, known)
     if match := re.match(r"'(\w+)' was not provided by an import", text):
         if match[1] in t5x_names.MODULES:
-            return t5x_names.told(setting or match[1], "what docs/from_prompt_tuning.md lists")
+            listed = "what docs/from_prompt_tuning.md lists"
+            return t5x_names.replacement_message(setting or match[1], listed)
         known = re.findall(r"import (\w+)\n", IMPORTS.partition("\n")[2])
         hint = near(match[1], known, listed=False) or f"; {PUBLIC_NAMES}"
         return f"{match[1]} is not imported here{hint}"
     if match := re.match(r"No configurable matching (?:reference )?'@?([\w./]+)", text):
         known = [f"{c.module}.{c.name}" for _, c in _gin._REGISTRY.items()]
-        return f"gin knows no {match[1]}" + near(match[1], known)
+        return f"gin does not know {match[1]}" + near(match[1], known)
     if match := re.match(r"Unable to open file: (\S+)\. Searched", text):
         if here := t5x_names.advice(match[1]):
-            return f"no gin file {match[1]}: it {t5x_names.told('', here).lstrip()}"
+            return f"no gin file {match[1]}: it {t5x_names.replacement_message('', here).lstrip()}"
         looked = ", ".join(path or "the current folder" for path in dict.fromkeys(paths))
         known = own_files(epath.Path(paths[-1]))
         folder = os.path.dirname(match[1])

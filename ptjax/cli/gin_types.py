@@ -1,4 +1,4 @@
-"""Whether what gin binds is of the type that the signature says, and how to say it if not."""
+"""Checks the values that gin binds against the types in the signatures."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ptjax.errors import InputError, gin_flag, is_empty
 _gin: Any = gin.config
 
 UNBOUND = object()
-"""A macro without a value, which some commands allow."""
+"""The value of a macro that is not set, which some commands allow."""
 
 _WORDS = {
     bool: "True or False",
@@ -32,11 +32,11 @@ _WORDS = {
 }
 
 
-def argument_types(function: Callable[..., Any]) -> dict[str, Any]:
-    """Argument or field -> type, of a function or a dataclass; empty where they cannot be read."""
+def argument_types(function: Callable[..., object]) -> dict[str, object]:
+    """Argument or field -> type, of a function or a dataclass; {} if they cannot be resolved."""
     try:
         kinds = get_type_hints(function)
-        # `**fields: Annotated[Any, C]` are fields of the class C.
+        # `**fields: Annotated[Any, C]` means the fields of the class C.
         for kind in get_type_hints(function, include_extras=True).values():
             if get_origin(kind) is Annotated and isinstance(kind.__metadata__[0], type):
                 kinds = get_type_hints(kind.__metadata__[0]) | kinds
@@ -46,7 +46,7 @@ def argument_types(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def name_of(function: Callable[..., Any]) -> str:
-    """What gin files call it: its public name ("ptjax.Task"), of anything else module and name."""
+    """Its name in gin files: the public one ("ptjax.Task"), or the module's and its own."""
     name = getattr(function, "__name__", "")
     if name in ptjax.__all__ and getattr(ptjax, name) is function:
         return f"ptjax.{name}"
@@ -54,7 +54,7 @@ def name_of(function: Callable[..., Any]) -> str:
     return ours if ours in catalogue.CATALOGUE else f"{_module(function)}.{name}"
 
 
-def _module(function: Callable[..., Any]) -> str:
+def _module(function: object) -> str:
     return function.__module__.rsplit(".", 1)[-1]
 
 
@@ -64,13 +64,13 @@ def fits(value: Any, kind: Any) -> bool:
     if isinstance(value, _gin.ConfigurableReference):
         return _reference_fits(value, kind)
     if origin in (Union, types.UnionType):
-        return any(fits(value, one) for one in inner)
+        return any(fits(value, member) for member in inner)
     if origin is Literal:
         return value in inner
     if origin is tuple and inner[-1] is not ...:
         same = isinstance(value, (list, tuple)) and len(value) == len(inner)
         return same and all(map(fits, value, inner))
-    if origin in (tuple, collections.abc.Sequence):  # gin files write either for both
+    if origin in (tuple, collections.abc.Sequence):  # gin files may use lists for tuples
         return isinstance(value, (list, tuple)) and all(fits(item, inner[0]) for item in value)
     if origin is collections.abc.Mapping:
         return isinstance(value, dict) and all(
@@ -80,48 +80,50 @@ def fits(value: Any, kind: Any) -> bool:
         return callable(value)
     if kind in (int, float):
         return isinstance(value, (int, kind)) and not isinstance(value, bool)
-    known = origin or kind
-    return kind is Any or not inspect.isclass(known) or isinstance(value, known)
+    class_ = origin or kind
+    return kind is Any or not inspect.isclass(class_) or isinstance(value, class_)
 
 
 def _reference_fits(reference: Any, kind: Any) -> bool:
-    """A macro is its value, `@f()` what f returns, `@f` the function or class itself."""
+    """`fits` for a macro (its value), `@f()` (what f returns) or `@f` (f itself)."""
     if is_macro(reference):
         value = macro_value(reference)
         return value is UNBOUND or fits(value, kind)
     target = reference.configurable.wrapped
     kinds = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
     if Any in kinds or (reference.evaluate and not inspect.isclass(target)):
-        return True  # what a function returns is seen when it is called
+        return True  # what a function returns is only known once it is called
     if reference.evaluate:
         return any(_is_function(k) or (inspect.isclass(k) and issubclass(target, k)) for k in kinds)
-    # A class where an object of it belongs lacks its brackets.
+    # For a class where its object is expected, the brackets are missing.
     return any(_is_function(k) and not inspect.isclass(target) for k in kinds)
 
 
-def is_path(kind: Any) -> bool:
-    """Whether a type is that of a path: in ptjax a union with `os.PathLike`."""
-    return any(get_origin(one) is os.PathLike for one in get_args(kind))
+def is_path(kind: object) -> bool:
+    """Whether a type is that of a path: a union with `os.PathLike`."""
+    return any(get_origin(member) is os.PathLike for member in get_args(kind))
 
 
-def _is_function(kind: Any) -> bool:
-    """A `Callable`, or one of our protocols, which a function may be as well as an object."""
+def _is_function(kind: object) -> bool:
+    """Whether functions have this type: a `Callable`, or a protocol, which they may implement."""
     return get_origin(kind) is collections.abc.Callable or getattr(kind, "_is_protocol", False)
 
 
-def is_macro(value: Any) -> bool:
-    reference = isinstance(value, _gin.ConfigurableReference)
-    return reference and value.selector in ("gin.macro", "macro")
+def is_macro(value: object) -> bool:
+    return isinstance(value, _gin.ConfigurableReference) and value.selector in (
+        "gin.macro",
+        "macro",
+    )
 
 
 def macro_value(reference: Any) -> Any:
-    """What a macro is bound to, which may be another macro, or `UNBOUND`."""
+    """The value of a macro: possibly another macro, or `UNBOUND`."""
     scope = reference.scoped_selector.rsplit("/", 1)[0]
     return _gin._CONFIG.get((scope, "gin.macro"), {}).get("value", UNBOUND)
 
 
-def numbers(value: Any) -> Iterator[float]:
-    """The floats in a bound value, parts of complex numbers included."""
+def numbers(value: object) -> Iterator[float]:
+    """The floats in a bound value, including the parts of complex numbers."""
     if isinstance(value, Mapping):
         value = [*value.keys(), *value.values()]
     if isinstance(value, list | tuple | set):
@@ -134,10 +136,10 @@ def numbers(value: Any) -> Iterator[float]:
 
 
 def describe(kind: Any) -> str:
-    """ "a whole number or None", as it stands in a message."""
+    """A type in the words of a message: "a whole number or None"."""
     origin, inner = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
-        return " or ".join(dict.fromkeys(describe(one) for one in inner))
+        return " or ".join(dict.fromkeys(map(describe, inner)))
     if origin is Literal:
         return "one of " + ", ".join(map(repr, inner))
     if origin is collections.abc.Mapping:
@@ -161,7 +163,7 @@ def describe(kind: Any) -> str:
 
 
 def names_path(macro: str) -> bool:
-    """Whether a macro is a path, by its name."""
+    """Whether a macro is a path, judged by its name."""
     return macro.endswith(("_DIR", "_PATH"))
 
 
@@ -171,16 +173,16 @@ def flag_of(macro: str) -> str:
 
 
 def line_of(pattern: str, files: Sequence[epath.Path]) -> str:
-    """ "file:line: " of the line that counts, in gin files of which the first one wins."""
+    """ "file:line: " of the last match in the first file with one, whose settings win; else ""."""
     for file in files:
         lines = file.read_text().splitlines()
-        if found := [n for n, line in enumerate(lines, 1) if re.search(pattern, line)]:
-            return f"{file}:{found[-1]}: "
+        if matches := [n for n, line in enumerate(lines, 1) if re.search(pattern, line)]:
+            return f"{file}:{matches[-1]}: "
     return ""
 
 
 def check_finite(files: Sequence[epath.Path], command_line: Sequence[str]) -> None:
-    """Refuses inf and nan: gin reads them (as 1e999) but would leave them out of config.gin."""
+    """InputError for inf and nan: gin reads them (as 1e999) but cannot write them to config.gin."""
     for (scope, selector), bindings in _gin._CONFIG.items():
         module, _, function = selector.rpartition(".")
         for argument, value in bindings.items():
@@ -203,7 +205,7 @@ def check_finite(files: Sequence[epath.Path], command_line: Sequence[str]) -> No
 def check_types(
     files: Sequence[epath.Path], command_line: Sequence[str], optional: Sequence[str]
 ) -> None:
-    """InputError for an empty path, or a bound value of another type than its argument's."""
+    """InputError for an empty path, or a value that does not have its argument's type."""
     for (scope, selector), bindings in list(_gin._CONFIG.items()):
         function = _gin._REGISTRY.get_match(selector).wrapped
         kinds = argument_types(function)
@@ -212,7 +214,7 @@ def check_types(
         for argument, value in bindings.items():
             kind = kinds.get(argument, Any)
             fitting = fits(value, kind)
-            name = told = f"{function_name}.{argument}"
+            name = full_name = f"{function_name}.{argument}"
             pattern = rf"^\s*{re.escape(scoped)}(\w+\.)*{function.__name__}\.{argument}\s*="
             while is_macro(value):
                 name = value.scoped_selector.rsplit("/", 1)[0]
@@ -227,7 +229,7 @@ def check_types(
                 + (
                     f"{name} is empty; set {gin_flag(name, 'PATH')} ('.' is the current folder)"
                     if fitting
-                    else f"{name} = {value!r}: {told if name != told else 'it'} takes "
+                    else f"{name} = {value!r}: {full_name if name != full_name else 'it'} takes "
                     + describe(kind)
                 )
             )

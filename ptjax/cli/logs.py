@@ -1,4 +1,4 @@
-"""What a person reads on stderr: plain lines of ptjax, and of others what matters."""
+"""Logging for the commands: plain lines on stderr; of other libraries only what matters."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ import ptjax
 _PACKAGE = os.path.dirname(os.path.abspath(ptjax.__file__))
 
 
-# Besides control characters, those that turn the direction of what follows.
+# Control characters, surrogates, and characters that change the direction of text.
 _UNPRINTABLE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
 LONGEST_MESSAGE = 1500
-"""Characters of an error that a person is still willing to read."""
+"""Characters after which an error is cut in the middle."""
 
 
 def printable(text: str) -> str:
-    """Text of a file, such as a name, that cannot steer the terminal; lines and tabs stay."""
+    """Untrusted text with control characters escaped, except line feeds and tabs."""
     return _UNPRINTABLE.sub(lambda c: c[0].encode("unicode_escape").decode(), text)
 
 
 def one_line(text: str) -> str:
-    """An error as one line, the middle of a long one left out: its end says what to do."""
+    """An error as one line; a long one loses its middle, since its end says what to do."""
     text = printable(text).replace("\n", "\\n")
     if len(text) <= LONGEST_MESSAGE:
         return text
@@ -39,11 +39,11 @@ def one_line(text: str) -> str:
 
 
 _process: int | None = None
-"""The number of this process where it is one of several."""
+"""The number of this process; None if it is the only one."""
 
 
 class _Plain(logging.Formatter):
-    """The message, behind "warning: " or "error: " where it is one, and whose."""
+    """The message; warnings and errors get a prefix with their level and process."""
 
     def format(self, record: logging.LogRecord) -> str:
         message = printable(record.getMessage())
@@ -53,7 +53,7 @@ class _Plain(logging.Formatter):
 
 
 class _Stderr(logging.StreamHandler):
-    """Writes to whatever `sys.stderr` is now: a progress bar puts itself in its place."""
+    """Writes to the current `sys.stderr`, which a progress bar may have replaced."""
 
     @property
     def stream(self) -> TextIO:
@@ -65,14 +65,14 @@ class _Stderr(logging.StreamHandler):
 
 
 def _matters(record: logging.LogRecord) -> bool:
-    """Ours; of JAX warnings (an unused GPU); of all others errors.
+    """Whether to show a record: all of ptjax, warnings of JAX, errors of other libraries.
 
-    Orbax, Grain and TFDS log every step of their work through absl, as ptjax does. gin reports
-    every folder in which it does not find a file as an error. Orbax logs an error in each of its
-    threads that it passes, and raises it in ours as well.
+    Orbax, Grain and TFDS log every step of their work through absl, as ptjax does. gin logs an
+    error for every folder that lacks a file. Orbax logs an error in each thread that it passes,
+    and then raises it.
     """
     if os.path.abspath(record.pathname).startswith(_PACKAGE + os.sep):
-        # Of several processes the first one tells what happens; the others what is wrong.
+        # The first of several processes reports progress, all of them report problems.
         return not _process or record.levelno >= logging.WARNING
     if any(f"{os.sep}{name}{os.sep}" in record.pathname for name in ("gin", "orbax")):
         return False
@@ -81,18 +81,18 @@ def _matters(record: logging.LogRecord) -> bool:
 
 
 def name_process(number: int) -> None:
-    """Says that this process is one of several."""
+    """Sets the number of this process, which is one of several."""
     global _process
     _process = number
 
 
 def speaker() -> str:
-    """What stands before a warning or an error: of several processes, which one."""
+    """The prefix of warnings and errors that names this process, if there are several."""
     return "" if _process is None else f"process {_process}: "
 
 
 def prepare() -> None:
-    """Logging to stderr, and a compile cache that later runs start from."""
+    """Sets up logging to stderr, and a persistent compile cache."""
     root = logging.getLogger()
     root.handlers[:] = [h for h in root.handlers if not isinstance(h, _Stderr)]
     handler = _Stderr()

@@ -1,4 +1,4 @@
-"""Which prompt, backbone and task a command works with: from its flags, a run, a gin file."""
+"""Finds the prompt, backbone and task of a command: from its flags, a run or a gin file."""
 
 from __future__ import annotations
 
@@ -6,13 +6,19 @@ import argparse
 import contextlib
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
-from ptjax.cli.gin_files import TASK, configured, declared, load_gin, macro, settings
+from ptjax.cli.gin_files import TASK, configured, declared, load_gin, settings
+from ptjax.cli.gin_macros import macro
 from ptjax.errors import InputError, missing
+from ptjax.files import Metadata
 from ptjax.model_dir import BEST_PROMPT, BEST_PROMPTS, ModelDir
+
+if TYPE_CHECKING:
+    from ptjax.backbones.load import Backbone
+    from ptjax.data.tasks import Task
 
 TUNE = "ptjax.tune"
 SETTINGS = "ptjax.RunSettings"
@@ -20,11 +26,15 @@ LOAD_BACKBONE = "ptjax.load_backbone"
 _PROMPTS = (
     "*.safetensors", "*.npy", "*/adapter_*", *(f"*/{best}" for best in BEST_PROMPTS)
 )  # fmt: skip
-"""What --prompts=DIR reads."""
+"""Patterns of the files that --prompts=DIR reads."""
 
 
 def add_flags(parser: argparse.ArgumentParser, many: str) -> None:
-    """`many`: what --prompts does in this command."""
+    """Adds the flags that name prompts and a backbone.
+
+    Args:
+        many: the help of --prompts in this command.
+    """
     group = parser.add_argument_group("which prompt, on which backbone")
     group.add_argument(
         "--model_dir",
@@ -36,7 +46,7 @@ def add_flags(parser: argparse.ArgumentParser, many: str) -> None:
         "--prompt",
         metavar="PATH",
         help="a prompt instead of the best one of DIR: ptjax's file, a .npy, a PEFT directory; "
-        "'none' is the backbone alone",
+        "'none' uses the backbone alone",
     )
     group.add_argument(
         "--backbone",
@@ -54,44 +64,44 @@ def add_flags(parser: argparse.ArgumentParser, many: str) -> None:
     add_trust_flag(group)
 
 
-def add_tokenizer_flag(group: Any) -> None:
+def add_tokenizer_flag(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--tokenizer",
         metavar="PATH",
-        help="the backbone's: a SentencePiece *.model, a folder, a hub id or byt5; default: the "
-        "one beside the weights, which a T5X checkpoint lacks",
+        help="the backbone's tokenizer: a SentencePiece *.model, a folder, a hub id or byt5; "
+        "default: the one beside the weights, which a T5X checkpoint lacks",
     )
 
 
-def add_trust_flag(group: Any) -> None:
+def add_trust_flag(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--trust_config",
         action="store_true",
-        help="run DIR/config.gin even if it names code that is not ptjax's; never for a DIR of "
-        "someone you do not trust",
+        help="run DIR/config.gin even if it names code that is not ptjax's; only for a DIR whose "
+        "author you trust",
     )
 
 
 def bind_tokenizer(arguments: argparse.Namespace) -> None:
-    """Turns --tokenizer into the binding that it stands for."""
+    """Adds the binding for --tokenizer, if the flag is given."""
     if arguments.tokenizer is not None:
         arguments.gin_bindings.append(f"ptjax.load_backbone.tokenizer = {arguments.tokenizer!r}")
 
 
 def load(arguments: argparse.Namespace, *, reads_data: bool = False) -> None:
-    """Reads the gin files that the flags name, MODEL_DIR/config.gin where they name none.
+    """Reads the gin files that the flags name, or else MODEL_DIR/config.gin.
 
-    That config.gin may come from anywhere, so it may name nothing but ptjax's own settings unless
-    --trust_config says so; a file of --gin_file is the user's own choice.
+    That config.gin is untrusted: without --trust_config it may only name ptjax's own settings. A
+    file of --gin_file is trusted.
 
     Args:
-        reads_data: the command reads the task's splits, so it cannot do without DATA_DIR.
+        reads_data: whether the command reads the task's splits, which needs DATA_DIR.
 
     Raises:
         InputError: flags that contradict each other, or what `load_gin` refuses.
     """
     if arguments.prompts is not None and arguments.prompt is not None:
-        raise InputError("--prompt is one prompt, --prompts=DIR many; give one of the flags")
+        raise InputError("--prompt and --prompts are mutually exclusive")
     macros, config = {}, None
     if arguments.model_dir is not None:
         model_dir = epath.Path(arguments.model_dir).expanduser()
@@ -113,43 +123,43 @@ def load(arguments: argparse.Namespace, *, reads_data: bool = False) -> None:
 
 
 def inputs(arguments: argparse.Namespace) -> list[str]:
-    """The local files and folders that the flags name to be read; --output overwrites none."""
+    """The local files and folders that the command reads, which --output must not overwrite."""
     flags = [arguments.prompt, arguments.backbone, arguments.tokenizer, *arguments.gin_file]
-    found = [epath.Path(name).expanduser() for name in flags if name and "://" not in name]
+    paths = [epath.Path(name).expanduser() for name in flags if name and "://" not in name]
     if arguments.model_dir is not None and "://" not in arguments.model_dir:
         run = ModelDir(epath.Path(arguments.model_dir).expanduser())
-        found += [run.config, run.best_prompt(), run.best_model]
-        found += map(run.best_prompt, run.members())
+        paths += [run.config, run.best_prompt(), run.best_model]
+        paths += map(run.best_prompt, run.members())
     if arguments.prompts is not None and "://" not in arguments.prompts:
         directory = epath.Path(arguments.prompts).expanduser()
         for pattern in _PROMPTS:
-            found += directory.glob(pattern)
-    return [os.fspath(path) for path in found]
+            paths += directory.glob(pattern)
+    return [os.fspath(path) for path in paths]
 
 
 def model_dir(arguments: argparse.Namespace) -> epath.Path | None:
-    """MODEL_DIR of the flag, else of the gin file."""
+    """MODEL_DIR: the flag, else the gin file's, else None."""
     if arguments.model_dir is not None:
         return epath.Path(arguments.model_dir).expanduser()
     try:
-        found = settings(TUNE, "model_dir").get("model_dir")
-    except (TypeError, ValueError):  # the gin file leaves the macro open
+        path = settings(TUNE, "model_dir").get("model_dir")
+    except (TypeError, ValueError):  # the gin file does not set the macro
         return None
-    return None if found is None else epath.Path(found).expanduser()
+    return None if path is None else epath.Path(path).expanduser()
 
 
 def prompt_path(arguments: argparse.Namespace) -> str | None:
-    """The prompt's path; None is the backbone alone (also one that the run itself tuned).
+    """The path of the prompt; None for the backbone alone, which the run itself may have tuned.
 
     Raises:
-        InputError: nothing names one.
+        InputError: neither the flags nor a run name a prompt.
     """
     if arguments.prompt is not None:
         return None if arguments.prompt == "none" else arguments.prompt
     directory = model_dir(arguments)
     if directory is None:
         raise InputError(
-            "which prompt? Name one with --prompt=PATH or --model_dir=DIR; --prompt=none is the "
+            "which prompt? Name one with --prompt=PATH or --model_dir=DIR; --prompt=none uses the "
             "backbone alone"
         )
     run = ModelDir(directory)
@@ -159,25 +169,32 @@ def prompt_path(arguments: argparse.Namespace) -> str | None:
         return None
     if names := run.members():
         raise InputError(
-            f"the run of {directory} trained a bank, {', '.join(names)}; name one of them with "
+            f"the run of {directory} is a sweep of {', '.join(names)}; name one of them with "
             f"--prompt={run.best_prompt(names[0])}"
         )
     raise InputError(
-        f"{directory} has no {BEST_PROMPT} (its run has not come to an evaluation, or it tuned no "
+        f"{directory} has no {BEST_PROMPT} (the run has not been evaluated yet, or it tuned no "
         "prompt); name one with --prompt=PATH, or --prompt=none for the backbone alone"
     )
 
 
 def trained_bank(arguments: argparse.Namespace) -> str | None:
-    """Where the run of MODEL_DIR left the prompts of its bank, if it trained one."""
+    """The folder with the prompts of MODEL_DIR's sweep; None if the run is not a sweep."""
     directory = model_dir(arguments)
     if directory is None or not ModelDir(directory).members():
         return None
     return os.fspath(ModelDir(directory).prompts())
 
 
-def load_backbone(arguments: argparse.Namespace, metadata: dict[str, Any]) -> Any:
-    """The backbone of the flags, else tuned by the run, else of the gin file, else the prompt's."""
+def load_backbone(arguments: argparse.Namespace, metadata: Metadata) -> Backbone:
+    """Loads the backbone of --backbone, else the run's tuned one, the gin file's, the prompt's.
+
+    Args:
+        metadata: of the prompt.
+
+    Raises:
+        InputError: nothing names a backbone, or it cannot be loaded.
+    """
     from ptjax.backbones import load
 
     path, directory = arguments.backbone, model_dir(arguments)
@@ -194,26 +211,26 @@ def load_backbone(arguments: argparse.Namespace, metadata: dict[str, Any]) -> An
         with naming_it(named):
             return configured(LOAD_BACKBONE, load.load_backbone)(named)
     if path is None:
-        found = settings(TUNE, "backbone").get("backbone")
-        return found or configured(LOAD_BACKBONE, load.load_backbone)()
-    # The other settings of the gin file (tokenizer, mesh, dtype) hold for this path as well.
+        of_run = settings(TUNE, "backbone").get("backbone")
+        return of_run or configured(LOAD_BACKBONE, load.load_backbone)()
+    # The other settings of the gin file (tokenizer, mesh, dtype) apply to this path as well.
     return configured(LOAD_BACKBONE, load.load_backbone)(path)
 
 
 @contextlib.contextmanager
 def naming_it(name: str) -> Iterator[None]:
-    """Tells a user who named no backbone where the one that fails to load comes from."""
+    """Explains, when a backbone cannot be loaded, that its name came from the prompt."""
     try:
         yield
     except InputError as error:
-        problem = str(error).splitlines()[0]  # gin appends lines to what is raised inside of it
+        problem = str(error).splitlines()[0]  # gin appends lines to errors that pass through it
         raise InputError(
-            f"{problem}; the prompt names {name}, where that is now goes into --backbone=PATH"
+            f"{problem}; the prompt was tuned on {name}: give its path with --backbone=PATH"
         ) from error
 
 
 def load_prompt(arguments: argparse.Namespace) -> Any:
-    """The loaded prompt, or None."""
+    """Loads the prompt of `prompt_path`, a `PromptFile`; None for the backbone alone."""
     from ptjax.interop import prompt_file
 
     path = prompt_path(arguments)
@@ -221,7 +238,7 @@ def load_prompt(arguments: argparse.Namespace) -> Any:
 
 
 def load_bank(arguments: argparse.Namespace) -> Any:
-    """The prompts below --prompts, as a bank."""
+    """Loads the prompts of --prompts as a `PromptBank`."""
     from ptjax.inference.bank import make_bank
     from ptjax.interop import prompt_file
 
@@ -232,39 +249,40 @@ def load_bank(arguments: argparse.Namespace) -> Any:
         raise InputError(f"--prompts={arguments.prompts}: {error}") from error
 
 
-def task(metadata: Mapping[str, Any], *, needed: bool = True) -> Any:
-    """The task of the run's gin file, else the one that a gin file declares, or None.
+def task(metadata: Metadata, *, needed: bool = True) -> Task | None:
+    """The task of the run's gin file, else the one that a gin file declares, else None.
 
     Args:
-        metadata: of the prompt. Of several declared tasks, its own is taken.
-        needed: refuse several of which the prompt names none; else they count as none.
+        metadata: of the prompt. If several tasks are declared, the prompt's own is chosen.
+        needed: whether to reject several declared tasks none of which is the prompt's; otherwise
+            the result is None.
 
     Raises:
-        InputError: several, or a task that lacks a setting.
+        InputError: the task is ambiguous, or lacks a setting.
     """
     if (of_run := settings(TUNE, "task").get("task")) is not None:
         return of_run
-    found = declared(TASK, unless_of="ptjax.TaskComponent")
+    tasks = declared(TASK, unless_of="ptjax.TaskComponent")
     described = metadata.get("task")
     name = described.get("name") if isinstance(described, Mapping) else described
-    if own := [task for task in found.values() if task.name == name]:
-        return own[0]
-    if len(found) <= 1:
-        return next(iter(found.values()), None)
+    if matching := [task for task in tasks.values() if task.name == name]:
+        return matching[0]
+    if len(tasks) <= 1:
+        return next(iter(tasks.values()), None)
     if name is not None or not needed:
         return None
-    listed = ", ".join(f"{reference} is {task.name}" for reference, task in found.items())
+    listed = ", ".join(f"{reference} is {task.name}" for reference, task in tasks.items())
     raise InputError(
-        f"which task? The gin files declare {len(found)}: {listed}; choose one with "
-        f"--gin.ptjax.tune.task={next(iter(found))}"
+        f"which task? The gin files declare {len(tasks)}: {listed}; choose one with "
+        f"--gin.ptjax.tune.task={next(iter(tasks))}"
     )
 
 
-def lengths(metadata: Mapping[str, Any]) -> dict[str, int]:
-    """{"inputs", "targets"} as far as they are known: the prompt's own, else the gin file's."""
+def lengths(metadata: Metadata) -> dict[str, int]:
+    """{"inputs": T, "targets": L}, each if known: the prompt's own, else the gin file's."""
     of_run = settings("ptjax.Batching", "feature_lengths").get("feature_lengths")
-    found = dict(of_run or macro("TASK_FEATURE_LENGTHS") or {})
+    known = dict(of_run or macro("TASK_FEATURE_LENGTHS") or {})
     for side, key in (("inputs", "input_length"), ("targets", "target_length")):
         if isinstance(metadata.get(key), int):
-            found[side] = metadata[key]
-    return found
+            known[side] = metadata[key]
+    return known

@@ -1,7 +1,7 @@
-"""The config.gin of a MODEL_DIR from before gin files named ptjax's public API.
+"""Translates a config.gin that was written before gin files named ptjax's public API.
 
-What such a run tuned can still be used: the backbone, the task and how it is evaluated are read
-from its file. Everything else in it is left out, since the run itself is not resumed.
+The prompt of such a run can still be used: backbone, task and evaluation settings are read from its
+file. Everything else is dropped, since the run itself cannot be resumed.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ _MOVED = {
     ("tune", "evaluation"): "ptjax.RunSettings.evaluation",
     ("tune", "feature_lengths"): "ptjax.Batching.feature_lengths",
 }
-"""Arguments that infer, evaluate and export read, and that are a field of the settings now."""
+"""Arguments that infer, evaluate and export read -> the setting that replaces them."""
 
 
 def line_of_module(text: str) -> int | None:
-    """The line of a gin file that imports a module of ptjax instead of ptjax itself."""
+    """The number of the line that imports a module of ptjax instead of ptjax itself, or None."""
     match = _MODULES.search(text)
     return text.count("\n", 0, match.end()) + 1 if match else None
 
 
 class _Reference:
-    """`@scope/name()`, `@name` or `%MACRO`; its `repr` is what a gin file says."""
+    """`@scope/name()`, `@name` or `%MACRO`; its `repr` is the text in a gin file."""
 
     def __init__(self, mark: str, scope: str, name: str, call: str) -> None:
         self.mark, self.scope, self.name, self.call = mark, scope, name, call
@@ -42,7 +42,7 @@ class _Reference:
 
 
 class _Names(config_parser.ParserDelegate):
-    """Keeps references as they are, and looks nothing up."""
+    """Parses references without resolving them."""
 
     def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> Any:
         scope, slash, name = scoped_configurable_name.rpartition("/")
@@ -53,10 +53,10 @@ class _Names(config_parser.ParserDelegate):
 
 
 def translate(text: str) -> str:
-    """The settings of such a file that are still called so, under their public names.
+    """The settings of such a file that still exist, under their public names.
 
-    `backbone.load_backbone.path` becomes `ptjax.load_backbone.path`, as its last parts say. What is
-    not ptjax's own stays as it is, for `trust.check` to refuse.
+    `backbone.load_backbone.path` becomes `ptjax.load_backbone.path`: the last two parts decide.
+    What is not ptjax's own stays unchanged, for `trust.check` to reject.
 
     Raises:
         SyntaxError, tokenize.TokenError: what gin raises for a file that it cannot read.
@@ -76,16 +76,16 @@ def translate(text: str) -> str:
             value = f" = {statement.value!r}"
             if not statement.arg_name or statement.selector in ("gin.macro", "macro"):
                 macros[statement.selector if not statement.arg_name else statement.scope] = value
-            elif all(used) and (place := _place(statement, modules)):
-                lines.append(place + value)
+            elif all(used) and (setting := _public_setting(statement, modules)):
+                lines.append(setting + value)
         else:
             raise SyntaxError(f"cannot read {statement.selector}")
     kept = _used_macros("\n".join(lines), macros)
     return "\n".join([*others, *(f"{name}{macros[name]}" for name in kept), *lines]) + "\n"
 
 
-def _place(statement: Any, modules: set[str]) -> str | None:
-    """ "scope/ptjax.NAME.argument" of a binding; None where there is no such setting any more."""
+def _public_setting(statement: config_parser.BindingStatement, modules: set[str]) -> str | None:
+    """ "scope/ptjax.NAME.argument" of a binding; None if the setting no longer exists."""
     head, _, _ = statement.selector.partition(".")
     scope = f"{statement.scope}/" if statement.scope else ""
     if head not in modules:
@@ -100,7 +100,7 @@ def _place(statement: Any, modules: set[str]) -> str | None:
 
 
 def _public(reference: _Reference, modules: set[str]) -> bool:
-    """Gives a reference its public name; False where there is none."""
+    """Renames a reference to its public name; False if it has none."""
     if reference.mark == "%" or reference.name.split(".")[0] not in modules:
         return True
     name = reference.name.rpartition(".")[2]
@@ -111,7 +111,7 @@ def _public(reference: _Reference, modules: set[str]) -> bool:
     return False
 
 
-def _references(value: Any) -> Iterator[_Reference]:
+def _references(value: object) -> Iterator[_Reference]:
     if isinstance(value, _Reference):
         yield value
     elif isinstance(value, dict):
@@ -123,12 +123,12 @@ def _references(value: Any) -> Iterator[_Reference]:
 
 
 def _used_macros(text: str, macros: Mapping[str, str]) -> list[str]:
-    """The macros that the settings use, themselves or through other macros."""
+    """The macros that the settings use, directly or through other macros."""
     used: list[str] = []
     texts = [text]
     while texts:
-        found = [name for name in re.findall(r"%(\w+)", texts.pop()) if name in macros]
-        new = [name for name in dict.fromkeys(found) if name not in used]
+        names = [name for name in re.findall(r"%(\w+)", texts.pop()) if name in macros]
+        new = [name for name in dict.fromkeys(names) if name not in used]
         used += new
         texts += [macros[name] for name in new]
     return used

@@ -1,4 +1,4 @@
-"""What a command writes for the user: to standard output, or to the PATH of --output."""
+"""Writes the results of a command: to standard output, or to the PATH of --output."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import re
 import stat
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator
 
 from etils import epath
 
 from ptjax import files
 from ptjax.errors import InputError
+from ptjax.files import Metadata, PathLike
 from ptjax.model_dir import ModelDir
 from ptjax.trainer.callbacks import Callback
 
@@ -25,38 +25,39 @@ _DESCRIPTORS = {"-": 1, "/dev/stdout": 1, "/dev/stderr": 2}
 
 
 def add_flags(parser: argparse.ArgumentParser, what: str) -> None:
-    """--output and --force; `what` it holds, for the help."""
+    """Adds --output and --force; `what` describes the output in the help."""
     parser.add_argument("--output", metavar="PATH", help=what)
-    parser.add_argument("--force", action="store_true", help="overwrite PATH if it is there")
+    parser.add_argument("--force", action="store_true", help="overwrite PATH if it exists")
 
 
 def show(text: str) -> None:
-    """Prints a result. A reader that has gone (`| head -1`) has seen what it wanted."""
+    """Prints a result; that its reader has closed the pipe (`| head -1`) is fine."""
     try:
         sys.stdout.write(text + "\n" if text and not text.endswith("\n") else text)
         sys.stdout.flush()
     except BrokenPipeError:
-        # Python must not flush into the void when it exits.
+        # Python must not flush to the closed pipe when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def check(path: str, *, force: bool, inputs: Iterable[str | os.PathLike[str]] = ()) -> None:
-    """Refuses, before any work, a PATH that cannot or must not be written.
+def check(path: str, *, force: bool, inputs: Iterable[PathLike] = ()) -> None:
+    """Rejects, before any work, a PATH that cannot or must not be written.
 
     Args:
-        force: of the flag; a file that is there is overwritten.
-        inputs: local files that the command reads, which it does not overwrite, and folders of
-            which it overwrites no file.
+        force: whether an existing file may be overwritten.
+        inputs: local files that the command reads, and folders whose files it reads; they
+            are not overwritten.
 
     Raises:
-        InputError: a folder, an input, a file that is there without `force`, or no place for one.
+        InputError: PATH is a folder, an input, an existing file without `force`, or cannot be
+            created.
     """
     if _descriptor(path) is not None:
         return
     target = epath.Path(path).expanduser()
     if "://" in path:
         if target.exists() and not force:
-            raise _there(path)
+            raise _exists(path)
         return
     real = os.path.realpath(target)
     for source in inputs:
@@ -65,52 +66,53 @@ def check(path: str, *, force: bool, inputs: Iterable[str | os.PathLike[str]] = 
     if os.path.isdir(real) or path.endswith("/"):
         raise InputError(f"--output={path}: it is a directory; name a file")
     if os.path.isfile(real) and not force:
-        raise _there(path)
+        raise _exists(path)
     check_place(path)
 
 
 def check_place(path: str) -> None:
-    """Refuses a local PATH, of a file or a directory, that cannot be created.
+    """Rejects a local PATH, of a file or a directory, that cannot be created.
 
     Raises:
-        InputError: a name is too long, or its parent is a file or not writable.
+        InputError: a name is too long, or the parent is a file or not writable.
     """
     real = os.path.realpath(epath.Path(path).expanduser())
     folder = real
     while not os.path.exists(folder):
         folder = os.path.dirname(folder)
     if folder != real and not os.path.isdir(folder):
-        raise InputError(f"--output={path}: {folder} is a file and no folder; name another")
+        raise InputError(f"--output={path}: {folder} is a file, not a folder; name another")
     longest = os.pathconf(folder, "PC_NAME_MAX")
     if long := next((x for x in real.split(os.sep) if len(os.fsencode(x)) > longest), None):
         raise InputError(
             f"--output={path}: a name of {len(os.fsencode(long))} bytes is longer than the "
-            f"{longest} that {folder} takes; name it shorter"
+            f"{longest} that {folder} allows; choose a shorter one"
         )
-    # A new file, made beside the old one, replaces it.
+    # A new file, written beside the old one, replaces it.
     places = [os.path.dirname(real), real] if os.path.isfile(real) else [folder]
     for place in places:
         if not os.access(place, os.W_OK):
-            raise InputError(f"--output={path}: {place} cannot be written to; name another place")
+            raise InputError(f"--output={path}: cannot write to {place}; name another path")
 
 
-def _is_in(real: str, source: str | os.PathLike[str]) -> bool:
-    """Whether a file that is there is an input, or lies in a folder that is one."""
+def _is_in(real: str, source: PathLike) -> bool:
+    """Whether an existing file is the input `source`, or in the folder `source`."""
     if not (os.path.exists(source) and os.path.exists(real)):
         return False
     inside = os.path.isfile(real) and real.startswith(os.path.realpath(source) + os.sep)
     return inside or os.path.samefile(source, real)
 
 
-def _there(path: str | os.PathLike[str]) -> InputError:
-    return InputError(f"{os.fspath(path)} is there already; overwrite it with --force")
+def _exists(path: PathLike) -> InputError:
+    return InputError(f"{os.fspath(path)} already exists; overwrite it with --force")
 
 
 @contextlib.contextmanager
 def target(path: str) -> Iterator[str]:
-    """Where to write the whole file that PATH will be: links are followed, devices kept.
+    """The path to write for PATH, with links followed.
 
-    What is no regular file (a device, a fifo, /dev/stdout) gets a copy of a temporary one.
+    If PATH is not a regular file (a device, a fifo, /dev/stdout), it is the path of a temporary
+    file, which is copied to PATH in the end.
     """
     real = path if "://" in path else os.path.realpath(epath.Path(path).expanduser())
     descriptor = _descriptor(path)
@@ -126,13 +128,13 @@ def target(path: str) -> Iterator[str]:
         with open(real if descriptor is None else os.dup(descriptor), "wb") as stream:
             stream.write(data)
     except BrokenPipeError:
-        raise OSError(f"--output={path}: its reader has gone") from None
+        raise OSError(f"--output={path}: its reader has closed it") from None
 
 
 def write(path: str, text: str) -> None:
-    """Writes PATH, whole or not at all; see `target`."""
-    with target(path) as place:
-        files.write_bytes(place, text.encode())
+    """Writes PATH atomically; see `target`."""
+    with target(path) as real:
+        files.write_bytes(real, text.encode())
 
 
 def _is_plain(path: str) -> bool:
@@ -140,23 +142,24 @@ def _is_plain(path: str) -> bool:
 
 
 def is_stream(path: str) -> bool:
-    """Whether PATH is an open file of this process, such as standard output."""
+    """Whether PATH names an open file of this process, such as standard output."""
     return _descriptor(path) is not None
 
 
 def _descriptor(path: str) -> int | None:
-    """The open file that a PATH such as /dev/stdout or /dev/fd/3 stands for."""
+    """The file descriptor of a PATH such as /dev/stdout or /dev/fd/3; None for other paths."""
     if match := re.fullmatch(r"/(?:dev|proc/self)/fd/(\d+)", path):
         return int(match[1])
     return _DESCRIPTORS.get(path)
 
 
-def as_json(value: Any, **settings: Any) -> str:
-    """JSON as others read it: what is not finite is null."""
-    return json.dumps(_finite(value), allow_nan=False, **settings)
+def as_json(value: object, *, indent: int | None = None, ensure_ascii: bool = True) -> str:
+    """Valid JSON: numbers that are not finite become null."""
+    finite = _finite(value)
+    return json.dumps(finite, allow_nan=False, indent=indent, ensure_ascii=ensure_ascii)
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: object) -> object:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -169,29 +172,31 @@ def add_prefix_flag(parser: argparse.ArgumentParser) -> None:
         "--prefix",
         default="",
         metavar="TEXT",
-        help="in front of the names of the fields that are added to a record's own",
+        help="a prefix for the names of the fields that are added to each record",
     )
 
 
-def check_fields(fields: Mapping[str, Any], added: Mapping[str, Any], where: str) -> None:
-    """Refuses a record of which a field would be replaced.
+def check_fields(fields: Metadata, added: Metadata, location: str) -> None:
+    """Rejects a record that already has one of the fields that the output adds.
 
     Args:
-        added: the new fields; those whose values are not known yet are None.
+        fields: of the record.
+        added: the new fields; None for a value that is not known yet.
+        location: of the record, for the message.
 
     Raises:
-        InputError: with its place, and the flag that helps.
+        InputError: with the location, and the flag that helps.
     """
     for name, value in added.items():
         if name in fields and (value is None or fields[name] != value):
             raise InputError(
-                f"{where}: the record has a field '{name}', which the output would replace; "
-                "--prefix=TEXT puts TEXT in front of the names of the new fields"
+                f"{location}: the record has a field '{name}', which the output would replace; "
+                "--prefix=TEXT adds a prefix to the names of the new fields"
             )
 
 
 class ConfigFile(Callback):
-    """Keeps the settings of a run as `MODEL_DIR/config.gin`, a gin file that needs no other."""
+    """Writes the settings of a run to `MODEL_DIR/config.gin`, a self-contained gin file."""
 
     def __init__(self, text: str) -> None:
         self.text = text

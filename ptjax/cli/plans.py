@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from ptjax.cli.gin_files import has_macro
+from ptjax.cli.gin_macros import has_macro
 from ptjax.planning.estimate import Report
 from ptjax.planning.workload import ParallelConfig, StepSpec
 

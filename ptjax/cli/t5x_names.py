@@ -1,6 +1,6 @@
-"""What T5X and google-research/prompt-tuning call things, and what ptjax calls them.
+"""The names of T5X and google-research/prompt-tuning, and ptjax's names for them.
 
-docs/from_prompt_tuning.md shows the same tables; a test holds them equal.
+docs/from_prompt_tuning.md shows the same tables; a test keeps them equal.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ SETTINGS: Sequence[tuple[str, str]] = (
     ("`train_script.train.eval_steps`", "`EVAL_EXAMPLES`, a number of examples"),
     ("`train_script.train.random_seed`", "`RANDOM_SEED`"),
 )
-"""(there, here), as the page shows them."""
+"""Rows (T5X's setting, ptjax's), as the page shows them."""
 
 FLAGS: Sequence[tuple[str, str]] = (
     ("`--gin_file`, `--gin_bindings`, `--gin_search_paths`, `--gin.NAME=VALUE`", "the same"),
@@ -126,7 +126,7 @@ FLAGS: Sequence[tuple[str, str]] = (
         "`--run_mode`",
         "nothing; the mode is the command: `python -m ptjax.train`, `evaluate` or `infer`",
     ),
-    ("`--seqio_additional_cache_dirs`", "nothing; there are no cached tasks, leave it out"),
+    ("`--seqio_additional_cache_dirs`", "nothing; ptjax caches no tasks, leave it out"),
     (
         "`--multiprocess_gpu`",
         "nothing; Slurm and Open MPI are recognised, else `--coordinator_address`",
@@ -136,7 +136,7 @@ FLAGS: Sequence[tuple[str, str]] = (
     ("`--process_index`", "`--process_id`"),
     ("`--initialization_timeout`", "`--initialization_timeout_seconds`"),
 )
-"""The same of T5X's flags."""
+"""Rows (T5X's flag, ptjax's)."""
 
 ACCEPTED: Mapping[str, Sequence[object]] = {
     "USE_CACHED_TASKS": (False,),
@@ -145,7 +145,7 @@ ACCEPTED: Mapping[str, Sequence[object]] = {
     "LOSS_NORMALIZING_FACTOR": (None,),
     "PROMPT_REGEX": (".*/prompt/.*", [".*/prompt/.*"], (".*/prompt/.*",)),
 }
-"""T5X's macros -> the values that say what ptjax does anyway."""
+"""T5X's macros -> the values that describe what ptjax does anyway."""
 
 _IMPORT = re.compile(
     r"^\s*(?:import|from)\s+"
@@ -157,7 +157,7 @@ MODULES = (
     "trainer", "partitioning", "models", "network", "adafactor", "seqio", "mixtures", "checkpoints",
     "optimizers", "prompts", "multi_optimizer", "t5_architecture",
 )  # fmt: skip
-"""What T5X's gin files call the modules that they import."""
+"""The names under which T5X's gin files import modules."""
 
 _BLOCK = re.compile(r"^([\w./]+):\s*\n((?:[ \t]+\S.*\n|[ \t]*\n)+)", re.MULTILINE)
 _SAME = ("the same", "the same names and meanings")
@@ -165,13 +165,13 @@ _CODE = re.compile(r"`([^`]+)`")
 
 
 def markdown(rows: Sequence[tuple[str, str]]) -> str:
-    """A table of the page."""
+    """The table of a page with these rows."""
     lines = ["| there | here |", "|---|---|", *(f"| {there} | {here} |" for there, here in rows)]
     return "\n".join(lines) + "\n"
 
 
 def _named(rows: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str]]:
-    """(name there, plain text of what is here); of an argument "Class.argument"."""
+    """(name in T5X, ptjax's equivalent as plain text); arguments as "Class.argument"."""
     for there, here in rows:
         plain = re.sub(r"\[[^]]*\]\(([^)]*)\)", r"docs/\1", here).replace("`", "")
         for code in _CODE.findall(there):
@@ -180,10 +180,10 @@ def _named(rows: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str]]:
 
 
 def advice(name: str) -> str | None:
-    """What a setting or gin file that only T5X has is here; None for what is none of T5X's."""
+    """ptjax's equivalent of a setting or gin file of T5X; None if T5X does not have it either."""
     for there, here in _named(SETTINGS):
         if here in _SAME or re.search(rf"\b{re.escape(there)}\b", here):
-            continue  # ptjax has it too
+            continue  # ptjax has the same name
         if name == there or name.endswith((f"/{there}", f".{there}")):
             return here
     if name.startswith(("t5x/", "prompt_tuning/", "flaxformer/")):
@@ -191,30 +191,30 @@ def advice(name: str) -> str | None:
     return None
 
 
-def told(name: str, here: str) -> str:
-    """The message about a name of T5X's, from what `advice` or `flag_advice` gave."""
+def replacement_message(name: str, here: str) -> str:
+    """The message for a name of T5X; `here` is what `advice` or `flag_advice` returned."""
     return f"{name} is T5X's; ptjax has instead: {here}"
 
 
 def task_file(name: str, files: Iterable[str]) -> str | None:
-    """The gin file of the task that T5X calls `name` ('super_glue_boolq_v102'), if there is one."""
+    """The gin file for T5X's task `name` ('super_glue_boolq_v102'), or None."""
     stems = {file.rpartition("/")[2].removesuffix(".gin"): file for file in files}
-    own = [stem for stem in stems if f"_{stem}_" in f"_{name.lower()}_"]
-    return stems[max(own, key=len)] if own else None
+    matching = [stem for stem in stems if f"_{stem}_" in f"_{name.lower()}_"]
+    return stems[max(matching, key=len)] if matching else None
 
 
 def flag_advice(flag: str) -> str | None:
-    """What a flag of T5X is here; None for what is none of T5X's."""
+    """ptjax's equivalent of a flag of T5X; None if T5X does not have it."""
     return dict(_named(FLAGS)).get(flag)
 
 
 def _flat_block(block: re.Match[str]) -> str:
-    """ "a.B:" and indented "c = 1" as "a.B.c = 1"."""
+    """A block, "a.B:" with indented lines "c = 1", as lines "a.B.c = 1"."""
     return re.sub(r"(?m)^[ \t]+(?=\w+ *=)", f"{block[1]}.", block[2])
 
 
 def check_gin_file(text: str, path: str) -> None:
-    """Refuses a gin file of T5X's, with the names that ptjax has for what it binds.
+    """Rejects a gin file of T5X, and lists ptjax's names for the settings in it.
 
     Raises:
         InputError: it imports T5X, seqio or the like.

@@ -1,9 +1,9 @@
-"""What the config.gin of a MODEL_DIR may say: ptjax's own settings and literals, nothing else.
+"""Checks an untrusted config.gin: it may contain only ptjax's own settings and literals.
 
-A gin file is a program: its imports are executed, and `@name()` calls name. The user's own files
-may do so. The config.gin in a folder that came from elsewhere may not: it is read here first,
-with gin's parser and without importing or calling anything, and refused unless every name is on
-the list below.
+A gin file is a program: its imports are executed, and `@name()` calls name. That is fine for the
+user's own files, but not for the config.gin of a MODEL_DIR that came from elsewhere. This module
+parses it first, without importing or calling anything, and rejects it unless every name is on the
+lists below.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ MADE: Mapping[str, tuple[str, ...]] = {
         "sweep",
     ),
     "ptjax.preprocessors": tuple(name.rpartition(".")[2] for name in CATALOGUE),
-    # Learning rates that change; pure functions of numbers.
+    # Learning rate schedules: pure functions of numbers.
     "optax": (
         "constant_schedule",
         "cosine_decay_schedule",
@@ -64,25 +64,25 @@ MADE: Mapping[str, tuple[str, ...]] = {
         "warmup_exponential_decay_schedule",
     ),
 }
-"""Module -> what may be bound and referred to: it makes settings, and reads files at most."""
+"""Module -> names that may be bound and referenced: they build settings, and at most read files."""
 
 BOUND: Mapping[str, tuple[str, ...]] = {
     "ptjax": ("pretrain", "tune"),
 }
-"""What may be bound but not referred to: a reference to it would run it."""
+"""Module -> names that may be bound but not referenced, since a reference could run them."""
 
-_NEEDLESS = ("gin.macro", "macro", "")
-"""Selectors of a macro's value, `NAME = value`."""
+_MACRO = ("gin.macro", "macro", "")
+"""Selectors of a macro binding, `NAME = value`."""
 
 
 class _Reference(NamedTuple):
-    """A name behind `@`, its scopes left out."""
+    """A name after `@`, without its scopes."""
 
     name: str
 
 
 class _Names(config_parser.ParserDelegate):
-    """Keeps the names that values refer to, and looks nothing up."""
+    """Parses references without resolving them."""
 
     def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> Any:
         del evaluate
@@ -93,10 +93,10 @@ class _Names(config_parser.ParserDelegate):
 
 
 def check(stream: IO[str], path: str) -> None:
-    """Refuses a gin file that names anything but ptjax's own settings.
+    """Rejects a gin file that names anything except ptjax's own settings.
 
     Raises:
-        InputError: it does; with its line, the name and the flag --trust_config.
+        InputError: with the line, the name and the flag --trust_config.
         SyntaxError, tokenize.TokenError: what gin raises for a file that it cannot read.
     """
     imported: dict[str, str] = {}
@@ -110,34 +110,34 @@ def check(stream: IO[str], path: str) -> None:
             )
 
 
-def _problem(statement: Any, imported: dict[str, str]) -> str | None:
-    """What is wrong with a statement; its import, if it is one, is added to `imported`."""
+def _problem(statement: object, imported: dict[str, str]) -> str | None:
+    """Why a statement is rejected, or None. An import is added to `imported`."""
     if isinstance(statement, config_parser.IncludeStatement):
         return f"includes {statement.filename!r}"
     if isinstance(statement, config_parser.ImportStatement):
         module, package = statement.module, statement.module.split(".")[0]
-        # `import a.b` makes `a` known, all other forms the module itself.
+        # `import a.b` binds the name `a`, all other forms bind the module itself.
         whole = statement.is_from or statement.alias
         imported[statement.bound_name()] = module if whole else package
         of_gin = statement.is_from and module == "__gin__.dynamic_registration"
         allowed = of_gin or package == "ptjax" or module == "optax"
         return None if allowed else f"imports {module}"
     if isinstance(statement, config_parser.BindingStatement) and (
-        statement.selector not in _NEEDLESS and statement.arg_name
+        statement.selector not in _MACRO and statement.arg_name
     ):
-        if not _may(statement.selector, imported, bound=True):
+        if not _is_allowed(statement.selector, imported, bound=True):
             return f"sets {statement.selector}.{statement.arg_name}"
-    elif isinstance(statement, config_parser.BlockDeclaration) and not _may(
+    elif isinstance(statement, config_parser.BlockDeclaration) and not _is_allowed(
         statement.selector, imported, bound=True
     ):
         return f"sets {statement.selector}"
     for reference in _references(getattr(statement, "value", None)):
-        if not _may(reference.name, imported):
+        if not _is_allowed(reference.name, imported):
             return f"refers to {reference.name}"
     return None
 
 
-def _references(value: Any) -> Iterator[_Reference]:
+def _references(value: object) -> Iterator[_Reference]:
     if isinstance(value, _Reference):
         yield value
     elif isinstance(value, dict):
@@ -148,8 +148,8 @@ def _references(value: Any) -> Iterator[_Reference]:
             yield from _references(item)
 
 
-def _may(selector: str, imported: Mapping[str, str], *, bound: bool = False) -> bool:
-    """Whether a selector, under the names of the file's imports, is on the list."""
+def _is_allowed(selector: str, imported: Mapping[str, str], *, bound: bool = False) -> bool:
+    """Whether a selector, resolved through the file's imports, is on the lists."""
     head, *rest = selector.split(".")
     module, _, name = ".".join([imported.get(head, ""), *rest]).rpartition(".")
     return name in MADE.get(module, ()) or (bound and name in BOUND.get(module, ()))

@@ -1,6 +1,6 @@
-"""Tokens that were added to a vocabulary: read as transformers 5 reads them, and cut out of texts.
+"""Added tokens of a vocabulary: reads them like transformers 5, and splits texts at them.
 
-transformers has written them to four places: `added_tokens.json`, `added_tokens_decoder` in
+transformers has stored them in four places: `added_tokens.json`, `added_tokens_decoder` in
 `tokenizer_config.json`, `additional_special_tokens` (`extra_special_tokens`), `tokenizer.json`.
 """
 
@@ -17,23 +17,24 @@ from ptjax import files
 from ptjax.data.sentinels import MARK, SENTINEL, marked
 from ptjax.data.vocabulary import NO_ID
 from ptjax.errors import InputError
+from ptjax.files import JsonObject, Metadata
 
 _KINDS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 CONTROL_NAMES = tuple(f"{kind}_token" for kind in _KINDS)
-"""The settings of tokenizer_config.json that name control tokens; texts cannot hold these."""
+"""The settings of tokenizer_config.json that name control tokens; texts cannot contain these."""
 START = "<s>"
 """SentencePiece's start piece; a control token even if no setting names it, as for T5."""
 
 
 @dataclasses.dataclass(frozen=True)
 class AddedToken:
-    """A token that is cut out of a text before the rest is made into pieces.
+    """A token at which a text is split before the rest is tokenised.
 
     Attributes:
-        lstrip, rstrip: it takes the spaces beside it along.
-        single_word: only where no letter stands beside it.
-        normalized: it is looked for in the normalised text.
-        special: transformers leaves it out of decoded texts if asked to.
+        lstrip, rstrip: the spaces to its left or right belong to it.
+        single_word: it matches only if no letter is next to it.
+        normalized: it is searched in the normalised text.
+        special: transformers omits it from decoded texts on request.
     """
 
     content: str
@@ -50,33 +51,32 @@ class AddedToken:
         match = SENTINEL.fullmatch(self.content)
         return None if match is None else int(match[1])
 
-    def flags(self) -> dict[str, Any]:
-        """As transformers writes it, without the id."""
+    def flags(self) -> JsonObject:
+        """The token as transformers writes it, without the id."""
         return {key: value for key, value in dataclasses.asdict(self).items() if key != "id"}
 
 
-def read_json(file: epath.Path) -> dict[str, Any]:
-    """A tokenizer's JSON file; {} where there is none.
+def read_json(file: epath.Path) -> JsonObject:
+    """A tokenizer's JSON file; {} if it does not exist.
 
     Raises:
-        InputError: it holds no JSON object.
+        InputError: the file does not hold a JSON object.
     """
     return files.read_object(file) if file.exists() else {}
 
 
 def read_added_tokens(
-    folder: epath.Path, config: Mapping[str, Any], vocabulary: Mapping[str, int] | None
+    folder: epath.Path, config: Metadata, vocabulary: Mapping[str, int] | None
 ) -> tuple[list[AddedToken], dict[str, str]]:
-    """(the tokens of a folder that were added, setting -> the control token that it names).
+    """(the added tokens of a folder, setting -> the control token that it names).
 
     Args:
-        config: of `tokenizer_config.json`.
-        vocabulary: the pieces that there are without them. A token that is a piece keeps its id,
-            others get the next free ones, as transformers 5 numbers them. None (ByT5) takes the
-            ids of the files.
+        config: the content of `tokenizer_config.json`.
+        vocabulary: the model's own pieces. As in transformers 5, an added token that is a piece
+            keeps its id, others get the next free ids. None (ByT5) uses the ids of the files.
 
     Raises:
-        InputError: a file is damaged, or gives a token another id than transformers does.
+        InputError: a file is damaged, or states another id than transformers assigns.
     """
     declared, settings = _declared(folder, config)
     control = {name: _content(settings[name]) for name in CONTROL_NAMES if settings.get(name)}
@@ -94,23 +94,21 @@ def read_added_tokens(
         if token.id not in (NO_ID, index):
             raise InputError(
                 f"{folder}: the added token {token.content!r} has the id {token.id} in the "
-                f"tokenizer's files, and transformers 5 gives it {index}; save the tokenizer again "
+                f"tokenizer's files, but transformers 5 assigns {index}; save the tokenizer again "
                 "with the transformers that wrote it, without gaps in its ids"
             )
         numbered.append(dataclasses.replace(token, id=index))
     return numbered, control
 
 
-def _declared(
-    folder: epath.Path, config: Mapping[str, Any]
-) -> tuple[dict[int, AddedToken], dict[str, Any]]:
-    """(tokens with the ids that files give them, settings), the newest way of saying it first."""
+def _declared(folder: epath.Path, config: Metadata) -> tuple[dict[int, AddedToken], JsonObject]:
+    """(id in the files -> token, settings); the newest format takes precedence."""
     settings = dict(config)
     if (decoder := settings.get("added_tokens_decoder")) is not None:
         file = folder / "tokenizer_config.json"
         if not isinstance(decoder, dict):
             raise _damaged(file, decoder)
-        return {_id(file, i): _token(file, i, said) for i, said in decoder.items()}, settings
+        return {_id(file, i): _token(file, i, entry) for i, entry in decoder.items()}, settings
     settings |= read_json(folder / "special_tokens_map.json")
     special = {token.content for token in map(_special, _named(settings))}
     declared: dict[int, AddedToken] = {}
@@ -121,15 +119,15 @@ def _declared(
         declared[_id(file, i)] = _token(file, i, flags)
     file = folder / "tokenizer.json"
     added = read_json(file).get("added_tokens", [])
-    for said in added if isinstance(added, list) else [added]:
-        if not isinstance(said, dict) or "id" not in said:
-            raise _damaged(file, said)
-        declared[_id(file, said["id"])] = _token(file, said["id"], said)
+    for entry in added if isinstance(added, list) else [added]:
+        if not isinstance(entry, dict) or "id" not in entry:
+            raise _damaged(file, entry)
+        declared[_id(file, entry["id"])] = _token(file, entry["id"], entry)
     return declared, settings
 
 
-def _named(settings: Mapping[str, Any]) -> Iterator[Any]:
-    """What settings name as special, in the order in which transformers 5 adds it."""
+def _named(settings: Metadata) -> Iterator[object]:
+    """The special tokens that settings name, in the order in which transformers 5 adds them."""
     yield from (settings[name] for name in CONTROL_NAMES if settings.get(name))
     for name, value in settings.items():  # a model's own, such as `image_token`
         if name.endswith("_token") and name not in CONTROL_NAMES and isinstance(value, str):
@@ -139,48 +137,48 @@ def _named(settings: Mapping[str, Any]) -> Iterator[Any]:
     yield from several if isinstance(several, list) else [None]
 
 
-def _content(said: Any) -> str:
-    content = said.get("content") if isinstance(said, dict) else said
+def _content(entry: object) -> str:
+    content = entry.get("content") if isinstance(entry, dict) else entry
     if not isinstance(content, str) or not content:
-        raise InputError(f"a special token of the tokenizer is {said!r}; copy its files again")
+        raise InputError(f"a special token of the tokenizer is {entry!r}; copy its files again")
     return content
 
 
-def _special(said: Any) -> AddedToken:
-    flags = {**said, "special": True} if isinstance(said, dict) else {"special": True}
-    return AddedToken(_content(said), NO_ID, **_known_flags(flags))
+def _special(entry: object) -> AddedToken:
+    flags = {**entry, "special": True} if isinstance(entry, dict) else {"special": True}
+    return AddedToken(_content(entry), NO_ID, **_known_flags(flags))
 
 
-def _token(file: epath.Path, index: Any, said: Any) -> AddedToken:
-    content = said.get("content") if isinstance(said, dict) else None
-    if not isinstance(content, str) or not content:
-        raise _damaged(file, said)
-    return AddedToken(said["content"], _id(file, index), **_known_flags(said))
+def _token(file: epath.Path, index: object, entry: object) -> AddedToken:
+    content = entry.get("content") if isinstance(entry, dict) else None
+    if not isinstance(entry, dict) or not isinstance(content, str) or not content:
+        raise _damaged(file, entry)
+    return AddedToken(content, _id(file, index), **_known_flags(entry))
 
 
-def _known_flags(said: Mapping[str, Any]) -> dict[str, bool]:
+def _known_flags(entry: Metadata) -> dict[str, bool]:
     names = ("lstrip", "rstrip", "single_word", "normalized", "special")
-    return {name: said[name] is True for name in names if name in said}
+    return {name: entry[name] is True for name in names if name in entry}
 
 
-def _id(file: epath.Path, index: Any) -> int:
+def _id(file: epath.Path, index: object) -> int:
     if isinstance(index, bool) or not (str(index).isdecimal() and len(str(index)) < 10):
         raise _damaged(file, index)
-    return int(index)
+    return int(str(index))
 
 
-def _damaged(file: epath.Path, said: Any) -> InputError:
-    return InputError(f"{file}: {said!r:.80} is no added token; copy the tokenizer again")
+def _damaged(file: epath.Path, entry: object) -> InputError:
+    return InputError(f"{file}: {entry!r:.80} is not an added token; copy the tokenizer again")
 
 
 class Splitter:
-    """Cuts added tokens out of texts as transformers does: with the library that it uses.
+    """Splits texts at added tokens with the library that transformers uses.
 
-    Those that are looked for in the text as it stands come first, then the rest is normalised and
-    those of the normalised text are. Sentinels are looked for as `marked(k)`.
+    It first splits the original text at the tokens that are not `normalized`, then normalises the
+    rest and splits it at the others. Sentinels are searched as `marked(k)`.
 
     Raises:
-        InputError: the normalisation leaves nothing of a token; every text would stop the library.
+        InputError: a token is empty after normalisation, which would make the library panic.
     """
 
     def __init__(self, tokens: Sequence[AddedToken], charsmap: bytes, name: str) -> None:
@@ -191,13 +189,13 @@ class Splitter:
         for token in normalized:
             if not self._normalize(token.content):
                 raise InputError(
-                    f"{name}: its normalisation leaves nothing of the added token "
-                    f"{token.content!r}; remove the token"
+                    f"{name}: the added token {token.content!r} is empty after normalisation; "
+                    "remove the token"
                 )
         self._normalized = _Cutter(normalized, self._normalize) if normalized else None
 
     def split(self, texts: Sequence[str]) -> list[list[str | int]]:
-        """Each text as what is left of it between added tokens, and the ids of those."""
+        """Each text as the parts between added tokens, and the ids of these tokens."""
         rows = self._raw.cut(texts)
         if self._normalized is None:
             return rows
@@ -210,10 +208,10 @@ class Splitter:
 
 
 class _Cutter:
-    """Cuts tokens out of texts that are searched as they stand."""
+    """Splits texts at tokens, without normalising the texts."""
 
     def __init__(self, tokens: Sequence[AddedToken], normalize: Callable[[str], str]) -> None:
-        # Its only word is one that no text holds, so that what is left between is one token, 0.
+        # The only word is one that no text contains, so every part between tokens is one token, 0.
         model: Any = tokenizers.models.WordLevel({MARK: 0}, unk_token=MARK)
         self._backend = tokenizers.Tokenizer(model)
         self._ids = [-1]
@@ -226,7 +224,7 @@ class _Cutter:
                 single_word=token.single_word,
                 normalized=False,
             )
-            # Of two that read the same, the first is found.
+            # Of two tokens with the same text, the first matches.
             self._ids += [token.id] * self._backend.add_tokens([native])
 
     def cut(self, texts: Sequence[str]) -> list[list[str | int]]:

@@ -1,16 +1,15 @@
-"""The one definition of a batch.
+"""The definition of a batch.
 
 A batch is a dict of numpy arrays under T5X's names: `encoder_input_tokens` int32 [B, T],
-`decoder_input_tokens` int32 [B, L] (the targets shifted right behind the decoder's start),
-`decoder_target_tokens` int32 [B, L], `decoder_loss_weights` float32 [B, L]; beside them
-`encoder_lengths` int32 [B], the number of real tokens of each row. Lengths say what is padding,
-never a token: id 0 is a word in many vocabularies. A row of length 0 is filler.
+`decoder_input_tokens` int32 [B, L] (the targets shifted right, after the decoder's start id),
+`decoder_target_tokens` int32 [B, L], `decoder_loss_weights` float32 [B, L]; and in addition
+`encoder_lengths` int32 [B], the number of real tokens of each row. Padding is defined by lengths,
+never by a token: id 0 is a word in many vocabularies. A row of length 0 is filler.
 
-A packed batch has several examples in a row, one directly behind the other, and says which position
-belongs to which: `encoder_segment_ids` int32 [B, T] and `decoder_segment_ids` int32 [B, L] count
-the examples of a row from 1; 0 is padding. It has no `encoder_lengths`. Each example's decoder
-inputs begin with the decoder's start, and its encoder segment with as many padding ids as a copy
-of the prompt needs.
+A packed batch has several consecutive examples per row. `encoder_segment_ids` int32 [B, T] and
+`decoder_segment_ids` int32 [B, L] number the examples of a row from 1; 0 is padding. It has no
+`encoder_lengths`. Each example's decoder inputs begin with the decoder's start id, and its encoder
+segment with as many padding ids as a copy of the prompt needs.
 """
 
 from __future__ import annotations
@@ -26,17 +25,17 @@ from ptjax.errors import InputError
 Batch = dict[str, np.ndarray]
 
 PADDING_SEGMENT = 0
-"""The segment id of positions that belong to no example."""
+"""The segment id of padding."""
 
 PER_ROW = ("encoder_lengths",)
-"""The arrays of a batch that have one number for each row."""
+"""The arrays of a batch that have one number per row."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SpecialIds:
-    """The ids of a vocabulary that are no text; `models.config.T5Config` explains them.
+    """The special ids of a vocabulary; see `models.config.T5Config`.
 
-    They have no defaults here: every caller takes them from its backbone's config.
+    They have no defaults: every caller takes the ids from its backbone's config.
     """
 
     pad_id: int
@@ -46,16 +45,16 @@ class SpecialIds:
 
 
 def shift_right(targets: np.ndarray, start_id: int) -> np.ndarray:
-    """Decoder inputs [..., L] for `targets` [..., L]: the start, then all targets but the last."""
+    """Decoder inputs [..., L] for `targets` [..., L]: the start id, then `targets[..., :-1]`."""
     start = np.full_like(targets[..., :1], start_id)
     return np.concatenate([start, targets[..., :-1]], axis=-1)
 
 
 def trailing_lengths(tokens: np.ndarray, pad_id: int) -> np.ndarray:
-    """Lengths int32 [B] of rows [B, L] that came without: up to the trailing `pad_id`s.
+    """Lengths int32 [B] of rows [B, L] without their trailing `pad_id`s.
 
-    The one place where padding is recognised by its id; batches that ptjax makes say their
-    lengths themselves.
+    For arrays from callers that give no lengths; this is the only place where padding is
+    recognised by its id.
     """
     real = tokens != pad_id
     behind = np.argmax(real[:, ::-1], axis=1) if tokens.size else 0
@@ -68,7 +67,7 @@ def length_weights(lengths: np.ndarray, length: int) -> np.ndarray:
 
 
 def count_examples(batch: Batch, active: np.ndarray | None = None) -> int:
-    """How many examples a batch holds, or those of a bank's `active` members (bool [N])."""
+    """The number of examples in a batch, or of a sweep's `active` members (bool [N])."""
     members = ... if active is None else active
     if "encoder_segment_ids" in batch:
         return int(batch["encoder_segment_ids"][members].max(axis=-1).sum())
@@ -115,7 +114,7 @@ def make_packed_batch(
     ids: SpecialIds,
     prompt_slots: int = 0,
 ) -> Batch:
-    """Examples (EOS included) as a packed batch; example i lies in row `rows[i]`, ascending.
+    """Examples (EOS included) as a packed batch; example i is in row `rows[i]`, ascending.
 
     Raises:
         InputError: the examples of a row are longer than the row.
@@ -131,7 +130,7 @@ def make_packed_batch(
     target_lengths = np.array([len(tokens) for tokens in targets])
     shape = (row_count, target_length)
     target_tokens, segments = _pack(targets, target_lengths, rows, shape, ids.pad_id)
-    # The token before is an input where it belongs to the same example.
+    # The previous token is an input only within the same example.
     inside = segments == shift_right(segments, PADDING_SEGMENT)
     start_id = ids.decoder_start_id
     return {
@@ -152,7 +151,7 @@ def _pack(
     pad_id: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and segment ids, int32 of `shape`, of examples of `lengths` [B] in `rows` [B]."""
-    first = np.searchsorted(rows, rows)  # the example that opens each one's row
+    first = np.searchsorted(rows, rows)  # the first example of each example's row
     ends = np.cumsum(lengths)
     starts = ends - lengths
     used = ends - starts[first]

@@ -1,32 +1,33 @@
-"""How examples become batches: the setting."""
+"""The settings of batches."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
 
 from ptjax.data.pipeline import Bucket
 from ptjax.errors import InputError, check_at_least
+from ptjax.files import JsonObject
 
 FEATURE_LENGTHS: Mapping[str, int] = MappingProxyType({"inputs": 512, "targets": 16})
-"""Tokens of the inputs and targets, EOS included, where nothing else is said."""
+"""Default lengths of inputs and targets in tokens, EOS included."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Batching:
-    """How examples become batches.
+    """How examples are batched.
 
     Attributes:
-        batch_size: examples a step.
-        microbatches: parts of a batch that are computed one after the other.
-        feature_lengths: T5X's {"inputs": T, "targets": L}, EOS included; longer ones are cut,
-            counted and reported. What it leaves out is as in `FEATURE_LENGTHS`.
-        buckets: batch shapes (T, L); None takes input lengths that double from 32.
-        pack: short examples share rows instead; a batch holds as many examples as before.
-        row_length: T of such rows, with the prompt's places where it attends to its input; None
-            chooses.
+        batch_size: examples per step.
+        microbatches: number of parts of a batch that are computed one after another.
+        feature_lengths: T5X's {"inputs": T, "targets": L}, EOS included; longer texts are
+            truncated, counted and reported. The default is `FEATURE_LENGTHS`, also for one of the
+            two alone.
+        buckets: batch shapes (T, L); None uses input lengths that double from 32.
+        pack: put several short examples into a row; the number of examples per batch is the same.
+        row_length: T of packed rows, including the prompt's positions if it attends to its input;
+            None chooses it automatically.
     """
 
     batch_size: int = 32
@@ -41,7 +42,8 @@ class Batching:
         check_at_least(1, "Batching", row_length=self.row_length)
         if self.batch_size % self.microbatches:
             raise InputError(
-                f"BATCH_SIZE = {self.batch_size} is no multiple of {self.microbatches} MICROBATCHES"
+                f"BATCH_SIZE ({self.batch_size}) must be divisible by MICROBATCHES "
+                f"({self.microbatches})"
             )
         if unknown := sorted(set(self.feature_lengths or {}) - set(FEATURE_LENGTHS)):
             raise InputError(f"TASK_FEATURE_LENGTHS has {unknown[0]!r}, not 'inputs' or 'targets'")
@@ -51,6 +53,6 @@ class Batching:
         """{"inputs": T, "targets": L}."""
         return {**FEATURE_LENGTHS, **(self.feature_lengths or {})}
 
-    def identity(self) -> dict[str, Any]:
-        """Lengths that are left out and lengths that are given alike are the same setting."""
+    def identity(self) -> JsonObject:
+        """Default lengths and the same lengths given explicitly are the same setting."""
         return {"feature_lengths": self.lengths}

@@ -22,12 +22,12 @@ _SENTINELS = range(256)
 class ByteTokenizer:
     """ByT5: the byte b of the UTF-8 text is the id b + 3; 0 to 2 are padding, EOS, unknown.
 
-    Above the bytes lie 125 unused ids (384 rows in every ByT5), then added tokens. Its sentinels
-    are the last byte values, which UTF-8 never uses, counted down: <extra_id_k> is 258 - k. (To
-    transformers `<extra_id_k>` is 259 + k, an id that ByT5 was never trained with.)
+    After the bytes there are 125 unused ids (384 rows in every ByT5), then added tokens. The
+    sentinels are the last byte values, which UTF-8 never uses, in descending order: <extra_id_k>
+    is 258 - k. (In transformers it is 259 + k, an id that ByT5 was never trained with.)
 
     Args:
-        added: tokens of ids from 384 up, or of one byte, with its id.
+        added: tokens with ids >= 384, or with the id of a byte.
     """
 
     prefix: tuple[int, ...] = ()
@@ -35,16 +35,16 @@ class ByteTokenizer:
 
     def __init__(self, added: Sequence[AddedToken] = (), *, name: str = "byt5") -> None:
         self.name = name
-        # Of transformers' sentinels, which lie between, nothing is taken.
+        # transformers' sentinels, with ids in between, are ignored.
         kept = [token for token in added if 3 <= token.id < 259 or token.id >= _ROWS]
         self._added = {token.content: token for token in kept}
         self._contents = {token.id: token.content for token in kept}
         self.vocab_size = max(_ROWS, *(token.id + 1 for token in kept)) if kept else _ROWS
-        # The longest first, as transformers' own search has it.
+        # Longest first, like transformers.
         contents = sorted(map(re.escape, self._added), key=len, reverse=True)
         self._cut = re.compile("(" + "|".join([*contents, marked("[0-9]+")]) + ")")
-        known = [token.flags() | {"id": token.id} for token in kept]
-        tail = json.dumps(known, sort_keys=True) if known else ""
+        described = [token.flags() | {"id": token.id} for token in kept]
+        tail = json.dumps(described, sort_keys=True) if described else ""
         self.fingerprint = sha256(f"byt5{tail}".encode())
         self.former_fingerprints = ()
 
@@ -56,7 +56,7 @@ class ByteTokenizer:
         return [index for part in parts for index in self._ids(part)]
 
     def _apply_flags(self, parts: list[str], i: int) -> None:
-        """Lets an added token take spaces along, or be part of a word, as transformers does."""
+        """Applies an added token's `lstrip`, `rstrip` and `single_word` like transformers."""
         token = self._added[parts[i]]
         left, right = parts[i - 1] if i else "", "".join(parts[i + 1 : i + 2])
         if token.rstrip and right:
@@ -90,8 +90,8 @@ class ByteTokenizer:
         if 3 <= index < 259:
             byte = index - 3
             return chr(byte) if 32 < byte < 127 else f"<0x{byte:02X}>"
-        known = {**self._contents, 0: "<pad>", 1: "</s>", 2: "<unk>"}
-        return known.get(index, f"<{index}>")
+        names = {**self._contents, 0: "<pad>", 1: "</s>", 2: "<unk>"}
+        return names.get(index, f"<{index}>")
 
     def sentinel_id(self, k: int) -> int:
         if k not in _SENTINELS:
@@ -102,7 +102,7 @@ class ByteTokenizer:
         folder = clear_folder(directory)
         config: dict[str, Any] = {"tokenizer_class": "ByT5Tokenizer", "extra_ids": 125}
         if self._added:
-            # The sentinels of transformers too, which would else take these ids themselves.
+            # With transformers' sentinels, or it would assign these ids to its own.
             unused = [AddedToken(f"<extra_id_{k}>", 259 + k, special=True) for k in range(125)]
             tokens = [*unused, *self._added.values()]
             config["extra_ids"] = 0

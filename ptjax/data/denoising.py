@@ -1,7 +1,7 @@
 """Pre-training examples from running text: span corruption and prefix LM (T5, sections 3.1, 3.2).
 
-Both cut a stream of tokens into pieces of fixed length, so all examples of an objective fit one
-batch shape. The cuts and the noise are drawn from (seed, epoch, index).
+Both cut a stream of tokens into pieces of fixed length, so all examples of an objective have one
+batch shape. Cuts and noise are random, seeded by (seed, epoch, index).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from ptjax.errors import InputError
 
 
 class _Stream:
-    """Pieces of a token stream; each epoch starts them at another offset."""
+    """Pieces of a token stream, at a different offset in each epoch."""
 
     def __init__(
         self, stream: np.ndarray, piece: int, input_length: int, target_length: int, seed: int
@@ -36,12 +36,12 @@ class _Stream:
 
 
 class SpanCorruptionSource(_Stream):
-    """Random spans of the input become sentinels; the target lists what they stood for.
+    """Random spans of the input are replaced by sentinels; the target lists the spans.
 
     Args:
         stream: token ids [N].
-        input_length: T of every example, EOS included (`random_spans_helper` in t5's
-            preprocessors finds the piece that shrinks to it).
+        input_length: T of every example, EOS included; pieces have the largest length that
+            shrinks to it (`random_spans_helper` in t5's preprocessors).
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class SpanCorruptionSource(_Stream):
         self.noise, self.spans = _noise(piece, noise_density, mean_span)
         if self.spans > min(100, piece - self.noise):
             raise InputError(
-                f"span corruption of {piece} tokens wants {self.spans} spans, more than there are "
+                f"span corruption of {piece} tokens needs {self.spans} spans, more than there are "
                 "sentinels (100) or tokens between them; lower noise_density or input_length"
             )
         super().__init__(stream, piece, inputs, targets, seed)
@@ -92,7 +92,7 @@ class SpanCorruptionSource(_Stream):
 class PrefixLMSource(_Stream):
     """The input is 1 to `input_length` tokens, the target the `target_length` that follow.
 
-    The paper's LM adaptation: the model learns to go on with a text, without sentinels.
+    The paper's LM adaptation: the model learns to continue a text, without sentinels.
     """
 
     def __init__(

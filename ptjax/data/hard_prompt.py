@@ -1,4 +1,4 @@
-"""Hard prompts: texts in front of the input, to compare a tuned prompt with."""
+"""Hard prompts: texts prepended to the input, as a baseline for tuned prompts."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from ptjax.data.examples import Example
 from ptjax.data.sentinels import join_texts
-from ptjax.data.tasks import Example
 from ptjax.errors import check_at_least
 
 
 @dataclasses.dataclass(frozen=True)
 class HardPrompt:
-    """A text in front of the input; nothing is trained.
+    """A text before or around the input; nothing is trained.
 
     Attributes:
-        text: put before the input, or around it where it says `{inputs}`.
-        shots: training examples put in front, in context; drawn with the run's seed.
-        separator: between a shot's input and its target, and behind each shot.
+        text: inserted before the input, or a template that contains `{inputs}`.
+        shots: number of training examples prepended as context; sampled with the run's seed.
+        separator: between a shot's input and its target, and after each shot.
     """
 
     text: str
@@ -37,7 +37,7 @@ class HardPrompt:
         return join_texts([before, *(part for literal in behind for part in (inputs, literal))])
 
     def rewording(self, train: Sequence[Example], seed: int) -> Callable[[str], str]:
-        """Inputs -> the text that the backbone reads, shots included."""
+        """A function from inputs to the backbone's input text, shots included."""
         chosen = np.random.default_rng(seed).permutation(len(train))[: self.shots]
         shots = join_texts(
             part

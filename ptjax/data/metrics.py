@@ -1,9 +1,9 @@
-"""How good predictions are, as fractions.
+"""Metrics of predictions, as fractions.
 
-A metric takes the predicted and the wanted texts, both [N], and what else it names in
-`METRICS[name].needs`. A prediction that is no label of the task is wrong, whatever the metric.
-Correlations lie in [-1, 1], everything else in [0, 1]; where a metric is undefined (an F1 without
-positives, a correlation with constant predictions) it is 0.0, never NaN.
+A metric takes the predicted and the target texts, both [N], and the arguments that
+`METRICS[name].needs` lists. A prediction that is not one of the task's labels is wrong in every
+metric. Correlations are in [-1, 1], everything else in [0, 1]; an undefined metric (an F1 without
+positives, a correlation with constant predictions) is 0.0, never NaN.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Texts = Sequence[str]
 
 
 def accuracy(predictions: Texts, targets: Texts) -> float:
-    """The share of predictions that are the target (t5's `accuracy`), outer white space aside."""
+    """The share of predictions equal to the target up to outer white space (t5's `accuracy`)."""
     return _mean([p.strip() == t.strip() for p, t in zip(predictions, targets, strict=True)])
 
 
@@ -42,13 +42,12 @@ def f1(
 ) -> float:
     """F1 of the positive one of two labels (scikit-learn's; GLUE's for MRPC, QQP; MultiRC's F1a).
 
-    An invalid prediction counts as the wrong one of the two labels, as in t5's
-    `f1_score_with_invalid`.
+    An invalid prediction counts as the wrong label, as in t5's `f1_score_with_invalid`.
 
     Args:
         predictions, targets: texts [N].
-        labels: the two.
-        positive_label: one of them; default: the last.
+        labels: the two labels.
+        positive_label: one of them (default: the last).
     """
     from sklearn.metrics import f1_score  # slow to import
 
@@ -62,7 +61,7 @@ def f1(
 def matthews(predictions: Texts, targets: Texts, *, labels: Texts) -> float:
     """Matthews' correlation (scikit-learn's; GLUE's for CoLA).
 
-    Invalid predictions are a class of their own.
+    Invalid predictions form a separate class.
     """
     from sklearn.metrics import matthews_corrcoef  # slow to import
 
@@ -75,7 +74,7 @@ def matthews(predictions: Texts, targets: Texts, *, labels: Texts) -> float:
 def pearson(predictions: Texts, targets: Texts) -> float:
     """Pearson's correlation of the texts as numbers (scipy's; GLUE's for STS-B).
 
-    What is no number counts as -1, as in t5.
+    A text that is not a number counts as -1, as in t5.
     """
     from scipy import stats  # slow to import
 
@@ -85,7 +84,7 @@ def pearson(predictions: Texts, targets: Texts) -> float:
 def spearman(predictions: Texts, targets: Texts) -> float:
     """Spearman's rank correlation of the texts as numbers (scipy's; GLUE's for STS-B).
 
-    What is no number counts as -1, as in t5.
+    A text that is not a number counts as -1, as in t5.
     """
     from scipy import stats  # slow to import
 
@@ -97,13 +96,13 @@ def exact_match(
 ) -> float:
     """SQuAD's exact match: equal to one of the answers after SQuAD's normalisation.
 
-    As the scripts of SQuAD 1.1 (t5's `squad`, ReCoRD's) have it; of an unanswerable question, one
-    without an answer or with none but empty texts, as SQuAD 2.0's has it: 1 for saying nothing.
+    Like the script of SQuAD 1.1 (t5's `squad`, ReCoRD's). For an unanswerable question, which has
+    no answers or only empty ones, like that of SQuAD 2.0: 1 for an empty prediction.
 
     Args:
         predictions: texts [N].
-        targets: texts [N], the answer of each example where `answers` is None.
-        answers: all right answers of each example [N][any].
+        targets: texts [N], the only answer of each example if `answers` is None.
+        answers: all correct answers of each example [N][any].
     """
     return _best_over_answers(lambda p, a: float(p == a), predictions, targets, answers)
 
@@ -111,10 +110,10 @@ def exact_match(
 def squad_f1(
     predictions: Texts, targets: Texts, *, answers: Sequence[Texts] | None = None
 ) -> float:
-    """SQuAD's F1 over words, the best over the answers; scorers and arguments as in `exact_match`.
+    """SQuAD's F1 over words, the best over the answers; scripts and arguments as in `exact_match`.
 
-    With the script of SQuAD 1.1 nothing is shared with an answer of articles and punctuation alone:
-    its exact match is 1 and its F1 0.
+    As in the script of SQuAD 1.1, an answer of only articles and punctuation has an F1 of 0, also
+    for an exact match of 1.
     """
     return _best_over_answers(_word_f1, predictions, targets, answers)
 
@@ -141,8 +140,8 @@ def referent_accuracy(
 ) -> float:
     """Accuracy on WSC, where the model writes out what the pronoun refers to (t5's `wsc_simple`).
 
-    The prediction says 'yes' when it names the candidate, the target text: the words of one are
-    among those of the other. That is compared with the record's own label (true or false).
+    The prediction means 'yes' if it names the candidate, the target text: the words of one are a
+    subset of those of the other. This is compared with the record's label (true or false).
     """
     right = []
     for prediction, target, label in zip(predictions, targets, label_values, strict=True):
@@ -156,10 +155,10 @@ def referent_accuracy(
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric and the keyword arguments it needs beside predictions and targets.
+    """A metric and the keyword arguments that it needs in addition to predictions and targets.
 
-    `needs` holds some of 'labels' (the task's label texts), 'positive_label' (one of them),
-    'answers', 'groups' and 'label_values' (per example).
+    `needs` is a subset of 'labels' (the task's label texts), 'positive_label' (one of them),
+    'answers', 'groups' and 'label_values' (one per example).
     """
 
     function: Callable[..., float]
@@ -193,7 +192,7 @@ def _mean(values: Sequence[bool | float]) -> float:
 
 
 def _class_ids(predictions: Texts, targets: Texts, labels: Texts) -> tuple[np.ndarray, np.ndarray]:
-    """Index [N] of each prediction and each target among the labels, -1 for what is no label."""
+    """Index [N] of each prediction and each target in the labels, -1 for other texts."""
     if not targets:
         raise ValueError("a metric needs at least one example")
     index = {label.strip(): i for i, label in enumerate(labels)}

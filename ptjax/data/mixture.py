@@ -30,8 +30,8 @@ class TextFiles:
     Attributes:
         files: path or glob -> the field that holds the text ({"imdb.jsonl.xz": "text"}). In plain
             text files, every line is a record with the field "text".
-        data_dir: relative paths start here.
-        preprocess: makes documents of a record: its fields -> the fields of each document.
+        data_dir: base of relative paths.
+        preprocess: a record's fields -> the fields of each document made from it.
         take_every: path or glob -> n, as in `files`: use only every n-th record.
     """
 
@@ -80,11 +80,11 @@ class TokenFile:
     path: str
 
     def tokenize(self, tokenizer: Tokenizer, seed: int) -> np.ndarray:
-        """The ids in the file. `seed` changes nothing: the documents keep the file's order.
+        """The ids in the file. `seed` is ignored: the documents keep the file's order.
 
         Raises:
-            InputError: there is no such file, it holds no integer vector, or an id is not in the
-                vocabulary.
+            InputError: the file does not exist or does not hold a vector of integers, or an id is
+                not in the vocabulary.
         """
         try:
             stream = untrusted.read_numpy(epath.Path(self.path).read_bytes())
@@ -175,7 +175,7 @@ class PrefixLM:
 
 @dataclasses.dataclass(frozen=True)
 class TaskComponent:
-    """A supervised task in several phrasings, which share its rate equally.
+    """A supervised task in several phrasings with equal shares of its rate.
 
     Attributes:
         phrasings: pairs of an input template and a verbalizer; None is the task's verbalizer.
@@ -237,4 +237,4 @@ def mix(
         for component, made in zip(components, batches, strict=True)
         for _ in made
     ]
-    return MixtureBatches([one for made in batches for one in made], rates, seed)
+    return MixtureBatches([pipeline for made in batches for pipeline in made], rates, seed)

@@ -1,16 +1,16 @@
-"""Packing: the plan of an epoch whose rows hold several examples each.
+"""Packing: plans epochs whose rows hold several examples each.
 
-The examples, sorted by length, are cut into as many strata as a batch has examples. A batch takes
-one example from every stratum, so all batches are nearly alike, and one template holds them all:
-slot k has room for the longest example of stratum k, and the slots share rows of one length.
-What a slot wastes is at most the spread of its stratum; over a batch that adds up to about half
-the spread of all lengths, however many examples a batch has.
+The examples are sorted by length and divided into as many strata as a batch has examples. A batch
+takes one example from every stratum, so all batches are similar and fit one template: slot k has
+room for the longest example of stratum k, and the slots are distributed over rows of one length.
+A slot wastes at most the spread of its stratum; over a batch that adds up to about half the spread
+of all lengths, whatever the batch size.
 
-A few examples far longer than the others would stretch one slot of every batch. Where it pays,
-that stratum is cut, and the batches that draw from its longer part have a template of their own.
+A few examples far longer than the others would enlarge one slot of every batch. If it saves enough,
+that stratum is cut, and batches with examples of its longer part get a separate template.
 
-The room for targets follows the longest target of each stratum, which sorting by input length does
-not bound: long targets of uneven length stay padded, as they do in unpacked batches.
+The room for targets is the longest target of each stratum, which sorting by input length does not
+bound: long targets of varying length are padded, as in unpacked batches.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from ptjax.data.pipeline import ExampleSource, Shape
 from ptjax.errors import InputError
 
 _MOST_TEMPLATES = 4  # each costs a compilation, like a bucket
-_WORTH_A_TEMPLATE = 0.05  # share of an epoch's cost that one more must save
-_ATTENTION = 4096  # attention over T positions adds T / 6D to the cost of one, about this for T5
+_WORTH_A_TEMPLATE = 0.05  # share of an epoch's cost that one more template must save
+_ATTENTION = 4096  # attention over T positions adds T / 6D to a position's cost; about 6D of a T5
 _LENGTH_STEP = 16
 
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """Where the B slots of a batch lie.
+    """The layout of the B slots of a batch in rows.
 
-    `slots` int [B] names them row by row and `rows` int [B], ascending, the row of each; slots of
-    one row lie behind one another.
+    `slots` int [B] lists them row by row, and `rows` int [B], ascending, the row of each; slots of
+    a row are consecutive.
     """
 
     shape: Shape
@@ -47,7 +47,7 @@ class Template:
 
     @property
     def cost(self) -> float:
-        """Positions of encoder and decoder, those of long rows at more: each attends to its row."""
+        """Positions of encoder and decoder, weighted up in long rows by the cost of attention."""
         rows, inputs, targets = self.shape[:3]
         return rows * (inputs * (1 + inputs / _ATTENTION) + targets)
 
@@ -63,7 +63,7 @@ def first_fit(needs: np.ndarray, row_length: int) -> np.ndarray:
 
 
 def spread_evenly(needs: np.ndarray, row_count: int) -> np.ndarray:
-    """Row [B] of every slot: longest first, each into the row that is least full."""
+    """Row [B] of every slot: longest first, each into the least full row."""
     full = [(0, row) for row in range(row_count)]
     rows = np.zeros(len(needs), int)
     for slot in np.argsort(-needs, kind="stable"):
@@ -73,9 +73,10 @@ def spread_evenly(needs: np.ndarray, row_count: int) -> np.ndarray:
 
 
 def place_slots(needs: np.ndarray, row_length: int, row_multiple: int) -> np.ndarray:
-    """Row [B] of every slot, in as few rows of `row_length` positions as the two rules find.
+    """Row [B] of every slot, with the fewest rows of `row_length` that the two strategies find.
 
-    An even spread comes first: its rows have like numbers of examples, so targets take less room.
+    An even spread is preferred: its rows have similar numbers of examples, so targets take less
+    room.
     """
     rows = first_fit(needs, row_length)
     least = -(-int(needs.sum()) // row_length)
@@ -93,15 +94,15 @@ def make_template(
     row_length: int | None = None,
     row_multiple: int = 1,
 ) -> Template:
-    """Puts slots into rows.
+    """Distributes slots over rows.
 
     Args:
         needs: encoder positions [B] of the slots, at most `row_length`.
         targets: decoder positions [B] of the slots.
-        row_length: T, or None: the one that costs the least.
+        row_length: T; None chooses the cheapest.
         row_multiple: the number of rows is a multiple of it.
     """
-    found = []
+    candidates = []
     for length in _row_lengths(needs) if row_length is None else [row_length]:
         rows = place_slots(needs, length, row_multiple)
         row_count = _round_up(int(rows.max()) + 1, row_multiple)
@@ -109,12 +110,12 @@ def make_template(
             length = _round_up(int(np.bincount(rows, needs).max()), _LENGTH_STEP)
         shape = Shape(row_count, length, int(np.bincount(rows, targets).max()), packed=True)
         slots = np.argsort(rows, kind="stable")
-        found.append(Template(shape, slots, rows[slots]))
-    return min(found, key=lambda template: template.cost)
+        candidates.append(Template(shape, slots, rows[slots]))
+    return min(candidates, key=lambda template: template.cost)
 
 
 def _row_lengths(needs: np.ndarray) -> list[int]:
-    """Lengths to try: the longest slot's and up to 4 times it; longer rows hardly fill better."""
+    """Row lengths to try: 1 to 4 times the longest slot; longer rows hardly fill better."""
     longest = int(needs.max())
     most = min(int(needs.sum()), max(4 * longest, 256))
     tried = np.geomspace(longest, most, 33)
@@ -126,10 +127,10 @@ class PackedBatches:
 
     Args:
         ids: of the backbone's vocabulary.
-        prompt_slots: positions in front of every example's input that its copy of the prompt takes;
-            0 when the prompt does not see the input.
+        prompt_slots: positions before every example's input for its copy of the prompt; 0 if the
+            prompt does not attend to its input.
         row_length: T of the rows, prompt slots included; None chooses it.
-        row_multiple: the number of rows is a multiple of it: rows that the mesh divides, times
+        row_multiple: the number of rows is a multiple of it: the mesh's row divisor times
             microbatches.
 
     Raises:
@@ -178,17 +179,17 @@ class PackedBatches:
         )
 
     def padding(self) -> float:
-        """Share of padded encoder positions over the first epoch; prompt slots are none."""
+        """Share of padding in the encoder positions of the first epoch; prompt slots are real."""
         examples, templates = self._plan(0)
         real = int(self.source.input_lengths[examples].sum()) + self.prompt_slots * examples.size
         sizes = np.array([t.shape.rows * t.shape.inputs for t in self._templates])
         return 1 - real / int(sizes[templates].sum())
 
     def _places(self, offset: int) -> np.ndarray:
-        """Strata [B, batches] of places among the sorted examples, every place at least once.
+        """Strata [B, batches] of indices into the sorted examples; every index occurs.
 
-        Where the examples do not fill the last batch, some places come twice, evenly apart; an
-        `offset` of 0 ... N - 1 says which, and moves a place of the strata by one at most.
+        If the examples do not fill the last batch, some indices occur twice, evenly spaced.
+        `offset`, 0 ... N - 1, decides which; it shifts every entry by at most one.
         """
         size = self.batch_size * self.batches_per_epoch
         places = (np.arange(size) * len(self.source) + offset) // size
@@ -204,12 +205,12 @@ class PackedBatches:
     def _draw(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Examples [batches, B] of an epoch by slot, and the template [batches] of each batch."""
         rng = np.random.default_rng((self.seed, epoch))
-        # Examples of equal length change places, so that strata mix as far as they can.
+        # Examples of equal length are permuted, so that strata mix as far as possible.
         order = rng.permutation(len(self._keys))
         order = order[np.argsort(self._keys[order], kind="stable")]
         strata = order[self._places(int(rng.integers(len(order))))]
         examples = rng.permuted(strata, axis=1)
-        # The parts of the cut stratum stay in place; the others meet them in random order.
+        # The stratum that is cut keeps its order; the others are combined with it at random.
         examples[self._stratum] = strata[self._stratum]
         batches = rng.permutation(self.batches_per_epoch)
         templates = np.searchsorted(self._bounds, batches, side="right") - 1
@@ -223,7 +224,7 @@ def _make_templates(
     row_length: int | None,
     row_multiple: int,
 ) -> tuple[int, list[int], list[Template]]:
-    """The stratum that is cut, the bounds of its parts, and the template of every part.
+    """The stratum to cut, the bounds of its parts, and one template per part.
 
     `inputs` and `targets` [B, batches] are the strata's lengths, longest input first.
     """
@@ -250,13 +251,13 @@ def _make_templates(
 
 
 def _savings(lengths: np.ndarray) -> np.ndarray:
-    """Positions [..., n] that a cut in front of each element saves; `lengths` [..., n] descend."""
+    """Positions [..., n] saved by a cut before each element; `lengths` [..., n] descend."""
     behind = lengths.shape[-1] - np.arange(lengths.shape[-1])
     return behind * (lengths[..., :1].astype(np.int64) - lengths)
 
 
 def _best_cut(lengths: np.ndarray, bounds: Sequence[int]) -> int:
-    """Where one more cut of `lengths` [n], descending, saves the most."""
+    """The index of the best additional cut of `lengths` [n], which descend."""
     savings = np.concatenate([_savings(lengths[a:b]) for a, b in itertools.pairwise(bounds)])
     return int(savings.argmax())
 
@@ -266,7 +267,7 @@ def _check_row_length(lengths: np.ndarray, prompt_slots: int, row_length: int | 
     needed = int(lengths[worst]) + prompt_slots
     if row_length is not None and needed > row_length:
         raise InputError(
-            f"example {worst} has {lengths[worst]} input tokens behind {prompt_slots} prompt slots,"
+            f"example {worst} has {lengths[worst]} input tokens after {prompt_slots} prompt slots,"
             f" more than a row of {row_length}; set row_length to {needed} or more, or shorten the "
             f"inputs"
         )

@@ -1,8 +1,8 @@
-"""The order of an epoch is a plan, and Grain maps over its batch numbers.
+"""Epochs as plans: batches by number, over which Grain maps.
 
-Every process computes the same plan from (seed, epoch, token lengths) and so the same global batch,
-of which its devices take their rows. Shapes agree everywhere, the position in the data is the step,
-and resuming is exact, on any number of processes.
+Every process computes the same plan from (seed, epoch, token lengths) and thus the same global
+batches, of which its devices take their rows. Shapes are equal on all processes, the position in
+the data is the step, and resuming is exact on any number of processes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, SupportsIndex
 
 import numpy as np
 
@@ -19,13 +19,13 @@ from ptjax.data.batch import Batch, SpecialIds, make_batch
 from ptjax.errors import InputError
 
 Bucket = tuple[int, int]
-"""(T, L): input and target length of the batches that an example may go to."""
+"""(T, L): input and target length of a batch."""
 
 
 class Shape(NamedTuple):
-    """A global batch: its rows, T and L, and whether a row holds several examples.
+    """The shape of a global batch: rows, T and L, and whether rows hold several examples.
 
-    That of a bank has `members` such batches, one above the other.
+    A sweep's batch stacks the batches of its `members`.
     """
 
     rows: int
@@ -36,7 +36,7 @@ class Shape(NamedTuple):
 
     @classmethod
     def of(cls, batch: Mapping[str, Any]) -> Shape:
-        """The shape that a batch has."""
+        """The shape of a batch."""
         *members, rows, inputs = batch["encoder_input_tokens"].shape
         targets = batch["decoder_input_tokens"].shape[-1]
         return cls(rows, inputs, targets, "encoder_segment_ids" in batch, *members)
@@ -64,7 +64,7 @@ class Shape(NamedTuple):
 
 
 class ExampleSource(Protocol):
-    """Tokenised examples of known length; `tokens` may depend on the epoch, lengths may not."""
+    """Tokenised examples; `tokens` may depend on the epoch, lengths may not."""
 
     @property
     def input_lengths(self) -> np.ndarray: ...
@@ -78,7 +78,7 @@ class ExampleSource(Protocol):
 
 
 class Batches(Protocol):
-    """Global training batches by number, without end; `ids` are of their vocabulary."""
+    """An endless sequence of global training batches; `ids` are those of the vocabulary."""
 
     shapes: list[Shape]
     ids: SpecialIds
@@ -88,22 +88,22 @@ class Batches(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class PlannedBatch:
-    """One batch before its tokens are looked up: a bucket and the examples [B] in it."""
+    """A batch by indices: its bucket and its examples [B]."""
 
     bucket: Bucket
     examples: np.ndarray
 
 
 def make_buckets(source: ExampleSource, *, smallest: int = 32) -> list[Bucket]:
-    """Input lengths that double from `smallest` to what the longest example needs.
+    """Buckets whose input lengths double from `smallest` up to the longest example's.
 
-    All share one target length, the longest: decoders of classification tasks are short.
+    All have the longest target's length: decoders of classification tasks are short.
     """
     longest = int(source.input_lengths.max())
     lengths = [smallest]
     while lengths[-1] < longest:
         lengths.append(2 * lengths[-1])
-    # The last one holds the longest example without doubling past it, in multiples of 16.
+    # The last length is the longest example's, rounded up to a multiple of 16.
     lengths[-1] = min(lengths[-1], -(-longest // 16) * 16)
     return [(length, int(source.target_lengths.max())) for length in lengths]
 
@@ -132,9 +132,9 @@ def plan_epoch(
 ) -> list[PlannedBatch]:
     """An epoch's batches, each full, in random order.
 
-    Examples that do not fill a batch of their bucket go to the next larger one; the last batch is
-    filled up from the front of the epoch. Every example stands in it at least once, and the number
-    of batches is the same in every epoch.
+    Examples that do not fill a batch of their bucket move to the next larger one; the last batch
+    is filled with examples from the start of the epoch. Every example occurs at least once, and
+    all epochs have the same number of batches.
     """
     rng = np.random.default_rng((seed, epoch))
     order = rng.permutation(len(assigned))
@@ -163,11 +163,13 @@ class TrainBatches:
         ids: SpecialIds,
     ) -> None:
         self.source, self.batch_size, self.seed, self.ids = source, batch_size, seed, ids
-        # Larger last, whatever the order given: left-over examples move up.
+        # Sorted, because left-over examples move to the next larger bucket.
         self.buckets = sorted(buckets, key=lambda bucket: (bucket[0] * bucket[1], bucket))
         for small, large in itertools.pairwise(self.buckets):
             if small[0] > large[0] or small[1] > large[1]:
-                raise InputError(f"buckets {small} and {large}: the larger has to hold the smaller")
+                raise InputError(
+                    f"buckets {small} and {large}: the larger must contain the smaller"
+                )
         assigned = assign_buckets(source, self.buckets)
         self._plan = functools.lru_cache(maxsize=2)(
             lambda epoch: plan_epoch(assigned, self.buckets, batch_size, seed, epoch)
@@ -181,7 +183,7 @@ class TrainBatches:
         return build_batch(self.source, planned, epoch, self.ids)
 
     def padding(self) -> float:
-        """Share of padded input positions over the first epoch."""
+        """Share of padding in the input positions of the first epoch."""
         real = sum(int(self.source.input_lengths[p.examples].sum()) for p in self._plan(0))
         return 1 - real / sum(p.bucket[0] * len(p.examples) for p in self._plan(0))
 
@@ -189,8 +191,8 @@ class TrainBatches:
 class MixtureBatches:
     """Batches drawn from several pipelines at fixed rates; each batch comes from one of them.
 
-    The schedule is drawn block by block with exact counts, so a batch number alone tells which
-    component it comes from and how many that component gave before.
+    The schedule is drawn in blocks with exact counts, so a batch number alone determines the
+    component and that component's batch number.
     """
 
     BLOCK = 1000
@@ -220,27 +222,27 @@ class MixtureBatches:
 
     def batch(self, number: int) -> Batch:
         block, index = divmod(number, self.BLOCK)
-        component, own = self._schedule(block)
-        return self.components[component[index]].batch(int(own[index]))
+        components, numbers = self._schedule(block)
+        return self.components[components[index]].batch(int(numbers[index]))
 
 
-class BankBatches:
-    """The members' batches of one number, laid above each other: arrays [N, rows, length].
+class SweepBatches:
+    """Batches of a sweep: those of its N members, stacked to arrays [N, rows, length].
 
-    Each has its own examples in its own order. Smaller ones are padded: to the largest of them
-    where the combinations are few, else always to the largest of all.
+    Each member has its own examples in its own order. Smaller batches are padded to the largest of
+    the same number or, if that would give too many shapes, to the largest of all.
     """
 
     MOST_SHAPES = 8  # each is compiled
 
     def __init__(self, members: Sequence[Batches]) -> None:
         self.members, self.ids = list(members), members[0].ids
-        found = set(members[0].shapes)
+        shapes = set(members[0].shapes)
         for member in members[1:]:
-            found = {_larger(a, b) for a in found for b in member.shapes}
-        if len(found) > self.MOST_SHAPES:
-            found = {functools.reduce(_larger, found)}
-        self.shapes = sorted(shape._replace(members=len(members)) for shape in found)
+            shapes = {_larger(a, b) for a in shapes for b in member.shapes}
+        if len(shapes) > self.MOST_SHAPES:
+            shapes = {functools.reduce(_larger, shapes)}
+        self.shapes = sorted(shape._replace(members=len(members)) for shape in shapes)
 
     def batch(self, number: int) -> Batch:
         parts = [member.batch(number) for member in self.members]
@@ -255,9 +257,9 @@ class BankBatches:
         }
 
 
-def _larger(one: Shape, other: Shape) -> Shape:
-    rows, inputs, targets = map(max, one[:3], other[:3])
-    return Shape(rows, inputs, targets, one.packed)
+def _larger(left: Shape, right: Shape) -> Shape:
+    rows, inputs, targets = map(max, left[:3], right[:3])
+    return Shape(rows, inputs, targets, left.packed)
 
 
 def _pad_to(array: np.ndarray, size: Sequence[int], value: int) -> np.ndarray:
@@ -266,7 +268,7 @@ def _pad_to(array: np.ndarray, size: Sequence[int], value: int) -> np.ndarray:
 
 
 def build_batch(source: ExampleSource, planned: PlannedBatch, epoch: int, ids: SpecialIds) -> Batch:
-    """Looks the tokens up; example -1 is an empty row."""
+    """Makes a batch of the examples' tokens; example -1 is an empty row."""
     empty = np.zeros(0, np.int32), np.zeros(0, np.int32)
     rows = [source.tokens(int(i), epoch) if i >= 0 else empty for i in planned.examples]
     input_length, target_length = planned.bucket
@@ -282,7 +284,7 @@ def build_batch(source: ExampleSource, planned: PlannedBatch, epoch: int, ids: S
 def plan_evaluation(
     source: ExampleSource, buckets: Sequence[Bucket], batch_size: int
 ) -> list[PlannedBatch]:
-    """Every example exactly once, by length; -1 fills what is left of a bucket's last batch."""
+    """Every example exactly once, by bucket; -1 fills each bucket's last batch."""
     assigned = assign_buckets(source, buckets)
     planned = []
     for index, bucket in enumerate(buckets):
@@ -294,7 +296,7 @@ def plan_evaluation(
 
 @dataclasses.dataclass(frozen=True)
 class _Numbered:
-    """Grain's view of a pipeline: batches start ... stop - 1."""
+    """A Grain data source: batches start ... stop - 1 of a pipeline."""
 
     batches: Batches
     start: int
@@ -303,13 +305,13 @@ class _Numbered:
     def __len__(self) -> int:
         return self.stop - self.start
 
-    def __getitem__(self, index: Any) -> Batch:
+    def __getitem__(self, index: SupportsIndex) -> Batch:
         return self.batches.batch(self.start + int(index))
 
 
 def make_iterator(batches: Batches, stop: int, *, start: int = 0) -> Iterator[Batch]:
     """Iterates over the global batches start ... stop - 1, built ahead in threads."""
-    import grain  # only here: plans and batches are plain numpy, also where no Grain is installed
+    import grain  # only here: plans and batches are plain numpy and do not need Grain
 
     dataset = grain.MapDataset.source(_Numbered(batches, start, stop))
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)))

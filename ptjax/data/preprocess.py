@@ -1,4 +1,4 @@
-"""Examples to token ids, by T5's convention, stored without padding."""
+"""Tokenises examples by T5's convention; stores ids without padding."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ptjax.data.tasks import Example
+from ptjax.data.examples import Example
 from ptjax.data.tokenizer import Tokenizer
 from ptjax.errors import InputError
 
-_CHUNK = 4096  # texts at once: the ids of a chunk are Python integers for a moment
+_CHUNK = 4096  # texts per call: the ids of a chunk are temporarily Python integers
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class TokenRows:
 
 @dataclass(frozen=True)
 class TokenizedExamples:
-    """Tokenised examples, the same in every epoch. Serves as a pipeline's `ExampleSource`."""
+    """Tokenised examples, the same in every epoch; an `ExampleSource`."""
 
     inputs: TokenRows
     targets: TokenRows
@@ -69,9 +69,9 @@ class TokenizedExamples:
 
 
 def tokenize_texts(texts: Sequence[str], tokenizer: Tokenizer, length: int) -> TokenRows:
-    """Encodes texts, cuts each and appends the end of sequence, as T5 does: `length` ids at most.
+    """Encodes and truncates texts and appends EOS, like T5: at most `length` ids each.
 
-    In front goes the tokenizer's own prefix, if it has one.
+    Prepends the tokenizer's prefix, if it has one.
 
     Raises:
         InputError: `length` leaves no room for a token.
@@ -104,13 +104,13 @@ def tokenize_examples(
 
 
 def check_labels(labels: Sequence[str], tokenizer: Tokenizer, target_length: int) -> None:
-    """Refuses labels that the model could never generate as text, or not tell apart.
+    """Refuses labels that the model could never generate, or could not distinguish.
 
-    A vocabulary without some character of a label, or a target length that cuts it, would leave
-    every prediction of it wrong. Of two labels with the same tokens, the first would always win.
+    If the vocabulary lacks a character of a label, or the target length truncates it, every
+    prediction of it would be wrong. Of two labels with the same tokens, the first would always win.
 
     Raises:
-        InputError: a label does not survive encoding, cutting and decoding, or two are the same.
+        InputError: a label changes in encoding and decoding, or two have the same tokens.
     """
     rows = tokenize_texts(labels, tokenizer, target_length)
     seen: dict[bytes, str] = {}

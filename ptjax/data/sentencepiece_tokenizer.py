@@ -1,4 +1,4 @@
-"""SentencePiece, the reference: a model with T5's sentinels and added tokens behind its pieces."""
+"""SentencePiece, the reference: a model's pieces, followed by T5's sentinels and added tokens."""
 
 from __future__ import annotations
 
@@ -38,21 +38,21 @@ _OWN_SENTINEL = re.compile(f"▁?{SENTINEL.pattern}")
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece model with T5's sentinels and added tokens behind its own pieces.
+    """A SentencePiece model whose own pieces are followed by T5's sentinels and added tokens.
 
-    <extra_id_k> has the id size + extra_ids - 1 - k, as in seqio. Sentinels and added tokens are
-    cut out of a text, and SentencePiece makes pieces of what lies between, each part as if it were
-    a text: so does transformers 5 (seqio gives what follows a sentinel no leading space).
+    <extra_id_k> has the id size + extra_ids - 1 - k, as in seqio. Texts are split at sentinels and
+    added tokens, and SentencePiece encodes each part like a separate text, as in transformers 5
+    (seqio adds no leading space after a sentinel).
 
     Args:
         model: a serialised model, or the path of one.
-        extra_ids: sentinels to add. A model that has its own (mT5's) keeps those and gets none.
+        extra_ids: sentinels to add. A model with its own sentinels (mT5's) gets none.
         name: for messages; by default the path.
-        folder, config: where added tokens are read from, and its `tokenizer_config.json`.
+        folder, config: the folder with added tokens, and its `tokenizer_config.json`.
 
     Raises:
-        InputError: no such file, not a SentencePiece model, or one without an end of sequence;
-            added tokens that transformers gives other ids than their files.
+        InputError: the file does not exist, is not a SentencePiece model or has no end of
+            sequence; or transformers assigns other ids to added tokens than the files state.
     """
 
     prefix: tuple[int, ...] = ()
@@ -75,8 +75,8 @@ class SentencePieceTokenizer:
             self.name, self._model = name or os.fspath(path), path.read_bytes()
         if type(extra_ids) is not int or not 0 <= extra_ids <= _MOST_SENTINELS:
             raise InputError(
-                f"{self.name}: extra_ids is {extra_ids!r}; it has to be a number from 0 to "
-                f"{_MOST_SENTINELS}"
+                f"{self.name}: extra_ids must be an integer from 0 to {_MOST_SENTINELS}, got "
+                f"{extra_ids!r}"
             )
         proto = self._parse()
         self._own_sentinels = any(_OWN_SENTINEL.fullmatch(p.piece) for p in proto.pieces)
@@ -91,13 +91,13 @@ class SentencePieceTokenizer:
         cut = self._cut_tokens(proto, control)
         self._names, self._sentinels = _compile(proto, self._pieces, self._added, cut, control)
         self._splitter = Splitter(cut, proto.normalizer_spec.precompiled_charsmap, self.name)
-        # With sentinels alone, few texts have anything to split.
+        # If there are only sentinels, most texts need no splitting.
         self._always_splits = any(token.sentinel is None for token in cut)
         self._processor = sentencepiece.SentencePieceProcessor(
             model_proto=proto.SerializeToString()
         )
         self.vocab_size = self._processor.get_piece_size()
-        # MADLAD-400's model has no padding: its folder takes `<s>` for it.
+        # MADLAD-400's model has no padding id; its config uses `<s>`.
         ids = {token.content: token.id for token in self._added}
         self.pad_id = ids.get(named.get("pad_token", ""), self._processor.pad_id())
         self.eos_id = ids.get(named.get("eos_token", ""), self._processor.eos_id())
@@ -106,8 +106,8 @@ class SentencePieceTokenizer:
         self._unlike_t5 = _unlike_t5(proto)
         if self._unlike_t5 and folder is not None:
             logging.warning(
-                "%s: transformers 5 ignores what this model says of itself (%s); ptjax gives the "
-                "ids of SentencePiece, as seqio and the slow tokenizer of transformers 4 do",
+                "%s: transformers 5 ignores settings of this model (%s); ptjax uses the "
+                "ids of SentencePiece, like seqio and the slow tokenizer of transformers 4",
                 self.name,
                 ", ".join(self._unlike_t5),
             )
@@ -116,28 +116,28 @@ class SentencePieceTokenizer:
     def _parse(self) -> Any:
         try:
             proto = _PB2.ModelProto.FromString(self._model)
-            # SentencePiece itself checks what protobuf does not (an empty file parses).
+            # SentencePiece checks what protobuf does not (an empty file parses).
             sentencepiece.SentencePieceProcessor().LoadFromSerializedProto(self._model)
         except Exception as error:  # protobuf and SentencePiece raise classes of their own
             raise InputError(
                 f"{self.name}: not a SentencePiece model; name a .model file or a tokenizer folder"
             ) from error
         for number, piece in enumerate(proto.pieces):
-            if not isinstance(piece.piece, str):  # protobuf gives bytes that are no UTF-8 as such
+            if not isinstance(piece.piece, str):  # protobuf returns invalid UTF-8 as bytes
                 raise InputError(
                     f"{self.name}: damaged, piece {number} is not UTF-8 text; copy the file again"
                 )
         return proto
 
     def _cut_tokens(self, proto: Any, control: set[str]) -> list[AddedToken]:
-        """What is cut out of texts: sentinels, added tokens and the model's own symbols."""
+        """The tokens at which texts are split: sentinels, added tokens, the model's own symbols."""
         cut = {token.content: token for token in self._added if token.content not in control}
         for i, (content, _) in enumerate(self._pieces[len(proto.pieces) :], len(proto.pieces)):
             cut.setdefault(content, AddedToken(content, i, special=True))
         for i, piece in enumerate(proto.pieces):
-            # Control symbols too: transformers 5 finds them in a text, SentencePiece does not.
-            own = piece.type in _SYMBOLS or SENTINEL.fullmatch(piece.piece)
-            if own and piece.piece not in control and not piece.piece.startswith("▁"):
+            # Control symbols too: transformers 5 recognises them in texts, SentencePiece does not.
+            is_symbol = piece.type in _SYMBOLS or SENTINEL.fullmatch(piece.piece)
+            if is_symbol and piece.piece not in control and not piece.piece.startswith("▁"):
                 special = piece.type == _PIECE.CONTROL
                 cut.setdefault(piece.piece, AddedToken(piece.piece, i, special=special))
         return list(cut.values())
@@ -147,10 +147,10 @@ class SentencePieceTokenizer:
         tokens = [t for t in sorted(cut, key=lambda token: token.id) if t.sentinel is None]
         older = [token for token in tokens if not token.special or token.content in added]
         self.fingerprint = self._fingerprint_with(tokens, proto)
-        # Earlier versions spelt the model's own control symbols out; few texts contain them.
+        # Earlier versions encoded the model's own control symbols as text; few texts contain them.
         former = [] if older == tokens else [self._fingerprint_with(older, proto)]
-        # The first versions also spelt added tokens out, and used the model's own end of sequence:
-        # their prompts fit only if neither makes a difference here.
+        # The first versions also encoded added tokens as text and used the model's own end of
+        # sequence: their prompts are only valid if neither makes a difference.
         if not older and self.eos_id == self._processor.eos_id():
             former.append(self._first_fingerprint())
         self.former_fingerprints = tuple(former)
@@ -160,7 +160,7 @@ class SentencePieceTokenizer:
         return sha256(self._model + b"\nextra_ids=%d" % self.extra_ids)
 
     def _fingerprint_with(self, tokens: Sequence[AddedToken], proto: Any) -> str:
-        """The fingerprint if `tokens`, in the order of their ids, have one id each in a text."""
+        """The fingerprint if texts are split at `tokens`, which are in the order of their ids."""
         added = [[t.id, t.content, t.lstrip, t.rstrip, t.single_word, t.normalized] for t in tokens]
         if self._unlike_t5:
             first = self._first_fingerprint()
@@ -193,9 +193,9 @@ class SentencePieceTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         size = self.vocab_size
-        # A model may have more embedding rows than pieces (T5: 32,128) and may emit those ids.
-        known = [i if i < size else self.unk_id for i in text_ids(self, ids)]
-        text = self._processor.decode(known)
+        # A model may have more embedding rows than pieces (T5: 32,128) and may emit their ids.
+        valid = [i if i < size else self.unk_id for i in text_ids(self, ids)]
+        text = self._processor.decode(valid)
         return re.sub(f"{MARK}([0-9]+){MARK}", r"<extra_id_\1>", text) if MARK in text else text
 
     def id_to_piece(self, index: int) -> str:
@@ -230,14 +230,14 @@ class SentencePieceTokenizer:
 
 
 def _spelt_out(proto: Any) -> set[str]:
-    """Pieces that texts spell out: the model's padding, end and unknown, and `<s>` if it has it."""
+    """Pieces that are ordinary text in a text: padding, EOS, unknown, and `<s>` if present."""
     spec = proto.trainer_spec
     controls = {piece.piece for piece in proto.pieces if piece.type == _PIECE.CONTROL}
     return {spec.pad_piece, spec.eos_piece, spec.unk_piece} | ({START} & controls)
 
 
 def _unlike_t5(proto: Any) -> list[str]:
-    """What a model does otherwise than T5's, and the tokenizer.json made of it as T5's does."""
+    """Settings that differ from T5's, which a tokenizer.json made from the model would ignore."""
     spec, trainer = proto.normalizer_spec, proto.trainer_spec
     charsmap: bytes = spec.precompiled_charsmap
     precompiled: Any = tokenizers.normalizers.Precompiled
@@ -248,13 +248,13 @@ def _unlike_t5(proto: Any) -> list[str]:
         "treat_whitespace_as_suffix": trainer.treat_whitespace_as_suffix,
         "add_dummy_prefix is off": not spec.add_dummy_prefix,
         "remove_extra_whitespaces is off": not spec.remove_extra_whitespaces,
-        "tabs and line breaks are no spaces": normalised != "a b c",
+        "tabs and line breaks are not spaces": normalised != "a b c",
     }
     return [reason for reason, holds in reasons.items() if holds]
 
 
 def _pieces(proto: Any, extra_ids: int) -> list[tuple[str, float]]:
-    """(piece, score) of the model and of the sentinels behind it, as transformers lists them."""
+    """(piece, score) of the model's pieces and the sentinels after them, in transformers' order."""
     sentinels = [(f"<extra_id_{k}>", 0.0) for k in reversed(range(extra_ids))]
     return [(piece.piece, piece.score) for piece in proto.pieces] + sentinels
 
@@ -266,28 +266,28 @@ def _compile(
     cut: Sequence[AddedToken],
     control: set[str],
 ) -> tuple[list[str], dict[int, int]]:
-    """Makes `proto` the model that encodes what lies between the tokens of `cut`, and decodes all.
+    """Changes `proto` so that it encodes the parts between the tokens of `cut`, and decodes all.
 
     Returns:
-        What every id is called, and k -> id of the sentinels.
+        The name of every id, and k -> id of the sentinels.
     """
     names = [piece.piece for piece in proto.pieces]
     sentinels: dict[int, int] = {}
     texts = {token.content for token in cut}
     for i, piece in enumerate(proto.pieces):
-        if own := _OWN_SENTINEL.fullmatch(piece.piece):
-            sentinels[int(own[1])] = i
-            if piece.piece.startswith("▁"):  # mT5's, which SentencePiece itself finds
-                piece.piece = f"▁{marked(own[1])}"
+        if sentinel := _OWN_SENTINEL.fullmatch(piece.piece):
+            sentinels[int(sentinel[1])] = i
+            if piece.piece.startswith("▁"):  # mT5's, which SentencePiece itself recognises
+                piece.piece = f"▁{marked(sentinel[1])}"
                 piece.type = _PIECE.USER_DEFINED
                 continue
-        symbol = (own or piece.type in _SYMBOLS) and piece.piece in texts
+        symbol = (sentinel or piece.type in _SYMBOLS) and piece.piece in texts
         if symbol or piece.piece in control:
-            # Decoded, but never encoded from a text; control pieces are so already.
-            spelt = symbol or piece.type in (_PIECE.NORMAL, _PIECE.USER_DEFINED)
-            piece.type = _PIECE.UNUSED if spelt else piece.type
+            # Decodes but never encodes them; control pieces already behave like this.
+            encodable = symbol or piece.type in (_PIECE.NORMAL, _PIECE.USER_DEFINED)
+            piece.type = _PIECE.UNUSED if encodable else piece.type
     for content, _ in pieces[len(names) :]:
-        # With the space, as seqio has it: the space before a sentinel belongs to it.
+        # With the space, as in seqio: the space before a sentinel belongs to it.
         sentinels[int(SENTINEL.fullmatch(content)[1])] = len(names)  # type: ignore[index]
         names.append(f"▁{content}")
         proto.pieces.add(piece=f"▁{content}", score=0.0, type=_PIECE.UNUSED)
@@ -307,10 +307,10 @@ def train_sentencepiece(
     *,
     character_coverage: float = 0.9999,
 ) -> None:
-    """Learns a unigram model of `vocab_size` pieces with T5's special ids and writes it.
+    """Trains a unigram model of `vocab_size` pieces with T5's special ids and writes it.
 
     Raises:
-        InputError: the texts do not hold that many pieces.
+        InputError: the texts contain too few pieces.
     """
     model = io.BytesIO()
     try:

@@ -1,7 +1,7 @@
-"""Which `<extra_id_N>` of a text are T5's sentinels, and which are only what a record says.
+"""Distinguishes T5's sentinels `<extra_id_N>` from the same characters as ordinary text.
 
-A sentinel in a task's template is one; in a record's field it is text, and is spelt out. A text
-that the caller gives as it is, a plain `str`, may hold sentinels.
+In a task's template `<extra_id_N>` is a sentinel; in a record's field it is ordinary text. In a
+plain `str` from the caller, it is a sentinel.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 
 SENTINEL = re.compile(r"<extra_id_(0|[1-9][0-9]{0,5})>")
 MARK = "\uffff"
-"""A noncharacter, which no text holds: inside of a tokenizer it encloses what may not be typed."""
+"""A noncharacter, which no text contains; in a tokenizer it encloses names that texts must not
+contain."""
 _PREFIX = "<extra_id_"
 _MARKED = re.compile(rf"(^|\s)?{MARK}[0-9]+{MARK}")
 
@@ -21,7 +22,7 @@ class Rendered(str):
     """A text in which not every `<extra_id_N>` is a sentinel.
 
     Attributes:
-        sentinels: where those that are one start.
+        sentinels: the positions at which sentinels start.
     """
 
     sentinels: frozenset[int]
@@ -36,14 +37,14 @@ class Rendered(str):
 
 
 def spelt_out(text: str) -> str:
-    """The text with none of its `<extra_id_N>` a sentinel."""
+    """The text with all of its `<extra_id_N>` as ordinary text."""
     return Rendered(text) if _PREFIX in text else text
 
 
 def join_texts(parts: Iterable[str]) -> str:
-    """The parts as one text, in which the sentinels of each are sentinels still.
+    """Joins the parts into one text that keeps their sentinels.
 
-    One that only the parts together spell is none.
+    An `<extra_id_N>` that only arises by joining parts is ordinary text.
     """
     parts = list(parts)
     text = "".join(parts)
@@ -51,25 +52,25 @@ def join_texts(parts: Iterable[str]) -> str:
         return text
     start, sentinels = 0, set()
     for part in parts:
-        sentinels |= {start + place for place in _places(part)}
+        sentinels |= {start + position for position in _positions(part)}
         start += len(part)
-    return text if sentinels == _places(text) else Rendered(text, sentinels)
+    return text if sentinels == _positions(text) else Rendered(text, sentinels)
 
 
 def mark_sentinels(text: str, numbers: Collection[int]) -> str:
-    """The text with `marked(N)` for each of its sentinels, and `MARK` nowhere else.
+    """The text with each sentinel replaced by `marked(N)`, and `MARK` nowhere else.
 
     Args:
-        numbers: the sentinels that there are; others are spelt out.
+        numbers: the sentinels of the vocabulary; others stay ordinary text.
     """
     plain = text.replace(MARK, "\ufffd")
     if _PREFIX not in plain:
         return plain
-    places = _places(text)
+    positions = _positions(text)
 
     def replace(match: re.Match[str]) -> str:
         number = int(match[1])
-        is_sentinel = match.start() in places and number in numbers
+        is_sentinel = match.start() in positions and number in numbers
         return marked(number) if is_sentinel else match[0]
 
     return SENTINEL.sub(replace, plain)
@@ -78,11 +79,11 @@ def mark_sentinels(text: str, numbers: Collection[int]) -> str:
 def encode_parts(
     texts: Sequence[str], encode: Callable[[list[str]], list[list[int]]]
 ) -> list[list[int]]:
-    """`encode` of texts whose marked sentinels are mT5's own pieces, `▁<extra_id_0>`.
+    """Encodes texts whose marked sentinels are pieces with a space, mT5's `▁<extra_id_0>`.
 
-    The text is cut in front of every sentinel that does not follow a space. SentencePiece puts a
-    space in front of each part, which belongs to the sentinel's piece. A space inserted into the
-    text could match an added token instead: `"\\n"` takes all spaces.
+    Splits the text before every sentinel that does not follow a space: SentencePiece adds a space
+    before each part, which then belongs to the sentinel's piece. Inserting a space into the text
+    instead could match an added token: `"\\n"` matches all spaces.
     """
     parts = [_cut_before_sentinels(text) for text in texts]
     rows = iter(encode([part for cut in parts for part in cut]))
@@ -93,16 +94,16 @@ def _cut_before_sentinels(text: str) -> list[str]:
     if MARK not in text:
         return [text]
     marks = _MARKED.finditer(text)
-    places = [0, *(match.start() for match in marks if match[1] is None), len(text)]
-    return [text[start:end] for start, end in itertools.pairwise(places)]
+    cuts = [0, *(match.start() for match in marks if match[1] is None), len(text)]
+    return [text[start:end] for start, end in itertools.pairwise(cuts)]
 
 
 def marked(name: object) -> str:
-    """What stands inside of a tokenizer for the sentinel N, or for a control token."""
+    """The name of sentinel N, or of a control token, inside a tokenizer."""
     return f"{MARK}{name}{MARK}"
 
 
-def _places(text: str) -> Collection[int]:
+def _positions(text: str) -> Collection[int]:
     if isinstance(text, Rendered):
         return text.sentinels
     return {match.start() for match in SENTINEL.finditer(text)}

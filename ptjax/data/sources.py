@@ -1,8 +1,7 @@
-"""Records out of files: JSON lines, CSV, TSV and plain lines.
+"""Reads records from files: JSON lines, CSV, TSV and plain lines.
 
-A record is a dict of field name to value together with the file and line it stands on, so that
-everything that is wrong with it can be reported where it is. Files may be compressed (.gz, .xz,
-.bz2) and may lie anywhere that `etils.epath` reads.
+A record is a dict of field name to value, with its file and line for error messages. Files may be
+compressed (.gz, .xz, .bz2) and in any place that `etils.epath` reads.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ _COMPRESSED = (".gz", ".xz", ".bz2")
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One record: its fields, where it stands (line counts from 1) and on how many lines."""
+    """One record: its fields, file, first line (from 1) and number of lines."""
 
     fields: dict[str, Any]
     file: str
@@ -50,16 +49,16 @@ class Record:
 
     @property
     def where(self) -> str:
-        """'file:line', as it stands in error messages."""
+        """'file:line', for error messages."""
         return f"{self.file}:{self.line}"
 
 
 @dataclass
 class BadRecords:
-    """What becomes of records that cannot be used: 'error' stops at the first, 'skip' counts.
+    """Handles unusable records: policy 'error' stops at the first, 'skip' counts them.
 
-    `lines` counts the lines that they stood on.
-    Blank lines are no records; `blank` counts them.
+    `lines` is the number of lines that they take. `blank` counts blank lines, which are not
+    records.
     """
 
     policy: str = "error"
@@ -72,14 +71,14 @@ class BadRecords:
         check_choice(get_args(OnBadRecord), "Task", on_bad_record=self.policy)
 
     def report(self, where: str, problem: str, lines: int = 1) -> None:
-        """Takes note of one bad record, which stands on so many lines.
+        """Records one unusable record, which takes `lines` lines.
 
         Raises:
-            InputError: at once, under the policy 'error'.
+            InputError: the policy is 'error'.
         """
         if self.policy == "error":
             raise InputError(
-                f"{where}: {problem}; to leave such records out and count them, set "
+                f"{where}: {problem}; to skip and count such records, set "
                 + setting("on_bad_record", "skip")
             )
         self.count += 1
@@ -92,9 +91,9 @@ class Records(Sequence[Record]):
     """The records of one source, in file order.
 
     Attributes:
-        bad: how many were left out and why.
-        digest: "sha256:..." over the bytes of its files, decompressed, one behind the other; of a
-            TFDS data set its name, version and the hash of its rows.
+        bad: the records that were skipped, and why.
+        digest: "sha256:..." over the concatenated, decompressed bytes of its files; for a TFDS
+            data set its name, version and the hash of its rows.
     """
 
     records: list[Record]
@@ -118,7 +117,7 @@ def resolve_path(path: str | os.PathLike[str]) -> epath.Path:
         return epath.Path(text).expanduser()
     parts = [part for part in text.removeprefix("package:").split("/") if part]
     if not parts or ".." in parts:
-        raise InputError(f"{text}: after 'package:' stands the name of data that ptjax ships")
+        raise InputError(f"{text}: 'package:' must be followed by the name of data in ptjax")
     folder = importlib.resources.files("ptjax") / "assets"
     for part in parts:
         folder = folder / part
@@ -126,10 +125,10 @@ def resolve_path(path: str | os.PathLike[str]) -> epath.Path:
 
 
 def find_files(pattern: str | os.PathLike[str]) -> list[epath.Path]:
-    """The file of this name, else the files that match it as a glob, sorted by name.
+    """The file of this name, or else the files that match it as a glob, sorted by name.
 
     Raises:
-        InputError: nothing of that name, a folder, or a glob without a match.
+        InputError: the file does not exist or is a folder, or the glob has no match.
     """
     path = resolve_path(pattern)
     if path.is_dir():
@@ -143,10 +142,10 @@ def find_files(pattern: str | os.PathLike[str]) -> list[epath.Path]:
     base, _, rest = (text[: magic.start()]).rpartition("/")
     glob = rest + text[magic.start() :]
     root = epath.Path(base or ("/" if text.startswith("/") else "."))
-    found = sorted((p for p in root.glob(glob) if not p.is_dir()), key=os.fspath)
-    if not found:
+    matches = sorted((p for p in root.glob(glob) if not p.is_dir()), key=os.fspath)
+    if not matches:
         raise InputError(f"{path}: no file matches; correct the glob (or DATA_DIR)")
-    return found
+    return matches
 
 
 def read_records(
@@ -158,22 +157,22 @@ def read_records(
     encoding: str = "utf-8",
     on_bad_record: str = "error",
 ) -> Records:
-    """Reads all records of a file or of the files of a glob. Blank lines are no records.
+    """Reads all records of a file or of the files of a glob. Blank lines are skipped.
 
     Args:
         pattern: a path, a glob, or 'package:NAME/FILE' (see `resolve_path`).
-        format: 'jsonl' (one JSON object a line), 'csv', 'tsv' or 'text' (one record a line, with
-          the field 'text'); None tells it from the suffix.
+        format: 'jsonl' (one JSON object per line), 'csv', 'tsv' or 'text' (one record per line,
+          with the field 'text'); None infers it from the suffix.
         columns: the field names of a CSV or TSV without a header line, or of 'text' (one name).
         quoting: whether double quotes enclose fields. None: in CSV they do, in TSV they are
-          ordinary characters (a quoting reader would swallow whole rows of MRPC).
+          ordinary characters (a quoting reader would lose rows of MRPC).
         encoding: of the files; a byte-order mark is dropped.
         on_bad_record: 'error' stops at the first malformed record, 'skip' counts them in `.bad`.
 
     Raises:
-        InputError: no such file, no record in it, a malformed record, a wrong encoding, a
-          compressed file that is damaged or inflates without an end (see `untrusted.inflate`), or
-      settings that do not fit the format.
+        InputError: a missing or empty file, a malformed record, a wrong encoding, a damaged
+          compressed file or one that inflates too much (see `untrusted.inflate`), or settings
+          that do not fit the format.
     """
     bad = BadRecords(on_bad_record)
     records: list[Record] = []
@@ -214,12 +213,12 @@ def parse_records(
 
     Args:
         name: of the file, for messages.
-        bad: told of every record that cannot be used.
+        bad: receives every unusable record.
     """
     records = []
     text, clean = _decode(data, encoding, name, bad)
     for line, row, lines in _rows(text, format, columns, quoting, name, bad):
-        # JSON can hold lone surrogates as escapes even where every byte was text.
+        # JSON can contain lone surrogates as escapes, even if every byte is valid text.
         if isinstance(row, dict) and (format == "jsonl" or not clean) and not _is_text(row):
             row = (
                 f"characters that are not {encoding} text; correct it or set {setting('encoding')}"
@@ -232,7 +231,7 @@ def parse_records(
 
 
 def non_empty(records: Records, source: str) -> Records:
-    """The records themselves; InputError when there are none."""
+    """Returns the records; InputError if it is empty."""
     if records:
         return records
     if records.bad.count:
@@ -252,7 +251,7 @@ def _format_of(name: str, format: str | None) -> str:
         suffix = os.path.splitext(stem)[1]
     if suffix not in _FORMAT_OF_SUFFIX:
         raise InputError(
-            f"{name}: its name does not tell the format; set {setting('format')} to one of "
+            f"{name}: cannot infer the format from the name; set {setting('format')} to one of "
             f"{', '.join(FORMATS)}"
         )
     return _FORMAT_OF_SUFFIX[suffix]
@@ -275,7 +274,7 @@ def _read_bytes(path: epath.Path) -> bytes:
 
 
 def _decode(data: bytes, encoding: str, name: str, bad: BadRecords) -> tuple[str, bool]:
-    """The text, and whether every byte of it was text in that encoding."""
+    """The text, and whether all bytes are valid in that encoding."""
     clean = True
     try:
         text = data.decode(encoding)
@@ -290,7 +289,7 @@ def _decode(data: bytes, encoding: str, name: str, bad: BadRecords) -> tuple[str
         if bad.policy == "error":
             bad.report(f"{name}:{line}", problem)
         try:
-            # Keeps the lines; those with bytes that are no text hold surrogates, found later.
+            # Keeps all lines; invalid bytes become surrogates, which are reported later.
             text, clean = data.decode(encoding, "surrogateescape"), False
         except UnicodeDecodeError:
             raise InputError(f"{name}:{line}: {problem}") from error
@@ -341,16 +340,16 @@ def _rows(
 def _json_rows(text: str) -> Iterator[tuple[int, Row]]:
     for number, line in tables.lines(text):
         try:
-            # NaN is no JSON, but what Python writes for a value that is missing.
+            # NaN is not JSON, but Python writes it for a missing value.
             row = files.parse_json(line, constant=lambda _: None)
         except ValueError as error:
             reason = getattr(error, "msg", str(error))
             if line.lstrip().startswith("["):
                 reason = f"it starts an array; {reason}"
-            yield number, f"not valid JSON ({reason}); write one JSON object a line"
+            yield number, f"not valid JSON ({reason}); write one JSON object per line"
             continue
         if isinstance(row, dict):
             yield number, row
         else:
             kind = "an array" if isinstance(row, list) else "a bare value"
-            yield number, f"{kind}, not a JSON object; write one JSON object a line"
+            yield number, f"{kind}, not a JSON object; write one JSON object per line"

@@ -1,4 +1,4 @@
-"""Lines, and the rows of CSV and TSV: quotes, header lines, columns."""
+"""Splits text into lines, and CSV and TSV into rows: quotes, header lines, columns."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from absl import logging
 
 from ptjax.errors import InputError, setting
 
-# What a row is while it is being read: its fields, or the text that says what is wrong with it.
+# A row while it is read: its fields, or a message that says what is wrong with it.
 Row = dict[str, Any] | str
 
 NEWLINE = re.compile("\r\n|\r|\n")
@@ -28,10 +28,10 @@ def lines(text: str) -> Iterator[tuple[int, str]]:
 
 
 def report_enclosed(text: str, delimiter: str, name: str) -> None:
-    """Says that a file's double quotes look as if they enclosed fields.
+    """Warns if a file's double quotes seem to enclose fields.
 
-    pandas and Excel enclose a field that holds a quote, and double that; quotes that are ordinary
-    characters, as MRPC's, are soon found elsewhere.
+    pandas and Excel enclose a field that contains a quote, and double that quote. Quotes that are
+    ordinary characters, as in MRPC, also occur elsewhere.
     """
     if '"' not in text:
         return
@@ -54,11 +54,10 @@ def report_enclosed(text: str, delimiter: str, name: str) -> None:
 
 
 def quoted_cells(text: str, delimiter: str) -> list[tuple[int, list[str] | str, int]]:
-    """Rows by the csv module, each with its first line and their number (quotes may span lines).
+    """Rows from the csv module: (first line, cells or a problem, number of lines).
 
-    A blank line is a row of no cells.
-
-    After a bad quote, which may have taken in any number of lines, it goes on at the next line.
+    Quoted fields may span lines. A blank line is a row without cells. After a bad quote, which may
+    have consumed any number of lines, reading resumes at the next line.
     """
     rows: list[tuple[int, list[str] | str, int]] = []
     lines = list(io.StringIO(text, newline=""))
@@ -87,11 +86,11 @@ def quoted_cells(text: str, delimiter: str) -> list[tuple[int, list[str] | str, 
 def rows(
     cells: Iterator[tuple[int, list[str] | str, int]], columns: Sequence[str] | None, name: str
 ) -> Iterator[tuple[int, Row, int]]:
-    """(line, fields or what is wrong with them, number of lines) of each row below the header.
+    """(line, fields or a problem, number of lines) of each row after the header.
 
     Args:
         cells: the same with lists of cells.
-        columns: their names, where there is no header line.
+        columns: their names, for a file without a header line.
         name: of the file, for messages.
     """
     nameless = 0
@@ -102,9 +101,9 @@ def rows(
         if isinstance(header, str):
             raise InputError(f"{name}:{line}: {header}")
         columns = [cell.strip() for cell in header]
-        # pandas' index: a column without a name in front of those that have one.
+        # pandas' index: a first column without a name.
         if len(columns) > 1 and not columns[0] and all(columns[1:]):
-            logging.warning("%s:%d: the first column has no name and is left out", name, line)
+            logging.warning("%s:%d: the first column has no name and is ignored", name, line)
             nameless, columns = 1, columns[1:]
         where = f"{name}:{line}: the header line"
     else:

@@ -6,13 +6,13 @@ import math
 import string
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from ptjax.data.sentinels import join_texts, spelt_out
+from ptjax.files import Metadata
 
 
 class RecordError(ValueError):
-    """A record that does not fit; the caller knows its file and line."""
+    """A record does not fit; the caller adds its file and line."""
 
 
 @dataclass(frozen=True)
@@ -24,17 +24,17 @@ class Template:
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """The fields it names, each once, in order."""
+        """The names of its fields without duplicates, in order."""
         return tuple(dict.fromkeys(field for _, field in self.parts if field is not None))
 
-    def render(self, record: Mapping[str, Any], *, sentinels: bool = False) -> str:
+    def render(self, record: Metadata, *, sentinels: bool = False) -> str:
         """The text for a record.
 
         Args:
-            sentinels: `<extra_id_N>` in a field is a sentinel, as it is in the template.
+            sentinels: treat `<extra_id_N>` in a field as a sentinel, as in the template.
 
         Raises:
-            RecordError: a field is missing, empty (None) or no plain value.
+            RecordError: a field is missing, None, a list or an object.
         """
         pieces = []
         for literal, field in self.parts:
@@ -46,7 +46,7 @@ class Template:
 
 
 def parse_template(text: str) -> Template:
-    """Parses '{field}', '{field.inner}' and '{list.0}'; '{{' and '}}' are braces.
+    """Parses '{field}', '{field.inner}' and '{list.0}'; '{{' and '}}' are literal braces.
 
     Raises:
         ValueError: unbalanced braces, an empty field name, a conversion or a format.
@@ -55,18 +55,18 @@ def parse_template(text: str) -> Template:
     for literal, field, spec, conversion in string.Formatter().parse(text):
         if field is not None and (not field.strip() or spec or conversion):
             shown = field + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
-            raise ValueError(f"{{{shown}}} is no field; write {{name}}, and {{{{ for a brace")
+            raise ValueError(f"{{{shown}}} is not a field; write {{name}}, and {{{{ for a brace")
         parts.append((literal, field))
     return Template(text, tuple(parts))
 
 
-def find_field(record: Mapping[str, Any], field: str) -> Any:
-    """The value of a field; 'a.b' is also the field b of the object a, 'a.0' a list's first entry.
+def find_field(record: Metadata, field: str) -> object:
+    """The value of a field; 'a.b' is also field b of the object a, 'a.0' the list's first entry.
 
     Raises:
         RecordError: the record has no such field, or it is None or a number that is not finite.
     """
-    value: Any = record
+    value: object = record
     if field in record:
         value = record[field]
     else:
@@ -76,25 +76,25 @@ def find_field(record: Mapping[str, Any], field: str) -> Any:
     return value
 
 
-def _inside(value: Any, name: str, field: str, record: Mapping[str, Any]) -> Any:
+def _inside(value: object, name: str, field: str, record: Metadata) -> object:
     if isinstance(value, Mapping) and name in value:
         return value[name]
     if isinstance(value, list | tuple) and name.isdecimal():
         if int(name) < len(value):
             return value[int(name)]
         raise RecordError(f"no field '{field}': the list has {len(value)} entries")
-    known = ", ".join(map(str, record)) or "none"
-    raise RecordError(f"no field '{field}' (fields: {known})")
+    names = ", ".join(map(str, record)) or "none"
+    raise RecordError(f"no field '{field}' (fields: {names})")
 
 
-def _check_present(value: Any, field: str) -> None:
+def _check_present(value: object, field: str) -> None:
     if value is None:
         raise RecordError(f"the field '{field}' is null (or NaN)")
     if isinstance(value, float) and not math.isfinite(value):
         raise RecordError(f"the field '{field}' is {value}, not a text or number")
 
 
-def as_text(value: Any, field: str) -> str:
+def as_text(value: object, field: str) -> str:
     """A plain value as text: True is 'True', 1 is '1'.
 
     Raises:
@@ -103,7 +103,7 @@ def as_text(value: Any, field: str) -> str:
     _check_present(value, field)
     if isinstance(value, (Mapping, list, tuple)):
         kind = "an object" if isinstance(value, Mapping) else "a list"
-        # What could stand in its place: an object's fields, a list's first entry.
+        # Suggest an object's fields, or a list's first entry.
         names = [*value][:3] if isinstance(value, Mapping) else ["0"]
         inside = ", ".join(f"{{{field}.{name}}}" for name in names)
         hint = f", such as {inside}" if inside else ""

@@ -1,4 +1,4 @@
-"""Records out of TFDS data sets, without TensorFlow."""
+"""Reads records from TFDS data sets, without TensorFlow."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ def is_tfds(source: str | os.PathLike[str]) -> bool:
 def read_tfds(source: str, *, split: str, data_dir: str | None = None) -> Records:
     """Reads a split of a TFDS data set through `tfds.data_source`, without TensorFlow.
 
-    The data set must be prepared in the array_record format, or be one that TFDS can prepare
-    here. Strings are decoded; class labels stay integers.
+    The data set must be prepared in the array_record format, or TFDS must be able to prepare it
+    without TensorFlow. Strings are decoded; class labels stay integers.
 
     Args:
         source: 'tfds:NAME[/CONFIG][:VERSION][@SPLIT]', such as 'tfds:glue/sst2:2.0.0@train[:90%]'.
-        split: the TFDS split where `source` names none.
+        split: the TFDS split if `source` does not name one.
         data_dir: TFDS's folder of prepared data sets; None is TFDS's default.
 
     Raises:
-        InputError: TFDS does not have it, or cannot give it without TensorFlow.
+        InputError: TFDS does not have the data set, or needs TensorFlow to read it.
     """
     match = _TFDS_SOURCE.fullmatch(source)
     if match is None or not _NAME.fullmatch(match["name"]):
@@ -81,13 +81,13 @@ def _prepared(folder: epath.Path, name: str) -> str:
     except OSError:
         levels = []
     paths = sorted(os.fspath(path.relative_to(folder)) for path in levels if path.is_dir())
-    held = [":".join(path.rsplit("/", 1)) for path in paths]
-    more = f" and {len(held) - _MOST_NAMED} more" if len(held) > _MOST_NAMED else ""
-    return f"{folder} has {', '.join(held[:_MOST_NAMED]) or f'no {data_set}'}{more}"
+    versions = [":".join(path.rsplit("/", 1)) for path in paths]
+    more = f" and {len(versions) - _MOST_NAMED} more" if len(versions) > _MOST_NAMED else ""
+    return f"{folder} has {', '.join(versions[:_MOST_NAMED]) or f'no {data_set}'}{more}"
 
 
 def _plain(value: Any) -> Any:
-    """TFDS values as JSON has them: numpy scalars and arrays, bytes, nested features."""
+    """TFDS values (numpy scalars and arrays, bytes, nested features) as JSON values."""
     if isinstance(value, bytes):
         return value.decode("utf-8")
     if isinstance(value, dict):

@@ -1,6 +1,6 @@
-"""Finds out what tokenizer a path holds: SentencePiece (the reference), ByT5's, anything else.
+"""Loads the tokenizer of a path: SentencePiece (the reference), ByT5's or transformers'.
 
-What all of them do is in `vocabulary`, each of them in a file of its own.
+The interface is in `vocabulary`, each kind of tokenizer in its own file.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ _T5_CLASSES = {
 
 
 def load_tokenizer(source: str | os.PathLike[str]) -> Tokenizer:
-    """Finds out what `source` is and loads it.
+    """Loads a tokenizer.
 
     Args:
         source: a SentencePiece file '*.model', 'byt5', a folder (see `find_tokenizer`), or the
             id of a model on the Hugging Face hub. Paths may be remote or 'package:NAME'.
 
     Raises:
-        InputError: there is no tokenizer there.
+        InputError: `source` does not hold a tokenizer.
     """
     check_path("the path of the tokenizer", source)
     text = os.fspath(source)
@@ -68,10 +68,10 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Tokenizer:
             )
         return tokenizer
     if folder.exists():
-        raise InputError(f"{folder}: a tokenizer file has to be a SentencePiece *.model")
+        raise InputError(f"{folder}: a tokenizer file must be a SentencePiece *.model")
     if text.startswith((".", "/", "~", "package:")) or "://" in text:
         raise missing("tokenizer", folder)
-    # config.json too: it tells transformers the model's kind where the tokenizer's files do not.
+    # With config.json: it states the model's kind if the tokenizer's files do not.
     tokenizer = find_tokenizer(
         hub.download(text, [*hub.TOKENIZER_FILES, "config.json"], ours=["byt5"])
     )
@@ -82,9 +82,9 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Tokenizer:
 
 
 def find_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer | None:
-    """The tokenizer whose files lie in a folder, with its added tokens; None without any.
+    """The tokenizer in a folder, with its added tokens; None without tokenizer files.
 
-    T5's SentencePiece file goes first: the fast tokenizers made from it differ on rare texts.
+    T5's SentencePiece file is preferred: fast tokenizers made from it differ on rare texts.
 
     Raises:
         InputError: a file is damaged or missing, or transformers is needed and cannot read it.
@@ -110,7 +110,7 @@ def find_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer | None:
             return None
         if kind in _T5_CLASSES and kind is not None:
             raise InputError(
-                f"{folder}: {_CONFIG_FILE} is of a {kind}, and its vocabulary is missing: neither "
+                f"{folder}: {_CONFIG_FILE} names a {kind}, but its vocabulary is missing: neither "
                 f"{_MODEL_FILES[0]} nor tokenizer.json; copy the tokenizer again"
             )
     return _load_by_transformers(folder)

@@ -1,4 +1,4 @@
-"""Any other tokenizer, by `transformers`."""
+"""All other tokenizers, through `transformers`."""
 
 from __future__ import annotations
 
@@ -24,16 +24,17 @@ from ptjax.data.vocabulary import (
     unigram_fingerprint,
 )
 from ptjax.errors import InputError
+from ptjax.files import Metadata
 
 _VOCABULARIES = ("tokenizer.json", "spiece.model", "vocab.json", "vocab.txt")
-"""What the vocabulary of most tokenizers is in."""
+"""The vocabulary files of most tokenizers."""
 
 
 class TransformersTokenizer:
-    """Whatever fast tokenizer `transformers.AutoTokenizer` loads from a folder; it runs no code.
+    """A fast tokenizer that `transformers.AutoTokenizer` loads; runs no code from the folder.
 
-    Texts are encoded with a copy in which control tokens have names that no text holds, and so
-    have sentinels: `mark_sentinels` puts those where they count.
+    Texts are encoded with a copy in which control tokens and sentinels have names that no text
+    contains; `mark_sentinels` inserts these names for sentinels.
 
     Raises:
         InputError: transformers cannot load it, a file of its vocabulary is missing, it has no
@@ -62,7 +63,7 @@ class TransformersTokenizer:
         _check_added_tokens(self._tokenizer.backend_tokenizer, content, self.name)
         model = dict(content["model"])
         if model.get("type") == "Unigram" and self.unk_id != NO_ID:
-            # transformers 5 writes 2 here whatever the model says, in MADLAD-400 the end of a text.
+            # transformers 5 always writes 2, whatever the model says; in MADLAD-400 that is EOS.
             model["unk_id"] = self.unk_id
         self._control = control | _own_start(content)
         self._texts = _without_control_tokens(content | {"model": model}, self._control, self.name)
@@ -71,7 +72,7 @@ class TransformersTokenizer:
         special_ids = self.pad_id, self.eos_id, self.unk_id
         same = _spiece_fingerprint(content, special_ids, self._control) if not self.prefix else None
         self.fingerprint = same or former
-        # With a prefix, a prompt of earlier versions saw other ids.
+        # With a prefix, prompts of earlier versions were trained on other ids.
         self.former_fingerprints = () if self.prefix else (former,)
         if same and self._control != control:
             # Earlier versions treated an unnamed `<s>` as an added token; few texts contain it.
@@ -81,12 +82,12 @@ class TransformersTokenizer:
             self.fingerprint = sha256(f"{former}{self.prefix}".encode())
 
     def _own_prefix(self) -> tuple[int, ...]:
-        """What the tokenizer's post-processor puts in front of a text."""
+        """The ids that the tokenizer's post-processor prepends to a text."""
         backend = self._tokenizer.backend_tokenizer
         whole = backend.encode("a", add_special_tokens=True).ids
         body = backend.encode("a", add_special_tokens=False).ids
-        places = range(len(whole) - len(body) + 1)
-        start = next((i for i in places if whole[i : i + len(body)] == body), 0)
+        starts = range(len(whole) - len(body) + 1)
+        start = next((i for i in starts if whole[i : i + len(body)] == body), 0)
         return tuple(whole[:start])
 
     def encode(self, text: str) -> list[int]:
@@ -101,8 +102,8 @@ class TransformersTokenizer:
         return [e.ids for e in self._texts.encode_batch(marks, add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int]) -> str:
-        known = [i for i in text_ids(self, ids) if i < self.vocab_size]
-        return self._tokenizer.decode(known, clean_up_tokenization_spaces=False)
+        valid = [i for i in text_ids(self, ids) if i < self.vocab_size]
+        return self._tokenizer.decode(valid, clean_up_tokenization_spaces=False)
 
     def id_to_piece(self, index: int) -> str:
         piece = self._tokenizer.convert_ids_to_tokens(int(index))
@@ -123,7 +124,7 @@ class TransformersTokenizer:
 
 
 def _load(directory: str | os.PathLike[str], name: str) -> Any:
-    import transformers  # takes seconds, and the reference tokenizers do without it
+    import transformers  # slow to import, and the reference tokenizers do not need it
 
     folder = epath.Path(directory)
     lost = not (folder / "tokenizer.json").exists()
@@ -132,8 +133,8 @@ def _load(directory: str | os.PathLike[str], name: str) -> Any:
         raise _lacks(name, pair)
     try:
         with warnings.catch_warnings():
-            # transformers 5.3 passes file names to tokenizers 0.22, which deprecates that. Where
-            # warnings are errors, this would refuse a folder that is fine.
+            # transformers 5.3 passes file names to tokenizers 0.22, which deprecates that; if
+            # warnings are errors, a valid folder would be refused.
             warnings.simplefilter("ignore", DeprecationWarning)
             # trust_remote_code: without it, transformers asks on the terminal whether to run code.
             tokenizer: Any = transformers.AutoTokenizer.from_pretrained(
@@ -141,10 +142,10 @@ def _load(directory: str | os.PathLike[str], name: str) -> Any:
             )
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # nearly anything for broken files, and the library's panics
+    except BaseException as error:  # broken files raise nearly anything, including panics
         if "auto_map" in read_json(folder / "tokenizer_config.json"):
             raise InputError(
-                f"{name}: this tokenizer brings code of its own (auto_map), which ptjax does not "
+                f"{name}: this tokenizer comes with its own code (auto_map), which ptjax does not "
                 "run; save it as a tokenizer.json with a class of transformers"
             ) from error
         if not any((folder / file).exists() for file in _VOCABULARIES):
@@ -156,7 +157,7 @@ def _load(directory: str | os.PathLike[str], name: str) -> Any:
         raise InputError(
             f"{name}: transformers cannot load this tokenizer ({reason}); check its files"
         ) from error
-    # Without its files, it makes an empty vocabulary and says nothing.
+    # If its files are missing, transformers silently creates an empty vocabulary.
     names: Mapping[str, str] = getattr(tokenizer, "vocab_files_names", {})
     needed = [names[kind] for kind in ("vocab_file", "merges_file") if kind in names]
     missing = [file for file in needed if not (folder / file).exists()]
@@ -177,19 +178,19 @@ def _lacks(name: str, files: Sequence[str]) -> InputError:
     )
 
 
-def _check_added_tokens(backend: Any, content: Mapping[str, Any], name: str) -> None:
-    """Refuses what would stop the library, with a panic, at the first text."""
+def _check_added_tokens(backend: Any, content: Metadata, name: str) -> None:
+    """Refuses tokens that would make the library panic at the first text."""
     for token in content["added_tokens"]:
         normalizer = backend.normalizer
         if token["normalized"] and normalizer and not normalizer.normalize_str(token["content"]):
             raise InputError(
-                f"{name}: its normalisation leaves nothing of the added token "
-                f"{token['content']!r}; remove the token"
+                f"{name}: the added token {token['content']!r} is empty after normalisation; "
+                "remove the token"
             )
 
 
-def _without_control_tokens(content: Mapping[str, Any], control: set[str], name: str) -> Any:
-    """The tokenizer under whose rules nobody can type a control token or, unmarked, a sentinel."""
+def _without_control_tokens(content: Metadata, control: set[str], name: str) -> Any:
+    """The tokenizer changed so that texts cannot contain control tokens or unmarked sentinels."""
     import tokenizers
 
     def rename(piece: Any) -> Any:
@@ -209,7 +210,7 @@ def _without_control_tokens(content: Mapping[str, Any], control: set[str], name:
     if model.get("unk_token") is not None:
         model["unk_token"] = rename(model["unk_token"])
     if "merges" in model:
-        # A merge that makes such a name would make it of a text.
+        # Merges that produce such a name would recognise it in a text.
         pairs = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
         model["merges"] = [
             [a, b] for a, b in pairs if all(rename(piece) == piece for piece in (a, b, a + b))
@@ -222,17 +223,17 @@ def _without_control_tokens(content: Mapping[str, Any], control: set[str], name:
         raise InputError(f"{name}: its tokenizer.json cannot be used ({error})") from error
 
 
-def _own_start(content: Mapping[str, Any]) -> set[str]:
-    """`<s>`, if it is a control symbol of the SentencePiece model behind tokenizer.json."""
+def _own_start(content: Metadata) -> set[str]:
+    """{`<s>`} if it is a control symbol of the SentencePiece model that tokenizer.json is from."""
     pieces = content["model"]["vocab"] if content["model"]["type"] == "Unigram" else ()
     special = {token["content"] for token in content["added_tokens"] if token["special"]}
     return {START} & special if any(piece == START for piece, _ in pieces) else set()
 
 
 def _spiece_fingerprint(
-    content: Mapping[str, Any], special_ids: Sequence[int], control: set[str]
+    content: Metadata, special_ids: Sequence[int], control: set[str]
 ) -> str | None:
-    """The fingerprint of the spiece.model that it was made of; None where it was made of none."""
+    """The fingerprint of the spiece.model that tokenizer.json was made from, if any."""
     model = content["model"]
     charsmap = _charsmap(content["normalizer"])
     if model["type"] != "Unigram" or model.get("byte_fallback") or charsmap is None:
@@ -255,13 +256,13 @@ def _spiece_fingerprint(
     return unigram_fingerprint(pieces, charsmap, special_ids, added)
 
 
-def _charsmap(normalizer: Mapping[str, Any] | None) -> bytes | None:
+def _charsmap(normalizer: Metadata | None) -> bytes | None:
     """SentencePiece's normalisation; None for any other."""
     if normalizer is None:
         return b""
     steps = normalizer.get("normalizers", [normalizer])
     kinds = [step.get("type") for step in steps]
-    # The steps behind the first, where transformers 4 wrote it, collapse spaces.
+    # transformers 4 writes further steps, which collapse spaces.
     if kinds not in (["Precompiled"], ["Precompiled", "Strip", "Replace"]):
         return None
     return base64.b64decode(steps[0]["precompiled_charsmap"])

@@ -1,4 +1,4 @@
-"""The vocabularies of the released T5s, told by a backbone's embedding rows."""
+"""The vocabularies of the released T5s, by number of embedding rows."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ RELEASED: Mapping[int, tuple[str, str]] = {
     250112: ("mT5", "gs://t5-data/vocabs/mc4.250000.100extra/sentencepiece.model"),
     384: ("ByT5", "byt5"),
 }
-"""Embedding rows -> (the models that have so many, where their vocabulary is): T5X's gin files
-(`t5x/examples/t5/*/base.gin`), whose checkpoints bring no vocabulary along."""
+"""Embedding rows -> (models, location of their vocabulary), from T5X's gin files
+(`t5x/examples/t5/*/base.gin`): T5X's checkpoints do not include a vocabulary."""
 
 
 def missing_tokenizer(name: str, embedding_rows: int) -> InputError:
-    """The error for a backbone that has to read or write text and came without a tokenizer."""
+    """The error for a backbone without a tokenizer, if text is needed."""
     hint = ""
     if embedding_rows in RELEASED:
         models, source = RELEASED[embedding_rows]

@@ -1,6 +1,6 @@
-"""What the rest of ptjax asks of a tokenizer, and what all tokenizers have in common.
+"""The interface of tokenizers, and functions that all of them share.
 
-The end of a text is `eos_id`; `encode` adds neither it nor padding.
+A text ends with `eos_id`; `encode` adds neither it nor padding.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import os
 import struct
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 from etils import epath
 
@@ -19,15 +19,15 @@ from ptjax.errors import InputError, check_path
 from ptjax.hub import TOKENIZER_FILES
 
 NO_ID = -1
-"""Of a special token that a vocabulary lacks; SentencePiece's own convention."""
+"""The id of a special token that a vocabulary lacks; SentencePiece's convention."""
 
 
 class Tokenizer(Protocol):
-    """What the rest of ptjax asks of a tokenizer.
+    """The interface of tokenizers.
 
-    One rule for all: the name of a control token (`</s>`, `<pad>`, `<unk>`, `<s>`, ...) inside of
-    a text is spelt out, `<extra_id_N>` is the sentinel unless `data.sentinels` says that it is
-    not, and added tokens are their own ids.
+    All follow one rule: the name of a control token (`</s>`, `<pad>`, `<unk>`, `<s>`, ...) in a
+    text is encoded as ordinary text, `<extra_id_N>` is the sentinel unless `data.sentinels` says
+    otherwise, and an added token has its own id.
     """
 
     name: str
@@ -37,11 +37,11 @@ class Tokenizer(Protocol):
     eos_id: int
     unk_id: int
     prefix: tuple[int, ...]
-    """What stands in front of every input and target (`<s>` of CodeT5); mostly nothing."""
+    """Ids prepended to every input and target (`<s>` of CodeT5); usually empty."""
     fingerprint: str
-    """'sha256:<hex>' of what determines the ids, whatever files it came from."""
+    """'sha256:<hex>' of everything that determines the ids, independent of the file format."""
     former_fingerprints: tuple[str, ...]
-    """Values that earlier versions recorded for this very tokenizer."""
+    """Fingerprints that earlier versions recorded for the same tokenizer."""
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without `prefix` and without an end of sequence."""
@@ -56,7 +56,7 @@ class Tokenizer(Protocol):
         ...
 
     def id_to_piece(self, index: int) -> str:
-        """How one id is shown to people."""
+        """The readable form of an id."""
         ...
 
     def sentinel_id(self, k: int) -> int:
@@ -64,19 +64,19 @@ class Tokenizer(Protocol):
         ...
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Writes files from which `load_tokenizer(directory)` makes an equal one."""
+        """Writes files from which `load_tokenizer(directory)` loads an equal tokenizer."""
         ...
 
 
 def check_vocabulary(tokenizer: Tokenizer, embedding_rows: int) -> None:
-    """Refuses a tokenizer that cannot be the one that the model was trained with.
+    """Refuses a tokenizer that the model cannot have been trained with.
 
     A vocabulary may be smaller than the embedding, whose rows are padded to a round number (T5:
-    32,100 ids, 32,128 rows). One that leaves more than half of them unused is another's, or what
-    is left of one whose files were lost.
+    32,100 ids, 32,128 rows). One that leaves more than half of them unused is another model's, or
+    incomplete because files are missing.
 
     Raises:
-        InputError: more ids than `embedding_rows`, or fewer than half as many.
+        InputError: there are more ids than `embedding_rows`, or fewer than half as many.
     """
     ids = tokenizer.vocab_size
     if embedding_rows / 2 <= ids <= embedding_rows:
@@ -92,7 +92,7 @@ def check_special_ids(tokenizer: Tokenizer) -> None:
     """Raises InputError for a tokenizer that has no end of sequence."""
     if tokenizer.eos_id == NO_ID:
         raise InputError(
-            f"{tokenizer.name}: it has no end of sequence, which T5 puts behind every text; choose "
+            f"{tokenizer.name}: it has no end of sequence, which T5 appends to every text; choose "
             "a tokenizer with an EOS token"
         )
 
@@ -110,7 +110,7 @@ def text_ids(tokenizer: Tokenizer, ids: Iterable[int]) -> list[int]:
 
 
 def clear_folder(directory: str | os.PathLike[str]) -> epath.Path:
-    """The folder, made if need be, without files that another tokenizer left in it."""
+    """Creates the folder if necessary and removes the files of another tokenizer from it."""
     check_path("the folder of the tokenizer", directory)
     folder = epath.Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
@@ -125,19 +125,22 @@ def sha256(content: bytes) -> str:
 
 
 def unigram_fingerprint(
-    pieces: Sequence[tuple[str, float]], charsmap: bytes, special_ids: Sequence[int], added: Any
+    pieces: Sequence[tuple[str, float]],
+    charsmap: bytes,
+    special_ids: Sequence[int],
+    added: Sequence[object],
 ) -> str:
     """The fingerprint of a SentencePiece unigram model with T5's treatment of spaces.
 
-    The same for spiece.model and for a tokenizer.json made of it.
+    It is the same for spiece.model and for a tokenizer.json made from it.
 
     Args:
-        pieces: every piece with its score, T5's sentinels among them as `<extra_id_k>`.
+        pieces: every piece with its score, including T5's sentinels as `<extra_id_k>`.
         charsmap: SentencePiece's normalisation, `precompiled_charsmap`.
         special_ids: padding, end of sequence, unknown.
-        added: tokens that are no pieces, in the order of their ids, as JSON values.
+        added: tokens that are not pieces, in the order of their ids, as JSON values.
     """
-    # Either file holds a score with float32's precision.
+    # Both files store scores with float32's precision.
     scored = [[piece, struct.pack("<f", score).hex()] for piece, score in pieces]
     normalisation = base64.b64encode(charsmap).decode()
     return sha256(json.dumps([scored, normalisation, list(special_ids), added]).encode())

@@ -14,9 +14,10 @@ from jaxtyping import Array
 
 from ptjax.backbones.damage import check_scores
 from ptjax.backbones.load import Backbone
+from ptjax.data.examples import Example, Examples
 from ptjax.data.pipeline import ExampleSource
 from ptjax.data.preprocess import TokenizedExamples, check_labels, tokenize_examples
-from ptjax.data.tasks import Example, Examples, Task
+from ptjax.data.tasks import Task
 from ptjax.data.tokenizer import Tokenizer
 from ptjax.errors import InputError
 from ptjax.evaluation.ensembles import (

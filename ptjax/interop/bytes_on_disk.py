@@ -1,4 +1,4 @@
-"""Parts of arrays out of larger files, and files that appear whole or not at all."""
+"""Reads parts of arrays, and checksums, from larger files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _PIECE = 1 << 22
 
 
 def numpy_dtype(name: str) -> np.dtype:
-    """numpy's dtype of a name, "bfloat16" included; little-endian as in every file read here."""
+    """numpy's dtype for a name, including "bfloat16"; little-endian, as in every file read here."""
     if name == "bfloat16":
         return np.dtype(ml_dtypes.bfloat16)
     return np.dtype(name).newbyteorder("<")
@@ -29,14 +29,14 @@ def read_part(
     index: Index,
     strides: tuple[int, ...] | None = None,
 ) -> np.ndarray:
-    """The part `index` of an array that begins at byte `offset` of `file`, as a copy.
+    """A copy of part `index` of an array that begins at byte `offset` of `file`.
 
-    A local file is mapped, so that only the pages of that part are touched; of a gs:// object
-    the rows of that part are fetched.
+    A local file is memory-mapped, so only the pages of that part are read; of a gs:// object only
+    the byte range of that part is fetched.
 
     Args:
         shape: of the whole array.
-        index: one slice per axis, of a step of 1 or more.
+        index: one slice per axis, with steps >= 1.
         strides: in elements; None means C order.
 
     Raises:

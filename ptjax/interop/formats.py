@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from absl import logging
 from etils import epath
 
 from ptjax.errors import InputError
+from ptjax.files import JsonObject
 from ptjax.interop import huggingface, own_names, t5x
 from ptjax.interop.huggingface_format import load_config
 from ptjax.interop.lazy_array import LazyArray
@@ -20,14 +21,14 @@ class Opened(NamedTuple):
     """What a folder holds.
 
     Attributes:
-        arrays: parameter -> its array, which is still on disk.
-        told: fields of the config that the files state.
+        arrays: parameter path -> its array, still on disk.
+        from_config: the config fields that the files state.
         name: of the backbone.
-        folders: where a tokenizer may lie, nearest first.
+        folders: where to look for a tokenizer, nearest first.
     """
 
     arrays: dict[str, LazyArray]
-    told: dict[str, Any]
+    from_config: JsonObject
     name: str
     folders: tuple[epath.Path, ...]
 
@@ -36,26 +37,26 @@ class Format(Protocol):
     """One way to store a backbone."""
 
     def matches(self, directory: epath.Path, family: Family) -> bool:
-        """Whether `directory` is of this format, whole or damaged."""
+        """Whether `directory` has this format, complete or damaged."""
         ...
 
     def open(
         self, directory: epath.Path, name: str, chosen: Collection[str], family: Family
     ) -> Opened:
-        """Opens it; weights stay on disk.
+        """Opens the folder; weights stay on disk.
 
         Args:
-            name: what the user called it.
-            chosen: fields that the user sets; contradictions about them do not matter.
+            name: what the user called it, for messages.
+            chosen: config fields that the user sets; files may contradict each other about them.
 
         Raises:
-            InputError: it is incomplete, damaged, or holds another network.
+            InputError: the folder is incomplete, damaged, or holds another network.
         """
         ...
 
 
 class T5XFormat:
-    """A checkpoint of T5X, or a tree that Orbax saved; or a folder of several."""
+    """A T5X checkpoint or a tree saved by Orbax, or a folder of several."""
 
     def matches(self, directory: epath.Path, family: Family) -> bool:
         return t5x.is_t5x(directory)
@@ -63,17 +64,18 @@ class T5XFormat:
     def open(
         self, directory: epath.Path, name: str, chosen: Collection[str], family: Family
     ) -> Opened:
-        found = t5x.find_checkpoint(directory)
-        if found.parent == directory and len(t5x.checkpoints_in(directory)) > 1:
-            logging.warning("%s: loading the newest of its checkpoints, %s", name, found.name)
-        folders = (found, found.parent)
+        checkpoint = t5x.find_checkpoint(directory)
+        if checkpoint.parent == directory and len(t5x.checkpoints_in(directory)) > 1:
+            logging.warning("%s: loading the newest of its checkpoints, %s", name, checkpoint.name)
+        folders = (checkpoint, checkpoint.parent)
         with_config = (x for x in folders if (x / "config.json").exists())
-        told = next((load_config(x, chosen) for x in with_config), {})
-        return Opened(t5x.load_t5x(found, family), told, os.fspath(found), folders)
+        from_config = next((load_config(x, chosen) for x in with_config), {})
+        arrays = t5x.load_t5x(checkpoint, family)
+        return Opened(arrays, from_config, os.fspath(checkpoint), folders)
 
 
 class HuggingFaceFormat:
-    """`config.json` beside weights under Hugging Face's names, which come out under T5X's."""
+    """`config.json` and weights under Hugging Face's names, translated to T5X's."""
 
     def matches(self, directory: epath.Path, family: Family) -> bool:
         return (directory / "config.json").exists()
@@ -86,7 +88,7 @@ class HuggingFaceFormat:
 
 
 class OwnNamesFormat:
-    """`model.safetensors` under the parameters' own names, see `own_names`."""
+    """`model.safetensors` under the parameters' own names; see `own_names`."""
 
     def matches(self, directory: epath.Path, family: Family) -> bool:
         return not family.tensor_names({}) and (directory / own_names.WEIGHTS).exists()
@@ -103,14 +105,14 @@ FORMATS: tuple[Format, ...] = (T5XFormat(), HuggingFaceFormat(), OwnNamesFormat(
 def open_directory(
     directory: epath.Path, name: str, chosen: Collection[str], family: Family
 ) -> Opened:
-    """`Format.open` of the first format that matches; args and errors as there.
+    """`Format.open` of the first format that matches; same arguments and errors.
 
     Raises:
-        InputError: none matches.
+        InputError: no format matches.
     """
-    for form in FORMATS:
-        if form.matches(directory, family):
-            return form.open(directory, name, chosen, family)
+    for file_format in FORMATS:
+        if file_format.matches(directory, family):
+            return file_format.open(directory, name, chosen, family)
     own = "" if family.tensor_names({}) else f", nor {own_names.WEIGHTS} under its own names"
     raise InputError(
         f"{name} holds no backbone that ptjax knows: neither a T5X checkpoint "

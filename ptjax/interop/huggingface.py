@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import huggingface_hub
 import huggingface_hub.errors
@@ -13,10 +12,11 @@ import jax
 import numpy as np
 from absl import logging
 from etils import epath
+from jaxtyping import Array
 
 from ptjax import hub
 from ptjax.errors import InputError
-from ptjax.files import read_json, written_whole
+from ptjax.files import JsonObject, Metadata, read_json, written_whole
 from ptjax.interop import peft, safetensors_file, torch_file
 from ptjax.interop.bytes_on_disk import numpy_dtype
 from ptjax.interop.huggingface_format import (
@@ -55,13 +55,13 @@ def load_huggingface(directory: str | os.PathLike[str]) -> dict[str, LazyArray]:
             `model.safetensors.index.json`, or else `pytorch_model.bin`, one or several.
 
     Returns:
-        T5X parameter name -> array in T5X's orientation. `decoder/logits_dense/kernel` is there
-        exactly when the logits have weights of their own.
+        T5X parameter name -> array in T5X's orientation. `decoder/logits_dense/kernel` is present
+        if and only if the logits have weights of their own.
 
     Raises:
-        InputError: a file or tensor is missing, damaged, quantized, or none of T5's; an adapter
-            stands beside the weights; or transformers 4 and 5 make different logits of them and
-            nothing says which is meant.
+        InputError: a file or tensor is missing, damaged, quantized or unexpected; the folder also
+            holds an adapter; or transformers 4 and 5 would compute different logits from it and
+            no version is recorded.
     """
     directory = epath.Path(directory)
     config = read_config(directory)
@@ -71,8 +71,8 @@ def load_huggingface(directory: str | os.PathLike[str]) -> dict[str, LazyArray]:
     for name in UNUSED:
         tensors.pop(name, None)
     for copy in [tensors.pop(name) for name in COPIES if name in tensors]:
-        # Where tensors are shared, writers keep any one of the names. transformers 5 can untie
-        # encoder and decoder too, which is no T5.
+        # Writers keep an arbitrary one of a shared tensor's names. transformers 5 can also untie
+        # the encoder's and decoder's embeddings, which ptjax's T5 does not support.
         if not _equal(tensors.setdefault("shared.weight", copy), copy):
             raise InputError(
                 f"{copy.where}: this embedding differs from shared.weight; in a T5, encoder and "
@@ -82,10 +82,13 @@ def load_huggingface(directory: str | os.PathLike[str]) -> dict[str, LazyArray]:
     for name, tensor in tensors.items():
         translated = to_t5x(name, relpos_per_layer=fields["relpos_per_layer"])
         if translated is None:
-            raise InputError(f"{tensor.where}: the tensor {name} is none of T5's")
+            raise InputError(f"{tensor.where}: unexpected tensor {name}: not part of a T5 model")
         ours, transposed = translated
         if len(tensor.shape) != (1 if ours.endswith("/scale") else 2):
-            raise InputError(f"{tensor.where}: the tensor {name} has shape {list(tensor.shape)}")
+            raise InputError(
+                f"{tensor.where}: the tensor {name} has shape {list(tensor.shape)}; a T5 has "
+                f"{'a 1-D' if ours.endswith('/scale') else 'a 2-D'} tensor here"
+            )
         arrays[ours] = _transpose(tensor) if transposed else tensor
     _decide_logits(arrays, config, directory)
     for name in expected_names(fields):
@@ -97,19 +100,17 @@ def load_huggingface(directory: str | os.PathLike[str]) -> dict[str, LazyArray]:
     return arrays
 
 
-def _decide_logits(
-    arrays: dict[str, LazyArray], config: Mapping[str, Any], directory: epath.Path
-) -> None:
-    """Leaves `LOGITS` in `arrays` exactly when T5X's network would have it.
+def _decide_logits(arrays: dict[str, LazyArray], config: Metadata, directory: epath.Path) -> None:
+    """Keeps `LOGITS` in `arrays` if and only if T5X's network would have it.
 
-    Its tied logits are scaled by 1/sqrt(D), its own are not. Tied and unscaled, or own and scaled,
-    as transformers 5 has them too, are a kernel that takes the difference.
+    T5X scales tied logits by 1/sqrt(D) and leaves untied ones unscaled. transformers 5 also has
+    tied unscaled and untied scaled logits; both become a `LOGITS` kernel with the factor applied.
     """
     embedding, head = arrays.get(EMBEDDING), arrays.pop(LOGITS, None)
     if embedding is None:
         return
-    # Untied and unscaled, a head that equals the embedding is read as any other: it need not be
-    # compared, which would read rows that are other processes'.
+    # No comparison for an untied, unscaled head: a head that equals the embedding is loaded as any
+    # other, and comparing would read rows that belong to other processes.
     untied = config.get("tie_word_embeddings") is False and not config.get("scale_decoder_outputs")
     kind = "none"
     if head is not None:
@@ -121,25 +122,25 @@ def _decide_logits(
         assert head is not None
         arrays[LOGITS] = _scaled(head, embedding.shape[1] ** -0.5) if logits.scaled else head
         if logits.scaled:
-            # No T5 was released so. transformers 5.0.0 scales every T5, 5.3 every umT5, and both
-            # write it into what they save.
+            # No released T5 is like this. transformers 5.0.0 scales every T5 and 5.3 every umT5,
+            # and both save that setting.
             logging.warning(
-                "%s: lm_head.weight is scaled by 1/sqrt(d_model), as config.json has it. If the "
+                "%s: lm_head.weight is scaled by 1/sqrt(d_model), as config.json states. If the "
                 "model was not scaled before transformers saved it (T5 1.1, Flan-T5, ByT5 and umT5 "
                 "were not), set scale_decoder_outputs to false there",
                 directory,
             )
 
 
-def _equal(one: LazyArray, other: LazyArray) -> bool:
-    """Whether two [V, D] arrays are the same, compared a few rows at a time."""
-    if one.shape != other.shape or len(one.shape) != 2:
+def _equal(left: LazyArray, right: LazyArray) -> bool:
+    """Whether two [V, D] arrays are equal, compared a few rows at a time."""
+    if left.shape != right.shape or len(left.shape) != 2:
         return False
     rows = 1024
     return all(
-        np.array_equal(one.read(part), other.read(part))
-        for start in range(0, one.shape[0], rows)
-        for part in [(slice(start, min(start + rows, one.shape[0])), slice(0, one.shape[1]))]
+        np.array_equal(left.read(part), right.read(part))
+        for start in range(0, left.shape[0], rows)
+        for part in [(slice(start, min(start + rows, left.shape[0])), slice(0, left.shape[1]))]
     )
 
 
@@ -158,30 +159,27 @@ def _scaled(array: LazyArray, factor: float) -> LazyArray:
 
 
 def _check_adapter(directory: epath.Path) -> None:
-    """Nothing beside the weights makes another model of them without a word.
-
-    transformers puts an adapter that it finds there into the model that it loads.
-    """
+    """Refuses a folder with an adapter: transformers would silently apply it to the weights."""
     file = directory / peft.CONFIG
     if not file.exists():
         return
     method = peft.method_of(directory)
     if method in peft.PROMPTS:
         logging.warning(
-            "%s also holds a prompt (%s), left out here; load_prompt(path) returns it",
+            "%s also holds a prompt (%s), which is ignored here; load_prompt(path) returns it",
             directory,
             method,
         )
         return
     raise InputError(
-        f"{file}: beside the weights stands an adapter ({method}), which transformers would apply "
-        "and ptjax does not. Merge it (PEFT's merge_and_unload) and save the model, or move "
-        "adapter_* to another folder to load the model without it"
+        f"{file}: the folder also holds an adapter ({method}), which transformers would apply and "
+        "ptjax does not. Merge it (PEFT's merge_and_unload) and save the model, or move adapter_* "
+        "to another folder to load the model without it"
     )
 
 
-def _open_float_tensors(directory: epath.Path, config: Mapping[str, Any]) -> dict[str, LazyArray]:
-    """`_open_tensors`; a word on weights that are, or would be, quantized."""
+def _open_float_tensors(directory: epath.Path, config: Metadata) -> dict[str, LazyArray]:
+    """`_open_tensors`, with an error or a warning if config.json asks for quantization."""
     settings = config.get("quantization_config")
     if settings is None:
         return _open_tensors(directory)
@@ -190,13 +188,13 @@ def _open_float_tensors(directory: epath.Path, config: Mapping[str, Any]) -> dic
         tensors = _open_tensors(directory)
     except InputError as error:
         raise InputError(
-            f"{directory}: config.json has a quantization_config ({method}); ptjax reads weights in"
-            f" floating point: take the model as it was before, or dequantize it ({error})"
+            f"{directory}: config.json has a quantization_config ({method}); ptjax reads floating-"
+            f"point weights: use the original model, or dequantize this one ({error})"
         ) from error
     logging.warning(
         "%s: config.json has a quantization_config (%s), which transformers would apply on "
-        "loading; ptjax takes the weights as they are. load_backbone(quantize='int8') is its own "
-        "way to hold them in fewer bytes",
+        "loading; ptjax loads the weights as stored. To save memory use "
+        "load_backbone(quantize='int8')",
         directory,
         method,
     )
@@ -209,7 +207,7 @@ def _open_tensors(directory: epath.Path) -> dict[str, LazyArray]:
         if (directory / name).exists():
             return (_open_shards if name.endswith(".json") else _open_file)(directory / name)
     raise InputError(
-        f"{directory}: no weights here, neither {_WEIGHTS} nor {_TORCH} nor the index of several; "
+        f"{directory}: no weights here, neither {_WEIGHTS} nor {_TORCH} nor an index of shards; "
         "copy the directory again"
     )
 
@@ -229,19 +227,19 @@ def _open_shards(index: epath.Path) -> dict[str, LazyArray]:
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{index}: the index is truncated or damaged ({error!r})") from error
     tensors = {}
-    for name, wanted in by_file.items():
+    for name, listed in by_file.items():
         if not isinstance(name, str) or "/" in name or name in ("", ".", ".."):
-            raise InputError(f"{index}: the file {name!r} of {wanted[0]} is not beside the index")
+            raise InputError(f"{index}: the file {name!r} of {listed[0]} is not beside the index")
         if not (index.parent / name).exists():
             raise InputError(
-                f"{index.parent / name}: the file of tensor {wanted[0]} and {len(wanted) - 1} more "
+                f"{index.parent / name}: the file of tensor {listed[0]} and {len(listed) - 1} more "
                 "is missing"
             )
-        held = _open_file(index.parent / name)
-        for tensor in wanted:
-            if tensor not in held:
+        shard = _open_file(index.parent / name)
+        for tensor in listed:
+            if tensor not in shard:
                 raise InputError(f"{index.parent / name}: the tensor {tensor} is missing from it")
-            tensors[tensor] = held[tensor]
+            tensors[tensor] = shard[tensor]
     return tensors
 
 
@@ -250,15 +248,15 @@ def _open_shards(index: epath.Path) -> dict[str, LazyArray]:
 
 def save_huggingface(
     directory: str | os.PathLike[str],
-    params: Mapping[str, Any],
+    params: Mapping[str, Array | np.ndarray],
     config: T5Config,
     *,
     dtype: str = "bfloat16",
     max_shard_bytes: int | None = None,
 ) -> None:
-    """Writes what `transformers.T5ForConditionalGeneration.from_pretrained` loads.
+    """Writes a directory for `transformers.T5ForConditionalGeneration.from_pretrained`.
 
-    `config.json` is written last and removed first: a directory without it is not finished.
+    `config.json` is removed first and written last: a directory without it is incomplete.
 
     Args:
         params: T5X name -> array (numpy or jax).
@@ -266,19 +264,19 @@ def save_huggingface(
         max_shard_bytes: split the weights into files of at most this size.
 
     Raises:
-        InputError: a name that is none of T5's, a dtype that is not supported, or a tensor that
-            does not fit into `max_shard_bytes` alone.
+        InputError: a name that is not a T5 parameter, an unsupported dtype, or a tensor larger
+            than `max_shard_bytes`.
     """
     if dtype not in ("float32", "bfloat16"):
-        raise InputError(f"a T5 is saved in float32 or bfloat16, not in {dtype}")
+        raise InputError(f"a T5 can be saved in float32 or bfloat16, not in {dtype}")
     config_json = make_config_json(config, dtype)
     layout: dict[str, tuple[tuple[int, ...], str]] = {}
     sources: dict[str, tuple[str, bool]] = {}
     for name in sorted(params):
         if (translated := to_huggingface(name)) is None:
-            raise InputError(f"parameter {name} has no place in Hugging Face's T5")
+            raise InputError(f"parameter {name} has no equivalent in Hugging Face's T5")
         theirs, transposed = translated
-        # Not taken for its shape's sake: a layer of a stack would be sliced, on this process alone.
+        # `eval_shape`: indexing alone would slice a layer out of a stack, on this process only.
         shape = jax.eval_shape(lambda name=name: params[name]).shape
         layout[theirs] = (shape[::-1] if transposed else shape, dtype)
         sources[theirs] = (name, transposed)
@@ -305,7 +303,9 @@ def save_huggingface(
     _write_json(directory / "config.json", config_json)
 
 
-def _converted(params: Mapping[str, Any], name: str, transposed: bool, dtype: str) -> np.ndarray:
+def _converted(
+    params: Mapping[str, Array | np.ndarray], name: str, transposed: bool, dtype: str
+) -> np.ndarray:
     array = on_host(params[name]).astype(numpy_dtype(dtype))
     return array.T if transposed else array
 
@@ -313,7 +313,7 @@ def _converted(params: Mapping[str, Any], name: str, transposed: bool, dtype: st
 def _plan_shards(
     layout: Mapping[str, tuple[tuple[int, ...], str]], limit: int | None
 ) -> list[dict[str, tuple[tuple[int, ...], str]]]:
-    """`layout` in consecutive parts, each a file of at most `limit` bytes."""
+    """Splits `layout` into consecutive parts, each a file of at most `limit` bytes."""
 
     def size(shard: Mapping[str, tuple[tuple[int, ...], str]]) -> int:
         header = safetensors_file.header_bytes(shard, {"format": "pt"})
@@ -323,8 +323,8 @@ def _plan_shards(
     for name, entry in layout.items():
         if limit is not None and size({name: entry}) > limit:
             raise InputError(
-                f"tensor {name} alone takes {size({name: entry}):,} bytes, more than the "
-                f"{limit:,} of a file"
+                f"tensor {name} alone takes {size({name: entry}):,} bytes, more than the limit of "
+                f"{limit:,} per file"
             )
         if limit is not None and size(shards[-1] | {name: entry}) > limit:
             shards.append({})
@@ -332,7 +332,7 @@ def _plan_shards(
     return shards
 
 
-def _write_json(path: epath.Path, value: Any) -> None:
+def _write_json(path: epath.Path, value: JsonObject) -> None:
     with written_whole(path) as stream:
         stream.write(f"{json.dumps(value, indent=2, sort_keys=True)}\n".encode())
 
@@ -354,11 +354,11 @@ def download(
 ) -> tuple[epath.Path, str]:
     """(local directory, commit) of a model on the Hugging Face hub, from its cache if offline.
 
-    Weights come as safetensors; `pytorch_model.bin` only where there are none. Variants
-    (`model.fp16.safetensors`) are left where they are. `ours` as for `hub.download`.
+    Downloads safetensors, or else `pytorch_model.bin`; variants
+    (`model.fp16.safetensors`) are not downloaded. `ours` as for `hub.download`.
 
     Raises:
-        InputError: there is no such model, it is private, or the hub cannot be reached.
+        InputError: the model does not exist or is private, or the hub cannot be reached.
     """
 
     def fetch(weights: str, suffix: str) -> epath.Path:

@@ -1,19 +1,20 @@
-"""How Hugging Face's T5 names things: parameters and `config.json`, both ways.
+"""Hugging Face's names for T5's parameters and config, and the translation both ways.
 
-The table of names is the family's. Facts after `transformers/models/t5/modeling_t5.py`.
+The table of names is `T5_FAMILY.tensor_names`; the rest follows
+`transformers/models/t5/modeling_t5.py`.
 """
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Collection, Iterator, Mapping
-from typing import Any, Literal, NamedTuple
+from collections.abc import Collection, Iterator
+from typing import Literal, NamedTuple
 
 from etils import epath
 
 from ptjax import files
 from ptjax.errors import InputError
+from ptjax.files import JsonObject, Metadata, PathLike
 from ptjax.interop.special_ids import read_special_ids, write_special_ids
 from ptjax.models.config import T5Config
 from ptjax.models.t5_family import LOGITS, T5_FAMILY
@@ -22,7 +23,7 @@ from ptjax.models.t5_family import LOGITS, T5_FAMILY
 COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 UNUSED = ("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",)
 
-# T5Config's fields, Hugging Face's keys. What its files may leave out is not required.
+# Fields of T5Config -> keys of config.json; files may omit the optional ones.
 _REQUIRED = {
     "vocab_size": "vocab_size",
     "emb_dim": "d_model",
@@ -39,8 +40,8 @@ _OPTIONAL = {
     "relpos_max_distance": "relative_attention_max_distance",
 }
 
-# Names of transformers' activations -> those of `T5Config.mlp_activations`. Its `gelu` is exact,
-# Flax's is the tanh approximation. The first name of each is the one that is written.
+# transformers' activation names -> those of `T5Config.mlp_activations`. transformers' `gelu` is
+# exact, Flax's is the tanh approximation. Of several names the first is written.
 _ACTIVATIONS = {
     "relu": "relu",
     "gelu_new": "gelu",
@@ -58,7 +59,7 @@ _ACTIVATIONS = {
     "linear": "linear",
 }
 _NETWORKS = {"t5": "T5ForConditionalGeneration", "umt5": "UMT5ForConditionalGeneration"}
-"""model_type and class of what is written; mT5 is written as the T5 that it is."""
+"""model_type -> class written into config.json; an mT5 is written as a T5, which it is."""
 
 
 # Names
@@ -91,7 +92,7 @@ def _translate(
 
 
 def to_huggingface(name: str) -> tuple[str, bool] | None:
-    """(Hugging Face's name, transposed) of a T5X name, None where there is none.
+    """(Hugging Face's name, transposed) of a T5X name, or None.
 
     `to_huggingface("encoder/layers_3/attention/query/kernel")` is
     `("encoder.block.3.layer.0.SelfAttention.q.weight", True)`; `to_t5x` is its inverse.
@@ -100,17 +101,17 @@ def to_huggingface(name: str) -> tuple[str, bool] | None:
 
 
 def to_t5x(name: str, *, relpos_per_layer: bool = False) -> tuple[str, bool] | None:
-    """(T5X's name, transposed) of a Hugging Face name, None where there is none.
+    """(T5X's name, transposed) of a Hugging Face name, or None.
 
     Args:
-        relpos_per_layer: `T5Config.relpos_per_layer`: a table of biases in block 0 is that
-            layer's, not the stack's.
+        relpos_per_layer: `T5Config.relpos_per_layer`: whether a bias table in block 0 belongs to
+            that layer rather than to the whole stack.
     """
     return _translate(name, _TO_T5X[relpos_per_layer])
 
 
-def expected_names(fields: Mapping[str, Any]) -> Iterator[str]:
-    """Every parameter of a T5 with these config fields, but for the logits."""
+def expected_names(fields: Metadata) -> Iterator[str]:
+    """Every parameter of a T5 with these config fields, except the logits' kernel."""
     gated = len(fields["mlp_activations"]) == 2
     absent = {LOGITS}
     for ours, _, _ in T5_FAMILY.tensor_names(fields):
@@ -124,17 +125,17 @@ def expected_names(fields: Mapping[str, Any]) -> Iterator[str]:
 # config.json
 
 
-def load_config(directory: str | os.PathLike[str], chosen: Collection[str] = ()) -> dict[str, Any]:
-    """Fields of `T5Config` that `config.json` states; special ids as `read_special_ids` has them.
+def load_config(directory: PathLike, chosen: Collection[str] = ()) -> JsonObject:
+    """The fields of `T5Config` that `config.json` states, special ids from `read_special_ids`.
 
-    Without `logits_via_embedding`: transformers 5 writes `tie_word_embeddings: true` for untied
-    models too, so the weights decide that (`load_huggingface`).
+    `logits_via_embedding` is not among them: transformers 5 writes `tie_word_embeddings: true`
+    for untied models too, so `load_huggingface` decides from the weights.
 
     Args:
-        chosen: fields that the user sets; contradictions about them do not matter.
+        chosen: fields that the user sets; files may contradict each other about them.
 
     Raises:
-        InputError: a key is missing or has no meaning here, or the model is no T5.
+        InputError: a key is missing or has an unsupported value, or the model is not a T5.
     """
     raw = read_config(epath.Path(directory))
     where = epath.Path(directory) / "config.json"
@@ -148,7 +149,8 @@ def load_config(directory: str | os.PathLike[str], chosen: Collection[str] = ())
     for field, value in fields.items():
         kinds = int if field not in ("dropout_rate", "layer_norm_epsilon") else (int, float)
         if isinstance(value, bool) or not isinstance(value, kinds):
-            raise InputError(f"{where}: the value {value!r} of {field} is no number of its kind")
+            kind = "an integer" if kinds is int else "a number"
+            raise InputError(f"{where}: {field} must be {kind}, got {value!r}")
     return {
         **fields,
         "mlp_activations": _read_activations(raw, where),
@@ -157,35 +159,35 @@ def load_config(directory: str | os.PathLike[str], chosen: Collection[str] = ())
     }
 
 
-def _read_activations(raw: Mapping[str, Any], where: epath.Path) -> tuple[str, ...]:
+def _read_activations(raw: Metadata, where: epath.Path) -> tuple[str, ...]:
     """`mlp_activations`, as transformers 4 and 5 read them.
 
-    `feed_forward_proj` gives the defaults of `dense_act_fn` and `is_gated_act`; where these stand
-    in the file themselves, they are what runs.
+    `feed_forward_proj` gives the defaults of `dense_act_fn` and `is_gated_act`, which take
+    precedence if the file has them.
     """
-    # The files of T5 1.0 of 2020 have none of these keys; relu is what they came with.
+    # The T5 1.0 files of 2020 have none of these keys and use relu.
     proj = raw.get("feed_forward_proj", "relu" if kind_of(raw) == "t5" else "gated-gelu")
     gate, _, name = proj.rpartition("-") if isinstance(proj, str) else ("?", "", "")
     if gate not in ("", "gated"):
         raise InputError(
-            f"{where}: feed_forward_proj is {proj!r}; it has to be the name of an activation, "
-            "or 'gated-' and one"
+            f"{where}: feed_forward_proj is {proj!r}; it must be the name of an activation, "
+            "optionally after 'gated-'"
         )
     name = raw.get("dense_act_fn", "gelu_new" if proj == "gated-gelu" else name)
     if not isinstance(name, str) or name not in _ACTIVATIONS:
         key = "dense_act_fn" if "dense_act_fn" in raw else "feed_forward_proj"
         raise InputError(
-            f"{where}: {key} is {raw[key]!r}; ptjax knows the activations {', '.join(_ACTIVATIONS)}"
+            f"{where}: {key} is {raw[key]!r}; supported activations: {', '.join(_ACTIVATIONS)}"
         )
     gated = raw.get("is_gated_act", gate == "gated")
     return (_ACTIVATIONS[name], "linear") if gated else (_ACTIVATIONS[name],)
 
 
-def make_config_json(config: T5Config, dtype: str) -> dict[str, Any]:
-    """What `config.json` says of `config`; `load_config` is its inverse.
+def make_config_json(config: T5Config, dtype: str) -> JsonObject:
+    """The content of `config.json` for `config`; `load_config` is the inverse.
 
-    `tie_word_embeddings: false` also tells transformers 4 not to scale the decoder's output; 5 has
-    a key for that, and its first version, 5.0.0, scales every T5 whose config lacks it.
+    `tie_word_embeddings: false` also makes transformers 4 leave the decoder's output unscaled;
+    version 5 has its own key for that, and 5.0.0 scales every T5 whose config lacks it.
     """
     kind = "umt5" if config.relpos_per_layer else "t5"
     return {
@@ -203,15 +205,15 @@ def make_config_json(config: T5Config, dtype: str) -> dict[str, Any]:
     }
 
 
-def _write_activations(activations: tuple[str, ...]) -> dict[str, Any]:
-    """The inverse of `_read_activations`; no two of its keys contradict each other."""
+def _write_activations(activations: tuple[str, ...]) -> JsonObject:
+    """The inverse of `_read_activations`; its keys agree with each other."""
     first, *gate = activations
     names = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}
-    name = names.get("silu" if first == "swish" else first)  # Flax has both names too
+    name = names.get("silu" if first == "swish" else first)  # Flax has both names
     if name is None or gate not in ([], ["linear"]):
         raise InputError(
-            f"mlp_activations {tuple(activations)} have no name in Hugging Face's T5; it has one of"
-            f" {', '.join(names)}, alone or with 'linear' after it (gated)"
+            f"mlp_activations {tuple(activations)} cannot be saved: Hugging Face's T5 has one of "
+            f"{', '.join(names)}, alone or followed by 'linear' (gated)"
         )
     proj = f"gated-{'gelu' if name == 'gelu_new' else name}" if gate else name
     return {"feed_forward_proj": proj, "dense_act_fn": name, "is_gated_act": bool(gate)}
@@ -221,11 +223,11 @@ def _write_activations(activations: tuple[str, ...]) -> dict[str, Any]:
 
 
 class Logits(NamedTuple):
-    """What makes the logits of the decoder's output.
+    """How the logits are computed from the decoder's output.
 
     Attributes:
-        own: `lm_head.weight`, not the embedding.
-        scaled: the output is multiplied by 1/sqrt(D) before.
+        own: with `lm_head.weight`; otherwise with the embedding.
+        scaled: the output is multiplied by 1/sqrt(D) first.
     """
 
     own: bool
@@ -236,30 +238,28 @@ class Logits(NamedTuple):
         return f"{weights}, {'scaled by 1/sqrt(d_model)' if self.scaled else 'unscaled'}"
 
 
-def read_logits(
-    raw: Mapping[str, Any], head: Literal["none", "equal", "own"], where: epath.Path
-) -> Logits:
-    """What transformers makes of a `config.json` and of the `lm_head.weight` beside it.
+def read_logits(raw: Metadata, head: Literal["none", "equal", "own"], where: epath.Path) -> Logits:
+    """How transformers computes logits from a `config.json` and its `lm_head.weight`.
 
     Versions 4 (4.57) and 5 (5.24) differ. In 4, `tie_word_embeddings` decides both: tied logits
-    come from the embedding and are scaled. In 5, `lm_head.weight` is used wherever it is, and
-    `scale_decoder_outputs` decides the scale, `tie_word_embeddings` only where that is missing; an
-    mT5 is never scaled. Where the two readings differ, the version that wrote the file decides; a
-    file that names none but has a key of version 5 is one of 5.
+    use the embedding and are scaled. In 5, `lm_head.weight` is used if present, and
+    `scale_decoder_outputs`, or `tie_word_embeddings` without it, decides the scale; an mT5 is
+    never scaled. If the two readings differ, the version that wrote the file decides; a file that
+    records no version but has a key of version 5 counts as written by 5.
 
     Args:
-        raw: the content of `config.json`, which `where` names.
-        head: whether the weights have an `lm_head.weight`, and one that differs from the embedding.
+        raw: the content of `config.json`, whose path is `where`.
+        head: "none" without an `lm_head.weight`, "equal" if it equals the embedding, else "own".
 
     Raises:
-        InputError: the weights lack a tensor, or nothing decides between two readings.
+        InputError: the weights lack a tensor, or the two readings differ and no version is known.
     """
     kind = kind_of(raw)
     tied = bool(raw.get("tie_word_embeddings", kind != "mt5"))
     if not tied and head == "none":
         raise InputError(
             f"{where.parent}: the tensor lm_head.weight (parameter {LOGITS}) is missing from the "
-            "weights, config.json says that it is not tied to the embedding"
+            "weights, but config.json says that it is not tied to the embedding"
         )
     by_4 = Logits(own=head == "own" and not tied, scaled=tied)
     by_key = raw.get("scale_decoder_outputs", raw.get("tie_word_embeddings", True) is not False)
@@ -270,19 +270,19 @@ def read_logits(
         major = 5
     if by_4 == by_5 or (major is not None and major >= 5):
         return by_5
-    # What 4 writes has one of the two, never an lm_head that its own reading would drop.
+    # Version 4 never writes an lm_head.weight that it would ignore on loading.
     if major is not None and by_4.own == by_5.own and "scale_decoder_outputs" not in raw:
         return by_4
-    written = f"transformers {version} wrote it" if version else "it does not say who wrote it"
+    written = f"transformers {version} wrote it" if version else "it records no version"
     raise InputError(
-        f"{where}: the logits can be read in two ways, and {written}. transformers 4 takes {by_4}; "
-        f'transformers 5 takes {by_5}. To choose the latter, set "transformers_version" to '
+        f"{where}: the logits can be read in two ways, and {written}. transformers 4 uses {by_4}; "
+        f'transformers 5 uses {by_5}. To choose the latter, set "transformers_version" to '
         f'"5.24.0" in it; for the former, {_choose_4(raw, head)}'
     )
 
 
-def _choose_4(raw: Mapping[str, Any], head: str) -> str:
-    """What to change in a folder so that its logits are read as transformers 4 does."""
+def _choose_4(raw: Metadata, head: str) -> str:
+    """How to edit a folder so that its logits are read as by transformers 4."""
     steps = []
     if head == "own":
         steps.append("remove lm_head.weight from the weights")
@@ -293,20 +293,20 @@ def _choose_4(raw: Mapping[str, Any], head: str) -> str:
     return " and ".join(steps)
 
 
-def kind_of(raw: Mapping[str, Any]) -> str:
-    """`model_type`; files without one are T5's."""
+def kind_of(raw: Metadata) -> str:
+    """`model_type`; "t5" if the file has none."""
     return raw.get("model_type", "t5")
 
 
-def read_config(directory: epath.Path) -> dict[str, Any]:
-    """`config.json` as it stands, after a check that it is a T5's."""
+def read_config(directory: epath.Path) -> JsonObject:
+    """`config.json` unchanged, after a check that it is a T5's."""
     path = directory / "config.json"
     if not path.exists():
         raise InputError(f"{path}: the file is missing; a Hugging Face model has one")
     raw = files.read_object(path)
     if kind_of(raw) not in ("t5", "mt5", "umt5"):
         raise InputError(
-            f"{path}: model_type is {kind_of(raw)!r}, another network; ptjax reads t5, mt5 and umt5"
-            " (T5, Flan-T5, mT5, ByT5, umT5)"
+            f"{path}: unsupported model_type {kind_of(raw)!r}; ptjax reads t5, mt5 and umt5 "
+            "(T5, Flan-T5, mT5, ByT5, umT5)"
         )
     return raw

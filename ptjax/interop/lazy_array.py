@@ -1,4 +1,4 @@
-"""A parameter that still lies in its file: what every reader of foreign weights returns."""
+"""An array still in its file: what every reader of foreign weights returns."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ ReadParts = Callable[[Sequence[Index]], list[np.ndarray]]
 
 @dataclasses.dataclass(frozen=True)
 class LazyArray:
-    """An array in a file, of which any parts can be read on demand.
+    """An array in a file, whose parts are read on demand.
 
-    Nothing is in memory before that, so that its devices' shards are all a host ever holds of it.
+    A host thus never holds more of an array than the shards of its own devices.
 
     Attributes:
         shape: of the whole array, in T5X's orientation (kernels [in, out]).
         dtype: numpy's name of the stored type; "bfloat16" is ml_dtypes'.
-        read_parts: indices -> a numpy array of each of these parts, in `dtype`. What several of
-            them lie in, such as a compressed chunk, is read once. Raises `InputError`, with file
-            and parameter in the message, when the file turns out to be damaged.
+        read_parts: indices -> one numpy array per index, in `dtype`. Data shared by several
+            parts, such as a compressed chunk, is read once. Raises `InputError`, with file and
+            parameter in the message, if the file is damaged.
         where: the file (and the name in it), for messages.
     """
 
@@ -44,16 +44,16 @@ class LazyArray:
 
 
 def one_by_one(read: Callable[[Index], np.ndarray]) -> ReadParts:
-    """`LazyArray.read_parts` where parts have nothing in common."""
+    """Makes a `LazyArray.read_parts` that reads every part separately."""
     return lambda indices: [read(index) for index in indices]
 
 
 def cast(array: LazyArray, dtype: str) -> LazyArray:
-    """`array` in another dtype; each part is cast when it has been read."""
+    """`array` in another dtype; each part is cast after it is read."""
 
     def read_parts(indices: Sequence[Index]) -> list[np.ndarray]:
         parts = array.read_parts(indices)
-        for number, part in enumerate(parts):  # in place, so that none is held in both dtypes long
+        for number, part in enumerate(parts):  # in place: frees each original at once
             parts[number] = part.astype(jnp.dtype(dtype), copy=False)
         return parts
 

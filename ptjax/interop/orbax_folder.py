@@ -1,19 +1,17 @@
-"""T5X-shaped trees that Orbax 0.4 to 0.12 and its v1 wrote, read with tensorstore alone.
+"""T5X-shaped trees written by Orbax 0.4 to 0.12 and its v1, read with tensorstore alone.
 
 An *item* is one saved tree: an OCDBT database (`manifest.ocdbt`, `d/`, `ocdbt.process_N/`), or a
-folder of zarr arrays, one for each leaf ("params.decoder.logits_dense.kernel"); beside it
-`_METADATA` lists the leaves. Orbax 0.5 and before also writes the tree into a msgpack,
-`checkpoint`, with "PLACEHOLDER://NAME" or the value itself at each leaf. A checkpoint is an item,
-or a folder of items by name (`default`, `state`, `params`). A CheckpointManager's root holds
-checkpoints by step.
+folder with one zarr array per leaf ("params.decoder.logits_dense.kernel"); its `_METADATA` lists
+the leaves. Orbax 0.5 and older also writes the tree into a msgpack, `checkpoint`, with
+"PLACEHOLDER://NAME" or the value itself at each leaf. A checkpoint is an item, or a folder of named
+items (`default`, `state`, `params`). A CheckpointManager's root holds one checkpoint per step.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 import numpy as np
 import tensorstore as ts
@@ -21,6 +19,7 @@ from etils import epath
 
 from ptjax import files
 from ptjax.errors import InputError
+from ptjax.files import JsonObject, Metadata
 from ptjax.interop import t5x_legacy
 from ptjax.interop.lazy_array import LazyArray, one_by_one
 from ptjax.interop.zarr_arrays import (
@@ -32,15 +31,15 @@ from ptjax.interop.zarr_arrays import (
     reason_of,
 )
 from ptjax.models.family import Family
-from ptjax.trees import flatten_paths
+from ptjax.trees import Tree, flatten_paths
 
 COMMITTED = "commit_success.txt"
-"""Where Orbax cannot rename a folder it writes this file last."""
+"""Orbax writes this file last on file systems where it cannot rename a folder."""
 _MANIFEST, _METADATA, _AGGREGATE = "manifest.ocdbt", "_METADATA", "checkpoint"
 _PROCESS = "ocdbt.process_"
 _PLACEHOLDER = "PLACEHOLDER://"
 _T5X_TREES = {"target": "state", "_optimizer.target": "_optimizer.state"}
-"""What T5X calls its model and, beside it, the optimizer's state; the latter in 2022."""
+"""T5X's names for its model -> for the optimizer's state; the second pair is from 2022."""
 _PROMPT = "encoder.prompt.prompt.prompt"
 _WRAPPERS = {"target", "params", "model", "state", "train_state", "variables", "_optimizer"}
 _NUMBER = re.compile(r"([A-Za-z][\w-]*_)?(\d+)")
@@ -48,22 +47,23 @@ _NUMBER = re.compile(r"([A-Za-z][\w-]*_)?(\d+)")
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """One saved tree, of which no array is open yet.
+    """One saved tree whose arrays are not open yet.
 
     Attributes:
         arrays: dotted name -> keys of its zarr array.
-        values: dotted name -> an array that lies in the msgpack.
-        listed: dotted names of the arrays that the item's own list has.
-        kvstore: tensorstore's description of the database or folder.
+        values: dotted name -> an array stored in the msgpack.
+        listed: dotted names of the arrays in the item's own list.
+        kvstore: tensorstore's spec of the database or folder.
         sizes: key -> bytes, in a database; None in a folder.
-        stores_fill: whether the writer said that no chunk is left out (None: it did not say).
+        stores_fill: whether the writer stored every chunk, also those equal to the fill value;
+            None if it did not record this.
     """
 
     folder: epath.Path
     arrays: dict[str, set[str]]
     values: dict[str, np.ndarray]
     listed: set[str]
-    kvstore: dict[str, Any]
+    kvstore: JsonObject
     sizes: dict[str, int] | None
     stores_fill: bool | None
 
@@ -71,10 +71,10 @@ class Item:
     def names(self) -> set[str]:
         return {*self.arrays, *self.values}
 
-    def stored(self, name: str) -> ArrayLocation:
-        """Where the array of this dotted name lies."""
+    def locate(self, name: str) -> ArrayLocation:
+        """The location of the array with this dotted name."""
         prefix = f"{name}/"
-        # What a database lacks was never written into it; a folder may have lost a file.
+        # A chunk missing from a database was never written; a folder may have lost a file.
         may_omit = self.stores_fill is False or (
             self.stores_fill is None and self.sizes is not None
         )
@@ -94,9 +94,9 @@ class Item:
 
 
 def step_of(name: str) -> tuple[str, int] | None:
-    """(prefix, step) of a folder that a manager or T5X names: "checkpoint_3", "0003", "7".
+    """(prefix, step) of a step's folder: "checkpoint_3", "0003", "7"; None for other names.
 
-    Half-saved folders carry a suffix (.tmp-..., .orbax-checkpoint-tmp-...), and are none.
+    Incomplete saves have a suffix (.tmp-..., .orbax-checkpoint-tmp-...) and give None.
     """
     match = _NUMBER.fullmatch(name)
     return (match[1] or "", int(match[2])) if match else None
@@ -107,13 +107,13 @@ def names_in(folder: epath.Path) -> set[str]:
 
 
 def is_item(names: Iterable[str]) -> bool:
-    """Whether a folder with these names in it is one saved tree, whole or not."""
+    """Whether a folder that contains these names is one saved tree, complete or not."""
     names = set(names)
     return bool(names & {_MANIFEST, _METADATA}) or any(x.startswith(_PROCESS) for x in names)
 
 
 def items_in(folder: epath.Path) -> list[epath.Path]:
-    """The items of a checkpoint: itself, or the folders in it that are some."""
+    """The items of a checkpoint: the folder itself, or the folders in it that are items."""
     names = names_in(folder)
     if is_item(names):
         return [folder]
@@ -121,20 +121,20 @@ def items_in(folder: epath.Path) -> list[epath.Path]:
     items = []
     for name in candidates:
         inside = names_in(folder / name)
-        # The msgpack alone, without a list of leaves, is what Orbax wrote into T5X's in 2022.
+        # In 2022 Orbax wrote the msgpack alone, without a list of leaves, for T5X.
         if is_item(inside) or (name in ("state", "default", "params") and _AGGREGATE in inside):
             items.append(folder / name)
     return items
 
 
 def is_complete(item: epath.Path) -> bool:
-    """Whether saving an item came to its end, as far as its files tell: the merge is last."""
+    """Whether an item was saved completely, judging by its files: the merge comes last."""
     names = names_in(item)
     return _MANIFEST in names or not any(name.startswith(_PROCESS) for name in names)
 
 
-def has_placeholder(tree: Any) -> bool:
-    """Whether a msgpack is Orbax's, whose arrays lie beside it."""
+def has_placeholder(tree: Tree) -> bool:
+    """Whether a msgpack is Orbax's, with its arrays in separate files."""
     if isinstance(tree, dict):
         return any(map(has_placeholder, tree.values()))
     if isinstance(tree, list | tuple):
@@ -143,45 +143,45 @@ def has_placeholder(tree: Any) -> bool:
 
 
 def load_orbax(checkpoint: epath.Path, family: Family) -> dict[str, LazyArray]:
-    """Parameter -> array of the one network of a family in a checkpoint; T5's are T5X's names.
+    """Parameter -> array of the single network of this family in a checkpoint.
 
     Raises:
-        InputError: no such network, or several; a checkpoint of a run of ptjax; one that
-            is incomplete or damaged.
+        InputError: the checkpoint holds none or several such networks, is one of a ptjax run, is
+            incomplete, or is damaged.
     """
     if (checkpoint / "identity").is_dir() and (checkpoint / "progress").is_dir():
         raise InputError(
-            f"{checkpoint}: the checkpoint holds no model; it is one of a run of ptjax, which "
-            "keeps only what trains. Name the backbone of the run"
+            f"{checkpoint}: the checkpoint holds no model; it is a checkpoint of a run of ptjax, "
+            "which holds the trainable variables only. Name the backbone of the run"
         )
-    # Without a list of leaves the msgpack alone, which the caller has seen, tells an item.
+    # `items_in` is empty for a msgpack without a list of leaves; the caller has read that file.
     items = [open_item(folder) for folder in items_in(checkpoint) or [checkpoint]]
-    # By these a tree is told, and what stands before them for its place.
-    telling = (family.embedding_path.replace("/", "."), _PROMPT)
+    # A tree that contains one of these is a model.
+    markers = (family.embedding_path.replace("/", "."), _PROMPT)
     models = [
         (item, prefix)
         for item in items
-        for prefix in sorted(_models(item.names | item.listed, telling))
+        for prefix in sorted(_model_prefixes(item.names | item.listed, markers))
     ]
     if not models:
         raise InputError(
-            f"{checkpoint}: an Orbax checkpoint without {family.described}; it holds "
+            f"{checkpoint}: this Orbax checkpoint does not hold {family.described}; it holds "
             f"{_summary(items)}"
         )
     if len(models) > 1:
         places = ", ".join(f"{item.folder} ({prefix or 'all of it'})" for item, prefix in models)
         raise InputError(
-            f"{checkpoint}: several models are in this checkpoint, {places}; name the folder of one"
+            f"{checkpoint}: several models in this checkpoint, {places}; name the folder of one"
         )
     [(item, prefix)] = models
     return _open(item, prefix)
 
 
 def open_item(folder: epath.Path) -> Item:
-    """Lists an item's arrays and checks that its files are there.
+    """Lists an item's arrays and checks that its files exist.
 
     Raises:
-        InputError: its saving did not come to an end, or files are missing or damaged.
+        InputError: the save is incomplete, or files are missing or damaged.
     """
     names = names_in(folder)
     metadata = _read_metadata(folder / _METADATA) if _METADATA in names else {}
@@ -195,8 +195,8 @@ def open_item(folder: epath.Path) -> Item:
         keys: Iterable[str] = sizes
     elif in_database:
         raise InputError(
-            f"{folder}: manifest.ocdbt is missing, which Orbax writes last; the save did not "
-            "finish or the copy is incomplete; copy it again, or take another step"
+            f"{folder}: manifest.ocdbt is missing, which Orbax writes last: the save or the copy "
+            "is incomplete; copy it again, or use another step"
         )
     else:
         kvstore, sizes = kvstore_spec(folder), None
@@ -207,7 +207,7 @@ def open_item(folder: epath.Path) -> Item:
         if slash:
             arrays.setdefault(name, set()).add(rest)
     if sizes is None:  # `d` and `array_metadatas` are folders too
-        arrays = {x: held for x, held in arrays.items() if x in listed or _is_array(held)}
+        arrays = {name: k for name, k in arrays.items() if name in listed or _is_array(k)}
     stores_fill = metadata.get("store_array_data_equal_to_fill_value")
     return Item(folder, arrays, values, listed - set(values), kvstore, sizes, stores_fill)
 
@@ -217,20 +217,20 @@ def _open(item: Item, prefix: str) -> dict[str, LazyArray]:
     start = f"{prefix}." if prefix else ""
     if lost := sorted(_below(start, item.listed) - item.names):
         raise InputError(
-            f"{item.folder}: parameter {_slashed(lost[0], start)} is missing, the checkpoint's own "
-            "list has it; copy the checkpoint again"
+            f"{item.folder}: parameter {_slashed(lost[0], start)} is missing, but the checkpoint's "
+            "own list has it; copy the checkpoint again"
         )
-    wanted = _below(start, item.names)
+    names = _below(start, item.names)
     if prefix in _T5X_TREES:
         states = f"{_T5X_TREES[prefix]}.param_states."
         split = [x.removeprefix(states).rpartition(".") for x in _below(states, item.names)]
         trained = {_slashed(x, "") for x, _, slot in split if slot in t5x_legacy.SLOTS}
-        kept = {_slashed(name, start) for name in wanted}
+        kept = {_slashed(name, start) for name in names}
         t5x_legacy.check_trained(trained, kept, item.folder)
     arrays = open_zarrs(
-        {_slashed(x, start): item.stored(x) for x in sorted(wanted) if x in item.arrays}
+        {_slashed(x, start): item.locate(x) for x in sorted(names) if x in item.arrays}
     )
-    for name in wanted - set(item.arrays):
+    for name in names - set(item.arrays):
         value = item.values[name]
         arrays[_slashed(name, start)] = LazyArray(
             value.shape, value.dtype.name, one_by_one(value.__getitem__), f"{item.folder} ({name})"
@@ -246,16 +246,16 @@ def _slashed(name: str, start: str) -> str:
     return name.removeprefix(start).replace(".", "/")
 
 
-def _models(names: Iterable[str], telling_names: Iterable[str]) -> set[str]:
-    """What stands before a network's names in a tree: "", "target", "params", ..."""
+def _model_prefixes(names: Iterable[str], markers: Iterable[str]) -> set[str]:
+    """The prefixes of networks in a tree: "", "target", "params", ..."""
     prefixes = set()
     for name in names:
-        # T5X's own, however small.
+        # T5X's own trees need no marker.
         prefixes |= {tree for tree in _T5X_TREES if name.startswith(f"{tree}.")}
-        for telling in telling_names:
-            prefix = name.removesuffix(telling).removesuffix(".")
-            if name == telling or name.endswith(f".{telling}"):
-                # Not `opt_state.0.mu`: an optimizer has arrays under the parameters' names.
+        for marker in markers:
+            prefix = name.removesuffix(marker).removesuffix(".")
+            if name == marker or name.endswith(f".{marker}"):
+                # Not `opt_state.0.mu`: an optimizer's arrays have the parameters' names too.
                 prefixes |= {prefix} if set(filter(None, prefix.split("."))) <= _WRAPPERS else set()
     return prefixes
 
@@ -270,30 +270,30 @@ def _summary(items: Iterable[Item]) -> str:
     return "; ".join(parts)
 
 
-# What an item says of itself
+# An item's own list of leaves
 
 
-def _read_metadata(file: epath.Path) -> dict[str, Any]:
+def _read_metadata(file: epath.Path) -> JsonObject:
     metadata = files.read_object(file)
     if not isinstance(metadata.get("tree_metadata", {}), dict):
         raise InputError(f"{file}: the file is damaged (no list of leaves); copy it again")
     return metadata
 
 
-def _listed(metadata: Mapping[str, Any]) -> set[str]:
-    """The dotted names of the arrays in `_METADATA`: its leaves without None, {} and strings."""
+def _listed(metadata: Metadata) -> set[str]:
+    """The dotted names of the arrays in `_METADATA`; None, {} and strings are skipped."""
     names = set()
     for entry in metadata.get("tree_metadata", {}).values():
         try:
             kind = entry["value_metadata"]["value_type"]
             if kind in ("jax.Array", "np.ndarray"):
                 names.add(".".join(str(key["key"]) for key in entry["key_metadata"]))
-        except (KeyError, TypeError):  # leaves of a kind that a later Orbax describes otherwise
+        except (KeyError, TypeError):  # a leaf that a later Orbax describes differently
             continue
     return names
 
 
-def _is_placeholder(leaf: Any) -> bool:
+def _is_placeholder(leaf: object) -> bool:
     return isinstance(leaf, str) and leaf.startswith(_PLACEHOLDER)
 
 
@@ -301,7 +301,7 @@ def _is_array(keys: set[str]) -> bool:
     return bool(keys & {".zarray", "zarr.json"})
 
 
-def _keys_below(folder: epath.Path, kvstore: dict[str, Any]) -> list[str]:
+def _keys_below(folder: epath.Path, kvstore: JsonObject) -> list[str]:
     try:
         return [key.decode() for key in ts.KvStore.open(kvstore).result().list().result()]
     except ValueError as error:

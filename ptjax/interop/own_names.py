@@ -1,15 +1,16 @@
 """`model.safetensors` whose tensors have the parameters' own names, "encoder/layer/kernel".
 
-For networks that Hugging Face has no names for, beside whose weights no `config.json` lies.
+For networks without Hugging Face names; the folder has no `config.json`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
+from jaxtyping import Array
 
 from ptjax.errors import InputError
 from ptjax.interop import safetensors_file
@@ -35,12 +36,14 @@ def load_own_names(directory: epath.Path) -> dict[str, LazyArray]:
     """Parameter -> its array, which stays on disk until it is read.
 
     Raises:
-        InputError: the file is truncated or damaged, or holds other than floating point.
+        InputError: the file is truncated or damaged, or holds tensors that are not floating point.
     """
     return safetensors_file.open_safetensors(directory / WEIGHTS)[0]
 
 
-def save_own_names(directory: epath.Path, params: Mapping[str, Any], dtype: str) -> None:
+def save_own_names(
+    directory: epath.Path, params: Mapping[str, Array | np.ndarray], dtype: str
+) -> None:
     """Writes what `load_own_names` reads.
 
     Args:
@@ -48,11 +51,11 @@ def save_own_names(directory: epath.Path, params: Mapping[str, Any], dtype: str)
         dtype: "float32" or "bfloat16".
 
     Raises:
-        InputError: the folder holds a `config.json`, by which it would be read as Hugging Face's.
+        InputError: the folder holds a `config.json`, so it would be read as Hugging Face's.
     """
     if (directory / "config.json").exists():
         raise InputError(
-            f"{directory}: a config.json of another model lies here; name a new folder"
+            f"{directory}: the folder holds the config.json of another model; name a new folder"
         )
     shapes = {name: jax.eval_shape(lambda name=name: params[name]).shape for name in sorted(params)}
     safetensors_file.save_safetensors(

@@ -1,8 +1,7 @@
 """Prompts of Hugging Face PEFT: reads PROMPT_TUNING and P_TUNING directories, writes the former.
 
-PEFT's prompt for a T5 stands where ours does, in front of the embedded encoder input, unscaled: the
-matrix is copied as it is. Where PEFT is silent (a prompt that it never applies, rows that it never
-uses) this is not.
+PEFT prepends its prompt to a T5's embedded encoder input, unscaled, exactly as ptjax does, so the
+matrix is copied unchanged. Prompts that PEFT would silently ignore or use in part are refused.
 """
 
 from __future__ import annotations
@@ -10,14 +9,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 from etils import epath
 
 from ptjax import files
 from ptjax.errors import InputError, check_path
-from ptjax.files import written_whole
+from ptjax.files import JsonObject, Metadata, written_whole
 from ptjax.interop import safetensors_file, torch_file
 from ptjax.interop.lazy_array import LazyArray
 
@@ -41,12 +39,12 @@ _REFUSED = {
 
 
 def is_peft(path: str | os.PathLike[str]) -> bool:
-    """Whether `path` is a directory of PEFT, complete or not."""
+    """Whether `path` is a PEFT directory, complete or not."""
     return any((epath.Path(path) / name).exists() for name in FILES)
 
 
 def method_of(directory: str | os.PathLike[str]) -> str:
-    """`peft_type` of a directory of PEFT: "PROMPT_TUNING", "LORA", ...
+    """`peft_type` of a PEFT directory: "PROMPT_TUNING", "LORA", ...
 
     Raises:
         InputError: its config is missing or damaged.
@@ -54,20 +52,20 @@ def method_of(directory: str | os.PathLike[str]) -> str:
     return str(_read_config(epath.Path(directory) / CONFIG).get("peft_type"))
 
 
-def load_peft(directory: str | os.PathLike[str]) -> tuple[np.ndarray, dict[str, Any]]:
+def load_peft(directory: str | os.PathLike[str]) -> tuple[np.ndarray, JsonObject]:
     """(prompt [P, D] in the dtype of the file, metadata) of a PEFT directory for T5.
 
-    PEFT keeps two prompts for encoder-decoders by default (`num_transformer_submodules` 2) and
-    since version 0.4 uses the first alone; the second is dropped. Up to 0.3 it put the second in
-    front of the decoder's input: such prompts are refused. How a prompt began
-    (`prompt_tuning_init`) no longer matters.
+    By default PEFT stores two prompts for encoder-decoders (`num_transformer_submodules` 2). Since
+    version 0.4 it uses only the first, and the second is dropped here. Up to 0.3 it prepended the
+    second to the decoder's input; such prompts are refused. The initialisation
+    (`prompt_tuning_init`) is ignored.
 
-    The metadata is what `export_peft` was given, and "backbone_name", "NAME" or "NAME@REVISION" in
-    any directory whose config names the backbone.
+    The metadata is what `export_peft` was given, plus "backbone_name" ("NAME" or "NAME@REVISION")
+    if the config names the backbone.
 
     Raises:
-        InputError: another method, another kind of model, weights of the backbone beside the
-            prompt, sizes that contradict each other, a missing or damaged file.
+        InputError: another method, another kind of model, trained backbone weights in addition to
+            the prompt, inconsistent sizes, or a missing or damaged file.
     """
     directory = epath.Path(directory)
     file = directory / CONFIG
@@ -76,7 +74,7 @@ def load_peft(directory: str | os.PathLike[str]) -> tuple[np.ndarray, dict[str, 
     if config.get("modules_to_save"):
         raise InputError(
             f"{file}: modules_to_save names {config['modules_to_save']}, parts of the backbone that"
-            " were trained with this prompt; without them it is another model"
+            " were trained with this prompt; ptjax cannot load them, and the prompt needs them"
         )
     length = _size(config, "num_virtual_tokens", None, file)
     copies = _size(config, "num_transformer_submodules", 2, file)
@@ -84,28 +82,28 @@ def load_peft(directory: str | os.PathLike[str]) -> tuple[np.ndarray, dict[str, 
     if copies > 1 and "auto_mapping" not in config:
         raise InputError(
             f"{file}: PEFT 0.3 or older wrote it (it has no auto_mapping) with "
-            f"num_transformer_submodules {copies}: the second half of the prompt stood in front of "
-            "the decoder, where ptjax has none. PEFT since 0.4 reads the first half alone, another "
-            'prompt; to have that, add "auto_mapping": null'
+            f"num_transformer_submodules {copies}: the second half of the prompt was in front of "
+            "the decoder, which ptjax does not support. PEFT since 0.4 uses the first half alone; "
+            'to do the same, add "auto_mapping": null'
         )
     tensors, header, weights = _open_weights(directory)
     if _TENSOR not in tensors:
         raise InputError(f"{weights}: the tensor {_TENSOR} is missing")
     if others := sorted(set(tensors) - {_TENSOR}):
         raise InputError(
-            f"{weights}: the file also holds {', '.join(others)}, which PEFT saves where the "
-            "backbone's vocabulary was resized; without them it is another model. If the prompt "
-            "does not need them, save it again with save_embedding_layers=False"
+            f"{weights}: the file also holds {', '.join(others)}, which PEFT saves if the "
+            "backbone's vocabulary was resized; ptjax cannot load them. If the prompt does not "
+            "need them, save it again with save_embedding_layers=False"
         )
     shape = tensors[_TENSOR].shape
     if len(shape) != 2 or shape[0] != length * copies:
         raise InputError(
-            f"{weights}: {_TENSOR} has shape {list(shape)}, {CONFIG} wants {length * copies} rows "
-            f"(num_virtual_tokens {length} x num_transformer_submodules {copies})"
+            f"{weights}: {_TENSOR} has shape {list(shape)}, but {CONFIG} says {length * copies} "
+            f"rows (num_virtual_tokens {length} x num_transformer_submodules {copies})"
         )
     if config.get("token_dim") not in (None, shape[1]):
         raise InputError(
-            f"{weights}: {_TENSOR} has rows of {shape[1]}, {CONFIG} says {config['token_dim']}"
+            f"{weights}: {_TENSOR} has rows of {shape[1]}, but {CONFIG} says {config['token_dim']}"
         )
     prompt = tensors[_TENSOR].read((slice(0, length), slice(0, shape[1])))
     return prompt, _metadata(config, header)
@@ -119,19 +117,19 @@ def export_peft(
     num_layers: int,
     base_model: str | None = None,
     revision: str | None = None,
-    metadata: Mapping[str, Any] | None = None,
+    metadata: Metadata | None = None,
 ) -> None:
     """Writes a directory that `peft.PeftModel.from_pretrained(t5, directory)` loads.
 
-    The config is removed first and written last: a directory without it is not finished.
+    The config is removed first and written last: a directory without it is incomplete.
 
     Args:
         prompt: [P, D], written as float32.
-        num_heads: of the backbone; with `num_layers` (the encoder's) for the config's sake.
-        base_model: the backbone's name on the hub, which PEFT records and does not check.
+        num_heads: of the backbone; like `num_layers` (the encoder's) only recorded in the config.
+        base_model: the backbone's name on the hub; PEFT records it and does not check it.
         revision: its commit there.
-        metadata: goes into the header of the weights file, where PEFT does not look and
-            `load_peft` does; keys of its config that PEFT does not know would make it warn.
+        metadata: written into the header of the weights file, which `load_peft` reads and PEFT
+            ignores; PEFT warns about unknown keys in its config.
     """
     check_path("the path of the PEFT directory", directory)
     prompt = np.asarray(prompt, np.float32)
@@ -143,11 +141,11 @@ def export_peft(
         "modules_to_save": None,
         "num_attention_heads": num_heads,
         "num_layers": num_layers,
-        "num_transformer_submodules": 1,  # PEFT's default, 2, would want 2 * P rows
+        "num_transformer_submodules": 1,  # PEFT's default, 2, needs 2 * P rows
         "num_virtual_tokens": length,
         "peft_type": "PROMPT_TUNING",
         "peft_version": _PEFT_VERSION,
-        "prompt_tuning_init": "RANDOM",  # TEXT would want a tokenizer, even to load
+        "prompt_tuning_init": "RANDOM",  # TEXT needs a tokenizer, even for loading
         "prompt_tuning_init_text": None,
         "revision": revision,
         "task_type": "SEQ_2_SEQ_LM",
@@ -168,35 +166,36 @@ def export_peft(
         stream.write(json.dumps(config, indent=2, sort_keys=True).encode())
 
 
-def _read_config(file: epath.Path) -> dict[str, Any]:
+def _read_config(file: epath.Path) -> JsonObject:
     if not file.exists():
         raise InputError(f"{file}: the file is missing; a PEFT directory has one")
     return files.read_object(file)
 
 
-def _check_method(config: Mapping[str, Any], file: epath.Path) -> None:
+def _check_method(config: Metadata, file: epath.Path) -> None:
     method, task = config.get("peft_type"), config.get("task_type")
     if method is None:
-        raise InputError(f"{file}: peft_type is missing; a prompt's is PROMPT_TUNING or P_TUNING")
+        raise InputError(
+            f"{file}: peft_type is missing; for a prompt it is PROMPT_TUNING or P_TUNING"
+        )
     if method not in PROMPTS:
-        why = _REFUSED.get(str(method), "it is no soft prompt")
-        raise InputError(f"{file}: the adapter is of {method}, which cannot be read: {why}")
+        why = _REFUSED.get(str(method), "it is not a soft prompt")
+        raise InputError(f"{file}: an adapter of type {method} cannot be read: {why}")
     if task is None:
         raise InputError(
-            f"{file}: task_type is missing; without it PEFT leaves the prompt out and says nothing."
-            ' If this prompt was trained on a T5, set it to "SEQ_2_SEQ_LM"'
+            f"{file}: task_type is missing; without it PEFT silently ignores the prompt. If this "
+            'prompt was trained on a T5, set it to "SEQ_2_SEQ_LM"'
         )
     if task != "SEQ_2_SEQ_LM":
         raise InputError(
-            f"{file}: task_type is {task}, a T5's prompt has SEQ_2_SEQ_LM; a prompt of another "
-            "model is of no use to a T5"
+            f"{file}: task_type is {task}; ptjax reads prompts of a T5 (SEQ_2_SEQ_LM) only"
         )
 
 
-def _size(config: Mapping[str, Any], key: str, default: int | None, file: epath.Path) -> int:
+def _size(config: Metadata, key: str, default: int | None, file: epath.Path) -> int:
     value = default if config.get(key) is None else config[key]
     if type(value) is not int or value < 1:
-        raise InputError(f"{file}: {key} is {config.get(key)!r}, not a number of 1 or more")
+        raise InputError(f"{file}: {key} must be an integer >= 1, got {config.get(key)!r}")
     return value
 
 
@@ -210,10 +209,10 @@ def _open_weights(
     file = directory / TORCH_WEIGHTS
     if file.exists():
         return torch_file.open_torch(file), {}, file
-    raise InputError(f"{directory}: neither {WEIGHTS} nor {TORCH_WEIGHTS} is here")
+    raise InputError(f"{directory}: it holds neither {WEIGHTS} nor {TORCH_WEIGHTS}")
 
 
-def _metadata(config: Mapping[str, Any], header: Mapping[str, str]) -> dict[str, Any]:
+def _metadata(config: Metadata, header: Mapping[str, str]) -> JsonObject:
     metadata = safetensors_file.from_header(
         {key: text for key, text in header.items() if key not in _FORMAT}
     )

@@ -1,8 +1,8 @@
-"""Prompt files: our own, and every other that holds a prompt for a T5.
+"""Prompt files: ptjax's own, and all others that hold a prompt for a T5.
 
-Ours is a safetensors file with one tensor, `prompt` float32 [P, D], whose header says where it was
-trained and how its inputs are written, and holds a checksum over all of it (`prompt_header`). A
-compiled prompt has its states beside it.
+ptjax's is a safetensors file with one tensor, `prompt` float32 [P, D]. Its header records where
+the prompt was trained, how its inputs are written, and a checksum of the whole file
+(`prompt_header`). A compiled prompt's file also holds the precomputed keys and values.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from jaxtyping import Array
 
 from ptjax import untrusted
 from ptjax.errors import InputError, check_path, gin_flag, missing
+from ptjax.files import JsonObject, Metadata
 from ptjax.interop import peft, prompt_header, safetensors_file, t5x
 from ptjax.interop.lazy_array import LazyArray
 from ptjax.model_dir import BEST_PROMPTS, PROMPT_SUFFIX, ModelDir
@@ -28,48 +29,48 @@ from ptjax.models.t5 import PromptStates
 TENSOR = "prompt"
 _KINDS = ("keys", "values")
 T5X_PROMPT = "encoder/prompt/prompt/prompt"
-"""Where google-research/prompt-tuning keeps a prompt inside a T5X checkpoint."""
+"""The parameter that holds the prompt in a T5X checkpoint of google-research/prompt-tuning."""
 NO_PROMPT = "none"
-"""What commands and records call the backbone alone; no prompt can have this name."""
+"""The name of the backbone without a prompt in commands and records; reserved."""
 _SUFFIXES = (PROMPT_SUFFIX, ".npy")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PromptFile:
-    """A prompt as it was stored.
+    """A prompt and what its file records about it.
 
     Attributes:
         prompt: float32 [P, D], finite.
-        metadata: what its file says of it: ours all, a PEFT directory what `peft.load_peft` finds,
-            others nothing.
+        metadata: the header of ptjax's own file, what `peft.load_peft` reads of a PEFT directory,
+            empty for other formats.
         states: of a compiled prompt: keys and values for the backbone that its metadata names.
     """
 
     prompt: np.ndarray | Array
-    metadata: dict[str, Any]
+    metadata: JsonObject
     states: PromptStates | None = None
 
     @property
     def attends_to_input(self) -> bool:
-        """Whether it was tuned to attend to its input, as every prompt but some of ours was."""
+        """Whether prompt positions attend to the input; True unless the file says otherwise."""
         return bool(self.metadata.get("sees_input", True))
 
 
 def save_prompt(
     path: str | os.PathLike[str],
     prompt: np.ndarray,
-    metadata: Mapping[str, Any],
+    metadata: Metadata,
     states: PromptStates | None = None,
 ) -> None:
-    """Writes `prompt` [P, D] as float32, whole or not at all.
+    """Writes `prompt` [P, D] as float32 in one atomic write.
 
     Args:
-        metadata: values that JSON can hold; `load_prompt` gives them back.
+        metadata: JSON values; `load_prompt` returns them.
         states: of a compiled prompt; written in their own dtype, [layers, P, H, K] each.
 
     Raises:
-        InputError: the prompt is not finite or not [P, D], or a value that ptjax reads is of
-            another type.
+        InputError: the prompt is not finite or not [P, D], or a metadata value that ptjax reads
+            has the wrong type.
     """
     check_path("the path of the prompt", path)
     if problem := prompt_header.wrong_value(metadata):
@@ -88,13 +89,14 @@ def save_prompt(
 
 
 def load_prompt(path: str | os.PathLike[str]) -> PromptFile:
-    """Finds out what `path` is and returns the prompt in it.
+    """Loads a prompt in any supported format.
 
-    It may be ptjax's file, a numpy file of google-research/prompt-tuning (with .npy or without), a
-    directory of PEFT (or a file of it), or a T5X checkpoint that holds a prompt; local or gs://.
+    Formats are ptjax's file, a numpy file of google-research/prompt-tuning (with or without .npy),
+    a PEFT directory (or a file in it), and a T5X checkpoint that holds a prompt; local or gs://.
 
     Raises:
-        InputError: it is none of these, or the prompt is damaged, not finite, not [P, D].
+        InputError: the path has none of these formats, or the prompt is damaged, not finite or
+            not [P, D].
     """
     check_path("the path of the prompt", path)
     path = epath.Path(path).expanduser()
@@ -111,9 +113,9 @@ def load_prompt(path: str | os.PathLike[str]) -> PromptFile:
         return PromptFile(_checked(_load_numpy(path), os.fspath(path)), {})
     if start[8:] == b"{":
         return _load_safetensors(path)
-    kind = {b"\x80": "a pickle, which could run anything", b"P": "a zip (.npz or torch)"}
+    kind = {b"\x80": "a pickle, which could run any code", b"P": "a zip (.npz or torch)"}
     raise InputError(
-        f"{path}: no prompt file, but {kind.get(start[:1], 'something else')}; ptjax reads "
+        f"{path}: not a prompt file: {kind.get(start[:1], 'unknown format')}; ptjax reads "
         "safetensors, .npy, PEFT directories and T5X checkpoints"
     )
 
@@ -127,7 +129,7 @@ def wrong_width(
         called: the prompt's name in the message.
         shape: the prompt's.
         backbone, width: the backbone's name and its D.
-        tuned_on: the name of its own backbone, if the prompt records it.
+        tuned_on: the backbone that the prompt was tuned on, if recorded.
     """
     return InputError(
         f"{called} {list(shape)} does not fit {backbone}, whose width is {width}; it was tuned on "
@@ -136,67 +138,67 @@ def wrong_width(
 
 
 def load_prompts(directory: str | os.PathLike[str]) -> dict[str, PromptFile]:
-    """Every prompt in a directory, by name, in the names' order; local or gs://.
+    """Every prompt in a directory by name, sorted; local or gs://.
 
     Prompts are files (*.safetensors, *.npy), PEFT directories, and folders with a
-    `best.safetensors` or `prompts/best.safetensors` (the members of a bank, or runs); each is named
-    as its file, without the suffix, or its folder. Hidden ones do not count; a folder without a
-    prompt is left out with a warning.
+    `best.safetensors` or `prompts/best.safetensors` (members of a sweep, or runs). A prompt has
+    the name of its file without the suffix, or of its folder. Hidden entries are skipped; a
+    folder without a prompt is skipped with a warning.
 
     Raises:
-        InputError: no prompt there, two of one name, one called 'none', or one that `load_prompt`
-            refuses; it names the path.
+        InputError: the directory holds no prompt, two have the same name, one is called 'none', or
+            `load_prompt` refuses one; the message names the path.
     """
     check_path("the folder of the prompts", directory)
     directory = epath.Path(directory).expanduser()
     if not directory.exists():
         raise missing("prompts", directory)
     if not directory.is_dir():
-        raise InputError(f"{directory}: a file; name the directory that the prompts are in")
+        raise InputError(f"{directory} is a file; name the directory that the prompts are in")
     if peft.is_peft(directory):
-        raise InputError(f"{directory}: a PEFT directory holds one prompt; name the one above it")
-    found: dict[str, epath.Path] = {}
+        raise InputError(f"{directory}: a PEFT directory holds one prompt; name its parent")
+    paths: dict[str, epath.Path] = {}
     for path in sorted(directory.iterdir(), key=os.fspath):
         if path.name.startswith("."):
             continue
         name = path.name if path.is_dir() else path.stem
         for prompt in _prompts_at(path):
-            if name in found:
-                raise InputError(f"{found[name]} and {prompt}: two prompts of one name; move one")
+            if name in paths:
+                raise InputError(f"{paths[name]} and {prompt} have the same name; move one")
             if name == NO_PROMPT:
-                raise InputError(f"{prompt}: the name {name!r} means no prompt; rename it")
-            found[name] = prompt
-    if not found:
+                raise InputError(f"{prompt}: the name {name!r} is reserved (no prompt); rename it")
+            paths[name] = prompt
+    if not paths:
         inner = ModelDir(directory).prompts()
         hint = f"; did you mean {inner}?" if inner.is_dir() else ""
         raise InputError(f"{directory}: no prompt in this directory{hint}")
-    return {name: load_prompt(found[name]) for name in sorted(found)}
+    return {name: load_prompt(paths[name]) for name in sorted(paths)}
 
 
 def _prompts_at(path: epath.Path) -> list[epath.Path]:
-    """The prompts that a file or folder is taken for: one, or by mistake several, or none."""
+    """The prompts that a file or folder may mean: usually one, or none; several are ambiguous."""
     if not path.is_dir():
         return [path] if path.suffix in _SUFFIXES else []
     inside = [path / best for best in BEST_PROMPTS if (path / best).exists()]
     inside += [path] if peft.is_peft(path) else []
     if not inside:
-        logging.warning("%s: no prompt in this folder, left out", path)
+        logging.warning("%s: no prompt in this folder, skipped", path)
     return inside
 
 
 def prompts_below(directory: epath.Path) -> list[epath.Path]:
-    """What was probably meant by a directory that is no prompt itself.
+    """Prompts below a directory that is not a prompt itself, for "did you mean" messages.
 
-    PEFT gives an adapter with a name a folder of its own; google-research/prompt-tuning has
+    PEFT saves a named adapter in a subfolder; google-research/prompt-tuning writes
     `numpy_checkpoints/checkpoint_N/encoder.prompt.prompt.prompt`.
     """
     numpy_name = T5X_PROMPT.replace("/", ".")
-    found = [file for glob in ("", "*/") for file in directory.glob(glob + numpy_name)]
-    found += [config.parent for config in directory.glob(f"*/{peft.CONFIG}")]
-    return sorted(found, key=os.fspath)
+    prompts = [file for glob in ("", "*/") for file in directory.glob(glob + numpy_name)]
+    prompts += [config.parent for config in directory.glob(f"*/{peft.CONFIG}")]
+    return sorted(prompts, key=os.fspath)
 
 
-def _load_directory(path: epath.Path) -> tuple[np.ndarray, dict[str, Any]]:
+def _load_directory(path: epath.Path) -> tuple[np.ndarray, JsonObject]:
     """(prompt [P, D] as stored, metadata)."""
     if peft.is_peft(path):
         prompt, metadata = peft.load_peft(path)
@@ -220,7 +222,7 @@ def _load_numpy(path: epath.Path) -> np.ndarray:
         array = untrusted.read_numpy(path.read_bytes())
     except ValueError as error:
         raise InputError(f"{path}: the numpy file is truncated or damaged ({error})") from error
-    # numpy has no name for bfloat16 and writes it as two bytes of nothing in particular.
+    # numpy does not know bfloat16 and writes it as two raw bytes per entry.
     return array.view(ml_dtypes.bfloat16) if array.dtype == np.dtype("V2") else array
 
 
@@ -234,9 +236,14 @@ def _load_safetensors(path: epath.Path) -> PromptFile:
     prompt = _checked(tensors[TENSOR], os.fspath(path))
     file = PromptFile(prompt, metadata, _load_states(path, arrays))
     if file.states is not None and file.attends_to_input:
-        raise InputError(f"{path}: a compiled prompt that sees its input; compile it again")
+        raise InputError(
+            f"{path}: a prompt that attends to its input cannot be compiled; compile it again"
+        )
     if file.states is not None and file.states.encoder[0].shape[1] != len(prompt):
-        raise InputError(f"{path}: the states are not of this prompt of {len(prompt)} rows")
+        raise InputError(
+            f"{path}: the states have {file.states.encoder[0].shape[1]} positions, the prompt "
+            f"{len(prompt)}; compile it again"
+        )
     return file
 
 
@@ -264,7 +271,7 @@ def _checked(prompt: np.ndarray, where: str) -> np.ndarray:
     """`prompt` as float32 [P, D]."""
     floating = np.issubdtype(prompt.dtype, np.floating) or prompt.dtype == ml_dtypes.bfloat16
     if not floating:
-        raise InputError(f"{where}: the prompt is of {prompt.dtype}, not floating point")
+        raise InputError(f"{where}: the prompt has dtype {prompt.dtype}, not floating point")
     if prompt.ndim != 2 or 0 in prompt.shape:
         raise InputError(f"{where}: the prompt has shape {list(prompt.shape)}, not [P, D]")
     with np.errstate(over="ignore"):
@@ -289,11 +296,11 @@ class FromFile:
         prompt = np.asarray(load_prompt(self.path).prompt)
         if len(prompt) != length:
             raise InputError(
-                f"{self.path}: {len(prompt)} rows, the run wants {length}; set "
+                f"{self.path}: {len(prompt)} rows, but the run expects {length}; set "
                 + gin_flag("PROMPT_LENGTH", len(prompt))
             )
         return prompt
 
-    def identity(self) -> dict[str, Any]:
-        """What the path stands for; see `ptjax.trainer.identity.describe`."""
+    def identity(self) -> JsonObject:
+        """The prompt itself identifies a run, not its path; see `ptjax.trainer.identity`."""
         return {"path": load_prompt(self.path).prompt}

@@ -1,7 +1,6 @@
-"""The header of ptjax's own prompt files: a checksum over all of the file, and the values' types.
+"""The header of ptjax's prompt files: a checksum of the whole file, and checks of its values.
 
-A flipped bit in a prompt would otherwise go unnoticed: another matrix, a `sees_input` of another
-kind, labels that are no labels any more.
+Without them a flipped bit would go unnoticed: a changed matrix, another `sees_input`, lost labels.
 """
 
 from __future__ import annotations
@@ -10,79 +9,81 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
 from ptjax import files
 from ptjax.data.batch import SpecialIds
 from ptjax.errors import InputError
+from ptjax.files import JsonObject, Metadata
 
 _FORMAT, _CHECKSUM = "ptjax_format", "ptjax_sha256"
 _VERSION = "2"  # 1 had neither of the two
 _OURS = {"ptjax_version", "backbone_fingerprint", "tokenizer_fingerprint", "sees_input"}
-"""Any of these tells a file of ptjax, sealed or not."""
+"""A header with any of these was written by ptjax, with or without a checksum."""
 _OF_A_RUN = {"task", "input_length", "target_length", "seed", "sees_input"}
-"""What a run writes into every prompt."""
+"""Keys that a run writes into every prompt."""
 _TEXTS = {"ptjax_version", "backbone_name", "backbone_fingerprint", "tokenizer_fingerprint"}
 _COUNTS = {"input_length", "target_length", "seed", "step"}
 SPECIAL_IDS = "special_ids"
 """The backbone's special ids: fields of `data.batch.SpecialIds`, by name."""
-_MAX_LENGTH = 1 << 20  # tokens; a claim beyond it would fill the memory with padding
+_MAX_LENGTH = 1 << 20  # tokens; larger values would fill the memory with padding
 
 
-def special_ids(ids: SpecialIds) -> dict[str, Any]:
-    """The special ids of its backbone, as a prompt records them: training depends on them.
+def special_ids(ids: SpecialIds) -> JsonObject:
+    """The backbone's special ids as a prompt's metadata records them.
 
-    The fingerprint does not cover them, since they change no logits of given tokens.
+    Training depends on them, but the fingerprint does not cover them: they do not change the
+    logits of given tokens.
     """
     values = dataclasses.asdict(ids)
     return {SPECIAL_IDS: {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}}
 
 
-def other_ids(metadata: Mapping[str, Any], ids: SpecialIds) -> tuple[str, str] | None:
-    """The ids that differ, in the prompt and in the backbone: ("eos_ids = [1]", "eos_ids = [2]").
+def other_ids(metadata: Metadata, ids: SpecialIds) -> tuple[str, str] | None:
+    """The ids that differ, the prompt's and the backbone's: ("eos_ids = [1]", "eos_ids = [2]").
 
     None if they agree, or if the prompt records none (older versions did not).
     """
-    own = special_ids(ids)[SPECIAL_IDS]
+    current = special_ids(ids)[SPECIAL_IDS]
     recorded = metadata.get(SPECIAL_IDS) or {}
-    differing = [name for name in own if name in recorded and recorded[name] != own[name]]
+    differing = [name for name in current if name in recorded and recorded[name] != current[name]]
     if not differing:
         return None
-    old, new = (", ".join(f"{name} = {of[name]}" for name in differing) for of in (recorded, own))
-    return old, new
+
+    def show(values: Metadata) -> str:
+        return ", ".join(f"{name} = {values[name]}" for name in differing)
+
+    return show(recorded), show(current)
 
 
 def seal(header: Mapping[str, str], tensors: Mapping[str, np.ndarray]) -> dict[str, str]:
-    """The header with the checksum of itself and of the tensors in it.
+    """The header plus a checksum of itself and the tensors. `unseal` is the inverse.
 
-    `unseal` is the inverse. Two entries, of which each demands the other, so that no single damaged
-    name takes the file for one of before.
+    It adds two entries, each of which requires the other: if one of their names is damaged, the
+    file is not mistaken for one of an older version without a checksum.
     """
     header = {key: text for key, text in header.items() if key != _CHECKSUM}
     header |= {_FORMAT: _VERSION}
     return header | {_CHECKSUM: _digest(header, tensors)}
 
 
-def unseal(
-    header: Mapping[str, str], tensors: Mapping[str, np.ndarray], where: str
-) -> dict[str, Any]:
+def unseal(header: Mapping[str, str], tensors: Mapping[str, np.ndarray], where: str) -> JsonObject:
     """The metadata of a header, without the two entries of `seal`.
 
-    Values are JSON. In a file of somebody else, a text that is none stays a text.
+    Values are JSON; in a foreign file, a value that is not JSON stays a string.
 
     Args:
-        tensors: all of the file's, as they are stored.
+        tensors: all tensors of the file, in their stored dtypes.
 
     Raises:
-        InputError: a file of ptjax that was damaged, or written by a later ptjax.
+        InputError: the file was written by ptjax and is damaged, or by a newer ptjax.
     """
     sealed = is_sealed(header)
     if sealed:
         _check_seal(header, tensors, where)
     ours = sealed or not _OURS.isdisjoint(header)
-    metadata: dict[str, Any] = {}
+    metadata: JsonObject = {}
     for key, text in header.items():
         if key in (_FORMAT, _CHECKSUM):
             continue
@@ -90,31 +91,31 @@ def unseal(
             metadata[key] = files.parse_json(text)
         except ValueError as error:
             if ours:
-                raise _damaged(where, f"its {key!r} is no JSON") from error
+                raise _damaged(where, f"{key!r} is not valid JSON") from error
             metadata[key] = text
     check_types(metadata, where)
     if ours and not sealed and len(lost := sorted(_OF_A_RUN - set(metadata))) == 1:
-        raise _damaged(where, f"it lacks {lost[0]!r}")
+        raise _damaged(where, f"{lost[0]!r} is missing")
     return metadata
 
 
 def is_sealed(header: Mapping[str, str]) -> bool:
-    """Whether a header carries a checksum, or what is left of one."""
+    """Whether a header has a checksum, or at least one of its two entries."""
     return _FORMAT in header or _CHECKSUM in header
 
 
-def check_types(metadata: Mapping[str, Any], where: str) -> None:
-    """Looks at the values that ptjax's readers rely on, in metadata that ptjax wrote.
+def check_types(metadata: Metadata, where: str) -> None:
+    """Checks the types of the values that ptjax reads, in metadata that ptjax wrote.
 
     Raises:
-        InputError: one is of another type than ptjax writes, so the file is damaged.
+        InputError: a value has the wrong type, so the file is damaged.
     """
     if not _OURS.isdisjoint(metadata) and (problem := wrong_value(metadata)):
         raise _damaged(where, problem)
 
 
-def wrong_value(metadata: Mapping[str, Any]) -> str | None:
-    """What is wrong with the first value that no reader of ptjax could use, if there is one."""
+def wrong_value(metadata: Metadata) -> str | None:
+    """Describes the first value of the wrong type, or None."""
     for key, value in metadata.items():
         limit = _MAX_LENGTH if key.endswith("_length") else 1 << 64
         bad = (
@@ -124,13 +125,13 @@ def wrong_value(metadata: Mapping[str, Any]) -> str | None:
             or (key in _COUNTS and (type(value) is not int or not 0 <= value < limit))
         )
         if bad:
-            return f"its {key!r} is {json.dumps(value)[:40]}"
+            return f"{key!r} is {json.dumps(value)[:40]}"
     task = metadata.get("task")
     return _wrong_task(task) if isinstance(task, dict) else None
 
 
-def _are_ids(value: Any) -> bool:
-    def is_id(index: Any) -> bool:
+def _are_ids(value: object) -> bool:
+    def is_id(index: object) -> bool:
         return index is None or (type(index) is int and index >= 0)
 
     return isinstance(value, dict) and all(
@@ -138,35 +139,35 @@ def _are_ids(value: Any) -> bool:
     )
 
 
-def _wrong_task(task: Mapping[str, Any]) -> str | None:
-    """The same for the description of a task, `Task.describe()`."""
+def _wrong_task(task: Metadata) -> str | None:
+    """The same for a task's description, `Task.describe()`."""
     verbalizer = task.get("verbalizer")
     pairs = verbalizer.items() if isinstance(verbalizer, dict) else [("", verbalizer or "")]
     texts = [task.get(key) for key in ("name", "inputs", "targets", "label", "answers", "group")]
     if not all(isinstance(text, str | None) for text in [*texts, *(text for _, text in pairs)]):
-        return "its 'task' has a value of another type"
-    # A label is read by a verbalizer, or beside open targets by metrics alone.
+        return "'task' has a value of the wrong type"
+    # A label needs a verbalizer, or open targets (then only metrics read it).
     label, closed = task.get("label"), verbalizer is not None
     if (closed and label is None) or (label is not None and not closed and not task.get("targets")):
-        return "its 'task' lost the labels"
+        return "'task' lost its labels"
     return None
 
 
 def _check_seal(header: Mapping[str, str], tensors: Mapping[str, np.ndarray], where: str) -> None:
     rest = {key: text for key, text in header.items() if key != _CHECKSUM}
     if _FORMAT not in header or header.get(_CHECKSUM) != _digest(rest, tensors):
-        raise _damaged(where, "its checksum is another")
+        raise _damaged(where, "the checksum does not match")
     if header[_FORMAT] != _VERSION:
         raise InputError(
-            f"{where}: a prompt file of format {header[_FORMAT]}, ptjax reads {_VERSION} and "
-            "before; update ptjax"
+            f"{where}: prompt file format {header[_FORMAT]}; this ptjax reads formats up to "
+            f"{_VERSION}; update ptjax"
         )
 
 
 def _damaged(where: str, what: str) -> InputError:
     return InputError(
         f"{where}: the prompt file was damaged or changed after ptjax wrote it ({what}); copy it "
-        "again, or write it anew with ptjax.save_prompt"
+        "again, or rewrite it with ptjax.save_prompt"
     )
 
 

@@ -1,8 +1,8 @@
-"""safetensors files: any part of any tensor, also bfloat16 and on gs://, one tensor in memory.
+"""Reads and writes safetensors files, local or gs://, with one tensor in memory at a time.
 
 The layout is 8 bytes of header length (little-endian), a JSON header, then the tensors end to end.
-The safetensors package reads and writes local files only, and it writes from whole dicts in
-memory; tests hold both sides of this module to it.
+The safetensors package handles local files only and writes from a dict in memory; tests compare
+this module with it in both directions.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from etils import epath
 
 from ptjax import files
 from ptjax.errors import InputError
-from ptjax.files import written_whole
+from ptjax.files import JsonObject, Metadata, written_whole
 from ptjax.interop import bytes_on_disk
 from ptjax.interop.lazy_array import Index, LazyArray, ReadParts, one_by_one
 
@@ -33,8 +33,8 @@ def open_safetensors(
     """(name -> array, metadata of the header); the data stays in the file.
 
     Raises:
-        InputError: the file is missing, truncated or no safetensors file, or it holds a tensor
-            whose type is not floating point.
+        InputError: the file is missing, truncated or not a safetensors file, or a tensor is not
+            floating point.
     """
     path = epath.Path(path)
     header, begin = _read_header(path)
@@ -43,11 +43,11 @@ def open_safetensors(
     entries = [(*_entry(name, entry, path), name) for name, entry in header.items()]
     position = 0
     for start, stop, _, _, name in sorted(entries, key=lambda entry: entry[:2]):
-        # The format has no holes, no overlaps: nothing hides in a file, and no byte counts twice.
+        # The format allows neither gaps nor overlaps.
         if start != position:
             raise InputError(
-                f"{path}: tensor {name} begins at byte {start:,} of the data, the one before it "
-                f"ends at {position:,}; the file is damaged, copy it again"
+                f"{path}: tensor {name} begins at byte {start:,} of the data, but the one before it"
+                f" ends at {position:,}; the file is damaged, copy it again"
             )
         position = stop
     if position > end:
@@ -66,48 +66,48 @@ def open_safetensors(
     return arrays, metadata
 
 
-def _metadata(metadata: Any, path: epath.Path) -> dict[str, str]:
+def _metadata(metadata: object, path: epath.Path) -> dict[str, str]:
     if metadata is None:
         return {}
     if not isinstance(metadata, dict) or not all(isinstance(x, str) for x in metadata.values()):
-        raise InputError(f"{path}: the metadata of the header is damaged, it has to be texts")
+        raise InputError(f"{path}: the metadata of the header is damaged, it must be strings")
     return metadata
 
 
 def _entry(name: str, entry: Any, path: epath.Path) -> tuple[int, int, tuple[int, ...], str]:
-    """(first byte, end, shape, dtype) of a tensor, which fit each other."""
+    """(first byte, end, shape, dtype) of a tensor, checked for consistency."""
     try:
         kind, shape, (start, stop) = (entry[key] for key in ("dtype", "shape", "data_offsets"))
         for number in (start, stop, *shape):
             if type(number) is not int or not 0 <= number < 1 << 64:  # True is an int in Python
-                raise ValueError(f"{number!r} is no size")
+                raise ValueError(f"{number!r} is not a size")
         if kind not in _DTYPES:
             raise InputError(f"{path}: tensor {name} is {kind}, not floating point")
         size = math.prod(shape) * bytes_on_disk.numpy_dtype(_DTYPES[kind]).itemsize
         if stop - start != size:
             raise ValueError(f"its {stop - start:,} bytes do not fit its shape {shape}")
-        # A size of 0 hides how large the others are, and no array could have them.
+        # An axis of size 0 hides how large the others are, which no array could have.
         if math.prod(size or 1 for size in shape) >= 1 << 63:
             raise ValueError(f"the shape {shape} is too large")
     except InputError:
         raise
     except (KeyError, TypeError, ValueError) as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else error
+        reason = f"{error} is missing" if isinstance(error, KeyError) else error
         raise InputError(f"{path}: the entry of tensor {name} is damaged ({reason})") from error
     return start, stop, tuple(shape), _DTYPES[kind]
 
 
 def save_safetensors(
     path: str | os.PathLike[str],
-    arrays: Iterable[tuple[str, Any]],
+    arrays: Iterable[tuple[str, np.ndarray]],
     layout: Mapping[str, tuple[tuple[int, ...], str]],
     metadata: Mapping[str, str],
 ) -> None:
-    """Writes one file, whole or not at all.
+    """Writes one file atomically.
 
     Args:
-        arrays: (name, numpy array), in the order of `layout`; taken one at a time, so that an
-            iterator needs the memory of one tensor.
+        arrays: (name, array) in the order of `layout`; consumed one at a time, so that a generator
+            needs memory for one tensor only.
         layout: name -> (shape, dtype name) of each.
         metadata: strings for the header.
     """
@@ -119,13 +119,13 @@ def save_safetensors(
             stream.write(np.ascontiguousarray(array).tobytes())
 
 
-def to_header(metadata: Mapping[str, Any]) -> dict[str, str]:
-    """JSON values as the strings that a header holds: {"step": 3} -> {"step": "3"}."""
+def to_header(metadata: Metadata) -> dict[str, str]:
+    """JSON values as the strings of a header: {"step": 3} -> {"step": "3"}."""
     return {key: json.dumps(value, ensure_ascii=False) for key, value in metadata.items()}
 
 
-def from_header(header: Mapping[str, str]) -> dict[str, Any]:
-    """The inverse of `to_header`; a text that is no JSON is somebody else's and stays one."""
+def from_header(header: Mapping[str, str]) -> JsonObject:
+    """The inverse of `to_header`; a value that is not JSON (a foreign file's) stays a string."""
     metadata = {}
     for key, text in header.items():
         try:
@@ -138,8 +138,8 @@ def from_header(header: Mapping[str, str]) -> dict[str, Any]:
 def header_bytes(
     layout: Mapping[str, tuple[tuple[int, ...], str]], metadata: Mapping[str, str]
 ) -> bytes:
-    """The file up to its data."""
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    """Everything in the file before its data."""
+    header: JsonObject = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for name, (shape, dtype) in layout.items():
         end = offset + nbytes(shape, dtype)
@@ -158,15 +158,15 @@ def nbytes(shape: tuple[int, ...], dtype: str) -> int:
     return int(np.prod(shape, dtype=np.int64)) * bytes_on_disk.numpy_dtype(dtype).itemsize
 
 
-def _read_header(path: epath.Path) -> tuple[dict[str, Any], int]:
-    """(the header, the byte at which the data begins)."""
+def _read_header(path: epath.Path) -> tuple[JsonObject, int]:
+    """(the header, the offset of the data)."""
     if not path.exists():
         raise InputError(f"{path}: the file is missing")
     size = path.stat().length
     with path.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > size - 8:
-            raise InputError(f"{path}: the file is truncated or is no safetensors file")
+            raise InputError(f"{path}: the file is truncated or not a safetensors file")
         if length > _MAX_HEADER:
             raise InputError(
                 f"{path}: a header of {length:,} bytes; a safetensors file has at most "
@@ -178,7 +178,7 @@ def _read_header(path: epath.Path) -> tuple[dict[str, Any], int]:
                 raise ValueError("its header does not begin with a brace")
             header = files.parse_json(text, strict=True)
         except ValueError as error:
-            raise InputError(f"{path}: this is no safetensors file ({error})") from error
+            raise InputError(f"{path}: this is not a safetensors file ({error})") from error
     return header, 8 + length
 
 
@@ -188,7 +188,7 @@ def _reader(path: epath.Path, offset: int, shape: tuple[int, ...], dtype: str) -
             return bytes_on_disk.read_part(path, offset, shape, dtype, index)
         except (OSError, TypeError, ValueError) as error:
             raise InputError(
-                f"{path}: the file was changed or cut off while it was read ({error})"
+                f"{path}: the file was changed or truncated while it was read ({error})"
             ) from error
 
     return one_by_one(read)

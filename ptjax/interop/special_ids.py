@@ -1,13 +1,13 @@
 """Special ids in Hugging Face's `config.json` and `generation_config.json`.
 
-transformers trains by the one and generates by the other (run with 4.57 and 5.24): `_shift_right`
-takes `decoder_start_token_id` of config.json, `generate` takes everything of generation_config.json
-where there is one, and only else of config.json.
+transformers trains with one and generates with the other (tested with 4.57 and 5.24):
+`_shift_right` takes `decoder_start_token_id` from config.json; `generate` takes everything from
+generation_config.json if it exists, otherwise from config.json.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import Any
 
 from absl import logging
@@ -16,7 +16,10 @@ from etils import epath
 from ptjax import files
 from ptjax.data.tokenizer import Tokenizer
 from ptjax.errors import InputError
+from ptjax.files import JsonObject, Metadata
 from ptjax.models.config import T5Config
+
+Ids = int | tuple[int, ...] | None
 
 GENERATION_CONFIG = "generation_config.json"
 _NEUTRAL: dict[str, Any] = {
@@ -28,37 +31,37 @@ _NEUTRAL: dict[str, Any] = {
     "repetition_penalty": 1.0,
     "encoder_repetition_penalty": 1.0,
 }
-"""Settings of `generate` that change greedy texts unless they have these values."""
+"""Settings of `generate` that change greedy decoding unless they have these values."""
 _FREE = (
     *("min_new_tokens", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens"),
     *("sequence_bias", "forced_eos_token_id", "exponential_decay_length_penalty"),
 )
-"""Settings of `generate` that change greedy texts whenever they are set."""
+"""Settings of `generate` that change greedy decoding whenever they are set."""
 SPECIAL_IDS = ("pad_id", "eos_ids", "decoder_start_id", "forced_bos_id")
 """Fields of `T5Config`."""
 
 
 def read_special_ids(
-    directory: epath.Path, config: Mapping[str, Any], chosen: Collection[str] = ()
-) -> dict[str, Any]:
+    directory: epath.Path, config: Metadata, chosen: Collection[str] = ()
+) -> JsonObject:
     """The special ids of `T5Config` that the files of a folder state.
 
     Which file decides:
         `pad_id`: config.json, else generation_config.json.
-        `decoder_start_id`: both have to agree, since prompts are tuned with the one and generate
-            with the other; `bos_token_id` is what `generate` takes where there is none.
-        `eos_ids`: generation_config.json, else config.json. (Where only the latter has one,
-            transformers 5 never stops.)
+        `decoder_start_id`: the two must agree, since training uses one and generation the other;
+            `generate` falls back to `bos_token_id`.
+        `eos_ids`: generation_config.json, else config.json. (If only config.json has one,
+            transformers 5 never stops generating.)
         `forced_bos_id`: generation_config.json alone, if it exists.
 
-    A warning lists other settings there that change what transformers generates.
+    Logs a warning that lists other settings which change what transformers generates.
 
     Args:
-        config: config.json, read.
-        chosen: fields that the user sets, which are not looked for.
+        config: the content of config.json.
+        chosen: fields that the user sets; they are not read from the files.
 
     Raises:
-        InputError: a value is no id, or the two files contradict each other about the start.
+        InputError: a value is not an id, or the two files disagree about the decoder's start.
     """
     path = directory / GENERATION_CONFIG
     here = directory / "config.json"
@@ -66,15 +69,15 @@ def read_special_ids(
     if set(SPECIAL_IDS) - set(chosen):  # else the files are not used
         _report_unused(generation, there)
 
-    def read(raw: Mapping[str, Any], file: epath.Path, key: str) -> Any:
+    def read(raw: Metadata, file: epath.Path, key: str) -> Ids:
         return _check(raw.get(key), f"{file}: {key}", config["vocab_size"])
 
-    def either(key: str, *places: tuple[Mapping[str, Any], epath.Path]) -> Any:
+    def either(key: str, *places: tuple[Metadata, epath.Path]) -> Ids:
         values = (read(*place, key) for place in places)
         return next((value for value in values if value is not None), None)
 
     trains, generates = (config, here), (generation, there)
-    fields: dict[str, Any] = {}
+    fields: JsonObject = {}
     if "pad_id" not in chosen:
         fields["pad_id"] = either("pad_token_id", trains, generates)
     if "eos_ids" not in chosen:
@@ -87,7 +90,7 @@ def read_special_ids(
         if None not in (start, first) and start != first and generation is not config:
             raise InputError(
                 f"{directory}: targets start with {start} (decoder_start_token_id of config.json), "
-                f"generated texts with {first} ({GENERATION_CONFIG}); say which with "
+                f"generated texts with {first} ({GENERATION_CONFIG}); choose one with "
                 f"decoder_start_id = {start} or {first}"
             )
         fields["decoder_start_id"] = first if start is None else start
@@ -97,22 +100,22 @@ def read_special_ids(
     return stated
 
 
-def _report_unused(generation: Mapping[str, Any], file: epath.Path) -> None:
+def _report_unused(generation: Metadata, file: epath.Path) -> None:
     """Warns of settings that transformers generates with and ptjax ignores."""
     used = [k for k, plain in _NEUTRAL.items() if generation.get(k) not in (None, plain)]
     used += [k for k in _FREE if generation.get(k) not in (None, [], {})]
     if used:
         listed = ", ".join(f"{key} = {generation[key]!r}"[:60] for key in used)
         logging.warning(
-            "%s: transformers generates with %s; ptjax decodes greedily unless its own flags or "
-            "arguments say otherwise (--num_beams, --temperature)",
+            "%s: transformers generates with %s; ptjax ignores this and decodes greedily unless "
+            "told otherwise by its own flags or arguments (--num_beams, --temperature)",
             file,
             listed,
         )
 
 
-def write_special_ids(config: T5Config) -> dict[str, Any]:
-    """What `config.json` says of them; `read_special_ids` is its inverse."""
+def write_special_ids(config: T5Config) -> JsonObject:
+    """The special ids as keys of `config.json`; `read_special_ids` is the inverse."""
     ends = config.eos_ids[0] if len(config.eos_ids) == 1 else list(config.eos_ids)
     written = {
         "pad_token_id": config.pad_id,
@@ -125,7 +128,7 @@ def write_special_ids(config: T5Config) -> dict[str, Any]:
 
 
 def check_end_of_sequence(tokenizer: Tokenizer, config: T5Config) -> None:
-    """Refuses a tokenizer that ends texts with an id that is no end to the model.
+    """Refuses a tokenizer whose end of sequence is not one of the model's.
 
     Raises:
         InputError: its `eos_id` is not among `config.eos_ids`.
@@ -133,19 +136,19 @@ def check_end_of_sequence(tokenizer: Tokenizer, config: T5Config) -> None:
     if tokenizer.eos_id not in config.eos_ids:
         ends = " or ".join(map(str, config.eos_ids))
         raise InputError(
-            f"{tokenizer.name}: texts end with id {tokenizer.eos_id}, those of the model with "
-            f"{ends}; use the model's tokenizer or, if the model's files do not state its own end, "
-            f"load_backbone(eos_ids=({tokenizer.eos_id},))"
+            f"{tokenizer.name}: the tokenizer ends texts with id {tokenizer.eos_id}, the model with"
+            f" {ends}; use the model's tokenizer or, if the model's files do not state its end of "
+            f"sequence, load_backbone(eos_ids=({tokenizer.eos_id},))"
         )
 
 
-def _check(value: Any, name: str, vocab_size: int) -> Any:
-    """An id, or of the end of sequence a tuple of them, or None."""
+def _check(value: Any, name: str, vocab_size: int) -> Ids:
+    """`value` after a check: an id, a tuple of ids (end of sequence only), or None."""
     several = isinstance(value, list) and name.endswith("eos_token_id")
-    ids = value if several else [value]
+    ids: list[Any] = value if several else [value]
     for index in ids:
         if index is not None and (type(index) is not int or not 0 <= index < vocab_size):
             raise InputError(
                 f"{name} is {value!r}, not an id of a vocabulary of {vocab_size}; correct the file"
             )
-    return tuple(ids) or None if several else value
+    return tuple(ids) or None if several else ids[0]

@@ -1,8 +1,7 @@
-"""Reads T5X checkpoints and T5X-shaped trees of Orbax, without T5X or Orbax.
+"""Reads T5X checkpoints and T5X-shaped Orbax trees, without T5X or Orbax.
 
-Which of the formats a path holds is found out here; `t5x_legacy` reads msgpack + zarr, and
-`orbax_folder` what T5X (since 2023) and others save with Orbax. Only the model is read, never the
-optimizer.
+This module determines the format: `t5x_legacy` reads msgpack + zarr, `orbax_folder` what T5X
+(since 2023) and others save with Orbax. Only the model is read, never the optimizer.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from ptjax.models.t5_family import T5_FAMILY
 
 
 def is_t5x(path: str | os.PathLike[str]) -> bool:
-    """Whether `path` is a checkpoint of T5X or Orbax, or a folder of some, whole or not."""
+    """Whether `path` is a T5X or Orbax checkpoint, or a folder of some, complete or not."""
     path = epath.Path(path)
     if path.is_file():
         return path.name == "checkpoint"
@@ -28,13 +27,13 @@ def is_t5x(path: str | os.PathLike[str]) -> bool:
 
 
 def find_checkpoint(path: str | os.PathLike[str]) -> epath.Path:
-    """The checkpoint folder that `path` means.
+    """The checkpoint folder that `path` refers to.
 
-    A checkpoint (or the `checkpoint` file or an item such as `state` in it) means itself. A folder
-    of several means the largest step whose saving came to its end.
+    `path` is a checkpoint, the `checkpoint` file or an item such as `state` in one, or a folder of
+    several, of which the largest completely saved step is chosen.
 
     Raises:
-        InputError: there is none.
+        InputError: no checkpoint exists there.
     """
     path = epath.Path(path)
     if path.name == "checkpoint" and path.is_file():
@@ -53,7 +52,7 @@ def find_checkpoint(path: str | os.PathLike[str]) -> epath.Path:
     if complete:
         return steps[max(complete)]
     if steps:
-        raise InputError(f"{path}: no checkpoint here was saved to its end; copy the folder again")
+        raise InputError(f"{path}: every checkpoint here is incomplete; copy the folder again")
     raise InputError(
         f"{path}: no T5X checkpoint here, neither a `checkpoint` file, nor a `state` folder, nor a "
         "complete checkpoint_N folder, nor Orbax's folders of steps or items"
@@ -61,10 +60,10 @@ def find_checkpoint(path: str | os.PathLike[str]) -> epath.Path:
 
 
 def checkpoints_in(path: str | os.PathLike[str]) -> dict[int, epath.Path]:
-    """Step -> checkpoint in a folder of them, finished or not.
+    """Step -> checkpoint in a folder of several, complete or not.
 
     Raises:
-        InputError: the folder has steps of two kinds, as in `a_1` and `b_1`.
+        InputError: their names have different prefixes, as in `a_1` and `b_1`.
     """
     path = epath.Path(path)
     steps: dict[int, epath.Path] = {}
@@ -73,8 +72,10 @@ def checkpoints_in(path: str | os.PathLike[str]) -> dict[int, epath.Path]:
         if (numbered := step_of(name)) and _is_checkpoint(path / name):
             prefixes[numbered[0]] = steps[numbered[1]] = path / name
     if len(prefixes) > 1:
-        one, other, *_ = prefixes.values()
-        raise InputError(f"{path}: {one.name} and {other.name} are of two runs; name one of them")
+        first, second, *_ = prefixes.values()
+        raise InputError(
+            f"{path}: {first.name} and {second.name} are of different runs; name one of them"
+        )
     return steps
 
 
@@ -82,22 +83,22 @@ def load_t5x(path: str | os.PathLike[str], family: Family = T5_FAMILY) -> dict[s
     """Opens a checkpoint; its weights stay on disk until they are read.
 
     Args:
-        path: whatever `find_checkpoint` takes, local or gs://.
-        family: of the network whose tree it is.
+        path: as for `find_checkpoint`, local or gs://.
+        family: of the network that the checkpoint holds.
 
     Returns:
         T5X parameter name ("encoder/layers_0/attention/query/kernel") -> array, float32 or
-        bfloat16; with the prompt, `encoder/prompt/prompt/prompt`, where there is one.
+        bfloat16, including the prompt, `encoder/prompt/prompt/prompt`, if there is one.
 
     Raises:
-        InputError: the checkpoint is incomplete, damaged, or of a kind that is not read.
+        InputError: the checkpoint is incomplete, damaged, or of an unsupported kind.
     """
     checkpoint = find_checkpoint(path)
     arrays = _load(checkpoint, family)
     if not arrays:
         raise InputError(
-            f"{checkpoint}: the checkpoint holds no model (`target` is empty); is it one of a run "
-            "of ptjax, which keeps only what trains?"
+            f"{checkpoint}: the checkpoint holds no model (`target` is empty); a checkpoint of a "
+            "ptjax run holds the trainable variables only: name the backbone instead"
         )
     for name, array in arrays.items():
         family.check_name(name, array)

@@ -1,7 +1,7 @@
-"""T5X checkpoints of before Orbax: a msgpack, and zarr 2 folders beside it.
+"""T5X checkpoints older than Orbax: a msgpack and zarr 2 folders.
 
 `checkpoint_N/checkpoint` is a flax msgpack whose leaves are arrays or tensorstore specs that point
-at the folders. Formats after `t5x/checkpoints.py`; of the optimizer only names are looked at.
+to the folders. The formats follow `t5x/checkpoints.py`; only names are read of the optimizer.
 """
 
 from __future__ import annotations
@@ -16,44 +16,48 @@ from etils import epath
 
 from ptjax import untrusted
 from ptjax.errors import InputError
+from ptjax.files import Metadata
 from ptjax.interop.lazy_array import LazyArray, one_by_one
 from ptjax.interop.zarr_arrays import ArrayLocation, file_size, kvstore_spec, open_zarrs
 from ptjax.trees import flatten_paths
 
+Contents = Mapping[str, Any]
+"""A tree of arrays, JSON values and tensorstore specs, as read from a msgpack."""
+
 DTYPES = ("float32", "bfloat16")
 SLOTS = {"m", "v", "v_row", "v_col"}
-"""What T5X's Adafactor keeps of a parameter."""
+"""Names of the state that T5X's Adafactor keeps for a parameter."""
 
 
-def read_container(file: epath.Path) -> dict[str, Any]:
-    """The tree in a `checkpoint` file, T5X's or an early Orbax's.
+def read_container(file: epath.Path) -> Contents:
+    """The tree in a `checkpoint` file of T5X or an early Orbax.
 
     Raises:
-        InputError: it is TensorFlow's, damaged, or no tree.
+        InputError: the file is TensorFlow's, damaged, or does not hold a tree.
     """
     data = file.read_bytes()
     if data.startswith(b"model_checkpoint_path"):
         raise InputError(
-            f"{file}: this is a TensorFlow checkpoint (Mesh TensorFlow T5), not T5X's; use T5X's "
-            "conversion of it, under gs://t5-data/pretrained_models/t5x"
+            f"{file}: this is a TensorFlow checkpoint (Mesh TensorFlow T5), not T5X's; use the T5X "
+            "version of it, under gs://t5-data/pretrained_models/t5x"
         )
     try:
         contents = untrusted.unpack_msgpack(data)
     except ValueError as error:
         raise InputError(
-            f"{file}: the file is truncated or is no T5X checkpoint ({error}); copy it again"
+            f"{file}: the file is truncated or not a T5X checkpoint ({error}); copy it again"
         ) from error
     if not isinstance(contents, dict):
-        raise InputError(f"{file}: this is no T5X checkpoint")
+        raise InputError(f"{file}: this is not a T5X checkpoint")
     return contents
 
 
-def load_legacy(file: epath.Path, contents: Mapping[str, Any]) -> dict[str, LazyArray]:
+def load_legacy(file: epath.Path, contents: Contents) -> dict[str, LazyArray]:
     """Parameter name -> array of a `checkpoint` file with these contents.
 
     Raises:
-        InputError: another version, a leaf that is no array, a spec that leaves the checkpoint,
-            or whatever `open_zarrs` finds wrong.
+        InputError: an unsupported version, a leaf that is not an array, a spec that points outside
+            of the checkpoint, or an error of `open_zarrs`.
     """
     leaves = _leaves(_target(contents, file), file)
     arrays = {
@@ -66,17 +70,17 @@ def load_legacy(file: epath.Path, contents: Mapping[str, Any]) -> dict[str, Lazy
     specs = {name: leaf for name, leaf in leaves.items() if name not in arrays}
     folders = {name: file.parent / _folder_of(spec, name, file) for name, spec in specs.items()}
     keys = _list_folders(folders.values())
-    stored = open_zarrs(
+    lazy_arrays = open_zarrs(
         {
             name: ArrayLocation(
-                kvstore_spec(folder), held, os.fspath(folder), False, file_size(folder)
+                kvstore_spec(folder), names, os.fspath(folder), False, file_size(folder)
             )
-            for (name, folder), held in zip(folders.items(), keys, strict=True)
+            for (name, folder), names in zip(folders.items(), keys, strict=True)
         }
     )
     for name, spec in specs.items():
-        _check_spec(name, spec, stored[name], file)
-    return {name: arrays.get(name) or stored[name] for name in leaves}
+        _check_spec(name, spec, lazy_arrays[name], file)
+    return {name: arrays.get(name) or lazy_arrays[name] for name in leaves}
 
 
 def check_dtype(name: str, dtype: str, where: str) -> None:
@@ -91,37 +95,38 @@ def check_dtype(name: str, dtype: str, where: str) -> None:
 
 
 def check_trained(trained: Iterable[str], kept: set[str], where: epath.Path) -> None:
-    """A parameter that was trained and is not there has been lost.
+    """InputError if the optimizer has state for a parameter that is missing.
 
-    Logits without weights of their own are otherwise taken for tied ones, without a word.
+    Otherwise lost weights of the logits would silently be taken for tied logits.
     """
     if lost := sorted(set(trained) - kept):
         raise InputError(
-            f"{where}: parameter {lost[0]} is missing, the optimizer's state has it; copy the "
+            f"{where}: parameter {lost[0]} is missing, but the optimizer's state has it; copy the "
             "checkpoint again"
         )
 
 
-def _check_spec(name: str, spec: Mapping[str, Any], stored: LazyArray, file: epath.Path) -> None:
-    """T5X keeps shape and dtype in both places; where they differ a folder was swapped."""
+def _check_spec(name: str, spec: Metadata, lazy_array: LazyArray, file: epath.Path) -> None:
+    """T5X records shape and dtype in both places; if they differ, folders were mixed up."""
     metadata = spec.get("metadata", {})
-    wanted = metadata.get("shape") if isinstance(metadata, dict) else None
-    if wanted is not None and wanted not in (list(stored.shape), stored.shape):
+    expected = metadata.get("shape") if isinstance(metadata, dict) else None
+    if expected is not None and expected not in (list(lazy_array.shape), lazy_array.shape):
         raise InputError(
-            f"{stored.where}: parameter {name} has shape {list(stored.shape)}, {file} says {wanted}"
+            f"{lazy_array.where}: parameter {name} has shape {list(lazy_array.shape)}, but {file} "
+            f"says {expected}"
         )
-    check_dtype(name, spec.get("dtype", stored.dtype), stored.where)
+    check_dtype(name, spec.get("dtype", lazy_array.dtype), lazy_array.where)
 
 
-def _target(contents: Mapping[str, Any], file: epath.Path) -> Mapping[str, Any]:
-    """`optimizer/target`, after every check of the container."""
+def _target(contents: Contents, file: epath.Path) -> Contents:
+    """`optimizer/target`, after all checks of the container."""
     if not {"version", "optimizer"} <= set(contents):
-        raise InputError(f"{file}: this is no T5X checkpoint, it lacks `version` or `optimizer`")
+        raise InputError(f"{file}: not a T5X checkpoint, it lacks `version` or `optimizer`")
     version = contents["version"]
     if isinstance(version, np.ndarray) or version != 3:
         raise InputError(
-            f"{file}: T5X checkpoint version {version}; ptjax reads version 3, the one T5X has "
-            "written since 2021 (version 2 kept bfloat16 as uint16)"
+            f"{file}: T5X checkpoint version {version}; ptjax reads version 3, which T5X has "
+            "written since 2021 (version 2 stored bfloat16 as uint16)"
         )
     optimizer = contents["optimizer"]
     target = optimizer.get("target") if isinstance(optimizer, dict) else None
@@ -133,20 +138,20 @@ def _target(contents: Mapping[str, Any], file: epath.Path) -> Mapping[str, Any]:
     return target
 
 
-def _trained(states: Mapping[str, Any]) -> list[str]:
-    """Name of each parameter that the optimizer keeps something of: `.../kernel/v_row`."""
-    kept = flatten_paths(states, is_leaf=lambda node: bool(SLOTS & set(node)))
-    return [name for name, slots in kept.items() if isinstance(slots, dict)]
+def _trained(states: Contents) -> list[str]:
+    """The parameters that the optimizer has state for, such as `.../kernel/v_row`."""
+    by_parameter = flatten_paths(states, is_leaf=lambda node: bool(SLOTS & set(node)))
+    return [name for name, slots in by_parameter.items() if isinstance(slots, dict)]
 
 
-def _leaves(target: Mapping[str, Any], file: epath.Path) -> dict[str, Any]:
+def _leaves(target: Contents, file: epath.Path) -> dict[str, Any]:
     """Name -> array or tensorstore spec of each leaf."""
     leaves = flatten_paths(target, is_leaf=_is_spec)
     for name, leaf in leaves.items():
         if isinstance(leaf, dict) and _holds_array(leaf):
             raise InputError(
-                f"{file}: the spec of parameter {name} is damaged: it holds an array where a text "
-                "or a number belongs; copy the checkpoint again"
+                f"{file}: the spec of parameter {name} is damaged: it holds an array instead of a "
+                "string or number; copy the checkpoint again"
             )
         if not isinstance(leaf, np.ndarray | dict):
             raise InputError(
@@ -156,43 +161,43 @@ def _leaves(target: Mapping[str, Any], file: epath.Path) -> dict[str, Any]:
     return leaves
 
 
-def _is_spec(node: Mapping[str, Any]) -> bool:
+def _is_spec(node: Mapping[Any, Any]) -> bool:
     return {"driver", "kvstore"} <= set(node)
 
 
-def _holds_array(spec: Any) -> bool:
+def _holds_array(spec: object) -> bool:
     """Whether a tensorstore spec contains an array; an intact one is plain JSON."""
     if isinstance(spec, dict):
         return any(map(_holds_array, spec.values()))
     return isinstance(spec, np.ndarray) or (isinstance(spec, list) and any(map(_holds_array, spec)))
 
 
-def _folder_of(spec: Mapping[str, Any], name: str, file: epath.Path) -> str:
+def _folder_of(spec: Metadata, name: str, file: epath.Path) -> str:
     """The array's folder, relative to the checkpoint.
 
-    Whatever driver the spec names, the array lies beside the msgpack: T5X rewrites the driver and
-    its dummy bucket as well. Before tensorstore 0.1.14 the path stood at the spec's top level.
+    Whatever driver the spec names, the array is in a folder next to the msgpack: T5X too rewrites
+    the driver and its dummy bucket. Before tensorstore 0.1.14 the path was at the spec's top level.
     """
     kvstore = spec["kvstore"]
     driver = kvstore.get("driver") if isinstance(kvstore, dict) else kvstore
     if spec["driver"] != "zarr" or driver not in ("file", "gfile", "gcs"):
         raise InputError(
-            f"{file}: parameter {name} is kept by {spec['driver']!r} in {driver!r}; ptjax reads "
-            "zarr in file, gfile or gcs"
+            f"{file}: parameter {name} is stored by driver {spec['driver']!r} in {driver!r}; ptjax "
+            "reads zarr in file, gfile or gcs"
         )
     folder = kvstore.get("path") or spec.get("path")
     if not isinstance(folder, str) or not folder.strip("/"):
         raise InputError(f"{file}: the spec of parameter {name} has no path")
-    # A checkpoint comes from strangers: it may name what lies inside of it and nothing else.
+    # A checkpoint is untrusted input: it must not name files outside of itself.
     if folder.startswith("/") or ".." in folder.split("/") or "://" in folder:
         raise InputError(
-            f"{file}: the path of parameter {name}, {folder!r}, leaves the checkpoint; refused"
+            f"{file}: the path of parameter {name}, {folder!r}, points outside of the checkpoint"
         )
     return folder.rstrip("/")
 
 
 def _list_folders(folders: Iterable[epath.Path]) -> list[set[str]]:
-    """The names in each folder; many at once, for on gs:// each is a request."""
+    """The names in each folder, listed concurrently: on gs:// each is a request."""
 
     def names(folder: epath.Path) -> set[str]:
         return {child.name for child in folder.iterdir()} if folder.is_dir() else set()

@@ -1,7 +1,7 @@
-"""State dicts that torch.save wrote (`pytorch_model.bin`), read without torch and without trust.
+"""State dicts written by torch.save (`pytorch_model.bin`), read without torch and untrusted.
 
-Such a file is a zip of a pickle (`data.pkl`) and one uncompressed member per storage (`data/0`,
-...). A pickle may call anything, so this unpickler knows only the names that rebuild a tensor; a
+Such a file is a zip with a pickle (`data.pkl`) and one uncompressed member per storage (`data/0`,
+...). A pickle can call anything, so this unpickler accepts only the names that rebuild a tensor; a
 tensor becomes a `LazyArray` and its bytes stay in the file.
 """
 
@@ -14,7 +14,8 @@ import math
 import os
 import pickle
 import zipfile
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import numpy as np
 from etils import epath
@@ -49,10 +50,9 @@ _SMALL = 1 << 24
 
 @dataclasses.dataclass
 class _CheckedMember:
-    """A member of the zip whose checksum is compared once, when enough of it is read.
+    """A zip member whose checksum is verified once, when it is small or half of it is read.
 
-    "Enough" is half of it, or it is small: a process that loads a slice of a large array does not
-    read the rest of it for the checksum's sake.
+    A process that loads a slice of a large array thus does not read the rest for the checksum.
     """
 
     path: epath.Path
@@ -60,7 +60,7 @@ class _CheckedMember:
     checked: bool = False
 
     def check(self, read: int) -> None:
-        """InputError if the member is damaged; `read` are the bytes that were just asked for."""
+        """InputError if the member is damaged; `read` is the number of bytes just read."""
         if self.checked or (2 * read < self.member.size and self.member.size > _SMALL):
             return
         try:
@@ -80,11 +80,11 @@ class _Storage:
 
 
 def open_torch(path: str | os.PathLike[str]) -> dict[str, LazyArray]:
-    """name -> array of a state dict that torch.save wrote; nothing of it is executed.
+    """name -> array of a state dict written by torch.save; executes no code from the file.
 
     Raises:
-        InputError: the file is missing or truncated, in torch's older formats, or its pickle asks
-            for anything but tensors.
+        InputError: the file is missing, truncated or in one of torch's older formats, or its
+            pickle refers to anything other than tensors.
     """
     path = epath.Path(path)
     if not path.exists():
@@ -94,8 +94,8 @@ def open_torch(path: str | os.PathLike[str]) -> dict[str, LazyArray]:
         stream.seek(0)
         if start != b"PK":
             raise InputError(
-                f"{path}: this is no zip, so an old (before 1.6) or no torch file, or truncated; "
-                "load it in torch and save it again with model.save_pretrained(...)"
+                f"{path}: not a zip: the file is truncated, not torch's, or from an old (before "
+                "1.6) torch; load it in torch and save it again with model.save_pretrained(...)"
             )
         try:
             with zipfile.ZipFile(stream) as archive:
@@ -109,18 +109,18 @@ def open_torch(path: str | os.PathLike[str]) -> dict[str, LazyArray]:
     if not isinstance(tensors, dict) or not all(
         isinstance(name, str) and isinstance(tensor, LazyArray) for name, tensor in tensors.items()
     ):
-        raise InputError(f"{path}: this is no state dict (names -> tensors)")
+        raise InputError(f"{path}: this is not a state dict (names -> tensors)")
     return {
         name: dataclasses.replace(tensor, where=f"{path} ({name})")
         for name, tensor in tensors.items()
     }
 
 
-def _unpickle(archive: zipfile.ZipFile, path: epath.Path) -> Any:
-    """What `data.pkl` holds, with tensors as `LazyArray`s."""
+def _unpickle(archive: zipfile.ZipFile, path: epath.Path) -> object:
+    """The content of `data.pkl`, with tensors as `LazyArray`s."""
     pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
     if len(pickles) != 1:
-        raise InputError(f"{path}: this is no file of torch.save (it has no data.pkl)")
+        raise InputError(f"{path}: torch.save did not write this file (it has no data.pkl)")
     folder = pickles[0].removesuffix("data.pkl")
     size = path.stat().length
     try:
@@ -128,7 +128,7 @@ def _unpickle(archive: zipfile.ZipFile, path: epath.Path) -> Any:
             order = untrusted.read_member(archive, f"{folder}byteorder", size, 16)
             if order != b"little":
                 raise InputError(
-                    f"{path}: the file is of a big-endian machine; save it as safetensors"
+                    f"{path}: the file is from a big-endian machine; save it as safetensors"
                 )
         data = untrusted.read_member(archive, pickles[0], size, _MAX_PICKLE)
         return _Unpickler(data, archive, folder, path).load()
@@ -141,18 +141,18 @@ def _unpickle(archive: zipfile.ZipFile, path: epath.Path) -> Any:
 
 
 class _Opcodes(dict[int, Any]):
-    """What a state dict's pickle is made of; Python's unpickler would do anything else as well."""
+    """The opcodes of a state dict's pickle; all others are refused."""
 
-    def __missing__(self, opcode: int) -> Any:
-        raise ValueError(f"the opcode {bytes([opcode])!r} has no place in a file of weights")
+    def __missing__(self, opcode: int) -> NoReturn:
+        raise ValueError(f"the opcode {bytes([opcode])!r} is not allowed in a file of weights")
 
 
 class _Unpickler(pickle._Unpickler):
-    """Knows tensors, and refuses every other name before it is even looked up.
+    """Accepts tensors and refuses every other name without importing it.
 
-    It is Python's own one: that in C fills a table up to the largest index that a file names. Keys
-    are texts or numbers, for the hash of tuples inside of tuples can take forever, and so does
-    writing them down: no message shows what is not known to be short.
+    It extends the unpickler written in Python: the C one allocates a memo table up to the largest
+    index that a file names. Keys must be strings or numbers, because hashing or printing deeply
+    nested tuples can take forever; for the same reason messages show no values of unknown length.
     """
 
     stack: list[Any]
@@ -172,18 +172,18 @@ class _Unpickler(pickle._Unpickler):
         _STEPS[pickle.SETITEMS[0]](self)
 
     def _load_build(self) -> None:
-        """State beside a dict's items, such as `_metadata` of a state dict, is of no use here."""
+        """Drops a dict's extra state, such as `_metadata` of a state dict, which is not needed."""
         self.stack.pop()
 
     dispatch[pickle.SETITEM[0]] = _load_setitem
     dispatch[pickle.SETITEMS[0]] = _load_setitems
     dispatch[pickle.BUILD[0]] = _load_build
 
-    def _check_keys(self, keys: list[Any]) -> None:
+    def _check_keys(self, keys: list[object]) -> None:
         if not all(type(key) in (str, int) for key in keys):
-            raise ValueError("a key that is neither a text nor a number")
+            raise ValueError("a key is neither a string nor a number")
 
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> str | Callable[..., object]:
         if (module, name) in _STORAGES:
             return _STORAGES[module, name]
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
@@ -193,14 +193,14 @@ class _Unpickler(pickle._Unpickler):
         if (module, name) == ("collections", "OrderedDict"):
             return _ordered_dict
         raise InputError(
-            f"{self._path}: the pickle in the file asks for {module}.{name}, which has no place in "
-            "a file of weights; refused"
+            f"{self._path}: the pickle in the file refers to {module}.{name}, which is not allowed "
+            "in a file of weights"
         )
 
     def persistent_load(self, pid: Any) -> _Storage:
         kind, dtype, key, _, count = pid
         if any(type(x) is not str for x in (kind, dtype, key)) or type(count) is not int:
-            raise ValueError("a storage that is described by no texts")
+            raise ValueError("a storage is not described by strings")
         if kind != "storage" or dtype not in _STORAGES.values():
             raise InputError(f"{self._path}: unknown kind of storage {kind!r} {dtype!r}")
         name = f"{self._folder}data/{key}"
@@ -224,25 +224,25 @@ class _Unpickler(pickle._Unpickler):
         offset: int,
         shape: tuple[int, ...],
         strides: tuple[int, ...],
-        *_: Any,
+        *_: object,
     ) -> LazyArray:
-        """A view on a storage, checked to lie inside of it."""
+        """A view of a storage, checked to be inside of it."""
         if any(type(x) is not int for x in (offset, *shape, *strides)):
-            raise ValueError("a tensor whose sizes are no numbers")
+            raise ValueError("the sizes of a tensor are not numbers")
         if len(shape) != len(strides) or min(offset, *shape, *strides, 0) < 0:
             raise InputError(f"{self._path}: a tensor with sizes {shape} and strides {strides}")
         last = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
         if 0 not in shape and offset + last >= storage.count:
             raise InputError(
                 f"{self._path}: a tensor {list(shape)} reaches outside of its storage of "
-                f"{storage.count:,} numbers; refused"
+                f"{storage.count:,} numbers"
             )
-        # A view may repeat its storage (`expand`), but must not fill the memory.
+        # A view may repeat its storage (`expand`), but must not exhaust the memory.
         size = math.prod(shape) * numpy_dtype(storage.dtype).itemsize
         if size > max(untrusted.MIN_INFLATED, self._path.stat().length):
             raise InputError(
-                f"{self._path}: a tensor {list(shape)} makes {size:,} bytes of the "
-                f"{storage.count:,} numbers of its storage; refused"
+                f"{self._path}: a tensor {list(shape)} expands the {storage.count:,} numbers of "
+                f"its storage to {size:,} bytes, more than the whole file"
             )
         path, dtype, source = self._path, storage.dtype, storage.source
         begin = source.member.offset + offset * numpy_dtype(dtype).itemsize
@@ -256,15 +256,15 @@ class _Unpickler(pickle._Unpickler):
                 if isinstance(error, InputError):
                     raise
                 raise InputError(
-                    f"{path}: the file was changed or cut off while it was read ({error})"
+                    f"{path}: the file was changed or truncated while it was read ({error})"
                 ) from error
 
         return LazyArray(tuple(shape), dtype, one_by_one(read), os.fspath(path))
 
-    def _rebuild_parameter(self, tensor: LazyArray, *_: Any) -> LazyArray:
+    def _rebuild_parameter(self, tensor: LazyArray, *_: object) -> LazyArray:
         return tensor
 
 
-def _ordered_dict() -> collections.OrderedDict[Any, Any]:
-    """Without arguments, as pickles have it: the items follow, and their keys are looked at."""
+def _ordered_dict() -> collections.OrderedDict[str, object]:
+    """Takes no arguments: a pickle adds the items afterwards, with their keys checked."""
     return collections.OrderedDict()

@@ -1,7 +1,7 @@
-"""Arrays in zarr 2 and zarr 3, in folders or in an OCDBT database, by tensorstore.
+"""Arrays in zarr 2 and zarr 3, in folders or an OCDBT database, read with tensorstore.
 
-tensorstore reads a chunk that does not exist as the array's fill value, mostly zeros. So nothing is
-returned before every chunk is known to be there, or to be left out on purpose.
+tensorstore reads a missing chunk as the array's fill value, usually zeros. So before an array is
+returned, every chunk is checked to exist or to be left out on purpose.
 """
 
 from __future__ import annotations
@@ -12,44 +12,44 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import tensorstore as ts
 from etils import epath
 
 from ptjax.errors import InputError
+from ptjax.files import JsonObject, Metadata
 from ptjax.interop.lazy_array import Index, LazyArray, ReadParts
 
-# A checkpoint does not change under its reader: no request asks whether what is cached is stale.
+# A checkpoint does not change while it is read: skip the requests that revalidate caches.
 _FINISHED = {"open": True, "recheck_cached_data": False, "recheck_cached_metadata": False}
 _SMALL = 1 << 26
 _MAX_RATIO = 2000
-"""What compression may make of an array over 64 MiB; weights give 1.1, ones and zeros under gzip
-1,000. Beyond it a file claims an array that it does not hold."""
+"""Highest plausible compression ratio of an array over 64 MiB; weights reach 1.1, constant arrays
+under gzip 1,000. Beyond it the metadata claims an array that the file cannot hold."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ArrayLocation:
-    """Where an array lies.
+    """Where an array is stored.
 
     Attributes:
-        kvstore: tensorstore's description of the folder (or of the prefix in a database).
+        kvstore: tensorstore's spec of the folder (or of the prefix in a database).
         keys: the names below it: ".zarray" or "zarr.json", and the chunks.
-        where: the same for messages.
-        may_omit: whether the writer left out chunks that hold nothing but the fill value.
+        where: the location in messages.
+        may_omit: whether the writer leaves out chunks that hold only the fill value.
         size_of: key -> bytes of that chunk's file, compressed.
     """
 
-    kvstore: dict[str, Any]
+    kvstore: JsonObject
     keys: set[str]
     where: str
     may_omit: bool
     size_of: Callable[[str], int]
 
 
-def kvstore_spec(folder: epath.Path) -> dict[str, Any]:
-    """tensorstore's description of a local or gs:// folder."""
+def kvstore_spec(folder: epath.Path) -> JsonObject:
+    """tensorstore's spec of a local or gs:// folder."""
     text = os.fspath(folder)
     if text.startswith("gs://"):
         bucket, _, path = text.removeprefix("gs://").partition("/")
@@ -58,67 +58,67 @@ def kvstore_spec(folder: epath.Path) -> dict[str, Any]:
 
 
 def file_size(folder: epath.Path) -> Callable[[str], int]:
-    """`ArrayLocation.size_of` for an array in a folder of its own."""
+    """`ArrayLocation.size_of` of an array in a folder."""
     return lambda key: (folder / key).stat().length
 
 
 def open_zarrs(requests: Mapping[str, ArrayLocation]) -> dict[str, LazyArray]:
-    """Parameter name -> array, all opened at once and none read.
+    """Parameter name -> array, opened concurrently; no data is read.
 
-    With futures, not asyncio: a notebook's event loop is already running.
+    Uses futures instead of asyncio, because a notebook's event loop is already running.
 
     Raises:
         InputError: an array's metadata or one of its chunks is missing or damaged.
     """
     opening = {}
-    context = ts.Context()  # caches of its own: the next load looks at the files anew
-    for name, stored in requests.items():
-        driver = "zarr3" if "zarr.json" in stored.keys else "zarr"
-        if driver == "zarr" and ".zarray" not in stored.keys:
+    context = ts.Context()  # separate caches, so that the next load reads the files again
+    for name, location in requests.items():
+        driver = "zarr3" if "zarr.json" in location.keys else "zarr"
+        if driver == "zarr" and ".zarray" not in location.keys:
             raise InputError(
-                f"{stored.where}/.zarray: the file of parameter {name} is missing; copy the "
+                f"{location.where}/.zarray: the file of parameter {name} is missing; copy the "
                 "checkpoint again, dotfiles included"
             )
-        spec = {"driver": driver, "kvstore": stored.kvstore, **_FINISHED}
+        spec = {"driver": driver, "kvstore": location.kvstore, **_FINISHED}
         opening[name] = ts.open(spec, read=True, context=context)
     arrays = {}
-    for name, stored in requests.items():
+    for name, location in requests.items():
         try:
             array = opening[name].result()
         except ValueError as error:
             raise InputError(
-                f"{stored.where}: parameter {name} cannot be opened ({reason_of(error)})"
+                f"{location.where}: parameter {name} cannot be opened ({reason_of(error)})"
             ) from error
-        chunks = _present_chunks(array, name, stored)
+        chunks = _present_chunks(array, name, location)
         arrays[name] = LazyArray(
-            array.shape, array.dtype.name, _reader(array, name, stored, chunks), stored.where
+            array.shape, array.dtype.name, _reader(array, name, location, chunks), location.where
         )
     return arrays
 
 
-def _present_chunks(array: ts.TensorStore, name: str, stored: ArrayLocation) -> list[str]:
-    """The keys of the chunks that are there, all of them unless some may be left out."""
+def _present_chunks(array: ts.TensorStore, name: str, location: ArrayLocation) -> list[str]:
+    """The keys of the chunks that exist: all of them, unless the writer may omit some."""
     metadata = array.spec().to_json()["metadata"]
-    if stored.may_omit and metadata.get("fill_value") is not None:
-        return sorted(key for key in stored.keys if key not in (".zarray", "zarr.json"))
-    # Orbax 0.6 to 0.8 left such chunks out of folders too, where nothing tells them from lost ones.
+    if location.may_omit and metadata.get("fill_value") is not None:
+        return sorted(key for key in location.keys if key not in (".zarray", "zarr.json"))
+    # Orbax 0.6 to 0.8 omitted such chunks in folders too, where they look like lost files.
     filled = metadata.get("fill_value") is not None
     hint = " (if it was all zeros, save it with a newer Orbax)" if filled else ""
     present = []
     for chunk in _chunk_keys(array.shape, metadata):
-        if chunk not in stored.keys:
+        if chunk not in location.keys:
             raise InputError(
-                f"{stored.where}/{chunk}: a chunk of parameter {name} is missing; copy the "
+                f"{location.where}/{chunk}: a chunk of parameter {name} is missing; copy the "
                 f"checkpoint again{hint}"
             )
         present.append(chunk)
     return present
 
 
-def _chunk_keys(shape: tuple[int, ...], metadata: Mapping[str, Any]) -> Iterator[str]:
-    """The key of each chunk; the last one of an axis may stick out.
+def _chunk_keys(shape: tuple[int, ...], metadata: Metadata) -> Iterator[str]:
+    """The key of each chunk; the last one along an axis may extend beyond the array.
 
-    zarr 2: "0.1", and "0" of a scalar. zarr 3: "c/0/1", and "c" of a scalar, or as zarr 2.
+    zarr 2: "0.1", and "0" for a scalar. zarr 3: "c/0/1", and "c" for a scalar, or as in zarr 2.
     """
     if "chunk_grid" in metadata:
         sizes = metadata["chunk_grid"]["configuration"]["chunk_shape"]
@@ -130,7 +130,7 @@ def _chunk_keys(shape: tuple[int, ...], metadata: Mapping[str, Any]) -> Iterator
         sizes, first = metadata["chunks"], []
         separator = metadata.get("dimension_separator", ".")
     counts = [-(-size // chunk) for size, chunk in zip(shape, sizes, strict=True)]
-    # Not itertools.product: it would first list what a damaged shape claims, before any is missed.
+    # Not itertools.product: with a damaged, huge shape it would first build all of its input lists.
     for number in range(math.prod(counts)):
         index: list[str] = []
         for count in reversed(counts):
@@ -140,17 +140,17 @@ def _chunk_keys(shape: tuple[int, ...], metadata: Mapping[str, Any]) -> Iterator
 
 
 def _reader(
-    array: ts.TensorStore, name: str, stored: ArrayLocation, chunks: list[str]
+    array: ts.TensorStore, name: str, location: ArrayLocation, chunks: list[str]
 ) -> ReadParts:
     claimed = math.prod(array.shape) * array.dtype.numpy_dtype.itemsize
 
     def read_parts(indices: Sequence[Index]) -> list[np.ndarray]:
         if claimed > _SMALL:
-            held = sum(map(stored.size_of, chunks))
-            if claimed > _MAX_RATIO * held:
+            on_disk = sum(map(location.size_of, chunks))
+            if claimed > _MAX_RATIO * on_disk:
                 raise InputError(
-                    f"{stored.where}: parameter {name} claims {claimed:,} bytes, its files hold "
-                    f"{held:,}; the checkpoint is damaged, copy it again"
+                    f"{location.where}: parameter {name} claims {claimed:,} bytes, but its files "
+                    f"hold {on_disk:,}; the checkpoint is damaged, copy it again"
                 )
         try:
             with ts.Batch() as batch:  # a chunk is fetched and decompressed once for all parts
@@ -158,7 +158,7 @@ def _reader(
             return [part.result() for part in reading]
         except ValueError as error:
             raise InputError(
-                f"{stored.where}: parameter {name} cannot be read ({reason_of(error)}); the file "
+                f"{location.where}: parameter {name} cannot be read ({reason_of(error)}); the file "
                 "is truncated or damaged, copy it again"
             ) from error
 
@@ -168,12 +168,11 @@ def _reader(
 # OCDBT
 
 
-def open_database(folder: epath.Path) -> tuple[dict[str, Any], dict[str, int]]:
-    """(tensorstore's description of an OCDBT database, key -> bytes of its value).
+def open_database(folder: epath.Path) -> tuple[JsonObject, dict[str, int]]:
+    """(tensorstore's spec of an OCDBT database, key -> bytes of its value).
 
-    Every data file that the index names is known to be there, at its full length: opening and
-    listing touch the index alone, and a missing `ocdbt.process_0/d/` file would come to light in
-    the middle of loading.
+    Checks that every data file in the index exists with its full length: opening and listing read
+    only the index, so a missing `ocdbt.process_0/d/` file would fail in the middle of loading.
 
     Raises:
         InputError: the database is damaged, or one of its files is missing or truncated.
@@ -189,7 +188,7 @@ def open_database(folder: epath.Path) -> tuple[dict[str, Any], dict[str, int]]:
     return {"driver": "ocdbt", "base": base}, sizes
 
 
-def _check_files(base: dict[str, Any], folder: epath.Path) -> dict[str, int]:
+def _check_files(base: JsonObject, folder: epath.Path) -> dict[str, int]:
     """Key -> bytes of each value in the newest version of a database."""
     store = ts.KvStore.open(base).result()
     manifest = ts.ocdbt.dump(store).result()
@@ -198,9 +197,9 @@ def _check_files(base: dict[str, Any], folder: epath.Path) -> dict[str, int]:
     pending = [(b"", manifest["versions"][-1]["root"]["location"])]
     seen: set[str] = set()
     while pending:
-        prefix, location = pending.pop()  # the keys of a node lack what all of them begin with
-        if location in seen:  # a node has one parent: the file was made to be read forever
-            raise InputError(f"{folder}: the checkpoint is damaged (its index goes in a circle)")
+        prefix, location = pending.pop()  # a node's keys are stored without their common prefix
+        if location in seen:  # a node has one parent; a malicious file would loop forever
+            raise InputError(f"{folder}: the checkpoint is damaged (its index has a cycle)")
         seen.add(location)
         node = ts.ocdbt.dump(store, location).result()
         for entry in node["entries"]:
@@ -214,23 +213,21 @@ def _check_files(base: dict[str, Any], folder: epath.Path) -> dict[str, int]:
     for file, size in needed.items():
         path = folder / file
         if not path.exists():
-            raise InputError(f"{path}: the file is missing, parameters lie in it; copy it again")
+            raise InputError(f"{path}: the file is missing, it holds parameters; copy it again")
         if path.stat().length < size:
-            raise InputError(f"{path}: the file is truncated, parameters lie in it; copy it again")
+            raise InputError(f"{path}: the file is truncated, it holds parameters; copy it again")
     return sizes
 
 
 def _need(location: str, needed: dict[str, int], folder: epath.Path) -> int:
-    """Notes which file holds a value, and how much of it; the value's length.
+    """Records in `needed` how long the file of a value must be; returns the value's length.
 
-    "value:ocdbt.process_0/:d/5858be...:0:1034": kind, folder, file, offset, length.
+    A location is "value:ocdbt.process_0/:d/5858be...:0:1034": kind, folder, file, offset, length.
     """
     _, inside, name, offset, length = location.split(":")
     file = inside + name
     if file.startswith("/") or ".." in file.split("/"):
-        raise InputError(
-            f"{folder}: the index names {file!r}, which leaves the checkpoint; refused"
-        )
+        raise InputError(f"{folder}: the index names {file!r}, which is outside of the checkpoint")
     needed[file] = max(needed.get(file, 0), int(offset) + int(length))
     return int(length)
 

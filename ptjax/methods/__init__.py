@@ -1,1 +1,1 @@
-"""What trains, one file per method; `base` has the protocol."""
+"""Methods: which variables are trained and how, one file each; `base` has the protocol."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, get_args
+from typing import Literal, Protocol, get_args, runtime_checkable
 
 from ptjax.data.batch import SpecialIds
 from ptjax.errors import InputError, check_choice, check_share
@@ -12,7 +12,23 @@ Dtype = Literal["float32", "bfloat16"]
 Remat = Literal["none", "dots", "full"]
 
 
-def check_ids(config: Any) -> None:
+@runtime_checkable
+class HasIds(Protocol):
+    """A config with a vocabulary and special ids."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def pad_id(self) -> int: ...
+    @property
+    def eos_ids(self) -> tuple[int, ...]: ...
+    @property
+    def decoder_start_id(self) -> int: ...
+    @property
+    def forced_bos_id(self) -> int | None: ...
+
+
+def check_ids(config: HasIds) -> None:
     """InputError unless the special ids of a config are ids of its vocabulary."""
     owner = type(config).__name__
     if not config.eos_ids:
@@ -40,20 +56,20 @@ class T5Config:
         mlp_activations: `("relu",)` is T5 1.0, `("gelu", "linear")` (gated) is T5 1.1. The names
             are Flax's, whose `gelu` is the tanh approximation; `gelu_exact` is the one with erf.
         logits_via_embedding: True ties the logits to the embedding, scaled by 1/sqrt(D) (T5 1.0).
-        relpos_per_layer: every layer has a table of relative position biases of its own (umT5);
+        relpos_per_layer: every layer has its own table of relative position biases (umT5);
             otherwise the layers of a stack share one.
-        dtype: of the activations; the parameters' own dtype is decided where they are loaded.
-        scan_layers: compile one layer of a stack and scan over them; see `models.stacking`.
-        remat: what a layer computes again on the way back instead of keeping it: "none", "dots"
-            (all but the outputs of its projections; half a per cent more work) or "full" (all but
-            its input; 40% more work).
-        pad_id: fills rows up to their length. Which positions are padding is told by lengths, never
-            by this id.
-        eos_ids: any of them ends a generated text. The tokenizer's own, which ends inputs and
-            targets, is one of them.
+        dtype: of the activations; the parameters' dtype is chosen on loading.
+        scan_layers: compile one layer of a stack and scan over the layers; see `models.stacking`.
+        remat: rematerialisation: which activations a layer recomputes in the backward pass:
+            "none", "dots" (all except the outputs of its projections; 0.5% more work) or "full"
+            (all except its input; 40% more work).
+        pad_id: fills rows up to their length. Lengths say which positions are padding, never this
+            id.
+        eos_ids: any of them ends a generated text. The tokenizer's EOS, which ends inputs and
+            targets, must be one of them.
         decoder_start_id: the decoder's first input.
-        forced_bos_id: the first token of every generated text, whatever the model says. As in
-            transformers, training targets and ranked labels stay as they are.
+        forced_bos_id: the first token of every generated text. As in transformers, it does not
+            affect training targets and ranked labels.
     """
 
     vocab_size: int
@@ -87,5 +103,5 @@ class T5Config:
 
     @property
     def special_ids(self) -> SpecialIds:
-        """The ids that are no text, for what batches examples and generates."""
+        """The ids with a special meaning, for batching and generation."""
         return SpecialIds(self.pad_id, self.eos_ids, self.decoder_start_id, self.forced_bos_id)

@@ -1,7 +1,7 @@
-"""What the rest of ptjax asks of a kind of network; each kind answers in one file beside it.
+"""The interface between ptjax and a kind of network; each kind implements it in its own file.
 
-`t5_family` is T5, with mT5, Flan-T5, ByT5, umT5, UL2 and MADLAD as variants of its config, and
-`module_family` a Flax module of one's own. All else that knows a network by its names asks here.
+`t5_family` is T5, with mT5, Flan-T5, ByT5, umT5, UL2 and MADLAD as variants of its config;
+`module_family` is a user's Flax module. Code outside of `models` uses this interface only.
 """
 
 from __future__ import annotations
@@ -14,19 +14,21 @@ from jax.sharding import PartitionSpec
 
 from ptjax.data.batch import SpecialIds
 from ptjax.errors import InputError
+from ptjax.files import JsonObject, Metadata
+from ptjax.models.stacking import GatherFn
 from ptjax.trees import Tree
 
 ApplyFn = Callable[..., Any]
 Parts = dict[str, tuple[slice, ...]]
 Rules = Sequence[tuple[str, PartitionSpec]]
-"""(pattern of a whole path, spec), the first match wins. `fsdp` in a spec is `data` where a stack
-of layers is divided over it too, else nothing."""
+"""(pattern of a whole path, spec); the first match wins. `fsdp` in a spec means `data` if weights
+are also sharded over it, otherwise it is dropped."""
 
 Feature = Literal["packing", "blind prompts", "fsdp", "int8", "scanned layers", "remat"]
 
 
 class NameRule(NamedTuple):
-    """A parameter's name in ptjax and in Hugging Face's files; `{i}` is the layer."""
+    """A parameter's name in ptjax and in Hugging Face's files; `{i}` is the layer's index."""
 
     ours: str
     theirs: str
@@ -35,7 +37,7 @@ class NameRule(NamedTuple):
 
 @runtime_checkable
 class ArrayInfo(Protocol):
-    """An array that is still in its file."""
+    """Shape and location of an array that is still in its file."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -45,7 +47,7 @@ class ArrayInfo(Protocol):
 
 @runtime_checkable
 class Config(Protocol):
-    """What everything outside of `models` reads of any network's config, a frozen dataclass."""
+    """The fields of any network's config that code outside of `models` reads; a dataclass."""
 
     @property
     def vocab_size(self) -> int: ...
@@ -69,12 +71,12 @@ class Family(Protocol):
 
     @property
     def title(self) -> str:
-        """How messages call such a network, "a T5"."""
+        """The network in messages, "a T5"."""
         ...
 
     @property
     def described(self) -> str:
-        """The same with whose names it has, "a T5 under T5X's names"."""
+        """The same with the origin of its names, "a T5 under T5X's names"."""
         ...
 
     @property
@@ -84,17 +86,17 @@ class Family(Protocol):
 
     @property
     def sharding_rules(self) -> Rules:
-        """Where its parameters and its prompt live on a mesh."""
+        """The sharding of its parameters and its prompt."""
         ...
 
     @property
     def divided(self) -> Sequence[str]:
-        """Fields of the config that the mesh's axis `model` has to divide."""
+        """Config fields that must be divisible by the mesh's axis `model`."""
         ...
 
     @property
     def divided_by_fsdp(self) -> Sequence[str]:
-        """Those that `data` has to divide too with `fsdp`."""
+        """Config fields that with `fsdp` must also be divisible by the axis `data`."""
         ...
 
     @property
@@ -104,25 +106,25 @@ class Family(Protocol):
 
     @property
     def lacks(self) -> Collection[Feature]:
-        """What such a network cannot do; `check_supported` refuses it by name."""
+        """Unsupported features; `check_supported` refuses them by name."""
         ...
 
     @property
     def old_fields(self) -> Sequence[str]:
-        """Of the config, what the first version of the fingerprint covers."""
+        """The config fields that the first version of the fingerprint covers."""
         ...
 
     @property
     def not_computed(self) -> Collection[str]:
-        """Of the config, what changes no logits of given tokens."""
+        """The config fields that do not affect the logits of given tokens."""
         ...
 
     def check_name(self, path: str, array: ArrayInfo) -> None:
         """InputError if no such network has a parameter of this name and rank."""
         ...
 
-    def infer_config(self, stored: Mapping[str, ArrayInfo], name: str) -> dict[str, Any]:
-        """The fields of the config that the parameters' names and shapes tell.
+    def infer_config(self, lazy_arrays: Mapping[str, ArrayInfo], name: str) -> JsonObject:
+        """The config fields that can be inferred from the parameters' names and shapes.
 
         Args:
             name: of the backbone, for messages.
@@ -132,16 +134,19 @@ class Family(Protocol):
         """
         ...
 
-    def check_depth(self, stored: Mapping[str, ArrayInfo], config: Any, name: str) -> None:
-        """InputError if the config has more layers than are stored; nothing is traced."""
+    def check_depth(self, lazy_arrays: Mapping[str, ArrayInfo], config: Any, name: str) -> None:
+        """InputError if the config has more layers than the files; does not trace the network."""
         ...
 
     def parameter_shapes(self, config: Any) -> Tree:
-        """The parameters as `jax.ShapeDtypeStruct`s; nothing is computed."""
+        """The parameters as `jax.ShapeDtypeStruct`s, without computing them."""
         ...
 
-    def tensor_names(self, fields: Mapping[str, Any]) -> Sequence[NameRule]:
-        """The parameters' names here and at Hugging Face, for a config with these fields."""
+    def tensor_names(self, fields: Metadata) -> Sequence[NameRule]:
+        """The parameters' names in ptjax and at Hugging Face, for these config fields.
+
+        Empty for a network that Hugging Face does not have.
+        """
         ...
 
     def build(
@@ -149,30 +154,33 @@ class Family(Protocol):
         config: Any,
         *,
         attends_to_input: bool = True,
-        gather: Callable[..., Any] | None = None,
+        gather: GatherFn | None = None,
         collections: tuple[str, ...] = (),
     ) -> ApplyFn:
-        """`apply_fn(variables, ..., method=)` for such prompts, the same object each time.
-
-        In `collections` the network's modules have arrays beside their `params`.
+        """`apply_fn(variables, ..., method=)`; the same object for the same arguments.
 
         The methods are those of `prompted.PromptedT5`: none (logits), `encode`, `init_cache`,
-        `decode_step`, and `prompt_states` of a network that takes prompts which see no input.
+        `decode_step`, and `prompt_states` if the network supports input-independent prompts.
+
+        Args:
+            attends_to_input: of the prompts.
+            gather: makes sharded weights whole before they are used; see `stacking.GatherFn`.
+            collections: collections other than `params` that hold arrays of the modules.
         """
         ...
 
-    def embedding(self, params: Mapping[str, Any]) -> jax.Array:
-        """The table [V, D] of the input's tokens, for initialisers, RMS and nearest tokens."""
+    def embedding(self, params: Tree) -> jax.Array:
+        """The embedding table [V, D], for initialisers, RMS and nearest tokens."""
         ...
 
     def is_quantized(self, path: str) -> bool:
-        """Whether int8 holds this parameter."""
+        """Whether `quantize="int8"` quantizes this parameter."""
         ...
 
     def fingerprint_parts(self, path: str, shape: tuple[int, ...]) -> Parts:
-        """The parts of a parameter that the fingerprints sample, as the slices of each axis.
+        """The parts of a parameter that the fingerprints sample, as one slice per axis.
 
-        "rows" go into both fingerprints, "grid" into v2 alone.
+        "rows" are part of both fingerprints, "grid" only of v2.
         """
         ...
 
@@ -192,23 +200,22 @@ def check_supported(family: Family, *features: Feature) -> None:
     for feature in features:
         if feature in family.lacks:
             raise InputError(
-                f"{_SETTINGS[feature]}: {family.title} cannot be run so, only ptjax's own T5 can; "
-                "leave the setting out"
+                f"{_SETTINGS[feature]} is not supported by {family.title}, only by ptjax's own T5; "
+                "remove the setting"
             )
 
 
-def embedding_of(params: Mapping[str, Any], path: str) -> jax.Array:
+def embedding_of(params: Tree, path: str) -> jax.Array:
     """The leaf of nested `params` at `path`, "a/b"."""
-    found: Any = params
     for name in path.split("/"):
-        found = found[name]
-    return found
+        params = params[name]
+    return params
 
 
 def grid_of(shape: tuple[int, ...]) -> tuple[slice, ...]:
-    """Steps of at most 61 (fewer than a head is wide) along each axis, at least 64 entries of it.
+    """Slices that sample each axis with a step of at most 61, at least 64 entries if it has them.
 
-    A dense change (another scale, merged LoRA, more training) shows in it, and that of a head or
-    another band of rows or columns.
+    The sample changes with any dense change (another scale, merged LoRA, more training), and with
+    a change of one head or another band of rows or columns: 61 is less than a head's width.
     """
     return tuple(slice(None, None, min(61, max(1, size // 64))) for size in shape)

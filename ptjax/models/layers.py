@@ -20,11 +20,14 @@ from jaxtyping import Array, Bool, Float, Int
 from ptjax.models.config import T5Config
 
 KeysValues = tuple[Array, Array]
-"""Of one layer, for attention: two arrays of one shape."""
+"""The keys and values of one attention layer, arrays of the same shape."""
+
+LayerCache = dict[str, Array]
+"""Of a decoder layer: self_key, self_value [B, L, H, K] and cross_key, cross_value [B, S, H, K]."""
 
 MASKED = -1e10
 
-# Of `T5Config.mlp_activations`, what Flax has no function for; the other names are Flax's own.
+# The names in `T5Config.mlp_activations` that Flax has no function for.
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "linear": lambda x: x,
     "gelu_exact": functools.partial(nn.gelu, approximate=False),
@@ -58,7 +61,7 @@ def relative_position_bucket(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Quantized:
-    """A frozen kernel in a byte an entry: `values * scale`.
+    """A frozen kernel at one byte per entry: `values * scale`.
 
     A pytree: shapes and shardings come in the same form.
 
@@ -105,7 +108,7 @@ class RMSNorm(nn.Module):
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
 
-        # Recomputed on the way back: cheaper than to store float32 copies of every x.
+        # Recomputed in the backward pass: cheaper than storing float32 copies of every x.
         @jax.checkpoint
         def normalize(x: Array, scale: Array) -> Array:
             x = x.astype(jnp.float32)
@@ -141,7 +144,7 @@ class RelativePositionBias(nn.Module):
             max_distance=cfg.relpos_max_distance,
         )
         if queries != keys:
-            # The rows are picked before the table is looked up: a decoding step needs one of them.
+            # Rows are selected before the table lookup: a decoding step needs one of them.
             buckets = jax.lax.dynamic_slice_in_dim(jnp.asarray(buckets), position, queries)
         return table.astype(cfg.dtype)[None, :, buckets]
 
@@ -182,8 +185,8 @@ class Attention(nn.Module):
         deterministic: bool,
         prompt: tuple[KeysValues, Float[Array, "#B #H #q P"]] | None = None,
     ) -> Float[Array, "B q D"]:
-        """`prompt`: keys and values [P, H, K] that stand before everyone's own, and their bias."""
-        # Heads first: XLA's CPU products over a leading batch are twice as fast.
+        """`prompt`: keys and values [P, H, K] that all queries attend to, and their bias."""
+        # Heads first: XLA's CPU matmuls over leading batch axes are twice as fast.
         queries, keys, values = (
             jnp.swapaxes(y, 1, 2) for y in (self._split(self.query(x)), keys, values)
         )
@@ -205,7 +208,7 @@ class Attention(nn.Module):
         prompt_bias: Float[Array, "#B #H #q P"],
         deterministic: bool,
     ) -> Float[Array, "B H q K"]:
-        """One softmax over the prompt's keys and everyone's own, without laying them together."""
+        """One softmax over the prompt's keys and the example's own, without concatenating them."""
         prompt_keys, prompt_values = prompt
         prompt_logits = jnp.einsum("bhqd,phd->bhqp", queries, prompt_keys) + prompt_bias
         both = logits, prompt_logits
@@ -231,7 +234,7 @@ class MLP(nn.Module):
         names = [f"wi_{i}" for i in range(len(cfg.mlp_activations))] if gated else ["wi"]
         branches = [Dense(cfg.mlp_dim, cfg.dtype, name=name)(x) for name in names]
 
-        # Recomputed on the way back: a GELU's derivative would store five arrays of this size.
+        # Recomputed in the backward pass: a GELU's derivative would store five arrays of this size.
         @jax.checkpoint
         def activate(*branches: Array) -> Array:
             activated = [
@@ -245,11 +248,93 @@ class MLP(nn.Module):
         return Dense(cfg.emb_dim, cfg.dtype, name="wo")(hidden)
 
 
-def mask_bias(mask: Bool[Array, "#B #q k"], dtype: Any) -> Float[Array, "#B 1 #q k"]:
-    """0 where a key may be seen, -1e10 elsewhere.
+class EncoderLayer(nn.Module):
+    config: T5Config
 
-    T5X masks padded queries too. Their outputs reach neither the loss nor any real position, so
-    here they are left to attend as they like.
+    def setup(self) -> None:
+        cfg = self.config
+        if cfg.relpos_per_layer:
+            self.relpos_bias = RelativePositionBias(cfg, bidirectional=True)
+        self.pre_attention_layer_norm = RMSNorm(cfg.layer_norm_epsilon, cfg.dtype)
+        self.attention = Attention(cfg)
+        self.pre_mlp_layer_norm = RMSNorm(cfg.layer_norm_epsilon, cfg.dtype)
+        self.mlp = MLP(cfg)
+        self.dropout = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
+
+    def __call__(
+        self,
+        x: Float[Array, "B S D"],
+        bias: Float[Array, "#B H S S"],
+        deterministic: bool,
+        prompt: tuple[KeysValues, Float[Array, "#B H S P"]] | None = None,
+    ) -> tuple[Float[Array, "B S D"], KeysValues]:
+        """The layer's output, and its attention's keys and values [B, S, H, K]."""
+        y = self.pre_attention_layer_norm(x)
+        keys_values = self.attention.keys_values(y)
+        y = self.attention(y, *keys_values, bias, deterministic, prompt)
+        x = x + self.dropout(y, deterministic)
+        y = self.mlp(self.pre_mlp_layer_norm(x), deterministic)
+        return x + self.dropout(y, deterministic), keys_values
+
+
+class DecoderLayer(nn.Module):
+    config: T5Config
+
+    def setup(self) -> None:
+        cfg = self.config
+        if cfg.relpos_per_layer:
+            self.relpos_bias = RelativePositionBias(cfg, bidirectional=False)
+        self.pre_self_attention_layer_norm = RMSNorm(cfg.layer_norm_epsilon, cfg.dtype)
+        self.self_attention = Attention(cfg)
+        self.pre_cross_attention_layer_norm = RMSNorm(cfg.layer_norm_epsilon, cfg.dtype)
+        self.encoder_decoder_attention = Attention(cfg)
+        self.pre_mlp_layer_norm = RMSNorm(cfg.layer_norm_epsilon, cfg.dtype)
+        self.mlp = MLP(cfg)
+        self.dropout = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
+
+    def __call__(
+        self,
+        x: Float[Array, "B l D"],
+        encoded: Float[Array, "B S D"] | LayerCache,
+        position: Int[Array, ""] | int,
+        self_bias: Float[Array, "#B H l L"],
+        cross_bias: Float[Array, "B 1 #l S"],
+        deterministic: bool,
+        prompt: KeysValues | None = None,
+    ) -> tuple[Float[Array, "B l D"], LayerCache | None]:
+        """Runs on whole targets with the encoder's output, or on some of them with a cache.
+
+        With a cache in place of `encoded`, x are the targets `position ... position + l - 1`; the
+        returned cache contains their keys and values.
+        """
+        y = self.pre_self_attention_layer_norm(x)
+        key, value = self.self_attention.keys_values(y)
+        cache = None
+        if isinstance(encoded, dict):
+            cross_keys_values = encoded["cross_key"], encoded["cross_value"]
+            if key.shape != encoded["self_key"].shape:
+                start = (0, position, 0, 0)
+                key = jax.lax.dynamic_update_slice(encoded["self_key"], key, start)
+                value = jax.lax.dynamic_update_slice(encoded["self_value"], value, start)
+            cache = encoded | {"self_key": key, "self_value": value}
+        else:
+            cross_keys_values = self.encoder_decoder_attention.keys_values(encoded)
+        y = self.self_attention(y, key, value, self_bias, deterministic)
+        x = x + self.dropout(y, deterministic)
+        y = self.pre_cross_attention_layer_norm(x)
+        # Every target attends to the whole prompt; cross-attention has no relative positions.
+        shared = None if prompt is None else (prompt, jnp.zeros((1, 1, 1, 1), x.dtype))
+        y = self.encoder_decoder_attention(y, *cross_keys_values, cross_bias, deterministic, shared)
+        x = x + self.dropout(y, deterministic)
+        y = self.mlp(self.pre_mlp_layer_norm(x), deterministic)
+        return x + self.dropout(y, deterministic), cache
+
+
+def mask_bias(mask: Bool[Array, "#B #q k"], dtype: Any) -> Float[Array, "#B 1 #q k"]:
+    """0 where a query may attend to a key, -1e10 elsewhere.
+
+    T5X masks padded queries too; here they are not masked, because their outputs reach neither
+    the loss nor any real position.
     """
     return jnp.where(mask, 0.0, MASKED).astype(dtype)[:, None]
 
@@ -260,7 +345,7 @@ def same_segment(queries: Int[Array, "B q"], keys: Int[Array, "B k"]) -> Bool[Ar
 
 
 def positions_in_segments(segment_ids: Int[Array, "B t"]) -> Int[Array, "B t"]:
-    """Positions that start at 0 with every example of a packed row."""
+    """Positions that restart at 0 for every example of a packed row."""
     index = jnp.arange(segment_ids.shape[1])
     before = jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)))
     return index - jax.lax.cummax(jnp.where(segment_ids != before, index, 0), axis=1)

@@ -1,6 +1,6 @@
-"""A Flax module of one's own as the frozen backbone: T5X's network, or one of its form.
+"""A user's Flax module as the frozen backbone: T5X's network, or one with its interface.
 
-`module_network` says what ptjax asks of a module, and runs it.
+`module_network` documents that interface and runs the module.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from ptjax.data.batch import SpecialIds
 from ptjax.errors import InputError, check_share
+from ptjax.files import JsonObject, Metadata
 from ptjax.models.config import Dtype, T5Config, check_ids
 from ptjax.models.family import (
     ApplyFn,
@@ -32,19 +33,21 @@ from ptjax.models.family import (
     grid_of,
 )
 from ptjax.models.module_network import TEXT, ModuleApply
+from ptjax.models.stacking import GatherFn
+from ptjax.trees import Tree
 
 REPLICATED: Rules = ((r"params/.*", P()), (r"prompt/.*", P()))
 
 
 @dataclasses.dataclass(frozen=True)
 class ModuleConfig:
-    """What ptjax needs to know of a module's sizes; the module itself knows the rest.
+    """The sizes of a module that ptjax needs; the module itself defines the rest.
 
     Attributes:
         vocab_size, emb_dim: of the embedder's table.
-        dtype: of the weights; the activations' is the module's own affair.
+        dtype: of the weights; the module decides the dtype of its activations.
         dropout_rate: 0 trains without dropout, anything else with the module's own rates.
-        pad_id, eos_ids, decoder_start_id, forced_bos_id: as in `T5Config`; T5's if nobody says.
+        pad_id, eos_ids, decoder_start_id, forced_bos_id: as in `T5Config`; the defaults are T5's.
     """
 
     vocab_size: int
@@ -71,41 +74,43 @@ class ModuleConfig:
 
 
 def flax_module(
-    module: Any, *, embedder: str = "token_embedder", sharding_rules: Rules = REPLICATED
+    module: object, *, embedder: str = "token_embedder", sharding_rules: Rules = REPLICATED
 ) -> ModuleFamily:
     """The family of one Flax module, for `load_backbone(path, family=flax_module(module))`.
 
     Args:
-        module: of the form that `models.module_network` describes, as T5X's
-            `network.Transformer`; or what has one as its `.module`, T5X's `EncoderDecoderModel`
-            (its vocabularies and optimizer are not used).
+        module: a module with the interface that `models.module_network` describes, such as T5X's
+            `network.Transformer`; or an object with one as its `.module`, such as T5X's
+            `EncoderDecoderModel` (its vocabularies and optimizer are not used).
         embedder: path of the submodule that embeds the input's tokens, "a/b".
         sharding_rules: (pattern of "params/...", PartitionSpec) over `data` and `model`; the
-            default has the weights whole on every device.
+            default replicates the weights on every device.
 
     Raises:
-        InputError: it is no Flax module, or lacks `encode` or `decode`.
+        InputError: it is not a Flax module, or lacks `encode` or `decode`.
     """
-    found = module if isinstance(module, nn.Module) else getattr(module, "module", None)
-    if not isinstance(found, nn.Module):
-        raise InputError(f"flax_module: {type(module).__name__} is no Flax module and has none")
+    network = module if isinstance(module, nn.Module) else getattr(module, "module", None)
+    if not isinstance(network, nn.Module):
+        raise InputError(
+            f"flax_module: {type(module).__name__} is neither a Flax module nor has one as .module"
+        )
     for method in ("encode", "decode"):
-        if not callable(getattr(found, method, None)):
+        if not callable(getattr(network, method, None)):
             raise InputError(
-                f"flax_module: {type(found).__name__} has no method {method!r}; ptjax runs modules "
-                "of the form of T5X's network, see docs/own_networks.md"
+                f"flax_module: {type(network).__name__} has no method {method!r}; ptjax needs "
+                "the interface of T5X's network, see docs/own_networks.md"
             )
-    return ModuleFamily(found, embedder, sharding_rules)
+    return ModuleFamily(network, embedder, sharding_rules)
 
 
 @dataclasses.dataclass(eq=False)
 class ModuleFamily:
-    """See `family.Family`. Made by `flax_module`; one object stands for one module."""
+    """See `family.Family`. Made by `flax_module`; one object per module."""
 
     module: nn.Module
     embedder: str = "token_embedder"
     sharding_rules: Rules = REPLICATED
-    title: str = "a Flax module of one's own"
+    title: str = "a custom Flax module"
     described: str = ""
     embedding_path: str = ""
     config_type: type = ModuleConfig
@@ -135,10 +140,10 @@ class ModuleFamily:
         self.build = functools.cache(self._build)
 
     def check_name(self, path: str, array: ArrayInfo) -> None:
-        """Any name may be one of the module's; `parameter_shapes` decides."""
+        """Accepts any name; the comparison with `parameter_shapes` decides."""
 
-    def infer_config(self, stored: Mapping[str, ArrayInfo], name: str) -> dict[str, Any]:
-        table = stored.get(self.embedding_path)
+    def infer_config(self, lazy_arrays: Mapping[str, ArrayInfo], name: str) -> JsonObject:
+        table = lazy_arrays.get(self.embedding_path)
         if table is None:
             raise InputError(
                 f"{name}: parameter {self.embedding_path} is missing; name the module that embeds "
@@ -151,15 +156,17 @@ class ModuleFamily:
             )
         return {"vocab_size": table.shape[0], "emb_dim": table.shape[1]}
 
-    def check_depth(self, stored: Mapping[str, ArrayInfo], config: ModuleConfig, name: str) -> None:
-        """The module is the user's own, and as deep as it is."""
+    def check_depth(
+        self, lazy_arrays: Mapping[str, ArrayInfo], config: ModuleConfig, name: str
+    ) -> None:
+        """Nothing to check: the module's code decides its depth, not a file."""
 
-    def parameter_shapes(self, config: ModuleConfig) -> dict[str, Any]:
+    def parameter_shapes(self, config: ModuleConfig) -> Tree:
         return self._shapes
 
     @functools.cached_property
-    def _shapes(self) -> dict[str, Any]:
-        def init(key: jax.Array) -> Any:
+    def _shapes(self) -> Tree:
+        def init(key: jax.Array) -> Tree:
             tokens = jnp.full((1, 2), TEXT, jnp.int32)
 
             def everything(module: Any) -> None:
@@ -170,8 +177,8 @@ class ModuleFamily:
 
         return jax.eval_shape(init, jax.random.key(0))
 
-    def tensor_names(self, fields: Mapping[str, Any]) -> Sequence[NameRule]:
-        """None: Hugging Face has no such network. Files have the parameters' own names."""
+    def tensor_names(self, fields: Metadata) -> Sequence[NameRule]:
+        """Empty: Hugging Face does not have the network; files use the parameters' own names."""
         return ()
 
     def _build(
@@ -179,24 +186,25 @@ class ModuleFamily:
         config: ModuleConfig,
         *,
         attends_to_input: bool = True,
-        gather: Any = None,
+        gather: GatherFn | None = None,
         collections: tuple[str, ...] = (),
     ) -> ApplyFn:
         if not attends_to_input:
             check_supported(self, "blind prompts")
         if gather is not None:
             check_supported(self, "fsdp")
-        own = getattr(getattr(self.module, "config", None), "dropout_rate", config.dropout_rate)
-        if config.dropout_rate and config.dropout_rate != own:
+        module_config = getattr(self.module, "config", None)
+        module_rate = getattr(module_config, "dropout_rate", config.dropout_rate)
+        if config.dropout_rate and config.dropout_rate != module_rate:
             logging.warning(
-                "dropout_rate = %s: the module trains with its own, %s; 0 switches it off",
+                "dropout_rate = %s is ignored: the module uses its own, %s; 0 disables dropout",
                 config.dropout_rate,
-                own,
+                module_rate,
             )
         dropout = config.dropout_rate > 0
         return ModuleApply(self, self.module, self.embedder, dropout, ("params", *collections))
 
-    def embedding(self, params: Mapping[str, Any]) -> jax.Array:
+    def embedding(self, params: Tree) -> jax.Array:
         return embedding_of(params, self.embedding_path)
 
     def is_quantized(self, path: str) -> bool:

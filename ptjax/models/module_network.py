@@ -1,17 +1,18 @@
-"""Runs a Flax module of T5X's form with a prompt in front of its input, for `module_family`.
+"""Runs a Flax module with T5X's interface and a prompt, for `module_family`.
 
-Nothing of the module is edited or copied. The prompt is put in front of what its embedder makes
-of the input, by an interceptor that stands while `encode` runs. ptjax asks of the module:
+The module is neither edited nor copied: an interceptor on its embedder prepends the prompt while
+`encode` runs. The module must have the methods
 
     encode(encoder_input_tokens, enable_dropout=) -> [B, S, D]
     decode(encoded, encoder_input_tokens, decoder_input_tokens, decoder_target_tokens,
            enable_dropout=, decode=, max_decode_length=) -> logits [B, L, V]
 
-`encode` calls its embedder once, a submodule with a parameter `embedding` [V, D]. A token 0 is
-masked as padding, others are text (ptjax says by lengths which are, whatever their ids). With
-`decode=True` each call of `decode` takes one more target and keeps what it needs in the collection
-`cache`: arrays [B, ...], and scalars that count the targets before. The first such call, over all
-`max_decode_length` targets, only makes the empty cache. `t5x/models.py` calls its network so.
+`encode` calls its embedder once, a submodule with a parameter `embedding` [V, D]. It masks token 0
+as padding and treats all others as text (ptjax derives padding from lengths, whatever the ids).
+With `decode=True` each call of `decode` takes one more target and keeps its state in the collection
+`cache`: arrays [B, ...], and scalars that count the previous targets. The first such call, over all
+`max_decode_length` targets, only creates the empty cache. `t5x/models.py` calls its network like
+this.
 """
 
 from __future__ import annotations
@@ -28,22 +29,22 @@ from flax.core import meta
 
 from ptjax.errors import InputError
 from ptjax.models.family import Family, check_supported
-from ptjax.models.prompt import Prompt
+from ptjax.models.prompt import Prompt, check_prompt_ids
 from ptjax.models.t5 import Encoded
-
-Variables = Mapping[str, Any]
+from ptjax.trees import Tree, Variables
 
 PADDING, TEXT = 0, 1
-"""What the module is told of a position; a token's own id stands for text unless it is 0."""
+"""Token ids passed to the module to mark positions; any id other than 0 is text to it."""
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class CacheForm:
-    """Of a module's cache, what does not change: how many targets it has places for.
+    """The static part of a module's cache.
 
     Attributes:
-        scalars: path and dtype of what counts the targets so far. ptjax counts them itself.
+        length: the number of targets that it has room for.
+        scalars: path and dtype of the counters of targets, which ptjax fills in itself.
     """
 
     length: int
@@ -51,9 +52,9 @@ class CacheForm:
 
 
 class ModuleApply:
-    """`apply_fn(variables, ..., method=)` of a module: `PromptedT5.apply` for all who call it.
+    """`apply_fn(variables, ..., method=)` of a module, with the interface of `PromptedT5.apply`.
 
-    One object for one family and config, for jit caches by it.
+    There is one object per family and config, so that jit's cache hits.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class ModuleApply:
         dropout: bool,
         collections: Sequence[str] = ("params",),
     ) -> None:
-        """Of the variables, the module is given `collections`."""
+        """`collections`: those of the variables that the module receives."""
         self.family, self.module, self.embedder, self.dropout = family, module, embedder, dropout
         self.collections = collections
 
@@ -104,7 +105,7 @@ class ModuleApply:
             train=train,
             rngs=_fold(rngs, 0),
         )
-        # Another key: two modules of one name would drop the same places.
+        # Different keys, or modules with the same name would use the same dropout mask.
         return self._decode(
             variables,
             encoded,
@@ -125,7 +126,7 @@ class ModuleApply:
         train: bool = False,
         rngs: dict[str, jax.Array] | None = None,
     ) -> Encoded:
-        """What the decoder reads, P + T positions a row."""
+        """What the decoder reads, P + T positions per row."""
         if segment_ids is not None:
             check_supported(self.family, "packing")
         if encoder_lengths is None:
@@ -152,36 +153,20 @@ class ModuleApply:
 
         with nn.intercept_methods(embed):
             states: Any = self.module.apply(
-                self._own(variables),
+                self._module_variables(variables),
                 seen,
                 enable_dropout=train and self.dropout,
                 rngs=rngs,
                 method="encode",
             )
-        self._check_encoded(calls, seen.shape, jnp.shape(states))
+        kind = type(self.module).__name__
+        _check_encoded(kind, self.embedder, calls, seen.shape, jnp.shape(states))
         return Encoded(states, (seen != PADDING).astype(jnp.int32))
 
-    def _own(self, variables: Variables, *more: str) -> dict[str, Any]:
-        """What of the variables the module knows."""
+    def _module_variables(self, variables: Variables, *more: str) -> Variables:
+        """The collections of `variables` that the module knows."""
         names = (*self.collections, *more)
         return {name: variables[name] for name in names if name in variables}
-
-    def _check_encoded(
-        self, calls: Sequence[tuple[int, ...]], seen: tuple[int, ...], states: tuple[int, ...]
-    ) -> None:
-        """A prompt that is not in front of the input is never left out without a word."""
-        kind, embedder = type(self.module).__name__, self.embedder
-        if len(calls) != 1:
-            raise InputError(
-                f"{kind}.encode called its embedder {embedder!r} {len(calls)} times instead of "
-                "once, so the prompt has no place in front of the input; name the module that "
-                "embeds the input with flax_module(module, embedder=...)"
-            )
-        if calls != [seen] or states[:2] != seen:
-            raise InputError(
-                f"{kind}.encode of tokens {list(seen)} embedded {list(calls[0])} and gave "
-                f"{list(states)}; rows and positions have to stay as they are for a prompt"
-            )
 
     def _run_decoder(
         self,
@@ -192,16 +177,14 @@ class ModuleApply:
         train: bool = False,
         **settings: Any,
     ) -> Any:
-        # Targets all count as text, so that a mask of them is causal alone: at places that count,
-        # the result is the same.
-        own = self._own(variables, "cache")
-        enable_dropout = train and self.dropout
+        # All targets are marked as text, so that their mask is only causal; this does not change
+        # the result at real positions.
         return self.module.apply(
-            own,
+            self._module_variables(variables, "cache"),
             *encoded,
             tokens,
             jnp.full_like(tokens, TEXT),
-            enable_dropout=enable_dropout,
+            enable_dropout=train and self.dropout,
             method="decode",
             **settings,
         )
@@ -216,7 +199,7 @@ class ModuleApply:
         train: bool = False,
         rngs: dict[str, jax.Array] | None = None,
     ) -> jax.Array:
-        """Float32 logits of whole targets."""
+        """Float32 logits for whole targets (teacher forcing)."""
         if segment_ids is not None:
             check_supported(self.family, "packing")
         states = encoded.states, encoded.segment_ids
@@ -224,9 +207,9 @@ class ModuleApply:
         return logits.astype(jnp.float32)
 
     def _init_cache(self, variables: Variables, encoded: Encoded, length: int) -> Any:
-        """One `layer` for all of the module, as `decoding` takes them: its arrays by their paths.
+        """A cache of one layer, as `decoding` expects it, that holds all arrays of the module.
 
-        With the encoder's output: a beam needs its row's.
+        It includes the encoder's output, because each beam needs that of its row.
         """
         rows = len(encoded.states)
         tokens = jnp.full((rows, length), TEXT, jnp.int32)
@@ -241,14 +224,7 @@ class ModuleApply:
         cached = _flat(made.get("cache", {}))
         scalars = {path: x.dtype.name for path, x in cached.items() if x.ndim == 0}
         arrays = {path: x for path, x in cached.items() if x.ndim}
-        wrong = next((path for path, x in arrays.items() if len(x) != rows), None)
-        if not arrays or wrong is not None:
-            what = f"{wrong} {list(arrays[wrong].shape)}" if wrong else "nothing"
-            raise InputError(
-                f"{type(self.module).__name__}.decode(decode=True) keeps {what} in the collection "
-                f"'cache'; to generate, ptjax needs arrays there whose first axis is the {rows} "
-                "rows of the batch"
-            )
+        _check_cache(type(self.module).__name__, arrays, rows)
         form = CacheForm(length, tuple(sorted(scalars.items())))
         return [{"self_arrays": arrays, "states": encoded.states, "form": form}]
 
@@ -265,14 +241,14 @@ class ModuleApply:
         if tokens.shape[1] > 1:
             if not isinstance(position, int) or position:
                 raise InputError(
-                    "a module's cache takes one target at a time, or all from the first"
+                    "a module's cache takes one target at a time, or all targets from the first"
                 )
             whole = Encoded(*states)
             return self._decode(variables, whole, tokens), cache
         counts = {path: jnp.asarray(position, dtype) for path, dtype in form.scalars}
-        held = traverse_util.unflatten_dict(layer["self_arrays"] | counts, sep="/")
+        cached = traverse_util.unflatten_dict(layer["self_arrays"] | counts, sep="/")
         logits, made = self._run_decoder(
-            {**variables, "cache": held},
+            {**variables, "cache": cached},
             states,
             tokens,
             decode=True,
@@ -284,25 +260,51 @@ class ModuleApply:
         return logits.astype(jnp.float32), [layer | {"self_arrays": arrays}]
 
 
+def _check_encoded(
+    kind: str,
+    embedder: str,
+    calls: Sequence[tuple[int, ...]],
+    seen: tuple[int, ...],
+    states: tuple[int, ...],
+) -> None:
+    """InputError if the prompt was not prepended; otherwise it would be silently missing."""
+    if len(calls) != 1:
+        raise InputError(
+            f"{kind}.encode called its embedder {embedder!r} {len(calls)} times instead of once, "
+            "so the prompt cannot be prepended; name the module that embeds the input with "
+            "flax_module(module, embedder=...)"
+        )
+    if calls != [seen] or states[:2] != seen:
+        raise InputError(
+            f"{kind}.encode of tokens {list(seen)} embedded {list(calls[0])} and returned "
+            f"{list(states)}; with a prompt, the number of rows and positions must not change"
+        )
+
+
+def _check_cache(kind: str, arrays: Mapping[str, jax.Array], rows: int) -> None:
+    """InputError unless a module's cache has arrays, all of them with one entry per row."""
+    wrong = next((path for path, x in arrays.items() if len(x) != rows), None)
+    if not arrays or wrong is not None:
+        what = f"{wrong} {list(arrays[wrong].shape)}" if wrong else "nothing"
+        raise InputError(
+            f"{kind}.decode(decode=True) keeps {what} in the collection 'cache'; to generate, "
+            f"ptjax needs arrays there whose first axis is the {rows} rows of the batch"
+        )
+
+
 def _prompt_rows(
     variables: Variables, rows: int, prompt_ids: jax.Array | None
 ) -> tuple[jax.Array, jax.Array] | None:
-    """(P float32 [B, P, D], which of its places a row's prompt has [B, P]) or None."""
-    held = variables.get("prompt")
-    bank = held is not None and "lengths" in held
-    if bank != (prompt_ids is not None):
-        raise InputError(
-            "a bank of prompts needs prompt_ids, one for every row; -1 is none"
-            if bank
-            else "prompt_ids choose from a bank of prompts, and there is none"
-        )
-    if held is None:
+    """(prompts float32 [B, P, D], which of their positions are not padding [B, P]) or None."""
+    prompt = variables.get("prompt")
+    check_prompt_ids(prompt is not None and "lengths" in prompt, prompt_ids)
+    if prompt is None:
         return None
-    made: Any = Prompt().apply({"prompt": held}, rows, prompt_ids, method="rows")
+    made: Any = Prompt().apply({"prompt": prompt}, rows, prompt_ids, method="rows")
     return made[:2]
 
 
-def _flat(cache: Any) -> dict[str, Any]:
+def _flat(cache: Tree) -> dict[str, Any]:
     return traverse_util.flatten_dict(meta.unbox(cache), sep="/")
 
 

@@ -1,4 +1,4 @@
-"""The soft prompt as the network reads it: its Flax module, and banks of prompts."""
+"""The soft prompt inside the network: its Flax module, and banks of prompts."""
 
 from __future__ import annotations
 
@@ -14,18 +14,17 @@ from ptjax.data.batch import PADDING_SEGMENT
 from ptjax.errors import InputError
 
 NO_PROMPT_ID = -1
-"""Of the rows of a batch that take no prompt of their bank."""
+"""The `prompt_ids` entry of a row without a prompt."""
 
 
 class Bank(NamedTuple):
-    """Prompts of one width, of which every row of a batch takes its own.
+    """N prompts of one width, from which every row of a batch takes its own.
 
-    A shorter one stands in the last of its P places, so that it keeps its distance to the text; the
-    places before it are padding.
+    Shorter prompts are padded at the front, so that their distance to the text is unchanged.
 
     Attributes:
         prompt: float32 [N, P, D].
-        lengths: int32 [N], up to P.
+        lengths: int32 [N], at most P.
         attends_to_input: bool [N], as `Prompt.attends_to_input`.
     """
 
@@ -41,16 +40,24 @@ def stack_prompts(
     """N matrices [P_i, D], or an array [N, P, D], as a bank of numpy arrays."""
     matrices = [np.asarray(prompt, np.float32) for prompt in prompts]
     lengths = np.array([len(matrix) for matrix in matrices], np.int32)
-    places = [((lengths.max() - len(matrix), 0), (0, 0)) for matrix in matrices]
-    stacked = np.stack([np.pad(m, place) for m, place in zip(matrices, places, strict=True)])
+    padding = [((lengths.max() - len(matrix), 0), (0, 0)) for matrix in matrices]
+    stacked = np.stack([np.pad(m, width) for m, width in zip(matrices, padding, strict=True)])
     return Bank(stacked, lengths, np.broadcast_to(attends_to_input, lengths.shape))
+
+
+def check_prompt_ids(is_bank: bool, prompt_ids: Int[Array, " B"] | None) -> None:
+    """InputError if a bank of prompts comes without `prompt_ids`, or these without a bank."""
+    if is_bank and prompt_ids is None:
+        raise InputError("a bank of prompts needs prompt_ids, one per row; -1 means no prompt")
+    if prompt_ids is not None and not is_bank:
+        raise InputError("prompt_ids were given without a bank of prompts")
 
 
 class Prompt(nn.Module):
     """The learned matrix P [P, D] (float32), in the variable collection `prompt`.
 
-    It is put in front of the embedded input, [P; E] (Lester et al. 2021, section 2). An array
-    [B, P, D] in its place gives every example its own prompt, a `Bank` the one that it names.
+    It is prepended to the embedded input, [P; E] (Lester et al. 2021, section 2). With an array
+    [B, P, D] instead, every row has its own prompt; with a `Bank`, every row chooses one.
 
     Attributes:
         attends_to_input: True as in the paper: prompt positions attend to prompt and text. If
@@ -72,15 +79,15 @@ class Prompt(nn.Module):
         segment_ids: Int[Array, "B T"],
         prompt_ids: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B S D"], Int[Array, "B S"], Bool[Array, "#B #S S"]]:
-        """[P; E], its segments, and which positions each position may see.
+        """[P; E], its segments, and a mask of which positions each position attends to.
 
         Args:
-            prompt_ids: of a bank, the prompt of every row; -1 is none.
+            prompt_ids: for a bank, the prompt of every row; -1 means no prompt.
         """
-        prompt, own, attends_to_input = self.rows(len(embedded), prompt_ids)
+        prompt, real, attends_to_input = self.rows(len(embedded), prompt_ids)
         length = prompt.shape[1]
         prompt = prompt.astype(embedded.dtype)
-        segment_ids = jnp.concatenate([own.astype(segment_ids.dtype), segment_ids], axis=1)
+        segment_ids = jnp.concatenate([real.astype(segment_ids.dtype), segment_ids], axis=1)
         mask = (segment_ids != PADDING_SEGMENT)[:, None]
         if attends_to_input is not True:
             of_prompt = jnp.arange(segment_ids.shape[1]) < length
@@ -91,23 +98,23 @@ class Prompt(nn.Module):
     def rows(
         self, count: int, prompt_ids: Int[Array, " B"] | None = None
     ) -> tuple[Float[Array, "B P D"], Int[Array, "B P"], bool | Bool[Array, " B"]]:
-        """Each row's own prompt in float32, which of its places it has, whether it sees its input.
+        """Each row's prompt in float32, which of its positions are not padding, attends_to_input.
 
-        Arguments as for `before`; the places of a shorter prompt of a bank are its last ones.
+        Arguments as for `before`. Shorter prompts of a bank are padded at the front.
         """
         prompt, attends_to_input = self.matrix(), self.attends_to_input
         length = prompt.shape[-2]
-        own = jnp.ones((count, length), jnp.int32)
+        real = jnp.ones((count, length), jnp.int32)
         if prompt_ids is not None:
             chosen = jnp.maximum(prompt_ids, 0)
             prompt, lengths, attends_to_input = (
                 self.get_variable("prompt", name)[chosen] for name in Bank._fields
             )
             lengths = jnp.where(prompt_ids <= NO_PROMPT_ID, 0, lengths)
-            own *= jnp.arange(length) >= length - lengths[:, None]
-        # Broadcast in float32; the caller casts after it: the sum of the examples' gradients, which
-        # is the transpose of this broadcast, then adds up in float32.
-        return jnp.broadcast_to(prompt, (count, *prompt.shape[-2:])), own, attends_to_input
+            real *= jnp.arange(length) >= length - lengths[:, None]
+        # Broadcast in float32, cast by the caller: the transpose of this broadcast, the sum of the
+        # examples' gradients, is then computed in float32.
+        return jnp.broadcast_to(prompt, (count, *prompt.shape[-2:])), real, attends_to_input
 
     def inside(
         self,
@@ -115,11 +122,13 @@ class Prompt(nn.Module):
         segment_ids: Int[Array, "B S"],
         positions: Int[Array, "B S"],
     ) -> Float[Array, "B S D"]:
-        """Packed rows, with P in the first places of every segment, which are kept for it."""
+        """Packed rows with P at the first positions of every segment, which are reserved for it."""
         prompt = self.matrix()
         if prompt.ndim != 2:
-            raise InputError("packed rows share one prompt [P, D]; one for every row has no place")
-        own = (positions < len(prompt)) & (segment_ids != PADDING_SEGMENT)
-        # Looked up in float32 and cast after it, as in `before`.
-        rows = prompt[jnp.where(own, positions, 0)].astype(embedded.dtype)
-        return jnp.where(own[..., None], rows, embedded)
+            raise InputError(
+                "packed rows share one prompt [P, D]; a prompt per row cannot be packed"
+            )
+        reserved = (positions < len(prompt)) & (segment_ids != PADDING_SEGMENT)
+        # Looked up in float32 and cast afterwards, as in `before`.
+        rows = prompt[jnp.where(reserved, positions, 0)].astype(embedded.dtype)
+        return jnp.where(reserved[..., None], rows, embedded)

@@ -14,19 +14,19 @@ from jaxtyping import Array, Float, Int
 from ptjax.errors import InputError
 from ptjax.models.config import T5Config
 from ptjax.models.layers import positions_in_segments, same_segment
-from ptjax.models.prompt import Bank, Prompt
+from ptjax.models.prompt import Bank, Prompt, check_prompt_ids
 from ptjax.models.stacking import GatherFn
 from ptjax.models.t5 import T5, Cache, Encoded, PromptStates
 
 
 class PromptedT5(nn.Module):
-    """T5 that reads its prompt from the collection `prompt`, and is plain T5 without one.
+    """A T5 that takes its prompt from the collection `prompt`; without one, plain T5.
 
     The backbone shares this module's scope, so its parameters keep T5X's paths.
 
-    The collection holds `prompt`, a matrix [P, D] or one for every row [B, P, D]; or the arrays of
-    a `Bank`, from which `prompt_ids` choose; or `states`, the `PromptStates` of a prompt that sees
-    no input.
+    The collection holds `prompt`, a matrix [P, D] or one per row [B, P, D]; or the arrays of a
+    `Bank`, from which `prompt_ids` choose; or `states`, the `PromptStates` of an input-independent
+    prompt.
     """
 
     config: T5Config
@@ -49,18 +49,18 @@ class PromptedT5(nn.Module):
         prompt_ids: Int[Array, " B"] | None = None,
         train: bool = False,
     ) -> Encoded:
-        """What the decoder reads, S = P + T positions a row, or T where they are packed.
+        """What the decoder reads: S = P + T positions per row, or T in packed rows.
 
         Args:
-            encoder_segment_ids: of packed rows. There a prompt that sees its input has places of
-                its own: the first P of every segment.
-            encoder_lengths: of rows of one example, how many of its tokens are real. Either these
-                or the segments are needed: a token's id does not say that it is padding.
-            prompt_ids: of a bank, the prompt of every row; -1 is none, and equals plain T5.
+            encoder_segment_ids: for packed rows. In these, the first P positions of every segment
+                are reserved for a prompt that attends to its input.
+            encoder_lengths: for rows of one example, the number of real tokens. Either lengths or
+                segments are required, because a token's id does not mark it as padding.
+            prompt_ids: for a bank, the prompt of every row; -1 means no prompt, which is plain T5.
 
         Raises:
-            InputError: neither lengths nor segments, or both; `prompt_ids` without a bank or the
-                other way round, or with packed rows.
+            InputError: both or neither of lengths and segments; `prompt_ids` without a bank, a
+                bank without `prompt_ids`, or `prompt_ids` with packed rows.
         """
         self._check_choice(prompt_ids, packed=encoder_segment_ids is not None)
         embedded = self.backbone.embed(encoder_input_tokens)
@@ -92,16 +92,13 @@ class PromptedT5(nn.Module):
         return Encoded(encoded, segment_ids, states)
 
     def _check_choice(self, prompt_ids: Int[Array, " B"] | None, packed: bool) -> None:
-        """A prompt is neither taken for another nor left out without a word."""
-        if self.prompt.is_bank() and prompt_ids is None:
-            raise InputError("a bank of prompts needs prompt_ids, one for every row; -1 is none")
-        if prompt_ids is not None and not self.prompt.is_bank():
-            raise InputError("prompt_ids choose from a bank of prompts, and there is none")
+        """Rejects missing or superfluous `prompt_ids`."""
+        check_prompt_ids(self.prompt.is_bank(), prompt_ids)
         if prompt_ids is not None and packed:
-            raise InputError("prompt_ids are one for every row; rows of several examples lack them")
+            raise InputError("prompt_ids cannot be used with packed rows: they choose one per row")
 
     def prompt_states(self) -> PromptStates:
-        """What every example shares of a prompt that sees no input."""
+        """The states of an input-independent prompt, shared by all examples."""
         return self.backbone.prompt_states(self.prompt.matrix())
 
     def decode(
@@ -158,12 +155,12 @@ def make_apply_fn(
     gather: GatherFn | None = None,
     collections: tuple[str, ...] = (),
 ) -> Callable[..., Any]:
-    """`PromptedT5(...).apply`, the same object for the same settings: jit caches by it.
+    """`PromptedT5(...).apply`; the same object for the same settings, so that jit's cache hits.
 
     Args:
-        gather: for weights that are divided along D too (`sharding.arrays.gather_layer`).
-        collections: beside `params`, those in which layers have arrays of their own, which a scan
-            over layers has to carry.
+        gather: for weights that are sharded along D too (`sharding.arrays.gather_layer`).
+        collections: collections other than `params` that hold arrays of the layers, which a scan
+            over layers must carry.
     """
     return PromptedT5(config, attends_to_input, gather, collections).apply
 

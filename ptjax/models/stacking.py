@@ -1,7 +1,7 @@
-"""Layers of one kind: written out one after the other, or stacked and scanned over.
+"""Layers of the same kind: as separate modules, or stacked and scanned over.
 
-A stack is compiled once, whatever its depth: XXL compiles in a fifth of the time. Its parameters
-have one name for all layers, `encoder/layers/...`, and a leading axis.
+A scanned layer is compiled once, whatever the depth: XXL compiles in a fifth of the time. Its
+parameters have one name for all layers, `encoder/layers/...`, and a leading axis.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from ptjax.models.config import T5Config
 T = TypeVar("T")
 Made = TypeVar("Made")
 Layers = list[T] | T
-"""Something of every layer: a list, or where layers are scanned, arrays with a leading axis."""
+"""A value per layer: a list, or arrays with a leading axis if layers are scanned."""
 
 GatherFn = Callable[[Any], Any]
-"""A layer's parameters -> the same, whole on every device of `data`; see `gathered`."""
+"""A layer's parameters -> the same, replicated over the axis `data`; see `gathered`."""
 
 _GATHERED = "gathered"
 _POLICIES = {
-    # A projection's output is kept, what attention makes of it (large, cheap) is made again.
+    # Projections' outputs are kept; attention's (large, cheap) are recomputed.
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
@@ -36,7 +36,7 @@ _OF_LAYER = re.compile(r"(.*/layers)_(\d+)/(.*)")
 
 
 def make_layers(kind: type[nn.Module], config: T5Config, count: int) -> Any:
-    """The modules of `count` layers, for `run_layers`; an attribute called `layers`."""
+    """The modules of `count` layers, for `run_layers`; assign them to an attribute `layers`."""
     if config.scan_layers:
         return kind(config)  # pyright: ignore[reportCallIssue]
     return [kind(config) for _ in range(count)]  # pyright: ignore[reportCallIssue]
@@ -48,28 +48,31 @@ def run_layers(
     step: Callable[..., tuple[Any, Any]],
     layers: Any,
     x: Any,
-    *own: Any,
+    *inputs: Layers[Any] | None,
     gather: GatherFn | None = None,
     collections: Collection[str] = (),
 ) -> tuple[Any, Layers[Any]]:
-    """`x, made = step(layer, x, *own of this layer)` for every layer: the last x, and all made.
+    """Runs `x, output = step(layer, x, *inputs of this layer)` for every layer.
 
     Args:
-        own: `Layers` each, or None.
-        collections: beside `params`, those in which layers have arrays of their own; stacked as
-            the parameters are.
-        gather: what is done to a layer's parameters before they are used. It is done once more on
-            the way back: to keep what was gathered would be to keep all of it.
+        inputs: `Layers` each, or None.
+        collections: collections other than `params` that hold arrays of the layers, stacked like
+            the parameters.
+        gather: applied to a layer's parameters before they are used, and again in the backward
+            pass: keeping the gathered parameters would keep those of all layers.
+
+    Returns:
+        The last x, and the outputs of all layers.
 
     Raises:
-        InputError: layers that are scanned over have arrays in another collection.
+        InputError: scanned layers have arrays in another collection.
     """
     policy = _POLICIES.get(config.remat)
     if gather is not None:
         step = nn.map_variables(step, "params", gather)
         policy = policy or jax.checkpoint_policies.save_anything_except_these_names(_GATHERED)
     if policy is not None:
-        # Within a scan nothing else could be merged with what is made again.
+        # In a scan, XLA cannot merge the recomputation with other operations anyway.
         step = nn.remat(step, policy=policy, prevent_cse=not config.scan_layers)
     if config.scan_layers:
         _check_carried(layers, collections)
@@ -79,16 +82,16 @@ def run_layers(
             split_rngs={"params": True, "dropout": True},
             length=count,
         )
-        return scanned(layers, x, *own)
-    made = []
+        return scanned(layers, x, *inputs)
+    outputs = []
     for index, layer in enumerate(layers):
-        x, of_layer = step(layer, x, *(None if one is None else one[index] for one in own))
-        made.append(of_layer)
-    return x, made
+        x, output = step(layer, x, *(None if each is None else each[index] for each in inputs))
+        outputs.append(output)
+    return x, outputs
 
 
 def _check_carried(layers: nn.Module, collections: Collection[str]) -> None:
-    """A scan leaves all other collections out without a word."""
+    """InputError for arrays in other collections, which a scan would silently drop."""
     for name, arrays in layers.variables.items():
         if arrays and name not in ("params", *collections):
             raise InputError(
@@ -98,31 +101,31 @@ def _check_carried(layers: nn.Module, collections: Collection[str]) -> None:
 
 
 def gathered(weights: jax.Array) -> jax.Array:
-    """Says of `weights` that a `GatherFn` made them."""
+    """Marks `weights` as the result of a `GatherFn`, so that they are not kept."""
     return checkpoint_name(weights, _GATHERED)
 
 
 def stack(layers: Layers[Any]) -> Any:
-    """What every layer has, as arrays with a leading axis. Inverse of `unstack`."""
+    """One value per layer as arrays with a leading axis. Inverse of `unstack`."""
     return jax.tree.map(lambda *x: jnp.stack(x), *layers) if isinstance(layers, list) else layers
 
 
 def unstack(config: T5Config, count: int, stacked: T) -> Layers[T]:
-    """Arrays with a leading axis of layers, as `run_layers` takes them."""
+    """Arrays with a leading axis of layers as `Layers`, for `run_layers`."""
     if config.scan_layers or stacked is None:
         return stacked
     return [jax.tree.map(lambda x: x[index], stacked) for index in range(count)]  # noqa: B023
 
 
 def map_layers(function: Callable[[T], Made], layers: Layers[T]) -> Layers[Made]:
-    """`function` of what every layer has."""
+    """Applies `function` to the value of every layer."""
     if isinstance(layers, list):
         return [function(of_layer) for of_layer in layers]
     return jax.vmap(function)(layers)
 
 
 def split_path(path: str) -> tuple[str, int | None]:
-    """The name that a parameter of a layer has when layers are stacked, and which layer it is.
+    """The parameter's name in stacked layers, and the index of its layer.
 
     >>> split_path("encoder/layers_3/mlp/wo/kernel")
     ('encoder/layers/mlp/wo/kernel', 3)
@@ -134,22 +137,25 @@ def split_path(path: str) -> tuple[str, int | None]:
 
 
 def stack_paths(arrays: Mapping[str, T], join: Callable[[list[T]], T]) -> dict[str, T]:
-    """Parameters by T5X's names -> by those of stacked layers; `join` stacks those of a name."""
-    found: dict[str, Any] = {}
+    """Renames parameters from T5X's names to those of stacked layers.
+
+    `join` combines the arrays of all layers of a name, in order.
+    """
+    stacked: dict[str, T] = {}
+    by_layer: dict[str, dict[int, T]] = {}
     for path, array in arrays.items():
         name, layer = split_path(path)
         if layer is None:
-            found[name] = array
+            stacked[name] = array
         else:
-            found.setdefault(name, {})[layer] = array
-    return {
-        name: join([own[layer] for layer in sorted(own)]) if isinstance(own, dict) else own
-        for name, own in found.items()
-    }
+            by_layer.setdefault(name, {})[layer] = array
+    for name, layers in by_layer.items():
+        stacked[name] = join([layers[layer] for layer in sorted(layers)])
+    return stacked
 
 
 class UnstackedView(Mapping[str, Any]):
-    """Parameters by T5X's names, also where layers are stacked: each is sliced when asked for.
+    """A view of parameters by T5X's names; those of stacked layers are sliced on access.
 
     >>> list(UnstackedView({"encoder/layers/scale": np.ones((2, 8)), "encoder/norm": np.ones(8)}))
     ['encoder/layers_0/scale', 'encoder/layers_1/scale', 'encoder/norm']

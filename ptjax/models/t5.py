@@ -1,7 +1,7 @@
 """T5 1.0 and 1.1 with T5X's parameter tree, shapes and numerics.
 
-mT5, ByT5 and Flan-T5 are the same network with other sizes; in umT5 every layer has relative
-position biases of its own (`T5Config.relpos_per_layer`). Names and formulas follow
+mT5, ByT5 and Flan-T5 are the same network with other sizes; in umT5 every layer has its own
+relative position biases (`T5Config.relpos_per_layer`). Names and formulas follow
 `t5x/examples/t5/{network,layers}.py`; a T5X checkpoint restores here without a translation table.
 Letters: B batch, T input tokens, S encoder positions, L target length, D model width, H heads,
 K head width, F feed-forward, V vocabulary.
@@ -22,10 +22,11 @@ from jaxtyping import Array, Bool, Float, Int
 from ptjax.data.batch import PADDING_SEGMENT
 from ptjax.models.config import T5Config
 from ptjax.models.layers import (
-    MLP,
-    Attention,
+    DecoderLayer,
     Dense,
+    EncoderLayer,
     KeysValues,
+    LayerCache,
     RelativePositionBias,
     RMSNorm,
     mask_bias,
@@ -41,19 +42,16 @@ from ptjax.models.stacking import (
     unstack,
 )
 
-LayerCache = dict[str, Any]
-"""Of a decoder layer: self_key, self_value [B, L, H, K] and cross_key, cross_value [B, S, H, K]."""
-
 Cache = Layers[LayerCache]
 
 
 class PromptStates(NamedTuple):
-    """What a prompt that sees no input leaves behind: keys and values [layers, P, H, K].
+    """Precomputed keys and values [layers, P, H, K] of an input-independent prompt.
 
-    They hold for every example, so they are computed once, and no row ever has a copy of them.
+    They are the same for every example, so they are computed once and shared by all rows.
 
     Attributes:
-        encoder: for the text's self-attention in every encoder layer.
+        encoder: for the self-attention of every encoder layer.
         decoder: for the cross-attention in every decoder layer.
     """
 
@@ -66,95 +64,13 @@ class Encoded(NamedTuple):
 
     Attributes:
         states: the encoder's output [B, S, D].
-        segment_ids: int32 [B, S]; 0 is padding, 1, 2, ... are the examples that share a row.
-        prompt: of a prompt that sees no input; every example reads it too.
+        segment_ids: int32 [B, S]; 0 is padding, 1, 2, ... are the examples of a row.
+        prompt: the states of an input-independent prompt, shared by all examples.
     """
 
     states: Array
     segment_ids: Array
     prompt: PromptStates | None = None
-
-
-class EncoderLayer(nn.Module):
-    config: T5Config
-
-    def setup(self) -> None:
-        cfg = self.config
-        if cfg.relpos_per_layer:
-            self.relpos_bias = RelativePositionBias(cfg, bidirectional=True)
-        self.pre_attention_layer_norm = RMSNorm(cfg.layer_norm_epsilon, cfg.dtype)
-        self.attention = Attention(cfg)
-        self.pre_mlp_layer_norm = RMSNorm(cfg.layer_norm_epsilon, cfg.dtype)
-        self.mlp = MLP(cfg)
-        self.dropout = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
-
-    def __call__(
-        self,
-        x: Float[Array, "B S D"],
-        bias: Float[Array, "#B H S S"],
-        deterministic: bool,
-        prompt: tuple[KeysValues, Float[Array, "#B H S P"]] | None = None,
-    ) -> tuple[Float[Array, "B S D"], KeysValues]:
-        """The layer's output, and the keys and values [B, S, H, K] that its attention made."""
-        y = self.pre_attention_layer_norm(x)
-        keys_values = self.attention.keys_values(y)
-        y = self.attention(y, *keys_values, bias, deterministic, prompt)
-        x = x + self.dropout(y, deterministic)
-        y = self.mlp(self.pre_mlp_layer_norm(x), deterministic)
-        return x + self.dropout(y, deterministic), keys_values
-
-
-class DecoderLayer(nn.Module):
-    config: T5Config
-
-    def setup(self) -> None:
-        cfg = self.config
-        if cfg.relpos_per_layer:
-            self.relpos_bias = RelativePositionBias(cfg, bidirectional=False)
-        self.pre_self_attention_layer_norm = RMSNorm(cfg.layer_norm_epsilon, cfg.dtype)
-        self.self_attention = Attention(cfg)
-        self.pre_cross_attention_layer_norm = RMSNorm(cfg.layer_norm_epsilon, cfg.dtype)
-        self.encoder_decoder_attention = Attention(cfg)
-        self.pre_mlp_layer_norm = RMSNorm(cfg.layer_norm_epsilon, cfg.dtype)
-        self.mlp = MLP(cfg)
-        self.dropout = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
-
-    def __call__(
-        self,
-        x: Float[Array, "B l D"],
-        encoded: Float[Array, "B S D"] | LayerCache,
-        position: Int[Array, ""] | int,
-        self_bias: Float[Array, "#B H l L"],
-        cross_bias: Float[Array, "B 1 #l S"],
-        deterministic: bool,
-        prompt: KeysValues | None = None,
-    ) -> tuple[Float[Array, "B l D"], LayerCache | None]:
-        """Whole targets, which read `encoded`; or, with a cache in its place, a part of them.
-
-        Those are targets `position ... position + l - 1`, whose keys and values the returned cache
-        has.
-        """
-        y = self.pre_self_attention_layer_norm(x)
-        key, value = self.self_attention.keys_values(y)
-        cache = None
-        if isinstance(encoded, dict):
-            cross_keys_values = encoded["cross_key"], encoded["cross_value"]
-            if key.shape != encoded["self_key"].shape:
-                start = (0, position, 0, 0)
-                key = jax.lax.dynamic_update_slice(encoded["self_key"], key, start)
-                value = jax.lax.dynamic_update_slice(encoded["self_value"], value, start)
-            cache = encoded | {"self_key": key, "self_value": value}
-        else:
-            cross_keys_values = self.encoder_decoder_attention.keys_values(encoded)
-        y = self.self_attention(y, key, value, self_bias, deterministic)
-        x = x + self.dropout(y, deterministic)
-        y = self.pre_cross_attention_layer_norm(x)
-        # Everyone may see all of a prompt, and cross-attention has no relative positions.
-        shared = None if prompt is None else (prompt, jnp.zeros((1, 1, 1, 1), x.dtype))
-        y = self.encoder_decoder_attention(y, *cross_keys_values, cross_bias, deterministic, shared)
-        x = x + self.dropout(y, deterministic)
-        y = self.mlp(self.pre_mlp_layer_norm(x), deterministic)
-        return x + self.dropout(y, deterministic), cache
 
 
 class Encoder(nn.Module):
@@ -181,12 +97,12 @@ class Encoder(nn.Module):
         *,
         keep: bool = False,
     ) -> tuple[Float[Array, "B S D"], KeysValues | None]:
-        """The output, and with `keep` the keys and values [layers, B, S, H, K] behind it.
+        """The output, and with `keep` the keys and values [layers, B, S, H, K] of all layers.
 
         Args:
-            mask: which keys a query may see.
-            prompt: `PromptStates.encoder`, of a prompt that stands before every example.
-            positions: inside the example, where rows hold several of them.
+            mask: which keys a query may attend to.
+            prompt: `PromptStates.encoder`, shared by all examples.
+            positions: positions inside an example, for packed rows.
         """
         cfg = self.config
         x = self.input_dropout(embedded, deterministic).astype(cfg.dtype)
@@ -212,12 +128,18 @@ class Encoder(nn.Module):
             return x, keys_values if keep else None
 
         count = cfg.num_encoder_layers
-        own = unstack(cfg, count, prompt)
-        x, made = run_layers(
-            cfg, count, run, self.layers, x, own, gather=self.gather, collections=self.collections
+        x, keys_values = run_layers(
+            cfg,
+            count,
+            run,
+            self.layers,
+            x,
+            unstack(cfg, count, prompt),
+            gather=self.gather,
+            collections=self.collections,
         )
         states = self.output_dropout(self.encoder_norm(x), deterministic)
-        return states, stack(made) if keep else None
+        return states, stack(keys_values) if keep else None
 
 
 class Decoder(nn.Module):
@@ -234,11 +156,11 @@ class Decoder(nn.Module):
         self.input_dropout = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
         self.output_dropout = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
         if not cfg.logits_via_embedding:
-            # Float32 whatever the activations are, as T5X does: the softmax needs the digits.
+            # Always float32, as in T5X: the softmax needs the precision.
             self.logits_dense = Dense(cfg.vocab_size, jnp.float32)
 
     def cross_keys_values(self, encoded: Float[Array, "B S D"]) -> Layers[KeysValues]:
-        """Each layer's keys and values [B, S, H, K] of what the encoder made."""
+        """Each layer's keys and values [B, S, H, K] of the encoder's output."""
 
         def of_layer(layer: DecoderLayer, _: None) -> tuple[None, KeysValues]:
             return None, layer.encoder_decoder_attention.keys_values(encoded)
@@ -263,7 +185,7 @@ class Decoder(nn.Module):
         cache: Cache | None = None,
         position: Int[Array, ""] | int = 0,
     ) -> tuple[Float[Array, "B l D"], Cache | None]:
-        """Whole targets; with a cache, the part of them that starts at `position`."""
+        """Runs on whole targets or, with a cache, on those that start at `position`."""
         cfg, count = self.config, self.config.num_decoder_layers
         steps = embedded.shape[1]
         of_layer = cache[0] if isinstance(cache, list) else cache
@@ -307,7 +229,7 @@ class Decoder(nn.Module):
 
 
 class T5(nn.Module):
-    """The encoder-decoder, in pieces that a prompt can be put between.
+    """The encoder-decoder in separate steps, so that a prompt can be inserted between them.
 
     Attributes:
         gather, collections: see `stacking.run_layers`.
@@ -337,19 +259,19 @@ class T5(nn.Module):
         positions: Int[Array, "B S"] | None = None,
         train: bool = False,
     ) -> Float[Array, "B S D"]:
-        """`mask`: which positions each may see; see `Encoder` for `prompt` and `positions`."""
+        """`mask`: which positions each one attends to; `prompt`, `positions` as for `Encoder`."""
         before = None if prompt is None else prompt.encoder
         return self.encoder(embedded, mask, not train, before, positions)[0]
 
     def prompt_states(self, prompt: Float[Array, "P D"], *, train: bool = False) -> PromptStates:
-        """The prompt's way through the network, when it sees nothing but itself."""
+        """The states of a prompt whose positions attend to the prompt alone."""
         seen = jnp.ones((1, 1, len(prompt)), bool)
         encoded, encoder = self.encoder(prompt[None], seen, not train, keep=True)
         made: Any = (encoder, stack(self.decoder.cross_keys_values(encoded)))
         return PromptStates(*jax.tree.map(lambda x: x[:, 0], made))
 
     def init_cache(self, encoded: Encoded, length: int) -> Cache:
-        """Cross-attention's keys and values, computed once, and empty ones for `length` targets."""
+        """A cache with the cross-attention's keys and values and room for `length` targets."""
         cfg = self.config
         shape = (len(encoded.states), length, cfg.num_heads, cfg.head_dim)
         empty = jnp.zeros(shape, cfg.dtype)
@@ -367,9 +289,9 @@ class T5(nn.Module):
         position: Int[Array, ""] | int,
         encoded: Encoded,
     ) -> tuple[Float[Array, "B l V"], Cache]:
-        """Float32 logits after targets `position ... position + l - 1`, and the grown cache.
+        """Float32 logits after targets `position ... position + l - 1`, and the updated cache.
 
-        Of `encoded`, the states are in the cache already.
+        `encoded.states` is not used: its keys and values are in the cache.
         """
         made: Any
         y, made = self.decoder(self.embed(tokens), encoded, True, cache=cache, position=position)
@@ -411,7 +333,7 @@ def parameter_shapes(config: T5Config) -> dict[str, Any]:
     """The parameter tree as float32 `jax.ShapeDtypeStruct`s; nothing is computed."""
     if config.scan_layers:
         return jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
-    # All layers of a stack have the same shapes, and tracing dozens of them takes seconds.
+    # All layers of a stack have the same shapes; tracing dozens of them takes seconds.
     short = dataclasses.replace(config, num_encoder_layers=1, num_decoder_layers=1)
     shapes = jax.eval_shape(functools.partial(init_params, short), jax.random.key(0))
     counts = {"encoder": config.num_encoder_layers, "decoder": config.num_decoder_layers}

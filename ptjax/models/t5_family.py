@@ -1,7 +1,7 @@
-"""T5 as a family: its names, where its weights live, how a config is read off them.
+"""T5 as a family: parameter names, sharding, and how a config is inferred from the weights.
 
-T5 1.0 and 1.1, LM-adapted and Flan-T5, mT5 and ByT5 differ in sizes alone. Variants of the config:
-umT5 has relative position biases in every layer (`relpos_per_layer`), UL2 is gated by silu
+T5 1.0 and 1.1, LM-adapted and Flan-T5, mT5 and ByT5 differ only in sizes. Variants by config: umT5
+has relative position biases in every layer (`relpos_per_layer`), UL2 is gated by silu
 (`mlp_activations`), MADLAD pads with id 1 (`pad_id`).
 """
 
@@ -10,12 +10,12 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
 
 import jax
 from jax.sharding import PartitionSpec as P
 
 from ptjax.errors import InputError
+from ptjax.files import JsonObject, Metadata
 from ptjax.models import t5
 from ptjax.models.config import T5Config
 from ptjax.models.family import (
@@ -30,6 +30,7 @@ from ptjax.models.family import (
 )
 from ptjax.models.prompted import make_apply_fn
 from ptjax.models.stacking import GatherFn
+from ptjax.trees import Tree
 
 EMBEDDING = "token_embedder/embedding"
 LOGITS = "decoder/logits_dense/kernel"
@@ -43,8 +44,8 @@ SHARDING_RULES: Rules = (
     (r"prompt/.*", P()),
 )
 
-# `torch.nn.Linear` keeps [out, in] where T5X's kernels are [in, out], so every kernel is
-# transposed; norm scales and embeddings are not. In both, `wi_0` is the GELU side.
+# `torch.nn.Linear` stores [out, in], T5X's kernels are [in, out], so every kernel is transposed;
+# norm scales and embeddings are not. In both, `wi_0` is the GELU side.
 _NAMES = (
     NameRule(EMBEDDING, "shared.weight", False),
     NameRule(LOGITS, "lm_head.weight", True),
@@ -91,7 +92,7 @@ _NAMES = (
         )
     ),
 )
-# T5 keeps a stack's relative position biases in its first layer, umT5 has them in every layer.
+# T5 stores a stack's relative position biases in its first layer, umT5 in every layer.
 _RELPOS = tuple(
     NameRule(
         f"{stack}/{ours}relpos_bias/rel_embedding",
@@ -133,7 +134,7 @@ class T5Family:
         "dropout_rate",
         "scan_layers",
         "remat",
-        # What its inputs and outputs mean.
+        # The meaning of its inputs and outputs.
         "pad_id",
         "eos_ids",
         "decoder_start_id",
@@ -141,7 +142,7 @@ class T5Family:
     )
 
     def check_name(self, path: str, array: ArrayInfo) -> None:
-        """Scanned layers (T5X `scalable_t5`, umT5) are one array with a `layers` axis."""
+        """Refuses scanned layers (T5X `scalable_t5`, umT5): one array with a `layers` axis."""
         parts = path.split("/")
         stacked = parts[:2] in (["encoder", "encoder"], ["decoder", "decoder"])
         if stacked or "scan" in parts or "layers" in parts or len(array.shape) > 2:
@@ -151,60 +152,63 @@ class T5Family:
                 "checkpoints"
             )
 
-    def infer_config(self, stored: Mapping[str, ArrayInfo], name: str) -> dict[str, Any]:
-        """The fields of `T5Config` that parameter names and shapes tell."""
+    def infer_config(self, lazy_arrays: Mapping[str, ArrayInfo], name: str) -> JsonObject:
+        """The fields of `T5Config` that can be inferred from parameter names and shapes."""
 
         def shape(ending: str) -> tuple[int, ...]:
-            # The usual one of all layers, so that the check names the parameter that differs.
-            found = {path: array.shape for path, array in stored.items() if path.endswith(ending)}
-            if not found:
+            # The most common one of all layers: a later check names the parameter that differs.
+            shapes = {path: x.shape for path, x in lazy_arrays.items() if path.endswith(ending)}
+            if not shapes:
                 what = ending.removeprefix("/")
                 raise InputError(
                     f"{name}: parameter {what} is missing; is the checkpoint complete?"
                 )
-            [(usual, _)] = collections.Counter(found.values()).most_common(1)
+            [(usual, _)] = collections.Counter(shapes.values()).most_common(1)
             if len(usual) != 2 or 0 in usual:
-                path = next(path for path in found if found[path] == usual)
+                path = next(path for path in shapes if shapes[path] == usual)
                 raise InputError(
-                    f"{stored[path].where}: parameter {path} has shape {usual}, which is no T5's"
+                    f"{lazy_arrays[path].where}: parameter {path} has shape {usual}; a T5 has a "
+                    "2-D parameter here"
                 )
             return usual
 
         vocab_size, _ = shape(EMBEDDING)
         num_heads, relpos_buckets = shape("/relpos_bias/rel_embedding")
         emb_dim, joined = shape("attention/query/kernel")
-        gated = any(path.endswith(("/wi_0/kernel", "/wi_1/kernel")) for path in stored)
+        gated = any(path.endswith(("/wi_0/kernel", "/wi_1/kernel")) for path in lazy_arrays)
         return {
             "vocab_size": vocab_size,
             "emb_dim": emb_dim,
             "num_heads": num_heads,
-            "num_encoder_layers": _layers(stored, "encoder"),
-            "num_decoder_layers": _layers(stored, "decoder"),
+            "num_encoder_layers": _layers(lazy_arrays, "encoder"),
+            "num_decoder_layers": _layers(lazy_arrays, "decoder"),
             "head_dim": joined // num_heads,
             "mlp_dim": shape("/mlp/wi_0/kernel" if gated else "/mlp/wi/kernel")[1],
             "mlp_activations": ("gelu", "linear") if gated else ("relu",),
-            "logits_via_embedding": LOGITS not in stored,
+            "logits_via_embedding": LOGITS not in lazy_arrays,
             "relpos_buckets": relpos_buckets,
-            "relpos_per_layer": "encoder/layers_0/relpos_bias/rel_embedding" in stored,
+            "relpos_per_layer": "encoder/layers_0/relpos_bias/rel_embedding" in lazy_arrays,
         }
 
-    def check_depth(self, stored: Mapping[str, ArrayInfo], config: T5Config, name: str) -> None:
-        """Before the network is traced, which takes as long as a file claims that it is deep."""
+    def check_depth(
+        self, lazy_arrays: Mapping[str, ArrayInfo], config: T5Config, name: str
+    ) -> None:
+        """Runs before the network is traced: tracing a bogus depth could take forever."""
         for stack, layers in (
             ("encoder", config.num_encoder_layers),
             ("decoder", config.num_decoder_layers),
         ):
-            if layers > (held := _layers(stored, stack)):
+            if layers > (count := _layers(lazy_arrays, stack)):
                 raise InputError(
-                    f"{name}: parameter {stack}/layers_{held}/* is missing; the config has "
-                    f"{layers:,} {stack} layers, the weights {held}; is the checkpoint complete?"
+                    f"{name}: parameter {stack}/layers_{count}/* is missing; the config has "
+                    f"{layers:,} {stack} layers, the weights {count}; is the checkpoint complete?"
                 )
 
-    def parameter_shapes(self, config: T5Config) -> dict[str, Any]:
+    def parameter_shapes(self, config: T5Config) -> Tree:
         return t5.parameter_shapes(config)
 
-    def tensor_names(self, fields: Mapping[str, Any]) -> Sequence[NameRule]:
-        """`relpos_per_layer` decides whose a table in block 0 is: the layer's or the stack's."""
+    def tensor_names(self, fields: Metadata) -> Sequence[NameRule]:
+        """`relpos_per_layer` decides whether a table in block 0 is the layer's or the stack's."""
         return _NAMES + _RELPOS[1 if fields.get("relpos_per_layer") else 0 :: 2]
 
     def build(
@@ -217,22 +221,22 @@ class T5Family:
     ) -> ApplyFn:
         return make_apply_fn(config, attends_to_input, gather, collections)
 
-    def embedding(self, params: Mapping[str, Any]) -> jax.Array:
+    def embedding(self, params: Tree) -> jax.Array:
         return embedding_of(params, EMBEDDING)
 
     def is_quantized(self, path: str) -> bool:
-        """Every kernel but that of the logits.
+        """Every kernel except that of the logits.
 
-        The embedding, which the prompt has to be near to, and the logits, which T5 takes in
-        float32, are 2% of XXL and stay as they are.
+        The embedding, whose scale the prompt shares, and the logits, which T5 computes in float32,
+        are 2% of XXL and are not quantized.
         """
         return path.endswith("/kernel") and "logits_dense" not in path
 
     def fingerprint_parts(self, path: str, shape: tuple[int, ...]) -> Parts:
-        """What is sampled of a parameter.
+        """The parts of a parameter that are sampled.
 
-        "rows" (v1): embedding rows 0, 97, 194, ..., a whole norm scale, the first row of a `wo`
-        kernel. "grid" (v2): every other parameter and `wo`, see `grid_of`.
+        "rows" (v1): embedding rows 0, 97, 194, ..., whole norm scales, the first row of a `wo`
+        kernel. "grid" (v2): every other parameter and `wo`; see `grid_of`.
 
         >>> T5_FAMILY.fingerprint_parts("encoder/layers_0/attention/query/kernel", (512, 384))
         {'grid': (slice(None, None, 8), slice(None, None, 6))}
@@ -247,8 +251,8 @@ class T5Family:
         return {"rows": (slice(0, 1), every), "grid": grid} if module == "wo" else {"grid": grid}
 
 
-def _layers(stored: Mapping[str, ArrayInfo], stack: str) -> int:
-    return len({path.split("/")[1] for path in stored if path.startswith(f"{stack}/layers_")})
+def _layers(lazy_arrays: Mapping[str, ArrayInfo], stack: str) -> int:
+    return len({path.split("/")[1] for path in lazy_arrays if path.startswith(f"{stack}/layers_")})
 
 
 T5_FAMILY = T5Family()

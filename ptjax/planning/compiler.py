@@ -92,6 +92,7 @@ def compile_ahead(
             raise
         return report | {"verdict": "does not fit", "reason": str(error).splitlines()[0]}
     memory = compiled.memory_analysis()
+    assert memory is not None  # the compilers of TPUs and GPUs report it
     peak, usable = memory.peak_memory_in_bytes, slice_.usable_bytes
     if peak > usable:  # the compiler for GPUs accepts any program
         report["reason"] = (
@@ -167,7 +168,9 @@ def _accessed_bytes(
         lowered = abstract_step(shallow, unrolled, mesh).lower()
         compiled = lowered.compile(compiler_options=options)
         if slice_.is_tpu:
-            return parts * float(compiled.cost_analysis()["bytes accessed"])
+            cost = compiled.cost_analysis()
+            assert cost is not None
+            return parts * float(cost["bytes accessed"])
         return parts * bytes_accessed(compiled)
 
     single = accessed((1, 1))

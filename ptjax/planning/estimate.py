@@ -27,7 +27,7 @@ from ptjax.training import freeze as freezing
 from ptjax.trees import Tree
 
 Report = JsonObject
-"""What is known of a step on a slice: `count` documents the keys, `compiler` adds its own."""
+"""Facts about a step on a slice: `count` documents the keys, `compiler` adds its own."""
 
 TIGHT = 0.92
 """Share of the usable memory above which a program that compiles may still fail: the next batch,

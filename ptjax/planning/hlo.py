@@ -43,7 +43,7 @@ class Collective(NamedTuple):
 
 def collectives(compiled: jax.stages.Compiled, mesh: Mesh) -> list[Collective]:
     """All collectives of a compiled function."""
-    computations, entry = _computations(compiled.as_text())
+    computations, entry = _computations(compiled.as_text() or "")
     loops = _loops(computations, entry)
     results = []
     pattern = re.compile(rf" = (.*?) ({'|'.join(KINDS)})(?:-start)?\(")
@@ -69,7 +69,7 @@ def collectives(compiled: jax.stages.Compiled, mesh: Mesh) -> list[Collective]:
 
 def bytes_accessed(compiled: jax.stages.Compiled) -> int:
     """Bytes that a GPU's program reads and writes: operands and results of all its kernels."""
-    computations, entry = _computations(compiled.as_text())
+    computations, entry = _computations(compiled.as_text() or "")
     bodies = computations.values()
     lines = (line for body in bodies for line in body if " call(" not in line)
     in_kernels = {x for line in lines for x in re.findall(r"(?:calls|to_apply)=(%[\w.\-]+)", line)}

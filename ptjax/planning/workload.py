@@ -31,7 +31,7 @@ from ptjax.sharding.quantize import sharded_shapes, weight_shapes
 from ptjax.sharding.rules import AXES
 from ptjax.training import freeze as freezing
 from ptjax.training.compile import StepConfig, batch_shapes, lower_step, sweep_shapes
-from ptjax.training.step import Batch, TrainState, batch_loss
+from ptjax.training.step import Batch, TrainState, TrainStep, batch_loss
 from ptjax.trees import Tree
 
 
@@ -191,7 +191,7 @@ class AbstractStep:
         groups: the number of groups of rows with a gradient of their own (`StepConfig.groups`).
     """
 
-    step: Callable[..., object]
+    step: TrainStep
     forward: Callable[..., jax.Array]
     state: TrainState
     frozen: Tree
@@ -229,15 +229,14 @@ def abstract_step(spec: StepSpec, parallel: ParallelConfig, mesh: Mesh) -> Abstr
     # Trainable variables have the table's shardings; the factored second moments are small.
     state = dataclasses.replace(state, trainable=trainable)
 
-    def forward(state: TrainState, frozen: Tree, batch: Batch) -> jax.Array:
+    def member_loss(state: TrainState, frozen: Tree, batch: Batch) -> jax.Array:
         variables = freezing.combine(state.trainable, frozen)
         return batch_loss(apply_fn, step_config.loss, variables, batch, state.key)
 
-    if spec.members:
-        of_members = jax.vmap(forward, (0, None, 0))
+    loss = jax.vmap(member_loss, (0, None, 0)) if spec.members else member_loss
 
-        def forward(state: TrainState, frozen: Tree, batch: Batch, *_: Tree) -> jax.Array:
-            return of_members(state, frozen, batch)
+    def forward(state: TrainState, frozen: Tree, batch: Batch, *_: Tree) -> jax.Array:
+        return loss(state, frozen, batch)
 
     shape = spec.shape()
     if shape.packed:  # as in a run: rows for every device and microbatch

@@ -1,1 +1,1 @@
-"""A run from its settings to `results.json`: the only room with I/O and a clock."""
+"""A run from its settings to `results.json`. The only package with a clock and files to write."""

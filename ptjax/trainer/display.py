@@ -1,4 +1,4 @@
-"""What a person sees of a run: a progress bar on a terminal, plain lines elsewhere, TensorBoard."""
+"""User-facing output of a run: a progress bar on a terminal, else plain lines; TensorBoard."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from tensorboardX import SummaryWriter
 
 HIDDEN = {"gradient_norm", "learning_rate", "evaluation_seconds"}
-"""Written to the files, but not shown beside the bar."""
+"""Metrics that are written to files, but not shown with the bar."""
 
 
 class Display(Callback):
-    """Shows a run of `steps` steps. Of several processes only the first one shows something."""
+    """Shows a run of `steps` steps; only on the first process."""
 
     def __init__(self, steps: int) -> None:
         self._steps = steps
@@ -61,7 +61,7 @@ class Display(Callback):
                 self._events.close()
             except OSError:
                 _give_up(self._events)
-                if not failing:  # else what went wrong first is what counts
+                if not failing:  # else the first exception is the one to report
                     raise
 
     def on_step(self, step: int) -> None:
@@ -81,7 +81,7 @@ class Display(Callback):
         fresh = {
             name.removeprefix("train/").removeprefix("time/").replace("/", " "): value
             for name, value in metrics.items()
-            if name.count("/") < 2  # of a bank the mean is enough, not every member
+            if name.count("/") < 2  # of a sweep only the means, not every member
         }
         fresh = {name: value for name, value in fresh.items() if name not in HIDDEN}
         self._latest |= fresh
@@ -91,9 +91,9 @@ class Display(Callback):
             logging.info("step %d/%d  %s", step, self._steps, _text(fresh))
 
 
-def _give_up(events: Any) -> None:
-    """Of a writer that cannot write: ends its thread, and keeps it from trying again at exit."""
-    writer = events.file_writer.event_writer
+def _give_up(events: SummaryWriter) -> None:
+    """Ends the thread of a writer that cannot write, which would try again at exit."""
+    writer: Any = events.file_writer.event_writer  # type: ignore[union-attr]
     writer.flush = lambda: None
     with contextlib.suppress(OSError):
         writer.close()
@@ -106,7 +106,7 @@ def _text(values: dict[str, float]) -> str:
 
 @contextlib.contextmanager
 def _without_torch() -> Iterator[None]:
-    """tensorboardX imports torch, if installed, for a type alone: seconds of every start."""
+    """tensorboardX imports torch, if installed, for one type: seconds on every start."""
     if "torch" in sys.modules:
         yield
         return

@@ -1,42 +1,44 @@
-"""The prompts or models that a run leaves in MODEL_DIR, by step, and the best of them."""
+"""Exports: the prompts or models that a run writes to MODEL_DIR, by step, and the best of them."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 from absl import logging
 from etils import epath
 
 from ptjax import files
 from ptjax.errors import InputError
+from ptjax.files import JsonObject
 from ptjax.model_dir import BEST, steps_in
+from ptjax.trees import Tree
 
 
 @dataclasses.dataclass(frozen=True)
 class Exports:
-    """What a run leaves behind at each evaluation.
+    """The exports of one member: one per evaluation, and a copy of the best.
 
     Attributes:
         directory: such as `ModelDir.prompts()`.
-        suffix: of one export's name, "" when it is a folder.
-        write: `(path, trainable, metadata)` writes one, whole or not at all; all processes call it
-            together, and the first one writes.
-        read: `(path)` gives the metadata of one, {} of a kind that has none.
-            Raises InputError: it is missing or damaged.
+        suffix: of an export's name; "" if an export is a folder.
+        write: `(path, trainable, metadata)` writes an export atomically. All processes call it
+            together; the first one writes.
+        read: `(path)` returns the metadata of an export, {} if its kind has none. It raises an
+            `InputError` if the export is missing or damaged.
     """
 
     directory: epath.Path
     suffix: str
-    write: Callable[[epath.Path, Any, dict[str, Any]], None]
-    read: Callable[[epath.Path], dict[str, Any]]
+    write: Callable[[epath.Path, Tree, JsonObject], None]
+    read: Callable[[epath.Path], JsonObject]
 
     def path(self, name: int | str) -> epath.Path:
+        """The path of an export: of a step, or `BEST`."""
         return self.directory / f"{name}{self.suffix}"
 
     def prune(self, keep: set[int | None], *, newer_than: int | None = None) -> None:
-        """Removes exports by step: those not in `keep`, or those ahead of `newer_than`."""
+        """Removes exports: of steps after `newer_than` if given, else of steps not in `keep`."""
         for step in self.steps():
             ahead = newer_than is not None and step > newer_than
             if ahead or (newer_than is None and step not in keep):
@@ -44,7 +46,7 @@ class Exports:
                 path.rmtree() if path.is_dir() else path.unlink()
 
     def problem(self, name: int | str) -> str | None:
-        """What is wrong with an export, which may be missing; None if nothing is."""
+        """Why an export cannot be read (missing or damaged); None if it can."""
         try:
             self.read(self.path(name))
         except InputError as error:
@@ -52,23 +54,27 @@ class Exports:
         return None
 
     def recover(self, step: int) -> str | None:
-        """Takes the export of `step` from the best one, if it is damaged; what is wrong if not."""
+        """Restores a damaged export of `step` from the best one, if that is of the same step.
+
+        Returns:
+            why the export cannot be read; None if it can, now.
+        """
         problem, best = self.problem(step), self.path(BEST)
         if problem is None or self.problem(BEST) or self.read(best).get("step") != step:
             return problem
-        logging.warning("%s; made again from %s", problem, best)
+        logging.warning("%s; restored from %s", problem, best)
         files.write_bytes(self.path(step), best.read_bytes())
         return None
 
     def remove_leftovers(self) -> None:
-        """Removes what a kill left of files that were being written."""
+        """Removes half-written files of a killed run."""
         files.remove_leftovers(self.directory)
         for folder in self.directory.iterdir() if self.directory.exists() else ():
-            if folder.is_dir() and not self.suffix:  # an export, or the best one
+            if folder.is_dir() and not self.suffix:  # it is an export
                 files.remove_leftovers(folder)
 
     def promote(self, step: int) -> None:
-        """Makes the export of `step` the best one."""
+        """Copies the export of `step` to the best one."""
         source, target = self.path(step), self.path(BEST)
         if not source.is_dir():
             files.write_bytes(target, source.read_bytes())
@@ -79,5 +85,5 @@ class Exports:
             files.write_bytes(target / path.name, path.read_bytes())
 
     def steps(self) -> list[int]:
-        """The steps of what is there, ascending."""
+        """The steps of the existing exports, ascending."""
         return steps_in(self.directory, self.suffix)

@@ -1,8 +1,8 @@
-"""Which run a MODEL_DIR holds: everything that decides what it learns, as plain JSON.
+"""The identity of a run: everything that determines what it learns, as plain JSON.
 
-A run resumes under the same identity only. Every argument of `ptjax.tune` and
-`ptjax.pretrain` and every field of the objects given to them is part of it, unless `FREE`
-names it, so a new setting counts from the day it exists. Data count by their content.
+A MODEL_DIR is resumed only by a run with the same identity. Every argument of `ptjax.tune` and
+`ptjax.pretrain`, and every field of their arguments, is part of it unless `FREE` lists it; so a new
+setting is included from the start. Data are identified by their content.
 """
 
 from __future__ import annotations
@@ -23,22 +23,23 @@ import numpy as np
 
 from ptjax import __version__
 from ptjax.errors import InputError
+from ptjax.files import JsonObject, Metadata
 
 FORMAT = 3
-"""Of what `make_identity` gives: 1 (without the number) recorded few of the settings, 2 had the
-settings as arguments of `tune`."""
+"""The format of `make_identity`. 1 (not recorded) had few of the settings; 2 had them as arguments
+of `tune`."""
 
-_LENGTH = "how long the run is, or what is saved on the way; resuming with another is its purpose"
+_LENGTH = "how long the run is, or what it saves; runs are resumed to change it"
 _PLACE = "where the run computes"
-_WATCHES = "they look on"
-_CONTENT = "its content counts, wherever it lies"
+_WATCHES = "callbacks only observe"
+_CONTENT = "its content counts, not its location"
 
 FREE: Mapping[str, str] = {
-    "tune.model_dir": "names the run, and may move",
+    "tune.model_dir": "the folder may be moved",
     "tune.steps": _LENGTH,
     "tune.callbacks": _WATCHES,
     "tune.dry_run": "trains nothing",
-    "pretrain.model_dir": "names the run, and may move",
+    "pretrain.model_dir": "the folder may be moved",
     "pretrain.callbacks": _WATCHES,
     "pretrain.dry_run": "trains nothing",
     "TrainSchedule.train_steps": _LENGTH,
@@ -46,17 +47,17 @@ FREE: Mapping[str, str] = {
     "TrainSchedule.log_period": _LENGTH,
     "TrainSchedule.patience": _LENGTH,
     "TrainSchedule.keep": _LENGTH,
-    "Evaluation.batch_size": "how much is computed at once",
+    "Evaluation.batch_size": "changes no prediction",
     "Task.data_dir": _CONTENT,
     "Task.splits": _CONTENT,
     "TextFiles.data_dir": _CONTENT,
     "TextFiles.files": _CONTENT,
-    "TextFiles.take_every": "the documents that it keeps count",
+    "TextFiles.take_every": "the documents that it selects count",
     "TokenFile.path": _CONTENT,
-    "Backbone.variables": "their fingerprint counts",
+    "Backbone.variables": "the fingerprint counts",
     "Backbone.apply_fn": "the config counts",
     "Backbone.name": _CONTENT,
-    "Backbone.fingerprint_v1": "the fingerprint counts, and covers it",
+    "Backbone.fingerprint_v1": "the newer fingerprint counts",
     "Backbone.assumed": "the config counts",
     "Backbone.family": "the fingerprint and the config count",
     "Backbone.mesh": _PLACE,
@@ -64,7 +65,7 @@ FREE: Mapping[str, str] = {
     "T5Config.scan_layers": _PLACE,
     "T5Config.remat": _PLACE,
 }
-"""Settings that may change when a run resumes, and why: "function.argument", "Class.field"."""
+"""Settings that may change when a run is resumed -> why; "function.argument" or "Class.field"."""
 
 _OF_BACKBONE = {
     "fingerprint": "the backbone's fingerprint",
@@ -76,15 +77,14 @@ _ABSENT: Any = object()
 
 
 def make_identity(
-    function: Callable[..., Any], arguments: Mapping[str, Any], data: Mapping[str, Any]
-) -> dict[str, Any]:
+    function: Callable[..., object], arguments: Mapping[str, object], data: Mapping[str, object]
+) -> JsonObject:
     """The identity of a run.
 
     Args:
         function: `tune` or `pretrain`.
-        arguments: what it was given, defaults included, by name.
-        data: what was read from files, by what to call it in a message: the name of a digest or
-            a count -> its value.
+        arguments: its arguments by name, defaults included.
+        data: what was read from files: a name for messages -> digests and counts by name.
     """
     kind = function.__name__
     settings = {
@@ -100,16 +100,16 @@ def make_identity(
     }
 
 
-def describe(value: Any, *, whole: bool = False) -> Any:
-    """A setting as plain JSON values, alike in every process and after every start.
+def describe(value: object, *, whole: bool = False) -> Any:
+    """A setting as plain JSON values: the same in every process and on every start.
 
-    A dataclass is its class ("is") and its fields, less the `FREE` ones. Where a field does not
-    tell what it stands for (a path, a schedule), the class has a method `identity` that gives these
-    fields anew. A tokenizer is its fingerprint, an array the hash of its bytes, a function or any
-    other object its qualified name with the plain values inside it; never an address.
+    A dataclass becomes its class ("is") and its fields, without the `FREE` ones. If the value of a
+    field does not identify its content (a path, a schedule), the class has a method `identity` that
+    returns replacements for such fields. A tokenizer becomes its fingerprint, an array the hash of
+    its bytes, a function or any other object its qualified name and the plain values in it.
 
     Args:
-        whole: with the `FREE` fields, and all fields as they were given.
+        whole: include the `FREE` fields, and do not replace any.
     """
     if isinstance(value, enum.Enum):
         return value.name
@@ -139,22 +139,22 @@ def describe(value: Any, *, whole: bool = False) -> Any:
     return _describe_object(value)
 
 
-def _describe_fields(value: Any, whole: bool) -> dict[str, Any]:
+def _describe_fields(value: Any, whole: bool) -> JsonObject:
     classes = [base.__name__ for base in type(value).__mro__]
     fields = {
         field.name: getattr(value, field.name)
         for field in dataclasses.fields(value)
         if whole or not any(f"{name}.{field.name}" in FREE for name in classes)
     }
-    told = value.identity() if hasattr(value, "identity") and not whole else {}
-    described = {k: describe(told.get(k, v), whole=whole) for k, v in fields.items()}
+    replaced = value.identity() if hasattr(value, "identity") and not whole else {}
+    described = {k: describe(replaced.get(k, v), whole=whole) for k, v in fields.items()}
     return {"is": _name(type(value)), **described}
 
 
-def _describe_object(value: Any) -> Any:
-    """A function, a class, or an object of a class without declared fields."""
+def _describe_object(value: object) -> JsonObject | str:
+    """Describes a function, a class, or an object whose class is not a dataclass."""
     if isinstance(value, functools.partial):
-        inside: Mapping[str, Any] = {"arguments": value.args, **value.keywords}
+        inside: Mapping[str, object] = {"arguments": value.args, **value.keywords}
         return {"is": _name(value.func), **describe(inside)}
     if inspect.ismethod(value):
         return {"is": _name(value.__func__), "of": describe(value.__self__)}
@@ -170,14 +170,14 @@ def _describe_object(value: Any) -> Any:
     return {"is": _name(value), **plain} if plain else _name(value)
 
 
-def _is_plain(value: Any) -> bool:
+def _is_plain(value: object) -> bool:
     if isinstance(value, list | tuple):
         return all(map(_is_plain, value))
     return value is None or isinstance(value, bool | int | float | str | np.generic)
 
 
-def _name(value: Any) -> str:
-    """ptjax's classes are told by their names alone: modules of ptjax may be renamed."""
+def _name(value: object) -> str:
+    """The qualified name; of ptjax's own classes without the module, which may be renamed."""
     name = getattr(value, "__qualname__", None) or type(value).__qualname__
     module = getattr(value, "__module__", None) or ""
     if not module.startswith("ptjax."):
@@ -185,16 +185,16 @@ def _name(value: Any) -> str:
     return name if isinstance(value, type) else f"{module.rsplit('.', 1)[-1]}.{name}"
 
 
-def digest_array(array: Any) -> str:
+def digest_array(values: object) -> str:
     """ "sha256:..." over dtype, shape and bytes."""
-    array = np.asarray(array)
+    array = np.asarray(values)
     digest = hashlib.sha256(f"{array.dtype} {array.shape} ".encode())
     digest.update(np.ascontiguousarray(array).tobytes())
     return f"sha256:{digest.hexdigest()}"
 
 
 def digest_texts(texts: Iterable[str]) -> str:
-    """ "sha256:..." over texts and where each of them ends."""
+    """ "sha256:..." over texts and their boundaries."""
     digest = hashlib.sha256()
     for text in texts:
         encoded = text.encode("utf-8", "surrogatepass")
@@ -203,13 +203,13 @@ def digest_texts(texts: Iterable[str]) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of what a run computes with; not part of its identity, but said where they change."""
-    found = {"ptjax": __version__, "Python": platform.python_version()}
-    return found | {package: importlib.metadata.version(package) for package in _PACKAGES}
+    """Versions of ptjax and its libraries. Not part of the identity; a change is only logged."""
+    ours = {"ptjax": __version__, "Python": platform.python_version()}
+    return ours | {package: importlib.metadata.version(package) for package in _PACKAGES}
 
 
-def changed_versions(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """ "jax 0.12.0 (was 0.10.2), ...", or nothing."""
+def changed_versions(saved: Metadata, now: Metadata) -> str:
+    """ "jax 0.12.0 (was 0.10.2), ..."; "" if nothing changed."""
     old, new = saved.get("versions") or {}, now.get("versions") or {}
     return ", ".join(
         f"{name} {new.get(name, 'none')} (was {old.get(name, 'none')})"
@@ -218,21 +218,21 @@ def changed_versions(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     )
 
 
-def check_same(saved: Mapping[str, Any], now: Mapping[str, Any], model_dir: str) -> None:
+def check_same(saved: Metadata, now: Metadata, model_dir: str) -> None:
     """Refuses to resume another run.
 
     Args:
-        saved, now: identities of the run in `model_dir` and of the one that is started.
+        saved, now: the identities of the run in `model_dir` and of this one.
 
     Raises:
-        InputError: naming the first setting, else the data, that differs, old and new value.
+        InputError: it names the first setting that differs, or else the data, with both values.
     """
     written_by = (saved.get("versions") or {}).get("ptjax", "an older version")
     if saved.get("format") != now.get("format"):
         raise InputError(
-            f"{model_dir} holds a run of another ptjax ({written_by}), whose checkpoints do not "
-            "record its settings as this one does, so it cannot be resumed here; choose another "
-            "MODEL_DIR or finish it with that version. Its prompts can be used as they are"
+            f"{model_dir} holds a run of another ptjax ({written_by}), whose checkpoints record "
+            "settings in another format, so it cannot be resumed here; choose another MODEL_DIR or "
+            "finish it with that version. Its prompts can be used as they are"
         )
     command, ours = saved["settings"].get("is"), now["settings"].get("is")
     if command != ours:
@@ -240,15 +240,15 @@ def check_same(saved: Mapping[str, Any], now: Mapping[str, Any], model_dir: str)
             f"{model_dir} holds a run of {_COMMANDS.get(command, command)}, not of "
             f"{_COMMANDS.get(ours, ours)}; choose another MODEL_DIR"
         )
-    if found := _difference(saved["settings"], now["settings"], "", ""):
-        name, old, new = found
+    if difference := _difference(saved["settings"], now["settings"], "", ""):
+        name, old, new = difference
         if _ABSENT in (old, new):
             raise InputError(
                 f"{model_dir} holds a run of another ptjax ({written_by}): {name} was "
                 f"{_shown(old)}, now {_shown(new)}; choose another MODEL_DIR or finish it with "
                 "that version"
             )
-        old, new = _apart(_shown(old), _shown(new))
+        old, new = _excerpts(_shown(old), _shown(new))
         raise InputError(
             f"{model_dir} holds a run with {name} = {old}, now {new}; choose another MODEL_DIR or "
             "restore that setting"
@@ -256,16 +256,16 @@ def check_same(saved: Mapping[str, Any], now: Mapping[str, Any], model_dir: str)
     _check_same_data(saved["data"], now["data"], model_dir)
 
 
-def _check_same_data(saved: Mapping[str, Any], now: Mapping[str, Any], model_dir: str) -> None:
+def _check_same_data(saved: Metadata, now: Metadata, model_dir: str) -> None:
     if gone := ", ".join(what for what in saved if what not in now):
         raise InputError(
-            f"{model_dir} holds a run that also read {gone}, which this one lacks; choose another "
-            "MODEL_DIR or restore it"
+            f"{model_dir} holds a run that also read {gone}, which this one does not; choose "
+            "another MODEL_DIR or restore it"
         )
     if new := ", ".join(what for what in now if what not in saved):
         raise InputError(
             f"{model_dir} holds a run without {new}, which this one has; choose another MODEL_DIR "
-            "or take it away"
+            "or remove it"
         )
     for what, parts in now.items():
         for name, new in parts.items():
@@ -277,42 +277,43 @@ def _check_same_data(saved: Mapping[str, Any], now: Mapping[str, Any], model_dir
                 )
 
 
-def _difference(saved: Any, now: Any, name: str, place: str) -> tuple[str, Any, Any] | None:
+def _difference(
+    saved: object, now: object, name: str, place: str
+) -> tuple[str, object, object] | None:
     """(name, old value, new value) of the first difference.
 
     Args:
         name: of the two values.
-        place: the mapping or list that they stand in, if they are fields of a class.
+        place: the mapping or list that contains them, if they are fields of a class.
     """
     if isinstance(saved, dict) and isinstance(now, dict) and saved.get("is") == now.get("is"):
         owner = now.get("is")
         if owner == "schedule":
             return _different_rate(saved, now, name)
         if not owner and list(saved) != list(now):
-            # The order too: it is that of the labels, or of a bank's members.
+            # The order counts too: of labels, or of a sweep's members.
             order = "the order of " if set(saved) == set(now) else ""
             return order + name, list(saved), list(now)
         for key in {**now, **saved}:
             child = _setting(owner, key, name) + place if owner else f"{name}[{key!r}]"
             pair = saved.get(key, _ABSENT), now.get(key, _ABSENT)
-            if found := _difference(*pair, child, place if owner else f" (of {child})"):
-                return found
+            within = place if owner else f" (of {child})"
+            if difference := _difference(*pair, child, within):
+                return difference
         return None
     if isinstance(saved, list) and isinstance(now, list) and len(saved) == len(now):
         for number, pair in enumerate(zip(saved, now, strict=True)):
             child = f"{name}[{number}]"
-            if found := _difference(*pair, child, f" (of {child})"):
-                return found
+            if difference := _difference(*pair, child, f" (of {child})"):
+                return difference
         return None
-    # 1 is 1.0, but not True.
+    # 1 equals 1.0, but not True.
     same = saved == now and isinstance(saved, bool) == isinstance(now, bool)
     return None if same else (name, saved, now)
 
 
-def _different_rate(
-    saved: Mapping[str, Any], now: Mapping[str, Any], name: str
-) -> tuple[str, Any, Any] | None:
-    """The first rate of a schedule that differs by more than float32's rounding of its peak."""
+def _different_rate(saved: Metadata, now: Metadata, name: str) -> tuple[str, object, object] | None:
+    """The first rate of a schedule that differs by more than the float32 rounding of its peak."""
     peak = max((abs(rate) for rate in now.values() if isinstance(rate, float)), default=0.0)
     for step, new in now.items():
         old = saved.get(step, _ABSENT)
@@ -323,7 +324,7 @@ def _different_rate(
 
 
 def _setting(owner: str, field: str, name: str) -> str:
-    """What gin files call a field of `owner`, which itself is the setting `name`."""
+    """The name in gin files of a field of `owner`, an object that is the setting `name`."""
     if owner == "Backbone":
         return _OF_BACKBONE.get(field, f"load_backbone.{field}")
     if owner == "T5Config" and name == "load_backbone.config":
@@ -331,8 +332,8 @@ def _setting(owner: str, field: str, name: str) -> str:
     return f"{owner}.{field}"
 
 
-def _shown(value: Any) -> str:
-    """A value in a message."""
+def _shown(value: object) -> str:
+    """A value as messages show it."""
     if value is _ABSENT:
         return "not recorded"
     if isinstance(value, dict) and "is" in value:
@@ -343,8 +344,8 @@ def _shown(value: Any) -> str:
     return repr(value)
 
 
-def _apart(old: str, new: str, longest: int = 160) -> tuple[str, str]:
-    """Both cut to a readable length, around the place where they part."""
+def _excerpts(old: str, new: str, longest: int = 160) -> tuple[str, str]:
+    """Both values cut to a readable length, around their first difference."""
     if max(len(old), len(new)) <= longest:
         return old, new
     same = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), 0)

@@ -3,14 +3,14 @@
 The first process of a run writes the lock before anything else there, renews it every HEARTBEAT
 seconds and removes it at the end. Every write is conditional on the version that it replaces (a
 lock of the operating system on a local or network disk, a generation precondition on gs://), so of
-two runs that start at once one gets it, and one whose lock was taken over notices.
+two runs that start together one gets it, and a run whose lock was taken over notices.
 
-A run that was killed leaves its lock behind. On the same machine its process is looked up, and the
-next run starts at once. Elsewhere the lock is watched: when it has not changed for SILENCE seconds
-by the watcher's own clock, the run is dead and the lock is taken over. Clocks of two machines are
-compared only in one case: a lock that the storage calls older than ABANDONED seconds is not
-watched; clocks would have to disagree by most of that to harm a living run, which then notices and
-stops.
+A killed run does not remove its lock. On the same machine, the next run looks up the process and
+starts immediately. On another machine it watches the lock: if it does not change for SILENCE
+seconds by the watcher's own clock, the run is dead and the lock is taken over. Clocks of two
+machines are compared in one case only: a lock older than ABANDONED seconds by the storage's clock
+is not watched. The clocks would have to disagree by most of that to affect a running process, which
+would then notice and stop.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ from ptjax.model_dir import LOCK, ModelDir
 from ptjax.sharding import processes
 
 HEARTBEAT = 30.0
-"""Seconds between two writes of the holder."""
+"""Seconds between two heartbeats of the holder."""
 SILENCE = 120.0
 """Seconds without a new heartbeat after which a lock is taken over."""
 ABANDONED = 600.0
-"""A lock this old by the storage's clock need not be watched."""
+"""A lock that is older by the storage's clock is taken over without being watched."""
 TIMEOUT = 30.0
-"""Seconds for one write; what takes longer may still arrive."""
+"""Seconds for one write; a slower one may still succeed."""
 POLL = 1.0
-"""Seconds between two looks at a lock that is watched."""
+"""Seconds between two reads of a lock that is watched."""
 
 
 class NotWritableError(InputError):
@@ -54,12 +54,12 @@ class NotWritableError(InputError):
 
 @dataclasses.dataclass(frozen=True)
 class Holder:
-    """Who holds a lock.
+    """The process that holds a lock.
 
     Attributes:
-        started: when the process started, in the kernel's clock ticks; None where /proc lacks it.
-        machine: boot and process namespace, in which `pid` and `started` mean something.
-        token: a random word, another one for every run.
+        started: start time of the process in the kernel's clock ticks; None if /proc lacks it.
+        machine: boot id and process namespace, within which `pid` and `started` are valid.
+        token: random, different for every run.
     """
 
     host: str
@@ -76,12 +76,12 @@ class Holder:
 
     @property
     def is_here(self) -> bool:
-        """Whether its process would be one of this machine."""
+        """Whether its process belongs to this machine."""
         return (self.host, self.machine) == (socket.gethostname(), _machine())
 
     @property
     def is_alive(self) -> bool:
-        """Whether its process runs; only for one that `is_here`. A reused pid is another start."""
+        """Whether its process runs; valid only if `is_here`. A reused pid has another start."""
         if self.started is not None:
             return _started(self.pid) == self.started
         try:
@@ -89,7 +89,7 @@ class Holder:
         except ProcessLookupError:
             return False
         except PermissionError:
-            return True  # it is another user's
+            return True  # it belongs to another user
         return True
 
     def __str__(self) -> str:
@@ -97,7 +97,7 @@ class Holder:
 
 
 class Lock:
-    """The lock of one MODEL_DIR, held or not yet; on other processes than the first a stand-in."""
+    """The lock of one MODEL_DIR, held or not yet. Only the first process of a run takes it."""
 
     def __init__(self, model_dir: epath.Path) -> None:
         self.model_dir, self.holder = model_dir, Holder.here()
@@ -105,17 +105,17 @@ class Lock:
         self._mutex = threading.Lock()
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
-        self._generation: bytes | None = None  # of the version that is ours
+        self._generation: bytes | None = None  # of the version that this run wrote
         self._confirmed = _clocks()
         self._lost: str | None = None
         self._watched: tuple[bytes, float] | None = None  # generation, since when
         self._made: list[Path] = []  # folders, the innermost first
 
     def try_once(self) -> bool:
-        """Takes the lock if it is free or its holder is dead; whether it did.
+        """Takes the lock if it is free or its holder is dead; returns whether it did.
 
         Raises:
-            InputError: it is a living run's.
+            InputError: a running process holds it.
             NotWritableError: MODEL_DIR cannot be written to.
         """
         self._open()
@@ -141,43 +141,43 @@ class Lock:
         return True
 
     def check(self) -> None:
-        """Before writing to MODEL_DIR: the lock is still held.
+        """Checks that the lock is still held. Call it before writing to MODEL_DIR.
 
-        Costs nothing while the heartbeat goes on; after a pause of this process it asks.
+        It costs nothing while heartbeats succeed; after a pause of this process it sends one.
 
         Raises:
-            TrainingError: another run took the lock over, or it cannot be renewed.
+            TrainingError: another run took over the lock, or it cannot be renewed.
         """
         if self._generation is None:
             return
         if _elapsed(self._confirmed) > 1.5 * HEARTBEAT:
             try:
                 self._beat()
-            except Exception as error:  # the storage's own kinds
+            except Exception as error:  # storages have exceptions of their own
                 if _elapsed(self._confirmed) > SILENCE:
                     raise TrainingError(
                         f"{self._path} could not be renewed for {SILENCE:.0f} s "
-                        f"({one_line(error)}); nothing more is written. The same command "
-                        "goes on from the last checkpoint"
+                        f"({one_line(error)}); nothing more is written. Rerun the same command "
+                        "to resume from the last checkpoint"
                     ) from error
         if self._lost is not None:
             raise TrainingError(self._lost)
 
     def release(self) -> None:
-        """Removes the lock, unless it is another run's by now."""
+        """Removes the lock, unless another run has taken it over."""
         self._ended.set()
         if self._thread is not None:
             self._thread.join()
         if self._generation is None or self._lost is not None:
             return
         try:
-            # An earlier write may have arrived although its answer did not.
+            # An earlier write may have succeeded although its response was lost.
             generation = self._own_write() or self._generation
             self._store.write(LOCK, None, if_equal=generation).result(timeout=TIMEOUT)
         except (OSError, ValueError) as error:
-            logging.warning("%s stays behind: %s", self._path, one_line(error))
+            logging.warning("%s was not removed: %s", self._path, one_line(error))
         self._generation = None
-        with contextlib.suppress(OSError):  # a run that was refused leaves nothing
+        with contextlib.suppress(OSError):  # a run that was refused leaves no folders
             for path in self._made:
                 path.rmdir()
 
@@ -198,30 +198,30 @@ class Lock:
             raise cannot_write(directory, error) from error
 
     def _read(self) -> tuple[bytes | None, bytes]:
-        """What is there (None if nothing) and its generation."""
+        """The content of the file (None if it does not exist) and its generation."""
         try:
-            found = self._store.read(LOCK).result()
+            result = self._store.read(LOCK).result()
         except (OSError, ValueError) as error:
             raise cannot_write(self.model_dir, error) from error
-        return (found.value if found.state == "value" else None), found.stamp.generation
+        return (result.value if result.state == "value" else None), result.stamp.generation
 
     def _write(self, generation: bytes) -> bytes | None:
-        """Replaces that generation; the new one, or None if it was another's."""
+        """Replaces that generation of the file; returns the new one, or None if it has changed."""
         text = json.dumps(dataclasses.asdict(self.holder) | {"time": time.time()}).encode()
         written = self._store.write(LOCK, text, if_equal=generation)
         return written.result(timeout=TIMEOUT).generation or self._own_write()
 
     def _own_write(self) -> bytes | None:
-        """The generation of what is there, if this run wrote it.
+        """The generation of the file, if this run wrote it.
 
-        A write whose answer was lost is sent again, and refused because it succeeded.
+        A write whose response was lost is retried, and refused because the first one succeeded.
         """
         text, generation = self._read()
         holder = None if text is None else _parse(text)[0]
         return generation if holder == self.holder else None
 
     def _why_free(self, holder: Holder | None, age: float, generation: bytes) -> str:
-        """Why the lock may be taken over; "" if it has to be watched further."""
+        """Why the lock may be taken over; "" if it must be watched further."""
         if holder is not None and holder.is_here:
             if not holder.is_alive:
                 return "it has ended"
@@ -229,14 +229,14 @@ class Lock:
                 raise self._in_use(holder, age)
         now = time.monotonic()
         if self._watched is None:
-            # Only now: a remote file's age may come from a cache the next time.
+            # Only the first time: later, a remote file's age may come from a cache.
             if _age_by_storage(self._path) > ABANDONED:
                 return f"silent for more than {ABANDONED:.0f} s"
             self._watched = generation, now
             logging.info(
                 "%s is locked by %s; taking over if it stays silent for %.0f s",
                 self.model_dir,
-                holder or "a file that says nothing",
+                holder or "an unreadable file",
                 SILENCE,
             )
         elif self._watched[0] != generation:
@@ -273,7 +273,7 @@ class Lock:
             try:
                 self._beat()
                 failed = False
-            except Exception as error:  # of whatever kind: the next beat may succeed
+            except Exception as error:  # of any kind: the next heartbeat may succeed
                 if not failed:
                     logging.warning("%s could not be renewed: %s", self._path, one_line(error))
                 failed = True
@@ -281,15 +281,15 @@ class Lock:
 
 @contextlib.contextmanager
 def hold(model_dir: epath.Path, *, needed: bool = True) -> Iterator[Lock | None]:
-    """Around everything that changes MODEL_DIR; all processes come here together.
+    """Holds MODEL_DIR's lock. Everything that changes MODEL_DIR runs inside, on all processes.
 
     Args:
         needed: False (a dry run) takes no lock and yields None.
 
     Raises:
-        InputError: a living run holds it. On all processes.
-        NotWritableError: MODEL_DIR cannot be written to. On all processes.
-        TrainingError: there is no room for what the run writes.
+        InputError: another run holds it. Raised on all processes.
+        NotWritableError: MODEL_DIR cannot be written to. Raised on all processes.
+        TrainingError: the disk is full.
     """
     if not needed:
         yield None
@@ -303,15 +303,15 @@ def hold(model_dir: epath.Path, *, needed: bool = True) -> Iterator[Lock | None]
         if (reason := files.full_reason(error)) is None:
             raise
         raise TrainingError(
-            f"MODEL_DIR = {model_dir}: it is full ({reason}); make room, and the same command goes "
-            "on from the last checkpoint"
+            f"MODEL_DIR = {model_dir}: it is full ({reason}); free some space and rerun the same "
+            "command to resume from the last checkpoint"
         ) from error
     finally:
         lock.release()
 
 
 def _agreed(lock: Lock) -> bool:
-    """`try_once` of the first process, as all of them hear it."""
+    """The outcome of `try_once` on the first process, on all processes."""
     problem: Exception | None = None
     outcome = 0
     if processes.first():
@@ -324,12 +324,12 @@ def _agreed(lock: Lock) -> bool:
         raise problem
     if outcome > 1:
         kind = NotWritableError if outcome == 3 else InputError
-        raise kind(f"MODEL_DIR = {lock.model_dir}: process 0 cannot lock it, and says why")
+        raise kind(f"MODEL_DIR = {lock.model_dir}: process 0 cannot lock it; see its message")
     return outcome == 1
 
 
 def _parse(text: bytes) -> tuple[Holder | None, float]:
-    """The holder (None if the text is none of ours) and the age in seconds by its own clock."""
+    """The holder (None if the text is not a lock's) and its age in seconds by its own clock."""
     try:
         fields = files.parse_json(text)
         age = time.time() - float(fields.pop("time"))
@@ -346,7 +346,7 @@ def _parse(text: bytes) -> tuple[Holder | None, float]:
 
 
 def _started(pid: int) -> int | None:
-    """Start of a process in clock ticks; None if there is none, or no /proc."""
+    """Start time of a process in clock ticks; None without such a process, or without /proc."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()
     except OSError:
@@ -355,7 +355,7 @@ def _started(pid: int) -> int | None:
 
 
 def _machine() -> str:
-    """Containers may share a host's name, and a name may come back on another machine."""
+    """Boot id and process namespace: containers share host names, and names are reused."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -364,7 +364,7 @@ def _machine() -> str:
 
 
 def _age_by_storage(path: epath.Path) -> float:
-    """Seconds since the last write; 0 where it is not told."""
+    """Seconds since the last write; 0 if the storage does not report it."""
     try:
         return time.time() - float(path.stat().mtime)
     except (OSError, TypeError, ValueError):
@@ -372,7 +372,7 @@ def _age_by_storage(path: epath.Path) -> float:
 
 
 def _clocks() -> tuple[float, float]:
-    """One goes on while the machine sleeps, the other while a virtual machine is frozen."""
+    """One clock runs while the machine sleeps, the other while a virtual machine is frozen."""
     kind = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
     return time.clock_gettime(kind), time.time()
 
@@ -384,7 +384,7 @@ def _elapsed(since: tuple[float, float]) -> float:
 def cannot_write(directory: epath.Path, error: Exception) -> NotWritableError:
     """The error for a MODEL_DIR that is not writable, with the reason."""
     why = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
-    if isinstance(error, FileExistsError):  # what mkdir says of a file
+    if isinstance(error, FileExistsError):  # as mkdir reports a file
         why = os.strerror(errno.ENOTDIR)
     return NotWritableError(
         f"MODEL_DIR = {directory}: it cannot be written to ({why}); choose another"

@@ -3,8 +3,8 @@
 A run may be killed at any point; the same command resumes it bit-exactly. Three rules ensure that:
 everything that changes is in the checkpoint; files outside of it are written before the checkpoint
 that refers to them, and removed only after one that no longer does; and what is ahead of the
-checkpoint is dropped on resuming and made again. If there are several processes, all of them run
-this code together. The first one writes the files, all of them the checkpoints.
+checkpoint is dropped on resuming and written again. With several processes, all of them run this
+code together: the first one writes the files, all of them write the checkpoints.
 """
 
 from __future__ import annotations

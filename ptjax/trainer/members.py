@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from ptjax.data.pipeline import BankBatches, Batches
+from ptjax.data.pipeline import Batches, SweepBatches
 from ptjax.trainer.exports import Exports
 from ptjax.trainer.progress import RunProgress
 from ptjax.training.step import TrainState
@@ -58,7 +58,7 @@ class Members:
     def batches(self) -> Batches:
         """The training batches of the members in the train state."""
         batches = [self[member_id].batches for member_id in self.progress.member_ids]
-        return BankBatches(batches) if self.is_sweep else batches[0]
+        return SweepBatches(batches) if self.is_sweep else batches[0]
 
     def sweep_inputs(self) -> tuple[np.ndarray, ...]:
         """`active` and `learning_rate` of the next step of a sweep; nothing in an ordinary run."""

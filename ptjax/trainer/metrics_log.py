@@ -1,29 +1,29 @@
-"""`metrics.jsonl`: a row for every logged step and every evaluation; whole at any instant."""
+"""`metrics.jsonl`: a row for every logged step and every evaluation; every write is atomic."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
 
 from absl import logging
 from etils import epath
 
 from ptjax import files
+from ptjax.files import JsonObject
 from ptjax.model_dir import ModelDir
 from ptjax.sharding import processes
 from ptjax.trainer.callbacks import Callback
 
 
 class MetricsLog(Callback):
-    """The rows of one run, in memory and in the file; each has its "step"."""
+    """Writes the rows of a run, which it also keeps in memory; each row has its "step"."""
 
     def __init__(self) -> None:
         self._path = epath.Path()
-        self._rows: list[dict[str, Any]] = []
+        self._rows: list[JsonObject] = []
 
     def on_start(self, model_dir: epath.Path, step: int) -> None:
-        """Goes on after `step`; of a new run nothing is left of another one."""
+        """Keeps the rows up to `step`; a new run (step 0) starts with an empty file."""
         self._path = ModelDir(model_dir).metrics
         if not processes.first():
             return
@@ -44,9 +44,9 @@ class MetricsLog(Callback):
             self._write()
 
     def _resume(self, step: int) -> None:
-        """Drops rows after `step`, which are written again, and lines that are not rows.
+        """Drops rows after `step`, which the resumed run writes again, and damaged lines.
 
-        Without damage the file is written with the next row only.
+        The file itself is written now only if it had damaged lines, else with the next row.
         """
         lines = self._path.read_bytes().splitlines() if self._path.exists() else []
         rows = [row for row in map(_parse, lines) if row is not None]
@@ -62,10 +62,11 @@ class MetricsLog(Callback):
         files.write_bytes(self._path, text.encode())
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
+def _parse(line: bytes) -> JsonObject | None:
+    """A row; None if the line is damaged."""
     try:
         row = files.parse_json(line)
-    except ValueError:  # also bytes that are no UTF-8, and what is nested too deep
+    except ValueError:  # also if it is not UTF-8, or nested too deeply
         return None
     fits = isinstance(row, dict) and isinstance(row.get("step"), int)
     return row if fits else None

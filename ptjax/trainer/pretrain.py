@@ -1,18 +1,17 @@
-"""`pretrain`: model tuning on running text and supervised text-to-text tasks.
+"""`pretrain`: trains all weights on running text and supervised text-to-text tasks.
 
-From scratch it makes a backbone; from a checkpoint it is the paper's LM adaptation.
+From scratch it makes a new backbone; from a checkpoint it does the paper's LM adaptation.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
 from etils import epath
+from jax.sharding import Mesh
 
 from ptjax.backbones.damage import check_weights
 from ptjax.backbones.load import Backbone
@@ -24,6 +23,7 @@ from ptjax.data.preprocess import TokenizedExamples
 from ptjax.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from ptjax.data.vocabularies import missing_tokenizer
 from ptjax.errors import InputError, check_path, gin_flag
+from ptjax.files import JsonObject, PathLike
 from ptjax.interop.special_ids import check_end_of_sequence
 from ptjax.methods.model_tuning import ModelTuning
 from ptjax.model_dir import ModelDir
@@ -46,15 +46,16 @@ from ptjax.training.compile import StepConfig, batch_shapes
 from ptjax.training.dependence import check_used
 from ptjax.training.loss import Loss
 from ptjax.training.optimizer import Adafactor
+from ptjax.trees import Tree
 
 
 def pretrain(
     start: T5Config | Backbone,
     components: Sequence[MixtureComponent],
-    model_dir: str | os.PathLike[str],
+    model_dir: PathLike,
     *,
     text: TextFiles | TokenFile | None = None,
-    tokenizer: str | os.PathLike[str] | None = None,
+    tokenizer: PathLike | None = None,
     optimizer: Adafactor = Adafactor(learning_rate=0.01, multiply_by_parameter_scale=True),
     loss: Loss = Loss(per_token=True),
     schedule: TrainSchedule = TrainSchedule(),
@@ -63,22 +64,23 @@ def pretrain(
     callbacks: Sequence[Callback] = (),
     dry_run: bool = False,
 ) -> None:
-    """Trains all weights; `MODEL_DIR/models/best` is the newest, in Hugging Face's layout.
+    """Trains all weights; `MODEL_DIR/models/best` is the newest model, in Hugging Face's layout.
 
     Args:
-        start: sizes, to start from scratch, which needs `tokenizer`; or a backbone to go on from.
+        start: a backbone to continue from, or a config to start from scratch (set `tokenizer` too).
         components: the mixture; each batch comes from one of them.
-        callbacks: told what happens, see `ptjax.trainer.callbacks.Callback`.
+        text: the running text of components that need it.
+        callbacks: notified of events, see `ptjax.trainer.callbacks.Callback`.
 
     Raises:
-        InputError: there is no tokenizer, or components lack what they need.
+        InputError: no tokenizer is given, or a component lacks its text.
     """
     given = dict(locals())
     check_path("MODEL_DIR", model_dir)
     if isinstance(start, Backbone):
         report_steps(schedule.train_steps, start)
         if not isinstance(start.config, T5Config):
-            raise InputError(f"pretrain trains ptjax's own T5 alone, not {start.family.title}")
+            raise InputError(f"pretrain supports only ptjax's own T5, not {start.family.title}")
         _check_float32(start)
         model, mesh = start.config, start.mesh
         params, apply_fn = start.variables["params"], start.apply_fn
@@ -87,12 +89,12 @@ def pretrain(
         params, apply_fn = _init_on_mesh(model, seed, mesh), T5_FAMILY.build(model)
     for component in components:
         check_batch_size(component.batch_size, mesh, microbatches)
-    found = _tokenizer(start, tokenizer)
-    check_vocabulary(found, model.vocab_size)
-    check_end_of_sequence(found, model)
-    stream = None if text is None else text.tokenize(found, seed)
-    made = mixture.make_batches(components, stream, found, seed, model.special_ids)
-    batches = mixture.mix(components, made, seed)
+    resolved = _tokenizer(start, tokenizer)
+    check_vocabulary(resolved, model.vocab_size)
+    check_end_of_sequence(resolved, model)
+    stream = None if text is None else text.tokenize(resolved, seed)
+    of_components = mixture.make_batches(components, stream, resolved, seed, model.special_ids)
+    batches = mixture.mix(components, of_components, seed)
     trainable = {"params": params}
     method = ModelTuning()
     freeze = freezing.make_freeze(trainable, method.freeze_rules())
@@ -102,24 +104,25 @@ def pretrain(
     state = jax.jit(init)(trainable, replicate_key(jax.random.key(seed), mesh))
     logging.info("pre-training %s parameters", f"{freezing.sizes(trainable)[0]:,}")
 
-    def write(path: epath.Path, trainable: Any, metadata: dict[str, Any]) -> None:
-        save_backbone(path, model, trainable["params"], tokenizer=found, dtype="float32")
+    def write(path: epath.Path, trainable: Tree, metadata: JsonObject) -> None:
+        save_backbone(path, model, trainable["params"], tokenizer=resolved, dtype="float32")
 
     directory = epath.Path(model_dir).expanduser()
     member = Member(
         batches,
         Exports(ModelDir(directory).models, "", write, method.read_metadata),
-        rate_at=lambda step: float(optimizer.rate_at(step, 1.0)),
+        rate_at=lambda step: optimizer.rate_number(step, 1.0),
     )
-    identity = make_identity(pretrain, given | {"tokenizer": found}, _describe(stream, made))
-    with lock.hold(directory, needed=not dry_run) as held:
+    data = _describe(stream, of_components)
+    identity = make_identity(pretrain, given | {"tokenizer": resolved}, data)
+    with lock.hold(directory, needed=not dry_run) as run_lock:
         run = TrainingLoop(
             directory,
             schedule,
             [member],
             identity=identity,
             callbacks=callbacks,
-            lock=held,
+            lock=run_lock,
             check_weights=lambda: check_weights(params, getattr(start, "name", "the start")),
         )
         run.fit(state, {}, step, mesh, dry_run=dry_run)
@@ -131,10 +134,10 @@ def _check_float32(backbone: Backbone) -> None:
         raise InputError(f"pretrain updates float32 weights: set {needed}")
 
 
-def _tokenizer(start: T5Config | Backbone, named: str | os.PathLike[str] | None) -> Tokenizer:
-    """The one that is named, else the backbone's own."""
-    if named is not None:
-        return load_tokenizer(named)
+def _tokenizer(start: T5Config | Backbone, path: PathLike | None) -> Tokenizer:
+    """The tokenizer at `path`, else the backbone's own."""
+    if path is not None:
+        return load_tokenizer(path)
     if not isinstance(start, Backbone):
         raise InputError("pretrain needs a tokenizer: set pretrain.tokenizer")
     if start.tokenizer is None:
@@ -142,21 +145,23 @@ def _tokenizer(start: T5Config | Backbone, named: str | os.PathLike[str] | None)
     return start.tokenizer
 
 
-def _init_on_mesh(model: T5Config, seed: int, mesh: Any) -> Any:
-    def init(key: jax.Array) -> Any:
+def _init_on_mesh(model: T5Config, seed: int, mesh: Mesh) -> Tree:
+    def init(key: jax.Array) -> Tree:
         return init_params(model, key)
 
-    where = shardings_of({"params": T5_FAMILY.parameter_shapes(model)}, mesh)["params"]
-    return jax.jit(init, out_shardings=where)(jax.random.key(seed))
+    shardings = shardings_of({"params": T5_FAMILY.parameter_shapes(model)}, mesh)["params"]
+    return jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
 
 
-def _describe(stream: np.ndarray | None, mixed: Sequence[Sequence[TrainBatches]]) -> dict[str, Any]:
-    """What was read from files, for the run's identity."""
-    data: dict[str, Any] = {}
+def _describe(
+    stream: np.ndarray | None, of_components: Sequence[Sequence[TrainBatches]]
+) -> JsonObject:
+    """Digests and counts of the data, for the run's identity."""
+    data: JsonObject = {}
     if stream is not None:
         data["the running text"] = {"the hash": digest_array(stream)}
-    for component, made in enumerate(mixed):
-        for phrasing, batches in enumerate(made):
+    for component, phrasings in enumerate(of_components):
+        for phrasing, batches in enumerate(phrasings):
             if isinstance(source := batches.source, TokenizedExamples):
                 arrays = [
                     x for rows in (source.inputs, source.targets) for x in (rows.ids, rows.offsets)

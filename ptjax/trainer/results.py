@@ -17,7 +17,7 @@ from ptjax.trees import Tree
 
 
 class Scores:
-    """The scores in `results.json`: on the test split, or without one on the split of selection."""
+    """The scores in `results.json`, on the test split; without one, on the validation split."""
 
     def __init__(self, backbone: Backbone, settings: RunSettings, data: TaskData) -> None:
         self.evaluator, self.train = data.evaluator, data.train

@@ -104,7 +104,7 @@ def _set_up(
     member = Member(
         make_train_batches(data, settings, settings.seed),
         _make_exports(data, model_dir, settings, name),
-        rate_at=lambda step: float(optimizer.rate_at(step, rms)),
+        rate_at=lambda step: optimizer.rate_number(step, rms),
         evaluate=lambda trainable: data.evaluator(freezing.combine(trainable, frozen), split),
         metric=data.evaluator.metric,
         name=name,

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C end a run after the step that is running."""
+"""SIGTERM and Ctrl-C end a run after the current step."""
 
 from __future__ import annotations
 
@@ -17,23 +17,27 @@ from ptjax.sharding import processes
 
 @dataclasses.dataclass
 class Stop:
-    """Whether the run ends before its end, because a signal asks for it."""
+    """Whether a signal asks the run to stop early.
+
+    Attributes:
+        caught: the number of the signal that this process received.
+    """
 
     caught: int | None = None
 
     def after(self, step: int) -> bool:
-        """Whether it ends after this step; to be asked after each. All processes hear the same."""
+        """Whether the run stops after this step. Call it after each; all processes agree."""
         return processes.stop_agreed(step) if processes.several() else self.caught is not None
 
     @property
     def exit_code(self) -> int:
-        # A process that ends because another one was asked to knows of no signal.
+        # Without a signal of its own, another process received it.
         return 128 + (self.caught or signal.SIGTERM)
 
 
 @contextmanager
 def caught() -> Iterator[Stop]:
-    """Notes SIGTERM and the first Ctrl-C for the end of the step; a second Ctrl-C interrupts."""
+    """Records SIGTERM and the first Ctrl-C, to stop after the step; a second Ctrl-C interrupts."""
     stop = Stop()
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -48,8 +52,8 @@ def caught() -> Iterator[Stop]:
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    # On several processes SIGTERM belongs to JAX's preemption service, which tells all of them; a
-    # handler of ours would take its place.
+    # With several processes, JAX's preemption service handles SIGTERM and notifies all of them; a
+    # handler of ours would replace its own.
     numbers = (signal.SIGINT,) if processes.several() else (signal.SIGTERM, signal.SIGINT)
     old = {number: signal.signal(number, note) for number in numbers}
     try:

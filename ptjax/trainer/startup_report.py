@@ -1,4 +1,4 @@
-"""What a run says before its first step: sizes, the learning rate, steps that T5X counts."""
+"""Log lines and warnings before the first step: sizes, learning rate, number of steps."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ptjax.trees import Tree
 def report_sizes(
     method: Method, backbone: Backbone, trainable: Tree, opt_state: Tree, frozen: Tree
 ) -> None:
-    """What trains, what is frozen, and how large the two are."""
+    """Logs how many parameters are trained and frozen, and their sizes."""
     (trained, trained_bytes), (kept, kept_bytes) = (
         freezing.sizes(trainable),
         freezing.sizes(frozen),
@@ -25,7 +25,7 @@ def report_sizes(
     _, optimizer_bytes = freezing.sizes(opt_state)
     logging.info("backbone %s, %s", backbone.name, backbone.fingerprint[:19])
     logging.info(
-        "%s: %s parameters train (%.4f%%), %s are frozen (%s)",
+        "%s: %s trainable parameters (%.4f%%), %s frozen (%s)",
         method.name,
         f"{trained:,}",
         100 * trained / (trained + kept),
@@ -40,14 +40,14 @@ def report_sizes(
 
 
 def report_steps(train_steps: int, backbone: Backbone) -> None:
-    """A warning where TRAIN_STEPS seems to count the backbone's own steps, as T5X does."""
+    """Warns if TRAIN_STEPS seems to include the backbone's own steps, as T5X's does."""
     checkpoint = re.search(r"checkpoint_(\d+)/*$", backbone.name)
     before = int(checkpoint[1]) if checkpoint else 0
-    # A checkpoint of a few steps beside a long run is no sign of it.
+    # A checkpoint of a few steps and a long run do not suggest it.
     if train_steps / 10 < before < train_steps:
         logging.warning(
-            "TRAIN_STEPS = %s are steps of this run. T5X counts on from the checkpoint's %s and "
-            "would train %s: set %s if that is what you mean",
+            "TRAIN_STEPS = %s are steps of this run. T5X starts to count at the checkpoint's %s, "
+            "and would train for %s: set %s if you mean that",
             f"{train_steps:,}",
             f"{before:,}",
             f"{train_steps - before:,}",
@@ -56,8 +56,8 @@ def report_steps(train_steps: int, backbone: Backbone) -> None:
 
 
 def report_rate(trainable: Tree, optimizer: Adafactor, rms: float) -> None:
-    """The learning rate against the embedding's scale, which a prompt's entries have."""
-    rate = float(optimizer.rate_at(0, rms))
+    """Logs the learning rate relative to the embedding's RMS, the scale of a prompt's entries."""
+    rate = optimizer.rate_number(0, rms)
     logging.info(
         "learning rate %.4g: %.2g%% of the embedding's RMS (%.3g) a step",
         rate,

@@ -1,4 +1,4 @@
-"""Sweeps: many prompts trained in one job over one frozen backbone."""
+"""Sweeps: many prompts, trained in one job over one frozen backbone."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from ptjax.data.tasks import Task
 from ptjax.errors import InputError, check_at_least
@@ -17,11 +16,11 @@ from ptjax.settings import RunSettings
 
 @dataclasses.dataclass(frozen=True)
 class MemberOverrides:
-    """What one member of a sweep has of its own; None is what the run has.
+    """The settings of one member of a sweep that differ from the run's; None keeps the run's.
 
     Attributes:
-        seed: of its data order, its initialisation and its dropout.
-        learning_rate: a number, in the run's scale.
+        seed: drives the member's data order, initial prompt and dropout.
+        learning_rate: a number, in the run's `learning_rate_scale`.
     """
 
     seed: int | None = None
@@ -33,7 +32,7 @@ class MemberOverrides:
         check_at_least(0, "MemberOverrides", seed=self.seed, learning_rate=self.learning_rate)
 
     def apply(self, settings: RunSettings) -> RunSettings:
-        """The member's settings, of those of the run."""
+        """The run's settings with these overrides."""
         method, optimizer, seed = settings.method, settings.optimizer, settings.seed
         if self.initializer is not None:
             method = _with_initializer(method, self.initializer)
@@ -44,14 +43,14 @@ class MemberOverrides:
         return dataclasses.replace(settings, method=method, optimizer=optimizer, seed=seed)
 
 
-def _with_initializer(method: Any, initializer: Initializer) -> Method:
-    """InputError if the method takes no initialiser."""
-    if not hasattr(method, "initializer"):
+def _with_initializer(method: Method, initializer: Initializer) -> Method:
+    """The method with another initialiser; InputError if it has none."""
+    if not (dataclasses.is_dataclass(method) and hasattr(method, "initializer")):
         raise InputError(
-            f"MemberOverrides.initializer: {type(method).__name__} takes no initialiser; leave it "
-            "out"
+            f"MemberOverrides.initializer: {type(method).__name__} has no initialiser; leave it out"
         )
-    return dataclasses.replace(method, initializer=initializer)
+    changes: dict[str, object] = {"initializer": initializer}
+    return dataclasses.replace(method, **changes)
 
 
 def sweep(
@@ -60,10 +59,10 @@ def sweep(
     initializers: Mapping[str, Initializer] | None = None,
     tasks: Sequence[Task] = (),
 ) -> dict[str, MemberOverrides]:
-    """Every combination of what is given, named by it: "sst2_seed1_rate0.3".
+    """One member per combination of the arguments, named after it: "sst2_seed1_rate0.3".
 
     Raises:
-        InputError: nothing is given, or something twice.
+        InputError: every argument is empty, or one has a value twice.
     """
     choices = {
         "task": {task.name: task for task in tasks},
@@ -71,7 +70,7 @@ def sweep(
         "seed": {f"seed{seed}": seed for seed in seeds},
         "learning_rate": {f"rate{rate:g}": rate for rate in learning_rates},
     }
-    given = {field: found for field, found in choices.items() if found}
+    given = {field: values for field, values in choices.items() if values}
     if not given:
         raise InputError(
             "sweep has nothing to combine; set seeds, learning_rates, initializers or tasks"
@@ -80,7 +79,7 @@ def sweep(
     for field, several in values.items():
         if len(several) > len(choices[field]):
             names = [getattr(value, "name", value) for value in several]
-            raise InputError(f"sweep.{field}s has a value twice ({names}); give each once")
+            raise InputError(f"sweep.{field}s has a value twice ({names}); list each value once")
     return {
         "_".join(names): MemberOverrides(
             **{f: given[f][n] for f, n in zip(given, names, strict=True)}
@@ -90,12 +89,12 @@ def sweep(
 
 
 def check_members(members: Mapping[str, MemberOverrides], settings: RunSettings) -> None:
-    """InputError unless the method can be swept, and every name can be a folder's."""
+    """InputError unless the method supports sweeps, and every name can be a folder's."""
     if members and not settings.method.supports_sweep:
         raise InputError(
-            "every member of a sweep has a prompt, or what else trains, of its own; "
-            f"{type(settings.method).__name__} supports no sweep"
+            f"{type(settings.method).__name__} does not support sweeps, whose members each train "
+            "variables of their own; remove tune.members, or use PromptTuning"
         )
     for name in members:
         if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name):
-            raise InputError(f"a member is called {name!r}; use letters, digits, _ . + -")
+            raise InputError(f"invalid name of a member: {name!r}; use letters, digits, _ . + -")

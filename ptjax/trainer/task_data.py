@@ -1,9 +1,8 @@
-"""A task's examples as a run reads them: as text for evaluation, as batches for training."""
+"""A task's data: examples for evaluation, and batches for training."""
 
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 from absl import logging
 
@@ -20,6 +19,7 @@ from ptjax.evaluation.evaluator import (
     report_examples,
     report_lost,
 )
+from ptjax.files import JsonObject
 from ptjax.methods.base import run_with
 from ptjax.settings import RunSettings
 from ptjax.sharding.arrays import rows_divisor
@@ -27,16 +27,16 @@ from ptjax.trainer.identity import digest_texts
 
 
 class TaskData:
-    """A task with its training examples; the members of a sweep that learn it share it."""
+    """A task with its examples. The members of a sweep that train on it share one object."""
 
     def __init__(self, task: Task, evaluator: Evaluator) -> None:
         self.task, self.evaluator = task, evaluator
         for split in (evaluator.settings.split, evaluator.reported_split):
-            evaluator.examples(split)  # what is wrong with them shows before the training
+            evaluator.examples(split)  # loaded now: bad records are reported before training
         self.train = task.load("train")
 
-    def describe(self) -> dict[str, dict[str, Any]]:
-        """What it was read from and what that gave, for the run's identity."""
+    def describe(self) -> dict[str, JsonObject]:
+        """Digests and counts of each split, for the run's identity."""
         evaluator = self.evaluator
         splits = {
             split: evaluator.examples(split)
@@ -55,7 +55,7 @@ class TaskData:
 
     @functools.cached_property
     def source(self) -> TokenizedExamples:
-        """The training examples as tokens."""
+        """The tokenised training examples."""
         lengths = self.evaluator.lengths
         source = tokenize_examples(
             self.train, self.evaluator.tokenizer, lengths["inputs"], lengths["targets"]
@@ -68,7 +68,7 @@ class TaskData:
 
 
 def load_task_data(task: Task, backbone: Backbone, settings: RunSettings) -> TaskData:
-    """Reads everything of `task` that the run will use.
+    """Loads every split of `task` that the run uses.
 
     Raises:
         InputError: the backbone has no tokenizer, or the data cannot be used.

@@ -93,7 +93,7 @@ def tune(
     _check(backbone, model_dir, settings, members or {})
     directory = epath.Path(model_dir).expanduser()
 
-    def attempt(held: lock.Lock | None) -> JsonObject | None:
+    def attempt(run_lock: lock.Lock | None) -> JsonObject | None:
         """The results. Without the lock it writes nothing: it returns those of a dry run or of a
         finished run, else None."""
         report_steps(settings.schedule.train_steps, backbone)
@@ -108,13 +108,13 @@ def tune(
             [setup.member for setup in setups],
             identity=_identify(backbone, task, settings, members, setups),
             callbacks=callbacks,
-            lock=held,
+            lock=run_lock,
             check_weights=lambda: check_weights(backbone.variables["params"], backbone.name),
         )
-        if held is not None:
+        if run_lock is not None:
             run.remove_leftovers()
         results = None if dry_run else _finished(run)
-        if results is not None or (held is None and not dry_run):
+        if results is not None or (run_lock is None and not dry_run):
             run.checkpoints.close()
             return results
         _check_used(backbone, setups[0], settings)
@@ -124,7 +124,7 @@ def tune(
             return {}
         scores = _score_best(backbone, setups, settings, run)
         results = scores | sizes | describe_run(backbone, settings, run.progress.seconds)
-        _write(ModelDir(directory).results, json.dumps(results, indent=2) + "\n", held)
+        _write(ModelDir(directory).results, json.dumps(results, indent=2) + "\n", run_lock)
         return results
 
     return Run(directory, _under_lock(directory, attempt, needed=not dry_run))
@@ -138,8 +138,8 @@ def _under_lock(
 ) -> JsonObject:
     """Calls `attempt` with MODEL_DIR's lock; without it if MODEL_DIR is not writable."""
     try:
-        with lock.hold(directory, needed=needed) as held:
-            results = attempt(held)
+        with lock.hold(directory, needed=needed) as run_lock:
+            results = attempt(run_lock)
     except lock.NotWritableError:
         # A finished run writes nothing, so its disk may be read-only.
         results = attempt(None) if ModelDir(directory).results.exists() else None
@@ -188,7 +188,7 @@ def _score_best(
 def _make_step(
     backbone: Backbone, setups: Sequence[MemberSetup], settings: RunSettings, *, sweep: bool
 ) -> tuple[TrainState, TrainStep]:
-    """The first state and its train step: of all members of a `sweep`, stacked, or of the one."""
+    """The first state and its train step. In a `sweep` the state has all members, stacked."""
     first, mesh = setups[0], backbone.mesh
     init, step = settings.step_config(sweep=sweep).make(
         run_with(settings.method, backbone),
@@ -274,8 +274,8 @@ def _read_results(model_dir: epath.Path) -> JsonObject | None:
     return results
 
 
-def _write(path: epath.Path, text: str, held: lock.Lock | None) -> None:
-    if held is not None:
-        held.check()
+def _write(path: epath.Path, text: str, run_lock: lock.Lock | None) -> None:
+    if run_lock is not None:
+        run_lock.check()
     if processes.first():
         files.write_bytes(path, text.encode())

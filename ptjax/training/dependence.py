@@ -1,30 +1,28 @@
-"""Whether the loss depends on all that trains, before the first step."""
+"""Checks, before the first step, that the loss depends on every trainable variable."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 from jax.interpreters import partial_eval
 
 from ptjax.errors import InputError
+from ptjax.models.family import ApplyFn
 from ptjax.training import freeze as freezing
 from ptjax.training.loss import Loss
 from ptjax.training.step import batch_loss
 from ptjax.trees import Tree
 
 
-def check_used(
-    apply_fn: Callable[..., jax.Array], loss: Loss, trainable: Tree, frozen: Tree, batch: Tree
-) -> None:
-    """Refuses to train what cannot learn: a leaf that the network never reads.
+def check_used(apply_fn: ApplyFn, loss: Loss, trainable: Tree, frozen: Tree, batch: Tree) -> None:
+    """Rejects trainable variables that cannot learn because the network never reads them.
 
     Args:
-        batch: of any shape that the run has; this and all else may be `jax.ShapeDtypeStruct`s.
+        batch: of any shape of the run. Batch and variables may be `jax.ShapeDtypeStruct`s.
 
     Raises:
-        InputError: the loss does not depend on a leaf of `trainable`; it is named.
+        InputError: the loss does not depend on a leaf of `trainable`, which is named.
     """
 
     def loss_of(trainable: Tree, frozen: Tree, batch: Tree) -> jax.Array:
@@ -35,30 +33,30 @@ def check_used(
     if unused:
         others = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
         raise InputError(
-            f"the loss does not depend on {unused[0]}{others}, which would train without learning; "
-            "have the network read it (Method.wrap) or freeze it (Method.freeze_rules)"
+            f"the loss does not depend on {unused[0]}{others}, so training would not change it; "
+            "make the network read it (Method.wrap) or freeze it (Method.freeze_rules)"
         )
 
 
 def unused_leaves(
-    function: Callable[..., jax.Array], trainable: Tree, *arguments: Any
+    function: Callable[..., jax.Array], trainable: Tree, *arguments: Tree
 ) -> list[str]:
-    """Paths in `trainable` of which the scalar `function(trainable, *arguments)` has no derivative.
+    """Paths of the leaves that the derivative of `function(trainable, *arguments)` ignores.
 
-    As the function is written, whatever the values: what only passes through `stop_gradient` or an
-    argmax is unused, a gradient that happens to be zero (that of LoRA's first matrix while the
-    second is zero) is not. Nothing is computed.
+    The result depends on the program, not on values: a leaf that is used only through
+    `stop_gradient` or an argmax is listed; one whose gradient happens to be zero (LoRA's first
+    matrix while the second is zero) is not. Nothing is computed.
     """
 
-    def tangent(tangents: Tree, trainable: Tree, *arguments: Any) -> jax.Array:
+    def tangent(tangents: Tree, trainable: Tree, *arguments: Tree) -> jax.Array:
         def of_trainable(trainable: Tree) -> jax.Array:
             return function(trainable, *arguments)
 
         return jax.jvp(of_trainable, (trainable,), (tangents,))[1]
 
     traced = jax.make_jaxpr(tangent)(trainable, trainable, *arguments)
-    # Of what the derivative is not made is dead code, in scans and calls too. The first inputs are
-    # the tangents.
+    # Tangents of unused leaves are dead code, also within scans and calls. The tangents are the
+    # first inputs.
     _, used = partial_eval.dce_jaxpr(traced.jaxpr, [True])
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(trainable)]
     return [

@@ -16,13 +16,13 @@ from ptjax.errors import check_at_least, check_share
 class Loss:
     """Cross-entropy with z-loss, summed over target tokens (`t5x/losses.py`).
 
-    T5X does not normalise (LOSS_NORMALIZING_FACTOR = None) and neither does the paper's recipe;
-    Adafactor does not notice the scale, other optimizers do.
+    T5X does not normalise it (LOSS_NORMALIZING_FACTOR = None), and neither does the paper.
+    Adafactor is scale-invariant; other optimizers are not.
 
     Attributes:
-        z_loss: weight of log(Z)^2, which keeps the logits' normaliser near 1.
-        label_smoothing: probability mass spread over the vocabulary; the loss of a perfect
-            prediction is subtracted, so it is 0.
+        z_loss: weight of log(Z)^2, which keeps the logits' normaliser Z near 1.
+        label_smoothing: probability mass spread over the vocabulary. The loss of a perfect
+            prediction is subtracted, so that it stays 0.
         per_token: divide by the number of target tokens in the batch.
     """
 
@@ -40,15 +40,17 @@ class Loss:
         targets: Int[Array, "B L"],
         weights: Float[Array, "B L"],
     ) -> Float[Array, ""]:
-        """The weighted sum; divide it by `normalizer` of all the weights that belong to it."""
+        """The weighted sum, not yet divided by `normalizer`."""
         return jnp.sum(self.per_position(logits.astype(jnp.float32), targets) * weights)
 
     def normalizer(self, weights: Float[Array, "B L"]) -> Float[Array, ""] | float:
+        """The divisor of a batch's sum, given the weights of the whole batch."""
         return jnp.maximum(jnp.sum(weights), 1.0) if self.per_token else 1.0
 
     def per_position(
         self, logits: Float[Array, "B L V"], targets: Int[Array, "B L"]
     ) -> Float[Array, "B L"]:
+        """The loss of each target token, unweighted."""
         log_z = jax.nn.logsumexp(logits, axis=-1)
         target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         loss = log_z - target_logits
@@ -64,6 +66,6 @@ class Loss:
 def log_likelihood(
     logits: Float[Array, "B L V"], targets: Int[Array, "B L"], weights: Bool[Array, "B L"]
 ) -> Float[Array, " B"]:
-    """Sum over a target's tokens of log p(token); ranks the verbalizers of a closed label set."""
+    """Sum of log p(token) over the tokens of each target, by which labels are ranked."""
     plain = Loss(z_loss=0.0)
     return -jnp.sum(plain.per_position(logits.astype(jnp.float32), targets) * weights, axis=-1)

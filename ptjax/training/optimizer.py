@@ -1,9 +1,9 @@
-"""Adafactor as T5X and the paper run it, by optax."""
+"""Adafactor with T5X's and the paper's settings, implemented with optax."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from ptjax.errors import check_at_least, check_choice
+from ptjax.files import JsonObject
 from ptjax.trees import Tree
 
 Scale = Literal["absolute", "embedding_rms"]
@@ -18,7 +19,7 @@ Scale = Literal["absolute", "embedding_rms"]
 
 @dataclasses.dataclass(frozen=True)
 class Adafactor:
-    """Settings of `optax.adafactor`; the defaults are the paper's recipe (Lester et al., App. A).
+    """Settings of `optax.adafactor`; the defaults are the paper's (Lester et al., App. A).
 
     Attributes:
         learning_rate: a number, or an optax schedule (step -> number).
@@ -28,12 +29,12 @@ class Adafactor:
             the same 0.3 moves it by 60% and stays at chance.
         weight_decay: not multiplied by the learning rate, as in T5X.
         step_offset: where the step counter starts. T5X restores the backbone's own step (1,100,000
-            for the public LM-adapted files), so there the second moment decays by 1 - 1.5e-5 from
-            the first update on and the clipping at RMS 1 acts throughout; from 0 it does not.
-        min_dim_size_to_factor: second moments are factored when both sides reach it. The rule in
-            prompt-tuning's gin file that switches this off for prompts never takes effect (T5X
-            falls back to the heuristic for rank 2), so a prompt of 128 rows or more is factored.
-        multiply_by_parameter_scale: off for prompts, on for T5X's own fine-tuning.
+            for the public LM-adapted files), so its second moment decays by 1 - 1.5e-5 from the
+            first update on, and the clipping at RMS 1 is always active; from 0 it is not.
+        min_dim_size_to_factor: second moments are factored if both dimensions reach it. The rule
+            in prompt-tuning's gin file that disables this for prompts never takes effect (T5X falls
+            back to the heuristic for rank 2), so a prompt of 128 rows or more is factored.
+        multiply_by_parameter_scale: False for prompts, True for T5X's own fine-tuning.
     """
 
     learning_rate: float | optax.Schedule = 0.3
@@ -51,12 +52,12 @@ class Adafactor:
         decay, offset = self.weight_decay, self.step_offset
         check_at_least(0, "Adafactor", learning_rate=rate, weight_decay=decay, step_offset=offset)
 
-    def identity(self) -> dict[str, Any]:
-        """A schedule by its values; see `ptjax.trainer.identity.describe`."""
+    def identity(self) -> JsonObject:
+        """Identifies a schedule by its values; see `ptjax.trainer.identity.describe`."""
         schedule = self.learning_rate
         if not callable(schedule):
             return {}
-        # Dense where schedules change: every step up to 8, then 16 steps an octave, to 2^24.
+        # Dense where schedules change: every step up to 8, then 16 steps per octave, to 2^24.
         steps = sorted({*range(9), *(round(2 ** (k / 16)) for k in range(48, 24 * 16 + 1))})
         rates = jax.vmap(lambda step: jnp.asarray(schedule(step), jnp.float32))(np.array(steps))
         values = {
@@ -64,10 +65,14 @@ class Adafactor:
         }
         return {"learning_rate": {"is": "schedule", **values}}
 
-    def rate_at(self, step: Any, embedding_rms: float) -> Any:
+    def rate_at(self, step: jax.typing.ArrayLike, embedding_rms: float) -> jax.typing.ArrayLike:
         """The absolute learning rate of update `step` (0 is the first of this run)."""
         rate = self.learning_rate(step) if callable(self.learning_rate) else self.learning_rate
         return rate * embedding_rms if self.learning_rate_scale == "embedding_rms" else rate
+
+    def rate_number(self, step: int, embedding_rms: float) -> float:
+        """`rate_at` as a Python number, for logs and the inputs of a sweep's step."""
+        return float(np.asarray(self.rate_at(step, embedding_rms)))
 
     def make(
         self, embedding_rms: float = 1.0, rate: jax.Array | None = None
@@ -75,11 +80,11 @@ class Adafactor:
         """The optimizer. Its second moments are float32 for float32 parameters.
 
         Args:
-            rate: the absolute learning rate, where it is known outside (a bank has many).
+            rate: the absolute learning rate, if the caller computes it (a sweep has several).
         """
 
-        def rate_at(count: Any) -> Any:
-            # The schedule counts this run's steps, whatever the offset of the second moment is.
+        def rate_at(count: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
+            # The schedule counts the steps of this run, whatever `step_offset` is.
             return self.rate_at(count, embedding_rms) if rate is None else rate
 
         optimizer = optax.adafactor(
@@ -100,12 +105,12 @@ class Adafactor:
 
 
 def _with_count(state: optax.OptState, count: int) -> optax.OptState:
-    """`state` with the factored second moment's step counter at `count`.
+    """`state` with the step counter of the factored second moments at `count`.
 
-    optax's own `decay_offset` counts the other way and gives NaN when positive.
+    optax's own `decay_offset` has the opposite sign, and gives NaN if positive.
     """
 
-    def set_count(node: Any) -> Any:
+    def set_count(node: Tree) -> Tree:
         if isinstance(node, optax.FactoredState):
             return node._replace(count=jnp.asarray(count, jnp.int32))
         return node
@@ -114,9 +119,9 @@ def _with_count(state: optax.OptState, count: int) -> optax.OptState:
 
 
 def embedding_rms(embedding: jax.Array) -> float:
-    """Root mean square of the embedding table [V, D], over the rows that are not all zero.
+    """Root mean square of the embedding table [V, D], over its nonzero rows.
 
-    Padded vocabularies end in unused rows that some checkpoints hold as zeros.
+    Padded vocabularies end in unused rows, which are zeros in some checkpoints.
     """
     squares = jnp.mean(jnp.square(embedding.astype(jnp.float32)), axis=1)
     return float(jnp.sqrt(jnp.sum(squares) / jnp.maximum(jnp.sum(squares > 0), 1)))

@@ -1,8 +1,8 @@
-"""Functions that task declarations name to bring records into the form of their templates.
+"""Preprocessing functions that tasks use to convert records to the fields of their templates.
 
-They are `ptjax.preprocessors` in gin files and in the headers of prompts, so that inference
-prepares its records as training did. Only names in `CATALOGUE` are looked up: nothing is imported
-from a header.
+Gin files and the headers of prompts call them `ptjax.preprocessors.NAME`, so that inference
+prepares records like training did. A header's name is only looked up in `CATALOGUE`, never
+imported.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ CATALOGUE: Mapping[str, Preprocess] = {
 
 
 def name_of(function: Preprocess) -> str:
-    """The public name of a function of ours, the path of any other. Inverse: `find`."""
-    ours = inspect.unwrap(function)  # gin wraps what its files name
+    """The public name of a function in the catalogue, the path of any other. Inverse: `find`."""
+    ours = inspect.unwrap(function)  # gin wraps functions that its files name
     name = _PUBLIC + getattr(ours, "__name__", "")
     if CATALOGUE.get(name) is ours:
         return name
@@ -45,8 +45,8 @@ def name_of(function: Preprocess) -> str:
 
 
 def find(name: str) -> Preprocess | None:
-    """The function of ours that a header names.
+    """The function of the catalogue that a header names, or None.
 
-    Headers of before had its path in the package: whatever that was, its last part is the name.
+    Older headers have its path in the package, whose last part is the function's name.
     """
     return CATALOGUE.get(_PUBLIC + name.rpartition(".")[2]) if name.startswith("ptjax.") else None

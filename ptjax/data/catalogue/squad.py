@@ -1,4 +1,4 @@
-"""SQuAD's records, of version 1.1 or 2.0, as the Hugging Face hub and TFDS have them."""
+"""Records of SQuAD 1.1 and 2.0 in the format of the Hugging Face hub and TFDS."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 def squad(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The record with `answers` as a list of texts and `answer`, the first one.
 
-    An unanswerable question of version 2.0 has no answers, and the empty text as its `answer`. For
-    inference there need be none.
+    An unanswerable question of version 2.0 has no answers, and an empty `answer`. For inference
+    the record may lack `answers`.
     """
     if "answers" in record:
         texts = list(record["answers"]["text"])

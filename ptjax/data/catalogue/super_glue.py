@@ -1,7 +1,7 @@
-"""SuperGLUE's records as its templates want them.
+"""Converts SuperGLUE's records to the fields of T5's templates.
 
-Each function takes the fields of one record, as the official JSON lines or TFDS have them, and
-yields the fields of the examples that come out of it. Formats are those of T5's preprocessors.
+Each function takes the fields of one record, from the official JSON lines or TFDS, and yields the
+fields of each example made from it. The formats are those of T5's preprocessors.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def wsc(record: Fields) -> Iterator[Fields]:
     """Adds `marked_text`, the text with the pronoun between asterisks, and `referent`.
 
     Raises:
-        ValueError: the pronoun does not stand where the record says.
+        ValueError: the pronoun is not at the position that the record states.
     """
     spans = record.get("target", record)
     words = record["text"].split(" ")
@@ -51,10 +51,10 @@ def wsc(record: Fields) -> Iterator[Fields]:
     length = len(pronoun.split(" "))
     # One of the official records points to the word before its pronoun.
     for first in (start, start + 1):
-        found = " ".join(words[first : first + length])
-        rest = found.removeprefix(pronoun)
-        # Three have punctuation that sticks to it ('him,"'); T5 sets that apart.
-        if rest != found and not any(map(str.isalnum, rest)):
+        text = " ".join(words[first : first + length])
+        rest = text.removeprefix(pronoun)
+        # Three records have punctuation attached to it ('him,"'), which T5 separates.
+        if rest != text and not any(map(str.isalnum, rest)):
             words[first : first + length] = [f"*{pronoun}*", *filter(None, [rest])]
             yield {**record, "marked_text": " ".join(words), "referent": spans["span1_text"]}
             return

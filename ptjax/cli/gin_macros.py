@@ -1,0 +1,97 @@
+"""Macros of gin files, NAME = value: which are used, which are set, and mistakes with them."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import gin
+import gin.config
+from etils import epath
+
+from ptjax.cli import gin_types, t5x_names
+from ptjax.cli.gin_mistakes import gin_configs, own_files
+from ptjax.errors import InputError, near
+
+_gin: Any = gin.config
+
+
+def used_and_set() -> tuple[dict[str, str], set[str]]:
+    """(macros that are used -> an argument that uses each, macros that are set)."""
+    config = _gin._CONFIG
+    used = {
+        reference.scoped_selector.rsplit("/", 1)[0]: f"{selector.rsplit('.', 1)[-1]}.{argument}"
+        for (_, selector), bindings in config.items()
+        for argument, value in bindings.items()
+        for reference in _gin.iterate_references(value)
+        if gin_types.is_macro(reference)
+    }
+    return used, {scope for scope, selector in config if selector == "gin.macro"}
+
+
+def check_macros(
+    used: Mapping[str, str],
+    bound: set[str],
+    files: Sequence[epath.Path],
+    given: set[str],
+    optional: Sequence[str],
+) -> None:
+    """InputError for a macro that is set but never used, or used but never set.
+
+    A file may use a macro for an argument that a later file overrides. A macro of the command line
+    (`given`) must be used, or the setting would be lost silently.
+
+    Args:
+        used, bound: as `used_and_set` returns them.
+        files: the gin files, the one whose settings win first.
+        optional: macros that this command does not need.
+    """
+
+    def use(name: str) -> str:
+        return gin_types.line_of(rf"^[^#]*%{re.escape(name)}\b", files)
+
+    for name in sorted(bound - set(used) - set(optional)):
+        if name in given or not use(name):
+            raise InputError(
+                ("" if name in given else gin_types.line_of(rf"^\s*{re.escape(name)}\s*=", files))
+                + (_of_t5x(name) or _unused(name, used))
+            )
+        del _gin._CONFIG[name, "gin.macro"]  # no line of config.gin would use it
+    if missing := sorted(set(used) - bound - set(optional)):
+        name = missing[0]
+        raise InputError(
+            use(name)
+            + f"the macro {name} ({used[name]}) has no value; set it with {gin_types.flag_of(name)}"
+        )
+
+
+def _unused(name: str, used: Iterable[str]) -> str:
+    return f"the macro {name} is set but nothing uses it" + (near(name, used) or "; remove it")
+
+
+def _of_t5x(name: str) -> str:
+    """The message for a macro that only T5X has; "" for any other."""
+    here = t5x_names.advice(name)
+    if here is None:
+        return ""
+    value = macro(name)
+    file = t5x_names.task_file(value, own_files(gin_configs())) if isinstance(value, str) else None
+    hint = f", of this task --gin_file={file}" if name == "MIXTURE_OR_TASK_NAME" and file else ""
+    if name in t5x_names.ACCEPTED:
+        hint = f" ({name} = {t5x_names.ACCEPTED[name][0]!r} is accepted, {value!r} is not)"
+    return t5x_names.replacement_message(f"the macro {name}", here) + hint
+
+
+def macro(name: str) -> Any:
+    """The value of a macro, or None."""
+    try:
+        return copy.deepcopy(gin.query_parameter(f"%{name}"))
+    except ValueError:
+        return None
+
+
+def has_macro(name: str) -> bool:
+    """Whether the files or flags set the macro, to whatever value."""
+    return name in used_and_set()[1]

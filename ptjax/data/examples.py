@@ -1,0 +1,107 @@
+"""Examples: the texts made from a task's records."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ptjax.data import catalogue
+from ptjax.data.catalogue import Preprocess
+from ptjax.data.sources import BadRecords, Records
+from ptjax.data.templates import RecordError
+from ptjax.errors import InputError
+
+Fields = Mapping[str, Any]
+"""A record's fields by name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One example as text, the fields it was made from, and its record's file and line."""
+
+    inputs: str
+    targets: str
+    fields: dict[str, Any]
+    file: str
+    line: int
+
+
+class Examples(list[Example]):
+    """The examples of a split.
+
+    `bad` counts the records that were skipped; `digest` is the source's, see `Records`.
+    """
+
+    def __init__(self, examples: Iterable[Example], bad: BadRecords, digest: str = "") -> None:
+        super().__init__(examples)
+        self.bad, self.digest = bad, digest
+
+    def divided(self, held_out: int, *, validation: bool) -> Examples:
+        """`held_out` evenly spaced examples, or all others; files are often sorted."""
+        indices = {i * len(self) // held_out for i in range(held_out)}
+        chosen = (example for i, example in enumerate(self) if (i in indices) == validation)
+        return Examples(chosen, self.bad, self.digest)
+
+    def limited(self, limit: int | None) -> Examples:
+        """`limit` evenly spaced examples; all of them if there are not more, or without a limit."""
+        if limit is None or limit >= len(self):
+            return self
+        chosen = [self[i * len(self) // limit] for i in range(limit)]
+        return Examples(chosen, self.bad, self.digest)
+
+
+def make_examples(
+    records: Records,
+    preprocess: Preprocess | None,
+    render: Callable[[Fields], tuple[str, str]],
+    bad: BadRecords,
+) -> Examples:
+    """The examples of all records.
+
+    Args:
+        preprocess: a record's fields -> the fields of its examples.
+        render: fields -> (inputs, targets); raises `RecordError` for fields that do not fit.
+        bad: counts the records that do not fit, or raises at the first.
+
+    Raises:
+        InputError: a record does not fit, or no record makes an example.
+    """
+    examples = []
+    for record in records:
+        try:
+            # All of a record's examples or none.
+            examples += [
+                Example(*render(fields), fields, record.file, record.line)
+                for fields in apply_preprocess(preprocess, record.fields)
+            ]
+        except RecordError as error:
+            bad.report(record.where, str(error), record.lines)
+    if not examples:
+        raise InputError(_why_empty(records, bad))
+    return Examples(examples, bad, records.digest)
+
+
+def apply_preprocess(
+    preprocess: Preprocess | None, fields: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """The fields of each example of a record.
+
+    Raises:
+        RecordError: `preprocess` fails on the record.
+    """
+    if preprocess is None:
+        yield fields
+        return
+    try:
+        yield from preprocess(fields)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise RecordError(
+            f"{catalogue.name_of(preprocess)} cannot use it ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _why_empty(records: Records, bad: BadRecords) -> str:
+    if bad.count:
+        return f"no usable record, {bad.count} bad ones; the first: {bad.first}"
+    return f"no record makes an example (the first is {records[0].where}); check `preprocess`"
