@@ -12,8 +12,9 @@ from ptjax.errors import InputError
 from ptjax.files import JsonObject
 
 if TYPE_CHECKING:
+    from ptjax.data.examples import Example, Examples
     from ptjax.data.hard_prompt import HardPrompt
-    from ptjax.data.tasks import Example, Examples, Task
+    from ptjax.data.tasks import Task
     from ptjax.evaluation.evaluator import Evaluator
     from ptjax.inference.bank import PromptBank
     from ptjax.interop.prompt_file import PromptFile

@@ -224,7 +224,7 @@ def test_a_given_row_length_is_kept_and_one_too_short_is_refused() -> None:
             row_multiple=2,
         )
         assert {shape.inputs for shape in batches.shapes} == {length}
-    with pytest.raises(InputError, match=r"example 1 has 30 input tokens behind 10 prompt slots"):
+    with pytest.raises(InputError, match=r"example 1 has 30 input tokens after 10 prompt slots"):
         PackedBatches(source, batch_size=2, seed=0, ids=T5_IDS, prompt_slots=10, row_length=39)
     with pytest.raises(InputError, match=r"a row of 39; set row_length to 40 or more"):
         PackedBatches(source, batch_size=2, seed=0, ids=T5_IDS, prompt_slots=10, row_length=39)

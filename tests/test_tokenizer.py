@@ -253,7 +253,10 @@ def test_broken_json_files(tmp_path):
 def test_a_number_of_sentinels_that_is_none(tmp_path, nano, count):
     nano.save(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"extra_ids": count}))
-    with pytest.raises(InputError, match=f"spiece.model: extra_ids is {count!r}"):
+    with pytest.raises(
+        InputError,
+        match=f"spiece.model: extra_ids must be an integer from 0 to 10000, got {count!r}",
+    ):
         tokenizers.load_tokenizer(tmp_path)
 
 

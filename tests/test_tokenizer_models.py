@@ -110,8 +110,8 @@ def test_case_1_1_a_sentinel_brings_no_line_break_along(tmp_path, mark):
     [
         ({"model_type": "bpe"}, "not a unigram model"),
         ({"byte_fallback": True, "vocab_size": 800}, "byte_fallback"),
-        ({"normalization_rule_name": "identity"}, "tabs and line breaks are no spaces"),
-        ({"normalization_rule_name": "nfkc"}, "tabs and line breaks are no spaces"),
+        ({"normalization_rule_name": "identity"}, "tabs and line breaks are not spaces"),
+        ({"normalization_rule_name": "nfkc"}, "tabs and line breaks are not spaces"),
         ({"add_dummy_prefix": False}, "add_dummy_prefix is off"),
         ({"remove_extra_whitespaces": False}, "remove_extra_whitespaces is off"),
         ({"treat_whitespace_as_suffix": True}, "treat_whitespace_as_suffix"),

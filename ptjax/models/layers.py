@@ -63,7 +63,7 @@ def relative_position_bucket(
 class Quantized:
     """A frozen kernel at one byte per entry: `values * scale`.
 
-    A pytree: shapes and shardings come in the same form.
+    A pytree, also with shapes or shardings in place of the arrays.
 
     Attributes:
         values: int8 [..., in, out].

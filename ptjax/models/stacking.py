@@ -141,17 +141,14 @@ def stack_paths(arrays: Mapping[str, T], join: Callable[[list[T]], T]) -> dict[s
 
     `join` combines the arrays of all layers of a name, in order.
     """
-    stacked: dict[str, T] = {}
-    by_layer: dict[str, dict[int, T]] = {}
+    by_layer: dict[str, dict[int, T]] = {}  # in the order of `arrays`; -1: not of a layer
     for path, array in arrays.items():
         name, layer = split_path(path)
-        if layer is None:
-            stacked[name] = array
-        else:
-            by_layer.setdefault(name, {})[layer] = array
-    for name, layers in by_layer.items():
-        stacked[name] = join([layers[layer] for layer in sorted(layers)])
-    return stacked
+        by_layer.setdefault(name, {})[-1 if layer is None else layer] = array
+    return {
+        name: layers[-1] if -1 in layers else join([layers[i] for i in sorted(layers)])
+        for name, layers in by_layer.items()
+    }
 
 
 class UnstackedView(Mapping[str, Any]):
