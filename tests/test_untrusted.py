@@ -229,7 +229,7 @@ def torch_file_of(path, pickled):
     ("pickled", "message"),
     [
         # The table of the unpickler in C grows to the largest index that is named.
-        (b"\x80\x02}r" + struct.pack("<I", 1 << 20) + b"(X\x01\x00\x00\x00aNu.", "not a state dict"),
+        (b"\x80\x02}r" + struct.pack("<I", 1 << 20) + b"(X\x01\x00\x00\x00aNu.", "a state dict"),
         (pickle.dumps({((1,),): 1}, 2), "a key is neither a string nor a number"),
         (pickle.dumps({"a": {1.0}}, 4), "opcode .* is not allowed in a file of weights"),
         (pickle.dumps({"a": b"bytes"}, 4), "opcode .* is not allowed in a file of weights"),
