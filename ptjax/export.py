@@ -100,20 +100,22 @@ def export_file(arguments: argparse.Namespace, prompt: PromptFile, path: str) ->
     from ptjax.inference.prompts import check_prompt
     from ptjax.interop.prompt_file import save_prompt
 
+    array = np.asarray(prompt.prompt)
     if arguments.to == "safetensors":
-        save_prompt(path, prompt.prompt, prompt.metadata)
+        save_prompt(path, array, prompt.metadata)
     elif arguments.to == "kv_cache":
         loaded = model_flags.load_backbone(arguments, prompt.metadata)
         file = precompute_prompt_kv(loaded, check_prompt(loaded, prompt))
-        save_prompt(path, prompt.prompt, file.metadata, file.states)
+        save_prompt(path, array, file.metadata, file.states)
     else:
         stream = io.BytesIO()
-        np.save(stream, prompt.prompt, allow_pickle=False)
+        np.save(stream, array, allow_pickle=False)
         files.write_bytes(path, stream.getvalue())
 
 
 def export_directory(arguments: argparse.Namespace, prompt: PromptFile, source: str) -> None:
     """Writes a directory for PEFT."""
+    import numpy as np
     from etils import epath
 
     from ptjax.interop import peft
@@ -137,7 +139,7 @@ def export_directory(arguments: argparse.Namespace, prompt: PromptFile, source: 
         raise wrong_width(source, prompt.prompt.shape, name, width, tuned_on)
     peft.export_peft(
         directory,
-        prompt.prompt,
+        np.asarray(prompt.prompt),
         num_heads=heads,
         num_layers=layers,
         base_model=hub[1] if hub else name,

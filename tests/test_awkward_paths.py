@@ -162,7 +162,7 @@ def test_a_longer_name_is_refused_before_any_work(fails, command, flags, name):
     count = max(len(part.encode()) for part in name.split("/"))
     assert fails(command, *flags, f"--output={name}", left=["gone"]) == (
         f"--output={name}: a name of {count} bytes is longer than the {LONGEST} that "
-        f"{Path.cwd()} takes; name it shorter"
+        f"{Path.cwd()} allows; choose a shorter one"
     )
 
 

@@ -197,8 +197,8 @@ def test_case_5_11_a_full_disk_is_one_line(
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     said = capsys.readouterr().err.splitlines()
     assert code == 1 and said[-1] == (
-        f"failed: MODEL_DIR = {directory}: it is full (File too large); make room, and the same "
-        "command to resume from the last checkpoint"
+        f"failed: MODEL_DIR = {directory}: it is full (File too large); free some space and "
+        "rerun the same command to resume from the last checkpoint"
     )
     assert not [line for line in said if "Traceback" in line or line.startswith("error")]
     assert train() == 0

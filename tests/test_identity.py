@@ -677,7 +677,7 @@ def test_case_4_7_steps_that_t5x_counts_from_the_checkpoint(
     with caplog.at_level("INFO", logger="absl"), pytest.raises(InputError, match="initial prompt"):
         # Far enough to be said; a prompt of another length ends it before anything is compiled.
         tune(tmp_path, task, of_t5x, schedule=schedule, initializer=Wrong())
-    said = [r.getMessage() for r in caplog.records if "T5X counts" in r.getMessage()]
+    said = [r.getMessage() for r in caplog.records if "T5X starts to count" in r.getMessage()]
     assert len(said) == (warned is not None)
     assert warned is None or warned in said[0]
 

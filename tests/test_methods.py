@@ -206,6 +206,6 @@ def test_leaves_without_a_derivative_are_found() -> None:
 
 
 def test_what_the_loss_does_not_read_is_refused_before_step_1(backbone, task, tmp_path) -> None:
-    with pytest.raises(InputError, match="the loss does not depend on prompt/prompt, which"):
+    with pytest.raises(InputError, match="the loss does not depend on prompt/prompt, so"):
         tune(tmp_path, task, backbone, method=Unread(4))
     assert not (tmp_path / "metrics.jsonl").exists()

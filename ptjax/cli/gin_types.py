@@ -109,7 +109,7 @@ def _is_function(kind: object) -> bool:
     return get_origin(kind) is collections.abc.Callable or getattr(kind, "_is_protocol", False)
 
 
-def is_macro(value: object) -> bool:
+def is_macro(value: Any) -> bool:
     return isinstance(value, _gin.ConfigurableReference) and value.selector in (
         "gin.macro",
         "macro",
