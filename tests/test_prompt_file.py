@@ -255,7 +255,7 @@ def test_every_prompt_of_a_directory_by_name(tmp_path, prompt, caplog):
         np.testing.assert_array_equal(found[name].prompt, want)
     assert found["file"].metadata == METADATA
     assert [r.getMessage() for r in caplog.records] == [
-        f"{tmp_path / 'unfinished'}: no prompt in this folder, left out"
+        f"{tmp_path / 'unfinished'}: no prompt in this folder, skipped"
     ]
 
 

@@ -229,11 +229,11 @@ def torch_file_of(path, pickled):
     ("pickled", "message"),
     [
         # The table of the unpickler in C grows to the largest index that is named.
-        (b"\x80\x02}r" + struct.pack("<I", 1 << 20) + b"(X\x01\x00\x00\x00aNu.", "no state dict"),
-        (pickle.dumps({((1,),): 1}, 2), "a key that is neither a text nor a number"),
+        (b"\x80\x02}r" + struct.pack("<I", 1 << 20) + b"(X\x01\x00\x00\x00aNu.", "a state dict"),
+        (pickle.dumps({((1,),): 1}, 2), "a key is neither a string nor a number"),
         (pickle.dumps({"a": {1.0}}, 4), "opcode .* is not allowed in a file of weights"),
         (pickle.dumps({"a": b"bytes"}, 4), "opcode .* is not allowed in a file of weights"),
-        (b"\x80\x02}X\x01\x00\x00\x00a(lp0\nI1\na.", "opcode b'l' has no place"),
+        (b"\x80\x02}X\x01\x00\x00\x00a(lp0\nI1\na.", "opcode b'l' is not allowed"),
     ],
     ids=["a large index", "a tuple for a key", "a set", "bytes", "protocol 0"],
 )

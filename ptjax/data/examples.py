@@ -11,6 +11,7 @@ from ptjax.data.catalogue import Preprocess
 from ptjax.data.sources import BadRecords, Records
 from ptjax.data.templates import RecordError
 from ptjax.errors import InputError
+from ptjax.files import JsonObject
 
 Fields = Mapping[str, Any]
 """A record's fields by name."""
@@ -82,9 +83,7 @@ def make_examples(
     return Examples(examples, bad, records.digest)
 
 
-def apply_preprocess(
-    preprocess: Preprocess | None, fields: dict[str, Any]
-) -> Iterator[dict[str, Any]]:
+def apply_preprocess(preprocess: Preprocess | None, fields: JsonObject) -> Iterator[JsonObject]:
     """The fields of each example of a record.
 
     Raises:

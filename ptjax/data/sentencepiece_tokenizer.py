@@ -31,6 +31,8 @@ from ptjax.errors import InputError, missing
 
 T5_SENTINELS = 100
 _MOST_SENTINELS = 10_000
+_Proto = Any
+"""A `ModelProto`; protobuf makes its classes at run time."""
 _PB2: Any = sentencepiece_model_pb2  # its classes are made at run time
 _PIECE: Any = _PB2.ModelProto.SentencePiece
 _SYMBOLS = (_PIECE.USER_DEFINED, _PIECE.CONTROL)
@@ -64,7 +66,7 @@ class SentencePieceTokenizer:
         *,
         name: str | None = None,
         folder: epath.Path | None = None,
-        config: dict[str, Any] | None = None,
+        config: files.JsonObject | None = None,
     ) -> None:
         if isinstance(model, bytes):
             self.name, self._model = name or "a SentencePiece model", model
@@ -113,7 +115,7 @@ class SentencePieceTokenizer:
             )
         self._set_fingerprints(proto, cut)
 
-    def _parse(self) -> Any:
+    def _parse(self) -> _Proto:
         try:
             proto = _PB2.ModelProto.FromString(self._model)
             # SentencePiece checks what protobuf does not (an empty file parses).
@@ -129,7 +131,7 @@ class SentencePieceTokenizer:
                 )
         return proto
 
-    def _cut_tokens(self, proto: Any, control: set[str]) -> list[AddedToken]:
+    def _cut_tokens(self, proto: _Proto, control: set[str]) -> list[AddedToken]:
         """The tokens at which texts are split: sentinels, added tokens, the model's own symbols."""
         cut = {token.content: token for token in self._added if token.content not in control}
         for i, (content, _) in enumerate(self._pieces[len(proto.pieces) :], len(proto.pieces)):
@@ -142,7 +144,7 @@ class SentencePieceTokenizer:
                 cut.setdefault(piece.piece, AddedToken(piece.piece, i, special=special))
         return list(cut.values())
 
-    def _set_fingerprints(self, proto: Any, cut: Sequence[AddedToken]) -> None:
+    def _set_fingerprints(self, proto: _Proto, cut: Sequence[AddedToken]) -> None:
         added = {token.content for token in self._added}
         tokens = [t for t in sorted(cut, key=lambda token: token.id) if t.sentinel is None]
         older = [token for token in tokens if not token.special or token.content in added]
@@ -159,7 +161,7 @@ class SentencePieceTokenizer:
         """The fingerprint of a model without added tokens, from its file alone."""
         return sha256(self._model + b"\nextra_ids=%d" % self.extra_ids)
 
-    def _fingerprint_with(self, tokens: Sequence[AddedToken], proto: Any) -> str:
+    def _fingerprint_with(self, tokens: Sequence[AddedToken], proto: _Proto) -> str:
         """The fingerprint if texts are split at `tokens`, which are in the order of their ids."""
         added = [[t.id, t.content, t.lstrip, t.rstrip, t.single_word, t.normalized] for t in tokens]
         if self._unlike_t5:
@@ -229,14 +231,14 @@ class SentencePieceTokenizer:
         files.write_bytes(folder / "tokenizer_config.json", text.encode())
 
 
-def _spelt_out(proto: Any) -> set[str]:
+def _spelt_out(proto: _Proto) -> set[str]:
     """Pieces that are ordinary text in a text: padding, EOS, unknown, and `<s>` if present."""
     spec = proto.trainer_spec
     controls = {piece.piece for piece in proto.pieces if piece.type == _PIECE.CONTROL}
     return {spec.pad_piece, spec.eos_piece, spec.unk_piece} | ({START} & controls)
 
 
-def _unlike_t5(proto: Any) -> list[str]:
+def _unlike_t5(proto: _Proto) -> list[str]:
     """Settings that differ from T5's, which a tokenizer.json made from the model would ignore."""
     spec, trainer = proto.normalizer_spec, proto.trainer_spec
     charsmap: bytes = spec.precompiled_charsmap
@@ -253,14 +255,14 @@ def _unlike_t5(proto: Any) -> list[str]:
     return [reason for reason, holds in reasons.items() if holds]
 
 
-def _pieces(proto: Any, extra_ids: int) -> list[tuple[str, float]]:
+def _pieces(proto: _Proto, extra_ids: int) -> list[tuple[str, float]]:
     """(piece, score) of the model's pieces and the sentinels after them, in transformers' order."""
     sentinels = [(f"<extra_id_{k}>", 0.0) for k in reversed(range(extra_ids))]
     return [(piece.piece, piece.score) for piece in proto.pieces] + sentinels
 
 
 def _compile(
-    proto: Any,
+    proto: _Proto,
     pieces: Sequence[tuple[str, float]],
     added: Sequence[AddedToken],
     cut: Sequence[AddedToken],

@@ -279,7 +279,7 @@ def _decode(data: bytes, encoding: str, name: str, bad: BadRecords) -> tuple[str
     try:
         text = data.decode(encoding)
     except LookupError as error:
-        raise InputError(f"encoding={encoding!r}: Python knows no such encoding") from error
+        raise InputError(f"encoding={encoding!r}: not an encoding that Python knows") from error
     except UnicodeDecodeError as error:
         before = data[: error.start].decode(encoding, "replace")
         line = len(tables.NEWLINE.findall(before)) + 1
@@ -296,7 +296,7 @@ def _decode(data: bytes, encoding: str, name: str, bad: BadRecords) -> tuple[str
     return text.removeprefix("\ufeff"), clean
 
 
-def _is_text(row: dict[str, Any]) -> bool:
+def _is_text(row: files.JsonObject) -> bool:
     """Whether all strings can be written as UTF-8: lone surrogates would crash a tokenizer."""
     try:
         json.dumps(row, ensure_ascii=False).encode()

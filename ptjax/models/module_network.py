@@ -33,6 +33,8 @@ from ptjax.models.prompt import Prompt, check_prompt_ids
 from ptjax.models.t5 import Encoded
 from ptjax.trees import Tree, Variables
 
+_Context = nn.module.InterceptorContext
+
 PADDING, TEXT = 0, 1
 """Token ids passed to the module to mark positions; any id other than 0 is text to it."""
 
@@ -51,23 +53,19 @@ class CacheForm:
     scalars: tuple[tuple[str, str], ...]
 
 
+@dataclasses.dataclass(eq=False)
 class ModuleApply:
     """`apply_fn(variables, ..., method=)` of a module, with the interface of `PromptedT5.apply`.
 
-    There is one object per family and config, so that jit's cache hits.
+    There is one object per family and config, so that jit's cache hits. The module receives
+    `collections` of the variables.
     """
 
-    def __init__(
-        self,
-        family: Family,
-        module: nn.Module,
-        embedder: str,
-        dropout: bool,
-        collections: Sequence[str] = ("params",),
-    ) -> None:
-        """`collections`: those of the variables that the module receives."""
-        self.family, self.module, self.embedder, self.dropout = family, module, embedder, dropout
-        self.collections = collections
+    family: Family
+    module: nn.Module
+    embedder: str
+    dropout: bool
+    collections: Sequence[str] = ("params",)
 
     def __call__(
         self, variables: Variables, *arguments: Any, method: str | None = None, **settings: Any
@@ -138,7 +136,7 @@ class ModuleApply:
             seen = jnp.concatenate([prompt[1].astype(seen.dtype) * TEXT, seen], axis=1)
         calls: list[tuple[int, ...]] = []
 
-        def embed(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        def embed(call: Tree, args: Tree, kwargs: Tree, context: _Context) -> Tree:
             path = "/".join(context.module.path)
             if context.method_name != "__call__" or path != self.embedder:
                 return call(*args, **kwargs)
@@ -206,7 +204,7 @@ class ModuleApply:
         logits = self._run_decoder(variables, states, tokens, train=train, rngs=rngs)
         return logits.astype(jnp.float32)
 
-    def _init_cache(self, variables: Variables, encoded: Encoded, length: int) -> Any:
+    def _init_cache(self, variables: Variables, encoded: Encoded, length: int) -> Tree:
         """A cache of one layer, as `decoding` expects it, that holds all arrays of the module.
 
         It includes the encoder's output, because each beam needs that of its row.
@@ -232,19 +230,16 @@ class ModuleApply:
         self,
         variables: Variables,
         tokens: jax.Array,
-        cache: Any,
+        cache: Tree,
         position: jax.Array | int,
         encoded: Encoded,
-    ) -> tuple[jax.Array, Any]:
+    ) -> tuple[jax.Array, Tree]:
         [layer] = cache
         states, form = (layer["states"], encoded.segment_ids), layer["form"]
         if tokens.shape[1] > 1:
             if not isinstance(position, int) or position:
-                raise InputError(
-                    "a module's cache takes one target at a time, or all targets from the first"
-                )
-            whole = Encoded(*states)
-            return self._decode(variables, whole, tokens), cache
+                raise InputError("a module's cache takes one target at a time, or all at once")
+            return self._decode(variables, Encoded(*states), tokens), cache
         counts = {path: jnp.asarray(position, dtype) for path, dtype in form.scalars}
         cached = traverse_util.unflatten_dict(layer["self_arrays"] | counts, sep="/")
         logits, made = self._run_decoder(
@@ -304,7 +299,7 @@ def _prompt_rows(
     return made[:2]
 
 
-def _flat(cache: Tree) -> dict[str, Any]:
+def _flat(cache: Tree) -> Tree:
     return traverse_util.flatten_dict(meta.unbox(cache), sep="/")
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,10 +11,12 @@ from jaxtyping import Array, Float, Int
 
 from ptjax.errors import InputError
 from ptjax.models.config import T5Config
+from ptjax.models.family import ApplyFn
 from ptjax.models.layers import positions_in_segments, same_segment
 from ptjax.models.prompt import Bank, Prompt, check_prompt_ids
 from ptjax.models.stacking import GatherFn
 from ptjax.models.t5 import T5, Cache, Encoded, PromptStates
+from ptjax.trees import Variables
 
 
 class PromptedT5(nn.Module):
@@ -154,7 +154,7 @@ def make_apply_fn(
     attends_to_input: bool = True,
     gather: GatherFn | None = None,
     collections: tuple[str, ...] = (),
-) -> Callable[..., Any]:
+) -> ApplyFn:
     """`PromptedT5(...).apply`; the same object for the same settings, so that jit's cache hits.
 
     Args:
@@ -166,9 +166,9 @@ def make_apply_fn(
 
 
 def with_prompt(
-    variables: dict[str, Any],
+    variables: Variables,
     prompt: Float[Array, "*B P D"] | np.ndarray | Bank | PromptStates | None,
-) -> dict[str, Any]:
+) -> Variables:
     """`variables` with `prompt` as its prompt collection, or without one."""
     variables = {name: tree for name, tree in variables.items() if name != "prompt"}
     if prompt is None:

@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from ptjax.errors import InputError
 from ptjax.models.config import T5Config
+from ptjax.trees import Tree
 
 T = TypeVar("T")
 Made = TypeVar("Made")
@@ -35,7 +36,7 @@ _POLICIES = {
 _OF_LAYER = re.compile(r"(.*/layers)_(\d+)/(.*)")
 
 
-def make_layers(kind: type[nn.Module], config: T5Config, count: int) -> Any:
+def make_layers(kind: type[nn.Module], config: T5Config, count: int) -> Tree:
     """The modules of `count` layers, for `run_layers`; assign them to an attribute `layers`."""
     if config.scan_layers:
         return kind(config)  # pyright: ignore[reportCallIssue]
@@ -45,13 +46,13 @@ def make_layers(kind: type[nn.Module], config: T5Config, count: int) -> Any:
 def run_layers(
     config: T5Config,
     count: int,
-    step: Callable[..., tuple[Any, Any]],
-    layers: Any,
-    x: Any,
-    *inputs: Layers[Any] | None,
+    step: Callable[..., tuple[Tree, Tree]],
+    layers: Tree,
+    x: Tree,
+    *inputs: Layers[Tree] | None,
     gather: GatherFn | None = None,
     collections: Collection[str] = (),
-) -> tuple[Any, Layers[Any]]:
+) -> tuple[Tree, Layers[Tree]]:
     """Runs `x, output = step(layer, x, *inputs of this layer)` for every layer.
 
     Args:
@@ -105,7 +106,7 @@ def gathered(weights: jax.Array) -> jax.Array:
     return checkpoint_name(weights, _GATHERED)
 
 
-def stack(layers: Layers[Any]) -> Any:
+def stack(layers: Layers[Tree]) -> Tree:
     """One value per layer as arrays with a leading axis. Inverse of `unstack`."""
     return jax.tree.map(lambda *x: jnp.stack(x), *layers) if isinstance(layers, list) else layers
 
@@ -158,10 +159,10 @@ class UnstackedView(Mapping[str, Any]):
     ['encoder/layers_0/scale', 'encoder/layers_1/scale', 'encoder/norm']
     """
 
-    def __init__(self, arrays: Mapping[str, Any]) -> None:
+    def __init__(self, arrays: Mapping[str, Tree]) -> None:
         self._arrays = arrays
 
-    def __getitem__(self, path: str) -> Any:
+    def __getitem__(self, path: str) -> Tree:
         if path in self._arrays:
             return self._arrays[path]
         name, layer = split_path(path)

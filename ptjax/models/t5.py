@@ -41,6 +41,7 @@ from ptjax.models.stacking import (
     stack,
     unstack,
 )
+from ptjax.trees import Tree
 
 Cache = Layers[LayerCache]
 
@@ -109,7 +110,7 @@ class Encoder(nn.Module):
         length = x.shape[1]
         masked = mask_bias(mask, cfg.dtype)
 
-        def biases(relpos_bias: RelativePositionBias) -> tuple[Array, Any]:
+        def biases(relpos_bias: RelativePositionBias) -> tuple[Array, Tree]:
             bias = relpos_bias(length, length) + masked
             if prompt is None:
                 return bias, None
@@ -121,7 +122,7 @@ class Encoder(nn.Module):
 
         of_stack = None if cfg.relpos_per_layer else biases(self.relpos_bias)
 
-        def run(layer: EncoderLayer, x: Array, prompt: KeysValues | None) -> tuple[Array, Any]:
+        def run(layer: EncoderLayer, x: Array, prompt: KeysValues | None) -> tuple[Array, Tree]:
             bias, prompt_bias = of_stack or biases(layer.relpos_bias)
             shared = None if prompt is None else (prompt, prompt_bias)
             x, keys_values = layer(x, bias, deterministic, shared)
@@ -316,7 +317,7 @@ class T5(nn.Module):
         return jnp.dot(y.astype(jnp.float32), table.T) / np.sqrt(self.config.emb_dim)
 
 
-def init_params(config: T5Config, key: Array) -> dict[str, Any]:
+def init_params(config: T5Config, key: Array) -> Tree:
     """Random float32 parameters with T5X's initialisers, for pre-training from scratch."""
 
     def everything(module: T5) -> None:
@@ -329,7 +330,7 @@ def init_params(config: T5Config, key: Array) -> dict[str, Any]:
 
 
 @functools.cache
-def parameter_shapes(config: T5Config) -> dict[str, Any]:
+def parameter_shapes(config: T5Config) -> Tree:
     """The parameter tree as float32 `jax.ShapeDtypeStruct`s; nothing is computed."""
     if config.scan_layers:
         return jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))

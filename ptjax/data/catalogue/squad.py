@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+
+from ptjax.files import JsonObject
 
 
-def squad(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def squad(record: JsonObject) -> Iterator[JsonObject]:
     """The record with `answers` as a list of texts and `answer`, the first one.
 
     An unanswerable question of version 2.0 has no answers, and an empty `answer`. For inference
