@@ -14,7 +14,7 @@ import pytest
 from conftest import PATIENCE, outcome
 
 pytestmark = pytest.mark.slow
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 
 
 def start(directory: Path, log: Path) -> subprocess.Popen[bytes]:

@@ -2,7 +2,7 @@
 stand-in for gcloud whose two workers are folders, where what arrives over ssh really runs.
 
 The transcripts are `fixtures/tpu_scripts/*.txt`: a shell line after `$ `, then all it prints, then
-`[N]` where the exit code is not 0. After a change, `python tests/test_tpu_scripts.py` writes them
+`[N]` where the exit code is not 0. After a change, `python tests/project/test_tpu_scripts.py` writes them
 anew from their `$ ` lines; read the difference.
 """
 
@@ -23,9 +23,9 @@ import pytest
 import yaml
 from conftest import PATIENCE
 
-CLONE = Path(__file__).parents[1]
+CLONE = Path(__file__).parents[2]
 SCRIPTS = CLONE / "tpu_scripts"
-TRANSCRIPTS = Path(__file__).parent / "fixtures" / "tpu_scripts"
+TRANSCRIPTS = Path(__file__).parents[1] / "fixtures" / "tpu_scripts"
 FAKE = TRANSCRIPTS / "fake"
 # What a dry run must not call.
 FORBIDDEN = ("gcloud", "xpk", "tar", "rm", "srun", "scontrol")

@@ -13,7 +13,7 @@ from ptjax.errors import InputError
 from ptjax.interop import safetensors_file
 from ptjax.interop.peft import export_peft, is_peft, load_peft
 
-FIXTURES = pathlib.Path(__file__).parent / "fixtures" / "peft"
+FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures" / "peft"
 
 
 @pytest.fixture

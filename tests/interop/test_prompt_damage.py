@@ -20,7 +20,7 @@ from ptjax.interop.prompt_file import load_prompt, save_prompt
 from ptjax.interop.torch_file import open_torch
 from ptjax.models.t5 import PromptStates
 
-OLD = pathlib.Path(__file__).parent / "fixtures" / "prompts_324cea1"
+OLD = pathlib.Path(__file__).parents[1] / "fixtures" / "prompts_324cea1"
 DAMAGED = r"x\.safetensors: the prompt file was damaged or changed after ptjax wrote it"
 
 

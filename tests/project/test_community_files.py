@@ -15,7 +15,7 @@ from test_architecture import PACKAGE, ROOMS
 import ptjax
 from ptjax.__main__ import COMMANDS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGES = ("AGENTS.md", "CONTRIBUTING.md", "SECURITY.md")
 PACKAGES = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
 

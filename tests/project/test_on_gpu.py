@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ON_GPU = ROOT / "benchmarks" / "on_gpu"
 PARTS = ("pretrain", "parity", "step", "peft", "generate")
 # Packages that the GPU machine may lack.

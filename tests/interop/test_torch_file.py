@@ -15,7 +15,7 @@ import pytest
 from ptjax.errors import InputError
 from ptjax.interop import torch_file
 
-TORCH = pathlib.Path(__file__).parent / "fixtures" / "torch_bin"
+TORCH = pathlib.Path(__file__).parents[1] / "fixtures" / "torch_bin"
 
 
 class Call:

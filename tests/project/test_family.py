@@ -20,7 +20,7 @@ from ptjax.backbones.load import load_backbone
 from ptjax.data import mixture
 from ptjax.data.tokenizer import load_tokenizer
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from ptjax.models.t5 import parameter_shapes
 from ptjax.sharding.rules import RULES
 from ptjax.trees import flatten_paths
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "gin_configs" / "models").glob("*.gin"))
 
 # Counted in the Flax trees of T5X's own gin files; T5 1.1's are those of Lester et al. 2021.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 ROOT = TESTS.parent
 # Section of the list of cases -> its rows that have been taken up.
 ROWS = {
@@ -24,7 +24,7 @@ PATCHES = sorted((TESTS / "faults").glob("*.patch"))
 @pytest.mark.parametrize("row", [f"{s}_{row}" for s, rows in ROWS.items() for row in rows])
 def test_every_case_has_a_test(row: str) -> None:
     named = re.compile(rf"^def test_case_{row}(_\w+)?\(", re.MULTILINE)
-    assert any(named.search(file.read_text("utf-8")) for file in TESTS.glob("test_*.py"))
+    assert any(named.search(file.read_text("utf-8")) for file in TESTS.rglob("test_*.py"))
 
 
 @pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.stem)

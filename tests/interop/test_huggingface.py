@@ -21,7 +21,7 @@ from ptjax.models.config import T5Config
 from ptjax.models.t5 import parameter_shapes
 from ptjax.trees import flatten_paths
 
-FIXTURES = pathlib.Path(__file__).parent / "fixtures"
+FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures"
 PARITY = FIXTURES / "torch_parity"
 TORCH = FIXTURES / "torch_bin"
 CONFIGS = {

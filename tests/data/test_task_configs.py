@@ -13,7 +13,7 @@ from markers import SHARED
 
 from ptjax.data import tasks
 
-CONFIGS = Path(__file__).parents[1] / "gin_configs" / "tasks"
+CONFIGS = Path(__file__).parents[2] / "gin_configs" / "tasks"
 DATA = SHARED / "data"
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.gin"))
 

@@ -38,7 +38,7 @@ from ptjax.interop.special_ids import read_special_ids
 from ptjax.interop.t5x import load_t5x
 from ptjax.interop.torch_file import open_torch
 
-FIXTURES = pathlib.Path(__file__).parent / "fixtures"
+FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures"
 LEGACY = FIXTURES / "t5_1_1_tiny_legacy" / "checkpoint_3"
 QUERY = "target.encoder.layers_0.attention.query.kernel"
 DEEP = "[" * 150 + "]" * 150

@@ -25,7 +25,7 @@ from ptjax.launch import reserved_port
 from ptjax.models.t5 import init_params
 
 pytestmark = pytest.mark.slow
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 HEARTBEAT = 20  # JAX sends one every half of it, which a busy machine may delay
 
 GIN = """

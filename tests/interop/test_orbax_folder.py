@@ -23,7 +23,7 @@ from ptjax.interop import t5x
 from ptjax.trainer.checkpoints import Checkpoints
 from ptjax.trees import unflatten_paths
 
-FIXTURES = pathlib.Path(__file__).parent / "fixtures"
+FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures"
 ORBAX = FIXTURES / "orbax"
 SHAPES = {
     "token_embedder/embedding": (6, 4),

@@ -28,7 +28,7 @@ from ptjax.launch import reserved_port
 from ptjax.sharding.rules import RULES
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_process")]
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGES = [
     ROOT / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 NEEDS_TORCH = {"peft_side"}
 NAMES = sorted(file.stem for file in BENCHMARKS.glob("*.py"))
 

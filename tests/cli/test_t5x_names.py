@@ -10,7 +10,7 @@ from ptjax import cli
 from ptjax.cli import gin_files, t5x_names
 
 pytestmark = pytest.mark.usefixtures("own_process")
-PAGE = Path(__file__).parents[1] / "docs" / "from_prompt_tuning.md"
+PAGE = Path(__file__).parents[2] / "docs" / "from_prompt_tuning.md"
 QUICK = "--gin_file=quickstart.gin"
 # Written for this test in the form of T5X's finetune.gin.
 RUN = """\

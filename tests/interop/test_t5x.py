@@ -18,7 +18,7 @@ from orbax import checkpoint as ocp
 from ptjax.errors import InputError
 from ptjax.interop import t5x
 
-FIXTURES = pathlib.Path(__file__).parent / "fixtures"
+FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures"
 QUERY = "encoder/layers_0/attention/query/kernel"
 QUERY_FOLDER = "target.encoder.layers_0.attention.query.kernel"
 

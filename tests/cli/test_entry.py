@@ -16,7 +16,7 @@ import ptjax
 from ptjax import __main__ as entry
 from ptjax.interop.prompt_file import load_prompt
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 LIGHT = """
 import runpy, sys
 sys.argv[1:] = {arguments}

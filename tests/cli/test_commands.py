@@ -32,7 +32,7 @@ from ptjax.models.config import T5Config
 from ptjax.models.t5 import init_params
 
 pytestmark = pytest.mark.usefixtures("own_process")
-FIXTURES = Path(__file__).parent / "fixtures"
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 SIZES = dict(emb_dim=16, num_heads=2, head_dim=8, mlp_dim=32)
 SENTIMENT = Task(
     name="sentiment",

@@ -18,7 +18,7 @@ from t5_ids import T5_IDS
 import ptjax
 from ptjax.models.decoding import decode
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 PUBLIC = {"__future__", "dataclasses", "flax", "jax", "ptjax", "sys", "typing"}
 MOST_LINES = {"own_method.py": 60, "own_network.py": 150}
 

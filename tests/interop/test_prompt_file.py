@@ -19,7 +19,7 @@ from ptjax.inference.prompts import check_prompt
 from ptjax.interop.peft import export_peft
 from ptjax.interop.prompt_file import T5X_PROMPT, load_prompt, load_prompts, save_prompt
 
-FIXTURES = pathlib.Path(__file__).parent / "fixtures"
+FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures"
 NUMPY_NAME = "encoder.prompt.prompt.prompt"
 METADATA = {
     "ptjax_version": "0.1.0",

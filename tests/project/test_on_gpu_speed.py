@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FOLDERS = [ROOT, ROOT / "benchmarks", ROOT / "benchmarks" / "on_gpu"]
 H100, H200 = "NVIDIA H100 80GB HBM3", "NVIDIA H200"
 
