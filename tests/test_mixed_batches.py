@@ -295,7 +295,7 @@ def test_a_choice_that_means_nothing_is_refused(backbone, bank, prompt_ids, mess
 
 
 def test_a_choice_without_a_bank_and_the_other_way_round(backbone, bank, tiny, tiny_batch, tokens):
-    with pytest.raises(InputError, match="without a bank"):
+    with pytest.raises(InputError, match="choose from a bank"):
         generate.generate(backbone, ["x"], tiny.prompt, prompt_ids=[0])
     with pytest.raises(InputError, match="one prompt is needed here, not a bank"):
         forward.loss_and_prompt_gradient(backbone, tiny_batch, bank)
@@ -312,7 +312,7 @@ def test_a_choice_without_a_bank_and_the_other_way_round(backbone, bank, tiny, t
         (
             many,
             {"prompt_ids": ids, "encoder_segment_ids": jnp.asarray(tokens[0])},
-            "several examples",
+            "packed rows",
         ),
     ):
         with pytest.raises(InputError, match=message):
