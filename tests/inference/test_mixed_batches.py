@@ -307,12 +307,12 @@ def test_a_choice_without_a_bank_and_the_other_way_round(backbone, bank, tiny, t
     many = with_prompt(plain, bank.arrays)
     for variables, settings, message in (
         (many, {}, "a bank of prompts needs prompt_ids"),
-        (tiny.variables, {"prompt_ids": ids}, "there is none"),
-        (plain, {"prompt_ids": ids}, "there is none"),
+        (tiny.variables, {"prompt_ids": ids}, "without a bank"),
+        (plain, {"prompt_ids": ids}, "without a bank"),
         (
             many,
             {"prompt_ids": ids, "encoder_segment_ids": jnp.asarray(tokens[0])},
-            "several examples",
+            "packed rows",
         ),
     ):
         with pytest.raises(InputError, match=message):

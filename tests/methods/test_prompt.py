@@ -90,7 +90,7 @@ def test_from_file_wants_the_same_length(context, tmp_path):
     path = tmp_path / "p.safetensors"
     save_prompt(path, np.arange(8, dtype=np.float32).reshape(4, 2), {})
     np.testing.assert_array_equal(FromFile(str(path))(KEY, 4, context), np.arange(8).reshape(4, 2))
-    with pytest.raises(InputError, match="4 rows, the run wants 5"):
+    with pytest.raises(InputError, match="4 rows, but the run expects 5"):
         FromFile(str(path))(KEY, 5, context)
 
 
