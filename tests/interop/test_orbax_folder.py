@@ -14,7 +14,7 @@ from etils import epath
 from flax import serialization
 from orbax import checkpoint as ocp
 from orbax.checkpoint import v1
-from test_checkpoint import state_of
+from train_states import state_of
 
 from ptjax.backbones.describe import describe
 from ptjax.backbones.open import open_backbone

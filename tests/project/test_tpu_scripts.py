@@ -2,8 +2,8 @@
 stand-in for gcloud whose two workers are folders, where what arrives over ssh really runs.
 
 The transcripts are `fixtures/tpu_scripts/*.txt`: a shell line after `$ `, then all it prints, then
-`[N]` where the exit code is not 0. After a change, `python tests/project/test_tpu_scripts.py` writes them
-anew from their `$ ` lines; read the difference.
+`[N]` where the exit code is not 0. After a change, `python tests/project/test_tpu_scripts.py`
+writes them again from their `$ ` lines; read the difference.
 """
 
 from __future__ import annotations

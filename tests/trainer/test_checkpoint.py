@@ -14,28 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
+from train_states import state_of
 
 from ptjax.errors import InputError
 from ptjax.trainer import checkpoints
 from ptjax.trainer.checkpoints import Checkpoints
 from ptjax.trainer.identity import make_identity
-from ptjax.training.optimizer import Adafactor
-from ptjax.training.step import TrainState, init_train_state
+from ptjax.training.step import TrainState
 
 
 def tune(task: str) -> None:
     """Of whose calls the identities are."""
-
-
-def state_of(width: int) -> TrainState:
-    """A prompt [100, D] of which no byte compresses away, as after some steps."""
-    noise = jax.random.normal(jax.random.key(1), (100, width), jnp.float32)
-    trainable = {"prompt": {"prompt": noise}}
-    state = init_train_state(trainable, Adafactor().make(), jax.random.key(0))
-    filled = jax.tree.map(
-        lambda x: noise if x.shape == noise.shape else x, (state.trainable, state.opt_state)
-    )
-    return TrainState(state.step, *filled, state.key)
 
 
 def test_state_and_progress_come_back(tmp_path):
