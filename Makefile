@@ -13,7 +13,7 @@ ORACLES := 4 5
 TRANSFORMERS_4 := 4.57.6
 TRANSFORMERS_5 := 5.24.0
 
-.PHONY: quickstart test test-all test-lowest faults lint oracle
+.PHONY: quickstart test test-all test-lowest faults mutation lint oracle
 
 quickstart: $(VENV)/installed  ## tune a prompt on the shipped backbone, on CPU
 	$(BIN)/python -m ptjax.train --gin_file=quickstart.gin
@@ -31,6 +31,10 @@ test-lowest: .venv-lowest/installed  ## the quickstart and the tests with the ol
 
 faults: $(VENV)/installed-dev  ## the tests notice the faults of tests/faults
 	$(BIN)/python tests/faults/run.py
+
+# Outside CI: an hour or more. ROOMS="data training" tries these alone.
+mutation: $(VENV)/installed-mutation  ## how many random faults the tests of each room notice
+	$(BIN)/python tests/mutation/run.py $(ROOMS)
 
 # Outside CI, which reads tests/fixtures/transformers. Each script runs under both releases, the
 # older one first: what that one wrote, the newer one may read.
@@ -56,6 +60,9 @@ $(VENV)/installed-dev: pyproject.toml | $(VENV)/bin/python
 $(VENV)/installed-oracle: $(VENV)/installed-dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 && \
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,oracle,plan,plan-gpu]' && touch $@
+
+$(VENV)/installed-mutation: $(VENV)/installed-dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,mutation]' && touch $@
 
 .venv-oracle-%/installed:
 	$(PYTHON) -m venv $(@D) && $(@D)/bin/python -m pip install --quiet --disable-pip-version-check \

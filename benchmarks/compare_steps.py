@@ -3,10 +3,10 @@
     python benchmarks/compare_steps.py OLD NEW [--python=PYTHON]
 
 Runs `python -m ptjax.train --dry_run` in both for every case and compares the StableHLO of all
-steps that they compile, word for word, without locations and without the names of functions and
-arguments. Both checkouts must have the gin files and macros that the cases name (commits before
-runs/sweep.gin do not). The exit code is 1 if a step differs; both texts are then kept in the folder
-that is named.
+steps that they compile, word for word, without locations, the names of functions and arguments,
+and the order of the step's arguments. Both checkouts must have the gin files and macros that the
+cases name (commits before runs/sweep.gin do not). The exit code is 1 if a step differs; both texts
+are then kept in the folder that is named.
 """
 
 from __future__ import annotations
@@ -80,7 +80,21 @@ def normalize(text: str) -> str:
     names = list(dict.fromkeys(re.findall(r"func\.func private @(\w+)", text)))
     for number, name in enumerate(names):
         text = re.sub(rf"@{name}\b", f"@function_{number}", text)
-    return text
+    return order_arguments(text)
+
+
+def order_arguments(text: str) -> str:
+    """The arguments of the public function named by their first use, which its signature follows.
+
+    The order in which a step takes its arguments makes no difference to what it computes.
+    """
+    public = re.search(r"func\.func public @\w+\((.*?)\) -> ", text, re.DOTALL)
+    assert public is not None
+    arguments = re.findall(r"(%arg\d+): (.*?)(?=, %arg\d+: |$)", public[1], re.DOTALL)
+    body = text.replace(public[1], "")
+    names = {name: f"%a{n}" for n, name in enumerate(dict.fromkeys(re.findall(r"%arg\d+", body)))}
+    signature = sorted(f"{names.get(name, 'unused')}: {kind}" for name, kind in arguments)
+    return "\n".join([*signature, re.sub(r"%arg\d+", lambda name: names[name[0]], body)])
 
 
 def main() -> int:
