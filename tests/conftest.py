@@ -28,7 +28,7 @@ import json
 import logging
 import signal
 import sys
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterator
 from typing import Any
 
 import gin
@@ -89,6 +89,20 @@ def pytest_report_header(config: pytest.Config) -> str:
     lacks = "; ".join(f"{marker} (needs {what})" for marker, what in missing().items())
     chosen = config.option.markexpr or "everything"
     return f"selected: {chosen}. Not possible on this machine: {lacks or 'nothing'}"
+
+
+MOST_MAPS = 20_000
+"""Memory maps of a process. XLA keeps some for every compiled program, and at 65,530 (Linux's limit)
+its compiler crashes."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_programs() -> Iterator[None]:
+    """Drops the compiled programs after a file of tests when there are many."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_bytes().splitlines()) > MOST_MAPS:
+        jax.clear_caches()
 
 
 @dataclasses.dataclass(frozen=True)
