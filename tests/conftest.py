@@ -92,8 +92,8 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 
 MOST_MAPS = 20_000
-"""Memory maps of a process. XLA keeps some for every compiled program; at Linux's limit, 65,530, its
-compiler crashes."""
+"""Memory maps of a process. XLA keeps some for every compiled program, and at Linux's limit of
+65,530 its compiler crashes."""
 
 
 @pytest.fixture(scope="module", autouse=True)
