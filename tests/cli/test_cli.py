@@ -409,7 +409,7 @@ RANGES = {
     "PROMPT_LENGTH=-1": "PROMPT_LENGTH must be >= 1, got -1",
     "BATCH_SIZE=0": "BATCH_SIZE must be >= 1, got 0",
     "MICROBATCHES=0": "MICROBATCHES must be >= 1, got 0",
-    "MICROBATCHES=5": "BATCH_SIZE = 32 is no multiple of 5 MICROBATCHES",
+    "MICROBATCHES=5": "BATCH_SIZE (32) must be divisible by MICROBATCHES (5)",
     "RANDOM_SEED=-1": "RANDOM_SEED must be >= 0, got -1",
     "EVAL_EXAMPLES=0": "EVAL_EXAMPLES must be >= 1, got 0",
     "ptjax.Evaluation.batch_size=0": "Evaluation.batch_size must be >= 1, got 0",

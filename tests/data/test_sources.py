@@ -146,7 +146,7 @@ def test_a_wrong_encoding_names_file_and_line_or_is_counted(tmp_path):
     assert [record.line for record in records] == [1, 2, 4]
     assert records.bad.count == 1
     assert f"{path}:3: characters that are not utf-8 text" in str(records.bad.first)
-    with pytest.raises(InputError, match="knows no such encoding"):
+    with pytest.raises(InputError, match="not an encoding that Python knows"):
         read_records(path, encoding="utf-9")
 
 
