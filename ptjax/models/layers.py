@@ -18,12 +18,14 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from ptjax.models.config import T5Config
+from ptjax.trees import Tree
 
 KeysValues = tuple[Array, Array]
 """The keys and values of one attention layer, arrays of the same shape."""
 
-LayerCache = dict[str, Array]
-"""Of a decoder layer: self_key, self_value [B, L, H, K] and cross_key, cross_value [B, S, H, K]."""
+LayerCache = dict[str, Tree]
+"""Of a decoder layer of T5: self_key, self_value [B, L, H, K] and cross_key, cross_value [B, S, H, K].
+Other networks keep trees of their own here."""
 
 MASKED = -1e10
 

@@ -647,8 +647,8 @@ def test_a_run_in_a_relative_model_dir_is_trained_and_used(
     shutil.copytree("runs/a/checkpoints/2", "cut")
     Path("cut/state/manifest.ocdbt").unlink()
     assert fails("inspect", "cut").startswith("cut: the checkpoint is incomplete")
-    assert "a checkpoint of a run of ptjax" in fails("infer", "--backbone=runs/a/checkpoints/2", "x",
-                                                  "--prompt=none")  # fmt: skip
+    refused = fails("infer", "--backbone=runs/a/checkpoints/2", "x", "--prompt=none")
+    assert "a checkpoint of a run of ptjax" in refused
     _, out, err = call("evaluate", "--model_dir=runs/a")
     assert json.loads(out)["metrics"] == results["metrics"], err
     monkeypatch.chdir(tmp_path / "runs")

@@ -185,7 +185,7 @@ def test_settings_of_the_source_reach_it(tmp_path):
             },
             "referent_accuracy needs `label`",
         ),
-        ({"on_bad_record": "ignore"}, "on_bad_record = 'ignore'"),
+        ({"on_bad_record": "ignore"}, "on_bad_record must be one of 'error', 'skip', got 'ignore'"),
     ],
 )
 def test_contradictions_are_found_at_construction(settings, message):

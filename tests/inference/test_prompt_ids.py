@@ -74,6 +74,6 @@ def test_a_peft_directory_keeps_them(tuned, backbone, tmp_path):
 
 @pytest.mark.parametrize("ids", [[0], {"pad_id": "0"}, {"eos_ids": [True]}, {"pad_id": -1}])
 def test_ids_that_are_none_are_not_written(tmp_path, ids):
-    with pytest.raises(InputError, match="its 'special_ids' is "):
+    with pytest.raises(InputError, match="metadata, 'special_ids' is "):
         save_prompt(tmp_path / "x.safetensors", np.ones((1, 2)), {"special_ids": ids})
     assert list(tmp_path.iterdir()) == []
