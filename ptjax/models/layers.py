@@ -24,7 +24,7 @@ KeysValues = tuple[Array, Array]
 """The keys and values of one attention layer, arrays of the same shape."""
 
 LayerCache = dict[str, Tree]
-"""Of a decoder layer of T5: self_key, self_value [B, L, H, K] and cross_key, cross_value [B, S, H, K].
+"""Of a decoder layer of T5: self_key, self_value [B, L, H, K], cross_key, cross_value [B, S, H, K].
 Other networks keep trees of their own here."""
 
 MASKED = -1e10

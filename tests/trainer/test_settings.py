@@ -99,7 +99,7 @@ def test_preprocessors_are_printed_back(own_process):
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: ptjax.Batching(batch_size=8, microbatches=3), "no multiple of 3 MICROBATCHES"),
+        (lambda: ptjax.Batching(batch_size=8, microbatches=3), "must be divisible by MICROBATCHES"),
         (lambda: ptjax.Batching(feature_lengths={"input": 3}), "TASK_FEATURE_LENGTHS has 'input'"),
         (lambda: ptjax.Batching(row_length=0), "Batching.row_length must be >= 1, got 0"),
         (lambda: ptjax.PromptTuning(length=0), "PROMPT_LENGTH must be >= 1, got 0"),
