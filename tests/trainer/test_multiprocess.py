@@ -382,7 +382,7 @@ def test_stopped_and_lost_processes(machines: Machines, one: Path, two: Path) ->
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--gin.PROMPT_LENGTH=0"], "error: PROMPT_LENGTH = 0"),
+        (["--gin.PROMPT_LENGTH=0"], "error: PROMPT_LENGTH must be >= 1, got 0"),
         (["--gin.load_backbone.path='nowhere/at/all'"], "error: "),
     ],
 )
