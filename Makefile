@@ -32,7 +32,7 @@ test-lowest: .venv-lowest/installed  ## the quickstart and the tests with the ol
 faults: $(VENV)/installed-dev  ## the tests notice the faults of tests/faults
 	$(BIN)/python tests/faults/run.py
 
-# Outside CI: an hour or more. ROOMS="data training" tries these alone.
+# Outside CI, for it takes long. ROOMS="data training" tries these alone.
 mutation: $(VENV)/installed-mutation  ## how many random faults the tests of each room notice
 	$(BIN)/python tests/mutation/run.py $(ROOMS)
 

@@ -16,7 +16,7 @@ import ptjax
 
 @dataclasses.dataclass(frozen=True)
 class LowRankPrompt(ptjax.Method):
-    """`left` [P, r] and `right` [r, D] train; their product stands in front of the input."""
+    """`left` [P, r] and `right` [r, D] train; their product is prepended to the input."""
 
     name, collection = "low_rank_prompt", "factors"
     exports, supports_rows, supports_sweep = "prompt", True, True  # as of any prompt

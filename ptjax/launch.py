@@ -34,7 +34,7 @@ _SILENT = re.compile(r"unhealthy \(stopped sending heartbeats\):\n((?:\d+\n)+)")
 _STATUS = re.compile(r"(?:absl::Status|what\(\)): +(.*)")
 # Gloo's threads abort the process when the collective after a broken one has another size.
 _GLOO = re.compile(r"'gloo::\w+'|\bexternal/gloo/")
-_GLOO_GRACE = 1.0
+GLOO_GRACE = 1.0
 """Seconds to wait for the end of another process, which explains why Gloo aborted this one."""
 # Gloo prints it for every connection, on standard output, among the results.
 _CHATTER = b"[Gloo] Rank "
@@ -186,7 +186,7 @@ class _Watch:
                 reader.join()
             with ended:
                 if self.children[1:] and _GLOO.search("".join(child.abort_lines)):
-                    ended.wait_for(lambda: codes, _GLOO_GRACE)
+                    ended.wait_for(lambda: codes, GLOO_GRACE)
                 codes.append(self._judge(child))
                 ended.notify_all()
 

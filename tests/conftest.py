@@ -57,7 +57,7 @@ LONGEST_FIRST = (
     "test_on_gpu",
     "test_plan",
     "test_pages",
-    "test_bank",
+    "test_sweep",
     "test_sharding",
     "test_compiling",
     "test_commands",
@@ -177,7 +177,7 @@ def own_process(monkeypatch, tmp_path):
     root = logging.getLogger()
     monkeypatch.setattr(root, "handlers", list(root.handlers))
     monkeypatch.setattr(gin.config, "_LOCATION_PREFIXES", [""])
-    monkeypatch.setattr(prompts, "_WARNED", set())
+    monkeypatch.setattr(prompts, "WARNED", set())
     monkeypatch.chdir(tmp_path)
     before = absl_logging.get_verbosity()
     gin.clear_config()

@@ -112,7 +112,8 @@ def start(arguments: argparse.Namespace | None) -> None:
     config = jax.config
     if not os.environ.get("JAX_CPU_COLLECTIVES_IMPLEMENTATION"):
         config.update("jax_cpu_collectives_implementation", "gloo")
-    # Programs that a CPU runs at the same time may wait for each other's collectives forever.
+    # Processes with several CPU devices each sometimes wait for each other forever; with this, less
+    # often (jaxlib 0.10).
     config.update("jax_cpu_enable_async_dispatch", False)
     config.update("jax_enable_preemption_service", arguments.saves)
     try:

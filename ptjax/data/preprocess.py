@@ -12,7 +12,7 @@ from ptjax.data.examples import Example
 from ptjax.data.tokenizer import Tokenizer
 from ptjax.errors import InputError
 
-_CHUNK = 4096  # texts per call: the ids of a chunk are temporarily Python integers
+CHUNK = 4096  # texts per call: the ids of a chunk are temporarily Python integers
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,8 @@ def tokenize_texts(texts: Sequence[str], tokenizer: Tokenizer, length: int) -> T
     chunks: list[np.ndarray] = []
     lengths = np.zeros(len(texts) + 1, np.int64)
     truncated = 0
-    for start in range(0, len(texts), _CHUNK):
-        rows = tokenizer.encode_batch(texts[start : start + _CHUNK])
+    for start in range(0, len(texts), CHUNK):
+        rows = tokenizer.encode_batch(texts[start : start + CHUNK])
         for i, row in enumerate(rows, start + 1):
             truncated += len(row) > room
             lengths[i] = min(len(row), room) + length - room

@@ -31,7 +31,7 @@ _OPENED: weakref.WeakKeyDictionary[
     PromptFile | PromptBank, dict[Hashable, PromptFile | PromptBank | None]
 ] = weakref.WeakKeyDictionary()
 """Prompt -> backbone -> the prompt as `open_prompt` returned it; None is the prompt itself."""
-_WARNED: set[bytes] = set()
+WARNED: set[bytes] = set()
 """Digests of the warnings about a prompt on a backbone: each is logged once, also when the same
 prompt is loaded again."""
 
@@ -241,8 +241,8 @@ def _warn_once(
     content = np.ascontiguousarray(matrix()).tobytes()
     text = repr((backbone.fingerprints, backbone.name, message, arguments)).encode()
     digest = hashlib.sha256(content + text).digest()
-    if digest not in _WARNED:
-        _WARNED.add(digest)
+    if digest not in WARNED:
+        WARNED.add(digest)
         logging.warning(message, *arguments)
 
 

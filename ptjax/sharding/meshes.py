@@ -80,7 +80,7 @@ def _arrange(shape: tuple[int, ...], slices: int, devices: list[jax.Device]) -> 
         return mesh_utils.create_hybrid_device_mesh(
             within, across, devices, allow_split_physical_axes=True
         )
-    except (ValueError, NotImplementedError, AssertionError) as error:
+    except (ValueError, NotImplementedError, AssertionError) as error:  # JAX asserts some of it
         name = "x".join(map(str, shape))
         reason = str(error).splitlines()[0] if str(error) else "not a block of the machine"
         raise InputError(f"these devices cannot form a mesh of {name}: {reason}") from error

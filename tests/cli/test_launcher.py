@@ -164,7 +164,7 @@ def test_of_a_killed_and_an_aborted_process_the_killed_one_is_the_cause(
     tmp_path, capfd, monkeypatch
 ):
     launch = importlib.import_module("ptjax.launch")
-    monkeypatch.setattr(launch, "_GLOO_GRACE", PATIENCE)
+    monkeypatch.setattr(launch, "GLOO_GRACE", PATIENCE)
     aborted = "printf '%s' \"$GLOO\" >&2; kill -ABRT $$"
     assert watched(tmp_path, aborted, "sleep 0.5; kill -KILL $$") == 128 + signal.SIGKILL
     assert capfd.readouterr().err == (

@@ -54,7 +54,7 @@ def test_rows_are_the_encoded_texts(texts, length):
 def test_chunks_make_no_difference(nano, monkeypatch):
     texts = [f"film {i} is fine" for i in range(23)]
     whole = tokenize_texts(texts, nano, 4)
-    monkeypatch.setattr(preprocess, "_CHUNK", 5)
+    monkeypatch.setattr(preprocess, "CHUNK", 5)
     chunked = tokenize_texts(texts, nano, 4)
     np.testing.assert_array_equal(chunked.ids, whole.ids)
     np.testing.assert_array_equal(chunked.offsets, whole.offsets)

@@ -100,7 +100,7 @@ def test_what_jax_would_clip_or_broadcast_is_refused(
 def test_a_loaded_prompt_without_a_fingerprint_is_said_once(
     backbone, tiny, tiny_batch, caplog, monkeypatch
 ):
-    monkeypatch.setattr(prompts, "_WARNED", set())
+    monkeypatch.setattr(prompts, "WARNED", set())
     bare = PromptFile(np.asarray(tiny.prompt), {})
     forward.forward(backbone, tiny_batch, check_prompt(backbone, bare))
     assert [record.levelname for record in caplog.records] == ["WARNING"]

@@ -23,7 +23,7 @@ def matrix() -> np.ndarray:
 @pytest.fixture(autouse=True)
 def new_process(monkeypatch):
     """What was said before is forgotten."""
-    monkeypatch.setattr(prompts, "_WARNED", set())
+    monkeypatch.setattr(prompts, "WARNED", set())
 
 
 def test_case_4_12_a_prompt_may_be_a_path(backbone, matrix, tmp_path):
