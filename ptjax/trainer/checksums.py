@@ -60,7 +60,8 @@ def _sum_array(array: jax.Array) -> jax.Array:
 def find_damage(folder: epath.Path, *, remote: bool) -> str:
     """What tensorstore reports about the files of the arrays in `folder`; "" if they are intact.
 
-    Orbax would report it too, but its threads would fill the terminal with tracebacks.
+    Orbax would report it too, but would leave half-read arrays behind, whose tracebacks fill the
+    terminal, some of them long after.
     """
     import tensorstore as ts
 
@@ -71,7 +72,10 @@ def find_damage(folder: epath.Path, *, remote: bool) -> str:
         spec: Any = {"driver": "ocdbt", "base": f"{base}/"}
         store: Any = ts.KvStore.open(spec).result()
         size = 0
-        for key in store.list().result():
+        keys = store.list().result()
+        if not keys:  # tensorstore reads a folder without a manifest as an empty database
+            return f"{folder} holds no arrays"
+        for key in keys:
             size += len(store.read(key).result().value)  # which verifies tensorstore's checksums
             if size > READ_TWICE:
                 break

@@ -1,4 +1,4 @@
-"""A pytest plugin: how long each test takes, and which lines it runs (coverage's contexts).
+"""A pytest plugin: the CPU seconds of each test, and which lines it runs (coverage's contexts).
 
 A fixture of the session and a function's compilation count for the first test that needs them;
 that test alone runs them again.
@@ -20,12 +20,12 @@ SECONDS: dict[str, float] = {}
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    current, began = coverage.Coverage.current(), time.perf_counter()
+    current, began = coverage.Coverage.current(), time.process_time()
     assert current is not None
     current.switch_context(item.nodeid)
     result = yield
     current.switch_context("")
-    SECONDS[item.nodeid] = time.perf_counter() - began
+    SECONDS[item.nodeid] = time.process_time() - began
     return result
 
 

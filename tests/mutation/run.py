@@ -4,8 +4,8 @@
 
 cosmic-ray makes the mutants: another comparison, a number one larger, a loop that never runs. A
 mutant meets the tests of its room that run its line (coverage tells which), the fastest first, for
-a minute at most. Nothing here is part of CI. Results are kept in `.mutation/`, by what the file
-says: the same command resumes, and tries again only what changed.
+a minute of CPU at most. Nothing here is part of CI. Results are kept in `.mutation/`, by what the
+file says: the same command resumes, and what survived is tried again when a test changed.
 
 What survives is printed as a diff: a test is missing, or the mutant is equivalent (no test could
 notice it), which `equivalent.toml` then says, with the reason. Exits 1 if a room has less than 90%.
@@ -18,11 +18,14 @@ import ast
 import concurrent.futures
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import queue
 import random
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tomllib
@@ -30,6 +33,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import coverage
+import pytest
 from cosmic_ray.commands.init import _all_work_items
 from cosmic_ray.mutating import mutate_code
 from cosmic_ray.plugins import get_operator
@@ -41,9 +45,11 @@ FILES = ("pyproject.toml", "README.md", "Makefile")
 ROOMS = ("data", "training", "trainer", "methods", "interop", "inference")
 GOAL = 0.9
 SECONDS = 60
-"""For the tests of a mutant; a mutant that takes longer has changed how long a loop runs."""
+"""Of CPU, for the tests of a mutant; one that takes longer has changed how long a loop runs."""
+WAIT = 5 * SECONDS
+"""Of wall time: a mutant can also wait for ever."""
 BUDGET = 30.0
-"""Seconds that the chosen tests take without a mutant."""
+"""CPU seconds that the chosen tests take without a mutant."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,10 +81,12 @@ class Baseline:
     """What the tests of a room run when nothing is broken.
 
     Attributes:
-        seconds: of each test.
+        digest: of everything that was measured.
+        seconds: CPU seconds of each test.
         tests: (path, line) -> the tests that run it.
     """
 
+    digest: str
     seconds: dict[str, float]
     tests: dict[tuple[str, int], set[str]]
 
@@ -127,7 +135,8 @@ def measure(room: str, tree: Path) -> Baseline:
     """
     data, seconds = WORK / f"{room}.coverage", WORK / f"{room}.seconds.json"
     stamp = WORK / f"{room}.stamp"
-    content = digest([*(ROOT / "ptjax").rglob("*.py"), *(ROOT / "tests").rglob("*.py")])
+    folders = ROOT.glob("tests/*.py"), (ROOT / "tests" / room).rglob("*.py")
+    content = digest([*(ROOT / "ptjax").rglob("*.py"), *itertools.chain(*folders)])
     if not stamp.exists() or stamp.read_text() != content:
         command = [
             *(sys.executable, "-m", "coverage", "run", f"--data-file={data}", "--source=ptjax"),
@@ -147,13 +156,13 @@ def measure(room: str, tree: Path) -> Baseline:
         path = str(Path(file).relative_to(tree))
         for line, contexts in found.contexts_by_lineno(file).items():
             tests[path, line] = set(filter(None, contexts))
-    return Baseline(json.loads(seconds.read_text()), tests)
+    return Baseline(content, json.loads(seconds.read_text()), tests)
 
 
 def digest(files: list[Path]) -> str:
     whole = hashlib.sha256()
     for file in sorted(files):
-        whole.update(str(file).encode() + file.read_bytes())
+        whole.update(str(file.relative_to(ROOT)).encode() + file.read_bytes())
     return whole.hexdigest()
 
 
@@ -220,13 +229,18 @@ def attempt(mutant: Mutant, tests: list[str], tree: Path) -> str:
             cwd=tree,
             env=environment(tree),
             capture_output=True,
-            timeout=SECONDS,
+            timeout=WAIT,
             check=False,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 5)),
         )
     except subprocess.TimeoutExpired:
         return "too slow"
     finally:
         shutil.copy(ROOT / mutant.path, file)
+    if done.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
+        return "too slow"
+    if done.returncode == pytest.ExitCode.NO_TESTS_COLLECTED:
+        raise SystemExit(f"{mutant.path}:{mutant.line}: pytest found none of {tests}")
     return "killed" if done.returncode else "survived"
 
 
@@ -239,13 +253,14 @@ def run_room(room: str, count: int, seed: int, equivalent: set[tuple[str, str, s
         copy_tree(tree)
         trees.put(tree)
     baseline = measure(room, WORK / "tree0")
-    possible = [
-        m for file in sorted((ROOT / "ptjax" / room).rglob("*.py")) for m in mutants_of(file)
-    ]
-    sample = random.Random(seed).sample(possible, min(count, len(possible)))
+    sample = choose_mutants(room, count, seed)
     kept = WORK / f"{room}.jsonl"
     rows = map(json.loads, kept.read_text().splitlines()) if kept.exists() else ()
-    outcomes = {row["key"]: row["outcome"] for row in rows}
+    outcomes = {
+        row["key"]: row["outcome"]
+        for row in rows
+        if row["outcome"] in ("killed", "too slow") or row["tests"] == baseline.digest
+    }
 
     def work(mutant: Mutant) -> str:
         tree = trees.get()
@@ -259,7 +274,8 @@ def run_room(room: str, count: int, seed: int, equivalent: set[tuple[str, str, s
         for done in concurrent.futures.as_completed(todo):
             key = todo[done].key
             outcomes[key] = done.result()
-            log.write(json.dumps({"key": key, "outcome": outcomes[key]}) + "\n")
+            row = {"key": key, "outcome": outcomes[key], "tests": baseline.digest}
+            log.write(json.dumps(row) + "\n")
             log.flush()
     counts = dict.fromkeys(("killed", "too slow", "survived", "not run", "equivalent"), 0)
     for mutant in sample:
