@@ -75,12 +75,12 @@ def describe_backbone(opened: OpenBackbone) -> JsonObject:
 def fingerprints_of(opened: OpenBackbone) -> Fingerprints:
     """The fingerprints as `load_backbone` computes them, reading only the sample."""
 
-    def sample(path: str) -> dict[str, jax.Array]:
+    def sample(path: str) -> dict[str, np.ndarray]:
         array = opened.arrays[path]
         parts = opened.family.fingerprint_parts(path, array.shape)
         read = array.read_parts([*parts.values()])
         return {
-            kind: jnp.asarray(np.asarray(part, np.float32), jnp.bfloat16)
+            kind: np.asarray(part, np.float32).astype(jnp.bfloat16)
             for kind, part in zip(parts, read, strict=True)
         }
 

@@ -10,22 +10,21 @@ of ptjax that only know v1 can read new prompts, and prompts with v1 alone stay 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from ptjax.files import JsonObject, Metadata
 from ptjax.models.family import Family
 from ptjax.models.stacking import UnstackedView
 from ptjax.models.t5_family import T5_FAMILY
-from ptjax.sharding.arrays import replicated
+from ptjax.sharding import processes
 from ptjax.trees import Tree, flatten_paths
 
 if TYPE_CHECKING:
@@ -68,8 +67,20 @@ class Fingerprints(NamedTuple):
         return {V1_KEY: self.v1, V2_KEY: self.v2}
 
 
+class Sample(NamedTuple):
+    """A part of a parameter, as far as this process holds it first.
+
+    Attributes:
+        shape: of the part.
+        held: (where in the part, the values there in bfloat16) for each shard.
+    """
+
+    shape: tuple[int, ...]
+    held: list[tuple[tuple[slice, ...], jax.Array]]
+
+
 def fingerprint(
-    config: DataclassInstance, params: Tree, mesh: Mesh, family: Family = T5_FAMILY
+    config: DataclassInstance, params: Tree, family: Family = T5_FAMILY
 ) -> Fingerprints:
     """Both fingerprints of parameters under ptjax's names.
 
@@ -77,18 +88,18 @@ def fingerprint(
     """
     samples = {}
     for path, array in flatten_paths(params).items():
-        samples |= sample_of(path, array, mesh, family)
-    return digest(config, samples, family)
+        samples |= sample_of(path, array, family)
+    return digest(config, exchange(samples), family)
 
 
 def digest(
-    config: DataclassInstance, samples: Mapping[str, Mapping[str, jax.Array]], family: Family
+    config: DataclassInstance, samples: Mapping[str, Mapping[str, np.ndarray]], family: Family
 ) -> Fingerprints:
-    """Both fingerprints, from the result of `sample_of` for each parameter."""
+    """Both fingerprints, from the parts of each parameter that the family samples, in bfloat16."""
     sizes = {field: getattr(config, field) for field in family.old_fields}
     v1 = hashlib.sha256(json.dumps(sizes).encode())
     v2 = hashlib.sha256(json.dumps(_computed(config, family), sort_keys=True).encode())
-    values = UnstackedView(jax.device_get(samples))
+    values = UnstackedView(samples)
     for path in sorted(values):
         sample = {kind: np.ascontiguousarray(x).tobytes() for kind, x in values[path].items()}
         if "rows" in sample:
@@ -112,25 +123,56 @@ def _computed(config: DataclassInstance, family: Family) -> JsonObject:
     }
 
 
-def sample_of(
-    path: str, array: jax.Array, mesh: Mesh, family: Family
-) -> dict[str, dict[str, jax.Array]]:
-    """{path: the sample of the parameter}."""
+def sample_of(path: str, array: jax.Array, family: Family) -> dict[str, dict[str, Sample]]:
+    """{path: the parts of an array, or of each layer of a stack, that the family samples}.
+
+    Each process takes its own part, without waiting for others or for the devices.
+    """
     ending = "/".join(path.split("/")[-2:])
     stacked = "/layers/" in path and "scanned layers" not in family.lacks
-    return {path: _sample(array, ending, stacked, mesh, family)}
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
-def _sample(
-    array: jax.Array, ending: str, stacked: bool, mesh: Mesh, family: Family
-) -> dict[str, jax.Array]:
-    """The parts of an array, or of each layer of a stack, that the family samples; replicated.
-
-    Args:
-        ending: the last two names of the path, so that all layers share one compiled program.
-    """
     layers = (slice(None),) if stacked else ()
     parts = family.fingerprint_parts(ending, array.shape[len(layers) :])
-    taken = {kind: array[layers + part].astype(jnp.bfloat16) for kind, part in parts.items()}
-    return jax.lax.with_sharding_constraint(taken, replicated(mesh))
+    return {path: {kind: _sample(array, layers + part) for kind, part in parts.items()}}
+
+
+def _sample(array: jax.Array, part: tuple[slice, ...]) -> Sample:
+    picked = [np.arange(size)[along] for size, along in zip(array.shape, part, strict=True)]
+    held = []
+    for shard in array.addressable_shards:
+        if shard.replica_id:
+            continue
+        place, local = [], []
+        for indices, along in zip(picked, shard.index, strict=True):
+            start, stop, _ = along.indices(array.shape[len(place)])
+            first, last = np.searchsorted(indices, (start, stop))
+            place.append(slice(first, last))
+            local.append(indices[first:last] - start)
+        if all(map(len, local)):
+            held.append((tuple(place), _pick(shard.data, local)))
+    return Sample(tuple(map(len, picked)), held)
+
+
+@jax.jit
+def _pick(shard: jax.Array, indices: list[np.ndarray]) -> jax.Array:
+    return shard[jnp.ix_(*indices)].astype(jnp.bfloat16)
+
+
+def exchange(samples: Mapping[str, Mapping[str, Sample]]) -> dict[str, dict[str, np.ndarray]]:
+    """The samples as whole arrays; all processes must call it together.
+
+    One sum over the processes for all of them. With a collective for each parameter, processes on
+    CPUs would sometimes wait for each other for ever.
+    """
+    sizes = [math.prod(sample.shape) for parts in samples.values() for sample in parts.values()]
+    bits = np.zeros(sum(sizes), np.uint16)
+    taken = iter(np.split(bits, np.cumsum(sizes)[:-1]))
+    arrays = {
+        path: {kind: next(taken).reshape(sample.shape) for kind, sample in parts.items()}
+        for path, parts in samples.items()
+    }
+    for path, parts in samples.items():
+        for kind, sample in parts.items():
+            for place, values in sample.held:
+                arrays[path][kind][place] = np.asarray(values).view(np.uint16)
+    bits[:] = processes.sum_of_all(bits)
+    return jax.tree.map(lambda array: array.view(jnp.bfloat16), arrays)

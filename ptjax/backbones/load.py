@@ -12,7 +12,7 @@ from absl import logging
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ptjax.backbones.fingerprint import Fingerprints, digest, sample_of
+from ptjax.backbones.fingerprint import Fingerprints, Sample, digest, exchange, sample_of
 from ptjax.backbones.open import OpenBackbone, open_backbone
 from ptjax.data.tokenizer import Tokenizer
 from ptjax.errors import check_choice
@@ -135,7 +135,7 @@ def load_backbone(
     check_rules({"params": opened.arrays}, family.sharding_rules)
     mesh = choose_mesh(mesh, opened.config, dtype, fsdp=fsdp, quantize=quantize, family=family)
     params, samples = _load_params(opened, dtype, mesh, fsdp, quantize)
-    fingerprints = digest(opened.config, samples, family)
+    fingerprints = digest(opened.config, exchange(samples), family)
     return Backbone(
         config=opened.config,
         variables={"params": unflatten_paths(params)},
@@ -164,15 +164,15 @@ def _gather(mesh: Mesh, fsdp: bool) -> GatherFn | None:
 
 def _load_params(
     opened: OpenBackbone, dtype: str, mesh: Mesh, fsdp: bool, quantize: str | None
-) -> tuple[dict[str, jax.Array | Quantized], dict[str, dict[str, jax.Array]]]:
+) -> tuple[dict[str, jax.Array | Quantized], dict[str, dict[str, Sample]]]:
     """(parameters on the mesh by path, their samples for the fingerprints)."""
-    samples: dict[str, dict[str, jax.Array]] = {}
+    samples: dict[str, dict[str, Sample]] = {}
     family, rules = opened.family, opened.family.sharding_rules
 
     def load(path: str, sharding: NamedSharding) -> jax.Array | Quantized:
         # Popped to free memory: an array of a T5X msgpack is already in memory.
         array = place(cast(opened.arrays.pop(path), dtype), sharding)
-        samples.update(sample_of(path, array, mesh, family))
+        samples.update(sample_of(path, array, family))
         return quantize_sharded(array) if quantize and family.is_quantized(path) else array
 
     def find_sharding(name: str, shape: tuple[int, ...]) -> NamedSharding:

@@ -58,6 +58,13 @@ def any_of_all(here: bool) -> bool:
     return bool(multihost_utils.process_allgather(np.array(here)).any()) if several() else here
 
 
+def sum_of_all(numbers: np.ndarray) -> np.ndarray:
+    """The sum of every process's integers; all processes must call it together."""
+    if not several():
+        return numbers
+    return multihost_utils.process_allgather(numbers).sum(axis=0, dtype=numbers.dtype)
+
+
 def on_host(array: ArrayLike) -> np.ndarray:
     """The whole array in this process's memory; all processes must call it together."""
     if isinstance(array, jax.Array) and not (

@@ -34,7 +34,7 @@ def changed(backbone, path, change) -> Fingerprints:
     """The fingerprints after `change` of one parameter."""
     flat = dict(flatten_paths(backbone.variables["params"]))
     flat[path] = change(flat[path])
-    return fingerprint(backbone.config, unflatten_paths(flat), backbone.mesh)
+    return fingerprint(backbone.config, unflatten_paths(flat))
 
 
 def low_rank(kernel):
@@ -99,7 +99,7 @@ def test_case_1_13_every_field_of_the_config_is_classified(t5_1_1):
     params = t5_1_1.variables["params"]
     for name in set(names) & set(other_values):
         config = dataclasses.replace(t5_1_1.config, **{name: other_values[name]})
-        same = fingerprint(config, params, t5_1_1.mesh).v2 == t5_1_1.fingerprint
+        same = fingerprint(config, params).v2 == t5_1_1.fingerprint
         assert same == (name in T5_FAMILY.not_computed), name
 
 
@@ -151,7 +151,7 @@ def test_case_1_13_a_prompt_with_v2_is_refused_by_a_relative_of_its_backbone(t5_
     flat = dict(flatten_paths(t5_1_1.variables["params"]))
     path = "encoder/layers_0/attention/query/kernel"
     flat[path] = low_rank(flat[path])
-    own = fingerprint(t5_1_1.config, unflatten_paths(flat), t5_1_1.mesh)
+    own = fingerprint(t5_1_1.config, unflatten_paths(flat))
     assert own.v1 == t5_1_1.fingerprint_v1
     merged = dataclasses.replace(t5_1_1, fingerprint=own.v2, fingerprint_v1=own.v1)
     prompt = prompt_of(t5_1_1, **t5_1_1.fingerprints.as_metadata())
