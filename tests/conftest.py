@@ -39,12 +39,12 @@ import shape_checks  # noqa: F401
 from absl import logging as absl_logging
 from markers import missing
 from t5_ids import T5_IDS, with_lengths
+from tiny import save_tiny, tiny_config, tiny_params
 
 from ptjax.data.batch import Batch, make_batch
 from ptjax.inference import prompts
 from ptjax.models.config import T5Config
 from ptjax.models.prompted import PromptedT5
-from ptjax.models.t5 import init_params
 from ptjax.trainer.callbacks import Callback
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -133,17 +133,9 @@ def _jitted(config: T5Config) -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def tiny() -> Tiny:
-    config = T5Config(
-        vocab_size=64,
-        emb_dim=16,
-        num_heads=4,
-        num_encoder_layers=2,
-        num_decoder_layers=2,
-        head_dim=8,
-        mlp_dim=32,
-    )
-    params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
-    return Tiny(config, params, jax.random.normal(jax.random.key(1), (5, config.emb_dim)))
+    config = tiny_config(num_heads=4, num_encoder_layers=2, num_decoder_layers=2)
+    prompt = jax.random.normal(jax.random.key(1), (5, config.emb_dim))
+    return Tiny(config, tiny_params(config), prompt)
 
 
 @pytest.fixture(scope="session")
@@ -263,16 +255,10 @@ WORDS = {
 def backbone(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A random T5 1.1 of width 16 with the shipped vocabulary."""
     from ptjax.backbones.load import load_backbone
-    from ptjax.backbones.save import save_backbone
     from ptjax.data.tokenizer import load_tokenizer
 
-    config = T5Config(8192, 16, 2, 1, 1, 8, 32, dropout_rate=0.1)
-    params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
-    directory = tmp_path_factory.mktemp("backbone")
-    save_backbone(
-        directory, config, params, tokenizer=load_tokenizer("package:nano"), dtype="float32"
-    )
-    return load_backbone(directory)
+    directory, tokenizer = tmp_path_factory.mktemp("backbone"), load_tokenizer("package:nano")
+    return load_backbone(save_tiny(directory, tiny_config(8192), tokenizer=tokenizer))
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,7 @@ from etils import epath
 from flax import serialization
 from jax.sharding import Mesh
 from t5_ids import with_lengths
+from tiny import save_tiny, tiny_config
 
 import ptjax
 from ptjax.backbones import describe, shipped
@@ -36,7 +37,6 @@ from ptjax.interop import huggingface, t5x
 from ptjax.interop.lazy_array import LazyArray, one_by_one
 from ptjax.models.config import T5Config
 from ptjax.models.stacking import UnstackedView
-from ptjax.models.t5 import init_params
 from ptjax.models.t5_family import T5_FAMILY
 from ptjax.sharding.meshes import make_mesh
 from ptjax.sharding.rules import shardings_of
@@ -228,10 +228,8 @@ def test_backbones_of_the_package_ptjax_models(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"ptjax-pico is not a path.*pip install \./models"):
         load_backbone("ptjax-pico")
     monkeypatch.delitem(sys.modules, "ptjax_models")
-    tiny = T5Config(64, 16, 2, 1, 1, 8, 32)
     for stage in ("pico-span", "pico-lm"):
-        params = jax.jit(init_params, static_argnums=0)(tiny, jax.random.key(len(stage)))
-        save_backbone(tmp_path / "ptjax_models" / stage, tiny, params)
+        save_tiny(tmp_path / "ptjax_models" / stage, tiny_config(), seed=len(stage))
     (tmp_path / "ptjax_models" / "__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
     first, last = load_backbone("ptjax-pico-span"), load_backbone("ptjax-pico-lm")

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import FIXTURES
+from tiny import save_tiny, tiny_config
 
 from ptjax.backbones import describe
 from ptjax.backbones.fingerprint import V1_KEY, V2_KEY, Fingerprints, fingerprint
@@ -44,19 +45,7 @@ def low_rank(kernel):
 
 
 PARAMETERS = sorted(
-    flatten_paths(
-        parameter_shapes(
-            T5Config(
-                vocab_size=8,
-                emb_dim=4,
-                num_heads=1,
-                num_encoder_layers=2,
-                num_decoder_layers=2,
-                head_dim=4,
-                mlp_dim=4,
-            )
-        )
-    )
+    flatten_paths(parameter_shapes(tiny_config(num_encoder_layers=2, num_decoder_layers=2)))
 )
 
 
@@ -130,12 +119,7 @@ def test_case_1_13_one_backbone_has_one_fingerprint(name, how, tmp_path, request
 
 def test_case_1_13_the_sample_read_from_files_is_that_of_a_wide_kernel(tmp_path):
     """Steps above 1, for which files are read in parts."""
-    config = T5Config(200, 16, 2, 1, 1, 96, 130)
-    rng = np.random.default_rng(0)
-    shapes = flatten_paths(parameter_shapes(config))
-    params = unflatten_paths({k: rng.normal(size=x.shape) for k, x in shapes.items()})
-    save_backbone(tmp_path, config, params, dtype="float32")
-    loaded = load_backbone(tmp_path)
+    loaded = load_backbone(save_tiny(tmp_path, tiny_config(200, head_dim=96, mlp_dim=130)))
     assert describe.fingerprints_of(open_backbone(tmp_path)) == loaded.fingerprints
     grid = T5_FAMILY.fingerprint_parts("encoder/layers_0/mlp/wi_0/kernel", (16, 130))["grid"]
     assert grid == (slice(None, None, 1), slice(None, None, 2))

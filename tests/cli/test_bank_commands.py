@@ -6,17 +6,14 @@ import json
 import shutil
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
+from tiny import save_tiny, tiny_config
 
 from ptjax.backbones.load import load_backbone
-from ptjax.backbones.save import save_backbone
 from ptjax.data.tasks import Task
 from ptjax.data.tokenizer import load_tokenizer
 from ptjax.interop.prompt_file import load_prompt, save_prompt
-from ptjax.models.config import T5Config
-from ptjax.models.t5 import init_params
 
 pytestmark = pytest.mark.usefixtures("own_process")
 
@@ -38,17 +35,7 @@ def place(tmp_path_factory) -> Path:
     """A tiny backbone; `mixed`, prompts of three tasks; `seeds`, three prompts of one."""
     folder = tmp_path_factory.mktemp("banks")
     tokenizer = load_tokenizer("package:nano/spiece.model")
-    config = T5Config(
-        vocab_size=8192,
-        emb_dim=16,
-        num_heads=2,
-        num_encoder_layers=1,
-        num_decoder_layers=1,
-        head_dim=8,
-        mlp_dim=32,
-    )
-    params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
-    save_backbone(folder / "backbone", config, params, tokenizer=tokenizer, dtype="float32")
+    save_tiny(folder / "backbone", tiny_config(8192), tokenizer=tokenizer)
     said = {
         "backbone_name": str(folder / "backbone"),
         "backbone_fingerprint": load_backbone(folder / "backbone").fingerprint,

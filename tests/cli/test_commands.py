@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from etils import epath
 from markers import SHARED
+from tiny import save_tiny, tiny_config
 
 from ptjax import cli
 from ptjax.backbones import describe
 from ptjax.backbones.load import load_backbone
-from ptjax.backbones.save import save_backbone
 from ptjax.data.sources import Record
 from ptjax.data.tasks import Task
 from ptjax.data.tokenizer import load_tokenizer
@@ -28,12 +28,9 @@ from ptjax.inference.prompts import check_prompt
 from ptjax.interop import huggingface
 from ptjax.interop.peft import export_peft
 from ptjax.interop.prompt_file import PromptFile, load_prompt, save_prompt
-from ptjax.models.config import T5Config
-from ptjax.models.t5 import init_params
 
 pytestmark = pytest.mark.usefixtures("own_process")
 FIXTURES = Path(__file__).parents[1] / "fixtures"
-SIZES = dict(emb_dim=16, num_heads=2, head_dim=8, mlp_dim=32)
 SENTIMENT = Task(
     name="sentiment",
     inputs="sentence: {text}",
@@ -57,10 +54,8 @@ def place(tmp_path_factory) -> Path:
     """A tiny backbone, another one, and prompts for the first."""
     folder = tmp_path_factory.mktemp("commands")
     tokenizer = load_tokenizer("package:nano/spiece.model")
-    config = T5Config(vocab_size=8192, num_encoder_layers=1, num_decoder_layers=1, **SIZES)
     for seed, name in enumerate(("backbone", "other")):
-        params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(seed))
-        save_backbone(folder / name, config, params, tokenizer=tokenizer, dtype="float32")
+        save_tiny(folder / name, tiny_config(8192), seed=seed, tokenizer=tokenizer)
     backbone = load_backbone(folder / "backbone")
     embedding = np.asarray(backbone.variables["params"]["token_embedder"]["embedding"])
     metadata = {
@@ -571,12 +566,7 @@ def released(folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def base_wide(tmp_path_factory) -> Path:
     """A backbone as wide as T5 base, and else tiny."""
-    folder = tmp_path_factory.mktemp("wide")
-    sizes = dict(emb_dim=768, num_heads=1, head_dim=8, mlp_dim=8)
-    config = T5Config(vocab_size=64, num_encoder_layers=1, num_decoder_layers=1, **sizes)
-    params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
-    save_backbone(folder, config, params, dtype="float32")
-    return folder
+    return save_tiny(tmp_path_factory.mktemp("wide"), tiny_config(emb_dim=768))
 
 
 @pytest.mark.parametrize(

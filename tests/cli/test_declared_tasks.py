@@ -6,21 +6,18 @@ import json
 import shutil
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
+from tiny import save_tiny, tiny_config
 
 from ptjax import cli
 from ptjax.backbones.load import load_backbone
-from ptjax.backbones.save import save_backbone
 from ptjax.data.tasks import Task
 from ptjax.data.vocabularies import missing_tokenizer
 from ptjax.errors import InputError, near
 from ptjax.inference import generate
 from ptjax.inference.predict import rank
 from ptjax.interop.prompt_file import save_prompt
-from ptjax.models.config import T5Config
-from ptjax.models.t5 import init_params
 from ptjax.trainer import tune
 
 pytestmark = pytest.mark.usefixtures("own_process")
@@ -155,11 +152,7 @@ def test_case_4_3_tasks_of_a_pretraining_are_not_how_inputs_look(row, place):
 @pytest.fixture(scope="module")
 def mute(tmp_path_factory) -> Path:
     """A backbone without a tokenizer."""
-    folder = tmp_path_factory.mktemp("mute")
-    config = T5Config(8192, 16, 2, 1, 1, 8, 32)
-    params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
-    save_backbone(folder, config, params, dtype="float32")
-    return folder
+    return save_tiny(tmp_path_factory.mktemp("mute"), tiny_config(8192))
 
 
 def test_case_4_4_the_flag_names_the_tokenizer_everywhere(call, mute, place):

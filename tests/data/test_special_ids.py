@@ -16,11 +16,11 @@ import pytest
 import sentencepiece
 from conftest import tune
 from t5_ids import T5_IDS, decode
+from tiny import save_tiny, tiny_config
 
 from ptjax import inspect
 from ptjax.backbones import describe
 from ptjax.backbones.load import load_backbone
-from ptjax.backbones.save import save_backbone
 from ptjax.data.batch import SpecialIds, make_batch, make_packed_batch, trailing_lengths
 from ptjax.data.packing import PackedBatches
 from ptjax.data.pipeline import SweepBatches, TrainBatches, make_buckets
@@ -31,17 +31,7 @@ from ptjax.inference import forward, generate, labels
 from ptjax.inference.predict import rank
 from ptjax.interop.huggingface_format import make_config_json
 from ptjax.models.config import T5Config
-from ptjax.models.t5 import init_params
 
-SIZES = dict(
-    vocab_size=128,
-    emb_dim=16,
-    num_heads=2,
-    num_encoder_layers=1,
-    num_decoder_layers=1,
-    head_dim=8,
-    mlp_dim=32,
-)
 MADLAD = {"pad_id": 1, "eos_ids": (2,), "decoder_start_id": 0}
 WORDS = ["red", "green", "blue", "cold", "warm", "dark", "light", "old"]
 
@@ -64,25 +54,17 @@ def make_tokenizer(**ids: int) -> SentencePieceTokenizer:
 
 
 @pytest.fixture(scope="module")
-def params() -> Any:
-    return jax.jit(init_params, static_argnums=0)(T5Config(**SIZES), jax.random.key(0))
-
-
-@pytest.fixture(scope="module")
-def madlad(params, tmp_path_factory) -> Any:
+def madlad(tmp_path_factory) -> Any:
     """A random model with MADLAD-400's ids: unknown 0, padding 1, end 2."""
     folder = tmp_path_factory.mktemp("madlad")
     tokenizer = make_tokenizer(unk_id=0, pad_id=1, eos_id=2)
-    config = T5Config(**SIZES, **MADLAD)
-    save_backbone(folder, config, params, tokenizer=tokenizer, dtype="float32")
-    return load_backbone(folder)
+    return load_backbone(save_tiny(folder, tiny_config(128, **MADLAD), tokenizer=tokenizer))
 
 
 @pytest.fixture
-def folder(params, tmp_path) -> Path:
+def folder(tmp_path) -> Path:
     """A model with T5's ids and no tokenizer."""
-    save_backbone(tmp_path, T5Config(**SIZES), params, dtype="float32")
-    return tmp_path
+    return save_tiny(tmp_path, tiny_config(128))
 
 
 def rewrite(path: Path, **keys: Any) -> None:
@@ -159,13 +141,13 @@ def test_case_1_5_what_is_no_id_is_refused_by_name(folder, file, key, value):
         load_backbone(folder)
 
 
-def test_case_1_5_ids_are_written_back(params, tmp_path):
-    config = T5Config(**SIZES, pad_id=3, eos_ids=(2, 5), decoder_start_id=4, forced_bos_id=6)
+def test_case_1_5_ids_are_written_back(tmp_path):
+    config = tiny_config(128, pad_id=3, eos_ids=(2, 5), decoder_start_id=4, forced_bos_id=6)
     # An older file would say otherwise.
     rewrite(tmp_path / "generation_config.json", decoder_start_token_id=0, eos_token_id=1)
-    save_backbone(tmp_path, config, params, dtype="float32")
+    save_tiny(tmp_path, config)
     assert load_backbone(tmp_path).config == config
-    plain = make_config_json(T5Config(**SIZES), "float32")
+    plain = make_config_json(tiny_config(128), "float32")
     assert "forced_bos_token_id" not in plain and plain["eos_token_id"] == 1
 
 
@@ -214,11 +196,10 @@ def test_case_1_5_a_start_is_what_is_fed_by_hand():
 
 
 @pytest.fixture(scope="module")
-def started(params, tmp_path_factory) -> Any:
+def started(tmp_path_factory) -> Any:
     """A model whose decoder starts with 101, as its config.json says."""
     folder = tmp_path_factory.mktemp("started")
-    save_backbone(folder, T5Config(**SIZES, decoder_start_id=101), params, dtype="float32")
-    return load_backbone(folder)
+    return load_backbone(save_tiny(folder, tiny_config(128, decoder_start_id=101)))
 
 
 def log_probs_of(backbone: Any, inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
@@ -409,12 +390,12 @@ def test_case_1_6_tunes_generates_and_ranks(madlad, tmp_path, pack):
 
 
 @pytest.fixture
-def torch_model(params, tmp_path) -> Any:
+def torch_model(tmp_path) -> Any:
     """`torch_model(config)`: the folder of a model and what transformers loads from it."""
     import transformers
 
     def make(config: T5Config) -> Any:
-        save_backbone(tmp_path, config, params, dtype="float32")
+        save_tiny(tmp_path, config)
         return tmp_path, transformers.T5ForConditionalGeneration.from_pretrained(tmp_path).eval()
 
     return make
@@ -424,7 +405,7 @@ def torch_model(params, tmp_path) -> Any:
 def test_case_1_5_loss_and_texts_are_transformers(torch_model):
     import torch
 
-    path, theirs = torch_model(T5Config(**SIZES, decoder_start_id=101, forced_bos_id=102))
+    path, theirs = torch_model(tiny_config(128, decoder_start_id=101, forced_bos_id=102))
     ours = load_backbone(path)
     labels = np.array([[9, 8, 7, 1], [30, 31, 32, 33], [102, 50, 51, 1]])
     inputs = torch.tensor(INPUTS, dtype=torch.long)
@@ -443,7 +424,7 @@ def test_case_1_5_loss_and_texts_are_transformers(torch_model):
 def test_case_1_6_logits_are_transformers(torch_model):
     import torch
 
-    path, theirs = torch_model(T5Config(**SIZES, **MADLAD))
+    path, theirs = torch_model(tiny_config(128, **MADLAD))
     ours = load_backbone(path)
     inputs = np.array([[5, 0, 7, 2, 1, 1], [0, 2, 1, 1, 1, 1], [9, 8, 7, 6, 5, 2]])
     decoder = np.array([[0, 5, 6], [0, 7, 0], [0, 1, 2]])

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import sentencepiece
 from markers import SHARED
+from tiny import tiny_config
 
 from ptjax.backbones.load import Backbone
 from ptjax.data import tokenizer as tokenizers
@@ -22,7 +23,6 @@ from ptjax.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, Transfor
 from ptjax.errors import InputError
 from ptjax.inference.prompts import check_prompt
 from ptjax.interop.prompt_file import PromptFile
-from ptjax.models.config import T5Config
 
 NANO = "package:nano/spiece.model"
 TEXTS = ["a fine film .", "the plot is <extra_id_0> thin", "", "  spaces   inside ", "naïve 電影"]
@@ -341,6 +341,6 @@ def test_case_1_1_fingerprints_that_prompts_recorded_stay_valid(nano, fast):
 
 
 def backbone_with(tokenizer) -> Backbone:
-    config = T5Config(8192, 64, 2, 1, 1, 8, 32)
+    config = tiny_config(8192, emb_dim=64)
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "model"))
     return Backbone(config, {}, print, tokenizer, "sha256:b", "tiny", mesh)

@@ -19,6 +19,7 @@ import tokenizers.normalizers
 import tokenizers.pre_tokenizers
 import tokenizers.trainers
 import transformers
+from tiny import tiny_config
 from tokenizer_folders import FIXTURES, SPIECE, unpack, write_source
 from tokenizer_texts import ADDED, control_texts, texts
 
@@ -42,10 +43,7 @@ RECORDED = {
     release: json.loads((FIXTURES / f"tokenizers_{release}.json").read_text()) for release in "45"
 }
 FOLDERS = RECORDED["4"]["folders"] | RECORDED["5"]["folders"]
-SMALL = T5Config(
-    vocab_size=800, emb_dim=8, num_heads=2, num_encoder_layers=1, num_decoder_layers=1,
-    head_dim=4, mlp_dim=16,
-)  # fmt: skip
+SMALL = tiny_config(800)
 TOKENS = (*ADDED, "film", "<l>", "<r>", "plot", "<sep>")
 """Those that `record_tokenizers.py` added."""
 

@@ -10,29 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from t5_ids import beam_search, decode, with_lengths
+from tiny import tiny_config, tiny_params
 
 from ptjax.data.batch import SpecialIds, shift_right
-from ptjax.models.config import T5Config
 from ptjax.models.prompted import PromptedT5, with_prompt
-from ptjax.models.t5 import Encoded, init_params
+from ptjax.models.t5 import Encoded
 
 EOS = 1
 
 
 @functools.cache
 def _model(vocab_size: int):
-    config = T5Config(
-        vocab_size=vocab_size,
-        emb_dim=16,
-        num_heads=2,
-        num_encoder_layers=1,
-        num_decoder_layers=1,
-        head_dim=8,
-        mlp_dim=32,
-    )
-    params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(3))
+    config = tiny_config(vocab_size)
     prompt = jax.random.normal(jax.random.key(4), (3, 16))
-    return PromptedT5(config).apply, with_prompt({"params": params}, prompt)
+    return PromptedT5(config).apply, with_prompt({"params": tiny_params(config, seed=3)}, prompt)
 
 
 @pytest.fixture
@@ -262,23 +253,8 @@ def test_samples_differ_between_steps_and_keys_but_not_with_the_rest_of_the_batc
 
 
 def test_bfloat16_activations_decode_too():
-    config = T5Config(
-        vocab_size=24,
-        emb_dim=16,
-        num_heads=2,
-        num_encoder_layers=1,
-        num_decoder_layers=1,
-        head_dim=8,
-        mlp_dim=32,
-        logits_via_embedding=True,
-        dtype="bfloat16",
-    )
-
-    @jax.jit
-    def init(key):
-        return {"params": jax.tree.map(lambda x: x.astype(jnp.bfloat16), init_params(config, key))}
-
-    variables = init(jax.random.key(0))
+    config = tiny_config(24, logits_via_embedding=True, dtype="bfloat16")
+    variables = jax.tree.map(lambda x: x.astype(jnp.bfloat16), {"params": tiny_params(config)})
     for num_beams in (1, 2):
         tokens, scores = decode(
             PromptedT5(config).apply, variables, _inputs(2, 24), max_length=3, num_beams=num_beams

@@ -12,6 +12,7 @@ import pytest
 from conftest import FIXTURES
 from flax import linen as nn
 from t5_ids import T5_IDS, decode, with_lengths
+from tiny import tiny_config, tiny_params
 
 from ptjax.backbones.load import load_backbone
 from ptjax.backbones.save import save_backbone
@@ -145,9 +146,9 @@ def test_dropout_differs_from_layer_to_layer(scan_layers, remat) -> None:
 
 @pytest.mark.parametrize("scan_layers", [True, False])
 def test_initial_parameters_are_those_of_the_names(scan_layers) -> None:
-    config = T5Config(64, 16, 4, 3, 2, 8, 32, scan_layers=scan_layers)
+    config = tiny_config(num_encoder_layers=3, num_decoder_layers=2, scan_layers=scan_layers)
     of_layers = dataclasses.replace(config, scan_layers=False)
-    params = flatten_paths(jax.jit(init_params, static_argnums=0)(config, jax.random.key(0)))
+    params = flatten_paths(tiny_params(config))
     want = flatten_paths(parameter_shapes(of_layers))
     found = UnstackedView(params)
     assert {path: found[path].shape for path in found} == {k: v.shape for k, v in want.items()}

@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import gcsfs
-import jax
 import numpy as np
 import pytest
 from conftest import FIXTURES, outcome, stopped_by_sigterm
@@ -23,6 +22,7 @@ from gcp_storage_emulator import server as emulator
 from gcp_storage_emulator.exceptions import NotFound
 from gcp_storage_emulator.handlers import objects
 from tensorboardX import record_writer
+from tiny import save_tiny, tiny_config
 
 from ptjax import files
 from ptjax.backbones.load import Backbone, load_backbone
@@ -35,8 +35,6 @@ from ptjax.errors import InputError, TrainingError
 from ptjax.interop.peft import export_peft
 from ptjax.interop.prompt_file import load_prompt, load_prompts, save_prompt
 from ptjax.methods.prompt_tuning import PromptTuning
-from ptjax.models.config import T5Config
-from ptjax.models.t5 import init_params
 from ptjax.settings import Evaluation, RunSettings, TrainSchedule
 from ptjax.trainer import lock
 from ptjax.trainer import tune as tuning
@@ -264,13 +262,8 @@ def test_case_5_3_a_lock_is_one_runs_by_generation(folder, monkeypatch, caplog):
 @pytest.fixture(scope="module")
 def tiny_backbone(bucket) -> Backbone:
     """Read from gs:// as well."""
-    config = T5Config(8192, 8, 2, 1, 1, 4, 8, dropout_rate=0.1)
-    params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
-    directory = bucket / "backbone"
-    save_backbone(
-        directory, config, params, tokenizer=load_tokenizer("package:nano"), dtype="float32"
-    )
-    return load_backbone(directory)
+    tokenizer = load_tokenizer("package:nano")
+    return load_backbone(save_tiny(bucket / "backbone", tiny_config(8192), tokenizer=tokenizer))
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ import numpy as np
 import optax
 import pytest
 from conftest import tune
+from tiny import tiny_config
 
 from ptjax.backbones.load import Backbone
 from ptjax.cli.output import ConfigFile
@@ -344,7 +345,7 @@ def start(backbone: Backbone, saved_prompt: Path) -> Callable[[str, Any], dict[s
         "Backbone.mesh": make_mesh(devices=jax.devices()[:2]),
         "tune.backbone": dataclasses.replace(backbone, fingerprint="sha256:other"),
         "pretrain.tokenizer": tokenizer,
-        "pretrain.start": T5Config(64, 8, 1, 1, 1, 8, 8),
+        "pretrain.start": tiny_config(),
     }
 
     def identity(setting: str, value: Any = UNCHANGED) -> dict[str, Any]:

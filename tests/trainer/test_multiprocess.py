@@ -14,15 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 from conftest import PATIENCE, outcome, without_seconds
 from safetensors.numpy import load_file
+from tiny import save_tiny
 
-from ptjax.backbones.save import save_backbone
 from ptjax.launch import reserved_port
-from ptjax.models.t5 import init_params
 
 pytestmark = pytest.mark.slow
 REPOSITORY = Path(__file__).parents[2]
@@ -72,10 +70,7 @@ class Machines:
         (folder / "run.gin").write_text(text)
         (folder / "bank.gin").write_text(BANK)
         config = dataclasses.replace(backbone.config, num_heads=8)
-        params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
-        save_backbone(
-            folder / "eight_heads", config, params, tokenizer=backbone.tokenizer, dtype="float32"
-        )
+        save_tiny(folder / "eight_heads", config, tokenizer=backbone.tokenizer)
 
     def flags(self, name: str, *more: str, steps: int = STEPS) -> list[str]:
         """Of training in the folder `name`."""

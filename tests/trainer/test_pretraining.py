@@ -6,25 +6,22 @@ import dataclasses
 import json
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from conftest import stopped_by_sigterm
 from t5_ids import T5_IDS
+from tiny import save_tiny, tiny_config
 
 from ptjax.backbones.load import Backbone, load_backbone
-from ptjax.backbones.save import save_backbone
 from ptjax.data.mixture import PrefixLM, SpanCorruption, TaskComponent, TextFiles, TokenFile
 from ptjax.data.tasks import Task
 from ptjax.data.tokenizer import load_tokenizer
 from ptjax.errors import InputError
-from ptjax.models.config import T5Config
-from ptjax.models.t5 import init_params
 from ptjax.settings import TrainSchedule
 from ptjax.trainer.pretrain import pretrain
 from ptjax.training.optimizer import Adafactor
 
-CONFIG = T5Config(8192, 16, 2, 1, 1, 8, 32, dropout_rate=0.0, logits_via_embedding=True)
+CONFIG = tiny_config(8192, dropout_rate=0.0, logits_via_embedding=True)
 LINES = [f"The {a} {b} of the town was {c}." for a in ("old", "new") for b in ("mill", "bridge",
          "market", "school") for c in ("built of stone", "sold", "lost in a fire")]  # fmt: skip
 
@@ -39,10 +36,8 @@ def corpus(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory) -> Backbone:
-    folder = tmp_path_factory.mktemp("start")
-    params = jax.jit(init_params, static_argnums=0)(CONFIG, jax.random.key(0))
-    save_backbone(folder, CONFIG, params, tokenizer=load_tokenizer("package:nano"), dtype="float32")
-    return load_backbone(folder, dtype="float32")
+    folder, tokenizer = tmp_path_factory.mktemp("start"), load_tokenizer("package:nano")
+    return load_backbone(save_tiny(folder, CONFIG, tokenizer=tokenizer))
 
 
 def mixture(corpus: Path) -> dict:
