@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
+from importlib.metadata import version
 from pathlib import Path
 
 # Before jax is imported anywhere: it reads these once.
@@ -12,15 +12,16 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # optimisations, and again a third without the fusion emitters, which are a flag before jax 0.11
 # and the only way since. Some tests start a command with XLA_FLAGS of its own, compiled as for
 # users: test_kill, test_wheel, test_pages, test_tpu_scripts.
-FLAGS = [
-    *os.environ.get("XLA_FLAGS", "").split(),
-    "--xla_backend_optimization_level=0",
-    "--xla_llvm_disable_expensive_passes=true",
-    "--xla_force_host_platform_device_count=8",
-]
-if [*map(int, importlib.metadata.version("jaxlib").split(".")[:2])] < [0, 11]:
-    FLAGS.append("--xla_cpu_use_fusion_emitters=false")  # newer jaxlibs abort: an unknown flag
-os.environ["XLA_FLAGS"] = " ".join(FLAGS)
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        *os.environ.get("XLA_FLAGS", "").split(),
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+        "--xla_force_host_platform_device_count=8",
+        # An unknown flag ends the process.
+        *["--xla_cpu_use_fusion_emitters=false"] * version("jaxlib").startswith("0.10."),
+    ]
+)
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax")
 )

@@ -197,10 +197,15 @@ def mutants_of(file: Path) -> list[Mutant]:
         if changed is None or changed == source:
             continue
         line, column = start
-        old, new = (text.splitlines()[line - 1].strip() for text in (source, changed))
+        old, new = (line_of(text, line) for text in (source, changed))
         name = mutation.operator_name.removeprefix("core/")
         made.append(Mutant(path, line, column, name, old, new, changed))
     return made
+
+
+def line_of(text: str, number: int) -> str:
+    """A line without its indentation; "" after the end."""
+    return "".join(text.splitlines()[number - 1 : number]).strip()
 
 
 def choose_mutants(room: str, count: int, seed: int) -> list[Mutant]:
