@@ -1,6 +1,6 @@
 """`make mutation`: of random small faults in a room, how many do the tests of that room notice?
 
-    python tests/mutation/run.py [ROOM ...] [--mutants=60] [--seed=0]
+    python tests/mutation/run.py [ROOM ...] [--mutants=60] [--seed=0] [--workers=N]
 
 cosmic-ray makes the mutants: another comparison, a number one larger, a loop that never runs. A
 mutant meets the tests of its room that run its line (coverage tells which), the fastest first, for
@@ -249,10 +249,11 @@ def attempt(mutant: Mutant, tests: list[str], tree: Path) -> str:
     return "killed" if done.returncode else "survived"
 
 
-def run_room(room: str, count: int, seed: int, equivalent: set[tuple[str, str, str]]) -> float:
+def run_room(
+    room: str, count: int, seed: int, workers: int, equivalent: set[tuple[str, str, str]]
+) -> float:
     """The share that was noticed; prints a line for each that was not."""
     trees: queue.SimpleQueue[Path] = queue.SimpleQueue()
-    workers = os.cpu_count() or 1
     for number in range(workers):
         tree = WORK / f"tree{number}"
         copy_tree(tree)
@@ -303,11 +304,15 @@ def main() -> None:
     parser.add_argument("rooms", nargs="*", default=ROOMS, help=f"default: {' '.join(ROOMS)}")
     parser.add_argument("--mutants", type=int, default=60, help="of each room; default: 60")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
+    cpus = os.cpu_count() or 1
+    parser.add_argument("--workers", type=int, default=cpus, help=f"at once; default here: {cpus}")
     flags = parser.parse_args()
     WORK.mkdir(exist_ok=True)
     table = tomllib.loads((Path(__file__).parent / "equivalent.toml").read_text())
     equivalent = {(row["path"], row["old"], row["new"]) for row in table.get("mutant", [])}
-    shares = [run_room(room, flags.mutants, flags.seed, equivalent) for room in flags.rooms]
+    shares = [
+        run_room(room, flags.mutants, flags.seed, flags.workers, equivalent) for room in flags.rooms
+    ]
     raise SystemExit(min(shares) < GOAL)
 
 
