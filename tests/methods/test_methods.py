@@ -13,6 +13,7 @@ import pytest
 from conftest import tune
 from etils import epath
 from flax import linen as nn
+from frozen import assert_frozen
 from safetensors.numpy import load_file, save_file
 
 import ptjax
@@ -103,6 +104,11 @@ def test_the_methods_of_ptjax_make_what_they_say(backbone) -> None:
         assert jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), made) == (
             method.variable_shapes(backbone.config)
         )
+
+
+def test_methods_and_initialisers_never_change() -> None:
+    """Their fields are part of a run's identity."""
+    assert_frozen("ptjax.methods")
 
 
 def test_what_is_no_method_is_refused() -> None:
