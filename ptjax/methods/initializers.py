@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import re
 from collections.abc import Iterable
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,6 @@ from ptjax.errors import InputError
 from ptjax.methods.base import InitContext
 
 
-@runtime_checkable
 class Initializer(Protocol):
     """`(key, length, context) -> P [length, D]`, float32."""
 

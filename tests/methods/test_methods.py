@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 import ptjax
 from ptjax.errors import InputError
-from ptjax.methods.base import InitContext, Method
+from ptjax.methods.base import InitContext, Method, run_with
 from ptjax.methods.model_tuning import ModelTuning
 from ptjax.methods.prompt_tuning import PromptTuning
 from ptjax.models.layers import EncoderLayer
@@ -115,6 +115,56 @@ def test_what_is_no_method_is_refused() -> None:
     for wrong in ("prompt_tuning", PromptTuning, object(), ptjax.Uniform()):
         with pytest.raises(InputError, match=r"RunSettings\.method = .* is not a method"):
             RunSettings(method=wrong)  # pyright: ignore[reportArgumentType]
+
+
+@dataclasses.dataclass(frozen=True)
+class Least(Method):
+    """A method that implements only what every method must."""
+
+    name, collection, exports = "least", "own", "arrays"
+
+    def variable_shapes(self, config):
+        return {"own": {}}
+
+
+class Recorded:
+    """A network that notes how it was asked to run."""
+
+    config = quantize = None
+
+    def make_apply_fn(self, attends_to_input, collections, /):
+        return attends_to_input, collections
+
+
+def test_a_method_that_says_no_more_adds_nothing_to_the_network() -> None:
+    method = Least()
+    assert method.attends_to_input is True
+    assert method.extra_positions() == 0
+    assert method.describe() == {}
+    assert method.wrap(len) is len  # pyright: ignore[reportArgumentType]
+    method.check(Recorded(), ptjax.Batching())  # pyright: ignore[reportArgumentType]
+    assert method.supports_rows is False and method.supports_sweep is False
+
+
+def test_the_network_sees_a_methods_own_collection() -> None:
+    """Not by name where every network reads it anyway."""
+    for method, asked in [
+        (Least(), (True, ("own",))),
+        (PromptTuning(4), (True, ())),
+        (PromptTuning(4, attends_to_input=False), (False, ())),
+        (ModelTuning(), (True, ())),
+    ]:
+        assert run_with(method, Recorded()) == asked  # pyright: ignore[reportArgumentType]
+
+
+def test_the_network_runs_as_the_method_wraps_it() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Wrapped(Least):
+        def wrap(self, apply_fn):
+            return "around", apply_fn
+
+    made = run_with(Wrapped(), Recorded())  # pyright: ignore[reportArgumentType]
+    assert made == ("around", (True, ("own",)))
 
 
 def test_a_sweep_wants_a_method_that_has_what_its_members_set() -> None:
