@@ -114,9 +114,11 @@ def batch_shapes(shape: Shape, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
 
 def sweep_shapes(members: int | None, mesh: Mesh) -> tuple[jax.ShapeDtypeStruct, ...]:
     """`active` and `learning_rate` of a sweep's step; nothing without members."""
-    dtypes = () if members is None else (np.bool_, np.float32)
+    if members is None:
+        return ()
     where = replicated(mesh)
-    return tuple(jax.ShapeDtypeStruct((members or 0,), x, sharding=where) for x in dtypes)
+    dtypes = np.bool_, np.float32
+    return tuple(jax.ShapeDtypeStruct((members,), x, sharding=where) for x in dtypes)
 
 
 def compile_steps(

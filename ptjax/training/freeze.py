@@ -108,5 +108,5 @@ def is_small(trained: int, frozen: int) -> bool:
 def sizes(tree: Tree) -> tuple[int, int]:
     """(number of elements, bytes) of the arrays or shapes in `tree`."""
     leaves = [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype")]
-    counts = [math.prod(leaf.shape) for leaf in leaves]
-    return sum(counts), sum(n * leaf.dtype.itemsize for n, leaf in zip(counts, leaves, strict=True))
+    count = sum(math.prod(leaf.shape) for leaf in leaves)
+    return count, sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)

@@ -27,7 +27,6 @@ from ptjax.models.stacking import stack_paths
 from ptjax.settings import RunSettings
 from ptjax.trainer.sweep import MemberOverrides
 from ptjax.training.dependence import unused_leaves
-from ptjax.training.freeze import is_small
 from ptjax.training.loss import Loss
 from ptjax.training.step import batch_loss
 from ptjax.trees import flatten_paths, unflatten_paths
@@ -173,11 +172,6 @@ def test_a_sweep_wants_a_method_that_has_what_its_members_set() -> None:
     with pytest.raises(InputError, match="Swept has no initialiser"):
         member.apply(RunSettings(method=swept()))
     assert member.apply(RunSettings()).method == PromptTuning(initializer=ptjax.Uniform())
-
-
-def test_little_is_told_by_sizes() -> None:
-    assert is_small(10, 100) and not is_small(11, 100)
-    assert not is_small(5, 0)
 
 
 def shift_gradients(config, params, batch, shift, collections=("shift",)):

@@ -189,6 +189,11 @@ def test_sizes_counts_elements_and_bytes() -> None:
     assert freezing.sizes({}) == (0, 0)
 
 
+def test_little_is_told_by_sizes() -> None:
+    assert freezing.is_small(10, 100) and not freezing.is_small(11, 100)
+    assert not freezing.is_small(5, 0)
+
+
 def test_examples_in_the_docstrings_run() -> None:
     result = doctest.testmod(freezing)
     assert result.attempted >= 2
