@@ -103,5 +103,5 @@ def test_an_export_gives_the_prompt_and_its_metadata_back(backbone, tmp_path, at
 
 
 def test_rows_of_a_batch_and_members_of_a_sweep_may_have_prompts_of_their_own() -> None:
-    assert PromptTuning.supports_rows
-    assert PromptTuning.supports_sweep
+    assert PromptTuning().supports_rows
+    assert PromptTuning().supports_sweep
