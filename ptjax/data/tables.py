@@ -95,9 +95,10 @@ def rows(
     """
     nameless = 0
     if columns is None:
-        line, header, _ = next(cells, (1, None, 1))
-        if header is None:
+        first = next(cells, None)
+        if first is None:
             return
+        line, header, _ = first
         if isinstance(header, str):
             raise InputError(f"{name}:{line}: {header}")
         columns = [cell.strip() for cell in header]
