@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from frozen import assert_frozen
 from letters import LETTERS, make_backbone
 
 from ptjax.errors import InputError
@@ -157,3 +158,7 @@ def test_a_warning_is_about_one_prompt_on_one_backbone(backbone, caplog, monkeyp
     assert [line.getMessage().split("cannot be verified ")[1] for line in caplog.records] == [
         f"against {name}; only the width was checked" for name in ("tiny", "other")
     ]
+
+
+def test_prompts_settings_and_predictions_are_frozen():
+    assert_frozen("ptjax.inference")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from etils import epath
+from frozen import assert_frozen
 
 from ptjax.errors import InputError
 from ptjax.interop import lazy_array
@@ -71,4 +72,9 @@ def test_a_cast_array_casts_what_is_read_of_it():
         assert part.dtype == ml_dtypes.bfloat16
         np.testing.assert_array_equal(part, expected.astype(ml_dtypes.bfloat16))
     assert array.dtype == "float32" and array.read_all().dtype == np.float32
-    assert lazy_array.cast(array, "float32").read_all().dtype == np.float32
+    # To the dtype that it has, nothing is copied.
+    assert np.shares_memory(lazy_array.cast(array, "float32").read_all(), value)
+
+
+def test_what_was_read_is_frozen():
+    assert_frozen("ptjax.interop", "_CheckedMember")  # which remembers that it was checked

@@ -137,6 +137,7 @@ def test_case_5_6_a_prompt_that_is_saved_again_is_sealed_anew(tmp_path):
         ("verbalizer", None, "'task' lost its labels"),
         ("label", None, "'task' lost its labels"),
         ("verbalizer", {"a": 1}, "'task' has a value of the wrong type"),
+        ("verbalizer", ["no", "yes"], "'task' has a value of the wrong type"),
         ("inputs", 3, "'task' has a value of the wrong type"),
     ],
 )
@@ -256,7 +257,7 @@ def test_case_5_6_the_checksums_of_a_torch_file(tmp_path):
     at = data.index(numbers)
     file.write_bytes(data[: at + 5] + bytes([data[at + 5] ^ 1]) + data[at + 6 :])
     array = open_torch(file)["a"]
-    with pytest.raises(InputError, match=r"x\.bin: archive/data/0 is damaged: its checksum"):
+    with pytest.raises(InputError, match=r"^\S*x\.bin: archive/data/0 is damaged: its checksum"):
         array.read_all()
     name = data.index(b"X\x01\x00\x00\x00a") + 5  # of the tensor, in the pickle
     file.write_bytes(data[:name] + b"b" + data[name + 1 :])
