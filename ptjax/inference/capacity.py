@@ -38,7 +38,7 @@ def label_capacity(labels: int, longest: int) -> tuple[int, int]:
     return max(FEWEST_LABELS, round_up(labels, 1)), max(2, round_up(longest, 1))
 
 
-def batch_rows(batch_size: int, examples: int, divisor: int = 1) -> int:
+def batch_rows(batch_size: int, examples: int, divisor: int) -> int:
     """Rows of a batch: for few examples fewer than `batch_size`, a multiple of `divisor`."""
     rows = min(round_up(batch_size), round_up(examples, 1))
     return divisor * round_up(-(-rows // divisor))

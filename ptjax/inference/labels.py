@@ -147,12 +147,9 @@ def rank(
     chunk = jax.vmap(likelihood, in_axes=1, out_axes=1)
     if count <= LABELS_AT_ONCE:
         return chunk(tokens, lengths)
-    more = -count % LABELS_AT_ONCE
-    tokens, lengths = (
-        jnp.pad(x, ((0, 0), (0, more), *[(0, 0)] * (x.ndim - 2))) for x in (tokens, lengths)
-    )
 
     def rank_chunk(number: Array, scores: Float[Array, "B C"]) -> Float[Array, "B C"]:
+        # Where the last chunk would reach beyond the labels, both slices begin earlier instead.
         start = number * LABELS_AT_ONCE
         part = (
             jax.lax.dynamic_slice_in_dim(x, start, LABELS_AT_ONCE, axis=1)
@@ -161,5 +158,5 @@ def rank(
         return jax.lax.dynamic_update_slice_in_dim(scores, chunk(*part), start, axis=1)
 
     chunks = (most + LABELS_AT_ONCE - 1) // LABELS_AT_ONCE
-    scores = jnp.full((rows, count + more), -jnp.inf)
-    return jax.lax.fori_loop(0, chunks, rank_chunk, scores)[:, :count]
+    scores = jnp.full((rows, count), -jnp.inf)
+    return jax.lax.fori_loop(0, chunks, rank_chunk, scores)

@@ -68,7 +68,7 @@ def crc32(file: epath.Path, offset: int, length: int) -> int:
     value = 0
     with file.expanduser().open("rb") as stream:
         stream.seek(offset)
-        while length > 0 and (piece := stream.read(min(length, _PIECE))):
+        while length and (piece := stream.read(min(length, _PIECE))):
             value = zlib.crc32(piece, value)
             length -= len(piece)
     return value

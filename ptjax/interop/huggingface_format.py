@@ -274,22 +274,21 @@ def read_logits(raw: Metadata, head: Literal["none", "equal", "own"], where: epa
     if major is not None and by_4.own == by_5.own and "scale_decoder_outputs" not in raw:
         return by_4
     written = f"transformers {version} wrote it" if version else "it records no version"
+    former = _choose_4(raw, major, remove_head=by_4.own != by_5.own)
     raise InputError(
         f"{where}: the logits can be read in two ways, and {written}. transformers 4 uses {by_4}; "
         f'transformers 5 uses {by_5}. To choose the latter, set "transformers_version" to '
-        f'"5.24.0" in it; for the former, {_choose_4(raw, head)}'
+        f'"5.24.0" in it; for the former, {former}'
     )
 
 
-def _choose_4(raw: Metadata, head: str) -> str:
+def _choose_4(raw: Metadata, major: int | None, *, remove_head: bool) -> str:
     """How to edit a folder so that its logits are read as by transformers 4."""
-    steps = []
-    if head == "own":
+    steps = ['set it to "4.57.6"'] if major is None else []
+    if remove_head:
         steps.append("remove lm_head.weight from the weights")
     if "scale_decoder_outputs" in raw:
         steps.append('remove "scale_decoder_outputs"')
-    if kind_of(raw) == "mt5" and not steps:
-        steps.append('set it to "4.57.6"')
     return " and ".join(steps)
 
 

@@ -83,11 +83,11 @@ def _entry(name: str, entry: Any, path: epath.Path) -> tuple[int, int, tuple[int
                 raise ValueError(f"{number!r} is not a size")
         if kind not in _DTYPES:
             raise InputError(f"{path}: tensor {name} is {kind}, not floating point")
-        size = math.prod(shape) * bytes_on_disk.numpy_dtype(_DTYPES[kind]).itemsize
-        if stop - start != size:
+        itemsize = bytes_on_disk.numpy_dtype(_DTYPES[kind]).itemsize
+        if stop - start != math.prod(shape) * itemsize:
             raise ValueError(f"its {stop - start:,} bytes do not fit its shape {shape}")
         # An axis of size 0 hides how large the others are, which no array could have.
-        if math.prod(size or 1 for size in shape) >= 1 << 63:
+        if math.prod(size or 1 for size in shape) * itemsize >= 1 << 63:
             raise ValueError(f"the shape {shape} is too large")
     except InputError:
         raise
