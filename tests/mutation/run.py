@@ -193,7 +193,10 @@ def mutants_of(file: Path) -> list[Mutant]:
         if any(begin <= start < end for begin, end in unused):
             continue
         operator = get_operator(mutation.operator_name)(**mutation.operator_args)
-        changed = mutate_code(source, operator, mutation.occurrence)
+        try:
+            changed = mutate_code(source, operator, mutation.occurrence)
+        except AttributeError:  # cosmic-ray cannot replace a.b in `except (a.b, c)`
+            continue
         if changed is None or changed == source:
             continue
         line, column = start
