@@ -62,7 +62,6 @@ def test_a_lock_is_read_with_its_age():
         *({"host": "h" * 256}, {"host": "a\nb"}, {"host": "\x1b[2J"}, {"host": 5}, {"host": None}),
         *({"time": "soon"}, {"time": None}, {"more": 1}),
     ],
-    ids=str,
 )
 def test_a_lock_that_no_run_writes_has_no_holder(changes):
     """A pid goes to `kill`, and a host to the terminal."""
