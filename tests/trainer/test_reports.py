@@ -12,6 +12,7 @@ import types
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from conftest import make_settings
@@ -21,16 +22,20 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from ptjax.data.batching import Batching
 from ptjax.data.hard_prompt import HardPrompt
+from ptjax.errors import InputError
 from ptjax.interop.prompt_file import save_prompt
+from ptjax.methods.initializers import Uniform
+from ptjax.methods.model_tuning import ModelTuning
 from ptjax.methods.prompt_tuning import PromptTuning
 from ptjax.settings import Evaluation
-from ptjax.trainer import results, startup_report, tune
+from ptjax.sharding.meshes import make_mesh
+from ptjax.trainer import lock, results, startup_report, tune
 from ptjax.trainer.display import Display
 from ptjax.trainer.identity import versions
 from ptjax.trainer.members import Members
 from ptjax.trainer.results import Scores
 from ptjax.trainer.setup import set_up_members
-from ptjax.trainer.sweep import MemberOverrides
+from ptjax.trainer.sweep import MemberOverrides, check_members, sweep
 from ptjax.trainer.task_data import load_task_data, make_train_batches
 from ptjax.training.optimizer import Adafactor
 
@@ -398,3 +403,69 @@ def test_data_of_two_tasks_of_one_name_are_both_in_the_identity(backbone, task):
     made = tune._identify(backbone, task, make_settings(), None, setups)
     assert made["data"] == {"split": {"the hash": "a"}, "split (1)": {"the hash": "b"}}
     assert made["settings"]["members"] is None
+
+
+@pytest.mark.parametrize("results", [None, {"value": 0.5}])
+def test_where_nothing_can_be_written_only_a_finished_run_is_read(tmp_path, monkeypatch, results):
+    def refuse(self: lock.Lock) -> bool:
+        raise lock.NotWritableError("not writable")
+
+    monkeypatch.setattr(lock.Lock, "try_once", refuse)
+    held: list[Any] = []
+
+    def attempt(run_lock: lock.Lock | None) -> Any:
+        held.append(run_lock)
+        return results
+
+    directory = epath.Path(tmp_path)
+    with pytest.raises(lock.NotWritableError, match="not writable"):
+        tune._under_lock(directory, attempt, needed=True)
+    assert held == []  # without results there is nothing to look at
+    (tmp_path / "results.json").write_text("{}")
+    if results is None:  # they are not those of this run
+        with pytest.raises(lock.NotWritableError, match="not writable"):
+            tune._under_lock(directory, attempt, needed=True)
+    else:
+        assert tune._under_lock(directory, attempt, needed=True) == results
+    assert held == [None]
+    assert tune._under_lock(directory, lambda run_lock: {}, needed=False) == {}
+
+
+def test_settings_that_do_not_fit_are_refused_before_any_data_are_read(backbone):
+    two = dataclasses.replace(backbone, mesh=make_mesh(devices=jax.devices()[:2]))
+    tune._check(two, "run", make_settings(batch_size=6), {})
+    with pytest.raises(InputError, match="batch size 3 is not a multiple of the 2 devices"):
+        tune._check(two, "run", make_settings(batch_size=3), {})
+    tune._check(two, "run", make_settings(batch_size=3, pack=True), {})  # whose rows follow
+    with pytest.raises(InputError, match="batch size 6, in 2 microbatches,"):
+        tune._check(two, "run", make_settings(batch_size=6, microbatches=2), {})
+    with pytest.raises(InputError, match="MODEL_DIR is empty"):
+        tune._check(two, "", make_settings(), {})
+
+
+@pytest.mark.parametrize("name", ["../x", "", ".hidden", "-x", "a/b", "a b", "ä\n"])
+def test_a_member_is_named_as_a_folder_can_be(name):
+    settings = make_settings()
+    check_members({"seed1_rate0.3": MemberOverrides(), "a+b-c": MemberOverrides()}, settings)
+    check_members({}, make_settings(method=ModelTuning()))
+    with pytest.raises(InputError, match=r"invalid name of a member: .*use letters, digits"):
+        check_members({name: MemberOverrides()}, settings)
+    with pytest.raises(InputError, match=r"^ModelTuning does not support sweeps.*use PromptTuning"):
+        check_members({"a": MemberOverrides()}, make_settings(method=ModelTuning()))
+
+
+def test_a_sweep_combines_tasks_and_initializers_in_this_order(task):
+    other = dataclasses.replace(task, name="others")
+    made = sweep(seeds=(1,), initializers={"uniform": Uniform()}, tasks=(task, other))
+    assert list(made) == ["words_uniform_seed1", "others_uniform_seed1"]
+    assert made["others_uniform_seed1"] == MemberOverrides(1, None, Uniform(), other)
+    with pytest.raises(InputError, match=r"sweep.tasks has a value twice \(\['words', 'words'\]"):
+        sweep(tasks=(task, task))
+    with pytest.raises(InputError, match=r"sweep.learning_rates has a value twice"):
+        sweep(learning_rates=(0.3, 0.3))
+
+
+def test_a_method_without_an_initializer_cannot_take_one():
+    settings = make_settings(method=ModelTuning())
+    with pytest.raises(InputError, match="initializer: ModelTuning has no initialiser; leave it"):
+        MemberOverrides(initializer=Uniform()).apply(settings)
