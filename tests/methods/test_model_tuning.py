@@ -42,6 +42,12 @@ def test_it_has_no_variables_of_its_own(backbone) -> None:
     assert not method.supports_rows and not method.supports_sweep
 
 
+def test_it_has_no_settings() -> None:
+    """So two runs of it have the same method."""
+    assert ModelTuning() == ModelTuning()
+    assert hash(ModelTuning()) == hash(ModelTuning())
+
+
 def test_int8_weights_do_not_train() -> None:
     network = SimpleNamespace(quantize=None, config=None)
     ModelTuning().check(network, Batching())  # pyright: ignore[reportArgumentType]

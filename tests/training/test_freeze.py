@@ -76,6 +76,8 @@ def test_rules_decide_each_variable_once() -> None:
     ("rules", "message"),
     [
         ({"params/.*": True, "prompt/.*": False, "bank/.*": False}, "'bank/.*' matches no"),
+        # The first of several, in alphabetical order.
+        ({"params/.*": True, "prompt/.*": False, "c/.*": True, "b/.*": True}, "'b/.*' matches no"),
         ({"params/.*": True}, "no freeze rule covers variable 'prompt/prompt'"),
         ({"params/.*": True, ".*/w": False, "prompt/.*": False}, "disagree.*params/encoder/w"),
         # A pattern is the whole path's, not a part's.

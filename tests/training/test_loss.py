@@ -12,8 +12,8 @@ from ptjax.errors import InputError
 from ptjax.training.loss import Loss, log_likelihood
 
 rng = np.random.default_rng(0)
-LOGITS = (3 * rng.standard_normal((3, 4, 11))).astype(np.float32)
-TARGETS = rng.integers(1, 11, (3, 4))
+LOGITS = (3 * rng.standard_normal((3, 4, 12))).astype(np.float32)
+TARGETS = rng.integers(1, 12, (3, 4))
 WEIGHTS = np.array([[1, 1, 1, 1], [1, 1, 0, 0], [0.25, 0, 2, 0]], np.float32)
 GIVEN = jax.tree.map(jnp.asarray, (LOGITS, TARGETS, WEIGHTS))
 

@@ -116,6 +116,9 @@ def test_embedding_rms_ignores_unused_rows() -> None:
     assert embedding_rms(jnp.asarray(table)) == pytest.approx(want, rel=1e-5)
     padded = np.concatenate([table, np.zeros((28, 16), np.float32)])
     assert embedding_rms(jnp.asarray(padded)) == pytest.approx(want, rel=1e-5)
+    assert embedding_rms(jnp.asarray([[0.0, 0.0], [3.0, 4.0], [0.0, 0.0]])) == pytest.approx(
+        12.5**0.5
+    )
     # In float32 whatever the table is kept in, and 0, not NaN, for an empty one.
     rounded = jnp.asarray(table, jnp.bfloat16)
     exact = np.sqrt(np.square(np.asarray(rounded, np.float64)).mean())
