@@ -16,6 +16,7 @@ from ptjax import files
 from ptjax.data.batch import Batch, make_batch
 from ptjax.data.pipeline import Shape
 from ptjax.errors import InputError
+from ptjax.files import PathLike
 from ptjax.settings import TrainSchedule
 from ptjax.sharding.meshes import make_mesh
 from ptjax.trainer.callbacks import Callback
@@ -32,8 +33,8 @@ IDENTITY = {"settings": {"is": "plain_run"}, "data": {}}
 class TwoRows:
     """Batch `number`: two examples, whose inputs are a token `2 + number` each."""
 
-    shapes = (Shape(2, 1, 1),)
-    ids = T5_IDS
+    def __init__(self) -> None:
+        self.shapes, self.ids = [Shape(2, 1, 1)], T5_IDS
 
     def batch(self, number: int) -> Batch:
         rows = [[2 + number], [2 + number]]
@@ -52,11 +53,11 @@ def plain_exports(directory: epath.Path) -> Exports:
             raise InputError(f"{path} does not exist")
         return files.read_object(path)
 
-    return Exports(epath.Path(directory), ".json", write, read)
+    return Exports(directory, ".json", write, read)
 
 
 def plain_member(
-    directory: epath.Path,
+    directory: PathLike,
     name: str = "",
     evaluate: Callable[[Tree], dict[str, float]] | None = None,
     rate: float = 0.5,
@@ -90,7 +91,7 @@ def add_one(
 
 
 def plain_run(
-    directory: epath.Path,
+    directory: PathLike,
     members: list[Member],
     schedule: TrainSchedule,
     callbacks: Sequence[Callback] = (),
@@ -106,12 +107,12 @@ def plain_run(
     return run
 
 
-def rows_of(directory: epath.Path) -> list[dict[str, Any]]:
+def rows_of(directory: PathLike) -> list[dict[str, Any]]:
     """The rows of `metrics.jsonl`."""
     text = (epath.Path(directory) / "metrics.jsonl").read_text()
     return [json.loads(line) for line in text.splitlines()]
 
 
-def several(directory: epath.Path, *names: str) -> Members:
+def several(directory: PathLike, *names: str) -> Members:
     """The members of a sweep before its first step."""
     return Members([plain_member(directory, name) for name in names])

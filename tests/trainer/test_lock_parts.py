@@ -249,7 +249,7 @@ def test_either_clock_tells_of_a_pause(monkeypatch):
 def test_heartbeats_that_fail_are_said_once_until_one_succeeds(tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO", logger="absl")
     monkeypatch.setattr(lock, "HEARTBEAT", 0.001)
-    outcomes, done = iter([True, False, False, True, False]), threading.Event()
+    outcomes, done = iter([False, False, True, True, False]), threading.Event()
 
     def beat(self: Lock) -> None:
         succeeds = next(outcomes, None)

@@ -18,7 +18,7 @@ import pytest
 from conftest import make_settings
 from etils import epath
 from plain_members import plain_member, several
-from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto import event_pb2
 
 from ptjax.data.batching import Batching
 from ptjax.data.hard_prompt import HardPrompt
@@ -152,14 +152,17 @@ def test_the_members_of_a_sweep_are_set_up_from_their_own_settings(backbone, tas
 # While it runs
 
 
-def events_of(folder: Path) -> list[Event]:
+messages: Any = event_pb2  # made by protobuf: no type checker knows what is in it
+
+
+def events_of(folder: Path) -> list[Any]:
     """The events of TensorBoard's files, each after its length and a checksum."""
-    found = []
+    found: list[Any] = []
     for path in sorted((folder / "tensorboard").iterdir()):
         data = path.read_bytes()
         while data:
             (length,) = struct.unpack("<Q", data[:8])
-            found.append(Event.FromString(data[12 : 12 + length]))
+            found.append(messages.Event.FromString(data[12 : 12 + length]))
             data = data[16 + length :]
     return found
 
@@ -171,7 +174,9 @@ def test_tensorboard_forgets_what_a_resumed_run_writes_again(tmp_path, step):
     display.on_log(step + 2, {"train/loss": 0.5, "train/loss/a": 0.25})
     display.on_end(step + 2)
     events = events_of(tmp_path)
-    starts = [event.step for event in events if event.session_log.status == SessionLog.START]
+    starts = [
+        event.step for event in events if event.session_log.status == messages.SessionLog.START
+    ]
     assert starts == ([5] if step else [])
     scalars = [
         (event.step, value.tag, value.simple_value)
