@@ -20,11 +20,14 @@ if TYPE_CHECKING:
     from tensorboardX import SummaryWriter
 
 HIDDEN = {"gradient_norm", "learning_rate", "evaluation_seconds"}
-"""Metrics that are written to files, but not shown with the bar."""
+"""Metrics that are written to files, but shown neither beside the bar nor in log lines."""
 
 
 class Display(Callback):
-    """Shows a run of `steps` steps; only on the first process."""
+    """Shows a run of `steps` steps as a progress bar or as log lines; writes TensorBoard's file.
+
+    The bar and the file are made on the first process only.
+    """
 
     def __init__(self, steps: int) -> None:
         self._steps = steps
