@@ -57,8 +57,8 @@ def load_huggingface(directory: str | os.PathLike[str]) -> dict[str, LazyArray]:
 
     Returns:
         the arrays by T5X's parameter names, in T5X's orientation (kernels [in, out]).
-        `decoder/logits_dense/kernel` is present if and only if the logits are not tied to the
-        embedding.
+        `decoder/logits_dense/kernel` is absent if the logits are computed from the embedding and
+        scaled by 1/sqrt(D), as in T5 1.0; otherwise it is present.
 
     Raises:
         InputError: a file or tensor is missing, damaged, quantized or unexpected; the folder also

@@ -1,6 +1,6 @@
 """The header of ptjax's prompt files: metadata, whose types are checked, and a checksum.
 
-The checksum is over the whole file. Without it a flipped bit would go unnoticed: a changed matrix,
+The checksum covers the whole file. Without it a flipped bit would go unnoticed: a changed matrix,
 another `sees_input`, lost labels.
 """
 
