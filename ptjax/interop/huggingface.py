@@ -260,7 +260,7 @@ def save_huggingface(
 
     `config.json` is removed first and written last: a directory without it is incomplete.
 
-    Existing weights in the directory are replaced. All processes call it together.
+    Existing weights in the directory are replaced. With several processes use `save_backbone`.
 
     Args:
         params: maps T5X's parameter names to arrays.

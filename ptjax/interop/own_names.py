@@ -45,7 +45,7 @@ def load_own_names(directory: epath.Path) -> dict[str, LazyArray]:
 def save_own_names(
     directory: epath.Path, params: Mapping[str, Array | np.ndarray], dtype: str
 ) -> None:
-    """Writes `model.safetensors` for `load_own_names`. All processes call it together.
+    """Writes `model.safetensors` for `load_own_names`; use `save_backbone` with several processes.
 
     Args:
         params: maps parameter names to arrays.
