@@ -34,8 +34,10 @@ class Backbone:
     """A frozen network, ready for a prompt.
 
     Attributes:
+        config: the network's config; for ptjax's own T5 a `T5Config`.
         variables: `{"params": ...}`; for a T5 under T5X's names.
-        apply_fn: `make_apply_fn(True)`, for prompts that attend to their input.
+        apply_fn: the network's function, for prompts that attend to their input.
+        tokenizer: None if no tokenizer was set or found beside the weights.
         fingerprint: "v2:..." over sizes and a sample of every parameter; independent of file
             format, dtype and number of devices.
         name: the user's name for it: a path, a hub id with its revision, "ptjax-nano".

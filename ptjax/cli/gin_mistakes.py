@@ -1,4 +1,4 @@
-"""Turns what gin raises for a mistake into one line, with file and line number."""
+"""Turns exceptions that gin raises into messages of one line, with file and line number."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writes the results of a command: to standard output, or to the PATH of --output."""
+"""Writes the results of a command: to standard output, or to the path in --output=PATH."""
 
 from __future__ import annotations
 
@@ -206,6 +206,7 @@ class ConfigFile(Callback):
         self.text = text
 
     def on_start(self, model_dir: epath.Path, step: int) -> None:
+        """Writes the file, on the first process; replaces that of an earlier start of the run."""
         from ptjax.sharding import processes
 
         if processes.first():

@@ -34,7 +34,7 @@ class Opened(NamedTuple):
 
 
 class Format(Protocol):
-    """One way to store a backbone."""
+    """The protocol of a file format of backbones; `FORMATS` are the implementations."""
 
     def matches(self, directory: epath.Path, family: Family) -> bool:
         """Whether `directory` has this format, complete or damaged."""
@@ -61,11 +61,13 @@ class T5XFormat:
     """Opens a T5X checkpoint, a tree saved by Orbax, or the newest of a folder of several."""
 
     def matches(self, directory: epath.Path, family: Family) -> bool:
+        """Whether `directory` is a T5X or Orbax checkpoint, or a folder of checkpoints."""
         return t5x.is_t5x(directory)
 
     def open(
         self, directory: epath.Path, name: str, chosen: Collection[str], family: Family
     ) -> Opened:
+        """Opens the checkpoint; see `Format.open`."""
         checkpoint = t5x.find_checkpoint(directory)
         if checkpoint.parent == directory and len(t5x.checkpoints_in(directory)) > 1:
             logging.warning("%s: loading the newest of its checkpoints, %s", name, checkpoint.name)
@@ -80,11 +82,13 @@ class HuggingFaceFormat:
     """Opens a folder with `config.json` and weights under Hugging Face's names, made T5X's."""
 
     def matches(self, directory: epath.Path, family: Family) -> bool:
+        """Whether `directory` contains a `config.json`."""
         return (directory / "config.json").exists()
 
     def open(
         self, directory: epath.Path, name: str, chosen: Collection[str], family: Family
     ) -> Opened:
+        """Opens the weights and the config; see `Format.open`."""
         arrays = huggingface.load_huggingface(directory)
         return Opened(arrays, load_config(directory, chosen), name, (directory,))
 
@@ -96,11 +100,13 @@ class OwnNamesFormat:
     """
 
     def matches(self, directory: epath.Path, family: Family) -> bool:
+        """Whether `directory` contains a `model.safetensors`; False for other families."""
         return not family.tensor_names({}) and (directory / own_names.WEIGHTS).exists()
 
     def open(
         self, directory: epath.Path, name: str, chosen: Collection[str], family: Family
     ) -> Opened:
+        """Opens the weights, which come without a config; see `Format.open`."""
         return Opened(own_names.load_own_names(directory), {}, name, (directory,))
 
 

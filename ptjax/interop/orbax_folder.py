@@ -1,4 +1,4 @@
-"""T5X-shaped trees written by Orbax 0.4 to 0.12 and its v1, read with tensorstore alone.
+"""Reads trees under T5X's names, written by Orbax 0.4 to 0.12 or its v1, with tensorstore alone.
 
 An *item* is one saved tree: an OCDBT database (`manifest.ocdbt`, `d/`, `ocdbt.process_N/`), or a
 folder with one zarr array per leaf ("params.decoder.logits_dense.kernel"); its `_METADATA` lists

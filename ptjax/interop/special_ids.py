@@ -1,6 +1,6 @@
-"""Special ids in Hugging Face's `config.json` and `generation_config.json`.
+"""Reads and writes special ids in Hugging Face's `config.json` and `generation_config.json`.
 
-transformers trains with one and generates with the other (tested with 4.57 and 5.24):
+transformers trains with one file and generates with the other (tested with 4.57 and 5.24):
 `_shift_right` takes `decoder_start_token_id` from config.json; `generate` takes everything from
 generation_config.json if it exists, otherwise from config.json.
 """

@@ -1,4 +1,4 @@
-"""T5X checkpoints older than Orbax: a msgpack and zarr 2 folders.
+"""Reads T5X checkpoints older than Orbax: a msgpack and zarr 2 folders.
 
 `checkpoint_N/checkpoint` is a flax msgpack whose leaves are arrays or tensorstore specs that point
 to the folders. The formats follow `t5x/checkpoints.py`; only names are read of the optimizer.

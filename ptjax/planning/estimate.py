@@ -1,4 +1,4 @@
-"""The cost of a step in seconds, counted from shapes: no compiler, no weights."""
+"""Estimates the seconds that a step takes, from shapes alone: without compiler or weights."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""A run from its settings to `results.json`. The only package with a clock and files to write."""
+"""Runs training from its settings to `results.json`; it alone writes the files of a run."""

@@ -1,4 +1,4 @@
-"""Checksums of checkpoints: Orbax does not notice every damaged file."""
+"""Computes and verifies checksums of checkpoints: Orbax does not notice every damaged file."""
 
 from __future__ import annotations
 

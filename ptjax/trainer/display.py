@@ -1,4 +1,4 @@
-"""User-facing output of a run: a progress bar on a terminal, else plain lines; TensorBoard."""
+"""Shows a run's progress: a bar on a terminal, else plain lines, and TensorBoard's files."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ class Display(Callback):
         self._bar: Progress | None = None
 
     def on_start(self, model_dir: epath.Path, step: int) -> None:
+        """Opens TensorBoard's file, and starts the bar if standard error is a terminal."""
         if processes.first():
             with _without_torch():
                 import tensorboardX
@@ -56,6 +57,7 @@ class Display(Callback):
             self._bar.start()
 
     def on_end(self, step: int) -> None:
+        """Stops the bar and closes TensorBoard's file; a full disk raises the `OSError`."""
         failing = sys.exc_info()[0] is not None
         if self._bar:
             self._bar.stop()
@@ -68,13 +70,16 @@ class Display(Callback):
                     raise
 
     def on_step(self, step: int) -> None:
+        """Moves the bar."""
         if self._bar:
             self._bar.update(self._task, completed=step)
 
     def on_log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Shows the metrics, and adds them to TensorBoard's file."""
         self._show(step, metrics)
 
     def on_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Shows the metrics, and adds them to TensorBoard's file."""
         self._show(step, metrics)
 
     def _show(self, step: int, metrics: Mapping[str, float]) -> None:

@@ -51,7 +51,11 @@ class Exports:
                 path.rmtree() if path.is_dir() else path.unlink()
 
     def problem(self, name: int | str) -> str | None:
-        """Why an export cannot be read (missing or damaged); None if it can."""
+        """Reads an export; returns why it cannot be read (missing or damaged), None if it can.
+
+        Args:
+            name: its step, or `BEST`.
+        """
         try:
             self.read(self.path(name))
         except InputError as error:
@@ -72,7 +76,7 @@ class Exports:
         return None
 
     def remove_leftovers(self) -> None:
-        """Removes half-written files of a killed run."""
+        """Removes half-written files of a killed run from the folder and from exports in it."""
         files.remove_leftovers(self.directory)
         for folder in self.directory.iterdir() if self.directory.exists() else ():
             if folder.is_dir() and not self.suffix:  # it is an export
@@ -90,5 +94,5 @@ class Exports:
             files.write_bytes(target / path.name, path.read_bytes())
 
     def steps(self) -> list[int]:
-        """The steps of the existing exports, ascending."""
+        """The steps of the existing exports, ascending; without the copy of the best one."""
         return steps_in(self.directory, self.suffix)

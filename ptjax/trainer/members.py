@@ -82,7 +82,7 @@ class Members:
         )
 
     def running(self, state: TrainState) -> list[tuple[int, Tree]]:
-        """(id, trainable variables) of every member that still trains."""
+        """The (id, trainable variables) of every member that still trains."""
         return [
             (member_id, self.trainable(state, place)) for place, member_id in self.progress.running
         ]

@@ -36,9 +36,11 @@ class MetricsLog(Callback):
             self._path.unlink(missing_ok=True)
 
     def on_log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Appends a row."""
         self._append(step, metrics)
 
     def on_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Appends a row."""
         self._append(step, metrics)
 
     def _append(self, step: int, metrics: Mapping[str, float]) -> None:

@@ -74,6 +74,6 @@ class RunProgress:
 
     @property
     def running(self) -> list[tuple[int, int]]:
-        """(place in the train state, member id) of every member that still trains."""
+        """The (place in the train state, member id) of every member that still trains."""
         places = enumerate(self.member_ids)
         return [(place, member) for place, member in places if not self.members[member].stopped]

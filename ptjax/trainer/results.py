@@ -1,4 +1,4 @@
-"""The numbers of `results.json`."""
+"""Computes the content of `results.json`."""
 
 from __future__ import annotations
 

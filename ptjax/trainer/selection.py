@@ -1,4 +1,4 @@
-"""Evaluation and exports: every member is evaluated and exported, and its best export is kept."""
+"""Evaluates and exports every member of a run, and keeps its best export."""
 
 from __future__ import annotations
 
@@ -89,7 +89,10 @@ class Selection:
                 self._members[member_id].exports.prune(steps)
 
     def prune_all(self) -> None:
-        """Removes exports of a run that has finished, except the best and the most recent ones."""
+        """Removes exports of a run that has finished, except the best and the most recent ones.
+
+        The former best, to which the second newest checkpoint may refer, is kept too.
+        """
         keep = {}
         for member_id, member in enumerate(self._members.progress.members):
             recent = self._members[member_id].exports.steps()[-self._keep :]

@@ -1,4 +1,4 @@
-"""Log lines and warnings before the first step: sizes, learning rate, number of steps."""
+"""Logs sizes, learning rate and number of steps before the first step, and warns of mistakes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sweeps: many prompts, trained in one job over one frozen backbone."""
+"""Sweeps: many prompts (the members), trained in one job on one frozen backbone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A task's data: examples for evaluation, and batches for training."""
+"""Loads a task's data: examples for evaluation, and batches for training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training metrics between two rows of the log."""
+"""Collects the training metrics between two rows of the log."""
 
 from __future__ import annotations
 
