@@ -1,10 +1,9 @@
 """Reads untrusted binary formats: depth and size are checked before anything is built.
 
 The formats are msgpack, .npy, zip, gzip, xz and bzip2; `files` does the same for JSON. Checkpoints,
-prompts, tokenizers and data may be malicious, so every reader of them uses this module. A
-file that is nested a thousand times, or that claims more bytes than it holds, raises a `ValueError`
-with a reason, not a `RecursionError` or a `MemoryError`. Callers add the file's name to the
-message.
+prompts, tokenizers and data may be malicious, so every reader of them uses this module. A file that
+is nested a thousand times, or that claims more bytes than it holds, raises a `ValueError` with a
+reason, not a `RecursionError` or a `MemoryError`. Callers add the file's name to the message.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ def check_scores(scores: Tree, backbone: Backbone, what: str) -> None:
 
     Args:
         scores: a tree of arrays; they must not contain padding, as smaller label sets have.
-        what: the name of the scores in the message, such as "the log-likelihood of a label".
+        what: the name of the scores in the message, such as "the score of a label".
 
     Raises:
         InputError: a weight of the backbone is not finite either; the message names it.

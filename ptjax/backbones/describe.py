@@ -27,7 +27,7 @@ from ptjax.model_dir import ModelDir
 def describe(
     path: str | os.PathLike[str], tokenizer: str | None = None, **config_overrides: Any
 ) -> JsonObject:
-    """Describes a file or folder as JSON values; reads no weights of a backbone except a sample.
+    """Describes a file or folder as JSON values. Of a backbone's weights it reads a sample only.
 
     Args:
         path: a prompt, MODEL_DIR, one of its checkpoints, or a backbone (as for `load_backbone`).

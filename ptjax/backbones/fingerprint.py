@@ -39,8 +39,8 @@ V2_PREFIX = "v2:"
 class Fingerprints(NamedTuple):
     """The two fingerprints of a backbone: "sha256:..." and "v2:...".
 
-    The methods compare it with the metadata of a prompt, which record the fingerprints of the
-    backbone that it was tuned on.
+    The methods compare them with the metadata of a prompt, which record the fingerprints of the
+    backbone that the prompt was tuned on.
     """
 
     v1: str

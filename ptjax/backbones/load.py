@@ -107,7 +107,7 @@ def load_backbone(
     Args:
         path: local or gs://; "ptjax-nano" is the backbone that ptjax ships; a hub id may end in
             "@revision". In a folder of several `checkpoint_N`, or of Orbax steps, the newest.
-        dtype: of weights and activations; None is bfloat16 on TPU and GPU and float32 on CPU.
+        dtype: for weights and activations; None is bfloat16 on TPU and GPU and float32 on CPU.
         mesh: the devices to load onto; 'auto', '8x1', '2x4' (data x model) or '2x2x2' (replica x
             data x model) use all devices (`meshes.choose_mesh`); None uses the first device or,
             with several processes, all devices.

@@ -33,9 +33,7 @@ class OpenBackbone:
     Attributes:
         arrays: the parameters by ptjax's names.
         prompt: a prompt in the same checkpoint, if there is one.
-        config: the network's config.
-        name: as of `Backbone`.
-        assumed: as of `Backbone`.
+        config, tokenizer, name, assumed, family: as the attributes of `Backbone`.
     """
 
     arrays: dict[str, LazyArray]

@@ -277,8 +277,8 @@ def task(metadata: Metadata, *, needed: bool = True) -> Task | None:
     Args:
         metadata: the prompt's. If several tasks are declared, the one that the prompt was tuned on
             is chosen.
-        needed: if several tasks are declared and the prompt records none: whether to raise an
-            InputError, or else return None.
+        needed: what to do if several tasks are declared and the prompt records none: raise an
+            InputError (True), or return None.
 
     Raises:
         InputError: the task is ambiguous, or lacks a setting.

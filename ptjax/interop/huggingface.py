@@ -58,7 +58,7 @@ def load_huggingface(directory: str | os.PathLike[str]) -> dict[str, LazyArray]:
     Returns:
         the arrays by T5X's parameter names, in T5X's orientation (kernels [in, out]).
         `decoder/logits_dense/kernel` is absent if the logits are computed from the embedding and
-        scaled by 1/sqrt(D), as in T5 1.0; otherwise it is present.
+        scaled by 1/sqrt(d_model), as in T5 1.0; otherwise it is present.
 
     Raises:
         InputError: a file or tensor is missing, damaged, quantized or unexpected; the folder also
@@ -268,8 +268,8 @@ def save_huggingface(
         max_shard_bytes: split the weights into files of at most this size; None: one file.
 
     Raises:
-        InputError: a name that is not a T5 parameter, an unsupported dtype, or a tensor larger
-            than `max_shard_bytes`.
+        InputError: a name is not a T5 parameter's, the dtype is not supported, or a tensor is
+            larger than `max_shard_bytes`.
     """
     if dtype not in ("float32", "bfloat16"):
         raise InputError(f"a T5 can be saved in float32 or bfloat16, not in {dtype}")

@@ -1,4 +1,4 @@
-"""Hugging Face's names for T5's parameters and config, and the translation both ways.
+"""Translates T5's parameter names and config to Hugging Face's, and back.
 
 The table of names is `T5_FAMILY.tensor_names`; the rest follows
 `transformers/models/t5/modeling_t5.py`.
@@ -92,8 +92,9 @@ def _translate(
 
 
 def to_huggingface(name: str) -> tuple[str, bool] | None:
-    """Translates a T5X name: (Hugging Face's name, whether its array is the transpose) or None.
+    """Translates a T5X name to (Hugging Face's name, whether its array is the transpose).
 
+    Returns None if Hugging Face's T5 has no such parameter.
     `to_huggingface("encoder/layers_3/attention/query/kernel")` is
     `("encoder.block.3.layer.0.SelfAttention.q.weight", True)`; `to_t5x` is its inverse.
     """
@@ -101,7 +102,9 @@ def to_huggingface(name: str) -> tuple[str, bool] | None:
 
 
 def to_t5x(name: str, *, relpos_per_layer: bool = False) -> tuple[str, bool] | None:
-    """Translates a Hugging Face name: (T5X's name, whether its array is the transpose) or None.
+    """Translates a Hugging Face name to (T5X's name, whether its array is the transpose).
+
+    Returns None for a name that is not part of a T5.
 
     Args:
         relpos_per_layer: `T5Config.relpos_per_layer`: whether a bias table in block 0 belongs to

@@ -18,7 +18,7 @@ ReadParts = Callable[[Sequence[Index]], list[np.ndarray]]
 class LazyArray:
     """An array in a file, whose parts are read on demand.
 
-    A host thus never holds more of an array than the shards of its own devices.
+    A host thus needs memory only for the shards of its own devices.
 
     Attributes:
         shape: the shape of the whole array.

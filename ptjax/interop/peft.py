@@ -64,8 +64,9 @@ def load_peft(directory: str | os.PathLike[str]) -> tuple[np.ndarray, JsonObject
     config names the backbone.
 
     Raises:
-        InputError: another method, another kind of model, trained backbone weights in addition to
-            the prompt, inconsistent sizes, or a missing or damaged file.
+        InputError: the directory holds an adapter of another method or for another kind of model,
+            or trained backbone weights in addition to the prompt; its sizes are inconsistent; or a
+            file is missing or damaged.
     """
     directory = epath.Path(directory)
     file = directory / CONFIG

@@ -30,7 +30,7 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 def open_safetensors(
     path: str | os.PathLike[str],
 ) -> tuple[dict[str, LazyArray], dict[str, str]]:
-    """Opens a safetensors file; the data stays in it until they are read.
+    """Opens a safetensors file; the data stays there until it is read.
 
     Returns:
         (the arrays by name, the metadata of the header).

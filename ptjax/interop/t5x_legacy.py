@@ -64,8 +64,8 @@ def load_legacy(file: epath.Path, contents: Contents) -> dict[str, LazyArray]:
         the arrays by parameter name.
 
     Raises:
-        InputError: an unsupported version, a leaf that is not an array, a spec that points outside
-            of the checkpoint, or an error of `open_zarrs`.
+        InputError: the version is not supported, a leaf is not an array, a spec points outside of
+            the checkpoint, or as `open_zarrs`.
     """
     leaves = _leaves(_target(contents, file), file)
     arrays = {

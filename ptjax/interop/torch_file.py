@@ -83,7 +83,7 @@ def open_torch(path: str | os.PathLike[str]) -> dict[str, LazyArray]:
     """Opens a state dict written by torch.save; executes no code from the file.
 
     Returns:
-        the arrays by name; their data stays in the file until they are read.
+        the arrays by name; their data stays in the file until it is read.
 
     Raises:
         InputError: the file is missing, truncated or in one of torch's older formats, or its

@@ -63,7 +63,7 @@ def file_size(folder: epath.Path) -> Callable[[str], int]:
 
 
 def open_zarrs(requests: Mapping[str, ArrayLocation]) -> dict[str, LazyArray]:
-    """Opens zarr arrays concurrently; their data stays on disk until they are read.
+    """Opens zarr arrays concurrently; their data stays on disk until it is read.
 
     Uses futures instead of asyncio, because a notebook's event loop is already running.
 

@@ -46,7 +46,7 @@ class Generation:
             network. Not published for v2 to v4; assumed to be v5p's per chip for v4, half of that
             for v2 and v3.
         devices: the number of JAX devices per chip.
-        cores: the number of cores per chip, which Cloud names count ("v4-8" is four chips).
+        cores: the number of cores per chip, which names of slices count ("v4-8" is four chips).
         axes: the number of axes of the slice's torus.
         most: the number of chips of the largest slice; for GPUs, the number in a machine.
         options: for a TPU, options of `get_topology_desc`; for a GPU, its properties under the
@@ -175,7 +175,7 @@ class Slice:
         return known_memory(self.generation.device_kind) or 0
 
     def flops(self, dtype: str) -> float:
-        """Peak FLOPs per second and device, for matrix products of `dtype`, at JAX's precision.
+        """The peak FLOPs per second and device, for matrix products at JAX's default precision.
 
         For float32 a TPU rounds to bfloat16, a GPU to TF32, which takes twice the time.
         """

@@ -66,7 +66,7 @@ class StepSpec:
 
         Args:
             config: the network's config.
-            members: as the attribute.
+            members: the number of prompts in a sweep; None: an ordinary run.
 
         Raises:
             InputError: a length is below 1.
@@ -112,6 +112,8 @@ class ParallelConfig:
 
     Attributes:
         mesh: 'auto', or the sizes of the mesh's axes: "2x4" is data x model.
+        fsdp, quantize: as the arguments of `load_backbone`.
+        scan_layers, remat: as the fields of `T5Config`.
         dtype: the dtype of the weights; None keeps that of the `StepSpec`.
     """
 
@@ -191,7 +193,9 @@ class PlannedBackbone:
     """A substitute for a `Backbone`, without weights: the part that methods use.
 
     Attributes:
-        gather: gathers the weights of a layer, with FSDP.
+        config: the network's config.
+        quantize: "int8" if kernels are quantized.
+        gather: gathers the sharded weights of a layer; None without FSDP.
     """
 
     config: T5Config

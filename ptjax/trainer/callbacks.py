@@ -24,7 +24,7 @@ class Callback(Protocol):
         """Called when a step was dispatched to the devices; it may not be computed yet."""
 
     def on_log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Called every `log_period` steps with the averages since the last call.
+        """Called every `TrainSchedule.log_period` steps, with averages since the last call.
 
         Args:
             metrics: the loss, gradient norm, learning rate and speed, by the names that they have

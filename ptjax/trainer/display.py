@@ -57,7 +57,11 @@ class Display(Callback):
             self._bar.start()
 
     def on_end(self, step: int) -> None:
-        """Stops the bar and closes TensorBoard's file; a full disk raises the `OSError`."""
+        """Stops the bar and closes TensorBoard's file.
+
+        Raises:
+            OSError: the file cannot be written; not raised while another exception is handled.
+        """
         failing = sys.exc_info()[0] is not None
         if self._bar:
             self._bar.stop()

@@ -100,9 +100,9 @@ class Members:
     def shrink(self, state: TrainState) -> TrainState:
         """Drops stopped members from the train state, once half of its places are idle.
 
-        Halves the number of places as often as possible, because every other size must be compiled
-        too; stopped members fill places that are left over. Updates `progress.member_ids`. Returns
-        `state` itself if it keeps its size.
+        The number of places is only ever halved, as often as possible: the steps are compiled again
+        for each size. Stopped members fill places that are left over. Updates
+        `progress.member_ids`. Returns `state` itself if it keeps its size.
         """
         progress, running = self.progress, self.progress.running
         count = size = len(progress.member_ids)

@@ -15,7 +15,7 @@ class MemberProgress:
     """How far one member of a run has got.
 
     Attributes:
-        best_value: the highest value of the selecting metric; None before the first evaluation.
+        best_value: the highest value of the metric that selects; None without an evaluation.
         best_step: the step of the best export; None before the first one.
         without_gain: the number of evaluations since the best one.
         stopped: it no longer trains, because it failed or ran out of patience.

@@ -37,8 +37,8 @@ class Scores:
         """Scores a member; returns its part of `results.json`, the baselines included.
 
         Args:
-            best: all variables (the backbone's included), with the best export's.
-            before: all variables, with the member's of step 0.
+            best: the backbone's variables, with the trained ones of the best export.
+            before: the backbone's variables, with the member's own as they were at step 0.
             seed: the member's seed, which is only recorded.
         """
         task, hard_prompts = self.evaluator.task, self.settings.evaluation.hard_prompts

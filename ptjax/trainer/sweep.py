@@ -65,7 +65,7 @@ def sweep(
     empty is not varied.
 
     Args:
-        initializers: by the names that appear in the members' names.
+        initializers: the initialisers by name; the names become part of the members' names.
 
     Raises:
         InputError: every argument is empty, or one has a value twice.
