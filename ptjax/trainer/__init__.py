@@ -1,1 +1,1 @@
-"""Runs training from its settings to `results.json`; it alone writes the files of a run."""
+"""Runs training, from the settings to `results.json`: the loop, its checkpoints and its files."""

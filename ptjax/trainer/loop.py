@@ -1,4 +1,4 @@
-"""The training loop: the one place with a clock, and the order of all reads and writes.
+"""The training loop, which determines the order of all reads and writes of a run.
 
 A run may be killed at any point; the same command resumes it bit-exactly. Three rules ensure that:
 everything that changes is in the checkpoint; files outside of it are written before the checkpoint
