@@ -45,7 +45,7 @@ class SpecialIds:
 
 
 def shift_right(targets: np.ndarray, start_id: int) -> np.ndarray:
-    """Decoder inputs [..., L] for `targets` [..., L]: the start id, then `targets[..., :-1]`."""
+    """Returns the decoder inputs of `targets` [..., L]: the start id, then `targets[..., :-1]`."""
     start = np.full_like(targets[..., :1], start_id)
     return np.concatenate([start, targets[..., :-1]], axis=-1)
 

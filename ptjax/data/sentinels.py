@@ -42,7 +42,7 @@ def spelt_out(text: str) -> str:
 
 
 def join_texts(parts: Iterable[str]) -> str:
-    """Joins the parts into one text that keeps their sentinels.
+    """Joins the parts into one text, in which the sentinels of the parts remain sentinels.
 
     An `<extra_id_N>` that only arises by joining parts is ordinary text.
     """

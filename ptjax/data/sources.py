@@ -49,7 +49,7 @@ class Record:
 
     @property
     def where(self) -> str:
-        """'file:line', for error messages."""
+        """The record's file and first line as 'file:line', for error messages."""
         return f"{self.file}:{self.line}"
 
 

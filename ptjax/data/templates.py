@@ -1,4 +1,4 @@
-"""Templates: 'sentence: {sentence}' over the fields of a record."""
+"""Templates such as 'sentence: {sentence}', which are filled in with the fields of a record."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ class CacheForm:
 
 @dataclasses.dataclass(eq=False)
 class ModuleApply:
-    """`apply_fn(variables, ..., method=)` of a module, with the interface of `PromptedT5.apply`.
+    """A module's `apply_fn(variables, ..., method=)`, with the interface of `PromptedT5.apply`.
 
     There is one object per family and config, so that jit's cache hits. The module receives
     `collections` of the variables. `embedder` is the path of the submodule that embeds tokens.

@@ -78,7 +78,7 @@ class Adafactor:
         return rate * embedding_rms if self.learning_rate_scale == "embedding_rms" else rate
 
     def rate_number(self, step: int, embedding_rms: float) -> float:
-        """`rate_at` as a Python number, for logs and the inputs of a sweep's step."""
+        """The result of `rate_at` as a Python number, for logs and a sweep's inputs."""
         return float(np.asarray(self.rate_at(step, embedding_rms)))
 
     def make(

@@ -1,4 +1,4 @@
-"""Reviews scraped from web pages."""
+"""Preprocesses reviews scraped from web pages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Records of SQuAD 1.1 and 2.0 in the format of the Hugging Face hub and TFDS."""
+"""Preprocesses records of SQuAD 1.1 and 2.0 in the format of the Hugging Face hub and TFDS."""
 
 from __future__ import annotations
 
