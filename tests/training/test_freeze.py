@@ -49,7 +49,7 @@ def lookup(freeze, path: str) -> bool:
     return freeze
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(frozen_trees())
 def test_combine_is_the_inverse_of_split(case) -> None:
     tree, freeze = case
