@@ -49,7 +49,7 @@ class Source:
 
 lengths = st.lists(st.integers(1, 100), min_size=1, max_size=60)
 sources = st.builds(Source, lengths)
-fast = settings(max_examples=60, deadline=None)
+fast = settings(max_examples=60)
 
 
 def examples_of(planned) -> collections.Counter:

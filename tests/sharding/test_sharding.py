@@ -505,6 +505,7 @@ def test_a_bank_reduces_the_gradients_of_its_prompts_at_once(tiny, tiny_batch):
     assert not any(one.in_loop for one in found)
 
 
+@pytest.mark.slow
 def test_fsdp_tunes_a_model_as_one_device(backbone, task, tmp_path):
     """Gradients of divided weights, added in another order.
 
