@@ -98,7 +98,6 @@ def test_ids_without_a_piece_decode_as_unknown(nano):
 
 
 # No text holds the mark, a noncharacter.
-@hypothesis.settings(deadline=None)  # other work on the machine may take longer
 @hypothesis.given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters=[MARK])))
 def test_bytes_round_trip(text):
     tokenizer = ByteTokenizer()
