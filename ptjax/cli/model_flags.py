@@ -215,7 +215,7 @@ def load_backbone(arguments: argparse.Namespace, metadata: Metadata) -> Backbone
         run = ModelDir(directory)
         if run.best_model.exists() and not run.best_prompt().exists():
             path = os.fspath(run.best_model)
-    bound = settings(LOAD_BACKBONE, "path", "tokenizer")
+    bound = settings(LOAD_BACKBONE, "path")
     named = metadata.get("backbone_name")
     if path is None and not bound:
         if named is None:

@@ -186,6 +186,13 @@ def test_infer_ranks_the_labels_with_the_prompts_template_and_lengths(
     assert np.log(rows[1]["probabilities"][one.text]) > one.score  # among the labels, not all texts
 
 
+def test_infer_finds_the_prompts_backbone_whatever_the_flags_set_for_it(call, place):
+    """The backbone is the one that the prompt was tuned on."""
+    for flag in ("--tokenizer=package:nano/spiece.model", "--gin.ptjax.load_backbone.mesh='auto'"):
+        code, out, err = call("infer", f"--prompt={place / 'prompt.safetensors'}", flag, "fine")
+        assert code == 0 and _rows(out)[0]["inputs"] == "sentence: fine", err
+
+
 def test_infer_keeps_order_and_fields_of_a_file_and_writes_whole_files(call, place):
     texts = [f"text {'long ' * (i % 5)}{i}" for i in range(9)]
     lines = [json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(texts)]
