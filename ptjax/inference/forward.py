@@ -48,7 +48,7 @@ def forward(
 
     Raises:
         InputError: a name is missing from the batch, a row without a length begins with padding,
-            the prompt does not fit the backbone, or the bank has no such prompt.
+            the prompt does not fit the backbone, or the bank has no prompt of that name or number.
     """
     opened = open_prompt(backbone, prompt)
     model = bind(backbone, opened)
@@ -63,8 +63,8 @@ def loss_and_prompt_gradient(
 ) -> tuple[Float[Array, ""], Float[Array, "P D"]]:
     """Computes T5X's training loss of a batch, and its gradient with respect to the prompt.
 
-    Both are float32 and computed without dropout. The loss is `Loss()` with its defaults, summed
-    over the target tokens.
+    Both are float32 and computed without dropout. The loss is `Loss()` with its default settings,
+    summed over the target tokens.
 
     Args:
         batch: as for `forward`, with `decoder_target_tokens` [B, L] and optionally
