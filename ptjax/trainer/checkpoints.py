@@ -69,7 +69,7 @@ class Checkpoints:
 
     @property
     def latest(self) -> int | None:
-        """The step of the newest complete checkpoint; None before the first one."""
+        """The step of the newest complete checkpoint, or None."""
         newest = self._orbax and self._orbax.latest
         return newest.step if newest else None
 
@@ -112,7 +112,7 @@ class Checkpoints:
     def restore(
         self, like: Callable[[JsonObject], TrainState]
     ) -> tuple[TrainState, JsonObject] | None:
-        """Reads (state, progress) of the newest intact checkpoint; None before the first one.
+        """Reads (state, progress) of the newest intact checkpoint; None if no checkpoint exists.
 
         Removes the damaged checkpoints that are newer, with a warning for each. All processes must
         call it together.

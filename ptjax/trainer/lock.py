@@ -170,7 +170,7 @@ class Lock:
             raise TrainingError(self._lost)
 
     def release(self) -> None:
-        """Removes the lock if this run still holds it, and the empty folders that it created."""
+        """Removes the lock if this run still holds it, and then empty folders that it created."""
         self._ended.set()
         if self._thread is not None:
             self._thread.join()

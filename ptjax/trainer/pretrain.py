@@ -65,7 +65,7 @@ def pretrain(
     callbacks: Sequence[Callback] = (),
     dry_run: bool = False,
 ) -> None:
-    """Trains all weights of a T5. `MODEL_DIR/models/best` is the newest, in Hugging Face's format.
+    """Trains all weights of a T5. `MODEL_DIR/models/best` is the newest export (Hugging Face).
 
     Args:
         start: a backbone to continue from, or the config of a new model (needs `tokenizer`).
