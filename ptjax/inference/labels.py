@@ -23,7 +23,7 @@ from ptjax.training.loss import log_likelihood
 from ptjax.trees import Variables
 
 LABELS_AT_ONCE = 16
-"""The most labels whose logits [B, L, V] are in memory at the same time."""
+"""The maximum number of labels whose logits [B, L, V] are in memory at the same time."""
 
 
 class Labels(NamedTuple):
@@ -31,8 +31,8 @@ class Labels(NamedTuple):
 
     Attributes:
         tokens: int32 [*K, C, L], C labels of L tokens, end of sequence included, then padding.
-        lengths: int32 [*K, C], the tokens of each label. A label of length 0 is empty: it pads a
-            set with fewer labels.
+        lengths: int32 [*K, C], the number of tokens of each label. A label of length 0 is empty: it
+            pads a set with fewer labels.
     """
 
     tokens: Int[np.ndarray, "*K C L"]

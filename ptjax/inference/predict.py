@@ -28,7 +28,7 @@ from ptjax.inference.prompts import PromptLike, open_prompt
 from ptjax.inference.records import InputFormat
 
 LABEL_LENGTH = 16
-"""The most tokens of a label, if neither the caller nor the prompt's format sets it."""
+"""The maximum number of tokens of a label if neither the caller nor the prompt's format sets it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,8 +159,8 @@ def predict(
         settings: the settings of generation, as for `ptjax.generate`.
 
     Raises:
-        InputError: as for `rank` and `decode`, or settings of generation differ from the defaults
-            although no text is generated.
+        InputError: as for `rank` and `decode`; or all texts are ranked, but `num_beams`,
+            `temperature` or `top_p` differs from its default.
     """
     labels = [None if x.task is None or decode_all else x.task.labels for x in formats]
     ranked = [i for i, labels_of_text in enumerate(labels) if labels_of_text is not None]

@@ -101,8 +101,8 @@ def check_prompt_fields(
 def format_record(record: Record, task: Task | None) -> tuple[str, JsonObject]:
     """Formats a record; returns (the model's input, the record's fields).
 
-    A record made from a plain line (see `PLAIN`) fills the only field of the template, and is
-    returned under the name of that field.
+    If the record is a plain line (see `PLAIN`), the line fills the only field of the template, and
+    is returned under the name of that field.
 
     Args:
         task: has the template. None means that the record's field `RAW_FIELD`, or its plain line,
