@@ -104,7 +104,7 @@ class Evaluator:
     def predict(
         self, variables: Variables, split: str, rewording: Callable[[str], str] | None = None
     ) -> list[str]:
-        """Predicts a text for every example of `split`, in order; `rewording` changes its input.
+        """Predicts a text for every example of `split`, in order; `rewording` first changes inputs.
 
         Raises:
             InputError: a score is not finite. If a weight of the backbone is the cause, it is
