@@ -63,7 +63,7 @@ def _layer_writer(sharding: NamedSharding) -> Callable[[jax.Array, jax.Array, in
 
 @functools.cache
 def gather_layer(mesh: Mesh) -> Callable[[Tree], Tree]:
-    """Returns a function that gathers a layer's parameters over `data`: it undoes FSDP's sharding.
+    """Returns a function that gathers the parameters of a layer, which undoes FSDP's sharding.
 
     With FSDP this function is applied to the parameters before each layer. Without it the compiler
     may move the activations instead, which are larger. Calls with equal meshes return the same
@@ -104,7 +104,7 @@ def rows_axes(mesh: Mesh) -> tuple[str, ...]:
 
 
 def rows_divisor(mesh: Mesh) -> int:
-    """The number of parts into which a batch's rows are divided: the product of `rows_axes`."""
+    """The number of parts into which a batch's rows are divided: the size of `rows_axes`."""
     return math.prod(mesh.shape[name] for name in rows_axes(mesh))
 
 

@@ -41,7 +41,7 @@ GPU_MEMORY = {
 }
 """`device_kind` -> GiB of a GPU, of which JAX uses a fraction, three quarters by default."""
 FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
-"""JAX's environment variables for the fraction of a GPU's memory, the newer one first."""
+"""JAX's environment variables for the fraction of a GPU's memory, newer one first."""
 
 
 def known_memory(kind: str) -> int | None:

@@ -6,12 +6,13 @@ slices, has the same weights and other rows. Prompts and their optimizer state a
 replicated in float32, so that any host can write them. Each family of networks has its own table
 (`models.family.Family.sharding_rules`).
 
-T5's table is T5X's `standard_logical_axis_rules` for one activation dimension. `fsdp=False` is its
-parameter_partitioning_dims=1. `fsdp=True` is its 2, except that only the layers' kernels are
-divided along D (T5X also divides norm scales, embedding and logits, 2% of XXL). The table has no
-rows for activations: given a batch over `data` and these weights, the compiler chooses the layout
-of T5X's (1, ...) rules: heads, mlp and logits over `model`, the width whole. T5X's two activation
-dimensions, which divide the width of activations over `model`, are not supported.
+T5's table is T5X's `standard_logical_axis_rules` for activation_partitioning_dims=1. `fsdp=False`
+corresponds to parameter_partitioning_dims=1. `fsdp=True` corresponds to 2, except that only the
+layers' kernels are divided along D (T5X also divides norm scales, embedding and logits, 2% of XXL).
+The table has no rows for activations: if `data` divides a batch and the weights have these
+shardings, the compiler chooses the same layout as T5X: `model` divides heads, mlp and logits, and
+the width is not divided. activation_partitioning_dims=2, which divides the width of activations
+over the mesh axis `model`, is not supported.
 """
 
 from __future__ import annotations
