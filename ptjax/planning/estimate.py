@@ -151,8 +151,8 @@ def link_seconds(traffic: Mapping[tuple[str, ...], int], mesh: Mesh, slice_: Sli
     """Estimates the seconds that the collectives of a step take, on rings of devices.
 
     Among n devices, a device sends 2 (n - 1) / n times the bytes of the result in an all-reduce,
-    (n - 1) / n times in an all-gather. Between slices, the devices of a group share the bandwidth
-    of the network.
+    (n - 1) / n times in an all-gather. Between slices, each device of a group adds its share of
+    the network's bandwidth.
 
     Args:
         traffic: maps (kind of collective, *mesh axes) to the bytes of the results on one device.

@@ -39,8 +39,9 @@ def search(
     """Compiles configurations in the order of their estimated time, until one fits.
 
     This is repeated for each precision: first the run's own and then, unless the weights of the
-    network are trained, lower ones: bfloat16 weights if the run has float32, and int8 kernels if
-    `quantize` is None. A lower precision is only chosen if it is faster by the factor `WORTH`.
+    network are trained, lower ones: bfloat16 weights if the run has float32, and int8 kernels (with
+    bfloat16 for the other weights of a float32 run) if `quantize` is None. A lower precision is
+    only tried if its estimated time is at most `WORTH` times that of the best so far.
 
     Args:
         quantize: the run's QUANTIZE, "int8" or None.

@@ -153,7 +153,7 @@ class ParallelConfig:
 
 
 def resolve(spec: StepSpec, parallel: ParallelConfig, slice_: Slice) -> ParallelConfig:
-    """Checks `parallel`, and replaces the mesh 'auto' by the sizes that a run would choose ("2x4").
+    """Checks `parallel`; returns it with the mesh 'auto' replaced by the sizes that a run chooses.
 
     Raises:
         InputError: the mesh does not fit the slice, the network or the batch size. `ptjax.train`
