@@ -104,7 +104,7 @@ def rows_axes(mesh: Mesh) -> tuple[str, ...]:
 
 
 def rows_divisor(mesh: Mesh) -> int:
-    """The number of parts into which a batch's rows are divided: the size of `rows_axes`."""
+    """The number of parts into which rows are divided: the product of the sizes of `rows_axes`."""
     return math.prod(mesh.shape[name] for name in rows_axes(mesh))
 
 
