@@ -1,4 +1,4 @@
-"""Combines the predictions of several prompts of one task: an ensemble (paper, section 5)."""
+"""Combines the predictions of several prompts for one task: an ensemble (paper, section 5)."""
 
 from __future__ import annotations
 
@@ -40,10 +40,11 @@ class EnsemblePredictions:
     """The predictions of N prompts, and of their two ensembles, for M examples.
 
     Attributes:
-        members: N lists of M texts.
-        majority_vote: M texts, each with more votes of the prompts than any other text.
-        mean_likelihood: M texts, the labels with the greatest mean probability. None if texts were
-            generated: a prompt has no likelihoods of the texts that the others generated.
+        members: the predictions of each prompt, N lists of M texts.
+        majority_vote: for each example, the text that most prompts predict. The mean probability or
+            score breaks ties.
+        mean_likelihood: for each example, the label with the highest mean probability over prompts.
+            None if texts were generated, since each prompt only scores the text that it generates.
     """
 
     members: list[list[str]]
@@ -54,19 +55,22 @@ class EnsemblePredictions:
 def mean_shares(likelihoods: Float[np.ndarray, "M N C"]) -> Float[np.ndarray, "M C"]:
     """Averages each label's probability over N prompts.
 
-    Probabilities are averaged, not log-likelihoods, in which one confident prompt would outweigh
-    all others.
+    A prompt's probabilities of the labels are normalised to a sum of 1. Log-likelihoods are not
+    averaged, because one confident prompt would outweigh all others.
 
     Args:
-        likelihoods: log-likelihoods of C labels for M examples, by each prompt.
+        likelihoods: the log-likelihoods of C labels for M examples under each of N prompts.
     """
     return softmax(likelihoods.astype(np.float64), axis=2).mean(axis=1)
 
 
 def vote_on_labels(likelihoods: Float[np.ndarray, "M N C"]) -> Int[np.ndarray, " M"]:
-    """Returns for each example the index of the label that is most frequently a prompt's likeliest.
+    """Returns each example's majority vote: the index of the label that most prompts rank first.
 
-    `mean_shares` breaks ties; arguments as there.
+    Ties go to the label with the highest mean probability.
+
+    Args:
+        likelihoods: as for `mean_shares`.
     """
     votes = (likelihoods.argmax(axis=2)[..., None] == np.arange(likelihoods.shape[2])).sum(axis=1)
     most = votes == votes.max(axis=1, keepdims=True)
@@ -74,9 +78,13 @@ def vote_on_labels(likelihoods: Float[np.ndarray, "M N C"]) -> Int[np.ndarray, "
 
 
 def vote_on_texts(texts: Sequence[str], scores: Float[np.ndarray, " N"]) -> str:
-    """Returns the text that most frequently occurs among those that N prompts generated.
+    """Returns the text that most of N prompts generated.
 
-    The mean score of its prompts breaks ties.
+    Ties go to the text with the highest mean score over the prompts that generated it.
+
+    Args:
+        texts: the text that each prompt generated.
+        scores: the score of each text.
     """
     votes: dict[str, list[float]] = collections.defaultdict(list)
     for text, score in zip(texts, scores, strict=True):

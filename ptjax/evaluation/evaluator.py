@@ -1,4 +1,4 @@
-"""Predicts and scores a task's splits, with any variables of a network."""
+"""Predicts and scores the splits of a task."""
 
 from __future__ import annotations
 
@@ -40,10 +40,11 @@ from ptjax.trees import Variables
 
 
 class Evaluator:
-    """Predicts and scores splits of one task with one backbone, reusing what it compiled.
+    """Predicts and scores splits of one task with one backbone; caches examples and tokens.
 
     Attributes:
-        metric: the metric that selects prompts; "mean" if there are several, as in the paper.
+        metric: the name of the metric that selects prompts. If the task has several metrics it is
+            "mean", as in the paper.
         reported_split: "test" if the task has it, else the split that selects prompts.
         attends_to_input: whether the prompts that are evaluated attend to their input.
         model: the backbone's network, without a prompt.
@@ -86,7 +87,7 @@ class Evaluator:
 
     @property
     def apply_fn(self) -> ApplyFn:
-        """The network's function, for the kind of prompt that is evaluated."""
+        """The network's function for prompts with this evaluator's `attends_to_input`."""
         return self.model.apply_fn
 
     def __call__(
@@ -96,18 +97,18 @@ class Evaluator:
         return self.score(self.predict(variables, split, rewording), split)
 
     def score(self, predictions: Sequence[str], split: str) -> dict[str, float]:
-        """Computes the task's metrics for one text per example; of several also their "mean"."""
+        """Computes the task's metrics for one text per example; if several, also their "mean"."""
         values = self.task.evaluate(predictions, self.examples(split))
         return values if len(values) == 1 else values | {"mean": statistics.fmean(values.values())}
 
     def predict(
         self, variables: Variables, split: str, rewording: Callable[[str], str] | None = None
     ) -> list[str]:
-        """Predicts a text for every example of `split`, in its order; `rewording` changes inputs.
+        """Predicts a text for every example of `split`, in order; `rewording` first changes inputs.
 
         Raises:
-            InputError: a logit is not finite; if a weight of the backbone is the cause, it is
-                named, otherwise the error is a `NotFiniteError`.
+            InputError: a score is not finite. If a weight of the backbone is the cause, it is
+                named; otherwise the error is a `NotFiniteError`.
         """
         if rewording is None:
             source = self._source(split)
@@ -121,12 +122,12 @@ class Evaluator:
         split: str,
         names: Sequence[str] | None = None,
     ) -> JsonObject:
-        """Scores N prompts and their ensembles on `split`; result as of `score_ensemble`.
+        """Scores N prompts and their ensembles on `split`; returns the dict of `score_ensemble`.
 
         Args:
-            prompts: matrices [P_i, D] or an array [N, P, D], with this evaluator's
+            prompts: matrices [P_i, D] or an array [N, P, D]. They are applied with this evaluator's
                 `attends_to_input`.
-            names: of the prompts; default: their numbers.
+            names: the names of the prompts; default: their numbers.
         """
         names = names or [str(number) for number in range(len(prompts))]
         arrays = stack_prompts(prompts, self.attends_to_input)
@@ -134,9 +135,9 @@ class Evaluator:
         return self.score_ensemble(self.predict_bank(bank, split), split, names)
 
     def predict_bank(self, bank: PromptBank, split: str) -> EnsemblePredictions:
-        """Predicts for `split` with every prompt of a bank, and with their ensembles.
+        """Predicts the examples of `split` with every prompt of a bank, and with their ensembles.
 
-        An example is in the batch once per prompt: N rows of one forward pass.
+        One forward pass covers all N prompts: each example has N rows in the batch.
         """
         count, examples = len(bank.names), len(self.examples(split))
         placed = place_bank(bank.arrays, self.backbone.mesh)
@@ -164,13 +165,13 @@ class Evaluator:
         split: str,
         names: Sequence[str] | None = None,
     ) -> JsonObject:
-        """Scores the predictions for `split` of N prompts and of their ensembles (Table 3).
+        """Scores the predictions of N prompts and their ensembles on `split` (paper, Table 3).
 
         Returns:
-            "members": metrics by name; "average": the mean of each metric over them; "best": name
-            and value of the member with the best metric, chosen on this very split, so the value is
-            optimistic; "ensemble": metrics of "majority_vote" and, if labels were ranked, of
-            "mean_likelihood".
+            a dict: "members" has the metrics of each prompt by its name; "average" the mean of each
+            metric over the prompts; "best" the "name" and "value" of the prompt with the highest
+            `metric`, selected on `split` itself and so optimistic; "ensemble" the metrics of
+            "majority_vote" and, if labels were ranked, of "mean_likelihood".
         """
         names = names or [str(number) for number in range(len(predictions.members))]
         scores = [self.score(member, split) for member in predictions.members]
@@ -216,7 +217,7 @@ class Evaluator:
         return [labels[i] for i in chosen], likelihoods
 
     def majority(self, train: Sequence[Example], split: str) -> float:
-        """The value of `metric` on `split` if the most frequent training target is predicted."""
+        """The value of `metric` if the most frequent target in `train` is predicted on `split`."""
         most, _ = collections.Counter(example.targets for example in train).most_common(1)[0]
         return self.score([most] * len(self.examples(split)), split)[self.metric]
 
@@ -244,7 +245,7 @@ def report_examples(task: Task, split: str, examples: Examples, note: str = "") 
     """Logs the number of examples of a split, and a warning if records were left out.
 
     Args:
-        note: appended to the number of examples.
+        note: text to append to the number of examples in the message.
     """
     logging.info("%s, split %s: %d examples%s", task.name, split, len(examples), note)
     if bad := examples.bad.count:
@@ -264,15 +265,13 @@ mistake. Long reviews may be cut on purpose: 98% of IMDb's are longer than 64 to
 
 
 def check_cut(source: TokenizedExamples, lengths: Mapping[str, int], what: str) -> None:
-    """Raises InputError for lengths that truncate nearly every example of a training split.
+    """Raises InputError if more than `MOST_CUT` of the inputs or of the targets were truncated.
+
+    The message names the setting to change.
 
     Args:
-        lengths: of "inputs" and "targets", in tokens.
+        lengths: the maximum lengths of "inputs" and "targets", in tokens.
         what: names the task and split in the message.
-
-    Raises:
-        InputError: more than `MOST_CUT` of the inputs or targets were truncated; it names the
-            setting.
     """
     for side, rows in (("inputs", source.inputs), ("targets", source.targets)):
         if rows.truncated > MOST_CUT * len(rows):
@@ -284,10 +283,12 @@ def check_cut(source: TokenizedExamples, lengths: Mapping[str, int], what: str) 
 
 
 def report_cut(source: TokenizedExamples, lengths: Mapping[str, int]) -> None:
-    """Logs a warning for truncated texts: a hard prompt with many shots may leave no input at all.
+    """Logs a warning if inputs or targets were truncated.
+
+    It is also called for hard prompts: one with many shots may leave no room for the input itself.
 
     Args:
-        lengths: of "inputs" and "targets", in tokens.
+        lengths: the maximum lengths of "inputs" and "targets", in tokens.
     """
     for side, rows in (("inputs", source.inputs), ("targets", source.targets)):
         if rows.truncated:
@@ -305,8 +306,8 @@ def report_lost(
 ) -> None:
     """Logs a warning for inputs and targets that the vocabulary cannot represent, with an example.
 
-    Even a perfect model gets a target wrong that tokenising and decoding changes. Labels of a
-    closed set are not checked here, `check_labels` refuses those; truncated texts are reported by
+    If tokenising and decoding a target changes it, even a perfect model cannot predict it. Labels
+    of a closed set are checked by `check_labels` instead, and truncated targets are reported by
     `report_cut`.
     """
     longest = source.target_lengths.max(initial=0) if source.targets.truncated else np.inf

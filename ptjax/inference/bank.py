@@ -40,10 +40,10 @@ class BarePrompt(PromptFile):
 
 
 def wrap_prompt(prompt: SinglePrompt) -> PromptFile:
-    """Converts a prompt to a `PromptFile`; loads it if it is a path.
+    """Converts a prompt in any form to a `PromptFile`. A path is loaded with `load_prompt`.
 
     Raises:
-        InputError: the path holds no prompt, or `load_prompt` refuses it.
+        InputError: the file at the path is missing or not a valid prompt.
     """
     if isinstance(prompt, PromptFile):
         return prompt
@@ -62,9 +62,9 @@ class PromptBank:
     """Named prompts, from which each example of a batch chooses one; `make_bank` makes it.
 
     Attributes:
-        names: of the N prompts.
-        arrays: the stacked prompts; rows from N on are padding, see `place_bank`.
-        metadata: of each prompt; None for a prompt that was passed as an array.
+        names: the names of the N prompts; a prompt's number is its index.
+        arrays: the stacked prompts. `place_bank` may add more as padding, with numbers from N on.
+        metadata: the metadata of each prompt; None for a prompt that was passed as an array.
     """
 
     names: tuple[str, ...]
@@ -72,7 +72,7 @@ class PromptBank:
     metadata: tuple[JsonObject | None, ...]
 
     def id_of(self, prompt: str | int | None) -> int:
-        """Returns the number of a prompt that is given by name or number.
+        """Returns the number of a prompt given by name or number.
 
         None, "none" and -1 mean the backbone alone and return -1.
 
@@ -93,7 +93,7 @@ class PromptBank:
         )
 
     def matrix(self, number: int) -> np.ndarray:
-        """Returns the prompt of this number, float32 [P, D], without padding."""
+        """Returns the prompt with this number, float32 [P, D], without padding."""
         rows = np.asarray(self.arrays.prompt[number])
         return rows[len(rows) - int(self.arrays.lengths[number]) :]
 
@@ -103,11 +103,12 @@ def make_bank(prompts: Mapping[str, SinglePrompt]) -> PromptBank:
 
     >>> bank = make_bank(load_prompts("runs/prompts"))  # doctest: +SKIP
 
-    Precomputed keys and values are not used: in a bank every row runs its own prompt.
+    Keys and values that a prompt file has precomputed are ignored: with a bank, each row of a batch
+    runs its prompt through the encoder.
 
     Raises:
-        InputError: no prompts, or one (which is named) that cannot be loaded, is not a matrix, or
-            has another width than the first.
+        InputError: `prompts` is empty, or a prompt cannot be loaded, is not a matrix, or differs in
+            width from the first (the message names it).
     """
     if not prompts:
         raise InputError("a bank needs a prompt at least")
@@ -132,7 +133,7 @@ def make_bank(prompts: Mapping[str, SinglePrompt]) -> PromptBank:
 def place_bank(bank: Bank, mesh: Mesh) -> Bank:
     """Pads a bank's arrays to their capacities and copies them to every device of the mesh.
 
-    No example chooses one of the added prompts, and a prompt's added positions are masked.
+    The padding has no effect: no example chooses an added prompt, and added positions are masked.
     """
     count, longest = bank.prompt.shape[:2]
     capacity, length = bank_capacity(count, longest)
@@ -149,14 +150,17 @@ def place_bank(bank: Bank, mesh: Mesh) -> Bank:
 def choose_prompts(
     prompt: PromptFile | PromptBank | None, prompt_ids: PromptIds, count: int
 ) -> Int[np.ndarray, " B"] | None:
-    """Converts `prompt_ids` to the numbers int32 [count] of a bank's prompts; None without a bank.
+    """Converts `prompt_ids` to the numbers of a bank's prompts, int32 [count].
+
+    Returns None if `prompt` is not a bank.
 
     Args:
+        prompt_ids: each example's prompt, by name or number.
         count: the number of examples.
 
     Raises:
-        InputError: a bank without `prompt_ids` or the reverse, not `count` of them, or one (its
-            index is named) that is not a prompt of the bank.
+        InputError: `prompt_ids` is missing for a bank or set without one, does not have `count`
+            entries, or has an entry that is not in the bank (the message names its index).
     """
     if not isinstance(prompt, PromptBank):
         if prompt_ids is not None:

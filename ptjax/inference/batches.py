@@ -29,7 +29,7 @@ def tokenize_inputs(
     """Tokenises texts, without targets; truncates those that are too long, with a warning.
 
     Args:
-        length: the most tokens, EOS included: one number for all texts, or one for each.
+        length: the maximum number of tokens, EOS included: one for all texts, or one for each.
 
     Raises:
         InputError: a length leaves no room for a token.
@@ -53,7 +53,10 @@ def tokenize_inputs(
 
 
 def input_buckets(source: ExampleSource) -> list[Bucket]:
-    """Returns the shapes (T, L) of a source's batches; T as from `capacity.input_lengths`."""
+    """Returns the shapes (T, L) of a source's batches: input lengths T, the longest target L.
+
+    `capacity.input_lengths` gives the values of T.
+    """
     targets = int(source.target_lengths.max())
     return [(length, targets) for length in input_lengths(int(source.input_lengths.max()))]
 
@@ -61,14 +64,16 @@ def input_buckets(source: ExampleSource) -> list[Bucket]:
 def plan_batches(
     source: ExampleSource, batch_size: int, divisor: int, group: int = 1
 ) -> list[PlannedBatch]:
-    """Plans batches, all with the same number of rows, with every example exactly once.
+    """Plans batches that contain every example exactly once and all have the same number of rows.
 
-    Examples of similar length share a batch. The index -1 is an empty row.
+    Examples of similar length share a batch. An empty row has the example index -1.
 
     Args:
-        batch_size: the number of examples per batch, rounded up to a capacity.
-        divisor: the number of rows is a multiple of it: the number of devices that share them.
-        group: number of consecutive examples that must be in the same batch, such as copies of one.
+        batch_size: the number of examples per batch, rounded up to a capacity. A small source has
+            smaller batches; a batch has at least `group` rows.
+        divisor: the number of devices that share the rows; it divides the number of rows.
+        group: the number of consecutive examples that must be in the same batch, such as copies of
+            one example.
     """
     rows = batch_rows(max(batch_size, group), len(source), divisor)
     used = rows // group * group
@@ -87,11 +92,14 @@ def map_examples(
 ) -> Result:
     """Applies a function to every example of a source, in batches.
 
-    Batches are dispatched one after another and their results fetched together; the devices of the
-    model's mesh share the rows. All processes must call it together.
+    All batches are dispatched before their results are fetched. The rows of a batch are divided
+    over the devices of the model's mesh. All processes must call it together.
 
     Args:
-        compute: called with tokens [B, T], lengths [B] and the batch's rows of `per_example`.
+        compute: the function, called with tokens [B, T], lengths [B] and a tuple of the batch's
+            rows of each array in `per_example`.
+        model: provides the mesh and the special ids; `compute` is not called with it.
+        per_example: arrays [N, ...] (or None) with further inputs of the examples.
         batch_size, group: as for `plan_batches`.
 
     Returns:

@@ -1,8 +1,8 @@
-"""Array sizes are rounded up to a few capacities, so that jit compiles each program once.
+"""Array sizes are rounded up to a few values, called capacities, to limit compilations.
 
-All sizes up to a capacity run the program that was compiled for it: one prompt more in a bank,
-another set of labels, another number or length of texts, another number of new tokens. The added
-rows and positions are padding, which no result depends on.
+Sizes that round up to the same capacity share one compiled program. So one more prompt in a bank,
+other labels, more or longer texts, or more new tokens rarely need a compilation. The added rows and
+positions are padding, which no result depends on.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ FEWEST_LABELS = 4
 
 
 def round_up(size: int, steps: int = 2) -> int:
-    """Rounds a size up to the next capacity; there are `steps` capacities in each doubling.
+    """Rounds a size up to a capacity; between a power of 2 and the next there are `steps` of them.
 
     >>> [round_up(n) for n in (1, 3, 5, 9, 20, 33, 501)]
     [1, 3, 6, 12, 24, 48, 512]
@@ -26,29 +26,39 @@ def round_up(size: int, steps: int = 2) -> int:
 
 
 def bank_capacity(prompts: int, longest: int) -> tuple[int, int]:
-    """Returns the capacities of a bank's arrays: for the number of prompts and for their length.
+    """Returns the capacities (prompts, prompt length) of a bank's arrays.
 
     Lengths have finer steps, because every position of a prompt is computed for every row.
+
+    Args:
+        prompts: the number of prompts.
+        longest: the length of the longest prompt.
     """
     return round_up(prompts), round_up(longest, 8)
 
 
 def label_capacity(labels: int, longest: int) -> tuple[int, int]:
-    """Returns the capacities of a label set: for the number of labels and for their length."""
+    """Returns the capacities (labels, tokens per label) of a label set.
+
+    Args:
+        labels: the number of labels.
+        longest: the length of the longest label.
+    """
     return max(FEWEST_LABELS, round_up(labels, 1)), max(2, round_up(longest, 1))
 
 
 def batch_rows(batch_size: int, examples: int, divisor: int) -> int:
     """Returns the number of rows of a batch, a multiple of `divisor`.
 
-    It is a capacity for `batch_size` or, if there are fewer, for the number of examples.
+    It is rounded up to a capacity from `batch_size` or, if that is less, from the number of
+    examples.
     """
     rows = min(round_up(batch_size), round_up(examples, 1))
     return divisor * round_up(-(-rows // divisor))
 
 
 def input_lengths(longest: int) -> list[int]:
-    """Returns input lengths that double from `SHORTEST_INPUT` up to one that holds `longest`."""
+    """Returns input lengths that double from `SHORTEST_INPUT`; the last is at least `longest`."""
     lengths = [SHORTEST_INPUT]
     while lengths[-1] < longest:
         lengths.append(2 * lengths[-1])

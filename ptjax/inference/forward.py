@@ -43,12 +43,12 @@ def forward(
         prompt: an array [P, D], the result of `load_prompt` (or any object with such an array as
             its `.prompt`), the path of a prompt, a bank from `make_bank`, or None for the backbone
             alone.
-        prompt_ids: for a bank, and only then, each row's prompt by name or number; None, "none" or
-            -1 means the backbone alone.
+        prompt_ids: each row's prompt by name or number, for a bank only. None, "none" or -1 means
+            the backbone alone.
 
     Raises:
         InputError: a name is missing from the batch, a row without a length begins with padding,
-            the prompt does not fit the backbone, or the bank has no such prompt.
+            the prompt does not fit the backbone, or the bank has no prompt of that name or number.
     """
     opened = open_prompt(backbone, prompt)
     model = bind(backbone, opened)
@@ -63,8 +63,8 @@ def loss_and_prompt_gradient(
 ) -> tuple[Float[Array, ""], Float[Array, "P D"]]:
     """Computes T5X's training loss of a batch, and its gradient with respect to the prompt.
 
-    Both are float32 and computed without dropout. The loss is `Loss()` with its defaults, summed
-    over the target tokens.
+    Both are float32 and computed without dropout. The loss is `Loss()` with its default settings,
+    summed over the target tokens.
 
     Args:
         batch: as for `forward`, with `decoder_target_tokens` [B, L] and optionally
@@ -72,7 +72,7 @@ def loss_and_prompt_gradient(
         prompt: as for `forward`, but neither None nor a bank.
 
     Raises:
-        InputError: as for `forward`, or the prompt is None.
+        InputError: as for `forward`, or the prompt is None or a bank.
     """
     opened = open_single(backbone, prompt)
     if opened is None:

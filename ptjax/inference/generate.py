@@ -48,7 +48,7 @@ class Settings(TypedDict, total=False):
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """How texts are generated; the fields are arguments of `generate`, which documents them."""
+    """The settings of generation: arguments of `generate`, which documents them."""
 
     num_beams: int = 1
     alpha: float = 0.6
@@ -93,17 +93,18 @@ def generate(
     >>> generate(backbone, ["a text"], prompt=prompt)  # doctest: +SKIP
     ['positive']
 
-    Numbers and lengths of texts, the size of a bank, and `max_new_tokens` are rounded up to
-    capacities, so that calls of similar sizes share one compiled program.
+    The number and length of texts, the size of a bank, and `max_new_tokens` are rounded up
+    internally, so that calls of similar sizes share one compiled program.
 
     Args:
         texts: formatted inputs; a prompt's template is not applied here.
-        prompt: as for `forward`. Its `.metadata` may hold the defaults of the two lengths.
+        prompt: as for `forward`. Its `.metadata` may hold "target_length" and "input_length".
         prompt_ids: as for `forward`, one for each text.
-        max_new_tokens: the most tokens to generate, end of sequence included (default: the
-            prompt's `target_length`, or 64); one for all texts, or one for each.
-        input_length: the most tokens of an input; longer ones are truncated, with a warning
-            (default: the prompt's `input_length`, or 512); one for all texts, or one for each.
+        max_new_tokens: the maximum number of tokens to generate, end of sequence included: one for
+            all texts, or one for each. Default: the prompt's "target_length", or 64.
+        input_length: the maximum number of tokens of an input: one for all texts, or one for each.
+            Longer inputs are truncated, with a warning. Default: the prompt's "input_length", or
+            512.
         num_beams: 1 decodes greedily or samples; more run a beam search with that many beams.
         alpha: the exponent of the beam search's brevity penalty.
         temperature: 0 decodes greedily; a higher one samples, from logits divided by it.
@@ -113,8 +114,8 @@ def generate(
         batch_size: texts computed at a time, rounded up to 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, ...
 
     Raises:
-        InputError: the backbone has no tokenizer, the prompt does not fit it, a setting is
-            impossible, or a logit is not finite (a damaged backbone; its weight is named).
+        InputError: the backbone has no tokenizer, the prompt does not fit it, a setting is out of
+            range, or a score is not finite (if a damaged weight is the cause, it is named).
     """
     return generate_with_scores(
         backbone,
@@ -145,7 +146,7 @@ def generate_with_scores(
 ) -> tuple[list[str], np.ndarray]:
     """Generates texts like `generate`, and also returns their scores, float32 [N].
 
-    Scores are those of `models.decoding.decode`: log-likelihoods, or those of a beam search.
+    A score is the log-likelihood of a text; a beam search applies its brevity penalty to it.
     """
     if isinstance(texts, str):
         raise InputError("generate needs a list of texts, not one string: write [text]")
@@ -190,10 +191,11 @@ def generate_tokens(
 
     Args:
         batch_size, group: as for `batches.plan_batches`.
-        max_new_tokens: L, the most tokens to generate, end of sequence included.
-        how: None decodes greedily.
+        max_new_tokens: L, the maximum number of tokens to generate, end of sequence included.
+        how: the settings of generation; None decodes greedily.
         prompt_ids: the number of each example's prompt, if the model's variables hold a bank.
-        numbers: an example's sample depends on the seed and this number; None takes its position.
+        numbers: a number for each example, which together with the seed determines its sample;
+            default: its index.
 
     Raises:
         InputError: a length or a batch size below 1.
@@ -243,7 +245,7 @@ def decode_tokens(model: Model, tokens: Int[np.ndarray, "N L"]) -> list[str]:
 
 
 def before_end(row: Sequence[int], ids: SpecialIds) -> list[int]:
-    """Returns the tokens before the first end of sequence; any of `ids.eos_ids` is one."""
+    """Returns the tokens before the first end of sequence, which is any of `ids.eos_ids`."""
     return list(itertools.takewhile(lambda token: token not in ids.eos_ids, row))
 
 

@@ -23,15 +23,16 @@ from ptjax.training.loss import log_likelihood
 from ptjax.trees import Variables
 
 LABELS_AT_ONCE = 16
-"""The most labels whose logits [B, L, V] are in memory at the same time."""
+"""The maximum number of labels whose logits [B, L, V] are in memory at the same time."""
 
 
 class Labels(NamedTuple):
     """A closed label set as target tokens, or K sets of the same size.
 
     Attributes:
-        tokens: int32 [*K, C, L], end of sequence included.
-        lengths: int32 [*K, C]; a label of length 0 is padding of a set with fewer labels.
+        tokens: int32 [*K, C, L], C labels of L tokens, end of sequence included, then padding.
+        lengths: int32 [*K, C], the number of tokens of each label. A label of length 0 is empty: it
+            pads a set with fewer labels.
     """
 
     tokens: Int[np.ndarray, "*K C L"]
@@ -43,7 +44,8 @@ def make_label_tokens(
 ) -> Labels:
     """Tokenises a closed label set to [C, L], where L is the length of the longest label.
 
-    Truncates labels to `target_length` tokens; `data.preprocess.check_labels` refuses such labels.
+    Silently truncates labels to `target_length` tokens. Call `data.preprocess.check_labels` before:
+    it raises an error for labels that are longer.
     """
     rows = tokenize_texts(labels, tokenizer, target_length)
     tokens = pad([rows[i] for i in range(len(rows))], int(rows.lengths.max()), ids.pad_id)
@@ -51,10 +53,10 @@ def make_label_tokens(
 
 
 def stack_label_sets(sets: Sequence[Labels], ids: SpecialIds) -> Labels:
-    """Stacks label sets [C_k, L_k] to one `Labels` [K, C, L] for `rank`.
+    """Stacks label sets [C_k, L_k] into one `Labels` [K, C, L] for `rank`.
 
-    Pads with empty labels and empty sets. K, C and L are capacities, so that other sets run the
-    same program.
+    K, C and L are rounded up to capacities, so that sets of similar sizes share one compiled
+    program. Empty labels and empty sets are the padding.
     """
     count = round_up(len(sets), 1)
     most, longest = (max(sizes) for sizes in zip(*(x.tokens.shape for x in sets), strict=True))
@@ -76,7 +78,7 @@ def predict_labels(
     prompt_ids: Int[np.ndarray, " N"] | None = None,
     group: int = 1,
 ) -> tuple[Int[np.ndarray, " N"], Float[np.ndarray, "N C"]]:
-    """Computes the log-likelihood of each label for every example, and the likeliest label.
+    """Computes the log-likelihood of every label for each example, and the likeliest label.
 
     Args:
         sets: label sets [C_k, L_k].
@@ -85,8 +87,9 @@ def predict_labels(
         batch_size, group: as for `batches.plan_batches`.
 
     Returns:
-        The index of the likeliest label of every example, in order, and the log-likelihoods [N, C].
-        C is the size of the largest set; the rows of examples with a smaller set end in -inf.
+        The index of each example's likeliest label, int32 [N], and the log-likelihoods [N, C], both
+        in the order of the examples. C is the size of the largest set; the rows of examples with a
+        smaller set end in -inf.
     """
     labels, ids = stack_label_sets(sets, model.ids), model.ids
 
@@ -115,17 +118,17 @@ def rank(
 ) -> Float[Array, "B C"]:
     """Computes log p(label | input) of every label (end of sequence included) for every row.
 
-    The encoder and the cross-attention's keys and values are computed once per row; the labels are
-    a batch dimension of the decoder's queries alone, so nothing is copied per label. Chunks that
-    hold only empty labels are not computed.
+    The encoder's output and the keys and values of cross-attention are computed once per row. All
+    labels of the row share them without copies. The decoder runs on `LABELS_AT_ONCE` labels at a
+    time, and skips chunks that contain only empty labels.
 
     Args:
         encoder_lengths: the number of real tokens in each row.
-        labels: one set of labels, or K sets; empty labels, at the end of a set, get -inf.
-        label_sets: if there are K sets, the index of each row's.
+        labels: one set of labels, or K sets. Empty labels, at the end of a set, get -inf.
+        label_sets: the index of each row's set, if there are K sets.
         prompt_ids: the number of each row's prompt, if the variables hold a bank.
-        ids: of the vocabulary. Labels are ranked as they are tokenised, as in transformers' loss:
-            a forced first token applies to generated text only.
+        ids: the vocabulary's special ids. A forced first token is not added to labels, as in
+            transformers' loss; it applies to generated text only.
     """
     run = functools.partial(apply_fn, variables)
     encoded = run(

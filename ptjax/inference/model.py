@@ -25,8 +25,8 @@ class Model:
     """A network with its variables, the mesh that they live on, and its vocabulary.
 
     Attributes:
-        apply_fn: of the network; part of the key of jit's cache.
-        variables: the backbone's, and those of a prompt or another method.
+        apply_fn: the network's function. It is part of jit's cache key.
+        variables: the backbone's variables, and those of a prompt or another method.
         mesh: its devices share the rows of a batch.
         ids: the vocabulary's special ids.
         tokenizer: None if the model is used with token ids only.
@@ -47,9 +47,9 @@ def bind(backbone: Backbone, prompt: Prompt = None, apply_fn: ApplyFn | None = N
     """Makes the model of a backbone with a prompt, or without one.
 
     Args:
-        prompt: as `open_prompt` returned it.
-        apply_fn: the network, if a method has wrapped it; None builds the backbone's for this kind
-            of prompt.
+        prompt: the result of `open_prompt`.
+        apply_fn: the network's function, if a method has wrapped it. None builds the backbone's
+            function for this kind of prompt.
 
     Raises:
         InputError: the network does not support prompts that do not attend to the input.

@@ -28,7 +28,7 @@ from ptjax.inference.prompts import PromptLike, open_prompt
 from ptjax.inference.records import InputFormat
 
 LABEL_LENGTH = 16
-"""The most tokens of a label, if neither the caller nor the prompt's format sets it."""
+"""The maximum number of tokens of a label if neither the caller nor the prompt's format sets it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +37,9 @@ class Prediction:
 
     Attributes:
         text: the label or the generated text.
-        score: its log-likelihood; of a beam search, with the brevity penalty.
-        probabilities: if labels were ranked, the probability of each, which add up to 1; else None.
+        score: the log-likelihood of `text`; after a beam search, with its brevity penalty.
+        probabilities: if labels were ranked, the probability of each label, normalised to a sum of
+            1; otherwise None.
     """
 
     text: str
@@ -57,18 +58,20 @@ def rank(
     target_length: int | Sequence[int] = LABEL_LENGTH,
     batch_size: int = 32,
 ) -> list[Prediction]:
-    """Predicts the likeliest of a closed set of labels for each text, in order.
+    """Predicts for each text the likeliest of a closed set of labels; keeps the order of texts.
 
     Args:
-        texts: formatted inputs.
-        labels: one set for all texts, or one for each.
+        texts: formatted inputs; a prompt's template is not applied here.
+        labels: one list of labels for all texts, or one list for each text.
         prompt, prompt_ids: as for `ptjax.forward`.
-        input_length, target_length: in tokens, one for all texts or one for each. Longer inputs are
-            truncated, with a warning; longer labels are refused.
+        input_length, target_length: the maximum number of tokens of inputs and labels: one for all
+            texts, or one for each. Longer inputs are truncated, with a warning. Longer labels raise
+            an error.
 
     Raises:
-        InputError: no tokenizer, a label that the vocabulary cannot represent, a prompt that does
-            not fit, or a logit that is not finite (if a damaged weight is the cause, it is named).
+        InputError: the backbone has no tokenizer, a label is too long, cannot be represented by the
+            vocabulary or has the same tokens as another, the prompt does not fit the backbone, or a
+            score is not finite (if a damaged weight is the cause, it is named).
     """
     tokenizer = tokenizer_of(backbone)
     opened = open_prompt(backbone, prompt)
@@ -149,15 +152,15 @@ def predict(
 
     Args:
         texts: formatted inputs.
-        formats: the input format of each text's prompt, with its task.
+        formats: the task and the maximum lengths for each text.
         prompt, prompt_ids: as for `ptjax.forward`.
-        decode_all: generate even if the task has labels.
-        max_new_tokens: of generated texts, in place of the formats' target lengths.
-        settings: of generated texts, as for `ptjax.generate`.
+        decode_all: generate even if the task has a closed set of labels.
+        max_new_tokens: the maximum length of generated texts; default: the formats' target lengths.
+        settings: the settings of generation, as for `ptjax.generate`.
 
     Raises:
-        InputError: as for `rank` and `decode`; or settings of generation were given, but every text
-            is ranked.
+        InputError: as for `rank` and `decode`; or all texts are ranked, but `num_beams`,
+            `temperature` or `top_p` differs from its default.
     """
     labels = [None if x.task is None or decode_all else x.task.labels for x in formats]
     ranked = [i for i, labels_of_text in enumerate(labels) if labels_of_text is not None]

@@ -1,4 +1,4 @@
-"""Precomputes the keys and values of an input-independent prompt, to be saved in its file."""
+"""Precomputes the keys and values of a prompt that does not attend to its input."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ from ptjax.trees import Variables
 
 
 def precompute_prompt_kv(backbone: Backbone, prompt: PromptFile) -> PromptFile:
-    """Returns a prompt that does not attend to its input, with its keys and values precomputed.
+    """Precomputes a prompt's keys and values in every layer of the encoder and the decoder.
 
-    `save_prompt` stores them, and inference uses them instead of running the prompt through the
-    encoder again: a key and a value [P, H, K] per layer, in the backbone's dtype.
+    The prompt must be one that does not attend to its input: otherwise its keys and values depend
+    on the example. Returns a copy of it with `states`: a key and a value [P, H, K] per layer, in
+    the backbone's dtype. `save_prompt` stores them, and inference uses them instead of running the
+    prompt through the encoder.
 
     Raises:
-        InputError: the prompt attends to its input, so its keys depend on the example; or it does
-            not fit the backbone.
+        InputError: the prompt attends to its input or does not fit the backbone, or a key or value
+            is not finite.
     """
     if not prompt.attends_to_input:
         opened = check_prompt(backbone, dataclasses.replace(prompt, states=None))

@@ -37,16 +37,17 @@ prompt is loaded again."""
 
 
 def open_prompt(backbone: Backbone, prompt: PromptLike, *, allow_mismatch: bool = False) -> Prompt:
-    """Loads, wraps and checks a prompt as callers pass it; the result is ready for `bind`.
+    """Loads and checks a prompt in any form that callers may pass; returns it as `bind` needs it.
 
-    A prompt is checked, and a bank is copied to the mesh, only once for the same backbone.
+    For the same backbone, the same prompt object is checked only once, and a bank is copied to the
+    mesh only once.
 
     Args:
         allow_mismatch: as for `check_prompt`.
 
     Raises:
-        InputError: the path holds no prompt, or the prompt is not a matrix [P, D] or does not fit
-            the backbone.
+        InputError: the file at the path is missing or not a valid prompt, or the prompt is not a
+            matrix [P, D] or does not fit the backbone.
     """
     if prompt is None:
         return None
@@ -74,18 +75,19 @@ def check_prompt(
 ) -> PromptFile:
     """Raises InputError for a prompt that was tuned on another backbone or with another tokenizer.
 
-    A prompt that does not record its backbone's fingerprint is accepted if the rest fits, with a
-    warning unless it names this backbone.
+    If the prompt does not record the fingerprint of its backbone, only the rest is checked, with a
+    warning unless the prompt names this backbone.
 
     Args:
-        allow_mismatch: only warn about fingerprints or special ids that differ.
+        allow_mismatch: only warn if fingerprints or special ids differ.
 
     Returns:
-        The prompt with this backbone's fingerprints, so that later checks pass. Without its
-        precomputed keys and values, if they are another backbone's.
+        The prompt with this backbone's fingerprints, so that later checks pass. Precomputed keys
+        and values are dropped unless they were computed with this backbone.
 
     Raises:
-        InputError: not a matrix, another width, or other fingerprints or special ids.
+        InputError: the prompt is not a matrix, or its width, fingerprints or special ids differ
+            from the backbone's.
     """
     matrix, width = prompt.prompt, backbone.config.emb_dim
     if np.ndim(matrix) != 2:
@@ -111,10 +113,10 @@ def check_bank(backbone: Backbone, bank: PromptBank, *, allow_mismatch: bool = F
     """Checks every prompt of a bank like `check_prompt`; messages name the prompt.
 
     Returns:
-        The bank with this backbone's fingerprints, its arrays on the backbone's mesh.
+        The bank with this backbone's fingerprints; its arrays are on the backbone's mesh.
 
     Raises:
-        InputError: another width, or other fingerprints or special ids.
+        InputError: the width, fingerprints or special ids of a prompt differ from the backbone's.
     """
     width, checked, older = bank.arrays.prompt.shape[-1], [], []
     lengths = np.asarray(bank.arrays.lengths)[: len(bank.names)].tolist()

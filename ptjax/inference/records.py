@@ -1,4 +1,4 @@
-"""Turns records into inputs of a model, and reads which prompt a record names."""
+"""Formats records as inputs of a model, and reads which prompt a record names."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ PLAIN = "\0line"
 
 @dataclasses.dataclass(frozen=True)
 class InputFormat:
-    """How inputs for a prompt are formatted.
+    """The task that formats inputs for a prompt, and their maximum lengths.
 
     Attributes:
         task: formats records and has the labels; None if inputs are already formatted.
-        input_length, target_length: in tokens; None means the default.
+        input_length, target_length: the maximum lengths in tokens; None means the default.
     """
 
     task: Task | None
@@ -42,10 +42,11 @@ class InputFormat:
 def prompt_of(record: Record, bank: PromptBank) -> int:
     """Returns the number of the prompt that a record names in its field `PROMPT_FIELD`.
 
-    It is -1, the backbone alone, if the field is None or "none".
+    Returns -1, which means the backbone alone, if the field is None or "none".
 
     Raises:
-        InputError: the record lacks the field, or the bank has no such prompt; with file and line.
+        InputError: the record lacks the field, or the bank has no such prompt. The message has the
+            file and line.
     """
     try:
         if PLAIN in record.fields:
@@ -66,16 +67,16 @@ def prompt_of(record: Record, bank: PromptBank) -> int:
 def check_prompt_fields(
     records: Sequence[Record], formats: Sequence[InputFormat], prompt_ids: Sequence[int] | None
 ) -> None:
-    """Logs a warning if records have a field 'prompt' that is not used at all.
+    """Logs a warning if records have a field 'prompt' that nothing uses.
 
-    It is used to name a prompt of a bank, or as a field of the task's template.
+    The field can be used in two ways: to choose a prompt of a bank, or in the task's template.
 
     Args:
         formats: the input format of each record.
         prompt_ids: the number of each record's prompt; None without a bank.
 
     Raises:
-        InputError: with a bank, the template also uses the field 'prompt'.
+        InputError: both uses at once: there is a bank, and the template has the field 'prompt'.
     """
     unread = 0
     for record, input_format in zip(records, formats, strict=True):
@@ -98,15 +99,17 @@ def check_prompt_fields(
 
 
 def format_record(record: Record, task: Task | None) -> tuple[str, JsonObject]:
-    """Formats the model's input for a record, and returns it with the record's fields.
+    """Formats a record; returns (the model's input, the record's fields).
 
-    A plain line (see `PLAIN`) fills the template's only field, under whose name it is returned.
+    If the record is a plain line (see `PLAIN`), the line fills the only field of the template, and
+    is returned under the name of that field.
 
     Args:
-        task: None if the input is already formatted, in the field `RAW_FIELD` or as a plain line.
+        task: has the template. None means that the record's field `RAW_FIELD`, or its plain line,
+            is the input as it is; a plain line is then returned without fields.
 
     Raises:
-        InputError: a field is missing or cannot be used; with file and line.
+        InputError: a field is missing or cannot be used. The message has the file and line.
     """
     fields = record.fields
     plain = PLAIN in fields
@@ -128,11 +131,11 @@ def format_record(record: Record, task: Task | None) -> tuple[str, JsonObject]:
 def task_of(metadata: Metadata, fallback: Task | None = None) -> Task | None:
     """Makes the task that a prompt was tuned for, from its metadata.
 
-    Returns `fallback` if the metadata has no task. A `preprocess` function that both name is taken
-    from `fallback`, because ptjax does not import custom functions by name.
+    Returns `fallback` if the metadata has no task. ptjax does not import custom functions by name,
+    so a `preprocess` function is taken from `fallback` if both tasks name the same one.
 
     Raises:
-        InputError: as in `Task.from_description`.
+        InputError: as for `Task.from_description`.
     """
     description = metadata.get("task")
     if not isinstance(description, dict):

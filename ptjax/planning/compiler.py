@@ -61,19 +61,21 @@ def compile_ahead(
     exact: bool = False,
     timed: bool = False,
 ) -> Report:
-    """Compiles the step for the slice's devices; extends `count`'s report by the compiler's.
+    """Compiles the step for the slice's devices; returns the report of `count` with more keys.
 
     Call it in a process of its own: a compiler that crashes ends the process.
 
     Args:
-        parallel: as `resolve` returns it.
-        exact: for TPUs, compile with the effort of a real run instead of `FAST`.
-        timed: also count the bytes that the step reads and writes, which takes two or three
-            compilations of shallow networks.
+        parallel: the result of `resolve`.
+        exact: for TPUs, compile with the options of a real run instead of the options `FAST`.
+        timed: also bound the time of a step from above ("high"), by the bytes that it reads and
+            writes. That takes two or three more compilations, of shallow networks.
 
     Returns:
-        The report, with "verdict": "fits", "tight" (over `TIGHT` of the memory), "does not fit" or
-        "refused" (the devices cannot form the mesh).
+        The report of `count` with "verdict" and, if the step was compiled, the compiler's measures
+        of memory, the collectives and a better "estimate". The verdict is "fits", "tight" (needs
+        more than the share `TIGHT` of the memory), "does not fit" or "refused" (the devices cannot
+        form the mesh). If it does not fit or is refused, "reason" says why.
 
     Raises:
         InputError: the compiler does not support this slice.
@@ -139,7 +141,7 @@ def _verdict(peak: int, usable: int) -> str:
 
 
 def compiler_options(slice_: Slice, exact: bool = False) -> JsonObject:
-    """The compiler options for the slice's devices by name; `exact` is as for `compile_ahead`."""
+    """The compiler's options for the slice's devices; `exact` is as for `compile_ahead`."""
     if not slice_.is_tpu:
         return UNTUNED
     return {} if exact else FAST
@@ -185,12 +187,12 @@ class Compiler:
     """Runs `compile_ahead` for one slice, each time in a new process; caches the reports.
 
     Args:
-        spec: the train step, only for the reports of failed compilations.
-        gin: all settings of the run as a gin file, which `ptjax.plan --compile` reads in the new
-            process.
+        spec: the train step. It is only used to report failed compilations.
+        gin: the text of a gin file with all settings of the run. `ptjax.plan --compile` reads it in
+            the new process.
         exact: see `compile_ahead`.
         timeout: seconds that one compilation may take.
-        cache: the folder of the cached reports; None caches in memory only.
+        cache: the folder for cached reports; None caches them in memory only.
     """
 
     def __init__(
@@ -293,10 +295,10 @@ class Compiler:
 
 
 def answer(spec: StepSpec, slice_: Slice, job: str) -> Report:
-    """Makes the report that the process started by `Compiler` prints.
+    """Runs `compile_ahead` in the process that `Compiler` has started; returns the report.
 
     Args:
-        job: the value of `--compile`, as `Compiler` wrote it.
+        job: the arguments `parallel`, `exact` and `timed` as JSON, from the flag `--compile`.
     """
     wanted = json.loads(job)
     parallel = ParallelConfig.from_settings(wanted["parallel"])

@@ -38,13 +38,14 @@ def count(spec: StepSpec, parallel: ParallelConfig, slice_: Slice) -> Report:
     """Counts parameters, FLOPs, bytes per device and seconds, from the jaxpr and the shardings.
 
     Args:
-        parallel: as `resolve` returns it, without 'auto'.
+        parallel: the result of `resolve`; its mesh must not be 'auto'.
 
     Returns:
         a report with the keys "slice", "devices", "settings" (of `parallel`), "dtype",
-        "parameters" (all), "trainable" (parameters), "flops" (on all devices: "forward", "useful"
-        without recomputation, "executed"), "bytes_per_device" ("frozen", "state", "batch"),
-        "usable_bytes" (per device), "examples" (per step) and "estimate" (see `step_seconds`).
+        "parameters" (trainable and frozen), "trainable", "flops" (of all devices: "forward",
+        "useful", which leaves out recomputation, and "executed"), "bytes_per_device" ("frozen",
+        "state" and "batch"), "usable_bytes" (per device), "examples" (per step) and "estimate"
+        (the result of `step_seconds`).
     """
     mesh = abstract_mesh(parallel, slice_)
     abstract = abstract_step(spec, parallel, mesh)
@@ -91,7 +92,7 @@ def _gathered_bytes(spec: StepSpec, parallel: ParallelConfig, mesh: Mesh) -> tup
 
 
 def bytes_on_device(tree: Tree) -> int:
-    """The bytes of `tree` on one device; its leaves are arrays or shapes, with shardings."""
+    """The bytes of `tree` on one device; its leaves have a shape, dtype and sharding."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
@@ -149,11 +150,12 @@ def _expected_traffic(
 def link_seconds(traffic: Mapping[tuple[str, ...], int], mesh: Mesh, slice_: Slice) -> float:
     """Estimates the seconds that the collectives of a step take, on rings of devices.
 
-    Among n devices an all-reduce sends 2 (n - 1) / n of its result, an all-gather half of that.
-    Between slices every device of a group contributes its share of the network's bandwidth.
+    Among n devices, a device sends 2 (n - 1) / n times the bytes of the result in an all-reduce,
+    (n - 1) / n times in an all-gather. Between slices, each device of a group adds its share of
+    the network's bandwidth.
 
     Args:
-        traffic: maps (kind, *mesh axes) of a collective to the bytes of its results on one device.
+        traffic: maps (kind of collective, *mesh axes) to the bytes of the results on one device.
     """
     seconds, generation = 0.0, slice_.generation
     for (kind, *axes), size in traffic.items():
@@ -170,16 +172,19 @@ def link_seconds(traffic: Mapping[tuple[str, ...], int], mesh: Mesh, slice_: Sli
 
 
 def step_seconds(seconds: Mapping[str, float], ideal: float) -> Report:
-    """Bounds the time of a step: "low" if everything overlaps, "high" if communication does not.
+    """Bounds the seconds of a step from below and above.
+
+    The lower bound assumes that computation, memory access and communication overlap completely.
+    The upper bound assumes that communication overlaps with nothing.
 
     Args:
-        seconds: "compute", "memory" and "links" are the times that these alone would take;
-            "memory_most" is the upper bound of "memory". Without it "high" is None.
+        seconds: the time of each part alone: "compute", "memory" and "links". Optionally
+            "memory_most", an upper bound of "memory"; without it, "high" is None.
         ideal: the seconds that the useful FLOPs would take at the devices' peak.
 
     Returns:
-        `seconds` and "ideal", with "low", "high", and "utilisation": `ideal` as a share of "high"
-        and of "low".
+        `seconds` with "ideal", "low", "high", and "utilisation":
+        [ideal / high, ideal / low].
     """
     low = max(seconds["compute"], seconds["memory"], seconds["links"])
     high = None

@@ -53,11 +53,11 @@ def step_flops(
     """Counts the FLOPs of (the forward pass with dropout and loss, the whole train step).
 
     The step of a frozen network costs a little over twice the forward pass, because the backward
-    pass computes gradients of activations only. Three times means that it computes weight
-    gradients.
+    pass computes gradients of activations only. A factor of three means that it computes gradients
+    of weights too.
 
     Args:
-        variables: {"params": ..., ["prompt": ...]} of arrays or shapes.
+        variables: {"params": ...} or {"params": ..., "prompt": ...}, trees of arrays or shapes.
         freeze: determines which of them are frozen (see `training.freeze`).
         batch: the arrays of a batch by name, or their shapes.
     """

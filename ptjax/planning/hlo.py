@@ -22,10 +22,11 @@ class Collective(NamedTuple):
     """One array in one collective; an operation on several arrays counts once for each.
 
     Attributes:
-        kind: one of `KINDS`; "send" goes to another slice, over the network.
+        kind: one of `KINDS`. A "send" transfers to another slice, over the network.
         dtype: HLO's name of the result's dtype, such as "f32".
         shape: the shape of the result on one device.
-        axes: the mesh axes along which the devices of a group differ; for a send, the slices' axis.
+        axes: the mesh axes over which it communicates: the devices of a group differ along them.
+            For a send this is the first axis, which spans the slices.
         times: how often it runs in one run of the program.
         in_loop: whether it is inside a loop.
     """
@@ -39,7 +40,7 @@ class Collective(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """The bytes of the result on one device, over all `times` that it runs."""
+        """The bytes of the result on one device, summed over all `times` that it runs."""
         return self.times * _array_bytes(self.dtype, self.shape)
 
 
@@ -74,9 +75,9 @@ def collectives(compiled: jax.stages.Compiled, mesh: Mesh) -> list[Collective]:
 
 
 def bytes_accessed(compiled: jax.stages.Compiled) -> int:
-    """Counts the bytes that a GPU's program accesses: operands and results of all its kernels.
+    """Counts the bytes that a program for a GPU accesses: operands and results of all its kernels.
 
-    A loop's body counts as often as it runs.
+    The body of a loop counts once per iteration.
     """
     computations, entry = _computations(compiled.as_text() or "")
     bodies = computations.values()

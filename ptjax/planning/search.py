@@ -1,4 +1,4 @@
-"""Finds the fastest parallel configuration of a step on a slice: estimates all, compiles few."""
+"""Finds the fastest parallel configuration for a slice: estimates all, compiles only a few."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ chosen."""
 
 
 def expected_seconds(report: Report) -> float:
-    """The seconds per step by which configurations are compared; no communication overlaps."""
+    """The estimated seconds per step of a report, for comparing configurations.
+
+    It assumes that communication overlaps with nothing.
+    """
     seconds = report["estimate"]
     return max(seconds["compute"], seconds["memory"]) + seconds["links"]
 
@@ -35,15 +38,18 @@ def search(
 ) -> tuple[list[Report], Report | None]:
     """Compiles configurations in the order of their estimated time, until one fits.
 
-    It does so for each precision: the run's own and, unless the weights are trainable, bfloat16 for
-    a float32 run and int8 kernels if `quantize` is None. A lower one must be faster (see `WORTH`).
+    This is repeated for each precision: first the run's own and then, unless the weights of the
+    network are trained, lower ones: bfloat16 weights if the run has float32, and int8 kernels (with
+    bfloat16 for the other weights of a float32 run) if `quantize` is None. A lower precision is
+    only tried if its estimated time is at most `WORTH` times that of the best so far.
 
     Args:
-        quantize: QUANTIZE of the run: "int8" or None.
-        compile_one: returns the report of a configuration, as a `Compiler` does.
+        quantize: the run's QUANTIZE, "int8" or None.
+        compile_one: compiles a configuration and returns its report, such as a `Compiler`.
 
     Returns:
-        (the reports of all that was compiled, the report of the best that fits or None).
+        (the reports of all compiled configurations, the report of the best one with the verdict
+        "fits" or None).
     """
     precisions: list[JsonObject] = [{"quantize": quantize}]
     if spec.method.collection != "params":

@@ -1,4 +1,4 @@
-"""Hardware to plan for, by names such as "v5e-8": topologies for the compiler, published rates."""
+"""Hardware to plan for, by names such as "v5e-8": published rates and the compiler's topologies."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ class Generation:
     """A kind of device. The rates are those that its maker publishes; none was measured.
 
     Attributes:
-        device_kind: JAX's name of it.
-        topology: libtpu's name of the generation; "" for a GPU.
+        device_kind: JAX's name for the kind.
+        topology: libtpu's name for the generation; "" for a GPU.
         flops: dense bfloat16 FLOPs per second and device.
         memory_rate: bytes per second between a device and its memory.
-        link_rate: bytes per second that a device sends to its neighbours in the slice, a GPU to
-            the others in its machine.
+        link_rate: bytes per second that a device sends to its neighbours in the slice; for a GPU,
+            to the others in its machine.
         network_rate: a device's share of the bytes per second that a machine sends over the
-            network. Not published for v2 to v4; assumed to be v5p's per chip for v4, half of that
-            for v2 and v3.
+            network. It is not published for v2 to v4: v4 is assumed to have v5p's rate per chip, v2
+            and v3 half of it.
         devices: the number of JAX devices per chip.
-        cores: the number of cores per chip, which names of slices count ("v4-8" is four chips).
+        cores: the number of cores per chip that a slice's name counts ("v4-8" has four chips).
         axes: the number of axes of the slice's torus.
-        most: the number of chips of the largest slice; for GPUs, the number in a machine.
+        most: the number of chips in the largest slice; for GPUs, the number in a machine.
         options: for a TPU, options of `get_topology_desc`; for a GPU, its properties under the
             names of XLA's `GpuDeviceInfoProto`.
     """
@@ -155,7 +155,7 @@ class Slice:
 
     Attributes:
         name: the name that `parse_slice` reads.
-        chips: the shape of one slice's torus; for GPUs the tuple `(GPUs per machine,)`.
+        chips: the shape of one slice's torus in chips; for GPUs `(GPUs per machine,)`.
         slices: the number of slices, or of machines with GPUs, joined by the data-centre network.
     """
 
@@ -177,7 +177,7 @@ class Slice:
     def flops(self, dtype: str) -> float:
         """The peak FLOPs per second and device, for matrix products at JAX's default precision.
 
-        For float32 a TPU rounds to bfloat16, a GPU to TF32, which takes twice the time.
+        For float32, a TPU multiplies in bfloat16, a GPU in TF32 at half the rate of bfloat16.
         """
         halved = dtype == "float32" and not self.is_tpu
         return self.generation.flops / (2 if halved else 1)
@@ -188,16 +188,17 @@ class Slice:
         return ("libtpu",) if self.is_tpu else ("jax_cuda13_plugin", "jax_cuda12_plugin")
 
     def devices(self) -> list[Device]:
-        """Makes substitutes for all devices, for `count` and for meshes without arrays."""
+        """Makes a substitute for each device, enough for `count` and for an abstract mesh."""
         each = math.prod(self.chips) * self.generation.devices
         platform = "tpu" if self.is_tpu else "gpu"
         kind = self.generation.device_kind
         return [Device(i, platform, kind, i // each) for i in range(each * self.slices)]
 
     def topology_devices(self) -> list[jax.Device]:
-        """Makes descriptions of all devices, for which JAX can compile; they hold no arrays.
+        """Makes `jax.Device`s for which JAX can compile, but which hold no arrays.
 
-        Call it in a process of its own, since the compiler may crash. It sets `ENVIRONMENT`.
+        Call it in a process of its own: the compiler may crash, and it sets the environment
+        variables `ENVIRONMENT`.
 
         Raises:
             InputError: the compiler is missing or does not support the slice.
@@ -231,13 +232,13 @@ class Slice:
 
 
 def parse_slice(name: str) -> Slice:
-    """Makes the slice with this name: GENERATION-SIZE, COUNTxGENERATION-SIZE or GPUxCOUNT.
+    """Returns the slice of a name: GENERATION-SIZE, COUNTxGENERATION-SIZE or GPUxCOUNT.
 
     >>> parse_slice("v4-16").chips, parse_slice("2xv5e-16").chips, parse_slice("h100x8").chips
     ((2, 2, 2), (4, 4), (8,))
 
     Raises:
-        InputError: the generation is unknown or has no slice of that size.
+        InputError: the generation is unknown, or it has no slice of that size.
     """
     count, kind, size = _parts(name)
     generation = GENERATIONS[kind]

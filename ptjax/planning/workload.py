@@ -41,10 +41,11 @@ class StepSpec:
 
     Attributes:
         config: the network's config; its `dtype` is also that of the weights.
-        batch_size: the number of examples in a batch (of each member, in a sweep).
-        inputs, targets: T and L, the lengths in tokens, of the largest batch.
-        pack: whether several examples share a row.
-        row_length: the positions of a packed row; None means those of a row with one example.
+        batch_size: the number of examples in a batch; in a sweep, of each member.
+        inputs, targets: the lengths T and L of the largest batch, in tokens.
+        pack: whether several examples may share a row.
+        row_length: the number of encoder positions of a packed row. None means the number that one
+            example of length T and its prompt need.
         members: the number of prompts that a sweep trains; None means an ordinary run.
     """
 
@@ -62,11 +63,11 @@ class StepSpec:
     def from_settings(
         cls, config: T5Config, settings: RunSettings, members: int | None = None
     ) -> StepSpec:
-        """Makes the step of a run with these settings.
+        """Describes the train step of a run with these settings.
 
         Args:
             config: the network's config.
-            members: the number of prompts in a sweep; None: an ordinary run.
+            members: the number of prompts in a sweep; None means an ordinary run.
 
         Raises:
             InputError: a length is below 1.
@@ -91,7 +92,7 @@ class StepSpec:
     def shape(self) -> Shape:
         """The shape of the largest batch.
 
-        Of packed batches it is an upper bound, as if no two examples shared a row.
+        For packed batches this is an upper bound: it assumes that no two examples share a row.
         """
         inputs = (self.row_length or self.inputs + self._prompt_slots) if self.pack else self.inputs
         return Shape(self.batch_size, inputs, self.targets, self.pack, self.members)
@@ -111,9 +112,10 @@ class ParallelConfig:
     """How a step is laid out on a slice: MESH, FSDP, SCAN_LAYERS, REMAT and QUANTIZE.
 
     Attributes:
-        mesh: 'auto', or the sizes of the mesh's axes: "2x4" is data x model.
-        fsdp, quantize: as the arguments of `load_backbone`.
-        scan_layers, remat: as the fields of `T5Config`.
+        mesh: 'auto', or the sizes of the mesh axes: data x model, such as "2x4", or replica x data
+            x model.
+        fsdp, quantize: as for `load_backbone`.
+        scan_layers, remat: as in `T5Config`.
         dtype: the dtype of the weights; None keeps that of the `StepSpec`.
     """
 
@@ -125,7 +127,7 @@ class ParallelConfig:
     dtype: str | None = None
 
     def settings(self) -> JsonObject:
-        """The settings by their names in gin files; `from_settings` is the inverse."""
+        """The fields as a dict with their names in gin files; `from_settings` is the inverse."""
         return {
             "MESH": self.mesh,
             "FSDP": self.fsdp,
@@ -151,11 +153,11 @@ class ParallelConfig:
 
 
 def resolve(spec: StepSpec, parallel: ParallelConfig, slice_: Slice) -> ParallelConfig:
-    """Checks `parallel`, and returns it with the mesh 'auto' replaced by sizes ("2x4").
+    """Checks `parallel`; returns it with the mesh 'auto' replaced by the sizes that a run chooses.
 
     Raises:
-        InputError: the mesh does not fit the slice, the network or the batch size; the message is
-            that of `ptjax.train`.
+        InputError: the mesh does not fit the slice, the network or the batch size. `ptjax.train`
+            has the same message.
     """
     config = parallel.applied(spec.config)
     if parallel.mesh == "auto":
@@ -170,9 +172,7 @@ def resolve(spec: StepSpec, parallel: ParallelConfig, slice_: Slice) -> Parallel
 
 
 def abstract_mesh(parallel: ParallelConfig, slice_: Slice) -> Any:
-    """Makes the mesh of `parallel` as an `AbstractMesh`, which has no devices.
-
-    It is enough for shapes and shardings.
+    """Makes the mesh of `parallel` as an `AbstractMesh`: without devices, for shapes and shardings.
 
     Raises:
         InputError: the slice's devices cannot form the mesh.
@@ -190,12 +190,12 @@ def mesh_of_sizes(shape: tuple[int, ...]) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class PlannedBackbone:
-    """A substitute for a `Backbone`, without weights: the part that methods use.
+    """A substitute for a `Backbone`: it has what methods use, but no weights.
 
     Attributes:
         config: the network's config.
         quantize: "int8" if kernels are quantized.
-        gather: gathers the sharded weights of a layer; None without FSDP.
+        gather: the result of `gather_layer`; None without FSDP.
     """
 
     config: T5Config
@@ -203,7 +203,7 @@ class PlannedBackbone:
     gather: GatherFn | None = None
 
     def make_apply_fn(self, attends_to_input: bool, collections: tuple[str, ...]) -> ApplyFn:
-        """Makes the network's function, as `Backbone.make_apply_fn`."""
+        """Makes the network's function, like `Backbone.make_apply_fn`."""
         settings = {"gather": self.gather, "collections": collections}
         return T5_FAMILY.build(self.config, attends_to_input=attends_to_input, **settings)
 
@@ -214,10 +214,12 @@ class AbstractStep:
 
     Attributes:
         step: the train step.
-        forward: computes the loss alone, with the arguments of `step`.
-        state, frozen: the shapes of the first two arguments.
+        forward: computes only the loss; takes the same arguments as `step`.
+        state, frozen: the first two arguments of `step`, as shapes.
         shape: the shape of the batch.
-        groups: the number of groups of rows with a gradient of their own (`StepConfig.groups`).
+        mesh: the mesh of the shardings.
+        groups: the number of groups of rows that each compute their own gradient
+            (`StepConfig.groups`).
     """
 
     step: TrainStep
@@ -233,7 +235,7 @@ class AbstractStep:
         return lower_step(self.step, self.state, self.frozen, self.shape, self.mesh)
 
     def inputs(self) -> tuple[Tree, ...]:
-        """The shapes of the step's other arguments: the batch and, in a sweep, `sweep_shapes`."""
+        """The other arguments of `step`, as shapes: the batch and, in a sweep, `sweep_shapes`."""
         return batch_shapes(self.shape, self.mesh), *sweep_shapes(self.shape.members, self.mesh)
 
 
@@ -241,8 +243,8 @@ def abstract_step(spec: StepSpec, parallel: ParallelConfig, mesh: Mesh) -> Abstr
     """Makes the step that `ptjax.train` would compile, with shapes instead of arrays.
 
     Args:
-        parallel: as `resolve` returns it.
-        mesh: with devices, or an `AbstractMesh`.
+        parallel: the result of `resolve`.
+        mesh: the mesh of `parallel`, with devices or as an `AbstractMesh`.
     """
     step_config, config = spec.step_config, parallel.applied(spec.config)
     quantization = {"fsdp": parallel.fsdp, "quantize": parallel.quantize}

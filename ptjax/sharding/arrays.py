@@ -1,4 +1,4 @@
-"""Puts arrays on a mesh: batches divided over `data`, random keys and prompts replicated."""
+"""Puts arrays on a mesh: batches divided over the mesh axes of rows, others replicated."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from ptjax.trees import Tree
 
 
 def stack_layers(layers: Iterable[Tree], count: int) -> Tree:
-    """Stacks the arrays of `count` layers along a new first axis, over which they are not sharded.
+    """Stacks the arrays of `count` layers along a new first axis, which is not sharded.
 
     Writes each layer into the stack before it takes the next one from `layers`, so at most one
     layer is in memory twice, on the devices and on the host.
 
     Args:
-        layers: trees of arrays with a `NamedSharding`.
+        layers: yields a tree of arrays for each layer, all with a `NamedSharding`.
     """
     stacked = None
     for number, layer in enumerate(layers):
@@ -63,11 +63,11 @@ def _layer_writer(sharding: NamedSharding) -> Callable[[jax.Array, jax.Array, in
 
 @functools.cache
 def gather_layer(mesh: Mesh) -> Callable[[Tree], Tree]:
-    """Returns a function that gathers a layer's parameters: they are then sharded as without FSDP.
+    """Returns a function that gathers the parameters of a layer, which undoes FSDP's sharding.
 
-    With FSDP it runs before each layer. Without this constraint on the weights, the compiler may
-    move the activations instead, which are larger. Equal meshes get the same function object,
-    which is part of jit's cache key.
+    With FSDP this function is applied to the parameters before each layer. Without it the compiler
+    may move the activations instead, which are larger. Calls with equal meshes return the same
+    function object, so that jit's cache, whose key contains it, is hit.
     """
 
     def gather(variables: Tree) -> Tree:
@@ -84,16 +84,17 @@ def gather_layer(mesh: Mesh) -> Callable[[Tree], Tree]:
 
 
 def reduction_groups(mesh: Mesh, *, microbatches: int, attends_to_input: bool) -> int:
-    """The argument `groups` with which `make_train_step` sums one gradient over `data` per step.
+    """The value of `make_train_step`'s `groups` for which devices sum gradients once per step.
 
-    It is 1 if the compiler does that without groups: for a batch in one microbatch, each of whose
-    rows has its own copy of the prompt (`attends_to_input`).
+    Usually it is the number of parts into which the rows are divided. It is 1 if the compiler sums
+    once anyway: with a single microbatch and a copy of the prompt in every row
+    (`attends_to_input`).
     """
     return 1 if microbatches == 1 and attends_to_input else rows_divisor(mesh)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of an array that every device of the mesh holds whole."""
+    """The sharding of an array of which every device of the mesh holds a whole copy."""
     return NamedSharding(mesh, P())
 
 
@@ -103,7 +104,7 @@ def rows_axes(mesh: Mesh) -> tuple[str, ...]:
 
 
 def rows_divisor(mesh: Mesh) -> int:
-    """The number of parts into which a batch's rows are divided: the sizes replica x data."""
+    """The number of parts into which rows are divided: the product of the sizes of `rows_axes`."""
     return math.prod(mesh.shape[name] for name in rows_axes(mesh))
 
 
@@ -117,23 +118,25 @@ def replicate_key(key: jax.Array, mesh: Mesh) -> jax.Array:
 
 
 def batch_sharding(mesh: Mesh, rank: int = 2) -> NamedSharding:
-    """The sharding of a batch's array: its rows, the axis before the last, over `replica`, `data`.
+    """The sharding of an array [..., rows, length] of a batch: divides the axis of rows.
 
-    Other axes are not divided; an array of rank 0 or 1 is replicated.
+    The rows are divided over the mesh axes `rows_axes`. Other axes are not divided, and an array of
+    rank 0 or 1 is replicated.
     """
     return NamedSharding(mesh, P(*[None] * (rank - 2), rows_axes(mesh)) if rank > 1 else P())
 
 
 def sharding_in_batch(name: str, rank: int, mesh: Mesh) -> NamedSharding:
-    """The sharding of a batch's array `name`, of this rank.
+    """The sharding of the array `name` of a batch, which has `rank` axes.
 
-    As `batch_sharding`; the rows of an array with one number per row are its last axis.
+    It is that of `batch_sharding`, except for arrays with one number per row (`PER_ROW`): their
+    rows are the last axis.
     """
     return batch_sharding(mesh, rank + (name in PER_ROW))
 
 
 def put_batch(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
-    """Puts a global batch on the mesh, sharded as by `sharding_in_batch`.
+    """Puts a global batch on the mesh with the shardings of `sharding_in_batch`.
 
     Every process passes the whole batch and transfers only the rows of its own devices.
     """
@@ -146,13 +149,13 @@ def put_batch(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
 
 
 def put_replicated(arrays: Iterable[np.ndarray], mesh: Mesh) -> tuple[jax.Array, ...]:
-    """Puts arrays, of which every process has a whole copy, on every device of the mesh."""
+    """Copies arrays to every device of the mesh; every process must pass the same whole arrays."""
     where = replicated(mesh)
     return tuple(jax.make_array_from_callback(x.shape, where, x.__getitem__) for x in arrays)
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, microbatches: int = 1) -> None:
-    """Raises InputError unless the mesh divides the rows of every microbatch equally."""
+    """Raises InputError unless the rows of every microbatch divide equally over the devices."""
     step = rows_divisor(mesh) * microbatches
     if batch_size % step:
         lower = batch_size // step * step

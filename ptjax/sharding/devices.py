@@ -11,7 +11,7 @@ GIB = 2**30
 
 
 class DeviceLike(Protocol):
-    """The attributes of a `jax.Device` that are read here; a planned device has them too."""
+    """The attributes of a `jax.Device` that are read here; a `planning.slices.Device` has them."""
 
     @property
     def platform(self) -> str: ...
@@ -41,7 +41,7 @@ GPU_MEMORY = {
 }
 """`device_kind` -> GiB of a GPU, of which JAX uses a fraction, three quarters by default."""
 FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
-"""JAX's environment variables for the fraction of a GPU's memory, the newer one first."""
+"""JAX's environment variables for the fraction of a GPU's memory, newer one first."""
 
 
 def known_memory(kind: str) -> int | None:
@@ -68,9 +68,10 @@ def known_memory(kind: str) -> int | None:
 def usable_memory(device: DeviceLike) -> int | None:
     """Determines how many bytes a program may use on `device`; None if unknown.
 
-    The device need not exist. TPUs are looked up in the table, so that all hosts agree. For a GPU
-    of a kind that this process has, JAX reports the limit, which is rounded down to whole GiB for
-    the same reason; other kinds are looked up. A CPU gives None: it shares the memory of its host.
+    The device need not exist. TPUs are looked up in a table, so that all hosts agree. If this
+    process has a GPU of the same kind, the result is the limit that JAX reports for it, rounded
+    down to whole GiB so that all hosts agree; other GPUs are looked up. For a CPU it is None: it
+    shares the memory of its host.
     """
     if device.platform == "cpu":
         return None

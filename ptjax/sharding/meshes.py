@@ -30,13 +30,13 @@ v6e-8, and the compiled steps 76% and 71-85%."""
 def make_mesh(shape: int | Sequence[int] = 1, devices: Iterable[jax.Device] | None = None) -> Mesh:
     """Arranges all `devices` as `data` x `model`, or as `replica` x `data` x `model`.
 
-    Neighbours on `model`, the axis that communicates most, are neighbours in the machine. The first
-    axis spans the slices, if there are several.
+    Neighbours on the mesh axis `model`, which communicates most, are neighbours in the machine. If
+    there are several slices, the first axis spans them.
 
     Args:
-        shape: the sizes of two or three axes; an int is the size of `model`, with all other devices
-            of a slice on `data` and the slices, if there are several, on `replica`.
-        devices: None takes all devices of all processes. They may belong to a topology for
+        shape: the sizes of two or three axes. An int is the size of `model`: then `data` gets the
+            other devices of a slice, and `replica` the slices if there are several.
+        devices: default: all devices of all processes. They may be those of a topology for
             ahead-of-time compilation.
 
     Raises:
@@ -94,7 +94,7 @@ def _arrange(shape: tuple[int, ...], slices: int, devices: list[jax.Device]) -> 
 
 
 def count_slices(devices: Iterable[DeviceLike]) -> int:
-    """Counts the slices that devices belong to; those without a `slice_index` are in slice 0."""
+    """Counts the slices of the devices; a device without a `slice_index` is in slice 0."""
     return len({getattr(device, "slice_index", 0) for device in devices})
 
 
@@ -108,20 +108,22 @@ def choose_mesh(
     devices: Iterable[jax.Device] | None = None,
     family: Family = T5_FAMILY,
 ) -> Mesh:
-    """Makes the mesh for a backbone of `config`; if it has several devices, logs it and why.
+    """Makes the mesh for a backbone of `config`; logs a mesh of several devices and its reason.
 
     Args:
-        mesh: a mesh, or a name: "data x model" ('4x2') or "replica x data x model" ('2x2x2').
-            'auto' chooses the smallest model axis with which the frozen weights leave a device
-            enough memory (`SHARE`), because a model axis communicates in every layer, a data axis
-            once per step. None takes one device or, with several processes, all devices without a
-            model axis.
-        dtype, quantize: of the frozen weights, as for `load_backbone`.
-        fsdp: whether the weights are divided over `data` too.
-        devices: for a name; None takes all devices of all processes.
+        mesh: a mesh, a name or None. A name has the sizes of the axes, data x model ('4x2') or
+            replica x data x model ('2x2x2'), or is 'auto': that chooses the smallest model axis
+            with which the frozen weights take at most the share `SHARE` of a device's memory, since
+            a model axis communicates in every layer and a data axis once per step. None uses one
+            device or, with several processes, all devices with a model axis of 1.
+        dtype, quantize: the dtype and the quantization of the frozen weights, as for
+            `load_backbone`.
+        fsdp: whether the weights are also divided over the mesh axis `data`.
+        devices: the devices for a mesh given by name; default: all devices of all processes.
 
     Raises:
-        InputError: the name is not valid, or the mesh does not divide the devices or the sizes.
+        InputError: the name is not valid, the devices cannot form the mesh, or the mesh does not
+            divide the dimensions of the network.
     """
     if mesh is None:
         local = None if processes.several() else jax.local_devices()[:1]
@@ -151,7 +153,7 @@ def parse_mesh(name: str) -> tuple[int, ...]:
     (2, 4)
 
     Raises:
-        InputError: it is not two or three positive numbers joined by "x".
+        InputError: the name is not two or three positive numbers joined by "x".
     """
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", name):
         raise InputError(
@@ -169,10 +171,10 @@ def mesh_name(mesh: Mesh) -> str:
 def check_mesh(
     config: Config, mesh: Mesh, *, fsdp: bool = False, family: Family = T5_FAMILY
 ) -> None:
-    """Raises InputError unless the mesh divides all dimensions that the family's table shards.
+    """Raises InputError unless the mesh divides all dimensions that the sharding table shards.
 
-    For T5 these are heads, mlp and vocabulary over `model`, and with `fsdp` the width over `data`.
-    Also raises it for `fsdp` without scanned layers.
+    For T5, the mesh axis `model` divides heads, mlp and vocabulary. With `fsdp`, the mesh axis
+    `data` divides the width, and the layers must be scanned.
     """
     if fsdp and not config.scan_layers:
         raise InputError(
@@ -211,9 +213,9 @@ def _indivisible(
 def fitting_shapes(
     config: Config, devices: int, fsdp: bool, *, family: Family = T5_FAMILY
 ) -> list[tuple[int, int]]:
-    """Lists the mesh shapes (data, model) of `devices` devices that `check_mesh` accepts.
+    """Lists the mesh shapes (data, model) of `devices` devices that divide all dimensions.
 
-    The one with the smallest model axis comes first.
+    They are in ascending order of the model axis.
     """
     shapes = [(devices // model, model) for model in range(1, devices + 1) if devices % model == 0]
     return [
@@ -231,16 +233,19 @@ def smallest_that_fits(
     *,
     family: Family = T5_FAMILY,
 ) -> tuple[tuple[int, ...], str]:
-    """Chooses the mesh for MESH = 'auto', see `choose_mesh`.
+    """Chooses the mesh for MESH = 'auto'; `choose_mesh` documents the rule.
 
-    Returns:
-        The sizes of the axes, and the reason as text.
+    If the memory of a device is unknown, it chooses the smallest model axis.
 
     Args:
-        weights: shapes and dtypes of the frozen weights (`quantize.weight_shapes`).
+        weights: the shapes and dtypes of the frozen weights (`quantize.weight_shapes`).
+
+    Returns:
+        The sizes of the axes, and the reason for the choice as a string.
 
     Raises:
-        InputError: no mesh divides the sizes, or the weights do not fit with any.
+        InputError: no mesh divides the dimensions of the network, or the weights are too large for
+            every mesh.
     """
     slices = count_slices(devices)
     within, kind = len(devices) // slices, devices[0].device_kind

@@ -34,14 +34,15 @@ def first() -> bool:
 def wait_for_all(what: str) -> None:
     """Waits until every process has called this function with the same label `what`.
 
-    Needed before others read what the first process wrote, and before it removes what they read.
+    Call it before other processes read what the first process wrote, and before the first process
+    removes what others read.
     """
     if several():
         multihost_utils.sync_global_devices(what)
 
 
 def stop_agreed(step: int) -> bool:
-    """Whether all processes stop after `step`, because one of them received SIGTERM.
+    """Whether all processes stop after `step` because one received SIGTERM; False with one process.
 
     JAX's preemption service catches the signal and chooses a step that no process has passed yet.
     Every process must call this after every step.
@@ -50,7 +51,10 @@ def stop_agreed(step: int) -> bool:
 
 
 def of_first(number: int) -> int:
-    """Returns the first process's `number` (int32) on all; all processes must call it together."""
+    """Returns, on every process, the `number` (int32) that the first process passed.
+
+    All processes must call it together.
+    """
     return int(multihost_utils.broadcast_one_to_all(np.int32(number))) if several() else number
 
 
@@ -78,8 +82,8 @@ def on_host(array: ArrayLike) -> np.ndarray:
 def check_shared(directory: epath.Path) -> None:
     """Raises InputError, on all processes, unless all of them see the same `directory`.
 
-    All processes must call it together. With several processes it creates the directory and, for a
-    moment, a file in it, so a dry run must not call it.
+    All processes must call it together. With several processes it creates the directory and a
+    temporary file in it, so a dry run must not call it.
     """
     if not several():
         return

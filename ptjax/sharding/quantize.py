@@ -28,8 +28,8 @@ def weight_shapes(
     Leaves out the scales of quantized kernels, which add only about 0.1% to the bytes.
 
     Args:
-        dtype: of the weights that are not quantized.
-        quantize: the dtype of quantized kernels, "int8"; None if none are quantized.
+        dtype: the dtype of the weights that are not quantized.
+        quantize: the dtype of the quantized kernels, "int8"; None if no kernels are quantized.
     """
 
     def with_dtype(path: str, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -52,8 +52,8 @@ def sharded_shapes(
 ) -> Tree:
     """The shapes, dtypes and shardings of the parameters as `load_backbone` puts them on `mesh`.
 
-    A tree of `jax.ShapeDtypeStruct`s, or of `Quantized` pairs of them; arguments as for
-    `load_backbone`.
+    Returns a tree of `jax.ShapeDtypeStruct`s; a quantized kernel is a `Quantized` of two of them.
+    The arguments are those of `load_backbone`.
     """
 
     def sharded(path: str, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct | Quantized:
@@ -93,8 +93,8 @@ def dequantize(kernel: Quantized) -> Float[Array, "*L i o"]:
 def quantize_sharded(kernel: jax.Array) -> Quantized:
     """Quantizes a kernel on a mesh, like `quantize`.
 
-    The values keep the kernel's sharding. The scales are sharded like its output channels, but
-    never over `data`.
+    The values keep the kernel's sharding. The scales are sharded like the kernel's output channels,
+    but never over the mesh axis `data`.
     """
     sharding = kernel.sharding
     assert isinstance(sharding, NamedSharding)

@@ -6,12 +6,13 @@ slices, has the same weights and other rows. Prompts and their optimizer state a
 replicated in float32, so that any host can write them. Each family of networks has its own table
 (`models.family.Family.sharding_rules`).
 
-T5's table is T5X's `standard_logical_axis_rules` for one activation dimension. `fsdp=False` is its
-parameter_partitioning_dims=1. `fsdp=True` is its 2, except that only the layers' kernels are
-divided along D (T5X also divides norm scales, embedding and logits, 2% of XXL). The table has no
-rows for activations: given a batch over `data` and these weights, the compiler chooses the layout
-of T5X's (1, ...) rules: heads, mlp and logits over `model`, the width whole. T5X's two activation
-dimensions, which divide the width of activations over `model`, are not supported.
+T5's table is T5X's `standard_logical_axis_rules` for activation_partitioning_dims=1. `fsdp=False`
+corresponds to parameter_partitioning_dims=1. `fsdp=True` corresponds to 2, except that only the
+layers' kernels are divided along D (T5X also divides norm scales, embedding and logits, 2% of XXL).
+The table has no rows for activations: if `data` divides a batch and the weights have these
+shardings, the compiler chooses the same layout as T5X: `model` divides heads, mlp and logits, and
+the width is not divided. activation_partitioning_dims=2, which divides the width of activations
+over the mesh axis `model`, is not supported.
 """
 
 from __future__ import annotations
@@ -35,17 +36,18 @@ AXES = ("replica", "data", "model")
 def check_rules(variables: Tree, rules: Rules = RULES) -> None:
     """Checks that every variable has a row in the sharding table, and that the rows are sound.
 
-    Every row must be used, and no two may conflict: two rows that match the same variable must have
-    the same spec, unless the earlier one is an exception to the later one, which then matches all
-    of its variables and more. Only rows for the collections of `variables` must be used.
+    The first row that matches a variable applies. Every row for a collection in `variables` must
+    apply to some variable. If two rows match the same variable, they must have the same spec, or
+    the earlier row must be an exception to the later one: the later row matches all variables of
+    the earlier one and more.
 
     Args:
-        variables: {"params": ...} or {"params": ..., "prompt": ...} of leaves with a shape.
+        variables: {"params": ...} or {"params": ..., "prompt": ...}, trees of leaves with a shape.
 
     Raises:
-        InputError: a variable without a row; a row that matches no variable, is never reached,
-            conflicts with another, has more axes than its variable, names an axis twice, or names
-            an unknown axis.
+        InputError: a variable has no row; or a row matches no variable, is never reached, conflicts
+            with another, has more axes than its variable, names an axis twice, or names an unknown
+            axis or collection.
     """
     shapes = {path: leaf.shape for path, leaf in flatten_paths(variables).items()}
     for path, shape in shapes.items():
@@ -92,13 +94,13 @@ def _names(axis: str | tuple[str, ...] | None) -> tuple[str, ...]:
 
 
 def spec_of(path: str, rank: int, *, fsdp: bool = False, rules: Rules = RULES) -> P:
-    """Returns the spec of the variable `path` ("params/encoder/...") with `rank` axes.
+    """Returns the `PartitionSpec` of the variable `path` ("params/encoder/...") with `rank` axes.
 
-    A stacked variable, `.../layers/...`, has an additional first axis of layers, which is never
-    divided.
+    If the variable is stacked (`.../layers/...`), its first axis is that of the layers: the table
+    has no entry for it, and it is never divided.
 
     Raises:
-        InputError: no row matches it, or its row has more axes than it.
+        InputError: no row matches the variable, or its row has more axes than the variable.
     """
     spec = next((spec for pattern, spec in rules if re.fullmatch(pattern, path)), None)
     if spec is None:
@@ -129,8 +131,8 @@ def sharding_of(
     """Returns the sharding of the variable `path` ("params/encoder/...").
 
     Raises:
-        InputError: no row matches it, or the mesh does not divide it (`meshes.check_mesh` checks a
-            whole model, and names meshes that do).
+        InputError: no row matches the variable, or the mesh does not divide its shape.
+            (`meshes.check_mesh` checks a whole model, and its message names meshes that fit.)
     """
     spec = spec_of(path, len(shape), fsdp=fsdp, rules=rules)
     for size, axis in zip(shape, tuple(spec), strict=False):
@@ -144,7 +146,7 @@ def sharding_of(
 
 
 def shardings_of(variables: Tree, mesh: Mesh, *, fsdp: bool = False, rules: Rules = RULES) -> Tree:
-    """Returns the sharding of every leaf of `variables`, as a tree; first calls `check_rules`.
+    """Calls `check_rules`, and returns the sharding of every leaf of `variables` as a tree.
 
     Raises:
         InputError: as in `check_rules` and `sharding_of`.
@@ -163,7 +165,7 @@ def bytes_per_device(
     """Computes how many bytes of `variables` one device holds.
 
     Args:
-        variables: leaves with shape and dtype.
+        variables: a tree of leaves with shape and dtype.
         sizes: the size of each axis of the mesh.
     """
     total = 0

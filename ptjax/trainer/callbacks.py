@@ -12,50 +12,52 @@ from ptjax.trainer.progress import RunProgress
 
 
 class Callback(Protocol):
-    """Is notified of the events of a run, on every process. Subclasses override what they need.
+    """Receives the events of a run, on every process. Subclasses override the methods they need.
 
-    A callback may observe and write files, but not change the run. An exception ends the run.
+    A callback may observe the run and write files, but must not change the run. If a callback
+    raises an exception, the run ends.
     """
 
     def on_start(self, model_dir: epath.Path, step: int) -> None:
-        """Called before the first step of this process; `step` is 0, or where the run resumes."""
+        """Called before the first step; `step` is 0, or the step at which the run resumes."""
 
     def on_step(self, step: int) -> None:
-        """Called when a step was dispatched to the devices; it may not be computed yet."""
+        """Called after a step was dispatched to the devices, which may still be computing it."""
 
     def on_log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Called every `TrainSchedule.log_period` steps, with averages since the last call.
+        """Called every `TrainSchedule.log_period` steps and at the last step.
 
         Args:
-            metrics: the loss, gradient norm, learning rate and speed, by the names that they have
-                in `metrics.jsonl`.
+            metrics: the mean loss and gradient norm since the last call, the learning rate, and
+                the examples per second, under the names that `metrics.jsonl` uses.
         """
 
     def on_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Called after each evaluation on the validation split.
 
         Args:
-            metrics: the scores, by the names that they have in `metrics.jsonl`.
+            metrics: the scores and the duration, under the names that `metrics.jsonl` uses.
         """
 
     def on_end(self, step: int) -> None:
         """Called when the run has finished, failed or been stopped: close what `on_start` opened.
 
-        It is called only if `on_start` of this callback returned.
+        It is not called if this callback's `on_start` raised an exception.
         """
 
 
 class CallbackList:
-    """Notifies several callbacks, in their order."""
+    """Forwards the events of a run to several callbacks, in the given order."""
 
     def __init__(self, callbacks: Sequence[Callback]) -> None:
         self._callbacks = list(callbacks)
 
     @contextlib.contextmanager
     def started(self, model_dir: epath.Path, progress: RunProgress) -> Iterator[None]:
-        """Calls `on_start` now and `on_end` when the context ends, also with an exception.
+        """A context manager: calls `on_start` on entry and `on_end` on exit, in reverse order.
 
-        If an `on_start` raises, the callbacks before it are ended and those after it not started.
+        `on_end` is also called if the body raises. If one callback's `on_start` raises, `on_end` is
+        called for the callbacks already started, and the remaining callbacks are not started.
         """
         with contextlib.ExitStack() as ends:
             for callback in self._callbacks:

@@ -69,13 +69,13 @@ class Checkpoints:
 
     @property
     def latest(self) -> int | None:
-        """The step of the newest complete checkpoint; None without any."""
+        """The step of the newest complete checkpoint, or None."""
         newest = self._orbax and self._orbax.latest
         return newest.step if newest else None
 
     @property
     def steps(self) -> list[int]:
-        """The steps of all checkpoints, the newest first, including those that are damaged."""
+        """The steps of all checkpoints, newest first, damaged ones included."""
         steps = (
             {checkpoint.step for checkpoint in self._orbax.checkpoints} if self._orbax else set()
         )
@@ -85,7 +85,7 @@ class Checkpoints:
         return sorted(steps, reverse=True)
 
     def check_identity(self, identity: JsonObject) -> None:
-        """Raises InputError if the checkpoints are those of another run; see `check_same`.
+        """Raises InputError if the checkpoints belong to another run; see `check_same`.
 
         Only warns if the versions of ptjax or of its libraries differ.
         """
@@ -112,12 +112,13 @@ class Checkpoints:
     def restore(
         self, like: Callable[[JsonObject], TrainState]
     ) -> tuple[TrainState, JsonObject] | None:
-        """Reads (state, progress) of the newest intact checkpoint; None without any checkpoint.
+        """Reads (state, progress) of the newest intact checkpoint; None if no checkpoint exists.
 
-        Removes newer, damaged checkpoints and warns of each. All processes call it together.
+        Removes the damaged checkpoints that are newer, with a warning for each. All processes must
+        call it together.
 
         Args:
-            like: maps a saved progress to a state with the shapes and shardings to restore to.
+            like: maps the saved progress to a state whose shapes and shardings the result has.
 
         Raises:
             InputError: there are checkpoints, but all are damaged.
@@ -152,7 +153,7 @@ class Checkpoints:
         progress: JsonObject,
         identity: JsonObject,
     ) -> None:
-        """Starts to write a checkpoint in the background; `wait` waits until it is committed."""
+        """Starts writing a checkpoint in the background; `wait` blocks until it is committed."""
         # The next step donates the state, and on CPU Orbax may still be reading its buffers.
         state = jax.tree.map(jnp.copy, state)
         sums = sum_arrays(state)
@@ -173,7 +174,7 @@ class Checkpoints:
             self._orbax.close()
 
     def newest_progress(self) -> JsonObject | None:
-        """The progress in the newest checkpoint whose JSON is intact; None without checkpoints."""
+        """The progress in the newest checkpoint with intact JSON; None without checkpoints."""
         newest = self._newest_json()
         return None if newest is None else newest[0]
 

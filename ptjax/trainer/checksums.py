@@ -32,8 +32,8 @@ def hash_json(progress: JsonObject, identity: JsonObject, sums: Sums) -> str:
 def sum_arrays(state: TrainState) -> Sums:
     """Computes two checksums over the bits of every array, on the devices.
 
-    They differ if any single element differs, or if elements are at other positions. All processes
-    must call it together.
+    A change of any single element changes them. Swapping two elements usually does, but swapping x
+    and -x in float32 does not. All processes must call it together.
     """
     sums = jax.device_get(_sum_bits(jax.tree.leaves(state)))
     return np.asarray(sums).tolist()
@@ -60,14 +60,14 @@ def _sum_array(array: jax.Array) -> jax.Array:
 
 
 def find_damage(folder: epath.Path, *, remote: bool) -> str:
-    """Reads the files of the arrays in `folder`; returns what is damaged, "" if nothing is.
+    """Verifies the files of the arrays in `folder`; returns a description of damage, "" if none.
 
-    It reads the first `READ_TWICE` bytes or a little more, and only files in Orbax's format OCDBT;
-    Orbax itself reports other damage. It comes first because half-read arrays that Orbax abandons
-    print tracebacks, some of them long after.
+    Call it before Orbax reads the same files: when Orbax gives up on a damaged array, its pending
+    reads print tracebacks, some of them much later. Only files in Orbax's format OCDBT are
+    verified, and only about the first `READ_TWICE` bytes; Orbax itself reports other damage.
 
     Args:
-        folder: the item `state` of a checkpoint.
+        folder: the folder `state` in a checkpoint.
         remote: whether `folder` is a URL, such as gs://...
     """
     import tensorstore as ts

@@ -60,7 +60,8 @@ class Display(Callback):
         """Stops the bar and closes TensorBoard's file.
 
         Raises:
-            OSError: the file cannot be written; not raised while another exception is handled.
+            OSError: the file cannot be written. Not raised while another exception is being
+                handled.
         """
         failing = sys.exc_info()[0] is not None
         if self._bar:

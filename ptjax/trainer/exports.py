@@ -1,4 +1,4 @@
-"""Exports: the prompts or models that a run writes to MODEL_DIR, by step, and the best of them."""
+"""Exports: the prompts or models that a run writes to MODEL_DIR, one per evaluation."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Exports:
     Only the first process calls the methods that remove, restore or copy files.
 
     Attributes:
-        directory: contains the exports; such as `ModelDir.prompts()`.
-        suffix: of an export's name; "" if an export is a folder.
+        directory: the folder that contains the exports, such as `ModelDir.prompts()`.
+        suffix: the file name extension of an export; "" if an export is a folder.
         write: `(path, trainable, metadata)` writes an export atomically. All processes call it
             together; the first one writes.
-        read: `(path)` returns the metadata of an export, {} if its kind has none. It raises an
+        read: `(path)` returns the metadata of an export, {} if its format has none. It raises an
             `InputError` if the export is missing or damaged.
     """
 
@@ -42,7 +42,7 @@ class Exports:
     def prune(self, keep: set[int | None], *, newer_than: int | None = None) -> None:
         """Removes exports: of steps after `newer_than` if it is set, else of steps not in `keep`.
 
-        The copy of the best one stays.
+        The copy of the best export is not removed.
         """
         for step in self.steps():
             ahead = newer_than is not None and step > newer_than
@@ -63,10 +63,12 @@ class Exports:
         return None
 
     def recover(self, step: int) -> str | None:
-        """Restores a missing or damaged export from the copy of the best one, if it has that step.
+        """If the export of `step` is missing or damaged, restores it from the copy of the best one.
+
+        That is only possible if the best export is the one of `step`.
 
         Returns:
-            why the export still cannot be read; None if it can be read now.
+            why the export still cannot be read; None if it can be read.
         """
         problem, best = self.problem(step), self.path(BEST)
         if problem is None or self.problem(BEST) or self.read(best).get("step") != step:
@@ -76,7 +78,7 @@ class Exports:
         return None
 
     def remove_leftovers(self) -> None:
-        """Removes half-written files of a killed run from the folder and from exports in it."""
+        """Removes half-written files of a killed run from `directory` and the exports in it."""
         files.remove_leftovers(self.directory)
         for folder in self.directory.iterdir() if self.directory.exists() else ():
             if folder.is_dir() and not self.suffix:  # it is an export
@@ -94,5 +96,5 @@ class Exports:
             files.write_bytes(target / path.name, path.read_bytes())
 
     def steps(self) -> list[int]:
-        """The steps of the existing exports, ascending; without the copy of the best one."""
+        """The steps of the existing exports, ascending. The copy of the best one is ignored."""
         return steps_in(self.directory, self.suffix)

@@ -1,4 +1,4 @@
-"""Failed members: a run stops those whose values are no longer finite."""
+"""Failures: stops the members of a run whose values are no longer finite."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ class Failures:
     The other members continue. When every member has failed, the run ends with a `TrainingError`.
 
     Args:
-        check_weights: called first at each failure; raises an `InputError` if a weight of the
-            backbone is itself not finite.
+        check_weights: called when a member fails, before anything else; raises an `InputError` if
+            a weight of the backbone is itself not finite.
     """
 
     def __init__(self, members: Members, check_weights: Callable[[], None]) -> None:
         self._members, self._check_weights = members, check_weights
 
     def report(self, member_id: int, what: str, *, updated: bool = True) -> None:
-        """Marks a member as failed and logs a warning; it is no longer trained.
+        """Marks a member as failed and logs a warning; the member is no longer trained.
 
         Args:
-            what: the value that is not finite, as the message names it.
-            updated: whether the variables had been updated before; the message's advice depends
-                on it.
+            what: a description of the value that is not finite, for the message.
+            updated: whether the trainable variables were updated before the value was computed. If
+                not, the message rules out the learning rate as the cause.
 
         Raises:
-            InputError: a weight of the backbone is not finite and so the cause.
-            TrainingError: every member has failed now.
+            InputError: the cause is a weight of the backbone that is not finite.
+            TrainingError: this was the last member that had not failed.
         """
         self._check_weights()
         progress, name = self._members.progress, self._members[member_id].name
@@ -56,7 +56,7 @@ class Failures:
     def check_trainable(self, state: TrainState) -> None:
         """Calls `report` for each running member with a variable that is not finite.
 
-        The last update may have caused it: the losses so far were computed before that update.
+        Checking losses is not enough: no loss has been computed since the last update.
         """
         for member_id, trainable in self._members.running(state):
             for path, array in flatten_paths(trainable).items():

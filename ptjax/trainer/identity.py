@@ -84,8 +84,8 @@ def make_identity(
     Args:
         function: `tune` or `pretrain`.
         arguments: the values of its arguments by name, defaults included.
-        data: the data that the run reads, by a name for error messages. Each value maps names to
-            digests and counts.
+        data: what the run reads. Each key describes a source of data in error messages; its value
+            maps names to digests and counts.
     """
     kind = function.__name__
     settings = {
@@ -102,12 +102,13 @@ def make_identity(
 
 
 def describe(value: object, *, whole: bool = False) -> Any:
-    """Returns a setting as plain JSON values, which are the same in every process and every start.
+    """Converts a setting to plain JSON values that are the same in every process and every run.
 
-    A dataclass becomes its class ("is") and its fields, without those in `FREE`. If the value of a
-    field does not identify its content (a path, a schedule), the class has a method `identity` that
-    returns replacements for such fields. A tokenizer becomes its fingerprint, an array the hash of
-    its bytes, a function or any other object its qualified name and the plain values in it.
+    A dataclass becomes a dict with its class name under "is" and its fields, except those in
+    `FREE`. If a field's value does not identify its content (a path, a schedule), the method
+    `identity` of the dataclass returns replacements for such fields. A tokenizer becomes its
+    fingerprint, an array its digest. A function or any other object becomes its qualified name,
+    with the numbers, strings and lists that its closure or its public attributes hold.
 
     Args:
         whole: include the fields in `FREE`, and do not call `identity`.
@@ -195,7 +196,7 @@ def digest_array(values: object) -> str:
 
 
 def digest_texts(texts: Iterable[str]) -> str:
-    """Returns "sha256:..." over texts and their boundaries."""
+    """Returns "sha256:..." over a sequence of strings and their lengths."""
     digest = hashlib.sha256()
     for text in texts:
         encoded = text.encode("utf-8", "surrogatepass")
@@ -204,7 +205,7 @@ def digest_texts(texts: Iterable[str]) -> str:
 
 
 def versions() -> dict[str, str]:
-    """The versions of ptjax, Python and the libraries. A resumed run may change them: it warns."""
+    """The versions of ptjax, Python and the libraries. A run may resume under others: it warns."""
     ours = {"ptjax": __version__, "Python": platform.python_version()}
     return ours | {package: importlib.metadata.version(package) for package in _PACKAGES}
 
@@ -223,10 +224,10 @@ def changed_versions(saved: Metadata, now: Metadata) -> str:
 
 
 def check_same(saved: Metadata, now: Metadata, model_dir: str) -> None:
-    """Raises InputError if the run in `model_dir` is another one than this.
+    """Raises InputError unless the run in `model_dir` has the same identity as this run.
 
-    The message names the first setting that differs, or else the data, with both values. Versions
-    are not compared.
+    The message gives both values of the first setting that differs or, if the settings agree, of
+    the data. Versions are not compared.
 
     Args:
         saved: the identity of the run in `model_dir`.

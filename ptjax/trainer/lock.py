@@ -71,18 +71,21 @@ class Holder:
 
     @classmethod
     def here(cls) -> Holder:
-        """Describes this process, with a new token."""
+        """Describes the current process, with a new token."""
         pid = os.getpid()
         return cls(socket.gethostname(), pid, _started(pid), _machine(), secrets.token_hex(16))
 
     @property
     def is_here(self) -> bool:
-        """Whether the process belongs to this machine: the same boot and process namespace."""
+        """Whether the holder is in this machine's current boot and process namespace."""
         return (self.host, self.machine) == (socket.gethostname(), _machine())
 
     @property
     def is_alive(self) -> bool:
-        """Whether the process (not a later one with its pid) runs; valid only if `is_here`."""
+        """Whether the process still runs; only meaningful if `is_here`.
+
+        Without /proc, a later process with the same pid cannot be told from it.
+        """
         if self.started is not None:
             return _started(self.pid) == self.started
         try:
@@ -98,7 +101,7 @@ class Holder:
 
 
 class Lock:
-    """The lock of one MODEL_DIR, held or not. Only the first process takes it; see `hold`."""
+    """The lock of one MODEL_DIR, taken by the first process only. `hold` is its interface."""
 
     def __init__(self, model_dir: epath.Path) -> None:
         self.model_dir, self.holder = model_dir, Holder.here()
@@ -115,7 +118,7 @@ class Lock:
     def try_once(self) -> bool:
         """Takes the lock if it is free or its holder is dead; returns whether it took it.
 
-        False means to call it again later: it is not certain yet that the holder is dead.
+        False means that the holder may be dead, but it is not certain yet: call it again later.
 
         Raises:
             InputError: a running process holds it.
@@ -146,10 +149,10 @@ class Lock:
     def check(self) -> None:
         """Checks that this run still holds the lock. Call it before writing to MODEL_DIR.
 
-        It does no I/O unless the last heartbeat is overdue (the process was paused): it sends one.
+        It does no I/O, except when a heartbeat is overdue (the process was paused): it sends one.
 
         Raises:
-            TrainingError: another run took over the lock, or it cannot be renewed.
+            TrainingError: another run has the lock, or renewing it failed for `SILENCE` seconds.
         """
         if self._generation is None:
             return
@@ -167,7 +170,7 @@ class Lock:
             raise TrainingError(self._lost)
 
     def release(self) -> None:
-        """Removes the lock if this run still holds it, and folders that it made if empty."""
+        """Removes the lock if this run still holds it, and then empty folders that it created."""
         self._ended.set()
         if self._thread is not None:
             self._thread.join()
@@ -284,10 +287,10 @@ class Lock:
 
 @contextlib.contextmanager
 def hold(model_dir: epath.Path, *, needed: bool = True) -> Iterator[Lock | None]:
-    """Takes MODEL_DIR's lock, yields it, and releases it at the end.
+    """A context manager that holds MODEL_DIR's lock: takes it, yields it, and releases it.
 
-    Everything that changes MODEL_DIR runs inside. All processes call it together. If the holder may
-    be dead, it waits up to `SILENCE` seconds to be certain.
+    Everything that changes MODEL_DIR runs inside. All processes must call it together. If another
+    run holds the lock but may be dead, it waits up to `SILENCE` seconds to be certain.
 
     Args:
         needed: False (a dry run) takes no lock and yields None.

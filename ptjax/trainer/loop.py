@@ -93,16 +93,19 @@ class TrainingLoop:
         *,
         dry_run: bool = False,
     ) -> TrainState:
-        """Trains to the end (or until patience runs out); returns the last state.
+        """Trains until the last step, or until every member has stopped; returns the last state.
 
         Args:
-            state: the state of step 0, whose arrays it takes over; do not use them afterwards.
-            dry_run: compile the steps and return `state`.
+            state: the state of step 0. Its arrays are donated: do not use them afterwards.
+            frozen: the frozen variables.
+            train_step: the train step, not compiled.
+            dry_run: only compile the step for every batch shape, and return `state`.
 
         Raises:
-            InputError: a loss is not finite because a weight of the backbone is not; it is named.
-            TrainingError: a loss is not finite (in a sweep: every member's), or another run took
-                over MODEL_DIR's lock.
+            InputError: a weight of the backbone is not finite (the message names it), or the
+                checkpoints or exports to resume from are damaged.
+            TrainingError: a loss, score or trained variable is not finite (in a sweep: of every
+                member), or MODEL_DIR's lock was lost.
             SystemExit: after SIGTERM (143) or Ctrl-C (130), when a checkpoint has been saved.
         """
 

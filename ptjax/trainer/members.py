@@ -22,10 +22,11 @@ class Member:
     """One member of a run; an ordinary run has a single one, whose name is "".
 
     Attributes:
-        rate_at: maps a step to the learning rate: for the log and, in a sweep, for the train step.
-        evaluate: maps the trainable variables to metrics by name; None: nothing is evaluated, and
-            the newest export is the best.
-        metric: the name of the metric that selects the best export, the one where it is highest.
+        rate_at: maps a step to the learning rate, for the log. In a sweep it is also an input of
+            the train step.
+        evaluate: maps the trainable variables to metrics by name. None means no evaluation: the
+            newest export counts as the best.
+        metric: the name of the metric by which the best export is selected (the highest value).
     """
 
     batches: Batches
@@ -39,10 +40,9 @@ class Member:
 class Members:
     """All members of a run, with their progress.
 
-    In a sweep every array of the train state has a leading axis, with a place for each member that
-    the state holds (`progress.member_ids`). An ordinary run has no such axis.
-
-    A member's id is its index in the run.
+    A member's id is its index in the run. In a sweep every array of the train state has a leading
+    axis over members. `progress.member_ids` lists the ids along this axis, and a member's position
+    on it is called its place. An ordinary run has no such axis.
     """
 
     def __init__(self, members: Sequence[Member]) -> None:
@@ -57,12 +57,12 @@ class Members:
         return self._members[member_id]
 
     def batches(self) -> Batches:
-        """The training batches of the members in the train state; in a sweep, one for each."""
+        """The training batches of the members in the train state, in a sweep stacked over them."""
         batches = [self[member_id].batches for member_id in self.progress.member_ids]
         return SweepBatches(batches) if self.is_sweep else batches[0]
 
     def sweep_inputs(self) -> tuple[np.ndarray, ...]:
-        """The arguments that the train step of a sweep has in addition; () in an ordinary run.
+        """The additional arguments of a sweep's train step; () in an ordinary run.
 
         Returns:
             (active, learning_rate) of the members in the train state: bool [members] (False for
@@ -88,9 +88,9 @@ class Members:
         ]
 
     def reduce(self, state: TrainState, places: Sequence[int]) -> TrainState:
-        """The part of `state` that belongs to the members at `places`, in that order.
+        """Selects the part of `state` that belongs to the members at `places`, in that order.
 
-        If there are as many `places` as members in the run, it is `state` itself.
+        Returns `state` itself if `places` has one entry for every member of the run.
         """
         if len(places) == len(self._members):
             return state
@@ -98,11 +98,12 @@ class Members:
         return jax.tree.map(lambda x: jax.device_put(x[index], x.sharding), state)
 
     def shrink(self, state: TrainState) -> TrainState:
-        """Drops stopped members from the train state, once half of its places are idle.
+        """Drops stopped members from the train state if at most half of its members still train.
 
-        The number of places is only ever halved, as often as possible: the steps are compiled again
-        for each size. Stopped members fill places that are left over. Updates
-        `progress.member_ids`. Returns `state` itself if it keeps its size.
+        Halves the number of places as long as the running members fit. Only halving limits how
+        often the steps are recompiled, since each size needs its own programs. If more places
+        remain than members train, stopped members keep the others. Updates `progress.member_ids`.
+        Returns `state` itself if its size does not change.
         """
         progress, running = self.progress, self.progress.running
         count = size = len(progress.member_ids)
@@ -133,9 +134,12 @@ class Members:
         member.exports.write(member.exports.path(step), trainable, metadata)
 
     def merge(self, metrics: Mapping[int, Mapping[str, float]]) -> dict[str, float]:
-        """Merges metrics by member id into one row: "NAME" is the mean over the members.
+        """Merges the members' metrics into one row of the log: "NAME" is the mean over members.
 
-        In a sweep, "NAME/MEMBER" is the member's own value.
+        In a sweep the row also has each member's own value, as "NAME/MEMBER".
+
+        Args:
+            metrics: maps member ids to metrics by name.
         """
         names = dict.fromkeys(name for values in metrics.values() for name in values)
         row = {

@@ -16,7 +16,7 @@ from ptjax.trainer.callbacks import Callback
 
 
 class MetricsLog(Callback):
-    """Writes `metrics.jsonl`, on the first process: every row is the metrics and their "step"."""
+    """Writes `metrics.jsonl`, on the first process: each row has "step" and the metrics."""
 
     def __init__(self) -> None:
         self._path = epath.Path()

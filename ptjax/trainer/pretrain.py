@@ -73,11 +73,11 @@ def pretrain(
         model_dir: MODEL_DIR, the folder of the run; a second call with it resumes the run.
         text: plain, unlabelled text, for components that need it (such as `SpanCorruption`).
         tokenizer: the path of a tokenizer; default: the backbone's own.
-        callbacks: notified of events, see `ptjax.trainer.callbacks.Callback`.
-        dry_run: compile, report, and stop before the first step.
+        callbacks, dry_run: as for `ptjax.tune`.
 
     Raises:
-        InputError: the tokenizer is missing, or a component needs `text` and it is not set.
+        InputError: the tokenizer or a needed `text` is missing, or as for `ptjax.tune`.
+        TrainingError, SystemExit: as for `ptjax.tune`.
     """
     given = dict(locals())
     check_path("MODEL_DIR", model_dir)

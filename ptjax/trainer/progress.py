@@ -15,15 +15,15 @@ class MemberProgress:
     """How far one member of a run has got.
 
     Attributes:
-        best_value: the highest value of the metric that selects; None without an evaluation.
+        best_value: the highest value so far of the metric that selects; None if not evaluated.
         best_step: the step of the best export; None before the first one.
         without_gain: the number of evaluations since the best one.
         stopped: it no longer trains, because it failed or ran out of patience.
         failed: its loss, its variables or its score were not finite.
         loss_sum, norm_sum: sums of its loss and gradient norm over the steps since the last logged
             one.
-        best_before: `best_step` before the last evaluation, to which the second newest checkpoint
-            refers.
+        best_before: `best_step` before the last export. The second newest checkpoint may still
+            refer to it.
     """
 
     best_value: float | None = None
@@ -41,11 +41,11 @@ class RunProgress:
     """How far a run has got.
 
     Attributes:
-        members: the progress of each member, by its id.
-        member_ids: the ids of the members in the train state, in its order.
+        members: the progress of every member; a member's id is its index.
+        member_ids: the ids of the members in the train state, in the order of its leading axis.
         step: the number of steps done.
         steps_summed: the number of steps since the last logged one.
-        seconds: the time that all starts of the run took together, up to the checkpoint.
+        seconds: the duration of the run so far, summed over all its restarts.
     """
 
     members: list[MemberProgress]

@@ -17,9 +17,9 @@ from ptjax.trees import Tree
 
 
 class Scores:
-    """Scores the variables and baselines of a task for `results.json`.
+    """Scores tuned variables and the baselines on one task, for `results.json`.
 
-    All scores are on the test split or, if the task has none, on the split that selects.
+    All scores are on the test split or, if the task has none, on the split that selects exports.
     """
 
     def __init__(self, backbone: Backbone, settings: RunSettings, data: TaskData) -> None:
@@ -34,12 +34,12 @@ class Scores:
         return self.evaluator(self.backbone.variables, self.split, rewording)
 
     def tuned(self, best: Tree, before: Tree, seed: int) -> JsonObject:
-        """Scores a member; returns its part of `results.json`, the baselines included.
+        """Scores a member and its baselines; returns the member's part of `results.json`.
 
         Args:
-            best: the backbone's variables, with the trained ones of the best export.
-            before: the backbone's variables, with the member's own as they were at step 0.
-            seed: the member's seed, which is only recorded.
+            best: the backbone's variables with those of the member's best export.
+            before: the backbone's variables with the member's initial ones, as at step 0.
+            seed: the member's seed; it is recorded and has no other effect.
         """
         task, hard_prompts = self.evaluator.task, self.settings.evaluation.hard_prompts
         before_value = self.evaluator(before, self.split)[self.metric]
@@ -65,7 +65,8 @@ class Scores:
 def describe_run(backbone: Backbone, settings: RunSettings, seconds: float) -> JsonObject:
     """The part of `results.json` that records how the scores were obtained.
 
-    These are the settings, the backbone, the duration in seconds and the library versions.
+    It has the settings, the backbone and its fingerprint, the duration in seconds, and the versions
+    of the libraries.
     """
     return {
         "settings": describe(settings, whole=True),
@@ -77,12 +78,12 @@ def describe_run(backbone: Backbone, settings: RunSettings, seconds: float) -> J
 
 
 def of_sweep(members: Mapping[str, JsonObject], run: TrainingLoop) -> JsonObject:
-    """The results of a sweep: each member's, their average, the best member, and failed members.
+    """The results of a sweep: of each member, their average, the best member and failed members.
 
-    The best member is selected on the validation split, not on the test split.
+    The best member is selected by its validation score, not by its test score.
 
     Args:
-        members: by name, the results (`Scores.tuned`) of the members that have an export.
+        members: maps the name of each member with an export to its results (`Scores.tuned`).
         run: the finished run.
     """
     progress = dict(zip((m.name for m in run.members), run.progress.members, strict=True))

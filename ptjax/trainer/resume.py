@@ -1,4 +1,4 @@
-"""Resumes a run from its newest intact checkpoint, with the files that belong to it."""
+"""Resumes a run from its newest intact checkpoint and the exports that belong to it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ptjax.training.step import TrainState
 
 
 def remove_leftovers(model_dir: epath.Path, members: Members) -> None:
-    """Removes the half-written files that a killed run left in MODEL_DIR and its members' exports.
+    """Removes half-written files that a killed run left in MODEL_DIR or in its members' exports.
 
     Call it only while holding MODEL_DIR's lock.
     """
@@ -30,15 +30,16 @@ def resume(
 ) -> TrainState:
     """Returns the state to start from, and makes MODEL_DIR and `members.progress` agree with it.
 
-    With a checkpoint: restores the newest intact one and the best exports that belong to it, and
-    removes later exports. Without one: returns `state` and removes all exports by step. All
-    processes call it together, while the first one holds MODEL_DIR's lock.
+    If there is a checkpoint, it restores the newest intact one and its best exports, and removes
+    exports of later steps. Otherwise it returns `state` and removes the exports of all steps. All
+    processes must call it together, while the first one holds MODEL_DIR's lock.
 
     Args:
         state: the state of step 0.
 
     Raises:
-        InputError: every checkpoint is damaged, or a best export is and cannot be restored.
+        InputError: every checkpoint is damaged, or a best export is missing or damaged and cannot
+            be restored.
     """
     remove_leftovers(model_dir, members)
     restored = checkpoints.restore(

@@ -1,4 +1,4 @@
-"""Evaluates and exports every member of a run, and keeps its best export."""
+"""Evaluates and exports every member of a run, and keeps each member's best export."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class Selection:
         self._patience, self._keep = patience, keep
 
     def evaluate(self, state: TrainState) -> Scores:
-        """Evaluates every running member; leaves out those with nothing to evaluate.
+        """Evaluates every running member whose `Member.evaluate` is set.
 
-        A member whose scores are not finite is left out too, and stopped (see `Failures.report`).
+        A member whose scores are not finite is stopped (see `Failures.report`) and left out.
         """
         scores = {}
         for member_id, trainable in self._members.running(state):
@@ -47,10 +47,13 @@ class Selection:
     def export(self, state: TrainState, scores: Scores) -> dict[int, set[int | None]]:
         """Exports every running member, and updates its best export and its progress.
 
-        A member whose patience has run out is stopped. All processes call it together.
+        A member whose patience has run out is stopped. All processes must call it together.
+
+        Args:
+            scores: the result of `evaluate`.
 
         Returns:
-            the steps whose exports must stay, by member id (for `prune`).
+            by member id, the steps whose exports must not be removed: the argument of `prune`.
         """
         progress, keep = self._members.progress, {}
         for member_id, trainable in self._members.running(state):
@@ -80,18 +83,18 @@ class Selection:
             own.stopped = self._patience is not None and own.without_gain >= self._patience
 
     def prune(self, keep: Mapping[int, set[int | None]]) -> None:
-        """Removes the exports of the members in `keep`, except those of its steps.
+        """Removes exports of each member in `keep`, except those of the member's steps in `keep`.
 
-        Call it only when no checkpoint refers to the others any more.
+        Call it only when no checkpoint refers to the removed exports any more.
         """
         if processes.first():
             for member_id, steps in keep.items():
                 self._members[member_id].exports.prune(steps)
 
     def prune_all(self) -> None:
-        """Removes exports of a run that has finished, except the best and the most recent ones.
+        """Removes exports of a finished run, except the best and the most recent of each member.
 
-        The former best, to which the second newest checkpoint may refer, is kept too.
+        The previous best is also kept: the second newest checkpoint may refer to it.
         """
         keep = {}
         for member_id, member in enumerate(self._members.progress.members):

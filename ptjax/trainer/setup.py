@@ -36,8 +36,8 @@ class MemberSetup:
 
     Attributes:
         seed: the member's own seed.
-        variables: the backbone's variables, with those that the method adds (such as a prompt).
-        trainable, frozen: the halves of `variables` according to `freeze`.
+        variables: the backbone's variables and those that the method adds, such as a prompt.
+        trainable, frozen: the two parts of `variables` according to `freeze`.
         rms: the RMS of the backbone's embedding, to which learning rates may be relative.
     """
 
@@ -58,13 +58,13 @@ def set_up_members(
     settings: RunSettings,
     members: Mapping[str, MemberOverrides],
 ) -> list[MemberSetup]:
-    """Loads the data and makes the initial variables of each member, in their order.
+    """Loads the data and makes the initial variables of each member, in the given order.
 
     Members with equal tasks share one `TaskData`.
 
     Args:
-        task: the task of members that override nothing.
-        members: by name; an ordinary run has a single one, named "".
+        task: the task of members that do not override it.
+        members: the overrides of each member by name; an ordinary run has one member, named "".
 
     Raises:
         InputError: the backbone has no tokenizer, or the data or settings cannot be used.
@@ -167,6 +167,6 @@ def _make_exports(
 
 
 def load_best(setup: MemberSetup, settings: RunSettings) -> Tree:
-    """The backbone's variables, with those of the member's best export read from its file."""
+    """The backbone's variables with those of the member's best export, read from its file."""
     path, backbone = setup.member.exports.path(BEST), setup.data.evaluator.backbone
     return backbone.variables | settings.method.load(path, backbone)

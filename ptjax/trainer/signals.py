@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C end a run after the current step."""
+"""Ends a run after the current step when SIGTERM or Ctrl-C arrives."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from ptjax.sharding import processes
 
 @dataclasses.dataclass
 class Stop:
-    """Whether a signal asks the run to stop early.
+    """Tells whether a signal asks the run to stop early.
 
     Attributes:
-        caught: the number of the signal that this process received; None if none yet.
+        caught: the number of the signal that the handler of `caught()` received; None if none yet.
     """
 
     caught: int | None = None
@@ -41,9 +41,11 @@ class Stop:
 
 @contextmanager
 def caught() -> Iterator[Stop]:
-    """Catches SIGTERM and Ctrl-C: the first one only sets `Stop.caught`, a second one ends Python.
+    """A context manager that catches SIGTERM and Ctrl-C, and yields the `Stop` that they set.
 
-    Outside of the main thread it does nothing. At the end it restores the previous handlers.
+    The first signal only sets `Stop.caught`, a second one of the same kind ends Python. With
+    several processes JAX catches SIGTERM instead (see `processes.stop_agreed`). Outside of the main
+    thread no signal is caught. The previous handlers are restored at the end.
     """
     stop = Stop()
 

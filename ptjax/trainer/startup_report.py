@@ -1,4 +1,4 @@
-"""Logs sizes, learning rate and number of steps before the first step, and warns of mistakes."""
+"""Logs sizes and the learning rate before the first step, and warns of likely mistakes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ptjax.trees import Tree
 def report_sizes(
     method: Method, backbone: Backbone, trainable: Tree, opt_state: Tree, frozen: Tree
 ) -> None:
-    """Logs the number of trained and frozen parameters, and the sizes of state and checkpoint."""
+    """Logs the number of trained and frozen parameters, and the bytes of state and checkpoint."""
     (trained, trained_bytes), (kept, kept_bytes) = (
         freezing.sizes(trainable),
         freezing.sizes(frozen),
@@ -42,8 +42,8 @@ def report_sizes(
 def report_steps(train_steps: int, backbone: Backbone) -> None:
     """Warns if `train_steps` seems to include the steps of the backbone's T5X checkpoint.
 
-    T5X continues to count from a checkpoint's step, ptjax starts from 0. The checkpoint's step is
-    the number in the backbone's name: `checkpoint_1100000`.
+    T5X counts on from the step of the checkpoint, ptjax counts from 0. The checkpoint's step is
+    read from the backbone's name, such as `checkpoint_1100000`.
     """
     checkpoint = re.search(r"checkpoint_(\d+)/*$", backbone.name)
     before = int(checkpoint[1]) if checkpoint else 0

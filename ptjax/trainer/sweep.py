@@ -32,7 +32,7 @@ class MemberOverrides:
         check_at_least(0, "MemberOverrides", seed=self.seed, learning_rate=self.learning_rate)
 
     def apply(self, settings: RunSettings) -> RunSettings:
-        """The run's `settings` with these overrides, except the task, which is not part of them."""
+        """Returns the run's `settings` with these overrides; `task` is not a part of them."""
         method, optimizer, seed = settings.method, settings.optimizer, settings.seed
         if self.initializer is not None:
             method = _with_initializer(method, self.initializer)
@@ -61,14 +61,14 @@ def sweep(
 ) -> dict[str, MemberOverrides]:
     """Makes one member per combination of the arguments, for `ptjax.tune(members=...)`.
 
-    A member is named after its combination, such as "sst2_seed1_rate0.3". An argument that is
-    empty is not varied.
+    A member is named after its combination, such as "sst2_seed1_rate0.3". If an argument is empty,
+    all members keep the run's value.
 
     Args:
         initializers: the initialisers by name; the names become part of the members' names.
 
     Raises:
-        InputError: every argument is empty, or one has a value twice.
+        InputError: every argument is empty, or one contains the same value twice.
     """
     choices = {
         "task": {task.name: task for task in tasks},
@@ -98,7 +98,7 @@ def check_members(members: Mapping[str, MemberOverrides], settings: RunSettings)
     """Raises InputError if the method does not support sweeps, or a name cannot name a folder.
 
     Args:
-        members: by name; empty: the run is not a sweep.
+        members: the overrides of each member by name; empty if the run is not a sweep.
     """
     if members and not settings.method.supports_sweep:
         raise InputError(

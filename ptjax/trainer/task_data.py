@@ -27,7 +27,7 @@ from ptjax.trainer.identity import digest_texts
 
 
 class TaskData:
-    """A task with its examples, loaded at once. The members of a sweep with this task share it.
+    """A task with its examples, loaded on construction; shared by members with equal tasks.
 
     Attributes:
         train: the examples of the split "train".
@@ -40,7 +40,7 @@ class TaskData:
         self.train = task.load("train")
 
     def describe(self) -> dict[str, JsonObject]:
-        """Digests and counts of each split, for the argument `data` of `make_identity`."""
+        """Digests and counts of each split, as `make_identity` takes them for `data`."""
         evaluator = self.evaluator
         splits = {
             split: evaluator.examples(split)
@@ -59,10 +59,10 @@ class TaskData:
 
     @functools.cached_property
     def source(self) -> TokenizedExamples:
-        """The tokenised training examples; logs their sizes.
+        """The tokenised training examples. Logs their number and warns of truncated or lost text.
 
         Raises:
-            InputError: nearly all inputs or targets are too long and would be truncated.
+            InputError: nearly all inputs or nearly all targets would be truncated.
         """
         lengths = self.evaluator.lengths
         source = tokenize_examples(
@@ -98,7 +98,7 @@ def load_task_data(task: Task, backbone: Backbone, settings: RunSettings) -> Tas
 def make_train_batches(
     data: TaskData, settings: RunSettings, seed: int
 ) -> TrainBatches | PackedBatches:
-    """Makes the training batches, packed or in buckets; logs their number and their padding.
+    """Makes the training batches, packed or in buckets; logs batches per epoch and padding.
 
     Args:
         seed: determines the order of the examples.

@@ -16,7 +16,7 @@ class TrainMetrics:
     """Sums the loss and gradient norm of each member, and measures the speed.
 
     The metrics of a step are read one step later, so that the host does not wait for the step that
-    is running. The sums are part of the run's progress.
+    is running. The sums are kept in `MemberProgress` and so saved in checkpoints.
     """
 
     def __init__(self, members: Members, failures: Failures) -> None:
@@ -25,13 +25,14 @@ class TrainMetrics:
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Starts to measure the speed again, after a pause such as an evaluation."""
+        """Restarts the measurement of the speed, after a pause such as an evaluation."""
         self._started, self._examples = time.perf_counter(), 0
 
     def add(self, metrics: Metrics, examples: int) -> None:
-        """Calls `flush` for the step before, and keeps `metrics` of the step that has just started.
+        """Calls `flush` for the previous step, and keeps the `metrics` of the one just dispatched.
 
         Args:
+            metrics: the "loss" and "gradient_norm", in a sweep [members].
             examples: the number of examples of the step, for the speed.
         """
         self._examples += examples
@@ -41,8 +42,8 @@ class TrainMetrics:
     def flush(self) -> None:
         """Waits for the metrics that `add` kept, and adds them to the sums.
 
-        Stops each member whose loss or gradient norm is not finite; see `Failures.report`, also for
-        the exceptions.
+        Stops each member whose loss or gradient norm is not finite. `Failures.report` documents the
+        exceptions.
         """
         if self._waiting is not None:
             self._sum(self._waiting)
@@ -64,7 +65,8 @@ class TrainMetrics:
     def take_row(self) -> dict[str, float]:
         """Returns a row for the log, and resets the sums and the clock.
 
-        It has the averages since the last row, the learning rate, and the examples per second.
+        The row has the mean loss and gradient norm since the last row, the learning rate, and the
+        examples per second.
         """
         self.flush()
         rate = self._examples / (time.perf_counter() - self._started)

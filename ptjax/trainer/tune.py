@@ -80,19 +80,21 @@ def tune(
     or, if the task has none, on that same split.
 
     Args:
-        model_dir: all files are written here. A run that was stopped in it is resumed; a finished
-            one is left as it is, and its results are returned.
+        model_dir: the folder for all files of the run. If it holds this run, unfinished, the run is
+            resumed; if it holds this run, finished, its results are returned.
         settings: default: `RunSettings()`, the settings of the prompt tuning paper.
-        members: the members of a sweep, by name. Each trains a prompt of its own, all in one job;
-            `settings` apply where a member overrides nothing. None: an ordinary run.
+        members: the members of a sweep, by name. Each trains its own prompt, all in one job, with
+            the `settings` that it does not override. None means an ordinary run.
         steps: replaces `settings.schedule.train_steps`.
         callbacks: notified of events, see `ptjax.trainer.callbacks.Callback`.
-        dry_run: compile, report, and stop before the first step.
+        dry_run: load the data, compile the train step and log sizes, but do not train, and write
+            nothing to `model_dir`.
 
     Raises:
-        InputError: the settings do not fit together, or `model_dir` holds another run, or this run
-            at a step past `train_steps` (`identity.FREE` lists which settings may change).
-        TrainingError: a loss is not finite (in a sweep: every member's), or the disk is full.
+        InputError: the settings, data or backbone cannot be used, or `model_dir` holds another run
+            or one already past `train_steps` (`identity.FREE` lists which settings may change).
+        TrainingError: a loss, score or trained variable is not finite (in a sweep: of every
+            member), the disk is full, or another run took over `model_dir`.
         SystemExit: after SIGTERM or Ctrl-C, when a checkpoint has been saved.
     """
     settings = RunSettings() if settings is None else settings
