@@ -100,7 +100,7 @@ class HuggingFaceFormat:
 
 
 class OwnNamesFormat:
-    """Opens a folder whose `model.safetensors` stores parameters under ptjax's names.
+    """Opens a folder whose `model.safetensors` has the network's parameter names.
 
     This format is only for families without Hugging Face names; see `own_names`.
     """

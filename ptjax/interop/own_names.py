@@ -1,4 +1,4 @@
-"""Reads and writes a `model.safetensors` with ptjax's parameter names, "encoder/layer/kernel".
+"""Reads and writes a `model.safetensors` with the network's parameter names: "encoder/kernel".
 
 This is the format of networks without Hugging Face names; the folder has no `config.json`.
 """
