@@ -199,7 +199,7 @@ def nearest_tokens(
 def compare(
     prompt: str | os.PathLike[str], backbone: str, tokenizer: str | None = None, count: int = 3
 ) -> list[list[tuple[str, float]]]:
-    """Returns `nearest_tokens` for a prompt and a backbone that are given by their paths.
+    """Returns `nearest_tokens` for a prompt and a backbone, given by their paths.
 
     Of the backbone's weights, reads only the embedding and those that the fingerprint samples.
     Logs a warning if the prompt was tuned on a different backbone.

@@ -166,7 +166,8 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
 def run(body: Callable[[], object], processes: argparse.Namespace | None = None) -> NoReturn:
     """Calls a command's body, then exits with 0, or 2 after an InputError, 1 after other failures.
 
-    Expected errors are printed as one line on standard error. Before the call it sets up logging
+    Ctrl-C exits with 130, and SIGTERM with 143 unless the body handles it. Expected errors are
+    printed as one line on standard error. Before the call it sets up logging
     and joins the other processes, if there are several.
 
     Args:

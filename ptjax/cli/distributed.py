@@ -47,8 +47,8 @@ def add_flags(parser: argparse.ArgumentParser, *, saves: bool = False) -> None:
     """Adds the flags of a command that can run on several processes.
 
     Args:
-        saves: if True, JAX notifies all processes of a SIGTERM to any of them, and the command
-            must save and stop; if False, SIGTERM ends its process immediately.
+        saves: if True, JAX notifies all processes when one receives SIGTERM, and the command must
+            save and stop; if False, SIGTERM immediately ends the process that receives it.
     """
     parser.set_defaults(saves=saves)
     described = (

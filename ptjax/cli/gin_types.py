@@ -152,7 +152,7 @@ def numbers(value: object) -> Iterator[float]:
 
 
 def describe(kind: Any) -> str:
-    """Describes a type in a message's words: "a whole number or None" for `int | None`."""
+    """Describes a type for a message: "a whole number or None" for `int | None`."""
     origin, inner = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
         return " or ".join(dict.fromkeys(map(describe, inner)))

@@ -305,8 +305,9 @@ class FromFile:
         return prompt
 
     def identity(self) -> JsonObject:
-        """Makes the identity of a run contain the prompt itself instead of its path.
+        """Returns {"path": the prompt}, which `identity.describe` uses instead of the path.
 
-        A MODEL_DIR is resumed only by a run with the same identity; see `identity.describe`.
+        A MODEL_DIR is resumed only by a run with the same identity, which thus contains the prompt
+        itself, not its location.
         """
         return {"path": load_prompt(self.path).prompt}

@@ -153,7 +153,7 @@ def _are_ids(value: object) -> bool:
 
 
 def _wrong_task(task: Metadata) -> str | None:
-    """The same for a task's description, `Task.describe()`."""
+    """As `wrong_value`, for a task's description (`Task.describe()`)."""
     verbalizer = task.get("verbalizer")
     pairs = verbalizer.items() if isinstance(verbalizer, dict) else [("", verbalizer or "")]
     texts = [task.get(key) for key in ("name", "inputs", "targets", "label", "answers", "group")]
