@@ -34,14 +34,18 @@ def missing(what: str, path: object) -> InputError:
 def one_line(error: BaseException) -> str:
     """Returns the first line of an error's message, printable and at most 200 characters long.
 
-    An error without a message gives the name of its class.
+    For an error without a message, returns the name of its class.
     """
     line = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
     return "".join(c if c.isprintable() else "?" for c in line)
 
 
 def gin_flag(name: str, value: object) -> str:
-    """Returns the command-line flag that sets a gin macro, or an argument of a function.
+    """Returns the command-line flag that sets a gin macro or an argument of a function.
+
+    Args:
+        name: the macro, or the argument with its function: "ptjax.Task.name".
+        value: the value to set.
 
     >>> print(gin_flag("MODEL_DIR", "PATH"), gin_flag("TRAIN_STEPS", 100))
     --gin.MODEL_DIR="'PATH'" --gin.TRAIN_STEPS=100
@@ -51,15 +55,16 @@ def gin_flag(name: str, value: object) -> str:
 
 
 def is_empty(path: object) -> bool:
-    """Whether a path is an empty string, which would mean the current folder.
+    """Whether a path is an empty or blank string.
 
-    Usually that is a mistake: a shell variable that was never set.
+    An empty path would mean the current folder, but is usually a mistake: a shell variable that
+    was never set.
     """
     return isinstance(path, str) and not path.strip()
 
 
 def check_path(name: str, path: object) -> None:
-    """Raises InputError if a path is empty; `name` is the setting's, for the message.
+    """Raises InputError if a path is empty; `name` is the name of the setting, for the message.
 
     >>> check_path("MODEL_DIR", "")
     Traceback (most recent call last):
@@ -70,11 +75,11 @@ def check_path(name: str, path: object) -> None:
 
 
 def setting(name: str, *value: object) -> str:
-    """Says in a message how to set a field of `Task`: by gin, or by a flag of the command `infer`.
+    """Returns text for a message: how to set a field of `Task` with gin, or a flag of `infer`.
 
     Args:
-        name: the field, which is also the name of `infer`'s flag.
-        value: the value to set, if it is known.
+        name: the name of the field; the flag of the command `infer` has the same name.
+        value: at most one argument, the value to set; without it, the text only names the setting.
 
     >>> setting("quoting", False)
     '--gin.ptjax.Task.quoting=False (infer: --quoting=false)'
@@ -94,13 +99,16 @@ def near(
     listed: bool = True,
     compared: Callable[[str], str] = lambda name: name.lstrip("-"),
 ) -> str:
-    """Returns a hint to append to "unknown NAME": the most similar known name, else all of them.
+    """Returns a hint to append to "unknown NAME": the most similar known name, or all of them.
 
     Only a similar name is suggested: a far-fetched one would mislead the reader.
 
     Args:
-        listed: whether to list the known names if none is similar.
-        compared: reduces a name to the part that is compared, without what many names share.
+        name: the unknown name.
+        known: the valid names.
+        listed: whether to list all known names if none is similar; if not, the hint is "".
+        compared: maps a name to the part of it that is compared, to ignore parts that many names
+            have in common. By default it removes leading "-".
 
     >>> near("acuracy", ["accuracy", "f1"])
     '; did you mean accuracy?'
@@ -115,7 +123,10 @@ def near(
 
 
 def listing(names: Iterable[str]) -> str:
-    """Joins names with commas; a list of over 300 characters is cut, and ends with their number."""
+    """Joins names with commas.
+
+    After 300 characters, the other names are replaced by "..." and the number of all names.
+    """
     choices = list(names)
     shown: list[str] = []
     for name in choices:

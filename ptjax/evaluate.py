@@ -149,8 +149,8 @@ def added(example: Example, predictions: JsonObject, prefix: str) -> JsonObject:
     """The fields that --output adds to the record of an example.
 
     Args:
-        predictions: the predictions by name.
-        prefix: is prepended to the names.
+        predictions: the fields with predictions, by name.
+        prefix: prepended to the names of all added fields.
     """
     new = {"inputs": example.inputs, "targets": example.targets} | predictions
     return {f"{prefix}{name}": value for name, value in new.items()}
@@ -163,7 +163,7 @@ def check_output(arguments: argparse.Namespace, examples: Examples, *, many: boo
 
     Args:
         examples: the examples of the split.
-        many: whether a bank is scored, whose predictions have other names.
+        many: whether a bank of prompts is scored, which adds other fields than a single prompt.
     """
     files = dict.fromkeys(example.file for example in examples)
     output.check(arguments.output, force=arguments.force, inputs=files)
@@ -179,7 +179,8 @@ def read_hard_prompt(arguments: argparse.Namespace) -> HardPrompt | None:
     With a hard prompt, sets `arguments.prompt` to "none".
 
     Raises:
-        InputError: --hard_prompt is combined with --prompt or --prompts, or --shots comes alone.
+        InputError: --hard_prompt is combined with --prompt or --prompts, or --shots is set without
+            --hard_prompt.
     """
     from ptjax.data.hard_prompt import HardPrompt
 
@@ -200,7 +201,7 @@ def rewording_of(
     """Makes the function that adds the hard prompt to an input; None without a hard prompt.
 
     Args:
-        task: its split "train" is loaded if the hard prompt has shots.
+        task: the task; its split "train" is loaded if the hard prompt has shots.
         seed: determines which training examples are the shots.
     """
     if hard_prompt is None:
@@ -218,11 +219,11 @@ def evaluate_prompt(
 
     Args:
         prompt: None for the backbone alone.
-        rewording: changes each input, to add a hard prompt.
+        rewording: adds a hard prompt to an input; None leaves inputs unchanged.
 
     Returns:
-        (scores, for each example {"prediction": text}); the scores are {"value": of the task's
-        metric, "metrics": all by name}.
+        (scores, a row {"prediction": text} for each example). In the scores, "metrics" maps the
+        names of metrics to values, and "value" is the value of the task's own metric.
     """
     from ptjax.inference.model import bind
 
@@ -239,8 +240,9 @@ def evaluate_bank(
     """Scores the prompts of a bank, and their ensembles, on a split.
 
     Returns:
-        (the result of `Evaluator.score_ensemble`, for each example the fields "predictions" (by
-        prompt), "majority_vote" and, where labels are ranked, "mean_likelihood").
+        (scores, a row for each example). The scores are the result of `Evaluator.score_ensemble`.
+        A row has the predictions: "predictions" by the name of the prompt, and those of the
+        ensembles, "majority_vote" and, if labels are ranked, "mean_likelihood".
     """
     predictions = evaluator.predict_bank(bank, split)
     together = {"majority_vote": predictions.majority_vote}
@@ -257,8 +259,8 @@ def evaluate_bank(
 def shared_metadata(bank: PromptBank) -> JsonObject:
     """The metadata that the prompts of a bank have in common: task, lengths and backbone.
 
-    Prompts that do not record one of them are ignored for it. "task" is only the name. The backbone
-    is the first prompt's.
+    The entry "task" is only the task's name. "backbone_name" is from the first prompt. A prompt
+    that does not record an entry agrees with any value of it.
 
     Raises:
         InputError: two prompts were tuned for different tasks or lengths; the message names both.

@@ -123,8 +123,8 @@ def export_directory(arguments: argparse.Namespace, prompt: PromptFile, source: 
         source: the path that the prompt was read from.
 
     Raises:
-        InputError: the directory exists (without --force) or cannot be written, or the prompt does
-            not fit its backbone.
+        InputError: the directory exists (without --force), is the prompt's own or cannot be
+            written; or the prompt does not fit its backbone.
     """
     import numpy as np
     from etils import epath
@@ -160,12 +160,13 @@ def export_directory(arguments: argparse.Namespace, prompt: PromptFile, source: 
 
 
 def backbone_sizes(arguments: argparse.Namespace, metadata: Metadata) -> tuple[str, int, int, int]:
-    """Reads (name, heads, encoder layers, width) of the backbone, and a sample of its weights.
+    """Returns (name, attention heads, encoder layers, width) of the prompt's backbone.
 
-    The backbone is that of --backbone, else the gin file's, else the one that the prompt records.
+    The backbone is that of --backbone, else the gin file's, else the one that the prompt records. A
+    sample of its weights is read, to check that the prompt was tuned on it.
 
     Args:
-        metadata: the prompt's.
+        metadata: the prompt's metadata.
 
     Raises:
         InputError: no backbone is named, or the prompt was tuned on another one.

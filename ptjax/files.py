@@ -45,13 +45,14 @@ _STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 
 @contextlib.contextmanager
 def written_whole(path: PathLike) -> Iterator[IO[bytes]]:
-    """Opens `path` for an atomic write: readers see the old file or the complete new one.
+    """A context manager: opens `path` for an atomic write, and yields the binary stream.
 
-    It creates missing folders. If the context ends with an exception, the old file stays.
+    Readers see the old file or the complete new one. If the context ends with an exception, the old
+    file stays. Missing folders are created.
 
-    A local file is written under another name, synced and renamed, so it survives a power failure
-    once this returns. On gs:// a rename would be a copy, and closing a partly written object would
-    publish it, so everything is buffered and then uploaded.
+    A local file is written under a temporary name, synced and renamed, so it survives a power
+    failure once the context has ended. On gs:// a rename would be a copy, and closing a partly
+    written object would publish it, so everything is buffered and then uploaded.
     """
     target = epath.Path(path)
     if "://" in os.fspath(target):
@@ -83,9 +84,9 @@ def write_bytes(path: PathLike, data: bytes) -> None:
 
 
 def remove_leftovers(folder: PathLike) -> None:
-    """Removes the temporary files of killed processes from a local folder.
+    """Removes the temporary files of killed processes from a local folder, not its subfolders.
 
-    Subfolders are left as they are, and gs:// folders, where nothing is half-written.
+    Does nothing for a gs:// folder, where `written_whole` makes no temporary files.
     """
     target = epath.Path(folder)
     if "://" in os.fspath(target) or not target.is_dir():
@@ -96,7 +97,7 @@ def remove_leftovers(folder: PathLike) -> None:
 
 
 def full_reason(error: BaseException | None) -> str | None:
-    """Returns the system's message if the cause of an error is a full disk or quota; else None."""
+    """Returns the system's message for a full disk or quota if that caused an error, else None."""
     while error is not None:
         for number in _FULL:
             words = os.strerror(number)
@@ -113,11 +114,11 @@ def parse_json(
     """Parses untrusted text as `json.loads` does, after a check of its depth.
 
     Args:
-        strict: reject what Python accepts and JSON forbids, as Rust's serde does: duplicate names
-            in an object, NaN and Infinity, numbers out of range, lone surrogates. `-0` becomes a
-            float, which is not a valid size.
-        constant: maps the names NaN, Infinity and -Infinity to values; by default Python's floats.
-            Not used if `strict`.
+        strict: reject what Python accepts and Rust's serde rejects: duplicate names in an object,
+            NaN and Infinity, numbers out of range, lone surrogates. `-0` becomes a float, as in
+            serde, so that it is not accepted as a size.
+        constant: called with the name NaN, Infinity or -Infinity; returns the value for it. None
+            means Python's floats. Not used if `strict`.
 
     Raises:
         ValueError: not JSON, not UTF-8, or nested deeper than `MAX_DEPTH`.

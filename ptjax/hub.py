@@ -36,7 +36,8 @@ def download(
         repo_id: the model's id, namespace/name.
         patterns: names of files, with wildcards: "model-*.safetensors".
         revision: a branch, tag or commit; None: the default branch.
-        ours: names of ptjax's own models; a similar one is suggested in the error.
+        ours: names of ptjax's own models; one that is similar to `repo_id` is suggested in the
+            error.
 
     Returns:
         the folder in the cache that contains the files.

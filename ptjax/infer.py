@@ -181,10 +181,10 @@ def infer(arguments: argparse.Namespace) -> None:
 
 
 def row_of(request: Request, prediction: Prediction, prefix: str) -> JsonObject:
-    """Makes the object that is written for an input: the record's fields and the prediction's.
+    """Makes the JSON object for an input: the record's fields, and those of the prediction.
 
     Args:
-        prefix: is prepended to the names of the prediction's fields.
+        prefix: prepended to the names of the prediction's fields.
     """
     new = {"inputs": request.text, "prediction": prediction.text, "score": prediction.score}
     if prediction.probabilities is not None:
@@ -222,9 +222,9 @@ class Request:
     Attributes:
         text: the model's input, formatted by the template.
         fields: the record's own fields.
-        input_format: the template and lengths of its prompt.
-        prompt_id: the index of its prompt in the bank, or -1 for the backbone alone; 0 without a
-            bank.
+        input_format: the template and lengths of the prompt for this input.
+        prompt_id: with a bank, the index of the prompt for this input, or -1 for the backbone
+            alone; without a bank, 0.
     """
 
     text: str
@@ -240,11 +240,13 @@ def read_requests(
 
     Args:
         arguments: the parsed flags.
-        of_prompts: the metadata of every prompt; of a bank, followed by {} for the backbone alone.
-        bank: None with a single prompt.
+        of_prompts: the metadata of every prompt. With a bank, the last entry is {}, which is for
+            inputs to the backbone alone.
+        bank: the bank of prompts; None with a single prompt.
 
     Raises:
-        InputError: a record cannot be used (the message has its place), or none is left.
+        InputError: a record cannot be used (the message has its file and line), or all records are
+            skipped.
     """
     from ptjax.data import sources
     from ptjax.inference import records as reading
@@ -279,10 +281,10 @@ def read_requests(
 
 
 def format_of(metadata: Metadata, *, raw: bool) -> InputFormat:
-    """The input format of a prompt, completed from the gin files.
+    """The input format of a prompt; what its metadata lack is taken from the gin files.
 
     Args:
-        metadata: the prompt's.
+        metadata: the prompt's metadata.
         raw: whether inputs are formatted already, so that no task is needed.
     """
     from ptjax.inference import records
@@ -293,7 +295,7 @@ def format_of(metadata: Metadata, *, raw: bool) -> InputFormat:
 
 
 def records_of(arguments: argparse.Namespace) -> Records:
-    """Reads the inputs as records; those that are plain texts have the single field `PLAIN`.
+    """Reads the inputs as records; the record of a plain text has the single field `PLAIN`.
 
     Raises:
         InputError: the input is missing or empty, or a record in it cannot be read.
@@ -343,10 +345,12 @@ def records_of(arguments: argparse.Namespace) -> Records:
 
 
 def is_json(data: bytes, encoding: str) -> bool:
-    """Whether bytes start like JSON lines, or are a JSON array (which the reader rejects).
+    """Whether bytes are JSON rather than plain text: they start with "{" or "[{", or are an array.
+
+    The reader of JSON lines rejects arrays with a clear message.
 
     Args:
-        encoding: the name of the bytes' encoding; an unknown one gives False.
+        encoding: the name of the bytes' encoding. Returns False if Python does not know it.
     """
     from ptjax import files
 

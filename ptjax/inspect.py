@@ -59,12 +59,13 @@ def inspect(arguments: argparse.Namespace) -> None:
 
 
 def add_tokens(described: JsonObject, arguments: argparse.Namespace, bound: Metadata) -> None:
-    """Adds the tokens nearest to a prompt to its description, as "nearest_tokens".
+    """Adds the tokens nearest to a prompt to its description.
 
-    Also adds "compared_with", the backbone's name; or only "not_compared", the reason for it.
+    Adds the entries "nearest_tokens" and "compared_with", the backbone's name. If the backbone is
+    not available, adds only "not_compared", the reason.
 
     Args:
-        described: the prompt's description, which is changed.
+        described: the prompt's description; the entries are added to it.
         arguments: the parsed flags.
         bound: the arguments of `load_backbone` that gin binds.
 
@@ -116,7 +117,7 @@ def show(described: Metadata, indent: int = 0) -> str:
 
 
 def plain(value: object) -> str:
-    """Formats a single value: "yes" or "no", a float with 4 digits, else printable text."""
+    """Formats a value: a bool as "yes" or "no", a float with 4 digits, others as printable text."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:.4g}" if isinstance(value, float) else logs.printable(str(value))

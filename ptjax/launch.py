@@ -82,9 +82,11 @@ def launch(command: str, flags: list[str], count: int) -> int:
     Args:
         command: one of `COMMANDS`.
         flags: the command's flags.
+        count: the number of processes.
 
     Returns:
-        the exit code of the launcher, that of the first process that failed.
+        the exit code for the launcher: the code of the first process that failed, else 0. A process
+        that JAX aborted counts as 1, one that signal N killed as 128 + N.
     """
     with tempfile.TemporaryDirectory() as folder, reserved_port() as port:
         address = f"127.0.0.1:{port}"
@@ -102,10 +104,11 @@ def launch(command: str, flags: list[str], count: int) -> int:
 
 @contextlib.contextmanager
 def reserved_port() -> Iterator[int]:
-    """Yields a free port of this machine for JAX's coordinator, reserved while the context is open.
+    """A context manager: yields a free port of this machine, which it reserves for JAX.
 
-    gRPC listens with SO_REUSEPORT and can share the port; the system gives it to no other program,
-    not even as the local port of a connection.
+    While the context is open, this process holds a socket at the port, so the system gives it to no
+    other program, not even as the local port of a connection. JAX's coordinator can listen there
+    nevertheless, because both use SO_REUSEPORT.
     """
     with socket.socket() as reserved:
         reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -269,7 +272,9 @@ def _copy_errors(stream: IO[bytes], child: _Child) -> None:
 
 
 def explain(text: str, hosts: list[str], me: int | None) -> str | None:
-    """Explains which process was lost, from the output of one that JAX aborted; None if unclear.
+    """Explains which process was lost, given the last output of a process that JAX aborted.
+
+    Returns None if the output does not tell.
 
     Args:
         text: what JAX wrote while it aborted the process.

@@ -29,8 +29,8 @@ _EXPORTS: dict[ExportKind, tuple[str, str]] = {
 class ModelDir:
     """The paths of the files of a run; the files need not exist.
 
-    No other code contains these paths. A run writes `config` when it starts, then `metrics`,
-    `tensorboard`, `checkpoints` and the exports, and at the end `results`.
+    No other code contains these paths. A run writes `metrics`, `tensorboard`, `checkpoints` and the
+    exports, and at the end `results`. A run that a command started first writes `config`.
 
     >>> run = ModelDir("runs/quickstart")
     >>> print(run.results, run.best_prompt(), run.best_prompt("seed_0"))
@@ -72,9 +72,12 @@ runs/quickstart/prompts/seed_0/best.safetensors
         return self.path / LOCK
 
     def exports(self, kind: ExportKind, member: str = "") -> epath.Path:
-        """The folder of a member's exports: one per evaluation, named after its step, and the best.
+        """The folder of exports: one per evaluation, named after its step, and the best.
 
-        An ordinary run has one member, "", whose exports are directly in the folder of its kind.
+        Args:
+            kind: what is exported.
+            member: the name of a member of a sweep, which has its own subfolder; "" in an ordinary
+                run.
         """
         return self.path / _EXPORTS[kind][0] / member
 
@@ -97,7 +100,7 @@ runs/quickstart/prompts/seed_0/best.safetensors
         return self.models / BEST
 
     def is_run(self) -> bool:
-        """Whether a run has written to this folder."""
+        """Whether this is the folder of a run: it holds `config`, `results` or prompts."""
         return any(path.exists() for path in (self.config, self.results, self.prompts()))
 
     def members(self) -> list[str]:
@@ -124,9 +127,9 @@ def suffix_of(kind: ExportKind) -> str:
 
 
 def steps_in(folder: epath.Path, suffix: str = "") -> list[int]:
-    """The steps of the entries of a folder that are named STEP + `suffix`, ascending.
+    """The steps of the files and folders in `folder` that are named STEP + `suffix`, ascending.
 
-    Other entries are skipped; a folder that does not exist has none.
+    The name may lack the suffix. Other entries are skipped. Returns [] if `folder` does not exist.
     """
     paths = folder.iterdir() if folder.exists() else ()
     names = (path.name.removesuffix(suffix) for path in paths)

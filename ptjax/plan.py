@@ -1,4 +1,4 @@
-"""`python -m ptjax.plan`: predicts if a run fits a slice, what a step costs, the best settings."""
+"""`python -m ptjax.plan`: predicts if a run fits a slice, a step's cost, and the best settings."""
 
 from __future__ import annotations
 
@@ -120,7 +120,8 @@ def read_spec() -> tuple[StepSpec, ParallelConfig]:
     """Makes the step and the parallel configuration from the gin files, which are loaded already.
 
     Raises:
-        InputError: the gin files have no run or no sizes of a network, or settings do not fit.
+        InputError: the gin files bind no run or no sizes of a network, or the settings do not fit
+            together.
     """
     from ptjax.planning.workload import ParallelConfig, PlannedBackbone, StepSpec
     from ptjax.settings import RunSettings
@@ -196,9 +197,9 @@ def plan_slice(
         arguments: the parsed flags.
 
     Returns:
-        "slice": its name; "own": the report for the gin file's configuration; "tried": the reports
-        for other configurations that were compiled; "best": the report for the best that fits, or
-        None; "searched": whether others were tried at all.
+        "slice": the name of the slice; "own": the report for the gin file's configuration; "tried":
+        the reports for other configurations that were compiled; "best": the report for the best
+        configuration that fits, or None; "searched": whether other configurations were tried.
     """
     from ptjax.planning.compiler import Compiler
     from ptjax.planning.estimate import count

@@ -27,7 +27,8 @@ class TrainSchedule:
     """How long a run is, and when it evaluates, logs and saves.
 
     Attributes:
-        train_steps: the number of steps of this run, without the backbone's pre-training steps.
+        train_steps: the number of steps of this run; the backbone's pre-training steps do not
+            count.
         eval_period: the number of steps between evaluations; each of them also writes an export and
             a checkpoint.
         log_period: the number of steps between rows of `metrics.jsonl`.
@@ -47,7 +48,7 @@ class TrainSchedule:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """How predictions are made, on how many examples, and which baselines are scored too.
+    """How a run evaluates: how it predicts, on how many examples, and with which baselines.
 
     Attributes:
         split: the split on which the best prompt is selected.
@@ -55,8 +56,8 @@ class Evaluation:
         predict: "rank" compares the likelihoods of a closed set of labels, "decode" generates
             greedily; "auto" ranks if the task has a closed set.
         batch_size: the number of examples per batch.
-        hard_prompts: baselines by name: texts in the input instead of the tuned prompt. They are
-            scored once, after training.
+        hard_prompts: baselines by name: texts that are added to the input instead of the tuned
+            prompt. They are scored once, after training.
     """
 
     split: str = "validation"
@@ -96,5 +97,9 @@ class RunSettings:
             )
 
     def step_config(self, *, sweep: bool) -> StepConfig:
-        """The settings of the train step; in a `sweep` it trains all members together."""
+        """The settings of the train step.
+
+        Args:
+            sweep: whether the step trains all members of a sweep together.
+        """
         return StepConfig(self.optimizer, self.loss, self.batching.microbatches, sweep)

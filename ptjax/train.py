@@ -42,7 +42,7 @@ def summary(results: Metadata, model_dir: str | None) -> str:
     """Formats the content of `results.json` as text, with a command to try the prompt.
 
     Args:
-        model_dir: MODEL_DIR for that command; None leaves it out.
+        model_dir: MODEL_DIR for that command; None leaves out the command.
     """
     if "members" in results:
         return sweep_summary(results, model_dir)
@@ -66,7 +66,7 @@ def summary(results: Metadata, model_dir: str | None) -> str:
 
 
 def named_metric(results: Metadata) -> str:
-    """The name of the metric in some results; for F1 with its label: "f1 of 'paraphrase'"."""
+    """The name of the metric in a run's results; F1 with its label: "f1 of 'paraphrase'"."""
     metric, label = results["metric"], results.get("positive_label")
     if label is None or metric not in ("f1", "mean"):
         return metric

@@ -21,9 +21,9 @@ def flatten_paths(
     """Flattens a nested dict to `{"a/b": leaf}`, in the same order. Inverse of `unflatten_paths`.
 
     Args:
-        tree: mappings with keys of any type, which a path contains as `str`. Empty mappings are
-            dropped.
-        separator: joins the names of a path.
+        tree: nested mappings. Keys may have any type; the path contains `str(key)`. Empty mappings
+            are dropped.
+        separator: joins the keys of a path.
         is_leaf: whether to treat a mapping as a leaf instead of flattening it.
 
     >>> flatten_paths({"params": {"w": 1, "b": {"c": 2}}})
@@ -45,7 +45,7 @@ def flatten_paths(
 
 
 def unflatten_paths(paths: Mapping[str, Tree]) -> dict[str, Tree]:
-    """Makes a nested dict from `{"a/b": leaf}`. Inverse of `flatten_paths`, for string keys.
+    """Makes a nested dict from `{"a/b": leaf}`; the inverse of `flatten_paths` for string keys.
 
     >>> unflatten_paths({"params/w": 1, "params/b/c": 2})
     {'params': {'w': 1, 'b': {'c': 2}}}

@@ -75,7 +75,8 @@ class Member:
 def find_member(archive: zipfile.ZipFile, name: str, file_size: int) -> Member:
     """Locates an uncompressed member of a zip by its local header; reads none of its data.
 
-    The zip's own directory is not sufficient, since it may be wrong.
+    The offset is computed from the local header, since the zip's central directory does not give
+    it.
 
     Args:
         name: the member's name.
@@ -131,9 +132,9 @@ def inflate(data: bytes, suffix: str) -> bytes:
         suffix: ".gz", ".xz" or ".bz2".
 
     Raises:
-        ValueError: it inflates to more than 64 MiB and more than 200 times its size. Text
+        ValueError: the data inflates to more than 64 MiB and more than 200 times its size. Text
             compresses to a tenth, repetitive text to a hundredth, a bomb to a thousandth.
-        OSError, EOFError, zlib.error, lzma.LZMAError: it is damaged, or has another format.
+        OSError, EOFError, zlib.error, lzma.LZMAError: the data is damaged or has another format.
     """
     opened = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}[suffix]
     limit = max(MAX_RATIO * len(data), MIN_INFLATED)
@@ -154,8 +155,8 @@ def read_numpy(data: bytes) -> np.ndarray:
     """Parses the content of a .npy file.
 
     Raises:
-        ValueError: it is truncated or not a .npy file, holds Python objects (a pickle), or claims
-            more bytes in its header than there are.
+        ValueError: the data is truncated or not a .npy file, holds Python objects (a pickle), or
+            its header claims more bytes than there are.
     """
     stream = io.BytesIO(data)
     try:

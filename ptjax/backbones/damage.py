@@ -40,14 +40,16 @@ def check_weights(params: Tree, name: str) -> None:
 
 
 def check_scores(scores: Tree, backbone: Backbone, what: str) -> None:
-    """Raises an error if log-likelihoods or states are not finite; it names the cause.
+    """Raises an error if log-likelihoods or states are not finite; its message names the cause.
 
     Args:
-        scores: a tree of arrays; they must not contain padding, as smaller label sets have.
+        scores: a tree of arrays without padding, such as the -inf at the end of a row of scores
+            whose label set is smaller than others.
+        backbone: the backbone that computed the scores; its weights are checked.
         what: the name of the scores in the message, such as "the score of a label".
 
     Raises:
-        InputError: a weight of the backbone is not finite either; the message names it.
+        InputError: a weight of the backbone is not finite; the message names the weight.
         NotFiniteError: a score is not finite, although all weights are.
     """
     if all(bool(np.isfinite(np.asarray(x, np.float32)).all()) for x in jax.tree.leaves(scores)):
@@ -63,7 +65,7 @@ def advice(updated: bool) -> str:
     """Returns a sentence of advice for a loss that is not finite with finite weights.
 
     Args:
-        updated: whether the trainable variables were updated before.
+        updated: whether any step has updated the trainable variables before this loss.
     """
     if updated:
         return "A smaller learning rate usually helps"

@@ -27,7 +27,7 @@ from ptjax.model_dir import ModelDir
 def describe(
     path: str | os.PathLike[str], tokenizer: str | None = None, **config_overrides: Any
 ) -> JsonObject:
-    """Describes a file or folder as JSON values. Of a backbone's weights it reads a sample only.
+    """Describes a file or folder as JSON values. Reads only a sample of a backbone's weights.
 
     Args:
         path: a prompt, MODEL_DIR, one of its checkpoints, or a backbone (as for `load_backbone`).
@@ -35,8 +35,8 @@ def describe(
         **config_overrides: as for `load_backbone`.
 
     Returns:
-        "kind" ("prompt", "run", "checkpoint" or "backbone"), and the entries of the function that
-        describes this kind, such as `describe_prompt`.
+        the entry "kind" ("prompt", "run", "checkpoint" or "backbone"), and the entries that the
+        function for this kind returns, such as `describe_prompt`.
 
     Raises:
         InputError: the path is of no such kind, or its content is damaged.
@@ -60,7 +60,8 @@ def describe(
 def describe_backbone(opened: OpenBackbone) -> JsonObject:
     """Describes the sizes, parameters, bytes, dtypes, fingerprints and tokenizer of a backbone.
 
-    Reads only the fingerprints' sample, so a backbone may be larger than this machine's memory.
+    Reads only the weights that the fingerprints sample, so the backbone may be larger than this
+    machine's memory.
     """
     fingerprints = fingerprints_of(opened)
     counts = {name: int(np.prod(array.shape)) for name, array in opened.arrays.items()}
@@ -171,8 +172,8 @@ def nearest_tokens(
 
     Args:
         prompt: [P, D].
-        embedding: the backbone's, [V, D].
-        tokenizer: without one, tokens are shown as ids: "<17>".
+        embedding: the backbone's embedding, [V, D].
+        tokenizer: names the tokens; None shows them as ids: "<17>".
         count: the number of tokens per row.
 
     Returns:
@@ -198,10 +199,16 @@ def nearest_tokens(
 def compare(
     prompt: str | os.PathLike[str], backbone: str, tokenizer: str | None = None, count: int = 3
 ) -> list[list[tuple[str, float]]]:
-    """Returns `nearest_tokens` of a prompt in a backbone's vocabulary, both given by their paths.
+    """Returns `nearest_tokens` for a prompt and a backbone, given by their paths.
 
-    Reads only the embedding and the fingerprint's sample of the backbone. Logs a warning if the
-    prompt was tuned on a different backbone.
+    Of the backbone's weights, reads only the embedding and those that the fingerprint samples.
+    Logs a warning if the prompt was tuned on a different backbone.
+
+    Args:
+        prompt: as for `load_prompt`.
+        backbone: as for `load_backbone`.
+        tokenizer: as for `load_backbone`.
+        count: the number of tokens per row of the prompt.
     """
     file, opened = load_prompt(prompt), open_backbone(backbone, tokenizer=tokenizer)
     if fingerprints_of(opened).contradict(file.metadata):

@@ -1,6 +1,6 @@
 """Fingerprints, which identify a backbone independently of file format, dtype and devices.
 
-There are two, both over sizes and a sample of the weights in bfloat16, the coarsest dtype that
+There are two, both hashes of sizes and a sample of the weights in bfloat16, the coarsest dtype that
 backbones are stored in. `v2` samples every parameter and covers every config field that affects the
 logits. `v1` ("sha256:...") samples embeddings, norms and a row of each `wo` kernel, so it does not
 distinguish a T5 with merged LoRA from its base. Prompts record both under separate keys: versions
@@ -47,9 +47,10 @@ class Fingerprints(NamedTuple):
     v2: str
 
     def compare(self, metadata: Metadata) -> tuple[str, str] | None:
-        """Returns (the fingerprint in a prompt's metadata, this one's), v2 if recorded, else v1.
+        """Returns a pair to compare: (fingerprint recorded by a prompt, this backbone's).
 
-        The two are equal for the same backbone. None if the prompt records no fingerprint.
+        Both are v2 if the prompt records a v2, else v1. They are equal if the prompt was tuned on
+        this backbone. None if the prompt records no fingerprint.
         """
         recorded = metadata.get(V2_KEY) or metadata.get(V1_KEY)
         if recorded is None:
@@ -63,7 +64,7 @@ class Fingerprints(NamedTuple):
         return pair is not None and pair[0] != pair[1]
 
     def match_v1_alone(self, metadata: Metadata) -> bool:
-        """Whether a prompt records this backbone's v1 and no v2, as older versions wrote it."""
+        """Whether a prompt records this backbone's v1 and no v2, as older ptjax versions did."""
         return self.compare(metadata) == (self.v1, self.v1)
 
     def as_metadata(self) -> dict[str, str]:
@@ -72,13 +73,13 @@ class Fingerprints(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """A part of a parameter; this process holds only the values in its own shards.
+    """A part of a parameter, of which this process holds only the values in its own shards.
 
-    Of several copies of a shard, only the process with the first one holds it.
+    If a shard is replicated, only the process with the first replica holds its values.
 
     Attributes:
-        shape: the shape of the part.
-        held: for each shard, (its place in the part, the values there in bfloat16).
+        shape: the shape of the whole part.
+        held: for each shard, (slices of its position in the part, its values in bfloat16).
     """
 
     shape: tuple[int, ...]
@@ -110,7 +111,9 @@ def digest(
 
     Args:
         config: the network's config.
-        samples: by parameter name, the parts that `family.fingerprint_parts` names, in bfloat16.
+        samples: maps each parameter name to {name of a part: values in bfloat16}, with the parts
+            that `family.fingerprint_parts` names.
+        family: the kind of network.
     """
     sizes = {field: getattr(config, field) for field in family.old_fields}
     v1 = hashlib.sha256(json.dumps(sizes).encode())
@@ -142,12 +145,13 @@ def _computed(config: DataclassInstance, family: Family) -> JsonObject:
 def sample_of(path: str, array: jax.Array, family: Family) -> dict[str, dict[str, Sample]]:
     """Takes the sample of one parameter; returns {path: {name of a part: sample}}.
 
-    Each process takes its own shards, without waiting for others or for the devices; `exchange`
-    completes the sample.
+    Each process samples its own shards, without waiting for others or for the devices. `exchange`
+    then combines the samples of all processes.
 
     Args:
         path: the parameter's name, which determines the parts (`family.fingerprint_parts`).
-        array: the parameter, or the stacked parameters of all layers.
+        array: the parameter; with scanned layers, the stacked parameter of all layers.
+        family: the kind of network.
     """
     ending = "/".join(path.split("/")[-2:])
     stacked = "/layers/" in path and "scanned layers" not in family.lacks
@@ -179,10 +183,10 @@ def _pick(shard: jax.Array, indices: list[np.ndarray]) -> jax.Array:
 
 
 def exchange(samples: Mapping[str, Mapping[str, Sample]]) -> dict[str, dict[str, np.ndarray]]:
-    """Makes whole arrays of the samples, on every process; all must call it together.
+    """Combines the samples of all processes; returns the whole parts on every process.
 
-    It sums all samples over the processes at once. With a collective for each parameter, processes
-    on CPUs would sometimes wait for each other forever.
+    All processes must call it together. A single collective sums all samples: with one collective
+    per parameter, processes on CPUs would sometimes wait for each other forever.
     """
     sizes = [math.prod(sample.shape) for parts in samples.values() for sample in parts.values()]
     bits = np.zeros(sum(sizes), np.uint16)

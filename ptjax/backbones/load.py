@@ -35,16 +35,19 @@ class Backbone:
 
     Attributes:
         config: the network's config; for ptjax's own T5 a `T5Config`.
-        variables: `{"params": ...}`; for a T5 under T5X's names.
-        apply_fn: the network's function, for prompts that attend to their input.
+        variables: `{"params": ...}`; the parameters of a T5 have T5X's names.
+        apply_fn: applies the network, with a prompt that attends to its input; `make_apply_fn`
+            makes others.
         tokenizer: None if no tokenizer was set or found beside the weights.
         fingerprint: "v2:..." over sizes and a sample of every parameter; independent of file
             format, dtype and number of devices.
-        name: the user's name for it: a path, a hub id with its revision, "ptjax-nano".
-        mesh: the mesh of the variables; with `fsdp` they are sharded over its `data` axis too.
-        quantize: "int8" if kernels are `Quantized`.
+        name: where it was loaded from: a path, a hub id with its revision, or "ptjax-nano".
+        mesh: the mesh of the variables.
+        fsdp: whether the variables are sharded over the mesh axis `data` too.
+        quantize: "int8" if kernels are `Quantized`, else None.
         assumed: config fields that the files do not state, set to the family's defaults.
-        fingerprint_v1: "sha256:...", the fingerprint of older prompts; see `fingerprint`.
+        fingerprint_v1: "sha256:...", the only fingerprint that older prompts record; see the
+            module `fingerprint`.
         family: the kind of network.
     """
 
@@ -67,11 +70,12 @@ class Backbone:
         return Fingerprints(self.fingerprint_v1, self.fingerprint)
 
     def make_apply_fn(self, attends_to_input: bool, collections: tuple[str, ...] = ()) -> ApplyFn:
-        """Makes the network's function, for prompts that attend to their input or do not.
+        """Makes a function that applies the network with a prompt; see `apply_fn`.
 
         Args:
-            collections: the names of collections in addition to `params` that hold arrays of the
-                network's modules.
+            attends_to_input: whether prompt positions attend to the input.
+            collections: names of further variable collections, in addition to `params`, from which
+                the network's modules read arrays.
 
         Raises:
             InputError: the family does not support prompts that do not attend to their input.
@@ -101,27 +105,30 @@ def load_backbone(
 ) -> Backbone:
     """Loads a T5X checkpoint (legacy or Orbax) or a Hugging Face directory or hub id.
 
-    A tree under T5X's names saved by Orbax (0.4 or newer, also its v1) is read like T5X's: at the
-    top level, or below `params` or `target`. All processes call it together.
+    An Orbax checkpoint (0.4 or newer, also its v1) must contain a tree with T5X's parameter names,
+    at the top level or below `params` or `target`. All processes must call this together.
 
     Args:
         path: local or gs://; "ptjax-nano" is the backbone that ptjax ships; a hub id may end in
-            "@revision". In a folder of several `checkpoint_N`, or of Orbax steps, the newest.
+            "@revision". From a folder of several `checkpoint_N` or Orbax steps, the newest
+            complete one is loaded.
         dtype: for weights and activations; None is bfloat16 on TPU and GPU and float32 on CPU.
         mesh: the devices to load onto; 'auto', '8x1', '2x4' (data x model) or '2x2x2' (replica x
             data x model) use all devices (`meshes.choose_mesh`); None uses the first device or,
             with several processes, all devices.
-        fsdp: shard weights over `data` too, and gather them layer by layer; needs `scan_layers`.
+        fsdp: shard weights over the mesh axis `data` too, and gather them layer by layer; needs
+            `scan_layers`.
         quantize: "int8" stores kernels at one byte per entry; see `sharding.quantize`.
         tokenizer: a tokenizer or its path; None looks in the folder of the weights.
-        family: for a network other than ptjax's own T5, such as `flax_module(...)`; it can also
-            be loaded from a `model.safetensors` under its parameters' own names.
+        family: the kind of network, if it is not ptjax's own T5, such as `flax_module(...)`.
+            A family without Hugging Face names is also loaded from a `model.safetensors` with the
+            network's parameter names, as `save_backbone` writes it.
         **config_overrides: fields of `T5Config`, or of the family's config, that the files do not
             state or state incorrectly.
 
     Raises:
         InputError: the path holds no backbone, or an incomplete or damaged one; a setting does
-            not fit it, or its sizes are not divisible by the mesh.
+            not fit the backbone, or its sizes are not divisible by those of the mesh axes.
     """
     first = mesh.devices.flat[0] if isinstance(mesh, Mesh) else jax.local_devices()[0]
     dtype = dtype or ("float32" if first.platform == "cpu" else "bfloat16")
@@ -205,8 +212,8 @@ def _load_params(
 def place(lazy_array: LazyArray, sharding: NamedSharding) -> jax.Array:
     """Loads an array from its file onto the devices of `sharding`.
 
-    Reads only the shards of this process's devices, and each only once, even if several devices
-    hold it.
+    Reads only the shards of this process's devices. A shard that several devices hold is read
+    once.
     """
     shape = lazy_array.shape
 

@@ -53,10 +53,10 @@ def open_backbone(
     family: Family = T5_FAMILY,
     **config_overrides: Any,
 ) -> OpenBackbone:
-    """Opens a backbone without reading its weights; arguments and errors as `load_backbone`.
+    """Opens a backbone without reading its weights; arguments and errors are `load_backbone`'s.
 
-    It reads the config and the tokenizer, downloads a hub id, and checks the names and shapes of
-    the parameters.
+    It reads the config and the tokenizer, downloads the files of a hub id, and checks the names and
+    shapes of the parameters.
     """
     chosen = _supported(family, config_overrides)
     arrays, from_config, name, folders = _open(path, chosen, family)
@@ -90,7 +90,10 @@ def _may_be_hub_id(name: str) -> bool:
 
 
 def would_download(path: str | os.PathLike[str]) -> bool:
-    """Whether `load_backbone(path)` would download: `path` may be a hub id that is not cached."""
+    """Whether `load_backbone(path)` would download the backbone.
+
+    True if `path` may be a hub id, and the hub's local cache has no `config.json` for it.
+    """
     name = os.fspath(path)
     if shipped.find(name) or not _may_be_hub_id(name) or epath.Path(path).exists():
         return False

@@ -30,15 +30,18 @@ def save_backbone(
 ) -> None:
     """Writes the Hugging Face layout, which `load_backbone` and `transformers` read.
 
-    For a family without Hugging Face's names, writes `model.safetensors` under the parameters' own
-    names. With several processes, all must call it; the first one writes.
+    For a family without Hugging Face names, writes no config, and a `model.safetensors` with the
+    network's parameter names. With several processes, all must call it; the first one writes.
 
     Args:
         config: the network's config.
-        params: the parameters as a nested dict under T5X's names, layers stacked or not.
-        tokenizer: written too, if it is set.
+        params: the parameters as a nested dict, as in `Backbone.variables["params"]`; the layers of
+            a T5 may be stacked or separate.
+        tokenizer: written too, if it is not None.
         dtype: the dtype of the files, "float32" or "bfloat16".
-        max_shard_bytes: split the weights into files of at most this size; None: one file.
+        max_shard_bytes: split the weights into files of at most this size; None: one file. Ignored
+            for a family without Hugging Face names.
+        family: the kind of network.
 
     Raises:
         InputError: the kernels are int8, or the network or `dtype` cannot be saved.

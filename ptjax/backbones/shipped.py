@@ -17,8 +17,8 @@ NANO = "ptjax-nano"
 def find(name: str) -> epath.Path | None:
     """Finds the folder of a backbone that ships with ptjax or with the package ptjax-models.
 
-    "ptjax-micro-span" is a training stage of ptjax-micro; "ptjax-micro" means its last one, "-lm".
-    "ptjax-nano" is the only backbone in ptjax itself.
+    "ptjax-micro-span" is a training stage of ptjax-micro; "ptjax-micro" means its last stage,
+    "ptjax-micro-lm". "ptjax-nano" is the only backbone in ptjax itself.
 
     Returns:
         the folder; None if `name` does not start with "ptjax-", or is an existing path.

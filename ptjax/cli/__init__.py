@@ -86,10 +86,11 @@ def make_parser(
 
     Args:
         command: the command's name: "train" is called as `python -m ptjax.train`.
-        description: paragraphs, which are wrapped; one that starts with a space is kept as it is.
+        description: the text of the help. Its paragraphs are wrapped, except those that start with
+            a space.
         gin: whether the command reads gin files.
-        gin_help: what the gin files of this command may set; the end of the help of --gin_file.
-        exit_codes: the end of the help.
+        gin_help: what the gin files of this command may set, appended to the help of --gin_file.
+        exit_codes: what the exit codes mean, appended to the help.
     """
     _open_standard_streams()
     paragraphs = textwrap.dedent(description).strip().split("\n\n")
@@ -163,14 +164,16 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
 
 
 def run(body: Callable[[], object], processes: argparse.Namespace | None = None) -> NoReturn:
-    """Calls a command's body, and exits: 0, or 2 after an InputError, 1 after other failures.
+    """Calls a command's body, then exits with 0, or 2 after an InputError, 1 after other failures.
 
-    Expected errors are printed as one line on standard error. Sets up logging first, and joins the
-    other processes if there are several.
+    Ctrl-C exits with 130, and SIGTERM with 143 unless the body handles it. Expected errors are
+    printed as one line on standard error. Before the call it sets up logging
+    and joins the other processes, if there are several.
 
     Args:
-        processes: the parsed flags of `distributed.add_flags`, of a command that supports several
-            processes.
+        body: the work of the command, a function without arguments.
+        processes: the parsed flags, which include those of `distributed.add_flags`; None for a
+            command that supports one process only.
     """
     logs.prepare()
     with distributed.ending(processes):

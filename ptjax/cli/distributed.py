@@ -47,8 +47,8 @@ def add_flags(parser: argparse.ArgumentParser, *, saves: bool = False) -> None:
     """Adds the flags of a command that can run on several processes.
 
     Args:
-        saves: whether SIGTERM makes all processes save together (and the command handles it);
-            else it ends a process immediately.
+        saves: if True, JAX notifies all processes when one receives SIGTERM, and the command must
+            save and stop; if False, SIGTERM immediately ends the process that receives it.
     """
     parser.set_defaults(saves=saves)
     described = (
@@ -88,11 +88,12 @@ def add_flags(parser: argparse.ArgumentParser, *, saves: bool = False) -> None:
 def start(arguments: argparse.Namespace | None) -> None:
     """Joins the other processes, if there are any. Call it before JAX uses a device.
 
-    It changes JAX's configuration. If `ptjax.launch` started this process, it also makes it end
-    when the launcher ends.
+    It changes JAX's configuration. If `ptjax.launch` started this process, the process is also
+    made to end when the launcher ends.
 
     Args:
-        arguments: the flags of `add_flags`; None for a command that supports one process only.
+        arguments: the parsed flags of `add_flags`; None for a command that supports one process
+            only.
 
     Raises:
         InputError: the flags are incomplete or inconsistent, or there are several processes but the
@@ -263,14 +264,17 @@ def _introduce() -> None:
 
 @contextlib.contextmanager
 def ending(arguments: argparse.Namespace | None) -> Iterator[None]:
-    """Wraps a command, so that a failing process among several ends with its own exit code.
+    """A context manager for a command: a process that fails in it keeps its own exit code.
 
-    When a process exits, JAX waits for the others to exit too, and aborts all of them if they do
-    not, which would replace the exit code. A process that failed alone therefore ends without
-    waiting for long; the others end when its heartbeat stops.
+    With several processes, JAX makes a process that exits wait for the others. If they keep
+    running, it aborts all of them, and the exit code of the failed process is lost. So if the
+    command raises, this process waits at most `GRACE_SECONDS` for the others, then exits without
+    JAX's handler; the others end when they miss its heartbeat. After an error of JAX, which may
+    mean that another process was lost, it first waits until that process would be reported.
 
     Args:
-        arguments: the flags of `add_flags`; None for a command that supports one process only.
+        arguments: the parsed flags of `add_flags`; None for a command that supports one process
+            only.
     """
     import jax
 

@@ -48,16 +48,19 @@ def load_gin(
     It replaces what gin's config contained before.
 
     Args:
-        arguments: the flags of `make_parser`, parsed by `parse`.
-        macros: values by name that override all others, for macros that the files use.
-        defaults: values by name for macros that the files use, nothing sets, and this command does
-            not need, such as MODEL_DIR if it writes nothing.
-        of_run: the one of the gin files that is the config.gin of a MODEL_DIR. It is untrusted, and
-            an older ptjax may have written it.
-        trusted: whether `of_run` may name more than ptjax's settings.
+        arguments: the parsed flags, from `parse`.
+        macros: maps names of macros to values, which override those of files and flags. Macros that
+            the files do not use are ignored.
+        defaults: maps names of macros that this command does not need, such as MODEL_DIR if it
+            writes nothing, to values. A value is used if the files use the macro and nothing sets
+            it.
+        of_run: the path in `arguments.gin_file` that is the config.gin of a MODEL_DIR, if there is
+            one. That file may be malicious, and an older ptjax may have written it.
+        trusted: whether `of_run` may name anything; otherwise only ptjax's own settings.
 
     Raises:
-        InputError: a mistake in a file or binding, with its place and the nearest valid name.
+        InputError: a file or binding contains a mistake; the message has its place and, for a
+            misspelt name, the nearest valid one.
     """
     gin.clear_config()
     paths = ["", *filter(None, arguments.gin_search_paths.split(",")), os.fspath(gin_configs())]
@@ -191,7 +194,7 @@ def _flat(parsed: Any, paths: Sequence[str]) -> list[epath.Path]:
 
 
 def bound(function: Callable[..., Any], *, given: Sequence[str] = ()) -> Callable[..., Any]:
-    """Returns `function` with the arguments that gin binds; the caller passes the others.
+    """Returns `function` with the arguments that gin binds to it; the caller passes the others.
 
     Args:
         given: the names of the arguments that the caller will pass.
@@ -269,7 +272,7 @@ def settings(function: str | Callable[..., object], *names: str) -> JsonObject:
     References (`@f()`) are evaluated. Arguments that are not bound are left out.
 
     Args:
-        function: the function, or its public name ("ptjax.tune"), so that it is not imported.
+        function: the function, or its public name ("ptjax.tune"), which needs no import.
         names: the names of the arguments.
 
     Raises:
@@ -293,19 +296,19 @@ def _full_name(selector: str) -> str:
 
 
 def declared(selector: str, *, unless_of: str) -> JsonObject:
-    """Makes all objects of a class that the gin files declare.
+    """Makes the objects of a class for which the gin files bind settings, one for each scope.
 
     Args:
         selector: the public name of the class, such as "ptjax.Task".
-        unless_of: the public name of another class: objects that its arguments refer to are left
-            out.
+        unless_of: the public name of another class, such as "ptjax.TaskComponent". Objects that
+            are arguments of that class are left out.
 
     Returns:
         the objects by their reference, such as "@scope/ptjax.Task()".
 
     Raises:
-        InputError: the only declaration lacks a setting. Among several, an incomplete one is
-            skipped: it holds the settings that the others share.
+        InputError: there is one declaration only, and it lacks a required argument. Among several,
+            an incomplete declaration is skipped: it holds the settings that the others share.
     """
     names = [name for _, name in _gin._CONFIG if _full_name(name) == selector]
     scopes = [scope for scope, name in _gin._CONFIG if name in names]

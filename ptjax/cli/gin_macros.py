@@ -22,8 +22,8 @@ def used_and_set() -> tuple[dict[str, str], set[str]]:
     """Lists the macros in gin's current config.
 
     Returns:
-        (used, bound): `used` maps each macro that is used to an argument that uses it, such as
-        "RunSettings.seed"; `bound` are the macros that are set.
+        (used, bound): `used` maps the name of each macro that is used to an argument that uses it,
+        such as "RunSettings.seed"; `bound` contains the names of the macros that are set.
     """
     config = _gin._CONFIG
     used = {
@@ -45,15 +45,15 @@ def check_macros(
 ) -> None:
     """Raises InputError for a macro that is set but never used, or used but never set.
 
-    A macro that is set in a gin file may stay unused if a file mentions it, for an argument that a
-    later file overrides; it is then removed from gin's config. A macro that is set on the command
+    If a gin file binds an argument to a macro and a later file overrides that binding, the macro
+    may be set but unused; it is then removed from gin's config. A macro that is set on the command
     line (`given`) must always be used, or the setting would be lost silently.
 
     Args:
         used, bound: the two results of `used_and_set`.
-        files: the gin files, the one with the highest precedence first.
-        given: the macros that are set on the command line.
-        optional: macros that are exempt from both checks.
+        files: the gin files, by descending precedence.
+        given: the names of the macros that are set on the command line.
+        optional: the names of macros that are exempt from both checks.
     """
 
     def use(name: str) -> str:

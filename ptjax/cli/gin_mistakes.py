@@ -88,11 +88,11 @@ _MISTAKES = (
 
 @contextmanager
 def explained(paths: Sequence[str], source: str, line: str = "") -> Iterator[None]:
-    """Turns an exception that gin raises inside the context into an InputError of one line.
+    """A context manager: an exception that gin raises in it becomes an InputError of one line.
 
     Args:
-        paths: the search paths of gin files.
-        source: the file, or the binding on the command line, for the message.
+        paths: the search paths of gin files, for the message.
+        source: where the mistake is, for the message: the file, or "command line, BINDING".
         line: the binding on the command line; "" for a file.
     """
     try:

@@ -35,7 +35,7 @@ _WORDS = {
 def argument_types(function: Callable[..., object]) -> dict[str, object]:
     """The types of a function's arguments or a dataclass's fields, by name.
 
-    Returns {} if its annotations cannot be resolved. "return" may be among the names.
+    Returns {} if the annotations cannot be resolved. The result may also contain "return".
     """
     try:
         kinds = get_type_hints(function)
@@ -127,9 +127,9 @@ def is_macro(value: Any) -> bool:
 
 
 def macro_value(reference: Any) -> Any:
-    """The value that is set for the macro `reference`; it may be another macro.
+    """The value of the macro `reference`, which may be another macro.
 
-    `UNBOUND` if nothing sets it.
+    Returns `UNBOUND` if nothing sets the macro.
     """
     scope = reference.scoped_selector.rsplit("/", 1)[0]
     return _gin._CONFIG.get((scope, "gin.macro"), {}).get("value", UNBOUND)
@@ -152,7 +152,7 @@ def numbers(value: object) -> Iterator[float]:
 
 
 def describe(kind: Any) -> str:
-    """Describes a type in a message's words: "a whole number or None" for `int | None`."""
+    """Describes a type for a message: "a whole number or None" for `int | None`."""
     origin, inner = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
         return " or ".join(dict.fromkeys(map(describe, inner)))
@@ -179,7 +179,7 @@ def describe(kind: Any) -> str:
 
 
 def names_path(macro: str) -> bool:
-    """Whether a macro's value is a path, judging by its name: ..._DIR or ..._PATH."""
+    """Whether the value of a macro with this name is a path: the name ends in _DIR or _PATH."""
     return macro.endswith(("_DIR", "_PATH"))
 
 
@@ -193,7 +193,7 @@ def line_of(pattern: str, files: Sequence[epath.Path]) -> str:
 
     Args:
         pattern: a regular expression, searched in each line.
-        files: gin files, the one with the highest precedence first.
+        files: gin files, by descending precedence.
     """
     for file in files:
         lines = file.read_text().splitlines()
@@ -203,12 +203,14 @@ def line_of(pattern: str, files: Sequence[epath.Path]) -> str:
 
 
 def check_finite(files: Sequence[epath.Path], command_line: Sequence[str]) -> None:
-    """Raises InputError if gin binds inf or nan, which it reads (as 1e999) but cannot write.
+    """Raises InputError if gin binds inf or nan: gin reads them (as 1e999) but cannot write them.
+
+    The values are those in gin's config; the arguments only serve to find a value's place for the
+    message.
 
     Args:
-        files: the gin files, the one with the highest precedence first.
-        command_line: the bindings on the command line; only for the place in the message, as
-            `files` are.
+        files: the gin files, by descending precedence.
+        command_line: the bindings on the command line.
     """
     for (scope, selector), bindings in _gin._CONFIG.items():
         module, _, function = selector.rpartition(".")

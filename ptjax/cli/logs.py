@@ -84,7 +84,10 @@ def _matters(record: logging.LogRecord) -> bool:
 
 
 def name_process(number: int) -> None:
-    """Sets the number of this process, one of several: warnings show it, only 0 logs progress."""
+    """Sets the number of this process, one of several.
+
+    Warnings and errors start with the number, and only process 0 logs progress.
+    """
     global _process
     _process = number
 
@@ -97,7 +100,8 @@ def speaker() -> str:
 def prepare() -> None:
     """Sets up logging to stderr, replacing an earlier setup, and JAX's persistent compile cache.
 
-    The cache is in ~/.cache/ptjax/xla (or in XDG_CACHE_HOME) unless the user has set JAX's.
+    The cache is ~/.cache/ptjax/xla, or ptjax/xla in XDG_CACHE_HOME, unless the user has set the
+    folder of JAX's cache.
     """
     root = logging.getLogger()
     root.handlers[:] = [h for h in root.handlers if not isinstance(h, _Stderr)]

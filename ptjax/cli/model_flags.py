@@ -34,7 +34,7 @@ def add_flags(parser: argparse.ArgumentParser, many: str) -> None:
     """Adds the flags that name prompts and a backbone, from --model_dir to --trust_config.
 
     Args:
-        many: the help of --prompts in this command.
+        many: the help text of --prompts in this command.
     """
     group = parser.add_argument_group("which prompt, on which backbone")
     group.add_argument(
@@ -94,11 +94,11 @@ def bind_tokenizer(arguments: argparse.Namespace) -> None:
 def load(arguments: argparse.Namespace, *, reads_data: bool = False) -> None:
     """Reads the gin files that the flags name, or else MODEL_DIR/config.gin, into gin's config.
 
-    That config.gin is untrusted: without --trust_config it may name only ptjax's own settings. A
-    file of --gin_file is trusted. Changes `gin_file` and `gin_bindings` of `arguments`.
+    MODEL_DIR/config.gin is untrusted: without --trust_config it may name only ptjax's own settings.
+    A file of --gin_file is trusted. Changes `gin_file` and `gin_bindings` of `arguments`.
 
     Args:
-        arguments: the flags of `make_parser` and `add_flags`.
+        arguments: the parsed flags of `make_parser` and `add_flags`.
         reads_data: whether the command reads the task's splits, which needs DATA_DIR.
 
     Raises:
@@ -188,7 +188,7 @@ def prompt_path(arguments: argparse.Namespace) -> str | None:
 
 
 def trained_bank(arguments: argparse.Namespace) -> str | None:
-    """The folder with the prompts of the sweep in MODEL_DIR; None without a sweep."""
+    """The folder with the prompts of the sweep in MODEL_DIR; None if no sweep is there."""
     directory = model_dir(arguments)
     if directory is None or not ModelDir(directory).members():
         return None
@@ -198,11 +198,13 @@ def trained_bank(arguments: argparse.Namespace) -> str | None:
 def load_backbone(arguments: argparse.Namespace, metadata: Metadata) -> Backbone:
     """Loads the backbone, with the gin files' settings of `load_backbone`.
 
-    Its path is the first of these: --backbone; the model that the run in MODEL_DIR tuned (unless
-    --prompt or --prompts is set); the one in the gin files; the one that the prompt was tuned on.
+    Its path is the first of these that exists: --backbone; the model that the run in MODEL_DIR
+    tuned (ignored if --prompt or --prompts is set); the path in the gin files; the name of the
+    backbone in the prompt's metadata.
 
     Args:
-        metadata: the prompt's.
+        arguments: the parsed flags.
+        metadata: the prompt's metadata; {} without a prompt.
 
     Raises:
         InputError: nothing names a backbone, or it cannot be loaded.
@@ -231,7 +233,9 @@ def load_backbone(arguments: argparse.Namespace, metadata: Metadata) -> Backbone
 
 @contextlib.contextmanager
 def naming_it(name: str) -> Iterator[None]:
-    """Adds to an InputError raised inside the context that the name came from the prompt.
+    """A context manager for loading a backbone that only the prompt's metadata name.
+
+    An InputError raised in it also says where the name is from, and how to give another path.
 
     Args:
         name: the backbone's name in the prompt's metadata.
@@ -270,15 +274,15 @@ def load_bank(arguments: argparse.Namespace) -> Any:
 
 
 def task(metadata: Metadata, *, needed: bool = True) -> Task | None:
-    """Returns the task that `ptjax.tune` is bound to, else the one that a gin file declares.
+    """Returns the task that gin binds to `ptjax.tune`, else one that the gin files declare.
 
-    None if the gin files have no task.
+    If the files declare several tasks, the one that the prompt was tuned on is chosen. Returns None
+    if the files declare no task, or several but not the prompt's.
 
     Args:
-        metadata: the prompt's. If several tasks are declared, the one that the prompt was tuned on
-            is chosen.
-        needed: what to do if several tasks are declared and the prompt records none: raise an
-            InputError (True), or return None.
+        metadata: the prompt's metadata.
+        needed: what to do if several tasks are declared and the prompt records no task: True
+            raises an InputError, False returns None.
 
     Raises:
         InputError: the task is ambiguous, or lacks a setting.
@@ -304,7 +308,8 @@ def task(metadata: Metadata, *, needed: bool = True) -> Task | None:
 def lengths(metadata: Metadata) -> dict[str, int]:
     """The maximum lengths in tokens, {"inputs": T, "targets": L}; unknown ones are left out.
 
-    The prompt's `metadata` take precedence over the gin files.
+    Args:
+        metadata: the prompt's metadata, which take precedence over the gin files.
     """
     of_run = settings("ptjax.Batching", "feature_lengths").get("feature_lengths")
     known = dict(of_run or macro("TASK_FEATURE_LENGTHS") or {})

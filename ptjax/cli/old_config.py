@@ -26,9 +26,9 @@ _MOVED = {
 
 
 def line_of_module(text: str) -> int | None:
-    """The number of the first line that imports a module of ptjax, as only old files do, or None.
+    """The number of the first line that imports a module of ptjax; None if no line does.
 
-    Newer files import ptjax itself.
+    Only old files have such a line: newer files import `ptjax` itself.
     """
     match = _MODULES.search(text)
     return text.count("\n", 0, match.end()) + 1 if match else None
@@ -58,8 +58,8 @@ class _Names(config_parser.ParserDelegate):
 def translate(text: str) -> str:
     """Translates the text of an old config.gin: settings that still exist, under public names.
 
-    `backbone.load_backbone.path` becomes `ptjax.load_backbone.path`: the last two parts decide.
-    What is not ptjax's own stays unchanged, for `trust.check` to reject.
+    `backbone.load_backbone.path` becomes `ptjax.load_backbone.path`: only the last two parts of the
+    name matter. Names that are not ptjax's stay unchanged; `trust.check` rejects them later.
 
     Raises:
         SyntaxError, tokenize.TokenError: what gin raises for a file that it cannot read.

@@ -25,13 +25,13 @@ _DESCRIPTORS = {"-": 1, "/dev/stdout": 1, "/dev/stderr": 2}
 
 
 def add_flags(parser: argparse.ArgumentParser, what: str) -> None:
-    """Adds the flags --output=PATH and --force; `what` is the help of --output."""
+    """Adds the flags --output=PATH and --force; `what` is the help text of --output."""
     parser.add_argument("--output", metavar="PATH", help=what)
     parser.add_argument("--force", action="store_true", help="overwrite PATH if it exists")
 
 
 def show(text: str) -> None:
-    """Prints a result to standard output; ignores that the pipe is closed (`| head -1`)."""
+    """Prints a result to standard output; a closed pipe (`| head -1`) is not an error."""
     try:
         sys.stdout.write(text + "\n" if text and not text.endswith("\n") else text)
         sys.stdout.flush()
@@ -41,14 +41,15 @@ def show(text: str) -> None:
 
 
 def check(path: str, *, force: bool, inputs: Iterable[PathLike] = ()) -> None:
-    """Raises InputError if the value of --output cannot or must not be written; before any work.
+    """Raises InputError if the path in --output cannot or must not be written.
 
-    It may not be a folder, an input, or (without `force`) an existing file.
+    The path may not be a folder, an input or, without `force`, an existing file. Commands call this
+    before any other work.
 
     Args:
         path: the value of --output.
         force: whether an existing file may be overwritten.
-        inputs: local files that the command reads, and folders whose files it reads.
+        inputs: the local files that the command reads; a folder means all files in it.
     """
     if _descriptor(path) is not None:
         return
@@ -71,7 +72,8 @@ def check(path: str, *, force: bool, inputs: Iterable[PathLike] = ()) -> None:
 def check_place(path: str) -> None:
     """Raises InputError if a local file or folder cannot be created at `path`.
 
-    A name in it is too long, a parent is a file, or it is not writable.
+    Reasons are a name in the path that is too long, a parent that is a file, and missing
+    permissions.
     """
     real = os.path.realpath(epath.Path(path).expanduser())
     folder = real
@@ -106,10 +108,11 @@ def _exists(path: PathLike) -> InputError:
 
 @contextlib.contextmanager
 def target(path: str) -> Iterator[str]:
-    """Yields the path to which the output for `path`, the value of --output, must be written.
+    """A context manager: yields the path of the file to write the output for `path` to.
 
-    It is `path` with links followed. If `path` is not a regular file (a device, a fifo,
-    /dev/stdout), it is a temporary file, which is copied to `path` when the context ends.
+    `path` is the value of --output. The yielded path is `path` with links resolved, if that is a
+    regular or new file. For anything else (a device, a fifo, /dev/stdout) it is a temporary file,
+    which is copied to `path` when the context ends.
 
     Raises:
         OSError: the reader of a pipe has closed it.
@@ -178,13 +181,14 @@ def add_prefix_flag(parser: argparse.ArgumentParser) -> None:
 
 
 def check_fields(fields: Metadata, added: Metadata, location: str) -> None:
-    """Raises InputError if a record already has one of the fields that the output adds.
+    """Raises InputError if the output would replace a field of a record.
 
     A field that already has the new value is allowed.
 
     Args:
         fields: the record's fields.
-        added: the new fields; None for a value that is not known yet, which any value differs from.
+        added: the new fields. A value of None means that the value is not known yet; then the
+            record must not have the field at all.
         location: the record's file and line, for the message.
     """
     for name, value in added.items():
@@ -206,7 +210,7 @@ class ConfigFile(Callback):
         self.text = text
 
     def on_start(self, model_dir: epath.Path, step: int) -> None:
-        """Writes the file, on the first process; replaces that of an earlier start of the run."""
+        """Writes the file on the first process; a resumed run replaces its earlier file."""
         from ptjax.sharding import processes
 
         if processes.first():

@@ -18,7 +18,8 @@ def show_run(spec: StepSpec, counted: Report | None) -> None:
     """Prints the run that is planned: the network, the trainable parameters, the FLOPs of a step.
 
     Args:
-        counted: a report for one of the slices; None if the run is impossible on all of them.
+        counted: a report with the numbers of parameters and FLOPs, for any configuration. None if
+            every configuration was refused; these numbers are not printed then.
     """
     config, shape = spec.config, spec.shape()
     console, method = _console(), spec.method

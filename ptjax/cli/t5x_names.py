@@ -165,9 +165,9 @@ _CODE = re.compile(r"`([^`]+)`")
 
 
 def markdown(rows: Sequence[tuple[str, str]]) -> str:
-    """Formats (T5X's name, ptjax's equivalent) rows as a Markdown table.
+    """Formats (T5X's name, ptjax's equivalent) pairs as a Markdown table.
 
-    The columns are headed "there" and "here".
+    The headings of the columns are "there" and "here".
     """
     lines = ["| there | here |", "|---|---|", *(f"| {there} | {here} |" for there, here in rows)]
     return "\n".join(lines) + "\n"
@@ -183,9 +183,9 @@ def _named(rows: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str]]:
 
 
 def advice(name: str) -> str | None:
-    """ptjax's equivalent of a setting or gin file of T5X, as the end of a message.
+    """Describes ptjax's equivalent of a setting or gin file of T5X, for `replacement_message`.
 
-    None for names that are not T5X's, or that ptjax has too.
+    Returns None if the name is not T5X's, or if ptjax has the same name.
     """
     for there, here in _named(SETTINGS):
         if here in _SAME or re.search(rf"\b{re.escape(there)}\b", here):
@@ -198,20 +198,21 @@ def advice(name: str) -> str | None:
 
 
 def replacement_message(name: str, here: str) -> str:
-    """Makes the message for a name that only T5X has.
+    """Makes a message that a name is T5X's, and what ptjax has instead of it.
 
     Args:
-        name: T5X's name.
-        here: the result of `advice` or `flag_advice`.
+        name: a name in T5X that ptjax lacks.
+        here: ptjax's equivalent, as `advice` or `flag_advice` describes it.
     """
     return f"{name} is T5X's; ptjax has instead: {here}"
 
 
 def task_file(name: str, files: Iterable[str]) -> str | None:
-    """Chooses the gin file for the task that T5X calls `name` ('super_glue_boolq_v102'), or None.
+    """Finds ptjax's gin file for a task of T5X; returns its path, or None.
 
     Args:
-        files: the paths of ptjax's gin files.
+        name: T5X's name of the task, such as "super_glue_boolq_v102".
+        files: the paths of ptjax's gin files; one whose file name is part of `name` is returned.
     """
     stems = {file.rpartition("/")[2].removesuffix(".gin"): file for file in files}
     matching = [stem for stem in stems if f"_{stem}_" in f"_{name.lower()}_"]
@@ -219,7 +220,10 @@ def task_file(name: str, files: Iterable[str]) -> str | None:
 
 
 def flag_advice(flag: str) -> str | None:
-    """ptjax's equivalent of a flag of T5X ("--process_count"), as the end of a message; or None."""
+    """Describes ptjax's equivalent of a flag of T5X, such as "--process_count".
+
+    Returns None if the flag is not T5X's. The text is for `replacement_message`.
+    """
     return dict(_named(FLAGS)).get(flag)
 
 

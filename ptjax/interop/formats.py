@@ -1,4 +1,4 @@
-"""The file formats of backbones: `FORMATS`, of which the first that matches a folder opens it."""
+"""The file formats of backbones: `FORMATS`, tried in order until one matches the folder."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Opened(NamedTuple):
 
 
 class Format(Protocol):
-    """The protocol of a file format of backbones; `FORMATS` are the implementations."""
+    """The protocol of a file format of backbones; `FORMATS` holds the implementations."""
 
     def matches(self, directory: epath.Path, family: Family) -> bool:
         """Whether `directory` has this format, complete or damaged."""
@@ -47,8 +47,8 @@ class Format(Protocol):
 
         Args:
             name: the backbone's name as the user wrote it, for messages.
-            chosen: the config fields that the user sets; files may contradict each other about
-                them.
+            chosen: the config fields that the user sets. Special ids among them are not read from
+                the files, so files that disagree about them raise no error.
             family: the kind of network that the folder must hold.
 
         Raises:
@@ -58,7 +58,10 @@ class Format(Protocol):
 
 
 class T5XFormat:
-    """Opens a T5X checkpoint, a tree saved by Orbax, or the newest of a folder of several."""
+    """Opens a T5X checkpoint or a tree saved by Orbax.
+
+    Given a folder of several checkpoints, opens the newest complete one.
+    """
 
     def matches(self, directory: epath.Path, family: Family) -> bool:
         """Whether `directory` is a T5X or Orbax checkpoint, or a folder of checkpoints."""
@@ -79,7 +82,10 @@ class T5XFormat:
 
 
 class HuggingFaceFormat:
-    """Opens a folder with `config.json` and weights under Hugging Face's names, made T5X's."""
+    """Opens a folder with `config.json` and weights under Hugging Face's names.
+
+    The opened arrays have T5X's names.
+    """
 
     def matches(self, directory: epath.Path, family: Family) -> bool:
         """Whether `directory` contains a `config.json`."""
@@ -94,13 +100,16 @@ class HuggingFaceFormat:
 
 
 class OwnNamesFormat:
-    """Opens a folder whose `model.safetensors` has the parameters' own names; see `own_names`.
+    """Opens a folder whose `model.safetensors` has the network's parameter names.
 
-    It matches only for families without Hugging Face names.
+    This format is only for families without Hugging Face names; see `own_names`.
     """
 
     def matches(self, directory: epath.Path, family: Family) -> bool:
-        """Whether `directory` contains a `model.safetensors`; False for other families."""
+        """Whether `directory` contains a `model.safetensors`.
+
+        False if the family has Hugging Face names.
+        """
         return not family.tensor_names({}) and (directory / own_names.WEIGHTS).exists()
 
     def open(
@@ -117,10 +126,12 @@ FORMATS: tuple[Format, ...] = (T5XFormat(), HuggingFaceFormat(), OwnNamesFormat(
 def open_directory(
     directory: epath.Path, name: str, chosen: Collection[str], family: Family
 ) -> Opened:
-    """Opens a folder with the first format of `FORMATS` that matches; arguments as `Format.open`.
+    """Opens a folder with the first format of `FORMATS` that matches it.
+
+    The arguments are those of `Format.open`.
 
     Raises:
-        InputError: no format matches, or as `Format.open`.
+        InputError: no format matches, or `Format.open` raises it.
     """
     for file_format in FORMATS:
         if file_format.matches(directory, family):

@@ -51,8 +51,8 @@ def load_huggingface(directory: str | os.PathLike[str]) -> dict[str, LazyArray]:
     """Opens a Hugging Face T5; its weights stay on disk until they are read.
 
     Args:
-        directory: contains `config.json` and the weights: `model.safetensors`, else
-            `pytorch_model.bin`, either of them as one file or as shards with an index
+        directory: contains `config.json` and the weights: `model.safetensors`, or else
+            `pytorch_model.bin`. Either may be one file, or shards with an index
             (`model.safetensors.index.json`).
 
     Returns:
@@ -62,8 +62,8 @@ def load_huggingface(directory: str | os.PathLike[str]) -> dict[str, LazyArray]:
 
     Raises:
         InputError: a file or tensor is missing, damaged, quantized or unexpected; the folder also
-            holds an adapter; or transformers 4 and 5 would compute different logits from it and
-            no version is recorded.
+            holds an adapter; or transformers 4 and 5 would compute different logits, and the
+            files do not determine which are right (see `read_logits`).
     """
     directory = epath.Path(directory)
     config = read_config(directory)
@@ -264,12 +264,13 @@ def save_huggingface(
 
     Args:
         params: maps T5X's parameter names to arrays.
+        config: written to `config.json`.
         dtype: the dtype of the file, "float32" or "bfloat16" (T5 overflows in float16).
         max_shard_bytes: split the weights into files of at most this size; None: one file.
 
     Raises:
-        InputError: a name is not a T5 parameter's, the dtype is not supported, or a tensor is
-            larger than `max_shard_bytes`.
+        InputError: a name is not a T5 parameter's, Hugging Face's T5 does not have the config's
+            activations, the dtype is not supported, or a tensor is larger than `max_shard_bytes`.
     """
     if dtype not in ("float32", "bfloat16"):
         raise InputError(f"a T5 can be saved in float32 or bfloat16, not in {dtype}")
@@ -367,7 +368,7 @@ def download(
 
     Args:
         revision: a branch, tag or commit; None: the default branch.
-        ours: as for `hub.download`.
+        ours: names of ptjax's own models; a similar one is suggested in the error.
 
     Returns:
         (the local directory, the commit).

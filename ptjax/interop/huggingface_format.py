@@ -135,12 +135,12 @@ def expected_names(fields: Metadata) -> Iterator[str]:
 def load_config(directory: PathLike, chosen: Collection[str] = ()) -> JsonObject:
     """Reads the fields of `T5Config` from `config.json`, and special ids by `read_special_ids`.
 
-    `logits_via_embedding` is not among them: transformers 5 writes `tie_word_embeddings: true`
-    for untied models too, so `load_huggingface` decides from the weights.
+    The result lacks `logits_via_embedding`: transformers 5 writes `tie_word_embeddings: true` for
+    untied models too, so `load_huggingface` decides from the weights.
 
     Args:
         directory: the folder that contains `config.json`.
-        chosen: the fields that the user sets; files may contradict each other about them.
+        chosen: the fields that the user sets; `read_special_ids` does not read those.
 
     Raises:
         InputError: a key is missing or has an unsupported value, or the model is not a T5.
@@ -194,8 +194,9 @@ def _read_activations(raw: Metadata, where: epath.Path) -> tuple[str, ...]:
 def make_config_json(config: T5Config, dtype: str) -> JsonObject:
     """Makes the content of `config.json` for weights saved in `dtype`; inverse of `load_config`.
 
-    `tie_word_embeddings: false` also makes transformers 4 leave the decoder's output unscaled;
-    version 5 has its own key for that, and 5.0.0 scales every T5 whose config lacks it.
+    Whether the decoder's output is scaled is written twice. transformers 4 reads it from
+    `tie_word_embeddings`; version 5 has the key `scale_decoder_outputs` for it, and 5.0.0 scales
+    every T5 whose config lacks that key.
     """
     kind = "umt5" if config.relpos_per_layer else "t5"
     return {
@@ -234,8 +235,8 @@ class Logits(NamedTuple):
     """How the logits are computed from the decoder's output.
 
     Attributes:
-        own: whether it is multiplied by `lm_head.weight`; otherwise by the embedding.
-        scaled: whether it is multiplied by 1/sqrt(D) first.
+        own: whether the output is multiplied by `lm_head.weight`; if not, by the embedding.
+        scaled: whether the output is multiplied by 1/sqrt(D) first.
     """
 
     own: bool
@@ -249,19 +250,22 @@ class Logits(NamedTuple):
 def read_logits(raw: Metadata, head: Literal["none", "equal", "own"], where: epath.Path) -> Logits:
     """Determines how transformers computes a model's logits.
 
-    Versions 4 (4.57) and 5 (5.24) differ. In 4, `tie_word_embeddings` decides both: tied logits
-    use the embedding and are scaled. In 5, `lm_head.weight` is used if present, and
-    `scale_decoder_outputs`, or `tie_word_embeddings` without it, decides the scale; an mT5 is
-    never scaled. If the two readings differ, the version that wrote the file decides; a file that
-    records no version but has a key of version 5 counts as written by 5.
+    Versions 4 (4.57) and 5 (5.24) differ. In 4, `tie_word_embeddings` decides both attributes:
+    tied logits use the embedding and are scaled. In 5, `lm_head.weight` is used if present, and
+    the scale follows from `scale_decoder_outputs` or, without that key, `tie_word_embeddings`; an
+    mT5 is never scaled. If the two readings differ, the version that wrote the file decides. A
+    file that records no version but has `scale_decoder_outputs` counts as written by 5.
 
     Args:
         raw: the content of `config.json`.
-        head: "none" without an `lm_head.weight`, "equal" if it equals the embedding, else "own".
+        head: "none" if the weights have no `lm_head.weight`, "equal" if it equals the embedding,
+            else "own".
         where: the path of `config.json`, for messages.
 
     Raises:
-        InputError: the weights lack a tensor, or the two readings differ and no version is known.
+        InputError: the weights lack an `lm_head.weight` that is not tied to the embedding; or the
+            two readings differ, and no version is recorded or version 4 would not have written
+            such files.
     """
     kind = kind_of(raw)
     tied = bool(raw.get("tie_word_embeddings", kind != "mt5"))

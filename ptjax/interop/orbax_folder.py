@@ -57,7 +57,8 @@ class Item:
         values: maps the name of each array that is stored in the msgpack to the array.
         listed: the names of the zarr arrays in the item's own list, `_METADATA`.
         kvstore: tensorstore's spec of the database or folder.
-        sizes: maps the keys of a database to the sizes of their values in bytes; None in a folder.
+        sizes: maps the keys of a database to the sizes of their values in bytes; None if the item
+            is a folder of zarr arrays.
         stores_fill: whether the writer stored all chunks, including those equal to the fill value;
             None if it did not record this.
     """
@@ -156,10 +157,14 @@ def has_placeholder(tree: Tree) -> bool:
 
 
 def load_orbax(checkpoint: epath.Path, family: Family) -> dict[str, LazyArray]:
-    """Opens the only network of this family in a checkpoint; its arrays stay on disk.
+    """Opens the network in a checkpoint; its arrays stay on disk.
+
+    Args:
+        checkpoint: the folder of the checkpoint.
+        family: the kind of network; the checkpoint must contain exactly one of this kind.
 
     Returns:
-        the arrays by T5X's parameter names, slashed and without a prefix such as "target".
+        the arrays by T5X's parameter names: joined with "/", without a prefix such as "target".
 
     Raises:
         InputError: the checkpoint contains none or several such networks, was written by a run of
@@ -194,7 +199,7 @@ def load_orbax(checkpoint: epath.Path, family: Family) -> dict[str, LazyArray]:
 
 
 def open_item(folder: epath.Path) -> Item:
-    """Lists the arrays of the item in `folder`; of a database it checks that its files exist.
+    """Lists the arrays of the item in `folder`; if it is a database, checks that its files exist.
 
     Raises:
         InputError: the save is incomplete, or files are missing or damaged.

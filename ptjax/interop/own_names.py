@@ -1,4 +1,4 @@
-"""Reads and writes `model.safetensors` with the parameters' own names, "encoder/layer/kernel".
+"""Reads and writes a `model.safetensors` with the network's parameter names: "encoder/kernel".
 
 This is the format of networks without Hugging Face names; the folder has no `config.json`.
 """
@@ -33,7 +33,7 @@ def has_own_names(directory: epath.Path) -> bool:
 
 
 def load_own_names(directory: epath.Path) -> dict[str, LazyArray]:
-    """Opens the arrays by parameter name; each stays on disk until it is read.
+    """Opens `model.safetensors`; returns arrays by parameter name, read from disk on demand.
 
     Raises:
         InputError: the file is missing, truncated or damaged, or contains tensors that are not

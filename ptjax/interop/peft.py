@@ -60,8 +60,8 @@ def load_peft(directory: str | os.PathLike[str]) -> tuple[np.ndarray, JsonObject
     second to the decoder's input; such prompts are refused. The initialisation
     (`prompt_tuning_init`) is ignored.
 
-    The metadata are those of `export_peft`, plus "backbone_name" ("NAME" or "NAME@REVISION") if the
-    config names the backbone.
+    The metadata are those that `export_peft` wrote, if any, plus "backbone_name" ("NAME" or
+    "NAME@REVISION") if the config names the backbone.
 
     Raises:
         InputError: the directory holds an adapter of another method or for another kind of model,

@@ -53,7 +53,7 @@ class PromptFile:
 
     @property
     def attends_to_input(self) -> bool:
-        """Whether prompt positions attend to the input; True unless the metadata deny it."""
+        """Whether prompt positions attend to the input; True unless the metadata say otherwise."""
         return bool(self.metadata.get("sees_input", True))
 
 
@@ -289,7 +289,8 @@ def _checked(prompt: np.ndarray, where: str) -> np.ndarray:
 class FromFile:
     """Initialises a prompt from any file that `load_prompt` reads, as SPoT (Vu et al. 2022) does.
 
-    Calling it raises an `InputError` if the prompt in the file does not have the run's length.
+    A `FromFile` is called to make the initial prompt. It raises an `InputError` if the prompt in
+    the file does not have the run's prompt length.
     """
 
     path: str | os.PathLike[str]
@@ -304,5 +305,9 @@ class FromFile:
         return prompt
 
     def identity(self) -> JsonObject:
-        """Replaces the path by the prompt in the identity of a run; see `identity.describe`."""
+        """Returns {"path": the prompt}, which `identity.describe` uses instead of the path.
+
+        A MODEL_DIR is resumed only by a run with the same identity, which thus contains the prompt
+        itself, not its location.
+        """
         return {"path": load_prompt(self.path).prompt}

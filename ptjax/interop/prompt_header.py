@@ -32,10 +32,10 @@ _MAX_LENGTH = 1 << 20  # tokens; larger values would fill the memory with paddin
 
 
 def special_ids(ids: SpecialIds) -> JsonObject:
-    """Returns the backbone's special ids as an entry of a prompt's metadata.
+    """Returns a backbone's special ids as an entry of a prompt's metadata.
 
-    Training depends on them, but the fingerprint does not cover them: they do not change the
-    logits of given tokens.
+    Prompts record them in addition to the backbone's fingerprint: training depends on them, but
+    the fingerprint does not cover them, since they do not change the logits of given tokens.
     """
     values = dataclasses.asdict(ids)
     return {SPECIAL_IDS: {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}}
@@ -45,13 +45,13 @@ def other_ids(metadata: Metadata, ids: SpecialIds) -> tuple[str, str] | None:
     """Describes the special ids that differ between a prompt and a backbone.
 
     Args:
-        metadata: the prompt's.
-        ids: the backbone's.
+        metadata: the prompt's metadata.
+        ids: the backbone's special ids.
 
     Returns:
-        (the prompt's, the backbone's) as texts: ("eos_ids = [1]", "eos_ids = [2]"); several are
-        separated by ", ". None if they agree, or if the prompt records none (older versions did
-        not).
+        (the prompt's ids, the backbone's ids) as strings: ("eos_ids = [1]", "eos_ids = [2]").
+        Several ids are separated by ", ". None if all recorded ids agree; prompts of older
+        versions record none.
     """
     current = special_ids(ids)[SPECIAL_IDS]
     recorded = metadata.get(SPECIAL_IDS) or {}
@@ -68,9 +68,9 @@ def other_ids(metadata: Metadata, ids: SpecialIds) -> tuple[str, str] | None:
 def seal(header: Mapping[str, str], tensors: Mapping[str, np.ndarray]) -> dict[str, str]:
     """Returns the header with a checksum of itself and the tensors. `unseal` is the inverse.
 
-    It adds two entries, a format number and the checksum, each of which requires the other: if one
-    of their names is damaged, the file is not mistaken for one of an older version without a
-    checksum.
+    It adds two entries, a format number and the checksum, and `unseal` rejects a header with only
+    one of them. So if a name of an entry is damaged, the file is not mistaken for one of an older
+    version, which has no checksum.
     """
     header = {key: text for key, text in header.items() if key != _CHECKSUM}
     header |= {_FORMAT: _VERSION}
@@ -153,7 +153,7 @@ def _are_ids(value: object) -> bool:
 
 
 def _wrong_task(task: Metadata) -> str | None:
-    """The same for a task's description, `Task.describe()`."""
+    """As `wrong_value`, for a task's description (`Task.describe()`)."""
     verbalizer = task.get("verbalizer")
     pairs = verbalizer.items() if isinstance(verbalizer, dict) else [("", verbalizer or "")]
     texts = [task.get(key) for key in ("name", "inputs", "targets", "label", "answers", "group")]

@@ -46,13 +46,14 @@ def read_special_ids(
 ) -> JsonObject:
     """Reads the special ids of `T5Config` from config.json and generation_config.json.
 
-    Ids that neither file states are left out. Which file decides:
+    Ids that neither file states are left out, except `forced_bos_id`, which is None then. Which
+    file decides:
         `pad_id`: config.json, else generation_config.json.
         `decoder_start_id`: the two must agree, since training uses one and generation the other;
             `generate` falls back to `bos_token_id`.
         `eos_ids`: generation_config.json, else config.json. (If only config.json has one,
             transformers 5 never stops generating.)
-        `forced_bos_id`: generation_config.json alone, if it exists.
+        `forced_bos_id`: generation_config.json if that file exists, else config.json.
 
     Logs a warning that lists other settings which change what transformers generates.
 

@@ -29,8 +29,8 @@ def is_t5x(path: str | os.PathLike[str]) -> bool:
 def find_checkpoint(path: str | os.PathLike[str]) -> epath.Path:
     """Returns the checkpoint folder that `path` refers to.
 
-    `path` is a checkpoint, the `checkpoint` file or an item such as `state` in one, or a folder of
-    several checkpoints, of which the one with the largest completely saved step is chosen.
+    `path` is a checkpoint, or the `checkpoint` file or an item such as `state` in one. It may also
+    be a folder of several checkpoints; the newest that was saved completely is returned.
 
     Raises:
         InputError: no checkpoint exists there, or none is complete.
@@ -60,7 +60,7 @@ def find_checkpoint(path: str | os.PathLike[str]) -> epath.Path:
 
 
 def checkpoints_in(path: str | os.PathLike[str]) -> dict[int, epath.Path]:
-    """Returns the checkpoints in a folder of several by their step, complete or not.
+    """Returns the checkpoints in a folder by step, including incomplete ones.
 
     Raises:
         InputError: their names have different prefixes, as in `a_1` and `b_1`.

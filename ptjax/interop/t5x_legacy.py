@@ -1,7 +1,8 @@
 """Reads T5X checkpoints older than Orbax: a msgpack and zarr 2 folders.
 
 `checkpoint_N/checkpoint` is a flax msgpack whose leaves are arrays or tensorstore specs that point
-to the folders. The formats follow `t5x/checkpoints.py`; only names are read of the optimizer.
+to the folders. The formats follow `t5x/checkpoints.py`. Of the optimizer's state, only the
+parameter names are used.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class ArrayLocation:
     Attributes:
         kvstore: tensorstore's spec of the folder (or of the prefix in a database).
         keys: the names below it: ".zarray" or "zarr.json", and the names of the chunks.
-        where: the location in messages.
+        where: the location, for messages.
         may_omit: whether the writer may have left out chunks that hold only the fill value.
         size_of: maps the key of a chunk to its compressed size in bytes.
     """
