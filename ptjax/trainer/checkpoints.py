@@ -27,7 +27,7 @@ from ptjax.trainer.identity import changed_versions, check_same
 from ptjax.trainer.lock import cannot_write
 from ptjax.training.step import TrainState
 
-SUMS = "checksums"
+SUMS = "array_checksums"
 """Their key in the JSON of `progress`; checkpoints of older versions have none."""
 
 

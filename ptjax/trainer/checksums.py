@@ -32,8 +32,8 @@ def hash_json(progress: JsonObject, identity: JsonObject, sums: Sums) -> str:
 def sum_arrays(state: TrainState) -> Sums:
     """Computes two checksums over the bits of every array, on the devices.
 
-    A change of any single element changes them. Swapping two elements usually does, but swapping x
-    and -x in float32 does not. All processes must call it together.
+    A change of any single element changes them. So do swapped elements and several changes, but for
+    one case in 2^32. All processes must call it together.
     """
     sums = jax.device_get(_sum_bits(jax.tree.leaves(state)))
     return np.asarray(sums).tolist()
@@ -54,9 +54,17 @@ def _sum_array(array: jax.Array) -> jax.Array:
     for axis, size in enumerate(bits.shape):
         along = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
         index = index * np.uint32(size) + along
-    # Odd factors, which are invertible modulo 2^32: no single difference is lost.
-    factors = (index * np.uint32(2_654_435_761)) | np.uint32(1)
-    return jnp.stack([jnp.sum(bits), jnp.sum(bits * factors)])
+    return jnp.stack([jnp.sum(bits), jnp.sum(_mix(bits ^ (index * np.uint32(2_654_435_761))))])
+
+
+def _mix(bits: jax.Array) -> jax.Array:
+    """MurmurHash3's finalizer: one to one, so no single change is lost.
+
+    Of a sum of products, two flipped signs would be: they change it by an even multiple of 2^31.
+    """
+    bits = (bits ^ (bits >> 16)) * np.uint32(0x85EBCA6B)
+    bits = (bits ^ (bits >> 13)) * np.uint32(0xC2B2AE35)
+    return bits ^ (bits >> 16)
 
 
 def find_damage(folder: epath.Path, *, remote: bool) -> str:

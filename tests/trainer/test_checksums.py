@@ -51,11 +51,27 @@ def test_each_bit_counts():
         assert changed[0] != whole[0] and changed[1] != whole[1]
 
 
-def test_the_sums_are_those_of_the_bits_and_their_odd_factors():
-    """Older checkpoints hold them, so they must stay as they are."""
+def test_two_flipped_signs_are_noticed():
+    array = np.linspace(0.5, 2.0, 6, dtype=np.float32)
+    whole = sums_of(array)
+    for one, other in itertools.combinations(range(6), 2):
+        flipped = array.copy()
+        flipped[[one, other]] *= -1
+        assert sums_of(flipped)[1] != whole[1]
+    assert sums_of(np.float32([5, -5]))[1] != sums_of(np.float32([-5, 5]))[1]
+
+
+def test_the_sums_stay_as_they_are():
+    """Checkpoints hold them. The second uses MurmurHash3's finalizer, here on Python's ints."""
     array = np.array([[1, 2, 3], [4, 5, 6]], np.int32)
-    factors = [(i * 2_654_435_761) % (1 << 32) | 1 for i in range(6)]
-    assert sums_of(array) == [21, sum(map(int.__mul__, range(1, 7), factors)) % (1 << 32)]
+
+    def mix(bits: int) -> int:
+        bits = (bits ^ bits >> 16) * 0x85EBCA6B % 2**32
+        bits = (bits ^ bits >> 13) * 0xC2B2AE35 % 2**32
+        return bits ^ bits >> 16
+
+    mixed = [mix((i + 1) ^ i * 2_654_435_761 % 2**32) for i in range(6)]
+    assert sums_of(array) == [21, sum(mixed) % 2**32]
 
 
 def test_a_random_key_counts_too():
