@@ -16,7 +16,7 @@ from ptjax.trees import Tree
 
 
 def check_used(apply_fn: ApplyFn, loss: Loss, trainable: Tree, frozen: Tree, batch: Tree) -> None:
-    """Raises InputError for a trainable variable that training cannot change.
+    """Raises InputError if the loss does not depend on each trainable variable.
 
     Batch and variables may be `jax.ShapeDtypeStruct`s: only the program is examined.
 
@@ -45,7 +45,7 @@ def unused_leaves(
 ) -> list[str]:
     """Lists the paths of the leaves of `trainable` that cannot get a gradient from `function`.
 
-    `function` is called as `function(trainable, *arguments)` and differentiated by `trainable`.
+    The gradient is that of `function(trainable, *arguments)` with respect to `trainable`.
     The result depends on the program, not on values: a leaf that is used only through
     `stop_gradient` or an argmax is listed; one whose gradient happens to be zero (LoRA's first
     matrix while the second is zero) is not. `function` is traced, but nothing is computed.

@@ -44,7 +44,7 @@ class Loss:
         return jnp.sum(self.per_position(logits.astype(jnp.float32), targets) * weights)
 
     def normalizer(self, weights: Float[Array, "B L"]) -> Float[Array, ""] | float:
-        """The divisor of a batch's loss: 1, or with `per_token` the sum of `weights`."""
+        """The divisor of a loss: 1, or with `per_token` the sum of `weights`, but at least 1."""
         return jnp.maximum(jnp.sum(weights), 1.0) if self.per_token else 1.0
 
     def per_position(

@@ -54,9 +54,9 @@ class Adafactor:
         check_at_least(0, "Adafactor", learning_rate=rate, weight_decay=decay, step_offset=offset)
 
     def identity(self) -> JsonObject:
-        """Returns values that stand for a schedule when runs are compared; {} without one.
+        """Returns the values by which runs are compared, where they differ from the fields'.
 
-        A schedule is a function, so it is represented by its rates at many steps. See
+        If `learning_rate` is a schedule, a function, these are its rates at many steps; see
         `ptjax.trainer.identity.describe`.
         """
         schedule = self.learning_rate
