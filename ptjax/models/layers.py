@@ -329,15 +329,16 @@ class DecoderLayer(nn.Module):
         deterministic: bool,
         prompt: KeysValues | None = None,
     ) -> tuple[Float[Array, "B l D"], LayerCache | None]:
-        """Runs on whole targets with the encoder's output, or on a few targets with a cache.
+        """Runs on all inputs with the encoder's output, or on the next l inputs with a cache.
 
         Args:
-            x: with a cache, the targets `position ... position + l - 1`.
+            x: with a cache, the decoder's inputs `position ... position + l - 1`.
             encoded: the encoder's output, or the layer's cache.
             prompt: the keys and values [P, H, K] of an input-independent prompt.
 
         Returns:
-            The layer's output, and the cache with the keys and values of x (None without a cache).
+            `(output, cache)`: the updated cache also has the keys and values of x; None without a
+            cache.
         """
         y = self.pre_self_attention_layer_norm(x)
         key, value = self.self_attention.keys_values(y)

@@ -57,12 +57,9 @@ class CacheForm:
 class ModuleApply:
     """A module's `apply_fn(variables, ..., method=)`, with the interface of `PromptedT5.apply`.
 
-    There is one object per family and config, so that `jax.jit` finds it in its cache.
-
     Attributes:
-        embedder: the path of the submodule that embeds tokens.
-        dropout: whether training uses the module's dropout.
-        collections: names of the collections of variables that are passed to the module.
+        embedder, dropout: path of the submodule that embeds tokens; whether to train with dropout.
+        collections: the collections of variables that are passed to the module.
     """
 
     family: Family

@@ -184,7 +184,7 @@ def with_prompt(
     variables: Variables,
     prompt: Float[Array, "*B P D"] | np.ndarray | Bank | PromptStates | None,
 ) -> Variables:
-    """Returns a copy of `variables` whose collection `prompt` is replaced by `prompt`.
+    """Returns a copy of `variables` whose collection `prompt` holds `prompt`.
 
     None removes the collection.
     """

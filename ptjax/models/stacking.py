@@ -25,7 +25,7 @@ Layers = list[T] | T
 """A value per layer: a list, or arrays with a leading axis if layers are scanned."""
 
 GatherFn = Callable[[Any], Any]
-"""A function that returns a layer's parameters replicated over the axis `data`; see `gathered`."""
+"""Maps a layer's parameters to ones replicated over the mesh axis `data`; see `gathered`."""
 
 _GATHERED = "gathered"
 _POLICIES = {

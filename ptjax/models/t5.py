@@ -190,7 +190,7 @@ class Decoder(nn.Module):
         cache: Cache | None = None,
         position: Int[Array, ""] | int = 0,
     ) -> tuple[Float[Array, "B l D"], Cache | None]:
-        """Runs on whole targets or, with a cache, on the l targets from `position` on.
+        """Runs on all inputs or, with a cache, on the l inputs from `position` on.
 
         Returns the states, and the updated cache (None without a cache).
         """
