@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # planning and settings need neither SentencePiece nor weight
 
 
 BUILT_IN = ("params", "prompt")
-"""The collections that every network reads; `run_with` passes it the names of all others."""
+"""The collections that every network reads; `run_with` names a method's own one to the network."""
 
 
 @dataclasses.dataclass(frozen=True)
