@@ -53,7 +53,7 @@ class Batching:
         return {**FEATURE_LENGTHS, **(self.feature_lengths or {})}
 
     def identity(self) -> JsonObject:
-        """Returns the values by which runs are compared, where they differ from the fields.
+        """Returns the values by which runs are compared, where they differ from the fields'.
 
         These are the lengths with defaults filled in: giving a default explicitly changes nothing.
         """

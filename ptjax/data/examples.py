@@ -44,7 +44,7 @@ class Examples(list[Example]):
         Validation gets `held_out` examples, evenly spaced because files are often sorted by label.
 
         Args:
-            validation: whether to return these; otherwise returns all others.
+            validation: whether to return the validation examples; otherwise returns all others.
         """
         indices = {i * len(self) // held_out for i in range(held_out)}
         chosen = (example for i, example in enumerate(self) if (i in indices) == validation)
@@ -74,7 +74,8 @@ def make_examples(
             raises at the first.
 
     Raises:
-        InputError: a record cannot be used and the policy is 'error', or there are no examples.
+        InputError: a record cannot be used and the policy is 'error', or no record makes an
+            example.
     """
     examples = []
     for record in records:

@@ -110,7 +110,7 @@ class Batches(Protocol):
 class PlannedBatch:
     """A batch before it is built: its bucket, and the indices [B] of its examples.
 
-    The index -1 stands for an empty row.
+    The index -1 means an empty row.
     """
 
     bucket: Bucket

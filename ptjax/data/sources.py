@@ -137,7 +137,9 @@ def resolve_path(path: str | os.PathLike[str]) -> epath.Path:
 
 
 def find_files(pattern: str | os.PathLike[str]) -> list[epath.Path]:
-    """Returns the file at this path or, if there is none, the files that match the glob, sorted.
+    """Returns the file at this path or, if it does not exist, the files that match it as a glob.
+
+    The files are sorted by path.
 
     Raises:
         InputError: the file does not exist or is a folder, or the glob has no match.
@@ -247,7 +249,7 @@ def parse_records(
 
 
 def non_empty(records: Records, source: str) -> Records:
-    """Returns `records`. Raises InputError, whose message names `source`, if there are none."""
+    """Returns `records`. Raises InputError, whose message names `source`, if they are empty."""
     if records:
         return records
     if records.bad.count:

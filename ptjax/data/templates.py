@@ -70,8 +70,8 @@ def parse_template(text: str) -> Template:
 def find_field(record: Metadata, field: str) -> object:
     """Returns the value of a field.
 
-    'a.b' is the field of that name or, if there is none, the field b of the object a. Likewise,
-    'a.0' is the first entry of the list a.
+    'a.b' is the field of that name or, if the record lacks it, the field b of the object a.
+    Likewise, 'a.0' is the first entry of the list a.
 
     Raises:
         RecordError: the record has no such field, or its value is None or a non-finite number.

@@ -56,7 +56,7 @@ class Tokenizer(Protocol):
         ...
 
     def id_to_piece(self, index: int) -> str:
-        """Returns the piece that an id stands for, in readable form; `<id>` if there is none."""
+        """Returns the piece with this id, in readable form; `<id>` for an id without a piece."""
         ...
 
     def sentinel_id(self, k: int) -> int:
