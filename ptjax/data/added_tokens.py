@@ -31,12 +31,12 @@ class AddedToken:
     """A token at which a text is split before the rest is tokenised.
 
     Attributes:
-        content: its text.
-        id: `NO_ID` if the tokenizer's files do not state one.
+        content: the token's text.
+        id: the token's id; `NO_ID` if the tokenizer's files do not state one.
         lstrip, rstrip: whether the spaces to its left or right belong to it.
         single_word: whether it matches only if no letter is next to it.
-        normalized: whether it is searched in the normalised text.
-        special: whether transformers omits it from decoded texts on request.
+        normalized: whether it is searched for in the normalised text instead of the original.
+        special: whether transformers omits it when decoding with `skip_special_tokens=True`.
     """
 
     content: str
@@ -49,12 +49,12 @@ class AddedToken:
 
     @property
     def sentinel(self) -> int | None:
-        """k if the token is the sentinel `<extra_id_k>`, else None."""
+        """The number k if the token is the sentinel `<extra_id_k>`, else None."""
         match = SENTINEL.fullmatch(self.content)
         return None if match is None else int(match[1])
 
     def flags(self) -> JsonObject:
-        """Returns the token as the JSON object that transformers writes, without the id."""
+        """Returns the JSON object that transformers writes for the token, without the id."""
         return {key: value for key, value in dataclasses.asdict(self).items() if key != "id"}
 
 
@@ -70,20 +70,20 @@ def read_json(file: epath.Path) -> JsonObject:
 def read_added_tokens(
     folder: epath.Path, config: Metadata, vocabulary: Mapping[str, int] | None
 ) -> tuple[list[AddedToken], dict[str, str]]:
-    """Reads the added tokens and the control tokens of a tokenizer's folder.
+    """Reads the added tokens and the control tokens (EOS, padding, ...) of a tokenizer's folder.
 
     Args:
         config: the content of `tokenizer_config.json`.
-        vocabulary: the model's own pieces and their ids. As in transformers 5, an added token that
-            is a piece keeps its id, others get the next free ids. None (for ByT5, which has no
-            pieces) takes the ids from the files and drops tokens for which they state none.
+        vocabulary: piece -> id. As in transformers 5, an added token that is also a piece has the
+            piece's id; the others get the next free ids. With None (for ByT5, which has no pieces)
+            the ids are taken from the files, and tokens without an id there are dropped.
 
     Returns:
-        The added tokens, and the control token that each setting names, such as
+        `(added, control)`: the added tokens; and setting -> control token, such as
         `{"eos_token": "</s>"}`.
 
     Raises:
-        InputError: a file is damaged, or states another id than transformers assigns.
+        InputError: a file is damaged, or states a different id than transformers assigns.
     """
     declared, settings = _declared(folder, config)
     control = {name: _content(settings[name]) for name in CONTROL_NAMES if settings.get(name)}
@@ -179,18 +179,18 @@ def _damaged(file: epath.Path, entry: object) -> InputError:
 
 
 class Splitter:
-    """Splits texts at added tokens with the library that transformers uses.
+    """Splits texts at added tokens with `tokenizers`, the library that transformers uses.
 
-    It first splits the original text at the tokens that are not `normalized`, then normalises the
-    rest and splits it at the others. It finds the sentinel <extra_id_k> in a text only in the form
-    `sentinels.marked(k)`.
+    First splits the original text at the tokens that are not `normalized`; then normalises the
+    parts and splits them at the `normalized` tokens. The sentinel <extra_id_k> must be written
+    `sentinels.marked(k)` in the text.
 
     Args:
         charsmap: SentencePiece's normalisation (`precompiled_charsmap`); empty for none.
-        name: of the tokenizer, for messages.
+        name: the tokenizer's name, for messages.
 
     Raises:
-        InputError: a token is empty after normalisation, which would make the library panic.
+        InputError: a token is empty after normalisation, which would crash the library.
     """
 
     def __init__(self, tokens: Sequence[AddedToken], charsmap: bytes, name: str) -> None:
@@ -207,7 +207,7 @@ class Splitter:
         self._normalized = _Cutter(normalized, self._normalize) if normalized else None
 
     def split(self, texts: Sequence[str]) -> list[list[str | int]]:
-        """Splits each text into the parts between added tokens (str) and their ids (int)."""
+        """Splits each text into a list of ids of added tokens (int) and the parts between (str)."""
         rows = self._raw.cut(texts)
         if self._normalized is None:
             return rows

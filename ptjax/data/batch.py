@@ -53,8 +53,7 @@ def shift_right(targets: np.ndarray, start_id: int) -> np.ndarray:
 def trailing_lengths(tokens: np.ndarray, pad_id: int) -> np.ndarray:
     """Computes the lengths, int32 [B], of rows [B, L] without their trailing `pad_id`s.
 
-    For callers who pass arrays without lengths; this is the only place where padding is
-    recognised by its id.
+    For callers who pass arrays without lengths. Nowhere else is padding recognised by its id.
     """
     real = tokens != pad_id
     behind = np.argmax(real[:, ::-1], axis=1) if tokens.size else 0
@@ -70,7 +69,7 @@ def count_examples(batch: Batch, active: np.ndarray | None = None) -> int:
     """Counts the examples of a batch; an empty row (filler) of an unpacked batch counts too.
 
     Args:
-        active: for a sweep's batch, the members that are counted, bool [N]; None counts all.
+        active: for a sweep's batch, which members to count, bool [N]; None counts all.
     """
     members = ... if active is None else active
     if "encoder_segment_ids" in batch:
@@ -125,12 +124,14 @@ def make_packed_batch(
     """Builds a packed batch from the token ids (EOS included) of its examples.
 
     Args:
-        rows: int [B], ascending: the row of the batch in which each example is.
+        rows: int [B], ascending: the row in which each example is placed.
         row_count: the number of rows of the batch.
-        prompt_slots: positions reserved before each example's inputs for its copy of the prompt.
+        input_length, target_length: the length of the rows.
+        prompt_slots: the number of positions reserved before each example's inputs, for its copy
+            of the prompt.
 
     Raises:
-        InputError: the examples of a row are longer than the row.
+        InputError: the examples of a row do not fit in it.
     """
     prompt = np.full(prompt_slots, ids.pad_id, np.int32)
     encoder_tokens, encoder_segments = _pack(

@@ -21,12 +21,12 @@ class Batching:
     Attributes:
         batch_size: examples per step.
         microbatches: number of parts of a batch that are computed one after another.
-        feature_lengths: T5X's {"inputs": T, "targets": L}, EOS included; longer texts are
-            truncated, counted and reported. A missing length is taken from `FEATURE_LENGTHS`.
+        feature_lengths: {"inputs": T, "targets": L} as in T5X, EOS included. Longer texts are
+            truncated; their number is reported. `FEATURE_LENGTHS` provides a missing length.
         buckets: batch shapes (T, L); None uses input lengths that double from 32.
-        pack: put several short examples into a row; the number of examples per batch is the same.
-        row_length: T of packed rows, including the prompt's positions if it attends to its input;
-            None chooses it automatically.
+        pack: put several short examples into a row. A batch still has `batch_size` examples.
+        row_length: T of packed rows; None chooses it automatically. Includes the positions of a
+            prompt that attends to its input.
     """
 
     batch_size: int = 32
@@ -53,8 +53,8 @@ class Batching:
         return {**FEATURE_LENGTHS, **(self.feature_lengths or {})}
 
     def identity(self) -> JsonObject:
-        """Returns the field values that identify a run, where they differ from the fields' own.
+        """Returns the values by which runs are compared, where they differ from the fields'.
 
-        Default lengths and the same lengths given explicitly count as the same setting.
+        These are the lengths with defaults filled in: giving a default explicitly changes nothing.
         """
         return {"feature_lengths": self.lengths}

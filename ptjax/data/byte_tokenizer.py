@@ -20,15 +20,16 @@ _SENTINELS = range(256)
 
 
 class ByteTokenizer:
-    """ByT5: the byte b of the UTF-8 text is the id b + 3; 0 to 2 are padding, EOS, unknown.
+    """ByT5's tokenizer: the byte b of a UTF-8 text has the id b + 3.
 
-    After the bytes there are 125 unused ids (384 rows in every ByT5), then added tokens. The
-    sentinels are the last byte values, which UTF-8 never uses, in descending order: <extra_id_k>
-    is 258 - k. (In transformers it is 259 + k, an id that ByT5 was never trained with.)
+    Ids 0, 1 and 2 are padding, EOS and unknown. After the bytes there are 125 unused ids (every
+    ByT5 has 384 embedding rows), then added tokens. The sentinels are the last byte values, which
+    UTF-8 never uses, in descending order: <extra_id_k> has the id 258 - k. (In transformers it has
+    the id 259 + k, which ByT5 was never trained with.)
 
     Args:
-        added: tokens with ids >= 384, or with the id of a byte; others are ignored.
-        name: for messages.
+        added: added tokens. Only those with an id >= 384 or with the id of a byte are used.
+        name: the tokenizer's name, for messages.
     """
 
     prefix: tuple[int, ...] = ()

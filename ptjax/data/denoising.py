@@ -38,13 +38,14 @@ class _Stream:
 class SpanCorruptionSource(_Stream):
     """Examples of span corruption; an `ExampleSource`.
 
-    Sentinels replace random spans of a piece of text; the target lists these spans.
+    In the input, sentinels replace random spans of a piece of text. The target has these spans,
+    each after its sentinel.
 
     Args:
         stream: token ids [N].
-        input_length: the most input tokens of an example, EOS included; pieces have the largest
-            length that shrinks to it (`random_spans_helper` in t5's preprocessors).
-        noise_density: the share of a piece's tokens that are replaced.
+        input_length: the maximum number of input tokens, EOS included. A piece is as long as this
+            allows (`random_spans_helper` in t5's preprocessors).
+        noise_density: the fraction of a piece's tokens that are replaced.
         mean_span: the mean number of tokens per span.
 
     Raises:
@@ -99,8 +100,8 @@ class SpanCorruptionSource(_Stream):
 class PrefixLMSource(_Stream):
     """Examples of prefix language modelling, the paper's LM adaptation; an `ExampleSource`.
 
-    The input is a random number of tokens, at most `input_length` with its EOS, and the target the
-    `target_length` tokens that follow, without sentinels and without an EOS.
+    The input has a random number of tokens, at most `input_length` including its EOS. The target is
+    the `target_length` tokens that follow, without sentinels and without an EOS.
 
     Args:
         stream: token ids [N].

@@ -19,7 +19,7 @@ Fields = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One example as text, the fields it was made from, and its record's file and line."""
+    """One example: its texts, the fields they were made from, and the record's file and line."""
 
     inputs: str
     targets: str
@@ -31,7 +31,7 @@ class Example:
 class Examples(list[Example]):
     """The examples of a split.
 
-    `bad` counts the records that were skipped; `digest` identifies the files, see `Records`.
+    `bad` counts the records that were skipped. `digest` identifies the files; see `Records`.
     """
 
     def __init__(self, examples: Iterable[Example], bad: BadRecords, digest: str = "") -> None:
@@ -39,9 +39,12 @@ class Examples(list[Example]):
         self.bad, self.digest = bad, digest
 
     def divided(self, held_out: int, *, validation: bool) -> Examples:
-        """Returns `held_out` examples for validation or, if not `validation`, all others.
+        """Returns one part of a division into validation and training examples.
 
-        They are evenly spaced, because files are often sorted by label.
+        Validation gets `held_out` examples, evenly spaced because files are often sorted by label.
+
+        Args:
+            validation: whether to return the validation examples; otherwise returns all others.
         """
         indices = {i * len(self) // held_out for i in range(held_out)}
         chosen = (example for i, example in enumerate(self) if (i in indices) == validation)
@@ -67,7 +70,8 @@ def make_examples(
         preprocess: maps a record's fields to the fields of its examples; None makes one example
             with the record's own fields.
         render: maps fields to (inputs, targets); raises `RecordError` if it cannot use them.
-        bad: counts the records that cannot be used, or raises at the first, as its policy says.
+        bad: receives the records that cannot be used: counts them or, with the policy 'error',
+            raises at the first.
 
     Raises:
         InputError: a record cannot be used and the policy is 'error', or no record makes an
@@ -89,7 +93,9 @@ def make_examples(
 
 
 def apply_preprocess(preprocess: Preprocess | None, fields: JsonObject) -> Iterator[JsonObject]:
-    """Yields the fields of each example made from a record; without `preprocess`, the record's.
+    """Yields the fields of each example that `preprocess` makes from a record's `fields`.
+
+    If `preprocess` is None, yields `fields`.
 
     Raises:
         RecordError: `preprocess` fails on the record.

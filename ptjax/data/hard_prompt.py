@@ -18,8 +18,8 @@ class HardPrompt:
 
     Attributes:
         text: inserted before the input, or a template that contains `{inputs}`; may be empty.
-        shots: number of training examples prepended as context; sampled with the run's seed.
-        separator: between a shot's input and its target, and after each shot.
+        shots: number of training examples to prepend as context.
+        separator: text between a shot's input and its target, and after each shot.
     """
 
     text: str
@@ -38,10 +38,10 @@ class HardPrompt:
         return join_texts([before, *(part for literal in behind for part in (inputs, literal))])
 
     def rewording(self, train: Sequence[Example], seed: int) -> Callable[[str], str]:
-        """Samples the shots, and returns a function from an input to the backbone's input text.
+        """Samples the shots. Returns a function that adds shots and text to an example's input.
 
         Args:
-            train: the examples from which the shots are sampled.
+            train: the examples from which the shots are sampled, at random by `seed`.
         """
         chosen = np.random.default_rng(seed).permutation(len(train))[: self.shots]
         shots = join_texts(

@@ -29,7 +29,10 @@ def accuracy(predictions: Texts, targets: Texts) -> float:
 
 
 def mean_f1(predictions: Texts, targets: Texts, *, labels: Texts) -> float:
-    """The mean over the task's classes of each class's F1 (scikit-learn's; SuperGLUE's for CB)."""
+    """The unweighted mean of the F1 of each class (scikit-learn's; SuperGLUE's for CB).
+
+    The classes are `labels`.
+    """
     from sklearn.metrics import f1_score  # slow to import
 
     given, wanted = _class_ids(predictions, targets, labels)
@@ -41,14 +44,14 @@ def mean_f1(predictions: Texts, targets: Texts, *, labels: Texts) -> float:
 def f1(
     predictions: Texts, targets: Texts, *, labels: Texts, positive_label: str | None = None
 ) -> float:
-    """The F1 of the positive label of two (scikit-learn's; GLUE's for MRPC, QQP; MultiRC's F1a).
+    """The F1 of one of two labels (scikit-learn's; GLUE's for MRPC, QQP; MultiRC's F1a).
 
     An invalid prediction counts as the wrong label, as in t5's `f1_score_with_invalid`.
 
     Args:
         predictions, targets: texts [N].
         labels: the two labels.
-        positive_label: one of them (default: the last).
+        positive_label: the label whose F1 is computed (default: the last of `labels`).
     """
     from sklearn.metrics import f1_score  # slow to import
 
@@ -97,14 +100,14 @@ def exact_match(
 ) -> float:
     """SQuAD's exact match: the share of predictions that equal one of their example's answers.
 
-    They are compared after SQuAD's normalisation, as in the script of SQuAD 1.1 (and in t5's
-    `squad` and ReCoRD's). For an unanswerable question, which has no answers or only empty ones,
-    only an empty prediction is right, as in the script of SQuAD 2.0.
+    Prediction and answer are compared after SQuAD's normalisation, as in the script of SQuAD 1.1
+    (and in t5's `squad` and ReCoRD's). For an unanswerable question, which has no answers or only
+    empty ones, only an empty prediction is right, as in the script of SQuAD 2.0.
 
     Args:
         predictions: texts [N].
         targets: texts [N], the only answer of each example if `answers` is None.
-        answers: all correct answers of each example [N][any].
+        answers: N lists, with all correct answers of each example.
     """
     return _best_over_answers(lambda p, a: float(p == a), predictions, targets, answers)
 
@@ -112,10 +115,11 @@ def exact_match(
 def squad_f1(
     predictions: Texts, targets: Texts, *, answers: Sequence[Texts] | None = None
 ) -> float:
-    """SQuAD's F1 over words: of each prediction with its best answer, averaged over the examples.
+    """SQuAD's F1 over words: the F1 with the best answer, averaged over the examples.
 
-    Arguments and unanswerable questions as in `exact_match`. As in the script of SQuAD 1.1, the F1
-    with an answer of only articles and punctuation is 0, even where the exact match is 1.
+    Takes the same arguments as `exact_match`, and treats unanswerable questions alike. As in the
+    script of SQuAD 1.1, the F1 with an answer that consists of articles and punctuation is 0, even
+    where the exact match is 1.
     """
     return _best_over_answers(_word_f1, predictions, targets, answers)
 
@@ -124,7 +128,7 @@ def group_exact_match(predictions: Texts, targets: Texts, *, groups: Sequence[Ha
     """The share of groups in which every prediction is right (SuperGLUE's EM for MultiRC).
 
     Args:
-        groups: the group of each example, [N]; equal values are one group.
+        groups: [N]; examples with equal values form a group.
     """
     right: dict[Hashable, bool] = {}
     for prediction, target, group in zip(predictions, targets, groups, strict=True):
@@ -147,11 +151,13 @@ def referent_accuracy(
     """The accuracy on WSC, where the model writes what the pronoun refers to (t5's `wsc_simple`).
 
     A target is the candidate that the record asks about. A prediction means 'yes' if it names the
-    candidate: the words of one, articles and the like aside, are a subset of the other's. This is
-    compared with the record's label.
+    candidate: the words of one, without determiners ('the', 'his', ...), are a subset of the
+    other's, and an apostrophe occurs in both or in neither. The prediction is right if this agrees
+    with the record's label. An empty prediction is wrong.
 
     Args:
-        label_values: the labels [N], whether the candidate is right: True or 1, also as text.
+        label_values: the records' labels [N]. True, 1 and these as text mean that the candidate is
+            right; anything else, that it is not.
     """
     right = []
     for prediction, target, label in zip(predictions, targets, label_values, strict=True):
@@ -165,10 +171,11 @@ def referent_accuracy(
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric and the keyword arguments that it needs in addition to predictions and targets.
+    """A metric and the keyword arguments that it takes in addition to predictions and targets.
 
-    `needs` is a subset of 'labels' (the task's label texts), 'positive_label' (one of them),
-    'answers', 'groups' and 'label_values' (one per example).
+    Attributes:
+        needs: the names of these arguments: 'labels' (the task's label texts), 'positive_label'
+            (one of them), 'answers', 'groups' or 'label_values' (each with one entry per example).
     """
 
     function: Callable[..., float]

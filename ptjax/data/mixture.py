@@ -32,7 +32,7 @@ class TextFiles:
             text files, every line is a record with the field "text".
         data_dir: base of relative paths.
         preprocess: maps a record's fields to the fields of each document made from it.
-        take_every: path or glob as in `files` -> n: use only every n-th record.
+        take_every: path or glob (a key of `files`) -> n. Uses only every n-th of its records.
     """
 
     files: Mapping[str, str]
@@ -147,11 +147,11 @@ def _needs_text(stream: np.ndarray | None) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class SpanCorruption:
-    """T5's span corruption of the plain text, see `SpanCorruptionSource`.
+    """T5's span corruption of the plain text; see `SpanCorruptionSource`.
 
     Attributes:
-        rate: the share of its batches, relative to the rates of the other components.
-        input_length: the most input tokens of an example.
+        rate: its weight in the mixture, relative to the rates of the other components.
+        input_length: the maximum number of input tokens of an example.
     """
 
     rate: float
@@ -179,10 +179,10 @@ class SpanCorruption:
 
 @dataclasses.dataclass(frozen=True)
 class PrefixLM:
-    """Prefix LM on the plain text, the paper's LM adaptation, see `PrefixLMSource`.
+    """Prefix LM on the plain text, the paper's LM adaptation; see `PrefixLMSource`.
 
     Attributes:
-        rate: the share of its batches, relative to the rates of the other components.
+        rate: its weight in the mixture, relative to the rates of the other components.
     """
 
     rate: float
@@ -211,9 +211,9 @@ class TaskComponent:
     """A supervised task in several phrasings, which share its rate equally.
 
     Attributes:
-        rate: the share of its batches, relative to the rates of the other components.
-        phrasings: pairs of an input template and a verbalizer, which replace the task's; None as
-            the verbalizer keeps the task's.
+        rate: its weight in the mixture, relative to the rates of the other components.
+        phrasings: pairs (input template, verbalizer), used instead of the task's own. If the
+            verbalizer is None, the task's is used.
         input_length, target_length: in tokens; longer texts are truncated.
         buckets: batch shapes (T, L); None chooses them by the lengths of the examples.
     """
@@ -277,7 +277,8 @@ def mix(
     """Mixes the batches of all components at their rates.
 
     Args:
-        batches: the pipelines of each component, from `make_batches`; they share its rate equally.
+        batches: the pipelines of each component, from `make_batches`. The pipelines of a component
+            share its rate equally.
     """
     rates = [
         component.rate / len(made)

@@ -35,12 +35,12 @@ _LENGTH_STEP = 16
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """The layout of a packed batch: which of its B slots, one per example, are in which row.
+    """The layout of a packed batch. It has B slots, each for one example, in rows.
 
     Attributes:
-        shape: of the batch.
-        slots: int [B], the indices of the slots row by row.
-        rows: int [B], ascending, the row of each entry of `slots`.
+        shape: the shape of the batch.
+        slots: int [B], the indices of the slots in the order of their rows.
+        rows: int [B], ascending: the row of each entry of `slots`.
     """
 
     shape: Shape
@@ -49,9 +49,9 @@ class Template:
 
     @property
     def cost(self) -> float:
-        """The number of encoder and decoder positions, the encoder's weighted by attention's cost.
+        """The approximate cost of a step, in positions of encoder and decoder.
 
-        That cost per position grows with the length of the row.
+        Encoder positions count for more in longer rows, because attention costs more there.
         """
         rows, inputs, targets = self.shape[:3]
         return rows * (inputs * (1 + inputs / _ATTENTION) + targets)
@@ -77,7 +77,7 @@ def first_fit(needs: np.ndarray, row_length: int) -> np.ndarray:
 def spread_evenly(needs: np.ndarray, row_count: int) -> np.ndarray:
     """Puts each slot, the longest first, into the least full of `row_count` rows.
 
-    Arguments and result as for `first_fit`; the rows have no maximum length here.
+    Unlike in `first_fit`, rows have no maximum length; `needs` and the result are as there.
     """
     full = [(0, row) for row in range(row_count)]
     rows = np.zeros(len(needs), int)
@@ -88,11 +88,12 @@ def spread_evenly(needs: np.ndarray, row_count: int) -> np.ndarray:
 
 
 def place_slots(needs: np.ndarray, row_length: int, row_multiple: int) -> np.ndarray:
-    """Puts the slots into the fewest rows that `spread_evenly` or `first_fit` needs.
+    """Puts the slots into as few rows as possible, by `spread_evenly` or else by `first_fit`.
 
-    Prefers `spread_evenly`: its rows have similar numbers of examples, so targets take less room.
-    Arguments and result as for `first_fit`; the number of rows is a multiple of `row_multiple`,
-    unless `first_fit` is used.
+    Uses the smallest number of rows, a multiple of `row_multiple`, with which the rows of
+    `spread_evenly` are not too long: these have similar numbers of examples, so targets take less
+    room. If that takes more rows than `first_fit` needs, rounded up to such a multiple, returns the
+    result of `first_fit`. Other arguments and result as for `first_fit`.
     """
     rows = first_fit(needs, row_length)
     least = -(-int(needs.sum()) // row_length)
@@ -113,10 +114,11 @@ def make_template(
     """Distributes slots over rows.
 
     Args:
-        needs: encoder positions of the slots, int [B], at most `row_length`.
-        targets: decoder positions of the slots, int [B].
-        row_length: T, the encoder positions of a row; None chooses the cheapest.
-        row_multiple: the number of rows is a multiple of it.
+        needs: the encoder positions of each slot, int [B], at most `row_length`.
+        targets: the decoder positions of each slot, int [B].
+        row_length: T, the encoder positions of a row; None chooses the length with the least
+            `Template.cost`.
+        row_multiple: the number of rows must be a multiple of this.
     """
     candidates = []
     for length in _row_lengths(needs) if row_length is None else [row_length]:
@@ -142,15 +144,15 @@ class PackedBatches:
     """Shuffled, packed batches of exactly `batch_size` examples, epoch after epoch.
 
     Args:
-        ids: of the backbone's vocabulary.
-        prompt_slots: positions before every example's input for its copy of the prompt; 0 if the
-            prompt does not attend to its input.
-        row_length: T of the rows, prompt slots included; None chooses it.
-        row_multiple: the number of rows is a multiple of it: the mesh's row divisor times
-            microbatches.
+        ids: the special ids of the backbone's vocabulary.
+        prompt_slots: number of positions before each example's input for its copy of the prompt; 0
+            for a prompt that does not attend to its input.
+        row_length: T of the rows, prompt slots included; None chooses it automatically.
+        row_multiple: the number of rows must be a multiple of this, so that they can be divided
+            into microbatches and over the mesh.
 
     Raises:
-        InputError: an example and its prompt are longer than `row_length`.
+        InputError: an example with its prompt slots is longer than `row_length`.
     """
 
     def __init__(
@@ -195,7 +197,7 @@ class PackedBatches:
         )
 
     def padding(self) -> float:
-        """The share of padding in the first epoch's encoder positions.
+        """The fraction of the first epoch's encoder positions that are padding.
 
         Positions for the prompt do not count as padding.
         """
@@ -207,7 +209,7 @@ class PackedBatches:
     def _places(self, offset: int) -> np.ndarray:
         """Strata [B, batches] of indices into the sorted examples; every index occurs.
 
-        If the examples do not fill the last batch, some indices occur twice, evenly spaced.
+        If the examples do not fill the last batch, some indices are repeated, evenly spaced.
         `offset`, 0 ... N - 1, decides which; it shifts every entry by at most one.
         """
         size = self.batch_size * self.batches_per_epoch

@@ -26,10 +26,10 @@ class Shape(NamedTuple):
     """The shape of a global batch.
 
     Attributes:
-        rows: of one batch.
+        rows: number of rows; in a sweep, of each member's batch.
         inputs, targets: T and L, the encoder and decoder positions of a row.
         packed: whether rows hold several examples.
-        members: for a sweep, the number of members whose batches are stacked; else None.
+        members: in a sweep, the number of members whose batches are stacked; else None.
     """
 
     rows: int
@@ -50,7 +50,7 @@ class Shape(NamedTuple):
         return f"{members}{self.rows}x{self.inputs}+{self.targets}"
 
     def arrays(self) -> dict[str, tuple[tuple[int, ...], type]]:
-        """Returns the shape and dtype of every array of a batch of this shape, by its name."""
+        """Returns name -> (shape, dtype) of every array of a batch of this shape."""
         lead = (self.rows,) if self.members is None else (self.members, self.rows)
         encoder, decoder = (*lead, self.inputs), (*lead, self.targets)
         arrays: dict[str, tuple[tuple[int, ...], type]] = {
@@ -68,9 +68,9 @@ class Shape(NamedTuple):
 
 
 class ExampleSource(Protocol):
-    """The interface of tokenised examples, which may differ from epoch to epoch.
+    """The interface of tokenised examples, whose tokens may differ from epoch to epoch.
 
-    The lengths do not depend on the epoch. Where an example's length does, they are its maximum.
+    For an example whose length differs too, the lengths are its maximum over all epochs.
     """
 
     @property
@@ -86,7 +86,7 @@ class ExampleSource(Protocol):
     def __len__(self) -> int: ...
 
     def tokens(self, index: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns inputs int32 [t] and targets int32 [l] of an example in this epoch."""
+        """Returns (inputs int32 [t], targets int32 [l]) of an example in this epoch."""
         ...
 
 
@@ -94,7 +94,7 @@ class Batches(Protocol):
     """The interface of an endless sequence of global training batches.
 
     Attributes:
-        shapes: all shapes that its batches have.
+        shapes: all shapes that batches can have.
         ids: the special ids of the vocabulary.
     """
 
@@ -110,7 +110,7 @@ class Batches(Protocol):
 class PlannedBatch:
     """A batch before it is built: its bucket, and the indices [B] of its examples.
 
-    The index -1 is an empty row.
+    The index -1 means an empty row.
     """
 
     bucket: Bucket
@@ -118,9 +118,10 @@ class PlannedBatch:
 
 
 def make_buckets(source: ExampleSource, *, smallest: int = 32) -> list[Bucket]:
-    """Returns buckets whose input lengths double from `smallest` up to the longest example's.
+    """Returns buckets with input lengths `smallest`, 2 * `smallest`, ..., from small to large.
 
-    All have the longest target's length: the targets of classification tasks are short.
+    The last input length is that of the longest example, rounded up to a multiple of 16, if this is
+    less. All buckets have the longest target's length: targets of classification tasks are short.
     """
     longest = int(source.input_lengths.max())
     lengths = [smallest]
@@ -155,9 +156,9 @@ def plan_epoch(
 ) -> list[PlannedBatch]:
     """Plans the batches of an epoch, in random order; each has `batch_size` examples.
 
-    Examples that do not fill a batch of their bucket move to the next larger one; the last batch
-    of the largest bucket is completed with examples that occur a second time. Every example occurs
-    at least once, and all epochs have the same number of batches.
+    Examples that do not fill a batch of their bucket move to the next larger bucket; the last batch
+    of the largest bucket is completed with repeated examples. Every example occurs at least once,
+    and all epochs have the same number of batches.
 
     Args:
         assigned: the bucket of each example, from `assign_buckets`.
@@ -215,7 +216,7 @@ class TrainBatches:
         return build_batch(self.source, planned, epoch, self.ids)
 
     def padding(self) -> float:
-        """The share of padding in the input positions of the first epoch."""
+        """The fraction of the first epoch's input positions that are padding."""
         real = sum(int(self.source.input_lengths[p.examples].sum()) for p in self._plan(0))
         return 1 - real / sum(p.bucket[0] * len(p.examples) for p in self._plan(0))
 
@@ -223,14 +224,16 @@ class TrainBatches:
 class MixtureBatches:
     """Batches drawn from several pipelines at fixed rates; each batch comes from one of them.
 
-    The schedule is drawn in blocks with exact counts, so a batch number alone determines the
-    component and that component's batch number.
+    The order of the components is drawn in blocks of `BLOCK` batches; every block has the same
+    number of batches of a component. So a batch number alone determines the component and the
+    number of the batch within it.
 
     Args:
         rates: one positive rate per component; only their ratios matter.
 
     Raises:
-        InputError: not one positive rate per component, or a rate that is too small.
+        InputError: there is not one positive rate per component, or a rate is so small that a block
+            would have no batch of its component.
     """
 
     BLOCK = 1000
@@ -265,10 +268,11 @@ class MixtureBatches:
 
 
 class SweepBatches:
-    """Batches of a sweep: those of its N members, stacked to arrays [N, rows, length].
+    """Batches of a sweep: the batches of its N members, stacked to arrays [N, rows, length].
 
-    Each member has its own examples in its own order. The members' batches of one number are padded
-    to the largest of them or, if that would give too many shapes, to the largest of all numbers.
+    Each member has its own examples in its own order. To be stacked, the members' batches with the
+    same number are padded to a common shape, just large enough for them. If that would result in
+    more than `MOST_SHAPES` shapes, all are padded to one shape, large enough for every batch.
     """
 
     MOST_SHAPES = 8  # each is compiled
@@ -306,7 +310,7 @@ def _pad_to(array: np.ndarray, size: Sequence[int], value: int) -> np.ndarray:
 
 
 def build_batch(source: ExampleSource, planned: PlannedBatch, epoch: int, ids: SpecialIds) -> Batch:
-    """Builds a planned batch from the tokens that its examples have in this epoch."""
+    """Builds a planned batch from the tokens of its examples in this epoch."""
     empty = np.zeros(0, np.int32), np.zeros(0, np.int32)
     rows = [source.tokens(int(i), epoch) if i >= 0 else empty for i in planned.examples]
     input_length, target_length = planned.bucket
@@ -324,7 +328,7 @@ def plan_evaluation(
 ) -> list[PlannedBatch]:
     """Plans batches, one bucket after another, in which every example occurs exactly once.
 
-    Each bucket's last batch is completed with empty rows, the index -1.
+    Each bucket's last batch is completed with empty rows, which have the index -1.
     """
     assigned = assign_buckets(source, buckets)
     planned = []

@@ -71,12 +71,12 @@ class TokenizedExamples:
 
 
 def tokenize_texts(texts: Sequence[str], tokenizer: Tokenizer, length: int) -> TokenRows:
-    """Encodes and truncates texts and appends EOS, like T5: at most `length` ids each.
+    """Encodes texts to at most `length` ids each, like T5: truncates, then appends EOS.
 
-    Prepends the tokenizer's prefix, if it has one.
+    Prepends the tokenizer's prefix, if it has one. `length` includes prefix and EOS.
 
     Raises:
-        InputError: `length` leaves no room for a token.
+        InputError: `length` leaves no room for a token of text.
     """
     prefix, eos = list(tokenizer.prefix), [tokenizer.eos_id]
     room = length - len(prefix) - len(eos)
@@ -98,10 +98,7 @@ def tokenize_texts(texts: Sequence[str], tokenizer: Tokenizer, length: int) -> T
 def tokenize_examples(
     examples: Sequence[Example], tokenizer: Tokenizer, input_length: int, target_length: int
 ) -> TokenizedExamples:
-    """Tokenises the inputs and targets of the examples, in order, and truncates them.
-
-    See `tokenize_texts`.
-    """
+    """Tokenises the inputs and targets of the examples by `tokenize_texts`, in order."""
     return TokenizedExamples(
         tokenize_texts([example.inputs for example in examples], tokenizer, input_length),
         tokenize_texts([example.targets for example in examples], tokenizer, target_length),
@@ -111,11 +108,11 @@ def tokenize_examples(
 def check_labels(labels: Sequence[str], tokenizer: Tokenizer, target_length: int) -> None:
     """Raises InputError for labels that the model could not generate or could not distinguish.
 
-    If the vocabulary lacks a character of a label, or the target length truncates it, every
+    If the vocabulary lacks a character of a label, or the target length truncates the label, every
     prediction of it would be wrong. Of two labels with the same tokens, the first would always win.
 
     Raises:
-        InputError: a label changes in encoding and decoding, or two have the same tokens.
+        InputError: encoding and decoding changes a label, or two labels have the same tokens.
     """
     rows = tokenize_texts(labels, tokenizer, target_length)
     seen: dict[bytes, str] = {}

@@ -42,20 +42,20 @@ _OWN_SENTINEL = re.compile(f"▁?{SENTINEL.pattern}")
 class SentencePieceTokenizer:
     """A SentencePiece model whose own pieces are followed by T5's sentinels and added tokens.
 
-    <extra_id_k> has the id size + extra_ids - 1 - k, as in seqio. Texts are split at sentinels and
-    added tokens, and SentencePiece encodes each part like a separate text, as in transformers 5
-    (seqio adds no leading space after a sentinel).
+    With n own pieces, <extra_id_k> has the id n + extra_ids - 1 - k, as in seqio. Texts are split
+    at sentinels and added tokens, and SentencePiece encodes each part like a separate text, as in
+    transformers 5 (seqio adds no leading space after a sentinel).
 
     Args:
         model: a serialised model, or the path of one.
         extra_ids: number of sentinels to add. A model with its own sentinels (mT5's) gets none.
-        name: for messages; by default the path.
+        name: the tokenizer's name, for messages; by default the path.
         folder: the folder with the files of added tokens; None means no added tokens.
         config: the content of the folder's `tokenizer_config.json`.
 
     Raises:
         InputError: the file does not exist, is not a SentencePiece model or has no end of
-            sequence; or transformers assigns other ids to added tokens than the files state.
+            sequence; or the files state different ids of added tokens than transformers assigns.
     """
 
     prefix: tuple[int, ...] = ()
@@ -313,7 +313,7 @@ def train_sentencepiece(
     """Trains a unigram model of `vocab_size` pieces with T5's special ids; writes it to `path`.
 
     Raises:
-        InputError: the texts contain too few pieces.
+        InputError: SentencePiece rejects `vocab_size`; for example, the texts are too short for it.
     """
     model = io.BytesIO()
     try:

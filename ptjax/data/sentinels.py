@@ -44,7 +44,7 @@ def spelt_out(text: str) -> str:
 def join_texts(parts: Iterable[str]) -> str:
     """Joins the parts into one text, in which the sentinels of the parts remain sentinels.
 
-    An `<extra_id_N>` that only arises by joining parts is ordinary text.
+    An `<extra_id_N>` that spans two or more parts is ordinary text.
     """
     parts = list(parts)
     text = "".join(parts)
@@ -58,10 +58,12 @@ def join_texts(parts: Iterable[str]) -> str:
 
 
 def mark_sentinels(text: str, numbers: Collection[int]) -> str:
-    """Returns the text with each sentinel replaced by `marked(N)`, and `MARK` nowhere else.
+    """Returns the text with each sentinel `<extra_id_N>` replaced by `marked(N)`.
+
+    A `MARK` in the text itself is replaced by U+FFFD.
 
     Args:
-        numbers: the sentinels of the vocabulary; others stay ordinary text.
+        numbers: the numbers N of the vocabulary's sentinels; others stay ordinary text.
     """
     plain = text.replace(MARK, "\ufffd")
     if _PREFIX not in plain:
@@ -79,11 +81,15 @@ def mark_sentinels(text: str, numbers: Collection[int]) -> str:
 def encode_parts(
     texts: Sequence[str], encode: Callable[[list[str]], list[list[int]]]
 ) -> list[list[int]]:
-    """Encodes texts whose marked sentinels are pieces with a space, mT5's `▁<extra_id_0>`.
+    """Encodes texts for a vocabulary whose sentinels include a space, as mT5's `▁<extra_id_0>`.
 
-    Splits the text before every sentinel that does not follow a space: SentencePiece adds a space
-    before each part, which then belongs to the sentinel's piece. Inserting a space into the text
-    instead could match an added token: `"\\n"` matches all spaces.
+    Such a piece only matches a sentinel after a space. So a text is split before each sentinel that
+    does not follow one: SentencePiece adds a space before each part. (Inserting a space into the
+    text instead could match an added token: `"\\n"` matches all spaces.)
+
+    Args:
+        texts: texts with marked sentinels, from `mark_sentinels`.
+        encode: encodes each part as a separate text.
     """
     parts = [_cut_before_sentinels(text) for text in texts]
     rows = iter(encode([part for cut in parts for part in cut]))
@@ -99,9 +105,12 @@ def _cut_before_sentinels(text: str) -> list[str]:
 
 
 def marked(name: object) -> str:
-    """Returns the name inside a tokenizer of sentinel N or of a control token.
+    """Returns the internal name of a sentinel or control token, which no text contains.
 
-    It contains `MARK`, so no text can contain it.
+    Tokenizers search marked texts for these names, so that other text never matches.
+
+    Args:
+        name: the sentinel's number N, or the control token's text.
     """
     return f"{MARK}{name}{MARK}"
 

@@ -58,8 +58,9 @@ class BadRecords:
     """Handles unusable records: policy 'error' stops at the first, 'skip' counts them.
 
     Attributes:
-        count, lines: the number of unusable records, and of the lines that they take.
-        first: 'file:line: problem' of the first one.
+        count: the number of unusable records.
+        first: the first of them, as 'file:line: problem'.
+        lines: the number of lines that unusable records take.
         blank: the number of blank lines, which are not records.
     """
 
@@ -73,10 +74,12 @@ class BadRecords:
         check_choice(get_args(OnBadRecord), "Task", on_bad_record=self.policy)
 
     def report(self, where: str, problem: str, lines: int = 1) -> None:
-        """Counts one unusable record, which takes `lines` lines.
+        """Counts one unusable record.
 
         Args:
-            where: its file and line.
+            where: the record's 'file:line'.
+            problem: why it cannot be used.
+            lines: the number of lines that it takes.
 
         Raises:
             InputError: the policy is 'error'.
@@ -96,9 +99,9 @@ class Records(Sequence[Record]):
     """The records of one source, in file order.
 
     Attributes:
-        bad: the records that were skipped, and why.
-        digest: "sha256:..." over the concatenated, decompressed bytes of its files; for a TFDS
-            data set its name, version and the hash of its rows.
+        bad: the number of skipped records, and the first of them.
+        digest: identifies the content: "sha256:..." of the concatenated, decompressed bytes of the
+            files; for a TFDS data set its name, its version and the hash of its rows.
     """
 
     records: list[Record]
@@ -116,7 +119,7 @@ class Records(Sequence[Record]):
 
 
 def resolve_path(path: str | os.PathLike[str]) -> epath.Path:
-    """Expands '~', and 'package:NAME' to assets/NAME in the package, data shipped with ptjax.
+    """Expands '~', and 'package:NAME' to the path of NAME in the data shipped with ptjax.
 
     Raises:
         InputError: nothing or '..' follows 'package:'.
@@ -134,7 +137,9 @@ def resolve_path(path: str | os.PathLike[str]) -> epath.Path:
 
 
 def find_files(pattern: str | os.PathLike[str]) -> list[epath.Path]:
-    """Returns the file of this name or, if none exists, the files that match it as a glob, sorted.
+    """Returns the file at this path or, if it does not exist, the files that match it as a glob.
+
+    The files are sorted by path.
 
     Raises:
         InputError: the file does not exist or is a folder, or the glob has no match.
@@ -179,9 +184,9 @@ def read_records(
         on_bad_record: 'error' stops at the first malformed record, 'skip' counts them in `.bad`.
 
     Raises:
-        InputError: a missing or empty file, a malformed record, a wrong encoding, a damaged
-          compressed file or one that inflates too much (see `untrusted.inflate`), or settings
-          that do not fit the format.
+        InputError: a missing file, no usable record, a malformed record (unless skipped), a wrong
+          encoding, a damaged compressed file or one that inflates too much (see
+          `untrusted.inflate`), or settings that do not fit the format.
     """
     bad = BadRecords(on_bad_record)
     records: list[Record] = []
@@ -218,15 +223,15 @@ def parse_records(
     quoting: bool | None = None,
     encoding: str = "utf-8",
 ) -> list[Record]:
-    """Parses the bytes of one file, decompressed; settings as for `read_records`.
+    """Parses the decompressed bytes of one file; settings as for `read_records`.
 
     Args:
-        name: of the file, for messages.
+        name: the file's name, for messages.
         bad: receives every unusable record; raises InputError if its policy is 'error'.
 
     Raises:
-        InputError: a wrong encoding, an invalid header line, or settings that do not fit the
-            format.
+        InputError: a wrong encoding, an invalid header line, settings that do not fit the format,
+            or an unusable record if the policy is 'error'.
     """
     records = []
     text, clean = _decode(data, encoding, name, bad)
@@ -244,7 +249,7 @@ def parse_records(
 
 
 def non_empty(records: Records, source: str) -> Records:
-    """Returns `records`; raises InputError, which names `source`, if they are empty."""
+    """Returns `records`. Raises InputError, whose message names `source`, if they are empty."""
     if records:
         return records
     if records.bad.count:

@@ -30,8 +30,8 @@ def lines(text: str) -> Iterator[tuple[int, str]]:
 def report_enclosed(text: str, delimiter: str, name: str) -> None:
     """Logs a warning if a file's double quotes seem to enclose fields.
 
-    pandas and Excel enclose a field that contains a quote, and double that quote. Quotes that are
-    ordinary characters, as in MRPC, also occur elsewhere.
+    pandas and Excel enclose a field that contains a quote, and double that quote. No warning if
+    quotes also occur elsewhere in fields, where they must be ordinary characters, as in MRPC.
     """
     if '"' not in text:
         return
@@ -54,10 +54,14 @@ def report_enclosed(text: str, delimiter: str, name: str) -> None:
 
 
 def quoted_cells(text: str, delimiter: str) -> list[tuple[int, list[str] | str, int]]:
-    """Splits a text with quoted fields into rows: (first line, cells or a problem, line count).
+    """Splits a text with quoted fields into rows.
 
-    Quoted fields may span lines. A blank line is a row without cells. After a bad quote, which may
-    have consumed any number of lines, reading resumes at the next line.
+    Quoted fields may span lines. A blank line is a row without cells. If a row has a bad quote,
+    reading resumes at the line after the row's first line, wherever the quote ends.
+
+    Returns:
+        For each row (line, cells, number of lines): the number of its first line, counted from 1;
+        its cells, or an error message (str) if it has a bad quote; and how many lines it takes.
     """
     rows: list[tuple[int, list[str] | str, int]] = []
     lines = list(io.StringIO(text, newline=""))
@@ -86,12 +90,14 @@ def quoted_cells(text: str, delimiter: str) -> list[tuple[int, list[str] | str, 
 def rows(
     cells: Iterator[tuple[int, list[str] | str, int]], columns: Sequence[str] | None, name: str
 ) -> Iterator[tuple[int, Row, int]]:
-    """Names the cells of each row: yields (line, fields by name or a problem, number of lines).
+    """Names the cells of each row: yields (line, row, number of lines).
+
+    A row is a dict of its fields by name, or an error message (str).
 
     Args:
-        cells: the rows as (line, list of cells or a problem, number of lines).
+        cells: the rows as (line, cells, number of lines), see `quoted_cells`.
         columns: the names of the columns; None takes them from the first row, the header line.
-        name: of the file, for messages.
+        name: the file's name, for messages.
 
     Raises:
         InputError: the header line cannot be read, or a column's name is empty or repeated.

@@ -32,11 +32,11 @@ class Task:
         inputs: template of the model's input, filled with the record's fields.
         splits: split name -> file or glob below `data_dir`, or a TFDS data set; see
             `ptjax.data.tfds_source.read_tfds`.
-        label, verbalizer: the field that holds the label, and label value -> target text. Values
-            are compared as text (1 and '1' are equal), True also as 'true'. The texts are the
-            closed label set.
+        label: the field that holds the label.
+        verbalizer: label value -> target text. Values are compared as text (1 and '1' are equal),
+            True also as 'true'. The texts are all labels that the task has.
         targets: template of the target, in place of `label` and `verbalizer`.
-        metrics: names of `ptjax.data.metrics.METRICS`; several are averaged for model selection.
+        metrics: names in `ptjax.data.metrics.METRICS`; several are averaged for model selection.
         positive_label: the label text that counts as positive for the metric f1 (default: the
             verbalizer's last).
         data_dir: base of relative paths ('package:NAME' is data shipped with ptjax), and TFDS's
@@ -46,11 +46,11 @@ class Task:
         preprocess: maps a record's fields to the fields of each example made from it.
         train_preprocess: used instead of `preprocess` for the split 'train'.
         answers: the field with all correct answers, for exact_match and squad_f1.
-        group: the field whose value examples of a group share, for group_exact_match.
+        group: the field that says to which group an example belongs, for group_exact_match.
         sentinels: treat `<extra_id_N>` in a record's field as T5's sentinel, as in a template; by
             default it is ordinary text there.
-        held_out: size of a split 'validation' taken evenly out of 'train'; for tasks without a
-            'validation' of their own.
+        held_out: for tasks without a split 'validation': make one of this many examples, taken
+            evenly out of 'train'.
 
     Raises:
         InputError: contradictory settings, an unknown metric or an invalid template.
@@ -115,13 +115,13 @@ class Task:
         """Reads the examples of a split, in the order of the files.
 
         Args:
-            split: one of `splits`.
-            limit: take only this many, evenly spread over the split (files are often sorted by
+            split: one of `splits`; with `held_out` also 'validation'.
+            limit: take at most this many, evenly spread over the split (files are often sorted by
                 label, so the first ones would be of one class).
 
         Raises:
             InputError: no such split, an empty split, a record that cannot be used (the message
-                names file and line), or a limit below 1.
+                names file and line), a limit below 1, or `held_out` leaves no training examples.
         """
         if self.held_out and split in ("train", "validation"):
             train = _load(self, "train")
@@ -138,10 +138,10 @@ class Task:
         return examples.limited(limit)
 
     def format_inputs(self, record: Fields) -> str:
-        """Formats the model's input for a record, which needs no target; for inference.
+        """Formats the model's input for a record, for inference; the record needs no target.
 
         Raises:
-            InputError: a field of the template is missing, or the record makes several examples.
+            InputError: the record cannot fill the template, or does not make exactly one example.
         """
         try:
             examples = list(apply_preprocess(self.preprocess, dict(record)))
@@ -165,11 +165,11 @@ class Task:
         return self.format_inputs({fields[0]: line})
 
     def evaluate(self, predictions: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
-        """Computes the task's metrics of the predictions [N] for the examples [N], as fractions.
+        """Computes the task's metrics, as fractions, of the predictions [N] for the examples [N].
 
         Raises:
             InputError: an example lacks a field that a metric needs.
-            ValueError: `examples` is empty, or has another length than `predictions`.
+            ValueError: `examples` is empty, or differs in length from `predictions`.
         """
         if len(predictions) != len(examples) or not examples:
             raise ValueError(f"{len(predictions)} predictions for {len(examples)} examples")
@@ -206,7 +206,8 @@ class Task:
             preprocess: the function that the description names, if it is not one of ptjax's own.
 
         Raises:
-            InputError: something needed is missing, or the preprocess function is unknown.
+            InputError: the description lacks a name or inputs or is invalid, or names an unknown
+                preprocess function.
         """
         preprocess = preprocess or _find_preprocess(description)
         keys = ("name", "inputs", "targets", "label", "verbalizer", "metrics", "answers", "group")

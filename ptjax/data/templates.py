@@ -20,14 +20,18 @@ class RecordError(ValueError):
 
 @dataclass(frozen=True)
 class Template:
-    """A text with fields. `parts` are pairs of literal text and the field after it, if any."""
+    """A text with fields, such as 'sentence: {sentence}'.
+
+    Attributes:
+        parts: pairs (literal text, name of the field that follows it, or None).
+    """
 
     text: str
     parts: tuple[tuple[str, str | None], ...]
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """The names of the fields that the template contains, without duplicates, in order."""
+        """The names of the template's fields, in order, without duplicates."""
         return tuple(dict.fromkeys(field for _, field in self.parts if field is not None))
 
     def render(self, record: Metadata, *, sentinels: bool = False) -> str:
@@ -37,7 +41,7 @@ class Template:
             sentinels: treat `<extra_id_N>` in a field as a sentinel, as in the template itself.
 
         Raises:
-            RecordError: a field is missing, None, a list, an object or a number that is not finite.
+            RecordError: a field is missing, or is None, a list, an object or a non-finite number.
         """
         pieces = []
         for literal, field in self.parts:
@@ -64,12 +68,13 @@ def parse_template(text: str) -> Template:
 
 
 def find_field(record: Metadata, field: str) -> object:
-    """Returns a field's value: 'a.b' is the field of that name, or else field b of the object a.
+    """Returns the value of a field.
 
-    In the same way, 'a.0' is the first entry of the list a.
+    'a.b' is the field of that name or, if the record lacks it, the field b of the object a.
+    Likewise, 'a.0' is the first entry of the list a.
 
     Raises:
-        RecordError: the record has no such field, or it is None or a number that is not finite.
+        RecordError: the record has no such field, or its value is None or a non-finite number.
     """
     value: object = record
     if field in record:
@@ -103,10 +108,10 @@ def as_text(value: object, field: str) -> str:
     """Converts a text, number or boolean to text: True to 'True', 1 to '1'.
 
     Args:
-        field: the value's name, for messages.
+        field: the field's name, for messages.
 
     Raises:
-        RecordError: the value is a list or an object, None, or a number that is not finite.
+        RecordError: the value is None, a list, an object or a non-finite number.
     """
     _check_present(value, field)
     if isinstance(value, (Mapping, list, tuple)):

@@ -38,7 +38,8 @@ def read_tfds(source: str, *, split: str, data_dir: str | None = None) -> Record
         data_dir: TFDS's folder of prepared data sets; None is TFDS's default.
 
     Raises:
-        InputError: TFDS does not have the data set, or needs TensorFlow to read it.
+        InputError: `source` is malformed, the split is empty, or TFDS does not have the data set or
+            needs TensorFlow to read it.
     """
     match = _TFDS_SOURCE.fullmatch(source)
     if match is None or not _NAME.fullmatch(match["name"]):

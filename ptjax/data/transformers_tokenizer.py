@@ -33,12 +33,13 @@ _VOCABULARIES = ("tokenizer.json", "spiece.model", "vocab.json", "vocab.txt")
 class TransformersTokenizer:
     """A fast tokenizer that `transformers.AutoTokenizer` loads; runs no code from the folder.
 
-    Texts are encoded with a copy in which control tokens and sentinels have names that no text
-    contains; `mark_sentinels` inserts these names for sentinels.
+    Texts are encoded with a copy of the tokenizer in which control tokens and sentinels have names
+    that no text contains, so that text cannot match them; `mark_sentinels` inserts these names for
+    real sentinels.
 
     Args:
         directory: a local folder.
-        name: for messages; by default the folder.
+        name: the tokenizer's name, for messages; by default the folder.
 
     Raises:
         InputError: transformers cannot load it, a file of its vocabulary is missing, it has no

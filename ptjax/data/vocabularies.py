@@ -19,11 +19,14 @@ RELEASED: Mapping[int, tuple[str, str]] = {
 
 
 def missing_tokenizer(name: str, embedding_rows: int) -> InputError:
-    """Returns the InputError for a backbone without a tokenizer, where text must be tokenised.
+    """Returns the InputError for text that cannot be tokenised: the backbone has no tokenizer.
+
+    The message tells the user how to name one, and suggests a vocabulary if that of a released T5
+    fits the embedding.
 
     Args:
-        name: of the backbone.
-        embedding_rows: of the backbone; determines which vocabulary the message suggests.
+        name: the backbone's name.
+        embedding_rows: the number of rows of the backbone's embedding.
     """
     hint = ""
     if embedding_rows in RELEASED:

@@ -25,9 +25,9 @@ NO_ID = -1
 class Tokenizer(Protocol):
     """The interface of tokenizers.
 
-    All follow one rule: the name of a control token (`</s>`, `<pad>`, `<unk>`, `<s>`, ...) in a
-    text is encoded as ordinary text, `<extra_id_N>` is the sentinel unless `data.sentinels` says
-    otherwise, and an added token has its own id.
+    All treat special names in a text alike: the name of a control token (`</s>`, `<pad>`, `<unk>`,
+    `<s>`, ...) is encoded as ordinary text, `<extra_id_N>` as the sentinel (unless
+    `data.sentinels` marks it as ordinary text), and an added token as its own id.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Tokenizer(Protocol):
         ...
 
     def id_to_piece(self, index: int) -> str:
-        """Returns the piece of text that an id represents, readable; `<id>` if it has none."""
+        """Returns the piece with this id, in readable form; `<id>` for an id without a piece."""
         ...
 
     def sentinel_id(self, k: int) -> int:
@@ -105,7 +105,10 @@ def check_special_ids(tokenizer: Tokenizer) -> None:
 
 
 def text_ids(tokenizer: Tokenizer, ids: Iterable[int]) -> list[int]:
-    """Returns the ids before the first EOS, without padding and prefix, as Python integers."""
+    """Returns the ids before the first EOS, as Python integers.
+
+    Omits padding and the ids in `prefix`, wherever they are.
+    """
     kept: list[int] = []
     for index in ids:
         index = int(index)
@@ -139,13 +142,13 @@ def unigram_fingerprint(
 ) -> str:
     """Computes the fingerprint of a SentencePiece unigram model with T5's treatment of spaces.
 
-    It is the same for spiece.model and for a tokenizer.json made from it.
+    The fingerprint is the same for spiece.model and for a tokenizer.json made from it.
 
     Args:
         pieces: every piece with its score, including T5's sentinels as `<extra_id_k>`.
         charsmap: SentencePiece's normalisation, `precompiled_charsmap`.
-        special_ids: padding, end of sequence, unknown.
-        added: tokens that are not pieces, in the order of their ids, as JSON values.
+        special_ids: the ids of padding, end of sequence and unknown, in this order.
+        added: the added tokens that are not pieces, as JSON values, in the order of their ids.
     """
     # Both files store scores with float32's precision.
     scored = [[piece, struct.pack("<f", score).hex()] for piece, score in pieces]

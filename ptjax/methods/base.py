@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # planning and settings need neither SentencePiece nor weight
 
 
 BUILT_IN = ("params", "prompt")
-"""The collections that every network reads; `run_with` passes it the names of all others."""
+"""The collections that every network reads; `run_with` names a method's own one to the network."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,13 +36,13 @@ class InitContext:
     """The inputs of `Method.init` and of a prompt's initialiser.
 
     Attributes:
-        embedding: the backbone's table [V, D].
-        tokenizer: the backbone's; None if it has none.
+        embedding: the backbone's embedding table [V, D].
+        tokenizer: the backbone's tokenizer; None if it has none.
         labels: the label texts of a task with a verbalizer, else None.
-        texts: returns the training inputs, formatted by the task's template; they are read only
-            when it is called.
-        config: the network's.
-        member: the name of a sweep's member, for messages; "" in an ordinary run.
+        texts: a function that reads and returns the training inputs, formatted by the task's
+            template.
+        config: the network's config.
+        member: in a sweep, the name of the member, for messages; "" in an ordinary run.
     """
 
     embedding: jax.Array
@@ -84,7 +84,7 @@ class InitContext:
 class FrozenNetwork(Protocol):
     """The part of a backbone that `Method.check` and `run_with` use.
 
-    It needs no weights: a memory plan has none.
+    It includes no weights, so that a memory plan, which loads none, can implement it too.
     """
 
     @property
@@ -109,8 +109,8 @@ class Method(Protocol):
             device.
         exports: the kind of export. "prompt": files that `load_prompt` reads; "model": folders that
             `load_backbone` reads; "arrays": safetensors files that only `load` reads.
-        supports_rows: whether each row of a batch may use another prompt; `load` then returns a
-            prompt [P, D].
+        supports_rows: whether the rows of a batch may use different prompts; if so, `load` must
+            return a prompt [P, D].
         supports_sweep: whether a sweep may train many members at once with one frozen network.
     """
 
@@ -129,9 +129,9 @@ class Method(Protocol):
         ...
 
     def freeze_rules(self) -> Mapping[str, bool]:
-        """Returns the rules that say which variables are frozen; see `training.freeze.make_freeze`.
+        """Returns the rules for `training.freeze.make_freeze`.
 
-        They map a pattern of a variable's whole path to whether it is frozen.
+        They map a pattern, matched against a variable's whole path, to whether it is frozen.
         """
         ...
 
@@ -142,7 +142,8 @@ class Method(Protocol):
 
         Args:
             trainable: the trained variables.
-            metadata: what `read_metadata` shall return, if the format has a place for it.
+            metadata: to be stored, if the format has a place for it, and returned by
+                `read_metadata`.
         """
         ...
 
@@ -155,7 +156,7 @@ class Method(Protocol):
         ...
 
     def load(self, path: PathLike, backbone: Backbone) -> Variables:
-        """Loads the collections of an export; they replace the backbone's of the same name."""
+        """Loads an export as collections, which replace those of the same name in the backbone."""
         ...
 
     @property
@@ -166,7 +167,7 @@ class Method(Protocol):
     def check(self, backbone: FrozenNetwork, batching: Batching) -> None:
         """Raises InputError if the method cannot be used with this backbone and batching.
 
-        Called before any computation; accepts everything by default.
+        Called before any computation. By default, accepts everything.
         """
 
     def extra_positions(self) -> int:
@@ -177,8 +178,8 @@ class Method(Protocol):
         """Returns the network as the method runs it: `apply_fn` itself, or a function around it.
 
         The result is called as `apply_fn(variables, *args, method=..., **settings)`, with the
-        methods of `models.prompted.PromptedT5`. Given variables without the method's collection, it
-        must behave as the backbone alone.
+        methods of `models.prompted.PromptedT5`. If `variables` lacks this method's collection, it
+        must behave like the backbone alone.
         """
         return apply_fn
 
@@ -188,6 +189,6 @@ class Method(Protocol):
 
 
 def run_with(method: Method, backbone: FrozenNetwork) -> ApplyFn:
-    """Returns the network of a backbone as `method` runs it, with access to its collection."""
+    """Returns the backbone's network as `method` runs it; it can read the method's collection."""
     collections = () if method.collection in BUILT_IN else (method.collection,)
     return method.wrap(backbone.make_apply_fn(method.attends_to_input, collections))

@@ -25,7 +25,10 @@ class Initializer(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Uniform:
-    """Draws every entry from U(-scale, scale), as in the paper; its code draws from [0, 0.5)."""
+    """Draws every entry from U(-scale, scale), as in the paper.
+
+    (The paper's code draws from [0, 0.5).)
+    """
 
     scale: float = 0.5
 
@@ -36,11 +39,14 @@ class Uniform:
 
 @dataclasses.dataclass(frozen=True)
 class SampledVocabulary:
-    """Initialises rows with embeddings of random tokens among the `population` most frequent.
+    """Initialises rows with the embeddings of random tokens.
 
-    SentencePiece orders a unigram vocabulary by frequency, after the `special_tokens` (padding, EOS
-    and unknown), which are never drawn. No token is drawn twice unless the prompt is longer than
-    the population.
+    No token is drawn twice unless the prompt is longer than the population.
+
+    Attributes:
+        population: draw from this many of the most frequent tokens. These are the first ids:
+            SentencePiece orders a unigram vocabulary by frequency.
+        special_tokens: number of ids before them (padding, EOS, unknown), which are never drawn.
     """
 
     population: int = 5000
@@ -55,10 +61,12 @@ class SampledVocabulary:
 
 @dataclasses.dataclass(frozen=True)
 class ClassLabels:
-    """Initialises a row per class label: its tokens' mean embedding (paper, section 3.2).
+    """Initialises one row per class label with the mean embedding of the label's tokens.
+
+    See the paper, section 3.2.
 
     Attributes:
-        labels: texts that replace the task's labels, as the paper does for ReCoRD and WSC.
+        labels: texts to use instead of the task's labels, as the paper does for ReCoRD and WSC.
         rest: initialises the other rows.
     """
 
@@ -77,7 +85,7 @@ class ClassLabels:
 
 @dataclasses.dataclass(frozen=True)
 class FromText:
-    """Initialises rows with the embedded tokens of `text`, as many as fit.
+    """Initialises one row per token of `text` with the token's embedding, as many as fit.
 
     `rest` initialises the other rows.
     """
@@ -92,10 +100,11 @@ class FromText:
 
 @dataclasses.dataclass(frozen=True)
 class FrequentWords:
-    """Initialises a row per frequent word of the training inputs: its tokens' mean embedding.
+    """Initialises one row per word with the mean embedding of the word's tokens.
 
-    English stop words, punctuation, numbers and words of fewer than `minimum_letters` letters are
-    left out. `rest` initialises the other rows, if there are fewer words.
+    The words are the most frequent ones of the training inputs. Numbers, punctuation, English stop
+    words and words of fewer than `minimum_letters` letters do not count. If there are fewer words
+    than rows, `rest` initialises the other rows.
     """
 
     minimum_letters: int = 3
@@ -106,7 +115,7 @@ class FrequentWords:
         return _fill(words, self.rest, key, length, context)
 
     def words(self, count: int, texts: Iterable[str]) -> list[str]:
-        """Returns the `count` most frequent words, equally frequent ones in alphabetical order."""
+        """Returns the `count` most frequent words; ties are in alphabetical order."""
         # Imported here: scikit-learn takes a second to load, and nothing else needs it.
         from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 

@@ -29,11 +29,11 @@ class PromptTuning(Method):
     """Trains a soft prompt; the backbone is frozen.
 
     Attributes:
-        length: P, the number of the prompt's rows.
+        length: P, the number of rows of the prompt.
         initializer: None means `ClassLabels` if the task has labels, else `SampledVocabulary`.
         attends_to_input: True, as in the paper: the prompt's positions attend to the input. With
-            False they attend to the prompt alone, so its states are computed once per step
-            (`models.prompt.Prompt`).
+            False they attend to the prompt alone, so that its states are computed once for all
+            rows (`models.prompt.Prompt`).
     """
 
     name: ClassVar[str] = "prompt_tuning"
@@ -54,10 +54,10 @@ class PromptTuning(Method):
         return {"prompt": {"prompt": jax.ShapeDtypeStruct(size, np.float32)}}
 
     def init(self, key: Array, context: InitContext) -> Variables:
-        """Makes the initial prompt, float32 [P, D], on the host, as {"prompt": {"prompt": ...}}.
+        """Makes the initial prompt: {"prompt": {"prompt": a numpy array, float32 [P, D]}}.
 
         Raises:
-            InputError: the initialiser cannot be used, or its result has another shape.
+            InputError: the initialiser cannot be used, or its result does not have shape [P, D].
         """
         initializer = self.initializer
         if initializer is None:
@@ -76,7 +76,10 @@ class PromptTuning(Method):
         return {"params/.*": True, "prompt/.*": False}
 
     def extra_positions(self) -> int:
-        """Returns P, or 0 for a prompt that does not attend to the input: all examples share it."""
+        """Returns P, or 0 for a prompt that does not attend to the input.
+
+        All examples share the states of such a prompt.
+        """
         return self.length if self.attends_to_input else 0
 
     def describe(self) -> Metadata:

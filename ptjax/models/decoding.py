@@ -65,16 +65,18 @@ def decode(
         apply_fn: the network, see `family.Family.build`.
         encoder_lengths: the number of real tokens in each row.
         ids: the vocabulary's start, end and padding ids, and the forced first token, if any.
-        max_length: L, the places in the cache; static under `jax.jit`, as are `apply_fn`, `ids`
-            and `num_beams`.
-        limit: the most tokens to generate, up to L; may be traced. None is L.
-        prompt_ids: if the variables hold a bank of prompts, the index of each row's prompt.
+        max_length: L, the number of positions in the cache. Must be static under `jax.jit`, like
+            `apply_fn`, `ids` and `num_beams`.
+        limit: the maximum number of tokens to generate, at most L; may be traced. None means L.
+        prompt_ids: if the variables hold a bank of prompts, the index of each row's prompt; -1
+            means no prompt.
         alpha: the exponent of the beam search's brevity penalty.
 
     Returns:
-        Tokens int32 [B, L], `pad_id` after the end of sequence. Float32 scores [B]: the tokens'
-        log-likelihood (at temperature 1), the end of sequence included; after a beam search as in
-        `beam_search`. A forced first token is certain: it adds 0.
+        `(tokens, scores)`. The tokens are int32 [B, L], with `pad_id` after the end of sequence.
+        The scores are float32 [B]: the log-likelihood of each row's tokens, end of sequence
+        included, at temperature 1, or after a beam search its score (see `beam_search`). A forced
+        first token adds 0.
     """
     run = functools.partial(apply_fn, variables)
     limit = max_length if limit is None else limit
@@ -155,12 +157,18 @@ def beam_search(
     prompt_ids: Int[Array, " B"] | None = None,
     alpha: float | Array = 0.6,
 ) -> tuple[Int[Array, "B K L"], Float[Array, "B K"]]:
-    """Returns each row's K = `num_beams` best finished targets and scores, best first; as T5X does.
+    """Finds the K = `num_beams` best targets of each row, like T5X (`t5x/decoding.py`).
 
-    A score is the log-likelihood divided by ((5 + length) / 6)^alpha, alpha >= 0; both include the
-    end of sequence. If a row finished no target, its unfinished beams are returned; if it finished
-    fewer than K, the rest have the score -inf. Unlike greedy decoding, even one beam compares
-    stopping with continuing at every step. Arguments as for `decode` (`t5x/decoding.py`).
+    Even with one beam the result can differ from greedy decoding: the search keeps a finished
+    target, but continues as long as a longer one may score better.
+
+    Arguments as for `decode`.
+
+    Returns:
+        `(tokens, scores)` of the finished targets, best first. A score is the log-likelihood
+        divided by ((5 + length) / 6)^alpha, alpha >= 0; both include the end of sequence. A row
+        that finished fewer than K targets has scores of -inf for the rest. A row that finished
+        none has its unfinished beams instead.
     """
     rows, width = len(encoder_input_tokens), num_beams
     limit = max_length if limit is None else limit

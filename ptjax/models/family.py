@@ -41,7 +41,10 @@ class NameRule(NamedTuple):
 
 @runtime_checkable
 class ArrayInfo(Protocol):
-    """The shape of an array that is still in its file, and `where` it is, for messages."""
+    """The shape of an array that has not been read yet.
+
+    `where` names its file, for messages.
+    """
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -51,7 +54,7 @@ class ArrayInfo(Protocol):
 
 @runtime_checkable
 class Config(Protocol):
-    """The fields of any network's config that code outside of `models` reads; a dataclass."""
+    """A network's config, a dataclass: the fields that code outside of `models` reads."""
 
     @property
     def vocab_size(self) -> int: ...
@@ -75,12 +78,12 @@ class Family(Protocol):
 
     @property
     def title(self) -> str:
-        """How messages call such a network, for example "a T5"."""
+        """What messages call such a network, for example "a T5"."""
         ...
 
     @property
     def described(self) -> str:
-        """The title with the origin of the parameters' names: "a T5 under T5X's names"."""
+        """The title and whose parameter names it has, for example "a T5 under T5X's names"."""
         ...
 
     @property
@@ -95,12 +98,12 @@ class Family(Protocol):
 
     @property
     def divided(self) -> Sequence[str]:
-        """The config fields that must be divisible by the size of the mesh's axis `model`."""
+        """The config fields that must be divisible by the size of the mesh axis `model`."""
         ...
 
     @property
     def divided_by_fsdp(self) -> Sequence[str]:
-        """The config fields that with `fsdp` must be divisible by the size of the axis `data`."""
+        """With `fsdp`, the config fields that must be divisible by the size of the axis `data`."""
         ...
 
     @property
@@ -131,7 +134,7 @@ class Family(Protocol):
         """Infers config fields from the names and shapes of the parameters.
 
         Args:
-            lazy_arrays: the parameters by their path.
+            lazy_arrays: path of a parameter -> its shape and file.
             name: of the backbone, for messages.
 
         Raises:
@@ -142,7 +145,7 @@ class Family(Protocol):
     def check_depth(self, lazy_arrays: Mapping[str, ArrayInfo], config: Any, name: str) -> None:
         """Raises InputError if the config has more layers than the files have.
 
-        Does not trace the network, which could take forever with a wrong number of layers.
+        Must not trace the network: with a wrong number of layers that could take forever.
         """
         ...
 
@@ -170,14 +173,16 @@ class Family(Protocol):
     ) -> ApplyFn:
         """Returns the network as a function `apply_fn(variables, ..., method=)`.
 
-        Equal arguments return the same object, so that jit's cache hits. `method` is the name of a
-        method of `prompted.PromptedT5`: None (its `__call__`, the logits), `encode`, `init_cache`,
-        `decode_step`, or `prompt_states` if the network supports input-independent prompts.
+        Equal arguments return the same object, so that `jax.jit` finds it in its cache. `method`
+        names a method of `prompted.PromptedT5` and the function takes the arguments of that one:
+        None (`__call__`, the logits), "encode", "init_cache", "decode_step", and "prompt_states" if
+        the network supports input-independent prompts.
 
         Args:
             attends_to_input: whether a prompt's positions attend to the input.
-            gather: makes sharded weights whole before they are used; see `stacking.GatherFn`.
-            collections: collections other than `params` that hold arrays of the modules.
+            gather: gathers sharded weights before they are used; see `stacking.GatherFn`.
+            collections: names of the collections, other than `params`, that hold arrays of the
+                modules.
         """
         ...
 
@@ -192,7 +197,7 @@ class Family(Protocol):
     def fingerprint_parts(self, path: str, shape: tuple[int, ...]) -> Parts:
         """Returns the parts of a parameter that the fingerprints sample, one slice per axis.
 
-        The key "rows" holds the part for both fingerprints, "grid" the part for v2 only.
+        The part "rows" enters both versions of the fingerprint, "grid" only v2.
         """
         ...
 
@@ -225,9 +230,10 @@ def embedding_of(params: Tree, path: str) -> jax.Array:
 
 
 def grid_of(shape: tuple[int, ...]) -> tuple[slice, ...]:
-    """Returns slices that sample each axis: a step of at most 61, and 64 or more entries if it can.
+    """Returns one slice per axis, which together sample an array.
 
-    The sample changes with any dense change (another scale, merged LoRA, more training), and with
-    a change of one head or another band of rows or columns: 61 is less than a head's width.
+    Each takes at least 64 entries, or all if there are fewer; its step is at most 61. The sample
+    reveals any dense change (another scale, merged LoRA, more training), and a change of a single
+    head or another band of rows or columns, because 61 is less than a head's width.
     """
     return tuple(slice(None, None, min(61, max(1, size // 64))) for size in shape)

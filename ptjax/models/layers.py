@@ -39,12 +39,13 @@ _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 def relative_position_bucket(
     relative_position: np.ndarray, *, bidirectional: bool, num_buckets: int, max_distance: int
 ) -> np.ndarray:
-    """Returns the bucket of each `key - query` position: exact when near, logarithmic when far.
+    """Returns the bucket of each relative position: exact when near, logarithmic when far.
 
     Takes and returns int [...]. Computed in numpy, as T5X does, so that every backend agrees on the
     rounding of the logarithm.
 
     Args:
+        relative_position: the key's position minus the query's.
         bidirectional: whether keys after the query have buckets of their own (the encoder's do).
         max_distance: all positions at least this far away share one bucket.
     """
@@ -68,9 +69,9 @@ def relative_position_bucket(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Quantized:
-    """A frozen kernel at one byte per entry: `values * scale`.
+    """A frozen kernel `values * scale`, stored at one byte per entry.
 
-    A pytree, also with shapes or shardings in place of the arrays.
+    It is a pytree; its leaves may also be shapes or shardings in place of arrays.
 
     Attributes:
         values: int8 [..., in, out].
@@ -328,15 +329,16 @@ class DecoderLayer(nn.Module):
         deterministic: bool,
         prompt: KeysValues | None = None,
     ) -> tuple[Float[Array, "B l D"], LayerCache | None]:
-        """Runs on whole targets with the encoder's output, or on a few targets with a cache.
+        """Runs on all inputs with the encoder's output, or on the next l inputs with a cache.
 
         Args:
-            x: with a cache, the targets `position ... position + l - 1`.
+            x: with a cache, the decoder's inputs `position ... position + l - 1`.
             encoded: the encoder's output, or the layer's cache.
             prompt: the keys and values [P, H, K] of an input-independent prompt.
 
         Returns:
-            The layer's output, and the cache with the keys and values of x (None without a cache).
+            `(output, cache)`: the updated cache also has the keys and values of x; None without a
+            cache.
         """
         y = self.pre_self_attention_layer_norm(x)
         key, value = self.self_attention.keys_values(y)
@@ -371,15 +373,15 @@ def mask_bias(mask: Bool[Array, "#B #q k"], dtype: Any) -> Float[Array, "#B 1 #q
 
 
 def same_segment(queries: Int[Array, "B q"], keys: Int[Array, "B k"]) -> Bool[Array, "B q k"]:
-    """Returns whether each query and key belong to the same example of a packed row.
+    """Returns whether each query and each key belong to the same example of a packed row.
 
-    Takes the segment ids of the positions.
+    `queries` and `keys` are the segment ids of their positions.
     """
     return queries[:, :, None] == keys[:, None, :]
 
 
 def positions_in_segments(segment_ids: Int[Array, "B t"]) -> Int[Array, "B t"]:
-    """Returns the positions within examples: they restart at 0 for each example of a row."""
+    """Returns the position of each token within its example, counted from 0."""
     index = jnp.arange(segment_ids.shape[1])
     before = jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)))
     return index - jax.lax.cummax(jnp.where(segment_ids != before, index, 0), axis=1)

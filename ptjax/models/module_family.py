@@ -76,18 +76,19 @@ class ModuleConfig:
 def flax_module(
     module: object, *, embedder: str = "token_embedder", sharding_rules: Rules = REPLICATED
 ) -> ModuleFamily:
-    """The family of one Flax module, for `load_backbone(path, family=flax_module(module))`.
+    """Makes the family of a Flax module, for `load_backbone(path, family=flax_module(module))`.
 
     Args:
         module: a module with the interface that `models.module_network` describes, such as T5X's
             `network.Transformer`; or an object with one as its `.module`, such as T5X's
             `EncoderDecoderModel` (its vocabularies and optimizer are not used).
-        embedder: path of the submodule that embeds the input's tokens, "a/b".
-        sharding_rules: (pattern of "params/...", PartitionSpec) over `data` and `model`; the
-            default replicates the weights on every device.
+        embedder: path of the submodule that embeds the input's tokens, such as "a/b".
+        sharding_rules: pairs (pattern of a variable's path, PartitionSpec over the mesh axes
+            `data` and `model`); the default replicates the weights on every device.
 
     Raises:
-        InputError: it is not a Flax module, or lacks `encode` or `decode`.
+        InputError: neither `module` nor its `.module` is a Flax module, or the module lacks
+            `encode` or `decode`.
     """
     network = module if isinstance(module, nn.Module) else getattr(module, "module", None)
     if not isinstance(network, nn.Module):
@@ -105,7 +106,7 @@ def flax_module(
 
 @dataclasses.dataclass(eq=False)
 class ModuleFamily:
-    """The family of one Flax module, see `family.Family`; `flax_module` makes it."""
+    """The family of one Flax module, made by `flax_module`; see `family.Family`."""
 
     module: nn.Module
     embedder: str = "token_embedder"
@@ -178,7 +179,7 @@ class ModuleFamily:
         return jax.eval_shape(init, jax.random.key(0))
 
     def tensor_names(self, fields: Metadata) -> Sequence[NameRule]:
-        """Returns (): Hugging Face does not have the network; files use the parameters' names."""
+        """Returns (): Hugging Face has no such network, so files use the parameters' own names."""
         return ()
 
     def _build(
@@ -211,5 +212,5 @@ class ModuleFamily:
         return False
 
     def fingerprint_parts(self, path: str, shape: tuple[int, ...]) -> Parts:
-        """Returns a grid of every parameter, see `family.grid_of`."""
+        """Samples every parameter on a grid; see `family.grid_of`."""
         return {"grid": grid_of(shape)}

@@ -46,7 +46,7 @@ class CacheForm:
 
     Attributes:
         length: the number of targets that it has room for.
-        scalars: path and dtype of each counter of targets, which ptjax fills in itself.
+        scalars: (path, dtype) of each counter of targets; ptjax computes their values itself.
     """
 
     length: int
@@ -57,8 +57,9 @@ class CacheForm:
 class ModuleApply:
     """A module's `apply_fn(variables, ..., method=)`, with the interface of `PromptedT5.apply`.
 
-    There is one object per family and config, so that jit's cache hits. The module receives
-    `collections` of the variables. `embedder` is the path of the submodule that embeds tokens.
+    Attributes:
+        embedder, dropout: path of the submodule that embeds tokens; whether to train with dropout.
+        collections: the collections of variables that are passed to the module.
     """
 
     family: Family

@@ -23,8 +23,8 @@ class Bank(NamedTuple):
     Shorter prompts are padded at the front, so that their distance to the text is unchanged.
 
     Attributes:
-        prompt: float32 [N, P, D].
-        lengths: int32 [N], the rows of each prompt without padding, at most P.
+        prompt: float32 [N, P, D], the padded prompts.
+        lengths: int32 [N], the length of each prompt without padding, at most P.
         attends_to_input: bool [N], as `Prompt.attends_to_input`.
     """
 
@@ -37,10 +37,11 @@ def stack_prompts(
     prompts: Sequence[np.ndarray | Array] | np.ndarray | Array,
     attends_to_input: Sequence[bool] | bool = True,
 ) -> Bank:
-    """Makes a bank (of numpy arrays) of N matrices [P_i, D] or of an array [N, P, D].
+    """Makes a bank, of numpy arrays, from N prompts.
 
     Args:
-        attends_to_input: one value for all prompts, or one per prompt.
+        prompts: N matrices [P_i, D], or an array [N, P, D].
+        attends_to_input: one value for all prompts, or one per prompt; see `Prompt`.
     """
     matrices = [np.asarray(prompt, np.float32) for prompt in prompts]
     lengths = np.array([len(matrix) for matrix in matrices], np.int32)
@@ -50,7 +51,7 @@ def stack_prompts(
 
 
 def check_prompt_ids(is_bank: bool, prompt_ids: Int[Array, " B"] | None) -> None:
-    """Raises InputError if a bank of prompts comes without `prompt_ids`, or these without a bank.
+    """Raises InputError if `prompt_ids` are missing for a bank of prompts, or given without one.
 
     Args:
         is_bank: whether the variables hold a bank.
@@ -76,7 +77,7 @@ class Prompt(nn.Module):
     attends_to_input: bool = True
 
     def matrix(self) -> Float[Array, "*B P D"]:
-        """Returns the array `prompt` of the collection."""
+        """Returns the array `prompt` of the collection `prompt`: one prompt, or one per row."""
         return self.get_variable("prompt", "prompt")
 
     def is_bank(self) -> bool:
@@ -96,7 +97,8 @@ class Prompt(nn.Module):
             prompt_ids: for a bank, the index of every row's prompt; -1 means no prompt.
 
         Returns:
-            The rows [P; E], their segment ids, and a mask of which positions each one attends to.
+            `(rows, segment_ids, mask)`: the rows [P; E] with S = P + T positions, their segment
+            ids, and the attention mask, True where a query may attend to a key.
         """
         prompt, real, attends_to_input = self.rows(len(embedded), prompt_ids)
         length = prompt.shape[1]
@@ -112,11 +114,11 @@ class Prompt(nn.Module):
     def rows(
         self, count: int, prompt_ids: Int[Array, " B"] | None = None
     ) -> tuple[Float[Array, "B P D"], Int[Array, "B P"], bool | Bool[Array, " B"]]:
-        """Returns the prompts of `count` rows; `prompt_ids` as for `before`.
+        """Returns the prompt of each of `count` rows; `prompt_ids` as for `before`.
 
         Returns:
-            Each row's prompt in float32, 1 for each of its positions that is not padding (else 0),
-            and whether it attends to the input, for all rows or for each.
+            `(prompts, real, attends_to_input)`: float32 prompts; 1 at each prompt position that is
+            not padding, else 0; and whether prompts attend to the input, one bool or one per row.
         """
         prompt, attends_to_input = self.matrix(), self.attends_to_input
         length = prompt.shape[-2]
@@ -143,7 +145,7 @@ class Prompt(nn.Module):
         These positions are reserved for it (`data.batch.make_packed_batch`).
 
         Args:
-            positions: within segments, as from `layers.positions_in_segments`.
+            positions: each token's position within its segment (`layers.positions_in_segments`).
 
         Raises:
             InputError: the prompt is not a single matrix [P, D].

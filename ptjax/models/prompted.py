@@ -20,13 +20,13 @@ from ptjax.trees import Variables
 
 
 class PromptedT5(nn.Module):
-    """A T5 that takes its prompt from the collection `prompt`; without it, it is a plain T5.
+    """A T5 that takes its prompt from the collection `prompt`; without that, a plain T5.
 
     The backbone shares this module's scope, so its parameters keep T5X's paths.
 
-    The collection holds `prompt`, one matrix [P, D] or one per row, [B, P, D]; or the arrays of a
-    `Bank`, from which each row chooses by `prompt_ids`; or `states`, the `PromptStates` of an
-    input-independent prompt.
+    The collection holds one of these: `prompt`, a matrix [P, D] or one per row, [B, P, D]; the
+    arrays of a `Bank`, from which each row chooses by `prompt_ids`; or `states`, the `PromptStates`
+    of an input-independent prompt.
 
     Attributes:
         attends_to_input: as in `Prompt`.
@@ -53,9 +53,11 @@ class PromptedT5(nn.Module):
         prompt_ids: Int[Array, " B"] | None = None,
         train: bool = False,
     ) -> Encoded:
-        """Runs the encoder, on S = P + T positions per row or, in packed rows, on T.
+        """Runs the encoder, with the prompt, on S positions per row.
 
-        The states of an input-independent prompt are returned separately, with S = T.
+        S = P + T if the prompt is prepended. S = T without a prompt, in packed rows (which reserve
+        positions for it), and for a single input-independent prompt, whose states are returned
+        separately.
 
         Args:
             encoder_segment_ids: for packed rows. In these, the first P positions of every segment
@@ -64,7 +66,7 @@ class PromptedT5(nn.Module):
                 segments are required, because a token's id does not mark it as padding.
             prompt_ids: for a bank, the index of every row's prompt; -1 means no prompt, as in a
                 plain T5.
-            train: applies dropout.
+            train: whether to apply dropout.
 
         Raises:
             InputError: both or neither of lengths and segments were given; `prompt_ids` without a
@@ -131,7 +133,7 @@ class PromptedT5(nn.Module):
         position: Int[Array, ""] | int,
         encoded: Encoded,
     ) -> tuple[Float[Array, "B l V"], Cache]:
-        """Decodes the next l targets; see `t5.T5.decode_step`."""
+        """Runs the decoder on its next l inputs; see `t5.T5.decode_step`."""
         return self.backbone.decode_step(tokens, cache, position, encoded)
 
     def __call__(
@@ -166,12 +168,14 @@ def make_apply_fn(
     gather: GatherFn | None = None,
     collections: tuple[str, ...] = (),
 ) -> ApplyFn:
-    """Returns `PromptedT5(...).apply`; the same object for equal settings, so jit's cache hits.
+    """Returns `PromptedT5(...).apply`.
+
+    Equal settings return the same object, so that `jax.jit` finds it in its cache.
 
     Args:
         gather: gathers weights that are sharded along D too (`sharding.arrays.gather_layer`).
-        collections: collections other than `params` that hold arrays of the layers, which a scan
-            over layers must carry.
+        collections: names of the collections, other than `params`, that hold arrays of the layers;
+            a scan over layers must carry them.
     """
     return PromptedT5(config, attends_to_input, gather, collections).apply
 
@@ -180,7 +184,10 @@ def with_prompt(
     variables: Variables,
     prompt: Float[Array, "*B P D"] | np.ndarray | Bank | PromptStates | None,
 ) -> Variables:
-    """Returns a copy of `variables` with `prompt` as its collection `prompt`; None removes that."""
+    """Returns a copy of `variables` whose collection `prompt` holds `prompt`.
+
+    None removes the collection.
+    """
     variables = {name: tree for name, tree in variables.items() if name != "prompt"}
     if prompt is None:
         return variables

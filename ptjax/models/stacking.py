@@ -25,7 +25,7 @@ Layers = list[T] | T
 """A value per layer: a list, or arrays with a leading axis if layers are scanned."""
 
 GatherFn = Callable[[Any], Any]
-"""A function that returns a layer's parameters replicated over the axis `data`; see `gathered`."""
+"""Maps a layer's parameters to ones replicated over the mesh axis `data`; see `gathered`."""
 
 _GATHERED = "gathered"
 _POLICIES = {
@@ -37,9 +37,10 @@ _OF_LAYER = re.compile(r"(.*/layers)_(\d+)/(.*)")
 
 
 def make_layers(kind: type[nn.Module], config: T5Config, count: int) -> Tree:
-    """Makes the modules of `count` layers, for `run_layers`; assign them to an attribute `layers`.
+    """Makes the modules of `count` layers, for `run_layers`.
 
-    With `config.scan_layers` that is a single module, which represents all layers.
+    Returns a list of modules or, with `config.scan_layers`, a single module that represents all
+    layers. Assign the result to an attribute named `layers`.
     """
     if config.scan_layers:
         return kind(config)  # pyright: ignore[reportCallIssue]
@@ -56,21 +57,26 @@ def run_layers(
     gather: GatherFn | None = None,
     collections: Collection[str] = (),
 ) -> tuple[Tree, Layers[Tree]]:
-    """Runs `x, output = step(layer, x, *inputs of this layer)` for every layer in turn.
+    """Runs `x, output = step(layer, x, *layer_inputs)` for each layer in turn.
 
     Args:
+        step: runs one layer; returns x for the next layer, and this layer's output.
         layers: the result of `make_layers`.
-        inputs: `Layers` each, or None.
-        collections: collections other than `params` that hold arrays of the layers, stacked like
-            the parameters.
+        x: the first layer's x, such as the embedded tokens.
+        inputs: further arguments of `step`. Each is a `Layers`, of which a layer gets its own
+            value, or None, which every layer gets.
         gather: applied to a layer's parameters before they are used, and again in the backward
-            pass: keeping the gathered parameters would keep those of all layers.
+            pass. Keeping the results until then would hold all layers' gathered parameters in
+            memory at once.
+        collections: names of the collections, other than `params`, that hold arrays of the layers,
+            stacked like the parameters.
 
     Returns:
-        The last x, and the outputs of all layers as `Layers`.
+        `(x, outputs)`: the last layer's x, and the outputs of all layers as `Layers`.
 
     Raises:
-        InputError: scanned layers have arrays in another collection.
+        InputError: scanned layers have arrays in a collection that is neither `params` nor in
+            `collections`.
     """
     policy = _POLICIES.get(config.remat)
     if gather is not None:
@@ -108,20 +114,24 @@ def _check_carried(layers: nn.Module, collections: Collection[str]) -> None:
 def gathered(weights: jax.Array) -> jax.Array:
     """Marks `weights` as the result of a `GatherFn`.
 
-    `run_layers` then gathers them again in the backward pass instead of storing them.
+    Because of the mark, `run_layers` gathers them again in the backward pass instead of storing
+    them.
     """
     return checkpoint_name(weights, _GATHERED)
 
 
 def stack(layers: Layers[Tree]) -> Tree:
-    """Stacks the values of all layers to arrays with a leading axis. Inverse of `unstack`."""
+    """Stacks the values of all layers along a new leading axis. Inverse of `unstack`.
+
+    Values of scanned layers are stacked already and returned as they are.
+    """
     return jax.tree.map(lambda *x: jnp.stack(x), *layers) if isinstance(layers, list) else layers
 
 
 def unstack(config: T5Config, count: int, stacked: T) -> Layers[T]:
-    """Returns arrays with a leading axis of `count` layers as `Layers`, for `run_layers`.
+    """Converts arrays with a leading axis of `count` layers to `Layers`, for `run_layers`.
 
-    None stays None. Inverse of `stack`.
+    Returns None for None. Inverse of `stack`.
     """
     if config.scan_layers or stacked is None:
         return stacked
@@ -136,7 +146,9 @@ def map_layers(function: Callable[[T], Made], layers: Layers[T]) -> Layers[Made]
 
 
 def split_path(path: str) -> tuple[str, int | None]:
-    """Returns a parameter's name in stacked layers, and the index of its layer, if it has one.
+    """Splits T5X's name of a parameter into its name in stacked layers and its layer's index.
+
+    The index is None for a parameter outside of the layers.
 
     >>> split_path("encoder/layers_3/mlp/wo/kernel")
     ('encoder/layers/mlp/wo/kernel', 3)
@@ -151,8 +163,8 @@ def stack_paths(arrays: Mapping[str, T], join: Callable[[list[T]], T]) -> dict[s
     """Renames parameters from T5X's names to those of stacked layers.
 
     Args:
-        arrays: by T5X's names.
-        join: combines the arrays that all layers have under one name, in the order of the layers.
+        arrays: T5X's name -> array.
+        join: makes one array of the layers' arrays, which it gets in the order of the layers.
     """
     by_layer: dict[str, dict[int, T]] = {}  # in the order of `arrays`; -1: not of a layer
     for path, array in arrays.items():
@@ -165,7 +177,7 @@ def stack_paths(arrays: Mapping[str, T], join: Callable[[list[T]], T]) -> dict[s
 
 
 class UnstackedView(Mapping[str, Any]):
-    """A view of parameters by T5X's names; those of stacked layers are sliced on access.
+    """A view of parameters under T5X's names; stacked layers are sliced on access.
 
     >>> import numpy as np
     >>> list(UnstackedView({"encoder/layers/scale": np.ones((2, 8)), "encoder/norm": np.ones(8)}))

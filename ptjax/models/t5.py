@@ -52,8 +52,8 @@ class PromptStates(NamedTuple):
     They are the same for every example, so they are computed once and shared by all rows.
 
     Attributes:
-        encoder: for the self-attention of every encoder layer.
-        decoder: for the cross-attention in every decoder layer.
+        encoder: (keys, values) for the self-attention of every encoder layer.
+        decoder: (keys, values) for the cross-attention of every decoder layer.
     """
 
     encoder: KeysValues
@@ -190,7 +190,7 @@ class Decoder(nn.Module):
         cache: Cache | None = None,
         position: Int[Array, ""] | int = 0,
     ) -> tuple[Float[Array, "B l D"], Cache | None]:
-        """Runs on whole targets or, with a cache, on the l targets from `position` on.
+        """Runs on all inputs or, with a cache, on the l inputs from `position` on.
 
         Returns the states, and the updated cache (None without a cache).
         """
@@ -271,9 +271,10 @@ class T5(nn.Module):
         """Runs the encoder on embedded tokens.
 
         Args:
-            mask: which positions each one attends to.
+            mask: True where a query (last axis but one) may attend to a key (last axis).
             prompt: the states of an input-independent prompt, shared by all examples.
-            positions: positions inside an example, for packed rows with such a prompt.
+            positions: for packed rows with such a prompt, each token's position in its example.
+            train: whether to apply dropout.
         """
         before = None if prompt is None else prompt.encoder
         return self.encoder(embedded, mask, not train, before, positions)[0]
@@ -286,7 +287,10 @@ class T5(nn.Module):
         return PromptStates(*jax.tree.map(lambda x: x[:, 0], made))
 
     def init_cache(self, encoded: Encoded, length: int) -> Cache:
-        """Makes a cache with cross-attention's keys and values, and room for `length` targets."""
+        """Makes a cache for `decode_step`, with room for `length` targets per row.
+
+        It holds the keys and values of the cross-attention.
+        """
         cfg = self.config
         shape = (len(encoded.states), length, cfg.num_heads, cfg.head_dim)
         empty = jnp.zeros(shape, cfg.dtype)
@@ -304,12 +308,17 @@ class T5(nn.Module):
         position: Int[Array, ""] | int,
         encoded: Encoded,
     ) -> tuple[Float[Array, "B l V"], Cache]:
-        """Decodes the targets `position ... position + l - 1`, which are `tokens`, with a cache.
+        """Runs the decoder on its next l inputs, with a cache of the previous ones.
 
         `encoded.states` is not used: its keys and values are in the cache.
 
+        Args:
+            tokens: the inputs; the first input of all is the decoder's start id.
+            position: the position of the first of `tokens`, counted from 0.
+
         Returns:
-            The float32 logits of the token after each target, and the updated cache.
+            `(logits, cache)`: the float32 logits of the token that follows each input, and the
+            updated cache.
         """
         made: Any
         y, made = self.decoder(self.embed(tokens), encoded, True, cache=cache, position=position)

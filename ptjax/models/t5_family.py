@@ -106,7 +106,7 @@ _RELPOS = tuple(
 
 @dataclasses.dataclass(frozen=True)
 class T5Family:
-    """The family of T5 and its variants, see `family.Family`; use the object `T5_FAMILY`."""
+    """The family of T5 and its variants; see `family.Family`. Use the object `T5_FAMILY`."""
 
     title: str = "a T5"
     described: str = "a T5 under T5X's names"
@@ -198,7 +198,7 @@ class T5Family:
     ) -> None:
         """Raises InputError if the config has more layers than the files have.
 
-        Called before the network is traced: tracing a wrong number of layers could take forever.
+        Does not trace the network: with a wrong number of layers that could take forever.
         """
         for stack, layers in (
             ("encoder", config.num_encoder_layers),
@@ -216,8 +216,8 @@ class T5Family:
     def tensor_names(self, fields: Metadata) -> Sequence[NameRule]:
         """Returns the parameters' names in ptjax and in Hugging Face's files.
 
-        The field `relpos_per_layer` decides whether the table of relative position biases in block
-        0 belongs to that layer or to the whole stack.
+        In Hugging Face's files the relative position biases are in block 0 if the layers of a stack
+        share them, else (`relpos_per_layer`) in every block.
         """
         return _NAMES + _RELPOS[1 if fields.get("relpos_per_layer") else 0 :: 2]
 
@@ -245,8 +245,9 @@ class T5Family:
     def fingerprint_parts(self, path: str, shape: tuple[int, ...]) -> Parts:
         """Returns the parts of a parameter that the fingerprints sample; see `family.Family`.
 
-        "rows" (v1 and v2): embedding rows 0, 97, 194, ..., whole norm scales, the first row of a
-        `wo` kernel. "grid" (v2 only): every other parameter and `wo`; see `grid_of`.
+        "rows" (v1 and v2): rows 0, 97, 194, ... of the embedding, whole norm scales, and the first
+        row of each `wo` kernel. "grid" (v2 only): all other parameters, and again the `wo` kernels;
+        see `family.grid_of`.
 
         >>> T5_FAMILY.fingerprint_parts("encoder/layers_0/attention/query/kernel", (512, 384))
         {'grid': (slice(None, None, 8), slice(None, None, 6))}

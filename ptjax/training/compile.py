@@ -44,10 +44,10 @@ class StepConfig:
     sweep: bool = False
 
     def groups(self, mesh: Mesh, *, small: bool, attends_to_input: bool = True) -> int:
-        """The number of row groups into which the step splits a batch, see `make_train_step`.
+        """The number of row groups into which the step splits a batch; see `make_train_step`.
 
-        It is 1 unless the trainable variables are few, because each group holds its own gradient;
-        otherwise `sharding.arrays.reduction_groups`.
+        Each group holds its own gradient. If the trainable variables are few, the number is that
+        of `sharding.arrays.reduction_groups`; otherwise it is 1.
 
         Args:
             small: whether the trainable variables are few (`freeze.is_small`).
@@ -69,16 +69,16 @@ class StepConfig:
         small: bool,
         attends_to_input: bool = True,
     ) -> tuple[Callable[[Tree, jax.Array], TrainState], TrainStep]:
-        """Builds the train step, and a function for the state before the first step.
+        """Builds the function that makes the initial state, and the train step.
 
         Args:
             apply_fn: the network as the method runs it (`methods.base.run_with`).
-            rms: the embedding's RMS, to which learning rates may be relative.
+            rms: the RMS of the embedding table; scales learning rates that are relative to it.
             small, attends_to_input: as for `groups`.
 
         Returns:
-            `init(trainable, key)`, which copies `trainable` and returns the first state, and the
-            step. For a sweep, the arguments of `init` have a leading axis of members.
+            `(init, step)`. `init(trainable, key)` copies `trainable` and returns the initial
+            state. For a sweep, the arguments of `init` have a leading axis of members.
         """
 
         def make_optimizer(rate: jax.Array | None = None) -> optax.GradientTransformation:
@@ -99,7 +99,7 @@ class StepConfig:
 def lower_step(
     train_step: TrainStep, state: TrainState, frozen: Tree, shape: Shape, mesh: Mesh
 ) -> jax.stages.Lowered:
-    """Lowers the step for batches of `shape`; the compiled step donates its argument `state`.
+    """Lowers the step for batches of `shape`. The compiled step donates its argument `state`.
 
     Args:
         state, frozen: arrays on the mesh, or `jax.ShapeDtypeStruct`s with their shardings.
@@ -120,7 +120,10 @@ def batch_shapes(shape: Shape, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def sweep_shapes(members: int | None, mesh: Mesh) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """The shapes of a sweep step's arguments `active` and `learning_rate`; () without members."""
+    """The shapes of the arguments `active` and `learning_rate` of the step of a sweep.
+
+    Empty if `members` is None: outside of a sweep, the step has no such arguments.
+    """
     if members is None:
         return ()
     where = replicated(mesh)
@@ -135,7 +138,7 @@ def compile_steps(
     shapes: Sequence[Shape],
     mesh: Mesh,
 ) -> dict[Shape, TrainStep]:
-    """Compiles the step for every batch shape, before the first batch is read.
+    """Compiles the step for each of `shapes`.
 
     A compiled step rejects any other shape, so nothing is recompiled during the run.
 

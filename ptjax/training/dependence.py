@@ -16,13 +16,15 @@ from ptjax.trees import Tree
 
 
 def check_used(apply_fn: ApplyFn, loss: Loss, trainable: Tree, frozen: Tree, batch: Tree) -> None:
-    """Raises InputError for trainable variables that the network never reads: they cannot learn.
+    """Raises InputError if the loss does not depend on each trainable variable.
+
+    Batch and variables may be `jax.ShapeDtypeStruct`s: only the program is examined.
 
     Args:
-        batch: of any shape of the run. Batch and variables may be `jax.ShapeDtypeStruct`s.
+        batch: a batch of the run; its shape does not matter.
 
     Raises:
-        InputError: the loss does not depend on a leaf of `trainable`, which is named.
+        InputError: the loss does not depend on a leaf of `trainable` (the message names it).
     """
 
     def loss_of(trainable: Tree, frozen: Tree, batch: Tree) -> jax.Array:
@@ -41,8 +43,9 @@ def check_used(apply_fn: ApplyFn, loss: Loss, trainable: Tree, frozen: Tree, bat
 def unused_leaves(
     function: Callable[..., jax.Array], trainable: Tree, *arguments: Tree
 ) -> list[str]:
-    """Lists the paths of leaves that the derivative of `function(trainable, *arguments)` ignores.
+    """Lists the paths of the leaves of `trainable` that cannot get a gradient from `function`.
 
+    The gradient is that of `function(trainable, *arguments)` with respect to `trainable`.
     The result depends on the program, not on values: a leaf that is used only through
     `stop_gradient` or an argmax is listed; one whose gradient happens to be zero (LoRA's first
     matrix while the second is zero) is not. `function` is traced, but nothing is computed.

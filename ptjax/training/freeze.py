@@ -32,8 +32,8 @@ def make_freeze(variables: Tree, rules: Mapping[str, bool]) -> Freeze:
         rules: pattern of a variable's whole path -> whether it is frozen.
 
     Raises:
-        InputError: a pattern matches no variable; a variable matches no pattern, or patterns that
-            disagree.
+        InputError: a pattern matches no variable; a variable matches no pattern, or matches
+            patterns that disagree.
     """
     decided: dict[str, bool] = {}
     used = set()
@@ -50,7 +50,7 @@ def make_freeze(variables: Tree, rules: Mapping[str, bool]) -> Freeze:
 
 
 def split(variables: Tree, freeze: Freeze) -> tuple[Tree, Tree]:
-    """Splits nested dicts into their (trainable, frozen) halves. Inverse of `combine`.
+    """Splits nested dicts into two: (trainable, frozen). Inverse of `combine`.
 
     >>> split({"params": {"w": 1}, "prompt": {"p": 2}}, {"params": True, "prompt": False})
     ({'prompt': {'p': 2}}, {'params': {'w': 1}})
@@ -71,7 +71,7 @@ def split(variables: Tree, freeze: Freeze) -> tuple[Tree, Tree]:
 
 
 def combine(trainable: Tree, frozen: Tree) -> Tree:
-    """Merges the halves that `split` returned. Inverse of `split`.
+    """Merges the two parts that `split` returned. Inverse of `split`.
 
     >>> combine({"prompt": {"p": 2}}, {"params": {"w": 1}})
     {'params': {'w': 1}, 'prompt': {'p': 2}}
@@ -87,8 +87,9 @@ def freeze_updates(
 ) -> optax.GradientTransformation:
     """Wraps an optimizer so that the updates of frozen variables are zero.
 
-    The result takes the trainable half of the variables or the whole tree: a second safeguard in
-    addition to `split`. (`optax.masked` would pass the raw gradients of frozen weights through.)
+    This is a second safeguard in addition to `split`: the wrapped optimizer accepts the trainable
+    part of the variables or the whole tree. (`optax.masked` would pass the raw gradients of frozen
+    weights through.)
     """
 
     def labels(tree: Tree, freeze: Freeze = freeze) -> Tree:
@@ -101,15 +102,18 @@ def freeze_updates(
 
 
 def is_small(trained: int, frozen: int) -> bool:
-    """Whether a number of trained elements is small compared with the number of frozen ones.
+    """Whether there are few trained elements compared with the number of frozen ones.
 
-    If so, copies of them are cheap: one gradient per device group, transfers, exported files.
+    Copies of few elements are cheap: one gradient per row group, transfers, exported files.
     """
     return trained <= SMALL * frozen
 
 
 def sizes(tree: Tree) -> tuple[int, int]:
-    """Returns the total number of elements and of bytes of the arrays or shapes in `tree`."""
+    """Returns the numbers of elements and of bytes, (elements, bytes), of all arrays in `tree`.
+
+    Arrays may be given as `jax.ShapeDtypeStruct`s.
+    """
     leaves = [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype")]
     count = sum(math.prod(leaf.shape) for leaf in leaves)
     return count, sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)

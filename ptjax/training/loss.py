@@ -16,14 +16,14 @@ from ptjax.errors import check_at_least, check_share
 class Loss:
     """Cross-entropy with z-loss, summed over target tokens (`t5x/losses.py`).
 
-    T5X does not normalise it (LOSS_NORMALIZING_FACTOR = None), and neither does the paper.
-    Adafactor is scale-invariant; other optimizers are not.
+    T5X does not divide the sum by anything (LOSS_NORMALIZING_FACTOR = None), and neither does the
+    paper. Adafactor is invariant to the scale of the loss; other optimizers are not.
 
     Attributes:
         z_loss: weight of log(Z)^2, which keeps the logits' normaliser Z near 1.
         label_smoothing: probability mass spread over the vocabulary. The loss of a perfect
             prediction is subtracted, so that it stays 0.
-        per_token: divide by the number of target tokens in the batch.
+        per_token: whether to divide by the number of target tokens in the batch.
     """
 
     z_loss: float = 1e-4
@@ -44,7 +44,7 @@ class Loss:
         return jnp.sum(self.per_position(logits.astype(jnp.float32), targets) * weights)
 
     def normalizer(self, weights: Float[Array, "B L"]) -> Float[Array, ""] | float:
-        """The number by which the loss of a whole batch is divided, given its weights."""
+        """The divisor of a loss: 1, or with `per_token` the sum of `weights`, but at least 1."""
         return jnp.maximum(jnp.sum(weights), 1.0) if self.per_token else 1.0
 
     def per_position(

@@ -24,13 +24,14 @@ class Adafactor:
     Attributes:
         learning_rate: a number, or an optax schedule (step -> number).
         learning_rate_scale: "absolute" as in the paper, or "embedding_rms", where the learning
-            rate is in units of the embedding table's RMS. T5 1.1's entries have an RMS of about
-            10, so the paper's 0.3 moves an entry by 3% of it a step; on a backbone with RMS 0.5
-            the same 0.3 moves it by 60% and stays at chance.
+            rate is in units of the embedding table's RMS. In T5 1.1 that RMS is about 10, so the
+            paper's 0.3 moves an entry by 3% of it per step. On a backbone with an RMS of 0.5 the
+            same 0.3 moves it by 60%, and the accuracy stays at chance.
         weight_decay: not multiplied by the learning rate, as in T5X.
-        step_offset: where the step counter starts. T5X restores the backbone's own step (1,100,000
-            for the public LM-adapted files), so its second moment decays by 1 - 1.5e-5 from the
-            first update on, and the clipping at RMS 1 is always active; from 0 it is not.
+        step_offset: the initial value of the step counter. T5X restores the backbone's own step
+            (1,100,000 for the public LM-adapted files), so the decay rate of its second moment is
+            1 - 1.5e-5 from the first update on, and the clipping at RMS 1 is always active. With
+            an offset of 0 it is not.
         min_dim_size_to_factor: second moments are factored if both dimensions reach it. The rule
             in prompt-tuning's gin file that disables this for prompts never takes effect (T5X falls
             back to the heuristic for rank 2), so a prompt of 128 rows or more is factored.
@@ -53,9 +54,10 @@ class Adafactor:
         check_at_least(0, "Adafactor", learning_rate=rate, weight_decay=decay, step_offset=offset)
 
     def identity(self) -> JsonObject:
-        """Returns the field values that identify a run, where they differ from the fields' own.
+        """Returns the values by which runs are compared, where they differ from the fields'.
 
-        A schedule is replaced by its values; see `ptjax.trainer.identity.describe`.
+        If `learning_rate` is a schedule, a function, these are its rates at many steps; see
+        `ptjax.trainer.identity.describe`.
         """
         schedule = self.learning_rate
         if not callable(schedule):
@@ -69,10 +71,10 @@ class Adafactor:
         return {"learning_rate": {"is": "schedule", **values}}
 
     def rate_at(self, step: jax.typing.ArrayLike, embedding_rms: float) -> jax.typing.ArrayLike:
-        """The absolute learning rate of update `step` (0 is the first of this run).
+        """The absolute learning rate of the update `step`; 0 is the first one of this run.
 
         Args:
-            embedding_rms: the RMS of the backbone's embedding table, see `embedding_rms`.
+            embedding_rms: the RMS of the backbone's embedding table (`embedding_rms`).
         """
         rate = self.learning_rate(step) if callable(self.learning_rate) else self.learning_rate
         return rate * embedding_rms if self.learning_rate_scale == "embedding_rms" else rate
@@ -88,7 +90,8 @@ class Adafactor:
 
         Args:
             embedding_rms: as for `rate_at`.
-            rate: the absolute learning rate, if the caller computes it (a sweep has several).
+            rate: the absolute learning rate, in place of `learning_rate`; for a sweep, whose
+                members have different rates.
         """
 
         def rate_at(count: jax.typing.ArrayLike) -> jax.typing.ArrayLike:

@@ -24,9 +24,9 @@ sweep."""
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything that a train step changes: it is donated to the step and saved in checkpoints.
+    """Everything that a train step changes, so not the frozen weights.
 
-    Frozen weights are not part of it.
+    The state is donated to the step and saved in checkpoints.
 
     Attributes:
         step: int32 [], the number of steps done.
@@ -46,7 +46,7 @@ TrainStep = Callable[..., tuple[TrainState, Metrics]]
 def init_train_state(
     trainable: Tree, optimizer: optax.GradientTransformation, key: jax.Array
 ) -> TrainState:
-    """Makes the state before the first step; it holds `trainable` itself, not a copy."""
+    """Makes the state before the first step. It holds `trainable` itself, not a copy."""
     return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable), key)
 
 
@@ -81,14 +81,15 @@ def make_train_step(
 ) -> TrainStep:
     """Makes the train step, `(state, frozen, batch) -> (state, metrics)`, not yet jitted.
 
-    The gradient is taken by the trainable variables only, so that of a frozen weight is never
-    computed. The batch [B, ...] is split into `microbatches` equal parts, whose gradients are
-    summed. Callers should jit the step with its argument `state` donated.
+    The gradient is taken with respect to the trainable variables only; gradients of frozen weights
+    are never computed. The batch [B, ...] is split into `microbatches` equal parts, whose gradients
+    are summed. Callers should jit the step with its argument `state` donated.
 
     Args:
-        groups: number of groups of adjacent rows, one per device
-            (`sharding.arrays.reduction_groups`). Each group computes its own gradient with its own
-            dropout; they are summed once at the end, so devices exchange one gradient per step.
+        groups: number of groups of adjacent rows, one group for each part of the rows that the
+            mesh divides a batch into (`sharding.arrays.reduction_groups`). Each group computes its
+            own gradient with its own dropout. These gradients are summed once at the end, so
+            devices exchange one gradient per step.
     """
 
     def part_loss(trainable: Tree, frozen: Tree, batch: Batch, key: jax.Array) -> jax.Array:
@@ -148,10 +149,10 @@ def make_sweep_step(
 ) -> TrainStep:
     """Makes the train step of a sweep's N members, which share the frozen weights.
 
-    It is `(state, frozen, batch, active, learning_rate) -> (state, metrics)`, where state, batch
-    and metrics have a leading axis N. Each member has its own dropout and optimizer state: factored
-    moments and clipping see one member only. The state of members that are not `active` (bool [N])
-    stays bit-identical. `learning_rate` is float32 [N].
+    The step is `(state, frozen, batch, active, learning_rate) -> (state, metrics)`, where `state`,
+    `batch` and `metrics` have a leading axis N, `active` is bool [N] and `learning_rate` is float32
+    [N]. Each member has its own dropout and optimizer state; factored moments and clipping are
+    computed per member. The state of a member that is not active stays bit-identical.
 
     Args:
         make_optimizer: makes a member's optimizer from its learning rate, a traced scalar.
