@@ -32,8 +32,8 @@ def hash_json(progress: JsonObject, identity: JsonObject, sums: Sums) -> str:
 def sum_arrays(state: TrainState) -> Sums:
     """Computes two checksums over the bits of every array, on the devices.
 
-    A change of any single element changes them. So do swapped elements and several changes, but for
-    one case in 2^32. All processes must call it together.
+    A change of a single element always changes them. Several changes, such as two swapped elements,
+    do so except in about one case in 2^32. All processes must call it together.
     """
     sums = jax.device_get(_sum_bits(jax.tree.leaves(state)))
     return np.asarray(sums).tolist()
@@ -58,9 +58,10 @@ def _sum_array(array: jax.Array) -> jax.Array:
 
 
 def _mix(bits: jax.Array) -> jax.Array:
-    """MurmurHash3's finalizer: one to one, so no single change is lost.
+    """Applies MurmurHash3's finalizer, which is one to one, so every single change shows.
 
-    Of a sum of products, two flipped signs would be: they change it by an even multiple of 2^31.
+    A product with an odd factor is one to one as well, but a sum of products misses two flipped
+    signs: they change it by an even multiple of 2^31.
     """
     bits = (bits ^ (bits >> 16)) * np.uint32(0x85EBCA6B)
     bits = (bits ^ (bits >> 13)) * np.uint32(0xC2B2AE35)
