@@ -67,7 +67,13 @@ class Member:
     crc32: int | None
 
     def check(self, crc32: int) -> None:
-        """Raises ValueError if `crc32`, computed from the bytes, differs from the checksum."""
+        """Raises ValueError if the data that was read does not match the checksum in the zip.
+
+        Without a checksum in the zip, any data is accepted.
+
+        Args:
+            crc32: the checksum computed from the data that was read.
+        """
         if self.crc32 not in (None, crc32):
             raise ValueError(f"{self.name} is damaged: its checksum (CRC-32) does not match")
 

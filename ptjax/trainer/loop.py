@@ -81,7 +81,7 @@ class TrainingLoop:
 
     @property
     def progress(self) -> RunProgress:
-        """How far the run has got, and the best export of each member."""
+        """The run's progress: the step that it has reached, each member's best export, and more."""
         return self.members.progress
 
     def fit(

@@ -17,9 +17,11 @@ from ptjax.trees import Tree
 
 
 class Scores:
-    """Scores tuned variables and the baselines on one task, for `results.json`.
+    """Scores tuned variables on one task, and baselines to compare them with, for `results.json`.
 
-    All scores are on the test split or, if the task has none, on the split that selects exports.
+    The baselines are: always the majority label, the variables before training, and the hard
+    prompts of the settings. All scores are on the test split or, if the task has none, on the split
+    that selects exports.
     """
 
     def __init__(self, backbone: Backbone, settings: RunSettings, data: TaskData) -> None:
@@ -34,12 +36,12 @@ class Scores:
         return self.evaluator(self.backbone.variables, self.split, rewording)
 
     def tuned(self, best: Tree, before: Tree, seed: int) -> JsonObject:
-        """Scores a member and its baselines; returns the member's part of `results.json`.
+        """Scores a member and the baselines; returns the member's part of `results.json`.
 
         Args:
-            best: the backbone's variables with those of the member's best export.
-            before: the backbone's variables with the member's initial ones, as at step 0.
-            seed: the member's seed; it is recorded and has no other effect.
+            best: all variables of the network, the trained ones from the member's best export.
+            before: all variables of the network as they were at step 0, before training.
+            seed: the member's seed. It is copied to the result and has no other effect.
         """
         task, hard_prompts = self.evaluator.task, self.settings.evaluation.hard_prompts
         before_value = self.evaluator(before, self.split)[self.metric]
@@ -63,10 +65,13 @@ class Scores:
 
 
 def describe_run(backbone: Backbone, settings: RunSettings, seconds: float) -> JsonObject:
-    """The part of `results.json` that records how the scores were obtained.
+    """Returns the part of `results.json` that records how the scores were obtained.
 
-    It has the settings, the backbone and its fingerprint, the duration in seconds, and the versions
-    of the libraries.
+    It has the settings, the backbone's name and fingerprint, the duration, and the versions of the
+    libraries.
+
+    Args:
+        seconds: the duration of the run, summed over its restarts.
     """
     return {
         "settings": describe(settings, whole=True),
@@ -78,13 +83,15 @@ def describe_run(backbone: Backbone, settings: RunSettings, seconds: float) -> J
 
 
 def of_sweep(members: Mapping[str, JsonObject], run: TrainingLoop) -> JsonObject:
-    """The results of a sweep: of each member, their average, the best member and failed members.
-
-    The best member is selected by its validation score, not by its test score.
+    """Combines the members' results into those of a sweep, for `results.json`.
 
     Args:
         members: maps the name of each member with an export to its results (`Scores.tuned`).
         run: the finished run.
+
+    Returns:
+        "members" as given; "average", the mean of their "value"; "best", the name and value of the
+        member with the highest validation (not test) score; "failed", the names of failed members.
     """
     progress = dict(zip((m.name for m in run.members), run.progress.members, strict=True))
     best = max(members, key=lambda name: progress[name].best_value or 0.0)

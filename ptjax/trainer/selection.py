@@ -30,9 +30,10 @@ class Selection:
         self._patience, self._keep = patience, keep
 
     def evaluate(self, state: TrainState) -> Scores:
-        """Evaluates every running member whose `Member.evaluate` is set.
+        """Computes the validation scores of every running member, by member id.
 
-        A member whose scores are not finite is stopped (see `Failures.report`) and left out.
+        The result leaves out members whose `Member.evaluate` is None. A member whose scores are not
+        finite is stopped (see `Failures.report`) and left out too.
         """
         scores = {}
         for member_id, trainable in self._members.running(state):
@@ -45,15 +46,18 @@ class Selection:
         return scores
 
     def export(self, state: TrainState, scores: Scores) -> dict[int, set[int | None]]:
-        """Exports every running member, and updates its best export and its progress.
+        """Writes an export of every running member at the current step, and updates its progress.
 
-        A member whose patience has run out is stopped. All processes must call it together.
+        An export becomes the member's best one if its score is the highest so far, or if the member
+        was not evaluated. A member whose patience has run out is stopped. All processes must call
+        this together.
 
         Args:
             scores: the result of `evaluate`.
 
         Returns:
-            by member id, the steps whose exports must not be removed: the argument of `prune`.
+            the steps whose exports must be kept, by member id. Pass it to `prune`. A None in a set
+            means that the member had no best export at that time; ignore it.
         """
         progress, keep = self._members.progress, {}
         for member_id, trainable in self._members.running(state):
@@ -83,9 +87,12 @@ class Selection:
             own.stopped = self._patience is not None and own.without_gain >= self._patience
 
     def prune(self, keep: Mapping[int, set[int | None]]) -> None:
-        """Removes exports of each member in `keep`, except those of the member's steps in `keep`.
+        """Removes old exports. Call it only when no checkpoint refers to them any more.
 
-        Call it only when no checkpoint refers to the removed exports any more.
+        Args:
+            keep: maps a member id to the steps whose exports are kept. All other exports of this
+                member are removed, except the copy of its best one. Members that are not in `keep`
+                lose nothing.
         """
         if processes.first():
             for member_id, steps in keep.items():

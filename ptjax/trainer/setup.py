@@ -167,6 +167,9 @@ def _make_exports(
 
 
 def load_best(setup: MemberSetup, settings: RunSettings) -> Tree:
-    """The backbone's variables with those of the member's best export, read from its file."""
+    """Loads the best export of a member from its file, and adds it to the backbone's variables.
+
+    Returns all variables of the network. Those in the export replace the backbone's own.
+    """
     path, backbone = setup.member.exports.path(BEST), setup.data.evaluator.backbone
     return backbone.variables | settings.method.load(path, backbone)

@@ -41,11 +41,12 @@ class Stop:
 
 @contextmanager
 def caught() -> Iterator[Stop]:
-    """A context manager that catches SIGTERM and Ctrl-C, and yields the `Stop` that they set.
+    """Catches SIGTERM and Ctrl-C inside a `with` block, and restores the old handlers after it.
 
-    The first signal only sets `Stop.caught`, a second one of the same kind ends Python. With
-    several processes JAX catches SIGTERM instead (see `processes.stop_agreed`). Outside of the main
-    thread no signal is caught. The previous handlers are restored at the end.
+    The block gets a `Stop`. The first signal only sets its `caught`; a second one of the same kind
+    has its default effect and ends Python. With several processes JAX catches SIGTERM instead (see
+    `processes.stop_agreed`), and Ctrl-C is passed to it as a SIGTERM. Outside of the main thread no
+    signal is caught.
     """
     stop = Stop()
 

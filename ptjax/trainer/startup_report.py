@@ -17,7 +17,14 @@ from ptjax.trees import Tree
 def report_sizes(
     method: Method, backbone: Backbone, trainable: Tree, opt_state: Tree, frozen: Tree
 ) -> None:
-    """Logs the number of trained and frozen parameters, and the bytes of state and checkpoint."""
+    """Logs the backbone's name and the sizes of the run.
+
+    These are the numbers of trainable and frozen parameters, and the megabytes of the frozen
+    variables, of the optimizer's state, and of a checkpoint.
+
+    Args:
+        trainable, opt_state: in a sweep, those of all members together.
+    """
     (trained, trained_bytes), (kept, kept_bytes) = (
         freezing.sizes(trainable),
         freezing.sizes(frozen),

@@ -16,11 +16,14 @@ from ptjax.settings import RunSettings
 
 @dataclasses.dataclass(frozen=True)
 class MemberOverrides:
-    """The settings of one member of a sweep that differ from the run's; None keeps the run's.
+    """What one member of a sweep uses instead of the run's settings; None keeps the run's.
 
     Attributes:
         seed: determines the member's data order, initial prompt and dropout.
-        learning_rate: in the unit of the run's `learning_rate_scale`.
+        learning_rate: replaces `Adafactor.learning_rate`. The run's `learning_rate_scale` applies
+            to it too.
+        initializer: replaces the initialiser of the run's method.
+        task: replaces the task of the run.
     """
 
     seed: int | None = None
@@ -32,7 +35,13 @@ class MemberOverrides:
         check_at_least(0, "MemberOverrides", seed=self.seed, learning_rate=self.learning_rate)
 
     def apply(self, settings: RunSettings) -> RunSettings:
-        """Returns the run's `settings` with these overrides; `task` is not a part of them."""
+        """Returns the run's `settings` with these overrides.
+
+        Ignores `task`, since `RunSettings` has no task.
+
+        Raises:
+            InputError: `initializer` is set, and the method has no initialiser.
+        """
         method, optimizer, seed = settings.method, settings.optimizer, settings.seed
         if self.initializer is not None:
             method = _with_initializer(method, self.initializer)

@@ -40,7 +40,12 @@ class TaskData:
         self.train = task.load("train")
 
     def describe(self) -> dict[str, JsonObject]:
-        """Digests and counts of each split, as `make_identity` takes them for `data`."""
+        """Identifies the content of each split that the run uses, so that changed data is noticed.
+
+        Returns:
+            the split and task in words -> digests and the number of examples, by name. Pass it to
+            `make_identity` as (a part of) `data`.
+        """
         evaluator = self.evaluator
         splits = {
             split: evaluator.examples(split)
@@ -98,7 +103,10 @@ def load_task_data(task: Task, backbone: Backbone, settings: RunSettings) -> Tas
 def make_train_batches(
     data: TaskData, settings: RunSettings, seed: int
 ) -> TrainBatches | PackedBatches:
-    """Makes the training batches, packed or in buckets; logs batches per epoch and padding.
+    """Makes the training batches, packed or in buckets as `settings.batching` selects.
+
+    Logs the number of batches per epoch, and two percentages of padding: if every input were padded
+    to the full length, and in the batches made here.
 
     Args:
         seed: determines the order of the examples.

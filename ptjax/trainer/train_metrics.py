@@ -63,10 +63,11 @@ class TrainMetrics:
         progress.steps_summed += 1
 
     def take_row(self) -> dict[str, float]:
-        """Returns a row for the log, and resets the sums and the clock.
+        """Returns a row of metrics by name for the log, and resets the sums and the clock.
 
-        The row has the mean loss and gradient norm since the last row, the learning rate, and the
-        examples per second.
+        The row has the mean loss and gradient norm over the steps since the last row, the learning
+        rate of the last step, and the examples per second since the clock was last restarted. See
+        `Members.merge` for the names in a sweep.
         """
         self.flush()
         rate = self._examples / (time.perf_counter() - self._started)

@@ -44,10 +44,10 @@ class StepConfig:
     sweep: bool = False
 
     def groups(self, mesh: Mesh, *, small: bool, attends_to_input: bool = True) -> int:
-        """The number of row groups into which the step splits a batch; see `make_train_step`.
+        """Returns the number of row groups per batch: the argument `groups` of `make_train_step`.
 
-        Each group holds its own gradient. If the trainable variables are few, the number is that
-        of `sharding.arrays.reduction_groups`; otherwise it is 1.
+        Each group needs memory for a gradient of its own. So the result is that of
+        `sharding.arrays.reduction_groups` if the trainable variables are few, and 1 otherwise.
 
         Args:
             small: whether the trainable variables are few (`freeze.is_small`).
@@ -73,12 +73,14 @@ class StepConfig:
 
         Args:
             apply_fn: the network as the method runs it (`methods.base.run_with`).
+            freeze: which variables are frozen (`freeze.make_freeze`).
             rms: the RMS of the embedding table; scales learning rates that are relative to it.
             small, attends_to_input: as for `groups`.
 
         Returns:
             `(init, step)`. `init(trainable, key)` copies `trainable` and returns the initial
-            state. For a sweep, the arguments of `init` have a leading axis of members.
+            state; `key` is the random key for dropout. For a sweep, both arguments have a leading
+            axis of members. `step` is the train step, not yet jitted.
         """
 
         def make_optimizer(rate: jax.Array | None = None) -> optax.GradientTransformation:
@@ -112,7 +114,14 @@ def lower_step(
 
 
 def batch_shapes(shape: Shape, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shape, dtype and sharding of each array of a batch, by its name in the batch."""
+    """Describes the arrays of a batch without making them, to compile a step for such batches.
+
+    Args:
+        shape: the numbers of rows and positions of the batch.
+
+    Returns:
+        the shape, dtype and sharding of each array, by its name in the batch.
+    """
     return {
         name: jax.ShapeDtypeStruct(size, dtype, sharding=sharding_in_batch(name, len(size), mesh))
         for name, (size, dtype) in shape.arrays().items()
@@ -120,9 +129,11 @@ def batch_shapes(shape: Shape, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def sweep_shapes(members: int | None, mesh: Mesh) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """The shapes of the arguments `active` and `learning_rate` of the step of a sweep.
+    """Describes the arguments `active` and `learning_rate` of a sweep's step, to compile it.
 
-    Empty if `members` is None: outside of a sweep, the step has no such arguments.
+    Args:
+        members: the number of members in the train state. None means an ordinary run, whose step
+            has no such arguments: the result is then ().
     """
     if members is None:
         return ()

@@ -102,9 +102,14 @@ def freeze_updates(
 
 
 def is_small(trained: int, frozen: int) -> bool:
-    """Whether there are few trained elements compared with the number of frozen ones.
+    """Whether the trainable variables are small compared with the frozen ones.
 
-    Copies of few elements are cheap: one gradient per row group, transfers, exported files.
+    If they are, copies of them or of their gradients cost little memory (such as one gradient per
+    row group).
+
+    Args:
+        trained, frozen: the numbers of array elements. `trained` is small if it is at most `SMALL`
+            times `frozen`.
     """
     return trained <= SMALL * frozen
 

@@ -50,7 +50,13 @@ class Loss:
     def per_position(
         self, logits: Float[Array, "B L V"], targets: Int[Array, "B L"]
     ) -> Float[Array, "B L"]:
-        """The loss of each target token, unweighted."""
+        """Returns the loss of every target position, before weights are applied.
+
+        It includes label smoothing and z-loss. Padding gets a loss too, so multiply by the weights.
+
+        Args:
+            logits: float32; lower precision is not converted.
+        """
         log_z = jax.nn.logsumexp(logits, axis=-1)
         target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         loss = log_z - target_logits
@@ -66,10 +72,12 @@ class Loss:
 def log_likelihood(
     logits: Float[Array, "B L V"], targets: Int[Array, "B L"], weights: Bool[Array, "B L"]
 ) -> Float[Array, " B"]:
-    """Sums log p(token) over the tokens of each target; labels are ranked by it.
+    """Returns log p(target) of each row: the sum of log p(token) over the target's tokens.
+
+    The evaluation ranks labels by it; a higher value is more likely.
 
     Args:
-        weights: which positions are tokens of the target.
+        weights: True for positions that are tokens of the target, False for padding.
     """
     plain = Loss(z_loss=0.0)
     return -jnp.sum(plain.per_position(logits.astype(jnp.float32), targets) * weights, axis=-1)

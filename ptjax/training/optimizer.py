@@ -54,10 +54,11 @@ class Adafactor:
         check_at_least(0, "Adafactor", learning_rate=rate, weight_decay=decay, step_offset=offset)
 
     def identity(self) -> JsonObject:
-        """Returns the values by which runs are compared, where they differ from the fields'.
+        """Returns replacements for fields whose values cannot be compared between runs.
 
-        If `learning_rate` is a schedule, a function, these are its rates at many steps; see
-        `ptjax.trainer.identity.describe`.
+        A resumed run must have the same settings, but functions cannot be compared. So if
+        `learning_rate` is a schedule, its rates at many steps replace it. Otherwise the result is
+        {}. `ptjax.trainer.identity.describe` calls this.
         """
         schedule = self.learning_rate
         if not callable(schedule):

@@ -53,9 +53,12 @@ def init_train_state(
 def batch_loss(
     apply_fn: ApplyFn, loss: Loss, variables: Tree, batch: Batch, key: jax.Array
 ) -> jax.Array:
-    """Computes the loss of a batch with dropout, summed over its target tokens.
+    """Computes the training loss of a batch: runs the network with dropout, and sums over tokens.
+
+    The sum is not yet divided by `Loss.normalizer`.
 
     Args:
+        variables: all variables of the network, trainable and frozen.
         key: the random key for dropout.
     """
     logits = apply_fn(
