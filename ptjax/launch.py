@@ -144,7 +144,12 @@ class _Child:
     readers: list[threading.Thread] = dataclasses.field(default_factory=list)
 
     def introduction(self) -> JsonObject:
-        """{"process": id or None, "hosts": machines}, as `distributed` writes it."""
+        """Returns what the process reported about itself (`cli.distributed` writes it to a file).
+
+        Returns:
+            {"process": its JAX process id, "hosts": the machine of each process, by process id}. If
+            it ended before it reported: the id that the launcher assigned or None, and no hosts.
+        """
         try:
             with open(self.identity, encoding="utf-8") as stream:
                 return json.load(stream)
@@ -189,7 +194,11 @@ class _Watch:
             process.send_signal(signal.SIGTERM)
 
     def wait(self) -> int:
-        """Waits until all have ended; returns the exit code of the first that failed."""
+        """Waits until all children have ended; reports the first that is lost.
+
+        Returns:
+            the exit code of the first child that failed, see `launch`; 0 if none failed.
+        """
         ended, codes = threading.Condition(), []
 
         def await_one(child: _Child) -> None:
@@ -272,14 +281,16 @@ def _copy_errors(stream: IO[bytes], child: _Child) -> None:
 
 
 def explain(text: str, hosts: list[str], me: int | None) -> str | None:
-    """Explains which process was lost, given the last output of a process that JAX aborted.
-
-    Returns None if the output does not tell.
+    """Explains why JAX aborted a process, usually because another process was lost.
 
     Args:
         text: what JAX wrote while it aborted the process.
-        hosts: the machine of each process.
-        me: the number of the aborted process, if it is known.
+        hosts: the machine of each process, by process id; may be empty.
+        me: the id of the aborted process, if it is known.
+
+    Returns:
+        the cause, such as "process 1 on host-b was lost: no heartbeat"; None if the text does not
+        reveal it.
     """
     if silent := _SILENT.search(text):
         names = [_name(int(number), hosts) for number in silent[1].split()]

@@ -72,10 +72,12 @@ runs/quickstart/prompts/seed_0/best.safetensors
         return self.path / LOCK
 
     def exports(self, kind: ExportKind, member: str = "") -> epath.Path:
-        """The folder of exports: one per evaluation, named after its step, and the best.
+        """The folder of a run's exports: the tuned prompts, backbones or arrays that it saves.
+
+        Each evaluation adds one, named after the training step; the best is copied to "best".
 
         Args:
-            kind: what is exported.
+            kind: "prompt", "model" or "arrays", which determines the folder's name.
             member: the name of a member of a sweep, which has its own subfolder; "" in an ordinary
                 run.
         """
@@ -122,14 +124,15 @@ runs/quickstart/prompts/seed_0/best.safetensors
 
 
 def suffix_of(kind: ExportKind) -> str:
-    """The suffix of the names of exports of a kind; "" if each export is a folder."""
+    """Returns the file suffix of exports of a kind: ".safetensors", or "" if they are folders."""
     return _EXPORTS[kind][1]
 
 
 def steps_in(folder: epath.Path, suffix: str = "") -> list[int]:
-    """The steps of the files and folders in `folder` that are named STEP + `suffix`, ascending.
+    """Lists the training steps after which the entries of a folder are named, ascending.
 
-    The name may lack the suffix. Other entries are skipped. Returns [] if `folder` does not exist.
+    An entry counts if its name is a decimal number, with or without `suffix`: with ".safetensors",
+    both "100" and "100.safetensors" are step 100. Returns [] if `folder` does not exist.
     """
     paths = folder.iterdir() if folder.exists() else ()
     names = (path.name.removesuffix(suffix) for path in paths)

@@ -46,14 +46,14 @@ def read_special_ids(
 ) -> JsonObject:
     """Reads the special ids of `T5Config` from config.json and generation_config.json.
 
-    Ids that neither file states are left out, except `forced_bos_id`, which is None then. Which
-    file decides:
-        `pad_id`: config.json, else generation_config.json.
-        `decoder_start_id`: the two must agree, since training uses one and generation the other;
-            `generate` falls back to `bos_token_id`.
-        `eos_ids`: generation_config.json, else config.json. (If only config.json has one,
+    Each id comes from the first file that states it:
+        `pad_id`: config.json, then generation_config.json.
+        `decoder_start_id`: config.json, then generation_config.json, where `bos_token_id` replaces
+            a missing `decoder_start_token_id`. If both files state one, the two must be equal:
+            training uses the one of config.json, generation the other.
+        `eos_ids`: generation_config.json, then config.json. (If only config.json has one,
             transformers 5 never stops generating.)
-        `forced_bos_id`: generation_config.json if that file exists, else config.json.
+        `forced_bos_id`: only generation_config.json, or config.json if that file does not exist.
 
     Logs a warning that lists other settings which change what transformers generates.
 
@@ -63,10 +63,12 @@ def read_special_ids(
         chosen: the fields that the user sets; they are not read from the files.
 
     Returns:
-        fields of `T5Config` by name.
+        the ids by the names of their `T5Config` fields. An id that no file states has no entry,
+        except `forced_bos_id`, which is None then.
 
     Raises:
-        InputError: a value is not an id, or the two files disagree about the decoder's start.
+        InputError: a value is not an id of the vocabulary, or the two files disagree about the
+            decoder's start.
     """
     path = directory / GENERATION_CONFIG
     here = directory / "config.json"

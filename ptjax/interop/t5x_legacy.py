@@ -65,8 +65,9 @@ def load_legacy(file: epath.Path, contents: Contents) -> dict[str, LazyArray]:
         the arrays by parameter name.
 
     Raises:
-        InputError: the version is not supported, a leaf is not an array, a spec points outside of
-            the checkpoint, or as `open_zarrs`.
+        InputError: the checkpoint's version is not supported, a parameter is neither an array nor
+            the tensorstore spec of one, a spec's path is outside of the checkpoint, or a zarr array
+            is missing or damaged (see `open_zarrs`).
     """
     leaves = _leaves(_target(contents, file), file)
     arrays = {

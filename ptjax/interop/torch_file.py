@@ -60,7 +60,14 @@ class _CheckedMember:
     checked: bool = False
 
     def check(self, read: int) -> None:
-        """InputError if the member is damaged; `read` is the number of bytes just read."""
+        """Verifies the member's checksum; raises InputError if it does not match.
+
+        Does nothing if the checksum was verified before, or if the member is larger than 16 MiB and
+        `read` is less than half of it.
+
+        Args:
+            read: how many bytes of the member the caller has just read.
+        """
         if self.checked or (2 * read < self.member.size and self.member.size > _SMALL):
             return
         try:

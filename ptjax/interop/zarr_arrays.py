@@ -34,11 +34,13 @@ class ArrayLocation:
     """Where a zarr array is stored.
 
     Attributes:
-        kvstore: tensorstore's spec of the folder (or of the prefix in a database).
-        keys: the names below it: ".zarray" or "zarr.json", and the names of the chunks.
-        where: the location, for messages.
+        kvstore: tensorstore's "kvstore" spec of the array's folder, or of the OCDBT database and
+            the prefix of the array's keys in it.
+        keys: the names of the array's files (in a database: its keys without the prefix). They are
+            ".zarray" or "zarr.json", and one per stored chunk, such as "0.1".
+        where: the location as text, for messages.
         may_omit: whether the writer may have left out chunks that hold only the fill value.
-        size_of: maps the key of a chunk to its compressed size in bytes.
+        size_of: a function from a chunk's key to its compressed size in bytes.
     """
 
     kvstore: JsonObject
@@ -58,7 +60,10 @@ def kvstore_spec(folder: epath.Path) -> JsonObject:
 
 
 def file_size(folder: epath.Path) -> Callable[[str], int]:
-    """Makes `ArrayLocation.size_of` for an array in `folder`: maps a file's name to its bytes."""
+    """Returns a function from the name of a file in `folder` to its size in bytes.
+
+    It serves as `ArrayLocation.size_of` of an array whose chunks are these files.
+    """
     return lambda key: (folder / key).stat().length
 
 
@@ -175,13 +180,16 @@ def _reader(
 
 
 def open_database(folder: epath.Path) -> tuple[JsonObject, dict[str, int]]:
-    """Opens an OCDBT database, and checks that its data files exist with their full length.
+    """Opens an OCDBT database (tensorstore's key-value store in a folder), and checks its files.
+
+    Each data file must exist, and be long enough for the values that the index places in it.
 
     Without that check a missing `ocdbt.process_0/d/` file would fail in the middle of loading,
     because opening and listing read only the index.
 
     Returns:
-        (tensorstore's spec of the database, the size in bytes of each value by its key).
+        (tensorstore's "kvstore" spec of the database, a dict from each key to the size of its value
+        in bytes).
 
     Raises:
         InputError: the database is damaged, or one of its files is missing or truncated.
@@ -242,6 +250,9 @@ def _need(location: str, needed: dict[str, int], folder: epath.Path) -> int:
 
 
 def reason_of(error: Exception) -> str:
-    """Returns tensorstore's message without the spec and source lines that it appends."""
+    """Returns an error's message, shortened for users and on one line.
+
+    Cuts off the spec and the source locations that tensorstore appends, and escapes line breaks.
+    """
     text = re.split(r" \[(?:tensorstore_spec|source locations)", str(error))[0]
     return json.dumps(text)[1:-1].replace('\\"', "'")

@@ -107,8 +107,9 @@ class Method(Protocol):
         collection: the Flax collection of the trainable variables. "params" are the network's own
             weights; any other collection starts with the values of `init`, replicated on every
             device.
-        exports: the kind of export. "prompt": files that `load_prompt` reads; "model": folders that
-            `load_backbone` reads; "arrays": safetensors files that only `load` reads.
+        exports: what `save` writes (an "export"). "prompt": a file that `load_prompt` reads;
+            "model": a folder that `load_backbone` reads; "arrays": a safetensors file that only
+            `load` reads.
         supports_rows: whether the rows of a batch may use different prompts; if so, `load` must
             return a prompt [P, D].
         supports_sweep: whether a sweep may train many members at once with one frozen network.
@@ -129,34 +130,47 @@ class Method(Protocol):
         ...
 
     def freeze_rules(self) -> Mapping[str, bool]:
-        """Returns the rules for `training.freeze.make_freeze`.
+        """Returns which variables are frozen, as rules for `training.freeze.make_freeze`.
 
-        They map a pattern, matched against a variable's whole path, to whether it is frozen.
+        A rule maps a regular expression, which must match a variable's whole path, to True if the
+        variable is frozen, or False if it is trained: {"params/.*": True, "prompt/.*": False}.
         """
         ...
 
     def save(
         self, path: PathLike, trainable: Variables, metadata: Metadata, backbone: Backbone
     ) -> None:
-        """Writes an export atomically. All processes call it; the first one writes.
+        """Writes the tuned variables to a file or folder (an "export"), atomically.
+
+        All processes must call it; only the first one writes.
 
         Args:
-            trainable: the trained variables.
-            metadata: to be stored, if the format has a place for it, and returned by
-                `read_metadata`.
+            path: where to write; the attribute `exports` says whether it is a file or a folder.
+            trainable: the tuned variables.
+            metadata: JSON values that `read_metadata` will return; dropped if the format has no
+                place for them.
+            backbone: the network that was tuned.
         """
         ...
 
     def read_metadata(self, path: PathLike) -> JsonObject:
-        """Returns the metadata of an export.
+        """Returns the metadata that `save` stored; {} if the format has no place for them.
+
+        Args:
+            path: the file or folder that `save` wrote.
 
         Raises:
-            InputError: the export is missing or damaged.
+            InputError: it is missing or damaged.
         """
         ...
 
     def load(self, path: PathLike, backbone: Backbone) -> Variables:
-        """Loads an export as collections, which replace those of the same name in the backbone."""
+        """Loads what `save` wrote.
+
+        Returns:
+            Flax collections by name. To run the tuned network, the caller replaces the backbone's
+            collections of the same names by these.
+        """
         ...
 
     @property
@@ -189,6 +203,9 @@ class Method(Protocol):
 
 
 def run_with(method: Method, backbone: FrozenNetwork) -> ApplyFn:
-    """Returns the backbone's network as `method` runs it; it can read the method's collection."""
+    """Returns the backbone's network as `method` runs it, see `Method.wrap`.
+
+    The network's modules can read the method's own collection (`Method.collection`).
+    """
     collections = () if method.collection in BUILT_IN else (method.collection,)
     return method.wrap(backbone.make_apply_fn(method.attends_to_input, collections))

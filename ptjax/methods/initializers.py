@@ -18,7 +18,11 @@ from ptjax.methods.base import InitContext
 
 
 class Initializer(Protocol):
-    """The interface of a prompt's initialiser: `(key, length, context)` -> float32 [length, D]."""
+    """The interface of a prompt's initialiser, a function that makes a prompt's first value.
+
+    It is called as `(key, length, context)`: a random key, the number of the prompt's rows and the
+    inputs, such as the embedding table. It returns a float32 array [length, D].
+    """
 
     def __call__(self, key: Array, length: int, context: InitContext, /) -> Float[Array, "P D"]: ...
 

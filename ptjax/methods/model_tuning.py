@@ -48,9 +48,10 @@ class ModelTuning(Method):
     def save(
         self, path: PathLike, trainable: Variables, metadata: Metadata, backbone: Backbone
     ) -> None:
-        """Writes a folder as `save_backbone` does; its layout has no place for metadata.
+        """Saves the tuned backbone to the folder `path` with `save_backbone`.
 
-        The weights are saved in float32, as they were tuned, whatever the activations' dtype.
+        Drops `metadata`, for which such a folder has no place. The weights are saved in float32, as
+        they were tuned, whatever the activations' dtype.
         """
         from ptjax.backbones.save import save_backbone
 
@@ -59,7 +60,7 @@ class ModelTuning(Method):
         save_backbone(path, backbone.config, params, **kept)
 
     def read_metadata(self, path: PathLike) -> JsonObject:
-        """Checks that an export is intact; it has no metadata.
+        """Checks that a folder that `save` wrote is intact; always returns {}.
 
         Raises:
             InputError: a file is missing, truncated or empty.

@@ -45,14 +45,16 @@ def check_ids(config: HasIds) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class T5Config:
-    """Sizes of a T5, under the names that T5X's gin files use.
+    """The config of a T5. Sizes have the names that T5X's gin files use.
+
+    Shapes of arrays in other docstrings use the letters below.
 
     Attributes:
         vocab_size: V, rows of the embedding table (T5: 32,128 for 32,100 pieces).
-        emb_dim: D.
-        num_heads: H.
-        head_dim: K; H * K need not be D.
-        mlp_dim: F.
+        emb_dim: D, the width of the embeddings and of the states between layers.
+        num_heads: H, the attention heads per layer.
+        head_dim: K, the width of a head; H * K need not be D.
+        mlp_dim: F, the width of the hidden layer of an MLP block.
         mlp_activations: `("relu",)` is T5 1.0, `("gelu", "linear")` (gated) is T5 1.1. The names
             are Flax's, whose `gelu` is the tanh approximation; `gelu_exact` is the one with erf.
         logits_via_embedding: True ties the logits to the embedding, scaled by 1/sqrt(D) (T5 1.0).

@@ -28,9 +28,12 @@ Feature = Literal["packing", "blind prompts", "fsdp", "int8", "scanned layers", 
 
 
 class NameRule(NamedTuple):
-    """A parameter's name in ptjax and in Hugging Face's files; `{i}` is the layer's index.
+    """A parameter's names in ptjax and in Hugging Face's files.
 
     Attributes:
+        ours: its path in ptjax: "encoder/layers_{i}/mlp/wo/kernel". `{i}` is to be replaced by the
+            layer's index in its stack, counted from 0; parameters outside of layers have no `{i}`.
+        theirs: its name in Hugging Face's files, with `{i}` likewise.
         transposed: whether the array in Hugging Face's files is the transpose of ptjax's.
     """
 
@@ -54,7 +57,10 @@ class ArrayInfo(Protocol):
 
 @runtime_checkable
 class Config(Protocol):
-    """A network's config, a dataclass: the fields that code outside of `models` reads."""
+    """The interface of a network's config: the fields that code outside of `models` reads.
+
+    Implementations are dataclasses and may have more fields; `T5Config` explains these.
+    """
 
     @property
     def vocab_size(self) -> int: ...
@@ -83,7 +89,10 @@ class Family(Protocol):
 
     @property
     def described(self) -> str:
-        """The title and whose parameter names it has, for example "a T5 under T5X's names"."""
+        """What messages call a tree of the network's parameters, such as "a T5 under T5X's names".
+
+        Used for a checkpoint that lacks the parameter names of such a network.
+        """
         ...
 
     @property
@@ -118,12 +127,15 @@ class Family(Protocol):
 
     @property
     def old_fields(self) -> Sequence[str]:
-        """The config fields that the first version of the fingerprint covers."""
+        """The names of the config fields that version 1 of the backbone's fingerprint hashes."""
         ...
 
     @property
     def not_computed(self) -> Collection[str]:
-        """The config fields that do not affect the logits of given tokens."""
+        """The names of the config fields that version 2 of the fingerprint leaves out.
+
+        They do not affect the logits of given tokens.
+        """
         ...
 
     def check_name(self, path: str, array: ArrayInfo) -> None:
@@ -134,8 +146,11 @@ class Family(Protocol):
         """Infers config fields from the names and shapes of the parameters.
 
         Args:
-            lazy_arrays: path of a parameter -> its shape and file.
-            name: of the backbone, for messages.
+            lazy_arrays: maps the path of each parameter to its shape and file.
+            name: the backbone's name, for messages.
+
+        Returns:
+            the inferred fields by name; the others must come from elsewhere.
 
         Raises:
             InputError: a parameter that every such network has is missing or misshapen.
@@ -181,8 +196,8 @@ class Family(Protocol):
         Args:
             attends_to_input: whether a prompt's positions attend to the input.
             gather: gathers sharded weights before they are used; see `stacking.GatherFn`.
-            collections: names of the collections, other than `params`, that hold arrays of the
-                modules.
+            collections: the names of further Flax collections that the network reads, in
+                addition to "params" and "prompt", such as a tuning method's own.
         """
         ...
 
@@ -195,9 +210,15 @@ class Family(Protocol):
         ...
 
     def fingerprint_parts(self, path: str, shape: tuple[int, ...]) -> Parts:
-        """Returns the parts of a parameter that the fingerprints sample, one slice per axis.
+        """Returns which entries of a parameter the backbone's fingerprints hash.
 
-        The part "rows" enters both versions of the fingerprint, "grid" only v2.
+        Args:
+            path: the parameter's path, or only the end of it: "query/kernel".
+            shape: its shape in one layer, without an axis over stacked layers.
+
+        Returns:
+            up to two samples of the array, each as one slice per axis. Both versions of the
+            fingerprint hash the sample "rows"; only version 2 hashes the sample "grid".
         """
         ...
 
