@@ -7,7 +7,7 @@ from ptjax.cli import distributed, output
 
 
 def main() -> None:
-    """Parses the flags and runs the command."""
+    """Runs `python -m ptjax.pretrain` with the flags of the command line."""
     parser = cli.make_parser(
         "pretrain",
         "Trains all weights of a T5 on span corruption, prefix LM and supervised tasks, and "

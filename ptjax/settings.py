@@ -29,8 +29,8 @@ class TrainSchedule:
     Attributes:
         train_steps: the number of steps of this run; the backbone's pre-training steps do not
             count.
-        eval_period: the number of steps between evaluations; each of them also writes an export and
-            a checkpoint.
+        eval_period: the number of steps between evaluations. After each one the run also writes a
+            checkpoint and an export, which is a file or folder with the prompt or model so far.
         log_period: the number of steps between rows of `metrics.jsonl`.
         patience: stop after this many evaluations without improvement; None never stops early.
         keep: the number of most recent exports to keep in addition to the best one.
@@ -97,9 +97,9 @@ class RunSettings:
             )
 
     def step_config(self, *, sweep: bool) -> StepConfig:
-        """The settings of the train step.
+        """Returns the part of these settings that determines the train step.
 
         Args:
-            sweep: whether the step trains all members of a sweep together.
+            sweep: whether the step trains several members (prompts) together.
         """
         return StepConfig(self.optimizer, self.loss, self.batching.microbatches, sweep)

@@ -9,7 +9,7 @@ from ptjax.model_dir import ModelDir
 
 
 def main() -> None:
-    """Parses the flags and runs the command."""
+    """Runs `python -m ptjax.train` with the flags of the command line."""
     parser = cli.make_parser(
         "train",
         "Tunes a soft prompt on a frozen T5 and writes MODEL_DIR: prompts/best.safetensors, "
@@ -66,7 +66,13 @@ def summary(results: Metadata, model_dir: str | None) -> str:
 
 
 def named_metric(results: Metadata) -> str:
-    """The name of the metric in a run's results; F1 with its label: "f1 of 'paraphrase'"."""
+    """Returns the name of the metric that `results` reports, as text for the user.
+
+    It names the label of an F1: "f1 of 'paraphrase'".
+
+    Args:
+        results: the content of `results.json`, or the part of one member of a sweep.
+    """
     metric, label = results["metric"], results.get("positive_label")
     if label is None or metric not in ("f1", "mean"):
         return metric
@@ -74,7 +80,11 @@ def named_metric(results: Metadata) -> str:
 
 
 def sweep_summary(results: Metadata, model_dir: str | None) -> str:
-    """Formats the results of a sweep as text, with a line for every member; see `summary`."""
+    """Formats the `results.json` of a sweep, which trains several members (prompts) in one run.
+
+    The text has a line for each member and lines for their average and their ensembles. The
+    arguments are those of `summary`.
+    """
     members, best = results["members"], results["best"]["member"]
     width = max(map(len, [*members, "ensemble"]))
     rows = [""]

@@ -63,11 +63,11 @@ def _layer_writer(sharding: NamedSharding) -> Callable[[jax.Array, jax.Array, in
 
 @functools.cache
 def gather_layer(mesh: Mesh) -> Callable[[Tree], Tree]:
-    """Returns a function that gathers the parameters of a layer, which undoes FSDP's sharding.
+    """Returns a function that undoes FSDP's sharding: it gathers parameters that `data` divides.
 
-    With FSDP this function is applied to the parameters before each layer. Without it the compiler
-    may move the activations instead, which are larger. Calls with equal meshes return the same
-    function object, so that jit's cache, whose key contains it, is hit.
+    With FSDP the network applies this function to a layer's parameters before it runs the layer.
+    Without it the compiler may move the activations instead, which are larger. Calls with equal
+    meshes return the same function object, so that jit's cache, whose key contains it, is hit.
     """
 
     def gather(variables: Tree) -> Tree:
@@ -84,11 +84,15 @@ def gather_layer(mesh: Mesh) -> Callable[[Tree], Tree]:
 
 
 def reduction_groups(mesh: Mesh, *, microbatches: int, attends_to_input: bool) -> int:
-    """The value of `make_train_step`'s `groups` for which devices sum gradients once per step.
+    """Returns the `groups` for `make_train_step` with which devices sum gradients once per step.
 
-    Usually it is the number of parts into which the rows are divided. It is 1 if the compiler sums
-    once anyway: with a single microbatch and a copy of the prompt in every row
-    (`attends_to_input`).
+    Usually this is `rows_divisor(mesh)`. It is 1 if the compiler sums once anyway: with one
+    microbatch and `attends_to_input`.
+
+    Args:
+        microbatches: the number of parts of a batch whose gradients are computed one by one.
+        attends_to_input: whether the prompt attends to the input; then every row of the batch has
+            its own copy of the prompt.
     """
     return 1 if microbatches == 1 and attends_to_input else rows_divisor(mesh)
 

@@ -11,7 +11,7 @@ GIB = 2**30
 
 
 class DeviceLike(Protocol):
-    """The attributes of a `jax.Device` that are read here; a `planning.slices.Device` has them."""
+    """A `jax.Device`, or a `planning.slices.Device`, which describes one that need not exist."""
 
     @property
     def platform(self) -> str: ...
@@ -45,7 +45,12 @@ FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 
 
 def known_memory(kind: str) -> int | None:
-    """Looks up how many bytes a program may use on a device of this kind; None if unknown.
+    """Looks up in tables how many bytes a program may use on a device; None if it is not listed.
+
+    For a GPU this is the fraction of its memory that JAX uses, 3/4 by default.
+
+    Args:
+        kind: the `device_kind` of a `jax.Device`, such as "TPU v4".
 
     Raises:
         InputError: the environment variable for the fraction of a GPU's memory (`FRACTIONS`) is not

@@ -213,9 +213,10 @@ def _indivisible(
 def fitting_shapes(
     config: Config, devices: int, fsdp: bool, *, family: Family = T5_FAMILY
 ) -> list[tuple[int, int]]:
-    """Lists the mesh shapes (data, model) of `devices` devices that divide all dimensions.
+    """Lists the shapes (data, model) of a mesh of `devices` devices that fit the network.
 
-    They are in ascending order of the model axis.
+    A shape fits if its axes divide the dimensions of `config` that are sharded over them, see
+    `check_mesh`. The shapes are in ascending order of the model axis.
     """
     shapes = [(devices // model, model) for model in range(1, devices + 1) if devices % model == 0]
     return [

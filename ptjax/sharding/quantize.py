@@ -74,10 +74,10 @@ def sharded_shapes(
 
 @jax.jit
 def quantize(kernel: Float[Array, "*L i o"]) -> Quantized:
-    """Rounds a kernel to int8 symmetrically; a channel's scale is its largest magnitude / 127.
+    """Rounds a kernel [..., input, output] to int8, with a float32 scale per output channel.
 
-    A channel of zeros has the scale 1. A NaN or infinity becomes the scale of its channel, since
-    int8 cannot hold it.
+    The scale is the channel's largest magnitude / 127, or 1 if all its values are 0. int8 cannot
+    hold NaN or infinity: a channel with one gets it as its scale.
     """
     kernel = kernel.astype(jnp.float32)
     largest = jnp.max(jnp.abs(kernel), axis=-2, keepdims=True)

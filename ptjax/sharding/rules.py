@@ -162,11 +162,12 @@ def shardings_of(variables: Tree, mesh: Mesh, *, fsdp: bool = False, rules: Rule
 def bytes_per_device(
     variables: Tree, sizes: dict[str, int], *, fsdp: bool = False, rules: Rules = RULES
 ) -> int:
-    """Computes how many bytes of `variables` one device holds.
+    """Computes how many bytes of `variables` one device of a mesh holds.
 
     Args:
-        variables: a tree of leaves with shape and dtype.
-        sizes: the size of each axis of the mesh.
+        variables: a tree such as {"params": ...}, whose leaves have a shape and a dtype.
+        sizes: the size of each axis of the mesh by name.
+        fsdp: whether the weights are also divided over the mesh axis `data`.
     """
     total = 0
     for path, leaf in flatten_paths(variables).items():

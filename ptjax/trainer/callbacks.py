@@ -58,6 +58,9 @@ class CallbackList:
 
         `on_end` is also called if the body raises. If one callback's `on_start` raises, `on_end` is
         called for the callbacks already started, and the remaining callbacks are not started.
+
+        Args:
+            progress: updated by the run; the callbacks get its `step` at entry and at exit.
         """
         with contextlib.ExitStack() as ends:
             for callback in self._callbacks:

@@ -24,7 +24,12 @@ rest."""
 
 
 def hash_json(progress: JsonObject, identity: JsonObject, sums: Sums) -> str:
-    """Computes the hexadecimal SHA-256 of the JSON of a checkpoint, checksums included."""
+    """Computes the SHA-256, in hexadecimal, of a checkpoint's JSON together with `sums`.
+
+    Args:
+        progress, identity: the two JSON objects that the checkpoint saves.
+        sums: the checksums of its arrays, from `sum_arrays`.
+    """
     text = json.dumps([progress, identity, sums], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -34,6 +39,9 @@ def sum_arrays(state: TrainState) -> Sums:
 
     A change of a single element always changes them. Several changes, such as two swapped elements,
     do so except in about one case in 2^32. All processes must call it together.
+
+    Returns:
+        Two numbers for each array of `state`, in the order of `jax.tree.leaves`.
     """
     sums = jax.device_get(_sum_bits(jax.tree.leaves(state)))
     return np.asarray(sums).tolist()
@@ -69,14 +77,14 @@ def _mix(bits: jax.Array) -> jax.Array:
 
 
 def find_damage(folder: epath.Path, *, remote: bool) -> str:
-    """Verifies the files of the arrays in `folder`; returns a description of damage, "" if none.
+    """Reads the arrays of a checkpoint; returns a description of damage, "" if it finds none.
 
     Call it before Orbax reads the same files: when Orbax gives up on a damaged array, its pending
-    reads print tracebacks, some of them much later. Only files in Orbax's format OCDBT are
-    verified, and only about the first `READ_TWICE` bytes; Orbax itself reports other damage.
+    reads print tracebacks, some of them much later. It reads only Orbax's format OCDBT, and stops
+    after about `READ_TWICE` bytes; Orbax itself reports other damage.
 
     Args:
-        folder: the folder `state` in a checkpoint.
+        folder: the checkpoint's subfolder `state`, which holds the arrays.
         remote: whether `folder` is a URL, such as gs://...
     """
     import tensorstore as ts

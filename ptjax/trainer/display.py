@@ -24,9 +24,12 @@ HIDDEN = {"gradient_norm", "learning_rate", "evaluation_seconds"}
 
 
 class Display(Callback):
-    """Shows a run of `steps` steps as a progress bar or as log lines; writes TensorBoard's file.
+    """Shows a run as a progress bar or as log lines, and writes its metrics for TensorBoard.
 
-    The bar and the file are made on the first process only.
+    Only the first process makes the bar and TensorBoard's file.
+
+    Args:
+        steps: the step at which the run ends.
     """
 
     def __init__(self, steps: int) -> None:
@@ -75,7 +78,7 @@ class Display(Callback):
                     raise
 
     def on_step(self, step: int) -> None:
-        """Moves the bar."""
+        """Moves the bar to `step`."""
         if self._bar:
             self._bar.update(self._task, completed=step)
 

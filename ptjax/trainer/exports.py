@@ -17,9 +17,10 @@ from ptjax.trees import Tree
 
 @dataclasses.dataclass(frozen=True)
 class Exports:
-    """The exports of one member: one per evaluation, and a copy of the best one.
+    """The prompts or models that a run writes for one of its members.
 
-    Only the first process calls the methods that remove, restore or copy files.
+    A run writes one per evaluation and a copy of the best one. An ordinary run has one member, a
+    sweep several. Only the first process calls the methods that remove, restore or copy files.
 
     Attributes:
         directory: the folder that contains the exports, such as `ModelDir.prompts()`.
@@ -40,9 +41,11 @@ class Exports:
         return self.directory / f"{name}{self.suffix}"
 
     def prune(self, keep: set[int | None], *, newer_than: int | None = None) -> None:
-        """Removes exports: of steps after `newer_than` if it is set, else of steps not in `keep`.
+        """Removes exports, but not the copy of the best one.
 
-        The copy of the best export is not removed.
+        Args:
+            keep: the steps whose exports are kept; None in it is ignored.
+            newer_than: if set, removes exactly the exports of later steps; `keep` is then ignored.
         """
         for step in self.steps():
             ahead = newer_than is not None and step > newer_than
@@ -65,10 +68,10 @@ class Exports:
     def recover(self, step: int) -> str | None:
         """If the export of `step` is missing or damaged, restores it from the copy of the best one.
 
-        That is only possible if the best export is the one of `step`.
+        It does so only if the metadata of that copy says that it was made at `step`.
 
         Returns:
-            why the export still cannot be read; None if it can be read.
+            why the export of `step` still cannot be read; None if it can be read.
         """
         problem, best = self.problem(step), self.path(BEST)
         if problem is None or self.problem(BEST) or self.read(best).get("step") != step:

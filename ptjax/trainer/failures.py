@@ -17,9 +17,11 @@ from ptjax.trees import flatten_paths
 class Failures:
     """Stops each member of a run whose loss, scores or variables become NaN or infinite.
 
-    The other members continue. When every member has failed, the run ends with a `TrainingError`.
+    An ordinary run has one member, a sweep several. The other members continue. When every member
+    has failed, the run ends with a `TrainingError`.
 
     Args:
+        members: all members of the run; their progress records which have failed.
         check_weights: called when a member fails, before anything else; raises an `InputError` if
             a weight of the backbone is itself not finite.
     """
@@ -31,6 +33,7 @@ class Failures:
         """Marks a member as failed and logs a warning; the member is no longer trained.
 
         Args:
+            member_id: the index of the member in the run.
             what: a description of the value that is not finite, for the message.
             updated: whether the trainable variables were updated before the value was computed. If
                 not, the message rules out the learning rate as the cause.

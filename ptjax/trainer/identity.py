@@ -104,11 +104,12 @@ def make_identity(
 def describe(value: object, *, whole: bool = False) -> Any:
     """Converts a setting to plain JSON values that are the same in every process and every run.
 
-    A dataclass becomes a dict with its class name under "is" and its fields, except those in
-    `FREE`. If a field's value does not identify its content (a path, a schedule), the method
-    `identity` of the dataclass returns replacements for such fields. A tokenizer becomes its
-    fingerprint, an array its digest. A function or any other object becomes its qualified name,
-    with the numbers, strings and lists that its closure or its public attributes hold.
+    A dataclass becomes a dict with its class name under "is" and its fields, except those that may
+    change when a run is resumed (`FREE`). If a field's value does not identify its content (a path,
+    a schedule), the method `identity` of the dataclass returns replacements for such fields. A
+    tokenizer becomes its fingerprint, an array its digest. A function or any other object becomes
+    its qualified name, with the numbers, strings and lists that its closure or its public
+    attributes hold.
 
     Args:
         whole: include the fields in `FREE`, and do not call `identity`.
@@ -205,7 +206,7 @@ def digest_texts(texts: Iterable[str]) -> str:
 
 
 def versions() -> dict[str, str]:
-    """The versions of ptjax, Python and the libraries. A run may resume under others: it warns."""
+    """Returns the versions of ptjax, Python and the main libraries by name, such as "jax"."""
     ours = {"ptjax": __version__, "Python": platform.python_version()}
     return ours | {package: importlib.metadata.version(package) for package in _PACKAGES}
 

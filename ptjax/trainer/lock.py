@@ -101,7 +101,7 @@ class Holder:
 
 
 class Lock:
-    """The lock of one MODEL_DIR, taken by the first process only. `hold` is its interface."""
+    """The lock file of one MODEL_DIR. Use `hold` to take it; only the first process writes it."""
 
     def __init__(self, model_dir: epath.Path) -> None:
         self.model_dir, self.holder = model_dir, Holder.here()
