@@ -117,11 +117,13 @@ def plan(arguments: argparse.Namespace) -> None:
 
 
 def read_spec() -> tuple[StepSpec, ParallelConfig]:
-    """Makes the step and the parallel configuration from the gin files, which are loaded already.
+    """Returns the train step and its layout on devices, as the gin files describe them.
+
+    The gin files must be loaded before (`cli.load_gin`).
 
     Raises:
-        InputError: the gin files bind no run or no sizes of a network, or the settings do not fit
-            together.
+        InputError: the gin files do not configure a run (`ptjax.tune.settings`), neither they nor
+            a checkpoint give the network's sizes, or the settings contradict each other.
     """
     from ptjax.planning.workload import ParallelConfig, PlannedBackbone, StepSpec
     from ptjax.settings import RunSettings

@@ -188,7 +188,7 @@ class Attention(nn.Module):
     def keys_values(
         self, x: Float[Array, "B k D"]
     ) -> tuple[Float[Array, "B k H K"], Float[Array, "B k H K"]]:
-        """Computes the keys and values by which queries attend to the positions of x."""
+        """Computes the key and the value of every position of x, for each head."""
         return self._split(self.key(x)), self._split(self.value(x))
 
     def __call__(
@@ -245,7 +245,8 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """T5's feed-forward block, wo(dropout(activation(wi x))).
 
-    Gated variants multiply the activations of several `wi`.
+    With several `config.mlp_activations`, the block is gated: each activation has a kernel of its
+    own, `wi_0`, `wi_1` and so on, and the activated results are multiplied.
     """
 
     config: T5Config
@@ -373,9 +374,10 @@ def mask_bias(mask: Bool[Array, "#B #q k"], dtype: Any) -> Float[Array, "#B 1 #q
 
 
 def same_segment(queries: Int[Array, "B q"], keys: Int[Array, "B k"]) -> Bool[Array, "B q k"]:
-    """Returns whether each query and each key belong to the same example of a packed row.
+    """Returns an attention mask for packed rows: True where query and key have equal segment ids.
 
-    `queries` and `keys` are the segment ids of their positions.
+    Args:
+        queries, keys: the segment id of every query's position and of every key's.
     """
     return queries[:, :, None] == keys[:, None, :]
 

@@ -41,11 +41,11 @@ REPLICATED: Rules = ((r"params/.*", P()), (r"prompt/.*", P()))
 
 @dataclasses.dataclass(frozen=True)
 class ModuleConfig:
-    """The sizes of a module that ptjax needs; the module itself defines the rest.
+    """What ptjax needs to know of a user's Flax module; the module itself defines the rest.
 
     Attributes:
-        vocab_size, emb_dim: of the embedder's table.
-        dtype: of the weights; the module decides the dtype of its activations.
+        vocab_size, emb_dim: the number of rows and columns of the embedding table.
+        dtype: the dtype of the weights; the module decides the dtype of its activations.
         dropout_rate: 0 trains without dropout, anything else with the module's own rates.
         pad_id, eos_ids, decoder_start_id, forced_bos_id: as in `T5Config`; the defaults are T5's.
     """
@@ -179,7 +179,10 @@ class ModuleFamily:
         return jax.eval_shape(init, jax.random.key(0))
 
     def tensor_names(self, fields: Metadata) -> Sequence[NameRule]:
-        """Returns (): Hugging Face has no such network, so files use the parameters' own names."""
+        """Returns an empty sequence, whatever the config's `fields`: no name needs a translation.
+
+        Hugging Face has no such network; files use the parameters' own names instead.
+        """
         return ()
 
     def _build(
@@ -212,5 +215,8 @@ class ModuleFamily:
         return False
 
     def fingerprint_parts(self, path: str, shape: tuple[int, ...]) -> Parts:
-        """Samples every parameter on a grid; see `family.grid_of`."""
+        """Returns {"grid": one slice per axis}, by which the fingerprint samples the parameter.
+
+        All parameters are sampled in the same way, whatever their `path`; see `family.grid_of`.
+        """
         return {"grid": grid_of(shape)}

@@ -42,11 +42,12 @@ PADDING, TEXT = 0, 1
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class CacheForm:
-    """The static part of a module's cache.
+    """What `decode_step` must know of a module's decoding cache, in addition to its arrays.
 
     Attributes:
-        length: the number of targets that it has room for.
-        scalars: (path, dtype) of each counter of targets; ptjax computes their values itself.
+        length: the number of targets that the cache has room for.
+        scalars: (path, dtype) of each scalar in the module's collection `cache`. ptjax does not
+            store their values: before each step it sets all of them to the target's position.
     """
 
     length: int
@@ -55,11 +56,11 @@ class CacheForm:
 
 @dataclasses.dataclass(eq=False)
 class ModuleApply:
-    """A module's `apply_fn(variables, ..., method=)`, with the interface of `PromptedT5.apply`.
+    """Runs a user's Flax module when called like `PromptedT5.apply`: (variables, ..., method=).
 
-    Attributes:
-        embedder, dropout: path of the submodule that embeds tokens; whether to train with dropout.
-        collections: the collections of variables that are passed to the module.
+    `embedder` is the path of the submodule that embeds the input's tokens. `dropout` says whether
+    calls with `train=True` apply the module's dropout. `collections` names the collections of
+    variables that are passed to the module.
     """
 
     family: Family

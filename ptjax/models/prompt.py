@@ -93,12 +93,14 @@ class Prompt(nn.Module):
         """Prepends each row's prompt to the embedded input.
 
         Args:
-            segment_ids: of the input; 0 is padding.
+            embedded: the embeddings of the input's tokens.
+            segment_ids: 1 for each token of the input, 0 for padding.
             prompt_ids: for a bank, the index of every row's prompt; -1 means no prompt.
 
         Returns:
             `(rows, segment_ids, mask)`: the rows [P; E] with S = P + T positions, their segment
-            ids, and the attention mask, True where a query may attend to a key.
+            ids, and the attention mask, True where a query (last axis but one) may attend to a
+            key (last axis).
         """
         prompt, real, attends_to_input = self.rows(len(embedded), prompt_ids)
         length = prompt.shape[1]

@@ -119,7 +119,7 @@ class PromptedT5(nn.Module):
         *,
         train: bool = False,
     ) -> Float[Array, "B L V"]:
-        """Computes float32 logits for whole targets (teacher forcing)."""
+        """Computes the float32 logits of all targets in one pass; see `t5.T5.decode`."""
         return self.backbone.decode(encoded, decoder_input_tokens, decoder_segment_ids, train=train)
 
     def init_cache(self, encoded: Encoded, length: int) -> Cache:

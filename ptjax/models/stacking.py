@@ -160,11 +160,14 @@ def split_path(path: str) -> tuple[str, int | None]:
 
 
 def stack_paths(arrays: Mapping[str, T], join: Callable[[list[T]], T]) -> dict[str, T]:
-    """Renames parameters from T5X's names to those of stacked layers.
+    """Joins the arrays of all layers, parameter by parameter, under the names of stacked layers.
+
+    `encoder/layers_0/...`, `encoder/layers_1/...` become one entry `encoder/layers/...`. Arrays
+    outside of the layers are returned unchanged.
 
     Args:
-        arrays: T5X's name -> array.
-        join: makes one array of the layers' arrays, which it gets in the order of the layers.
+        arrays: each parameter's array under its name in T5X.
+        join: makes one array from a list of the layers' arrays, in the order of the layers.
     """
     by_layer: dict[str, dict[int, T]] = {}  # in the order of `arrays`; -1: not of a layer
     for path, array in arrays.items():

@@ -75,7 +75,7 @@ class Encoded(NamedTuple):
 
 
 class Encoder(nn.Module):
-    """T5's encoder, from embedded positions on."""
+    """T5's encoder without its embedding: dropout, the layers and the final norm."""
 
     config: T5Config
     gather: GatherFn | None = None
@@ -146,7 +146,10 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """T5's decoder, from embedded targets to the states before the logits."""
+    """T5's decoder without its embedding: dropout, the layers and the final norm.
+
+    `T5` computes the logits from its output.
+    """
 
     config: T5Config
     gather: GatherFn | None = None
@@ -332,7 +335,16 @@ class T5(nn.Module):
         *,
         train: bool = False,
     ) -> Float[Array, "B L V"]:
-        """Computes float32 logits for whole targets (teacher forcing)."""
+        """Computes the float32 logits of all targets in one pass, from the correct previous ones.
+
+        Args:
+            encoded: the encoder's result, which the decoder attends to.
+            decoder_input_tokens: the decoder's start id, then all targets except the last. The
+                logits at a position predict the target of that position.
+            decoder_segment_ids: for packed rows, the id of each target's example in its row, as in
+                `encoded.segment_ids`; 0 is padding.
+            train: whether to apply dropout.
+        """
         embedded = self.embed(decoder_input_tokens)
         return self._logits(self.decoder(embedded, encoded, not train, decoder_segment_ids)[0])
 

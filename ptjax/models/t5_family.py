@@ -214,10 +214,11 @@ class T5Family:
         return t5.parameter_shapes(config)
 
     def tensor_names(self, fields: Metadata) -> Sequence[NameRule]:
-        """Returns the parameters' names in ptjax and in Hugging Face's files.
+        """Returns a rule for each parameter: its name in ptjax and in Hugging Face's files.
 
-        In Hugging Face's files the relative position biases are in block 0 if the layers of a stack
-        share them, else (`relpos_per_layer`) in every block.
+        Args:
+            fields: the config's fields by name. Only `relpos_per_layer` matters: if it is true,
+                every block in Hugging Face's files has relative position biases, else block 0.
         """
         return _NAMES + _RELPOS[1 if fields.get("relpos_per_layer") else 0 :: 2]
 
@@ -243,11 +244,12 @@ class T5Family:
         return path.endswith("/kernel") and "logits_dense" not in path
 
     def fingerprint_parts(self, path: str, shape: tuple[int, ...]) -> Parts:
-        """Returns the parts of a parameter that the fingerprints sample; see `family.Family`.
+        """Returns which entries of a parameter the backbone's fingerprints cover.
 
-        "rows" (v1 and v2): rows 0, 97, 194, ... of the embedding, whole norm scales, and the first
-        row of each `wo` kernel. "grid" (v2 only): all other parameters, and again the `wo` kernels;
-        see `family.grid_of`.
+        Each part is a tuple of one slice per axis. Both versions of the fingerprint cover the part
+        "rows": rows 0, 97, 194, ... of the embedding, whole norm scales, and the first row of each
+        `wo` kernel. Only version 2 covers "grid", a regular sample (`family.grid_of`) of each `wo`
+        kernel and of all other parameters.
 
         >>> T5_FAMILY.fingerprint_parts("encoder/layers_0/attention/query/kernel", (512, 384))
         {'grid': (slice(None, None, 8), slice(None, None, 6))}

@@ -92,7 +92,10 @@ def _gathered_bytes(spec: StepSpec, parallel: ParallelConfig, mesh: Mesh) -> tup
 
 
 def bytes_on_device(tree: Tree) -> int:
-    """The bytes of `tree` on one device; its leaves have a shape, dtype and sharding."""
+    """Computes how many bytes of memory the arrays of `tree` occupy on one device.
+
+    The leaves are arrays or `jax.ShapeDtypeStruct`s; each must have a sharding.
+    """
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
@@ -148,14 +151,15 @@ def _expected_traffic(
 
 
 def link_seconds(traffic: Mapping[tuple[str, ...], int], mesh: Mesh, slice_: Slice) -> float:
-    """Estimates the seconds that the collectives of a step take, on rings of devices.
+    """Estimates how many seconds of a step its collectives take, one after another.
 
-    Among n devices, a device sends 2 (n - 1) / n times the bytes of the result in an all-reduce,
-    (n - 1) / n times in an all-gather. Between slices, each device of a group adds its share of
-    the network's bandwidth.
+    It assumes rings: among n devices, a device sends 2 (n - 1) / n times the bytes of the result in
+    an all-reduce, (n - 1) / n times in an all-gather. A collective between slices uses the network,
+    at the sum of the network rates of those of its devices that are in one slice.
 
     Args:
-        traffic: maps (kind of collective, *mesh axes) to the bytes of the results on one device.
+        traffic: maps (kind of collective, *mesh axes over which it communicates) to the bytes of
+            all its results in a step, on one device; the kinds are `hlo.KINDS`.
     """
     seconds, generation = 0.0, slice_.generation
     for (kind, *axes), size in traffic.items():

@@ -50,7 +50,7 @@ def step_flops(
     batch: Tree,
     optimizer: optax.GradientTransformation,
 ) -> tuple[int, int]:
-    """Counts the FLOPs of (the forward pass with dropout and loss, the whole train step).
+    """Counts the FLOPs of the forward pass alone and of the whole train step.
 
     The step of a frozen network costs a little over twice the forward pass, because the backward
     pass computes gradients of activations only. A factor of three means that it computes gradients
@@ -58,8 +58,11 @@ def step_flops(
 
     Args:
         variables: {"params": ...} or {"params": ..., "prompt": ...}, trees of arrays or shapes.
-        freeze: determines which of them are frozen (see `training.freeze`).
+        freeze: determines which variables are frozen (see `training.freeze`).
         batch: the arrays of a batch by name, or their shapes.
+
+    Returns:
+        `(forward, step)`: the FLOPs of the forward pass with dropout and loss, and of the step.
     """
     loss = Loss()
     trainable, frozen = freezing.split(variables, freeze)

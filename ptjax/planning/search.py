@@ -22,9 +22,12 @@ chosen."""
 
 
 def expected_seconds(report: Report) -> float:
-    """The estimated seconds per step of a report, for comparing configurations.
+    """Returns the estimated seconds of a step, by which `search` compares configurations.
 
-    It assumes that communication overlaps with nothing.
+    It assumes that computation and memory access overlap, and communication with neither.
+
+    Args:
+        report: the result of `count` or `compile_ahead` for one configuration.
     """
     seconds = report["estimate"]
     return max(seconds["compute"], seconds["memory"]) + seconds["links"]
@@ -36,20 +39,21 @@ def search(
     quantize: str | None,
     compile_one: Callable[[ParallelConfig], Report],
 ) -> tuple[list[Report], Report | None]:
-    """Compiles configurations in the order of their estimated time, until one fits.
+    """Finds the fastest configuration that fits: compiles the one with the best estimate first.
 
-    This is repeated for each precision: first the run's own and then, unless the weights of the
-    network are trained, lower ones: bfloat16 weights if the run has float32, and int8 kernels (with
-    bfloat16 for the other weights of a float32 run) if `quantize` is None. A lower precision is
-    only tried if its estimated time is at most `WORTH` times that of the best so far.
+    It searches at the run's own precision, until one fits. If the network's weights are not
+    trained, it then repeats the search at lower precisions: with bfloat16 weights if the run has
+    float32, and with int8 kernels (other float32 weights become bfloat16) if `quantize` is None.
+    Once a configuration fits, it only compiles those whose estimated time is at most `WORTH` times
+    that of the best so far.
 
     Args:
         quantize: the run's QUANTIZE, "int8" or None.
         compile_one: compiles a configuration and returns its report, such as a `Compiler`.
 
     Returns:
-        (the reports of all compiled configurations, the report of the best one with the verdict
-        "fits" or None).
+        `(tried, best)`: the reports of all compiled configurations; and the report of the fastest
+        that fits, or None.
     """
     precisions: list[JsonObject] = [{"quantize": quantize}]
     if spec.method.collection != "params":

@@ -188,7 +188,10 @@ class Slice:
         return ("libtpu",) if self.is_tpu else ("jax_cuda13_plugin", "jax_cuda12_plugin")
 
     def devices(self) -> list[Device]:
-        """Makes a substitute for each device, enough for `count` and for an abstract mesh."""
+        """Makes a substitute for each device, which no program can run on or be compiled for.
+
+        They suffice to choose and check a mesh. For compiling, see `topology_devices`.
+        """
         each = math.prod(self.chips) * self.generation.devices
         platform = "tpu" if self.is_tpu else "gpu"
         kind = self.generation.device_kind
@@ -232,13 +235,17 @@ class Slice:
 
 
 def parse_slice(name: str) -> Slice:
-    """Returns the slice of a name: GENERATION-SIZE, COUNTxGENERATION-SIZE or GPUxCOUNT.
+    """Parses the name of a slice: GENERATION-SIZE, COUNTxGENERATION-SIZE or GPUxCOUNT.
+
+    SIZE counts the chips of one slice or, for v2 to v4, v5p and tpu7x, their cores (two per chip).
+    COUNT is the number of slices or of GPUs.
 
     >>> parse_slice("v4-16").chips, parse_slice("2xv5e-16").chips, parse_slice("h100x8").chips
     ((2, 2, 2), (4, 4), (8,))
 
     Raises:
-        InputError: the generation is unknown, or it has no slice of that size.
+        InputError: the generation is unknown, it has no slice of that size, or there are too many
+            slices.
     """
     count, kind, size = _parts(name)
     generation = GENERATIONS[kind]

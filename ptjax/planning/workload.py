@@ -41,7 +41,9 @@ class StepSpec:
 
     Attributes:
         config: the network's config; its `dtype` is also that of the weights.
-        batch_size: the number of examples in a batch; in a sweep, of each member.
+        step_config: the run's settings for the optimizer, the loss and microbatches.
+        method: what the run trains, such as a prompt.
+        batch_size: the number of examples in a batch; in a sweep, in the batch of each member.
         inputs, targets: the lengths T and L of the largest batch, in tokens.
         pack: whether several examples may share a row.
         row_length: the number of encoder positions of a packed row. None means the number that one
@@ -143,7 +145,10 @@ class ParallelConfig:
         return cls(**{name.lower(): value for name, value in settings.items()})
 
     def applied(self, config: T5Config) -> T5Config:
-        """Returns the config that `load_backbone` would make of `config` with these settings."""
+        """Returns `config` with the `scan_layers`, `remat` and `dtype` of this configuration.
+
+        If `dtype` is None, the config keeps its own.
+        """
         changes = {"scan_layers": self.scan_layers, "remat": self.remat}
         return dataclasses.replace(config, **changes, dtype=self.dtype or config.dtype)
 
