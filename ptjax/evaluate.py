@@ -73,7 +73,13 @@ def main() -> None:
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    """Scores what the flags name, and prints the metrics; `arguments` are the parsed flags."""
+    """Scores a prompt, a bank of prompts, a hard prompt or the backbone alone on a split.
+
+    Prints the scores as JSON. With --output, also writes the prediction for each example.
+
+    Args:
+        arguments: the parsed flags, which choose what to score.
+    """
     from ptjax.data.batching import FEATURE_LENGTHS
     from ptjax.evaluation.evaluator import Evaluator
     from ptjax.inference import prompts
@@ -137,7 +143,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 
 def metadata_of(prompt: PromptFile | PromptBank | None) -> JsonObject:
-    """The metadata of a prompt, `shared_metadata` of a bank, or {} without a prompt."""
+    """Returns a prompt's metadata, a bank's `shared_metadata`, or {} without a prompt."""
     from ptjax.inference.bank import PromptBank
 
     if prompt is None:
@@ -146,7 +152,7 @@ def metadata_of(prompt: PromptFile | PromptBank | None) -> JsonObject:
 
 
 def added(example: Example, predictions: JsonObject, prefix: str) -> JsonObject:
-    """The fields that --output adds to the record of an example.
+    """Returns the fields that --output adds to an example's record: input, target and predictions.
 
     Args:
         predictions: the fields with predictions, by name.
@@ -157,13 +163,17 @@ def added(example: Example, predictions: JsonObject, prefix: str) -> JsonObject:
 
 
 def check_output(arguments: argparse.Namespace, examples: Examples, *, many: bool) -> None:
-    """Raises InputError if --output is a file of the split, or would replace fields of its records.
-
-    Call it before anything is scored.
+    """Checks, before anything is scored, that --output can be written without loss of data.
 
     Args:
+        arguments: the parsed flags.
         examples: the examples of the split.
-        many: whether a bank of prompts is scored, which adds other fields than a single prompt.
+        many: whether a bank of prompts is scored; its predictions are other fields than those of a
+            single prompt.
+
+    Raises:
+        InputError: --output is a data file of the split, exists (without --force) or cannot be
+            written, or a field of a record would be replaced by a new one.
     """
     files = dict.fromkeys(example.file for example in examples)
     output.check(arguments.output, force=arguments.force, inputs=files)
@@ -174,13 +184,14 @@ def check_output(arguments: argparse.Namespace, examples: Examples, *, many: boo
 
 
 def read_hard_prompt(arguments: argparse.Namespace) -> HardPrompt | None:
-    """Reads --hard_prompt and --shots; None if --hard_prompt is not set.
+    """Makes the hard prompt (fixed text that is added to every input) that the flags describe.
 
-    With a hard prompt, sets `arguments.prompt` to "none".
+    Returns None if --hard_prompt is not set. Otherwise sets `arguments.prompt` to "none", so that
+    the backbone is scored without a tuned prompt.
 
     Raises:
-        InputError: --hard_prompt is combined with --prompt or --prompts, or --shots is set without
-            --hard_prompt.
+        InputError: --hard_prompt is combined with --prompt or --prompts, --shots is negative, or
+            it is set without --hard_prompt.
     """
     from ptjax.data.hard_prompt import HardPrompt
 
@@ -198,7 +209,10 @@ def read_hard_prompt(arguments: argparse.Namespace) -> HardPrompt | None:
 def rewording_of(
     hard_prompt: HardPrompt | None, task: Task, seed: int
 ) -> Callable[[str], str] | None:
-    """Makes the function that adds the hard prompt to an input; None without a hard prompt.
+    """Returns a function that adds the hard prompt and its shots to the text of an input.
+
+    Returns None without a hard prompt. Shots are training examples, with their targets, that
+    come before the input.
 
     Args:
         task: the task; its split "train" is loaded if the hard prompt has shots.
@@ -215,15 +229,17 @@ def evaluate_prompt(
     split: str,
     rewording: Callable[[str], str] | None = None,
 ) -> tuple[JsonObject, list[JsonObject]]:
-    """Scores a prompt, or the backbone alone, on a split. All processes call it together.
+    """Scores a prompt, or the backbone alone, on a split.
+
+    If a run has several processes, all of them must call it.
 
     Args:
         prompt: None for the backbone alone.
-        rewording: adds a hard prompt to an input; None leaves inputs unchanged.
+        rewording: adds a hard prompt to the text of an input; None leaves inputs unchanged.
 
     Returns:
         (scores, a row {"prediction": text} for each example). In the scores, "metrics" maps the
-        names of metrics to values, and "value" is the value of the task's own metric.
+        names of metrics to values, and "value" is the value of `evaluator.metric`.
     """
     from ptjax.inference.model import bind
 
@@ -237,12 +253,12 @@ def evaluate_prompt(
 def evaluate_bank(
     evaluator: Evaluator, bank: PromptBank, split: str
 ) -> tuple[JsonObject, list[JsonObject]]:
-    """Scores the prompts of a bank, and their ensembles, on a split.
+    """Scores each prompt of a bank, and the ensembles of all, on a split.
 
     Returns:
-        (scores, a row for each example). The scores are the result of `Evaluator.score_ensemble`.
-        A row has the predictions: "predictions" by the name of the prompt, and those of the
-        ensembles, "majority_vote" and, if labels are ranked, "mean_likelihood".
+        (scores, rows). The scores are the result of `Evaluator.score_ensemble`. There is a row for
+        each example: "predictions" maps each prompt's name to its text, "majority_vote" and (only
+        if labels are ranked) "mean_likelihood" are the texts that the ensembles predict.
     """
     predictions = evaluator.predict_bank(bank, split)
     together = {"majority_vote": predictions.majority_vote}
@@ -257,10 +273,11 @@ def evaluate_bank(
 
 
 def shared_metadata(bank: PromptBank) -> JsonObject:
-    """The metadata that the prompts of a bank have in common: task, lengths and backbone.
+    """Returns the metadata that all prompts of a bank agree on.
 
-    The entry "task" is only the task's name. "backbone_name" is from the first prompt. A prompt
-    that does not record an entry agrees with any value of it.
+    The keys are "task" (only its name), "input_length", "target_length" and "backbone_name". The
+    last is the first prompt's and is not compared. For the others, a prompt that does not record
+    the key is ignored; a key that no prompt records is left out.
 
     Raises:
         InputError: two prompts were tuned for different tasks or lengths; the message names both.

@@ -95,7 +95,13 @@ def export(arguments: argparse.Namespace) -> None:
 
 
 def export_file(arguments: argparse.Namespace, prompt: PromptFile, path: str) -> None:
-    """Writes a prompt to a file at `path`, for every format except PEFT's."""
+    """Writes a prompt to the file `path`, in the format of --to, which is not one of PEFT's.
+
+    For kv_cache, loads the backbone to compute the prompt's keys and values.
+
+    Args:
+        arguments: the parsed flags.
+    """
     import numpy as np
 
     from ptjax import files
@@ -117,14 +123,15 @@ def export_file(arguments: argparse.Namespace, prompt: PromptFile, path: str) ->
 
 
 def export_directory(arguments: argparse.Namespace, prompt: PromptFile, source: str) -> None:
-    """Writes a prompt to the directory --output, for PEFT.
+    """Writes a prompt to the directory --output, in PEFT's format.
 
     Args:
+        arguments: the parsed flags.
         source: the path that the prompt was read from.
 
     Raises:
-        InputError: the directory exists (without --force), is the prompt's own or cannot be
-            written; or the prompt does not fit its backbone.
+        InputError: --output exists (without --force), is a file or the directory that the prompt
+            was read from, or cannot be written; or the prompt does not fit its backbone.
     """
     import numpy as np
     from etils import epath

@@ -203,7 +203,7 @@ def write(arguments: argparse.Namespace, rows: list[JsonObject]) -> None:
 
 
 def inputs_of(arguments: argparse.Namespace) -> list[str]:
-    """Lists the local files that the command reads, which --output must not overwrite."""
+    """Lists the local files and folders that the command reads; --output may not be one."""
     from ptjax.data import sources
 
     files = [] if arguments.input in (None, "-") else sources.find_files(arguments.input)
@@ -221,7 +221,7 @@ class Request:
 
     Attributes:
         text: the model's input, formatted by the template.
-        fields: the record's own fields.
+        fields: the fields of the input's record, which are copied to the output.
         input_format: the template and lengths of the prompt for this input.
         prompt_id: with a bank, the index of the prompt for this input, or -1 for the backbone
             alone; without a bank, 0.
@@ -281,7 +281,9 @@ def read_requests(
 
 
 def format_of(metadata: Metadata, *, raw: bool) -> InputFormat:
-    """The input format of a prompt; what its metadata lack is taken from the gin files.
+    """Makes the input format of a prompt: the task that formats its inputs, and their lengths.
+
+    Both are taken from the prompt's metadata or, if it lacks them, from the gin files.
 
     Args:
         metadata: the prompt's metadata.
@@ -295,7 +297,10 @@ def format_of(metadata: Metadata, *, raw: bool) -> InputFormat:
 
 
 def records_of(arguments: argparse.Namespace) -> Records:
-    """Reads the inputs as records; the record of a plain text has the single field `PLAIN`.
+    """Reads the inputs that the flags name, as records.
+
+    A text on the command line, or a line of plain text input, becomes a record whose only field
+    is `PLAIN`.
 
     Raises:
         InputError: the input is missing or empty, or a record in it cannot be read.
@@ -345,12 +350,13 @@ def records_of(arguments: argparse.Namespace) -> Records:
 
 
 def is_json(data: bytes, encoding: str) -> bool:
-    """Whether bytes are JSON rather than plain text: they start with "{" or "[{", or are an array.
+    """Returns whether `data` is meant as JSON rather than plain text.
 
-    The reader of JSON lines rejects arrays with a clear message.
+    True if it starts with "{" or "[{", or if all of it is a JSON array. The reader of JSON lines
+    then rejects an array with a clear message.
 
     Args:
-        encoding: the name of the bytes' encoding. Returns False if Python does not know it.
+        encoding: the name of the encoding of `data`; the result is False if Python lacks it.
     """
     from ptjax import files
 

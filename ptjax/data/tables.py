@@ -28,10 +28,15 @@ def lines(text: str) -> Iterator[tuple[int, str]]:
 
 
 def report_enclosed(text: str, delimiter: str, name: str) -> None:
-    """Logs a warning if a file's double quotes seem to enclose fields.
+    """Logs a warning if double quotes enclose fields of a file whose quotes are kept as text.
 
-    pandas and Excel enclose a field that contains a quote, and double that quote. No warning if
-    quotes also occur elsewhere in fields, where they must be ordinary characters, as in MRPC.
+    pandas and Excel enclose a field that contains a quote in quotes, and double that quote. If a
+    field has quotes elsewhere, they must be ordinary characters, as in MRPC: then no warning.
+
+    Args:
+        text: the content of the file.
+        delimiter: the character between fields.
+        name: the file's name, for the message.
     """
     if '"' not in text:
         return
@@ -54,14 +59,15 @@ def report_enclosed(text: str, delimiter: str, name: str) -> None:
 
 
 def quoted_cells(text: str, delimiter: str) -> list[tuple[int, list[str] | str, int]]:
-    """Splits a text with quoted fields into rows.
+    """Splits CSV or TSV text into rows of cells; quoted fields may span lines.
 
-    Quoted fields may span lines. A blank line is a row without cells. If a row has a bad quote,
-    reading resumes at the line after the row's first line, wherever the quote ends.
+    A row has invalid quoting if, for example, its quote is never closed. Reading then resumes at
+    the line after the row's first line.
 
     Returns:
-        For each row (line, cells, number of lines): the number of its first line, counted from 1;
-        its cells, or an error message (str) if it has a bad quote; and how many lines it takes.
+        A tuple (line, cells, number of lines) for each row: the number of its first line, counted
+        from 1; its cells, or an error message (str) if its quoting is invalid; and how many lines
+        it takes. A blank line is a row with an empty list of cells.
     """
     rows: list[tuple[int, list[str] | str, int]] = []
     lines = list(io.StringIO(text, newline=""))
@@ -90,17 +96,21 @@ def quoted_cells(text: str, delimiter: str) -> list[tuple[int, list[str] | str, 
 def rows(
     cells: Iterator[tuple[int, list[str] | str, int]], columns: Sequence[str] | None, name: str
 ) -> Iterator[tuple[int, Row, int]]:
-    """Names the cells of each row: yields (line, row, number of lines).
+    """Turns rows of cells into dicts from column names to cells; the header line is not yielded.
 
-    A row is a dict of its fields by name, or an error message (str).
+    A first column without a name in the header line (pandas' index) is ignored.
 
     Args:
         cells: the rows as (line, cells, number of lines), see `quoted_cells`.
         columns: the names of the columns; None takes them from the first row, the header line.
         name: the file's name, for messages.
 
+    Yields:
+        (line, row, number of lines). `row` is the dict, or an error message (str) if the row's
+        quoting is invalid or it has the wrong number of cells.
+
     Raises:
-        InputError: the header line cannot be read, or a column's name is empty or repeated.
+        InputError: the header line has invalid quoting, or a column's name is empty or repeated.
     """
     nameless = 0
     if columns is None:

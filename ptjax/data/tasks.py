@@ -42,8 +42,8 @@ class Task:
         data_dir: base of relative paths ('package:NAME' is data shipped with ptjax), and TFDS's
             folder of prepared data sets.
         format, columns, quoting, encoding: see `ptjax.data.sources.read_records`.
-        on_bad_record: 'error' stops at a record that cannot be used, 'skip' counts it.
-        preprocess: maps a record's fields to the fields of each example made from it.
+        on_bad_record: 'error' raises at a record that cannot be used, 'skip' leaves it out.
+        preprocess: takes a record's fields (dict), returns one dict of fields per example.
         train_preprocess: used instead of `preprocess` for the split 'train'.
         answers: the field with all correct answers, for exact_match and squad_f1.
         group: the field that says to which group an example belongs, for group_exact_match.

@@ -20,10 +20,12 @@ class RecordError(ValueError):
 
 @dataclass(frozen=True)
 class Template:
-    """A text with fields, such as 'sentence: {sentence}'.
+    """A text with fields to fill in, such as 'sentence: {sentence}'; `parse_template` makes it.
 
     Attributes:
-        parts: pairs (literal text, name of the field that follows it, or None).
+        text: the template as written.
+        parts: `text` in pieces: pairs (literal text, name of the field after it). The name is None
+            if no field follows.
     """
 
     text: str
@@ -53,10 +55,14 @@ class Template:
 
 
 def parse_template(text: str) -> Template:
-    """Parses '{field}', '{field.inner}' and '{list.0}'; '{{' and '}}' are literal braces.
+    """Makes a `Template` from its text.
+
+    '{name}' is a field of the record, '{name.inner}' a field of the object `name`, '{name.0}' the
+    first entry of the list `name`; see `find_field`. '{{' and '}}' are literal braces.
 
     Raises:
-        ValueError: unbalanced braces, an empty field name, a conversion or a format.
+        ValueError: braces are unbalanced, a field's name is empty, or a field has a conversion
+            (`{x!r}`) or a format (`{x:.2f}`).
     """
     parts: list[tuple[str, str | None]] = []
     for literal, field, spec, conversion in string.Formatter().parse(text):

@@ -52,7 +52,7 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Returns the text of the ids before the first EOS, without padding and `prefix`."""
+        """Returns the text of the ids before the first EOS; skips padding and ids in `prefix`."""
         ...
 
     def id_to_piece(self, index: int) -> str:
@@ -105,9 +105,9 @@ def check_special_ids(tokenizer: Tokenizer) -> None:
 
 
 def text_ids(tokenizer: Tokenizer, ids: Iterable[int]) -> list[int]:
-    """Returns the ids before the first EOS, as Python integers.
+    """Selects the ids that encode text, as Python integers.
 
-    Omits padding and the ids in `prefix`, wherever they are.
+    Drops the first EOS and everything after it, and all padding and ids of `tokenizer.prefix`.
     """
     kept: list[int] = []
     for index in ids:

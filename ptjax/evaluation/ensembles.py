@@ -15,7 +15,12 @@ from ptjax.data.pipeline import ExampleSource
 
 @dataclasses.dataclass(frozen=True)
 class RepeatedSource:
-    """An example source in which every example appears `times` times in a row."""
+    """Repeats each example of a source, so that every prompt of a bank can predict it.
+
+    Attributes:
+        source: the examples a, b, ...
+        times: how often each is repeated; 2 gives a, a, b, b, ...
+    """
 
     source: ExampleSource
     times: int
@@ -41,8 +46,9 @@ class EnsemblePredictions:
 
     Attributes:
         members: the predictions of each prompt, N lists of M texts.
-        majority_vote: for each example, the text that most prompts predict. The mean probability or
-            score breaks ties.
+        majority_vote: for each example, the text that most prompts predict. Ties go to the label
+            with the highest mean probability; if texts were generated, to the text with the highest
+            mean score.
         mean_likelihood: for each example, the label with the highest mean probability over prompts.
             None if texts were generated, since each prompt only scores the text that it generates.
     """

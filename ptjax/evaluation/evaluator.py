@@ -43,12 +43,11 @@ class Evaluator:
     """Predicts and scores splits of one task with one backbone; caches examples and tokens.
 
     Attributes:
-        metric: the name of the metric that selects prompts. If the task has several metrics it is
-            "mean", as in the paper.
-        reported_split: "test" if the task has it, else the split that selects prompts.
-        attends_to_input: whether the prompts that are evaluated attend to their input.
+        metric: the metric by which prompts are selected: the task's only one, or "mean" of several.
+        reported_split: "test" if the task has it, else the split on which prompts are selected.
+        attends_to_input: whether a prompt's positions attend to the input.
         model: the backbone's network, without a prompt.
-        ranks: whether labels are ranked; otherwise texts are generated.
+        ranks: True: the likeliest of the task's labels is predicted; False: texts are generated.
     """
 
     def __init__(
@@ -87,7 +86,7 @@ class Evaluator:
 
     @property
     def apply_fn(self) -> ApplyFn:
-        """The network's function for prompts with this evaluator's `attends_to_input`."""
+        """The network as a function `apply_fn(variables, ..., method=)`; see `Family.build`."""
         return self.model.apply_fn
 
     def __call__(
@@ -104,11 +103,13 @@ class Evaluator:
     def predict(
         self, variables: Variables, split: str, rewording: Callable[[str], str] | None = None
     ) -> list[str]:
-        """Predicts a text for every example of `split`, in order; `rewording` first changes inputs.
+        """Predicts a text for every example of `split`, in order.
+
+        `variables` include any prompt (see `with_prompt`); `rewording` replaces each input.
 
         Raises:
-            InputError: a score is not finite. If a weight of the backbone is the cause, it is
-                named; otherwise the error is a `NotFiniteError`.
+            InputError: a weight of the backbone is not finite; the message names it.
+            NotFiniteError: a score is not finite, although all weights are.
         """
         if rewording is None:
             source = self._source(split)
@@ -168,10 +169,9 @@ class Evaluator:
         """Scores the predictions of N prompts and their ensembles on `split` (paper, Table 3).
 
         Returns:
-            a dict: "members" has the metrics of each prompt by its name; "average" the mean of each
-            metric over the prompts; "best" the "name" and "value" of the prompt with the highest
-            `metric`, selected on `split` itself and so optimistic; "ensemble" the metrics of
-            "majority_vote" and, if labels were ranked, of "mean_likelihood".
+            a dict: "members": each prompt's metrics, by its name; "average": their means; "best":
+            "name" and "value" of the prompt with the highest `metric` on `split` (so optimistic);
+            "ensemble": metrics of "majority_vote" and, if labels were ranked, "mean_likelihood".
         """
         names = names or [str(number) for number in range(len(predictions.members))]
         scores = [self.score(member, split) for member in predictions.members]
@@ -217,7 +217,7 @@ class Evaluator:
         return [labels[i] for i in chosen], likelihoods
 
     def majority(self, train: Sequence[Example], split: str) -> float:
-        """The value of `metric` if the most frequent target in `train` is predicted on `split`."""
+        """Returns the `metric` of predicting `train`'s most frequent target for all of `split`."""
         most, _ = collections.Counter(example.targets for example in train).most_common(1)[0]
         return self.score([most] * len(self.examples(split)), split)[self.metric]
 
@@ -265,13 +265,14 @@ mistake. Long reviews may be cut on purpose: 98% of IMDb's are longer than 64 to
 
 
 def check_cut(source: TokenizedExamples, lengths: Mapping[str, int], what: str) -> None:
-    """Raises InputError if more than `MOST_CUT` of the inputs or of the targets were truncated.
+    """Raises InputError if nearly all inputs, or nearly all targets, of a split were truncated.
 
-    The message names the setting to change.
+    `MOST_CUT` is the share that may be truncated. The message names the setting to change.
 
     Args:
+        source: the tokenised examples, which record how many texts were truncated.
         lengths: the maximum lengths of "inputs" and "targets", in tokens.
-        what: names the task and split in the message.
+        what: the start of the message, which names task and split.
     """
     for side, rows in (("inputs", source.inputs), ("targets", source.targets)):
         if rows.truncated > MOST_CUT * len(rows):
@@ -304,11 +305,14 @@ def report_cut(source: TokenizedExamples, lengths: Mapping[str, int]) -> None:
 def report_lost(
     task: Task, examples: Sequence[Example], source: TokenizedExamples, tokenizer: Tokenizer
 ) -> None:
-    """Logs a warning for inputs and targets that the vocabulary cannot represent, with an example.
+    """Logs a warning, with an example, for texts that the vocabulary cannot represent.
 
-    If tokenising and decoding a target changes it, even a perfect model cannot predict it. Labels
-    of a closed set are checked by `check_labels` instead, and truncated targets are reported by
-    `report_cut`.
+    An input is lost if the tokenizer encodes part of it as unknown. A target is lost if tokenising
+    and decoding change it, because then even a perfect model cannot predict it. Not checked are
+    truncated targets (see `report_cut`) and the labels of a closed set (see `check_labels`).
+
+    Args:
+        source: the tokens of `examples`, in the same order.
     """
     longest = source.target_lengths.max(initial=0) if source.targets.truncated else np.inf
     texts = [example.targets for example in examples] if task.labels is None else []

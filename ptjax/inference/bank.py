@@ -131,9 +131,11 @@ def make_bank(prompts: Mapping[str, SinglePrompt]) -> PromptBank:
 
 
 def place_bank(bank: Bank, mesh: Mesh) -> Bank:
-    """Pads a bank's arrays to their capacities and copies them to every device of the mesh.
+    """Copies a bank's arrays to every device of the mesh, padded to rounded sizes.
 
-    The padding has no effect: no example chooses an added prompt, and added positions are masked.
+    `bank_capacity` rounds up the number of prompts and their length, so that banks of similar size
+    share a compiled program. The padding does not change results: no example chooses an added
+    prompt, and added positions are masked.
     """
     count, longest = bank.prompt.shape[:2]
     capacity, length = bank_capacity(count, longest)
