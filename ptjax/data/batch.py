@@ -33,9 +33,10 @@ PER_ROW = ("encoder_lengths",)
 
 @dataclasses.dataclass(frozen=True)
 class SpecialIds:
-    """The special ids of a vocabulary; see `models.config.T5Config`.
+    """The ids of padding, EOS, the decoder's first input and the forced first output token.
 
-    They have no defaults: every caller takes the ids from its backbone's config.
+    `models.config.T5Config` explains each. They have no defaults: every caller takes them from
+    its backbone's config. `forced_bos_id` is None if no first output token is forced.
     """
 
     pad_id: int
@@ -66,10 +67,14 @@ def length_weights(lengths: np.ndarray, length: int) -> np.ndarray:
 
 
 def count_examples(batch: Batch, active: np.ndarray | None = None) -> int:
-    """Counts the examples of a batch; an empty row (filler) of an unpacked batch counts too.
+    """Returns the number of examples in a batch.
+
+    In an unpacked batch, empty rows (filler) count too. For a sweep's batch, returns the sum over
+    its members.
 
     Args:
-        active: for a sweep's batch, which members to count, bool [N]; None counts all.
+        active: for a sweep's batch, bool [N]: whether to include each member's examples; None
+            includes all.
     """
     members = ... if active is None else active
     if "encoder_segment_ids" in batch:

@@ -25,8 +25,8 @@ class Batching:
             truncated; their number is reported. `FEATURE_LENGTHS` provides a missing length.
         buckets: batch shapes (T, L); None uses input lengths that double from 32.
         pack: put several short examples into a row. A batch still has `batch_size` examples.
-        row_length: T of packed rows; None chooses it automatically. Includes the positions of a
-            prompt that attends to its input.
+        row_length: T, the encoder positions of a packed row; None chooses it automatically. If
+            the prompt attends to its input, T includes one copy of the prompt per example.
     """
 
     batch_size: int = 32
@@ -53,8 +53,9 @@ class Batching:
         return {**FEATURE_LENGTHS, **(self.feature_lengths or {})}
 
     def identity(self) -> JsonObject:
-        """Returns the values by which runs are compared, where they differ from the fields'.
+        """Returns replacements for fields, by name, to use when the settings of runs are compared.
 
-        These are the lengths with defaults filled in: giving a default explicitly changes nothing.
+        Replaces `feature_lengths` by `lengths`, which include the defaults. So a run
+        that sets a default explicitly is equal to one that does not set it.
         """
         return {"feature_lengths": self.lengths}

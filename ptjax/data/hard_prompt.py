@@ -30,7 +30,7 @@ class HardPrompt:
         check_at_least(0, "HardPrompt", shots=self.shots)
 
     def apply(self, inputs: str) -> str:
-        """Puts the text before or around an example's input, without the shots."""
+        """Returns an example's input with `text` before or around it; adds no shots."""
         if not self.text:
             return inputs
         text = self.text if "{inputs}" in self.text else f"{self.text} {{inputs}}"

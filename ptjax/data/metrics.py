@@ -46,7 +46,8 @@ def f1(
 ) -> float:
     """The F1 of one of two labels (scikit-learn's; GLUE's for MRPC, QQP; MultiRC's F1a).
 
-    An invalid prediction counts as the wrong label, as in t5's `f1_score_with_invalid`.
+    A prediction that is not in `labels` counts as the label that is not the target, as in t5's
+    `f1_score_with_invalid`.
 
     Args:
         predictions, targets: texts [N].
@@ -65,7 +66,8 @@ def f1(
 def matthews(predictions: Texts, targets: Texts, *, labels: Texts) -> float:
     """Matthews' correlation (scikit-learn's; GLUE's for CoLA).
 
-    Invalid predictions form a separate class.
+    The classes are `labels`; predictions that are not in `labels` form one more class. Returns 0
+    if all predictions are of one class, or all targets.
     """
     from sklearn.metrics import matthews_corrcoef  # slow to import
 

@@ -116,10 +116,11 @@ class TokenFile:
 
 
 class MixtureComponent(Protocol):
-    """The interface of a component of the mixture.
+    """The interface of a component of a training mixture: a source of training batches.
 
     Attributes:
         rate: its weight in the mixture, relative to the rates of the other components.
+        batch_size: examples per batch.
     """
 
     rate: float
@@ -128,10 +129,12 @@ class MixtureComponent(Protocol):
     def make(
         self, tokenizer: Tokenizer, stream: np.ndarray | None, seed: int, ids: SpecialIds
     ) -> list[TrainBatches]:
-        """Builds the component's pipelines, which share its rate equally.
+        """Builds the component's pipelines: endless sequences of batches that share its rate.
 
         Args:
             stream: the token ids [N] of the plain text; None if the run has none.
+            seed: determines the random order and contents of the batches.
+            ids: the special ids of the backbone's vocabulary.
 
         Raises:
             InputError: the component needs text and `stream` is None, or its data cannot be used.
@@ -212,8 +215,8 @@ class TaskComponent:
 
     Attributes:
         rate: its weight in the mixture, relative to the rates of the other components.
-        phrasings: pairs (input template, verbalizer), used instead of the task's own. If the
-            verbalizer is None, the task's is used.
+        phrasings: pairs (input template, verbalizer), one per phrasing, which replace the
+            task's `inputs` and `verbalizer`. A verbalizer of None keeps the task's.
         input_length, target_length: in tokens; longer texts are truncated.
         buckets: batch shapes (T, L); None chooses them by the lengths of the examples.
     """
@@ -257,13 +260,13 @@ def make_batches(
     seed: int,
     ids: SpecialIds,
 ) -> list[list[TrainBatches]]:
-    """Builds the pipelines of every component.
+    """Builds the pipelines (endless sequences of batches) of every component, for `mix`.
 
     Args:
         stream: the token ids [N] of the plain text; None if the run has none.
 
     Returns:
-        One list of pipelines per component.
+        For each component, the list that its `make` returns.
     """
     return [
         component.make(tokenizer, stream, seed + 100 * number, ids)
@@ -274,11 +277,12 @@ def make_batches(
 def mix(
     components: Sequence[MixtureComponent], batches: Sequence[Sequence[TrainBatches]], seed: int
 ) -> MixtureBatches:
-    """Mixes the batches of all components at their rates.
+    """Returns one sequence of batches that draws from all components at their rates.
 
     Args:
-        batches: the pipelines of each component, from `make_batches`. The pipelines of a component
+        batches: the result of `make_batches` for these components. The pipelines of a component
             share its rate equally.
+        seed: determines the random order in which components are drawn.
     """
     rates = [
         component.rate / len(made)

@@ -35,12 +35,15 @@ _LENGTH_STEP = 16
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """The layout of a packed batch. It has B slots, each for one example, in rows.
+    """The layout of a packed batch: which of its B slots are in which row.
+
+    A slot is the place of one example. Slots are numbered from 0 in the order in which the batch's
+    examples are listed.
 
     Attributes:
         shape: the shape of the batch.
-        slots: int [B], the indices of the slots in the order of their rows.
-        rows: int [B], ascending: the row of each entry of `slots`.
+        slots: int [B], the numbers of all slots, sorted by row.
+        rows: int [B], ascending: `rows[i]` is the row of slot `slots[i]`.
     """
 
     shape: Shape
@@ -58,13 +61,14 @@ class Template:
 
 
 def first_fit(needs: np.ndarray, row_length: int) -> np.ndarray:
-    """Puts each slot, the longest first, into the first row that has room for it.
+    """Assigns each slot of a batch, the longest first, to the first row that has room for it.
 
     Args:
-        needs: the encoder positions of each slot, int [B], at most `row_length`.
+        needs: the number of encoder positions that each slot takes, int [B], at most `row_length`.
+        row_length: the number of encoder positions of a row.
 
     Returns:
-        The row of each slot, int [B].
+        The index of each slot's row, int [B].
     """
     room = np.full(len(needs), row_length)
     rows = np.zeros(len(needs), int)
@@ -75,9 +79,9 @@ def first_fit(needs: np.ndarray, row_length: int) -> np.ndarray:
 
 
 def spread_evenly(needs: np.ndarray, row_count: int) -> np.ndarray:
-    """Puts each slot, the longest first, into the least full of `row_count` rows.
+    """Assigns each slot, the longest first, to the least full of `row_count` rows.
 
-    Unlike in `first_fit`, rows have no maximum length; `needs` and the result are as there.
+    `needs` and the result are like those of `first_fit`, but rows have no maximum length.
     """
     full = [(0, row) for row in range(row_count)]
     rows = np.zeros(len(needs), int)
@@ -88,12 +92,13 @@ def spread_evenly(needs: np.ndarray, row_count: int) -> np.ndarray:
 
 
 def place_slots(needs: np.ndarray, row_length: int, row_multiple: int) -> np.ndarray:
-    """Puts the slots into as few rows as possible, by `spread_evenly` or else by `first_fit`.
+    """Assigns slots to few rows, by `spread_evenly` if possible, else by `first_fit`.
 
-    Uses the smallest number of rows, a multiple of `row_multiple`, with which the rows of
-    `spread_evenly` are not too long: these have similar numbers of examples, so targets take less
-    room. If that takes more rows than `first_fit` needs, rounded up to such a multiple, returns the
-    result of `first_fit`. Other arguments and result as for `first_fit`.
+    Tries `spread_evenly` with growing multiples of `row_multiple` as the number of rows, up to the
+    number that `first_fit` needs, rounded up to a multiple. Returns the first result in which no
+    row exceeds `row_length`, or else the result of `first_fit`. `spread_evenly` is preferred:
+    its rows have similar numbers of examples, so targets take less room. `needs`, `row_length` and
+    the result are like those of `first_fit`.
     """
     rows = first_fit(needs, row_length)
     least = -(-int(needs.sum()) // row_length)
@@ -111,11 +116,11 @@ def make_template(
     row_length: int | None = None,
     row_multiple: int = 1,
 ) -> Template:
-    """Distributes slots over rows.
+    """Distributes the slots of a batch over rows and returns the resulting layout.
 
     Args:
-        needs: the encoder positions of each slot, int [B], at most `row_length`.
-        targets: the decoder positions of each slot, int [B].
+        needs: the number of encoder positions that each slot takes, int [B], at most `row_length`.
+        targets: the number of decoder positions that each slot takes, int [B].
         row_length: T, the encoder positions of a row; None chooses the length with the least
             `Template.cost`.
         row_multiple: the number of rows must be a multiple of this.

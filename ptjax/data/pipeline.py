@@ -68,9 +68,10 @@ class Shape(NamedTuple):
 
 
 class ExampleSource(Protocol):
-    """The interface of tokenised examples, whose tokens may differ from epoch to epoch.
+    """The interface of a sequence of tokenised examples; `len` is their number.
 
-    For an example whose length differs too, the lengths are its maximum over all epochs.
+    An example may have different tokens in each epoch. If its length varies too, `input_lengths`
+    and `target_lengths` have the maximum over all epochs.
     """
 
     @property
@@ -86,7 +87,10 @@ class ExampleSource(Protocol):
     def __len__(self) -> int: ...
 
     def tokens(self, index: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns (inputs int32 [t], targets int32 [l]) of an example in this epoch."""
+        """Returns the token ids (inputs int32 [t], targets int32 [l]) of an example in an epoch.
+
+        Examples and epochs are counted from 0.
+        """
         ...
 
 
@@ -108,9 +112,12 @@ class Batches(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class PlannedBatch:
-    """A batch before it is built: its bucket, and the indices [B] of its examples.
+    """The plan of a batch; `build_batch` builds it.
 
-    The index -1 means an empty row.
+    Attributes:
+        bucket: the lengths (T, L) of its rows.
+        examples: int [B], the index in the `ExampleSource` of each row's example; -1 means an
+            empty row.
     """
 
     bucket: Bucket
@@ -120,8 +127,9 @@ class PlannedBatch:
 def make_buckets(source: ExampleSource, *, smallest: int = 32) -> list[Bucket]:
     """Returns buckets with input lengths `smallest`, 2 * `smallest`, ..., from small to large.
 
-    The last input length is that of the longest example, rounded up to a multiple of 16, if this is
-    less. All buckets have the longest target's length: targets of classification tasks are short.
+    The last bucket is the first that fits the longest input. Its input length is reduced to that
+    of the longest input, rounded up to a multiple of 16, if this is less. The target length of all
+    buckets is that of the longest target: targets of classification tasks are short.
     """
     longest = int(source.input_lengths.max())
     lengths = [smallest]
@@ -161,7 +169,7 @@ def plan_epoch(
     and all epochs have the same number of batches.
 
     Args:
-        assigned: the bucket of each example, from `assign_buckets`.
+        assigned: int [N], the index in `buckets` for each example, from `assign_buckets`.
         buckets: from small to large, so that each contains the one before.
     """
     rng = np.random.default_rng((seed, epoch))
@@ -222,13 +230,14 @@ class TrainBatches:
 
 
 class MixtureBatches:
-    """Batches drawn from several pipelines at fixed rates; each batch comes from one of them.
+    """A mixture of several sequences of batches; each of its batches is a batch of one of them.
 
-    The order of the components is drawn in blocks of `BLOCK` batches; every block has the same
-    number of batches of a component. So a batch number alone determines the component and the
-    number of the batch within it.
+    The mixture consists of blocks of `BLOCK` batches. Each block has the same number of batches
+    from a component, proportional to its rate except for rounding, in random order. So the seed and
+    a batch's number determine its component and its number among that component's batches.
 
     Args:
+        components: the sequences of batches to mix.
         rates: one positive rate per component; only their ratios matter.
 
     Raises:

@@ -19,10 +19,12 @@ _MARKED = re.compile(rf"(^|\s)?{MARK}[0-9]+{MARK}")
 
 
 class Rendered(str):
-    """A text in which not every `<extra_id_N>` is a sentinel.
+    """A string that records which of its `<extra_id_N>` are sentinels; the others are plain text.
+
+    In an ordinary `str`, each of them is a sentinel.
 
     Attributes:
-        sentinels: the positions at which sentinels start.
+        sentinels: the character positions in the string at which sentinels start.
     """
 
     sentinels: frozenset[int]
@@ -37,7 +39,10 @@ class Rendered(str):
 
 
 def spelt_out(text: str) -> str:
-    """Returns the text with each `<extra_id_N>` marked as ordinary text instead of a sentinel."""
+    """Returns a string with the same characters, in which no `<extra_id_N>` is a sentinel.
+
+    This is a `Rendered` without sentinels or, if the text has no `<extra_id_`, the text itself.
+    """
     return Rendered(text) if _PREFIX in text else text
 
 
@@ -60,7 +65,8 @@ def join_texts(parts: Iterable[str]) -> str:
 def mark_sentinels(text: str, numbers: Collection[int]) -> str:
     """Returns the text with each sentinel `<extra_id_N>` replaced by `marked(N)`.
 
-    A `MARK` in the text itself is replaced by U+FFFD.
+    Tokenizers search the result for these names. `MARK`, the character that encloses a name, is
+    replaced by U+FFFD where the text already contains it.
 
     Args:
         numbers: the numbers N of the vocabulary's sentinels; others stay ordinary text.
@@ -83,13 +89,17 @@ def encode_parts(
 ) -> list[list[int]]:
     """Encodes texts for a vocabulary whose sentinels include a space, as mT5's `▁<extra_id_0>`.
 
-    Such a piece only matches a sentinel after a space. So a text is split before each sentinel that
-    does not follow one: SentencePiece adds a space before each part. (Inserting a space into the
-    text instead could match an added token: `"\\n"` matches all spaces.)
+    Such a vocabulary only recognises a sentinel after a space. So each text is split before every
+    sentinel without a space before it, and the parts are encoded separately: SentencePiece adds a
+    space before each part. (Inserting a space into the text instead could match an added token:
+    `"\\n"` matches all spaces.)
 
     Args:
         texts: texts with marked sentinels, from `mark_sentinels`.
-        encode: encodes each part as a separate text.
+        encode: encodes a list of texts, here the parts, to one list of ids each.
+
+    Returns:
+        For each text, the ids of its parts, joined.
     """
     parts = [_cut_before_sentinels(text) for text in texts]
     rows = iter(encode([part for cut in parts for part in cut]))

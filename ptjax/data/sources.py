@@ -119,7 +119,7 @@ class Records(Sequence[Record]):
 
 
 def resolve_path(path: str | os.PathLike[str]) -> epath.Path:
-    """Expands '~', and 'package:NAME' to the path of NAME in the data shipped with ptjax.
+    """Returns a path with '~' expanded; for 'package:NAME', the path of NAME in ptjax's own data.
 
     Raises:
         InputError: nothing or '..' follows 'package:'.
@@ -249,7 +249,14 @@ def parse_records(
 
 
 def non_empty(records: Records, source: str) -> Records:
-    """Returns `records`. Raises InputError, whose message names `source`, if they are empty."""
+    """Returns `records` unchanged after checking that there is at least one.
+
+    Args:
+        source: where the records come from, for the message.
+
+    Raises:
+        InputError: `records` is empty.
+    """
     if records:
         return records
     if records.bad.count:

@@ -36,9 +36,10 @@ CATALOGUE: Mapping[str, Preprocess] = {
 
 
 def name_of(function: Preprocess) -> str:
-    """Returns a function's public name if it is in the catalogue, else its path in Python.
+    """Returns the name by which gin files and prompt headers refer to a function.
 
-    Inverse, for functions in the catalogue: `find`.
+    For a function in `CATALOGUE`, this is 'ptjax.preprocessors.NAME', which `find` maps back to
+    the function. For any other function, it is 'MODULE.QUALIFIED_NAME'.
     """
     ours = inspect.unwrap(function)  # gin wraps functions that its files name
     name = _PUBLIC + getattr(ours, "__name__", "")
@@ -48,8 +49,10 @@ def name_of(function: Preprocess) -> str:
 
 
 def find(name: str) -> Preprocess | None:
-    """Returns the catalogue's function that a prompt's header names, or None if it has none.
+    """Returns the function in `CATALOGUE` with this name, or None if it has none.
 
-    Older headers have its path in the package, whose last part is the function's name.
+    Args:
+        name: the name in a prompt's header, 'ptjax.preprocessors.NAME'. Older headers have the
+            function's module path instead. Only the first part, 'ptjax', and the last are used.
     """
     return CATALOGUE.get(_PUBLIC + name.rpartition(".")[2]) if name.startswith("ptjax.") else None

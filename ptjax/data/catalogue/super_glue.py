@@ -45,7 +45,8 @@ def _without_html(fields: Fields, *names: str) -> Fields:
 def wsc(record: Fields) -> Iterator[Fields]:
     """Yields the record once, with two more fields, `marked_text` and `referent`.
 
-    `marked_text` is the text with the pronoun between asterisks, `referent` the candidate.
+    `marked_text` is the text with the pronoun between asterisks. `referent` is the record's
+    candidate: the phrase to which the pronoun may refer.
 
     Raises:
         ValueError: the pronoun is not at the position that the record states.
@@ -67,9 +68,10 @@ def wsc(record: Fields) -> Iterator[Fields]:
 
 
 def wsc_referents(record: Fields) -> Iterator[Fields]:
-    """Yields the fields of `wsc` if the record's candidate is right, else nothing; for training.
+    """Yields what `wsc` yields if the record's label is true, else nothing; for training.
 
-    Only these records have a target to learn.
+    If the label is false, the pronoun does not refer to the candidate, and the record does not
+    state the right phrase, which would be the target.
     """
     if record["label"]:
         yield from wsc(record)
