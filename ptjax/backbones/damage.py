@@ -43,8 +43,8 @@ def check_scores(scores: Tree, backbone: Backbone, what: str) -> None:
     """Raises an error if log-likelihoods or states are not finite; its message names the cause.
 
     Args:
-        scores: a tree of arrays without padding, such as the -inf at the end of a row of scores
-            whose label set is smaller than others.
+        scores: a tree of arrays. The caller must have removed padding, such as the -inf that
+            fills the row of a task with fewer labels than others.
         backbone: the backbone that computed the scores; its weights are checked.
         what: the name of the scores in the message, such as "the score of a label".
 

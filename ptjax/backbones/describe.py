@@ -58,10 +58,11 @@ def describe(
 
 
 def describe_backbone(opened: OpenBackbone) -> JsonObject:
-    """Describes the sizes, parameters, bytes, dtypes, fingerprints and tokenizer of a backbone.
+    """Describes a backbone: its config, size, dtypes, fingerprints and tokenizer.
 
     Reads only the weights that the fingerprints sample, so the backbone may be larger than this
-    machine's memory.
+    machine's memory. The entry "parameters" is the number of weights, "bytes" their size in the
+    dtypes of the files, and "prompt_inside" the shape of a prompt in the same checkpoint, or None.
     """
     fingerprints = fingerprints_of(opened)
     counts = {name: int(np.prod(array.shape)) for name, array in opened.arrays.items()}
@@ -99,7 +100,11 @@ def fingerprints_of(opened: OpenBackbone) -> Fingerprints:
 
 
 def describe_prompt(file: PromptFile) -> JsonObject:
-    """Describes the shape, bytes, norms and metadata of a prompt."""
+    """Describes a prompt: its shape, its size in memory ("bytes"), its norms and its metadata.
+
+    The norms are the RMS of all entries ("rms"), and the least, median and greatest L2 norm of a
+    row ("row_norms").
+    """
     norms = np.linalg.norm(file.prompt, axis=1)
     return {
         "shape": list(file.prompt.shape),
@@ -117,7 +122,12 @@ def describe_prompt(file: PromptFile) -> JsonObject:
 
 
 def describe_run(model_dir: epath.Path) -> JsonObject:
-    """Describes the results, newest checkpoint and best export of a MODEL_DIR, if they exist."""
+    """Describes the run in a MODEL_DIR: its results, and the step of its newest checkpoint.
+
+    These are None if they do not exist. If the run has saved a best prompt, best prompts of the
+    members of a sweep, or a best model, the entries "best_prompt", "best_prompts" or "best_model"
+    contain their paths. "best_prompt" also has the entries of `describe_prompt`.
+    """
     run = ModelDir(model_dir)
     described: JsonObject = {
         "path": os.fspath(model_dir),
@@ -135,10 +145,15 @@ def describe_run(model_dir: epath.Path) -> JsonObject:
 
 
 def describe_checkpoint(folder: epath.Path) -> JsonObject:
-    """Describes a checkpoint of a run: the run's identity and progress, and the arrays.
+    """Describes a checkpoint of a run; reads no array.
 
     Args:
         folder: MODEL_DIR/checkpoints/STEP.
+
+    Returns:
+        "path"; "run" and "progress", the contents of the checkpoint's JSON files `identity` and
+        `progress`; "arrays", which maps each array's name to its shape and dtype; and "bytes", the
+        size of all arrays in memory.
 
     Raises:
         InputError: the checkpoint is incomplete or damaged.

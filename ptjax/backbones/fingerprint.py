@@ -47,10 +47,13 @@ class Fingerprints(NamedTuple):
     v2: str
 
     def compare(self, metadata: Metadata) -> tuple[str, str] | None:
-        """Returns a pair to compare: (fingerprint recorded by a prompt, this backbone's).
+        """Returns the pair (fingerprint in a prompt's metadata, this backbone's fingerprint).
 
         Both are v2 if the prompt records a v2, else v1. They are equal if the prompt was tuned on
-        this backbone. None if the prompt records no fingerprint.
+        this backbone. Returns None if the prompt records no fingerprint.
+
+        Args:
+            metadata: the prompt's metadata.
         """
         recorded = metadata.get(V2_KEY) or metadata.get(V1_KEY)
         if recorded is None:
@@ -73,13 +76,14 @@ class Fingerprints(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """A part of a parameter, of which this process holds only the values in its own shards.
+    """The values of one part of a parameter that are in this process's shards.
 
-    If a shard is replicated, only the process with the first replica holds its values.
+    A part is a slice of the parameter that a fingerprint hashes (`Family.fingerprint_parts`). If a
+    shard is replicated, only the process with the first replica holds its values.
 
     Attributes:
-        shape: the shape of the whole part.
-        held: for each shard, (slices of its position in the part, its values in bfloat16).
+        shape: the shape of the whole part, with the values of all processes.
+        held: for each shard that overlaps the part, (slices into the part, values in bfloat16).
     """
 
     shape: tuple[int, ...]
@@ -143,10 +147,10 @@ def _computed(config: DataclassInstance, family: Family) -> JsonObject:
 
 
 def sample_of(path: str, array: jax.Array, family: Family) -> dict[str, dict[str, Sample]]:
-    """Takes the sample of one parameter; returns {path: {name of a part: sample}}.
+    """Copies the values that the fingerprints hash from this process's shards of one parameter.
 
-    Each process samples its own shards, without waiting for others or for the devices. `exchange`
-    then combines the samples of all processes.
+    Does not wait for other processes or for the devices. `exchange` then combines the samples of
+    all processes. Returns {path: {name of a part: sample}}; see `Sample`.
 
     Args:
         path: the parameter's name, which determines the parts (`family.fingerprint_parts`).

@@ -70,7 +70,7 @@ class Backbone:
         return Fingerprints(self.fingerprint_v1, self.fingerprint)
 
     def make_apply_fn(self, attends_to_input: bool, collections: tuple[str, ...] = ()) -> ApplyFn:
-        """Makes a function that applies the network with a prompt; see `apply_fn`.
+        """Makes a function that is called like `apply_fn`, but with other settings.
 
         Args:
             attends_to_input: whether prompt positions attend to the input.

@@ -296,7 +296,10 @@ def _full_name(selector: str) -> str:
 
 
 def declared(selector: str, *, unless_of: str) -> JsonObject:
-    """Makes the objects of a class for which the gin files bind settings, one for each scope.
+    """Makes an object of a class for each gin scope in which the gin files bind its arguments.
+
+    `a/ptjax.Task.name = "x"` declares a task in the scope `a`. If there are several scopes, one
+    that lacks a required argument is skipped: it holds the settings that the others share.
 
     Args:
         selector: the public name of the class, such as "ptjax.Task".
@@ -304,11 +307,10 @@ def declared(selector: str, *, unless_of: str) -> JsonObject:
             are arguments of that class are left out.
 
     Returns:
-        the objects by their reference, such as "@scope/ptjax.Task()".
+        maps each object's reference, such as "@scope/ptjax.Task()", to the object.
 
     Raises:
-        InputError: there is one declaration only, and it lacks a required argument. Among several,
-            an incomplete declaration is skipped: it holds the settings that the others share.
+        InputError: there is only one scope, and it lacks a required argument.
     """
     names = [name for _, name in _gin._CONFIG if _full_name(name) == selector]
     scopes = [scope for scope, name in _gin._CONFIG if name in names]

@@ -62,12 +62,14 @@ def _module(function: object) -> str:
 
 
 def fits(value: Any, kind: Any) -> bool:
-    """Whether a value that gin binds has an annotated type.
+    """Whether a value that gin binds to an argument matches the argument's annotation.
 
-    A macro is replaced by its value. `@f()` counts as fitting unless f is a class of another type.
+    A macro is replaced by its value, and fits if it has none. The result of a function, `@f()`,
+    always fits, because its type is unknown; for a class, `@C()` must be of the annotated type.
 
     Args:
-        kind: the annotation, resolved (see `argument_types`).
+        value: the value in gin's config; it may be a reference.
+        kind: the argument's annotation, resolved (see `argument_types`).
     """
     origin, inner = get_origin(kind), get_args(kind)
     if isinstance(value, _gin.ConfigurableReference):
@@ -109,7 +111,11 @@ def _reference_fits(reference: Any, kind: Any) -> bool:
 
 
 def is_path(kind: object) -> bool:
-    """Whether a type is a path's, which means a union that contains `os.PathLike`."""
+    """Whether an annotation is that of a path argument: a union that contains `os.PathLike`.
+
+    Args:
+        kind: the argument's annotation, resolved (see `argument_types`).
+    """
     return any(get_origin(member) is os.PathLike for member in get_args(kind))
 
 
@@ -127,9 +133,12 @@ def is_macro(value: Any) -> bool:
 
 
 def macro_value(reference: Any) -> Any:
-    """The value of the macro `reference`, which may be another macro.
+    """Returns the value of a macro; `UNBOUND` if nothing sets it.
 
-    Returns `UNBOUND` if nothing sets the macro.
+    If the macro is set to another macro, returns the reference to that one.
+
+    Args:
+        reference: gin's object for `%NAME`; `is_macro(reference)` must be true.
     """
     scope = reference.scoped_selector.rsplit("/", 1)[0]
     return _gin._CONFIG.get((scope, "gin.macro"), {}).get("value", UNBOUND)
@@ -234,11 +243,12 @@ def check_finite(files: Sequence[epath.Path], command_line: Sequence[str]) -> No
 def check_types(
     files: Sequence[epath.Path], command_line: Sequence[str], optional: Sequence[str]
 ) -> None:
-    """Raises InputError for a value that does not have its argument's type, or an empty path.
+    """Raises InputError if a value in gin's config has a wrong type or is an empty path.
 
     Args:
         files, command_line: as for `check_finite`.
-        optional: macros whose path may be empty.
+        optional: names of macros that end in _DIR or _PATH and may still be empty, if the
+            argument that uses them is not annotated as a path.
     """
     for (scope, selector), bindings in list(_gin._CONFIG.items()):
         function = _gin._REGISTRY.get_match(selector).wrapped

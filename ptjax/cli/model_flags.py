@@ -102,7 +102,8 @@ def load(arguments: argparse.Namespace, *, reads_data: bool = False) -> None:
         reads_data: whether the command reads the task's splits, which needs DATA_DIR.
 
     Raises:
-        InputError: --prompt and --prompts are both set, MODEL_DIR does not exist, or as `load_gin`.
+        InputError: --prompt and --prompts are both set, MODEL_DIR does not exist, or `load_gin`
+            finds a mistake in a gin file or binding.
     """
     if arguments.prompts is not None and arguments.prompt is not None:
         raise InputError("--prompt and --prompts are mutually exclusive")
@@ -188,7 +189,10 @@ def prompt_path(arguments: argparse.Namespace) -> str | None:
 
 
 def trained_bank(arguments: argparse.Namespace) -> str | None:
-    """The folder with the prompts of the sweep in MODEL_DIR; None if no sweep is there."""
+    """Returns the folder that holds the best prompts of the sweep in MODEL_DIR.
+
+    Returns None if no MODEL_DIR is set, or no member of a sweep has saved a best prompt there.
+    """
     directory = model_dir(arguments)
     if directory is None or not ModelDir(directory).members():
         return None
@@ -306,7 +310,9 @@ def task(metadata: Metadata, *, needed: bool = True) -> Task | None:
 
 
 def lengths(metadata: Metadata) -> dict[str, int]:
-    """The maximum lengths in tokens, {"inputs": T, "targets": L}; unknown ones are left out.
+    """Returns the maximum lengths of an example in tokens: {"inputs": T, "targets": L}.
+
+    A length that neither the metadata nor the gin files set is left out.
 
     Args:
         metadata: the prompt's metadata, which take precedence over the gin files.

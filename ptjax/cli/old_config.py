@@ -56,8 +56,9 @@ class _Names(config_parser.ParserDelegate):
 
 
 def translate(text: str) -> str:
-    """Translates the text of an old config.gin: settings that still exist, under public names.
+    """Translates the text of a config.gin that an older ptjax wrote; returns the new text.
 
+    Settings get their public names. Settings of ptjax that no longer exist are removed.
     `backbone.load_backbone.path` becomes `ptjax.load_backbone.path`: only the last two parts of the
     name matter. Names that are not ptjax's stay unchanged; `trust.check` rejects them later.
 

@@ -171,7 +171,10 @@ def _finite(value: object) -> object:
 
 
 def add_prefix_flag(parser: argparse.ArgumentParser) -> None:
-    """Adds the flag --prefix, for the names of the fields that a command adds to records."""
+    """Adds the flag --prefix=TEXT to a command that adds fields to each record of its input.
+
+    The names of the added fields start with TEXT, so that they do not clash with existing ones.
+    """
     parser.add_argument(
         "--prefix",
         default="",
@@ -210,7 +213,12 @@ class ConfigFile(Callback):
         self.text = text
 
     def on_start(self, model_dir: epath.Path, step: int) -> None:
-        """Writes the file on the first process; a resumed run replaces its earlier file."""
+        """Writes config.gin on the first process; a resumed run replaces its earlier file.
+
+        Args:
+            model_dir: the run's folder.
+            step: unused.
+        """
         from ptjax.sharding import processes
 
         if processes.first():

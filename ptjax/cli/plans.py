@@ -18,8 +18,9 @@ def show_run(spec: StepSpec, counted: Report | None) -> None:
     """Prints the run that is planned: the network, the trainable parameters, the FLOPs of a step.
 
     Args:
-        counted: a report with the numbers of parameters and FLOPs, for any configuration. None if
-            every configuration was refused; these numbers are not printed then.
+        spec: the run's network, method and batch.
+        counted: the report of any configuration that was not refused; its counts of parameters and
+            FLOPs are printed. None omits them.
     """
     config, shape = spec.config, spec.shape()
     console, method = _console(), spec.method
@@ -43,7 +44,9 @@ def show_run(spec: StepSpec, counted: Report | None) -> None:
 
 
 def show_slice(plan: Report) -> None:
-    """Prints the plan for one slice: a table of layouts, and the best settings.
+    """Prints the plan for one slice of devices: a table of configurations, and the best settings.
+
+    The rows of the table are the gin file's configuration, those that were tried, and the best.
 
     Args:
         plan: the result of `ptjax.plan.plan_slice`.
