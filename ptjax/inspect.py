@@ -11,7 +11,7 @@ from ptjax.files import JsonObject, Metadata
 
 
 def main() -> None:
-    """Parses the flags and runs the command."""
+    """Runs `python -m ptjax.inspect`: parses the command line and calls `inspect`."""
     parser = cli.make_parser(
         "inspect",
         """
@@ -43,7 +43,11 @@ def main() -> None:
 
 
 def inspect(arguments: argparse.Namespace) -> None:
-    """Prints the description of a path; `arguments` are the parsed flags."""
+    """Prints a description of a backbone, prompt, MODEL_DIR or checkpoint, as text or JSON.
+
+    Args:
+        arguments: the parsed flags of `main`; `arguments.path` is what to describe.
+    """
     from ptjax.backbones import describe
 
     check_at_least(1, **{"--tokens": arguments.tokens})
@@ -59,18 +63,18 @@ def inspect(arguments: argparse.Namespace) -> None:
 
 
 def add_tokens(described: JsonObject, arguments: argparse.Namespace, bound: Metadata) -> None:
-    """Adds the tokens nearest to a prompt to its description.
+    """Adds the vocabulary tokens nearest to each row of a prompt to the prompt's description.
 
     Adds the entries "nearest_tokens" and "compared_with", the backbone's name. If the backbone is
-    not available, adds only "not_compared", the reason.
+    not available, adds only the entry "not_compared", which gives the reason.
 
     Args:
         described: the prompt's description; the entries are added to it.
         arguments: the parsed flags.
-        bound: the arguments of `load_backbone` that gin binds.
+        bound: the arguments "path" and "tokenizer" of `load_backbone`, where gin sets them.
 
     Raises:
-        InputError: the backbone that the user named cannot be used.
+        InputError: the backbone named by `--backbone` or gin cannot be used.
     """
     from ptjax.backbones import describe
     from ptjax.backbones.open import would_download
@@ -98,7 +102,12 @@ def add_tokens(described: JsonObject, arguments: argparse.Namespace, bound: Meta
 
 
 def show(described: Metadata, indent: int = 0) -> str:
-    """Formats a description as lines of text, each with `indent` spaces; it may be nested."""
+    """Formats a description as text: lines "name: value", without the entries that are None.
+
+    Args:
+        described: values by name; a dict among them is shown below its name, indented.
+        indent: the number of spaces before each line.
+    """
     lines = []
     for name, value in described.items():
         shown = logs.printable(name).replace("_", " ")

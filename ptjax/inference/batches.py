@@ -69,8 +69,8 @@ def plan_batches(
     Examples of similar length share a batch. An empty row has the example index -1.
 
     Args:
-        batch_size: the number of examples per batch, rounded up to a capacity. A small source has
-            smaller batches; a batch has at least `group` rows.
+        batch_size: the number of examples per batch. `capacity.batch_rows` computes the number of
+            rows from it; a small source has smaller batches. At least `group` is used.
         divisor: the number of devices that share the rows; it divides the number of rows.
         group: the number of consecutive examples that must be in the same batch, such as copies of
             one example.
@@ -97,13 +97,13 @@ def map_examples(
 
     Args:
         compute: the function, called with tokens [B, T], lengths [B] and a tuple of the batch's
-            rows of each array in `per_example`.
+            rows of each array in `per_example`. It returns an array [B, ...], or a pair of them.
         model: provides the mesh and the special ids; `compute` is not called with it.
         per_example: arrays [N, ...] (or None) with further inputs of the examples.
         batch_size, group: as for `plan_batches`.
 
     Returns:
-        The results as numpy arrays [N, ...], in the order of the examples.
+        What `compute` returns, for all examples in order: a numpy array [N, ...], or a pair.
     """
     mesh, outputs = model.mesh, []
     planned = plan_batches(source, batch_size, rows_divisor(mesh), group)

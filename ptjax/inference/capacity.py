@@ -14,7 +14,10 @@ FEWEST_LABELS = 4
 
 
 def round_up(size: int, steps: int = 2) -> int:
-    """Rounds a size up to a capacity; between a power of 2 and the next there are `steps` of them.
+    """Rounds a size up to the next capacity.
+
+    From each power of 2 (included) to the next (excluded) there are `steps` equidistant capacities;
+    small sizes have fewer, because capacities are integers.
 
     >>> [round_up(n) for n in (1, 3, 5, 9, 20, 33, 501)]
     [1, 3, 6, 12, 24, 48, 512]
@@ -26,9 +29,10 @@ def round_up(size: int, steps: int = 2) -> int:
 
 
 def bank_capacity(prompts: int, longest: int) -> tuple[int, int]:
-    """Returns the capacities (prompts, prompt length) of a bank's arrays.
+    """Rounds up the size of a bank's arrays; returns (number of prompts, prompt length).
 
-    Lengths have finer steps, because every position of a prompt is computed for every row.
+    Lengths are rounded in finer steps, because every position of a prompt is computed for every
+    row.
 
     Args:
         prompts: the number of prompts.
@@ -38,27 +42,36 @@ def bank_capacity(prompts: int, longest: int) -> tuple[int, int]:
 
 
 def label_capacity(labels: int, longest: int) -> tuple[int, int]:
-    """Returns the capacities (labels, tokens per label) of a label set.
+    """Rounds up the size of a label set; returns (number of labels, tokens per label).
 
     Args:
         labels: the number of labels.
-        longest: the length of the longest label.
+        longest: the number of tokens of the longest label.
     """
     return max(FEWEST_LABELS, round_up(labels, 1)), max(2, round_up(longest, 1))
 
 
 def batch_rows(batch_size: int, examples: int, divisor: int) -> int:
-    """Returns the number of rows of a batch, a multiple of `divisor`.
+    """Returns the number of rows of a batch, padding included.
 
-    It is rounded up to a capacity from `batch_size` or, if that is less, from the number of
-    examples.
+    Takes the smaller of `batch_size` and `examples`, each rounded up to a capacity. Divides it over
+    the devices, and rounds each device's share up to a capacity.
+
+    Args:
+        batch_size: the number of examples that a batch should hold.
+        examples: the number of examples in total.
+        divisor: the number of devices that share the rows; the result is a multiple of it.
     """
     rows = min(round_up(batch_size), round_up(examples, 1))
     return divisor * round_up(-(-rows // divisor))
 
 
 def input_lengths(longest: int) -> list[int]:
-    """Returns input lengths that double from `SHORTEST_INPUT`; the last is at least `longest`."""
+    """Returns the input lengths to compile for, in tokens, ascending.
+
+    They double from `SHORTEST_INPUT`. The last is `longest` rounded up by `round_up`, but not less
+    than `SHORTEST_INPUT`.
+    """
     lengths = [SHORTEST_INPUT]
     while lengths[-1] < longest:
         lengths.append(2 * lengths[-1])

@@ -37,7 +37,7 @@ COLDEST = 1e-30
 
 
 class Settings(TypedDict, total=False):
-    """The fields of `Decoding`, as keyword arguments."""
+    """The types of the optional arguments `**settings`, which are the fields of `Decoding`."""
 
     num_beams: int
     alpha: float
@@ -48,7 +48,11 @@ class Settings(TypedDict, total=False):
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """The settings of generation: arguments of `generate`, which documents them."""
+    """The settings of generation; `generate` documents them, as arguments of the same names.
+
+    Raises:
+        InputError: a value is out of range, or a beam search has a temperature above 0.
+    """
 
     num_beams: int = 1
     alpha: float = 0.6

@@ -63,7 +63,11 @@ def open_prompt(backbone: Backbone, prompt: PromptLike, *, allow_mismatch: bool 
 
 
 def open_single(backbone: Backbone, prompt: PromptLike) -> PromptFile | None:
-    """Opens a prompt like `open_prompt`, but raises InputError for a bank."""
+    """Opens a prompt like `open_prompt`, but accepts no bank; returns None for None.
+
+    Raises:
+        InputError: as for `open_prompt`, or `prompt` is a bank.
+    """
     opened = open_prompt(backbone, prompt)
     if isinstance(opened, PromptBank):
         raise InputError("one prompt is needed here, not a bank of them")
@@ -73,10 +77,11 @@ def open_single(backbone: Backbone, prompt: PromptLike) -> PromptFile | None:
 def check_prompt(
     backbone: Backbone, prompt: PromptFile, *, allow_mismatch: bool = False
 ) -> PromptFile:
-    """Raises InputError for a prompt that was tuned on another backbone or with another tokenizer.
+    """Checks that a prompt was tuned on this backbone, with this tokenizer.
 
-    If the prompt does not record the fingerprint of its backbone, only the rest is checked, with a
-    warning unless the prompt names this backbone.
+    Compares the width, the fingerprints of backbone and tokenizer, and the special ids. What the
+    prompt's metadata do not record is not compared. If they lack the backbone's fingerprint, logs a
+    warning, unless they name this backbone.
 
     Args:
         allow_mismatch: only warn if fingerprints or special ids differ.

@@ -27,11 +27,12 @@ PLAIN = "\0line"
 
 @dataclasses.dataclass(frozen=True)
 class InputFormat:
-    """The task that formats inputs for a prompt, and their maximum lengths.
+    """How to format the inputs of a prompt, and the maximum lengths of inputs and targets.
 
     Attributes:
         task: formats records and has the labels; None if inputs are already formatted.
-        input_length, target_length: the maximum lengths in tokens; None means the default.
+        input_length, target_length: the maximum number of tokens of an input, and of a label or
+            generated text. None means `INPUT_LENGTH`, and `LABEL_LENGTH` or `MAX_NEW_TOKENS`.
     """
 
     task: Task | None
@@ -99,14 +100,14 @@ def check_prompt_fields(
 
 
 def format_record(record: Record, task: Task | None) -> tuple[str, JsonObject]:
-    """Formats a record; returns (the model's input, the record's fields).
+    """Formats a record; returns (the model's input, the record's fields by name).
 
-    If the record is a plain line (see `PLAIN`), the line fills the only field of the template, and
-    is returned under the name of that field.
+    A record may be a plain line of text without fields (see `PLAIN`). The line then fills the only
+    field of the task's template, and the returned fields are that one.
 
     Args:
-        task: has the template. None means that the record's field `RAW_FIELD`, or its plain line,
-            is the input as it is; a plain line is then returned without fields.
+        task: its template formats the record. If None, the model's input is the field `RAW_FIELD`
+            unchanged, or the plain line; the fields returned for a plain line are then empty.
 
     Raises:
         InputError: a field is missing or cannot be used. The message has the file and line.

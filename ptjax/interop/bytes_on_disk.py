@@ -15,7 +15,7 @@ _PIECE = 1 << 22
 
 
 def numpy_dtype(name: str) -> np.dtype:
-    """The numpy dtype with this name ("bfloat16" too), little-endian as in every file read here."""
+    """Returns the little-endian numpy dtype with this name; supports "bfloat16" too."""
     if name == "bfloat16":
         return np.dtype(ml_dtypes.bfloat16)
     return np.dtype(name).newbyteorder("<")

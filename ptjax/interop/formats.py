@@ -22,9 +22,10 @@ class Opened(NamedTuple):
 
     Attributes:
         arrays: maps parameter names (ptjax's) to arrays, which are still on disk.
-        from_config: the fields of the network's config that the files state.
-        name: the backbone's name.
-        folders: where to look for a tokenizer, nearest first.
+        from_config: the fields of the network's config, by name, that a file in the folder records;
+            may be empty.
+        name: the backbone's name as the user wrote it; for a T5X checkpoint, its path.
+        folders: the folders that may contain the tokenizer, in the order of the search.
     """
 
     arrays: dict[str, LazyArray]

@@ -26,7 +26,7 @@ class LazyArray:
         read_parts: maps indices to one numpy array per index, in `dtype`. Data shared by several
             parts, such as a compressed chunk, is read once. Raises `InputError`, with file and
             parameter in the message, if the file is damaged.
-        where: the file (and the name in it), for messages.
+        where: where the array is stored, for messages: the path, and its name if there are several.
     """
 
     shape: tuple[int, ...]
@@ -45,7 +45,7 @@ class LazyArray:
 
 
 def one_by_one(read: Callable[[Index], np.ndarray]) -> ReadParts:
-    """Makes a `LazyArray.read_parts` that calls `read` for every part separately."""
+    """Makes a `LazyArray.read_parts` from a function that reads the part at one index."""
     return lambda indices: [read(index) for index in indices]
 
 

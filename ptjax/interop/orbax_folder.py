@@ -47,18 +47,19 @@ _NUMBER = re.compile(r"([A-Za-z][\w-]*_)?(\d+)")
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """One saved tree whose arrays are not open yet.
+    """One tree of arrays that Orbax saved: what its folder contains. The arrays are not open yet.
 
-    Names are dotted: "params.decoder.logits_dense.kernel".
+    The module's docstring describes the files. Names of arrays are dotted:
+    "params.decoder.logits_dense.kernel".
 
     Attributes:
         folder: the item's folder.
-        arrays: maps the name of each zarr array to its keys (see `ArrayLocation.keys`).
-        values: maps the name of each array that is stored in the msgpack to the array.
-        listed: the names of the zarr arrays in the item's own list, `_METADATA`.
-        kvstore: tensorstore's spec of the database or folder.
-        sizes: maps the keys of a database to the sizes of their values in bytes; None if the item
-            is a folder of zarr arrays.
+        arrays: maps the name of each zarr array found to its keys (see `ArrayLocation.keys`).
+        values: maps the name of each array stored in the msgpack file `checkpoint` to the array.
+        listed: the names of the zarr arrays that should exist, by `_METADATA` and the msgpack file.
+        kvstore: tensorstore's spec of the OCDBT database, or of the folder of zarr arrays.
+        sizes: maps the keys of the database to the sizes of their values in bytes; None if the
+            item is a folder of zarr arrays.
         stores_fill: whether the writer stored all chunks, including those equal to the fill value;
             None if it did not record this.
     """
@@ -73,11 +74,11 @@ class Item:
 
     @property
     def names(self) -> set[str]:
-        """The dotted names of all arrays that exist."""
+        """The dotted names of all arrays found; arrays that are only `listed` are not included."""
         return {*self.arrays, *self.values}
 
     def locate(self, name: str) -> ArrayLocation:
-        """The location of a zarr array; `name` is dotted ("params.token_embedder.embedding")."""
+        """Returns where a zarr array is stored; `name` is a key of `arrays`."""
         prefix = f"{name}/"
         # A chunk missing from a database was never written; a folder may have lost a file.
         may_omit = self.stores_fill is False or (
@@ -145,9 +146,9 @@ def is_complete(item: epath.Path) -> bool:
 
 
 def has_placeholder(tree: Tree) -> bool:
-    """Whether a tree read from a msgpack has a leaf "PLACEHOLDER://...", as only Orbax writes.
+    """Whether a tree read from a msgpack file `checkpoint` has a leaf "PLACEHOLDER://...".
 
-    The arrays are in separate files then.
+    Only Orbax writes such leaves, for arrays that it stores outside this file.
     """
     if isinstance(tree, dict):
         return any(map(has_placeholder, tree.values()))
@@ -199,7 +200,9 @@ def load_orbax(checkpoint: epath.Path, family: Family) -> dict[str, LazyArray]:
 
 
 def open_item(folder: epath.Path) -> Item:
-    """Lists the arrays of the item in `folder`; if it is a database, checks that its files exist.
+    """Lists the arrays that a folder of Orbax contains, without opening them.
+
+    If the folder is an OCDBT database, also checks that the database's files exist.
 
     Raises:
         InputError: the save is incomplete, or files are missing or damaged.

@@ -43,8 +43,8 @@ class PromptFile:
         prompt: float32 [P, D], finite.
         metadata: the header of ptjax's own file, or the metadata that `peft.load_peft` returns;
             empty for other formats.
-        states: the precomputed keys and values of a compiled prompt, for the backbone that the
-            metadata name; None otherwise.
+        states: the keys and values from `precompute_prompt_kv`, which hold only for the backbone
+            that the metadata name; None if they were not computed.
     """
 
     prompt: np.ndarray | Array
@@ -67,12 +67,12 @@ def save_prompt(
 
     Args:
         metadata: JSON values by name; `load_prompt` returns them.
-        states: the keys and values of a compiled prompt, [layers, P, H, K] each; written in their
-            own dtype.
+        states: the keys and values from `precompute_prompt_kv`, [layers, P, H, K] each, to store
+            with the prompt; written in their own dtype.
 
     Raises:
         InputError: the prompt is not finite or not [P, D], or a metadata value that ptjax reads
-            has the wrong type.
+            has the wrong type or is out of range.
     """
     check_path("the path of the prompt", path)
     if problem := prompt_header.wrong_value(metadata):
@@ -128,10 +128,10 @@ def wrong_width(
     """Makes the exception for a prompt whose width is not the backbone's.
 
     Args:
-        called: the prompt's name in the message.
+        called: what the message calls the prompt, such as "the prompt".
         shape: the prompt's shape.
         backbone: the backbone's name.
-        width: the backbone's D.
+        width: the backbone's embedding width, D.
         tuned_on: the name of the backbone that the prompt was tuned on, if it is recorded.
     """
     return InputError(
@@ -143,10 +143,10 @@ def wrong_width(
 def load_prompts(directory: str | os.PathLike[str]) -> dict[str, PromptFile]:
     """Loads every prompt in a directory, local or gs://; returns them by name, sorted.
 
-    Prompts are files (*.safetensors, *.npy), PEFT directories, and folders with a
-    `best.safetensors` or `prompts/best.safetensors` (members of a sweep, or runs). A prompt has
-    the name of its file without the suffix, or of its folder. Hidden entries are skipped; a
-    folder without a prompt is skipped with a warning.
+    Each entry of the directory may be a prompt: a file (*.safetensors, *.npy), a PEFT directory, or
+    a folder that contains `best.safetensors` or `prompts/best.safetensors`, such as a MODEL_DIR. A
+    prompt's name is that of the entry; a file's suffix is removed. Hidden entries and other files
+    are skipped silently, other folders with a warning.
 
     Raises:
         InputError: the directory holds no prompt, two have the same name, one is called 'none', or
@@ -305,9 +305,9 @@ class FromFile:
         return prompt
 
     def identity(self) -> JsonObject:
-        """Returns {"path": the prompt}, which `identity.describe` uses instead of the path.
+        """Returns {"path": array}: the prompt in the file, in place of the file's path.
 
-        A MODEL_DIR is resumed only by a run with the same identity, which thus contains the prompt
-        itself, not its location.
+        `identity.describe` adds it to the identity of a run. Only a run with the same identity can
+        resume a MODEL_DIR; the file may have moved, but must hold the same prompt.
         """
         return {"path": load_prompt(self.path).prompt}
