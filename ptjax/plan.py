@@ -89,9 +89,13 @@ def main() -> None:
 
 
 def plan(arguments: argparse.Namespace) -> None:
-    """Prints the plans for the slices of --slice; `arguments` are the parsed flags.
+    """Prints, for each group of TPUs or GPUs that --slice names, whether and how a run fits on it.
 
-    Sets environment variables that make JAX use the CPU; call it before JAX is imported.
+    A plan has the mesh, the memory of a device, and the time and traffic of a step; no accelerator
+    is needed. Sets environment variables that make JAX use the CPU; call it before JAX is imported.
+
+    Args:
+        arguments: the parsed flags.
     """
     from ptjax.planning.slices import ENVIRONMENT, parse_slice
 
