@@ -8,7 +8,9 @@ checksums of the arrays and of the JSON are saved too, and compared when a check
 
 from __future__ import annotations
 
+import gc
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -132,6 +134,8 @@ class Checkpoints:
                 raise  # the file is not the cause
             except Exception as error:  # Orbax has no exception of its own for damage
                 problem = _reason(error)
+            if loaded is None:
+                _drop_pending_reads()
             if processes.any_of_all(loaded is None):
                 damaged[step] = problem or "another process cannot read it"
                 continue
@@ -231,6 +235,15 @@ class Checkpoints:
             f"{self.directory}: every checkpoint is damaged ({reasons}); restore the folder from a "
             "copy, or remove it to start from step 0"
         )
+
+
+def _drop_pending_reads() -> None:
+    """Frees the reads that Orbax started and left; later, each would print a traceback."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda unraisable: None
+    try:
+        gc.collect()
+    finally:
+        sys.unraisablehook = hook
 
 
 def _reason(error: BaseException) -> str:
