@@ -1,4 +1,4 @@
-"""Failures: stops the members of a run whose values are no longer finite."""
+"""Failures: stops the members of a run whose values become NaN or infinite."""
 
 from __future__ import annotations
 

@@ -135,7 +135,7 @@ def test_a_bank_that_lacks_the_origin_of_a_prompt_is_not_taken(backbone):
 
 
 def test_a_family_without_blind_prompts_takes_all_others(backbone):
-    """Also a bank with room for further prompts: what stands there sees the input."""
+    """Also in a bank with empty places, whose entries attend to the input."""
 
     def build(attends_to_input: bool) -> Any:
         assert attends_to_input  # another network than the family has

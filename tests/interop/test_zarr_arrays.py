@@ -1,4 +1,4 @@
-"""The chunks of an array, as tensorstore names them, and what is said where one cannot be read."""
+"""The names of chunks, as tensorstore writes them, and the message for a damaged chunk."""
 
 from __future__ import annotations
 

@@ -130,7 +130,7 @@ def test_versions_that_changed_are_listed_with_those_that_came_and_went():
 
 
 def refusal(saved: Any, now: Any, **more: Any) -> str | None:
-    """What is said of two runs with these settings; None if they are the same."""
+    """The refusal for two runs with these settings; None if they are the same run."""
 
     def whole(settings: Any) -> dict[str, Any]:
         return {"format": FORMAT, "settings": {"is": "tune", "it": settings}, "data": {}} | more

@@ -79,7 +79,7 @@ def test_the_step_divides_its_batch_as_the_config_says(tiny_batch) -> None:
     assert rows_seen(whole, batch, mesh, small=True, attends_to_input=False) == {2}
     assert rows_seen(halves, batch, mesh, small=False) == {8}
     assert rows_seen(halves, batch, mesh, small=True) == {1}
-    # As said where nothing is said about the prompt: it attends to the input.
+    # The default: the prompt attends to the input.
     assert whole.groups(mesh, small=True) == 1
 
 
