@@ -1,4 +1,4 @@
-"""The names of chunks, as tensorstore writes them, and the message for a damaged chunk."""
+"""The names of chunks, as tensorstore writes them, and the message for one that is missing."""
 
 from __future__ import annotations
 
