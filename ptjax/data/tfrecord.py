@@ -8,6 +8,7 @@ in `tensorflow/core/lib/io/record_writer.h`.
 from __future__ import annotations
 
 import bisect
+import collections
 import itertools
 import struct
 from array import array
@@ -25,6 +26,7 @@ _CHECKSUM = struct.Struct("<I")
 _MASK = 0xA282EAD8
 _MOST_BYTES = (1 << 31) - 1
 """Allowed size of a record: protobuf parses no larger message."""
+_MOST_OPEN = 16
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"\x78\x01": "zlib", b"\x78\x9c": "zlib", b"\x78\xda": "zlib"}
 
 
@@ -146,7 +148,7 @@ class RecordFile:
 class RecordSource:
     """The records of a split by index, from several files; a context manager.
 
-    One file is open at a time. Threads must not share a source.
+    A few files are open at a time. Threads must not share a source.
     """
 
     def __init__(self, instructions: Sequence[Instruction]) -> None:
@@ -158,7 +160,7 @@ class RecordSource:
         self._skips = [part.skip for part in instructions]
         self._files = [RecordFile(part.filename, part.examples_in_shard) for part in instructions]
         self._ends = list(itertools.accumulate(part.take for part in instructions))
-        self._opened: RecordFile | None = None
+        self._opened: collections.deque[RecordFile] = collections.deque()
 
     def __enter__(self) -> RecordSource:
         return self
@@ -173,9 +175,10 @@ class RecordSource:
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
         file, position = self._locate(index)
-        if file is not self._opened:
-            self.close()
-            self._opened = file
+        if file not in self._opened:
+            if len(self._opened) == _MOST_OPEN:
+                self._opened.popleft().close()
+            self._opened.append(file)
         return file.read(position)
 
     def __iter__(self) -> Iterator[bytes]:
@@ -187,10 +190,9 @@ class RecordSource:
         return f"{file.path}: record {position + 1:,} of {file.count:,}"
 
     def close(self) -> None:
-        """Closes the open file; the next record opens it again."""
-        if self._opened is not None:
-            self._opened.close()
-        self._opened = None
+        """Closes all files; reading a record opens its file again."""
+        while self._opened:
+            self._opened.pop().close()
 
     def _locate(self, index: int) -> tuple[RecordFile, int]:
         part = bisect.bisect_right(self._ends, index)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import random
 import re
 import shutil
@@ -66,6 +67,12 @@ def fails(folder: Path, source: str = "tfds:all_features@train") -> str:
     return str(raised.value)
 
 
+def open_records() -> list[str]:
+    """The TFRecord files that this process has open."""
+    paths = [os.path.realpath(link) for link in Path("/proc/self/fd").iterdir()]
+    return [path for path in paths if ".tfrecord" in path]
+
+
 def records_of(path: Path, count: int) -> list[bytes]:
     with tfrecord.RecordSource([Part(str(path), 0, count, count)]) as source:
         return list(source)
@@ -106,7 +113,9 @@ def test_a_task_reads_it(copy):
     assert examples.digest.startswith("all_features/small/1.2.3 sha256:")
 
 
-def test_random_access():
+@pytest.mark.parametrize("most", [1, 2, 16])
+def test_random_access(monkeypatch, most):
+    monkeypatch.setattr(tfrecord, "_MOST_OPEN", most)
     parts = [
         Part(str(shard("train", 0)), 1, 2, 4),
         Part(str(shard("train", 1)), 0, 3, 3),
@@ -118,10 +127,12 @@ def test_random_access():
         assert len(source) == 6
         order = [5, 4, 3, 2, 1, 0, *random.Random(0).choices(range(6), k=50)]
         assert [source[i] for i in order] == [expected[i] for i in order]
+        assert len(open_records()) == min(most, 3)
         assert source.place(1).endswith("train.tfrecord-00000-of-00002: record 3 of 4")
         for outside in (6, -1):
             with pytest.raises(IndexError):
                 source[outside]
+    assert open_records() == []
     assert list(tfrecord.RecordSource([])) == []
 
 
