@@ -1,6 +1,7 @@
-"""`pretrain`: trains all weights on running text and supervised text-to-text tasks.
+"""`pretrain`: trains all weights on plain text and supervised text-to-text tasks.
 
-From scratch it makes a new backbone; from a checkpoint it does the paper's LM adaptation.
+From scratch it makes a new backbone; from a checkpoint it does the prompt tuning paper's LM
+adaptation.
 """
 
 from __future__ import annotations
@@ -64,16 +65,19 @@ def pretrain(
     callbacks: Sequence[Callback] = (),
     dry_run: bool = False,
 ) -> None:
-    """Trains all weights; `MODEL_DIR/models/best` is the newest model, in Hugging Face's layout.
+    """Trains all weights of a T5. `MODEL_DIR/models/best` is the newest export (Hugging Face).
 
     Args:
-        start: a backbone to continue from, or a config to start from scratch (set `tokenizer` too).
+        start: a backbone to continue from, or the config of a new model (needs `tokenizer`).
         components: the mixture; each batch comes from one of them.
-        text: the running text of components that need it.
+        model_dir: MODEL_DIR, the folder of the run; a second call with it resumes the run.
+        text: plain, unlabelled text, for components that need it (such as `SpanCorruption`).
+        tokenizer: the path of a tokenizer; default: the backbone's own.
         callbacks: notified of events, see `ptjax.trainer.callbacks.Callback`.
+        dry_run: compile, report, and stop before the first step.
 
     Raises:
-        InputError: no tokenizer is given, or a component lacks its text.
+        InputError: the tokenizer is missing, or a component needs `text` and it is not set.
     """
     given = dict(locals())
     check_path("MODEL_DIR", model_dir)

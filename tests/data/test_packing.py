@@ -17,7 +17,7 @@ from ptjax.data.packing import PackedBatches, first_fit, make_template, spread_e
 from ptjax.data.pipeline import MixtureBatches, Shape, TrainBatches, make_iterator
 from ptjax.errors import InputError
 
-fast = settings(max_examples=60, deadline=None)
+fast = settings(max_examples=60)
 
 
 class Numbered(Source):

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax, logsumexp
 
+from ptjax.errors import InputError
 from ptjax.training.loss import Loss, log_likelihood
 
 rng = np.random.default_rng(0)
-LOGITS = (3 * rng.standard_normal((3, 4, 11))).astype(np.float32)
-TARGETS = rng.integers(1, 11, (3, 4))
+LOGITS = (3 * rng.standard_normal((3, 4, 12))).astype(np.float32)
+TARGETS = rng.integers(1, 12, (3, 4))
 WEIGHTS = np.array([[1, 1, 1, 1], [1, 1, 0, 0], [0.25, 0, 2, 0]], np.float32)
 GIVEN = jax.tree.map(jnp.asarray, (LOGITS, TARGETS, WEIGHTS))
 
@@ -80,3 +81,15 @@ def test_log_likelihood_ranks_by_the_probability_of_each_target() -> None:
     per_token = np.take_along_axis(log_softmax(LOGITS, -1), TARGETS[..., None], -1)[..., 0]
     got = log_likelihood(*GIVEN[:2], jnp.asarray(seen))
     np.testing.assert_allclose(got, (per_token * seen).sum(-1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("smoothing", [-0.1, 1.0])
+def test_label_smoothing_is_a_share(smoothing) -> None:
+    with pytest.raises(InputError, match=r"^Loss\.label_smoothing must be >= 0 and < 1, got"):
+        Loss(label_smoothing=smoothing)
+
+
+def test_z_loss_has_no_negative_weight() -> None:
+    Loss(z_loss=0)
+    with pytest.raises(InputError, match=r"^Loss\.z_loss must be >= 0, got -1$"):
+        Loss(z_loss=-1)
