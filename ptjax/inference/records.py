@@ -137,5 +137,5 @@ def task_of(metadata: Metadata, fallback: Task | None = None) -> Task | None:
     description = metadata.get("task")
     if not isinstance(description, dict):
         return fallback
-    same = fallback is not None and fallback.describe()["preprocess"] == description["preprocess"]
+    same = fallback and fallback.describe()["preprocess"] == description.get("preprocess")
     return Task.from_description(description, fallback.preprocess if fallback and same else None)

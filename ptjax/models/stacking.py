@@ -167,6 +167,7 @@ def stack_paths(arrays: Mapping[str, T], join: Callable[[list[T]], T]) -> dict[s
 class UnstackedView(Mapping[str, Any]):
     """A view of parameters by T5X's names; those of stacked layers are sliced on access.
 
+    >>> import numpy as np
     >>> list(UnstackedView({"encoder/layers/scale": np.ones((2, 8)), "encoder/norm": np.ones(8)}))
     ['encoder/layers_0/scale', 'encoder/layers_1/scale', 'encoder/norm']
     """

@@ -125,6 +125,11 @@ def test_the_task_of_a_prompt_is_the_one_it_records():
     # A function is not recorded, only its name: it is that of the task that the user gives.
     named = task_of({"task": other.describe()}, dataclasses.replace(other, name="given"))
     assert named == other and named.preprocess is shout
+    # A header of another's need not have every key.
+    short = {"name": "t", "inputs": "{x}", "targets": "{y}"}
+    for given in (None, TASK, other):
+        recorded = task_of({"task": short}, given)
+        assert recorded and (recorded.inputs, recorded.preprocess) == ("{x}", None)
     for nothing in ({}, {"task": None}, {"task": "sst2"}):
         assert task_of(nothing, TASK) is TASK
         assert task_of(nothing) is None
