@@ -13,6 +13,7 @@ COMMANDS = {
     "infer": "texts or JSON lines in, JSON lines out",
     "inspect": "describes a checkpoint or a prompt",
     "export": "a prompt as safetensors, numpy or for Hugging Face PEFT",
+    "convert": "a TFDS data set in tfrecord as array_record",
     "pretrain": "a backbone from scratch, or the LM adaptation of one",
     "plan": "predicts whether a run fits a slice, and what a step costs",
     "launch": "runs a command on several processes",

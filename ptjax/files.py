@@ -13,6 +13,7 @@ import errno
 import json
 import math
 import os
+import pathlib
 import re
 import shutil
 import tempfile
@@ -72,7 +73,7 @@ def written_whole(path: PathLike) -> Iterator[IO[bytes]]:
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(target)
-        _sync_folder(target.parent)
+        _sync(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -81,6 +82,30 @@ def write_bytes(path: PathLike, data: bytes) -> None:
     """Writes a file atomically; see `written_whole`."""
     with written_whole(path) as stream:
         stream.write(data)
+
+
+@contextlib.contextmanager
+def folder_written_whole(path: PathLike) -> Iterator[pathlib.Path]:
+    """A new local folder: readers see no folder or the complete one.
+
+    Yields an empty folder beside it, which is synced and renamed in the end. After an error nothing
+    of it is left.
+
+    Raises:
+        OSError: the folder cannot be made, or something else has its name by now.
+    """
+    target = pathlib.Path(path).expanduser().absolute()
+    _make_folder(epath.Path(target.parent))
+    temporary = target.with_name(f".{uuid.uuid4().hex}.tmp")
+    temporary.mkdir()
+    try:
+        yield temporary
+        for entry in [*temporary.rglob("*"), temporary]:
+            _sync(entry)
+        temporary.rename(target)
+        _sync(target.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def remove_leftovers(folder: PathLike) -> None:
@@ -168,13 +193,13 @@ def _make_folder(folder: epath.Path) -> None:
         folder = folder.parent
     for path in reversed(new):
         path.mkdir(exist_ok=True)
-        _sync_folder(path.parent)
+        _sync(path.parent)
 
 
-def _sync_folder(folder: epath.Path) -> None:
-    """Writes the names in a folder to the disk; some file systems, and Windows, cannot."""
+def _sync(path: PathLike) -> None:
+    """Writes a file, or the names in a folder, to the disk; some file systems cannot."""
     with contextlib.suppress(OSError):
-        number = os.open(folder, os.O_RDONLY)
+        number = os.open(path, os.O_RDONLY)
         try:
             os.fsync(number)
         finally:

@@ -154,7 +154,10 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
         else:
             bindings.append(f"{name} = {value}")
     arguments = parser.parse_intermixed_args(rest)
-    arguments.gin_bindings += bindings
+    if "gin_bindings" in arguments:
+        arguments.gin_bindings += bindings
+    elif bindings:
+        parser.error(f"unknown flag --gin.{bindings[0].split(' =')[0]}: it reads no gin files")
     for action in parser._actions:
         flag, value = "/".join(action.option_strings), getattr(arguments, action.dest, None)
         empty = "" in value if isinstance(value, list) else value == ""

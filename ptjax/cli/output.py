@@ -69,29 +69,32 @@ def check(path: str, *, force: bool, inputs: Iterable[PathLike] = ()) -> None:
     check_place(path)
 
 
-def check_place(path: str) -> None:
+def check_place(path: str, flag: str = "--output") -> None:
     """Raises InputError if a local file or folder cannot be created at `path`.
 
     Reasons are a name in the path that is too long, a parent that is a file, and missing
     permissions.
+
+    Args:
+        flag: the flag that set `path`, for messages.
     """
     real = os.path.realpath(epath.Path(path).expanduser())
     folder = real
     while not os.path.exists(folder):
         folder = os.path.dirname(folder)
     if folder != real and not os.path.isdir(folder):
-        raise InputError(f"--output={path}: {folder} is a file, not a folder; name another")
+        raise InputError(f"{flag}={path}: {folder} is a file, not a folder; name another")
     longest = os.pathconf(folder, "PC_NAME_MAX")
     if long := next((x for x in real.split(os.sep) if len(os.fsencode(x)) > longest), None):
         raise InputError(
-            f"--output={path}: a name of {len(os.fsencode(long))} bytes is longer than the "
+            f"{flag}={path}: a name of {len(os.fsencode(long))} bytes is longer than the "
             f"{longest} that {folder} allows; choose a shorter one"
         )
     # A new file, written beside the old one, replaces it.
     places = [os.path.dirname(real), real] if os.path.isfile(real) else [folder]
     for place in places:
         if not os.access(place, os.W_OK):
-            raise InputError(f"--output={path}: cannot write to {place}; name another path")
+            raise InputError(f"{flag}={path}: cannot write to {place}; name another path")
 
 
 def _is_in(real: str, source: PathLike) -> bool:

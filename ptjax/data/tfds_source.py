@@ -10,6 +10,7 @@ from typing import Any
 
 from etils import epath
 
+from ptjax.data import tfds_files
 from ptjax.data.sources import Record, Records, non_empty
 from ptjax.errors import InputError, gin_flag
 
@@ -27,10 +28,11 @@ def is_tfds(source: str | os.PathLike[str]) -> bool:
 
 
 def read_tfds(source: str, *, split: str, data_dir: str | None = None) -> Records:
-    """Reads a split of a TFDS data set through `tfds.data_source`, without TensorFlow.
+    """Reads a split of a TFDS data set, without TensorFlow.
 
-    The data set must be prepared in the array_record format, or TFDS must be able to prepare it
-    without TensorFlow. Strings are decoded; class labels stay integers.
+    The data set must be prepared as tfrecord, array_record or parquet, or TFDS must be able to
+    prepare it without TensorFlow. The records, and their order, are the same in each format.
+    Strings are decoded; class labels stay integers.
 
     Args:
         source: 'tfds:NAME[/CONFIG][:VERSION][@SPLIT]', such as 'tfds:glue/sst2:2.0.0@train[:90%]'.
@@ -38,8 +40,8 @@ def read_tfds(source: str, *, split: str, data_dir: str | None = None) -> Record
         data_dir: TFDS's folder of prepared data sets; None is TFDS's default.
 
     Raises:
-        InputError: `source` is malformed, the split is empty, or TFDS does not have the data set or
-            needs TensorFlow to read it.
+        InputError: `source` is malformed, the split is empty, TFDS does not have the data set or
+            needs TensorFlow to prepare it, or its files are in another format or damaged.
     """
     match = _TFDS_SOURCE.fullmatch(source)
     if match is None or not _NAME.fullmatch(match["name"]):
@@ -53,9 +55,14 @@ def read_tfds(source: str, *, split: str, data_dir: str | None = None) -> Record
     name, split = match["name"], match["split"] or split
     file = f"tfds:{name}@{split}"
     try:
-        rows: Any = tfds.data_source(name, split=split, data_dir=data_dir or None)
+        builder: Any = tfds.builder(name, data_dir=data_dir or None)
+        if tfds_files.reads_tfrecord(builder):
+            decode = builder.info.features.deserialize_example_np
+            rows = tfds_files.read_records(builder, split, decode)
+        else:
+            rows = tfds.data_source(name, split=split, data_dir=data_dir or None)
         fields = [_plain(row) for row in rows]
-    except (KeyboardInterrupt, MemoryError):
+    except (KeyboardInterrupt, MemoryError, InputError):
         raise
     except Exception as error:  # TFDS's own exceptions, and those of its download libraries
         # Without the names of all its data sets.
@@ -69,7 +76,7 @@ def read_tfds(source: str, *, split: str, data_dir: str | None = None) -> Record
             f"{gin_flag('DATA_DIR', 'PATH')}"
         ) from error
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
-    digest = f"{rows.dataset_info.full_name} sha256:{digest}"  # TFDS keeps no hash of a split
+    digest = f"{builder.info.full_name} sha256:{digest}"  # TFDS keeps no hash of a split
     records = [Record(f, file, i) for i, f in enumerate(fields, 1)]
     return non_empty(Records(records, digest=digest), file)
 

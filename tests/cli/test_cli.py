@@ -72,7 +72,7 @@ def test_help_waits_for_nothing_heavy():
         "try: runpy.run_module(f'ptjax.{name}', run_name='__main__')\n"
         "except SystemExit as e: code = e.code\n"
     )
-    script = f"for name in {(*COMMANDS, 'launch', 'plan')}:\n" + "".join(
+    script = f"for name in {(*COMMANDS, 'convert', 'launch', 'plan')}:\n" + "".join(
         f"  {line}\n" for line in code.splitlines()
     )
     script += "print([m for m in ('jax', 'numpy', 'orbax') if m in sys.modules], code)"

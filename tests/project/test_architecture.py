@@ -47,6 +47,7 @@ COMMANDS = {
     "infer",
     "inspect",
     "export",
+    "convert",
     "pretrain",
     "launch",
     "plan",

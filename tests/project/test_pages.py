@@ -69,7 +69,11 @@ FILLED = {
     "'DATA'": "'{place}/data'",
     "'CORPUS'": "'{place}/corpus'",
     "'LAST_DIR/models/best'": "'{hf}'",
+    # docs/tfds.md
+    "DATA_DIR/glue/sst2/2.0.0": "{tfds}/all_features/small/1.2.3",
+    "NEW_DIR/glue/sst2/2.0.0": "{new}/all_features/small/1.2.3",
     # Python
+    "/path/to/tensorflow_datasets": "{tfds}",
     '"DIR"': '"{place}/prompts"',
 }
 OPEN = re.compile(r"\.\.\.|/path/to|/shared|gs://|(?<!\w)[A-Z][A-Z_]+(?!\w)")
@@ -211,7 +215,8 @@ def values(place, tmp_path, backbone, call, monkeypatch) -> Iterator[dict[str, A
         save_prompt(place / "sees_no_input.safetensors", best.prompt, blind)
     t5x = FIXTURES / "t5_1_1_tiny_legacy" / "checkpoint_3"
     with reserved_port() as port:
-        yield {"place": place, "new": tmp_path, "t5x": t5x, "hf": backbone.name, "port": port}
+        paths = {"place": place, "new": tmp_path, "t5x": t5x, "tfds": FIXTURES / "tfds"}
+        yield paths | {"hf": backbone.name, "port": port}
 
 
 def test_no_line_of_a_page_is_overlooked():
