@@ -73,10 +73,13 @@ def pretrain(
         callbacks: notified of events, see `ptjax.trainer.callbacks.Callback`.
 
     Raises:
-        InputError: no tokenizer is given, or a component lacks its text.
+        InputError: no tokenizer is given, a component lacks its text, or the loss has
+            `class_weights`.
     """
     given = dict(locals())
     check_path("MODEL_DIR", model_dir)
+    if loss.class_weights is not None:
+        raise InputError("pretrain: Loss.class_weights is for tasks with labels; leave it out")
     if isinstance(start, Backbone):
         report_steps(schedule.train_steps, start)
         if not isinstance(start.config, T5Config):
