@@ -14,7 +14,7 @@ from ptjax.errors import near
 
 
 def example_weights(
-    class_weights: Mapping[str, float] | str, task: Task, examples: Sequence[Example]
+    class_weights: Mapping[str | int, float] | str, task: Task, examples: Sequence[Example]
 ) -> np.ndarray:
     """The weight float32 [N] of each example; see `ptjax.training.loss.Loss.class_weights`.
 
@@ -34,7 +34,7 @@ def example_weights(
     else:
         weights = dict.fromkeys(task.labels, 1.0)
         for key, weight in class_weights.items():
-            label = key if key in weights else task.verbalizer.get(str(key).strip())
+            label = str(key) if str(key) in weights else task.verbalizer.get(str(key).strip())
             if label is None:
                 raise task.error(
                     f"Loss.class_weights has {key!r}, not one of its labels"

@@ -34,7 +34,7 @@ class Loss:
     z_loss: float = 1e-4
     label_smoothing: float = 0.0
     per_token: bool = False
-    class_weights: Mapping[str, float] | str | None = None
+    class_weights: Mapping[str | int, float] | str | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.class_weights, Mapping):

@@ -93,7 +93,7 @@ def splits():
 
 
 def test_class_labels_are_their_names(splits, caplog):
-    caplog.set_level(logging.WARNING)
+    caplog.set_level(logging.WARNING, logger="absl")
     task = Task.from_records(splits, inputs="{body}", label="label")
     assert task.verbalizer == {"pos": "pos", "neg": "neg"}  # in the order of the feature
     assert targets(task) == ["pos", "neg", "pos"]

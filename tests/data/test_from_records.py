@@ -37,7 +37,7 @@ def targets(task: Task, split: str = "train") -> list[str]:
 @pytest.fixture
 def logged(caplog):
     """The messages of a level so far."""
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, logger="absl")
     return lambda level=logging.WARNING: [
         record.getMessage() for record in caplog.records if record.levelno == level
     ]

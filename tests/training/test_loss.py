@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax, logsumexp
 
+from ptjax.errors import InputError
 from ptjax.training.loss import Loss, log_likelihood
 
 rng = np.random.default_rng(0)
@@ -80,3 +81,21 @@ def test_log_likelihood_ranks_by_the_probability_of_each_target() -> None:
     per_token = np.take_along_axis(log_softmax(LOGITS, -1), TARGETS[..., None], -1)[..., 0]
     got = log_likelihood(*GIVEN[:2], jnp.asarray(seen))
     np.testing.assert_allclose(got, (per_token * seen).sum(-1), rtol=1e-5)
+
+
+def test_per_token_divides_by_weights_below_one_as_well() -> None:
+    """Class weights may be so small that a batch's sum is."""
+    assert Loss(per_token=True).normalizer(jnp.full((2, 2), 0.125)) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ("even", r"Loss\.class_weights must be one of 'balanced', None, got 'even'"),
+        ({"a": 0}, r"Loss\.class_weights\['a'\] must be a number > 0, got 0"),
+        ({"a": float("nan")}, r"Loss\.class_weights\['a'\] must be a number > 0, got nan"),
+    ],
+)
+def test_class_weights_are_positive_numbers(weights, message) -> None:
+    with pytest.raises(InputError, match=message):
+        Loss(class_weights=weights)
