@@ -20,6 +20,7 @@ COMMANDS = {
 
 
 def main() -> None:
+    """Runs the command that the first argument names, as `python -m ptjax.COMMAND` would."""
     name = sys.argv[1] if sys.argv[1:] else "--help"
     if name in COMMANDS:
         sys.argv[:2] = [f"ptjax.{name}"]

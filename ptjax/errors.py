@@ -11,30 +11,37 @@ _LISTED_CHARACTERS = 300
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used.
+    """A setting, argument or file of the user cannot be used.
 
-    The message is one line: what is wrong, where (file, line, name), and what to do. The command
-    line prints it without a traceback and exits with code 2.
+    The message is one line: what is wrong, where (file, line, name), and what to do. Commands print
+    it without a traceback and exit with code 2.
     """
 
 
 class TrainingError(RuntimeError):
-    """The run cannot continue; its last checkpoint is intact. Exit code 1."""
+    """A run cannot continue; its last checkpoint is intact. Commands exit with code 1."""
 
 
 def missing(what: str, path: object) -> InputError:
-    """The error for a path that does not exist; `what` names the thing that should be there."""
+    """Makes the exception for a path that does not exist.
+
+    Args:
+        what: the thing that should be there, such as "prompt".
+    """
     return InputError(f"no {what} at {path}: the path does not exist; correct it")
 
 
 def one_line(error: BaseException) -> str:
-    """An error's first line, printable and not too long."""
+    """Returns the first line of an error's message, printable and at most 200 characters long.
+
+    An error without a message gives the name of its class.
+    """
     line = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
     return "".join(c if c.isprintable() else "?" for c in line)
 
 
 def gin_flag(name: str, value: object) -> str:
-    """The flag that sets a macro, or an argument of a function.
+    """Returns the command-line flag that sets a gin macro, or an argument of a function.
 
     >>> print(gin_flag("MODEL_DIR", "PATH"), gin_flag("TRAIN_STEPS", 100))
     --gin.MODEL_DIR="'PATH'" --gin.TRAIN_STEPS=100
@@ -52,7 +59,7 @@ def is_empty(path: object) -> bool:
 
 
 def check_path(name: str, path: object) -> None:
-    """InputError if a path is empty; `name` is that of the setting.
+    """Raises InputError if a path is empty; `name` is the setting's, for the message.
 
     >>> check_path("MODEL_DIR", "")
     Traceback (most recent call last):
@@ -63,7 +70,11 @@ def check_path(name: str, path: object) -> None:
 
 
 def setting(name: str, *value: object) -> str:
-    """How to set a field of the task, as messages say it: the gin flag, and the flag of `infer`.
+    """Says in a message how to set a field of `Task`: by gin, or by a flag of the command `infer`.
+
+    Args:
+        name: the field, which is also the name of `infer`'s flag.
+        value: the value to set, if it is known.
 
     >>> setting("quoting", False)
     '--gin.ptjax.Task.quoting=False (infer: --quoting=false)'
@@ -83,7 +94,7 @@ def near(
     listed: bool = True,
     compared: Callable[[str], str] = lambda name: name.lstrip("-"),
 ) -> str:
-    """A hint to append to "unknown NAME": the most similar known name, else all known names.
+    """Returns a hint to append to "unknown NAME": the most similar known name, else all of them.
 
     Only a similar name is suggested: a far-fetched one would mislead the reader.
 
@@ -104,7 +115,7 @@ def near(
 
 
 def listing(names: Iterable[str]) -> str:
-    """Names separated by commas; a long list is cut off and ends with the number of names."""
+    """Joins names with commas; a list of over 300 characters is cut, and ends with their number."""
     choices = list(names)
     shown: list[str] = []
     for name in choices:
@@ -115,7 +126,11 @@ def listing(names: Iterable[str]) -> str:
 
 
 def check_at_least(least: float, of: str = "", **settings: float | None) -> None:
-    """InputError for the first setting (of the class `of`) below `least`; None passes.
+    """Raises InputError for the first setting below `least`; None passes.
+
+    Args:
+        of: the class that the settings are fields of, for the message.
+        settings: the values by name.
 
     >>> check_at_least(1, "TrainSchedule", keep=0)
     Traceback (most recent call last):
@@ -128,7 +143,11 @@ def check_at_least(least: float, of: str = "", **settings: float | None) -> None
 
 
 def check_choice(choices: Iterable[object], of: str = "", **settings: object) -> None:
-    """InputError for the first setting (of the class `of`) whose value is not in `choices`.
+    """Raises InputError for the first setting whose value is not in `choices`.
+
+    Args:
+        of: the class that the settings are fields of, for the message.
+        settings: the values by name.
 
     >>> check_choice(("none", "full"), "T5Config", remat="x")
     Traceback (most recent call last):
@@ -143,7 +162,7 @@ def check_choice(choices: Iterable[object], of: str = "", **settings: object) ->
 
 
 def check_share(of: str, **settings: float) -> None:
-    """InputError for the first setting of the class `of` that is not in [0, 1)."""
+    """Raises InputError for the first setting of the class `of` that is not in [0, 1)."""
     for name, value in settings.items():
         if not 0 <= value < 1:
             raise InputError(f"{of}.{name} must be >= 0 and < 1, got {value}")

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
+    """Parses the flags and runs the command."""
     parser = cli.make_parser(
         "evaluate",
         """
@@ -72,6 +73,7 @@ def main() -> None:
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
+    """Scores what the flags name, and prints the metrics; `arguments` are the parsed flags."""
     from ptjax.data.batching import FEATURE_LENGTHS
     from ptjax.evaluation.evaluator import Evaluator
     from ptjax.inference import prompts
@@ -147,7 +149,7 @@ def no_task(metadata: Metadata) -> InputError:
 
 
 def metadata_of(prompt: PromptFile | PromptBank | None) -> JsonObject:
-    """The metadata of a prompt, or what the prompts of a bank have in common."""
+    """The metadata of a prompt, `shared_metadata` of a bank, or {} without a prompt."""
     from ptjax.inference.bank import PromptBank
 
     if prompt is None:
@@ -156,13 +158,25 @@ def metadata_of(prompt: PromptFile | PromptBank | None) -> JsonObject:
 
 
 def added(example: Example, predictions: JsonObject, prefix: str) -> JsonObject:
-    """The fields that an example's row of --output has in addition to its own."""
+    """The fields that --output adds to the record of an example.
+
+    Args:
+        predictions: the predictions by name.
+        prefix: is prepended to the names.
+    """
     new = {"inputs": example.inputs, "targets": example.targets} | predictions
     return {f"{prefix}{name}": value for name, value in new.items()}
 
 
 def check_output(arguments: argparse.Namespace, examples: Examples, *, many: bool) -> None:
-    """Before anything is scored: --output is not a file of the split, and replaces no field."""
+    """Raises InputError if --output is a file of the split, or would replace fields of its records.
+
+    Call it before anything is scored.
+
+    Args:
+        examples: the examples of the split.
+        many: whether a bank is scored, whose predictions have other names.
+    """
     files = dict.fromkeys(example.file for example in examples)
     output.check(arguments.output, force=arguments.force, inputs=files)
     names = ("predictions", "majority_vote", "mean_likelihood") if many else ("prediction",)
@@ -172,7 +186,13 @@ def check_output(arguments: argparse.Namespace, examples: Examples, *, many: boo
 
 
 def read_hard_prompt(arguments: argparse.Namespace) -> HardPrompt | None:
-    """The hard prompt of the flags, which must then name no other prompt."""
+    """Reads --hard_prompt and --shots; None if --hard_prompt is not set.
+
+    With a hard prompt, sets `arguments.prompt` to "none".
+
+    Raises:
+        InputError: --hard_prompt is combined with --prompt or --prompts, or --shots comes alone.
+    """
     from ptjax.data.hard_prompt import HardPrompt
 
     if arguments.hard_prompt is None:
@@ -189,7 +209,12 @@ def read_hard_prompt(arguments: argparse.Namespace) -> HardPrompt | None:
 def rewording_of(
     hard_prompt: HardPrompt | None, task: Task, seed: int
 ) -> Callable[[str], str] | None:
-    """A function from an input to the input with the hard prompt; None without one."""
+    """Makes the function that adds the hard prompt to an input; None without a hard prompt.
+
+    Args:
+        task: its split "train" is loaded if the hard prompt has shots.
+        seed: determines which training examples are the shots.
+    """
     if hard_prompt is None:
         return None
     return hard_prompt.rewording(task.load("train") if hard_prompt.shots else (), seed)
@@ -201,7 +226,16 @@ def evaluate_prompt(
     split: str,
     rewording: Callable[[str], str] | None = None,
 ) -> tuple[JsonObject, list[JsonObject]]:
-    """(scores, the prediction for every example) of a prompt, or of the backbone alone."""
+    """Scores a prompt, or the backbone alone, on a split. All processes call it together.
+
+    Args:
+        prompt: None for the backbone alone.
+        rewording: changes each input, to add a hard prompt.
+
+    Returns:
+        (scores, for each example {"prediction": text}); the scores are {"value": of the task's
+        metric, "metrics": all by name}.
+    """
     from ptjax.inference.model import bind
 
     variables = bind(evaluator.backbone, prompt, evaluator.apply_fn).variables
@@ -214,7 +248,12 @@ def evaluate_prompt(
 def evaluate_bank(
     evaluator: Evaluator, bank: PromptBank, split: str
 ) -> tuple[JsonObject, list[JsonObject]]:
-    """(scores, the predictions for every example) of a bank's prompts and of their ensembles."""
+    """Scores the prompts of a bank, and their ensembles, on a split.
+
+    Returns:
+        (the result of `Evaluator.score_ensemble`, for each example the fields "predictions" (by
+        prompt), "majority_vote" and, where labels are ranked, "mean_likelihood").
+    """
     predictions = evaluator.predict_bank(bank, split)
     together = {"majority_vote": predictions.majority_vote}
     if predictions.mean_likelihood is not None:
@@ -228,10 +267,13 @@ def evaluate_bank(
 
 
 def shared_metadata(bank: PromptBank) -> JsonObject:
-    """The metadata that prompts of one task have in common.
+    """The metadata that the prompts of a bank have in common: task, lengths and backbone.
+
+    Prompts that do not record one of them are ignored for it. "task" is only the name. The backbone
+    is the first prompt's.
 
     Raises:
-        InputError: two were tuned for different tasks or lengths; it names both.
+        InputError: two prompts were tuned for different tasks or lengths; the message names both.
     """
     shared: JsonObject = {}
     first: dict[str, str] = {}

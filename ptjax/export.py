@@ -19,11 +19,12 @@ if TYPE_CHECKING:
     from ptjax.interop.prompt_file import PromptFile
 
 PEFT = ("peft", "huggingface")
-"""Two names of one format."""
+"""The two names of PEFT's format."""
 FORMATS = ("safetensors", "kv_cache", "npy", *PEFT)
 
 
 def main() -> None:
+    """Parses the flags and runs the command."""
     parser = cli.make_parser(
         "export",
         """
@@ -64,6 +65,7 @@ def main() -> None:
 
 
 def export(arguments: argparse.Namespace) -> None:
+    """Writes a prompt in the format of --to; `arguments` are the parsed flags."""
     from etils import epath
 
     if arguments.path is not None and arguments.prompt is not None:
@@ -93,6 +95,7 @@ def export(arguments: argparse.Namespace) -> None:
 
 
 def export_file(arguments: argparse.Namespace, prompt: PromptFile, path: str) -> None:
+    """Writes a prompt to a file at `path`, for every format except PEFT's."""
     import numpy as np
 
     from ptjax import files
@@ -114,7 +117,15 @@ def export_file(arguments: argparse.Namespace, prompt: PromptFile, path: str) ->
 
 
 def export_directory(arguments: argparse.Namespace, prompt: PromptFile, source: str) -> None:
-    """Writes a directory for PEFT."""
+    """Writes a prompt to the directory --output, for PEFT.
+
+    Args:
+        source: the path that the prompt was read from.
+
+    Raises:
+        InputError: the directory exists (without --force) or cannot be written, or the prompt does
+            not fit its backbone.
+    """
     import numpy as np
     from etils import epath
 
@@ -149,7 +160,12 @@ def export_directory(arguments: argparse.Namespace, prompt: PromptFile, source: 
 
 
 def backbone_sizes(arguments: argparse.Namespace, metadata: Metadata) -> tuple[str, int, int, int]:
-    """(name, heads, encoder layers, width) of the backbone; only a sample of its weights is read.
+    """Reads (name, heads, encoder layers, width) of the backbone, and a sample of its weights.
+
+    The backbone is that of --backbone, else the gin file's, else the one that the prompt records.
+
+    Args:
+        metadata: the prompt's.
 
     Raises:
         InputError: no backbone is named, or the prompt was tuned on another one.

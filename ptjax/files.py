@@ -1,4 +1,4 @@
-"""Atomic writes, and JSON from untrusted files.
+"""Writes files atomically, and reads JSON from untrusted files.
 
 Depth and size of JSON are checked before it is parsed: a file that is nested a thousand times
 raises a `ValueError` with a reason, not a `RecursionError` or a `MemoryError`. Callers add the
@@ -34,7 +34,8 @@ _LEFTOVER = re.compile(r"\.(.+\.)?[0-9a-f]{32}\.tmp")
 """Names of temporary files; in earlier versions they began with the target's name."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 IN_MEMORY = 1 << 24
-"""Bytes of a remote file that are buffered in memory; a larger one goes to a temporary file."""
+"""The size in bytes up to which a remote file is buffered in memory before it is uploaded; a larger
+one is buffered in a temporary file."""
 MAX_DEPTH = 100
 """Allowed levels of nesting; real configs, indices and parameter trees have fewer than 20."""
 MAX_JSON_BYTES = 1 << 28
@@ -45,6 +46,8 @@ _STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 @contextlib.contextmanager
 def written_whole(path: PathLike) -> Iterator[IO[bytes]]:
     """Opens `path` for an atomic write: readers see the old file or the complete new one.
+
+    It creates missing folders. If the context ends with an exception, the old file stays.
 
     A local file is written under another name, synced and renamed, so it survives a power failure
     once this returns. On gs:// a rename would be a copy, and closing a partly written object would
@@ -80,7 +83,10 @@ def write_bytes(path: PathLike, data: bytes) -> None:
 
 
 def remove_leftovers(folder: PathLike) -> None:
-    """Removes the temporary files of killed processes from a local folder, not from those below."""
+    """Removes the temporary files of killed processes from a local folder.
+
+    Subfolders are left as they are, and gs:// folders, where nothing is half-written.
+    """
     target = epath.Path(folder)
     if "://" in os.fspath(target) or not target.is_dir():
         return
@@ -90,7 +96,7 @@ def remove_leftovers(folder: PathLike) -> None:
 
 
 def full_reason(error: BaseException | None) -> str | None:
-    """The system's message if an error, or its cause, is a full disk or quota; else None."""
+    """Returns the system's message if the cause of an error is a full disk or quota; else None."""
     while error is not None:
         for number in _FULL:
             words = os.strerror(number)
@@ -104,13 +110,14 @@ def full_reason(error: BaseException | None) -> str | None:
 def parse_json(
     text: str | bytes, *, strict: bool = False, constant: Callable[[str], object] | None = None
 ) -> Any:
-    """`json.loads` for untrusted text.
+    """Parses untrusted text as `json.loads` does, after a check of its depth.
 
     Args:
-        constant: maps the names NaN, Infinity and -Infinity to values; by default Python's floats.
         strict: reject what Python accepts and JSON forbids, as Rust's serde does: duplicate names
             in an object, NaN and Infinity, numbers out of range, lone surrogates. `-0` becomes a
             float, which is not a valid size.
+        constant: maps the names NaN, Infinity and -Infinity to values; by default Python's floats.
+            Not used if `strict`.
 
     Raises:
         ValueError: not JSON, not UTF-8, or nested deeper than `MAX_DEPTH`.
@@ -123,11 +130,11 @@ def parse_json(
 
 
 def read_json(path: epath.Path) -> Any:
-    """Parses a JSON file.
+    """Parses an untrusted JSON file.
 
     Raises:
-        ValueError: as `parse_json`, or the file has more than `MAX_JSON_BYTES`.
-        OSError: it cannot be read.
+        ValueError: as `parse_json`, or the file is larger than `MAX_JSON_BYTES`.
+        OSError: the file cannot be read.
     """
     if (size := path.stat().length) > MAX_JSON_BYTES:
         raise ValueError(f"{size:,} bytes of JSON, more than {MAX_JSON_BYTES:,}")
@@ -138,8 +145,8 @@ def read_object(path: epath.Path) -> JsonObject:
     """Reads a file that must hold a JSON object, such as a config.
 
     Raises:
-        InputError: where `read_json` raises ValueError, or the JSON is not an object.
-        OSError: it cannot be read.
+        InputError: the file is not JSON, is too large, or holds something other than an object.
+        OSError: the file cannot be read.
     """
     try:
         content = read_json(path)

@@ -21,7 +21,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     "vocab.txt",
 )
-"""All files that a tokenizer may consist of."""
+"""The names of all files that a tokenizer may consist of."""
 
 
 def download(
@@ -30,11 +30,16 @@ def download(
     revision: str | None = None,
     ours: Iterable[str] = (),
 ) -> Path:
-    """A local folder with those files of a model that match `patterns`.
+    """Downloads the files of a model that match `patterns`, unless the hub's cache holds them.
 
     Args:
-        repo_id: namespace/name.
+        repo_id: the model's id, namespace/name.
+        patterns: names of files, with wildcards: "model-*.safetensors".
+        revision: a branch, tag or commit; None: the default branch.
         ours: names of ptjax's own models; a similar one is suggested in the error.
+
+    Returns:
+        the folder in the cache that contains the files.
 
     Raises:
         InputError: the model or revision does not exist, is private or gated, or the hub cannot be

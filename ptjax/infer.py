@@ -1,4 +1,4 @@
-"""`python -m ptjax.infer`: predictions for texts, lines or records, as JSON lines."""
+"""`python -m ptjax.infer`: predicts for texts, lines or records, and writes JSON lines."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ QUOTING = {"true": True, "false": False}
 
 
 def main() -> None:
+    """Parses the flags and runs the command."""
     parser = cli.make_parser(
         "infer",
         """
@@ -101,6 +102,7 @@ def main() -> None:
 
 
 def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags for how answers are generated, from --decode to --batch_size."""
     group = parser.add_argument_group("how")
     group.add_argument(
         "--decode", action="store_true", help="generate, even where a closed set of labels is known"
@@ -131,6 +133,11 @@ def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def infer(arguments: argparse.Namespace) -> None:
+    """Predicts for the inputs that the flags name, and writes the results.
+
+    Args:
+        arguments: the parsed flags.
+    """
     from ptjax.inference import predict, prompts
     from ptjax.sharding import processes
 
@@ -174,7 +181,11 @@ def infer(arguments: argparse.Namespace) -> None:
 
 
 def row_of(request: Request, prediction: Prediction, prefix: str) -> JsonObject:
-    """The record's own fields and the prediction's."""
+    """Makes the object that is written for an input: the record's fields and the prediction's.
+
+    Args:
+        prefix: is prepended to the names of the prediction's fields.
+    """
     new = {"inputs": request.text, "prediction": prediction.text, "score": prediction.score}
     if prediction.probabilities is not None:
         new["probabilities"] = prediction.probabilities
@@ -182,7 +193,7 @@ def row_of(request: Request, prediction: Prediction, prefix: str) -> JsonObject:
 
 
 def write(arguments: argparse.Namespace, rows: list[JsonObject]) -> None:
-    """Writes JSON lines to --output, else to standard output."""
+    """Writes `rows` as JSON lines to --output, else to standard output."""
     text = "".join(output.as_json(row, ensure_ascii=False) + "\n" for row in rows)
     if not arguments.output:
         output.show(text)
@@ -192,7 +203,7 @@ def write(arguments: argparse.Namespace, rows: list[JsonObject]) -> None:
 
 
 def inputs_of(arguments: argparse.Namespace) -> list[str]:
-    """The files that the flags name to be read."""
+    """Lists the local files that the command reads, which --output must not overwrite."""
     from ptjax.data import sources
 
     files = [] if arguments.input in (None, "-") else sources.find_files(arguments.input)
@@ -200,6 +211,7 @@ def inputs_of(arguments: argparse.Namespace) -> list[str]:
 
 
 def prefixed(fields: JsonObject, prefix: str) -> JsonObject:
+    """Returns `fields` with `prefix` prepended to their names."""
     return {f"{prefix}{name}": value for name, value in fields.items()}
 
 
@@ -208,10 +220,11 @@ class Request:
     """An input to predict for.
 
     Attributes:
-        text: the model's input.
-        fields: the record's own.
-        input_format: of its prompt.
-        prompt_id: in the bank, -1 for none; 0 without a bank.
+        text: the model's input, formatted by the template.
+        fields: the record's own fields.
+        input_format: the template and lengths of its prompt.
+        prompt_id: the index of its prompt in the bank, or -1 for the backbone alone; 0 without a
+            bank.
     """
 
     text: str
@@ -223,13 +236,15 @@ class Request:
 def read_requests(
     arguments: argparse.Namespace, of_prompts: list[JsonObject], bank: PromptBank | None
 ) -> list[Request]:
-    """The inputs in order, without those that --on_bad_record skips.
+    """Reads the inputs in order, without those that --on_bad_record skips.
 
     Args:
-        of_prompts: the metadata of every prompt.
+        arguments: the parsed flags.
+        of_prompts: the metadata of every prompt; of a bank, followed by {} for the backbone alone.
+        bank: None with a single prompt.
 
     Raises:
-        InputError: a record that cannot be used, with its place.
+        InputError: a record cannot be used (the message has its place), or none is left.
     """
     from ptjax.data import sources
     from ptjax.inference import records as reading
@@ -264,7 +279,12 @@ def read_requests(
 
 
 def format_of(metadata: Metadata, *, raw: bool) -> InputFormat:
-    """The input format of a prompt, completed from the gin files."""
+    """The input format of a prompt, completed from the gin files.
+
+    Args:
+        metadata: the prompt's.
+        raw: whether inputs are formatted already, so that no task is needed.
+    """
     from ptjax.inference import records
 
     lengths = model_flags.lengths(metadata)
@@ -273,7 +293,11 @@ def format_of(metadata: Metadata, *, raw: bool) -> InputFormat:
 
 
 def records_of(arguments: argparse.Namespace) -> Records:
-    """The inputs as records; a plain line is one with the field `records.PLAIN`."""
+    """Reads the inputs as records; those that are plain texts have the single field `PLAIN`.
+
+    Raises:
+        InputError: the input is missing or empty, or a record in it cannot be read.
+    """
     from ptjax.data import sources
     from ptjax.inference.records import PLAIN
 
@@ -319,7 +343,11 @@ def records_of(arguments: argparse.Namespace) -> Records:
 
 
 def is_json(data: bytes, encoding: str) -> bool:
-    """Whether bytes start like JSON lines, or are a JSON array, which the reader then refuses."""
+    """Whether bytes start like JSON lines, or are a JSON array (which the reader rejects).
+
+    Args:
+        encoding: the name of the bytes' encoding; an unknown one gives False.
+    """
     from ptjax import files
 
     try:

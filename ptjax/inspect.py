@@ -11,6 +11,7 @@ from ptjax.files import JsonObject, Metadata
 
 
 def main() -> None:
+    """Parses the flags and runs the command."""
     parser = cli.make_parser(
         "inspect",
         """
@@ -42,6 +43,7 @@ def main() -> None:
 
 
 def inspect(arguments: argparse.Namespace) -> None:
+    """Prints the description of a path; `arguments` are the parsed flags."""
     from ptjax.backbones import describe
 
     check_at_least(1, **{"--tokens": arguments.tokens})
@@ -57,7 +59,18 @@ def inspect(arguments: argparse.Namespace) -> None:
 
 
 def add_tokens(described: JsonObject, arguments: argparse.Namespace, bound: Metadata) -> None:
-    """Adds "compared_with" and "nearest_tokens", or "not_compared" with the reason."""
+    """Adds the tokens nearest to a prompt to its description, as "nearest_tokens".
+
+    Also adds "compared_with", the backbone's name; or only "not_compared", the reason for it.
+
+    Args:
+        described: the prompt's description, which is changed.
+        arguments: the parsed flags.
+        bound: the arguments of `load_backbone` that gin binds.
+
+    Raises:
+        InputError: the backbone that the user named cannot be used.
+    """
     from ptjax.backbones import describe
     from ptjax.backbones.open import would_download
 
@@ -84,7 +97,7 @@ def add_tokens(described: JsonObject, arguments: argparse.Namespace, bound: Meta
 
 
 def show(described: Metadata, indent: int = 0) -> str:
-    """A description as indented lines."""
+    """Formats a description as lines of text, each with `indent` spaces; it may be nested."""
     lines = []
     for name, value in described.items():
         shown = logs.printable(name).replace("_", " ")
@@ -103,12 +116,14 @@ def show(described: Metadata, indent: int = 0) -> str:
 
 
 def plain(value: object) -> str:
+    """Formats a single value: "yes" or "no", a float with 4 digits, else printable text."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:.4g}" if isinstance(value, float) else logs.printable(str(value))
 
 
 def row_text(row: list[tuple[str, float]]) -> str:
+    """Formats (token, cosine similarity) pairs as a line."""
     return "  ".join(f"{logs.printable(piece)} {cosine:.2f}" for piece, cosine in row)
 
 

@@ -41,6 +41,7 @@ _CHATTER = b"[Gloo] Rank "
 
 
 def main() -> None:
+    """Parses the flags and runs the command."""
     parser = cli.make_parser(
         "launch",
         """
@@ -76,7 +77,15 @@ def main() -> None:
 
 
 def launch(command: str, flags: list[str], count: int) -> int:
-    """Runs the command in `count` processes until they end; returns the exit code."""
+    """Runs a command in `count` processes on this machine until all have ended.
+
+    Args:
+        command: one of `COMMANDS`.
+        flags: the command's flags.
+
+    Returns:
+        the exit code of the launcher, that of the first process that failed.
+    """
     with tempfile.TemporaryDirectory() as folder, reserved_port() as port:
         address = f"127.0.0.1:{port}"
         watch = _Watch()
@@ -93,7 +102,7 @@ def launch(command: str, flags: list[str], count: int) -> int:
 
 @contextlib.contextmanager
 def reserved_port() -> Iterator[int]:
-    """A free port of this machine for a coordinator, reserved while this is open.
+    """Yields a free port of this machine for JAX's coordinator, reserved while the context is open.
 
     gRPC listens with SO_REUSEPORT and can share the port; the system gives it to no other program,
     not even as the local port of a connection.
@@ -260,7 +269,13 @@ def _copy_errors(stream: IO[bytes], child: _Child) -> None:
 
 
 def explain(text: str, hosts: list[str], me: int | None) -> str | None:
-    """Which process was lost, from what JAX wrote in process `me`; None if unclear."""
+    """Explains which process was lost, from the output of one that JAX aborted; None if unclear.
+
+    Args:
+        text: what JAX wrote while it aborted the process.
+        hosts: the machine of each process.
+        me: the number of the aborted process, if it is known.
+    """
     if silent := _SILENT.search(text):
         names = [_name(int(number), hosts) for number in silent[1].split()]
         were = "were" if names[1:] else "was"

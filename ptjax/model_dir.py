@@ -1,4 +1,4 @@
-"""MODEL_DIR, the folder of one run: names and places of its files."""
+"""MODEL_DIR, the folder of one run: the names and places of its files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BEST = "best"
 PROMPT_SUFFIX = ".safetensors"
 BEST_PROMPT = f"prompts/{BEST}{PROMPT_SUFFIX}"
 BEST_PROMPTS = (f"{BEST}{PROMPT_SUFFIX}", BEST_PROMPT)
-"""Path of the best prompt within the folder of a sweep's member, or of a run."""
+"""The paths of the best prompt within the folder of a sweep's member, and of a run."""
 LOCK = "run.lock"
 ExportKind = Literal["prompt", "model", "arrays"]
 """The kind of a run's exports: prompts, tuned backbones, or arrays that only its method reads."""
@@ -27,9 +27,9 @@ _EXPORTS: dict[ExportKind, tuple[str, str]] = {
 
 
 class ModelDir:
-    """The paths of a run; they need not exist.
+    """The paths of the files of a run; the files need not exist.
 
-    No other code knows these paths. A run writes `config` when it starts, then `metrics`,
+    No other code contains these paths. A run writes `config` when it starts, then `metrics`,
     `tensorboard`, `checkpoints` and the exports, and at the end `results`.
 
     >>> run = ModelDir("runs/quickstart")
@@ -43,42 +43,43 @@ runs/quickstart/prompts/seed_0/best.safetensors
 
     @property
     def config(self) -> epath.Path:
-        """The settings of the run, as gin."""
+        """The gin file with all settings of the run."""
         return self.path / "config.gin"
 
     @property
     def results(self) -> epath.Path:
-        """The scores of a finished run."""
+        """The JSON file with the scores of a finished run."""
         return self.path / "results.json"
 
     @property
     def metrics(self) -> epath.Path:
-        """A row for every logged step and every evaluation."""
+        """The JSON lines file with a row for every logged step and every evaluation."""
         return self.path / "metrics.jsonl"
 
     @property
     def checkpoints(self) -> epath.Path:
-        """A folder for each checkpoint, named after its step."""
+        """The folder of checkpoints, each of which is a folder named after its step."""
         return self.path / "checkpoints"
 
     @property
     def tensorboard(self) -> epath.Path:
+        """The folder of TensorBoard's files."""
         return self.path / "tensorboard"
 
     @property
     def lock(self) -> epath.Path:
-        """The lock file; held by the run that writes to this folder."""
+        """The path of the lock file. The run that writes to this folder holds the lock."""
         return self.path / LOCK
 
     def exports(self, kind: ExportKind, member: str = "") -> epath.Path:
-        """The folder of a member's exports: one per step, named after it, and the best.
+        """The folder of a member's exports: one per evaluation, named after its step, and the best.
 
-        An ordinary run has one member, "", whose folder is that of the exports itself.
+        An ordinary run has one member, "", whose exports are directly in the folder of its kind.
         """
         return self.path / _EXPORTS[kind][0] / member
 
     def prompts(self, member: str = "") -> epath.Path:
-        """The folder of prompts: `STEP.safetensors` and the best."""
+        """The folder of a member's prompts: `STEP.safetensors` and `best.safetensors`."""
         return self.exports("prompt", member)
 
     @property
@@ -87,10 +88,12 @@ runs/quickstart/prompts/seed_0/best.safetensors
         return self.exports("model")
 
     def best_prompt(self, member: str = "") -> epath.Path:
+        """The file of a member's best prompt; `member` is "" in an ordinary run."""
         return self.prompts(member) / f"{BEST}{PROMPT_SUFFIX}"
 
     @property
     def best_model(self) -> epath.Path:
+        """The folder of the best tuned backbone."""
         return self.models / BEST
 
     def is_run(self) -> bool:
@@ -98,16 +101,16 @@ runs/quickstart/prompts/seed_0/best.safetensors
         return any(path.exists() for path in (self.config, self.results, self.prompts()))
 
     def members(self) -> list[str]:
-        """The names of a sweep's members that have a best prompt."""
+        """The names of the members of a sweep that have a best prompt; empty in other runs."""
         best = self.prompts().glob(f"*/{BEST}{PROMPT_SUFFIX}")
         return [path.parent.name for path in sorted(best)]
 
     def checkpoint_steps(self) -> list[int]:
-        """The steps of the checkpoints, also of damaged ones, ascending."""
+        """The steps of the checkpoints, including damaged ones, ascending."""
         return steps_in(self.checkpoints)
 
     def read_results(self) -> JsonObject | None:
-        """The content of `results`; None if the file does not exist.
+        """Reads the file `results`; None if it does not exist.
 
         Raises:
             InputError: the file is damaged.
@@ -116,12 +119,15 @@ runs/quickstart/prompts/seed_0/best.safetensors
 
 
 def suffix_of(kind: ExportKind) -> str:
-    """The suffix of an export's name; "" if an export is a folder."""
+    """The suffix of the names of exports of a kind; "" if each export is a folder."""
     return _EXPORTS[kind][1]
 
 
 def steps_in(folder: epath.Path, suffix: str = "") -> list[int]:
-    """The steps in a folder whose entries are named `STEP` and the suffix, ascending."""
+    """The steps of the entries of a folder that are named STEP + `suffix`, ascending.
+
+    Other entries are skipped; a folder that does not exist has none.
+    """
     paths = folder.iterdir() if folder.exists() else ()
     names = (path.name.removesuffix(suffix) for path in paths)
     return sorted(int(name) for name in names if name.isdecimal())

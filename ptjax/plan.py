@@ -1,4 +1,4 @@
-"""`python -m ptjax.plan`: whether a run fits a slice, what a step costs, the best settings."""
+"""`python -m ptjax.plan`: predicts if a run fits a slice, what a step costs, the best settings."""
 
 from __future__ import annotations
 
@@ -21,10 +21,12 @@ if TYPE_CHECKING:
     from ptjax.planning.slices import Slice
     from ptjax.planning.workload import ParallelConfig, StepSpec
 
+# Macros of a run's gin files that planning does not need, with values for `load_gin`.
 NOT_NEEDED = {"MODEL_DIR": "", "DATA_DIR": "", "INITIAL_CHECKPOINT_PATH": ""}
 
 
 def main() -> None:
+    """Parses the flags and runs the command."""
     parser = cli.make_parser(
         "plan",
         """
@@ -87,6 +89,10 @@ def main() -> None:
 
 
 def plan(arguments: argparse.Namespace) -> None:
+    """Prints the plans for the slices of --slice; `arguments` are the parsed flags.
+
+    Sets environment variables that make JAX use the CPU; call it before JAX is imported.
+    """
     from ptjax.planning.slices import ENVIRONMENT, parse_slice
 
     os.environ |= ENVIRONMENT
@@ -111,7 +117,11 @@ def plan(arguments: argparse.Namespace) -> None:
 
 
 def read_spec() -> tuple[StepSpec, ParallelConfig]:
-    """The step and the parallel configuration that the gin files set."""
+    """Makes the step and the parallel configuration from the gin files, which are loaded already.
+
+    Raises:
+        InputError: the gin files have no run or no sizes of a network, or settings do not fit.
+    """
     from ptjax.planning.workload import ParallelConfig, PlannedBackbone, StepSpec
     from ptjax.settings import RunSettings
     from ptjax.trainer.sweep import check_members
@@ -179,12 +189,16 @@ def _config(loaded: Metadata) -> T5Config:
 def plan_slice(
     spec: StepSpec, parallel: ParallelConfig, slice_: Slice, arguments: argparse.Namespace
 ) -> Report:
-    """The plan for one slice.
+    """Makes the plan for one slice; unless --quick is set, it compiles the step.
+
+    Args:
+        spec, parallel: the results of `read_spec`.
+        arguments: the parsed flags.
 
     Returns:
-        "own": the report for the gin file's configuration; "tried": those of the configurations
-        that were compiled; "best": the best that fits, or None; "searched": whether others were
-        tried at all.
+        "slice": its name; "own": the report for the gin file's configuration; "tried": the reports
+        for other configurations that were compiled; "best": the report for the best that fits, or
+        None; "searched": whether others were tried at all.
     """
     from ptjax.planning.compiler import Compiler
     from ptjax.planning.estimate import count

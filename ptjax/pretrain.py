@@ -1,4 +1,4 @@
-"""`python -m ptjax.pretrain`: a backbone from scratch, or the LM adaptation of one."""
+"""`python -m ptjax.pretrain`: trains a backbone from scratch, or does the LM adaptation of one."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from ptjax.cli import distributed, output
 
 
 def main() -> None:
+    """Parses the flags and runs the command."""
     parser = cli.make_parser(
         "pretrain",
         "Trains all weights of a T5 on span corruption, prefix LM and supervised tasks, and "

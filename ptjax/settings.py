@@ -1,4 +1,7 @@
-"""`RunSettings`: every setting of a run except backbone, task and folder. Defaults: the paper's."""
+"""`RunSettings`: every setting of a run except backbone, task and folder.
+
+The defaults are those of the prompt tuning paper (Lester et al. 2021).
+"""
 
 from __future__ import annotations
 
@@ -24,11 +27,12 @@ class TrainSchedule:
     """How long a run is, and when it evaluates, logs and saves.
 
     Attributes:
-        train_steps: steps of this run, without the backbone's own pre-training steps.
-        eval_period: steps between evaluations; each evaluation also exports and checkpoints.
-        log_period: steps between rows of `metrics.jsonl`.
+        train_steps: the number of steps of this run, without the backbone's pre-training steps.
+        eval_period: the number of steps between evaluations; each of them also writes an export and
+            a checkpoint.
+        log_period: the number of steps between rows of `metrics.jsonl`.
         patience: stop after this many evaluations without improvement; None never stops early.
-        keep: number of most recent exports to keep in addition to the best one.
+        keep: the number of most recent exports to keep in addition to the best one.
     """
 
     train_steps: int = 30_000
@@ -47,12 +51,12 @@ class Evaluation:
 
     Attributes:
         split: the split on which the best prompt is selected.
-        examples: at most this many per split, evenly spread over it; None is all.
+        examples: score at most this many examples per split, evenly spread over it; None: all.
         predict: "rank" compares the likelihoods of a closed set of labels, "decode" generates
             greedily; "auto" ranks if the task has a closed set.
-        batch_size: examples per batch.
-        hard_prompts: baselines by name: texts that replace the tuned prompt. They are scored once,
-            after training.
+        batch_size: the number of examples per batch.
+        hard_prompts: baselines by name: texts in the input instead of the tuned prompt. They are
+            scored once, after training.
     """
 
     split: str = "validation"
@@ -72,8 +76,8 @@ class RunSettings:
     """Every setting of a run; `RunSettings()` is the paper's (Lester et al. 2021, appendix A).
 
     Attributes:
-        method: prompt tuning, model tuning, or a `Method` of yours.
-        seed: drives the data order, the initial prompt, dropout, and the shots of hard prompts.
+        method: prompt tuning, model tuning, or a custom `Method`.
+        seed: determines the data order, the initial prompt, dropout, and the shots of hard prompts.
     """
 
     method: PromptTuning | ModelTuning | Method = PromptTuning()
@@ -92,5 +96,5 @@ class RunSettings:
             )
 
     def step_config(self, *, sweep: bool) -> StepConfig:
-        """The settings of the train step, which trains all members of a `sweep` or one prompt."""
+        """The settings of the train step; in a `sweep` it trains all members together."""
         return StepConfig(self.optimizer, self.loss, self.batching.microbatches, sweep)

@@ -9,6 +9,7 @@ from ptjax.model_dir import ModelDir
 
 
 def main() -> None:
+    """Parses the flags and runs the command."""
     parser = cli.make_parser(
         "train",
         "Tunes a soft prompt on a frozen T5 and writes MODEL_DIR: prompts/best.safetensors, "
@@ -38,7 +39,11 @@ def main() -> None:
 
 
 def summary(results: Metadata, model_dir: str | None) -> str:
-    """The results as readable text."""
+    """Formats the content of `results.json` as text, with a command to try the prompt.
+
+    Args:
+        model_dir: MODEL_DIR for that command; None leaves it out.
+    """
     if "members" in results:
         return sweep_summary(results, model_dir)
     values = {
@@ -61,7 +66,7 @@ def summary(results: Metadata, model_dir: str | None) -> str:
 
 
 def named_metric(results: Metadata) -> str:
-    """The metric's name; of F1 with the label: "f1 of 'paraphrase'"."""
+    """The name of the metric in some results; for F1 with its label: "f1 of 'paraphrase'"."""
     metric, label = results["metric"], results.get("positive_label")
     if label is None or metric not in ("f1", "mean"):
         return metric
@@ -69,7 +74,7 @@ def named_metric(results: Metadata) -> str:
 
 
 def sweep_summary(results: Metadata, model_dir: str | None) -> str:
-    """The results of a sweep, with a line for every member."""
+    """Formats the results of a sweep as text, with a line for every member; see `summary`."""
     members, best = results["members"], results["best"]["member"]
     width = max(map(len, [*members, "ensemble"]))
     rows = [""]

@@ -1,4 +1,4 @@
-"""Nested dicts by the paths of their leaves, `{"a": {"b": 1}}` as `{"a/b": 1}`, and back."""
+"""Converts nested dicts to dicts by path, `{"a": {"b": 1}}` to `{"a/b": 1}`, and back."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ Tree = Any
 """A leaf of any type, or a mapping from names to trees."""
 
 Variables = dict[str, Any]
-"""Flax's variables: collection -> nested dict of arrays."""
+"""Flax's variables: a nested dict of arrays for each collection, such as "params"."""
 
 
 def flatten_paths(
@@ -18,7 +18,7 @@ def flatten_paths(
     separator: str = "/",
     is_leaf: Callable[[Mapping[str, Tree]], bool] | None = None,
 ) -> dict[str, Tree]:
-    """A nested dict as `{"a/b": leaf}`, in the same order. Inverse of `unflatten_paths`.
+    """Flattens a nested dict to `{"a/b": leaf}`, in the same order. Inverse of `unflatten_paths`.
 
     Args:
         tree: mappings with keys of any type, which a path contains as `str`. Empty mappings are
@@ -45,7 +45,7 @@ def flatten_paths(
 
 
 def unflatten_paths(paths: Mapping[str, Tree]) -> dict[str, Tree]:
-    """`{"a/b": leaf}` as a nested dict. Inverse of `flatten_paths`.
+    """Makes a nested dict from `{"a/b": leaf}`. Inverse of `flatten_paths`, for string keys.
 
     >>> unflatten_paths({"params/w": 1, "params/b/c": 2})
     {'params': {'w': 1, 'b': {'c': 2}}}

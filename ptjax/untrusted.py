@@ -1,10 +1,9 @@
 """Reads untrusted binary formats: depth and size are checked before anything is built.
 
 The formats are msgpack, .npy, zip, gzip, xz and bzip2; `files` does the same for JSON. Checkpoints,
-prompts, tokenizers and data may come from strangers, and every reader of them uses this module. A
-file that is nested a thousand times, or that claims more bytes than it holds, raises a `ValueError`
-with a reason, not a `RecursionError` or a `MemoryError`. Callers add the file's name to the
-message.
+prompts, tokenizers and data may be malicious, so every reader of them uses this module. A file that
+is nested a thousand times, or that claims more bytes than it holds, raises a `ValueError` with a
+reason, not a `RecursionError` or a `MemoryError`. Callers add the file's name to the message.
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ from ptjax.errors import one_line
 from ptjax.files import MAX_DEPTH
 
 MAX_RATIO = 200
-"""Allowed ratio of inflated to compressed bytes, above `MIN_INFLATED`."""
+"""The largest allowed ratio of inflated to compressed bytes, above `MIN_INFLATED`."""
 MIN_INFLATED = 1 << 26
-"""Inflated bytes that any compressed file may have, whatever its size."""
+"""The number of bytes to which any compressed file may inflate, whatever its size."""
 
 
 def unpack_msgpack(data: bytes) -> Any:
-    """The tree in Flax's msgpack: dicts, lists, numbers, strings and numpy arrays.
+    """Parses a tree in Flax's msgpack: dicts, lists, numbers, strings and numpy arrays.
 
     Arrays are views of `data`: Flax rejects an array that claims more bytes than there are.
 
@@ -68,16 +67,19 @@ class Member:
     crc32: int | None
 
     def check(self, crc32: int) -> None:
-        """ValueError if `crc32`, computed from the bytes, is not the recorded checksum."""
+        """Raises ValueError if `crc32`, computed from the bytes, differs from the checksum."""
         if self.crc32 not in (None, crc32):
             raise ValueError(f"{self.name} is damaged: its checksum (CRC-32) does not match")
 
 
 def find_member(archive: zipfile.ZipFile, name: str, file_size: int) -> Member:
-    """Locates a member by its local header, since the zip's directory alone may lie.
+    """Locates an uncompressed member of a zip by its local header; reads none of its data.
+
+    The zip's own directory is not sufficient, since it may be wrong.
 
     Args:
-        file_size: size of the whole file, in which the member must end.
+        name: the member's name.
+        file_size: the size of the whole file in bytes, within which the member must end.
 
     Raises:
         ValueError: the member is missing, compressed, or extends beyond the file.
@@ -102,10 +104,14 @@ def find_member(archive: zipfile.ZipFile, name: str, file_size: int) -> Member:
 
 
 def read_member(archive: zipfile.ZipFile, name: str, file_size: int, limit: int) -> bytes:
-    """The bytes of a member, checked against its checksum.
+    """Reads an uncompressed member of a zip, and verifies its checksum.
+
+    Args:
+        name, file_size: as for `find_member`.
+        limit: the largest allowed size of the member in bytes.
 
     Raises:
-        ValueError: as `find_member`, or it has more than `limit` bytes, or its checksum is wrong.
+        ValueError: as `find_member`, or the member is too large, or its checksum is wrong.
     """
     member = find_member(archive, name, file_size)
     if member.size > limit:
@@ -118,12 +124,16 @@ def read_member(archive: zipfile.ZipFile, name: str, file_size: int, limit: int)
 
 
 def inflate(data: bytes, suffix: str) -> bytes:
-    """The inflated content of a .gz, .xz or .bz2 file.
+    """Decompresses the content of a .gz, .xz or .bz2 file.
+
+    Args:
+        data: the compressed content.
+        suffix: ".gz", ".xz" or ".bz2".
 
     Raises:
         ValueError: it inflates to more than 64 MiB and more than 200 times its size. Text
             compresses to a tenth, repetitive text to a hundredth, a bomb to a thousandth.
-        OSError, EOFError, zlib.error, lzma.LZMAError: it is damaged, or another format.
+        OSError, EOFError, zlib.error, lzma.LZMAError: it is damaged, or has another format.
     """
     opened = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}[suffix]
     limit = max(MAX_RATIO * len(data), MIN_INFLATED)
@@ -141,10 +151,11 @@ def inflate(data: bytes, suffix: str) -> bytes:
 
 
 def read_numpy(data: bytes) -> np.ndarray:
-    """The array of a .npy file; pickles are rejected.
+    """Parses the content of a .npy file.
 
     Raises:
-        ValueError: truncated, not a .npy file, or its header claims more bytes than the file has.
+        ValueError: it is truncated or not a .npy file, holds Python objects (a pickle), or claims
+            more bytes in its header than there are.
     """
     stream = io.BytesIO(data)
     try:

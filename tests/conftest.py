@@ -39,6 +39,7 @@ from collections.abc import Callable, Container, Iterator
 from typing import Any
 
 import gin
+import hypothesis
 import jax
 import numpy as np
 import pytest
@@ -53,6 +54,10 @@ from ptjax.inference import prompts
 from ptjax.models.config import T5Config
 from ptjax.models.prompted import PromptedT5
 from ptjax.trainer.callbacks import Callback
+
+# A busy machine may take longer over an example than hypothesis expects.
+hypothesis.settings.register_profile("no deadline", deadline=None)
+hypothesis.settings.load_profile("no deadline")
 
 FIXTURES = Path(__file__).parent / "fixtures"
 PATIENCE = 900

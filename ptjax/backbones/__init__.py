@@ -1,1 +1,1 @@
-"""Frozen backbones: opened, loaded, saved, described."""
+"""Opens, loads, saves and describes frozen backbones."""

@@ -16,14 +16,16 @@ from ptjax.trees import Tree, flatten_paths
 
 
 class NotFiniteError(InputError):
-    """A result is not finite, although all weights are."""
+    """Scores or states are NaN or infinite, although all weights of the backbone are finite."""
 
 
 def check_weights(params: Tree, name: str) -> None:
-    """Checks every weight, except those donated to a train step.
+    """Raises InputError if a weight is NaN or infinite; the message names it.
 
-    Raises:
-        InputError: a weight is NaN or infinite; the message names it.
+    Arrays that were donated to a train step, and so no longer exist, are not checked.
+
+    Args:
+        name: the backbone's name, for the message.
     """
     arrays = UnstackedView({k: x for k, x in flatten_paths(params).items() if not _is_deleted(x)})
     for path in sorted(arrays):
@@ -38,14 +40,14 @@ def check_weights(params: Tree, name: str) -> None:
 
 
 def check_scores(scores: Tree, backbone: Backbone, what: str) -> None:
-    """Refuses log-likelihoods or states that are not finite, and names the weight that causes it.
+    """Raises an error if log-likelihoods or states are not finite; it names the cause.
 
     Args:
-        scores: arrays; for ranked labels without the padding of smaller label sets.
-        what: what the scores are, for the message.
+        scores: a tree of arrays; they must not contain padding, as smaller label sets have.
+        what: the name of the scores in the message, such as "the score of a label".
 
     Raises:
-        InputError: a weight of the backbone is not finite.
+        InputError: a weight of the backbone is not finite either; the message names it.
         NotFiniteError: a score is not finite, although all weights are.
     """
     if all(bool(np.isfinite(np.asarray(x, np.float32)).all()) for x in jax.tree.leaves(scores)):
@@ -58,9 +60,10 @@ def check_scores(scores: Tree, backbone: Backbone, what: str) -> None:
 
 
 def advice(updated: bool) -> str:
-    """Advice about a loss that is not finite, although all weights of the backbone are.
+    """Returns a sentence of advice for a loss that is not finite with finite weights.
 
-    `updated`: whether the trainable variables were updated before.
+    Args:
+        updated: whether the trainable variables were updated before.
     """
     if updated:
         return "A smaller learning rate usually helps"

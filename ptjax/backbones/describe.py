@@ -1,4 +1,4 @@
-"""Describes what a path holds: a prompt, a run's MODEL_DIR, one of its checkpoints, a backbone."""
+"""Describes a prompt, a run's MODEL_DIR, one of its checkpoints or a backbone, given its path."""
 
 from __future__ import annotations
 
@@ -27,10 +27,19 @@ from ptjax.model_dir import ModelDir
 def describe(
     path: str | os.PathLike[str], tokenizer: str | None = None, **config_overrides: Any
 ) -> JsonObject:
-    """Describes `path` as JSON values; "kind" is "prompt", "run", "checkpoint" or "backbone".
+    """Describes a file or folder as JSON values. Of a backbone's weights it reads a sample only.
+
+    Args:
+        path: a prompt, MODEL_DIR, one of its checkpoints, or a backbone (as for `load_backbone`).
+        tokenizer: a backbone's tokenizer, as for `load_backbone`.
+        **config_overrides: as for `load_backbone`.
+
+    Returns:
+        "kind" ("prompt", "run", "checkpoint" or "backbone"), and the entries of the function that
+        describes this kind, such as `describe_prompt`.
 
     Raises:
-        InputError: the path holds something else, or is damaged.
+        InputError: the path is of no such kind, or its content is damaged.
     """
     check_path("the path to describe", path)
     place = epath.Path(path).expanduser()
@@ -49,7 +58,7 @@ def describe(
 
 
 def describe_backbone(opened: OpenBackbone) -> JsonObject:
-    """Sizes, parameters, bytes, dtypes and fingerprints, without loading the weights.
+    """Describes the sizes, parameters, bytes, dtypes, fingerprints and tokenizer of a backbone.
 
     Reads only the fingerprints' sample, so a backbone may be larger than this machine's memory.
     """
@@ -73,7 +82,7 @@ def describe_backbone(opened: OpenBackbone) -> JsonObject:
 
 
 def fingerprints_of(opened: OpenBackbone) -> Fingerprints:
-    """The fingerprints as `load_backbone` computes them, reading only the sample."""
+    """Computes the same fingerprints as `load_backbone`, but reads only a sample of the weights."""
 
     def sample(path: str) -> dict[str, np.ndarray]:
         array = opened.arrays[path]
@@ -89,7 +98,7 @@ def fingerprints_of(opened: OpenBackbone) -> Fingerprints:
 
 
 def describe_prompt(file: PromptFile) -> JsonObject:
-    """Shape, bytes, norms and metadata of a prompt."""
+    """Describes the shape, bytes, norms and metadata of a prompt."""
     norms = np.linalg.norm(file.prompt, axis=1)
     return {
         "shape": list(file.prompt.shape),
@@ -107,7 +116,7 @@ def describe_prompt(file: PromptFile) -> JsonObject:
 
 
 def describe_run(model_dir: epath.Path) -> JsonObject:
-    """Results, newest checkpoint and best prompt of a MODEL_DIR, as far as they exist."""
+    """Describes the results, newest checkpoint and best export of a MODEL_DIR, if they exist."""
     run = ModelDir(model_dir)
     described: JsonObject = {
         "path": os.fspath(model_dir),
@@ -125,7 +134,14 @@ def describe_run(model_dir: epath.Path) -> JsonObject:
 
 
 def describe_checkpoint(folder: epath.Path) -> JsonObject:
-    """The run of a ptjax checkpoint, its progress, and the arrays in the checkpoint."""
+    """Describes a checkpoint of a run: the run's identity and progress, and the arrays.
+
+    Args:
+        folder: MODEL_DIR/checkpoints/STEP.
+
+    Raises:
+        InputError: the checkpoint is incomplete or damaged.
+    """
     if not (folder / "state" / "manifest.ocdbt").exists():
         raise InputError(f"{folder}: the checkpoint is incomplete, its arrays are missing")
     # Orbax needs an absolute path, and `absolute` does not work for gs://.
@@ -151,15 +167,19 @@ def describe_checkpoint(folder: epath.Path) -> JsonObject:
 def nearest_tokens(
     prompt: np.ndarray, embedding: np.ndarray, tokenizer: Tokenizer | None, count: int = 3
 ) -> list[list[tuple[str, float]]]:
-    """The `count` vocabulary tokens nearest to each row, best first, with cosine similarities.
+    """Finds the vocabulary tokens nearest to each row of a prompt, by cosine similarity.
 
     Args:
         prompt: [P, D].
-        embedding: [V, D].
-        tokenizer: without one, tokens are shown as ids.
+        embedding: the backbone's, [V, D].
+        tokenizer: without one, tokens are shown as ids: "<17>".
+        count: the number of tokens per row.
+
+    Returns:
+        for each row, a list of (token, cosine similarity), best first.
 
     Raises:
-        InputError: the widths differ.
+        InputError: the prompt and the embedding have different widths.
     """
     if prompt.shape[1] != embedding.shape[1]:
         raise wrong_width("the prompt", prompt.shape, "the backbone", embedding.shape[1])
@@ -178,7 +198,7 @@ def nearest_tokens(
 def compare(
     prompt: str | os.PathLike[str], backbone: str, tokenizer: str | None = None, count: int = 3
 ) -> list[list[tuple[str, float]]]:
-    """`nearest_tokens` of a prompt in the vocabulary of a backbone, both given by their paths.
+    """Returns `nearest_tokens` of a prompt in a backbone's vocabulary, both given by their paths.
 
     Reads only the embedding and the fingerprint's sample of the backbone. Logs a warning if the
     prompt was tuned on a different backbone.

@@ -1,4 +1,4 @@
-"""Fingerprints: identify a backbone independently of file format, dtype and devices.
+"""Fingerprints, which identify a backbone independently of file format, dtype and devices.
 
 There are two, both over sizes and a sample of the weights in bfloat16, the coarsest dtype that
 backbones are stored in. `v2` samples every parameter and covers every config field that affects the
@@ -31,21 +31,25 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 V1_KEY, V2_KEY = "backbone_fingerprint", "backbone_fingerprint_v2"
-"""Their keys in a prompt's metadata."""
+"""The keys of the two fingerprints in a prompt's metadata."""
 
 V2_PREFIX = "v2:"
 
 
 class Fingerprints(NamedTuple):
-    """The two fingerprints of a backbone."""
+    """The two fingerprints of a backbone: "sha256:..." and "v2:...".
+
+    The methods compare them with the metadata of a prompt, which record the fingerprints of the
+    backbone that the prompt was tuned on.
+    """
 
     v1: str
     v2: str
 
     def compare(self, metadata: Metadata) -> tuple[str, str] | None:
-        """(the fingerprint that a prompt records, this backbone's): equal for the same backbone.
+        """Returns (the fingerprint in a prompt's metadata, this one's), v2 if recorded, else v1.
 
-        Uses v2 if it is recorded, else v1; None if the prompt records neither.
+        The two are equal for the same backbone. None if the prompt records no fingerprint.
         """
         recorded = metadata.get(V2_KEY) or metadata.get(V1_KEY)
         if recorded is None:
@@ -59,20 +63,22 @@ class Fingerprints(NamedTuple):
         return pair is not None and pair[0] != pair[1]
 
     def match_v1_alone(self, metadata: Metadata) -> bool:
-        """Whether a prompt records this backbone's v1 and no v2."""
+        """Whether a prompt records this backbone's v1 and no v2, as older versions wrote it."""
         return self.compare(metadata) == (self.v1, self.v1)
 
     def as_metadata(self) -> dict[str, str]:
-        """The entries in the metadata of a prompt that is tuned on this backbone."""
+        """The entries for the metadata of a prompt that is tuned on this backbone."""
         return {V1_KEY: self.v1, V2_KEY: self.v2}
 
 
 class Sample(NamedTuple):
-    """A part of a parameter, as far as this process holds it first.
+    """A part of a parameter; this process holds only the values in its own shards.
+
+    Of several copies of a shard, only the process with the first one holds it.
 
     Attributes:
-        shape: of the part.
-        held: (where in the part, the values there in bfloat16) for each shard.
+        shape: the shape of the part.
+        held: for each shard, (its place in the part, the values there in bfloat16).
     """
 
     shape: tuple[int, ...]
@@ -82,9 +88,14 @@ class Sample(NamedTuple):
 def fingerprint(
     config: DataclassInstance, params: Tree, family: Family = T5_FAMILY
 ) -> Fingerprints:
-    """Both fingerprints of parameters under ptjax's names.
+    """Computes the v1 and v2 fingerprints of a backbone from its loaded parameters.
 
-    Takes the sample from the arrays on their devices, so no file is read again.
+    Samples the arrays where they are, on the devices; reads no file. All processes must call it
+    together.
+
+    Args:
+        config: the network's config.
+        params: the parameter tree, with ptjax's parameter names (not Hugging Face's).
     """
     samples = {}
     for path, array in flatten_paths(params).items():
@@ -95,7 +106,12 @@ def fingerprint(
 def digest(
     config: DataclassInstance, samples: Mapping[str, Mapping[str, np.ndarray]], family: Family
 ) -> Fingerprints:
-    """Both fingerprints, from the parts of each parameter that the family samples, in bfloat16."""
+    """Computes both fingerprints from the samples of the parameters.
+
+    Args:
+        config: the network's config.
+        samples: by parameter name, the parts that `family.fingerprint_parts` names, in bfloat16.
+    """
     sizes = {field: getattr(config, field) for field in family.old_fields}
     v1 = hashlib.sha256(json.dumps(sizes).encode())
     v2 = hashlib.sha256(json.dumps(_computed(config, family), sort_keys=True).encode())
@@ -124,9 +140,14 @@ def _computed(config: DataclassInstance, family: Family) -> JsonObject:
 
 
 def sample_of(path: str, array: jax.Array, family: Family) -> dict[str, dict[str, Sample]]:
-    """{path: the parts of an array, or of each layer of a stack, that the family samples}.
+    """Takes the sample of one parameter; returns {path: {name of a part: sample}}.
 
-    Each process takes its own part, without waiting for others or for the devices.
+    Each process takes its own shards, without waiting for others or for the devices; `exchange`
+    completes the sample.
+
+    Args:
+        path: the parameter's name, which determines the parts (`family.fingerprint_parts`).
+        array: the parameter, or the stacked parameters of all layers.
     """
     ending = "/".join(path.split("/")[-2:])
     stacked = "/layers/" in path and "scanned layers" not in family.lacks
@@ -158,10 +179,10 @@ def _pick(shard: jax.Array, indices: list[np.ndarray]) -> jax.Array:
 
 
 def exchange(samples: Mapping[str, Mapping[str, Sample]]) -> dict[str, dict[str, np.ndarray]]:
-    """The samples as whole arrays; all processes must call it together.
+    """Makes whole arrays of the samples, on every process; all must call it together.
 
-    One sum over the processes for all of them. With a collective for each parameter, processes on
-    CPUs would sometimes wait for each other for ever.
+    It sums all samples over the processes at once. With a collective for each parameter, processes
+    on CPUs would sometimes wait for each other forever.
     """
     sizes = [math.prod(sample.shape) for parts in samples.values() for sample in parts.values()]
     bits = np.zeros(sum(sizes), np.uint16)

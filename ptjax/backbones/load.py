@@ -1,4 +1,4 @@
-"""`load_backbone`: a path becomes a frozen network on a mesh."""
+"""`load_backbone`: loads a frozen network from a path onto a mesh."""
 
 from __future__ import annotations
 
@@ -34,8 +34,10 @@ class Backbone:
     """A frozen network, ready for a prompt.
 
     Attributes:
+        config: the network's config; for ptjax's own T5 a `T5Config`.
         variables: `{"params": ...}`; for a T5 under T5X's names.
-        apply_fn: `make_apply_fn(True)`, for prompts that attend to their input.
+        apply_fn: the network's function, for prompts that attend to their input.
+        tokenizer: None if no tokenizer was set or found beside the weights.
         fingerprint: "v2:..." over sizes and a sample of every parameter; independent of file
             format, dtype and number of devices.
         name: the user's name for it: a path, a hub id with its revision, "ptjax-nano".
@@ -61,14 +63,18 @@ class Backbone:
 
     @property
     def fingerprints(self) -> Fingerprints:
-        """Both, for what a prompt records."""
+        """Both fingerprints, to compare with those in a prompt's metadata."""
         return Fingerprints(self.fingerprint_v1, self.fingerprint)
 
     def make_apply_fn(self, attends_to_input: bool, collections: tuple[str, ...] = ()) -> ApplyFn:
-        """`apply_fn` for prompts that attend to their input, or do not.
+        """Makes the network's function, for prompts that attend to their input or do not.
 
         Args:
-            collections: collections other than `params` that hold arrays of the network's modules.
+            collections: the names of collections in addition to `params` that hold arrays of the
+                network's modules.
+
+        Raises:
+            InputError: the family does not support prompts that do not attend to their input.
         """
         if not attends_to_input:
             check_supported(self.family, "blind prompts")
@@ -78,7 +84,7 @@ class Backbone:
 
     @property
     def embedding(self) -> jax.Array:
-        """The table [V, D] of the input's tokens."""
+        """The embedding [V, D] of the input's tokens."""
         return self.family.embedding(self.variables["params"])
 
 
@@ -96,15 +102,15 @@ def load_backbone(
     """Loads a T5X checkpoint (legacy or Orbax) or a Hugging Face directory or hub id.
 
     A tree under T5X's names saved by Orbax (0.4 or newer, also its v1) is read like T5X's: at the
-    top level, or below `params` or `target`.
+    top level, or below `params` or `target`. All processes call it together.
 
     Args:
         path: local or gs://; "ptjax-nano" is the backbone that ptjax ships; a hub id may end in
             "@revision". In a folder of several `checkpoint_N`, or of Orbax steps, the newest.
-        dtype: of weights and activations; None is bfloat16 on TPU and GPU and float32 on CPU.
-        mesh: arrays are loaded directly to their devices; 'auto', '8x1', '2x4' (data x model) or
-            '2x2x2' (replica x data x model) use all devices (`meshes.choose_mesh`); None uses
-            the first device or, with several processes, all of them.
+        dtype: for weights and activations; None is bfloat16 on TPU and GPU and float32 on CPU.
+        mesh: the devices to load onto; 'auto', '8x1', '2x4' (data x model) or '2x2x2' (replica x
+            data x model) use all devices (`meshes.choose_mesh`); None uses the first device or,
+            with several processes, all devices.
         fsdp: shard weights over `data` too, and gather them layer by layer; needs `scan_layers`.
         quantize: "int8" stores kernels at one byte per entry; see `sharding.quantize`.
         tokenizer: a tokenizer or its path; None looks in the folder of the weights.
@@ -153,7 +159,7 @@ def load_backbone(
 
 
 def check_dtypes(dtype: str, quantize: str | None) -> None:
-    """InputError unless a backbone can be loaded with these dtypes."""
+    """Raises InputError unless `load_backbone` supports these values of its arguments."""
     check_choice(get_args(Dtype), "load_backbone", dtype=dtype)  # T5 overflows in float16
     check_choice(("int8", None), "load_backbone", quantize=quantize)
 
@@ -197,9 +203,10 @@ def _load_params(
 
 
 def place(lazy_array: LazyArray, sharding: NamedSharding) -> jax.Array:
-    """Loads an array onto its devices.
+    """Loads an array from its file onto the devices of `sharding`.
 
-    Reads only the shards of this process's devices, and each once, however many devices hold it.
+    Reads only the shards of this process's devices, and each only once, even if several devices
+    hold it.
     """
     shape = lazy_array.shape
 

@@ -28,7 +28,13 @@ _CHOSEN_FIELDS = {"dtype", "scan_layers", "remat"}
 
 @dataclasses.dataclass(frozen=True)
 class OpenBackbone:
-    """A backbone whose weights are still in their files; `prompt` is one saved with them."""
+    """A backbone whose weights are still in their files.
+
+    Attributes:
+        arrays: the parameters by ptjax's names.
+        prompt: a prompt in the same checkpoint, if there is one.
+        config, tokenizer, name, assumed, family: as the attributes of `Backbone`.
+    """
 
     arrays: dict[str, LazyArray]
     prompt: LazyArray | None
@@ -47,7 +53,11 @@ def open_backbone(
     family: Family = T5_FAMILY,
     **config_overrides: Any,
 ) -> OpenBackbone:
-    """`load_backbone` without reading the weights; same arguments and errors."""
+    """Opens a backbone without reading its weights; arguments and errors as `load_backbone`.
+
+    It reads the config and the tokenizer, downloads a hub id, and checks the names and shapes of
+    the parameters.
+    """
     chosen = _supported(family, config_overrides)
     arrays, from_config, name, folders = _open(path, chosen, family)
     prompt = arrays.pop(T5X_PROMPT, None)
@@ -80,7 +90,7 @@ def _may_be_hub_id(name: str) -> bool:
 
 
 def would_download(path: str | os.PathLike[str]) -> bool:
-    """Whether `path` may be a model on the hub that this machine has not downloaded."""
+    """Whether `load_backbone(path)` would download: `path` may be a hub id that is not cached."""
     name = os.fspath(path)
     if shipped.find(name) or not _may_be_hub_id(name) or epath.Path(path).exists():
         return False

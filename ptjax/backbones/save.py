@@ -1,4 +1,4 @@
-"""Saves a backbone in Hugging Face's layout."""
+"""`save_backbone`: saves a backbone in Hugging Face's layout."""
 
 from __future__ import annotations
 
@@ -34,8 +34,14 @@ def save_backbone(
     names. With several processes, all must call it; the first one writes.
 
     Args:
-        params: nested dict under T5X's names, layers stacked or not.
-        max_shard_bytes: split the weights into files of at most this size.
+        config: the network's config.
+        params: the parameters as a nested dict under T5X's names, layers stacked or not.
+        tokenizer: written too, if it is set.
+        dtype: the dtype of the files, "float32" or "bfloat16".
+        max_shard_bytes: split the weights into files of at most this size; None: one file.
+
+    Raises:
+        InputError: the kernels are int8, or the network or `dtype` cannot be saved.
     """
     check_path("the folder of the backbone", directory)
     own_names_only = not family.tensor_names({})

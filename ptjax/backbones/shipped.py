@@ -1,4 +1,4 @@
-"""Backbones that come with ptjax, or with the package ptjax-models, by name."""
+"""Finds backbones that come with ptjax, or with the package ptjax-models, by their names."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from etils import epath
 from ptjax.errors import InputError, near
 
 NANO = "ptjax-nano"
+"""The name of the backbone in ptjax itself."""
 
 
 def find(name: str) -> epath.Path | None:
-    """Directory of a backbone that ships with ptjax or with the package ptjax-models.
+    """Finds the folder of a backbone that ships with ptjax or with the package ptjax-models.
 
     "ptjax-micro-span" is a training stage of ptjax-micro; "ptjax-micro" means its last one, "-lm".
     "ptjax-nano" is the only backbone in ptjax itself.
 
     Returns:
-        None if `name` does not start with "ptjax-", or is an existing path.
+        the folder; None if `name` does not start with "ptjax-", or is an existing path.
 
     Raises:
         InputError: neither package has a backbone of that name.

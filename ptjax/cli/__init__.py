@@ -1,4 +1,4 @@
-"""From flags and gin files to a call of the library; shared by all commands.
+"""The part of the command line that all commands share: flags, gin files, errors, exit codes.
 
 The library has no `@gin.configurable`: gin files name functions through dynamic registration. Bad
 input ends with one line and exit code 2, a failure with exit code 1. Nothing heavy is imported
@@ -80,12 +80,16 @@ def make_parser(
     gin_help: str = "",
     exit_codes: str = EXIT_CODES,
 ) -> argparse.ArgumentParser:
-    """A parser with the flags for gin files that all commands share.
+    """Makes the parser of a command, with the flags for gin files. Use it with `parse`.
+
+    It also opens standard streams that the caller closed, and sets UTF-8 for standard output.
 
     Args:
+        command: the command's name: "train" is called as `python -m ptjax.train`.
         description: paragraphs, which are wrapped; one that starts with a space is kept as it is.
         gin: whether the command reads gin files.
-        gin_help: what the gin files of this command may set.
+        gin_help: what the gin files of this command may set; the end of the help of --gin_file.
+        exit_codes: the end of the help.
     """
     _open_standard_streams()
     paragraphs = textwrap.dedent(description).strip().split("\n\n")
@@ -129,7 +133,14 @@ def make_parser(
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parses the flags; `--gin.NAME=VALUE` becomes a binding."""
+    """Parses the flags; adds `--gin.NAME=VALUE` to `gin_bindings` as "NAME = VALUE".
+
+    Flags with bad values are reported in one line on standard error, with exit code 2.
+
+    Args:
+        parser: from `make_parser`, with `gin=True`.
+        argv: the arguments; None: those of this process.
+    """
     argv, rest, bindings = list(sys.argv[1:] if argv is None else argv), [], []
     for argument in argv:
         if re.search("[\ud800-\udfff]", argument):  # how Python represents bytes that are not UTF-8
@@ -152,10 +163,13 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
 
 
 def run(body: Callable[[], object], processes: argparse.Namespace | None = None) -> NoReturn:
-    """Runs a command's body and exits with the matching code.
+    """Calls a command's body, and exits: 0, or 2 after an InputError, 1 after other failures.
+
+    Expected errors are printed as one line on standard error. Sets up logging first, and joins the
+    other processes if there are several.
 
     Args:
-        processes: the flags of `distributed.add_flags`, for a command that supports several
+        processes: the parsed flags of `distributed.add_flags`, of a command that supports several
             processes.
     """
     logs.prepare()

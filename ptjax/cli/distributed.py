@@ -30,12 +30,14 @@ from ptjax.errors import InputError, check_at_least
 from ptjax.files import JsonObject
 
 HEARTBEAT_TIMEOUT = 30
-"""Seconds. With JAX's default, 100, the other processes would hang for a minute and a half."""
+"""Seconds of silence after which a process counts as lost. With JAX's default, 100, the other
+processes would hang for a minute and a half."""
 INITIALIZATION_TIMEOUT = 300
+"""Seconds within which all processes must connect."""
 GRACE_SECONDS = 10
 """How long a failed process waits for the others to fail as well."""
 IDENTITY_FILE = "PTJAX_LAUNCH_IDENTITY"
-"""Environment variable set by `ptjax.launch`: the file in which a child writes who it is."""
+"""Environment variable set by `ptjax.launch`: the file in which a child writes its number."""
 LAUNCHER_PIPE = "PTJAX_LAUNCH_PIPE"
 """Environment variable set by `ptjax.launch`: a pipe that closes when the launcher ends."""
 _HOST_BYTES = 64
@@ -45,7 +47,8 @@ def add_flags(parser: argparse.ArgumentParser, *, saves: bool = False) -> None:
     """Adds the flags of a command that can run on several processes.
 
     Args:
-        saves: whether SIGTERM makes all processes save together; else it ends a process at once.
+        saves: whether SIGTERM makes all processes save together (and the command handles it);
+            else it ends a process immediately.
     """
     parser.set_defaults(saves=saves)
     described = (
@@ -84,6 +87,9 @@ def add_flags(parser: argparse.ArgumentParser, *, saves: bool = False) -> None:
 
 def start(arguments: argparse.Namespace | None) -> None:
     """Joins the other processes, if there are any. Call it before JAX uses a device.
+
+    It changes JAX's configuration. If `ptjax.launch` started this process, it also makes it end
+    when the launcher ends.
 
     Args:
         arguments: the flags of `add_flags`; None for a command that supports one process only.
@@ -259,9 +265,12 @@ def _introduce() -> None:
 def ending(arguments: argparse.Namespace | None) -> Iterator[None]:
     """Wraps a command, so that a failing process among several ends with its own exit code.
 
-    When a process exits, JAX waits for the others, and aborts all processes if they do not come,
-    which would replace the exit code. A process that failed alone must not wait: the others end
-    when its heartbeat stops.
+    When a process exits, JAX waits for the others to exit too, and aborts all of them if they do
+    not, which would replace the exit code. A process that failed alone therefore ends without
+    waiting for long; the others end when its heartbeat stops.
+
+    Args:
+        arguments: the flags of `add_flags`; None for a command that supports one process only.
     """
     import jax
 

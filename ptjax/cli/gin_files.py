@@ -1,4 +1,4 @@
-"""Reads gin files and what they bind; every mistake in them is one line."""
+"""Reads gin files, and returns what they bind; every mistake in them is reported in one line."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ from ptjax.files import JsonObject, Metadata
 _gin: Any = gin.config
 
 TASK = "ptjax.Task"
+"""The public name of the class of tasks, for `declared`."""
 
 
 def load_gin(
@@ -42,17 +43,21 @@ def load_gin(
     of_run: str | None = None,
     trusted: bool = False,
 ) -> None:
-    """Reads the gin files and bindings, and checks every macro.
+    """Reads the gin files and bindings into gin's config, and checks macros and types of values.
+
+    It replaces what gin's config contained before.
 
     Args:
-        macros: override all other values, if the files use them.
-        defaults: values of macros that this command does not need, such as MODEL_DIR if it writes
-            nothing; for macros that the files use and nothing sets.
-        of_run: the gin file that is the config.gin of a MODEL_DIR, possibly of an older ptjax.
+        arguments: the flags of `make_parser`, parsed by `parse`.
+        macros: values by name that override all others, for macros that the files use.
+        defaults: values by name for macros that the files use, nothing sets, and this command does
+            not need, such as MODEL_DIR if it writes nothing.
+        of_run: the one of the gin files that is the config.gin of a MODEL_DIR. It is untrusted, and
+            an older ptjax may have written it.
         trusted: whether `of_run` may name more than ptjax's settings.
 
     Raises:
-        InputError: one line with file, line and the nearest valid name.
+        InputError: a mistake in a file or binding, with its place and the nearest valid name.
     """
     gin.clear_config()
     paths = ["", *filter(None, arguments.gin_search_paths.split(",")), os.fspath(gin_configs())]
@@ -186,14 +191,14 @@ def _flat(parsed: Any, paths: Sequence[str]) -> list[epath.Path]:
 
 
 def bound(function: Callable[..., Any], *, given: Sequence[str] = ()) -> Callable[..., Any]:
-    """`function` with the arguments that gin binds.
+    """Returns `function` with the arguments that gin binds; the caller passes the others.
 
     Args:
-        given: arguments that the caller passes.
+        given: the names of the arguments that the caller will pass.
 
     Raises:
-        InputError: an argument without a default is not bound, in `function` or in a reference that
-            is bound to it.
+        InputError: an argument without a default is neither bound nor in `given`; checked for
+            `function`, and for the functions that gin calls for its arguments (`@f()`).
     """
     selector = _selector(function)
     _check_required(function, [], given)
@@ -249,16 +254,26 @@ def _references(value: object) -> Iterator[Any]:
 
 
 def configured(selector: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` with what gin binds to `selector`, its public name, if anything."""
+    """Returns `function` with the arguments that gin binds to it, or unchanged without bindings.
+
+    Args:
+        selector: the function's public name, such as "ptjax.load_backbone".
+    """
     registered = _gin._REGISTRY.get_match(selector) is not None
     return gin.get_configurable(selector) if registered else function
 
 
 def settings(function: str | Callable[..., object], *names: str) -> JsonObject:
-    """The values that gin binds to the arguments `names` of a function.
+    """Returns the values that gin binds to some arguments of a function.
+
+    References (`@f()`) are evaluated. Arguments that are not bound are left out.
 
     Args:
-        function: the function, or its public name, which does not import it.
+        function: the function, or its public name ("ptjax.tune"), so that it is not imported.
+        names: the names of the arguments.
+
+    Raises:
+        InputError: a reference lacks a required argument.
     """
     selector = function if isinstance(function, str) else _selector(function)
     if selector is None or _gin._REGISTRY.get_match(selector) is None:
@@ -278,11 +293,15 @@ def _full_name(selector: str) -> str:
 
 
 def declared(selector: str, *, unless_of: str) -> JsonObject:
-    """All objects of a class that the gin files declare: "@scope/ptjax.Task()" -> object.
+    """Makes all objects of a class that the gin files declare.
 
     Args:
-        selector: the public name of the class, which is not imported for this.
-        unless_of: the name of a class; objects that it refers to are left out.
+        selector: the public name of the class, such as "ptjax.Task".
+        unless_of: the public name of another class: objects that its arguments refer to are left
+            out.
+
+    Returns:
+        the objects by their reference, such as "@scope/ptjax.Task()".
 
     Raises:
         InputError: the only declaration lacks a setting. Among several, an incomplete one is
@@ -309,7 +328,7 @@ def declared(selector: str, *, unless_of: str) -> JsonObject:
 
 
 def config_text() -> str:
-    """All settings as one self-contained gin file.
+    """Returns gin's current config as the text of one self-contained gin file.
 
     Dicts keep their order, which gin would sort: the order of a verbalizer is that of the labels.
     """

@@ -1,4 +1,4 @@
-"""Macros of gin files, NAME = value: which are used, which are set, and mistakes with them."""
+"""Macros of gin files (NAME = value, used as %NAME): their values, and mistakes with them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,12 @@ _gin: Any = gin.config
 
 
 def used_and_set() -> tuple[dict[str, str], set[str]]:
-    """(macros that are used -> an argument that uses each, macros that are set)."""
+    """Lists the macros in gin's current config.
+
+    Returns:
+        (used, bound): `used` maps each macro that is used to an argument that uses it, such as
+        "RunSettings.seed"; `bound` are the macros that are set.
+    """
     config = _gin._CONFIG
     used = {
         reference.scoped_selector.rsplit("/", 1)[0]: f"{selector.rsplit('.', 1)[-1]}.{argument}"
@@ -38,15 +43,17 @@ def check_macros(
     given: set[str],
     optional: Sequence[str],
 ) -> None:
-    """InputError for a macro that is set but never used, or used but never set.
+    """Raises InputError for a macro that is set but never used, or used but never set.
 
-    A file may use a macro for an argument that a later file overrides. A macro of the command line
-    (`given`) must be used, or the setting would be lost silently.
+    A macro that is set in a gin file may stay unused if a file mentions it, for an argument that a
+    later file overrides; it is then removed from gin's config. A macro that is set on the command
+    line (`given`) must always be used, or the setting would be lost silently.
 
     Args:
-        used, bound: as `used_and_set` returns them.
-        files: the gin files, the one whose settings win first.
-        optional: macros that this command does not need.
+        used, bound: the two results of `used_and_set`.
+        files: the gin files, the one with the highest precedence first.
+        given: the macros that are set on the command line.
+        optional: macros that are exempt from both checks.
     """
 
     def use(name: str) -> str:
@@ -85,7 +92,7 @@ def _of_t5x(name: str) -> str:
 
 
 def macro(name: str) -> Any:
-    """The value of a macro, or None."""
+    """The value of a macro in gin's current config; None if it is not set."""
     try:
         return copy.deepcopy(gin.query_parameter(f"%{name}"))
     except ValueError:
@@ -93,5 +100,5 @@ def macro(name: str) -> Any:
 
 
 def has_macro(name: str) -> bool:
-    """Whether the files or flags set the macro, to whatever value."""
+    """Whether a gin file or flag sets the macro, to any value (None too)."""
     return name in used_and_set()[1]

@@ -1,4 +1,4 @@
-"""Turns what gin raises for a mistake into one line, with file and line number."""
+"""Turns exceptions that gin raises into messages of one line, with file and line number."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ptjax.errors import InputError, listing, near
 
 _gin: Any = gin.config
 
-# What bindings on the command line may name without an import in a gin file.
+# Imported for bindings on the command line that name a module which no gin file imports.
 IMPORTS = """\
 from __gin__ import dynamic_registration
 import optax
@@ -42,12 +42,13 @@ _MARKS = re.compile(
 
 
 def check_depth(text: str, source: str) -> None:
-    """InputError for a value that is nested too deeply.
+    """Raises InputError if a value in gin's syntax is nested deeper than `MAX_DEPTH`.
 
     gin's parser recurses into values, and so does the code that copies or prints them.
 
     Args:
-        source: the file, or "command line" with the name of the setting.
+        text: the content of a gin file, or one binding.
+        source: the file, or "command line" with the name of the setting, for the message.
     """
     depth = 0
     for mark in _MARKS.finditer(text):
@@ -59,14 +60,18 @@ def check_depth(text: str, source: str) -> None:
 
 
 def gin_configs() -> epath.Path:
-    """ptjax's own gin files: inside an installed package, or at the top of a clone."""
+    """The folder of ptjax's own gin files: in the installed package, or at the top of a clone."""
     package = epath.Path(os.fspath(resources.files("ptjax")))  # type: ignore[arg-type]
     inside = package / "gin_configs"
     return inside if inside.exists() else package.parent / "gin_configs"
 
 
 def own_files(folder: epath.Path) -> list[str]:
-    """The names of ptjax's own gin files, as `--gin_file` takes them."""
+    """Lists the gin files in `folder` and its subfolders, as `--gin_file` takes them.
+
+    Args:
+        folder: the result of `gin_configs`.
+    """
     files = [path for glob in ("*.gin", "*/*.gin") for path in folder.glob(glob)]
     return sorted(os.path.relpath(path, folder) for path in files)
 
@@ -83,12 +88,12 @@ _MISTAKES = (
 
 @contextmanager
 def explained(paths: Sequence[str], source: str, line: str = "") -> Iterator[None]:
-    """Turns what gin raises into an InputError of one line.
+    """Turns an exception that gin raises inside the context into an InputError of one line.
 
     Args:
         paths: the search paths of gin files.
         source: the file, or the binding on the command line, for the message.
-        line: the binding, if it is one.
+        line: the binding on the command line; "" for a file.
     """
     try:
         yield

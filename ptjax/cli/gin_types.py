@@ -21,7 +21,7 @@ from ptjax.errors import InputError, gin_flag, is_empty
 _gin: Any = gin.config
 
 UNBOUND = object()
-"""The value of a macro that is not set, which some commands allow."""
+"""What `macro_value` returns for a macro that is not set, which some commands allow."""
 
 _WORDS = {
     bool: "True or False",
@@ -33,7 +33,10 @@ _WORDS = {
 
 
 def argument_types(function: Callable[..., object]) -> dict[str, object]:
-    """Argument or field -> type, of a function or a dataclass; {} if they cannot be resolved."""
+    """The types of a function's arguments or a dataclass's fields, by name.
+
+    Returns {} if its annotations cannot be resolved. "return" may be among the names.
+    """
     try:
         kinds = get_type_hints(function)
         # `**fields: Annotated[Any, C]` means the fields of the class C.
@@ -46,7 +49,7 @@ def argument_types(function: Callable[..., object]) -> dict[str, object]:
 
 
 def name_of(function: Callable[..., Any]) -> str:
-    """Its name in gin files: the public one ("ptjax.Task"), or the module's and its own."""
+    """The name of a function or class in gin files: "ptjax.Task" if public, else "module.name"."""
     name = getattr(function, "__name__", "")
     if name in ptjax.__all__ and getattr(ptjax, name) is function:
         return f"ptjax.{name}"
@@ -59,7 +62,13 @@ def _module(function: object) -> str:
 
 
 def fits(value: Any, kind: Any) -> bool:
-    """Whether a bound value, references included, is of the annotated type."""
+    """Whether a value that gin binds has an annotated type.
+
+    A macro is replaced by its value. `@f()` counts as fitting unless f is a class of another type.
+
+    Args:
+        kind: the annotation, resolved (see `argument_types`).
+    """
     origin, inner = get_origin(kind), get_args(kind)
     if isinstance(value, _gin.ConfigurableReference):
         return _reference_fits(value, kind)
@@ -100,7 +109,7 @@ def _reference_fits(reference: Any, kind: Any) -> bool:
 
 
 def is_path(kind: object) -> bool:
-    """Whether a type is that of a path: a union with `os.PathLike`."""
+    """Whether a type is a path's, which means a union that contains `os.PathLike`."""
     return any(get_origin(member) is os.PathLike for member in get_args(kind))
 
 
@@ -110,6 +119,7 @@ def _is_function(kind: object) -> bool:
 
 
 def is_macro(value: Any) -> bool:
+    """Whether a bound value is a macro, `%NAME`."""
     return isinstance(value, _gin.ConfigurableReference) and value.selector in (
         "gin.macro",
         "macro",
@@ -117,13 +127,19 @@ def is_macro(value: Any) -> bool:
 
 
 def macro_value(reference: Any) -> Any:
-    """The value of a macro: possibly another macro, or `UNBOUND`."""
+    """The value that is set for the macro `reference`; it may be another macro.
+
+    `UNBOUND` if nothing sets it.
+    """
     scope = reference.scoped_selector.rsplit("/", 1)[0]
     return _gin._CONFIG.get((scope, "gin.macro"), {}).get("value", UNBOUND)
 
 
 def numbers(value: object) -> Iterator[float]:
-    """The floats in a bound value, including the parts of complex numbers."""
+    """Yields the floats in a bound value, including the parts of complex numbers.
+
+    It recurses into dicts (keys and values), lists, tuples and sets.
+    """
     if isinstance(value, Mapping):
         value = [*value.keys(), *value.values()]
     if isinstance(value, list | tuple | set):
@@ -136,7 +152,7 @@ def numbers(value: object) -> Iterator[float]:
 
 
 def describe(kind: Any) -> str:
-    """A type in the words of a message: "a whole number or None"."""
+    """Describes a type in a message's words: "a whole number or None" for `int | None`."""
     origin, inner = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
         return " or ".join(dict.fromkeys(map(describe, inner)))
@@ -163,17 +179,22 @@ def describe(kind: Any) -> str:
 
 
 def names_path(macro: str) -> bool:
-    """Whether a macro is a path, judged by its name."""
+    """Whether a macro's value is a path, judging by its name: ..._DIR or ..._PATH."""
     return macro.endswith(("_DIR", "_PATH"))
 
 
 def flag_of(macro: str) -> str:
-    """The flag that sets a macro, with a placeholder for its value."""
+    """Returns the flag that sets a macro, with a placeholder: "--gin.TRAIN_STEPS=VALUE"."""
     return gin_flag(macro, "PATH") if names_path(macro) else f"--gin.{macro}=VALUE"
 
 
 def line_of(pattern: str, files: Sequence[epath.Path]) -> str:
-    """ "file:line: " of the last match in the first file with one, whose settings win; else ""."""
+    """Returns "file:line: " of the last match in the first file that has one; "" without any.
+
+    Args:
+        pattern: a regular expression, searched in each line.
+        files: gin files, the one with the highest precedence first.
+    """
     for file in files:
         lines = file.read_text().splitlines()
         if matches := [n for n, line in enumerate(lines, 1) if re.search(pattern, line)]:
@@ -182,7 +203,13 @@ def line_of(pattern: str, files: Sequence[epath.Path]) -> str:
 
 
 def check_finite(files: Sequence[epath.Path], command_line: Sequence[str]) -> None:
-    """InputError for inf and nan: gin reads them (as 1e999) but cannot write them to config.gin."""
+    """Raises InputError if gin binds inf or nan, which it reads (as 1e999) but cannot write.
+
+    Args:
+        files: the gin files, the one with the highest precedence first.
+        command_line: the bindings on the command line; only for the place in the message, as
+            `files` are.
+    """
     for (scope, selector), bindings in _gin._CONFIG.items():
         module, _, function = selector.rpartition(".")
         for argument, value in bindings.items():
@@ -205,7 +232,12 @@ def check_finite(files: Sequence[epath.Path], command_line: Sequence[str]) -> No
 def check_types(
     files: Sequence[epath.Path], command_line: Sequence[str], optional: Sequence[str]
 ) -> None:
-    """InputError for an empty path, or a value that does not have its argument's type."""
+    """Raises InputError for a value that does not have its argument's type, or an empty path.
+
+    Args:
+        files, command_line: as for `check_finite`.
+        optional: macros whose path may be empty.
+    """
     for (scope, selector), bindings in list(_gin._CONFIG.items()):
         function = _gin._REGISTRY.get_match(selector).wrapped
         kinds = argument_types(function)

@@ -1,4 +1,4 @@
-"""Logging for the commands: plain lines on stderr; of other libraries only what matters."""
+"""Logging for the commands: plain lines on stderr, and only problems of other libraries."""
 
 from __future__ import annotations
 
@@ -21,16 +21,19 @@ _UNPRINTABLE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
 LONGEST_MESSAGE = 1500
-"""Characters after which an error is cut in the middle."""
+"""The number of characters above which an error message is cut in the middle."""
 
 
 def printable(text: str) -> str:
-    """Untrusted text with control characters escaped, except line feeds and tabs."""
+    """Returns untrusted text with control characters escaped, except line feeds and tabs."""
     return _UNPRINTABLE.sub(lambda c: c[0].encode("unicode_escape").decode(), text)
 
 
 def one_line(text: str) -> str:
-    """An error as one line; a long one loses its middle, since its end says what to do."""
+    """Returns an error message as one printable line.
+
+    A message above `LONGEST_MESSAGE` characters loses its middle, because its end says what to do.
+    """
     text = printable(text).replace("\n", "\\n")
     if len(text) <= LONGEST_MESSAGE:
         return text
@@ -81,18 +84,21 @@ def _matters(record: logging.LogRecord) -> bool:
 
 
 def name_process(number: int) -> None:
-    """Sets the number of this process, which is one of several."""
+    """Sets the number of this process, one of several: warnings show it, only 0 logs progress."""
     global _process
     _process = number
 
 
 def speaker() -> str:
-    """The prefix of warnings and errors that names this process, if there are several."""
+    """The prefix of warnings and errors, "process 3: "; "" if this process is the only one."""
     return "" if _process is None else f"process {_process}: "
 
 
 def prepare() -> None:
-    """Sets up logging to stderr, and a persistent compile cache."""
+    """Sets up logging to stderr, replacing an earlier setup, and JAX's persistent compile cache.
+
+    The cache is in ~/.cache/ptjax/xla (or in XDG_CACHE_HOME) unless the user has set JAX's.
+    """
     root = logging.getLogger()
     root.handlers[:] = [h for h in root.handlers if not isinstance(h, _Stderr)]
     handler = _Stderr()

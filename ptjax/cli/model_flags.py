@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ptjax.backbones.load import Backbone
     from ptjax.data.tasks import Task
 
+# Public names, with which `settings` and `configured` need no import.
 TUNE = "ptjax.tune"
 SETTINGS = "ptjax.RunSettings"
 LOAD_BACKBONE = "ptjax.load_backbone"
@@ -30,7 +31,7 @@ _PROMPTS = (
 
 
 def add_flags(parser: argparse.ArgumentParser, many: str) -> None:
-    """Adds the flags that name prompts and a backbone.
+    """Adds the flags that name prompts and a backbone, from --model_dir to --trust_config.
 
     Args:
         many: the help of --prompts in this command.
@@ -65,6 +66,7 @@ def add_flags(parser: argparse.ArgumentParser, many: str) -> None:
 
 
 def add_tokenizer_flag(group: argparse._ActionsContainer) -> None:
+    """Adds --tokenizer to a parser or group; see `bind_tokenizer`."""
     group.add_argument(
         "--tokenizer",
         metavar="PATH",
@@ -74,6 +76,7 @@ def add_tokenizer_flag(group: argparse._ActionsContainer) -> None:
 
 
 def add_trust_flag(group: argparse._ActionsContainer) -> None:
+    """Adds --trust_config to a parser or group; see `load`."""
     group.add_argument(
         "--trust_config",
         action="store_true",
@@ -83,22 +86,23 @@ def add_trust_flag(group: argparse._ActionsContainer) -> None:
 
 
 def bind_tokenizer(arguments: argparse.Namespace) -> None:
-    """Adds the binding for --tokenizer, if the flag is given."""
+    """Appends the binding for --tokenizer to `arguments.gin_bindings`, if the flag is set."""
     if arguments.tokenizer is not None:
         arguments.gin_bindings.append(f"ptjax.load_backbone.tokenizer = {arguments.tokenizer!r}")
 
 
 def load(arguments: argparse.Namespace, *, reads_data: bool = False) -> None:
-    """Reads the gin files that the flags name, or else MODEL_DIR/config.gin.
+    """Reads the gin files that the flags name, or else MODEL_DIR/config.gin, into gin's config.
 
-    That config.gin is untrusted: without --trust_config it may only name ptjax's own settings. A
-    file of --gin_file is trusted.
+    That config.gin is untrusted: without --trust_config it may name only ptjax's own settings. A
+    file of --gin_file is trusted. Changes `gin_file` and `gin_bindings` of `arguments`.
 
     Args:
+        arguments: the flags of `make_parser` and `add_flags`.
         reads_data: whether the command reads the task's splits, which needs DATA_DIR.
 
     Raises:
-        InputError: flags that contradict each other, or what `load_gin` refuses.
+        InputError: --prompt and --prompts are both set, MODEL_DIR does not exist, or as `load_gin`.
     """
     if arguments.prompts is not None and arguments.prompt is not None:
         raise InputError("--prompt and --prompts are mutually exclusive")
@@ -123,7 +127,10 @@ def load(arguments: argparse.Namespace, *, reads_data: bool = False) -> None:
 
 
 def inputs(arguments: argparse.Namespace) -> list[str]:
-    """The local files and folders that the command reads, which --output must not overwrite."""
+    """Lists the local files and folders that the flags name, for `output.check`.
+
+    They are the inputs of the command, which --output must not overwrite.
+    """
     flags = [arguments.prompt, arguments.backbone, arguments.tokenizer, *arguments.gin_file]
     paths = [epath.Path(name).expanduser() for name in flags if name and "://" not in name]
     if arguments.model_dir is not None and "://" not in arguments.model_dir:
@@ -138,7 +145,7 @@ def inputs(arguments: argparse.Namespace) -> list[str]:
 
 
 def model_dir(arguments: argparse.Namespace) -> epath.Path | None:
-    """MODEL_DIR: the flag, else the gin file's, else None."""
+    """MODEL_DIR from --model_dir, else from the gin files, else None."""
     if arguments.model_dir is not None:
         return epath.Path(arguments.model_dir).expanduser()
     try:
@@ -149,10 +156,12 @@ def model_dir(arguments: argparse.Namespace) -> epath.Path | None:
 
 
 def prompt_path(arguments: argparse.Namespace) -> str | None:
-    """The path of the prompt; None for the backbone alone, which the run itself may have tuned.
+    """The path of the prompt: --prompt, else the best one in MODEL_DIR.
+
+    None if no prompt is used: --prompt is "none", or the run in MODEL_DIR tuned the whole model.
 
     Raises:
-        InputError: neither the flags nor a run name a prompt.
+        InputError: neither --prompt nor MODEL_DIR is set, or MODEL_DIR holds no prompt or a sweep.
     """
     if arguments.prompt is not None:
         return None if arguments.prompt == "none" else arguments.prompt
@@ -179,7 +188,7 @@ def prompt_path(arguments: argparse.Namespace) -> str | None:
 
 
 def trained_bank(arguments: argparse.Namespace) -> str | None:
-    """The folder with the prompts of MODEL_DIR's sweep; None if the run is not a sweep."""
+    """The folder with the prompts of the sweep in MODEL_DIR; None without a sweep."""
     directory = model_dir(arguments)
     if directory is None or not ModelDir(directory).members():
         return None
@@ -187,10 +196,13 @@ def trained_bank(arguments: argparse.Namespace) -> str | None:
 
 
 def load_backbone(arguments: argparse.Namespace, metadata: Metadata) -> Backbone:
-    """Loads the backbone of --backbone, else the run's tuned one, the gin file's, the prompt's.
+    """Loads the backbone, with the gin files' settings of `load_backbone`.
+
+    Its path is the first of these: --backbone; the model that the run in MODEL_DIR tuned (unless
+    --prompt or --prompts is set); the one in the gin files; the one that the prompt was tuned on.
 
     Args:
-        metadata: of the prompt.
+        metadata: the prompt's.
 
     Raises:
         InputError: nothing names a backbone, or it cannot be loaded.
@@ -219,7 +231,11 @@ def load_backbone(arguments: argparse.Namespace, metadata: Metadata) -> Backbone
 
 @contextlib.contextmanager
 def naming_it(name: str) -> Iterator[None]:
-    """Explains, when a backbone cannot be loaded, that its name came from the prompt."""
+    """Adds to an InputError raised inside the context that the name came from the prompt.
+
+    Args:
+        name: the backbone's name in the prompt's metadata.
+    """
     try:
         yield
     except InputError as error:
@@ -230,7 +246,7 @@ def naming_it(name: str) -> Iterator[None]:
 
 
 def load_prompt(arguments: argparse.Namespace) -> Any:
-    """Loads the prompt of `prompt_path`, a `PromptFile`; None for the backbone alone."""
+    """Loads the prompt at `prompt_path`, as a `PromptFile`; None if no prompt is used."""
     from ptjax.interop import prompt_file
 
     path = prompt_path(arguments)
@@ -238,7 +254,11 @@ def load_prompt(arguments: argparse.Namespace) -> Any:
 
 
 def load_bank(arguments: argparse.Namespace) -> Any:
-    """Loads the prompts of --prompts as a `PromptBank`."""
+    """Loads the prompts in the folder --prompts, which must be set, as a `PromptBank`.
+
+    Raises:
+        InputError: a prompt cannot be loaded, or they cannot be used together.
+    """
     from ptjax.inference.bank import make_bank
     from ptjax.interop import prompt_file
 
@@ -250,12 +270,15 @@ def load_bank(arguments: argparse.Namespace) -> Any:
 
 
 def task(metadata: Metadata, *, needed: bool = True) -> Task | None:
-    """The task of the run's gin file, else the one that a gin file declares, else None.
+    """Returns the task that `ptjax.tune` is bound to, else the one that a gin file declares.
+
+    None if the gin files have no task.
 
     Args:
-        metadata: of the prompt. If several tasks are declared, the prompt's own is chosen.
-        needed: whether to reject several declared tasks none of which is the prompt's; otherwise
-            the result is None.
+        metadata: the prompt's. If several tasks are declared, the one that the prompt was tuned on
+            is chosen.
+        needed: what to do if several tasks are declared and the prompt records none: raise an
+            InputError (True), or return None.
 
     Raises:
         InputError: the task is ambiguous, or lacks a setting.
@@ -279,7 +302,10 @@ def task(metadata: Metadata, *, needed: bool = True) -> Task | None:
 
 
 def lengths(metadata: Metadata) -> dict[str, int]:
-    """{"inputs": T, "targets": L}, each if known: the prompt's own, else the gin file's."""
+    """The maximum lengths in tokens, {"inputs": T, "targets": L}; unknown ones are left out.
+
+    The prompt's `metadata` take precedence over the gin files.
+    """
     of_run = settings("ptjax.Batching", "feature_lengths").get("feature_lengths")
     known = dict(of_run or macro("TASK_FEATURE_LENGTHS") or {})
     for side, key in (("inputs", "input_length"), ("targets", "target_length")):

@@ -26,7 +26,10 @@ _MOVED = {
 
 
 def line_of_module(text: str) -> int | None:
-    """The number of the line that imports a module of ptjax instead of ptjax itself, or None."""
+    """The number of the first line that imports a module of ptjax, as only old files do, or None.
+
+    Newer files import ptjax itself.
+    """
     match = _MODULES.search(text)
     return text.count("\n", 0, match.end()) + 1 if match else None
 
@@ -53,7 +56,7 @@ class _Names(config_parser.ParserDelegate):
 
 
 def translate(text: str) -> str:
-    """The settings of such a file that still exist, under their public names.
+    """Translates the text of an old config.gin: settings that still exist, under public names.
 
     `backbone.load_backbone.path` becomes `ptjax.load_backbone.path`: the last two parts decide.
     What is not ptjax's own stays unchanged, for `trust.check` to reject.

@@ -1,4 +1,4 @@
-"""Writes the results of a command: to standard output, or to the PATH of --output."""
+"""Writes the results of a command: to standard output, or to the path in --output=PATH."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _DESCRIPTORS = {"-": 1, "/dev/stdout": 1, "/dev/stderr": 2}
 
 
 def add_flags(parser: argparse.ArgumentParser, what: str) -> None:
-    """Adds --output and --force; `what` describes the output in the help."""
+    """Adds the flags --output=PATH and --force; `what` is the help of --output."""
     parser.add_argument("--output", metavar="PATH", help=what)
     parser.add_argument("--force", action="store_true", help="overwrite PATH if it exists")
 
 
 def show(text: str) -> None:
-    """Prints a result; that its reader has closed the pipe (`| head -1`) is fine."""
+    """Prints a result to standard output; ignores that the pipe is closed (`| head -1`)."""
     try:
         sys.stdout.write(text + "\n" if text and not text.endswith("\n") else text)
         sys.stdout.flush()
@@ -41,16 +41,14 @@ def show(text: str) -> None:
 
 
 def check(path: str, *, force: bool, inputs: Iterable[PathLike] = ()) -> None:
-    """Rejects, before any work, a PATH that cannot or must not be written.
+    """Raises InputError if the value of --output cannot or must not be written; before any work.
+
+    It may not be a folder, an input, or (without `force`) an existing file.
 
     Args:
+        path: the value of --output.
         force: whether an existing file may be overwritten.
-        inputs: local files that the command reads, and folders whose files it reads; they
-            are not overwritten.
-
-    Raises:
-        InputError: PATH is a folder, an input, an existing file without `force`, or cannot be
-            created.
+        inputs: local files that the command reads, and folders whose files it reads.
     """
     if _descriptor(path) is not None:
         return
@@ -71,10 +69,9 @@ def check(path: str, *, force: bool, inputs: Iterable[PathLike] = ()) -> None:
 
 
 def check_place(path: str) -> None:
-    """Rejects a local PATH, of a file or a directory, that cannot be created.
+    """Raises InputError if a local file or folder cannot be created at `path`.
 
-    Raises:
-        InputError: a name is too long, or the parent is a file or not writable.
+    A name in it is too long, a parent is a file, or it is not writable.
     """
     real = os.path.realpath(epath.Path(path).expanduser())
     folder = real
@@ -109,10 +106,13 @@ def _exists(path: PathLike) -> InputError:
 
 @contextlib.contextmanager
 def target(path: str) -> Iterator[str]:
-    """The path to write for PATH, with links followed.
+    """Yields the path to which the output for `path`, the value of --output, must be written.
 
-    If PATH is not a regular file (a device, a fifo, /dev/stdout), it is the path of a temporary
-    file, which is copied to PATH in the end.
+    It is `path` with links followed. If `path` is not a regular file (a device, a fifo,
+    /dev/stdout), it is a temporary file, which is copied to `path` when the context ends.
+
+    Raises:
+        OSError: the reader of a pipe has closed it.
     """
     real = path if "://" in path else os.path.realpath(epath.Path(path).expanduser())
     descriptor = _descriptor(path)
@@ -132,7 +132,7 @@ def target(path: str) -> Iterator[str]:
 
 
 def write(path: str, text: str) -> None:
-    """Writes PATH atomically; see `target`."""
+    """Writes `text` to `path`, the value of --output: atomically if it is a regular file."""
     with target(path) as real:
         files.write_bytes(real, text.encode())
 
@@ -142,7 +142,7 @@ def _is_plain(path: str) -> bool:
 
 
 def is_stream(path: str) -> bool:
-    """Whether PATH names an open file of this process, such as standard output."""
+    """Whether `path` names an open file of this process, such as /dev/stdout or "-"."""
     return _descriptor(path) is not None
 
 
@@ -154,7 +154,7 @@ def _descriptor(path: str) -> int | None:
 
 
 def as_json(value: object, *, indent: int | None = None, ensure_ascii: bool = True) -> str:
-    """Valid JSON: numbers that are not finite become null."""
+    """Encodes a value as valid JSON: numbers that are not finite become null."""
     finite = _finite(value)
     return json.dumps(finite, allow_nan=False, indent=indent, ensure_ascii=ensure_ascii)
 
@@ -168,6 +168,7 @@ def _finite(value: object) -> object:
 
 
 def add_prefix_flag(parser: argparse.ArgumentParser) -> None:
+    """Adds the flag --prefix, for the names of the fields that a command adds to records."""
     parser.add_argument(
         "--prefix",
         default="",
@@ -177,15 +178,14 @@ def add_prefix_flag(parser: argparse.ArgumentParser) -> None:
 
 
 def check_fields(fields: Metadata, added: Metadata, location: str) -> None:
-    """Rejects a record that already has one of the fields that the output adds.
+    """Raises InputError if a record already has one of the fields that the output adds.
+
+    A field that already has the new value is allowed.
 
     Args:
-        fields: of the record.
-        added: the new fields; None for a value that is not known yet.
-        location: of the record, for the message.
-
-    Raises:
-        InputError: with the location, and the flag that helps.
+        fields: the record's fields.
+        added: the new fields; None for a value that is not known yet, which any value differs from.
+        location: the record's file and line, for the message.
     """
     for name, value in added.items():
         if name in fields and (value is None or fields[name] != value):
@@ -196,12 +196,17 @@ def check_fields(fields: Metadata, added: Metadata, location: str) -> None:
 
 
 class ConfigFile(Callback):
-    """Writes the settings of a run to `MODEL_DIR/config.gin`, a self-contained gin file."""
+    """Writes the settings of a run to `MODEL_DIR/config.gin` when it starts.
+
+    Args:
+        text: the result of `config_text`.
+    """
 
     def __init__(self, text: str) -> None:
         self.text = text
 
     def on_start(self, model_dir: epath.Path, step: int) -> None:
+        """Writes the file, on the first process; replaces that of an earlier start of the run."""
         from ptjax.sharding import processes
 
         if processes.first():

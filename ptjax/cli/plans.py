@@ -15,10 +15,10 @@ _COLUMNS = (
 
 
 def show_run(spec: StepSpec, counted: Report | None) -> None:
-    """Prints what is planned: the network, the trainable parameters, the FLOPs of a step.
+    """Prints the run that is planned: the network, the trainable parameters, the FLOPs of a step.
 
     Args:
-        counted: the report for any slice; None if every slice refused the run.
+        counted: a report for one of the slices; None if the run is impossible on all of them.
     """
     config, shape = spec.config, spec.shape()
     console, method = _console(), spec.method
@@ -42,7 +42,11 @@ def show_run(spec: StepSpec, counted: Report | None) -> None:
 
 
 def show_slice(plan: Report) -> None:
-    """Prints the plan for one slice, as `ptjax.plan.plan_slice` returns it."""
+    """Prints the plan for one slice: a table of layouts, and the best settings.
+
+    Args:
+        plan: the result of `ptjax.plan.plan_slice`.
+    """
     own, tried, best = plan["own"], plan["tried"], plan["best"]
     console = _console()
     table = Table(box=None, pad_edge=False, header_style="")

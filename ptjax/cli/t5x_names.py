@@ -115,7 +115,7 @@ SETTINGS: Sequence[tuple[str, str]] = (
     ("`train_script.train.eval_steps`", "`EVAL_EXAMPLES`, a number of examples"),
     ("`train_script.train.random_seed`", "`RANDOM_SEED`"),
 )
-"""Rows (T5X's setting, ptjax's), as the page shows them."""
+"""Rows (T5X's setting, ptjax's equivalent), as docs/from_prompt_tuning.md shows them."""
 
 FLAGS: Sequence[tuple[str, str]] = (
     ("`--gin_file`, `--gin_bindings`, `--gin_search_paths`, `--gin.NAME=VALUE`", "the same"),
@@ -136,7 +136,7 @@ FLAGS: Sequence[tuple[str, str]] = (
     ("`--process_index`", "`--process_id`"),
     ("`--initialization_timeout`", "`--initialization_timeout_seconds`"),
 )
-"""Rows (T5X's flag, ptjax's)."""
+"""Rows (T5X's flag, ptjax's equivalent)."""
 
 ACCEPTED: Mapping[str, Sequence[object]] = {
     "USE_CACHED_TASKS": (False,),
@@ -165,7 +165,10 @@ _CODE = re.compile(r"`([^`]+)`")
 
 
 def markdown(rows: Sequence[tuple[str, str]]) -> str:
-    """The table of a page with these rows."""
+    """Formats (T5X's name, ptjax's equivalent) rows as a Markdown table.
+
+    The columns are headed "there" and "here".
+    """
     lines = ["| there | here |", "|---|---|", *(f"| {there} | {here} |" for there, here in rows)]
     return "\n".join(lines) + "\n"
 
@@ -180,7 +183,10 @@ def _named(rows: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str]]:
 
 
 def advice(name: str) -> str | None:
-    """ptjax's equivalent of a setting or gin file of T5X; None if T5X does not have it either."""
+    """ptjax's equivalent of a setting or gin file of T5X, as the end of a message.
+
+    None for names that are not T5X's, or that ptjax has too.
+    """
     for there, here in _named(SETTINGS):
         if here in _SAME or re.search(rf"\b{re.escape(there)}\b", here):
             continue  # ptjax has the same name
@@ -192,19 +198,28 @@ def advice(name: str) -> str | None:
 
 
 def replacement_message(name: str, here: str) -> str:
-    """The message for a name of T5X; `here` is what `advice` or `flag_advice` returned."""
+    """Makes the message for a name that only T5X has.
+
+    Args:
+        name: T5X's name.
+        here: the result of `advice` or `flag_advice`.
+    """
     return f"{name} is T5X's; ptjax has instead: {here}"
 
 
 def task_file(name: str, files: Iterable[str]) -> str | None:
-    """The gin file for T5X's task `name` ('super_glue_boolq_v102'), or None."""
+    """Chooses the gin file for the task that T5X calls `name` ('super_glue_boolq_v102'), or None.
+
+    Args:
+        files: the paths of ptjax's gin files.
+    """
     stems = {file.rpartition("/")[2].removesuffix(".gin"): file for file in files}
     matching = [stem for stem in stems if f"_{stem}_" in f"_{name.lower()}_"]
     return stems[max(matching, key=len)] if matching else None
 
 
 def flag_advice(flag: str) -> str | None:
-    """ptjax's equivalent of a flag of T5X; None if T5X does not have it."""
+    """ptjax's equivalent of a flag of T5X ("--process_count"), as the end of a message; or None."""
     return dict(_named(FLAGS)).get(flag)
 
 
@@ -214,10 +229,13 @@ def _flat_block(block: re.Match[str]) -> str:
 
 
 def check_gin_file(text: str, path: str) -> None:
-    """Rejects a gin file of T5X, and lists ptjax's names for the settings in it.
+    """Raises InputError if a gin file imports T5X, seqio or the like.
 
-    Raises:
-        InputError: it imports T5X, seqio or the like.
+    The message lists ptjax's names for the settings in it.
+
+    Args:
+        text: the content of the file.
+        path: its path, for the message.
     """
     match = _IMPORT.search(text)
     if match is None:

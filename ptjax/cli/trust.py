@@ -64,12 +64,12 @@ MADE: Mapping[str, tuple[str, ...]] = {
         "warmup_exponential_decay_schedule",
     ),
 }
-"""Module -> names that may be bound and referenced: they build settings, and at most read files."""
+"""The names in each module that may be bound and referenced: what they call at most reads files."""
 
 BOUND: Mapping[str, tuple[str, ...]] = {
     "ptjax": ("pretrain", "tune"),
 }
-"""Module -> names that may be bound but not referenced, since a reference could run them."""
+"""The names in each module that may be bound but not referenced: a reference could run them."""
 
 _MACRO = ("gin.macro", "macro", "")
 """Selectors of a macro binding, `NAME = value`."""
@@ -93,11 +93,15 @@ class _Names(config_parser.ParserDelegate):
 
 
 def check(stream: IO[str], path: str) -> None:
-    """Rejects a gin file that names anything except ptjax's own settings.
+    """Rejects a gin file that names anything except ptjax's own settings; runs nothing in it.
+
+    Args:
+        stream: the open file.
+        path: its path, for the message.
 
     Raises:
-        InputError: with the line, the name and the flag --trust_config.
-        SyntaxError, tokenize.TokenError: what gin raises for a file that it cannot read.
+        InputError: it imports, includes, binds or refers to something else.
+        SyntaxError, tokenize.TokenError: gin cannot parse the file.
     """
     imported: dict[str, str] = {}
     for statement in config_parser.ConfigParser(stream, _Names()):

@@ -1,1 +1,1 @@
-"""Text in, batches out."""
+"""Reads records, makes examples of them, tokenises these and builds batches."""

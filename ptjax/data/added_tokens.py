@@ -31,10 +31,12 @@ class AddedToken:
     """A token at which a text is split before the rest is tokenised.
 
     Attributes:
-        lstrip, rstrip: the spaces to its left or right belong to it.
-        single_word: it matches only if no letter is next to it.
-        normalized: it is searched in the normalised text.
-        special: transformers omits it from decoded texts on request.
+        content: its text.
+        id: `NO_ID` if the tokenizer's files do not state one.
+        lstrip, rstrip: whether the spaces to its left or right belong to it.
+        single_word: whether it matches only if no letter is next to it.
+        normalized: whether it is searched in the normalised text.
+        special: whether transformers omits it from decoded texts on request.
     """
 
     content: str
@@ -47,17 +49,17 @@ class AddedToken:
 
     @property
     def sentinel(self) -> int | None:
-        """k of `<extra_id_k>`."""
+        """k if the token is the sentinel `<extra_id_k>`, else None."""
         match = SENTINEL.fullmatch(self.content)
         return None if match is None else int(match[1])
 
     def flags(self) -> JsonObject:
-        """The token as transformers writes it, without the id."""
+        """Returns the token as the JSON object that transformers writes, without the id."""
         return {key: value for key, value in dataclasses.asdict(self).items() if key != "id"}
 
 
 def read_json(file: epath.Path) -> JsonObject:
-    """A tokenizer's JSON file; {} if it does not exist.
+    """Reads a JSON file of a tokenizer; returns {} if it does not exist.
 
     Raises:
         InputError: the file does not hold a JSON object.
@@ -68,12 +70,17 @@ def read_json(file: epath.Path) -> JsonObject:
 def read_added_tokens(
     folder: epath.Path, config: Metadata, vocabulary: Mapping[str, int] | None
 ) -> tuple[list[AddedToken], dict[str, str]]:
-    """(the added tokens of a folder, setting -> the control token that it names).
+    """Reads the added tokens and the control tokens of a tokenizer's folder.
 
     Args:
         config: the content of `tokenizer_config.json`.
-        vocabulary: the model's own pieces. As in transformers 5, an added token that is a piece
-            keeps its id, others get the next free ids. None (ByT5) uses the ids of the files.
+        vocabulary: the model's own pieces and their ids. As in transformers 5, an added token that
+            is a piece keeps its id, others get the next free ids. None (for ByT5, which has no
+            pieces) takes the ids from the files and drops tokens for which they state none.
+
+    Returns:
+        The added tokens, and the control token that each setting names, such as
+        `{"eos_token": "</s>"}`.
 
     Raises:
         InputError: a file is damaged, or states another id than transformers assigns.
@@ -175,7 +182,12 @@ class Splitter:
     """Splits texts at added tokens with the library that transformers uses.
 
     It first splits the original text at the tokens that are not `normalized`, then normalises the
-    rest and splits it at the others. Sentinels are searched as `marked(k)`.
+    rest and splits it at the others. It finds the sentinel <extra_id_k> in a text only in the form
+    `sentinels.marked(k)`.
+
+    Args:
+        charsmap: SentencePiece's normalisation (`precompiled_charsmap`); empty for none.
+        name: of the tokenizer, for messages.
 
     Raises:
         InputError: a token is empty after normalisation, which would make the library panic.
@@ -195,7 +207,7 @@ class Splitter:
         self._normalized = _Cutter(normalized, self._normalize) if normalized else None
 
     def split(self, texts: Sequence[str]) -> list[list[str | int]]:
-        """Each text as the parts between added tokens, and the ids of these tokens."""
+        """Splits each text into the parts between added tokens (str) and their ids (int)."""
         rows = self._raw.cut(texts)
         if self._normalized is None:
             return rows

@@ -45,15 +45,15 @@ class SpecialIds:
 
 
 def shift_right(targets: np.ndarray, start_id: int) -> np.ndarray:
-    """Decoder inputs [..., L] for `targets` [..., L]: the start id, then `targets[..., :-1]`."""
+    """Returns the decoder inputs of `targets` [..., L]: the start id, then `targets[..., :-1]`."""
     start = np.full_like(targets[..., :1], start_id)
     return np.concatenate([start, targets[..., :-1]], axis=-1)
 
 
 def trailing_lengths(tokens: np.ndarray, pad_id: int) -> np.ndarray:
-    """Lengths int32 [B] of rows [B, L] without their trailing `pad_id`s.
+    """Computes the lengths, int32 [B], of rows [B, L] without their trailing `pad_id`s.
 
-    For arrays from callers that give no lengths; this is the only place where padding is
+    For callers who pass arrays without lengths; this is the only place where padding is
     recognised by its id.
     """
     real = tokens != pad_id
@@ -62,12 +62,16 @@ def trailing_lengths(tokens: np.ndarray, pad_id: int) -> np.ndarray:
 
 
 def length_weights(lengths: np.ndarray, length: int) -> np.ndarray:
-    """Float32 [B, length]: 1 for the first `lengths` [B] positions of each row, else 0."""
+    """Returns float32 [B, length]: 1 in the first `lengths` [B] positions of each row, else 0."""
     return (np.arange(length) < np.asarray(lengths)[:, None]).astype(np.float32)
 
 
 def count_examples(batch: Batch, active: np.ndarray | None = None) -> int:
-    """The number of examples in a batch, or of a sweep's `active` members (bool [N])."""
+    """Counts the examples of a batch; an empty row (filler) of an unpacked batch counts too.
+
+    Args:
+        active: for a sweep's batch, the members that are counted, bool [N]; None counts all.
+    """
     members = ... if active is None else active
     if "encoder_segment_ids" in batch:
         return int(batch["encoder_segment_ids"][members].max(axis=-1).sum())
@@ -75,7 +79,7 @@ def count_examples(batch: Batch, active: np.ndarray | None = None) -> int:
 
 
 def pad(rows: Sequence[Sequence[int] | np.ndarray], length: int, pad_id: int) -> np.ndarray:
-    """Rows of at most `length` ids as int32 [B, length], filled up with `pad_id`."""
+    """Pads rows on the right with `pad_id`, to int32 [B, length]; no row may be longer."""
     out = np.full((len(rows), length), pad_id, np.int32)
     for i, row in enumerate(rows):
         out[i, : len(row)] = row
@@ -90,7 +94,11 @@ def make_batch(
     target_length: int,
     ids: SpecialIds,
 ) -> Batch:
-    """Token rows (EOS included) as a batch. An empty row is filler and weighs nothing."""
+    """Builds a batch from the token ids (EOS included) of one example per row.
+
+    No example may be longer than `input_length` and `target_length`. An empty row is filler; its
+    loss weights are 0.
+    """
     target_tokens = pad(targets, target_length, ids.pad_id)
     return {
         "encoder_input_tokens": pad(inputs, input_length, ids.pad_id),
@@ -114,7 +122,12 @@ def make_packed_batch(
     ids: SpecialIds,
     prompt_slots: int = 0,
 ) -> Batch:
-    """Examples (EOS included) as a packed batch; example i is in row `rows[i]`, ascending.
+    """Builds a packed batch from the token ids (EOS included) of its examples.
+
+    Args:
+        rows: int [B], ascending: the row of the batch in which each example is.
+        row_count: the number of rows of the batch.
+        prompt_slots: positions reserved before each example's inputs for its copy of the prompt.
 
     Raises:
         InputError: the examples of a row are longer than the row.

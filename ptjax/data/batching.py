@@ -1,4 +1,4 @@
-"""The settings of batches."""
+"""The settings that determine how examples are batched."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ class Batching:
         batch_size: examples per step.
         microbatches: number of parts of a batch that are computed one after another.
         feature_lengths: T5X's {"inputs": T, "targets": L}, EOS included; longer texts are
-            truncated, counted and reported. The default is `FEATURE_LENGTHS`, also for one of the
-            two alone.
+            truncated, counted and reported. A missing length is taken from `FEATURE_LENGTHS`.
         buckets: batch shapes (T, L); None uses input lengths that double from 32.
         pack: put several short examples into a row; the number of examples per batch is the same.
         row_length: T of packed rows, including the prompt's positions if it attends to its input;
@@ -50,9 +49,12 @@ class Batching:
 
     @property
     def lengths(self) -> dict[str, int]:
-        """{"inputs": T, "targets": L}."""
+        """The feature lengths, {"inputs": T, "targets": L}, with the defaults filled in."""
         return {**FEATURE_LENGTHS, **(self.feature_lengths or {})}
 
     def identity(self) -> JsonObject:
-        """Default lengths and the same lengths given explicitly are the same setting."""
+        """Returns the field values that identify a run, where they differ from the fields' own.
+
+        Default lengths and the same lengths given explicitly count as the same setting.
+        """
         return {"feature_lengths": self.lengths}

@@ -27,7 +27,8 @@ class ByteTokenizer:
     is 258 - k. (In transformers it is 259 + k, an id that ByT5 was never trained with.)
 
     Args:
-        added: tokens with ids >= 384, or with the id of a byte.
+        added: tokens with ids >= 384, or with the id of a byte; others are ignored.
+        name: for messages.
     """
 
     prefix: tuple[int, ...] = ()

@@ -1,4 +1,4 @@
-"""Pre-training examples from running text: span corruption and prefix LM (T5, sections 3.1, 3.2).
+"""Pre-training examples from plain text: span corruption and prefix LM (T5, sections 3.1, 3.2).
 
 Both cut a stream of tokens into pieces of fixed length, so all examples of an objective have one
 batch shape. Cuts and noise are random, seeded by (seed, epoch, index).
@@ -36,12 +36,19 @@ class _Stream:
 
 
 class SpanCorruptionSource(_Stream):
-    """Random spans of the input are replaced by sentinels; the target lists the spans.
+    """Examples of span corruption; an `ExampleSource`.
+
+    Sentinels replace random spans of a piece of text; the target lists these spans.
 
     Args:
         stream: token ids [N].
-        input_length: T of every example, EOS included; pieces have the largest length that
-            shrinks to it (`random_spans_helper` in t5's preprocessors).
+        input_length: the most input tokens of an example, EOS included; pieces have the largest
+            length that shrinks to it (`random_spans_helper` in t5's preprocessors).
+        noise_density: the share of a piece's tokens that are replaced.
+        mean_span: the mean number of tokens per span.
+
+    Raises:
+        InputError: impossible settings, or a stream that is too short.
     """
 
     def __init__(
@@ -90,9 +97,16 @@ class SpanCorruptionSource(_Stream):
 
 
 class PrefixLMSource(_Stream):
-    """The input is 1 to `input_length` tokens, the target the `target_length` that follow.
+    """Examples of prefix language modelling, the paper's LM adaptation; an `ExampleSource`.
 
-    The paper's LM adaptation: the model learns to continue a text, without sentinels.
+    The input is a random number of tokens, at most `input_length` with its EOS, and the target the
+    `target_length` tokens that follow, without sentinels and without an EOS.
+
+    Args:
+        stream: token ids [N].
+
+    Raises:
+        InputError: impossible lengths, or a stream that is too short.
     """
 
     def __init__(

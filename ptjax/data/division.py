@@ -26,10 +26,10 @@ def divide(
     for index, unit in enumerate(units):
         members.setdefault(unit, []).append(index)
     # A record without a label counts as one of the label ().
-    counted = [of_record or ((),) for of_record in labels]
+    counted: list[tuple[Hashable, ...]] = [of_record or ((),) for of_record in labels]
     count = Counter(label for of_record in counted for label in of_record)
     wanted = _wanted(count, share)
-    taken: Counter[Hashable] = Counter()
+    taken = Counter[Hashable]()
     held_out = [False] * len(labels)
     groups = list(members.values())
     order = [groups[i] for i in rng.permutation(len(groups))]
@@ -37,6 +37,7 @@ def divide(
         more = Counter(label for index in group for label in counted[index])
         # The change of the squared distance to the wanted counts.
         change = sum(n * (2 * (taken[x] - wanted[x]) + n) for x, n in more.items())
+        # One of each label stays.
         if change < 0 and all(taken[label] + n < count[label] for label, n in more.items()):
             taken += more
             for index in group:
@@ -52,4 +53,4 @@ def _wanted(count: Counter[Hashable], share: float) -> dict[Hashable, int]:
     by_remainder = sorted(exact, key=lambda label: wanted[label] - exact[label])
     for label in by_remainder[:missing]:
         wanted[label] += 1
-    return {label: min(number, count[label] - 1) for label, number in wanted.items()}
+    return wanted

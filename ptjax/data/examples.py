@@ -31,7 +31,7 @@ class Example:
 class Examples(list[Example]):
     """The examples of a split.
 
-    `bad` counts the records that were skipped; `digest` is the source's, see `Records`.
+    `bad` counts the records that were skipped; `digest` identifies the files, see `Records`.
     """
 
     def __init__(self, examples: Iterable[Example], bad: BadRecords, digest: str = "") -> None:
@@ -39,13 +39,16 @@ class Examples(list[Example]):
         self.bad, self.digest = bad, digest
 
     def divided(self, held_out: int, *, validation: bool) -> Examples:
-        """`held_out` evenly spaced examples, or all others; files are often sorted."""
+        """Returns `held_out` examples for validation or, if not `validation`, all others.
+
+        They are evenly spaced, because files are often sorted by label.
+        """
         indices = {i * len(self) // held_out for i in range(held_out)}
         chosen = (example for i, example in enumerate(self) if (i in indices) == validation)
         return Examples(chosen, self.bad, self.digest)
 
     def limited(self, limit: int | None) -> Examples:
-        """`limit` evenly spaced examples; all of them if there are not more, or without a limit."""
+        """Returns at most `limit` examples, evenly spaced; None returns all."""
         if limit is None or limit >= len(self):
             return self
         chosen = [self[i * len(self) // limit] for i in range(limit)]
@@ -58,15 +61,17 @@ def make_examples(
     render: Callable[[Fields], tuple[str, str]],
     bad: BadRecords,
 ) -> Examples:
-    """The examples of all records.
+    """Makes the examples of all records.
 
     Args:
-        preprocess: a record's fields -> the fields of its examples.
-        render: fields -> (inputs, targets); raises `RecordError` for fields that do not fit.
-        bad: counts the records that do not fit, or raises at the first.
+        preprocess: maps a record's fields to the fields of its examples; None makes one example
+            with the record's own fields.
+        render: maps fields to (inputs, targets); raises `RecordError` if it cannot use them.
+        bad: counts the records that cannot be used, or raises at the first, as its policy says.
 
     Raises:
-        InputError: a record does not fit, or no record makes an example.
+        InputError: a record cannot be used and the policy is 'error', or no record makes an
+            example.
     """
     examples = []
     for record in records:
@@ -84,7 +89,7 @@ def make_examples(
 
 
 def apply_preprocess(preprocess: Preprocess | None, fields: JsonObject) -> Iterator[JsonObject]:
-    """The fields of each example of a record.
+    """Yields the fields of each example made from a record; without `preprocess`, the record's.
 
     Raises:
         RecordError: `preprocess` fails on the record.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 from absl import logging
@@ -82,7 +82,8 @@ class FromRecords:
             made = label_splits(fields, tables, name)
         except InputError as error:
             raise InputError(f"task {name}: {error}") from error
-        return cls(name=name, inputs=inputs, label=label, group=group, **made, **settings)
+        make: Callable[..., Self] = cls  # Task's own arguments
+        return make(name=name, inputs=inputs, label=label, group=group, **made, **settings)
 
 
 def _check_settings(label: str | None, targets: str | None, settings: Mapping[str, object]) -> None:
@@ -123,10 +124,7 @@ def _read(
     for split, table in tables.items():
         check_columns(fields, split, table)
         tables[split] = _named_classes(fields, table)
-    unlabelled = isinstance(train, Mapping) and "test" in tables and fields.label is not None
-    if unlabelled and not any(
-        record.fields.get(fields.label) is not None for record in tables["test"].records
-    ):
+    if isinstance(train, Mapping) and "test" in tables and _unlabelled(fields, tables["test"]):
         logging.warning("%s: test is left out, none of its records has a label", name)
         del tables["test"]
     if share is not None:
@@ -135,6 +133,11 @@ def _read(
         check_at_least(0, "from_records", seed=seed)
         tables |= _divided(fields, tables["train"], share, seed)
     return tables
+
+
+def _unlabelled(fields: RecordFields, table: Table) -> bool:
+    label = fields.label
+    return label is not None and all(record.fields.get(label) is None for record in table.records)
 
 
 def _named_classes(fields: RecordFields, table: Table) -> Table:

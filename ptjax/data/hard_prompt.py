@@ -17,7 +17,7 @@ class HardPrompt:
     """A text before or around the input; nothing is trained.
 
     Attributes:
-        text: inserted before the input, or a template that contains `{inputs}`.
+        text: inserted before the input, or a template that contains `{inputs}`; may be empty.
         shots: number of training examples prepended as context; sampled with the run's seed.
         separator: between a shot's input and its target, and after each shot.
     """
@@ -30,6 +30,7 @@ class HardPrompt:
         check_at_least(0, "HardPrompt", shots=self.shots)
 
     def apply(self, inputs: str) -> str:
+        """Puts the text before or around an example's input, without the shots."""
         if not self.text:
             return inputs
         text = self.text if "{inputs}" in self.text else f"{self.text} {{inputs}}"
@@ -37,7 +38,11 @@ class HardPrompt:
         return join_texts([before, *(part for literal in behind for part in (inputs, literal))])
 
     def rewording(self, train: Sequence[Example], seed: int) -> Callable[[str], str]:
-        """A function from inputs to the backbone's input text, shots included."""
+        """Samples the shots, and returns a function from an input to the backbone's input text.
+
+        Args:
+            train: the examples from which the shots are sampled.
+        """
         chosen = np.random.default_rng(seed).permutation(len(train))[: self.shots]
         shots = join_texts(
             part

@@ -3,7 +3,8 @@
 A metric takes the predicted and the target texts, both [N], and the arguments that
 `METRICS[name].needs` lists. A prediction that is not one of the task's labels is wrong in every
 metric. Correlations are in [-1, 1], everything else in [0, 1]; an undefined metric (an F1 without
-positives, a correlation with constant predictions) is 0.0, never NaN.
+positives, a correlation with constant predictions) is 0.0, never NaN. Arguments of different
+lengths raise a ValueError.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def mean_f1(predictions: Texts, targets: Texts, *, labels: Texts) -> float:
 def f1(
     predictions: Texts, targets: Texts, *, labels: Texts, positive_label: str | None = None
 ) -> float:
-    """F1 of the positive one of two labels (scikit-learn's; GLUE's for MRPC, QQP; MultiRC's F1a).
+    """The F1 of the positive label of two (scikit-learn's; GLUE's for MRPC, QQP; MultiRC's F1a).
 
     An invalid prediction counts as the wrong label, as in t5's `f1_score_with_invalid`.
 
@@ -94,10 +95,11 @@ def spearman(predictions: Texts, targets: Texts) -> float:
 def exact_match(
     predictions: Texts, targets: Texts, *, answers: Sequence[Texts] | None = None
 ) -> float:
-    """SQuAD's exact match: equal to one of the answers after SQuAD's normalisation.
+    """SQuAD's exact match: the share of predictions that equal one of their example's answers.
 
-    Like the script of SQuAD 1.1 (t5's `squad`, ReCoRD's). For an unanswerable question, which has
-    no answers or only empty ones, like that of SQuAD 2.0: 1 for an empty prediction.
+    They are compared after SQuAD's normalisation, as in the script of SQuAD 1.1 (and in t5's
+    `squad` and ReCoRD's). For an unanswerable question, which has no answers or only empty ones,
+    only an empty prediction is right, as in the script of SQuAD 2.0.
 
     Args:
         predictions: texts [N].
@@ -110,16 +112,20 @@ def exact_match(
 def squad_f1(
     predictions: Texts, targets: Texts, *, answers: Sequence[Texts] | None = None
 ) -> float:
-    """SQuAD's F1 over words, the best over the answers; scripts and arguments as in `exact_match`.
+    """SQuAD's F1 over words: of each prediction with its best answer, averaged over the examples.
 
-    As in the script of SQuAD 1.1, an answer of only articles and punctuation has an F1 of 0, also
-    for an exact match of 1.
+    Arguments and unanswerable questions as in `exact_match`. As in the script of SQuAD 1.1, the F1
+    with an answer of only articles and punctuation is 0, even where the exact match is 1.
     """
     return _best_over_answers(_word_f1, predictions, targets, answers)
 
 
 def group_exact_match(predictions: Texts, targets: Texts, *, groups: Sequence[Hashable]) -> float:
-    """The share of groups in which every prediction is right (SuperGLUE's for MultiRC, EM)."""
+    """The share of groups in which every prediction is right (SuperGLUE's EM for MultiRC).
+
+    Args:
+        groups: the group of each example, [N]; equal values are one group.
+    """
     right: dict[Hashable, bool] = {}
     for prediction, target, group in zip(predictions, targets, groups, strict=True):
         right[group] = right.get(group, True) and prediction.strip() == target.strip()
@@ -138,10 +144,14 @@ _DETERMINERS = frozenset({
 def referent_accuracy(
     predictions: Texts, targets: Texts, *, label_values: Sequence[object]
 ) -> float:
-    """Accuracy on WSC, where the model writes out what the pronoun refers to (t5's `wsc_simple`).
+    """The accuracy on WSC, where the model writes what the pronoun refers to (t5's `wsc_simple`).
 
-    The prediction means 'yes' if it names the candidate, the target text: the words of one are a
-    subset of those of the other. This is compared with the record's label (true or false).
+    A target is the candidate that the record asks about. A prediction means 'yes' if it names the
+    candidate: the words of one, articles and the like aside, are a subset of the other's. This is
+    compared with the record's label.
+
+    Args:
+        label_values: the labels [N], whether the candidate is right: True or 1, also as text.
     """
     right = []
     for prediction, target, label in zip(predictions, targets, label_values, strict=True):
@@ -180,7 +190,7 @@ METRICS: Mapping[str, Metric] = {
 
 
 def normalize_answer(text: str) -> str:
-    """SQuAD's normalisation: lower case, no punctuation, no articles, single spaces."""
+    """Applies SQuAD's normalisation: lower case, no punctuation, no articles, single spaces."""
     text = "".join(c for c in text.lower() if c not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 

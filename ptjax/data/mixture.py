@@ -1,4 +1,4 @@
-"""Pre-training data: running text and supervised tasks, mixed at fixed rates."""
+"""Pre-training data: plain text and supervised tasks, mixed at fixed rates."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from ptjax.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class TextFiles:
-    """Documents of running text.
+    """Documents of plain, unlabelled text.
 
     Attributes:
         files: path or glob -> the field that holds the text ({"imdb.jsonl.xz": "text"}). In plain
             text files, every line is a record with the field "text".
         data_dir: base of relative paths.
-        preprocess: a record's fields -> the fields of each document made from it.
-        take_every: path or glob -> n, as in `files`: use only every n-th record.
+        preprocess: maps a record's fields to the fields of each document made from it.
+        take_every: path or glob as in `files` -> n: use only every n-th record.
     """
 
     files: Mapping[str, str]
@@ -41,6 +41,11 @@ class TextFiles:
     take_every: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def documents(self) -> Iterator[str]:
+        """Yields the text of every document, in the order of the files.
+
+        Raises:
+            InputError: a file cannot be read, or a record lacks the field.
+        """
         for file, field in self.files.items():
             path = os.path.join(self.data_dir, file) if self.data_dir else file
             for record in read_records(path)[:: self.take_every.get(file, 1)]:
@@ -52,7 +57,13 @@ class TextFiles:
                 yield from (fields[field] for fields in made)
 
     def tokenize(self, tokenizer: Tokenizer, seed: int) -> np.ndarray:
-        """All documents in random order, each followed by EOS, as one stream of ids [N]."""
+        """Tokenises all documents, in random order, into one stream of ids [N].
+
+        EOS follows each document. The dtype is uint16 if the vocabulary fits, else int32.
+
+        Raises:
+            InputError: the files contain no document, or one of them cannot be used.
+        """
         documents = list(self.documents())
         if not documents:
             raise InputError(f"no document in the running text of {', '.join(self.files) or '{}'}")
@@ -71,7 +82,7 @@ class TextFiles:
 
 @dataclasses.dataclass(frozen=True)
 class TokenFile:
-    """Running text that is already tokenised: the result of `TextFiles.tokenize` in a file.
+    """Plain text that is already tokenised: the result of `TextFiles.tokenize` in a file.
 
     Attributes:
         path: a `.npy` file with one array of ids [N], local or gs://.
@@ -80,7 +91,7 @@ class TokenFile:
     path: str
 
     def tokenize(self, tokenizer: Tokenizer, seed: int) -> np.ndarray:
-        """The ids in the file. `seed` is ignored: the documents keep the file's order.
+        """Reads the ids [N] from the file. Ignores `seed`: the documents keep the file's order.
 
         Raises:
             InputError: the file does not exist or does not hold a vector of integers, or an id is
@@ -105,14 +116,27 @@ class TokenFile:
 
 
 class MixtureComponent(Protocol):
-    """A component of the mixture: its rate, and the pipelines that share it equally."""
+    """The interface of a component of the mixture.
+
+    Attributes:
+        rate: its weight in the mixture, relative to the rates of the other components.
+    """
 
     rate: float
     batch_size: int
 
     def make(
         self, tokenizer: Tokenizer, stream: np.ndarray | None, seed: int, ids: SpecialIds
-    ) -> list[TrainBatches]: ...
+    ) -> list[TrainBatches]:
+        """Builds the component's pipelines, which share its rate equally.
+
+        Args:
+            stream: the token ids [N] of the plain text; None if the run has none.
+
+        Raises:
+            InputError: the component needs text and `stream` is None, or its data cannot be used.
+        """
+        ...
 
 
 def _needs_text(stream: np.ndarray | None) -> np.ndarray:
@@ -123,7 +147,12 @@ def _needs_text(stream: np.ndarray | None) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class SpanCorruption:
-    """T5's span corruption of the running text; `rate` is its share of the batches."""
+    """T5's span corruption of the plain text, see `SpanCorruptionSource`.
+
+    Attributes:
+        rate: the share of its batches, relative to the rates of the other components.
+        input_length: the most input tokens of an example.
+    """
 
     rate: float
     batch_size: int = 64
@@ -150,7 +179,11 @@ class SpanCorruption:
 
 @dataclasses.dataclass(frozen=True)
 class PrefixLM:
-    """Prefix LM on the running text, the paper's LM adaptation."""
+    """Prefix LM on the plain text, the paper's LM adaptation, see `PrefixLMSource`.
+
+    Attributes:
+        rate: the share of its batches, relative to the rates of the other components.
+    """
 
     rate: float
     batch_size: int = 64
@@ -175,11 +208,14 @@ class PrefixLM:
 
 @dataclasses.dataclass(frozen=True)
 class TaskComponent:
-    """A supervised task in several phrasings with equal shares of its rate.
+    """A supervised task in several phrasings, which share its rate equally.
 
     Attributes:
-        phrasings: pairs of an input template and a verbalizer; None is the task's verbalizer.
-        input_length: longer inputs are truncated.
+        rate: the share of its batches, relative to the rates of the other components.
+        phrasings: pairs of an input template and a verbalizer, which replace the task's; None as
+            the verbalizer keeps the task's.
+        input_length, target_length: in tokens; longer texts are truncated.
+        buckets: batch shapes (T, L); None chooses them by the lengths of the examples.
     """
 
     rate: float
@@ -221,7 +257,14 @@ def make_batches(
     seed: int,
     ids: SpecialIds,
 ) -> list[list[TrainBatches]]:
-    """The pipelines of every component."""
+    """Builds the pipelines of every component.
+
+    Args:
+        stream: the token ids [N] of the plain text; None if the run has none.
+
+    Returns:
+        One list of pipelines per component.
+    """
     return [
         component.make(tokenizer, stream, seed + 100 * number, ids)
         for number, component in enumerate(components)
@@ -231,7 +274,11 @@ def make_batches(
 def mix(
     components: Sequence[MixtureComponent], batches: Sequence[Sequence[TrainBatches]], seed: int
 ) -> MixtureBatches:
-    """Batches of all components at their rates; a component's pipelines share its rate equally."""
+    """Mixes the batches of all components at their rates.
+
+    Args:
+        batches: the pipelines of each component, from `make_batches`; they share its rate equally.
+    """
     rates = [
         component.rate / len(made)
         for component, made in zip(components, batches, strict=True)

@@ -35,10 +35,12 @@ _LENGTH_STEP = 16
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """The layout of the B slots of a batch in rows.
+    """The layout of a packed batch: which of its B slots, one per example, are in which row.
 
-    `slots` int [B] lists them row by row, and `rows` int [B], ascending, the row of each; slots of
-    a row are consecutive.
+    Attributes:
+        shape: of the batch.
+        slots: int [B], the indices of the slots row by row.
+        rows: int [B], ascending, the row of each entry of `slots`.
     """
 
     shape: Shape
@@ -47,13 +49,23 @@ class Template:
 
     @property
     def cost(self) -> float:
-        """Positions of encoder and decoder, weighted up in long rows by the cost of attention."""
+        """The number of encoder and decoder positions, the encoder's weighted by attention's cost.
+
+        That cost per position grows with the length of the row.
+        """
         rows, inputs, targets = self.shape[:3]
         return rows * (inputs * (1 + inputs / _ATTENTION) + targets)
 
 
 def first_fit(needs: np.ndarray, row_length: int) -> np.ndarray:
-    """Row [B] of every slot: longest first, each into the first row with room for it."""
+    """Puts each slot, the longest first, into the first row that has room for it.
+
+    Args:
+        needs: the encoder positions of each slot, int [B], at most `row_length`.
+
+    Returns:
+        The row of each slot, int [B].
+    """
     room = np.full(len(needs), row_length)
     rows = np.zeros(len(needs), int)
     for slot in np.argsort(-needs, kind="stable"):
@@ -63,7 +75,10 @@ def first_fit(needs: np.ndarray, row_length: int) -> np.ndarray:
 
 
 def spread_evenly(needs: np.ndarray, row_count: int) -> np.ndarray:
-    """Row [B] of every slot: longest first, each into the least full row."""
+    """Puts each slot, the longest first, into the least full of `row_count` rows.
+
+    Arguments and result as for `first_fit`; the rows have no maximum length here.
+    """
     full = [(0, row) for row in range(row_count)]
     rows = np.zeros(len(needs), int)
     for slot in np.argsort(-needs, kind="stable"):
@@ -73,10 +88,11 @@ def spread_evenly(needs: np.ndarray, row_count: int) -> np.ndarray:
 
 
 def place_slots(needs: np.ndarray, row_length: int, row_multiple: int) -> np.ndarray:
-    """Row [B] of every slot, with the fewest rows of `row_length` that the two strategies find.
+    """Puts the slots into the fewest rows that `spread_evenly` or `first_fit` needs.
 
-    An even spread is preferred: its rows have similar numbers of examples, so targets take less
-    room.
+    Prefers `spread_evenly`: its rows have similar numbers of examples, so targets take less room.
+    Arguments and result as for `first_fit`; the number of rows is a multiple of `row_multiple`,
+    unless `first_fit` is used.
     """
     rows = first_fit(needs, row_length)
     least = -(-int(needs.sum()) // row_length)
@@ -97,9 +113,9 @@ def make_template(
     """Distributes slots over rows.
 
     Args:
-        needs: encoder positions [B] of the slots, at most `row_length`.
-        targets: decoder positions [B] of the slots.
-        row_length: T; None chooses the cheapest.
+        needs: encoder positions of the slots, int [B], at most `row_length`.
+        targets: decoder positions of the slots, int [B].
+        row_length: T, the encoder positions of a row; None chooses the cheapest.
         row_multiple: the number of rows is a multiple of it.
     """
     candidates = []
@@ -164,7 +180,7 @@ class PackedBatches:
         self._plan = functools.lru_cache(maxsize=2)(self._draw)
 
     def batch(self, number: int) -> Batch:
-        """Global batch `number`; examples of a row are in the order of its segment ids."""
+        """Builds the global batch `number`, counted from 0 across epochs."""
         epoch, index = divmod(number, self.batches_per_epoch)
         examples, templates = self._plan(epoch)
         template = self._templates[templates[index]]
@@ -188,7 +204,10 @@ class PackedBatches:
         return batch
 
     def padding(self) -> float:
-        """Share of padding in the encoder positions of the first epoch; prompt slots are real."""
+        """The share of padding in the first epoch's encoder positions.
+
+        Positions for the prompt do not count as padding.
+        """
         examples, templates = self._plan(0)
         real = int(self.source.input_lengths[examples].sum()) + self.prompt_slots * examples.size
         sizes = np.array([t.shape.rows * t.shape.inputs for t in self._templates])

@@ -1,4 +1,4 @@
-"""Epochs as plans: batches by number, over which Grain maps.
+"""Plans epochs, so that each batch can be built from its number alone; Grain builds them ahead.
 
 Every process computes the same plan from (seed, epoch, token lengths) and thus the same global
 batches, of which its devices take their rows. Shapes are equal on all processes, the position in
@@ -23,9 +23,13 @@ Bucket = tuple[int, int]
 
 
 class Shape(NamedTuple):
-    """The shape of a global batch: rows, T and L, and whether rows hold several examples.
+    """The shape of a global batch.
 
-    A sweep's batch stacks the batches of its `members`.
+    Attributes:
+        rows: of one batch.
+        inputs, targets: T and L, the encoder and decoder positions of a row.
+        packed: whether rows hold several examples.
+        members: for a sweep, the number of members whose batches are stacked; else None.
     """
 
     rows: int
@@ -36,7 +40,7 @@ class Shape(NamedTuple):
 
     @classmethod
     def of(cls, batch: Mapping[str, Any]) -> Shape:
-        """The shape of a batch."""
+        """Returns the shape of a batch, from its arrays."""
         *members, rows, inputs = batch["encoder_input_tokens"].shape
         targets = batch["decoder_input_tokens"].shape[-1]
         return cls(rows, inputs, targets, "encoder_segment_ids" in batch, *members)
@@ -46,7 +50,7 @@ class Shape(NamedTuple):
         return f"{members}{self.rows}x{self.inputs}+{self.targets}"
 
     def arrays(self) -> dict[str, tuple[tuple[int, ...], type]]:
-        """Shape and dtype of every array of such a batch."""
+        """Returns the shape and dtype of every array of a batch of this shape, by its name."""
         lead = (self.rows,) if self.members is None else (self.members, self.rows)
         encoder, decoder = (*lead, self.inputs), (*lead, self.targets)
         arrays: dict[str, tuple[tuple[int, ...], type]] = {
@@ -64,40 +68,59 @@ class Shape(NamedTuple):
 
 
 class ExampleSource(Protocol):
-    """Tokenised examples; `tokens` may depend on the epoch, lengths may not."""
+    """The interface of tokenised examples, which may differ from epoch to epoch.
+
+    The lengths do not depend on the epoch. Where an example's length does, they are its maximum.
+    """
 
     @property
-    def input_lengths(self) -> np.ndarray: ...
+    def input_lengths(self) -> np.ndarray:
+        """The number of input tokens of each example, int32 [N], EOS included."""
+        ...
 
     @property
-    def target_lengths(self) -> np.ndarray: ...
+    def target_lengths(self) -> np.ndarray:
+        """The number of target tokens of each example, int32 [N], EOS included."""
+        ...
 
     def __len__(self) -> int: ...
 
-    def tokens(self, index: int, epoch: int) -> tuple[np.ndarray, np.ndarray]: ...
+    def tokens(self, index: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns inputs int32 [t] and targets int32 [l] of an example in this epoch."""
+        ...
 
 
 class Batches(Protocol):
-    """An endless sequence of global training batches; `ids` are those of the vocabulary."""
+    """The interface of an endless sequence of global training batches.
+
+    Attributes:
+        shapes: all shapes that its batches have.
+        ids: the special ids of the vocabulary.
+    """
 
     shapes: list[Shape]
     ids: SpecialIds
 
-    def batch(self, number: int) -> Batch: ...
+    def batch(self, number: int) -> Batch:
+        """Returns the batch of this number, counted from 0; the same on every process."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
 class PlannedBatch:
-    """A batch by indices: its bucket and its examples [B]."""
+    """A batch before it is built: its bucket, and the indices [B] of its examples.
+
+    The index -1 is an empty row.
+    """
 
     bucket: Bucket
     examples: np.ndarray
 
 
 def make_buckets(source: ExampleSource, *, smallest: int = 32) -> list[Bucket]:
-    """Buckets whose input lengths double from `smallest` up to the longest example's.
+    """Returns buckets whose input lengths double from `smallest` up to the longest example's.
 
-    All have the longest target's length: decoders of classification tasks are short.
+    All have the longest target's length: the targets of classification tasks are short.
     """
     longest = int(source.input_lengths.max())
     lengths = [smallest]
@@ -109,7 +132,7 @@ def make_buckets(source: ExampleSource, *, smallest: int = 32) -> list[Bucket]:
 
 
 def assign_buckets(source: ExampleSource, buckets: Sequence[Bucket]) -> np.ndarray:
-    """Index [N] of the first bucket in which each example fits.
+    """Returns the index of the first bucket in which each example fits, int [N].
 
     Raises:
         InputError: an example fits in none.
@@ -130,11 +153,15 @@ def assign_buckets(source: ExampleSource, buckets: Sequence[Bucket]) -> np.ndarr
 def plan_epoch(
     assigned: np.ndarray, buckets: Sequence[Bucket], batch_size: int, seed: int, epoch: int
 ) -> list[PlannedBatch]:
-    """An epoch's batches, each full, in random order.
+    """Plans the batches of an epoch, in random order; each has `batch_size` examples.
 
     Examples that do not fill a batch of their bucket move to the next larger one; the last batch
-    is filled with examples from the start of the epoch. Every example occurs at least once, and
-    all epochs have the same number of batches.
+    of the largest bucket is completed with examples that occur a second time. Every example occurs
+    at least once, and all epochs have the same number of batches.
+
+    Args:
+        assigned: the bucket of each example, from `assign_buckets`.
+        buckets: from small to large, so that each contains the one before.
     """
     rng = np.random.default_rng((seed, epoch))
     order = rng.permutation(len(assigned))
@@ -154,6 +181,9 @@ class TrainBatches:
     """Shuffled, bucketed batches of one example source, epoch after epoch.
 
     `weights` float32 [N]: how much each example counts in the loss; None is 1.
+
+    Raises:
+        InputError: an example fits in no bucket, or a bucket does not contain the smaller ones.
     """
 
     def __init__(
@@ -183,6 +213,7 @@ class TrainBatches:
         self.shapes = sorted({Shape(batch_size, *planned.bucket) for planned in self._plan(0)})
 
     def batch(self, number: int) -> Batch:
+        """Builds the global batch `number`, counted from 0 across epochs."""
         epoch, index = divmod(number, self.batches_per_epoch)
         planned = self._plan(epoch)[index]
         batch = build_batch(self.source, planned, epoch, self.ids)
@@ -191,7 +222,7 @@ class TrainBatches:
         return batch
 
     def padding(self) -> float:
-        """Share of padding in the input positions of the first epoch."""
+        """The share of padding in the input positions of the first epoch."""
         real = sum(int(self.source.input_lengths[p.examples].sum()) for p in self._plan(0))
         return 1 - real / sum(p.bucket[0] * len(p.examples) for p in self._plan(0))
 
@@ -201,6 +232,12 @@ class MixtureBatches:
 
     The schedule is drawn in blocks with exact counts, so a batch number alone determines the
     component and that component's batch number.
+
+    Args:
+        rates: one positive rate per component; only their ratios matter.
+
+    Raises:
+        InputError: not one positive rate per component, or a rate that is too small.
     """
 
     BLOCK = 1000
@@ -237,8 +274,8 @@ class MixtureBatches:
 class SweepBatches:
     """Batches of a sweep: those of its N members, stacked to arrays [N, rows, length].
 
-    Each member has its own examples in its own order. Smaller batches are padded to the largest of
-    the same number or, if that would give too many shapes, to the largest of all.
+    Each member has its own examples in its own order. The members' batches of one number are padded
+    to the largest of them or, if that would give too many shapes, to the largest of all numbers.
     """
 
     MOST_SHAPES = 8  # each is compiled
@@ -276,7 +313,7 @@ def _pad_to(array: np.ndarray, size: Sequence[int], value: int) -> np.ndarray:
 
 
 def build_batch(source: ExampleSource, planned: PlannedBatch, epoch: int, ids: SpecialIds) -> Batch:
-    """Makes a batch of the examples' tokens; example -1 is an empty row."""
+    """Builds a planned batch from the tokens that its examples have in this epoch."""
     empty = np.zeros(0, np.int32), np.zeros(0, np.int32)
     rows = [source.tokens(int(i), epoch) if i >= 0 else empty for i in planned.examples]
     input_length, target_length = planned.bucket
@@ -292,7 +329,10 @@ def build_batch(source: ExampleSource, planned: PlannedBatch, epoch: int, ids: S
 def plan_evaluation(
     source: ExampleSource, buckets: Sequence[Bucket], batch_size: int
 ) -> list[PlannedBatch]:
-    """Every example exactly once, by bucket; -1 fills each bucket's last batch."""
+    """Plans batches, one bucket after another, in which every example occurs exactly once.
+
+    Each bucket's last batch is completed with empty rows, the index -1.
+    """
     assigned = assign_buckets(source, buckets)
     planned = []
     for index, bucket in enumerate(buckets):
@@ -318,7 +358,7 @@ class _Numbered:
 
 
 def make_iterator(batches: Batches, stop: int, *, start: int = 0) -> Iterator[Batch]:
-    """Iterates over the global batches start ... stop - 1, built ahead in threads."""
+    """Iterates over the global batches start ... stop - 1, which threads build in advance."""
     import grain  # only here: plans and batches are plain numpy and do not need Grain
 
     dataset = grain.MapDataset.source(_Numbered(batches, start, stop))

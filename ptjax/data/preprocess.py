@@ -17,10 +17,12 @@ CHUNK = 4096  # texts per call: the ids of a chunk are temporarily Python intege
 
 @dataclass(frozen=True)
 class TokenRows:
-    """N rows of ids of any length, one after the other.
+    """N rows of ids of any length, stored one after the other.
 
-    `ids` int32 [sum of lengths]; row i is `ids[offsets[i] : offsets[i + 1]]`, `offsets` int64
-    [N + 1]; `truncated` counts the rows that were cut.
+    Attributes:
+        ids: int32 [sum of lengths]; row i is `ids[offsets[i] : offsets[i + 1]]`.
+        offsets: int64 [N + 1].
+        truncated: the number of rows that were truncated.
     """
 
     ids: np.ndarray
@@ -38,7 +40,7 @@ class TokenRows:
 
     @functools.cached_property
     def lengths(self) -> np.ndarray:
-        """int32 [N]."""
+        """The number of ids of each row, int32 [N]."""
         return np.diff(self.offsets).astype(np.int32)
 
 
@@ -54,16 +56,16 @@ class TokenizedExamples:
 
     @property
     def input_lengths(self) -> np.ndarray:
-        """int32 [N], the end of sequence included."""
+        """The number of input ids of each example, int32 [N], EOS included."""
         return self.inputs.lengths
 
     @property
     def target_lengths(self) -> np.ndarray:
-        """int32 [N], the end of sequence included."""
+        """The number of target ids of each example, int32 [N], EOS included."""
         return self.targets.lengths
 
     def tokens(self, index: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs int32 [t] and targets int32 [l] of an example; views."""
+        """Returns views of an example's inputs int32 [t] and targets int32 [l]."""
         del epoch  # the same tokens in every epoch
         return self.inputs[index], self.targets[index]
 
@@ -96,7 +98,10 @@ def tokenize_texts(texts: Sequence[str], tokenizer: Tokenizer, length: int) -> T
 def tokenize_examples(
     examples: Sequence[Example], tokenizer: Tokenizer, input_length: int, target_length: int
 ) -> TokenizedExamples:
-    """Inputs and targets of the examples as ids, in order; see `tokenize_texts`."""
+    """Tokenises the inputs and targets of the examples, in order, and truncates them.
+
+    See `tokenize_texts`.
+    """
     return TokenizedExamples(
         tokenize_texts([example.inputs for example in examples], tokenizer, input_length),
         tokenize_texts([example.targets for example in examples], tokenizer, target_length),
@@ -104,7 +109,7 @@ def tokenize_examples(
 
 
 def check_labels(labels: Sequence[str], tokenizer: Tokenizer, target_length: int) -> None:
-    """Refuses labels that the model could never generate, or could not distinguish.
+    """Raises InputError for labels that the model could not generate or could not distinguish.
 
     If the vocabulary lacks a character of a label, or the target length truncates it, every
     prediction of it would be wrong. Of two labels with the same tokens, the first would always win.

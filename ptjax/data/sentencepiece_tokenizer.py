@@ -1,4 +1,4 @@
-"""SentencePiece, the reference: a model's pieces, followed by T5's sentinels and added tokens."""
+"""The SentencePiece tokenizer, the reference for all others, and its training."""
 
 from __future__ import annotations
 
@@ -48,9 +48,10 @@ class SentencePieceTokenizer:
 
     Args:
         model: a serialised model, or the path of one.
-        extra_ids: sentinels to add. A model with its own sentinels (mT5's) gets none.
+        extra_ids: number of sentinels to add. A model with its own sentinels (mT5's) gets none.
         name: for messages; by default the path.
-        folder, config: the folder with added tokens, and its `tokenizer_config.json`.
+        folder: the folder with the files of added tokens; None means no added tokens.
+        config: the content of the folder's `tokenizer_config.json`.
 
     Raises:
         InputError: the file does not exist, is not a SentencePiece model or has no end of
@@ -309,7 +310,7 @@ def train_sentencepiece(
     *,
     character_coverage: float = 0.9999,
 ) -> None:
-    """Trains a unigram model of `vocab_size` pieces with T5's special ids and writes it.
+    """Trains a unigram model of `vocab_size` pieces with T5's special ids; writes it to `path`.
 
     Raises:
         InputError: the texts contain too few pieces.

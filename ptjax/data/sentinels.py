@@ -37,12 +37,12 @@ class Rendered(str):
 
 
 def spelt_out(text: str) -> str:
-    """The text with all of its `<extra_id_N>` as ordinary text."""
+    """Returns the text with each `<extra_id_N>` marked as ordinary text instead of a sentinel."""
     return Rendered(text) if _PREFIX in text else text
 
 
 def join_texts(parts: Iterable[str]) -> str:
-    """Joins the parts into one text that keeps their sentinels.
+    """Joins the parts into one text, in which the sentinels of the parts remain sentinels.
 
     An `<extra_id_N>` that only arises by joining parts is ordinary text.
     """
@@ -58,7 +58,7 @@ def join_texts(parts: Iterable[str]) -> str:
 
 
 def mark_sentinels(text: str, numbers: Collection[int]) -> str:
-    """The text with each sentinel replaced by `marked(N)`, and `MARK` nowhere else.
+    """Returns the text with each sentinel replaced by `marked(N)`, and `MARK` nowhere else.
 
     Args:
         numbers: the sentinels of the vocabulary; others stay ordinary text.
@@ -99,7 +99,10 @@ def _cut_before_sentinels(text: str) -> list[str]:
 
 
 def marked(name: object) -> str:
-    """The name of sentinel N, or of a control token, inside a tokenizer."""
+    """Returns the name inside a tokenizer of sentinel N or of a control token.
+
+    It contains `MARK`, so no text can contain it.
+    """
     return f"{MARK}{name}{MARK}"
 
 

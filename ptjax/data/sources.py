@@ -51,7 +51,7 @@ class Record:
 
     @property
     def where(self) -> str:
-        """'file:line', for error messages."""
+        """The record's file and first line as 'file:line', for error messages."""
         return f"{self.file}:{self.line}"
 
 
@@ -59,8 +59,10 @@ class Record:
 class BadRecords:
     """Handles unusable records: policy 'error' stops at the first, 'skip' counts them.
 
-    `lines` is the number of lines that they take. `blank` counts blank lines, which are not
-    records.
+    Attributes:
+        count, lines: the number of unusable records, and of the lines that they take.
+        first: 'file:line: problem' of the first one.
+        blank: the number of blank lines, which are not records.
     """
 
     policy: str = "error"
@@ -73,7 +75,10 @@ class BadRecords:
         check_choice(get_args(OnBadRecord), "Task", on_bad_record=self.policy)
 
     def report(self, where: str, problem: str, lines: int = 1) -> None:
-        """Records one unusable record, which takes `lines` lines.
+        """Counts one unusable record, which takes `lines` lines.
+
+        Args:
+            where: its file and line.
 
         Raises:
             InputError: the policy is 'error'.
@@ -113,7 +118,11 @@ class Records(Sequence[Record]):
 
 
 def resolve_path(path: str | os.PathLike[str]) -> epath.Path:
-    """The path itself, '~' expanded; 'package:NAME' is ptjax's own data, the folder assets/NAME."""
+    """Expands '~', and 'package:NAME' to assets/NAME in the package, data shipped with ptjax.
+
+    Raises:
+        InputError: nothing or '..' follows 'package:'.
+    """
     text = os.fspath(path)
     if not text.startswith("package:"):
         return epath.Path(text).expanduser()
@@ -127,7 +136,7 @@ def resolve_path(path: str | os.PathLike[str]) -> epath.Path:
 
 
 def find_files(pattern: str | os.PathLike[str]) -> list[epath.Path]:
-    """The file of this name, or else the files that match it as a glob, sorted by name.
+    """Returns the file of this name or, if none exists, the files that match it as a glob, sorted.
 
     Raises:
         InputError: the file does not exist or is a folder, or the glob has no match.
@@ -212,11 +221,15 @@ def parse_records(
     quoting: bool | None = None,
     encoding: str = "utf-8",
 ) -> list[Record]:
-    """The records in the bytes of one file; settings as for `read_records`.
+    """Parses the bytes of one file, decompressed; settings as for `read_records`.
 
     Args:
         name: of the file, for messages.
-        bad: receives every unusable record.
+        bad: receives every unusable record; raises InputError if its policy is 'error'.
+
+    Raises:
+        InputError: a wrong encoding, an invalid header line, or settings that do not fit the
+            format.
     """
     if format == "parquet":
         rows = parquet_rows(data, name)
@@ -237,7 +250,7 @@ def parse_records(
 
 
 def non_empty(records: Records, source: str) -> Records:
-    """Returns the records; InputError if it is empty."""
+    """Returns `records`; raises InputError, which names `source`, if they are empty."""
     if records:
         return records
     if records.bad.count:

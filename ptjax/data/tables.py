@@ -20,7 +20,7 @@ NEWLINE = re.compile("\r\n|\r|\n")
 
 
 def lines(text: str) -> Iterator[tuple[int, str]]:
-    """(number, text) of each line that is not blank."""
+    """Yields the number (from 1) and text of each line that is not blank."""
     # Not str.splitlines: it also splits at U+2028, U+0085 and others, which are text here.
     for number, line in enumerate(NEWLINE.split(text), 1):
         if line and not line.isspace():
@@ -28,7 +28,7 @@ def lines(text: str) -> Iterator[tuple[int, str]]:
 
 
 def report_enclosed(text: str, delimiter: str, name: str) -> None:
-    """Warns if a file's double quotes seem to enclose fields.
+    """Logs a warning if a file's double quotes seem to enclose fields.
 
     pandas and Excel enclose a field that contains a quote, and double that quote. Quotes that are
     ordinary characters, as in MRPC, also occur elsewhere.
@@ -54,7 +54,7 @@ def report_enclosed(text: str, delimiter: str, name: str) -> None:
 
 
 def quoted_cells(text: str, delimiter: str) -> list[tuple[int, list[str] | str, int]]:
-    """Rows from the csv module: (first line, cells or a problem, number of lines).
+    """Splits a text with quoted fields into rows: (first line, cells or a problem, line count).
 
     Quoted fields may span lines. A blank line is a row without cells. After a bad quote, which may
     have consumed any number of lines, reading resumes at the next line.
@@ -86,18 +86,22 @@ def quoted_cells(text: str, delimiter: str) -> list[tuple[int, list[str] | str, 
 def rows(
     cells: Iterator[tuple[int, list[str] | str, int]], columns: Sequence[str] | None, name: str
 ) -> Iterator[tuple[int, Row, int]]:
-    """(line, fields or a problem, number of lines) of each row after the header.
+    """Names the cells of each row: yields (line, fields by name or a problem, number of lines).
 
     Args:
-        cells: the same with lists of cells.
-        columns: their names, for a file without a header line.
+        cells: the rows as (line, list of cells or a problem, number of lines).
+        columns: the names of the columns; None takes them from the first row, the header line.
         name: of the file, for messages.
+
+    Raises:
+        InputError: the header line cannot be read, or a column's name is empty or repeated.
     """
     nameless = 0
     if columns is None:
-        line, header, _ = next(cells, (1, None, 1))
-        if header is None:
+        first = next(cells, None)
+        if first is None:
             return
+        line, header, _ = first
         if isinstance(header, str):
             raise InputError(f"{name}:{line}: {header}")
         columns = [cell.strip() for cell in header]

@@ -38,15 +38,15 @@ class Task(FromRecords):
         label, verbalizer: the field that holds the label, and label value -> target text. Values
             are compared as text (1 and '1' are equal), True also as 'true'. The texts are the
             closed label set.
-        targets: template of the target, instead of a verbalizer.
+        targets: template of the target, in place of `label` and `verbalizer`.
         metrics: names of `ptjax.data.metrics.METRICS`; several are averaged for model selection.
         positive_label: the label text that counts as positive for the metric f1 (default: the
             verbalizer's last).
         data_dir: base of relative paths ('package:NAME' is data shipped with ptjax), and TFDS's
             folder of prepared data sets.
         format, columns, quoting, encoding: see `ptjax.data.sources.read_records`.
-        on_bad_record: 'error' stops at a record that does not fit, 'skip' counts it.
-        preprocess: a record's fields -> the fields of each example made from it.
+        on_bad_record: 'error' stops at a record that cannot be used, 'skip' counts it.
+        preprocess: maps a record's fields to the fields of each example made from it.
         train_preprocess: used instead of `preprocess` for the split 'train'.
         answers: the field with all correct answers, for exact_match and squad_f1.
         group: the field whose value examples of a group share, for group_exact_match.
@@ -97,19 +97,19 @@ class Task(FromRecords):
         _check_metrics(self)
 
     def error(self, problem: str) -> InputError:
-        """An error that names the task."""
+        """Returns an InputError whose message begins with the task's name."""
         return InputError(f"task {self.name}: {problem}")
 
     @property
     def labels(self) -> tuple[str, ...] | None:
-        """The closed label set, in the verbalizer's order; None if targets are open."""
+        """The label texts, in the verbalizer's order; None if targets may be any text."""
         if self.verbalizer is None:
             return None
         return tuple(dict.fromkeys(self.verbalizer.values()))
 
     @property
     def positive(self) -> str | None:
-        """The positive label of the metric f1; None if the task does not use f1."""
+        """The label that counts as positive for the metric f1; None if the task has no f1."""
         if "f1" not in self.metrics or self.labels is None:
             return None
         return self.labels[-1] if self.positive_label is None else self.positive_label
@@ -120,7 +120,7 @@ class Task(FromRecords):
         return any(isinstance(source, RecordsInMemory) for source in self.splits.values())
 
     def load(self, split: str, limit: int | None = None) -> Examples:
-        """The examples of a split, in the order of the files.
+        """Reads the examples of a split, in the order of the files.
 
         Args:
             split: one of `splits`.
@@ -128,7 +128,8 @@ class Task(FromRecords):
                 label, so the first ones would be of one class).
 
         Raises:
-            InputError: no such split, an empty split, or a record that does not fit (file, line).
+            InputError: no such split, an empty split, a record that cannot be used (the message
+                names file and line), or a limit below 1.
         """
         if self.held_out and split in ("train", "validation"):
             train = _load(self, "train")
@@ -136,9 +137,7 @@ class Task(FromRecords):
                 raise self.error(f"held_out={self.held_out} of {len(train)} training examples")
             examples = train.divided(self.held_out, validation=split == "validation")
         elif split not in self.splits:
-            names = ", ".join(self.splits) or "none"
-            hint = _HELD_OUT if split == "validation" and "train" in self.splits else ""
-            raise self.error(f"no split '{split}' (splits: {names}){hint}")
+            raise _no_split(self, split)
         else:
             examples = _load(self, split)
         if limit is not None and limit < 1:
@@ -146,7 +145,7 @@ class Task(FromRecords):
         return examples.limited(limit)
 
     def format_inputs(self, record: Fields) -> str:
-        """The model's input for a record without a target, for inference.
+        """Formats the model's input for a record, which needs no target; for inference.
 
         Raises:
             InputError: a field of the template is missing, or the record makes several examples.
@@ -160,7 +159,7 @@ class Task(FromRecords):
             raise self.error(f"{error}; its inputs are {self.inputs!r}") from error
 
     def format_line(self, line: str) -> str:
-        """The model's input for a plain line of text, if the template has a single field.
+        """Formats the model's input for a plain line of text, if the template has a single field.
 
         Raises:
             InputError: the template has several fields.
@@ -173,7 +172,7 @@ class Task(FromRecords):
         return self.format_inputs({fields[0]: line})
 
     def evaluate(self, predictions: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
-        """All metrics of the predictions [N] for the examples [N], as fractions.
+        """Computes the task's metrics of the predictions [N] for the examples [N], as fractions.
 
         Raises:
             InputError: an example lacks a field that a metric needs.
@@ -190,7 +189,7 @@ class Task(FromRecords):
         return values
 
     def describe(self) -> JsonObject:
-        """What an exported prompt records of its task, as JSON values; see `from_description`."""
+        """Returns the settings that an exported prompt records, for `from_description`."""
         return {
             "name": self.name,
             "inputs": self.inputs,
@@ -208,11 +207,11 @@ class Task(FromRecords):
 
     @classmethod
     def from_description(cls, description: Metadata, preprocess: Preprocess | None = None) -> Task:
-        """A task without splits that formats and scores like the described one.
+        """Makes a task without splits that formats and scores like the described one.
 
         Args:
             description: the result of `describe`. Unknown keys (of a later version) are ignored.
-            preprocess: the described function, if it is not in ptjax's own catalogue.
+            preprocess: the function that the description names, if it is not one of ptjax's own.
 
         Raises:
             InputError: something needed is missing, or the preprocess function is unknown.
@@ -229,7 +228,12 @@ class Task(FromRecords):
         return cls(**settings, preprocess=preprocess)
 
 
-_HELD_OUT = "; to take one out of 'train', set Task.held_out, or validation of from_records"
+def _no_split(task: Task, split: str) -> InputError:
+    names = ", ".join(task.splits) or "none"
+    hint = ""
+    if split == "validation" and "train" in task.splits:
+        hint = "; to take one out of 'train', set Task.held_out, or validation of from_records"
+    return task.error(f"no split '{split}' (splits: {names}){hint}")
 
 
 def _find_preprocess(description: Metadata) -> Preprocess | None:

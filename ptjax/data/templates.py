@@ -1,4 +1,4 @@
-"""Templates: 'sentence: {sentence}' over the fields of a record."""
+"""Templates such as 'sentence: {sentence}', which are filled in with the fields of a record."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from ptjax.files import Metadata
 
 
 class RecordError(ValueError):
-    """A record does not fit; the caller adds its file and line."""
+    """A record cannot be used, for example because a field of the template is missing.
+
+    The message names neither file nor line; the code that catches the error adds them.
+    """
 
 
 @dataclass(frozen=True)
@@ -24,17 +27,17 @@ class Template:
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """The names of its fields without duplicates, in order."""
+        """The names of the fields that the template contains, without duplicates, in order."""
         return tuple(dict.fromkeys(field for _, field in self.parts if field is not None))
 
     def render(self, record: Metadata, *, sentinels: bool = False) -> str:
-        """The text for a record.
+        """Fills in the template with the fields of `record`.
 
         Args:
-            sentinels: treat `<extra_id_N>` in a field as a sentinel, as in the template.
+            sentinels: treat `<extra_id_N>` in a field as a sentinel, as in the template itself.
 
         Raises:
-            RecordError: a field is missing, None, a list or an object.
+            RecordError: a field is missing, None, a list, an object or a number that is not finite.
         """
         pieces = []
         for literal, field in self.parts:
@@ -61,7 +64,9 @@ def parse_template(text: str) -> Template:
 
 
 def find_field(record: Metadata, field: str) -> object:
-    """The value of a field; 'a.b' is also field b of the object a, 'a.0' the list's first entry.
+    """Returns a field's value: 'a.b' is the field of that name, or else field b of the object a.
+
+    In the same way, 'a.0' is the first entry of the list a.
 
     Raises:
         RecordError: the record has no such field, or it is None or a number that is not finite.
@@ -95,7 +100,10 @@ def _check_present(value: object, field: str) -> None:
 
 
 def as_text(value: object, field: str) -> str:
-    """A plain value as text: True is 'True', 1 is '1'.
+    """Converts a text, number or boolean to text: True to 'True', 1 to '1'.
+
+    Args:
+        field: the value's name, for messages.
 
     Raises:
         RecordError: the value is a list or an object, None, or a number that is not finite.

@@ -43,11 +43,12 @@ _T5_CLASSES = {
 
 
 def load_tokenizer(source: str | os.PathLike[str]) -> Tokenizer:
-    """Loads a tokenizer.
+    """Loads a tokenizer; the first use of a hub id downloads its files.
 
     Args:
         source: a SentencePiece file '*.model', 'byt5', a folder (see `find_tokenizer`), or the
-            id of a model on the Hugging Face hub. Paths may be remote or 'package:NAME'.
+            id of a model on the Hugging Face hub. Paths may be remote (gs://...) or
+            'package:NAME', data shipped with ptjax.
 
     Raises:
         InputError: `source` does not hold a tokenizer.
@@ -82,7 +83,7 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Tokenizer:
 
 
 def find_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer | None:
-    """The tokenizer in a folder, with its added tokens; None without tokenizer files.
+    """Loads the tokenizer in a folder, with its added tokens; None if it has no tokenizer files.
 
     T5's SentencePiece file is preferred: fast tokenizers made from it differ on rare texts.
 

@@ -1,4 +1,4 @@
-"""All other tokenizers, through `transformers`."""
+"""Tokenizers other than SentencePiece and ByT5, loaded by `transformers`."""
 
 from __future__ import annotations
 
@@ -35,6 +35,10 @@ class TransformersTokenizer:
 
     Texts are encoded with a copy in which control tokens and sentinels have names that no text
     contains; `mark_sentinels` inserts these names for sentinels.
+
+    Args:
+        directory: a local folder.
+        name: for messages; by default the folder.
 
     Raises:
         InputError: transformers cannot load it, a file of its vocabulary is missing, it has no

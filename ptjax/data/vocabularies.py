@@ -19,7 +19,12 @@ RELEASED: Mapping[int, tuple[str, str]] = {
 
 
 def missing_tokenizer(name: str, embedding_rows: int) -> InputError:
-    """The error for a backbone without a tokenizer, if text is needed."""
+    """Returns the InputError for a backbone without a tokenizer, where text must be tokenised.
+
+    Args:
+        name: of the backbone.
+        embedding_rows: of the backbone; determines which vocabulary the message suggests.
+    """
     hint = ""
     if embedding_rows in RELEASED:
         models, source = RELEASED[embedding_rows]

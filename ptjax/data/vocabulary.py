@@ -44,32 +44,39 @@ class Tokenizer(Protocol):
     """Fingerprints that earlier versions recorded for the same tokenizer."""
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, without `prefix` and without an end of sequence."""
+        """Returns the ids of a text, without `prefix` and without an end of sequence."""
         ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of each text, faster."""
+        """Encodes each text like `encode`, but faster."""
         ...
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text up to the first end of sequence; padding and `prefix` are dropped."""
+        """Returns the text of the ids before the first EOS, without padding and `prefix`."""
         ...
 
     def id_to_piece(self, index: int) -> str:
-        """The readable form of an id."""
+        """Returns the piece of text that an id represents, readable; `<id>` if it has none."""
         ...
 
     def sentinel_id(self, k: int) -> int:
-        """The id of T5's sentinel <extra_id_k>."""
+        """Returns the id of T5's sentinel <extra_id_k>.
+
+        Raises:
+            InputError: the vocabulary does not have this sentinel.
+        """
         ...
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Writes files from which `load_tokenizer(directory)` loads an equal tokenizer."""
+        """Writes files from which `load_tokenizer(directory)` loads an equal tokenizer.
+
+        Creates the folder if necessary, and first deletes other tokenizers' files in it.
+        """
         ...
 
 
 def check_vocabulary(tokenizer: Tokenizer, embedding_rows: int) -> None:
-    """Refuses a tokenizer that the model cannot have been trained with.
+    """Raises InputError for a tokenizer that the model cannot have been trained with.
 
     A vocabulary may be smaller than the embedding, whose rows are padded to a round number (T5:
     32,100 ids, 32,128 rows). One that leaves more than half of them unused is another model's, or
@@ -98,7 +105,7 @@ def check_special_ids(tokenizer: Tokenizer) -> None:
 
 
 def text_ids(tokenizer: Tokenizer, ids: Iterable[int]) -> list[int]:
-    """The ids before the first end of sequence, without padding and prefix, as Python integers."""
+    """Returns the ids before the first EOS, without padding and prefix, as Python integers."""
     kept: list[int] = []
     for index in ids:
         index = int(index)
@@ -110,7 +117,7 @@ def text_ids(tokenizer: Tokenizer, ids: Iterable[int]) -> list[int]:
 
 
 def clear_folder(directory: str | os.PathLike[str]) -> epath.Path:
-    """Creates the folder if necessary and removes the files of another tokenizer from it."""
+    """Creates the folder if necessary, and deletes the tokenizer files that it contains."""
     check_path("the folder of the tokenizer", directory)
     folder = epath.Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
@@ -120,7 +127,7 @@ def clear_folder(directory: str | os.PathLike[str]) -> epath.Path:
 
 
 def sha256(content: bytes) -> str:
-    """'sha256:<hex>'."""
+    """Returns the SHA-256 hash of `content` as 'sha256:<hex>'."""
     return f"sha256:{hashlib.sha256(content).hexdigest()}"
 
 
@@ -130,7 +137,7 @@ def unigram_fingerprint(
     special_ids: Sequence[int],
     added: Sequence[object],
 ) -> str:
-    """The fingerprint of a SentencePiece unigram model with T5's treatment of spaces.
+    """Computes the fingerprint of a SentencePiece unigram model with T5's treatment of spaces.
 
     It is the same for spiece.model and for a tokenizer.json made from it.
 

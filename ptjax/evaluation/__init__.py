@@ -1,1 +1,1 @@
-"""Scores of a prompt, a model or an ensemble on a task."""
+"""Scores a prompt, a model or an ensemble of prompts on a task."""

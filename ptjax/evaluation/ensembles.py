@@ -1,4 +1,4 @@
-"""Ensembles of prompts of one task: how their predictions are combined (paper, section 5)."""
+"""Combines the predictions of several prompts of one task: an ensemble (paper, section 5)."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ class RepeatedSource:
 
 @dataclasses.dataclass(frozen=True)
 class EnsemblePredictions:
-    """The predictions of N prompts and their ensembles for M examples.
+    """The predictions of N prompts, and of their two ensembles, for M examples.
 
     Attributes:
         members: N lists of M texts.
-        majority_vote: M texts.
-        mean_likelihood: M texts, or None where the texts were generated: a prompt has no
-            likelihoods of the texts that the others generated.
+        majority_vote: M texts, each with more votes of the prompts than any other text.
+        mean_likelihood: M texts, the labels with the greatest mean probability. None if texts were
+            generated: a prompt has no likelihoods of the texts that the others generated.
     """
 
     members: list[list[str]]
@@ -52,23 +52,32 @@ class EnsemblePredictions:
 
 
 def mean_shares(likelihoods: Float[np.ndarray, "M N C"]) -> Float[np.ndarray, "M C"]:
-    """The mean over N prompts of each label's probability among the labels.
+    """Averages each label's probability over N prompts.
 
     Probabilities are averaged, not log-likelihoods, in which one confident prompt would outweigh
     all others.
+
+    Args:
+        likelihoods: log-likelihoods of C labels for M examples, by each prompt.
     """
     return softmax(likelihoods.astype(np.float64), axis=2).mean(axis=1)
 
 
 def vote_on_labels(likelihoods: Float[np.ndarray, "M N C"]) -> Int[np.ndarray, " M"]:
-    """The label that is likeliest for most of N prompts; `mean_shares` breaks ties."""
+    """Returns for each example the index of the label that is most frequently a prompt's likeliest.
+
+    `mean_shares` breaks ties; arguments as there.
+    """
     votes = (likelihoods.argmax(axis=2)[..., None] == np.arange(likelihoods.shape[2])).sum(axis=1)
     most = votes == votes.max(axis=1, keepdims=True)
     return np.where(most, mean_shares(likelihoods), -1.0).argmax(axis=1)
 
 
 def vote_on_texts(texts: Sequence[str], scores: Float[np.ndarray, " N"]) -> str:
-    """The text that most of N prompts generated; the mean score of those prompts breaks ties."""
+    """Returns the text that most frequently occurs among those that N prompts generated.
+
+    The mean score of its prompts breaks ties.
+    """
     votes: dict[str, list[float]] = collections.defaultdict(list)
     for text, score in zip(texts, scores, strict=True):
         votes[text].append(float(score))

@@ -1,4 +1,4 @@
-"""Predictions and scores of a task's splits, with any variables of a network."""
+"""Predicts and scores a task's splits, with any variables of a network."""
 
 from __future__ import annotations
 
@@ -43,10 +43,11 @@ class Evaluator:
     """Predicts and scores splits of one task with one backbone, reusing what it compiled.
 
     Attributes:
-        metric: prompts are selected by it; of several metrics it is their mean, as in the paper.
-        reported_split: the test split, or else the one that selects.
+        metric: the metric that selects prompts; "mean" if there are several, as in the paper.
+        reported_split: "test" if the task has it, else the split that selects prompts.
         attends_to_input: whether the prompts that are evaluated attend to their input.
         model: the backbone's network, without a prompt.
+        ranks: whether labels are ranked; otherwise texts are generated.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class Evaluator:
         attends_to_input: bool = True,
         apply_fn: ApplyFn | None = None,
     ) -> None:
-        """`apply_fn`: by default the backbone's, for such prompts."""
+        """`lengths`: of "inputs" and "targets"; `apply_fn`: by default the backbone's."""
         self.attends_to_input = attends_to_input
         self.model = Model(
             apply_fn or backbone.make_apply_fn(attends_to_input),
@@ -85,28 +86,28 @@ class Evaluator:
 
     @property
     def apply_fn(self) -> ApplyFn:
-        """Of the network, for the kind of prompt that is evaluated."""
+        """The network's function, for the kind of prompt that is evaluated."""
         return self.model.apply_fn
 
     def __call__(
         self, variables: Variables, split: str, rewording: Callable[[str], str] | None = None
     ) -> dict[str, float]:
-        """Metrics of `split`, every example exactly once; `rewording` changes the inputs' text."""
+        """Predicts and scores every example of `split`; arguments as for `predict`."""
         return self.score(self.predict(variables, split, rewording), split)
 
     def score(self, predictions: Sequence[str], split: str) -> dict[str, float]:
-        """The task's metrics of a text for every example of `split`, and the mean of several."""
+        """Computes the task's metrics for one text per example; of several also their "mean"."""
         values = self.task.evaluate(predictions, self.examples(split))
         return values if len(values) == 1 else values | {"mean": statistics.fmean(values.values())}
 
     def predict(
         self, variables: Variables, split: str, rewording: Callable[[str], str] | None = None
     ) -> list[str]:
-        """A text for every example of `split`, in its order.
+        """Predicts a text for every example of `split`, in its order; `rewording` changes inputs.
 
         Raises:
-            InputError: a logit is not finite; where a weight of the backbone is the cause, it is
-                named, else it is a `NotFiniteError`.
+            InputError: a logit is not finite; if a weight of the backbone is the cause, it is
+                named, otherwise the error is a `NotFiniteError`.
         """
         if rewording is None:
             source = self._source(split)
@@ -120,11 +121,11 @@ class Evaluator:
         split: str,
         names: Sequence[str] | None = None,
     ) -> JsonObject:
-        """The scores of N prompts and of their ensembles; see `score_ensemble`.
+        """Scores N prompts and their ensembles on `split`; result as of `score_ensemble`.
 
         Args:
-            prompts: matrices [P_i, D] or an array [N, P, D]; they attend to their input as those
-                that are evaluated do.
+            prompts: matrices [P_i, D] or an array [N, P, D], with this evaluator's
+                `attends_to_input`.
             names: of the prompts; default: their numbers.
         """
         names = names or [str(number) for number in range(len(prompts))]
@@ -133,9 +134,9 @@ class Evaluator:
         return self.score_ensemble(self.predict_bank(bank, split), split, names)
 
     def predict_bank(self, bank: PromptBank, split: str) -> EnsemblePredictions:
-        """The predictions of every prompt of a bank, and of their ensembles, for `split`.
+        """Predicts for `split` with every prompt of a bank, and with their ensembles.
 
-        The prompts of an example share a batch: N rows of one forward pass.
+        An example is in the batch once per prompt: N rows of one forward pass.
         """
         count, examples = len(bank.names), len(self.examples(split))
         placed = place_bank(bank.arrays, self.backbone.mesh)
@@ -163,12 +164,12 @@ class Evaluator:
         split: str,
         names: Sequence[str] | None = None,
     ) -> JsonObject:
-        """Scores as in the paper's Table 3, all on `split`.
+        """Scores the predictions for `split` of N prompts and of their ensembles (Table 3).
 
         Returns:
             "members": metrics by name; "average": the mean of each metric over them; "best": name
-            and value of the member with the best metric on this very split, which flatters it;
-            "ensemble": metrics of "majority_vote" and, where labels were ranked, of
+            and value of the member with the best metric, chosen on this very split, so the value is
+            optimistic; "ensemble": metrics of "majority_vote" and, if labels were ranked, of
             "mean_likelihood".
         """
         names = names or [str(number) for number in range(len(predictions.members))]
@@ -215,7 +216,7 @@ class Evaluator:
         return [labels[i] for i in chosen], likelihoods
 
     def majority(self, train: Sequence[Example], split: str) -> float:
-        """The metric of always predicting the most frequent training target."""
+        """The value of `metric` on `split` if the most frequent training target is predicted."""
         most, _ = collections.Counter(example.targets for example in train).most_common(1)[0]
         return self.score([most] * len(self.examples(split)), split)[self.metric]
 
@@ -240,7 +241,11 @@ class Evaluator:
 
 
 def report_examples(task: Task, split: str, examples: Examples, note: str = "") -> None:
-    """Logs how many examples there are, and which records were left out."""
+    """Logs the number of examples of a split, and a warning if records were left out.
+
+    Args:
+        note: appended to the number of examples.
+    """
     logging.info("%s, split %s: %d examples%s", task.name, split, len(examples), note)
     if bad := examples.bad.count:
         lines = examples.bad.lines
@@ -254,15 +259,20 @@ def report_examples(task: Task, split: str, examples: Examples, note: str = "") 
 
 
 MOST_CUT = 0.99
-"""The share of a task's inputs or targets that may be cut; beyond it the length is a mistake. Long
-reviews may be cut on purpose: 98% of IMDb's are longer than 64 tokens."""
+"""The share of a task's inputs or targets that may be truncated; if more are, the length must be a
+mistake. Long reviews may be cut on purpose: 98% of IMDb's are longer than 64 tokens."""
 
 
 def check_cut(source: TokenizedExamples, lengths: Mapping[str, int], what: str) -> None:
-    """Refuses lengths that cut nearly every example of a training split.
+    """Raises InputError for lengths that truncate nearly every example of a training split.
+
+    Args:
+        lengths: of "inputs" and "targets", in tokens.
+        what: names the task and split in the message.
 
     Raises:
-        InputError: more than `MOST_CUT` of the inputs or targets do not fit; it names the setting.
+        InputError: more than `MOST_CUT` of the inputs or targets were truncated; it names the
+            setting.
     """
     for side, rows in (("inputs", source.inputs), ("targets", source.targets)):
         if rows.truncated > MOST_CUT * len(rows):
@@ -274,7 +284,11 @@ def check_cut(source: TokenizedExamples, lengths: Mapping[str, int], what: str) 
 
 
 def report_cut(source: TokenizedExamples, lengths: Mapping[str, int]) -> None:
-    """Warns about texts that were cut; a hard prompt with many shots may leave no input at all."""
+    """Logs a warning for truncated texts: a hard prompt with many shots may leave no input at all.
+
+    Args:
+        lengths: of "inputs" and "targets", in tokens.
+    """
     for side, rows in (("inputs", source.inputs), ("targets", source.targets)):
         if rows.truncated:
             logging.warning(
@@ -289,10 +303,10 @@ def report_cut(source: TokenizedExamples, lengths: Mapping[str, int]) -> None:
 def report_lost(
     task: Task, examples: Sequence[Example], source: TokenizedExamples, tokenizer: Tokenizer
 ) -> None:
-    """Warns about texts that the vocabulary cannot represent, with an example of each kind.
+    """Logs a warning for inputs and targets that the vocabulary cannot represent, with an example.
 
-    An open target that does not survive tokenising and decoding is one that even a perfect model
-    gets wrong; such labels are refused by `check_labels`. Texts that were cut are left to
+    Even a perfect model gets a target wrong that tokenising and decoding changes. Labels of a
+    closed set are not checked here, `check_labels` refuses those; truncated texts are reported by
     `report_cut`.
     """
     longest = source.target_lengths.max(initial=0) if source.targets.truncated else np.inf

@@ -1,1 +1,1 @@
-"""Tuned prompts at work: generated texts and likelihoods of labels."""
+"""Inference with tuned prompts: logits, generated texts and likelihoods of labels."""

@@ -1,4 +1,4 @@
-"""Banks: prompts by name, of which every example of a batch takes its own."""
+"""Banks of named prompts, from which each example of a batch chooses one."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from ptjax.models.prompt import NO_PROMPT_ID, Bank, stack_prompts
 from ptjax.sharding.arrays import replicated
 
 PromptIds = Sequence[str | int | None] | Int[np.ndarray, " B"] | None
-"""Each example's prompt, by name or number; None, "none" and -1 are the backbone alone."""
+"""Each example's prompt, by name or number; None, "none" and -1 mean the backbone alone."""
 
 
 @runtime_checkable
 class HasPrompt(Protocol):
-    """An object that holds a prompt; it may have `metadata` too, as a `PromptFile` has."""
+    """An object that holds a prompt; it may also have `metadata`, like a `PromptFile`."""
 
     @property
     def prompt(self) -> np.ndarray | Array: ...
@@ -36,14 +36,14 @@ SinglePrompt = PromptFile | HasPrompt | PathLike | np.ndarray | Array
 
 
 class BarePrompt(PromptFile):
-    """A prompt that came as an array: without metadata, so only its width can be checked."""
+    """A prompt that was passed as an array: without metadata, so only its width can be checked."""
 
 
 def wrap_prompt(prompt: SinglePrompt) -> PromptFile:
-    """A prompt as a `PromptFile`, loaded where it is a path.
+    """Converts a prompt to a `PromptFile`; loads it if it is a path.
 
     Raises:
-        InputError: no prompt at that path, or one that `load_prompt` refuses.
+        InputError: the path holds no prompt, or `load_prompt` refuses it.
     """
     if isinstance(prompt, PromptFile):
         return prompt
@@ -59,12 +59,12 @@ def wrap_prompt(prompt: SinglePrompt) -> PromptFile:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PromptBank:
-    """Prompts by name, of which every example of a batch takes its own.
+    """Named prompts, from which each example of a batch chooses one; `make_bank` makes it.
 
     Attributes:
         names: of the N prompts.
-        arrays: the prompts side by side, the N first rows; more rows are room for more prompts.
-        metadata: of each prompt; None for a bare array.
+        arrays: the stacked prompts; rows from N on are padding, see `place_bank`.
+        metadata: of each prompt; None for a prompt that was passed as an array.
     """
 
     names: tuple[str, ...]
@@ -72,7 +72,9 @@ class PromptBank:
     metadata: tuple[JsonObject | None, ...]
 
     def id_of(self, prompt: str | int | None) -> int:
-        """The number of a prompt, given by name or number; -1 for None, "none" and -1.
+        """Returns the number of a prompt that is given by name or number.
+
+        None, "none" and -1 mean the backbone alone and return -1.
 
         Raises:
             InputError: the bank has no such prompt.
@@ -91,20 +93,21 @@ class PromptBank:
         )
 
     def matrix(self, number: int) -> np.ndarray:
-        """The prompt of that number, float32 [P, D]."""
+        """Returns the prompt of this number, float32 [P, D], without padding."""
         rows = np.asarray(self.arrays.prompt[number])
         return rows[len(rows) - int(self.arrays.lengths[number]) :]
 
 
 def make_bank(prompts: Mapping[str, SinglePrompt]) -> PromptBank:
-    """A bank of prompts of any lengths, by name, each given as for `ptjax.forward`.
+    """Makes a bank of named prompts, each of any length and in any form that `ptjax.forward` takes.
 
     >>> bank = make_bank(load_prompts("runs/prompts"))  # doctest: +SKIP
 
     Precomputed keys and values are not used: in a bank every row runs its own prompt.
 
     Raises:
-        InputError: no prompt, or one that is not a matrix or not as wide as the first; it is named.
+        InputError: no prompts, or one (which is named) that cannot be loaded, is not a matrix, or
+            has another width than the first.
     """
     if not prompts:
         raise InputError("a bank needs a prompt at least")
@@ -127,9 +130,9 @@ def make_bank(prompts: Mapping[str, SinglePrompt]) -> PromptBank:
 
 
 def place_bank(bank: Bank, mesh: Mesh) -> Bank:
-    """A bank's arrays on every device of the mesh, padded to their capacities.
+    """Pads a bank's arrays to their capacities and copies them to every device of the mesh.
 
-    No example takes one of the added rows, and a prompt's added positions are masked.
+    No example chooses one of the added prompts, and a prompt's added positions are masked.
     """
     count, longest = bank.prompt.shape[:2]
     capacity, length = bank_capacity(count, longest)
@@ -146,11 +149,14 @@ def place_bank(bank: Bank, mesh: Mesh) -> Bank:
 def choose_prompts(
     prompt: PromptFile | PromptBank | None, prompt_ids: PromptIds, count: int
 ) -> Int[np.ndarray, " B"] | None:
-    """`prompt_ids` as int32 [count] where `prompt` is a bank, else None.
+    """Converts `prompt_ids` to the numbers int32 [count] of a bank's prompts; None without a bank.
+
+    Args:
+        count: the number of examples.
 
     Raises:
-        InputError: a bank without them or the other way round, another number of them, or one that
-            names no prompt of the bank; with its place.
+        InputError: a bank without `prompt_ids` or the reverse, not `count` of them, or one (its
+            index is named) that is not a prompt of the bank.
     """
     if not isinstance(prompt, PromptBank):
         if prompt_ids is not None:

@@ -1,4 +1,4 @@
-"""Examples of any lengths through a jitted function: batches of few shapes, results in order."""
+"""Runs a jitted function over examples of any lengths, in batches of few shapes."""
 
 from __future__ import annotations
 
@@ -20,16 +20,19 @@ from ptjax.sharding.arrays import batch_sharding, replicated, rows_divisor
 
 Result = TypeVar("Result", Array, tuple[Array, Array])
 PerExample = tuple[np.ndarray | None, ...]
-"""Arrays [N, ...] of what belongs to each example besides its tokens."""
+"""Arrays [N, ...] with further inputs of each example, in addition to its tokens."""
 
 
 def tokenize_inputs(
     texts: Sequence[str], tokenizer: Tokenizer, length: int | Sequence[int] | np.ndarray
 ) -> TokenizedExamples:
-    """Texts without targets as ids, each cut to `length` with a warning.
+    """Tokenises texts, without targets; truncates those that are too long, with a warning.
 
     Args:
-        length: one for all texts, or one for each.
+        length: the most tokens, EOS included: one number for all texts, or one for each.
+
+    Raises:
+        InputError: a length leaves no room for a token.
     """
     limits = np.broadcast_to(length, len(texts))
     ids: list[np.ndarray] = [np.zeros(0, np.int32)] * len(texts)
@@ -50,7 +53,7 @@ def tokenize_inputs(
 
 
 def input_buckets(source: ExampleSource) -> list[Bucket]:
-    """The shapes of a source's batches: input lengths from `capacity.input_lengths`."""
+    """Returns the shapes (T, L) of a source's batches; T as from `capacity.input_lengths`."""
     targets = int(source.target_lengths.max())
     return [(length, targets) for length in input_lengths(int(source.input_lengths.max()))]
 
@@ -58,12 +61,14 @@ def input_buckets(source: ExampleSource) -> list[Bucket]:
 def plan_batches(
     source: ExampleSource, batch_size: int, divisor: int, group: int = 1
 ) -> list[PlannedBatch]:
-    """Every example exactly once, by length, in batches of equal rows; -1 is a row of filler.
+    """Plans batches, all with the same number of rows, with every example exactly once.
+
+    Examples of similar length share a batch. The index -1 is an empty row.
 
     Args:
-        batch_size: examples at a time, rounded up to a capacity.
-        divisor: the devices that share the rows.
-        group: consecutive examples of which all are in one batch.
+        batch_size: the number of examples per batch, rounded up to a capacity.
+        divisor: the number of rows is a multiple of it: the number of devices that share them.
+        group: number of consecutive examples that must be in the same batch, such as copies of one.
     """
     rows = batch_rows(max(batch_size, group), len(source), divisor)
     used = rows // group * group
@@ -80,14 +85,17 @@ def map_examples(
     batch_size: int,
     group: int = 1,
 ) -> Result:
-    """`compute(tokens [B, T], lengths [B], rows of per_example [B, ...])`, in the examples' order.
+    """Applies a function to every example of a source, in batches.
 
-    Every example is computed exactly once. Batches are dispatched one after another and fetched
-    together; the devices of the model's mesh share the rows. `batch_size` and `group` are as for
-    `plan_batches`.
+    Batches are dispatched one after another and their results fetched together; the devices of the
+    model's mesh share the rows. All processes must call it together.
+
+    Args:
+        compute: called with tokens [B, T], lengths [B] and the batch's rows of `per_example`.
+        batch_size, group: as for `plan_batches`.
 
     Returns:
-        numpy arrays [N, ...].
+        The results as numpy arrays [N, ...], in the order of the examples.
     """
     mesh, outputs = model.mesh, []
     planned = plan_batches(source, batch_size, rows_divisor(mesh), group)

@@ -1,4 +1,4 @@
-"""Logits, losses and prompt gradients of batches of token ids, from Python."""
+"""Computes logits, losses and prompt gradients of batches of token ids."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ptjax.training.loss import Loss
 from ptjax.trees import Variables
 
 TokenBatch = Mapping[str, ArrayLike]
-"""Arrays under T5X's names, of any integer type; weights are floats."""
+"""A batch's arrays by T5X's names: tokens and lengths of any integer type, weights as floats."""
 
 
 def forward(
@@ -32,18 +32,19 @@ def forward(
     prompt: PromptLike = None,
     prompt_ids: PromptIds = None,
 ) -> Float[Array, "B L V"]:
-    """Float32 logits of a batch under T5X's names, without dropout.
+    """Computes the float32 logits of a batch, without dropout.
 
-    One program is compiled for each shape of the batch.
+    The first call with a batch of another shape compiles a program for it.
 
     Args:
         batch: `encoder_input_tokens` [B, T] and `decoder_input_tokens` [B, L]; optionally
             `encoder_lengths` [B], the number of real tokens in each row. Without them a row ends
             where its trailing `config.pad_id`s begin.
         prompt: an array [P, D], the result of `load_prompt` (or any object with such an array as
-            its `.prompt`), the path of a prompt, None, or a bank from `make_bank`.
-        prompt_ids: each row's prompt in a bank: its name or number; None, "none" or -1 is the
-            backbone alone.
+            its `.prompt`), the path of a prompt, a bank from `make_bank`, or None for the backbone
+            alone.
+        prompt_ids: for a bank, and only then, each row's prompt by name or number; None, "none" or
+            -1 means the backbone alone.
 
     Raises:
         InputError: a name is missing from the batch, a row without a length begins with padding,
@@ -60,9 +61,10 @@ def forward(
 def loss_and_prompt_gradient(
     backbone: Backbone, batch: TokenBatch, prompt: PromptLike
 ) -> tuple[Float[Array, ""], Float[Array, "P D"]]:
-    """T5X's training loss with its defaults and its gradient by the prompt, both float32.
+    """Computes T5X's training loss of a batch, and its gradient with respect to the prompt.
 
-    Without dropout.
+    Both are float32 and computed without dropout. The loss is `Loss()` with its defaults, summed
+    over the target tokens.
 
     Args:
         batch: as for `forward`, with `decoder_target_tokens` [B, L] and optionally

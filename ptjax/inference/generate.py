@@ -1,4 +1,4 @@
-"""Generated texts: greedy, sampled or by beam search."""
+"""Generates texts: greedily, by sampling or by beam search."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from ptjax.models.prompt import NO_PROMPT_ID
 from ptjax.trees import Variables
 
 INPUT_LENGTH, MAX_NEW_TOKENS = 512, 64
-"""In tokens, where neither the caller nor the prompt's metadata sets them."""
+"""The defaults, in tokens, if neither the caller nor the prompt's metadata sets them."""
 COLDEST = 1e-30
 """The lowest temperature above 0: log-likelihoods divided by it stay within float32."""
 
@@ -48,7 +48,7 @@ class Settings(TypedDict, total=False):
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """How texts are generated; the fields are arguments of `generate`."""
+    """How texts are generated; the fields are arguments of `generate`, which documents them."""
 
     num_beams: int = 1
     alpha: float = 0.6
@@ -88,7 +88,7 @@ def generate(
     seed: int = 0,
     batch_size: int = 32,
 ) -> list[str]:
-    """The text that the backbone generates for each input, in order.
+    """Generates a text for each input, and returns them in order.
 
     >>> generate(backbone, ["a text"], prompt=prompt)  # doctest: +SKIP
     ['positive']
@@ -98,15 +98,17 @@ def generate(
 
     Args:
         texts: formatted inputs; a prompt's template is not applied here.
-        prompt: as for `forward`. Its `.metadata` may hold the defaults of both lengths.
+        prompt: as for `forward`. Its `.metadata` may hold the defaults of the two lengths.
         prompt_ids: as for `forward`, one for each text.
         max_new_tokens: the most tokens to generate, end of sequence included (default: the
             prompt's `target_length`, or 64); one for all texts, or one for each.
-        input_length: longer inputs are cut to it, with a warning (default: the prompt's, or 512);
-            one for all texts, or one for each.
-        num_beams: 1 is greedy or sampling; above it, a beam search with brevity penalty `alpha`.
-        temperature: 0 is greedy; above it, samples.
-        top_p: samples from the fewest tokens whose probabilities reach it.
+        input_length: the most tokens of an input; longer ones are truncated, with a warning
+            (default: the prompt's `input_length`, or 512); one for all texts, or one for each.
+        num_beams: 1 decodes greedily or samples; more run a beam search with that many beams.
+        alpha: the exponent of the beam search's brevity penalty.
+        temperature: 0 decodes greedily; a higher one samples, from logits divided by it.
+        top_p: samples from the smallest set of most probable tokens whose probabilities add up to
+            at least this.
         seed: the sample of text i depends on (seed, i), not on the batch that it is in.
         batch_size: texts computed at a time, rounded up to 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, ...
 
@@ -141,7 +143,10 @@ def generate_with_scores(
     batch_size: int = 32,
     **settings: Unpack[Settings],
 ) -> tuple[list[str], np.ndarray]:
-    """`generate`, and the float32 score [N] of each text as in `models.decoding.decode`."""
+    """Generates texts like `generate`, and also returns their scores, float32 [N].
+
+    Scores are those of `models.decoding.decode`: log-likelihoods, or those of a beam search.
+    """
     if isinstance(texts, str):
         raise InputError("generate needs a list of texts, not one string: write [text]")
     tokenizer, how = tokenizer_of(backbone), Decoding(**settings)
@@ -181,13 +186,14 @@ def generate_tokens(
     numbers: Int[np.ndarray, " N"] | None = None,
     group: int = 1,
 ) -> tuple[Int[np.ndarray, "N L"], Float[np.ndarray, " N"]]:
-    """The tokens that the model generates for every example, in order, and their scores.
+    """Generates tokens for every example, and returns them in order, with their scores.
 
     Args:
         batch_size, group: as for `batches.plan_batches`.
-        max_new_tokens: L.
-        prompt_ids: each example's prompt, where the variables hold a bank.
-        numbers: an example's sample depends on (seed, its number); default: its position.
+        max_new_tokens: L, the most tokens to generate, end of sequence included.
+        how: None decodes greedily.
+        prompt_ids: the number of each example's prompt, if the model's variables hold a bank.
+        numbers: an example's sample depends on the seed and this number; None takes its position.
 
     Raises:
         InputError: a length or a batch size below 1.
@@ -226,22 +232,26 @@ def generate_tokens(
 
 
 def decode_tokens(model: Model, tokens: Int[np.ndarray, "N L"]) -> list[str]:
-    """The texts of generated tokens, each up to its first end of sequence."""
+    """Decodes generated tokens to texts, each up to its first end of sequence.
+
+    Raises:
+        InputError: the model has no tokenizer.
+    """
     if model.tokenizer is None:
         raise InputError("a model without a tokenizer generates only tokens, not texts")
     return [model.tokenizer.decode(before_end(row, model.ids)) for row in tokens.tolist()]
 
 
 def before_end(row: Sequence[int], ids: SpecialIds) -> list[int]:
-    """The tokens before the first end of sequence."""
+    """Returns the tokens before the first end of sequence; any of `ids.eos_ids` is one."""
     return list(itertools.takewhile(lambda token: token not in ids.eos_ids, row))
 
 
 def tokenizer_of(backbone: Backbone) -> Tokenizer:
-    """The backbone's tokenizer.
+    """Returns the backbone's tokenizer.
 
     Raises:
-        InputError: it has none.
+        InputError: the backbone was loaded without one.
     """
     if backbone.tokenizer is None:
         raise missing_tokenizer(backbone.name, backbone.config.vocab_size)

@@ -1,4 +1,4 @@
-"""Closed sets of labels: how likely each label is as the target of an example."""
+"""Ranks closed sets of labels: how likely each label is as the target of an example."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ptjax.training.loss import log_likelihood
 from ptjax.trees import Variables
 
 LABELS_AT_ONCE = 16
-"""Labels whose logits [B, L, V] are in memory at the same time."""
+"""The most labels whose logits [B, L, V] are in memory at the same time."""
 
 
 class Labels(NamedTuple):
@@ -31,7 +31,7 @@ class Labels(NamedTuple):
 
     Attributes:
         tokens: int32 [*K, C, L], end of sequence included.
-        lengths: int32 [*K, C]; a label of length 0 fills up a smaller set.
+        lengths: int32 [*K, C]; a label of length 0 is padding of a set with fewer labels.
     """
 
     tokens: Int[np.ndarray, "*K C L"]
@@ -41,16 +41,20 @@ class Labels(NamedTuple):
 def make_label_tokens(
     labels: Sequence[str], tokenizer: Tokenizer, target_length: int, ids: SpecialIds
 ) -> Labels:
-    """A closed label set [C, L], as short as its labels fit."""
+    """Tokenises a closed label set to [C, L], where L is the length of the longest label.
+
+    Truncates labels to `target_length` tokens; `data.preprocess.check_labels` refuses such labels.
+    """
     rows = tokenize_texts(labels, tokenizer, target_length)
     tokens = pad([rows[i] for i in range(len(rows))], int(rows.lengths.max()), ids.pad_id)
     return Labels(tokens, rows.lengths)
 
 
 def stack_label_sets(sets: Sequence[Labels], ids: SpecialIds) -> Labels:
-    """K label sets of any sizes as `rank` takes them, padded with empty labels and empty sets.
+    """Stacks label sets [C_k, L_k] to one `Labels` [K, C, L] for `rank`.
 
-    The three sizes are capacities, so that other sets run the same program.
+    Pads with empty labels and empty sets. K, C and L are capacities, so that other sets run the
+    same program.
     """
     count = round_up(len(sets), 1)
     most, longest = (max(sizes) for sizes in zip(*(x.tokens.shape for x in sets), strict=True))
@@ -72,16 +76,17 @@ def predict_labels(
     prompt_ids: Int[np.ndarray, " N"] | None = None,
     group: int = 1,
 ) -> tuple[Int[np.ndarray, " N"], Float[np.ndarray, "N C"]]:
-    """Index of the likeliest label of every example, in order, and all log-likelihoods.
+    """Computes the log-likelihood of each label for every example, and the likeliest label.
 
     Args:
         sets: label sets [C_k, L_k].
-        label_sets: each example's set; None is the first one for all.
-        prompt_ids: each example's prompt, where the variables hold a bank.
+        label_sets: the index of each example's set; None means the first set for all.
+        prompt_ids: the number of each example's prompt, if the model's variables hold a bank.
         batch_size, group: as for `batches.plan_batches`.
 
     Returns:
-        C is the size of the largest set; a smaller one's row ends in -inf.
+        The index of the likeliest label of every example, in order, and the log-likelihoods [N, C].
+        C is the size of the largest set; the rows of examples with a smaller set end in -inf.
     """
     labels, ids = stack_label_sets(sets, model.ids), model.ids
 
@@ -108,19 +113,19 @@ def rank(
     *,
     ids: SpecialIds,
 ) -> Float[Array, "B C"]:
-    """log p(label | input) of every label (end of sequence included) for every row.
+    """Computes log p(label | input) of every label (end of sequence included) for every row.
+
+    The encoder and the cross-attention's keys and values are computed once per row; the labels are
+    a batch dimension of the decoder's queries alone, so nothing is copied per label. Chunks that
+    hold only empty labels are not computed.
 
     Args:
         encoder_lengths: the number of real tokens in each row.
-        labels: one set of labels, or K of them, of which `label_sets` names each row's; a smaller
-            set has empty labels at its end, whose log-likelihood is -inf.
-        prompt_ids: each row's prompt, where the variables hold a bank of prompts.
+        labels: one set of labels, or K sets; empty labels, at the end of a set, get -inf.
+        label_sets: if there are K sets, the index of each row's.
+        prompt_ids: the number of each row's prompt, if the variables hold a bank.
         ids: of the vocabulary. Labels are ranked as they are tokenised, as in transformers' loss:
             a forced first token applies to generated text only.
-
-    The encoder and the cross-attention's keys and values are computed once a row; the labels are
-    a batch dimension of the decoder's queries alone, so nothing is copied per label. Chunks that
-    hold only empty labels are not computed.
     """
     run = functools.partial(apply_fn, variables)
     encoded = run(
@@ -147,12 +152,9 @@ def rank(
     chunk = jax.vmap(likelihood, in_axes=1, out_axes=1)
     if count <= LABELS_AT_ONCE:
         return chunk(tokens, lengths)
-    more = -count % LABELS_AT_ONCE
-    tokens, lengths = (
-        jnp.pad(x, ((0, 0), (0, more), *[(0, 0)] * (x.ndim - 2))) for x in (tokens, lengths)
-    )
 
     def rank_chunk(number: Array, scores: Float[Array, "B C"]) -> Float[Array, "B C"]:
+        # Where the last chunk would reach beyond the labels, both slices begin earlier instead.
         start = number * LABELS_AT_ONCE
         part = (
             jax.lax.dynamic_slice_in_dim(x, start, LABELS_AT_ONCE, axis=1)
@@ -161,5 +163,5 @@ def rank(
         return jax.lax.dynamic_update_slice_in_dim(scores, chunk(*part), start, axis=1)
 
     chunks = (most + LABELS_AT_ONCE - 1) // LABELS_AT_ONCE
-    scores = jnp.full((rows, count + more), -jnp.inf)
-    return jax.lax.fori_loop(0, chunks, rank_chunk, scores)[:, :count]
+    scores = jnp.full((rows, count), -jnp.inf)
+    return jax.lax.fori_loop(0, chunks, rank_chunk, scores)

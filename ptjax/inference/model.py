@@ -1,4 +1,4 @@
-"""A network bound to its variables: what every prediction is computed with."""
+"""A network bound to its variables, with which predictions are computed."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Model:
     """A network with its variables, the mesh that they live on, and its vocabulary.
 
     Attributes:
-        apply_fn: of the network; jit caches by it.
+        apply_fn: of the network; part of the key of jit's cache.
         variables: the backbone's, and those of a prompt or another method.
         mesh: its devices share the rows of a batch.
         ids: the vocabulary's special ids.
-        tokenizer: None where only ids go in and come out.
+        tokenizer: None if the model is used with token ids only.
     """
 
     apply_fn: ApplyFn
@@ -39,19 +39,20 @@ class Model:
     tokenizer: Tokenizer | None = None
 
     def with_variables(self, variables: Variables) -> Model:
-        """The same network with other variables."""
+        """Returns the same network with other variables."""
         return dataclasses.replace(self, variables=variables)
 
 
 def bind(backbone: Backbone, prompt: Prompt = None, apply_fn: ApplyFn | None = None) -> Model:
-    """The backbone with a prompt that `open_prompt` returned, or alone.
+    """Makes the model of a backbone with a prompt, or without one.
 
     Args:
-        apply_fn: the network's, where a method has wrapped it; None builds the backbone's for this
-            kind of prompt.
+        prompt: as `open_prompt` returned it.
+        apply_fn: the network, if a method has wrapped it; None builds the backbone's for this kind
+            of prompt.
 
     Raises:
-        InputError: the network cannot run such a prompt.
+        InputError: the network does not support prompts that do not attend to the input.
     """
     attends = True
     if isinstance(prompt, PromptBank):

@@ -28,17 +28,17 @@ from ptjax.inference.prompts import PromptLike, open_prompt
 from ptjax.inference.records import InputFormat
 
 LABEL_LENGTH = 16
-"""The most tokens of a label, where nothing sets it."""
+"""The most tokens of a label, if neither the caller nor the prompt's format sets it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """What the model predicts for one input.
+    """The prediction for one input.
 
     Attributes:
         text: the label or the generated text.
-        score: its log-likelihood (after a beam search with brevity penalty).
-        probabilities: of each label among the labels, where they were ranked.
+        score: its log-likelihood; of a beam search, with the brevity penalty.
+        probabilities: if labels were ranked, the probability of each, which add up to 1; else None.
     """
 
     text: str
@@ -57,18 +57,18 @@ def rank(
     target_length: int | Sequence[int] = LABEL_LENGTH,
     batch_size: int = 32,
 ) -> list[Prediction]:
-    """The likeliest of a closed set of labels for each text, in order.
+    """Predicts the likeliest of a closed set of labels for each text, in order.
 
     Args:
         texts: formatted inputs.
         labels: one set for all texts, or one for each.
         prompt, prompt_ids: as for `ptjax.forward`.
-        input_length, target_length: longer inputs are cut, with a warning; longer labels are
-            refused. One for all texts, or one for each.
+        input_length, target_length: in tokens, one for all texts or one for each. Longer inputs are
+            truncated, with a warning; longer labels are refused.
 
     Raises:
-        InputError: no tokenizer, a label that it cannot write, a prompt that does not fit, or a
-            logit that is not finite (a damaged backbone; its weight is named).
+        InputError: no tokenizer, a label that the vocabulary cannot represent, a prompt that does
+            not fit, or a logit that is not finite (if a damaged weight is the cause, it is named).
     """
     tokenizer = tokenizer_of(backbone)
     opened = open_prompt(backbone, prompt)
@@ -119,7 +119,7 @@ def decode(
     batch_size: int = 32,
     **settings: Unpack[Settings],
 ) -> list[Prediction]:
-    """A generated text for each input, in order; settings as for `ptjax.generate`."""
+    """Generates a text for each input, like `ptjax.generate`, and returns it with its score."""
     generated, scores = generate_with_scores(
         backbone,
         texts,
@@ -145,18 +145,18 @@ def predict(
     batch_size: int = 32,
     **settings: Unpack[Settings],
 ) -> list[Prediction]:
-    """A prediction for each text, in order: ranked where its task has labels, else generated.
+    """Predicts for each text: ranks the labels if its task has a closed set, else generates.
 
     Args:
         texts: formatted inputs.
-        formats: the input format of each text's prompt.
+        formats: the input format of each text's prompt, with its task.
         prompt, prompt_ids: as for `ptjax.forward`.
-        decode_all: generate even where the task has labels.
+        decode_all: generate even if the task has labels.
         max_new_tokens: of generated texts, in place of the formats' target lengths.
         settings: of generated texts, as for `ptjax.generate`.
 
     Raises:
-        InputError: as for `rank` and `decode`; or there are settings of generation, and every text
+        InputError: as for `rank` and `decode`; or settings of generation were given, but every text
             is ranked.
     """
     labels = [None if x.task is None or decode_all else x.task.labels for x in formats]

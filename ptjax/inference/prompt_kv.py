@@ -1,4 +1,4 @@
-"""Keys and values of an input-independent prompt, computed once and kept in its file."""
+"""Precomputes the keys and values of an input-independent prompt, to be saved in its file."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from ptjax.trees import Variables
 
 
 def precompute_prompt_kv(backbone: Backbone, prompt: PromptFile) -> PromptFile:
-    """An input-independent prompt together with its keys and values, for `save_prompt`.
+    """Returns a prompt that does not attend to its input, with its keys and values precomputed.
 
-    With them the prompt is not run through the encoder again: inference reads a key and a value
-    [P, H, K] per layer, in the backbone's dtype.
+    `save_prompt` stores them, and inference uses them instead of running the prompt through the
+    encoder again: a key and a value [P, H, K] per layer, in the backbone's dtype.
 
     Raises:
         InputError: the prompt attends to its input, so its keys depend on the example; or it does

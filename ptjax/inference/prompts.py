@@ -1,4 +1,4 @@
-"""The door of inference: prompts of every kind become a `Prompt`, checked once for a backbone."""
+"""Opens prompts of every kind for inference, and checks them once for each backbone."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ptjax.interop.prompt_file import PromptFile, wrong_width
 from ptjax.models.t5 import PromptStates
 
 Prompt = PromptFile | PromptBank | None
-"""What inference works with: a prompt, prompts of which every row takes its own, or none."""
+"""What inference works with: a prompt, a bank from which each row chooses one, or no prompt."""
 PromptLike = SinglePrompt | PromptBank | None
 """What callers may pass: a `Prompt`, an array [P, D], an object with a `.prompt`, or a path."""
 
@@ -37,15 +37,16 @@ prompt is loaded again."""
 
 
 def open_prompt(backbone: Backbone, prompt: PromptLike, *, allow_mismatch: bool = False) -> Prompt:
-    """A prompt as callers pass it, wrapped, checked and ready for `bind`.
+    """Loads, wraps and checks a prompt as callers pass it; the result is ready for `bind`.
 
-    The same prompt on the same backbone is checked, and a bank is placed on the mesh, only once.
+    A prompt is checked, and a bank is copied to the mesh, only once for the same backbone.
 
     Args:
         allow_mismatch: as for `check_prompt`.
 
     Raises:
-        InputError: no prompt at that path, not a matrix [P, D], or one that does not fit.
+        InputError: the path holds no prompt, or the prompt is not a matrix [P, D] or does not fit
+            the backbone.
     """
     if prompt is None:
         return None
@@ -61,7 +62,7 @@ def open_prompt(backbone: Backbone, prompt: PromptLike, *, allow_mismatch: bool 
 
 
 def open_single(backbone: Backbone, prompt: PromptLike) -> PromptFile | None:
-    """`open_prompt` where a bank has no meaning."""
+    """Opens a prompt like `open_prompt`, but raises InputError for a bank."""
     opened = open_prompt(backbone, prompt)
     if isinstance(opened, PromptBank):
         raise InputError("one prompt is needed here, not a bank of them")
@@ -71,16 +72,20 @@ def open_single(backbone: Backbone, prompt: PromptLike) -> PromptFile | None:
 def check_prompt(
     backbone: Backbone, prompt: PromptFile, *, allow_mismatch: bool = False
 ) -> PromptFile:
-    """Refuses a prompt that was tuned on another backbone or for another tokenizer.
+    """Raises InputError for a prompt that was tuned on another backbone or with another tokenizer.
+
+    A prompt that does not record its backbone's fingerprint is accepted if the rest fits, with a
+    warning unless it names this backbone.
 
     Args:
-        allow_mismatch: warn instead of refusing; the width must fit all the same.
+        allow_mismatch: only warn about fingerprints or special ids that differ.
 
     Returns:
-        The prompt with this backbone's fingerprints, so that later checks pass.
+        The prompt with this backbone's fingerprints, so that later checks pass. Without its
+        precomputed keys and values, if they are another backbone's.
 
     Raises:
-        InputError: another width, or another fingerprint.
+        InputError: not a matrix, another width, or other fingerprints or special ids.
     """
     matrix, width = prompt.prompt, backbone.config.emb_dim
     if np.ndim(matrix) != 2:
@@ -103,13 +108,13 @@ def check_prompt(
 
 
 def check_bank(backbone: Backbone, bank: PromptBank, *, allow_mismatch: bool = False) -> PromptBank:
-    """`check_prompt` of every prompt of a bank; messages name the prompt.
+    """Checks every prompt of a bank like `check_prompt`; messages name the prompt.
 
     Returns:
         The bank with this backbone's fingerprints, its arrays on the backbone's mesh.
 
     Raises:
-        InputError: another width, or another fingerprint.
+        InputError: another width, or other fingerprints or special ids.
     """
     width, checked, older = bank.arrays.prompt.shape[-1], [], []
     lengths = np.asarray(bank.arrays.lengths)[: len(bank.names)].tolist()

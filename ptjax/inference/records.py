@@ -1,4 +1,4 @@
-"""Records as inputs of a model: how a prompt's inputs are written, which prompt a record names."""
+"""Turns records into inputs of a model, and reads which prompt a record names."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from ptjax.inference.bank import PromptBank
 from ptjax.interop.prompt_file import NO_PROMPT
 
 RAW_FIELD = "inputs"
-"""The field of a record that holds an input which is formatted already."""
+"""The field of a record that holds an already formatted input."""
 
 PROMPT_FIELD = "prompt"
-"""The field in which a record names its prompt, one of a bank."""
+"""The field in which a record names one of a bank's prompts."""
 
 PLAIN = "\0line"
-"""The only field of a record that is a plain line; no file has a field of this name."""
+"""The only field of a record made from a plain line; no file has a field of this name."""
 
 
 @dataclasses.dataclass(frozen=True)
 class InputFormat:
-    """How the inputs of a prompt are written.
+    """How inputs for a prompt are formatted.
 
     Attributes:
-        task: formats records and knows the labels; None where inputs are formatted already.
-        input_length, target_length: in tokens; None where nothing sets them.
+        task: formats records and has the labels; None if inputs are already formatted.
+        input_length, target_length: in tokens; None means the default.
     """
 
     task: Task | None
@@ -40,10 +40,12 @@ class InputFormat:
 
 
 def prompt_of(record: Record, bank: PromptBank) -> int:
-    """The number of the prompt that a record names, -1 for none.
+    """Returns the number of the prompt that a record names in its field `PROMPT_FIELD`.
+
+    It is -1, the backbone alone, if the field is None or "none".
 
     Raises:
-        InputError: it names none, or one that the bank lacks; with file and line.
+        InputError: the record lacks the field, or the bank has no such prompt; with file and line.
     """
     try:
         if PLAIN in record.fields:
@@ -64,14 +66,16 @@ def prompt_of(record: Record, bank: PromptBank) -> int:
 def check_prompt_fields(
     records: Sequence[Record], formats: Sequence[InputFormat], prompt_ids: Sequence[int] | None
 ) -> None:
-    """Warns about a field 'prompt' that neither names a prompt nor is part of a template.
+    """Logs a warning if records have a field 'prompt' that is not used at all.
+
+    It is used to name a prompt of a bank, or as a field of the task's template.
 
     Args:
         formats: the input format of each record.
-        prompt_ids: the prompt of each record; None without a bank.
+        prompt_ids: the number of each record's prompt; None without a bank.
 
     Raises:
-        InputError: the field would be both.
+        InputError: with a bank, the template also uses the field 'prompt'.
     """
     unread = 0
     for record, input_format in zip(records, formats, strict=True):
@@ -94,15 +98,15 @@ def check_prompt_fields(
 
 
 def format_record(record: Record, task: Task | None) -> tuple[str, JsonObject]:
-    """(the model's input, the record's fields).
+    """Formats the model's input for a record, and returns it with the record's fields.
 
-    A plain line (see `PLAIN`) fills the template's only field.
+    A plain line (see `PLAIN`) fills the template's only field, under whose name it is returned.
 
     Args:
-        task: None where the inputs are formatted already.
+        task: None if the input is already formatted, in the field `RAW_FIELD` or as a plain line.
 
     Raises:
-        InputError: a field is missing; with file and line.
+        InputError: a field is missing or cannot be used; with file and line.
     """
     fields = record.fields
     plain = PLAIN in fields
@@ -122,12 +126,16 @@ def format_record(record: Record, task: Task | None) -> tuple[str, JsonObject]:
 
 
 def task_of(metadata: Metadata, fallback: Task | None = None) -> Task | None:
-    """The task that a prompt was tuned for, from its metadata; `fallback` where it names none.
+    """Makes the task that a prompt was tuned for, from its metadata.
 
-    A custom `preprocess` function is taken from `fallback`.
+    Returns `fallback` if the metadata has no task. A `preprocess` function that both name is taken
+    from `fallback`, because ptjax does not import custom functions by name.
+
+    Raises:
+        InputError: as in `Task.from_description`.
     """
     description = metadata.get("task")
     if not isinstance(description, dict):
         return fallback
-    same = fallback is not None and fallback.describe()["preprocess"] == description["preprocess"]
+    same = fallback and fallback.describe()["preprocess"] == description.get("preprocess")
     return Task.from_description(description, fallback.preprocess if fallback and same else None)

@@ -1,1 +1,1 @@
-"""Foreign formats: weights and prompts of T5X, Hugging Face, PEFT in; prompts and weights out."""
+"""Reads and writes weights and prompts in the formats of T5X, Hugging Face, PEFT and ptjax."""

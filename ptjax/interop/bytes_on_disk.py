@@ -1,4 +1,4 @@
-"""Reads parts of arrays, and checksums, from larger files."""
+"""Reads parts of arrays from larger files, and computes checksums of parts of files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _PIECE = 1 << 22
 
 
 def numpy_dtype(name: str) -> np.dtype:
-    """numpy's dtype for a name, including "bfloat16"; little-endian, as in every file read here."""
+    """The numpy dtype with this name ("bfloat16" too), little-endian as in every file read here."""
     if name == "bfloat16":
         return np.dtype(ml_dtypes.bfloat16)
     return np.dtype(name).newbyteorder("<")
@@ -29,18 +29,22 @@ def read_part(
     index: Index,
     strides: tuple[int, ...] | None = None,
 ) -> np.ndarray:
-    """A copy of part `index` of an array that begins at byte `offset` of `file`.
+    """Reads the part `index` of an uncompressed array that begins at byte `offset` of `file`.
 
     A local file is memory-mapped, so only the pages of that part are read; of a gs:// object only
     the byte range of that part is fetched.
 
     Args:
-        shape: of the whole array.
+        shape: the shape of the whole array.
+        dtype: the name of its dtype, as for `numpy_dtype`.
         index: one slice per axis, with steps >= 1.
-        strides: in elements; None means C order.
+        strides: the array's strides in elements; None means C order.
+
+    Returns:
+        a copy of the part, in `dtype`.
 
     Raises:
-        ValueError: the array reaches past the end of the file.
+        ValueError: the part extends past the end of the file.
     """
     kind = numpy_dtype(dtype)
     if strides is None:
@@ -64,11 +68,11 @@ def read_part(
 
 
 def crc32(file: epath.Path, offset: int, length: int) -> int:
-    """The CRC-32 of `length` bytes of `file`, read piece by piece."""
+    """Computes the CRC-32 of `length` bytes of `file` from byte `offset`, read piece by piece."""
     value = 0
     with file.expanduser().open("rb") as stream:
         stream.seek(offset)
-        while length > 0 and (piece := stream.read(min(length, _PIECE))):
+        while length and (piece := stream.read(min(length, _PIECE))):
             value = zlib.crc32(piece, value)
             length -= len(piece)
     return value

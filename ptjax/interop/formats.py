@@ -1,4 +1,4 @@
-"""The file formats of backbones, a list: the first that matches a folder opens it."""
+"""The file formats of backbones: `FORMATS`, of which the first that matches a folder opens it."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from ptjax.models.family import Family
 
 
 class Opened(NamedTuple):
-    """What a folder holds.
+    """The content of a backbone's folder.
 
     Attributes:
-        arrays: parameter path -> its array, still on disk.
-        from_config: the config fields that the files state.
-        name: of the backbone.
+        arrays: maps parameter names (ptjax's) to arrays, which are still on disk.
+        from_config: the fields of the network's config that the files state.
+        name: the backbone's name.
         folders: where to look for a tokenizer, nearest first.
     """
 
@@ -34,7 +34,7 @@ class Opened(NamedTuple):
 
 
 class Format(Protocol):
-    """One way to store a backbone."""
+    """The protocol of a file format of backbones; `FORMATS` are the implementations."""
 
     def matches(self, directory: epath.Path, family: Family) -> bool:
         """Whether `directory` has this format, complete or damaged."""
@@ -46,8 +46,10 @@ class Format(Protocol):
         """Opens the folder; weights stay on disk.
 
         Args:
-            name: what the user called it, for messages.
-            chosen: config fields that the user sets; files may contradict each other about them.
+            name: the backbone's name as the user wrote it, for messages.
+            chosen: the config fields that the user sets; files may contradict each other about
+                them.
+            family: the kind of network that the folder must hold.
 
         Raises:
             InputError: the folder is incomplete, damaged, or holds another network.
@@ -56,14 +58,16 @@ class Format(Protocol):
 
 
 class T5XFormat:
-    """A T5X checkpoint or a tree saved by Orbax, or a folder of several."""
+    """Opens a T5X checkpoint, a tree saved by Orbax, or the newest of a folder of several."""
 
     def matches(self, directory: epath.Path, family: Family) -> bool:
+        """Whether `directory` is a T5X or Orbax checkpoint, or a folder of checkpoints."""
         return t5x.is_t5x(directory)
 
     def open(
         self, directory: epath.Path, name: str, chosen: Collection[str], family: Family
     ) -> Opened:
+        """Opens the checkpoint; see `Format.open`."""
         checkpoint = t5x.find_checkpoint(directory)
         if checkpoint.parent == directory and len(t5x.checkpoints_in(directory)) > 1:
             logging.warning("%s: loading the newest of its checkpoints, %s", name, checkpoint.name)
@@ -75,40 +79,48 @@ class T5XFormat:
 
 
 class HuggingFaceFormat:
-    """`config.json` and weights under Hugging Face's names, translated to T5X's."""
+    """Opens a folder with `config.json` and weights under Hugging Face's names, made T5X's."""
 
     def matches(self, directory: epath.Path, family: Family) -> bool:
+        """Whether `directory` contains a `config.json`."""
         return (directory / "config.json").exists()
 
     def open(
         self, directory: epath.Path, name: str, chosen: Collection[str], family: Family
     ) -> Opened:
+        """Opens the weights and the config; see `Format.open`."""
         arrays = huggingface.load_huggingface(directory)
         return Opened(arrays, load_config(directory, chosen), name, (directory,))
 
 
 class OwnNamesFormat:
-    """`model.safetensors` under the parameters' own names; see `own_names`."""
+    """Opens a folder whose `model.safetensors` has the parameters' own names; see `own_names`.
+
+    It matches only for families without Hugging Face names.
+    """
 
     def matches(self, directory: epath.Path, family: Family) -> bool:
+        """Whether `directory` contains a `model.safetensors`; False for other families."""
         return not family.tensor_names({}) and (directory / own_names.WEIGHTS).exists()
 
     def open(
         self, directory: epath.Path, name: str, chosen: Collection[str], family: Family
     ) -> Opened:
+        """Opens the weights, which come without a config; see `Format.open`."""
         return Opened(own_names.load_own_names(directory), {}, name, (directory,))
 
 
 FORMATS: tuple[Format, ...] = (T5XFormat(), HuggingFaceFormat(), OwnNamesFormat())
+"""The formats in the order in which `open_directory` tries them."""
 
 
 def open_directory(
     directory: epath.Path, name: str, chosen: Collection[str], family: Family
 ) -> Opened:
-    """`Format.open` of the first format that matches; same arguments and errors.
+    """Opens a folder with the first format of `FORMATS` that matches; arguments as `Format.open`.
 
     Raises:
-        InputError: no format matches.
+        InputError: no format matches, or as `Format.open`.
     """
     for file_format in FORMATS:
         if file_format.matches(directory, family):

@@ -1,4 +1,4 @@
-"""Hugging Face's T5: weights in and out, and the hub. The names are in `huggingface_format`."""
+"""Reads, writes and downloads T5s of Hugging Face. Names are translated by `huggingface_format`."""
 
 from __future__ import annotations
 
@@ -51,12 +51,14 @@ def load_huggingface(directory: str | os.PathLike[str]) -> dict[str, LazyArray]:
     """Opens a Hugging Face T5; its weights stay on disk until they are read.
 
     Args:
-        directory: holds `config.json` and `model.safetensors`, or several of it with
-            `model.safetensors.index.json`, or else `pytorch_model.bin`, one or several.
+        directory: contains `config.json` and the weights: `model.safetensors`, else
+            `pytorch_model.bin`, either of them as one file or as shards with an index
+            (`model.safetensors.index.json`).
 
     Returns:
-        T5X parameter name -> array in T5X's orientation. `decoder/logits_dense/kernel` is present
-        if and only if the logits have weights of their own.
+        the arrays by T5X's parameter names, in T5X's orientation (kernels [in, out]).
+        `decoder/logits_dense/kernel` is absent if the logits are computed from the embedding and
+        scaled by 1/sqrt(d_model), as in T5 1.0; otherwise it is present.
 
     Raises:
         InputError: a file or tensor is missing, damaged, quantized or unexpected; the folder also
@@ -258,14 +260,16 @@ def save_huggingface(
 
     `config.json` is removed first and written last: a directory without it is incomplete.
 
+    Existing weights in the directory are replaced. With several processes use `save_backbone`.
+
     Args:
-        params: T5X name -> array (numpy or jax).
-        dtype: "float32" or "bfloat16" (T5 overflows in float16).
-        max_shard_bytes: split the weights into files of at most this size.
+        params: maps T5X's parameter names to arrays.
+        dtype: the dtype of the file, "float32" or "bfloat16" (T5 overflows in float16).
+        max_shard_bytes: split the weights into files of at most this size; None: one file.
 
     Raises:
-        InputError: a name that is not a T5 parameter, an unsupported dtype, or a tensor larger
-            than `max_shard_bytes`.
+        InputError: a name is not a T5 parameter's, the dtype is not supported, or a tensor is
+            larger than `max_shard_bytes`.
     """
     if dtype not in ("float32", "bfloat16"):
         raise InputError(f"a T5 can be saved in float32 or bfloat16, not in {dtype}")
@@ -341,7 +345,11 @@ def _write_json(path: epath.Path, value: JsonObject) -> None:
 
 
 def is_downloaded(repo_id: str, revision: str | None = None) -> bool:
-    """Whether the hub's cache on this machine holds the model's config."""
+    """Whether the hub's cache on this machine holds the `config.json` of a model.
+
+    Args:
+        revision: a branch, tag or commit; None: the default branch.
+    """
     try:
         file = huggingface_hub.try_to_load_from_cache(repo_id, "config.json", revision=revision)
     except huggingface_hub.errors.HFValidationError:
@@ -352,10 +360,17 @@ def is_downloaded(repo_id: str, revision: str | None = None) -> bool:
 def download(
     repo_id: str, revision: str | None = None, ours: Sequence[str] = ()
 ) -> tuple[epath.Path, str]:
-    """(local directory, commit) of a model on the Hugging Face hub, from its cache if offline.
+    """Downloads a model from the Hugging Face hub; if offline, takes it from the hub's cache.
 
-    Downloads safetensors, or else `pytorch_model.bin`; variants
-    (`model.fp16.safetensors`) are not downloaded. `ours` as for `hub.download`.
+    Downloads safetensors, or else `pytorch_model.bin`; variants (`model.fp16.safetensors`) are not
+    downloaded.
+
+    Args:
+        revision: a branch, tag or commit; None: the default branch.
+        ours: as for `hub.download`.
+
+    Returns:
+        (the local directory, the commit).
 
     Raises:
         InputError: the model does not exist or is private, or the hub cannot be reached.

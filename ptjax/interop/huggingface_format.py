@@ -1,4 +1,4 @@
-"""Hugging Face's names for T5's parameters and config, and the translation both ways.
+"""Translates T5's parameter names and config to Hugging Face's, and back.
 
 The table of names is `T5_FAMILY.tensor_names`; the rest follows
 `transformers/models/t5/modeling_t5.py`.
@@ -19,7 +19,7 @@ from ptjax.interop.special_ids import read_special_ids, write_special_ids
 from ptjax.models.config import T5Config
 from ptjax.models.t5_family import LOGITS, T5_FAMILY
 
-# Copies of other tensors, and one that old files carry and the network never uses.
+# Tensors to ignore: copies of shared.weight, and one that is in old files but never used.
 COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 UNUSED = ("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",)
 
@@ -92,8 +92,9 @@ def _translate(
 
 
 def to_huggingface(name: str) -> tuple[str, bool] | None:
-    """(Hugging Face's name, transposed) of a T5X name, or None.
+    """Translates a T5X name to (Hugging Face's name, whether its array is the transpose).
 
+    Returns None if Hugging Face's T5 has no such parameter.
     `to_huggingface("encoder/layers_3/attention/query/kernel")` is
     `("encoder.block.3.layer.0.SelfAttention.q.weight", True)`; `to_t5x` is its inverse.
     """
@@ -101,7 +102,9 @@ def to_huggingface(name: str) -> tuple[str, bool] | None:
 
 
 def to_t5x(name: str, *, relpos_per_layer: bool = False) -> tuple[str, bool] | None:
-    """(T5X's name, transposed) of a Hugging Face name, or None.
+    """Translates a Hugging Face name to (T5X's name, whether its array is the transpose).
+
+    Returns None for a name that is not part of a T5.
 
     Args:
         relpos_per_layer: `T5Config.relpos_per_layer`: whether a bias table in block 0 belongs to
@@ -111,7 +114,11 @@ def to_t5x(name: str, *, relpos_per_layer: bool = False) -> tuple[str, bool] | N
 
 
 def expected_names(fields: Metadata) -> Iterator[str]:
-    """Every parameter of a T5 with these config fields, except the logits' kernel."""
+    """The T5X names of all parameters of a T5, except the logits' kernel.
+
+    Args:
+        fields: fields of `T5Config` by name, as `load_config` returns them.
+    """
     gated = len(fields["mlp_activations"]) == 2
     absent = {LOGITS}
     for ours, _, _ in T5_FAMILY.tensor_names(fields):
@@ -126,13 +133,14 @@ def expected_names(fields: Metadata) -> Iterator[str]:
 
 
 def load_config(directory: PathLike, chosen: Collection[str] = ()) -> JsonObject:
-    """The fields of `T5Config` that `config.json` states, special ids from `read_special_ids`.
+    """Reads the fields of `T5Config` from `config.json`, and special ids by `read_special_ids`.
 
     `logits_via_embedding` is not among them: transformers 5 writes `tie_word_embeddings: true`
     for untied models too, so `load_huggingface` decides from the weights.
 
     Args:
-        chosen: fields that the user sets; files may contradict each other about them.
+        directory: the folder that contains `config.json`.
+        chosen: the fields that the user sets; files may contradict each other about them.
 
     Raises:
         InputError: a key is missing or has an unsupported value, or the model is not a T5.
@@ -184,7 +192,7 @@ def _read_activations(raw: Metadata, where: epath.Path) -> tuple[str, ...]:
 
 
 def make_config_json(config: T5Config, dtype: str) -> JsonObject:
-    """The content of `config.json` for `config`; `load_config` is the inverse.
+    """Makes the content of `config.json` for weights saved in `dtype`; inverse of `load_config`.
 
     `tie_word_embeddings: false` also makes transformers 4 leave the decoder's output unscaled;
     version 5 has its own key for that, and 5.0.0 scales every T5 whose config lacks it.
@@ -226,8 +234,8 @@ class Logits(NamedTuple):
     """How the logits are computed from the decoder's output.
 
     Attributes:
-        own: with `lm_head.weight`; otherwise with the embedding.
-        scaled: the output is multiplied by 1/sqrt(D) first.
+        own: whether it is multiplied by `lm_head.weight`; otherwise by the embedding.
+        scaled: whether it is multiplied by 1/sqrt(D) first.
     """
 
     own: bool
@@ -239,7 +247,7 @@ class Logits(NamedTuple):
 
 
 def read_logits(raw: Metadata, head: Literal["none", "equal", "own"], where: epath.Path) -> Logits:
-    """How transformers computes logits from a `config.json` and its `lm_head.weight`.
+    """Determines how transformers computes a model's logits.
 
     Versions 4 (4.57) and 5 (5.24) differ. In 4, `tie_word_embeddings` decides both: tied logits
     use the embedding and are scaled. In 5, `lm_head.weight` is used if present, and
@@ -248,8 +256,9 @@ def read_logits(raw: Metadata, head: Literal["none", "equal", "own"], where: epa
     records no version but has a key of version 5 counts as written by 5.
 
     Args:
-        raw: the content of `config.json`, whose path is `where`.
+        raw: the content of `config.json`.
         head: "none" without an `lm_head.weight`, "equal" if it equals the embedding, else "own".
+        where: the path of `config.json`, for messages.
 
     Raises:
         InputError: the weights lack a tensor, or the two readings differ and no version is known.
@@ -274,32 +283,35 @@ def read_logits(raw: Metadata, head: Literal["none", "equal", "own"], where: epa
     if major is not None and by_4.own == by_5.own and "scale_decoder_outputs" not in raw:
         return by_4
     written = f"transformers {version} wrote it" if version else "it records no version"
+    former = _choose_4(raw, major, remove_head=by_4.own != by_5.own)
     raise InputError(
         f"{where}: the logits can be read in two ways, and {written}. transformers 4 uses {by_4}; "
         f'transformers 5 uses {by_5}. To choose the latter, set "transformers_version" to '
-        f'"5.24.0" in it; for the former, {_choose_4(raw, head)}'
+        f'"5.24.0" in it; for the former, {former}'
     )
 
 
-def _choose_4(raw: Metadata, head: str) -> str:
+def _choose_4(raw: Metadata, major: int | None, *, remove_head: bool) -> str:
     """How to edit a folder so that its logits are read as by transformers 4."""
-    steps = []
-    if head == "own":
+    steps = ['set it to "4.57.6"'] if major is None else []
+    if remove_head:
         steps.append("remove lm_head.weight from the weights")
     if "scale_decoder_outputs" in raw:
         steps.append('remove "scale_decoder_outputs"')
-    if kind_of(raw) == "mt5" and not steps:
-        steps.append('set it to "4.57.6"')
     return " and ".join(steps)
 
 
 def kind_of(raw: Metadata) -> str:
-    """`model_type`; "t5" if the file has none."""
+    """The `model_type` of the content of a `config.json`; "t5" if it has none."""
     return raw.get("model_type", "t5")
 
 
 def read_config(directory: epath.Path) -> JsonObject:
-    """`config.json` unchanged, after a check that it is a T5's."""
+    """Reads `config.json`, unchanged.
+
+    Raises:
+        InputError: the file is missing, is not a JSON object, or is not a T5's.
+    """
     path = directory / "config.json"
     if not path.exists():
         raise InputError(f"{path}: the file is missing; a Hugging Face model has one")

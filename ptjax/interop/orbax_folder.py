@@ -1,4 +1,4 @@
-"""T5X-shaped trees written by Orbax 0.4 to 0.12 and its v1, read with tensorstore alone.
+"""Reads trees under T5X's names, written by Orbax 0.4 to 0.12 or its v1, with tensorstore alone.
 
 An *item* is one saved tree: an OCDBT database (`manifest.ocdbt`, `d/`, `ocdbt.process_N/`), or a
 folder with one zarr array per leaf ("params.decoder.logits_dense.kernel"); its `_METADATA` lists
@@ -49,13 +49,16 @@ _NUMBER = re.compile(r"([A-Za-z][\w-]*_)?(\d+)")
 class Item:
     """One saved tree whose arrays are not open yet.
 
+    Names are dotted: "params.decoder.logits_dense.kernel".
+
     Attributes:
-        arrays: dotted name -> keys of its zarr array.
-        values: dotted name -> an array stored in the msgpack.
-        listed: dotted names of the arrays in the item's own list.
+        folder: the item's folder.
+        arrays: maps the name of each zarr array to its keys (see `ArrayLocation.keys`).
+        values: maps the name of each array that is stored in the msgpack to the array.
+        listed: the names of the zarr arrays in the item's own list, `_METADATA`.
         kvstore: tensorstore's spec of the database or folder.
-        sizes: key -> bytes, in a database; None in a folder.
-        stores_fill: whether the writer stored every chunk, also those equal to the fill value;
+        sizes: maps the keys of a database to the sizes of their values in bytes; None in a folder.
+        stores_fill: whether the writer stored all chunks, including those equal to the fill value;
             None if it did not record this.
     """
 
@@ -69,10 +72,11 @@ class Item:
 
     @property
     def names(self) -> set[str]:
+        """The dotted names of all arrays that exist."""
         return {*self.arrays, *self.values}
 
     def locate(self, name: str) -> ArrayLocation:
-        """The location of the array with this dotted name."""
+        """The location of a zarr array; `name` is dotted ("params.token_embedder.embedding")."""
         prefix = f"{name}/"
         # A chunk missing from a database was never written; a folder may have lost a file.
         may_omit = self.stores_fill is False or (
@@ -94,26 +98,28 @@ class Item:
 
 
 def step_of(name: str) -> tuple[str, int] | None:
-    """(prefix, step) of a step's folder: "checkpoint_3", "0003", "7"; None for other names.
+    """Splits the name of a step's folder, "checkpoint_3" or "0003", into ("checkpoint_", 3).
 
-    Incomplete saves have a suffix (.tmp-..., .orbax-checkpoint-tmp-...) and give None.
+    The prefix may be "". Returns None for other names, such as incomplete saves, which have a
+    suffix (.tmp-..., .orbax-checkpoint-tmp-...).
     """
     match = _NUMBER.fullmatch(name)
     return (match[1] or "", int(match[2])) if match else None
 
 
 def names_in(folder: epath.Path) -> set[str]:
+    """The names of the files and folders in `folder`; empty if it is not a folder."""
     return {child.name for child in folder.iterdir()} if folder.is_dir() else set()
 
 
 def is_item(names: Iterable[str]) -> bool:
-    """Whether a folder that contains these names is one saved tree, complete or not."""
+    """Whether a folder that contains these names is an item (one saved tree), complete or not."""
     names = set(names)
     return bool(names & {_MANIFEST, _METADATA}) or any(x.startswith(_PROCESS) for x in names)
 
 
 def items_in(folder: epath.Path) -> list[epath.Path]:
-    """The items of a checkpoint: the folder itself, or the folders in it that are items."""
+    """The items of a checkpoint: the folder itself, or else the folders in it that are items."""
     names = names_in(folder)
     if is_item(names):
         return [folder]
@@ -128,13 +134,20 @@ def items_in(folder: epath.Path) -> list[epath.Path]:
 
 
 def is_complete(item: epath.Path) -> bool:
-    """Whether an item was saved completely, judging by its files: the merge comes last."""
+    """Whether Orbax finished saving an item, judging by its file names.
+
+    Each process first writes a folder `ocdbt.process_N`; Orbax then merges them and writes
+    `manifest.ocdbt`. An item with such folders but no manifest is incomplete.
+    """
     names = names_in(item)
     return _MANIFEST in names or not any(name.startswith(_PROCESS) for name in names)
 
 
 def has_placeholder(tree: Tree) -> bool:
-    """Whether a msgpack is Orbax's, with its arrays in separate files."""
+    """Whether a tree read from a msgpack has a leaf "PLACEHOLDER://...", as only Orbax writes.
+
+    The arrays are in separate files then.
+    """
     if isinstance(tree, dict):
         return any(map(has_placeholder, tree.values()))
     if isinstance(tree, list | tuple):
@@ -143,11 +156,14 @@ def has_placeholder(tree: Tree) -> bool:
 
 
 def load_orbax(checkpoint: epath.Path, family: Family) -> dict[str, LazyArray]:
-    """Parameter -> array of the single network of this family in a checkpoint.
+    """Opens the only network of this family in a checkpoint; its arrays stay on disk.
+
+    Returns:
+        the arrays by T5X's parameter names, slashed and without a prefix such as "target".
 
     Raises:
-        InputError: the checkpoint holds none or several such networks, is one of a ptjax run, is
-            incomplete, or is damaged.
+        InputError: the checkpoint contains none or several such networks, was written by a run of
+            ptjax (which saves no backbone), is incomplete, or is damaged.
     """
     if (checkpoint / "identity").is_dir() and (checkpoint / "progress").is_dir():
         raise InputError(
@@ -178,7 +194,7 @@ def load_orbax(checkpoint: epath.Path, family: Family) -> dict[str, LazyArray]:
 
 
 def open_item(folder: epath.Path) -> Item:
-    """Lists an item's arrays and checks that its files exist.
+    """Lists the arrays of the item in `folder`; of a database it checks that its files exist.
 
     Raises:
         InputError: the save is incomplete, or files are missing or damaged.

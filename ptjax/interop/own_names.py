@@ -1,6 +1,6 @@
-"""`model.safetensors` whose tensors have the parameters' own names, "encoder/layer/kernel".
+"""Reads and writes `model.safetensors` with the parameters' own names, "encoder/layer/kernel".
 
-For networks without Hugging Face names; the folder has no `config.json`.
+This is the format of networks without Hugging Face names; the folder has no `config.json`.
 """
 
 from __future__ import annotations
@@ -24,19 +24,20 @@ _MARK = {"format": "ptjax"}
 
 
 def has_own_names(directory: epath.Path) -> bool:
-    """Whether `save_own_names` wrote the weights in a folder.
+    """Whether `save_own_names` wrote the weights in a folder, judging by the file's header.
 
     Raises:
-        InputError: as `load_own_names`.
+        InputError: the file is missing or damaged, as for `load_own_names`.
     """
     return safetensors_file.open_safetensors(directory / WEIGHTS)[1] == _MARK
 
 
 def load_own_names(directory: epath.Path) -> dict[str, LazyArray]:
-    """Parameter -> its array, which stays on disk until it is read.
+    """Opens the arrays by parameter name; each stays on disk until it is read.
 
     Raises:
-        InputError: the file is truncated or damaged, or holds tensors that are not floating point.
+        InputError: the file is missing, truncated or damaged, or contains tensors that are not
+            floating point.
     """
     return safetensors_file.open_safetensors(directory / WEIGHTS)[0]
 
@@ -44,11 +45,11 @@ def load_own_names(directory: epath.Path) -> dict[str, LazyArray]:
 def save_own_names(
     directory: epath.Path, params: Mapping[str, Array | np.ndarray], dtype: str
 ) -> None:
-    """Writes what `load_own_names` reads.
+    """Writes `model.safetensors` for `load_own_names`; use `save_backbone` with several processes.
 
     Args:
-        params: name -> array (numpy or jax).
-        dtype: "float32" or "bfloat16".
+        params: maps parameter names to arrays.
+        dtype: the dtype of the file, "float32" or "bfloat16".
 
     Raises:
         InputError: the folder holds a `config.json`, so it would be read as Hugging Face's.

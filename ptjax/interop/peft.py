@@ -1,4 +1,4 @@
-"""Prompts of Hugging Face PEFT: reads PROMPT_TUNING and P_TUNING directories, writes the former.
+"""Prompts of Hugging Face PEFT: reads PROMPT_TUNING and P_TUNING, writes PROMPT_TUNING.
 
 PEFT prepends its prompt to a T5's embedded encoder input, unscaled, exactly as ptjax does, so the
 matrix is copied unchanged. Prompts that PEFT would silently ignore or use in part are refused.
@@ -39,33 +39,34 @@ _REFUSED = {
 
 
 def is_peft(path: str | os.PathLike[str]) -> bool:
-    """Whether `path` is a PEFT directory, complete or not."""
+    """Whether `path` contains one of the files that PEFT writes; others may be missing."""
     return any((epath.Path(path) / name).exists() for name in FILES)
 
 
 def method_of(directory: str | os.PathLike[str]) -> str:
-    """`peft_type` of a PEFT directory: "PROMPT_TUNING", "LORA", ...
+    """Reads the `peft_type` of a PEFT directory: "PROMPT_TUNING", "LORA", ...
 
     Raises:
-        InputError: its config is missing or damaged.
+        InputError: its `adapter_config.json` is missing or damaged.
     """
     return str(_read_config(epath.Path(directory) / CONFIG).get("peft_type"))
 
 
 def load_peft(directory: str | os.PathLike[str]) -> tuple[np.ndarray, JsonObject]:
-    """(prompt [P, D] in the dtype of the file, metadata) of a PEFT directory for T5.
+    """Reads (prompt [P, D] in the dtype of the file, metadata) from a PEFT directory for a T5.
 
     By default PEFT stores two prompts for encoder-decoders (`num_transformer_submodules` 2). Since
     version 0.4 it uses only the first, and the second is dropped here. Up to 0.3 it prepended the
     second to the decoder's input; such prompts are refused. The initialisation
     (`prompt_tuning_init`) is ignored.
 
-    The metadata is what `export_peft` was given, plus "backbone_name" ("NAME" or "NAME@REVISION")
-    if the config names the backbone.
+    The metadata are those of `export_peft`, plus "backbone_name" ("NAME" or "NAME@REVISION") if the
+    config names the backbone.
 
     Raises:
-        InputError: another method, another kind of model, trained backbone weights in addition to
-            the prompt, inconsistent sizes, or a missing or damaged file.
+        InputError: the directory holds an adapter of another method or for another kind of model,
+            or trained backbone weights in addition to the prompt; its sizes are inconsistent; or a
+            file is missing or damaged.
     """
     directory = epath.Path(directory)
     file = directory / CONFIG
@@ -125,11 +126,12 @@ def export_peft(
 
     Args:
         prompt: [P, D], written as float32.
-        num_heads: of the backbone; like `num_layers` (the encoder's) only recorded in the config.
-        base_model: the backbone's name on the hub; PEFT records it and does not check it.
+        num_heads: the backbone's number of attention heads, only recorded in the config.
+        num_layers: the number of layers of its encoder, only recorded in the config.
+        base_model: the backbone's name on the hub; PEFT does not check it.
         revision: its commit there.
-        metadata: written into the header of the weights file, which `load_peft` reads and PEFT
-            ignores; PEFT warns about unknown keys in its config.
+        metadata: JSON values for the header of the weights file, which `load_peft` reads and PEFT
+            ignores. (PEFT warns about unknown keys in its config.)
     """
     check_path("the path of the PEFT directory", directory)
     prompt = np.asarray(prompt, np.float32)

@@ -1,4 +1,4 @@
-"""Prompt files: ptjax's own, and all others that hold a prompt for a T5.
+"""Reads and writes prompt files: ptjax's own, and other formats of a prompt for a T5.
 
 ptjax's is a safetensors file with one tensor, `prompt` float32 [P, D]. Its header records where
 the prompt was trained, how its inputs are written, and a checksum of the whole file
@@ -31,19 +31,20 @@ _KINDS = ("keys", "values")
 T5X_PROMPT = "encoder/prompt/prompt/prompt"
 """The parameter that holds the prompt in a T5X checkpoint of google-research/prompt-tuning."""
 NO_PROMPT = "none"
-"""The name of the backbone without a prompt in commands and records; reserved."""
+"""The name that means "no prompt" in commands and records; no prompt may be called that."""
 _SUFFIXES = (PROMPT_SUFFIX, ".npy")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PromptFile:
-    """A prompt and what its file records about it.
+    """A prompt and the metadata in its file.
 
     Attributes:
         prompt: float32 [P, D], finite.
-        metadata: the header of ptjax's own file, what `peft.load_peft` reads of a PEFT directory,
+        metadata: the header of ptjax's own file, or the metadata that `peft.load_peft` returns;
             empty for other formats.
-        states: of a compiled prompt: keys and values for the backbone that its metadata names.
+        states: the precomputed keys and values of a compiled prompt, for the backbone that the
+            metadata name; None otherwise.
     """
 
     prompt: np.ndarray | Array
@@ -52,7 +53,7 @@ class PromptFile:
 
     @property
     def attends_to_input(self) -> bool:
-        """Whether prompt positions attend to the input; True unless the file says otherwise."""
+        """Whether prompt positions attend to the input; True unless the metadata deny it."""
         return bool(self.metadata.get("sees_input", True))
 
 
@@ -62,11 +63,12 @@ def save_prompt(
     metadata: Metadata,
     states: PromptStates | None = None,
 ) -> None:
-    """Writes `prompt` [P, D] as float32 in one atomic write.
+    """Writes ptjax's prompt file: `prompt` [P, D] as float32, in one atomic write.
 
     Args:
-        metadata: JSON values; `load_prompt` returns them.
-        states: of a compiled prompt; written in their own dtype, [layers, P, H, K] each.
+        metadata: JSON values by name; `load_prompt` returns them.
+        states: the keys and values of a compiled prompt, [layers, P, H, K] each; written in their
+            own dtype.
 
     Raises:
         InputError: the prompt is not finite or not [P, D], or a metadata value that ptjax reads
@@ -123,13 +125,14 @@ def load_prompt(path: str | os.PathLike[str]) -> PromptFile:
 def wrong_width(
     called: str, shape: Sequence[int], backbone: str, width: int, tuned_on: object = None
 ) -> InputError:
-    """The error for a prompt whose width is not the backbone's.
+    """Makes the exception for a prompt whose width is not the backbone's.
 
     Args:
         called: the prompt's name in the message.
-        shape: the prompt's.
-        backbone, width: the backbone's name and its D.
-        tuned_on: the backbone that the prompt was tuned on, if recorded.
+        shape: the prompt's shape.
+        backbone: the backbone's name.
+        width: the backbone's D.
+        tuned_on: the name of the backbone that the prompt was tuned on, if it is recorded.
     """
     return InputError(
         f"{called} {list(shape)} does not fit {backbone}, whose width is {width}; it was tuned on "
@@ -138,7 +141,7 @@ def wrong_width(
 
 
 def load_prompts(directory: str | os.PathLike[str]) -> dict[str, PromptFile]:
-    """Every prompt in a directory by name, sorted; local or gs://.
+    """Loads every prompt in a directory, local or gs://; returns them by name, sorted.
 
     Prompts are files (*.safetensors, *.npy), PEFT directories, and folders with a
     `best.safetensors` or `prompts/best.safetensors` (members of a sweep, or runs). A prompt has
@@ -187,7 +190,7 @@ def _prompts_at(path: epath.Path) -> list[epath.Path]:
 
 
 def prompts_below(directory: epath.Path) -> list[epath.Path]:
-    """Prompts below a directory that is not a prompt itself, for "did you mean" messages.
+    """Lists prompts below a directory that is not a prompt itself, for "did you mean" messages.
 
     PEFT saves a named adapter in a subfolder; google-research/prompt-tuning writes
     `numpy_checkpoints/checkpoint_N/encoder.prompt.prompt.prompt`.
@@ -284,10 +287,9 @@ def _checked(prompt: np.ndarray, where: str) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class FromFile:
-    """Initialises a prompt from any file that `load_prompt` reads (SPoT's transfer).
+    """Initialises a prompt from any file that `load_prompt` reads, as SPoT (Vu et al. 2022) does.
 
-    Raises:
-        InputError: its length is not the run's.
+    Calling it raises an `InputError` if the prompt in the file does not have the run's length.
     """
 
     path: str | os.PathLike[str]
@@ -302,5 +304,5 @@ class FromFile:
         return prompt
 
     def identity(self) -> JsonObject:
-        """The prompt itself identifies a run, not its path; see `ptjax.trainer.identity`."""
+        """Replaces the path by the prompt in the identity of a run; see `identity.describe`."""
         return {"path": load_prompt(self.path).prompt}

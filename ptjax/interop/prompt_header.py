@@ -1,6 +1,7 @@
-"""The header of ptjax's prompt files: a checksum of the whole file, and checks of its values.
+"""The header of ptjax's prompt files: metadata, whose types are checked, and a checksum.
 
-Without them a flipped bit would go unnoticed: a changed matrix, another `sees_input`, lost labels.
+The checksum covers the whole file. Without it a flipped bit would go unnoticed: a changed matrix,
+another `sees_input`, lost labels.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ _OF_A_RUN = {"task", "input_length", "target_length", "seed", "sees_input"}
 _TEXTS = {"ptjax_version", "backbone_name", "backbone_fingerprint", "tokenizer_fingerprint"}
 _COUNTS = {"input_length", "target_length", "seed", "step"}
 SPECIAL_IDS = "special_ids"
-"""The backbone's special ids: fields of `data.batch.SpecialIds`, by name."""
+"""The key of the backbone's special ids in the metadata: fields of `data.batch.SpecialIds`."""
 _MAX_LENGTH = 1 << 20  # tokens; larger values would fill the memory with padding
 
 
 def special_ids(ids: SpecialIds) -> JsonObject:
-    """The backbone's special ids as a prompt's metadata records them.
+    """Returns the backbone's special ids as an entry of a prompt's metadata.
 
     Training depends on them, but the fingerprint does not cover them: they do not change the
     logits of given tokens.
@@ -41,9 +42,16 @@ def special_ids(ids: SpecialIds) -> JsonObject:
 
 
 def other_ids(metadata: Metadata, ids: SpecialIds) -> tuple[str, str] | None:
-    """The ids that differ, the prompt's and the backbone's: ("eos_ids = [1]", "eos_ids = [2]").
+    """Describes the special ids that differ between a prompt and a backbone.
 
-    None if they agree, or if the prompt records none (older versions did not).
+    Args:
+        metadata: the prompt's.
+        ids: the backbone's.
+
+    Returns:
+        (the prompt's, the backbone's) as texts: ("eos_ids = [1]", "eos_ids = [2]"); several are
+        separated by ", ". None if they agree, or if the prompt records none (older versions did
+        not).
     """
     current = special_ids(ids)[SPECIAL_IDS]
     recorded = metadata.get(SPECIAL_IDS) or {}
@@ -58,10 +66,11 @@ def other_ids(metadata: Metadata, ids: SpecialIds) -> tuple[str, str] | None:
 
 
 def seal(header: Mapping[str, str], tensors: Mapping[str, np.ndarray]) -> dict[str, str]:
-    """The header plus a checksum of itself and the tensors. `unseal` is the inverse.
+    """Returns the header with a checksum of itself and the tensors. `unseal` is the inverse.
 
-    It adds two entries, each of which requires the other: if one of their names is damaged, the
-    file is not mistaken for one of an older version without a checksum.
+    It adds two entries, a format number and the checksum, each of which requires the other: if one
+    of their names is damaged, the file is not mistaken for one of an older version without a
+    checksum.
     """
     header = {key: text for key, text in header.items() if key != _CHECKSUM}
     header |= {_FORMAT: _VERSION}
@@ -69,12 +78,13 @@ def seal(header: Mapping[str, str], tensors: Mapping[str, np.ndarray]) -> dict[s
 
 
 def unseal(header: Mapping[str, str], tensors: Mapping[str, np.ndarray], where: str) -> JsonObject:
-    """The metadata of a header, without the two entries of `seal`.
+    """Checks a header, and returns its metadata without the two entries of `seal`.
 
-    Values are JSON; in a foreign file, a value that is not JSON stays a string.
+    Values are parsed as JSON; in a foreign file, a value that is not JSON stays a string.
 
     Args:
-        tensors: all tensors of the file, in their stored dtypes.
+        tensors: all tensors of the file, in their stored dtypes; used only if there is a checksum.
+        where: the file, for messages.
 
     Raises:
         InputError: the file was written by ptjax and is damaged, or by a newer ptjax.
@@ -100,22 +110,25 @@ def unseal(header: Mapping[str, str], tensors: Mapping[str, np.ndarray], where: 
 
 
 def is_sealed(header: Mapping[str, str]) -> bool:
-    """Whether a header has a checksum, or at least one of its two entries."""
+    """Whether a header has at least one of the two entries of `seal`."""
     return _FORMAT in header or _CHECKSUM in header
 
 
 def check_types(metadata: Metadata, where: str) -> None:
-    """Checks the types of the values that ptjax reads, in metadata that ptjax wrote.
+    """Raises InputError if ptjax wrote the metadata and a value in them has the wrong type.
 
-    Raises:
-        InputError: a value has the wrong type, so the file is damaged.
+    The file is damaged then. Only values that ptjax reads are checked; foreign metadata may hold
+    anything.
     """
     if not _OURS.isdisjoint(metadata) and (problem := wrong_value(metadata)):
         raise _damaged(where, problem)
 
 
 def wrong_value(metadata: Metadata) -> str | None:
-    """Describes the first value of the wrong type, or None."""
+    """Describes the first value that has the wrong type or is out of range; None if all are valid.
+
+    Only the keys that ptjax reads are checked.
+    """
     for key, value in metadata.items():
         limit = _MAX_LENGTH if key.endswith("_length") else 1 << 64
         bad = (

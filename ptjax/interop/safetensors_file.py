@@ -30,7 +30,10 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 def open_safetensors(
     path: str | os.PathLike[str],
 ) -> tuple[dict[str, LazyArray], dict[str, str]]:
-    """(name -> array, metadata of the header); the data stays in the file.
+    """Opens a safetensors file; the data stays there until it is read.
+
+    Returns:
+        (the arrays by name, the metadata of the header).
 
     Raises:
         InputError: the file is missing, truncated or not a safetensors file, or a tensor is not
@@ -83,11 +86,11 @@ def _entry(name: str, entry: Any, path: epath.Path) -> tuple[int, int, tuple[int
                 raise ValueError(f"{number!r} is not a size")
         if kind not in _DTYPES:
             raise InputError(f"{path}: tensor {name} is {kind}, not floating point")
-        size = math.prod(shape) * bytes_on_disk.numpy_dtype(_DTYPES[kind]).itemsize
-        if stop - start != size:
+        itemsize = bytes_on_disk.numpy_dtype(_DTYPES[kind]).itemsize
+        if stop - start != math.prod(shape) * itemsize:
             raise ValueError(f"its {stop - start:,} bytes do not fit its shape {shape}")
         # An axis of size 0 hides how large the others are, which no array could have.
-        if math.prod(size or 1 for size in shape) >= 1 << 63:
+        if math.prod(size or 1 for size in shape) * itemsize >= 1 << 63:
             raise ValueError(f"the shape {shape} is too large")
     except InputError:
         raise
@@ -103,13 +106,16 @@ def save_safetensors(
     layout: Mapping[str, tuple[tuple[int, ...], str]],
     metadata: Mapping[str, str],
 ) -> None:
-    """Writes one file atomically.
+    """Writes one safetensors file atomically.
 
     Args:
-        arrays: (name, array) in the order of `layout`; consumed one at a time, so that a generator
-            needs memory for one tensor only.
-        layout: name -> (shape, dtype name) of each.
-        metadata: strings for the header.
+        arrays: (name, array) pairs in the order of `layout`; consumed one at a time, so that a
+            generator needs memory for one tensor only.
+        layout: maps the name of each array to its (shape, dtype name).
+        metadata: strings for the header, by name.
+
+    Raises:
+        ValueError: `arrays` differ from `layout`.
     """
     with written_whole(epath.Path(path)) as stream:
         stream.write(header_bytes(layout, metadata))
@@ -120,12 +126,12 @@ def save_safetensors(
 
 
 def to_header(metadata: Metadata) -> dict[str, str]:
-    """JSON values as the strings of a header: {"step": 3} -> {"step": "3"}."""
+    """Encodes JSON values as the strings of a header: {"step": 3} -> {"step": "3"}."""
     return {key: json.dumps(value, ensure_ascii=False) for key, value in metadata.items()}
 
 
 def from_header(header: Mapping[str, str]) -> JsonObject:
-    """The inverse of `to_header`; a value that is not JSON (a foreign file's) stays a string."""
+    """Decodes the strings of a header: inverse of `to_header`. Text that is not JSON is kept."""
     metadata = {}
     for key, text in header.items():
         try:
@@ -138,7 +144,11 @@ def from_header(header: Mapping[str, str]) -> JsonObject:
 def header_bytes(
     layout: Mapping[str, tuple[tuple[int, ...], str]], metadata: Mapping[str, str]
 ) -> bytes:
-    """Everything in the file before its data."""
+    """Makes everything in a safetensors file before its data: the length and the JSON header.
+
+    Args:
+        layout, metadata: as for `save_safetensors`.
+    """
     header: JsonObject = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for name, (shape, dtype) in layout.items():
@@ -155,6 +165,7 @@ def header_bytes(
 
 
 def nbytes(shape: tuple[int, ...], dtype: str) -> int:
+    """The size in bytes of an array of this shape and dtype name."""
     return int(np.prod(shape, dtype=np.int64)) * bytes_on_disk.numpy_dtype(dtype).itemsize
 
 

@@ -1,6 +1,6 @@
-"""Special ids in Hugging Face's `config.json` and `generation_config.json`.
+"""Reads and writes special ids in Hugging Face's `config.json` and `generation_config.json`.
 
-transformers trains with one and generates with the other (tested with 4.57 and 5.24):
+transformers trains with one file and generates with the other (tested with 4.57 and 5.24):
 `_shift_right` takes `decoder_start_token_id` from config.json; `generate` takes everything from
 generation_config.json if it exists, otherwise from config.json.
 """
@@ -38,15 +38,15 @@ _FREE = (
 )
 """Settings of `generate` that change greedy decoding whenever they are set."""
 SPECIAL_IDS = ("pad_id", "eos_ids", "decoder_start_id", "forced_bos_id")
-"""Fields of `T5Config`."""
+"""The fields of `T5Config` that are special ids."""
 
 
 def read_special_ids(
     directory: epath.Path, config: Metadata, chosen: Collection[str] = ()
 ) -> JsonObject:
-    """The special ids of `T5Config` that the files of a folder state.
+    """Reads the special ids of `T5Config` from config.json and generation_config.json.
 
-    Which file decides:
+    Ids that neither file states are left out. Which file decides:
         `pad_id`: config.json, else generation_config.json.
         `decoder_start_id`: the two must agree, since training uses one and generation the other;
             `generate` falls back to `bos_token_id`.
@@ -57,8 +57,12 @@ def read_special_ids(
     Logs a warning that lists other settings which change what transformers generates.
 
     Args:
+        directory: the folder of both files; generation_config.json is optional.
         config: the content of config.json.
-        chosen: fields that the user sets; they are not read from the files.
+        chosen: the fields that the user sets; they are not read from the files.
+
+    Returns:
+        fields of `T5Config` by name.
 
     Raises:
         InputError: a value is not an id, or the two files disagree about the decoder's start.
@@ -115,7 +119,7 @@ def _report_unused(generation: Metadata, file: epath.Path) -> None:
 
 
 def write_special_ids(config: T5Config) -> JsonObject:
-    """The special ids as keys of `config.json`; `read_special_ids` is the inverse."""
+    """Returns the special ids as entries of `config.json`; `read_special_ids` is the inverse."""
     ends = config.eos_ids[0] if len(config.eos_ids) == 1 else list(config.eos_ids)
     written = {
         "pad_token_id": config.pad_id,
@@ -128,11 +132,7 @@ def write_special_ids(config: T5Config) -> JsonObject:
 
 
 def check_end_of_sequence(tokenizer: Tokenizer, config: T5Config) -> None:
-    """Refuses a tokenizer whose end of sequence is not one of the model's.
-
-    Raises:
-        InputError: its `eos_id` is not among `config.eos_ids`.
-    """
+    """Raises InputError if the tokenizer's `eos_id` is not one of the model's `config.eos_ids`."""
     if tokenizer.eos_id not in config.eos_ids:
         ends = " or ".join(map(str, config.eos_ids))
         raise InputError(

@@ -19,7 +19,7 @@ from ptjax.models.t5_family import T5_FAMILY
 
 
 def is_t5x(path: str | os.PathLike[str]) -> bool:
-    """Whether `path` is a T5X or Orbax checkpoint, or a folder of some, complete or not."""
+    """Whether `path` is a T5X or Orbax checkpoint, or a folder of checkpoints, complete or not."""
     path = epath.Path(path)
     if path.is_file():
         return path.name == "checkpoint"
@@ -27,13 +27,13 @@ def is_t5x(path: str | os.PathLike[str]) -> bool:
 
 
 def find_checkpoint(path: str | os.PathLike[str]) -> epath.Path:
-    """The checkpoint folder that `path` refers to.
+    """Returns the checkpoint folder that `path` refers to.
 
     `path` is a checkpoint, the `checkpoint` file or an item such as `state` in one, or a folder of
-    several, of which the largest completely saved step is chosen.
+    several checkpoints, of which the one with the largest completely saved step is chosen.
 
     Raises:
-        InputError: no checkpoint exists there.
+        InputError: no checkpoint exists there, or none is complete.
     """
     path = epath.Path(path)
     if path.name == "checkpoint" and path.is_file():
@@ -60,7 +60,7 @@ def find_checkpoint(path: str | os.PathLike[str]) -> epath.Path:
 
 
 def checkpoints_in(path: str | os.PathLike[str]) -> dict[int, epath.Path]:
-    """Step -> checkpoint in a folder of several, complete or not.
+    """Returns the checkpoints in a folder of several by their step, complete or not.
 
     Raises:
         InputError: their names have different prefixes, as in `a_1` and `b_1`.
@@ -84,11 +84,12 @@ def load_t5x(path: str | os.PathLike[str], family: Family = T5_FAMILY) -> dict[s
 
     Args:
         path: as for `find_checkpoint`, local or gs://.
-        family: of the network that the checkpoint holds.
+        family: the kind of network that the checkpoint must hold.
 
     Returns:
-        T5X parameter name ("encoder/layers_0/attention/query/kernel") -> array, float32 or
-        bfloat16, including the prompt, `encoder/prompt/prompt/prompt`, if there is one.
+        the arrays, float32 or bfloat16, by T5X's parameter names
+        ("encoder/layers_0/attention/query/kernel"); including the prompt,
+        `encoder/prompt/prompt/prompt`, if the checkpoint holds one.
 
     Raises:
         InputError: the checkpoint is incomplete, damaged, or of an unsupported kind.

@@ -1,4 +1,4 @@
-"""T5X checkpoints older than Orbax: a msgpack and zarr 2 folders.
+"""Reads T5X checkpoints older than Orbax: a msgpack and zarr 2 folders.
 
 `checkpoint_N/checkpoint` is a flax msgpack whose leaves are arrays or tensorstore specs that point
 to the folders. The formats follow `t5x/checkpoints.py`; only names are read of the optimizer.
@@ -25,12 +25,13 @@ Contents = Mapping[str, Any]
 """A tree of arrays, JSON values and tensorstore specs, as read from a msgpack."""
 
 DTYPES = ("float32", "bfloat16")
+"""The dtypes of parameters that ptjax reads from T5X's checkpoints."""
 SLOTS = {"m", "v", "v_row", "v_col"}
 """Names of the state that T5X's Adafactor keeps for a parameter."""
 
 
 def read_container(file: epath.Path) -> Contents:
-    """The tree in a `checkpoint` file of T5X or an early Orbax.
+    """Reads the tree in a `checkpoint` file (a msgpack) of T5X or of an early Orbax.
 
     Raises:
         InputError: the file is TensorFlow's, damaged, or does not hold a tree.
@@ -53,11 +54,18 @@ def read_container(file: epath.Path) -> Contents:
 
 
 def load_legacy(file: epath.Path, contents: Contents) -> dict[str, LazyArray]:
-    """Parameter name -> array of a `checkpoint` file with these contents.
+    """Opens the parameters of a T5X checkpoint; those in zarr folders stay on disk.
+
+    Args:
+        file: the `checkpoint` file.
+        contents: its tree, from `read_container`.
+
+    Returns:
+        the arrays by parameter name.
 
     Raises:
-        InputError: an unsupported version, a leaf that is not an array, a spec that points outside
-            of the checkpoint, or an error of `open_zarrs`.
+        InputError: the version is not supported, a leaf is not an array, a spec points outside of
+            the checkpoint, or as `open_zarrs`.
     """
     leaves = _leaves(_target(contents, file), file)
     arrays = {
@@ -84,7 +92,12 @@ def load_legacy(file: epath.Path, contents: Contents) -> dict[str, LazyArray]:
 
 
 def check_dtype(name: str, dtype: str, where: str) -> None:
-    """InputError unless a parameter of this dtype can be read."""
+    """Raises InputError if a parameter of this dtype is not supported.
+
+    Args:
+        name: the parameter's name, for the message.
+        where: its file, for the message.
+    """
     if dtype == "uint16":
         raise InputError(
             f"{where}: parameter {name} is uint16, T5X's bfloat16 of checkpoint version 2, which "
@@ -95,9 +108,14 @@ def check_dtype(name: str, dtype: str, where: str) -> None:
 
 
 def check_trained(trained: Iterable[str], kept: set[str], where: epath.Path) -> None:
-    """InputError if the optimizer has state for a parameter that is missing.
+    """Raises InputError if the optimizer has state for a parameter that the checkpoint lacks.
 
-    Otherwise lost weights of the logits would silently be taken for tied logits.
+    Otherwise a network that lost the logits' kernel would silently be loaded with tied logits.
+
+    Args:
+        trained: the parameters that the optimizer has state for.
+        kept: the parameters in the checkpoint.
+        where: the checkpoint, for the message.
     """
     if lost := sorted(set(trained) - kept):
         raise InputError(

@@ -1,4 +1,4 @@
-"""State dicts written by torch.save (`pytorch_model.bin`), read without torch and untrusted.
+"""Reads state dicts written by torch.save (`pytorch_model.bin`), without torch or trust in them.
 
 Such a file is a zip with a pickle (`data.pkl`) and one uncompressed member per storage (`data/0`,
 ...). A pickle can call anything, so this unpickler accepts only the names that rebuild a tensor; a
@@ -80,7 +80,10 @@ class _Storage:
 
 
 def open_torch(path: str | os.PathLike[str]) -> dict[str, LazyArray]:
-    """name -> array of a state dict written by torch.save; executes no code from the file.
+    """Opens a state dict written by torch.save; executes no code from the file.
+
+    Returns:
+        the arrays by name; their data stays in the file until it is read.
 
     Raises:
         InputError: the file is missing, truncated or in one of torch's older formats, or its

@@ -1,4 +1,4 @@
-"""Arrays in zarr 2 and zarr 3, in folders or an OCDBT database, read with tensorstore.
+"""Reads zarr 2 and zarr 3 arrays, in folders or in an OCDBT database, with tensorstore.
 
 tensorstore reads a missing chunk as the array's fill value, usually zeros. So before an array is
 returned, every chunk is checked to exist or to be left out on purpose.
@@ -31,14 +31,14 @@ under gzip 1,000. Beyond it the metadata claims an array that the file cannot ho
 
 @dataclasses.dataclass(frozen=True)
 class ArrayLocation:
-    """Where an array is stored.
+    """Where a zarr array is stored.
 
     Attributes:
         kvstore: tensorstore's spec of the folder (or of the prefix in a database).
-        keys: the names below it: ".zarray" or "zarr.json", and the chunks.
+        keys: the names below it: ".zarray" or "zarr.json", and the names of the chunks.
         where: the location in messages.
-        may_omit: whether the writer leaves out chunks that hold only the fill value.
-        size_of: key -> bytes of that chunk's file, compressed.
+        may_omit: whether the writer may have left out chunks that hold only the fill value.
+        size_of: maps the key of a chunk to its compressed size in bytes.
     """
 
     kvstore: JsonObject
@@ -49,7 +49,7 @@ class ArrayLocation:
 
 
 def kvstore_spec(folder: epath.Path) -> JsonObject:
-    """tensorstore's spec of a local or gs:// folder."""
+    """Makes tensorstore's spec (a "kvstore") of a local or gs:// folder."""
     text = os.fspath(folder)
     if text.startswith("gs://"):
         bucket, _, path = text.removeprefix("gs://").partition("/")
@@ -58,14 +58,20 @@ def kvstore_spec(folder: epath.Path) -> JsonObject:
 
 
 def file_size(folder: epath.Path) -> Callable[[str], int]:
-    """`ArrayLocation.size_of` of an array in a folder."""
+    """Makes `ArrayLocation.size_of` for an array in `folder`: maps a file's name to its bytes."""
     return lambda key: (folder / key).stat().length
 
 
 def open_zarrs(requests: Mapping[str, ArrayLocation]) -> dict[str, LazyArray]:
-    """Parameter name -> array, opened concurrently; no data is read.
+    """Opens zarr arrays concurrently; their data stays on disk until it is read.
 
     Uses futures instead of asyncio, because a notebook's event loop is already running.
+
+    Args:
+        requests: the location of each array, by parameter name.
+
+    Returns:
+        the arrays by parameter name.
 
     Raises:
         InputError: an array's metadata or one of its chunks is missing or damaged.
@@ -169,10 +175,13 @@ def _reader(
 
 
 def open_database(folder: epath.Path) -> tuple[JsonObject, dict[str, int]]:
-    """(tensorstore's spec of an OCDBT database, key -> bytes of its value).
+    """Opens an OCDBT database, and checks that its data files exist with their full length.
 
-    Checks that every data file in the index exists with its full length: opening and listing read
-    only the index, so a missing `ocdbt.process_0/d/` file would fail in the middle of loading.
+    Without that check a missing `ocdbt.process_0/d/` file would fail in the middle of loading,
+    because opening and listing read only the index.
+
+    Returns:
+        (tensorstore's spec of the database, the size in bytes of each value by its key).
 
     Raises:
         InputError: the database is damaged, or one of its files is missing or truncated.
@@ -233,6 +242,6 @@ def _need(location: str, needed: dict[str, int], folder: epath.Path) -> int:
 
 
 def reason_of(error: Exception) -> str:
-    """The first sentence of tensorstore's message, without the spec and source lines after it."""
+    """Returns tensorstore's message without the spec and source lines that it appends."""
     text = re.split(r" \[(?:tensorstore_spec|source locations)", str(error))[0]
     return json.dumps(text)[1:-1].replace('\\"', "'")

@@ -1,1 +1,1 @@
-"""Methods: which variables are trained and how, one file each; `base` has the protocol."""
+"""Tuning methods: which variables are trained, and how; `base` has their interface."""

@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # planning and settings need neither SentencePiece nor weight
 
 
 BUILT_IN = ("params", "prompt")
-"""Collections that every network reads; `run_with` names all others to it."""
+"""The collections that every network reads; `run_with` passes it the names of all others."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +37,10 @@ class InitContext:
 
     Attributes:
         embedding: the backbone's table [V, D].
-        labels: the verbalizers of a closed label set, else None.
-        texts: the training inputs, formatted by the task's template; read only when called.
+        tokenizer: the backbone's; None if it has none.
+        labels: the label texts of a task with a verbalizer, else None.
+        texts: returns the training inputs, formatted by the task's template; they are read only
+            when it is called.
         config: the network's.
         member: the name of a sweep's member, for messages; "" in an ordinary run.
     """
@@ -51,15 +53,19 @@ class InitContext:
     member: str = ""
 
     def rows(self, ids: Sequence[int] | np.ndarray | Array) -> Float[Array, "n D"]:
-        """The embeddings of tokens, in float32."""
+        """Returns the embeddings of token ids, in float32."""
         return self.embedding[jnp.asarray(ids)].astype(jnp.float32)
 
     def phrase(self, text: str) -> Float[Array, " D"]:
-        """The average of the embeddings of a text's pieces."""
+        """Averages the embeddings of a text's tokens.
+
+        Raises:
+            InputError: as for `encode`.
+        """
         return jnp.mean(self.rows(self.encode(text)), axis=0)
 
     def encode(self, text: str) -> list[int]:
-        """The token ids of a text.
+        """Returns the token ids of a text, without an end of sequence.
 
         Raises:
             InputError: the backbone has no tokenizer, or the text has no tokens.
@@ -76,7 +82,10 @@ class InitContext:
 
 
 class FrozenNetwork(Protocol):
-    """The part of a backbone that `Method.check` and `run_with` use; planning has no weights."""
+    """The part of a backbone that `Method.check` and `run_with` use.
+
+    It needs no weights: a memory plan has none.
+    """
 
     @property
     def config(self) -> Config: ...
@@ -87,10 +96,11 @@ class FrozenNetwork(Protocol):
 
 @runtime_checkable
 class Method(Protocol):
-    """A way to tune a network. A frozen dataclass; its fields are part of the run's identity.
+    """A way to tune a network: the interface of tuning methods.
 
-    A class that inherits from it implements the members up to `load`; those from
-    `attends_to_input` on have defaults.
+    A method is a frozen dataclass; its fields are part of what identifies a run. A class that
+    inherits from `Method` must implement the members up to `load`; those from `attends_to_input` on
+    have defaults.
 
     Attributes:
         name: shown in the start-up report.
@@ -99,8 +109,9 @@ class Method(Protocol):
             device.
         exports: the kind of export. "prompt": files that `load_prompt` reads; "model": folders that
             `load_backbone` reads; "arrays": safetensors files that only `load` reads.
-        supports_rows: `load` returns a prompt [P, D], and each row of a batch may use another one.
-        supports_sweep: a sweep may train many members at once over one frozen network.
+        supports_rows: whether each row of a batch may use another prompt; `load` then returns a
+            prompt [P, D].
+        supports_sweep: whether a sweep may train many members at once with one frozen network.
     """
 
     name: ClassVar[str]
@@ -110,15 +121,18 @@ class Method(Protocol):
     supports_sweep: ClassVar[bool] = False
 
     def variable_shapes(self, config: Config) -> Variables:
-        """The shapes of `init`'s result for this network, as `jax.ShapeDtypeStruct`s."""
+        """Returns the result of `init` for this network as `jax.ShapeDtypeStruct`s."""
         ...
 
     def init(self, key: Array, context: InitContext) -> Variables:
-        """The method's own variables at step 0; {} if the backbone's `params` are trained."""
+        """Makes the method's own variables at step 0; {} if the backbone's `params` are trained."""
         ...
 
     def freeze_rules(self) -> Mapping[str, bool]:
-        """Pattern of a whole path -> whether it is frozen; see `training.freeze.make_freeze`."""
+        """Returns the rules that say which variables are frozen; see `training.freeze.make_freeze`.
+
+        They map a pattern of a variable's whole path to whether it is frozen.
+        """
         ...
 
     def save(
@@ -127,32 +141,40 @@ class Method(Protocol):
         """Writes an export atomically. All processes call it; the first one writes.
 
         Args:
-            metadata: returned by `read_metadata`, if the format has a place for it.
+            trainable: the trained variables.
+            metadata: what `read_metadata` shall return, if the format has a place for it.
         """
         ...
 
     def read_metadata(self, path: PathLike) -> JsonObject:
-        """The metadata of an export. InputError: the export is missing or damaged."""
+        """Returns the metadata of an export.
+
+        Raises:
+            InputError: the export is missing or damaged.
+        """
         ...
 
     def load(self, path: PathLike, backbone: Backbone) -> Variables:
-        """The collections of an export; they replace the backbone's of the same name."""
+        """Loads the collections of an export; they replace the backbone's of the same name."""
         ...
 
     @property
     def attends_to_input(self) -> bool:
-        """False if a prompt's positions attend to the prompt alone."""
+        """Whether a prompt's positions attend to the input, not only to the prompt."""
         return True
 
     def check(self, backbone: FrozenNetwork, batching: Batching) -> None:
-        """InputError if the method cannot be used with these. Called before any computation."""
+        """Raises InputError if the method cannot be used with this backbone and batching.
+
+        Called before any computation; accepts everything by default.
+        """
 
     def extra_positions(self) -> int:
-        """Number of encoder positions that each example needs in addition to its tokens."""
+        """The number of encoder positions that each example needs in addition to its tokens."""
         return 0
 
     def wrap(self, apply_fn: ApplyFn) -> ApplyFn:
-        """The network as the method runs it: `apply_fn` itself, or a function around it.
+        """Returns the network as the method runs it: `apply_fn` itself, or a function around it.
 
         The result is called as `apply_fn(variables, *args, method=..., **settings)`, with the
         methods of `models.prompted.PromptedT5`. Given variables without the method's collection, it
@@ -161,11 +183,11 @@ class Method(Protocol):
         return apply_fn
 
     def describe(self) -> Metadata:
-        """Metadata of exports: JSON values that describe the method."""
+        """Returns metadata for exports: JSON values that describe the method."""
         return {}
 
 
 def run_with(method: Method, backbone: FrozenNetwork) -> ApplyFn:
-    """The network of a backbone as `method` runs it; its layers see the method's collection."""
+    """Returns the network of a backbone as `method` runs it, with access to its collection."""
     collections = () if method.collection in BUILT_IN else (method.collection,)
     return method.wrap(backbone.make_apply_fn(method.attends_to_input, collections))

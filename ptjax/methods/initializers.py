@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import re
 from collections.abc import Iterable
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -17,16 +17,15 @@ from ptjax.errors import InputError
 from ptjax.methods.base import InitContext
 
 
-@runtime_checkable
 class Initializer(Protocol):
-    """`(key, length, context) -> P [length, D]`, float32."""
+    """The interface of a prompt's initialiser: `(key, length, context)` -> float32 [length, D]."""
 
     def __call__(self, key: Array, length: int, context: InitContext, /) -> Float[Array, "P D"]: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Uniform:
-    """U(-scale, scale) per entry, as in the paper; the paper's code draws from [0, 0.5)."""
+    """Draws every entry from U(-scale, scale), as in the paper; its code draws from [0, 0.5)."""
 
     scale: float = 0.5
 
@@ -37,7 +36,7 @@ class Uniform:
 
 @dataclasses.dataclass(frozen=True)
 class SampledVocabulary:
-    """Embeddings of random tokens among the `population` most frequent ones.
+    """Initialises rows with embeddings of random tokens among the `population` most frequent.
 
     SentencePiece orders a unigram vocabulary by frequency, after the `special_tokens` (padding, EOS
     and unknown), which are never drawn. No token is drawn twice unless the prompt is longer than
@@ -56,10 +55,10 @@ class SampledVocabulary:
 
 @dataclasses.dataclass(frozen=True)
 class ClassLabels:
-    """One row per class label, the average of its tokens' embeddings (paper, section 3.2).
+    """Initialises a row per class label: its tokens' mean embedding (paper, section 3.2).
 
     Attributes:
-        labels: texts that replace the task's verbalizers, as the paper does for ReCoRD and WSC.
+        labels: texts that replace the task's labels, as the paper does for ReCoRD and WSC.
         rest: initialises the other rows.
     """
 
@@ -78,7 +77,10 @@ class ClassLabels:
 
 @dataclasses.dataclass(frozen=True)
 class FromText:
-    """The embedded tokens of `text`, cut to the prompt's length; `rest` fills the other rows."""
+    """Initialises rows with the embedded tokens of `text`, as many as fit.
+
+    `rest` initialises the other rows.
+    """
 
     text: str
     rest: Initializer = SampledVocabulary()
@@ -90,9 +92,10 @@ class FromText:
 
 @dataclasses.dataclass(frozen=True)
 class FrequentWords:
-    """The most frequent words of the training inputs, each the average of its tokens' embeddings.
+    """Initialises a row per frequent word of the training inputs: its tokens' mean embedding.
 
-    Stop words, punctuation and numbers do not count; `rest` fills the other rows.
+    English stop words, punctuation, numbers and words of fewer than `minimum_letters` letters are
+    left out. `rest` initialises the other rows, if there are fewer words.
     """
 
     minimum_letters: int = 3
@@ -103,7 +106,7 @@ class FrequentWords:
         return _fill(words, self.rest, key, length, context)
 
     def words(self, count: int, texts: Iterable[str]) -> list[str]:
-        """The `count` most frequent, ties in alphabetical order."""
+        """Returns the `count` most frequent words, equally frequent ones in alphabetical order."""
         # Imported here: scikit-learn takes a second to load, and nothing else needs it.
         from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class ModelTuning(Method):
-    """All weights are trained, in float32; no prompt is used."""
+    """Trains all weights of the backbone, in float32, without a prompt."""
 
     name: ClassVar[str] = "model_tuning"
     collection: ClassVar[str] = "params"

@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class PromptTuning(Method):
-    """A soft prompt is trained; the backbone is frozen.
+    """Trains a soft prompt; the backbone is frozen.
 
     Attributes:
-        length: P, the number of rows.
-        initializer: None is `ClassLabels` for a closed label set, else `SampledVocabulary`.
+        length: P, the number of the prompt's rows.
+        initializer: None means `ClassLabels` if the task has labels, else `SampledVocabulary`.
         attends_to_input: True, as in the paper: the prompt's positions attend to the input. With
             False they attend to the prompt alone, so its states are computed once per step
             (`models.prompt.Prompt`).
@@ -54,7 +54,11 @@ class PromptTuning(Method):
         return {"prompt": {"prompt": jax.ShapeDtypeStruct(size, np.float32)}}
 
     def init(self, key: Array, context: InitContext) -> Variables:
-        """The prompt [P, D], float32, on the host."""
+        """Makes the initial prompt, float32 [P, D], on the host, as {"prompt": {"prompt": ...}}.
+
+        Raises:
+            InputError: the initialiser cannot be used, or its result has another shape.
+        """
         initializer = self.initializer
         if initializer is None:
             initializer = ClassLabels() if context.labels else SampledVocabulary()
@@ -72,7 +76,7 @@ class PromptTuning(Method):
         return {"params/.*": True, "prompt/.*": False}
 
     def extra_positions(self) -> int:
-        """P; 0 for a prompt that does not attend to the input: all examples share one."""
+        """Returns P, or 0 for a prompt that does not attend to the input: all examples share it."""
         return self.length if self.attends_to_input else 0
 
     def describe(self) -> Metadata:

@@ -1,1 +1,1 @@
-"""The network: T5 as T5X writes it, and the soft prompt in front of it."""
+"""The network: T5 with T5X's names and formulas, and the soft prompt before its input."""

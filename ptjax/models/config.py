@@ -1,4 +1,4 @@
-"""Sizes of a T5, and the special ids of its vocabulary."""
+"""The config of a T5: its sizes, and the special ids of its vocabulary."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Remat = Literal["none", "dots", "full"]
 
 @runtime_checkable
 class HasIds(Protocol):
-    """A config with a vocabulary and special ids."""
+    """The interface of a config with a vocabulary and special ids, see `T5Config`."""
 
     @property
     def vocab_size(self) -> int: ...
@@ -29,7 +29,7 @@ class HasIds(Protocol):
 
 
 def check_ids(config: HasIds) -> None:
-    """InputError unless the special ids of a config are ids of its vocabulary."""
+    """Raises InputError unless the special ids of a config are ids of its vocabulary."""
     owner = type(config).__name__
     if not config.eos_ids:
         raise InputError(f"{owner}.eos_ids is empty; a text needs an end of sequence")

@@ -30,9 +30,10 @@ class Sampling(NamedTuple):
     """How tokens are sampled.
 
     Attributes:
-        keys: one per row, so that a row's sample does not depend on the other rows.
+        keys: one random key per row, so that a row's sample does not depend on the other rows.
         temperature: divides the logits before sampling; > 0.
-        top_p: samples from the fewest tokens whose probabilities reach it; in (0, 1].
+        top_p: samples from the smallest set of most probable tokens whose probabilities add up to
+            at least this; in (0, 1], where 1 keeps all tokens.
     """
 
     keys: Key[Array, " B"]
@@ -54,18 +55,20 @@ def decode(
     alpha: float | Array = 0.6,
     sampling: Sampling | None = None,
 ) -> tuple[Int[Array, "B L"], Float[Array, " B"]]:
-    """The targets that the model generates, and their scores.
+    """Generates a target for each row, and scores it.
 
-    Greedy by default, the best of a beam search with `num_beams > 1`, sampled with `sampling`. A
-    row of length 0 is filler: the loop never waits for it, and its result is meaningless.
+    Decodes greedily by default, samples with `sampling`, and with `num_beams > 1` returns the best
+    target of a beam search, which ignores `sampling`. A row of length 0 is filler: the loop never
+    waits for it, and its result is meaningless.
 
     Args:
+        apply_fn: the network, see `family.Family.build`.
         encoder_lengths: the number of real tokens in each row.
         ids: the vocabulary's start, end and padding ids, and the forced first token, if any.
         max_length: L, the places in the cache; static under `jax.jit`, as are `apply_fn`, `ids`
             and `num_beams`.
         limit: the most tokens to generate, up to L; may be traced. None is L.
-        prompt_ids: each row's prompt, where the variables hold a bank of prompts.
+        prompt_ids: if the variables hold a bank of prompts, the index of each row's prompt.
         alpha: the exponent of the beam search's brevity penalty.
 
     Returns:
@@ -152,12 +155,12 @@ def beam_search(
     prompt_ids: Int[Array, " B"] | None = None,
     alpha: float | Array = 0.6,
 ) -> tuple[Int[Array, "B K L"], Float[Array, "B K"]]:
-    """T5X's beam search (`t5x/decoding.py`): the K = `num_beams` best finished targets, best first.
+    """Returns each row's K = `num_beams` best finished targets and scores, best first; as T5X does.
 
-    A score is the log-likelihood over ((5 + length) / 6)^alpha, alpha >= 0, the end of sequence
-    counted in both. A row that finished nothing gets its unfinished beams instead; where fewer
-    than K were finished, the rest have the score -inf. Unlike greedy decoding it also weighs
-    stopping at every step, with one beam too.
+    A score is the log-likelihood divided by ((5 + length) / 6)^alpha, alpha >= 0; both include the
+    end of sequence. If a row finished no target, its unfinished beams are returned; if it finished
+    fewer than K, the rest have the score -inf. Unlike greedy decoding, even one beam compares
+    stopping with continuing at every step. Arguments as for `decode` (`t5x/decoding.py`).
     """
     rows, width = len(encoder_input_tokens), num_beams
     limit = max_length if limit is None else limit

@@ -21,14 +21,18 @@ from ptjax.trees import Tree
 ApplyFn = Callable[..., Any]
 Parts = dict[str, tuple[slice, ...]]
 Rules = Sequence[tuple[str, PartitionSpec]]
-"""(pattern of a whole path, spec); the first match wins. `fsdp` in a spec means `data` if weights
-are also sharded over it, otherwise it is dropped."""
+"""Rows (pattern of a variable's whole path, spec); the first match wins. The axis `fsdp` in a spec
+means `data` if weights are also sharded over `data`, otherwise it is dropped."""
 
 Feature = Literal["packing", "blind prompts", "fsdp", "int8", "scanned layers", "remat"]
 
 
 class NameRule(NamedTuple):
-    """A parameter's name in ptjax and in Hugging Face's files; `{i}` is the layer's index."""
+    """A parameter's name in ptjax and in Hugging Face's files; `{i}` is the layer's index.
+
+    Attributes:
+        transposed: whether the array in Hugging Face's files is the transpose of ptjax's.
+    """
 
     ours: str
     theirs: str
@@ -37,7 +41,7 @@ class NameRule(NamedTuple):
 
 @runtime_checkable
 class ArrayInfo(Protocol):
-    """Shape and location of an array that is still in its file."""
+    """The shape of an array that is still in its file, and `where` it is, for messages."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -67,46 +71,46 @@ class Config(Protocol):
 
 @runtime_checkable
 class Family(Protocol):
-    """A kind of network."""
+    """The interface of a kind of network."""
 
     @property
     def title(self) -> str:
-        """The network in messages, "a T5"."""
+        """How messages call such a network, for example "a T5"."""
         ...
 
     @property
     def described(self) -> str:
-        """The same with the origin of its names, "a T5 under T5X's names"."""
+        """The title with the origin of the parameters' names: "a T5 under T5X's names"."""
         ...
 
     @property
     def config_type(self) -> type:
-        """The dataclass of its sizes; its fields are arguments of `load_backbone`."""
+        """The dataclass of the network's config; its fields are arguments of `load_backbone`."""
         ...
 
     @property
     def sharding_rules(self) -> Rules:
-        """The sharding of its parameters and its prompt."""
+        """How the network's parameters and its prompt are sharded over a mesh."""
         ...
 
     @property
     def divided(self) -> Sequence[str]:
-        """Config fields that must be divisible by the mesh's axis `model`."""
+        """The config fields that must be divisible by the size of the mesh's axis `model`."""
         ...
 
     @property
     def divided_by_fsdp(self) -> Sequence[str]:
-        """Config fields that with `fsdp` must also be divisible by the axis `data`."""
+        """The config fields that with `fsdp` must be divisible by the size of the axis `data`."""
         ...
 
     @property
     def embedding_path(self) -> str:
-        """The parameter [V, D] that embeds the input's tokens."""
+        """The path of the parameter [V, D] that embeds the input's tokens."""
         ...
 
     @property
     def lacks(self) -> Collection[Feature]:
-        """Unsupported features; `check_supported` refuses them by name."""
+        """The features that such networks do not support; see `check_supported`."""
         ...
 
     @property
@@ -120,13 +124,14 @@ class Family(Protocol):
         ...
 
     def check_name(self, path: str, array: ArrayInfo) -> None:
-        """InputError if no such network has a parameter of this name and rank."""
+        """Raises InputError if no such network has a parameter of this name and rank."""
         ...
 
     def infer_config(self, lazy_arrays: Mapping[str, ArrayInfo], name: str) -> JsonObject:
-        """The config fields that can be inferred from the parameters' names and shapes.
+        """Infers config fields from the names and shapes of the parameters.
 
         Args:
+            lazy_arrays: the parameters by their path.
             name: of the backbone, for messages.
 
         Raises:
@@ -135,17 +140,23 @@ class Family(Protocol):
         ...
 
     def check_depth(self, lazy_arrays: Mapping[str, ArrayInfo], config: Any, name: str) -> None:
-        """InputError if the config has more layers than the files; does not trace the network."""
+        """Raises InputError if the config has more layers than the files have.
+
+        Does not trace the network, which could take forever with a wrong number of layers.
+        """
         ...
 
     def parameter_shapes(self, config: Any) -> Tree:
-        """The parameters as `jax.ShapeDtypeStruct`s, without computing them."""
+        """Returns the parameter tree as `jax.ShapeDtypeStruct`s; computes no parameter."""
         ...
 
     def tensor_names(self, fields: Metadata) -> Sequence[NameRule]:
-        """The parameters' names in ptjax and at Hugging Face, for these config fields.
+        """Returns the parameters' names in ptjax and in Hugging Face's files.
 
         Empty for a network that Hugging Face does not have.
+
+        Args:
+            fields: the config's fields by name.
         """
         ...
 
@@ -157,20 +168,21 @@ class Family(Protocol):
         gather: GatherFn | None = None,
         collections: tuple[str, ...] = (),
     ) -> ApplyFn:
-        """`apply_fn(variables, ..., method=)`; the same object for the same arguments.
+        """Returns the network as a function `apply_fn(variables, ..., method=)`.
 
-        The methods are those of `prompted.PromptedT5`: none (logits), `encode`, `init_cache`,
-        `decode_step`, and `prompt_states` if the network supports input-independent prompts.
+        Equal arguments return the same object, so that jit's cache hits. `method` is the name of a
+        method of `prompted.PromptedT5`: None (its `__call__`, the logits), `encode`, `init_cache`,
+        `decode_step`, or `prompt_states` if the network supports input-independent prompts.
 
         Args:
-            attends_to_input: of the prompts.
+            attends_to_input: whether a prompt's positions attend to the input.
             gather: makes sharded weights whole before they are used; see `stacking.GatherFn`.
             collections: collections other than `params` that hold arrays of the modules.
         """
         ...
 
     def embedding(self, params: Tree) -> jax.Array:
-        """The embedding table [V, D], for initialisers, RMS and nearest tokens."""
+        """Returns the embedding table [V, D] from the parameters."""
         ...
 
     def is_quantized(self, path: str) -> bool:
@@ -178,9 +190,9 @@ class Family(Protocol):
         ...
 
     def fingerprint_parts(self, path: str, shape: tuple[int, ...]) -> Parts:
-        """The parts of a parameter that the fingerprints sample, as one slice per axis.
+        """Returns the parts of a parameter that the fingerprints sample, one slice per axis.
 
-        "rows" are part of both fingerprints, "grid" only of v2.
+        The key "rows" holds the part for both fingerprints, "grid" the part for v2 only.
         """
         ...
 
@@ -196,7 +208,7 @@ _SETTINGS: Mapping[Feature, str] = {
 
 
 def check_supported(family: Family, *features: Feature) -> None:
-    """InputError if the family's networks lack one of these features."""
+    """Raises InputError if the family's networks lack one of these features."""
     for feature in features:
         if feature in family.lacks:
             raise InputError(
@@ -206,14 +218,14 @@ def check_supported(family: Family, *features: Feature) -> None:
 
 
 def embedding_of(params: Tree, path: str) -> jax.Array:
-    """The leaf of nested `params` at `path`, "a/b"."""
+    """Returns the leaf of nested `params` at `path`, such as "a/b"."""
     for name in path.split("/"):
         params = params[name]
     return params
 
 
 def grid_of(shape: tuple[int, ...]) -> tuple[slice, ...]:
-    """Slices that sample each axis with a step of at most 61, at least 64 entries if it has them.
+    """Returns slices that sample each axis: a step of at most 61, and 64 or more entries if it can.
 
     The sample changes with any dense change (another scale, merged LoRA, more training), and with
     a change of one head or another band of rows or columns: 61 is less than a head's width.

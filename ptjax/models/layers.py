@@ -24,8 +24,8 @@ KeysValues = tuple[Array, Array]
 """The keys and values of one attention layer, arrays of the same shape."""
 
 LayerCache = dict[str, Tree]
-"""Of a decoder layer of T5: self_key, self_value [B, L, H, K], cross_key, cross_value [B, S, H, K].
-Other networks keep trees of their own here."""
+"""The cache of a decoder layer. T5's has self_key, self_value [B, L, H, K] and cross_key,
+cross_value [B, S, H, K]; other networks keep their own trees here."""
 
 MASKED = -1e10
 
@@ -39,9 +39,14 @@ _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 def relative_position_bucket(
     relative_position: np.ndarray, *, bidirectional: bool, num_buckets: int, max_distance: int
 ) -> np.ndarray:
-    """Buckets of `key - query` positions (int [...]): exact when near, logarithmic when far.
+    """Returns the bucket of each `key - query` position: exact when near, logarithmic when far.
 
-    Computed in numpy, as T5X does, so that every backend agrees on the rounding of the logarithm.
+    Takes and returns int [...]. Computed in numpy, as T5X does, so that every backend agrees on the
+    rounding of the logarithm.
+
+    Args:
+        bidirectional: whether keys after the query have buckets of their own (the encoder's do).
+        max_distance: all positions at least this far away share one bucket.
     """
     n = -relative_position
     offset = np.zeros_like(n)
@@ -79,8 +84,8 @@ class Quantized:
 class Dense(nn.Module):
     """A linear map without bias; input and kernel are cast to `dtype`.
 
-    The kernel may be `Quantized`. Its scales belong to output channels, so they are applied to what
-    comes out, which is smaller.
+    The kernel may be `Quantized`. Its scales belong to output channels, so they multiply the
+    output, which is smaller than the kernel.
     """
 
     features: int
@@ -122,7 +127,10 @@ class RMSNorm(nn.Module):
 
 
 class RelativePositionBias(nn.Module):
-    """A table [H, buckets]: one per stack, shared by its layers, or one per layer (umT5)."""
+    """T5's learned attention biases by relative position, in a table [H, buckets].
+
+    The layers of a stack share one module, or each layer has its own (umT5).
+    """
 
     config: T5Config
     bidirectional: bool
@@ -131,7 +139,7 @@ class RelativePositionBias(nn.Module):
     def __call__(
         self, queries: int, keys: int, position: Int[Array, ""] | int = 0
     ) -> Float[Array, "1 H q k"]:
-        """Bias of queries `position ... position + queries - 1` for keys 0 ... keys - 1."""
+        """Returns the bias of queries `position ... position + queries - 1` for all `keys` keys."""
         cfg = self.config
         table = self.param(
             "rel_embedding",
@@ -152,7 +160,10 @@ class RelativePositionBias(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention without 1/sqrt(K): T5 folds it into the query's initialisation."""
+    """Multi-head attention without the factor 1/sqrt(K), which T5 folds into the query's kernel.
+
+    The kernel is initialised with that factor.
+    """
 
     config: T5Config
 
@@ -176,6 +187,7 @@ class Attention(nn.Module):
     def keys_values(
         self, x: Float[Array, "B k D"]
     ) -> tuple[Float[Array, "B k H K"], Float[Array, "B k H K"]]:
+        """Computes the keys and values by which queries attend to the positions of x."""
         return self._split(self.key(x)), self._split(self.value(x))
 
     def __call__(
@@ -187,7 +199,12 @@ class Attention(nn.Module):
         deterministic: bool,
         prompt: tuple[KeysValues, Float[Array, "#B #H #q P"]] | None = None,
     ) -> Float[Array, "B q D"]:
-        """`prompt`: keys and values [P, H, K] that all queries attend to, and their bias."""
+        """Returns the attention's output for the queries x.
+
+        Args:
+            prompt: the keys and values [P, H, K] of a prompt, to which all queries attend in
+                addition, and their bias.
+        """
         # Heads first: XLA's CPU matmuls over leading batch axes are twice as fast.
         queries, keys, values = (
             jnp.swapaxes(y, 1, 2) for y in (self._split(self.query(x)), keys, values)
@@ -225,7 +242,10 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """wo(dropout(activation(wi x))), or the product of two such branches when gated."""
+    """T5's feed-forward block, wo(dropout(activation(wi x))).
+
+    Gated variants multiply the activations of several `wi`.
+    """
 
     config: T5Config
 
@@ -251,6 +271,8 @@ class MLP(nn.Module):
 
 
 class EncoderLayer(nn.Module):
+    """A layer of T5's encoder: self-attention and feed-forward block, each with a residual."""
+
     config: T5Config
 
     def setup(self) -> None:
@@ -270,7 +292,7 @@ class EncoderLayer(nn.Module):
         deterministic: bool,
         prompt: tuple[KeysValues, Float[Array, "#B H S P"]] | None = None,
     ) -> tuple[Float[Array, "B S D"], KeysValues]:
-        """The layer's output, and its attention's keys and values [B, S, H, K]."""
+        """Returns the layer's output, and its attention's keys and values [B, S, H, K]."""
         y = self.pre_attention_layer_norm(x)
         keys_values = self.attention.keys_values(y)
         y = self.attention(y, *keys_values, bias, deterministic, prompt)
@@ -280,6 +302,8 @@ class EncoderLayer(nn.Module):
 
 
 class DecoderLayer(nn.Module):
+    """A layer of T5's decoder: self-attention, cross-attention and feed-forward block."""
+
     config: T5Config
 
     def setup(self) -> None:
@@ -304,10 +328,15 @@ class DecoderLayer(nn.Module):
         deterministic: bool,
         prompt: KeysValues | None = None,
     ) -> tuple[Float[Array, "B l D"], LayerCache | None]:
-        """Runs on whole targets with the encoder's output, or on some of them with a cache.
+        """Runs on whole targets with the encoder's output, or on a few targets with a cache.
 
-        With a cache in place of `encoded`, x are the targets `position ... position + l - 1`; the
-        returned cache contains their keys and values.
+        Args:
+            x: with a cache, the targets `position ... position + l - 1`.
+            encoded: the encoder's output, or the layer's cache.
+            prompt: the keys and values [P, H, K] of an input-independent prompt.
+
+        Returns:
+            The layer's output, and the cache with the keys and values of x (None without a cache).
         """
         y = self.pre_self_attention_layer_norm(x)
         key, value = self.self_attention.keys_values(y)
@@ -333,7 +362,7 @@ class DecoderLayer(nn.Module):
 
 
 def mask_bias(mask: Bool[Array, "#B #q k"], dtype: Any) -> Float[Array, "#B 1 #q k"]:
-    """0 where a query may attend to a key, -1e10 elsewhere.
+    """Returns the attention bias of a mask: 0 where a query may attend to a key, else -1e10.
 
     T5X masks padded queries too; here they are not masked, because their outputs reach neither
     the loss nor any real position.
@@ -342,12 +371,15 @@ def mask_bias(mask: Bool[Array, "#B #q k"], dtype: Any) -> Float[Array, "#B 1 #q
 
 
 def same_segment(queries: Int[Array, "B q"], keys: Int[Array, "B k"]) -> Bool[Array, "B q k"]:
-    """Whether query and key belong to the same example of a packed row."""
+    """Returns whether each query and key belong to the same example of a packed row.
+
+    Takes the segment ids of the positions.
+    """
     return queries[:, :, None] == keys[:, None, :]
 
 
 def positions_in_segments(segment_ids: Int[Array, "B t"]) -> Int[Array, "B t"]:
-    """Positions that restart at 0 for every example of a packed row."""
+    """Returns the positions within examples: they restart at 0 for each example of a row."""
     index = jnp.arange(segment_ids.shape[1])
     before = jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)))
     return index - jax.lax.cummax(jnp.where(segment_ids != before, index, 0), axis=1)

@@ -105,7 +105,7 @@ def flax_module(
 
 @dataclasses.dataclass(eq=False)
 class ModuleFamily:
-    """See `family.Family`. Made by `flax_module`; one object per module."""
+    """The family of one Flax module, see `family.Family`; `flax_module` makes it."""
 
     module: nn.Module
     embedder: str = "token_embedder"
@@ -140,7 +140,7 @@ class ModuleFamily:
         self.build = functools.cache(self._build)
 
     def check_name(self, path: str, array: ArrayInfo) -> None:
-        """Accepts any name; the comparison with `parameter_shapes` decides."""
+        """Accepts any name: the loader compares the names with `parameter_shapes`."""
 
     def infer_config(self, lazy_arrays: Mapping[str, ArrayInfo], name: str) -> JsonObject:
         table = lazy_arrays.get(self.embedding_path)
@@ -159,7 +159,7 @@ class ModuleFamily:
     def check_depth(
         self, lazy_arrays: Mapping[str, ArrayInfo], config: ModuleConfig, name: str
     ) -> None:
-        """Nothing to check: the module's code decides its depth, not a file."""
+        """Checks nothing: the module's code, not a file, decides the number of layers."""
 
     def parameter_shapes(self, config: ModuleConfig) -> Tree:
         return self._shapes
@@ -178,7 +178,7 @@ class ModuleFamily:
         return jax.eval_shape(init, jax.random.key(0))
 
     def tensor_names(self, fields: Metadata) -> Sequence[NameRule]:
-        """Empty: Hugging Face does not have the network; files use the parameters' own names."""
+        """Returns (): Hugging Face does not have the network; files use the parameters' names."""
         return ()
 
     def _build(
@@ -211,5 +211,5 @@ class ModuleFamily:
         return False
 
     def fingerprint_parts(self, path: str, shape: tuple[int, ...]) -> Parts:
-        """A grid of every parameter."""
+        """Returns a grid of every parameter, see `family.grid_of`."""
         return {"grid": grid_of(shape)}

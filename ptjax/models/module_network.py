@@ -46,7 +46,7 @@ class CacheForm:
 
     Attributes:
         length: the number of targets that it has room for.
-        scalars: path and dtype of the counters of targets, which ptjax fills in itself.
+        scalars: path and dtype of each counter of targets, which ptjax fills in itself.
     """
 
     length: int
@@ -55,10 +55,10 @@ class CacheForm:
 
 @dataclasses.dataclass(eq=False)
 class ModuleApply:
-    """`apply_fn(variables, ..., method=)` of a module, with the interface of `PromptedT5.apply`.
+    """A module's `apply_fn(variables, ..., method=)`, with the interface of `PromptedT5.apply`.
 
     There is one object per family and config, so that jit's cache hits. The module receives
-    `collections` of the variables.
+    `collections` of the variables. `embedder` is the path of the submodule that embeds tokens.
     """
 
     family: Family

@@ -18,13 +18,13 @@ NO_PROMPT_ID = -1
 
 
 class Bank(NamedTuple):
-    """N prompts of one width, from which every row of a batch takes its own.
+    """N prompts of one width; each row of a batch chooses one of them by `prompt_ids`.
 
     Shorter prompts are padded at the front, so that their distance to the text is unchanged.
 
     Attributes:
         prompt: float32 [N, P, D].
-        lengths: int32 [N], at most P.
+        lengths: int32 [N], the rows of each prompt without padding, at most P.
         attends_to_input: bool [N], as `Prompt.attends_to_input`.
     """
 
@@ -37,7 +37,11 @@ def stack_prompts(
     prompts: Sequence[np.ndarray | Array] | np.ndarray | Array,
     attends_to_input: Sequence[bool] | bool = True,
 ) -> Bank:
-    """N matrices [P_i, D], or an array [N, P, D], as a bank of numpy arrays."""
+    """Makes a bank (of numpy arrays) of N matrices [P_i, D] or of an array [N, P, D].
+
+    Args:
+        attends_to_input: one value for all prompts, or one per prompt.
+    """
     matrices = [np.asarray(prompt, np.float32) for prompt in prompts]
     lengths = np.array([len(matrix) for matrix in matrices], np.int32)
     padding = [((lengths.max() - len(matrix), 0), (0, 0)) for matrix in matrices]
@@ -46,7 +50,11 @@ def stack_prompts(
 
 
 def check_prompt_ids(is_bank: bool, prompt_ids: Int[Array, " B"] | None) -> None:
-    """InputError if a bank of prompts comes without `prompt_ids`, or these without a bank."""
+    """Raises InputError if a bank of prompts comes without `prompt_ids`, or these without a bank.
+
+    Args:
+        is_bank: whether the variables hold a bank.
+    """
     if is_bank and prompt_ids is None:
         raise InputError("a bank of prompts needs prompt_ids, one per row; -1 means no prompt")
     if prompt_ids is not None and not is_bank:
@@ -54,10 +62,10 @@ def check_prompt_ids(is_bank: bool, prompt_ids: Int[Array, " B"] | None) -> None
 
 
 class Prompt(nn.Module):
-    """The learned matrix P [P, D] (float32), in the variable collection `prompt`.
+    """The soft prompt, a learned matrix [P, D] (float32) in the variable collection `prompt`.
 
-    It is prepended to the embedded input, [P; E] (Lester et al. 2021, section 2). With an array
-    [B, P, D] instead, every row has its own prompt; with a `Bank`, every row chooses one.
+    It is prepended to the embedded input, [P; E] (Lester et al. 2021, section 2). If the collection
+    holds an array [B, P, D], every row has its own prompt; with a `Bank`, every row chooses one.
 
     Attributes:
         attends_to_input: True as in the paper: prompt positions attend to prompt and text. If
@@ -68,9 +76,11 @@ class Prompt(nn.Module):
     attends_to_input: bool = True
 
     def matrix(self) -> Float[Array, "*B P D"]:
+        """Returns the array `prompt` of the collection."""
         return self.get_variable("prompt", "prompt")
 
     def is_bank(self) -> bool:
+        """Whether the collection holds a `Bank`."""
         return self.has_variable("prompt", "lengths")
 
     def before(
@@ -79,10 +89,14 @@ class Prompt(nn.Module):
         segment_ids: Int[Array, "B T"],
         prompt_ids: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B S D"], Int[Array, "B S"], Bool[Array, "#B #S S"]]:
-        """[P; E], its segments, and a mask of which positions each position attends to.
+        """Prepends each row's prompt to the embedded input.
 
         Args:
-            prompt_ids: for a bank, the prompt of every row; -1 means no prompt.
+            segment_ids: of the input; 0 is padding.
+            prompt_ids: for a bank, the index of every row's prompt; -1 means no prompt.
+
+        Returns:
+            The rows [P; E], their segment ids, and a mask of which positions each one attends to.
         """
         prompt, real, attends_to_input = self.rows(len(embedded), prompt_ids)
         length = prompt.shape[1]
@@ -98,9 +112,11 @@ class Prompt(nn.Module):
     def rows(
         self, count: int, prompt_ids: Int[Array, " B"] | None = None
     ) -> tuple[Float[Array, "B P D"], Int[Array, "B P"], bool | Bool[Array, " B"]]:
-        """Each row's prompt in float32, which of its positions are not padding, attends_to_input.
+        """Returns the prompts of `count` rows; `prompt_ids` as for `before`.
 
-        Arguments as for `before`. Shorter prompts of a bank are padded at the front.
+        Returns:
+            Each row's prompt in float32, 1 for each of its positions that is not padding (else 0),
+            and whether it attends to the input, for all rows or for each.
         """
         prompt, attends_to_input = self.matrix(), self.attends_to_input
         length = prompt.shape[-2]
@@ -122,7 +138,16 @@ class Prompt(nn.Module):
         segment_ids: Int[Array, "B S"],
         positions: Int[Array, "B S"],
     ) -> Float[Array, "B S D"]:
-        """Packed rows with P at the first positions of every segment, which are reserved for it."""
+        """Writes the prompt into packed rows, over the first P positions of every segment.
+
+        These positions are reserved for it (`data.batch.make_packed_batch`).
+
+        Args:
+            positions: within segments, as from `layers.positions_in_segments`.
+
+        Raises:
+            InputError: the prompt is not a single matrix [P, D].
+        """
         prompt = self.matrix()
         if prompt.ndim != 2:
             raise InputError(

@@ -1,4 +1,4 @@
-"""A frozen T5 with a soft prompt in front of its encoder."""
+"""A frozen T5 with a soft prompt before its encoder's input."""
 
 from __future__ import annotations
 
@@ -20,13 +20,17 @@ from ptjax.trees import Variables
 
 
 class PromptedT5(nn.Module):
-    """A T5 that takes its prompt from the collection `prompt`; without one, plain T5.
+    """A T5 that takes its prompt from the collection `prompt`; without it, it is a plain T5.
 
     The backbone shares this module's scope, so its parameters keep T5X's paths.
 
-    The collection holds `prompt`, a matrix [P, D] or one per row [B, P, D]; or the arrays of a
-    `Bank`, from which `prompt_ids` choose; or `states`, the `PromptStates` of an input-independent
-    prompt.
+    The collection holds `prompt`, one matrix [P, D] or one per row, [B, P, D]; or the arrays of a
+    `Bank`, from which each row chooses by `prompt_ids`; or `states`, the `PromptStates` of an
+    input-independent prompt.
+
+    Attributes:
+        attends_to_input: as in `Prompt`.
+        gather, collections: as in `make_apply_fn`.
     """
 
     config: T5Config
@@ -49,18 +53,22 @@ class PromptedT5(nn.Module):
         prompt_ids: Int[Array, " B"] | None = None,
         train: bool = False,
     ) -> Encoded:
-        """What the decoder reads: S = P + T positions per row, or T in packed rows.
+        """Runs the encoder, on S = P + T positions per row or, in packed rows, on T.
+
+        The states of an input-independent prompt are returned separately, with S = T.
 
         Args:
             encoder_segment_ids: for packed rows. In these, the first P positions of every segment
                 are reserved for a prompt that attends to its input.
             encoder_lengths: for rows of one example, the number of real tokens. Either lengths or
                 segments are required, because a token's id does not mark it as padding.
-            prompt_ids: for a bank, the prompt of every row; -1 means no prompt, which is plain T5.
+            prompt_ids: for a bank, the index of every row's prompt; -1 means no prompt, as in a
+                plain T5.
+            train: applies dropout.
 
         Raises:
-            InputError: both or neither of lengths and segments; `prompt_ids` without a bank, a
-                bank without `prompt_ids`, or `prompt_ids` with packed rows.
+            InputError: both or neither of lengths and segments were given; `prompt_ids` without a
+                bank, a bank without `prompt_ids`, or `prompt_ids` with packed rows.
         """
         self._check_choice(prompt_ids, packed=encoder_segment_ids is not None)
         embedded = self.backbone.embed(encoder_input_tokens)
@@ -98,7 +106,7 @@ class PromptedT5(nn.Module):
             raise InputError("prompt_ids cannot be used with packed rows: they choose one per row")
 
     def prompt_states(self) -> PromptStates:
-        """The states of an input-independent prompt, shared by all examples."""
+        """Computes the states of an input-independent prompt, which all examples share."""
         return self.backbone.prompt_states(self.prompt.matrix())
 
     def decode(
@@ -109,9 +117,11 @@ class PromptedT5(nn.Module):
         *,
         train: bool = False,
     ) -> Float[Array, "B L V"]:
+        """Computes float32 logits for whole targets (teacher forcing)."""
         return self.backbone.decode(encoded, decoder_input_tokens, decoder_segment_ids, train=train)
 
     def init_cache(self, encoded: Encoded, length: int) -> Cache:
+        """Makes a cache for `decode_step`, with room for `length` targets per row."""
         return self.backbone.init_cache(encoded, length)
 
     def decode_step(
@@ -121,6 +131,7 @@ class PromptedT5(nn.Module):
         position: Int[Array, ""] | int,
         encoded: Encoded,
     ) -> tuple[Float[Array, "B l V"], Cache]:
+        """Decodes the next l targets; see `t5.T5.decode_step`."""
         return self.backbone.decode_step(tokens, cache, position, encoded)
 
     def __call__(
@@ -134,7 +145,7 @@ class PromptedT5(nn.Module):
         prompt_ids: Int[Array, " B"] | None = None,
         train: bool = False,
     ) -> Float[Array, "B L V"]:
-        """Float32 logits; arguments as for `encode`.
+        """Computes float32 logits for whole targets; arguments as for `encode`.
 
         With `train`, dropout draws from the rng stream `dropout`.
         """
@@ -155,10 +166,10 @@ def make_apply_fn(
     gather: GatherFn | None = None,
     collections: tuple[str, ...] = (),
 ) -> ApplyFn:
-    """`PromptedT5(...).apply`; the same object for the same settings, so that jit's cache hits.
+    """Returns `PromptedT5(...).apply`; the same object for equal settings, so jit's cache hits.
 
     Args:
-        gather: for weights that are sharded along D too (`sharding.arrays.gather_layer`).
+        gather: gathers weights that are sharded along D too (`sharding.arrays.gather_layer`).
         collections: collections other than `params` that hold arrays of the layers, which a scan
             over layers must carry.
     """
@@ -169,7 +180,7 @@ def with_prompt(
     variables: Variables,
     prompt: Float[Array, "*B P D"] | np.ndarray | Bank | PromptStates | None,
 ) -> Variables:
-    """`variables` with `prompt` as its prompt collection, or without one."""
+    """Returns a copy of `variables` with `prompt` as its collection `prompt`; None removes that."""
     variables = {name: tree for name, tree in variables.items() if name != "prompt"}
     if prompt is None:
         return variables

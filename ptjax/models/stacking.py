@@ -1,4 +1,4 @@
-"""Layers of the same kind: as separate modules, or stacked and scanned over.
+"""Runs layers of the same kind: as separate modules, or stacked and scanned over.
 
 A scanned layer is compiled once, whatever the depth: XXL compiles in a fifth of the time. Its
 parameters have one name for all layers, `encoder/layers/...`, and a leading axis.
@@ -25,7 +25,7 @@ Layers = list[T] | T
 """A value per layer: a list, or arrays with a leading axis if layers are scanned."""
 
 GatherFn = Callable[[Any], Any]
-"""A layer's parameters -> the same, replicated over the axis `data`; see `gathered`."""
+"""A function that returns a layer's parameters replicated over the axis `data`; see `gathered`."""
 
 _GATHERED = "gathered"
 _POLICIES = {
@@ -37,7 +37,10 @@ _OF_LAYER = re.compile(r"(.*/layers)_(\d+)/(.*)")
 
 
 def make_layers(kind: type[nn.Module], config: T5Config, count: int) -> Tree:
-    """The modules of `count` layers, for `run_layers`; assign them to an attribute `layers`."""
+    """Makes the modules of `count` layers, for `run_layers`; assign them to an attribute `layers`.
+
+    With `config.scan_layers` that is a single module, which represents all layers.
+    """
     if config.scan_layers:
         return kind(config)  # pyright: ignore[reportCallIssue]
     return [kind(config) for _ in range(count)]  # pyright: ignore[reportCallIssue]
@@ -53,9 +56,10 @@ def run_layers(
     gather: GatherFn | None = None,
     collections: Collection[str] = (),
 ) -> tuple[Tree, Layers[Tree]]:
-    """Runs `x, output = step(layer, x, *inputs of this layer)` for every layer.
+    """Runs `x, output = step(layer, x, *inputs of this layer)` for every layer in turn.
 
     Args:
+        layers: the result of `make_layers`.
         inputs: `Layers` each, or None.
         collections: collections other than `params` that hold arrays of the layers, stacked like
             the parameters.
@@ -63,7 +67,7 @@ def run_layers(
             pass: keeping the gathered parameters would keep those of all layers.
 
     Returns:
-        The last x, and the outputs of all layers.
+        The last x, and the outputs of all layers as `Layers`.
 
     Raises:
         InputError: scanned layers have arrays in another collection.
@@ -102,17 +106,23 @@ def _check_carried(layers: nn.Module, collections: Collection[str]) -> None:
 
 
 def gathered(weights: jax.Array) -> jax.Array:
-    """Marks `weights` as the result of a `GatherFn`, so that they are not kept."""
+    """Marks `weights` as the result of a `GatherFn`.
+
+    `run_layers` then gathers them again in the backward pass instead of storing them.
+    """
     return checkpoint_name(weights, _GATHERED)
 
 
 def stack(layers: Layers[Tree]) -> Tree:
-    """One value per layer as arrays with a leading axis. Inverse of `unstack`."""
+    """Stacks the values of all layers to arrays with a leading axis. Inverse of `unstack`."""
     return jax.tree.map(lambda *x: jnp.stack(x), *layers) if isinstance(layers, list) else layers
 
 
 def unstack(config: T5Config, count: int, stacked: T) -> Layers[T]:
-    """Arrays with a leading axis of layers as `Layers`, for `run_layers`."""
+    """Returns arrays with a leading axis of `count` layers as `Layers`, for `run_layers`.
+
+    None stays None. Inverse of `stack`.
+    """
     if config.scan_layers or stacked is None:
         return stacked
     return [jax.tree.map(lambda x: x[index], stacked) for index in range(count)]  # noqa: B023
@@ -126,7 +136,7 @@ def map_layers(function: Callable[[T], Made], layers: Layers[T]) -> Layers[Made]
 
 
 def split_path(path: str) -> tuple[str, int | None]:
-    """The parameter's name in stacked layers, and the index of its layer.
+    """Returns a parameter's name in stacked layers, and the index of its layer, if it has one.
 
     >>> split_path("encoder/layers_3/mlp/wo/kernel")
     ('encoder/layers/mlp/wo/kernel', 3)
@@ -140,7 +150,9 @@ def split_path(path: str) -> tuple[str, int | None]:
 def stack_paths(arrays: Mapping[str, T], join: Callable[[list[T]], T]) -> dict[str, T]:
     """Renames parameters from T5X's names to those of stacked layers.
 
-    `join` combines the arrays of all layers of a name, in order.
+    Args:
+        arrays: by T5X's names.
+        join: combines the arrays that all layers have under one name, in the order of the layers.
     """
     by_layer: dict[str, dict[int, T]] = {}  # in the order of `arrays`; -1: not of a layer
     for path, array in arrays.items():
@@ -155,6 +167,7 @@ def stack_paths(arrays: Mapping[str, T], join: Callable[[list[T]], T]) -> dict[s
 class UnstackedView(Mapping[str, Any]):
     """A view of parameters by T5X's names; those of stacked layers are sliced on access.
 
+    >>> import numpy as np
     >>> list(UnstackedView({"encoder/layers/scale": np.ones((2, 8)), "encoder/norm": np.ones(8)}))
     ['encoder/layers_0/scale', 'encoder/layers_1/scale', 'encoder/norm']
     """

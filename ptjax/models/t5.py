@@ -47,7 +47,7 @@ Cache = Layers[LayerCache]
 
 
 class PromptStates(NamedTuple):
-    """Precomputed keys and values [layers, P, H, K] of an input-independent prompt.
+    """The keys and values [layers, P, H, K] of an input-independent prompt.
 
     They are the same for every example, so they are computed once and shared by all rows.
 
@@ -61,7 +61,7 @@ class PromptStates(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """What the decoder reads.
+    """The result of the encoder, which the decoder attends to.
 
     Attributes:
         states: the encoder's output [B, S, D].
@@ -75,6 +75,8 @@ class Encoded(NamedTuple):
 
 
 class Encoder(nn.Module):
+    """T5's encoder, from embedded positions on."""
+
     config: T5Config
     gather: GatherFn | None = None
     collections: tuple[str, ...] = ()
@@ -98,7 +100,7 @@ class Encoder(nn.Module):
         *,
         keep: bool = False,
     ) -> tuple[Float[Array, "B S D"], KeysValues | None]:
-        """The output, and with `keep` the keys and values [layers, B, S, H, K] of all layers.
+        """Returns the output, and with `keep` the keys and values [layers, B, S, H, K].
 
         Args:
             mask: which keys a query may attend to.
@@ -144,6 +146,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
+    """T5's decoder, from embedded targets to the states before the logits."""
+
     config: T5Config
     gather: GatherFn | None = None
     collections: tuple[str, ...] = ()
@@ -161,7 +165,7 @@ class Decoder(nn.Module):
             self.logits_dense = Dense(cfg.vocab_size, jnp.float32)
 
     def cross_keys_values(self, encoded: Float[Array, "B S D"]) -> Layers[KeysValues]:
-        """Each layer's keys and values [B, S, H, K] of the encoder's output."""
+        """Returns each layer's keys and values [B, S, H, K] of the encoder's output."""
 
         def of_layer(layer: DecoderLayer, _: None) -> tuple[None, KeysValues]:
             return None, layer.encoder_decoder_attention.keys_values(encoded)
@@ -186,7 +190,10 @@ class Decoder(nn.Module):
         cache: Cache | None = None,
         position: Int[Array, ""] | int = 0,
     ) -> tuple[Float[Array, "B l D"], Cache | None]:
-        """Runs on whole targets or, with a cache, on those that start at `position`."""
+        """Runs on whole targets or, with a cache, on the l targets from `position` on.
+
+        Returns the states, and the updated cache (None without a cache).
+        """
         cfg, count = self.config, self.config.num_decoder_layers
         steps = embedded.shape[1]
         of_layer = cache[0] if isinstance(cache, list) else cache
@@ -249,6 +256,7 @@ class T5(nn.Module):
         self.decoder = Decoder(cfg, self.gather, self.collections)
 
     def embed(self, tokens: Int[Array, "B t"]) -> Float[Array, "B t D"]:
+        """Looks up the embeddings of tokens, in the activations' dtype."""
         return self.token_embedder.embedding.astype(self.config.dtype)[tokens]
 
     def encode_embedded(
@@ -260,19 +268,25 @@ class T5(nn.Module):
         positions: Int[Array, "B S"] | None = None,
         train: bool = False,
     ) -> Float[Array, "B S D"]:
-        """`mask`: which positions each one attends to; `prompt`, `positions` as for `Encoder`."""
+        """Runs the encoder on embedded tokens.
+
+        Args:
+            mask: which positions each one attends to.
+            prompt: the states of an input-independent prompt, shared by all examples.
+            positions: positions inside an example, for packed rows with such a prompt.
+        """
         before = None if prompt is None else prompt.encoder
         return self.encoder(embedded, mask, not train, before, positions)[0]
 
     def prompt_states(self, prompt: Float[Array, "P D"], *, train: bool = False) -> PromptStates:
-        """The states of a prompt whose positions attend to the prompt alone."""
+        """Computes the states of a prompt whose positions attend to the prompt alone."""
         seen = jnp.ones((1, 1, len(prompt)), bool)
         encoded, encoder = self.encoder(prompt[None], seen, not train, keep=True)
         made: Any = (encoder, stack(self.decoder.cross_keys_values(encoded)))
         return PromptStates(*jax.tree.map(lambda x: x[:, 0], made))
 
     def init_cache(self, encoded: Encoded, length: int) -> Cache:
-        """A cache with the cross-attention's keys and values and room for `length` targets."""
+        """Makes a cache with cross-attention's keys and values, and room for `length` targets."""
         cfg = self.config
         shape = (len(encoded.states), length, cfg.num_heads, cfg.head_dim)
         empty = jnp.zeros(shape, cfg.dtype)
@@ -290,9 +304,12 @@ class T5(nn.Module):
         position: Int[Array, ""] | int,
         encoded: Encoded,
     ) -> tuple[Float[Array, "B l V"], Cache]:
-        """Float32 logits after targets `position ... position + l - 1`, and the updated cache.
+        """Decodes the targets `position ... position + l - 1`, which are `tokens`, with a cache.
 
         `encoded.states` is not used: its keys and values are in the cache.
+
+        Returns:
+            The float32 logits of the token after each target, and the updated cache.
         """
         made: Any
         y, made = self.decoder(self.embed(tokens), encoded, True, cache=cache, position=position)
@@ -306,7 +323,7 @@ class T5(nn.Module):
         *,
         train: bool = False,
     ) -> Float[Array, "B L V"]:
-        """Float32 logits for whole targets (teacher forcing)."""
+        """Computes float32 logits for whole targets (teacher forcing)."""
         embedded = self.embed(decoder_input_tokens)
         return self._logits(self.decoder(embedded, encoded, not train, decoder_segment_ids)[0])
 
@@ -318,7 +335,7 @@ class T5(nn.Module):
 
 
 def init_params(config: T5Config, key: Array) -> Tree:
-    """Random float32 parameters with T5X's initialisers, for pre-training from scratch."""
+    """Makes random float32 parameters with T5X's initialisers, for pre-training from scratch."""
 
     def everything(module: T5) -> None:
         tokens = jnp.ones((1, 2), jnp.int32)
@@ -331,7 +348,7 @@ def init_params(config: T5Config, key: Array) -> Tree:
 
 @functools.cache
 def parameter_shapes(config: T5Config) -> Tree:
-    """The parameter tree as float32 `jax.ShapeDtypeStruct`s; nothing is computed."""
+    """Returns the parameter tree as float32 `jax.ShapeDtypeStruct`s; computes no parameter."""
     if config.scan_layers:
         return jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
     # All layers of a stack have the same shapes; tracing dozens of them takes seconds.

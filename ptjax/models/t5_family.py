@@ -106,7 +106,7 @@ _RELPOS = tuple(
 
 @dataclasses.dataclass(frozen=True)
 class T5Family:
-    """See `family.Family`."""
+    """The family of T5 and its variants, see `family.Family`; use the object `T5_FAMILY`."""
 
     title: str = "a T5"
     described: str = "a T5 under T5X's names"
@@ -142,7 +142,10 @@ class T5Family:
     )
 
     def check_name(self, path: str, array: ArrayInfo) -> None:
-        """Refuses scanned layers (T5X `scalable_t5`, umT5): one array with a `layers` axis."""
+        """Raises InputError for a parameter of a scanned T5X model (`scalable_t5`, umT5).
+
+        Such a parameter has an axis `layers`, over which all layers are stacked.
+        """
         parts = path.split("/")
         stacked = parts[:2] in (["encoder", "encoder"], ["decoder", "decoder"])
         if stacked or "scan" in parts or "layers" in parts or len(array.shape) > 2:
@@ -153,7 +156,7 @@ class T5Family:
             )
 
     def infer_config(self, lazy_arrays: Mapping[str, ArrayInfo], name: str) -> JsonObject:
-        """The fields of `T5Config` that can be inferred from parameter names and shapes."""
+        """Infers fields of `T5Config` from parameter names and shapes; see `family.Family`."""
 
         def shape(ending: str) -> tuple[int, ...]:
             # The most common one of all layers: a later check names the parameter that differs.
@@ -193,7 +196,10 @@ class T5Family:
     def check_depth(
         self, lazy_arrays: Mapping[str, ArrayInfo], config: T5Config, name: str
     ) -> None:
-        """Runs before the network is traced: tracing a bogus depth could take forever."""
+        """Raises InputError if the config has more layers than the files have.
+
+        Called before the network is traced: tracing a wrong number of layers could take forever.
+        """
         for stack, layers in (
             ("encoder", config.num_encoder_layers),
             ("decoder", config.num_decoder_layers),
@@ -208,7 +214,11 @@ class T5Family:
         return t5.parameter_shapes(config)
 
     def tensor_names(self, fields: Metadata) -> Sequence[NameRule]:
-        """`relpos_per_layer` decides whether a table in block 0 is the layer's or the stack's."""
+        """Returns the parameters' names in ptjax and in Hugging Face's files.
+
+        The field `relpos_per_layer` decides whether the table of relative position biases in block
+        0 belongs to that layer or to the whole stack.
+        """
         return _NAMES + _RELPOS[1 if fields.get("relpos_per_layer") else 0 :: 2]
 
     def build(
@@ -225,7 +235,7 @@ class T5Family:
         return embedding_of(params, EMBEDDING)
 
     def is_quantized(self, path: str) -> bool:
-        """Every kernel except that of the logits.
+        """Whether `quantize="int8"` quantizes this parameter: every kernel except the logits'.
 
         The embedding, whose scale the prompt shares, and the logits, which T5 computes in float32,
         are 2% of XXL and are not quantized.
@@ -233,10 +243,10 @@ class T5Family:
         return path.endswith("/kernel") and "logits_dense" not in path
 
     def fingerprint_parts(self, path: str, shape: tuple[int, ...]) -> Parts:
-        """The parts of a parameter that are sampled.
+        """Returns the parts of a parameter that the fingerprints sample; see `family.Family`.
 
-        "rows" (v1): embedding rows 0, 97, 194, ..., whole norm scales, the first row of a `wo`
-        kernel. "grid" (v2): every other parameter and `wo`; see `grid_of`.
+        "rows" (v1 and v2): embedding rows 0, 97, 194, ..., whole norm scales, the first row of a
+        `wo` kernel. "grid" (v2 only): every other parameter and `wo`; see `grid_of`.
 
         >>> T5_FAMILY.fingerprint_parts("encoder/layers_0/attention/query/kernel", (512, 384))
         {'grid': (slice(None, None, 8), slice(None, None, 6))}

@@ -36,14 +36,15 @@ _CRASHED, _LATE = "compiler crashed", "compiler took too long"
 _PACKAGES = re.compile("jax.*|flax|optax|libtpu.*")
 
 FAST: JsonObject = {"exec_time_optimization_effort": -1.0}
-"""Halves the compile time for TPUs. The reported peak memory is up to 1% higher for T5 XXL, up to
-25% for T5 small."""
+"""Compiler options that halve the compile time for TPUs. The reported peak memory is up to 1%
+higher for T5 XXL, up to 25% for T5 small."""
 UNTUNED: JsonObject = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
-"""Matrix products call cuBLAS: choosing the fastest kernel would need a GPU."""
+"""Compiler options for GPUs: matrix products call cuBLAS, because choosing the fastest kernel would
+need a GPU."""
 
 
 def check_compiler(slice_: Slice) -> None:
-    """InputError unless a compiler for the slice's devices is installed."""
+    """Raises InputError unless a compiler for the slice's devices is installed."""
     if not any(map(importlib.util.find_spec, slice_.compiler)):
         extra = "plan" if slice_.is_tpu else "plan-gpu"
         raise InputError(
@@ -60,7 +61,7 @@ def compile_ahead(
     exact: bool = False,
     timed: bool = False,
 ) -> Report:
-    """`count`, completed by what the compiler for the slice's devices reports of the step.
+    """Compiles the step for the slice's devices; extends `count`'s report by the compiler's.
 
     Call it in a process of its own: a compiler that crashes ends the process.
 
@@ -138,7 +139,7 @@ def _verdict(peak: int, usable: int) -> str:
 
 
 def compiler_options(slice_: Slice, exact: bool = False) -> JsonObject:
-    """The options of the compiler for the slice's devices; `exact` is that of `compile_ahead`."""
+    """The compiler options for the slice's devices by name; `exact` is as for `compile_ahead`."""
     if not slice_.is_tpu:
         return UNTUNED
     return {} if exact else FAST
@@ -181,10 +182,12 @@ def _accessed_bytes(
 
 
 class Compiler:
-    """`compile_ahead` for one slice, in a process of its own, with cached reports.
+    """Runs `compile_ahead` for one slice, each time in a new process; caches the reports.
 
     Args:
-        gin: all settings of the run, as `ptjax.plan --compile` reads them.
+        spec: the train step, only for the reports of failed compilations.
+        gin: all settings of the run as a gin file, which `ptjax.plan --compile` reads in the new
+            process.
         exact: see `compile_ahead`.
         timeout: seconds that one compilation may take.
         cache: the folder of the cached reports; None caches in memory only.
@@ -205,7 +208,16 @@ class Compiler:
         self.reports: dict[str, Report] = {}
 
     def __call__(self, parallel: ParallelConfig, timed: bool = False) -> Report:
-        """The report for one configuration, cached or compiled now."""
+        """Returns the report for one configuration, from the cache or compiled now.
+
+        If the compiler crashes or takes too long, the report has that "verdict", and a "reason".
+
+        Args:
+            timed: see `compile_ahead`.
+
+        Raises:
+            InputError: the compiler does not support the slice.
+        """
         jobs = [
             {"parallel": parallel.settings(), "exact": self.exact, "timed": with_time}
             for with_time in ((True,) if timed else (True, False))  # a timed report has all keys
@@ -281,7 +293,7 @@ class Compiler:
 
 
 def answer(spec: StepSpec, slice_: Slice, job: str) -> Report:
-    """What the process that `Compiler` starts prints.
+    """Makes the report that the process started by `Compiler` prints.
 
     Args:
         job: the value of `--compile`, as `Compiler` wrote it.

@@ -1,4 +1,4 @@
-"""The cost of a step in seconds, counted from shapes: no compiler, no weights."""
+"""Estimates the seconds that a step takes, from shapes alone: without compiler or weights."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from ptjax.training import freeze as freezing
 from ptjax.trees import Tree
 
 Report = JsonObject
-"""Facts about a step on a slice: `count` documents the keys, `compiler` adds its own."""
+"""Facts about a step on a slice, as JSON values: the result of `count`; `compiler` adds its own."""
 
 TIGHT = 0.92
 """Share of the usable memory above which a program that compiles may still fail: the next batch,
@@ -35,10 +35,16 @@ evaluation and the programs themselves need memory too."""
 
 
 def count(spec: StepSpec, parallel: ParallelConfig, slice_: Slice) -> Report:
-    """Parameters, FLOPs, bytes per device and seconds, from the jaxpr and the shardings.
+    """Counts parameters, FLOPs, bytes per device and seconds, from the jaxpr and the shardings.
 
     Args:
-        parallel: as `resolve` returns it.
+        parallel: as `resolve` returns it, without 'auto'.
+
+    Returns:
+        a report with the keys "slice", "devices", "settings" (of `parallel`), "dtype",
+        "parameters" (all), "trainable" (parameters), "flops" (on all devices: "forward", "useful"
+        without recomputation, "executed"), "bytes_per_device" ("frozen", "state", "batch"),
+        "usable_bytes" (per device), "examples" (per step) and "estimate" (see `step_seconds`).
     """
     mesh = abstract_mesh(parallel, slice_)
     abstract = abstract_step(spec, parallel, mesh)
@@ -85,7 +91,7 @@ def _gathered_bytes(spec: StepSpec, parallel: ParallelConfig, mesh: Mesh) -> tup
 
 
 def bytes_on_device(tree: Tree) -> int:
-    """Bytes that one device holds of `tree`, whose leaves have shapes, dtypes and shardings."""
+    """The bytes of `tree` on one device; its leaves are arrays or shapes, with shardings."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
@@ -141,13 +147,13 @@ def _expected_traffic(
 
 
 def link_seconds(traffic: Mapping[tuple[str, ...], int], mesh: Mesh, slice_: Slice) -> float:
-    """Seconds that collectives take on rings of devices.
+    """Estimates the seconds that the collectives of a step take, on rings of devices.
 
     Among n devices an all-reduce sends 2 (n - 1) / n of its result, an all-gather half of that.
     Between slices every device of a group contributes its share of the network's bandwidth.
 
     Args:
-        traffic: (kind, *axes) -> bytes of the results.
+        traffic: maps (kind, *mesh axes) of a collective to the bytes of its results on one device.
     """
     seconds, generation = 0.0, slice_.generation
     for (kind, *axes), size in traffic.items():
@@ -164,12 +170,16 @@ def link_seconds(traffic: Mapping[tuple[str, ...], int], mesh: Mesh, slice_: Sli
 
 
 def step_seconds(seconds: Mapping[str, float], ideal: float) -> Report:
-    """A step's time: "low" if everything overlaps, "high" if communication hides nothing.
+    """Bounds the time of a step: "low" if everything overlaps, "high" if communication does not.
 
     Args:
-        seconds: "compute", "memory", "links", and "memory_most" where it is known; without it
-            "high" is None.
-        ideal: seconds of the useful FLOPs at the devices' peak.
+        seconds: "compute", "memory" and "links" are the times that these alone would take;
+            "memory_most" is the upper bound of "memory". Without it "high" is None.
+        ideal: the seconds that the useful FLOPs would take at the devices' peak.
+
+    Returns:
+        `seconds` and "ideal", with "low", "high", and "utilisation": `ideal` as a share of "high"
+        and of "low".
     """
     low = max(seconds["compute"], seconds["memory"], seconds["links"])
     high = None

@@ -19,7 +19,7 @@ _UNKNOWN = ("conv_general_dilated", "ragged_dot_general", "pallas_call", "shard_
 
 
 def count_flops(function: Callable[..., object], *shapes: Tree) -> int:
-    """FLOPs of the matrix products that `function(*shapes)` runs.
+    """Counts the FLOPs of the matrix products that `function(*shapes)` runs.
 
     Every `dot_general` counts 2 x (elements of the result) x (contracted length); `jnp.dot`, `@`
     and `jnp.einsum` lower to it. The body of a `scan` counts once per iteration (XLA's own
@@ -50,7 +50,7 @@ def step_flops(
     batch: Tree,
     optimizer: optax.GradientTransformation,
 ) -> tuple[int, int]:
-    """FLOPs of (the forward pass, including dropout and loss; the whole train step).
+    """Counts the FLOPs of (the forward pass with dropout and loss, the whole train step).
 
     The step of a frozen network costs a little over twice the forward pass, because the backward
     pass computes gradients of activations only. Three times means that it computes weight
@@ -58,8 +58,8 @@ def step_flops(
 
     Args:
         variables: {"params": ..., ["prompt": ...]} of arrays or shapes.
-        freeze: which of them are frozen (`training.freeze`).
-        batch: arrays or shapes.
+        freeze: determines which of them are frozen (see `training.freeze`).
+        batch: the arrays of a batch by name, or their shapes.
     """
     loss = Loss()
     trainable, frozen = freezing.split(variables, freeze)

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+# Operations by which devices communicate, under their names in HLO.
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "send")
 _BITS = {"pred": 8, "bf16": 16, "token": 0, "opaque": 0}
 # Operations that move no bytes themselves: aliases, and calls whose bodies are counted.
@@ -22,7 +23,8 @@ class Collective(NamedTuple):
 
     Attributes:
         kind: one of `KINDS`; "send" goes to another slice, over the network.
-        shape: of the result on one device.
+        dtype: HLO's name of the result's dtype, such as "f32".
+        shape: the shape of the result on one device.
         axes: the mesh axes along which the devices of a group differ; for a send, the slices' axis.
         times: how often it runs in one run of the program.
         in_loop: whether it is inside a loop.
@@ -37,12 +39,16 @@ class Collective(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """Bytes of the result on one device, over all runs."""
+        """The bytes of the result on one device, over all `times` that it runs."""
         return self.times * _array_bytes(self.dtype, self.shape)
 
 
 def collectives(compiled: jax.stages.Compiled, mesh: Mesh) -> list[Collective]:
-    """All collectives of a compiled function."""
+    """Lists the collectives in a compiled function.
+
+    Args:
+        mesh: the mesh that the function was compiled for.
+    """
     computations, entry = _computations(compiled.as_text() or "")
     loops = _loops(computations, entry)
     results = []
@@ -68,7 +74,10 @@ def collectives(compiled: jax.stages.Compiled, mesh: Mesh) -> list[Collective]:
 
 
 def bytes_accessed(compiled: jax.stages.Compiled) -> int:
-    """Bytes that a GPU's program reads and writes: operands and results of all its kernels."""
+    """Counts the bytes that a GPU's program accesses: operands and results of all its kernels.
+
+    A loop's body counts as often as it runs.
+    """
     computations, entry = _computations(compiled.as_text() or "")
     bodies = computations.values()
     lines = (line for body in bodies for line in body if " call(" not in line)

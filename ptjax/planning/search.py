@@ -1,4 +1,4 @@
-"""Finds the fastest parallel configuration of a step on a slice: counts all, compiles few."""
+"""Finds the fastest parallel configuration of a step on a slice: estimates all, compiles few."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ chosen."""
 
 
 def expected_seconds(report: Report) -> float:
-    """The time by which configurations are compared: no communication is hidden."""
+    """The seconds per step by which configurations are compared; no communication overlaps."""
     seconds = report["estimate"]
     return max(seconds["compute"], seconds["memory"]) + seconds["links"]
 
@@ -33,14 +33,17 @@ def search(
     quantize: str | None,
     compile_one: Callable[[ParallelConfig], Report],
 ) -> tuple[list[Report], Report | None]:
-    """(the reports of what was compiled, the best that fits).
+    """Compiles configurations in the order of their estimated time, until one fits.
 
-    Configurations are compiled in the order of their estimated time until one fits.
+    It does so for each precision: the run's own and, unless the weights are trainable, bfloat16 for
+    a float32 run and int8 kernels if `quantize` is None. A lower one must be faster (see `WORTH`).
 
     Args:
-        quantize: as the gin file sets it. Unless the weights are trainable, a float32 run is also
-            tried in bfloat16, and with int8 kernels if `quantize` is None.
-        compile_one: `compile_ahead`, in any process.
+        quantize: QUANTIZE of the run: "int8" or None.
+        compile_one: returns the report of a configuration, as a `Compiler` does.
+
+    Returns:
+        (the reports of all that was compiled, the report of the best that fits or None).
     """
     precisions: list[JsonObject] = [{"quantize": quantize}]
     if spec.method.collection != "params":

@@ -1,4 +1,4 @@
-"""Slices by their Cloud names: topologies for the compiler, and published rates."""
+"""Hardware to plan for, by names such as "v5e-8": topologies for the compiler, published rates."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ ENVIRONMENT = {
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """A kind of device. The rates are those that its maker publishes; we measured none.
+    """A kind of device. The rates are those that its maker publishes; none was measured.
 
     Attributes:
-        device_kind: as JAX names it.
+        device_kind: JAX's name of it.
         topology: libtpu's name of the generation; "" for a GPU.
         flops: dense bfloat16 FLOPs per second and device.
         memory_rate: bytes per second between a device and its memory.
@@ -45,10 +45,10 @@ class Generation:
         network_rate: a device's share of the bytes per second that a machine sends over the
             network. Not published for v2 to v4; assumed to be v5p's per chip for v4, half of that
             for v2 and v3.
-        devices: JAX devices per chip.
-        cores: cores per chip, which Cloud names count ("v4-8" is four chips).
-        axes: axes of the slice's torus.
-        most: chips of the largest slice; GPUs of a machine.
+        devices: the number of JAX devices per chip.
+        cores: the number of cores per chip, which names of slices count ("v4-8" is four chips).
+        axes: the number of axes of the slice's torus.
+        most: the number of chips of the largest slice; for GPUs, the number in a machine.
         options: for a TPU, options of `get_topology_desc`; for a GPU, its properties under the
             names of XLA's `GpuDeviceInfoProto`.
     """
@@ -134,13 +134,14 @@ GENERATIONS = {
         options=_gpu((10, 0), cores=148, lanes=128, clock=1.9, shared=228, cache=126),
     ),
 }  # fmt: skip
+# Other names of generations, and names of slices for messages.
 ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "v7x": "tpu7x"}
 EXAMPLES = ("v5e-8", "v4-16", "v5p-8", "v6e-8", "tpu7x-8", "2xv5e-16", "h100x8", "h100x16")
 _MOST_SLICES = 64
 
 
 class Device(NamedTuple):
-    """A device for counting, with the attributes of `jax.Device` that meshes need."""
+    """A substitute for an absent `jax.Device`, with the attributes that meshes need."""
 
     id: int
     platform: str
@@ -153,7 +154,8 @@ class Slice:
     """Hardware to plan for: one or several slices of TPUs, or machines with GPUs.
 
     Attributes:
-        chips: the shape of a slice's torus; for GPUs (GPUs per machine,).
+        name: the name that `parse_slice` reads.
+        chips: the shape of one slice's torus; for GPUs the tuple `(GPUs per machine,)`.
         slices: the number of slices, or of machines with GPUs, joined by the data-centre network.
     """
 
@@ -164,15 +166,16 @@ class Slice:
 
     @property
     def is_tpu(self) -> bool:
+        """Whether the devices are TPUs; otherwise they are GPUs."""
         return bool(self.generation.topology)
 
     @property
     def usable_bytes(self) -> int:
-        """Bytes of a device's memory that a program may use."""
+        """The bytes of one device's memory that a program may use."""
         return known_memory(self.generation.device_kind) or 0
 
     def flops(self, dtype: str) -> float:
-        """FLOPs per second and device, for matrix products of `dtype` at JAX's default precision.
+        """The peak FLOPs per second and device, for matrix products at JAX's default precision.
 
         For float32 a TPU rounds to bfloat16, a GPU to TF32, which takes twice the time.
         """
@@ -181,20 +184,20 @@ class Slice:
 
     @property
     def compiler(self) -> tuple[str, ...]:
-        """The packages that contain a compiler for the devices; one of them is enough."""
+        """The Python packages that contain a compiler for the devices; one of them is enough."""
         return ("libtpu",) if self.is_tpu else ("jax_cuda13_plugin", "jax_cuda12_plugin")
 
     def devices(self) -> list[Device]:
-        """All devices, for counting."""
+        """Makes substitutes for all devices, for `count` and for meshes without arrays."""
         each = math.prod(self.chips) * self.generation.devices
         platform = "tpu" if self.is_tpu else "gpu"
         kind = self.generation.device_kind
         return [Device(i, platform, kind, i // each) for i in range(each * self.slices)]
 
     def topology_devices(self) -> list[jax.Device]:
-        """All devices, for compiling: they hold no arrays.
+        """Makes descriptions of all devices, for which JAX can compile; they hold no arrays.
 
-        Call it in a process of its own, with `ENVIRONMENT`: the compiler may crash.
+        Call it in a process of its own, since the compiler may crash. It sets `ENVIRONMENT`.
 
         Raises:
             InputError: the compiler is missing or does not support the slice.
@@ -228,7 +231,7 @@ class Slice:
 
 
 def parse_slice(name: str) -> Slice:
-    """The slice of this name.
+    """Makes the slice with this name: GENERATION-SIZE, COUNTxGENERATION-SIZE or GPUxCOUNT.
 
     >>> parse_slice("v4-16").chips, parse_slice("2xv5e-16").chips, parse_slice("h100x8").chips
     ((2, 2, 2), (4, 4), (8,))

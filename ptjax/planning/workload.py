@@ -40,9 +40,11 @@ class StepSpec:
     """The train step of a run, independent of the machine.
 
     Attributes:
-        config: its `dtype` is also that of the weights.
-        inputs, targets: T and L of the largest batch.
-        row_length: positions of a packed row; None means those of a row with one example.
+        config: the network's config; its `dtype` is also that of the weights.
+        batch_size: the number of examples in a batch (of each member, in a sweep).
+        inputs, targets: T and L, the lengths in tokens, of the largest batch.
+        pack: whether several examples share a row.
+        row_length: the positions of a packed row; None means those of a row with one example.
         members: the number of prompts that a sweep trains; None means an ordinary run.
     """
 
@@ -60,7 +62,11 @@ class StepSpec:
     def from_settings(
         cls, config: T5Config, settings: RunSettings, members: int | None = None
     ) -> StepSpec:
-        """The step of a run with these settings on a network of this size.
+        """Makes the step of a run with these settings.
+
+        Args:
+            config: the network's config.
+            members: the number of prompts in a sweep; None: an ordinary run.
 
         Raises:
             InputError: a length is below 1.
@@ -83,12 +89,15 @@ class StepSpec:
         )
 
     def shape(self) -> Shape:
-        """The largest batch. A packed one is an upper bound: as if no two examples shared a row."""
+        """The shape of the largest batch.
+
+        Of packed batches it is an upper bound, as if no two examples shared a row.
+        """
         inputs = (self.row_length or self.inputs + self._prompt_slots) if self.pack else self.inputs
         return Shape(self.batch_size, inputs, self.targets, self.pack, self.members)
 
     def positions(self) -> int:
-        """Encoder positions per row, prompts included."""
+        """The number of encoder positions per row, prompts included."""
         return self.shape().inputs + (0 if self.pack else self._prompt_slots)
 
     @property
@@ -102,7 +111,10 @@ class ParallelConfig:
     """How a step is laid out on a slice: MESH, FSDP, SCAN_LAYERS, REMAT and QUANTIZE.
 
     Attributes:
-        dtype: an override, as of `load_backbone`; None keeps the dtype of the `StepSpec`.
+        mesh: 'auto', or the sizes of the mesh's axes: "2x4" is data x model.
+        fsdp, quantize: as the arguments of `load_backbone`.
+        scan_layers, remat: as the fields of `T5Config`.
+        dtype: the dtype of the weights; None keeps that of the `StepSpec`.
     """
 
     mesh: str
@@ -113,7 +125,7 @@ class ParallelConfig:
     dtype: str | None = None
 
     def settings(self) -> JsonObject:
-        """The settings by their names in gin files. Inverse of `from_settings`."""
+        """The settings by their names in gin files; `from_settings` is the inverse."""
         return {
             "MESH": self.mesh,
             "FSDP": self.fsdp,
@@ -125,11 +137,11 @@ class ParallelConfig:
 
     @classmethod
     def from_settings(cls, settings: Metadata) -> ParallelConfig:
-        """The configuration with these settings. Inverse of `settings`."""
+        """Makes the configuration from the result of `settings`."""
         return cls(**{name.lower(): value for name, value in settings.items()})
 
     def applied(self, config: T5Config) -> T5Config:
-        """`config` with these settings, as `load_backbone` would return it."""
+        """Returns the config that `load_backbone` would make of `config` with these settings."""
         changes = {"scan_layers": self.scan_layers, "remat": self.remat}
         return dataclasses.replace(config, **changes, dtype=self.dtype or config.dtype)
 
@@ -139,10 +151,11 @@ class ParallelConfig:
 
 
 def resolve(spec: StepSpec, parallel: ParallelConfig, slice_: Slice) -> ParallelConfig:
-    """`parallel` with 'auto' replaced by a mesh's sizes, checked against the model and the batch.
+    """Checks `parallel`, and returns it with the mesh 'auto' replaced by sizes ("2x4").
 
     Raises:
-        InputError: as `ptjax.train` raises it.
+        InputError: the mesh does not fit the slice, the network or the batch size; the message is
+            that of `ptjax.train`.
     """
     config = parallel.applied(spec.config)
     if parallel.mesh == "auto":
@@ -157,27 +170,40 @@ def resolve(spec: StepSpec, parallel: ParallelConfig, slice_: Slice) -> Parallel
 
 
 def abstract_mesh(parallel: ParallelConfig, slice_: Slice) -> Any:
-    """The mesh as an `AbstractMesh`, which has no devices: enough for shapes and shardings."""
+    """Makes the mesh of `parallel` as an `AbstractMesh`, which has no devices.
+
+    It is enough for shapes and shardings.
+
+    Raises:
+        InputError: the slice's devices cannot form the mesh.
+    """
     shape, devices = meshes.parse_mesh(parallel.mesh), slice_.devices()
     check_shape(shape, devices)
     return mesh_of_sizes(shape)
 
 
 def mesh_of_sizes(shape: tuple[int, ...]) -> Any:
-    """An `AbstractMesh` with axes of these sizes."""
+    """Makes an `AbstractMesh` with axes of these sizes: ([replica,] data, model)."""
     types = (AxisType.Auto,) * len(shape)
     return AbstractMesh(shape, AXES[-len(shape) :], axis_types=types)
 
 
 @dataclasses.dataclass(frozen=True)
 class PlannedBackbone:
-    """The part of a backbone that methods use, without weights."""
+    """A substitute for a `Backbone`, without weights: the part that methods use.
+
+    Attributes:
+        config: the network's config.
+        quantize: "int8" if kernels are quantized.
+        gather: gathers the sharded weights of a layer; None without FSDP.
+    """
 
     config: T5Config
     quantize: str | None = None
     gather: GatherFn | None = None
 
     def make_apply_fn(self, attends_to_input: bool, collections: tuple[str, ...]) -> ApplyFn:
+        """Makes the network's function, as `Backbone.make_apply_fn`."""
         settings = {"gather": self.gather, "collections": collections}
         return T5_FAMILY.build(self.config, attends_to_input=attends_to_input, **settings)
 
@@ -187,7 +213,10 @@ class AbstractStep:
     """The train step, and its arguments as shapes with shardings.
 
     Attributes:
-        forward: the loss alone, with the arguments of `step`.
+        step: the train step.
+        forward: computes the loss alone, with the arguments of `step`.
+        state, frozen: the shapes of the first two arguments.
+        shape: the shape of the batch.
         groups: the number of groups of rows with a gradient of their own (`StepConfig.groups`).
     """
 
@@ -200,15 +229,21 @@ class AbstractStep:
     groups: int
 
     def lower(self) -> jax.stages.Lowered:
+        """Lowers the step, ready to be compiled."""
         return lower_step(self.step, self.state, self.frozen, self.shape, self.mesh)
 
     def inputs(self) -> tuple[Tree, ...]:
-        """What the step takes after state and frozen weights."""
+        """The shapes of the step's other arguments: the batch and, in a sweep, `sweep_shapes`."""
         return batch_shapes(self.shape, self.mesh), *sweep_shapes(self.shape.members, self.mesh)
 
 
 def abstract_step(spec: StepSpec, parallel: ParallelConfig, mesh: Mesh) -> AbstractStep:
-    """The step that `ptjax.train` would compile."""
+    """Makes the step that `ptjax.train` would compile, with shapes instead of arrays.
+
+    Args:
+        parallel: as `resolve` returns it.
+        mesh: with devices, or an `AbstractMesh`.
+    """
     step_config, config = spec.step_config, parallel.applied(spec.config)
     quantization = {"fsdp": parallel.fsdp, "quantize": parallel.quantize}
     variables: Tree = {"params": sharded_shapes(config, config.dtype, mesh, **quantization)}

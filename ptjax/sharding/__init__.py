@@ -1,1 +1,1 @@
-"""Meshes, and where on them arrays live."""
+"""Meshes of devices, and how arrays are sharded over them."""

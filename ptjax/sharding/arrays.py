@@ -1,4 +1,4 @@
-"""Puts arrays on a mesh: batches over `data`, keys and prompts replicated, layers stacked."""
+"""Puts arrays on a mesh: batches divided over `data`, random keys and prompts replicated."""
 
 from __future__ import annotations
 
@@ -22,10 +22,13 @@ from ptjax.trees import Tree
 
 
 def stack_layers(layers: Iterable[Tree], count: int) -> Tree:
-    """Stacks the arrays of `count` layers along a new first axis, which is never divided.
+    """Stacks the arrays of `count` layers along a new first axis, over which they are not sharded.
 
-    Each layer is written into the stack before the next one is read, so at most one layer is in
-    memory twice, on the devices and on the host.
+    Writes each layer into the stack before it takes the next one from `layers`, so at most one
+    layer is in memory twice, on the devices and on the host.
+
+    Args:
+        layers: trees of arrays with a `NamedSharding`.
     """
     stacked = None
     for number, layer in enumerate(layers):
@@ -60,10 +63,10 @@ def _layer_writer(sharding: NamedSharding) -> Callable[[jax.Array, jax.Array, in
 
 @functools.cache
 def gather_layer(mesh: Mesh) -> Callable[[Tree], Tree]:
-    """A function that gathers a layer's parameters: sharded as without FSDP.
+    """Returns a function that gathers a layer's parameters: they are then sharded as without FSDP.
 
-    FSDP calls it before a layer runs. The constraint is on the weights because the compiler, left
-    alone, may move the activations, which are larger. Equal meshes get the same function object,
+    With FSDP it runs before each layer. Without this constraint on the weights, the compiler may
+    move the activations instead, which are larger. Equal meshes get the same function object,
     which is part of jit's cache key.
     """
 
@@ -81,46 +84,56 @@ def gather_layer(mesh: Mesh) -> Callable[[Tree], Tree]:
 
 
 def reduction_groups(mesh: Mesh, *, microbatches: int, attends_to_input: bool) -> int:
-    """The `groups` of `make_train_step` so that only the prompt's gradient is summed over `data`.
+    """The argument `groups` with which `make_train_step` sums one gradient over `data` per step.
 
-    1 where the compiler achieves that alone: for a batch in one microbatch, each of whose rows has
-    its own copy of the prompt.
+    It is 1 if the compiler does that without groups: for a batch in one microbatch, each of whose
+    rows has its own copy of the prompt (`attends_to_input`).
     """
     return 1 if microbatches == 1 and attends_to_input else rows_divisor(mesh)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of an array that every device of the mesh holds whole."""
     return NamedSharding(mesh, P())
 
 
 def rows_axes(mesh: Mesh) -> tuple[str, ...]:
-    """The axes over which the rows of a batch are divided."""
+    """The names of the axes over which the rows of a batch are divided: all except `model`."""
     return tuple(name for name in mesh.axis_names if name != "model")
 
 
 def rows_divisor(mesh: Mesh) -> int:
-    """The number of parts into which the rows of a batch are divided: replica x data."""
+    """The number of parts into which a batch's rows are divided: the sizes replica x data."""
     return math.prod(mesh.shape[name] for name in rows_axes(mesh))
 
 
 def replicate_key(key: jax.Array, mesh: Mesh) -> jax.Array:
-    """Copies typed random keys to every device; across processes `jax.device_put` cannot."""
+    """Copies typed random keys to every device of the mesh.
+
+    Works across processes, where `jax.device_put` of typed keys fails.
+    """
     data = np.asarray(jax.random.key_data(key))
     return jax.random.wrap_key_data(jax.device_put(data, replicated(mesh)))
 
 
 def batch_sharding(mesh: Mesh, rank: int = 2) -> NamedSharding:
-    """Divides rows, the last axis but one, over `replica` and `data`, and no other axis."""
+    """The sharding of a batch's array: its rows, the axis before the last, over `replica`, `data`.
+
+    Other axes are not divided; an array of rank 0 or 1 is replicated.
+    """
     return NamedSharding(mesh, P(*[None] * (rank - 2), rows_axes(mesh)) if rank > 1 else P())
 
 
 def sharding_in_batch(name: str, rank: int, mesh: Mesh) -> NamedSharding:
-    """The sharding of a batch's array `name`; an array with one number per row follows the rows."""
+    """The sharding of a batch's array `name`, of this rank.
+
+    As `batch_sharding`; the rows of an array with one number per row are its last axis.
+    """
     return batch_sharding(mesh, rank + (name in PER_ROW))
 
 
 def put_batch(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
-    """Puts a global batch on the mesh, divided as in `batch_sharding`.
+    """Puts a global batch on the mesh, sharded as by `sharding_in_batch`.
 
     Every process passes the whole batch and transfers only the rows of its own devices.
     """
@@ -133,13 +146,13 @@ def put_batch(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
 
 
 def put_replicated(arrays: Iterable[np.ndarray], mesh: Mesh) -> tuple[jax.Array, ...]:
-    """Arrays that every process has whole, on every device of the mesh."""
+    """Puts arrays, of which every process has a whole copy, on every device of the mesh."""
     where = replicated(mesh)
     return tuple(jax.make_array_from_callback(x.shape, where, x.__getitem__) for x in arrays)
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, microbatches: int = 1) -> None:
-    """InputError unless the mesh divides the rows of every microbatch equally."""
+    """Raises InputError unless the mesh divides the rows of every microbatch equally."""
     step = rows_divisor(mesh) * microbatches
     if batch_size % step:
         lower = batch_size // step * step

@@ -11,7 +11,7 @@ GIB = 2**30
 
 
 class DeviceLike(Protocol):
-    """A `jax.Device`, or a planned one that has its attributes."""
+    """The attributes of a `jax.Device` that are read here; a planned device has them too."""
 
     @property
     def platform(self) -> str: ...
@@ -41,14 +41,15 @@ GPU_MEMORY = {
 }
 """`device_kind` -> GiB of a GPU, of which JAX uses a fraction, three quarters by default."""
 FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
-"""The environment variables that set the fraction, the newer one first."""
+"""JAX's environment variables for the fraction of a GPU's memory, the newer one first."""
 
 
 def known_memory(kind: str) -> int | None:
-    """Bytes that a program may use on a device of this kind, from the tables; None if unknown.
+    """Looks up how many bytes a program may use on a device of this kind; None if unknown.
 
     Raises:
-        InputError: the fraction for GPUs is not a number between 0 and 1.
+        InputError: the environment variable for the fraction of a GPU's memory (`FRACTIONS`) is not
+            a number between 0 and 1.
     """
     if kind not in GPU_MEMORY:
         usable = USABLE_HBM.get(kind)
@@ -65,11 +66,11 @@ def known_memory(kind: str) -> int | None:
 
 
 def usable_memory(device: DeviceLike) -> int | None:
-    """Bytes that a program may use on `device`, which may be absent; None if unknown.
+    """Determines how many bytes a program may use on `device`; None if unknown.
 
-    TPUs are looked up in the table, so that all hosts agree. For other devices JAX reports the
-    limit if this process has one of the kind, rounded down to whole GiB for the same reason; else
-    the table has it. None for a CPU, which shares the memory of its host.
+    The device need not exist. TPUs are looked up in the table, so that all hosts agree. For a GPU
+    of a kind that this process has, JAX reports the limit, which is rounded down to whole GiB for
+    the same reason; other kinds are looked up. A CPU gives None: it shares the memory of its host.
     """
     if device.platform == "cpu":
         return None

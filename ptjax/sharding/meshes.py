@@ -1,4 +1,4 @@
-"""Makes meshes: a name such as '4x2', or 'auto', becomes devices in `data` x `model`."""
+"""Makes meshes of devices, `data` x `model`, from a name such as '4x2' or 'auto'."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ v6e-8, and the compiled steps 76% and 71-85%."""
 
 
 def make_mesh(shape: int | Sequence[int] = 1, devices: Iterable[jax.Device] | None = None) -> Mesh:
-    """All `devices` as `data` x `model`, or as `replica` x `data` x `model`.
+    """Arranges all `devices` as `data` x `model`, or as `replica` x `data` x `model`.
 
     Neighbours on `model`, the axis that communicates most, are neighbours in the machine. The first
     axis spans the slices, if there are several.
@@ -36,8 +36,8 @@ def make_mesh(shape: int | Sequence[int] = 1, devices: Iterable[jax.Device] | No
     Args:
         shape: the sizes of two or three axes; an int is the size of `model`, with all other devices
             of a slice on `data` and the slices, if there are several, on `replica`.
-        devices: default: all of this run. They may belong to a topology for ahead-of-time
-            compilation.
+        devices: None takes all devices of all processes. They may belong to a topology for
+            ahead-of-time compilation.
 
     Raises:
         InputError: the devices cannot be divided into this shape.
@@ -56,7 +56,14 @@ def make_mesh(shape: int | Sequence[int] = 1, devices: Iterable[jax.Device] | No
 
 
 def check_shape(shape: Sequence[int], devices: Sequence[DeviceLike]) -> None:
-    """InputError unless `shape` has as many devices and its first axis divides into the slices."""
+    """Raises InputError unless the devices can form a mesh of this shape.
+
+    The product of `shape` must be the number of devices, and its first axis a multiple of the
+    number of slices.
+
+    Args:
+        shape: the axis sizes, data x model or replica x data x model.
+    """
     slices = count_slices(devices)
     name = "x".join(map(str, shape))
     if len(shape) not in (2, 3) or min(shape) < 1 or math.prod(shape) != len(devices):
@@ -87,7 +94,7 @@ def _arrange(shape: tuple[int, ...], slices: int, devices: list[jax.Device]) -> 
 
 
 def count_slices(devices: Iterable[DeviceLike]) -> int:
-    """The number of slices; devices without a `slice_index` belong to one slice."""
+    """Counts the slices that devices belong to; those without a `slice_index` are in slice 0."""
     return len({getattr(device, "slice_index", 0) for device in devices})
 
 
@@ -101,16 +108,17 @@ def choose_mesh(
     devices: Iterable[jax.Device] | None = None,
     family: Family = T5_FAMILY,
 ) -> Mesh:
-    """The mesh for a backbone of `config`; logs which it is, and why.
+    """Makes the mesh for a backbone of `config`; if it has several devices, logs it and why.
 
     Args:
         mesh: a mesh, or a name: "data x model" ('4x2') or "replica x data x model" ('2x2x2').
             'auto' chooses the smallest model axis with which the frozen weights leave a device
             enough memory (`SHARE`), because a model axis communicates in every layer, a data axis
-            once per step. None is the first device of this process.
+            once per step. None takes one device or, with several processes, all devices without a
+            model axis.
         dtype, quantize: of the frozen weights, as for `load_backbone`.
         fsdp: whether the weights are divided over `data` too.
-        devices: default: all.
+        devices: for a name; None takes all devices of all processes.
 
     Raises:
         InputError: the name is not valid, or the mesh does not divide the devices or the sizes.
@@ -137,10 +145,13 @@ def choose_mesh(
 
 
 def parse_mesh(name: str) -> tuple[int, ...]:
-    """The sizes of the axes in a mesh's name.
+    """Returns the sizes of the axes in a mesh's name.
 
     >>> parse_mesh("2x4")
     (2, 4)
+
+    Raises:
+        InputError: it is not two or three positive numbers joined by "x".
     """
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", name):
         raise InputError(
@@ -151,17 +162,17 @@ def parse_mesh(name: str) -> tuple[int, ...]:
 
 
 def mesh_name(mesh: Mesh) -> str:
-    """The mesh's name, "2x4". Inverse of `parse_mesh`."""
+    """The mesh's name, such as "2x4". `parse_mesh` is the inverse."""
     return "x".join(map(str, mesh.axis_sizes))
 
 
 def check_mesh(
     config: Config, mesh: Mesh, *, fsdp: bool = False, family: Family = T5_FAMILY
 ) -> None:
-    """InputError unless the mesh divides the dimensions that the family's table divides.
+    """Raises InputError unless the mesh divides all dimensions that the family's table shards.
 
-    For T5 these are heads, mlp and vocabulary over `model`, and with `fsdp`, which needs scanned
-    layers, the width over `data`.
+    For T5 these are heads, mlp and vocabulary over `model`, and with `fsdp` the width over `data`.
+    Also raises it for `fsdp` without scanned layers.
     """
     if fsdp and not config.scan_layers:
         raise InputError(
@@ -200,7 +211,10 @@ def _indivisible(
 def fitting_shapes(
     config: Config, devices: int, fsdp: bool, *, family: Family = T5_FAMILY
 ) -> list[tuple[int, int]]:
-    """The shapes (data, model) of that many devices that divide `config`, smallest model first."""
+    """Lists the mesh shapes (data, model) of `devices` devices that `check_mesh` accepts.
+
+    The one with the smallest model axis comes first.
+    """
     shapes = [(devices // model, model) for model in range(1, devices + 1) if devices % model == 0]
     return [
         (data, model)
@@ -217,13 +231,16 @@ def smallest_that_fits(
     *,
     family: Family = T5_FAMILY,
 ) -> tuple[tuple[int, ...], str]:
-    """(sizes of the axes, why) of MESH = 'auto', see `choose_mesh`.
+    """Chooses the mesh for MESH = 'auto', see `choose_mesh`.
+
+    Returns:
+        The sizes of the axes, and the reason as text.
 
     Args:
         weights: shapes and dtypes of the frozen weights (`quantize.weight_shapes`).
 
     Raises:
-        InputError: no mesh divides the sizes, or the weights fit none.
+        InputError: no mesh divides the sizes, or the weights do not fit with any.
     """
     slices = count_slices(devices)
     within, kind = len(devices) // slices, devices[0].device_kind

@@ -1,4 +1,4 @@
-"""One program on several processes: which of them writes, and where they wait for each other.
+"""One program on several processes: which of them writes files, and how they wait and agree.
 
 All processes run the same steps on the same global arrays, so they reach the same decisions. Only
 external events (a signal, the state of a disk) need an agreement. A single process skips all of it.
@@ -22,6 +22,7 @@ SHARED_WAIT_SECONDS = 10.0
 
 
 def several() -> bool:
+    """Whether the program runs on more than one process."""
     return jax.process_count() > 1
 
 
@@ -31,7 +32,7 @@ def first() -> bool:
 
 
 def wait_for_all(what: str) -> None:
-    """Waits until every process has called it with the same label `what`.
+    """Waits until every process has called this function with the same label `what`.
 
     Needed before others read what the first process wrote, and before it removes what they read.
     """
@@ -49,7 +50,7 @@ def stop_agreed(step: int) -> bool:
 
 
 def of_first(number: int) -> int:
-    """The first process's `number`, on all processes."""
+    """Returns the first process's `number` (int32) on all; all processes must call it together."""
     return int(multihost_utils.broadcast_one_to_all(np.int32(number))) if several() else number
 
 
@@ -59,14 +60,14 @@ def any_of_all(here: bool) -> bool:
 
 
 def sum_of_all(numbers: np.ndarray) -> np.ndarray:
-    """The sum of every process's integers; all processes must call it together."""
+    """Sums an array of integers over all processes; all processes must call it together."""
     if not several():
         return numbers
     return multihost_utils.process_allgather(numbers).sum(axis=0, dtype=numbers.dtype)
 
 
 def on_host(array: ArrayLike) -> np.ndarray:
-    """The whole array in this process's memory; all processes must call it together."""
+    """Copies a whole array to this process's memory; all processes must call it together."""
     if isinstance(array, jax.Array) and not (
         array.is_fully_addressable or array.is_fully_replicated
     ):
@@ -75,9 +76,10 @@ def on_host(array: ArrayLike) -> np.ndarray:
 
 
 def check_shared(directory: epath.Path) -> None:
-    """InputError, on all processes, unless all of them see the same `directory`.
+    """Raises InputError, on all processes, unless all of them see the same `directory`.
 
-    It creates the directory and, for a moment, a file in it, so a dry run must not call it.
+    All processes must call it together. With several processes it creates the directory and, for a
+    moment, a file in it, so a dry run must not call it.
     """
     if not several():
         return

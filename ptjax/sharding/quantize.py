@@ -23,9 +23,13 @@ LARGEST = 127
 def weight_shapes(
     config: Config, dtype: str, quantize: str | None = None, *, family: Family = T5_FAMILY
 ) -> Tree:
-    """The parameters as `jax.ShapeDtypeStruct`s of the dtypes that the frozen weights have.
+    """The shapes and dtypes of the frozen weights, as a tree of `jax.ShapeDtypeStruct`s.
 
-    The scales of quantized kernels are left out: they would add 0.1%.
+    Leaves out the scales of quantized kernels, which add only about 0.1% to the bytes.
+
+    Args:
+        dtype: of the weights that are not quantized.
+        quantize: the dtype of quantized kernels, "int8"; None if none are quantized.
     """
 
     def with_dtype(path: str, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -46,7 +50,11 @@ def sharded_shapes(
     quantize: str | None = None,
     family: Family = T5_FAMILY,
 ) -> Tree:
-    """The parameters as `load_backbone` would put them on `mesh`: shapes with shardings."""
+    """The shapes, dtypes and shardings of the parameters as `load_backbone` puts them on `mesh`.
+
+    A tree of `jax.ShapeDtypeStruct`s, or of `Quantized` pairs of them; arguments as for
+    `load_backbone`.
+    """
 
     def sharded(path: str, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct | Quantized:
         rules = family.sharding_rules
@@ -78,12 +86,16 @@ def quantize(kernel: Float[Array, "*L i o"]) -> Quantized:
 
 
 def dequantize(kernel: Quantized) -> Float[Array, "*L i o"]:
-    """The kernel in float32; its rounding error is at most half a scale."""
+    """Returns the kernel in float32; its rounding error is at most half of its channel's scale."""
     return kernel.values.astype(jnp.float32) * kernel.scale
 
 
 def quantize_sharded(kernel: jax.Array) -> Quantized:
-    """`quantize` on a mesh: values keep the kernel's sharding, scales that of its channels."""
+    """Quantizes a kernel on a mesh, like `quantize`.
+
+    The values keep the kernel's sharding. The scales are sharded like its output channels, but
+    never over `data`.
+    """
     sharding = kernel.sharding
     assert isinstance(sharding, NamedSharding)
     return _compiled(_quantized_shardings(sharding, kernel.ndim))(kernel)

@@ -33,11 +33,11 @@ AXES = ("replica", "data", "model")
 
 
 def check_rules(variables: Tree, rules: Rules = RULES) -> None:
-    """Checks that every variable has a row, every row is used, and no two rows conflict.
+    """Checks that every variable has a row in the sharding table, and that the rows are sound.
 
-    Only rows for the collections of `variables` are checked. A row may be an exception to a later
-    one, which then matches all of its variables and more. Otherwise two rows that match the same
-    variable must have the same spec.
+    Every row must be used, and no two may conflict: two rows that match the same variable must have
+    the same spec, unless the earlier one is an exception to the later one, which then matches all
+    of its variables and more. Only rows for the collections of `variables` must be used.
 
     Args:
         variables: {"params": ...} or {"params": ..., "prompt": ...} of leaves with a shape.
@@ -92,7 +92,7 @@ def _names(axis: str | tuple[str, ...] | None) -> tuple[str, ...]:
 
 
 def spec_of(path: str, rank: int, *, fsdp: bool = False, rules: Rules = RULES) -> P:
-    """The spec of the variable `path` ("params/encoder/...") with `rank` axes.
+    """Returns the spec of the variable `path` ("params/encoder/...") with `rank` axes.
 
     A stacked variable, `.../layers/...`, has an additional first axis of layers, which is never
     divided.
@@ -126,7 +126,7 @@ def sharding_of(
     fsdp: bool = False,
     rules: Rules = RULES,
 ) -> NamedSharding:
-    """The sharding of the variable `path` ("params/encoder/...").
+    """Returns the sharding of the variable `path` ("params/encoder/...").
 
     Raises:
         InputError: no row matches it, or the mesh does not divide it (`meshes.check_mesh` checks a
@@ -144,7 +144,11 @@ def sharding_of(
 
 
 def shardings_of(variables: Tree, mesh: Mesh, *, fsdp: bool = False, rules: Rules = RULES) -> Tree:
-    """`sharding_of` of every leaf of `variables`, after `check_rules`; errors as there."""
+    """Returns the sharding of every leaf of `variables`, as a tree; first calls `check_rules`.
+
+    Raises:
+        InputError: as in `check_rules` and `sharding_of`.
+    """
     check_rules(variables, rules)
     shardings = {
         path: sharding_of(path, leaf.shape, mesh, fsdp=fsdp, rules=rules)
@@ -156,11 +160,11 @@ def shardings_of(variables: Tree, mesh: Mesh, *, fsdp: bool = False, rules: Rule
 def bytes_per_device(
     variables: Tree, sizes: dict[str, int], *, fsdp: bool = False, rules: Rules = RULES
 ) -> int:
-    """Bytes that one device holds of `variables`.
+    """Computes how many bytes of `variables` one device holds.
 
     Args:
         variables: leaves with shape and dtype.
-        sizes: axis of the mesh -> its size.
+        sizes: the size of each axis of the mesh.
     """
     total = 0
     for path, leaf in flatten_paths(variables).items():

@@ -1,1 +1,1 @@
-"""A run from its settings to `results.json`. The only package with a clock and files to write."""
+"""Runs training, from the settings to `results.json`: the loop, its checkpoints and its files."""

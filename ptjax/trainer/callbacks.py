@@ -1,4 +1,4 @@
-"""How a run reports its progress to other code."""
+"""Callbacks: how other code is notified of the progress of a run."""
 
 from __future__ import annotations
 
@@ -12,25 +12,37 @@ from ptjax.trainer.progress import RunProgress
 
 
 class Callback(Protocol):
-    """Notified of the events of a run, on every process. Inherit from it; override what you need.
+    """Is notified of the events of a run, on every process. Subclasses override what they need.
 
     A callback may observe and write files, but not change the run. An exception ends the run.
     """
 
     def on_start(self, model_dir: epath.Path, step: int) -> None:
-        """Before the first step of this process; `step` is 0, or where the run resumes."""
+        """Called before the first step of this process; `step` is 0, or where the run resumes."""
 
     def on_step(self, step: int) -> None:
-        """After a step was dispatched to the devices; its result may not be computed yet."""
+        """Called when a step was dispatched to the devices; it may not be computed yet."""
 
     def on_log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """A row of `metrics.jsonl` on training: loss, gradient norm, learning rate and speed."""
+        """Called every `TrainSchedule.log_period` steps, with averages since the last call.
+
+        Args:
+            metrics: the loss, gradient norm, learning rate and speed, by the names that they have
+                in `metrics.jsonl`.
+        """
 
     def on_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-        """A row of `metrics.jsonl` on the validation split."""
+        """Called after each evaluation on the validation split.
+
+        Args:
+            metrics: the scores, by the names that they have in `metrics.jsonl`.
+        """
 
     def on_end(self, step: int) -> None:
-        """When the run has finished, failed or been stopped: close what `on_start` opened."""
+        """Called when the run has finished, failed or been stopped: close what `on_start` opened.
+
+        It is called only if `on_start` of this callback returned.
+        """
 
 
 class CallbackList:
@@ -41,7 +53,10 @@ class CallbackList:
 
     @contextlib.contextmanager
     def started(self, model_dir: epath.Path, progress: RunProgress) -> Iterator[None]:
-        """Calls `on_start`, and at the end `on_end` of every callback whose `on_start` returned."""
+        """Calls `on_start` now and `on_end` when the context ends, also with an exception.
+
+        If an `on_start` raises, the callbacks before it are ended and those after it not started.
+        """
         with contextlib.ExitStack() as ends:
             for callback in self._callbacks:
                 callback.on_start(model_dir, progress.step)
@@ -49,13 +64,16 @@ class CallbackList:
             yield
 
     def on_step(self, step: int) -> None:
+        """Calls `on_step` of every callback."""
         for callback in self._callbacks:
             callback.on_step(step)
 
     def on_log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Calls `on_log` of every callback."""
         for callback in self._callbacks:
             callback.on_log(step, metrics)
 
     def on_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Calls `on_evaluation` of every callback."""
         for callback in self._callbacks:
             callback.on_evaluation(step, metrics)

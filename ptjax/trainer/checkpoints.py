@@ -36,14 +36,13 @@ class _DamagedError(ValueError):
 
 
 class Checkpoints:
-    """The newest `keep` checkpoints under `directory`, by step.
+    """Writes and reads the newest `keep` checkpoints of a run, in folders `directory/STEP`.
 
-    `progress` and `identity` are plain JSON: how far the run has got, and which run it is.
+    `progress` (how far the run has got) and `identity` (which run it is) are plain JSON.
 
     Args:
-        clean: remove what a killed run left half-written. Only for the holder of MODEL_DIR's lock:
-            it could be a checkpoint that another run is writing. Without it (a dry run), no folder
-            is created.
+        clean: remove half-written checkpoints of a killed run. Only the holder of MODEL_DIR's lock
+            may: another run could be writing them. False (a dry run) creates no folder.
     """
 
     def __init__(self, directory: epath.Path, *, keep: int = 2, clean: bool = True) -> None:
@@ -70,13 +69,13 @@ class Checkpoints:
 
     @property
     def latest(self) -> int | None:
-        """Step of the newest complete checkpoint."""
+        """The step of the newest complete checkpoint; None without any."""
         newest = self._orbax and self._orbax.latest
         return newest.step if newest else None
 
     @property
     def steps(self) -> list[int]:
-        """The steps of all checkpoints, the newest first; also of those that are damaged."""
+        """The steps of all checkpoints, the newest first, including those that are damaged."""
         steps = (
             {checkpoint.step for checkpoint in self._orbax.checkpoints} if self._orbax else set()
         )
@@ -86,10 +85,9 @@ class Checkpoints:
         return sorted(steps, reverse=True)
 
     def check_identity(self, identity: JsonObject) -> None:
-        """Refuses to resume from the checkpoints of another run.
+        """Raises InputError if the checkpoints are those of another run; see `check_same`.
 
-        Raises:
-            InputError: it names the difference, see `identity.check_same`.
+        Only warns if the versions of ptjax or of its libraries differ.
         """
         newest = self._newest_json()
         if newest is None:
@@ -103,7 +101,7 @@ class Checkpoints:
             )
 
     def check_steps(self, train_steps: int) -> None:
-        """InputError if the run is already past that step."""
+        """Raises InputError if the newest checkpoint is already past step `train_steps`."""
         if self.latest is not None and train_steps < self.latest:
             raise InputError(
                 f"TRAIN_STEPS = {train_steps:_}, but {self.directory.parent} holds a checkpoint of "
@@ -114,12 +112,12 @@ class Checkpoints:
     def restore(
         self, like: Callable[[JsonObject], TrainState]
     ) -> tuple[TrainState, JsonObject] | None:
-        """(state, progress) of the newest intact checkpoint; None without any checkpoint.
+        """Reads (state, progress) of the newest intact checkpoint; None without any checkpoint.
 
-        Newer, damaged checkpoints are removed; a warning names each.
+        Removes newer, damaged checkpoints and warns of each. All processes call it together.
 
         Args:
-            like: progress -> a state with the shapes and shardings to restore to.
+            like: maps a saved progress to a state with the shapes and shardings to restore to.
 
         Raises:
             InputError: there are checkpoints, but all are damaged.
@@ -154,7 +152,7 @@ class Checkpoints:
         progress: JsonObject,
         identity: JsonObject,
     ) -> None:
-        """Starts to write a checkpoint; `wait` returns when all are committed."""
+        """Starts to write a checkpoint in the background; `wait` waits until it is committed."""
         # The next step donates the state, and on CPU Orbax may still be reading its buffers.
         state = jax.tree.map(jnp.copy, state)
         sums = sum_arrays(state)
@@ -166,15 +164,16 @@ class Checkpoints:
         )
 
     def wait(self) -> None:
-        """Returns when everything that was started is committed."""
+        """Waits until every checkpoint that `save` started is committed."""
         self._orbax.wait()
 
     def close(self) -> None:
+        """Waits for pending writes and frees Orbax's resources."""
         if self._orbax:
             self._orbax.close()
 
     def newest_progress(self) -> JsonObject | None:
-        """The progress in the newest checkpoint whose JSON is intact; None without any."""
+        """The progress in the newest checkpoint whose JSON is intact; None without checkpoints."""
         newest = self._newest_json()
         return None if newest is None else newest[0]
 

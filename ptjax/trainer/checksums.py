@@ -1,4 +1,4 @@
-"""Checksums of checkpoints: Orbax does not notice every damaged file."""
+"""Computes and verifies checksums of checkpoints: Orbax does not notice every damaged file."""
 
 from __future__ import annotations
 
@@ -17,21 +17,23 @@ from ptjax.files import JsonObject
 from ptjax.training.step import TrainState
 
 Sums = list[list[int]]
+"""Two checksums for every array of a state, in the order of `jax.tree.leaves`."""
 READ_TWICE = 1 << 30
 """Number of bytes of a checkpoint to verify before Orbax reads it; Orbax reports damage in the
 rest."""
 
 
 def hash_json(progress: JsonObject, identity: JsonObject, sums: Sums) -> str:
-    """Hexadecimal SHA-256 of the JSON of a checkpoint."""
+    """Computes the hexadecimal SHA-256 of the JSON of a checkpoint, checksums included."""
     text = json.dumps([progress, identity, sums], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def sum_arrays(state: TrainState) -> Sums:
-    """Two sums over the bits of every array.
+    """Computes two checksums over the bits of every array, on the devices.
 
-    They change with any single element, and with its position.
+    They differ if any single element differs, or if elements are at other positions. All processes
+    must call it together.
     """
     sums = jax.device_get(_sum_bits(jax.tree.leaves(state)))
     return np.asarray(sums).tolist()
@@ -58,10 +60,15 @@ def _sum_array(array: jax.Array) -> jax.Array:
 
 
 def find_damage(folder: epath.Path, *, remote: bool) -> str:
-    """What tensorstore reports about the files of the arrays in `folder`; "" if they are intact.
+    """Reads the files of the arrays in `folder`; returns what is damaged, "" if nothing is.
 
-    Orbax would report it too, but would leave half-read arrays behind, whose tracebacks fill the
-    terminal, some of them long after.
+    It reads the first `READ_TWICE` bytes or a little more, and only files in Orbax's format OCDBT;
+    Orbax itself reports other damage. It comes first because half-read arrays that Orbax abandons
+    print tracebacks, some of them long after.
+
+    Args:
+        folder: the item `state` of a checkpoint.
+        remote: whether `folder` is a URL, such as gs://...
     """
     import tensorstore as ts
 

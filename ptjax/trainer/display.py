@@ -1,4 +1,4 @@
-"""User-facing output of a run: a progress bar on a terminal, else plain lines; TensorBoard."""
+"""Shows a run's progress: a bar on a terminal, else plain lines, and TensorBoard's files."""
 
 from __future__ import annotations
 
@@ -20,11 +20,14 @@ if TYPE_CHECKING:
     from tensorboardX import SummaryWriter
 
 HIDDEN = {"gradient_norm", "learning_rate", "evaluation_seconds"}
-"""Metrics that are written to files, but not shown with the bar."""
+"""Metrics that are written to files, but shown neither beside the bar nor in log lines."""
 
 
 class Display(Callback):
-    """Shows a run of `steps` steps; only on the first process."""
+    """Shows a run of `steps` steps as a progress bar or as log lines; writes TensorBoard's file.
+
+    The bar and the file are made on the first process only.
+    """
 
     def __init__(self, steps: int) -> None:
         self._steps = steps
@@ -33,6 +36,7 @@ class Display(Callback):
         self._bar: Progress | None = None
 
     def on_start(self, model_dir: epath.Path, step: int) -> None:
+        """Opens TensorBoard's file, and starts the bar if standard error is a terminal."""
         if processes.first():
             with _without_torch():
                 import tensorboardX
@@ -53,6 +57,11 @@ class Display(Callback):
             self._bar.start()
 
     def on_end(self, step: int) -> None:
+        """Stops the bar and closes TensorBoard's file.
+
+        Raises:
+            OSError: the file cannot be written; not raised while another exception is handled.
+        """
         failing = sys.exc_info()[0] is not None
         if self._bar:
             self._bar.stop()
@@ -65,13 +74,16 @@ class Display(Callback):
                     raise
 
     def on_step(self, step: int) -> None:
+        """Moves the bar."""
         if self._bar:
             self._bar.update(self._task, completed=step)
 
     def on_log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Shows the metrics, and adds them to TensorBoard's file."""
         self._show(step, metrics)
 
     def on_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Shows the metrics, and adds them to TensorBoard's file."""
         self._show(step, metrics)
 
     def _show(self, step: int, metrics: Mapping[str, float]) -> None:

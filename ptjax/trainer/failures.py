@@ -1,4 +1,4 @@
-"""What a run does about values that are not finite."""
+"""Failed members: a run stops those whose values are no longer finite."""
 
 from __future__ import annotations
 
@@ -15,26 +15,29 @@ from ptjax.trees import flatten_paths
 
 
 class Failures:
-    """Stops each member whose values are not finite; when the last one fails, the run ends.
+    """Stops each member of a run whose loss, scores or variables become NaN or infinite.
+
+    The other members continue. When every member has failed, the run ends with a `TrainingError`.
 
     Args:
-        check_weights: raises an `InputError` that names a weight of the backbone that is not
-            finite.
+        check_weights: called first at each failure; raises an `InputError` if a weight of the
+            backbone is itself not finite.
     """
 
     def __init__(self, members: Members, check_weights: Callable[[], None]) -> None:
         self._members, self._check_weights = members, check_weights
 
     def report(self, member_id: int, what: str, *, updated: bool = True) -> None:
-        """Stops a member.
+        """Marks a member as failed and logs a warning; it is no longer trained.
 
         Args:
-            what: is not finite.
-            updated: whether the variables had been updated before.
+            what: the value that is not finite, as the message names it.
+            updated: whether the variables had been updated before; the message's advice depends
+                on it.
 
         Raises:
-            InputError: a weight of the backbone is the cause.
-            TrainingError: no other member is left.
+            InputError: a weight of the backbone is not finite and so the cause.
+            TrainingError: every member has failed now.
         """
         self._check_weights()
         progress, name = self._members.progress, self._members[member_id].name
@@ -51,7 +54,10 @@ class Failures:
         logging.warning("%s. The other members continue", problem)
 
     def check_trainable(self, state: TrainState) -> None:
-        """Reports members whose variables are not finite: no loss has seen the last update."""
+        """Calls `report` for each running member with a variable that is not finite.
+
+        The last update may have caused it: the losses so far were computed before that update.
+        """
         for member_id, trainable in self._members.running(state):
             for path, array in flatten_paths(trainable).items():
                 if not bool(jnp.isfinite(array).all()):

@@ -79,12 +79,13 @@ _ABSENT: Any = object()
 def make_identity(
     function: Callable[..., object], arguments: Mapping[str, object], data: Mapping[str, object]
 ) -> JsonObject:
-    """The identity of a run.
+    """Describes a run as plain JSON: its settings, its data, and the versions of the libraries.
 
     Args:
         function: `tune` or `pretrain`.
-        arguments: its arguments by name, defaults included.
-        data: what was read from files: a name for messages -> digests and counts by name.
+        arguments: the values of its arguments by name, defaults included.
+        data: the data that the run reads, by a name for error messages. Each value maps names to
+            digests and counts.
     """
     kind = function.__name__
     settings = {
@@ -101,15 +102,15 @@ def make_identity(
 
 
 def describe(value: object, *, whole: bool = False) -> Any:
-    """A setting as plain JSON values: the same in every process and on every start.
+    """Returns a setting as plain JSON values, which are the same in every process and every start.
 
-    A dataclass becomes its class ("is") and its fields, without the `FREE` ones. If the value of a
+    A dataclass becomes its class ("is") and its fields, without those in `FREE`. If the value of a
     field does not identify its content (a path, a schedule), the class has a method `identity` that
     returns replacements for such fields. A tokenizer becomes its fingerprint, an array the hash of
     its bytes, a function or any other object its qualified name and the plain values in it.
 
     Args:
-        whole: include the `FREE` fields, and do not replace any.
+        whole: include the fields in `FREE`, and do not call `identity`.
     """
     if isinstance(value, enum.Enum):
         return value.name
@@ -186,7 +187,7 @@ def _name(value: object) -> str:
 
 
 def digest_array(values: object) -> str:
-    """ "sha256:..." over dtype, shape and bytes."""
+    """Returns "sha256:..." over the dtype, shape and bytes of an array."""
     array = np.asarray(values)
     digest = hashlib.sha256(f"{array.dtype} {array.shape} ".encode())
     digest.update(np.ascontiguousarray(array).tobytes())
@@ -194,7 +195,7 @@ def digest_array(values: object) -> str:
 
 
 def digest_texts(texts: Iterable[str]) -> str:
-    """ "sha256:..." over texts and their boundaries."""
+    """Returns "sha256:..." over texts and their boundaries."""
     digest = hashlib.sha256()
     for text in texts:
         encoded = text.encode("utf-8", "surrogatepass")
@@ -203,13 +204,16 @@ def digest_texts(texts: Iterable[str]) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of ptjax and its libraries. Not part of the identity; a change is only logged."""
+    """The versions of ptjax, Python and the libraries. A resumed run may change them: it warns."""
     ours = {"ptjax": __version__, "Python": platform.python_version()}
     return ours | {package: importlib.metadata.version(package) for package in _PACKAGES}
 
 
 def changed_versions(saved: Metadata, now: Metadata) -> str:
-    """ "jax 0.12.0 (was 0.10.2), ..."; "" if nothing changed."""
+    """Lists the versions that differ between two identities: "jax 0.12.0 (was 0.10.2), ...".
+
+    Returns "" if all are the same.
+    """
     old, new = saved.get("versions") or {}, now.get("versions") or {}
     return ", ".join(
         f"{name} {new.get(name, 'none')} (was {old.get(name, 'none')})"
@@ -219,13 +223,14 @@ def changed_versions(saved: Metadata, now: Metadata) -> str:
 
 
 def check_same(saved: Metadata, now: Metadata, model_dir: str) -> None:
-    """Refuses to resume another run.
+    """Raises InputError if the run in `model_dir` is another one than this.
+
+    The message names the first setting that differs, or else the data, with both values. Versions
+    are not compared.
 
     Args:
-        saved, now: the identities of the run in `model_dir` and of this one.
-
-    Raises:
-        InputError: it names the first setting that differs, or else the data, with both values.
+        saved: the identity of the run in `model_dir`.
+        now: the identity of this run.
     """
     written_by = (saved.get("versions") or {}).get("ptjax", "an older version")
     if saved.get("format") != now.get("format"):

@@ -57,8 +57,9 @@ class Holder:
     """The process that holds a lock.
 
     Attributes:
-        started: start time of the process in the kernel's clock ticks; None if /proc lacks it.
-        machine: boot id and process namespace, within which `pid` and `started` are valid.
+        started: start time of the process in the kernel's clock ticks; None without /proc.
+        machine: boot id and process namespace, within which `pid` and `started` are valid; ""
+            without /proc.
         token: random, different for every run.
     """
 
@@ -70,18 +71,18 @@ class Holder:
 
     @classmethod
     def here(cls) -> Holder:
-        """This process."""
+        """Describes this process, with a new token."""
         pid = os.getpid()
         return cls(socket.gethostname(), pid, _started(pid), _machine(), secrets.token_hex(16))
 
     @property
     def is_here(self) -> bool:
-        """Whether its process belongs to this machine."""
+        """Whether the process belongs to this machine: the same boot and process namespace."""
         return (self.host, self.machine) == (socket.gethostname(), _machine())
 
     @property
     def is_alive(self) -> bool:
-        """Whether its process runs; valid only if `is_here`. A reused pid has another start."""
+        """Whether the process (not a later one with its pid) runs; valid only if `is_here`."""
         if self.started is not None:
             return _started(self.pid) == self.started
         try:
@@ -97,7 +98,7 @@ class Holder:
 
 
 class Lock:
-    """The lock of one MODEL_DIR, held or not yet. Only the first process of a run takes it."""
+    """The lock of one MODEL_DIR, held or not. Only the first process takes it; see `hold`."""
 
     def __init__(self, model_dir: epath.Path) -> None:
         self.model_dir, self.holder = model_dir, Holder.here()
@@ -112,7 +113,9 @@ class Lock:
         self._made: list[Path] = []  # folders, the innermost first
 
     def try_once(self) -> bool:
-        """Takes the lock if it is free or its holder is dead; returns whether it did.
+        """Takes the lock if it is free or its holder is dead; returns whether it took it.
+
+        False means to call it again later: it is not certain yet that the holder is dead.
 
         Raises:
             InputError: a running process holds it.
@@ -141,9 +144,9 @@ class Lock:
         return True
 
     def check(self) -> None:
-        """Checks that the lock is still held. Call it before writing to MODEL_DIR.
+        """Checks that this run still holds the lock. Call it before writing to MODEL_DIR.
 
-        It costs nothing while heartbeats succeed; after a pause of this process it sends one.
+        It does no I/O unless the last heartbeat is overdue (the process was paused): it sends one.
 
         Raises:
             TrainingError: another run took over the lock, or it cannot be renewed.
@@ -164,7 +167,7 @@ class Lock:
             raise TrainingError(self._lost)
 
     def release(self) -> None:
-        """Removes the lock, unless another run has taken it over."""
+        """Removes the lock if this run still holds it, and folders that it made if empty."""
         self._ended.set()
         if self._thread is not None:
             self._thread.join()
@@ -281,15 +284,18 @@ class Lock:
 
 @contextlib.contextmanager
 def hold(model_dir: epath.Path, *, needed: bool = True) -> Iterator[Lock | None]:
-    """Holds MODEL_DIR's lock. Everything that changes MODEL_DIR runs inside, on all processes.
+    """Takes MODEL_DIR's lock, yields it, and releases it at the end.
+
+    Everything that changes MODEL_DIR runs inside. All processes call it together. If the holder may
+    be dead, it waits up to `SILENCE` seconds to be certain.
 
     Args:
         needed: False (a dry run) takes no lock and yields None.
 
     Raises:
-        InputError: another run holds it. Raised on all processes.
+        InputError: another run holds the lock. Raised on all processes.
         NotWritableError: MODEL_DIR cannot be written to. Raised on all processes.
-        TrainingError: the disk is full.
+        TrainingError: the disk became full inside the context.
     """
     if not needed:
         yield None
@@ -382,7 +388,7 @@ def _elapsed(since: tuple[float, float]) -> float:
 
 
 def cannot_write(directory: epath.Path, error: Exception) -> NotWritableError:
-    """The error for a MODEL_DIR that is not writable, with the reason."""
+    """Makes the exception for a MODEL_DIR that is not writable, with the reason from `error`."""
     why = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
     if isinstance(error, FileExistsError):  # as mkdir reports a file
         why = os.strerror(errno.ENOTDIR)

@@ -1,4 +1,4 @@
-"""The training loop: the one place with a clock, and the order of all reads and writes.
+"""The training loop, which determines the order of all reads and writes of a run.
 
 A run may be killed at any point; the same command resumes it bit-exactly. Three rules ensure that:
 everything that changes is in the checkpoint; files outside of it are written before the checkpoint
@@ -43,7 +43,7 @@ from ptjax.trees import Tree
 
 
 class TrainingLoop:
-    """One training run in MODEL_DIR, from its newest checkpoint to its end."""
+    """One training run in MODEL_DIR: resumes from its newest checkpoint and runs to the end."""
 
     def __init__(
         self,
@@ -56,11 +56,12 @@ class TrainingLoop:
         lock: Lock | None = None,
         check_weights: Callable[[], None] = lambda: None,
     ) -> None:
-        """Writes nothing; `fit` does.
+        """Checks that MODEL_DIR holds no other run, and none that is already past its end.
 
         Args:
+            identity: the result of `make_identity`, saved in the checkpoints.
             callbacks: notified on every process; see `ptjax.trainer.callbacks`.
-            lock: of MODEL_DIR, which the caller holds; None writes nothing (a dry run).
+            lock: MODEL_DIR's lock, which the caller holds; None writes nothing (a dry run).
             check_weights: raises an `InputError` that names a weight that is not finite.
         """
         self.model_dir, self.schedule = model_dir, schedule
@@ -94,13 +95,15 @@ class TrainingLoop:
     ) -> TrainState:
         """Trains to the end (or until patience runs out); returns the last state.
 
-        With `dry_run` it compiles the steps and returns.
+        Args:
+            state: the state of step 0, whose arrays it takes over; do not use them afterwards.
+            dry_run: compile the steps and return `state`.
 
         Raises:
             InputError: a loss is not finite because a weight of the backbone is not; it is named.
-            TrainingError: a loss is not finite (in a sweep: of the last member), or another run
-                took over MODEL_DIR's lock.
-            SystemExit: SIGTERM (143) or Ctrl-C (130), after saving.
+            TrainingError: a loss is not finite (in a sweep: every member's), or another run took
+                over MODEL_DIR's lock.
+            SystemExit: after SIGTERM (143) or Ctrl-C (130), when a checkpoint has been saved.
         """
 
         def compile_all(state: TrainState) -> dict[Shape, TrainStep]:
@@ -223,12 +226,12 @@ class TrainingLoop:
         self._since = now
 
     def remove_leftovers(self) -> None:
-        """Removes half-written files of a killed run. Call it only while holding the lock."""
+        """Removes half-written files of a killed run; see `resume.remove_leftovers`."""
         remove_leftovers(self.model_dir, self.members)
 
 
 def report_memory() -> None:
-    """Logs the peak memory of a device, where the platform measures it (a CPU does not)."""
+    """Logs the peak memory of the first device, if the platform measures it (a CPU does not)."""
     stats = jax.local_devices()[0].memory_stats() or {}
     if peak := stats.get("peak_bytes_in_use"):
         logging.info("peak memory of a device: %.2f GB", peak / 1e9)

@@ -22,9 +22,10 @@ class Member:
     """One member of a run; an ordinary run has a single one, whose name is "".
 
     Attributes:
-        rate_at: its learning rate at a step: for the log and, in a sweep, for the train step.
-        evaluate: the metrics of its trainable variables; without it the newest export is the best.
-        metric: the metric that selects the best export.
+        rate_at: maps a step to the learning rate: for the log and, in a sweep, for the train step.
+        evaluate: maps the trainable variables to metrics by name; None: nothing is evaluated, and
+            the newest export is the best.
+        metric: the name of the metric that selects the best export, the one where it is highest.
     """
 
     batches: Batches
@@ -56,12 +57,17 @@ class Members:
         return self._members[member_id]
 
     def batches(self) -> Batches:
-        """The training batches of the members in the train state."""
+        """The training batches of the members in the train state; in a sweep, one for each."""
         batches = [self[member_id].batches for member_id in self.progress.member_ids]
         return SweepBatches(batches) if self.is_sweep else batches[0]
 
     def sweep_inputs(self) -> tuple[np.ndarray, ...]:
-        """`active` and `learning_rate` of the next step of a sweep; nothing in an ordinary run."""
+        """The arguments that the train step of a sweep has in addition; () in an ordinary run.
+
+        Returns:
+            (active, learning_rate) of the members in the train state: bool [members] (False for
+            stopped ones) and float32 [members].
+        """
         if not self.is_sweep:
             return ()
         progress = self.progress
@@ -70,19 +76,22 @@ class Members:
         return np.array(active), np.array(rates, np.float32)
 
     def trainable(self, state: TrainState, place: int) -> Tree:
-        """The trainable variables of one member."""
+        """The trainable variables of the member at `place` in the train state."""
         return (
             jax.tree.map(lambda x: x[place], state.trainable) if self.is_sweep else state.trainable
         )
 
     def running(self, state: TrainState) -> list[tuple[int, Tree]]:
-        """(id, trainable variables) of every member that still trains."""
+        """The (id, trainable variables) of every member that still trains."""
         return [
             (member_id, self.trainable(state, place)) for place, member_id in self.progress.running
         ]
 
     def reduce(self, state: TrainState, places: Sequence[int]) -> TrainState:
-        """The part of `state` that belongs to the members at `places`; all of it for all."""
+        """The part of `state` that belongs to the members at `places`, in that order.
+
+        If there are as many `places` as members in the run, it is `state` itself.
+        """
         if len(places) == len(self._members):
             return state
         index = np.array(places)
@@ -91,8 +100,9 @@ class Members:
     def shrink(self, state: TrainState) -> TrainState:
         """Drops stopped members from the train state, once half of its places are idle.
 
-        The number of places is halved as often as possible: each size needs compiled steps of its
-        own. Members that have stopped fill the places that are left.
+        The number of places is only ever halved, as often as possible: the steps are compiled again
+        for each size. Stopped members fill places that are left over. Updates
+        `progress.member_ids`. Returns `state` itself if it keeps its size.
         """
         progress, running = self.progress, self.progress.running
         count = size = len(progress.member_ids)
@@ -113,13 +123,20 @@ class Members:
         return self.reduce(state, places)
 
     def export(self, member_id: int, trainable: Tree, value: float | None) -> None:
-        """Writes a member's export of the current step, with the value that selects."""
+        """Writes a member's export of the current step. All processes call it together.
+
+        Args:
+            value: the member's `metric`, for the export's metadata; None if not evaluated.
+        """
         member, step = self[member_id], self.progress.step
         metadata = {"step": step, "metric": member.metric, "value": value}
         member.exports.write(member.exports.path(step), trainable, metadata)
 
     def merge(self, metrics: Mapping[int, Mapping[str, float]]) -> dict[str, float]:
-        """Metrics by member id as one row: their means and, in a sweep, each member's own."""
+        """Merges metrics by member id into one row: "NAME" is the mean over the members.
+
+        In a sweep, "NAME/MEMBER" is the member's own value.
+        """
         names = dict.fromkeys(name for values in metrics.values() for name in values)
         row = {
             name: statistics.fmean(values[name] for values in metrics.values() if name in values)

@@ -16,14 +16,17 @@ from ptjax.trainer.callbacks import Callback
 
 
 class MetricsLog(Callback):
-    """Writes the rows of a run, which it also keeps in memory; each row has its "step"."""
+    """Writes `metrics.jsonl`, on the first process: every row is the metrics and their "step"."""
 
     def __init__(self) -> None:
         self._path = epath.Path()
         self._rows: list[JsonObject] = []
 
     def on_start(self, model_dir: epath.Path, step: int) -> None:
-        """Keeps the rows up to `step`; a new run (step 0) starts with an empty file."""
+        """Reads the existing rows up to `step`, to continue after them; at step 0 removes the file.
+
+        Rows after `step` are dropped when the next row is written; damaged lines are dropped now.
+        """
         self._path = ModelDir(model_dir).metrics
         if not processes.first():
             return
@@ -33,9 +36,11 @@ class MetricsLog(Callback):
             self._path.unlink(missing_ok=True)
 
     def on_log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Appends a row."""
         self._append(step, metrics)
 
     def on_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Appends a row."""
         self._append(step, metrics)
 
     def _append(self, step: int, metrics: Mapping[str, float]) -> None:

@@ -1,6 +1,7 @@
-"""`pretrain`: trains all weights on running text and supervised text-to-text tasks.
+"""`pretrain`: trains all weights on plain text and supervised text-to-text tasks.
 
-From scratch it makes a new backbone; from a checkpoint it does the paper's LM adaptation.
+From scratch it makes a new backbone; from a checkpoint it does the prompt tuning paper's LM
+adaptation.
 """
 
 from __future__ import annotations
@@ -64,22 +65,22 @@ def pretrain(
     callbacks: Sequence[Callback] = (),
     dry_run: bool = False,
 ) -> None:
-    """Trains all weights; `MODEL_DIR/models/best` is the newest model, in Hugging Face's layout.
+    """Trains all weights of a T5. `MODEL_DIR/models/best` is the newest export (Hugging Face).
 
     Args:
-        start: a backbone to continue from, or a config to start from scratch (set `tokenizer` too).
+        start: a backbone to continue from, or the config of a new model (needs `tokenizer`).
         components: the mixture; each batch comes from one of them.
-        text: the running text of components that need it.
+        model_dir: MODEL_DIR, the folder of the run; a second call with it resumes the run.
+        text: plain, unlabelled text, for components that need it (such as `SpanCorruption`).
+        tokenizer: the path of a tokenizer; default: the backbone's own.
         callbacks: notified of events, see `ptjax.trainer.callbacks.Callback`.
+        dry_run: compile, report, and stop before the first step.
 
     Raises:
-        InputError: no tokenizer is given, a component lacks its text, or the loss has
-            `class_weights`.
+        InputError: the tokenizer is missing, or a component's `text`, or `loss` weighs classes.
     """
     given = dict(locals())
-    check_path("MODEL_DIR", model_dir)
-    if loss.class_weights is not None:
-        raise InputError("pretrain: Loss.class_weights is for tasks with labels; leave it out")
+    _check(model_dir, loss)
     if isinstance(start, Backbone):
         report_steps(schedule.train_steps, start)
         if not isinstance(start.config, T5Config):
@@ -129,6 +130,12 @@ def pretrain(
             check_weights=lambda: check_weights(params, getattr(start, "name", "the start")),
         )
         run.fit(state, {}, step, mesh, dry_run=dry_run)
+
+
+def _check(model_dir: PathLike, loss: Loss) -> None:
+    check_path("MODEL_DIR", model_dir)
+    if loss.class_weights is not None:
+        raise InputError("pretrain: Loss.class_weights is for tasks with labels; leave it out")
 
 
 def _check_float32(backbone: Backbone) -> None:

@@ -15,10 +15,13 @@ class MemberProgress:
     """How far one member of a run has got.
 
     Attributes:
-        without_gain: evaluations since the best one.
+        best_value: the highest value of the metric that selects; None without an evaluation.
+        best_step: the step of the best export; None before the first one.
+        without_gain: the number of evaluations since the best one.
         stopped: it no longer trains, because it failed or ran out of patience.
         failed: its loss, its variables or its score were not finite.
-        loss_sum, norm_sum: over the steps since the last logged one.
+        loss_sum, norm_sum: sums of its loss and gradient norm over the steps since the last logged
+            one.
         best_before: `best_step` before the last evaluation, to which the second newest checkpoint
             refers.
     """
@@ -39,9 +42,10 @@ class RunProgress:
 
     Attributes:
         members: the progress of each member, by its id.
-        member_ids: the members that the train state holds, in its order.
-        steps_summed: steps since the last logged one.
-        seconds: duration of all starts of the run together, up to the checkpoint.
+        member_ids: the ids of the members in the train state, in its order.
+        step: the number of steps done.
+        steps_summed: the number of steps since the last logged one.
+        seconds: the time that all starts of the run took together, up to the checkpoint.
     """
 
     members: list[MemberProgress]
@@ -52,17 +56,17 @@ class RunProgress:
 
     @classmethod
     def at_start(cls, count: int) -> RunProgress:
-        """The progress of `count` members before the first step."""
+        """Makes the progress of a run with `count` members before its first step."""
         return cls([MemberProgress() for _ in range(count)], list(range(count)))
 
     def to_json(self) -> JsonObject:
-        """Plain JSON values. Inverse of `from_json`."""
+        """Returns the progress as plain JSON values. `from_json` is the inverse."""
         fields = dataclasses.asdict(self)
         return {_SAVED_AS.get(name, name): value for name, value in fields.items()}
 
     @classmethod
     def from_json(cls, saved: JsonObject) -> RunProgress:
-        """Inverse of `to_json`."""
+        """Makes the progress from the result of `to_json`."""
         names = [field.name for field in dataclasses.fields(cls)]
         fields = {name: saved[_SAVED_AS.get(name, name)] for name in names}
         fields["members"] = [MemberProgress(**member) for member in fields["members"]]
@@ -70,6 +74,6 @@ class RunProgress:
 
     @property
     def running(self) -> list[tuple[int, int]]:
-        """(place in the train state, member id) of every member that still trains."""
+        """The (place in the train state, member id) of every member that still trains."""
         places = enumerate(self.member_ids)
         return [(place, member) for place, member in places if not self.members[member].stopped]

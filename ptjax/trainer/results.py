@@ -1,4 +1,4 @@
-"""The numbers of `results.json`."""
+"""Computes the content of `results.json`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from ptjax.trees import Tree
 
 
 class Scores:
-    """The scores in `results.json`, on the test split; without one, on the validation split."""
+    """Scores the variables and baselines of a task for `results.json`.
+
+    All scores are on the test split or, if the task has none, on the split that selects.
+    """
 
     def __init__(self, backbone: Backbone, settings: RunSettings, data: TaskData) -> None:
         self.evaluator, self.train = data.evaluator, data.train
@@ -31,7 +34,13 @@ class Scores:
         return self.evaluator(self.backbone.variables, self.split, rewording)
 
     def tuned(self, best: Tree, before: Tree, seed: int) -> JsonObject:
-        """The scores of the best variables, those of step 0 (`before`), and the baselines."""
+        """Scores a member; returns its part of `results.json`, the baselines included.
+
+        Args:
+            best: the backbone's variables, with the trained ones of the best export.
+            before: the backbone's variables, with the member's own as they were at step 0.
+            seed: the member's seed, which is only recorded.
+        """
         task, hard_prompts = self.evaluator.task, self.settings.evaluation.hard_prompts
         before_value = self.evaluator(before, self.split)[self.metric]
         metrics = self.evaluator(best, self.split)
@@ -54,7 +63,10 @@ class Scores:
 
 
 def describe_run(backbone: Backbone, settings: RunSettings, seconds: float) -> JsonObject:
-    """Settings, backbone, duration and versions: a row of a study."""
+    """The part of `results.json` that records how the scores were obtained.
+
+    These are the settings, the backbone, the duration in seconds and the library versions.
+    """
     return {
         "settings": describe(settings, whole=True),
         "backbone": backbone.name,
@@ -65,9 +77,13 @@ def describe_run(backbone: Backbone, settings: RunSettings, seconds: float) -> J
 
 
 def of_sweep(members: Mapping[str, JsonObject], run: TrainingLoop) -> JsonObject:
-    """The results of a sweep: each member's, their average, and the best member.
+    """The results of a sweep: each member's, their average, the best member, and failed members.
 
     The best member is selected on the validation split, not on the test split.
+
+    Args:
+        members: by name, the results (`Scores.tuned`) of the members that have an export.
+        run: the finished run.
     """
     progress = dict(zip((m.name for m in run.members), run.progress.members, strict=True))
     best = max(members, key=lambda name: progress[name].best_value or 0.0)

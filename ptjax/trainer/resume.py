@@ -1,4 +1,4 @@
-"""Where a run starts: at its newest intact checkpoint, with the files that belong to it."""
+"""Resumes a run from its newest intact checkpoint, with the files that belong to it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from ptjax.training.step import TrainState
 
 
 def remove_leftovers(model_dir: epath.Path, members: Members) -> None:
-    """Removes half-written files of a killed run. Call it only while holding the lock."""
+    """Removes the half-written files that a killed run left in MODEL_DIR and its members' exports.
+
+    Call it only while holding MODEL_DIR's lock.
+    """
     if processes.first():
         files.remove_leftovers(model_dir)
         for member in members:
@@ -25,13 +28,17 @@ def remove_leftovers(model_dir: epath.Path, members: Members) -> None:
 def resume(
     model_dir: epath.Path, members: Members, checkpoints: Checkpoints, state: TrainState
 ) -> TrainState:
-    """The state to start from; sets `members.progress`.
+    """Returns the state to start from, and makes MODEL_DIR and `members.progress` agree with it.
+
+    With a checkpoint: restores the newest intact one and the best exports that belong to it, and
+    removes later exports. Without one: returns `state` and removes all exports by step. All
+    processes call it together, while the first one holds MODEL_DIR's lock.
 
     Args:
-        state: the first state, of a run without a checkpoint.
+        state: the state of step 0.
 
     Raises:
-        InputError: every checkpoint is damaged, or a best export that cannot be restored.
+        InputError: every checkpoint is damaged, or a best export is and cannot be restored.
     """
     remove_leftovers(model_dir, members)
     restored = checkpoints.restore(

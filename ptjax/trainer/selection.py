@@ -1,4 +1,4 @@
-"""Evaluation and exports: every member is evaluated and exported, and its best export is kept."""
+"""Evaluates and exports every member of a run, and keeps its best export."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Selection:
     """Selects the best export of each member.
 
     Args:
-        patience: a member stops after this many evaluations without improvement.
-        keep: number of most recent exports to keep in addition to the best one.
+        patience: a member stops after this many evaluations without improvement; None: never.
+        keep: the number of most recent exports to keep in addition to the best one.
     """
 
     def __init__(
@@ -30,7 +30,10 @@ class Selection:
         self._patience, self._keep = patience, keep
 
     def evaluate(self, state: TrainState) -> Scores:
-        """Metrics of every running member that can be evaluated and whose scores are finite."""
+        """Evaluates every running member; leaves out those with nothing to evaluate.
+
+        A member whose scores are not finite is left out too, and stopped (see `Failures.report`).
+        """
         scores = {}
         for member_id, trainable in self._members.running(state):
             evaluate = self._members[member_id].evaluate
@@ -42,10 +45,12 @@ class Selection:
         return scores
 
     def export(self, state: TrainState, scores: Scores) -> dict[int, set[int | None]]:
-        """Exports every running member and updates which export is its best.
+        """Exports every running member, and updates its best export and its progress.
+
+        A member whose patience has run out is stopped. All processes call it together.
 
         Returns:
-            by member id, the steps whose exports must stay (for `prune`).
+            the steps whose exports must stay, by member id (for `prune`).
         """
         progress, keep = self._members.progress, {}
         for member_id, trainable in self._members.running(state):
@@ -75,13 +80,19 @@ class Selection:
             own.stopped = self._patience is not None and own.without_gain >= self._patience
 
     def prune(self, keep: Mapping[int, set[int | None]]) -> None:
-        """Removes exports that no checkpoint refers to any more, except those of `keep`."""
+        """Removes the exports of the members in `keep`, except those of its steps.
+
+        Call it only when no checkpoint refers to the others any more.
+        """
         if processes.first():
             for member_id, steps in keep.items():
                 self._members[member_id].exports.prune(steps)
 
     def prune_all(self) -> None:
-        """Removes exports of a run that has finished, except the best and the most recent ones."""
+        """Removes exports of a run that has finished, except the best and the most recent ones.
+
+        The former best, to which the second newest checkpoint may refer, is kept too.
+        """
         keep = {}
         for member_id, member in enumerate(self._members.progress.members):
             recent = self._members[member_id].exports.steps()[-self._keep :]

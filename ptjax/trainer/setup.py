@@ -1,4 +1,4 @@
-"""Sets up the members of a run: variables, training batches and exports of each."""
+"""Sets up the members of a run: the variables, training batches and exports of each."""
 
 from __future__ import annotations
 
@@ -32,12 +32,13 @@ from ptjax.trees import Tree
 
 @dataclasses.dataclass(frozen=True)
 class MemberSetup:
-    """A member before its first step.
+    """A member of a run, with everything that it needs before its first step.
 
     Attributes:
-        variables: the backbone's, with the member's initial prompt.
+        seed: the member's own seed.
+        variables: the backbone's variables, with those that the method adds (such as a prompt).
         trainable, frozen: the halves of `variables` according to `freeze`.
-        rms: the embedding's, to which learning rates may be relative.
+        rms: the RMS of the backbone's embedding, to which learning rates may be relative.
     """
 
     member: Member
@@ -57,10 +58,16 @@ def set_up_members(
     settings: RunSettings,
     members: Mapping[str, MemberOverrides],
 ) -> list[MemberSetup]:
-    """Sets up the members, in their order. Members of equal tasks share data and evaluator.
+    """Loads the data and makes the initial variables of each member, in their order.
+
+    Members with equal tasks share one `TaskData`.
 
     Args:
-        members: by name; "" is the only member of an ordinary run.
+        task: the task of members that override nothing.
+        members: by name; an ordinary run has a single one, named "".
+
+    Raises:
+        InputError: the backbone has no tokenizer, or the data or settings cannot be used.
     """
     rms = embedding_rms(backbone.embedding)
     loaded: list[TaskData] = []
@@ -160,6 +167,6 @@ def _make_exports(
 
 
 def load_best(setup: MemberSetup, settings: RunSettings) -> Tree:
-    """The variables of a member's best export, read from its file."""
+    """The backbone's variables, with those of the member's best export read from its file."""
     path, backbone = setup.member.exports.path(BEST), setup.data.evaluator.backbone
     return backbone.variables | settings.method.load(path, backbone)

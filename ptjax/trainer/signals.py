@@ -20,24 +20,31 @@ class Stop:
     """Whether a signal asks the run to stop early.
 
     Attributes:
-        caught: the number of the signal that this process received.
+        caught: the number of the signal that this process received; None if none yet.
     """
 
     caught: int | None = None
 
     def after(self, step: int) -> bool:
-        """Whether the run stops after this step. Call it after each; all processes agree."""
+        """Whether the run stops after this step.
+
+        All processes must call it after each step; the result is the same on all of them.
+        """
         return processes.stop_agreed(step) if processes.several() else self.caught is not None
 
     @property
     def exit_code(self) -> int:
+        """The exit code of a stopped process: 128 + the signal's number."""
         # Without a signal of its own, another process received it.
         return 128 + (self.caught or signal.SIGTERM)
 
 
 @contextmanager
 def caught() -> Iterator[Stop]:
-    """Records SIGTERM and the first Ctrl-C, to stop after the step; a second Ctrl-C interrupts."""
+    """Catches SIGTERM and Ctrl-C: the first one only sets `Stop.caught`, a second one ends Python.
+
+    Outside of the main thread it does nothing. At the end it restores the previous handlers.
+    """
     stop = Stop()
 
     def note(number: int, frame: FrameType | None) -> None:

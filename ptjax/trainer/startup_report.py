@@ -1,4 +1,4 @@
-"""Log lines and warnings before the first step: sizes, learning rate, number of steps."""
+"""Logs sizes, learning rate and number of steps before the first step, and warns of mistakes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ptjax.trees import Tree
 def report_sizes(
     method: Method, backbone: Backbone, trainable: Tree, opt_state: Tree, frozen: Tree
 ) -> None:
-    """Logs how many parameters are trained and frozen, and their sizes."""
+    """Logs the number of trained and frozen parameters, and the sizes of state and checkpoint."""
     (trained, trained_bytes), (kept, kept_bytes) = (
         freezing.sizes(trainable),
         freezing.sizes(frozen),
@@ -40,7 +40,11 @@ def report_sizes(
 
 
 def report_steps(train_steps: int, backbone: Backbone) -> None:
-    """Warns if TRAIN_STEPS seems to include the backbone's own steps, as T5X's does."""
+    """Warns if `train_steps` seems to include the steps of the backbone's T5X checkpoint.
+
+    T5X continues to count from a checkpoint's step, ptjax starts from 0. The checkpoint's step is
+    the number in the backbone's name: `checkpoint_1100000`.
+    """
     checkpoint = re.search(r"checkpoint_(\d+)/*$", backbone.name)
     before = int(checkpoint[1]) if checkpoint else 0
     # A checkpoint of a few steps and a long run do not suggest it.
@@ -56,7 +60,11 @@ def report_steps(train_steps: int, backbone: Backbone) -> None:
 
 
 def report_rate(trainable: Tree, optimizer: Adafactor, rms: float) -> None:
-    """Logs the learning rate relative to the embedding's RMS, the scale of a prompt's entries."""
+    """Logs the learning rate at step 0; warns if it is too high for a prompt.
+
+    Args:
+        rms: the RMS of the backbone's embedding, which is the scale of a prompt's entries.
+    """
     rate = optimizer.rate_number(0, rms)
     logging.info(
         "learning rate %.4g: %.2g%% of the embedding's RMS (%.3g) a step",

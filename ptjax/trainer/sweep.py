@@ -1,4 +1,4 @@
-"""Sweeps: many prompts, trained in one job over one frozen backbone."""
+"""Sweeps: many prompts (the members), trained in one job on one frozen backbone."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class MemberOverrides:
     """The settings of one member of a sweep that differ from the run's; None keeps the run's.
 
     Attributes:
-        seed: drives the member's data order, initial prompt and dropout.
-        learning_rate: a number, in the run's `learning_rate_scale`.
+        seed: determines the member's data order, initial prompt and dropout.
+        learning_rate: in the unit of the run's `learning_rate_scale`.
     """
 
     seed: int | None = None
@@ -32,7 +32,7 @@ class MemberOverrides:
         check_at_least(0, "MemberOverrides", seed=self.seed, learning_rate=self.learning_rate)
 
     def apply(self, settings: RunSettings) -> RunSettings:
-        """The run's settings with these overrides."""
+        """The run's `settings` with these overrides, except the task, which is not part of them."""
         method, optimizer, seed = settings.method, settings.optimizer, settings.seed
         if self.initializer is not None:
             method = _with_initializer(method, self.initializer)
@@ -59,7 +59,13 @@ def sweep(
     initializers: Mapping[str, Initializer] | None = None,
     tasks: Sequence[Task] = (),
 ) -> dict[str, MemberOverrides]:
-    """One member per combination of the arguments, named after it: "sst2_seed1_rate0.3".
+    """Makes one member per combination of the arguments, for `ptjax.tune(members=...)`.
+
+    A member is named after its combination, such as "sst2_seed1_rate0.3". An argument that is
+    empty is not varied.
+
+    Args:
+        initializers: the initialisers by name; the names become part of the members' names.
 
     Raises:
         InputError: every argument is empty, or one has a value twice.
@@ -89,7 +95,11 @@ def sweep(
 
 
 def check_members(members: Mapping[str, MemberOverrides], settings: RunSettings) -> None:
-    """InputError unless the method supports sweeps, and every name can be a folder's."""
+    """Raises InputError if the method does not support sweeps, or a name cannot name a folder.
+
+    Args:
+        members: by name; empty: the run is not a sweep.
+    """
     if members and not settings.method.supports_sweep:
         raise InputError(
             f"{type(settings.method).__name__} does not support sweeps, whose members each train "

@@ -1,4 +1,4 @@
-"""A task's data: examples for evaluation, and batches for training."""
+"""Loads a task's data: examples for evaluation, and batches for training."""
 
 from __future__ import annotations
 
@@ -28,7 +28,11 @@ from ptjax.trainer.identity import digest_texts
 
 
 class TaskData:
-    """A task with its examples. The members of a sweep that train on it share one object."""
+    """A task with its examples, loaded at once. The members of a sweep with this task share it.
+
+    Attributes:
+        train: the examples of the split "train".
+    """
 
     def __init__(self, task: Task, evaluator: Evaluator) -> None:
         self.task, self.evaluator = task, evaluator
@@ -37,7 +41,7 @@ class TaskData:
         self.train = task.load("train")
 
     def describe(self) -> dict[str, JsonObject]:
-        """Digests and counts of each split, for the run's identity."""
+        """Digests and counts of each split, for the argument `data` of `make_identity`."""
         evaluator = self.evaluator
         splits = {
             split: evaluator.examples(split)
@@ -56,7 +60,11 @@ class TaskData:
 
     @functools.cached_property
     def source(self) -> TokenizedExamples:
-        """The tokenised training examples."""
+        """The tokenised training examples; logs their sizes.
+
+        Raises:
+            InputError: nearly all inputs or targets are too long and would be truncated.
+        """
         lengths = self.evaluator.lengths
         source = tokenize_examples(
             self.train, self.evaluator.tokenizer, lengths["inputs"], lengths["targets"]
@@ -91,7 +99,11 @@ def load_task_data(task: Task, backbone: Backbone, settings: RunSettings) -> Tas
 def make_train_batches(
     data: TaskData, settings: RunSettings, seed: int
 ) -> TrainBatches | PackedBatches:
-    """The training batches in the order of `seed`."""
+    """Makes the training batches, packed or in buckets; logs their number and their padding.
+
+    Args:
+        seed: determines the order of the examples.
+    """
     source, backbone, batching = data.source, data.evaluator.backbone, settings.batching
     class_weights = settings.loss.class_weights
     weights = None

@@ -1,4 +1,4 @@
-"""Training metrics between two rows of the log."""
+"""Collects the training metrics between two rows of the log."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from ptjax.training.step import Metrics
 class TrainMetrics:
     """Sums the loss and gradient norm of each member, and measures the speed.
 
-    The metrics of a step are read one step later, when the devices have computed them: the host
-    never waits for the step that is running. The sums are part of the run's progress.
+    The metrics of a step are read one step later, so that the host does not wait for the step that
+    is running. The sums are part of the run's progress.
     """
 
     def __init__(self, members: Members, failures: Failures) -> None:
@@ -25,17 +25,25 @@ class TrainMetrics:
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Starts to measure the speed from here."""
+        """Starts to measure the speed again, after a pause such as an evaluation."""
         self._started, self._examples = time.perf_counter(), 0
 
     def add(self, metrics: Metrics, examples: int) -> None:
-        """Takes the metrics of a step that has just started, on this number of examples."""
+        """Calls `flush` for the step before, and keeps `metrics` of the step that has just started.
+
+        Args:
+            examples: the number of examples of the step, for the speed.
+        """
         self._examples += examples
         self.flush()
         self._waiting = metrics
 
     def flush(self) -> None:
-        """Adds the metrics of the last step to the sums, and waits for them."""
+        """Waits for the metrics that `add` kept, and adds them to the sums.
+
+        Stops each member whose loss or gradient norm is not finite; see `Failures.report`, also for
+        the exceptions.
+        """
         if self._waiting is not None:
             self._sum(self._waiting)
             self._waiting = None
@@ -54,7 +62,10 @@ class TrainMetrics:
         progress.steps_summed += 1
 
     def take_row(self) -> dict[str, float]:
-        """A row for the log: averages since the last row, and the speed. Resets both."""
+        """Returns a row for the log, and resets the sums and the clock.
+
+        It has the averages since the last row, the learning rate, and the examples per second.
+        """
         self.flush()
         rate = self._examples / (time.perf_counter() - self._started)
         self.restart_clock()

@@ -1,4 +1,4 @@
-"""`tune`: trains a prompt for a task on a frozen backbone, and scores it."""
+"""`tune`: trains a prompt (or what another method trains) for a task, and scores it."""
 
 from __future__ import annotations
 
@@ -42,9 +42,10 @@ from ptjax.trees import Tree
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A finished run in MODEL_DIR.
+    """A finished run: its folder and its results.
 
     Attributes:
+        model_dir: MODEL_DIR, with `~` expanded.
         results: the content of `results.json`; empty after a dry run.
     """
 
@@ -53,7 +54,10 @@ class Run:
 
     @functools.cached_property
     def prompt(self) -> PromptFile | None:
-        """The best prompt, in a sweep the best member's; None if no prompt was tuned."""
+        """The best prompt, read from its file; in a sweep the best member's.
+
+        None if no prompt was tuned, or after a dry run.
+        """
         member = self.results["best"]["member"] if "members" in self.results else ""
         path = ModelDir(self.model_dir).best_prompt(member)
         return load_prompt(path) if self.results and path.exists() else None
@@ -70,21 +74,26 @@ def tune(
     callbacks: Sequence[Callback] = (),
     dry_run: bool = False,
 ) -> Run:
-    """Trains, selects on `settings.evaluation.split`, and scores the best on the test split.
+    """Trains a prompt (or what `settings.method` trains) for `task`, and scores the best one.
+
+    The best of the exports is selected on `settings.evaluation.split`, and scored on the test split
+    or, if the task has none, on that same split.
 
     Args:
         model_dir: all files are written here. A run that was stopped in it is resumed; a finished
             one is left as it is, and its results are returned.
-        settings: None is `RunSettings()`, the paper's.
-        members: of a sweep, by name. Each trains a prompt of its own, all in one job; `settings`
-            apply where a member overrides nothing.
+        settings: default: `RunSettings()`, the settings of the prompt tuning paper.
+        members: the members of a sweep, by name. Each trains a prompt of its own, all in one job;
+            `settings` apply where a member overrides nothing. None: an ordinary run.
         steps: replaces `settings.schedule.train_steps`.
         callbacks: notified of events, see `ptjax.trainer.callbacks.Callback`.
         dry_run: compile, report, and stop before the first step.
 
     Raises:
-        InputError: the settings do not fit together, or `model_dir` holds another run, or this one
-            past `train_steps` (`identity.FREE` lists which settings may change).
+        InputError: the settings do not fit together, or `model_dir` holds another run, or this run
+            at a step past `train_steps` (`identity.FREE` lists which settings may change).
+        TrainingError: a loss is not finite (in a sweep: every member's), or the disk is full.
+        SystemExit: after SIGTERM or Ctrl-C, when a checkpoint has been saved.
     """
     settings = RunSettings() if settings is None else settings
     if steps is not None:

@@ -31,9 +31,10 @@ from ptjax.trees import Tree
 
 @dataclasses.dataclass(frozen=True)
 class StepConfig:
-    """The settings of a run that its train step depends on.
+    """The settings of a run that determine its train step.
 
     Attributes:
+        microbatches: number of parts of a batch whose gradients are computed one after another.
         sweep: whether one step trains several members.
     """
 
@@ -43,11 +44,13 @@ class StepConfig:
     sweep: bool = False
 
     def groups(self, mesh: Mesh, *, small: bool, attends_to_input: bool = True) -> int:
-        """Number of row groups the step splits its batch into (`sharding.arrays.reduction_groups`).
+        """The number of row groups into which the step splits a batch, see `make_train_step`.
+
+        It is 1 unless the trainable variables are few, because each group holds its own gradient;
+        otherwise `sharding.arrays.reduction_groups`.
 
         Args:
-            small: whether the trainable variables are few (`freezing.is_small`): each group holds
-                a gradient of its own.
+            small: whether the trainable variables are few (`freeze.is_small`).
             attends_to_input: whether the prompt's positions attend to the input.
         """
         if not small:
@@ -66,12 +69,16 @@ class StepConfig:
         small: bool,
         attends_to_input: bool = True,
     ) -> tuple[Callable[[Tree, jax.Array], TrainState], TrainStep]:
-        """`(init, step)`; `init(trainable, key)` gives the first state.
+        """Builds the train step, and a function for the state before the first step.
 
         Args:
             apply_fn: the network as the method runs it (`methods.base.run_with`).
-            rms: the embedding's, to which learning rates may be relative.
+            rms: the embedding's RMS, to which learning rates may be relative.
             small, attends_to_input: as for `groups`.
+
+        Returns:
+            `init(trainable, key)`, which copies `trainable` and returns the first state, and the
+            step. For a sweep, the arguments of `init` have a leading axis of members.
         """
 
         def make_optimizer(rate: jax.Array | None = None) -> optax.GradientTransformation:
@@ -92,7 +99,7 @@ class StepConfig:
 def lower_step(
     train_step: TrainStep, state: TrainState, frozen: Tree, shape: Shape, mesh: Mesh
 ) -> jax.stages.Lowered:
-    """The step for batches of `shape`, its state donated.
+    """Lowers the step for batches of `shape`; the compiled step donates its argument `state`.
 
     Args:
         state, frozen: arrays on the mesh, or `jax.ShapeDtypeStruct`s with their shardings.
@@ -105,7 +112,7 @@ def lower_step(
 
 
 def batch_shapes(shape: Shape, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """The arrays of a batch of `shape`, with their shardings."""
+    """The shape, dtype and sharding of each array of a batch, by its name in the batch."""
     return {
         name: jax.ShapeDtypeStruct(size, dtype, sharding=sharding_in_batch(name, len(size), mesh))
         for name, (size, dtype) in shape.arrays().items()
@@ -113,10 +120,12 @@ def batch_shapes(shape: Shape, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def sweep_shapes(members: int | None, mesh: Mesh) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """`active` and `learning_rate` of a sweep's step; nothing without members."""
-    dtypes = () if members is None else (np.bool_, np.float32)
+    """The shapes of a sweep step's arguments `active` and `learning_rate`; () without members."""
+    if members is None:
+        return ()
     where = replicated(mesh)
-    return tuple(jax.ShapeDtypeStruct((members or 0,), x, sharding=where) for x in dtypes)
+    dtypes = np.bool_, np.float32
+    return tuple(jax.ShapeDtypeStruct((members,), x, sharding=where) for x in dtypes)
 
 
 def compile_steps(
@@ -126,9 +135,12 @@ def compile_steps(
     shapes: Sequence[Shape],
     mesh: Mesh,
 ) -> dict[Shape, TrainStep]:
-    """The step compiled for every batch shape, before the first batch is read.
+    """Compiles the step for every batch shape, before the first batch is read.
 
     A compiled step rejects any other shape, so nothing is recompiled during the run.
+
+    Args:
+        state, frozen: arrays on the mesh, or `jax.ShapeDtypeStruct`s with their shardings.
     """
     started = time.perf_counter()
     compiled = {

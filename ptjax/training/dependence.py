@@ -16,7 +16,7 @@ from ptjax.trees import Tree
 
 
 def check_used(apply_fn: ApplyFn, loss: Loss, trainable: Tree, frozen: Tree, batch: Tree) -> None:
-    """Rejects trainable variables that cannot learn because the network never reads them.
+    """Raises InputError for trainable variables that the network never reads: they cannot learn.
 
     Args:
         batch: of any shape of the run. Batch and variables may be `jax.ShapeDtypeStruct`s.
@@ -41,11 +41,11 @@ def check_used(apply_fn: ApplyFn, loss: Loss, trainable: Tree, frozen: Tree, bat
 def unused_leaves(
     function: Callable[..., jax.Array], trainable: Tree, *arguments: Tree
 ) -> list[str]:
-    """Paths of the leaves that the derivative of `function(trainable, *arguments)` ignores.
+    """Lists the paths of leaves that the derivative of `function(trainable, *arguments)` ignores.
 
     The result depends on the program, not on values: a leaf that is used only through
     `stop_gradient` or an argmax is listed; one whose gradient happens to be zero (LoRA's first
-    matrix while the second is zero) is not. Nothing is computed.
+    matrix while the second is zero) is not. `function` is traced, but nothing is computed.
     """
 
     def tangent(tangents: Tree, trainable: Tree, *arguments: Tree) -> jax.Array:

@@ -20,16 +20,19 @@ Freeze = Tree
 """A bool, or a dict of `Freeze` with the keys of the variables."""
 
 SMALL = 0.1
-"""Up to this fraction of the frozen elements, the trainable ones count as few."""
+"""The trainable elements count as few if they are at most this fraction of the frozen ones."""
 
 
 def make_freeze(variables: Tree, rules: Mapping[str, bool]) -> Freeze:
-    """Applies `rules` (pattern of a whole path -> frozen) to `variables`: a full tree of bools.
+    """Makes a freeze map, a bool for every leaf of `variables`, from rules.
 
-    Every variable must be named by a rule; nothing is frozen by default.
+    Every variable must match a rule; nothing is frozen by default.
+
+    Args:
+        rules: pattern of a variable's whole path -> whether it is frozen.
 
     Raises:
-        InputError: a pattern matches no variable, or a variable matches no pattern, or two that
+        InputError: a pattern matches no variable; a variable matches no pattern, or patterns that
             disagree.
     """
     decided: dict[str, bool] = {}
@@ -82,10 +85,10 @@ def combine(trainable: Tree, frozen: Tree) -> Tree:
 def freeze_updates(
     optimizer: optax.GradientTransformation, freeze: Freeze
 ) -> optax.GradientTransformation:
-    """`optimizer` for the trainable variables; the updates of all others are zero.
+    """Wraps an optimizer so that the updates of frozen variables are zero.
 
-    A second safeguard behind `split`: it takes the trainable half or the whole tree.
-    (`optax.masked` would pass the raw gradients of frozen weights through.)
+    The result takes the trainable half of the variables or the whole tree: a second safeguard in
+    addition to `split`. (`optax.masked` would pass the raw gradients of frozen weights through.)
     """
 
     def labels(tree: Tree, freeze: Freeze = freeze) -> Tree:
@@ -98,7 +101,7 @@ def freeze_updates(
 
 
 def is_small(trained: int, frozen: int) -> bool:
-    """Whether `trained` elements are few compared with `frozen` ones.
+    """Whether a number of trained elements is small compared with the number of frozen ones.
 
     If so, copies of them are cheap: one gradient per device group, transfers, exported files.
     """
@@ -106,7 +109,7 @@ def is_small(trained: int, frozen: int) -> bool:
 
 
 def sizes(tree: Tree) -> tuple[int, int]:
-    """(number of elements, bytes) of the arrays or shapes in `tree`."""
+    """Returns the total number of elements and of bytes of the arrays or shapes in `tree`."""
     leaves = [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype")]
-    counts = [math.prod(leaf.shape) for leaf in leaves]
-    return sum(counts), sum(n * leaf.dtype.itemsize for n, leaf in zip(counts, leaves, strict=True))
+    count = sum(math.prod(leaf.shape) for leaf in leaves)
+    return count, sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)

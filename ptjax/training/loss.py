@@ -54,11 +54,11 @@ class Loss:
         targets: Int[Array, "B L"],
         weights: Float[Array, "B L"],
     ) -> Float[Array, ""]:
-        """The weighted sum, not yet divided by `normalizer`."""
+        """Returns the weighted sum over the tokens, not yet divided by `normalizer`."""
         return jnp.sum(self.per_position(logits.astype(jnp.float32), targets) * weights)
 
     def normalizer(self, weights: Float[Array, "B L"]) -> Float[Array, ""] | float:
-        """The divisor of a batch's sum, given the weights of the whole batch."""
+        """The number by which the loss of a whole batch is divided, given its weights."""
         if not self.per_token:
             return 1.0
         total = jnp.sum(weights)
@@ -83,6 +83,10 @@ class Loss:
 def log_likelihood(
     logits: Float[Array, "B L V"], targets: Int[Array, "B L"], weights: Bool[Array, "B L"]
 ) -> Float[Array, " B"]:
-    """Sum of log p(token) over the tokens of each target, by which labels are ranked."""
+    """Sums log p(token) over the tokens of each target; labels are ranked by it.
+
+    Args:
+        weights: which positions are tokens of the target.
+    """
     plain = Loss(z_loss=0.0)
     return -jnp.sum(plain.per_position(logits.astype(jnp.float32), targets) * weights, axis=-1)

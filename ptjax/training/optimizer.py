@@ -53,7 +53,10 @@ class Adafactor:
         check_at_least(0, "Adafactor", learning_rate=rate, weight_decay=decay, step_offset=offset)
 
     def identity(self) -> JsonObject:
-        """Identifies a schedule by its values; see `ptjax.trainer.identity.describe`."""
+        """Returns the field values that identify a run, where they differ from the fields' own.
+
+        A schedule is replaced by its values; see `ptjax.trainer.identity.describe`.
+        """
         schedule = self.learning_rate
         if not callable(schedule):
             return {}
@@ -66,20 +69,25 @@ class Adafactor:
         return {"learning_rate": {"is": "schedule", **values}}
 
     def rate_at(self, step: jax.typing.ArrayLike, embedding_rms: float) -> jax.typing.ArrayLike:
-        """The absolute learning rate of update `step` (0 is the first of this run)."""
+        """The absolute learning rate of update `step` (0 is the first of this run).
+
+        Args:
+            embedding_rms: the RMS of the backbone's embedding table, see `embedding_rms`.
+        """
         rate = self.learning_rate(step) if callable(self.learning_rate) else self.learning_rate
         return rate * embedding_rms if self.learning_rate_scale == "embedding_rms" else rate
 
     def rate_number(self, step: int, embedding_rms: float) -> float:
-        """`rate_at` as a Python number, for logs and the inputs of a sweep's step."""
+        """The result of `rate_at` as a Python number, for logs and a sweep's inputs."""
         return float(np.asarray(self.rate_at(step, embedding_rms)))
 
     def make(
         self, embedding_rms: float = 1.0, rate: jax.Array | None = None
     ) -> optax.GradientTransformation:
-        """The optimizer. Its second moments are float32 for float32 parameters.
+        """Builds the optimizer. Its second moments are float32 for float32 parameters.
 
         Args:
+            embedding_rms: as for `rate_at`.
             rate: the absolute learning rate, if the caller computes it (a sweep has several).
         """
 
@@ -119,7 +127,7 @@ def _with_count(state: optax.OptState, count: int) -> optax.OptState:
 
 
 def embedding_rms(embedding: jax.Array) -> float:
-    """Root mean square of the embedding table [V, D], over its nonzero rows.
+    """Computes the root mean square of an embedding table [V, D], over its nonzero rows.
 
     Padded vocabularies end in unused rows, which are zeros in some checkpoints.
     """

@@ -17,13 +17,21 @@ from ptjax.trees import Tree
 
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
-"""Of one step: "loss", "target_tokens" and "gradient_norm"; in a sweep each is an array [N]."""
+"""The metrics of one step: "loss", "target_tokens" and "gradient_norm", each an array [N] in a
+sweep."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything that a step changes. Donated to the step, checkpointed; no frozen weights."""
+    """Everything that a train step changes: it is donated to the step and saved in checkpoints.
+
+    Frozen weights are not part of it.
+
+    Attributes:
+        step: int32 [], the number of steps done.
+        key: the random key from which the dropout of every step is derived.
+    """
 
     step: jax.Array
     trainable: Tree
@@ -38,14 +46,18 @@ TrainStep = Callable[..., tuple[TrainState, Metrics]]
 def init_train_state(
     trainable: Tree, optimizer: optax.GradientTransformation, key: jax.Array
 ) -> TrainState:
-    """The state before the first step."""
+    """Makes the state before the first step; it holds `trainable` itself, not a copy."""
     return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable), key)
 
 
 def batch_loss(
     apply_fn: ApplyFn, loss: Loss, variables: Tree, batch: Batch, key: jax.Array
 ) -> jax.Array:
-    """The loss of a batch, summed over its targets; `key` drives dropout."""
+    """Computes the loss of a batch with dropout, summed over its target tokens.
+
+    Args:
+        key: the random key for dropout.
+    """
     logits = apply_fn(
         variables,
         batch["encoder_input_tokens"],
@@ -67,10 +79,11 @@ def make_train_step(
     microbatches: int = 1,
     groups: int = 1,
 ) -> TrainStep:
-    """`(state, frozen, batch) -> (state, metrics)`; jit it with the state donated.
+    """Makes the train step, `(state, frozen, batch) -> (state, metrics)`, not yet jitted.
 
-    `jax.grad` sees the trainable half only, so the gradient of a frozen weight is never computed.
-    The batch [B, ...] is split into `microbatches` equal parts, whose gradients are summed.
+    The gradient is taken by the trainable variables only, so that of a frozen weight is never
+    computed. The batch [B, ...] is split into `microbatches` equal parts, whose gradients are
+    summed. Callers should jit the step with its argument `state` donated.
 
     Args:
         groups: number of groups of adjacent rows, one per device
@@ -133,12 +146,16 @@ def make_sweep_step(
     microbatches: int = 1,
     groups: int = 1,
 ) -> TrainStep:
-    """`(state, frozen, batch, active, learning_rate) -> (state, metrics)` for N members.
+    """Makes the train step of a sweep's N members, which share the frozen weights.
 
-    All members share the frozen weights; state, batch and metrics have a leading axis N. Each
-    member has its own dropout and optimizer state: factored moments and clipping see one member
-    only. `active` bool [N]: the state of the other members stays bit-identical. `learning_rate`
-    float32 [N]: passed to `make_optimizer`.
+    It is `(state, frozen, batch, active, learning_rate) -> (state, metrics)`, where state, batch
+    and metrics have a leading axis N. Each member has its own dropout and optimizer state: factored
+    moments and clipping see one member only. The state of members that are not `active` (bool [N])
+    stays bit-identical. `learning_rate` is float32 [N].
+
+    Args:
+        make_optimizer: makes a member's optimizer from its learning rate, a traced scalar.
+        microbatches, groups: as for `make_train_step`.
     """
 
     def member_step(

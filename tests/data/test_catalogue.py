@@ -72,6 +72,8 @@ def _wsc(text, index, pronoun, **more):
         ('"Good for him," he said.', 2, "him", '"Good for *him* ," he said.'),
         ("want to use it , but", 2, "it", "want to use *it* , but"),
         ("of his own dog", 1, "his own", "of *his own* dog"),
+        # The position is that of the word before, even where that is no word.
+        ("Mark - he lied .", 1, "he", "Mark - *he* lied ."),
     ],
 )
 def test_wsc_marks_the_pronoun(text, index, pronoun, marked):

@@ -85,6 +85,7 @@ def test_iterables_and_tables_give_the_same_task(tmp_path):
     ):
         assert Task.from_records(source, **HOW) == task
     assert Task.from_records(TICKETS[:-1], **HOW) != task
+    assert Task.from_records([TICKETS[0] | {"customer": 5}, *TICKETS[1:]], **HOW) != task
     splits = {"train": TICKETS[:30], "dev": TICKETS[30:35], "test": TICKETS[35:]}
     assert Task.from_records(splits, **HOW) == Task.from_records(
         TICKETS[:30], TICKETS[30:35], TICKETS[35:], **HOW

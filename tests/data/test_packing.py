@@ -23,7 +23,7 @@ from ptjax.data.pipeline import (
 )
 from ptjax.errors import InputError
 
-fast = settings(max_examples=60, deadline=None)
+fast = settings(max_examples=60)
 
 
 class Numbered(Source):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import re
 
 import hypothesis.strategies as st
 import numpy as np
@@ -11,9 +12,11 @@ from hypothesis import given, settings
 from t5_ids import T5_IDS
 
 from ptjax.data.batch import make_batch, shift_right
+from ptjax.data.packing import PackedBatches
 from ptjax.data.pipeline import (
     MixtureBatches,
     Shape,
+    SweepBatches,
     TrainBatches,
     assign_buckets,
     build_batch,
@@ -46,7 +49,7 @@ class Source:
 
 lengths = st.lists(st.integers(1, 100), min_size=1, max_size=60)
 sources = st.builds(Source, lengths)
-fast = settings(max_examples=60, deadline=None)
+fast = settings(max_examples=60)
 
 
 def examples_of(planned) -> collections.Counter:
@@ -265,8 +268,12 @@ def test_make_batch_pads_shifts_and_weighs() -> None:
 
 def test_buckets_that_do_not_hold_each_other_are_refused():
     source = Source(np.full(4, 10, np.int32), np.full(4, 5, np.int32))
-    with pytest.raises(InputError, match="the larger must contain the smaller"):
-        TrainBatches(source, buckets=[(32, 8), (16, 32)], batch_size=2, seed=0, ids=T5_IDS)
+    # The larger is the one with more positions for inputs times targets, in whatever order.
+    for small, large in (((32, 8), (16, 32)), ((8, 32), (64, 8))):
+        message = f"buckets {small} and {large}: the larger must contain the smaller"
+        for buckets in ([small, large], [large, small]):
+            with pytest.raises(InputError, match=re.escape(message)):
+                TrainBatches(source, buckets=buckets, batch_size=2, seed=0, ids=T5_IDS)
 
 
 def test_a_rate_that_would_never_be_drawn_is_refused():
@@ -274,3 +281,22 @@ def test_a_rate_that_would_never_be_drawn_is_refused():
     part = TrainBatches(source, buckets=[(16, 8)], batch_size=2, seed=0, ids=T5_IDS)
     with pytest.raises(InputError, match="too small"):
         MixtureBatches([part, part], [10_000, 1], seed=0)
+
+
+def test_a_shape_says_the_arrays_of_its_batches():
+    source = Source(np.full(6, 4), np.full(6, 3))
+    settings = {"batch_size": 3, "seed": 0, "ids": T5_IDS}
+    plain = TrainBatches(source, buckets=[(4, 3)], **settings)
+    packed = PackedBatches(source, row_length=8, **settings)
+    sweep = SweepBatches([plain, plain])
+    assert Shape(3, 4, 3) == Shape(3, 4, 3, packed=False, members=None)
+    assert plain.shapes == [Shape(3, 4, 3)]
+    assert packed.shapes == [Shape(2, 8, 6, packed=True)]
+    assert sweep.shapes == [Shape(3, 4, 3, members=2)]
+    for batches, shown in ((plain, "3x4+3"), (packed, "2x8+6"), (sweep, "2x3x4+3")):
+        [shape] = batches.shapes
+        batch = batches.batch(0)
+        assert Shape.of(batch) == shape
+        assert str(shape) == shown
+        arrays = {name: (array.shape, array.dtype.type) for name, array in batch.items()}
+        assert arrays == shape.arrays()

@@ -62,6 +62,45 @@ def test_compressed_files_whole_and_damaged(tmp_path, suffix, compress):
             read_records(_write(path, broken))
 
 
+@pytest.mark.parametrize(
+    ("suffix", "content"),
+    [
+        (".gz", gzip.compress(b"")[:10] + b"\xff" * 20),  # zlib.error
+        (".gz", gzip.compress(b"x" * 99)[:-8] + bytes(8)),  # OSError
+        (".xz", lzma.compress(b"x" * 99)[:40] + bytes(60)),  # lzma.LZMAError
+        (".bz2", bz2.compress(b"x" * 99)[:-1]),  # EOFError
+    ],
+)
+def test_damage_inside_a_compressed_file(tmp_path, suffix, content):
+    path = _write(tmp_path / f"a.txt{suffix}", content)
+    with pytest.raises(
+        InputError, match=rf"a\.txt{suffix}: not a whole {suffix} file \(.+\); copy"
+    ):
+        read_records(path)
+
+
+def test_a_file_that_inflates_without_measure_is_refused(tmp_path):
+    path = _write(tmp_path / "a.txt.gz", gzip.compress(bytes(65 << 20), 1))
+    with pytest.raises(InputError, match=r"a\.txt\.gz: .* bytes inflate to more than 67,108,864"):
+        read_records(path)
+
+
+def test_records_say_how_many_lines_they_take(tmp_path):
+    for name, content in [
+        ("a.txt", b"x\n\n\xff\ny\n"),
+        ("a.jsonl", b'{"t": 1}\n\n{"t": \n{"t": 2}\n'),
+        ("a.tsv", b"t\tu\n1\t2\n\n\xff\t1\n3\t4\n"),
+    ]:
+        records = read_records(_write(tmp_path / name, content), on_bad_record="skip")
+        assert [record.lines for record in records] == [1, 1]
+        bad = records.bad
+        assert (bad.count, bad.lines, bad.blank) == (1, 1, 1)
+    quoted = _write(tmp_path / "a.csv", 't,u\n"1\n2",3\n\n"4\n5\n6",7,8\n9,0\n')
+    records = read_records(quoted, on_bad_record="skip")
+    assert [record.lines for record in records] == [2, 1]
+    assert (records.bad.count, records.bad.lines, records.bad.blank) == (1, 3, 1)
+
+
 def test_csv_has_quoting_and_counts_the_line_a_record_starts_on(tmp_path):
     path = _write(tmp_path / "a.csv", 'text,label\n"a, ""b""\nc",1\nd,2\n')
     records = read_records(path)
@@ -81,6 +120,7 @@ def test_tsv_quotes_are_text_by_default(tmp_path):
     assert [r.fields["a"] for r in read_records(path)] == ['"open', "next", 'close"']
 
 
+@hypothesis.settings(deadline=None)  # other work on the machine may take longer
 @hypothesis.given(
     st.lists(
         st.lists(

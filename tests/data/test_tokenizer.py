@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import shutil
 from pathlib import Path
 
 import huggingface_hub
@@ -95,6 +97,7 @@ def test_ids_without_a_piece_decode_as_unknown(nano):
 
 
 # No text holds the mark, a noncharacter.
+@hypothesis.settings(deadline=None)  # other work on the machine may take longer
 @hypothesis.given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters=[MARK])))
 def test_bytes_round_trip(text):
     tokenizer = ByteTokenizer()
@@ -344,3 +347,46 @@ def backbone_with(tokenizer) -> Backbone:
     config = tiny_config(8192, emb_dim=64)
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "model"))
     return Backbone(config, {}, print, tokenizer, "sha256:b", "tiny", mesh)
+
+
+def rewrite_fast(fast: Path, target: Path, **changes) -> Path:
+    """A copy of the folder with other top-level entries in its tokenizer.json.
+
+    Its class is the general one: T5's makes its own pre-tokenizer, whatever the file says.
+    """
+    shutil.copytree(fast, target)
+    config = json.loads((fast / "tokenizer_config.json").read_text())
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (target / "tokenizer_config.json").write_text(json.dumps(config))
+    content = json.loads((fast / "tokenizer.json").read_text())
+    (target / "tokenizer.json").write_text(json.dumps({**content, **changes}))
+    return target
+
+
+@pytest.mark.parametrize("scheme", ["always", "first", "never"])
+@pytest.mark.parametrize("split", [False, True])
+def test_only_sentencepieces_way_with_spaces_has_its_fingerprint(
+    nano, fast, tmp_path, scheme, split
+):
+    spaces = {
+        "type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": True
+    }  # fmt: skip
+    if split:
+        spaces = {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, spaces]}
+    tokenizer = TransformersTokenizer(rewrite_fast(fast, tmp_path / "own", pre_tokenizer=spaces))
+    assert (tokenizer.fingerprint == nano.fingerprint) == (scheme == "always")
+
+
+def test_a_file_of_another_vocabulary_beside_tokenizer_json_is_no_loss(nano, fast, tmp_path):
+    folder = tmp_path / "both"
+    shutil.copytree(fast, folder)
+    (folder / "vocab.json").write_text("{}")
+    assert TransformersTokenizer(folder).encode_batch(TEXTS) == nano.encode_batch(TEXTS)
+
+
+def test_the_reason_why_transformers_cannot_load_is_cut(fast, tmp_path):
+    folder = rewrite_fast(fast, tmp_path / "own", version="9" * 400)
+    with pytest.raises(InputError) as refused:
+        TransformersTokenizer(folder)
+    reason = re.search(r"cannot load this tokenizer \((.*)\); check its files", str(refused.value))
+    assert reason is not None and len(reason[1]) == 300

@@ -18,13 +18,13 @@ nested = st.recursive(
 ).filter(lambda tree: isinstance(tree, dict))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(nested)
 def test_unflatten_is_the_inverse_of_flatten(tree) -> None:
     assert unflatten_paths(flatten_paths(tree)) == tree
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(nested)
 def test_paths_are_those_that_jax_gives(tree) -> None:
     named, _ = jax.tree_util.tree_flatten_with_path(tree)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import types
 from typing import Any
 
@@ -86,8 +87,12 @@ def test_bad_prompts_and_batches_are_named(backbone, tiny, tiny_batch):
         ("decoder_target_tokens", np.full((8, 6), -100), "ids from -100 to -100"),
         ("encoder_input_tokens", np.ones(8), r"encoder_input_tokens has shape \[8\]"),
         ("decoder_input_tokens", np.ones((1, 6)), r"decoder_input_tokens has shape \[1, 6\]"),
+        ("decoder_input_tokens", np.ones((8, 1)), "must have the same shape"),
         ("decoder_target_tokens", np.ones((8, 1)), "must have the same shape"),
         ("decoder_loss_weights", np.ones((8, 1)), "must have the same shape"),
+        ("encoder_lengths", np.ones(7), r"encoder_lengths \[1, .* must be 8 numbers from 0 to 12"),
+        ("encoder_lengths", np.full(8, 13), "must be 8 numbers from 0 to 12, one for each row"),
+        ("encoder_lengths", np.full(8, -1), "must be 8 numbers from 0 to 12"),
     ],
 )
 def test_what_jax_would_clip_or_broadcast_is_refused(
@@ -95,6 +100,34 @@ def test_what_jax_would_clip_or_broadcast_is_refused(
 ):
     with pytest.raises(InputError, match=message):
         forward.loss_and_prompt_gradient(backbone, tiny_batch | {name: value}, tiny.prompt)
+
+
+def test_a_row_ends_where_its_padding_begins_or_where_its_length_says(backbone, tiny_batch):
+    lengths = tiny_batch["encoder_lengths"]
+    unsaid = {name: x for name, x in tiny_batch.items() if name != "encoder_lengths"}
+    expected = forward.forward(backbone, tiny_batch)
+    np.testing.assert_array_equal(forward.forward(backbone, unsaid), expected)
+    shorter = forward.forward(backbone, tiny_batch | {"encoder_lengths": np.minimum(lengths, 5)})
+    cut = tiny_batch["encoder_input_tokens"].copy()
+    cut[:, 5:] = 0
+    # The same rows with padding behind them, of which nothing depends.
+    np.testing.assert_array_equal(
+        shorter, forward.forward(backbone, unsaid | {"encoder_input_tokens": cut})
+    )
+    assert np.abs(shorter - expected).max() > 1e-2
+
+
+def test_padding_in_front_needs_lengths(backbone, tiny_batch):
+    turned = {name: x for name, x in tiny_batch.items() if name != "encoder_lengths"}
+    turned["encoder_input_tokens"] = tiny_batch["encoder_input_tokens"][:, ::-1]
+    message = "row 1 of encoder_input_tokens begins with the padding id 0 and has text after it"
+    with pytest.raises(InputError, match=message):
+        forward.forward(backbone, turned)
+    said = forward.forward(backbone, turned | {"encoder_lengths": np.full(8, 12)})
+    assert np.isfinite(said).all()
+    # A row of padding alone has no text that could be lost.
+    turned["encoder_input_tokens"] = np.zeros((8, 12), np.int32)
+    assert np.isfinite(forward.forward(backbone, turned)).all()
 
 
 def test_a_loaded_prompt_without_a_fingerprint_is_said_once(
@@ -125,26 +158,45 @@ def test_a_missing_tokenizer_names_the_argument(backbone):
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("settings", "message"),
     [
-        {"num_beams": 0},
-        {"max_new_tokens": 0},
-        {"batch_size": 0},
-        {"temperature": -1.0},
-        {"top_p": 0.0},
-        {"num_beams": 2, "temperature": 1.0},
-        {"input_length": 1},
-        {"temperature": float("nan")},
-        {"temperature": float("inf")},
-        {"temperature": 1e-40},  # over which every logit is -inf in float32
-        {"top_p": float("nan")},
-        {"num_beams": 2, "alpha": -0.5},
-        {"num_beams": 2, "alpha": float("nan")},
+        ({"num_beams": 0}, "num_beams must be >= 1, got 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be >= 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be >= 1, got 0"),
+        ({"temperature": -1.0}, r"0 \(greedy\) or a finite number >= 1e-30, got -1\.0"),
+        ({"top_p": 0.0}, r"top_p must be > 0 and <= 1, got 0\.0"),
+        ({"top_p": 1.5}, r"top_p must be > 0 and <= 1, got 1\.5"),
+        ({"num_beams": 2, "temperature": 1.0}, "a beam search does not sample"),
+        ({"input_length": 1}, "a length of 1 tokens has no room for text and its end"),
+        ({"temperature": float("nan")}, "got nan"),
+        ({"temperature": float("inf")}, "got inf"),
+        ({"temperature": 1e-40}, "got 1e-40"),  # over which every logit is -inf in float32
+        ({"top_p": float("nan")}, "got nan"),
+        ({"num_beams": 2, "alpha": -0.5}, r"alpha must be a finite number >= 0, got -0\.5"),
+        ({"num_beams": 2, "alpha": float("nan")}, "got nan"),
+        ({"num_beams": 2, "alpha": float("inf")}, "got inf"),
     ],
 )
-def test_impossible_settings_are_refused(backbone, settings):
-    with pytest.raises(InputError):
+def test_impossible_settings_are_refused(backbone, settings, message):
+    with pytest.raises(InputError, match=message):
         generate.generate(backbone, ["a"], **settings)
+
+
+def test_settings_at_their_limits_are_possible():
+    for settings in (
+        {"temperature": 1e-30},
+        {"temperature": 0.3, "top_p": 1e-3},
+        {"num_beams": 1, "temperature": 1e30},
+        {"num_beams": 2, "alpha": 0.0},
+    ):
+        assert dataclasses.asdict(generate.Decoding(**settings)).items() >= settings.items()
+
+
+def test_a_cold_sample_is_the_greedy_text(backbone, tiny):
+    """Log-likelihoods divided by a small temperature leave the likeliest token alone."""
+    texts, settings = random_texts(4), {"prompt": tiny.prompt, "max_new_tokens": 4}
+    greedy = generate.generate(backbone, texts, **settings)
+    assert generate.generate(backbone, texts, temperature=1e-4, **settings) == greedy
 
 
 def test_generate_answers_every_text_in_order_whatever_the_batch(backbone, tiny):

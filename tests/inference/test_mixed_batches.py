@@ -242,6 +242,24 @@ def test_predictions_rank_or_write_as_each_prompts_task_wants(backbone, bank):
     assert all(one.probabilities is None and len(one.text) <= 2 for one in written)
 
 
+@pytest.mark.parametrize("setting", [{"num_beams": 2}, {"temperature": 0.5}, {"top_p": 0.5}])
+def test_settings_of_generation_need_a_text_to_generate(backbone, setting):
+    closed = Task(name="c", inputs="{t}", label="l", verbalizer={"0": "no", "1": "yes"})
+    run = functools.partial(predict.predict, backbone, ["ab"])
+    with pytest.raises(InputError, match=r"closed set of labels \(no, yes\), .* need --decode"):
+        run([InputFormat(closed)], **setting)
+    # What generates as ever does not matter, nor does the seed of a sample that nobody draws.
+    plain: dict[str, Any] = {"num_beams": 1, "temperature": 0.0, "top_p": 1.0, "seed": 3}
+    assert run([InputFormat(closed)], **plain) == predict.rank(backbone, ["ab"], ("no", "yes"))
+    [written] = run([InputFormat(closed)], decode_all=True, max_new_tokens=2, **setting)
+    assert written == predict.decode(backbone, ["ab"], max_new_tokens=2, **setting)[0]
+
+
+def test_nothing_to_predict(backbone, bank):
+    assert predict.rank(backbone, [], ("no", "yes"), bank, prompt_ids=[]) == []
+    assert predict.predict(backbone, [], [], bank, []) == []
+
+
 def test_a_bank_is_placed_and_checked_once(backbone, bank, caplog):
     bare = make_bank({"a": PromptFile(MATRICES[0], {}), "b": MATRICES[1]})
     checked = check_bank(backbone, bare)

@@ -137,6 +137,18 @@ def test_bytes_that_no_tensor_claims_are_an_error(tmp_path, tensors):
         ({"dtype": "F32", "shape": [2]}, "entry of tensor t is damaged"),
         ({"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}, "the file is truncated"),
         ([], "entry of tensor t is damaged"),
+        (
+            {"dtype": "F32", "shape": [1 << 62], "data_offsets": [0, 1 << 64]},
+            r"tensor t is damaged \(18446744073709551616 is not a size\)",
+        ),
+        (
+            {"dtype": "F32", "shape": [1 << 61], "data_offsets": [0, 1 << 63]},
+            r"tensor t is damaged \(the shape \[2305843009213693952\] is too large\)",
+        ),
+        (
+            {"dtype": "F32", "shape": [0, 1 << 61], "data_offsets": [0, 0]},
+            r"tensor t is damaged \(the shape \[0, 2305843009213693952\] is too large\)",
+        ),
     ],
 )
 def test_a_header_that_lies(tmp_path, entry, message):
@@ -145,6 +157,15 @@ def test_a_header_that_lies(tmp_path, entry, message):
     file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
     with pytest.raises(InputError, match=message):
         open_safetensors(file)
+
+
+def test_the_largest_array_that_numpy_makes_may_be_empty(tmp_path):
+    shape = [0, (1 << 61) - 1]
+    header = {"t": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}
+    arrays, _ = open_safetensors(write(tmp_path / "x.safetensors", header, b""))
+    assert arrays["t"].read_all().shape == np.empty(shape, np.float32).shape
+    with pytest.raises(ValueError, match="array is too big"):
+        np.empty([0, 1 << 61], np.float32)
 
 
 def test_metadata_that_is_no_object(tmp_path):
@@ -214,6 +235,10 @@ FORBIDDEN = {
     "three offsets": ({"a": entry(data_offsets=[0, 8, 8])}, bytes(8)),
     "a size beyond 64 bits": ({"a": entry(shape=[1 << 64, 0])}, bytes(8)),
     "a shape that overflows": ({"a": entry(shape=[1 << 62, 1 << 62])}, bytes(8)),
+    "an empty axis beside one that overflows": (
+        {"a": entry(0, 0, shape=[1 << 62, 4, 0]), "b": entry()},
+        bytes(8),
+    ),
     "metadata that is no text": ({"__metadata__": {"a": 1}, "a": entry()}, bytes(8)),
     "a field twice": (
         b'{"a":{"dtype":"F32","dtype":"F32","shape":[2],"data_offsets":[0,8]}}',

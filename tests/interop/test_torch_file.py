@@ -92,6 +92,14 @@ def test_a_part_of_a_strided_view():
     )
 
 
+def test_a_file_that_was_cut_after_it_was_opened_is_named(tmp_path):
+    file = write(tmp_path / "x.bin", {"a": tensor(0, (6,), (1,))})
+    array = torch_file.open_torch(file)["a"]
+    file.write_bytes(file.read_bytes()[:60])
+    with pytest.raises(InputError, match=r"x\.bin: the file was changed or truncated while it was"):
+        array.read_all()
+
+
 def test_the_hand_written_pickle_is_read_like_torch_s(tmp_path):
     """So that the refusals below are refusals of what differs."""
     file = write(tmp_path / "x.bin", collections.OrderedDict(a=tensor(1, (2, 2), (1, 2))))

@@ -159,6 +159,48 @@ def test_case_1_8_every_folder_is_read_as_transformers_or_refused_with_both_read
     assert ("mt5", True, None, "none", FOUR) not in refused
 
 
+def test_case_1_8_who_does_as_the_refusal_says_gets_that_reading():
+    """Of all folders that are read in two ways: each of the two ways out leads to its reading."""
+    file = epath.Path("x/config.json")
+    cases = itertools.product(
+        recorded.KINDS, recorded.KEYS, recorded.KEYS, recorded.HEADS, (None, "main", FOUR)
+    )
+    ways = set()
+    for kind, tie, scale, head, writer in cases:
+        keys = {"tie_word_embeddings": tie, "scale_decoder_outputs": scale}
+        raw = {"model_type": kind, "transformers_version": writer} | keys
+        raw = {name: value for name, value in raw.items() if value is not None}
+        try:
+            huggingface_format.read_logits(raw, head, file)
+            continue
+        except InputError as error:
+            said = str(error)
+        if "is missing" in said:
+            continue
+        by_4, by_5 = (said.split(f"transformers {x} uses ")[1] for x in "45")
+        latter = huggingface_format.read_logits(raw | {"transformers_version": FIVE}, head, file)
+        assert by_5.startswith(f"{latter}. To choose the latter, set")
+        way = said.split("for the former, ")[1]
+        if f'set it to "{FOUR}"' in way:
+            raw["transformers_version"] = FOUR
+        if 'remove "scale_decoder_outputs"' in way:
+            del raw["scale_decoder_outputs"]
+        if "remove lm_head.weight from the weights" in way:
+            assert head == "own"
+            head = "none"
+        former = huggingface_format.read_logits(raw, head, file)
+        assert by_4.startswith(f"{former};"), said
+        ways.add(way)
+    assert ways == {
+        f'set it to "{FOUR}"',
+        f'set it to "{FOUR}" and remove lm_head.weight from the weights',
+        # What version 4 wrote.
+        "remove lm_head.weight from the weights",
+        'remove "scale_decoder_outputs"',
+        'remove lm_head.weight from the weights and remove "scale_decoder_outputs"',
+    }
+
+
 @pytest.mark.parametrize("model_type", ["t5", "umt5"])
 def test_case_1_8_a_tied_config_with_a_head_of_its_own(tmp_path, model_type, monkeypatch):
     said: list[str] = []

@@ -13,11 +13,12 @@ import pytest
 from conftest import tune
 from etils import epath
 from flax import linen as nn
+from frozen import assert_frozen
 from safetensors.numpy import load_file, save_file
 
 import ptjax
 from ptjax.errors import InputError
-from ptjax.methods.base import InitContext, Method
+from ptjax.methods.base import InitContext, Method, run_with
 from ptjax.methods.model_tuning import ModelTuning
 from ptjax.methods.prompt_tuning import PromptTuning
 from ptjax.models.layers import EncoderLayer
@@ -26,7 +27,6 @@ from ptjax.models.stacking import stack_paths
 from ptjax.settings import RunSettings
 from ptjax.trainer.sweep import MemberOverrides
 from ptjax.training.dependence import unused_leaves
-from ptjax.training.freeze import is_small
 from ptjax.training.loss import Loss
 from ptjax.training.step import batch_loss
 from ptjax.trees import flatten_paths, unflatten_paths
@@ -105,10 +105,65 @@ def test_the_methods_of_ptjax_make_what_they_say(backbone) -> None:
         )
 
 
+def test_methods_and_initialisers_never_change() -> None:
+    """Their fields are part of a run's identity."""
+    assert_frozen("ptjax.methods")
+
+
 def test_what_is_no_method_is_refused() -> None:
     for wrong in ("prompt_tuning", PromptTuning, object(), ptjax.Uniform()):
         with pytest.raises(InputError, match=r"RunSettings\.method = .* is not a method"):
             RunSettings(method=wrong)  # pyright: ignore[reportArgumentType]
+
+
+@dataclasses.dataclass(frozen=True)
+class Least(Method):
+    """A method that implements only what every method must."""
+
+    name, collection, exports = "least", "own", "arrays"
+
+    def variable_shapes(self, config):
+        return {"own": {}}
+
+
+class Recorded:
+    """A network that notes how it was asked to run."""
+
+    config = quantize = None
+
+    def make_apply_fn(self, attends_to_input, collections, /):
+        return attends_to_input, collections
+
+
+def test_a_method_that_says_no_more_adds_nothing_to_the_network() -> None:
+    method = Least()
+    assert method.attends_to_input is True
+    assert method.extra_positions() == 0
+    assert method.describe() == {}
+    assert method.wrap(len) is len  # pyright: ignore[reportArgumentType]
+    method.check(Recorded(), ptjax.Batching())  # pyright: ignore[reportArgumentType]
+    assert method.supports_rows is False and method.supports_sweep is False
+
+
+def test_the_network_sees_a_methods_own_collection() -> None:
+    """Not by name where every network reads it anyway."""
+    for method, asked in [
+        (Least(), (True, ("own",))),
+        (PromptTuning(4), (True, ())),
+        (PromptTuning(4, attends_to_input=False), (False, ())),
+        (ModelTuning(), (True, ())),
+    ]:
+        assert run_with(method, Recorded()) == asked  # pyright: ignore[reportArgumentType]
+
+
+def test_the_network_runs_as_the_method_wraps_it() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Wrapped(Least):
+        def wrap(self, apply_fn):
+            return "around", apply_fn
+
+    made = run_with(Wrapped(), Recorded())  # pyright: ignore[reportArgumentType]
+    assert made == ("around", (True, ("own",)))
 
 
 def test_a_sweep_wants_a_method_that_has_what_its_members_set() -> None:
@@ -117,11 +172,6 @@ def test_a_sweep_wants_a_method_that_has_what_its_members_set() -> None:
     with pytest.raises(InputError, match="Swept has no initialiser"):
         member.apply(RunSettings(method=swept()))
     assert member.apply(RunSettings()).method == PromptTuning(initializer=ptjax.Uniform())
-
-
-def test_little_is_told_by_sizes() -> None:
-    assert is_small(10, 100) and not is_small(11, 100)
-    assert not is_small(5, 0)
 
 
 def shift_gradients(config, params, batch, shift, collections=("shift",)):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -43,6 +45,10 @@ def test_uniform_fills_its_interval_evenly(context):
     assert abs(rows.mean()) < 0.012
 
 
+def test_uniform_is_the_papers_interval_by_default(context):
+    np.testing.assert_array_equal(Uniform()(KEY, 3, context), Uniform(0.5)(KEY, 3, context))
+
+
 def test_sampled_vocabulary_draws_common_tokens_once(context):
     ids = np.asarray(SampledVocabulary(population=50)(KEY, 50, context))[:, 0]
     assert sorted(ids) == list(range(3, 53))
@@ -50,6 +56,19 @@ def test_sampled_vocabulary_draws_common_tokens_once(context):
     assert list(ids) != list(again)
     longer = np.asarray(SampledVocabulary(population=5)(KEY, 40, context))[:, 0]
     assert set(longer) == set(range(3, 8))
+
+
+def test_sampled_vocabulary_draws_the_5000_most_common_by_default(context):
+    ids = np.asarray(SampledVocabulary()(KEY, 5000, context))[:, 0]
+    assert sorted(ids) == list(range(3, 5003))
+
+
+def test_sampled_vocabulary_ends_where_a_small_vocabulary_does(context):
+    small = dataclasses.replace(context, embedding=context.embedding[:10])
+    ids = np.asarray(SampledVocabulary()(KEY, 7, small))[:, 0]
+    assert sorted(ids) == list(range(3, 10))
+    after_one = np.asarray(SampledVocabulary(special_tokens=1)(KEY, 9, small))[:, 0]
+    assert sorted(after_one) == list(range(1, 10))
 
 
 def test_class_labels_average_their_pieces_and_fill_up(context):
@@ -84,6 +103,42 @@ def test_frequent_words_leave_out_stop_words_and_punctuation(context):
     assert FrequentWords().words(9, TEXTS) == ["acting", "plot", "twists"]
     rows = np.asarray(FrequentWords()(KEY, 3, context))
     assert rows[:, 0].tolist() == pytest.approx([mean_id(w) for w in ("acting", "plot", "twists")])
+
+
+def test_frequent_words_are_ranked_by_their_number_then_by_the_alphabet(context):
+    texts = ["wing wing wing bird", "Apple tree bird", "wing zebra tree_house 2nd"]
+    assert FrequentWords().words(9, texts) == [
+        *("wing", "bird", "tree"),
+        *("apple", "house", "zebra"),
+    ]
+    assert FrequentWords().words(2, texts) == ["wing", "bird"]
+
+
+def test_frequent_words_are_as_long_as_wanted():
+    texts = ["ox ox ox cat cat bird"]
+    assert FrequentWords().words(9, texts) == ["cat", "bird"]
+    assert FrequentWords(minimum_letters=2).words(9, texts) == ["ox", "cat", "bird"]
+    assert FrequentWords(minimum_letters=4).words(9, texts) == ["bird"]
+
+
+def test_other_initialisers_fill_the_rows_that_are_left(context):
+    fill = Uniform(0.01)
+    for initializer, given in [
+        (ClassLabels(rest=fill), 2),
+        (FromText("plot", rest=fill), len(TOKENIZER.encode("plot"))),
+        (FrequentWords(rest=fill), 3),
+    ]:
+        rows = np.asarray(initializer(KEY, 8, context))
+        assert rows.shape == (8, 2)
+        assert (rows[:given] > 0.01).all()
+        np.testing.assert_array_equal(rows[given:], fill(KEY, 8, context)[given:])
+
+
+def test_no_words_at_all_leave_the_rest_alone(context):
+    """Texts of stop words only."""
+    bare = dataclasses.replace(context, texts=lambda: ["the and of"])
+    rows = FrequentWords()(KEY, 4, bare)
+    np.testing.assert_array_equal(rows, SampledVocabulary()(KEY, 4, bare))
 
 
 def test_from_file_wants_the_same_length(context, tmp_path):

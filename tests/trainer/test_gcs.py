@@ -263,7 +263,9 @@ def test_case_5_3_a_lock_is_one_runs_by_generation(folder, monkeypatch, caplog):
 def tiny_backbone(bucket) -> Backbone:
     """Read from gs:// as well."""
     tokenizer = load_tokenizer("package:nano")
-    return load_backbone(save_tiny(bucket / "backbone", tiny_config(8192), tokenizer=tokenizer))
+    return load_backbone(
+        save_tiny(bucket / "backbone", tiny_config(8192, emb_dim=8), tokenizer=tokenizer)
+    )
 
 
 @pytest.fixture(scope="module")

@@ -70,6 +70,12 @@ def test_only_the_best_and_the_last_exports_stay(every_step):
     assert kept == {"best", "1", "3", "4"}
 
 
+def test_the_results_of_an_ordinary_run_are_those_of_one_prompt(every_step):
+    found = json.loads((every_step[0] / "results.json").read_text())
+    assert "ensemble" not in found and "members" not in found
+    assert (found["step"], found["trained_steps"]) == (1, 4)
+
+
 def test_a_prompt_starts_from_a_stream_of_its_own(backbone, task, tmp_path):
     schedule = TrainSchedule(train_steps=1, eval_period=1)
     tune(

@@ -6,6 +6,7 @@ import dataclasses
 
 from conftest import make_settings
 from etils import epath
+from frozen import assert_frozen
 
 from ptjax.data.tasks import Task
 from ptjax.trainer.setup import set_up_members
@@ -36,3 +37,8 @@ def test_tasks_that_differ_in_the_order_of_their_labels_share_nothing(
     turned = dataclasses.replace(task, verbalizer=dict(reversed(task.verbalizer.items())))
     assert turned == task and turned.labels != task.labels
     assert loaded(backbone, task, tmp_path, turned) == [0, 1]
+
+
+def test_settings_and_values_do_not_change_after_they_were_made() -> None:
+    """Except how far a run has got, and whether a signal came."""
+    assert_frozen("ptjax.trainer", "MemberProgress", "RunProgress", "Stop")

@@ -49,7 +49,7 @@ def lookup(freeze, path: str) -> bool:
     return freeze
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(frozen_trees())
 def test_combine_is_the_inverse_of_split(case) -> None:
     tree, freeze = case
@@ -76,6 +76,8 @@ def test_rules_decide_each_variable_once() -> None:
     ("rules", "message"),
     [
         ({"params/.*": True, "prompt/.*": False, "bank/.*": False}, "'bank/.*' matches no"),
+        # The first of several, in alphabetical order.
+        ({"params/.*": True, "prompt/.*": False, "c/.*": True, "b/.*": True}, "'b/.*' matches no"),
         ({"params/.*": True}, "no freeze rule covers variable 'prompt/prompt'"),
         ({"params/.*": True, ".*/w": False, "prompt/.*": False}, "disagree.*params/encoder/w"),
         # A pattern is the whole path's, not a part's.
@@ -187,6 +189,11 @@ def test_sizes_counts_elements_and_bytes() -> None:
     tree = {"a": jnp.zeros((3, 4)), "b": {"c": jax.ShapeDtypeStruct((5,), jnp.bfloat16)}}
     assert freezing.sizes(tree) == (17, 58)
     assert freezing.sizes({}) == (0, 0)
+
+
+def test_little_is_told_by_sizes() -> None:
+    assert freezing.is_small(10, 100) and not freezing.is_small(11, 100)
+    assert not freezing.is_small(5, 0)
 
 
 def test_examples_in_the_docstrings_run() -> None:

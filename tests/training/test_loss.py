@@ -12,8 +12,8 @@ from ptjax.errors import InputError
 from ptjax.training.loss import Loss, log_likelihood
 
 rng = np.random.default_rng(0)
-LOGITS = (3 * rng.standard_normal((3, 4, 11))).astype(np.float32)
-TARGETS = rng.integers(1, 11, (3, 4))
+LOGITS = (3 * rng.standard_normal((3, 4, 12))).astype(np.float32)
+TARGETS = rng.integers(1, 12, (3, 4))
 WEIGHTS = np.array([[1, 1, 1, 1], [1, 1, 0, 0], [0.25, 0, 2, 0]], np.float32)
 GIVEN = jax.tree.map(jnp.asarray, (LOGITS, TARGETS, WEIGHTS))
 
@@ -99,3 +99,15 @@ def test_per_token_divides_by_weights_below_one_as_well() -> None:
 def test_class_weights_are_positive_numbers(weights, message) -> None:
     with pytest.raises(InputError, match=message):
         Loss(class_weights=weights)
+
+
+@pytest.mark.parametrize("smoothing", [-0.1, 1.0])
+def test_label_smoothing_is_a_share(smoothing) -> None:
+    with pytest.raises(InputError, match=r"^Loss\.label_smoothing must be >= 0 and < 1, got"):
+        Loss(label_smoothing=smoothing)
+
+
+def test_z_loss_has_no_negative_weight() -> None:
+    Loss(z_loss=0)
+    with pytest.raises(InputError, match=r"^Loss\.z_loss must be >= 0, got -1$"):
+        Loss(z_loss=-1)

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 
+from ptjax.errors import InputError
 from ptjax.training.optimizer import Adafactor, embedding_rms
 
 PRETRAINED = 1_100_000
@@ -115,6 +116,9 @@ def test_embedding_rms_ignores_unused_rows() -> None:
     assert embedding_rms(jnp.asarray(table)) == pytest.approx(want, rel=1e-5)
     padded = np.concatenate([table, np.zeros((28, 16), np.float32)])
     assert embedding_rms(jnp.asarray(padded)) == pytest.approx(want, rel=1e-5)
+    assert embedding_rms(jnp.asarray([[0.0, 0.0], [3.0, 4.0], [0.0, 0.0]])) == pytest.approx(
+        12.5**0.5
+    )
     # In float32 whatever the table is kept in, and 0, not NaN, for an empty one.
     rounded = jnp.asarray(table, jnp.bfloat16)
     exact = np.sqrt(np.square(np.asarray(rounded, np.float64)).mean())
@@ -166,3 +170,66 @@ def test_every_leaf_is_clipped_by_itself() -> None:
     updates, _ = jax.jit(optimizer.update)(grads, optimizer.init(params), params)
     for leaf in jax.tree.leaves(updates):
         np.testing.assert_allclose(leaf, -0.3, rtol=1e-4)
+
+
+def test_a_schedule_is_identified_by_its_values() -> None:
+    """At every step up to 8, then 16 times as the number of steps doubles, up to 2^24."""
+    described = Adafactor(lambda step: 0.5 * step).identity()
+    assert set(described) == {"learning_rate"}
+    assert described["learning_rate"].pop("is") == "schedule"
+    rates = {int(name.removeprefix("step ")): x for name, x in described["learning_rate"].items()}
+    steps = list(rates)
+    assert steps == sorted(steps)
+    assert steps[:9] == [0, 1, 2, 3, 4, 5, 6, 7, 8] and steps[-1] == 2**24
+    for octave in range(5, 24):
+        within = [step for step in steps if 2**octave < step <= 2 ** (octave + 1)]
+        assert len(within) == 16 and within[-1] == 2 ** (octave + 1)
+        # In float32, to seven digits.
+        assert [rates[step] for step in within] == pytest.approx(
+            [0.5 * step for step in within], rel=1e-6
+        )
+    ratios = np.divide(steps[9:], steps[8:-1])
+    assert ratios.max() <= 9 / 8
+
+
+def test_schedules_that_differ_later_are_told_apart_and_copies_are_not() -> None:
+    def after(boundary):
+        return Adafactor(lambda step: jnp.where(step < boundary, 0.3, 0.1)).identity()
+
+    assert after(1000) == after(1000) != after(2000)
+    rates = after(4)["learning_rate"]
+    assert (rates["step 3"], rates["step 4"]) == (0.3, 0.1)
+
+
+def test_a_number_needs_no_identity_beyond_its_field() -> None:
+    assert Adafactor(0.3).identity() == {}
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "weight_decay", "step_offset"])
+def test_negative_settings_are_refused(name) -> None:
+    Adafactor(**{name: 0})
+    with pytest.raises(InputError, match=rf"^Adafactor\.{name} must be >= 0, got -1$"):
+        Adafactor(**{name: -1})
+
+
+def test_an_unknown_scale_is_refused() -> None:
+    wanted = (
+        r"^Adafactor\.learning_rate_scale must be one of 'absolute', 'embedding_rms', got 'rms'$"
+    )
+    with pytest.raises(InputError, match=wanted):
+        Adafactor(learning_rate_scale="rms")  # pyright: ignore[reportArgumentType]
+
+
+def test_the_rate_is_a_number_for_logs() -> None:
+    scheduled = Adafactor(lambda step: jnp.asarray(0.25) * step, "embedding_rms")
+    rate = scheduled.rate_number(2, 4.0)
+    assert type(rate) is float and rate == 2.0
+    assert Adafactor(0.25).rate_number(2, 4.0) == 0.25
+
+
+def test_a_callers_rate_replaces_the_settings() -> None:
+    settings = Adafactor(0.3, "embedding_rms", weight_decay=0.0)
+    optimizer = settings.make(10.0, rate=jnp.asarray(0.01))
+    params = jnp.zeros((4, 8))
+    updates, _ = optimizer.update(jnp.ones((4, 8)), optimizer.init(params), params)
+    np.testing.assert_allclose(updates, -0.01, rtol=1e-4)

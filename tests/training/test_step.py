@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import jax
@@ -11,37 +12,14 @@ import optax
 import pytest
 from jax.interpreters import partial_eval
 from t5_ids import with_lengths
+from toy_network import SGD, begin, make_apply, prompt_of
 
 from ptjax.models.prompted import with_prompt
 from ptjax.sharding.arrays import put_batch, replicated
 from ptjax.sharding.meshes import make_mesh
 from ptjax.training.loss import Loss
 from ptjax.training.optimizer import Adafactor
-from ptjax.training.step import init_train_state, make_train_step
-
-SGD = optax.sgd(1e-2)
-
-
-def make_apply(dropout_rate: float = 0.0):
-    """A stand-in for the network that compiles in no time: the step does not look inside."""
-
-    def apply(variables, inputs, targets, *segments, encoder_lengths, train, rngs):
-        assert segments == (None, None)  # no rows are packed here
-        assert encoder_lengths.shape == inputs.shape[:1]
-        table, prompt = variables["params"]["table"], variables["prompt"]["prompt"]
-        context = jnp.mean(table[inputs], 1) + jnp.sum(jnp.tanh(prompt), 0)
-        keep = jax.random.bernoulli(rngs["dropout"], 1 - dropout_rate, context.shape)
-        assert train
-        return jnp.tanh(context * keep)[:, None] * table[targets] @ table.T
-
-    return apply
-
-
-def begin(optimizer=SGD, seed=0):
-    """(state, frozen) for `make_apply`."""
-    table = jax.random.normal(jax.random.key(7), (64, 16))
-    prompt = {"prompt": {"prompt": jax.random.normal(jax.random.key(8), (5, 16))}}
-    return init_train_state(prompt, optimizer, jax.random.key(seed)), {"params": {"table": table}}
+from ptjax.training.step import batch_loss, init_train_state, make_sweep_step, make_train_step
 
 
 def begin_t5(tiny, optimizer=SGD):
@@ -50,13 +28,9 @@ def begin_t5(tiny, optimizer=SGD):
     return init_train_state(prompt, optimizer, jax.random.key(0)), {"params": tiny.params}
 
 
-def compiled(apply, optimizer=SGD, loss=Loss(), microbatches=1):
-    step = make_train_step(apply, optimizer, loss, microbatches=microbatches)
+def compiled(apply, optimizer=SGD, loss=Loss(), microbatches=1, groups=1):
+    step = make_train_step(apply, optimizer, loss, microbatches=microbatches, groups=groups)
     return jax.jit(step, donate_argnums=0)
-
-
-def prompt_of(state):
-    return np.asarray(state.trainable["prompt"]["prompt"])
 
 
 def test_compiles_once_per_batch_shape_and_donates_its_state(tiny_batch) -> None:
@@ -166,6 +140,103 @@ def test_microbatches_draw_different_dropout(tiny_batch, rate, same) -> None:
     np.testing.assert_allclose(four, sum(parts), rtol=1e-5)
     assert len(set(parts)) == (1 if same else 4)
     assert np.isclose(four, 4 * once, rtol=1e-4) == same
+
+
+@pytest.mark.parametrize(("microbatches", "groups"), [(1, 4), (2, 1), (2, 4), (4, 2)])
+def test_the_parts_of_a_batch_have_their_rows_and_their_dropout(tiny_batch, microbatches, groups):
+    """A microbatch is every m-th row; a group is rows beside each other in it."""
+    apply = make_apply(0.5)
+    step = compiled(apply, microbatches=microbatches, groups=groups)
+    after, metrics = step(*begin(), tiny_batch)
+    state, frozen = begin()
+
+    def loss(prompt, rows, key):
+        batch = {name: jnp.asarray(array)[rows] for name, array in tiny_batch.items()}
+        return batch_loss(apply, Loss(), with_prompt(frozen, prompt), batch, key)
+
+    def split(key, count):
+        return [key] if count == 1 else jax.random.split(key, count)
+
+    part, total = jax.jit(jax.value_and_grad(loss)), []
+    for m, of_microbatch in enumerate(split(jax.random.fold_in(state.key, 0), microbatches)):
+        rows = np.split(np.arange(8)[m::microbatches], groups)
+        keys = split(of_microbatch, groups)
+        total += [part(prompt_of(state), *given) for given in zip(rows, keys, strict=True)]
+    value, gradient = jax.tree.map(lambda *x: sum(x), *total)
+    # Sums of float32 in another order.
+    np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5)
+    np.testing.assert_allclose(metrics["gradient_norm"], jnp.linalg.norm(gradient), rtol=1e-5)
+    moved = prompt_of(after) - prompt_of(state)
+    np.testing.assert_allclose(moved, -1e-2 * gradient, rtol=0, atol=1e-5)
+
+
+def test_the_network_gets_the_batch_and_the_loss_its_targets(tiny_batch) -> None:
+    """Packed or not; each array where the network expects it."""
+    given = []
+
+    def apply(variables, *arrays, **settings):
+        given.append((arrays, settings))
+        return jnp.zeros((8, 6, 64))
+
+    unpacked = jax.tree.map(jnp.asarray, dict(tiny_batch))
+    packed = {name: array for name, array in unpacked.items() if name != "encoder_lengths"}
+    packed |= {"encoder_segment_ids": "E", "decoder_segment_ids": "D"}
+    key = jax.random.key(5)
+    for batch in (unpacked, packed):
+        value = batch_loss(apply, Loss(z_loss=0.0), {}, batch, key)
+        # Every token has the same probability.
+        tokens = tiny_batch["decoder_loss_weights"].sum()
+        np.testing.assert_allclose(value, tokens * np.log(64), rtol=1e-6)
+    (plain, settings), (rows, of_rows) = given
+    for arrays in (plain, rows):
+        assert arrays[0] is unpacked["encoder_input_tokens"]
+        assert arrays[1] is unpacked["decoder_input_tokens"]
+    assert plain[2:] == (None, None) and rows[2:] == ("E", "D")
+    assert settings["encoder_lengths"] is unpacked["encoder_lengths"]
+    assert of_rows["encoder_lengths"] is None
+    assert settings["train"] is True and settings["rngs"] == {"dropout": key}
+
+
+@pytest.mark.parametrize(("microbatches", "groups"), [(1, 1), (2, 2)])
+def test_a_sweep_trains_each_member_as_if_it_were_alone(tiny_batch, microbatches, groups) -> None:
+    """With its own prompt, batch, dropout and rate; who is not active stays as it was."""
+    parts = {"microbatches": microbatches, "groups": groups}
+    make = lambda rate: Adafactor(min_dim_size_to_factor=2).make(rate=rate)  # noqa: E731
+    states, batches, frozen = [], [], begin()[1]
+    for seed in range(3):
+        state, _ = begin(make(0.0), seed)
+        states.append(dataclasses.replace(state, step=jnp.asarray(seed, jnp.int32)))
+        batches.append({name: np.roll(x, seed, axis=0) for name, x in dict(tiny_batch).items()})
+    rates, active = jnp.asarray([0.3, 0.2, 0.1]), jnp.asarray([True, False, True])
+    stack = lambda *arrays: jnp.stack(arrays)  # noqa: E731
+    together = jax.tree.map(stack, *states), frozen, jax.tree.map(stack, *batches)
+    sweep = jax.jit(make_sweep_step(make_apply(0.5), make, Loss(), **parts))
+    after, metrics = sweep(*together, active, rates)
+
+    @jax.jit
+    def one(state, batch, rate):
+        return make_train_step(make_apply(0.5), make(rate), Loss(), **parts)(state, frozen, batch)
+
+    for number, state in enumerate(states):
+        alone, told = one(state, batches[number], rates[number])
+        for name, value in told.items():
+            assert metrics[name].shape == (3,)
+            np.testing.assert_allclose(metrics[name][number], value, rtol=1e-5)
+        mine = jax.tree.map(lambda x, number=number: x[number], after)
+        assert jax.random.key_data(mine.key).tolist() == jax.random.key_data(state.key).tolist()
+        if not active[number]:
+            assert mine.step == state.step
+            jax.tree.map(np.testing.assert_array_equal, mine.trainable, state.trainable)
+            jax.tree.map(np.testing.assert_array_equal, mine.opt_state, state.opt_state)
+        else:
+            assert mine.step == state.step + 1
+            # float32 rounding: the members are computed as one program.
+            np.testing.assert_allclose(prompt_of(mine), prompt_of(alone), rtol=0, atol=1e-5)
+            jax.tree.map(
+                lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-9),
+                mine.opt_state,
+                alone.opt_state,
+            )
 
 
 def dot_flops(jaxpr) -> int:

@@ -32,11 +32,14 @@ CATALOGUE: Mapping[str, Preprocess] = {
         wsc_referents,
     )
 }
-"""By public name."""
+"""The preprocessing functions of ptjax by their public names."""
 
 
 def name_of(function: Preprocess) -> str:
-    """The public name of a function in the catalogue, the path of any other. Inverse: `find`."""
+    """Returns a function's public name if it is in the catalogue, else its path in Python.
+
+    Inverse, for functions in the catalogue: `find`.
+    """
     ours = inspect.unwrap(function)  # gin wraps functions that its files name
     name = _PUBLIC + getattr(ours, "__name__", "")
     if CATALOGUE.get(name) is ours:
@@ -45,7 +48,7 @@ def name_of(function: Preprocess) -> str:
 
 
 def find(name: str) -> Preprocess | None:
-    """The function of the catalogue that a header names, or None.
+    """Returns the catalogue's function that a prompt's header names, or None if it has none.
 
     Older headers have its path in the package, whose last part is the function's name.
     """

@@ -1,4 +1,4 @@
-"""Reviews scraped from web pages."""
+"""Preprocesses reviews scraped from web pages."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from ptjax.files import JsonObject
 
 
 def without_line_breaks(record: JsonObject) -> Iterator[JsonObject]:
-    """IMDb's HTML line breaks in the field `text` become single spaces."""
+    """Yields the record once, with each run of HTML line breaks in `text` replaced by a space."""
     yield {**record, "text": re.sub(r"\s*(?:<br ?/?>\s*)+", " ", record["text"])}
 
 
 def sentences(record: JsonObject) -> Iterator[JsonObject]:
-    """Every sentence of the field `text` with three words or more, each with the record's label."""
+    """Yields a copy of the record for each sentence of its field `text`, in that field.
+
+    Skips sentences of fewer than three words.
+    """
     for whole in without_line_breaks(record):
         for text in re.split(r"(?<=[.!?])\s+", whole["text"]):
             if len(text.split()) >= 3:

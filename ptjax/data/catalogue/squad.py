@@ -1,4 +1,4 @@
-"""Records of SQuAD 1.1 and 2.0 in the format of the Hugging Face hub and TFDS."""
+"""Preprocesses records of SQuAD 1.1 and 2.0 in the format of the Hugging Face hub and TFDS."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ptjax.files import JsonObject
 
 
 def squad(record: JsonObject) -> Iterator[JsonObject]:
-    """The record with `answers` as a list of texts and `answer`, the first one.
+    """Yields the record once, with `answers` as a list of texts and `answer`, the first one.
 
     An unanswerable question of version 2.0 has no answers, and an empty `answer`. For inference
     the record may lack `answers`.

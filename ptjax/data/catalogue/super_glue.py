@@ -14,7 +14,10 @@ Fields = dict[str, Any]
 
 
 def multirc(record: Fields) -> Iterator[Fields]:
-    """One example per answer: question, answer, paragraph, group (the question) and label."""
+    """Yields the fields question, answer, paragraph, group and label of each answer to a question.
+
+    Answers to the same question have the same group. The official test set has no labels.
+    """
     if "passage" not in record:  # TFDS has one record per answer
         index = record.get("idx", {})
         group = f"{index.get('paragraph')}/{index.get('question')}"
@@ -40,7 +43,9 @@ def _without_html(fields: Fields, *names: str) -> Fields:
 
 
 def wsc(record: Fields) -> Iterator[Fields]:
-    """Adds `marked_text`, the text with the pronoun between asterisks, and `referent`.
+    """Yields the record once, with two more fields, `marked_text` and `referent`.
+
+    `marked_text` is the text with the pronoun between asterisks, `referent` the candidate.
 
     Raises:
         ValueError: the pronoun is not at the position that the record states.
@@ -62,13 +67,19 @@ def wsc(record: Fields) -> Iterator[Fields]:
 
 
 def wsc_referents(record: Fields) -> Iterator[Fields]:
-    """`wsc` for training: only records whose candidate is the referent have a target to learn."""
+    """Yields the fields of `wsc` if the record's candidate is right, else nothing; for training.
+
+    Only these records have a target to learn.
+    """
     if record["label"]:
         yield from wsc(record)
 
 
 def record(record: Fields) -> Iterator[Fields]:
-    """One example per query: passage, query, entities ('a, b'), answers and answer (the first)."""
+    """Yields the fields passage, query, entities ('a, b'), answers and answer of each query.
+
+    `answers` are all correct ones, `answer` the first of them; `answer` is absent without any.
+    """
     if "qas" not in record:  # TFDS has one record per query
         yield _record_query(record, record["passage"], record["entities"])
         return
@@ -82,7 +93,7 @@ def record(record: Fields) -> Iterator[Fields]:
 
 
 def record_answers(fields: Fields) -> Iterator[Fields]:
-    """`record` for training: one example per answer."""
+    """Yields the fields of `record` once per correct answer, as `answer`; for training."""
     for example in record(fields):
         for answer in example["answers"]:
             yield {**example, "answer": answer}
