@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from absl import logging
 
@@ -82,7 +82,7 @@ class FromRecords:
             made = label_splits(fields, tables, name)
         except InputError as error:
             raise InputError(f"task {name}: {error}") from error
-        make: Callable[..., Self] = cls  # Task's own arguments
+        make = cast("Callable[..., Self]", cls)  # with the arguments of Task
         return make(name=name, inputs=inputs, label=label, group=group, **made, **settings)
 
 
