@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 import sentencepiece
+import tokenizers
+import tokenizers.models
 import transformers
 
+from ptjax.data.sentinels import Rendered
 from ptjax.data.tokenizer import load_tokenizer
 from ptjax.data.vocabulary import sha256, unigram_fingerprint
 
@@ -127,3 +130,24 @@ def test_the_space_of_a_sentinel_of_mt5_is_no_added_token(tmp_path, writer):
     for text in ("word1 <extra_id_0> thing", "a\n<extra_id_1>", "<extra_id_0> b"):
         assert added.encode(text) == theirs.encode(text, add_special_tokens=False)
     assert plain.encode("b<extra_id_0>a") == plain.encode("b <extra_id_0>a")
+
+
+def test_merges_that_would_make_a_control_token_are_not_made(tmp_path):
+    special, names = ["</s>", "<unk>"], ["<s>", "<extra_id_0>"]
+    # Letter by letter: "<", "s" -> "<s"; "<s", ">" -> "<s>".
+    merges = [(name[:n], name[n]) for name in names for n in range(1, len(name))]
+    pieces = [*special, *names, *"".join(names), "a", *(a + b for a, b in merges)]
+    vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
+    model = tokenizers.models.BPE(vocabulary, merges, unk_token="<unk>")
+    tokenizers.Tokenizer(model).save(str(tmp_path / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}
+    config |= {"unk_token": "<unk>", "bos_token": "<s>", "extra_special_tokens": names[1:]}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = load_tokenizer(tmp_path)
+
+    def pieces_of(text):
+        return [tokenizer.id_to_piece(i) for i in tokenizer.encode(text)]
+
+    assert pieces_of("a<s>") == ["a", "<s", ">"]
+    assert pieces_of("<extra_id_0>") == ["<extra_id_0>"]
+    assert pieces_of(Rendered("<extra_id_0>")) == ["<extra_id_0", ">"]

@@ -145,8 +145,9 @@ def test_group_exact_match():
         ("suitcase", "trophy", False, True),
         ("trophy", "trophy", "false", False),
         ("Bob", "Bob's hat", True, False),
-        ("Bob's hat", "Bob", True, False),
-        ("Bob's hat", "Bob", False, True),
+        ("hat", "Bob's hat", True, False),
+        ("Bob's hat", "hat", True, False),
+        ("Bob's hat", "hat", False, True),
         ("Bob's", "Bob's hat", True, True),
         ("", "trophy", False, False),
         ("", "trophy", True, False),
@@ -161,7 +162,6 @@ def test_referent_accuracy(prediction, target, label, right):
 texts = st.sampled_from(["no", "yes", "maybe", "", "?", "1", "2.5", "-3", "nan"])
 
 
-@hypothesis.settings(deadline=None)  # other work on the machine may take longer
 @hypothesis.given(st.lists(st.tuples(texts, texts), min_size=1, max_size=8), st.data())
 def test_every_metric_is_a_finite_fraction_and_perfect_is_the_best(pairs, data):
     predictions, targets = (list(side) for side in zip(*pairs, strict=True))

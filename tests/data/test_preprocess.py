@@ -40,7 +40,6 @@ def test_trimmed_to_length_minus_one_and_then_ended():
         rows[4]
 
 
-@hypothesis.settings(deadline=None)  # other work on the machine may take longer
 @hypothesis.given(st.lists(st.text("ab é", max_size=12), max_size=9), st.integers(2, 9))
 def test_rows_are_the_encoded_texts(texts, length):
     tokenizer = ByteTokenizer()

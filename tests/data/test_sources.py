@@ -65,11 +65,12 @@ def test_compressed_files_whole_and_damaged(tmp_path, suffix, compress):
 @pytest.mark.parametrize(
     ("suffix", "content"),
     [
-        (".gz", gzip.compress(b"")[:10] + b"\xff" * 20),  # zlib.error
-        (".gz", gzip.compress(b"x" * 99)[:-8] + bytes(8)),  # OSError
-        (".xz", lzma.compress(b"x" * 99)[:40] + bytes(60)),  # lzma.LZMAError
-        (".bz2", bz2.compress(b"x" * 99)[:-1]),  # EOFError
+        (".gz", gzip.compress(b"")[:10] + b"\xff" * 20),
+        (".gz", gzip.compress(b"x" * 99)[:-8] + bytes(8)),
+        (".xz", lzma.compress(b"x" * 99)[:40] + bytes(60)),
+        (".bz2", bz2.compress(b"x" * 99)[:-1]),
     ],
+    ids=["zlib.error", "OSError", "lzma.LZMAError", "EOFError"],
 )
 def test_damage_inside_a_compressed_file(tmp_path, suffix, content):
     path = _write(tmp_path / f"a.txt{suffix}", content)
@@ -120,7 +121,6 @@ def test_tsv_quotes_are_text_by_default(tmp_path):
     assert [r.fields["a"] for r in read_records(path)] == ['"open', "next", 'close"']
 
 
-@hypothesis.settings(deadline=None)  # other work on the machine may take longer
 @hypothesis.given(
     st.lists(
         st.lists(

@@ -298,7 +298,6 @@ def test_a_described_preprocess_is_looked_up_and_never_imported():
         several.format_inputs({"marked_text": "x"})
 
 
-@hypothesis.settings(deadline=None)  # other work on the machine may take longer
 @hypothesis.given(st.text(st.characters(exclude_categories=["Cs"])))
 def test_any_text_goes_through_unchanged(text):
     assert Task(**YES_NO).format_inputs({"text": text}) == f"text: {text}"

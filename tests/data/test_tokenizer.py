@@ -20,6 +20,7 @@ from tiny import tiny_config
 
 from ptjax.backbones.load import Backbone
 from ptjax.data import tokenizer as tokenizers
+from ptjax.data.added_tokens import AddedToken
 from ptjax.data.sentinels import MARK
 from ptjax.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, TransformersTokenizer
 from ptjax.errors import InputError
@@ -97,7 +98,6 @@ def test_ids_without_a_piece_decode_as_unknown(nano):
 
 
 # No text holds the mark, a noncharacter.
-@hypothesis.settings(deadline=None)  # other work on the machine may take longer
 @hypothesis.given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters=[MARK])))
 def test_bytes_round_trip(text):
     tokenizer = ByteTokenizer()
@@ -116,6 +116,26 @@ def test_byt5_special_ids():
     assert tokenizer.decode([107, 198, 300, 2]) == "h"
     pieces = [tokenizer.id_to_piece(i) for i in (0, 1, 2, 107, 198, 35, 300)]
     assert pieces == ["<pad>", "</s>", "<unk>", "h", "<0xC3>", "<0x20>", "<300>"]
+
+
+def test_an_added_token_takes_spaces_or_stands_alone_only_if_it_says_so():
+    flags = ("lstrip", "rstrip", "single_word", "normalized", "special")
+    assert AddedToken("<hl>", 384).flags() == {"content": "<hl>", **dict.fromkeys(flags, False)}
+    a, b, space, hl = 100, 101, 35, 384
+    spelt = [byte + 3 for byte in b"<hl>"]
+    for setting, text, ids in [
+        ({}, "a <hl> b", [a, space, hl, space, b]),
+        ({}, "a<hl>b", [a, hl, b]),
+        ({"lstrip": True}, "a  <hl> b", [a, hl, space, b]),
+        ({"lstrip": True}, "<hl> b", [hl, space, b]),
+        ({"rstrip": True}, "a <hl>  b", [a, space, hl, b]),
+        ({"rstrip": True}, "a <hl>", [a, space, hl]),
+        ({"single_word": True}, "a <hl> b", [a, space, hl, space, b]),
+        ({"single_word": True}, "a<hl> b", [a, *spelt, space, b]),
+        ({"single_word": True}, "a <hl>b", [a, space, *spelt, b]),
+    ]:
+        tokenizer = ByteTokenizer([AddedToken("<hl>", 384, **setting)])
+        assert tokenizer.encode(text) == ids, (setting, text)
 
 
 def test_batches_equal_single_texts(nano, fast):
