@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ptjax import cli
 from ptjax.cli import distributed, model_flags, output
 from ptjax.errors import InputError
-from ptjax.files import JsonObject
+from ptjax.files import JsonObject, Metadata
 
 if TYPE_CHECKING:
     from ptjax.data.examples import Example, Examples
@@ -99,7 +99,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     metadata = metadata_of(prompt)
     task = model_flags.task(metadata)
     if task is None:
-        raise InputError("which task? Name it with a --gin_file or --model_dir (see --help)")
+        raise no_task(metadata)
     settings = RunSettings(**cli.settings(model_flags.SETTINGS, "evaluation", "seed"))
     loaded = model_flags.load_backbone(arguments, metadata)
     tokenizer = tokenizer_of(loaded)
@@ -140,6 +140,18 @@ def evaluate(arguments: argparse.Namespace) -> None:
         if hard_prompt is not None:
             source |= {"hard_prompt": hard_prompt.text, "shots": hard_prompt.shots}
     output.show(output.as_json(described | scores | source, indent=2))
+
+
+def no_task(metadata: Metadata) -> InputError:
+    """The error if nothing names the task; the prompt's metadata may say why."""
+    described = metadata.get("task")
+    if isinstance(described, dict) and described.get("in_memory"):
+        return InputError(
+            f"the records of task {described.get('name')} were given in Python "
+            "(Task.from_records) and are in no file; evaluate there, or write them to files and "
+            "name a --gin_file with a task that reads them"
+        )
+    return InputError("which task? Name it with a --gin_file or --model_dir (see --help)")
 
 
 def metadata_of(prompt: PromptFile | PromptBank | None) -> JsonObject:

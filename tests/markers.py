@@ -18,8 +18,8 @@ def missing() -> dict[str, str]:
         lacks["tpu"] = "libtpu"
     if not any(map(importlib.util.find_spec, ("jax_cuda12_plugin", "jax_cuda13_plugin"))):
         lacks["cuda"] = "XLA's CUDA plugin"
-    if not (importlib.util.find_spec("torch") and importlib.util.find_spec("peft")):
-        lacks["oracle"] = "torch and peft"
+    if not all(map(importlib.util.find_spec, ("torch", "peft", "pandas", "datasets"))):
+        lacks["oracle"] = "torch, peft, pandas and datasets"
     return lacks
 
 

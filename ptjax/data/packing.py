@@ -23,7 +23,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ptjax.data.batch import Batch, SpecialIds, make_packed_batch
+from ptjax.data.batch import PADDING_SEGMENT, Batch, SpecialIds, make_packed_batch
 from ptjax.data.pipeline import ExampleSource, Shape
 from ptjax.errors import InputError
 
@@ -155,6 +155,7 @@ class PackedBatches:
         row_length: T of the rows, prompt slots included; None chooses it automatically.
         row_multiple: the number of rows must be a multiple of this, so that they can be divided
             into microbatches and over the mesh.
+        weights: float32 [N], how much each example counts in the loss; None is 1 for all.
 
     Raises:
         InputError: an example with its prompt slots is longer than `row_length`.
@@ -170,9 +171,10 @@ class PackedBatches:
         prompt_slots: int = 0,
         row_length: int | None = None,
         row_multiple: int = 1,
+        weights: np.ndarray | None = None,
     ) -> None:
         self.source, self.batch_size, self.seed, self.ids = source, batch_size, seed, ids
-        self.prompt_slots = prompt_slots
+        self.prompt_slots, self.weights = prompt_slots, weights
         self.batches_per_epoch = -(-len(source) // batch_size)
         _check_row_length(source.input_lengths, prompt_slots, row_length)
         inputs = source.input_lengths.astype(np.int64)
@@ -189,8 +191,9 @@ class PackedBatches:
         epoch, index = divmod(number, self.batches_per_epoch)
         examples, templates = self._plan(epoch)
         template = self._templates[templates[index]]
-        tokens = [self.source.tokens(int(i), epoch) for i in examples[index, template.slots]]
-        return make_packed_batch(
+        chosen = examples[index, template.slots]
+        tokens = [self.source.tokens(int(i), epoch) for i in chosen]
+        batch = make_packed_batch(
             [inputs for inputs, _ in tokens],
             [targets for _, targets in tokens],
             template.rows,
@@ -200,6 +203,12 @@ class PackedBatches:
             ids=self.ids,
             prompt_slots=self.prompt_slots,
         )
+        if self.weights is not None:
+            # Examples are in the order of their rows, and of the segments within a row.
+            lengths = [len(targets) for _, targets in tokens]
+            real = batch["decoder_segment_ids"] != PADDING_SEGMENT
+            batch["decoder_loss_weights"][real] = np.repeat(self.weights[chosen], lengths)
+        return batch
 
     def padding(self) -> float:
         """The fraction of the first epoch's encoder positions that are padding.

@@ -189,6 +189,8 @@ def plan_epoch(
 class TrainBatches:
     """Shuffled, bucketed batches of one example source, epoch after epoch.
 
+    `weights` float32 [N]: how much each example counts in the loss; None is 1.
+
     Raises:
         InputError: an example fits in no bucket, or a bucket does not contain the smaller ones.
     """
@@ -201,8 +203,10 @@ class TrainBatches:
         batch_size: int,
         seed: int,
         ids: SpecialIds,
+        weights: np.ndarray | None = None,
     ) -> None:
         self.source, self.batch_size, self.seed, self.ids = source, batch_size, seed, ids
+        self.weights = weights
         # Sorted, because left-over examples move to the next larger bucket.
         self.buckets = sorted(buckets, key=lambda bucket: (bucket[0] * bucket[1], bucket))
         for small, large in itertools.pairwise(self.buckets):
@@ -221,7 +225,10 @@ class TrainBatches:
         """Builds the global batch `number`, counted from 0 across epochs."""
         epoch, index = divmod(number, self.batches_per_epoch)
         planned = self._plan(epoch)[index]
-        return build_batch(self.source, planned, epoch, self.ids)
+        batch = build_batch(self.source, planned, epoch, self.ids)
+        if self.weights is not None:
+            batch["decoder_loss_weights"] *= self.weights[planned.examples][:, None]
+        return batch
 
     def padding(self) -> float:
         """The fraction of the first epoch's input positions that are padding."""

@@ -1,4 +1,4 @@
-"""Reads records from files: JSON lines, CSV, TSV and plain lines.
+"""Reads records from files: JSON lines, CSV, TSV, Parquet and plain lines.
 
 A record is a dict of field name to value, with its file and line for error messages. Files may be
 compressed (.gz, .xz, .bz2) and in any place that `etils.epath` reads.
@@ -21,10 +21,11 @@ from etils import epath
 
 from ptjax import files, untrusted
 from ptjax.data import tables
+from ptjax.data.parquet import parquet_rows
 from ptjax.data.tables import Row
 from ptjax.errors import InputError, check_choice, missing, setting
 
-Format = Literal["jsonl", "csv", "tsv", "text"]
+Format = Literal["jsonl", "csv", "tsv", "text", "parquet"]
 FORMATS = get_args(Format)
 OnBadRecord = Literal["error", "skip"]
 _FORMAT_OF_SUFFIX = {
@@ -34,6 +35,7 @@ _FORMAT_OF_SUFFIX = {
     ".csv": "csv",
     ".tsv": "tsv",
     ".txt": "text",
+    ".parquet": "parquet",
 }
 _COMPRESSED = (".gz", ".xz", ".bz2")
 
@@ -175,8 +177,8 @@ def read_records(
 
     Args:
         pattern: a path, a glob, or 'package:NAME/FILE' (see `resolve_path`).
-        format: 'jsonl' (one JSON object per line), 'csv', 'tsv' or 'text' (one record per line,
-          with the field 'text'); None infers it from the suffix.
+        format: 'jsonl' (one JSON object per line), 'csv', 'tsv', 'parquet' or 'text' (one record
+          per line, with the field 'text'); None infers it from the suffix.
         columns: the field names of a CSV or TSV without a header line, or of 'text' (one name).
         quoting: whether double quotes enclose fields. None: in CSV they do, in TSV they are
           ordinary characters (a quoting reader would lose rows of MRPC).
@@ -194,9 +196,10 @@ def read_records(
     for path in find_files(pattern):
         name = os.fspath(path)
         kind = _format_of(name, format)
-        if kind == "jsonl" and columns is not None:
-            raise InputError(f"{name}: JSON lines name their fields, `columns` does not apply")
-        if kind in ("jsonl", "text") and quoting is not None:
+        if kind in ("jsonl", "parquet") and columns is not None:
+            what = "JSON lines name their" if kind == "jsonl" else "Parquet names its"
+            raise InputError(f"{name}: {what} fields, `columns` does not apply")
+        if kind in ("jsonl", "text", "parquet") and quoting is not None:
             raise InputError(f"{name}: `quoting` applies to csv and tsv, this is {kind}")
         data = _read_bytes(path)
         digest.update(data)
@@ -233,6 +236,9 @@ def parse_records(
         InputError: a wrong encoding, an invalid header line, settings that do not fit the format,
             or an unusable record if the policy is 'error'.
     """
+    if format == "parquet":
+        rows = parquet_rows(data, name)
+        return [Record(fields, name, number) for number, fields in enumerate(rows, 1)]
     records = []
     text, clean = _decode(data, encoding, name, bad)
     for line, row, lines in _rows(text, format, columns, quoting, name, bad):

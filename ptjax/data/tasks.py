@@ -15,6 +15,9 @@ from typing import Any
 from ptjax.data import catalogue
 from ptjax.data.catalogue import Preprocess
 from ptjax.data.examples import Example, Examples, Fields, apply_preprocess, make_examples
+from ptjax.data.from_records import FromRecords
+from ptjax.data.labels import verbalized
+from ptjax.data.memory import RecordsInMemory, as_records
 from ptjax.data.metrics import METRICS
 from ptjax.data.sources import BadRecords, Format, OnBadRecord, Records, read_records
 from ptjax.data.templates import RecordError, Template, as_text, find_field, parse_template
@@ -24,14 +27,14 @@ from ptjax.files import JsonObject, Metadata
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
-    """A text-to-text task.
+class Task(FromRecords):
+    """A text-to-text task; `Task.from_records` makes one from records in memory.
 
     Args:
         name: for messages, results and exported prompts.
         inputs: template of the model's input, filled with the record's fields.
         splits: split name -> file or glob below `data_dir`, or a TFDS data set; see
-            `ptjax.data.tfds_source.read_tfds`.
+            `ptjax.data.tfds_source.read_tfds`; or records in memory.
         label: the field that holds the label.
         verbalizer: label value -> target text. Values are compared as text (1 and '1' are equal),
             True also as 'true'. The texts are all labels that the task has.
@@ -58,7 +61,7 @@ class Task:
 
     name: str
     inputs: str
-    splits: Mapping[str, str] = field(default_factory=dict)
+    splits: Mapping[str, str | RecordsInMemory] = field(default_factory=dict)
     label: str | None = None
     verbalizer: Mapping[Any, str] | None = None
     targets: str | None = None
@@ -111,6 +114,11 @@ class Task:
             return None
         return self.labels[-1] if self.positive_label is None else self.positive_label
 
+    @property
+    def in_memory(self) -> bool:
+        """Whether a split is in no file, so that only this object can load it."""
+        return any(isinstance(source, RecordsInMemory) for source in self.splits.values())
+
     def load(self, split: str, limit: int | None = None) -> Examples:
         """Reads the examples of a split, in the order of the files.
 
@@ -129,8 +137,7 @@ class Task:
                 raise self.error(f"held_out={self.held_out} of {len(train)} training examples")
             examples = train.divided(self.held_out, validation=split == "validation")
         elif split not in self.splits:
-            names = ", ".join(self.splits) or "none"
-            raise self.error(f"no split '{split}' (splits: {names})")
+            raise _no_split(self, split)
         else:
             examples = _load(self, split)
         if limit is not None and limit < 1:
@@ -195,6 +202,7 @@ class Task:
             "group": self.group,
             "preprocess": None if self.preprocess is None else catalogue.name_of(self.preprocess),
             "sentinels": self.sentinels,
+            **({"in_memory": True} if self.in_memory else {}),
         }
 
     @classmethod
@@ -219,6 +227,14 @@ class Task:
                     f"the description of a task lacks '{key}'; export the prompt again"
                 )
         return cls(**settings, preprocess=preprocess)
+
+
+def _no_split(task: Task, split: str) -> InputError:
+    names = ", ".join(task.splits) or "none"
+    hint = ""
+    if split == "validation" and "train" in task.splits:
+        hint = "; to take one out of 'train', set Task.held_out, or validation of from_records"
+    return task.error(f"no split '{split}' (splits: {names}){hint}")
 
 
 def _find_preprocess(description: Metadata) -> Preprocess | None:
@@ -306,7 +322,10 @@ def _load(task: Task, split: str) -> Examples:
 
 
 def _read(task: Task, split: str) -> Records:
-    source = os.fspath(task.splits[split])
+    source = task.splits[split]
+    if isinstance(source, RecordsInMemory):
+        return as_records(source)
+    source = os.fspath(source)
     if is_tfds(source):
         return read_tfds(source, split=split, data_dir=task.data_dir)
     absolute = source.startswith(("/", "~", "package:")) or "://" in source
@@ -327,15 +346,7 @@ def _target(task: Task, fields: Fields, template: Template | None) -> str:
     if template is not None:
         return template.render(fields, sentinels=task.sentinels)
     assert task.verbalizer is not None and task.label is not None  # by _check_targets
-    value = find_field(fields, task.label)
-    key = as_text(value, task.label).strip()
-    for spelling in (key, key.lower()) if isinstance(value, bool) else (key,):
-        if spelling in task.verbalizer:
-            return task.verbalizer[spelling]
-    keys = ", ".join(map(repr, task.verbalizer))
-    raise RecordError(
-        f"the label {value!r} in field '{task.label}' is not in the verbalizer ({keys})"
-    )
+    return verbalized(task.verbalizer, find_field(fields, task.label), task.label)
 
 
 def _metric_argument(task: Task, need: str, examples: Sequence[Example]) -> object:

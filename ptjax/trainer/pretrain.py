@@ -76,11 +76,12 @@ def pretrain(
         callbacks, dry_run: as for `ptjax.tune`.
 
     Raises:
-        InputError: the tokenizer or a needed `text` is missing, or as for `ptjax.tune`.
+        InputError: the tokenizer or a needed `text` is missing, `loss` weighs classes, or as for
+            `ptjax.tune`.
         TrainingError, SystemExit: as for `ptjax.tune`.
     """
     given = dict(locals())
-    check_path("MODEL_DIR", model_dir)
+    _check(model_dir, loss)
     if isinstance(start, Backbone):
         report_steps(schedule.train_steps, start)
         if not isinstance(start.config, T5Config):
@@ -130,6 +131,12 @@ def pretrain(
             check_weights=lambda: check_weights(params, getattr(start, "name", "the start")),
         )
         run.fit(state, {}, step, mesh, dry_run=dry_run)
+
+
+def _check(model_dir: PathLike, loss: Loss) -> None:
+    check_path("MODEL_DIR", model_dir)
+    if loss.class_weights is not None:
+        raise InputError("pretrain: Loss.class_weights is for tasks with labels; leave it out")
 
 
 def _check_float32(backbone: Backbone) -> None:

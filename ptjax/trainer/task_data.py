@@ -7,6 +7,7 @@ import functools
 from absl import logging
 
 from ptjax.backbones.load import Backbone
+from ptjax.data.class_weights import example_weights
 from ptjax.data.packing import PackedBatches
 from ptjax.data.pipeline import TrainBatches, make_buckets
 from ptjax.data.preprocess import TokenizedExamples, tokenize_examples
@@ -112,6 +113,10 @@ def make_train_batches(
         seed: determines the order of the examples.
     """
     source, backbone, batching = data.source, data.evaluator.backbone, settings.batching
+    class_weights = settings.loss.class_weights
+    weights = None
+    if class_weights is not None:
+        weights = example_weights(class_weights, data.task, data.train)
     ids = backbone.config.special_ids
     slots = settings.method.extra_positions() if batching.pack else 0
     if batching.pack:
@@ -123,6 +128,7 @@ def make_train_batches(
             prompt_slots=slots,
             row_length=batching.row_length,
             row_multiple=batching.microbatches * rows_divisor(backbone.mesh),
+            weights=weights,
         )
     else:
         batches = TrainBatches(
@@ -131,6 +137,7 @@ def make_train_batches(
             batch_size=batching.batch_size,
             seed=seed,
             ids=ids,
+            weights=weights,
         )
     length = batching.lengths["inputs"]
     logging.info(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from ptjax.errors import check_at_least, check_share
+from ptjax.errors import InputError, check_at_least, check_choice, check_share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,14 +25,27 @@ class Loss:
         z_loss: weight of log(Z)^2, which keeps the logits' normaliser Z near 1.
         label_smoothing: probability mass spread over the vocabulary. The loss of a perfect
             prediction is subtracted, so that it stays 0.
-        per_token: whether to divide by the number of target tokens in the batch.
+        per_token: whether to divide by the number of target tokens in the batch; with class
+            weights, by the sum of their weights.
+        class_weights: how much an example of a label counts: a weight by label, 1 for labels that
+            are not named, or 'balanced', inversely to the label's frequency. A weight of 2 equals
+            having the example twice in the batch. For tasks with a closed set of labels.
     """
 
     z_loss: float = 1e-4
     label_smoothing: float = 0.0
     per_token: bool = False
+    class_weights: Mapping[str | int, float] | str | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.class_weights, Mapping):
+            for label, weight in self.class_weights.items():
+                if not (isinstance(weight, int | float) and 0 < weight < math.inf):
+                    raise InputError(
+                        f"Loss.class_weights[{label!r}] must be a number > 0, got {weight!r}"
+                    )
+        else:
+            check_choice(("balanced", None), "Loss", class_weights=self.class_weights)
         check_share("Loss", label_smoothing=self.label_smoothing)
         check_at_least(0, "Loss", z_loss=self.z_loss)
 
@@ -44,8 +59,11 @@ class Loss:
         return jnp.sum(self.per_position(logits.astype(jnp.float32), targets) * weights)
 
     def normalizer(self, weights: Float[Array, "B L"]) -> Float[Array, ""] | float:
-        """The divisor of a loss: 1, or with `per_token` the sum of `weights`, but at least 1."""
-        return jnp.maximum(jnp.sum(weights), 1.0) if self.per_token else 1.0
+        """The divisor of a loss: 1, or with `per_token` the sum of `weights` (1 if that is 0)."""
+        if not self.per_token:
+            return 1.0
+        total = jnp.sum(weights)
+        return jnp.where(total > 0, total, 1.0)  # of padding alone it is 0
 
     def per_position(
         self, logits: Float[Array, "B L V"], targets: Int[Array, "B L"]

@@ -373,7 +373,7 @@ WRONG = {
     "ptjax.load_backbone.dtype = 'float16'": "ptjax.load_backbone.dtype = 'float16': it "
     "takes one of 'float32', 'bfloat16' or None",
     "ptjax.Task.format = 'json'": "ptjax.Task.format = 'json': it takes one of 'jsonl', 'csv', "
-    "'tsv', 'text' or None",
+    "'tsv', 'text', 'parquet' or None",
     "ptjax.Task.on_bad_record = 'skp'": "ptjax.Task.on_bad_record = 'skp': it takes one of 'error',"
     " 'skip'",
     "ptjax.Task.columns = 'text'": "ptjax.Task.columns = 'text': it takes a list [a text in quotes,"

@@ -14,7 +14,13 @@ from test_pipeline import Source, equal, lengths
 
 from ptjax.data.batch import make_packed_batch
 from ptjax.data.packing import PackedBatches, first_fit, make_template, spread_evenly
-from ptjax.data.pipeline import MixtureBatches, Shape, TrainBatches, make_iterator
+from ptjax.data.pipeline import (
+    MixtureBatches,
+    Shape,
+    TrainBatches,
+    make_buckets,
+    make_iterator,
+)
 from ptjax.errors import InputError
 
 fast = settings(max_examples=60)
@@ -314,3 +320,19 @@ def test_make_packed_batch_by_hand() -> None:
             ids=T5_IDS,
             prompt_slots=1,
         )
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_weights_travel_with_their_examples(source, packed) -> None:
+    weights = np.arange(1, len(source) + 1, dtype=np.float32) / 8
+    common = {"batch_size": 8, "seed": 3, "ids": T5_IDS}
+    if packed:
+        batches = PackedBatches(source, **common, prompt_slots=2, weights=weights)
+    else:
+        batches = TrainBatches(source, **common, buckets=make_buckets(source), weights=weights)
+    for number in range(batches.batches_per_epoch + 1):
+        batch = batches.batch(number)
+        tokens = batch["decoder_target_tokens"]
+        of_position = np.where(tokens > 0, weights[tokens // 100_000 - 1], 0)
+        np.testing.assert_array_equal(batch["decoder_loss_weights"], of_position)
+        assert batch["decoder_loss_weights"].dtype == np.float32

@@ -162,7 +162,8 @@ def test_columns_name_the_fields_of_files_without_a_header(tmp_path):
 def test_format_is_told_where_the_suffix_does_not(tmp_path):
     path = _write(tmp_path / "msr.data", "1\tx\n")
     with pytest.raises(
-        InputError, match=r"set Task\.format \(infer: --format\) to one of jsonl, csv, tsv, text"
+        InputError,
+        match=r"set Task\.format \(infer: --format\) to one of jsonl, csv, tsv, text, parquet",
     ):
         read_records(path)
     assert read_records(path, format="tsv", columns=("l", "t"))[0].fields == {"l": "1", "t": "x"}

@@ -115,6 +115,7 @@ DECIDES: dict[str, Any] = {
     "Loss.z_loss": 0.0,
     "Loss.label_smoothing": 0.1,
     "Loss.per_token": True,
+    "Loss.class_weights": "balanced",
     "Evaluation.split": "test",
     "Evaluation.examples": 4,
     "Evaluation.predict": "decode",

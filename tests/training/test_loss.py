@@ -83,6 +83,24 @@ def test_log_likelihood_ranks_by_the_probability_of_each_target() -> None:
     np.testing.assert_allclose(got, (per_token * seen).sum(-1), rtol=1e-5)
 
 
+def test_per_token_divides_by_weights_below_one_as_well() -> None:
+    """Class weights may be so small that a batch's sum is."""
+    assert Loss(per_token=True).normalizer(jnp.full((2, 2), 0.125)) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ("even", r"Loss\.class_weights must be one of 'balanced', None, got 'even'"),
+        ({"a": 0}, r"Loss\.class_weights\['a'\] must be a number > 0, got 0"),
+        ({"a": float("nan")}, r"Loss\.class_weights\['a'\] must be a number > 0, got nan"),
+    ],
+)
+def test_class_weights_are_positive_numbers(weights, message) -> None:
+    with pytest.raises(InputError, match=message):
+        Loss(class_weights=weights)
+
+
 @pytest.mark.parametrize("smoothing", [-0.1, 1.0])
 def test_label_smoothing_is_a_share(smoothing) -> None:
     with pytest.raises(InputError, match=r"^Loss\.label_smoothing must be >= 0 and < 1, got"):

@@ -303,3 +303,22 @@ def test_training_lowers_the_loss_and_one_device_equals_eight(tiny, tiny_batch) 
     assert losses[-1] < 0.98 * losses[0]
     moved = np.abs(prompt_of(state) - np.asarray(tiny.prompt)).max()
     np.testing.assert_allclose(prompt_of(spread_state), prompt_of(state), rtol=0, atol=1e-4 * moved)
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize("per_token", [False, True])
+def test_a_weight_of_two_is_the_example_twice(tiny_batch, microbatches, per_token) -> None:
+    def take(rows):
+        return {name: array[np.array(rows)] for name, array in tiny_batch.items()}
+
+    weighted = take([0, 1, 2, 3])
+    weighted["decoder_loss_weights"] = weighted["decoder_loss_weights"] * [[2], [2], [1], [1]]
+    step = compiled(make_apply(), loss=Loss(per_token=per_token), microbatches=microbatches)
+    (one, of_weights), (two, of_copies) = (
+        step(*begin(), batch) for batch in (weighted, take([0, 1, 2, 3, 0, 1]))
+    )
+    # Rows are summed in another order: float32 rounding.
+    for name, value in of_copies.items():
+        np.testing.assert_allclose(of_weights[name], value, rtol=1e-5)
+    moved = prompt_of(two) - prompt_of(begin()[0])
+    np.testing.assert_allclose(prompt_of(one), prompt_of(two), atol=1e-5 * np.abs(moved).max())
