@@ -11,6 +11,7 @@ from typing import Any
 from etils import epath
 
 from ptjax.data import tfds_files
+from ptjax.data.plain import plain_rows
 from ptjax.data.sources import Record, Records, non_empty
 from ptjax.errors import InputError, gin_flag
 
@@ -61,7 +62,7 @@ def read_tfds(source: str, *, split: str, data_dir: str | None = None) -> Record
             rows = tfds_files.read_records(builder, split, decode)
         else:
             rows = tfds.data_source(name, split=split, data_dir=data_dir or None)
-        fields = [_plain(row) for row in rows]
+        fields = plain_rows(rows, file)
     except (KeyboardInterrupt, MemoryError, InputError):
         raise
     except Exception as error:  # TFDS's own exceptions, and those of its download libraries
@@ -92,16 +93,3 @@ def _prepared(folder: epath.Path, name: str) -> str:
     versions = [":".join(path.rsplit("/", 1)) for path in paths]
     more = f" and {len(versions) - _MOST_NAMED} more" if len(versions) > _MOST_NAMED else ""
     return f"{folder} has {', '.join(versions[:_MOST_NAMED]) or f'no {data_set}'}{more}"
-
-
-def _plain(value: Any) -> Any:
-    """TFDS values (numpy scalars and arrays, bytes, nested features) as JSON values."""
-    if isinstance(value, bytes):
-        return value.decode("utf-8")
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if hasattr(value, "tolist"):
-        return _plain(value.tolist())
-    return value

@@ -76,9 +76,8 @@ def pretrain(
         callbacks, dry_run: as for `ptjax.tune`.
 
     Raises:
-        InputError: the tokenizer or a needed `text` is missing, `loss` weighs classes, or as for
-            `ptjax.tune`.
-        TrainingError, SystemExit: as for `ptjax.tune`.
+        InputError: the tokenizer or a needed `text` is missing, or `loss` weighs classes.
+        InputError, TrainingError, SystemExit: as for `ptjax.tune`.
     """
     given = dict(locals())
     _check(model_dir, loss)
