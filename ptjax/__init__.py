@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from ptjax.methods.prompt_tuning import PromptTuning
     from ptjax.models.config import T5Config
     from ptjax.models.module_family import flax_module
+    from ptjax.reports.report import Comparison, Report
     from ptjax.settings import Evaluation, RunSettings, TrainSchedule
     from ptjax.trainer.callbacks import Callback
     from ptjax.trainer.pretrain import pretrain
@@ -60,6 +61,7 @@ _HOMES = {
     "Batching": "ptjax.data.batching",
     "Callback": "ptjax.trainer.callbacks",
     "ClassLabels": "ptjax.methods.initializers",
+    "Comparison": "ptjax.reports.report",
     "Evaluation": "ptjax.settings",
     "FrequentWords": "ptjax.methods.initializers",
     "FromFile": "ptjax.interop.prompt_file",
@@ -74,6 +76,7 @@ _HOMES = {
     "ModelTuning": "ptjax.methods.model_tuning",
     "PrefixLM": "ptjax.data.mixture",
     "PromptTuning": "ptjax.methods.prompt_tuning",
+    "Report": "ptjax.reports.report",
     "Run": "ptjax.trainer.tune",
     "RunSettings": "ptjax.settings",
     "SampledVocabulary": "ptjax.methods.initializers",
@@ -108,6 +111,7 @@ __all__ = [
     "Batching",
     "Callback",
     "ClassLabels",
+    "Comparison",
     "Evaluation",
     "FrequentWords",
     "FromFile",
@@ -122,6 +126,7 @@ __all__ = [
     "ModelTuning",
     "PrefixLM",
     "PromptTuning",
+    "Report",
     "Run",
     "RunSettings",
     "SampledVocabulary",

@@ -41,6 +41,7 @@ def main() -> None:
           python -m ptjax.evaluate --model_dir=runs/seeds
           python -m ptjax.evaluate --gin_file=quickstart.gin --prompt=none --split=validation
           python -m ptjax.evaluate --gin_file=quickstart.gin --hard_prompt='Good or bad?' --shots=4
+          python -m ptjax.evaluate --model_dir=runs/old --report=runs/old
         """,
         gin_help="It names task and backbone; --model_dir brings its own.",
     )
@@ -65,6 +66,12 @@ def main() -> None:
     parser.add_argument(
         "--split", metavar="NAME", help="a split of the task; default: test if it has one"
     )
+    parser.add_argument(
+        "--report",
+        metavar="DIR",
+        help="write a report on the predictions to DIR, report.json and report.html; DIR may be "
+        "the run's own folder",
+    )
     output.add_flags(parser, "write inputs, targets and predictions as JSON lines")
     output.add_prefix_flag(parser)
     distributed.add_flags(parser)
@@ -82,6 +89,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     """
     from ptjax.data.batching import FEATURE_LENGTHS
     from ptjax.evaluation.evaluator import Evaluator
+    from ptjax.evaluation.report import check_report, write_report
     from ptjax.inference import prompts
     from ptjax.inference.bank import PromptBank
     from ptjax.inference.generate import tokenizer_of
@@ -90,6 +98,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
     if arguments.output:
         output.check(arguments.output, force=arguments.force, inputs=model_flags.inputs(arguments))
+    if arguments.report is not None:
+        check_report(arguments.report, force=arguments.force)
     hard_prompt = read_hard_prompt(arguments)
     model_flags.load(arguments, reads_data=True)
     if arguments.prompt is None and arguments.prompts is None:
@@ -112,10 +122,10 @@ def evaluate(arguments: argparse.Namespace) -> None:
     if arguments.output:
         check_output(arguments, examples, many=many)
     if isinstance(prompt, PromptBank):
-        scores, predictions = evaluate_bank(evaluator, prompt, split)
+        scores, predictions, records = evaluate_bank(evaluator, prompt, split)
     else:
         rewording = rewording_of(hard_prompt, task, settings.seed)
-        scores, predictions = evaluate_prompt(evaluator, prompt, split, rewording)
+        scores, predictions, records = evaluate_prompt(evaluator, prompt, split, rewording)
     if not processes.first():
         return
     if arguments.output:
@@ -139,6 +149,10 @@ def evaluate(arguments: argparse.Namespace) -> None:
         source["step"] = metadata.get("step")
         if hard_prompt is not None:
             source |= {"hard_prompt": hard_prompt.text, "shots": hard_prompt.shots}
+    if arguments.report is not None:
+        chosen = (arguments.prompt, hard_prompt, arguments.backbone)
+        of_run = arguments.model_dir if chosen == (None, None, None) else None
+        write_report(arguments.report, described | scores | source, records, of_run)
     output.show(output.as_json(described | scores | source, indent=2))
 
 
@@ -240,7 +254,7 @@ def evaluate_prompt(
     prompt: PromptFile | None,
     split: str,
     rewording: Callable[[str], str] | None = None,
-) -> tuple[JsonObject, list[JsonObject]]:
+) -> tuple[JsonObject, list[JsonObject], dict[str, JsonObject]]:
     """Scores a prompt, or the backbone alone, on a split.
 
     If a run has several processes, all of them must call it.
@@ -250,28 +264,35 @@ def evaluate_prompt(
         rewording: adds a hard prompt to the text of an input; None leaves inputs unchanged.
 
     Returns:
-        (scores, a row {"prediction": text} for each example). In the scores, "metrics" maps the
-        names of metrics to values, and "value" is the value of `evaluator.metric`.
+        (scores, a row {"prediction": text} for each example, {"": a record for a report}). In the
+        scores, "metrics" maps the names of metrics to values, and "value" is the value of
+        `evaluator.metric`.
     """
+    from ptjax.evaluation.record import nearest_to_rows, record_predictions
     from ptjax.inference.model import bind
 
     variables = bind(evaluator.backbone, prompt, evaluator.apply_fn).variables
-    predictions = evaluator.predict(variables, split, rewording)
+    predictions, likelihoods = evaluator.predict_with_scores(variables, split, rewording)
     metrics = evaluator.score(predictions, split)
     scores = {"value": metrics[evaluator.metric], "metrics": metrics}
-    return scores, [{"prediction": prediction} for prediction in predictions]
+    record = record_predictions(evaluator, split, predictions, likelihoods)
+    record["prompt_rows"] = nearest_to_rows(evaluator.backbone, prompt and prompt.prompt)
+    return scores, [{"prediction": prediction} for prediction in predictions], {"": record}
 
 
 def evaluate_bank(
     evaluator: Evaluator, bank: PromptBank, split: str
-) -> tuple[JsonObject, list[JsonObject]]:
+) -> tuple[JsonObject, list[JsonObject], dict[str, JsonObject]]:
     """Scores each prompt of a bank, and the ensembles of all, on a split.
 
     Returns:
-        (scores, rows). The scores are the result of `Evaluator.score_ensemble`. There is a row for
+        (scores, rows, records). The scores are the result of `Evaluator.score_ensemble`. Of each
+        prompt there is a record for a report, by its name, without probabilities. There is a row for
         each example: "predictions" maps each prompt's name to its text, "majority_vote" and (only
         if labels are ranked) "mean_likelihood" are the texts that the ensembles predict.
     """
+    from ptjax.evaluation.record import record_predictions
+
     predictions = evaluator.predict_bank(bank, split)
     together = {"majority_vote": predictions.majority_vote}
     if predictions.mean_likelihood is not None:
@@ -281,7 +302,11 @@ def evaluate_bank(
         | {way: texts[i] for way, texts in together.items()}
         for i, members in enumerate(zip(*predictions.members, strict=True))
     ]
-    return evaluator.score_ensemble(predictions, split, bank.names), rows
+    records = {
+        name: record_predictions(evaluator, split, members)
+        for name, members in zip(bank.names, predictions.members, strict=True)
+    }
+    return evaluator.score_ensemble(predictions, split, bank.names), rows, records
 
 
 def shared_metadata(bank: PromptBank) -> JsonObject:

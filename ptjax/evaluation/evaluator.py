@@ -111,11 +111,22 @@ class Evaluator:
             InputError: a weight of the backbone is not finite; the message names it.
             NotFiniteError: a score is not finite, although all weights are.
         """
+        return self.predict_with_scores(variables, split, rewording)[0]
+
+    def predict_with_scores(
+        self, variables: Variables, split: str, rewording: Callable[[str], str] | None = None
+    ) -> tuple[list[str], np.ndarray]:
+        """Predicts as `predict` does; returns the texts and their scores.
+
+        Returns:
+            the text of each example, and log-likelihoods: [N, C] of the task's labels if they are
+            ranked, else [N] of the texts.
+        """
         if rewording is None:
             source = self._source(split)
         else:
             source = self._tokenize(self.examples(split), rewording)
-        return self._predict(self.model.with_variables(variables), source)[0]
+        return self._predict(self.model.with_variables(variables), source)
 
     def ensemble(
         self,

@@ -21,6 +21,9 @@ from ptjax.files import JsonObject, PathLike
 from ptjax.interop.prompt_file import PromptFile, load_prompt
 from ptjax.methods.base import run_with
 from ptjax.model_dir import BEST, ModelDir
+from ptjax.reports.content import make_content
+from ptjax.reports.files import write_page
+from ptjax.reports.report import Report
 from ptjax.settings import RunSettings
 from ptjax.sharding import processes
 from ptjax.sharding.arrays import check_batch_size, replicate_key, replicated
@@ -61,6 +64,14 @@ class Run:
         member = self.results["best"]["member"] if "members" in self.results else ""
         path = ModelDir(self.model_dir).best_prompt(member)
         return load_prompt(path) if self.results and path.exists() else None
+
+    def report(self) -> Report:
+        """Reads the run's report: print it, or show it in a notebook.
+
+        Raises:
+            InputError: it was a dry run, or a library that reports need is not installed.
+        """
+        return Report.read(self.model_dir)
 
 
 def tune(
@@ -125,6 +136,8 @@ def tune(
         if run_lock is not None:
             run.remove_leftovers()
         results = None if dry_run else _finished(run)
+        if results is not None and run_lock is not None and processes.first():
+            write_page(directory, again=False)
         if results is not None or (run_lock is None and not dry_run):
             run.checkpoints.close()
             return results
@@ -133,9 +146,14 @@ def tune(
         run.fit(state, frozen, step, backbone.mesh, dry_run=dry_run)
         if dry_run:
             return {}
-        scores = _score_best(backbone, setups, settings, run)
+        scores, records = _score_best(backbone, setups, settings, run)
         results = scores | sizes | describe_run(backbone, settings, run.progress.seconds)
+        report = make_content(results, records)
+        # The run counts as finished once it has `results`; `write_page` needs `report_data` alone.
+        _write(ModelDir(directory).report_data, json.dumps(report, indent=2) + "\n", run_lock)
         _write(ModelDir(directory).results, json.dumps(results, indent=2) + "\n", run_lock)
+        if processes.first():
+            write_page(directory)
         return results
 
     return Run(directory, _under_lock(directory, attempt, needed=not dry_run))
@@ -177,23 +195,24 @@ def _check(
 
 def _score_best(
     backbone: Backbone, setups: Sequence[MemberSetup], settings: RunSettings, run: TrainingLoop
-) -> JsonObject:
-    """The scores of a finished run."""
+) -> tuple[JsonObject, dict[str, JsonObject]]:
+    """The scores of a finished run, and each member's recorded predictions."""
     sweep = run.members.is_sweep
     scores = {setup.data: Scores(backbone, settings, setup.data) for setup in setups}
-    members, prompts = {}, []
+    members, records, prompts = {}, {}, []
     for setup, progress in zip(setups, run.progress.members, strict=True):
         if progress.best_step is not None:
             best = load_best(setup, settings)
-            tuned = scores[setup.data].tuned(best, setup.variables, setup.seed)
-            members[setup.member.name] = tuned | {"step": progress.best_step}
+            name = setup.member.name
+            tuned, records[name] = scores[setup.data].tuned(best, setup.variables, setup.seed)
+            members[name] = tuned | {"step": progress.best_step}
             prompts.append(best.get("prompt", {}).get("prompt"))
     results = of_sweep(members, run) if sweep else members[""]
     if sweep and len(scores) == 1 and settings.method.supports_rows:
         evaluator = setups[0].data.evaluator
         together = evaluator.ensemble(prompts, evaluator.reported_split)
         results["ensemble"] = together["ensemble"]
-    return results | {"trained_steps": run.progress.step}
+    return results | {"trained_steps": run.progress.step}, records
 
 
 def _make_step(
