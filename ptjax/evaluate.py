@@ -286,10 +286,10 @@ def evaluate_bank(
     """Scores each prompt of a bank, and the ensembles of all, on a split.
 
     Returns:
-        (scores, rows, records). The scores are the result of `Evaluator.score_ensemble`. Of each
-        prompt there is a record for a report, by its name, without probabilities. There is a row for
-        each example: "predictions" maps each prompt's name to its text, "majority_vote" and (only
-        if labels are ranked) "mean_likelihood" are the texts that the ensembles predict.
+        (scores, rows, records). The scores are the result of `Evaluator.score_ensemble`. There is a
+        row for each example: "predictions" maps each prompt's name to its text, "majority_vote" and
+        (only if labels are ranked) "mean_likelihood" are the texts that the ensembles predict. A
+        record is for a report: one by each prompt's name, without probabilities.
     """
     from ptjax.evaluation.record import record_predictions
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 
+from etils import epath
+
 from ptjax import cli
 from ptjax.cli import output
 from ptjax.model_dir import ModelDir
@@ -40,20 +42,23 @@ def report(arguments: argparse.Namespace) -> None:
     Args:
         arguments: the parsed flags: "dirs", "output" and "force".
     """
+    from ptjax.reports.files import write_page
     from ptjax.reports.report import Comparison, Report
 
-    path = arguments.output
+    path, single = arguments.output, len(arguments.dirs) == 1
     if path is not None:
-        inputs = [p for d in arguments.dirs for p in (ModelDir(d).report_data, ModelDir(d).results)]
+        runs = [*map(ModelDir, arguments.dirs)]
+        inputs = [os.fspath(file) for run in runs for file in (run.report_data, run.results)]
         output.check(path, force=arguments.force, inputs=inputs)
     reports = [Report.read(directory) for directory in arguments.dirs]
-    made = reports[0] if len(reports) == 1 else Comparison(reports)
-    if path is None and len(reports) == 1:
-        path = os.fspath(ModelDir(arguments.dirs[0]).report)
-        if "://" not in path:
-            output.check_place(path, "the page")
+    made = reports[0] if single else Comparison(reports)
     if path is not None:
         output.write(path, made.to_html())
+    elif single:
+        folder = epath.Path(arguments.dirs[0]).expanduser()
+        if "://" not in os.fspath(folder):
+            output.check_place(os.fspath(ModelDir(folder).report), "the page")
+        write_page(folder)
     output.show(str(made))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 
 from etils import epath
@@ -11,7 +10,7 @@ from ptjax import files
 from ptjax.errors import InputError, check_path
 from ptjax.files import JsonObject, Metadata, PathLike
 from ptjax.model_dir import ModelDir
-from ptjax.reports.content import make_content
+from ptjax.reports.content import as_json, make_content
 from ptjax.reports.files import write_page
 
 _OF_SPLIT = ("majority", "before", "hard_prompts")
@@ -52,8 +51,7 @@ def write_report(
     trained = ModelDir(epath.Path(run).expanduser()).read_results() if run is not None else None
     results = _results(scores, trained or {})
     content = make_content(results, records)
-    text = json.dumps(content, indent=2) + "\n"
-    files.write_bytes(ModelDir(directory).report_data, text.encode())
+    files.write_bytes(ModelDir(directory).report_data, as_json(content).encode())
     write_page(directory)
 
 

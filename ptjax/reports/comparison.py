@@ -57,7 +57,14 @@ def comparison_page(runs: Sequence[Run]) -> str:
     values = {
         name: float(member.results["value"]) for name, member in zip(names, best, strict=True)
     }
-    parts.append(tag("section", first + values_figure(values) + table(_HEAD, cells, texts=_TEXTS)))
+    parts.append(
+        tag(
+            "section",
+            first
+            + values_figure(values, max(values, key=lambda name: values[name]))
+            + table(_HEAD, cells, texts=_TEXTS),
+        )
+    )
     drawn = training_figures(
         [(name, rows, members[0]) for name, (_, _, members, rows) in zip(names, runs, strict=True)]
     )

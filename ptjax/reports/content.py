@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from ptjax import files
 from ptjax.errors import InputError
 from ptjax.files import JsonObject
 from ptjax.model_dir import ModelDir
+from ptjax.reports.checks import is_sound
 from ptjax.reports.libraries import missing_libraries
 from ptjax.reports.statistics import statistics_of
 
@@ -52,6 +54,11 @@ def make_content(results: JsonObject, records: Mapping[str, JsonObject]) -> Json
     }
 
 
+def as_json(content: JsonObject) -> str:
+    """Returns the text of `report.json`."""
+    return json.dumps(content, indent=2) + "\n"
+
+
 def read_content(model_dir: epath.Path) -> JsonObject | None:
     """Reads `report.json`, or makes a content without predictions from `results.json`.
 
@@ -61,39 +68,20 @@ def read_content(model_dir: epath.Path) -> JsonObject | None:
         InputError: a file is damaged, or of a later version of ptjax.
     """
     run = ModelDir(model_dir)
-    if not run.report_data.exists():
-        results = run.read_results()
-        return None if results is None else {"format": FORMAT, "results": results, "members": {}}
-    content = files.read_object(run.report_data)
+    path = run.report_data if run.report_data.exists() else run.results
+    if not path.exists():
+        return None
+    content = files.read_object(path)
+    if path == run.results:
+        content = {"format": FORMAT, "results": content, "members": {}}
     if content.get("format") != FORMAT:
         raise InputError(
-            f"{run.report_data}: its format is {content.get('format')!r}, this version of ptjax "
-            f"reads {FORMAT}; update ptjax"
+            f"{path}: its format is {content.get('format')!r}, and this version of ptjax reads "
+            f"{FORMAT}; update ptjax"
         )
-    if not _is_sound(content):
-        raise InputError(f"{run.report_data}: the file is damaged; evaluate the prompt again")
+    if not is_sound(content):
+        raise InputError(f"{path}: not what ptjax writes there; evaluate the run again")
     return content
-
-
-def _is_sound(content: JsonObject) -> bool:
-    """Whether the content has the parts that pages rely on."""
-    results, members = content.get("results"), content.get("members")
-    if not (isinstance(results, dict) and isinstance(members, dict)):
-        return False
-    for record in members.values():
-        if not isinstance(record, dict) or "ranked" not in record:
-            return False
-        columns = [record.get(name) for name in ("targets", "predictions")]
-        if record.get("confidences") is not None:
-            columns.append(record["confidences"])
-        lists = [column for column in columns if isinstance(column, list)]
-        if len(lists) < len(columns) or len({*map(len, lists)}) != 1 or not lists[0]:
-            return False
-        if not all(isinstance(text, str) for column in lists[:2] for text in column):
-            return False
-        if not isinstance(record.get("mistakes"), list) or "labels" not in record:
-            return False
-    return True
 
 
 def members_of(content: JsonObject) -> list[Member]:
@@ -105,7 +93,8 @@ def members_of(content: JsonObject) -> list[Member]:
     members = []
     for name in sorted(parts, key=lambda name: name != best):
         record = records.get(name)
-        statistics = record and (record.get("statistics") or statistics_of(record))
+        # Computed again: those in the file may be missing, and the file may come from others.
+        statistics = None if record is None else statistics_of(record)
         members.append(Member(name, parts[name], record, statistics))
     return members
 

@@ -36,6 +36,8 @@ VARIABLES = {
 """The CSS variable of each colour."""
 NUMBERED_CLASSES = 14
 """A confusion matrix of at most this many labels shows its numbers."""
+_BAR_NAME = 48
+"""Characters of a name beside a bar."""
 _SETTINGS = {
     "axes.edgecolor": LINE,
     "axes.labelcolor": MUTED,
@@ -174,7 +176,7 @@ def _few_ticks(axes: Axes) -> None:
 
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
-    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
 
 
 def _mark(axes: Axes, step: int, value: float) -> None:
@@ -221,7 +223,7 @@ def bars(label: str, values: Mapping[str, float], first: str) -> str:
                 va="center",
                 fontweight="bold" if name == first else "normal",
             )
-        axes.set_yticks(places, [shorten(name, 30) for name in names])
+        axes.set_yticks(places, [shorten(name, _BAR_NAME) for name in names])
         for tick, name in zip(axes.get_yticklabels(), names, strict=True):
             tick.set_color(INK if name == first else MUTED)
         axes.invert_yaxis()
@@ -229,8 +231,8 @@ def bars(label: str, values: Mapping[str, float], first: str) -> str:
         axes.xaxis.set_visible(False)
         axes.spines["bottom"].set_visible(False)
 
-    left = 20 + _width(names, 30)
-    return _draw(label, paint, (560, 26 * len(names) + 8), (left, 4, 6, 4))
+    left = 20 + _width(names, _BAR_NAME)
+    return _draw(label, paint, (760, 26 * len(names) + 8), (left, 4, 6, 4))
 
 
 def _width(texts: Sequence[str], longest: int) -> float:

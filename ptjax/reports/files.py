@@ -5,7 +5,9 @@ from __future__ import annotations
 from absl import logging
 from etils import epath
 
+from ptjax import files
 from ptjax.model_dir import ModelDir
+from ptjax.reports.content import as_json, make_content
 from ptjax.reports.libraries import missing_libraries
 from ptjax.reports.report import Report
 
@@ -25,4 +27,10 @@ def write_page(model_dir: epath.Path, *, again: bool = True) -> None:
     if (problem := missing_libraries()) is not None:
         logging.info("no %s: %s", run.report.name, problem)
         return
-    Report.read(model_dir).save(run.report)
+    report = Report.read(model_dir)
+    records = report.content["members"]
+    if any(record.get("statistics") is None for record in records.values()):
+        # Written where the libraries were missing.
+        text = as_json(make_content(report.content["results"], records))
+        files.write_bytes(run.report_data, text.encode())
+    report.save(run.report)

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 
-from ptjax.errors import InputError
+from ptjax.errors import InputError, one_line
 
-LIBRARIES = {"sklearn": "scikit-learn", "matplotlib": "matplotlib"}
+LIBRARIES = {"sklearn.metrics": "scikit-learn", "matplotlib.figure": "matplotlib"}
 """The modules that make statistics and figures, and the packages that bring them."""
 
 
 def missing_libraries() -> str | None:
-    """Returns what is missing and the command that installs it; None if reports can be made."""
-    missing = [LIBRARIES[name] for name in LIBRARIES if importlib.util.find_spec(name) is None]
-    if not missing:
+    """Returns what cannot be imported and the command that installs it; None if nothing is missing.
+
+    It imports the modules, which takes a second.
+    """
+    problems = []
+    for module, package in LIBRARIES.items():
+        try:
+            importlib.import_module(module)
+        except ImportError as error:  # also of a library that is damaged
+            problems.append(f"{package} ({one_line(error)})")
+    if not problems:
         return None
-    return f"a report needs {' and '.join(missing)}; run: pip install 'ptjax[report]'"
+    return f"a report needs {' and '.join(problems)}; run: pip install 'ptjax[report]'"
 
 
 def check_libraries() -> None:
-    """Raises InputError if a library that reports need is not installed."""
+    """Raises InputError if a library that reports need cannot be imported."""
     if (problem := missing_libraries()) is not None:
         raise InputError(problem)

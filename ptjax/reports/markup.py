@@ -5,6 +5,8 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Mapping, Sequence
 
+from rich.cells import cell_len
+
 from ptjax.files import Metadata
 
 
@@ -73,7 +75,7 @@ def table(
 
     header = tag("thead", line([*map(escape, head)], "th"))
     body = tag("tbody", "\n".join(line(row, "td") for row in rows))
-    return tag("div", tag("table", header + body, class_), "scrolled")
+    return tag("div", tag("table", header + body, class_), "scrolled tall")
 
 
 def meter(value: float) -> str:
@@ -83,7 +85,7 @@ def meter(value: float) -> str:
 
 
 def definitions(values: Mapping[str, object]) -> str:
-    """Returns a list of names and values, as a definition list; values that are None are left out."""
+    """Returns a list of names and values; those whose value is None are left out."""
     rows = (
         tag("div", tag("dt", escape(name)) + tag("dd", escape(value)))
         for name, value in values.items()
@@ -109,12 +111,11 @@ def columns(rows: Sequence[Sequence[str]], texts: int = 1) -> str:
     Args:
         texts: the number of leading columns that are aligned to the left.
     """
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = (
-        "  ".join(
-            cell.ljust(width) if i < texts else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    )
-    return "\n".join(line.rstrip() for line in lines)
+    widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
+
+    def aligned(cell: str, width: int, number: int) -> str:
+        space = " " * (width - cell_len(cell))  # some characters are two columns wide
+        return cell + space if number < texts else space + cell
+
+    lines = ("  ".join(map(aligned, row, widths, range(len(row)))).rstrip() for row in rows)
+    return "\n".join(lines)

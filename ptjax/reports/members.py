@@ -33,6 +33,7 @@ def members_section(members: Sequence[Member], rows: Sequence[JsonObject]) -> st
         ]
         for member in ordered
     ]
+    selected = f"{members[0].name} has the highest value on the split that selects prompts."
     drawn = training_figures([(member.name, rows, member) for member in ordered])
     note = (
         f"The curves are of the {MOST} members of the highest value." if len(members) > MOST else ""
@@ -40,18 +41,18 @@ def members_section(members: Sequence[Member], rows: Sequence[JsonObject]) -> st
     return tag(
         "section",
         tag("h2", f"{len(members)} members")
-        + values_figure({member.name: float(member.results["value"]) for member in ordered})
+        + tag("p", escape(selected), "note")
+        + values_figure({m.name: float(m.results["value"]) for m in ordered}, members[0].name)
         + table(head, cells, texts=2)
         + (tag("p", note, "note") if note else "")
         + drawn,
     )
 
 
-def values_figure(values: Mapping[str, float]) -> str:
-    """Draws the value of each run, the highest in the accent colour; at most 40."""
+def values_figure(values: Mapping[str, float], first: str) -> str:
+    """Draws the value of each run, at most 40; that of `first` in the accent colour."""
     shown = dict(list(values.items())[:40])
-    first = max(shown, key=lambda name: shown[name])
-    return tag("figure", figures.bars("Value of each", shown, first))
+    return tag("figure", figures.bars("Value of each", shown, first), "wide")
 
 
 def value_of(member: Member) -> str:

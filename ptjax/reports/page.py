@@ -25,6 +25,8 @@ from ptjax.reports.wording import compared, error_of, how_to_add, names_of, scor
 
 _SHOWN_ROWS = 30
 """The number of prompt rows shown at first; the others are folded."""
+_BESIDE = 8
+"""The columns of a confusion matrix up to which the calibration is beside it."""
 
 
 def page_of(
@@ -89,7 +91,7 @@ def _tiles(results: JsonObject, best: Member) -> str:
     html = tag("div", tiles, "tiles")
     if baselines:
         label = f"{own.get('metric')} beside its baselines"
-        figure = tag("figure", figures.bars(label, values, name))
+        figure = tag("figure", figures.bars(label, values, name), "wide")
         html += tag("section", tag("h2", "Against the baselines") + figure)
     return html
 
@@ -104,7 +106,7 @@ def _training(best: Member, rows: Sequence[JsonObject], *, whole: bool) -> str:
         return ""
     of = "" if whole else f" of {best.name}"
     split = best.results.get("selected_on")
-    text = f"The prompt with the highest value on the split {split} is kept." if split else ""
+    text = f"The step with the highest value on the split {split} is kept." if split else ""
     return tag(
         "section", tag("h2", escape(f"Training{of}")) + tag("p", escape(text), "note") + drawn
     )
@@ -145,7 +147,8 @@ def _confusion_and_calibration(member: Member) -> str:
                 tag("h2", "Calibration") + tag("p", escape(text), "note") + tag("figure", drawn),
             )
         )
-    return tag("div", "\n".join(parts), "pair") if len(parts) > 1 else parts[0]
+    beside = len(statistics["confusion"]["columns"]) <= _BESIDE
+    return tag("div", "\n".join(parts), "pair") if beside else "\n".join(parts)
 
 
 def _mistakes(member: Member) -> str:

@@ -51,21 +51,26 @@ figcaption { margin: 0 0 4px; font-size: 13px; }
 svg { display: block; width: 100%; height: auto; overflow: visible; }
 svg * { stroke-linejoin: round; stroke-linecap: butt; }
 svg text { font-family: inherit !important; }
-.scrolled { overflow-x: auto; }
+.scrolled, figure.wide { overflow-x: auto; }
+.scrolled.tall { max-height: 900px; overflow-y: auto; }
+figure.wide svg { min-width: 560px; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; margin-top: 8px; }
 th { color: var(--muted); font-weight: 600; font-size: 13px; text-align: left;
   border-bottom: 1px solid var(--line); padding: 6px 12px 6px 0; white-space: nowrap; }
 td { border-bottom: 1px solid var(--line); padding: 8px 12px 8px 0; text-align: left;
-  vertical-align: top; overflow-wrap: anywhere; }
+  vertical-align: top; overflow-wrap: break-word; }
 tbody tr:last-child td { border-bottom: 0; }
 th.number, td.number { text-align: right; white-space: nowrap; }
 th:last-child, td:last-child { padding-right: 0; }
 table.classes td.number { width: 17%; min-width: 84px; }
 tr td .average { color: var(--muted); }
-.meter { display: block; height: 4px; border-radius: 2px; background: var(--soft); margin-top: 4px; }
+.meter { display: block; height: 4px; border-radius: 2px; background: var(--soft);
+  margin-top: 4px; }
 .meter span { display: block; height: 4px; border-radius: 2px; background: var(--accent); }
-.text { max-height: 6em; overflow-y: auto; white-space: pre-wrap; min-width: 260px; }
-.label { background: var(--soft); border-radius: 6px; padding: 1px 7px; white-space: pre-wrap; }
+.text { max-height: 6em; overflow-y: auto; white-space: pre-wrap; min-width: 260px;
+  overflow-wrap: anywhere; }
+.label { display: inline-block; max-width: 240px; background: var(--soft); border-radius: 6px;
+  padding: 1px 8px; white-space: pre-wrap; overflow-wrap: break-word; }
 .wrong { color: var(--bad); } .right { color: var(--good); }
 .rows { columns: 3 300px; column-gap: 24px; margin: 8px 0 0; padding: 0; list-style: none;
   font-size: 13px; }

@@ -10,8 +10,9 @@ from ptjax.reports.markup import columns, number, shorten
 from ptjax.reports.wording import compared, error_of, how_to_add, scored_on, tendency
 
 _CLASSES = 30
-"""The number of classes up to which all have a line, and up to which a confusion is a table: 12."""
+"""The number of classes that have a line."""
 _CONFUSED = 12
+"""The number of classes up to which a confusion matrix is a table."""
 
 
 def text_of(path: str, results: JsonObject, members: Sequence[Member]) -> str:
@@ -47,10 +48,9 @@ def _scores(member: Member, results: JsonObject) -> str:
     rows = [[shorten(name, 60), number(x)] for name, x in compared(member, results).items()]
     if rows and (error := error_of(member)) is not None:
         rows[0][1] += f" \u00b1 {number(error)}"
-    text = "\n".join(f"{name.ljust(max(map(len, next(zip(*rows)))))}  {x}" for name, x in rows)
     if (step := member.results.get("step")) is not None:
-        text += f"\nof step {step:,}"
-    return text
+        rows.append(["best step", number(step)])
+    return columns(rows, texts=2) if rows else ""
 
 
 def _members(members: Sequence[Member]) -> str:

@@ -27,7 +27,8 @@ def compared(member: Member, results: JsonObject) -> dict[str, float]:
     """
     tuned, before = names_of(results)
     own = member.results
-    values = {tuned: own.get("value"), before: own.get("before"), "majority": own.get("majority")}
+    values = {tuned: own.get("value"), before: own.get("before")}
+    values["majority label"] = own.get("majority")
     for name, value in (own.get("hard_prompts") or {}).items():
         values[f"hard prompt: {name}"] = value
     return {name: value for name, value in values.items() if isinstance(value, int | float)}

@@ -16,12 +16,12 @@ from ptjax import files
 from ptjax.backbones.damage import check_weights
 from ptjax.backbones.load import Backbone
 from ptjax.data.tasks import Task
-from ptjax.errors import check_path, one_line
+from ptjax.errors import InputError, check_path, one_line
 from ptjax.files import JsonObject, PathLike
 from ptjax.interop.prompt_file import PromptFile, load_prompt
 from ptjax.methods.base import run_with
 from ptjax.model_dir import BEST, ModelDir
-from ptjax.reports.content import make_content
+from ptjax.reports.content import as_json, make_content
 from ptjax.reports.files import write_page
 from ptjax.reports.report import Report
 from ptjax.settings import RunSettings
@@ -71,6 +71,8 @@ class Run:
         Raises:
             InputError: it was a dry run, or a library that reports need is not installed.
         """
+        if not self.results:
+            raise InputError(f"{self.model_dir}: a dry run has no report; train without dry_run")
         return Report.read(self.model_dir)
 
 
@@ -148,9 +150,9 @@ def tune(
             return {}
         scores, records = _score_best(backbone, setups, settings, run)
         results = scores | sizes | describe_run(backbone, settings, run.progress.seconds)
-        report = make_content(results, records)
+        report = as_json(make_content(results, records))
         # The run counts as finished once it has `results`; `write_page` needs `report_data` alone.
-        _write(ModelDir(directory).report_data, json.dumps(report, indent=2) + "\n", run_lock)
+        _write(ModelDir(directory).report_data, report, run_lock)
         _write(ModelDir(directory).results, json.dumps(results, indent=2) + "\n", run_lock)
         if processes.first():
             write_page(directory)
