@@ -103,29 +103,22 @@ class Evaluator:
     def predict(
         self, variables: Variables, split: str, rewording: Callable[[str], str] | None = None
     ) -> list[str]:
-        """Predicts a text for every example of `split`, in order.
-
-        `variables` include any prompt (see `with_prompt`); `rewording` replaces each input.
-
-        Raises:
-            InputError: a weight of the backbone is not finite; the message names it.
-            NotFiniteError: a score is not finite, although all weights are.
-        """
+        """Returns the texts of `predict_with_scores`."""
         return self.predict_with_scores(variables, split, rewording)[0]
 
     def predict_with_scores(
         self, variables: Variables, split: str, rewording: Callable[[str], str] | None = None
     ) -> tuple[list[str], np.ndarray]:
-        """Predicts as `predict` does; returns the texts and their scores.
+        """Predicts a text for every example of `split`, in order; also returns log-likelihoods.
 
-        Returns:
-            the text of each example, and log-likelihoods: [N, C] of the task's labels if they are
-            ranked, else [N] of the texts.
+        They are [N, C] of the task's labels if these are ranked, else [N] of the texts. `variables`
+        include any prompt (see `with_prompt`); `rewording` replaces each input.
+
+        Raises:
+            InputError, NotFiniteError: a score is not finite; see `check_scores`.
         """
-        if rewording is None:
-            source = self._source(split)
-        else:
-            source = self._tokenize(self.examples(split), rewording)
+        reworded = rewording and self._tokenize(self.examples(split), rewording)
+        source = self._source(split) if reworded is None else reworded
         return self._predict(self.model.with_variables(variables), source)
 
     def ensemble(
@@ -137,8 +130,8 @@ class Evaluator:
         """Scores N prompts and their ensembles on `split`; returns the dict of `score_ensemble`.
 
         Args:
-            prompts: matrices [P_i, D] or an array [N, P, D]. They are applied with this evaluator's
-                `attends_to_input`.
+            prompts: matrices [P_i, D] or an array [N, P, D]; this evaluator's `attends_to_input`
+                applies to them.
             names: the names of the prompts; default: their numbers.
         """
         names = names or [str(number) for number in range(len(prompts))]
@@ -172,17 +165,13 @@ class Evaluator:
         )
 
     def score_ensemble(
-        self,
-        predictions: EnsemblePredictions,
-        split: str,
-        names: Sequence[str] | None = None,
+        self, predictions: EnsemblePredictions, split: str, names: Sequence[str] | None = None
     ) -> JsonObject:
         """Scores the predictions of N prompts and their ensembles on `split` (paper, Table 3).
 
-        Returns:
-            a dict: "members": each prompt's metrics, by its name; "average": their means; "best":
-            "name" and "value" of the prompt with the highest `metric` on `split` (so optimistic);
-            "ensemble": metrics of "majority_vote" and, if labels were ranked, "mean_likelihood".
+        Returns "members", each prompt's metrics by its name; "average", their means; "best", the
+        "name" and "value" of the prompt with the highest `metric` on `split` (so optimistic); and
+        "ensemble", metrics of "majority_vote" and, if labels were ranked, "mean_likelihood".
         """
         names = names or [str(number) for number in range(len(predictions.members))]
         scores = [self.score(member, split) for member in predictions.members]

@@ -26,7 +26,7 @@ class Member(NamedTuple):
     Attributes:
         name: the member's name; "" in an ordinary run.
         results: its part of `results.json`.
-        record: its recorded predictions, with "prompt_rows"; None if there are none.
+        record: its recorded predictions, with "prompt_rows"; None without a record.
         statistics: see `statistics_of`; None without a record.
     """
 

@@ -27,13 +27,12 @@ def series_of(rows: Sequence[JsonObject], metric: str, member: str = "", name: s
     return Series(name, list(points), list(points.values()))
 
 
-def training_figures(
-    runs: Sequence[tuple[str, Sequence[JsonObject], Member]],
-) -> str:
+def training_figures(runs: Sequence[tuple[str, Sequence[JsonObject], Member]], of: str = "") -> str:
     """Draws validation metric, loss and learning rate by step; "" without any values.
 
     Args:
         runs: the name, the rows of `metrics.jsonl` and the member of each curve.
+        of: what the curves are of, where a page has more than one such row of figures.
     """
     figures = []
     metric = runs[0][2].results.get("metric")
@@ -49,6 +48,6 @@ def training_figures(
             best = (step, values[step]) if step in values else None
         heading = tag("figcaption", tag("strong", title))
         zero = key == "train/learning_rate"
-        drawn = curves(f"{title} by step", series, best, from_zero=zero)
+        drawn = curves(f"{title}{of} by step", series, best, from_zero=zero)
         figures.append(tag("figure", heading + drawn))
     return tag("div", "\n".join(figures), "grid") if figures else ""

@@ -252,7 +252,12 @@ def confusion(label: str, matrix: JsonObject) -> str:
     def paint(axes: Axes) -> None:
         from matplotlib.patches import Rectangle
 
+        if not numbered:  # there may be thousands of empty cells
+            frame = (len(columns), len(rows))
+            axes.add_patch(Rectangle((-0.5, -0.5), *frame, facecolor=ACCENT, alpha=0.06, lw=0))
         for (row, column), share in np.ndenumerate(shares):
+            if share == 0 and not numbered:
+                continue
             corner = (column - 0.47, row - 0.47)
             alpha = 0.06 + 0.94 * float(share)
             axes.add_patch(Rectangle(corner, 0.94, 0.94, facecolor=ACCENT, alpha=alpha, lw=0))

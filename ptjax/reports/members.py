@@ -34,7 +34,7 @@ def members_section(members: Sequence[Member], rows: Sequence[JsonObject]) -> st
         for member in ordered
     ]
     selected = f"{members[0].name} has the highest value on the split that selects prompts."
-    drawn = training_figures([(member.name, rows, member) for member in ordered])
+    drawn = training_figures([(m.name, rows, m) for m in ordered], of=" of the members")
     note = (
         f"The curves are of the {MOST} members of the highest value." if len(members) > MOST else ""
     )
@@ -83,8 +83,12 @@ def unique_names(paths: Sequence[str]) -> list[str]:
     (['a', 'b'], ['seed_0/run', 'seed_1/run'])
     """
     parts = [[part for part in path.split("/") if part] or [path] for path in paths]
-    for count in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(each[-count:]) for each in parts]
-        if len(set(names)) == len(names):
-            break
-    return [shorten(name, 60) for name in names]
+
+    def name(own: list[str]) -> str:
+        others = [each for each in parts if each != own]
+        for count in range(1, len(own)):
+            if all(each[-count:] != own[-count:] for each in others):
+                return "/".join(own[-count:])
+        return "/".join(own)
+
+    return [shorten(name(own), 60) for own in parts]

@@ -157,7 +157,7 @@ def _mistakes(member: Member) -> str:
     mistakes, measured_by = member.record["mistakes"], member.record.get("measured_by")
     title = "Worst predictions" if measured_by else "Most confident mistakes"
     if not mistakes:
-        return tag("section", tag("h2", title) + tag("p", "There are none.", "note"))
+        return tag("section", tag("h2", title) + tag("p", "Every prediction is right.", "note"))
     head = ["input", "expected", "predicted", *([measured_by] if measured_by else [])]
     known = member.record["confidences"] is not None
     rows = []

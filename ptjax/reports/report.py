@@ -40,8 +40,8 @@ class Report:
         """Reads the report of the run in `model_dir`.
 
         Raises:
-            InputError: there is no finished run, a file is damaged, or a library that reports need
-                is not installed.
+            InputError: the folder lacks a finished run, a file is damaged, or a library that
+                reports need is not installed.
         """
         check_libraries()
         check_path("the run's folder", model_dir)

@@ -138,10 +138,10 @@ def tune(
         if run_lock is not None:
             run.remove_leftovers()
         results = None if dry_run else _finished(run)
-        if results is not None and run_lock is not None and processes.first():
-            write_page(directory, again=False)
         if results is not None or (run_lock is None and not dry_run):
             run.checkpoints.close()
+            if results and run_lock is not None and processes.first():
+                write_page(directory, again=False)  # a kill may have come before it
             return results
         _check_used(backbone, setups[0], settings)
         sizes = _counts(state.trainable, frozen)  # the first step takes the state's arrays
@@ -150,12 +150,7 @@ def tune(
             return {}
         scores, records = _score_best(backbone, setups, settings, run)
         results = scores | sizes | describe_run(backbone, settings, run.progress.seconds)
-        report = as_json(make_content(results, records))
-        # The run counts as finished once it has `results`; `write_page` needs `report_data` alone.
-        _write(ModelDir(directory).report_data, report, run_lock)
-        _write(ModelDir(directory).results, json.dumps(results, indent=2) + "\n", run_lock)
-        if processes.first():
-            write_page(directory)
+        _write_results(directory, results, records, run_lock)
         return results
 
     return Run(directory, _under_lock(directory, attempt, needed=not dry_run))
@@ -304,6 +299,20 @@ def _read_results(model_dir: epath.Path) -> JsonObject | None:
         logging.warning("%s: damaged (%s); it is written again", path, one_line(error))
         return None
     return results
+
+
+def _write_results(
+    directory: epath.Path,
+    results: JsonObject,
+    records: Mapping[str, JsonObject],
+    run_lock: lock.Lock | None,
+) -> None:
+    """Writes the results and the report. A run has finished once it has `results.json`."""
+    run = ModelDir(directory)
+    _write(run.report_data, as_json(make_content(results, records)), run_lock)
+    _write(run.results, json.dumps(results, indent=2) + "\n", run_lock)
+    if processes.first():
+        write_page(directory)
 
 
 def _write(path: epath.Path, text: str, run_lock: lock.Lock | None) -> None:
