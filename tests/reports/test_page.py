@@ -8,7 +8,7 @@ import re
 import sys
 
 import pytest
-from made import EVIL, LABELS, RESULTS, ROWS, make_record, make_sweep, save_run
+from made_run import EVIL, LABELS, RESULTS, ROWS, make_record, make_sweep, save_run
 
 from ptjax.errors import InputError
 from ptjax.reports import figures, members

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from made import EVIL, LABELS, make_record
+from made_run import EVIL, LABELS, make_record
 
 from ptjax.reports.statistics import OTHER, calibrate, statistics_of
 
