@@ -50,9 +50,11 @@ def _is_record(record: JsonObject) -> bool:
     """Whether this is what `record_predictions` returns."""
     targets, predictions = record.get("targets"), record.get("predictions")
     labels, confidences = record.get("labels"), record.get("confidences")
-    if not (_are_texts(targets) and _are_texts(predictions) and targets):
+    if not (isinstance(targets, list) and isinstance(predictions, list) and targets):
         return False
-    if len(targets) != len(predictions) or not isinstance(record.get("ranked"), bool):
+    if not (_are_texts(targets) and _are_texts(predictions) and len(targets) == len(predictions)):
+        return False
+    if not isinstance(record.get("ranked"), bool):
         return False
     if confidences is not None and not (
         isinstance(confidences, list)

@@ -11,7 +11,7 @@ import io
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -38,7 +38,7 @@ NUMBERED_CLASSES = 14
 """A confusion matrix of at most this many labels shows its numbers."""
 _BAR_NAME = 48
 """Characters of a name beside a bar."""
-_SETTINGS = {
+_SETTINGS: dict[Any, Any] = {  # matplotlib's own type of the names is not public
     "axes.edgecolor": LINE,
     "axes.labelcolor": MUTED,
     "axes.labelsize": 10,
@@ -160,7 +160,7 @@ def curves(
         axes.spines["left"].set_visible(False)
         axes.margins(x=0.03, y=0.12)
         if from_zero:
-            axes.set_ylim(0, 1.15 * max(max(line.values) for line in series))
+            axes.set_ylim(0, 1.15 * max(max(line.values) for line in series) or 1)
         _few_ticks(axes)
         axes.set_xlabel("step")
         if best is not None:

@@ -68,7 +68,7 @@ def _header(path: str, results: JsonObject, best: Member) -> str:
 def _tiles(results: JsonObject, best: Member) -> str:
     """The numbers to see first, and the figure of the baselines."""
     values, own = compared(best, results), best.results
-    (name, value), *baselines = values.items() or [("value", None)]
+    (name, value), *baselines = values.items()
     error = error_of(best)
     shown = [
         (f"{own.get('metric')}, {name}", number(value), "first"),

@@ -35,14 +35,14 @@ def statistics_of(record: JsonObject) -> JsonObject:
     labels = record["labels"] and [label.strip() for label in record["labels"]]
     closed = labels is not None
     classes, averages = class_scores(targets, predictions, labels) if closed else (None, None)
-    calibrated = record["ranked"] and record["confidences"] is not None
+    confidences = record["confidences"] if record["ranked"] else None
     return {
         "accuracy": accuracy,
         "standard_error": float(np.sqrt(accuracy * (1 - accuracy) / len(right))),
         "classes": classes,
         "averages": averages,
         "confusion": confusion(targets, predictions, labels) if closed else None,
-        "calibration": calibrate(right, record["confidences"]) if calibrated else None,
+        "calibration": None if confidences is None else calibrate(right, confidences),
     }
 
 
@@ -65,17 +65,20 @@ def class_scores(
             targets, predictions, labels=list(labels), average=average, zero_division=zero
         )
 
-    columns = zip(labels, *compute(None), strict=True)
-    rows = [_row(label, *values, support) for label, *values, support in columns]
+    *columns, supports = compute(None)
+    rows = [
+        _row(label, values, support)
+        for label, *values, support in zip(labels, *columns, supports, strict=True)
+    ]
     total = sum(row["support"] for row in rows)
-    averages = [_row(name, *compute(name)[:3], total) for name in ("macro", "weighted")]
-    return rows, averages
+    return rows, [_row(name, compute(name)[:3], total) for name in ("macro", "weighted")]
 
 
-def _row(label: str, precision: float, recall: float, f1: float, support: int) -> JsonObject:
-    values = {"precision": precision, "recall": recall, "f1": f1}
-    floats = {name: float(value) for name, value in values.items()}
-    return {"label": label, **floats, "support": int(support)}
+def _row(label: str, values: Sequence[float], support: int) -> JsonObject:
+    """A row; `values` are precision, recall and F1."""
+    floats = map(float, values)
+    named = dict(zip(("precision", "recall", "f1"), floats, strict=True))
+    return {"label": label, **named, "support": int(support)}
 
 
 def confusion(

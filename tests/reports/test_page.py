@@ -333,6 +333,14 @@ def test_statistics_in_the_file_are_not_trusted(run, tmp_path):
     assert Report.read(tmp_path).members[0].statistics == Report.read(run).members[0].statistics
 
 
+@pytest.mark.parametrize("value", [0.0, 0.3])
+def test_figures_of_one_value_or_of_zeros(tmp_path, value):
+    rows = [{"step": 1, "train/learning_rate": value, "train/loss": value}]
+    results = RESULTS | {"value": value, "before": 0.0, "majority": 0.0, "hard_prompts": {}}
+    report = Report.read(save_run(tmp_path, {"": make_record()}, results, rows))
+    assert report.to_html().count("<svg") == 5  # without a curve of the metric
+
+
 def test_damaged_rows_are_left_out(tmp_path):
     run = save_run(tmp_path, {"": make_record()})
     lines = ['{"step": 1, "train/loss": 3.5}', "{", "[1]", '{"step": "x"}', "\udcff"]

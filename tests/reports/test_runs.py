@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import stopped_by_sigterm, tune
+from conftest import tune
 from made_run import RESULTS, make_record, save_run
 
 from ptjax.backbones.describe import nearest_tokens
@@ -21,7 +21,6 @@ from ptjax.interop.prompt_file import load_prompt
 from ptjax.reports.content import as_json
 from ptjax.reports.report import Report
 from ptjax.settings import Evaluation, TrainSchedule
-from ptjax.trainer.sweep import MemberOverrides
 
 SCHEDULE = TrainSchedule(train_steps=6, eval_period=3, log_period=2)
 LENGTHS = {"inputs": 32, "targets": 4}
@@ -92,32 +91,6 @@ def test_a_second_call_leaves_the_report_and_makes_a_missing_page(run, backbone,
         (copy / file).unlink()
     tune(copy, task, backbone, schedule=SCHEDULE)
     assert not (copy / "report.html").exists() and not (copy / "report.json").exists()
-
-
-def test_a_resumed_run_has_the_report_of_an_uninterrupted_one(run, backbone, task, tmp_path):
-    folder = tmp_path / "words"
-
-    def train(callbacks: Any = ()) -> Any:
-        return tune(folder, task, backbone, schedule=SCHEDULE, callbacks=callbacks)
-
-    assert stopped_by_sigterm(4, train) == 143
-    assert not (folder / "report.json").exists()
-    train()
-    made, expected = (json.loads((x / "report.json").read_text()) for x in (folder, run))
-    assert made["results"].pop("seconds") and expected["results"].pop("seconds")
-    assert made == expected
-
-
-def test_a_sweep_records_every_member(backbone, task, tmp_path):
-    members = {"a": MemberOverrides(seed=1), "b": MemberOverrides(seed=2)}
-    results = tune(tmp_path, task, backbone, members=members, schedule=SCHEDULE)
-    report = Report.read(tmp_path)
-    assert {member.name for member in report.members} == {"a", "b"}
-    assert report.members[0].name == results["best"]["member"]
-    for member in report.members:
-        assert member.statistics is not None
-        assert member.statistics["accuracy"] == results["members"][member.name]["value"]
-    assert "2 members" in (tmp_path / "report.html").read_text()
 
 
 # evaluate
