@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
 
 _LISTED_CHARACTERS = 300
@@ -30,6 +31,12 @@ def missing(what: str, path: object) -> InputError:
         what: the thing that should be there, such as "prompt".
     """
     return InputError(f"no {what} at {path}: the path does not exist; correct it")
+
+
+def check_system() -> None:
+    """Raises InputError on Windows, where `os.kill(pid, 0)` of a run's lock would end processes."""
+    if sys.platform == "win32":
+        raise InputError("ptjax does not train or run commands on Windows; use it under WSL2")
 
 
 @contextlib.contextmanager

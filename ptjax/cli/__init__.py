@@ -22,7 +22,7 @@ from typing import NoReturn
 from ptjax.cli import distributed, gin_types, logs, t5x_names
 from ptjax.cli.gin_files import bound, config_text, load_gin, settings
 from ptjax.cli.gin_macros import has_macro, macro
-from ptjax.errors import InputError, TrainingError, near
+from ptjax.errors import InputError, TrainingError, check_system, near
 
 __all__ = [
     "EXIT_CODES",
@@ -187,6 +187,7 @@ def _run(body: Callable[[], object], processes: argparse.Namespace | None) -> No
     # Outside of the training loop, which saves first and exits with 143 too.
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
+        check_system()
         distributed.start(processes)
         body()
         sys.stdout.flush()

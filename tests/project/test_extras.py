@@ -11,12 +11,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from etils import epath
 from packaging.requirements import Requirement
 
 import ptjax
+from ptjax import cli
 from ptjax.data import metrics, parquet, tfds_convert, tfds_source
 from ptjax.errors import InputError
 from ptjax.trainer import task_data
+from ptjax.trainer.lock import Lock
 
 PACKAGE = Path(ptjax.__file__).parent
 PROJECT = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
@@ -151,6 +154,34 @@ def test_a_run_whose_metric_is_not_installed_does_not_begin(tmp_path, monkeypatc
     missing(monkeypatch, "sklearn")
     with pytest.raises(InputError, match=r"the metric f1 needs sklearn; pip install 'ptjax\[rep"):
         task_data.load_task_data(f1_task(tmp_path), backbone, ptjax.RunSettings())
+
+
+PRIVATE = {
+    "gin-config": r"_gin\._[A-Z]",
+    "orbax-checkpoint": r"from orbax\.checkpoint import v1",
+    "tensorboardX": r"\.event_writer",
+    "tensorflow-datasets": r"tensorflow_datasets\.(core|proto)",
+}
+"""What may change in any release, by the package that has it."""
+
+
+def test_what_ptjax_uses_of_private_interfaces_is_bounded():
+    source = "\n".join(file.read_text("utf-8") for file in PACKAGE.rglob("*.py"))
+    listed = map(Requirement, [*PROJECT["dependencies"], *EXTRAS["tfds"]])
+    bounded = {r.name for r in listed if any(s.operator == "<" for s in r.specifier)}
+    assert bounded == {name for name, use in PRIVATE.items() if re.search(use, source)}
+
+
+def test_windows_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(SystemExit, match="2"):
+        cli.run(lambda: 1 / 0)
+    assert capsys.readouterr().err == (
+        "error: ptjax does not train or run commands on Windows; use it under WSL2\n"
+    )
+    with pytest.raises(InputError, match="does not train or run commands on Windows"):
+        Lock(epath.Path(tmp_path))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_package_that_is_there_but_broken_is_not_called_missing(tmp_path, monkeypatch):
