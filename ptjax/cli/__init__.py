@@ -194,6 +194,11 @@ def _run(body: Callable[[], object], processes: argparse.Namespace | None) -> No
     except InputError as error:
         # gin appends lines to errors that pass through it.
         raise SystemExit(_say("error", error, 2)) from None
+    except ImportError as error:
+        if "gcsfs" not in str(error):  # fsspec's own sentence, from wherever a path is used first
+            raise
+        missing = InputError("paths of gs:// need gcsfs; pip install 'ptjax[gcs]'")
+        raise SystemExit(_say("error", missing, 2)) from None
     except BrokenPipeError:
         # The reader is gone; Python must not flush to it when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

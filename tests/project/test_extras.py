@@ -8,6 +8,8 @@ import re
 import sys
 import tomllib
 from collections.abc import Iterator
+from importlib import metadata
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -156,6 +158,17 @@ def test_a_run_whose_metric_is_not_installed_does_not_begin(tmp_path, monkeypatc
         task_data.load_task_data(f1_task(tmp_path), backbone, ptjax.RunSettings())
 
 
+def test_gs_without_gcsfs_is_one_line(monkeypatch, capsys):
+    missing(monkeypatch, "gcsfs")
+    imported = importlib.import_module("fsspec.registry")._registry  # fsspec remembers it
+    for protocol in ("gs", "gcs"):
+        monkeypatch.delitem(imported, protocol, raising=False)
+    with pytest.raises(SystemExit, match="2"):
+        cli.run(lambda: epath.Path("gs://without-gcsfs/prompt").exists())
+    line = "error: paths of gs:// need gcsfs; pip install 'ptjax[gcs]'\n"
+    assert capsys.readouterr().err == line
+
+
 PRIVATE = {
     "gin-config": r"_gin\._[A-Z]",
     "orbax-checkpoint": r"from orbax\.checkpoint import v1",
@@ -193,3 +206,47 @@ def test_a_package_that_is_there_but_broken_is_not_called_missing(tmp_path, monk
     importlib.invalidate_caches()
     with pytest.raises(ImportError, match="numpy is too old"):
         metrics.matthews(["no", "yes"], ["no", "yes"], labels=("no", "yes"))
+
+
+CONSTRAINTS = PACKAGE.parent / "constraints.txt"
+NOT_IN_CI = {"cuda", "docs", "mutation"}
+"""Extras that CI does not install."""
+
+
+def pins(version: str) -> dict[str, str]:
+    """The line of each package for a version of Python."""
+    lines = CONSTRAINTS.read_text().splitlines()
+    listed = [Requirement(line) for line in lines if not line.startswith("#")]
+    environment = {"python_version": version, "python_full_version": f"{version}.0"}
+    valid = [r for r in listed if r.marker is None or r.marker.evaluate(environment)]
+    assert len({r.name for r in valid}) == len(valid), "two lines for one package"
+    return {r.name: str(r.specifier).removeprefix("==") for r in valid}
+
+
+@pytest.mark.parametrize("version", ["3.11", "3.12", "3.13"])
+def test_the_constraints_hold_every_direct_dependency(version):
+    pinned = pins(version)
+    extras = {name: required for name, required in EXTRAS.items() if name not in NOT_IN_CI}
+    for requirement in map(Requirement, [*PROJECT["dependencies"], *chain(*extras.values())]):
+        if requirement.name == "ptjax":
+            continue
+        name = re.sub(r"[-_.]+", "-", requirement.name).lower()
+        assert name in pinned and pinned[name] in requirement.specifier, requirement
+
+
+def test_the_constraints_hold_what_their_packages_need_and_no_address():
+    pinned = pins("{}.{}".format(*sys.version_info))
+    installed = {
+        re.sub(r"[-_.]+", "-", found.metadata["Name"]).lower(): found
+        for found in metadata.distributions()
+    }
+    same = [
+        name for name in pinned if name in installed and installed[name].version == pinned[name]
+    ]
+    assert len(same) > len(pinned) // 4  # others have a newer release here, and may need more
+    for name in same:
+        for requirement in map(Requirement, installed[name].requires or []):
+            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                needed = re.sub(r"[-_.]+", "-", requirement.name).lower()
+                assert needed in pinned or needed in {"pip", "setuptools"}, f"{name}: {needed}"
+    assert not re.search(r"[/@\\]|--|:", CONSTRAINTS.read_text().partition("\n")[2])
