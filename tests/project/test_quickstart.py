@@ -17,6 +17,6 @@ def test_the_tuned_prompt_beats_the_hard_prompts(call, tmp_path: Path) -> None:
     results = json.loads((tmp_path / "results.json").read_text())
     assert set(results["hard_prompts"]) == {"an instruction", "the name used in pre-training"}
     others = (*results["hard_prompts"].values(), results["before"], results["majority"])
-    # README.md has three seeds, whose least margin is wider. A difference of 0.15 is three standard
-    # errors of an accuracy on 180 examples.
+    # README.md has three seeds, whose least margin is wider. 0.15 is three standard errors of a
+    # difference between two accuracies on 180 examples.
     assert results["value"] > max(others) + 0.15, results
