@@ -37,7 +37,7 @@ def test_the_wheel_runs_the_quickstart_elsewhere(tmp_path: Path) -> None:
     )
     assert ran.returncode == 0, ran.stderr[-2000:]
     results = json.loads((elsewhere / "runs" / "quickstart" / "results.json").read_text())
-    assert results["task"] == "sentiment"
+    assert results["task"] == "tickets"
     infer = [*(sys.executable, "-m", "ptjax.infer"), "--model_dir=runs/quickstart"]
     said = subprocess.run(
         [*infer, "A lovely film."], cwd=elsewhere, env=environment, capture_output=True, text=True
