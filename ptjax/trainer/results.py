@@ -35,6 +35,11 @@ class Scores:
         rewording = hard_prompt.rewording(self.train, self.settings.seed)
         return self.evaluator(self.backbone.variables, self.split, rewording)
 
+    def _counts(self) -> dict[str, int]:
+        """The number of examples in each split that the run uses."""
+        splits = (self.evaluator.settings.split, self.split)
+        return {"train": len(self.train)} | {s: len(self.evaluator.examples(s)) for s in splits}
+
     def tuned(self, best: Tree, before: Tree, seed: int) -> JsonObject:
         """Scores a member and the baselines; returns the member's part of `results.json`.
 
@@ -61,6 +66,7 @@ class Scores:
                 for name, hard_prompt in hard_prompts.items()
             },
             "selected_on": self.evaluator.settings.split,
+            "examples": self._counts(),
         }
 
 
