@@ -102,13 +102,16 @@ def upload(
             revision=revision,
         )
     except Exception as error:
-        if (reason := _refusal(error)) is None:
+        # The client wraps what fails in one of its threads.
+        causes = (error, error.__cause__)
+        reason = next(filter(None, (_refusal(x) for x in causes if x is not None)), None)
+        if reason is None:
             raise
         raise InputError(f"{repo_id}: the prompt was not uploaded: {reason}") from error
     return str(commit.commit_url)
 
 
-def _refusal(error: Exception) -> str | None:
+def _refusal(error: BaseException) -> str | None:
     """Why the hub did not take an upload, and what to do; None for an error of another kind."""
     from huggingface_hub import errors
 
