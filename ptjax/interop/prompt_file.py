@@ -25,12 +25,11 @@ from ptjax.errors import InputError, check_path, gin_flag, missing
 from ptjax.files import JsonObject
 from ptjax.interop import hub, model_card, peft, prompt_header, safetensors_file, t5x
 from ptjax.interop.lazy_array import LazyArray
+from ptjax.interop.t5x import T5X_PROMPT
 from ptjax.interop.write_prompt import KINDS, TENSOR, checked, save_folder, save_prompt, with_run
 from ptjax.model_dir import BEST_PROMPTS, PROMPT_SUFFIX, ModelDir
 from ptjax.models.t5 import PromptStates
 
-T5X_PROMPT = "encoder/prompt/prompt/prompt"
-"""The parameter that holds the prompt in a T5X checkpoint of google-research/prompt-tuning."""
 NO_PROMPT = "none"
 """The name that means "no prompt" in commands and records; no prompt may be called that."""
 _SUFFIXES = (PROMPT_SUFFIX, ".npy")
