@@ -118,7 +118,7 @@ def test_the_prompt_is_stored_as_t5x_stored_the_embedding(name, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Sharding info not provided when restoring")
-@pytest.mark.parametrize("name", ORBAX)
+@pytest.mark.parametrize("name", [ORBAX[0], ORBAX[1], ORBAX[4]])
 def test_orbax_itself_restores_it(name, tmp_path):
     source, new = FIXTURES / name, tmp_path / "new"
     prompt = make_prompt(width_of(source))
