@@ -207,6 +207,9 @@ def _file_in(folder: epath.Path) -> epath.Path:
             f"{folder}: the run tuned the whole model, and has no prompt; load the model, "
             f"{run.best_model}, with ptjax.load_backbone"
         )
+    # A MODEL_DIR of T5X has a config.gin too.
+    if run.config.exists() and not peft.is_peft(folder) and not t5x.is_t5x(folder):
+        raise InputError(f"{folder}: the run has saved no best prompt yet; let it evaluate once")
     return folder
 
 

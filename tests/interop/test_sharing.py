@@ -15,6 +15,7 @@ import pytest
 from hub_server import TOKEN, Hub, serve
 from huggingface_hub import constants
 
+from ptjax.backbones.describe import describe
 from ptjax.errors import InputError
 from ptjax.interop.model_card import make_card, record_of_run
 from ptjax.interop.prompt_file import PromptFile, load_prompt, load_prompts, save_prompt
@@ -259,6 +260,7 @@ def test_peft_gets_no_prompt_that_it_would_use_in_another_way(tmp_path):
     assert len(blocks(card_of(tmp_path), "python")) == 1
     copy = load_prompt(tmp_path)
     assert copy.states is not None and copy.states.decoder[1].shape == (2, 3, 1, 4)
+    assert describe(tmp_path)["kind"] == "prompt"
 
 
 def test_a_path_with_a_suffix_is_a_file(run, tmp_path):
@@ -288,6 +290,10 @@ def test_the_folder_of_a_run_is_its_best_prompt(run, tmp_path):
     (tmp_path / "model" / "models" / "best").mkdir(parents=True)
     with pytest.raises(InputError, match=r"tuned the whole model, .* ptjax\.load_backbone$"):
         load_prompt(tmp_path / "model")
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "config.gin").write_text("")
+    with pytest.raises(InputError, match="new: the run has saved no best prompt yet"):
+        load_prompt(tmp_path / "new")
     with pytest.raises(InputError, match="a local path has no revisions; leave 'v1' out"):
         load_prompt(run, revision="v1")
 
