@@ -64,7 +64,7 @@ def export(
             holds a README.md that is not ptjax's.
     """
     if to not in FORMATS:
-        raise InputError(f"to = {to!r}: there is no such format{near(str(to), FORMATS)}")
+        raise InputError(f"to = {to!r}: not a format of export{near(str(to), FORMATS)}")
     check_path("the path of the output", output)
     wrapped = wrap_prompt(prompt)
     array, metadata = np.asarray(wrapped.prompt, np.float32), getattr(wrapped, "metadata", {})
@@ -80,7 +80,7 @@ def export(
         checkpoint = _open(backbone, metadata, to)
         _check_width(array, checkpoint, metadata, source)
         if not t5x.is_t5x(epath.Path(checkpoint.name).expanduser()):
-            raise InputError(f"{checkpoint.name} is no T5X checkpoint, which --to=t5x adds to")
+            raise InputError(f"{checkpoint.name} is not a T5X checkpoint, which --to=t5x adds to")
         t5x_write.write_t5x(epath.Path(checkpoint.name).expanduser(), array, target)
         return target
     _check_output(target, force=force, folder=to in PEFT)

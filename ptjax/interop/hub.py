@@ -69,7 +69,7 @@ def upload(
     revision: str | None,
     commit_message: str,
 ) -> str:
-    """Uploads the files of a local folder in one commit; makes the repository if there is none.
+    """Uploads the files of a local folder in one commit, and creates the repository if needed.
 
     Args:
         ours: the names of files that the commit removes if `folder` has no such file.

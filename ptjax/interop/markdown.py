@@ -1,4 +1,4 @@
-"""Markdown of untrusted texts: none may end the line, the code or the table that it stands in."""
+"""Writes untrusted texts as Markdown, so that none ends its line, code span or table."""
 
 from __future__ import annotations
 

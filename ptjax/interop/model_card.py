@@ -149,7 +149,7 @@ class _Card:
         length, width = self.shape
         return (
             f"# {line(self.name.split('/')[-1])}\n\nA soft prompt for {on}{task}: a matrix of "
-            f"{length} x {width} numbers, which is put in front of the embedded input of the "
+            f"{length} x {width} numbers, which is prepended to the embedded input of the "
             "frozen model ([Lester et al. 2021](https://aclanthology.org/2021.emnlp-main.243/)). "
             "The model itself is unchanged, and not in these files."
         )
@@ -277,7 +277,7 @@ class _Card:
         text = f"## Use it with PEFT\n\n{block(lines, 'python')}"
         if not self.on_hub:
             text += (
-                "\n\nThe model has to be in the format of transformers, which "
+                "\n\nThe model must have the format of transformers, which "
                 "`ptjax.save_backbone` writes."
             )
         return text

@@ -177,7 +177,8 @@ def load_orbax(checkpoint: epath.Path, family: Family) -> dict[str, LazyArray]:
 def find_model(checkpoint: epath.Path, family: Family) -> tuple[Item, str]:
     """Returns the item that holds the network, and the prefix of its names: "target", or "".
 
-    Arguments and errors are those of `load_orbax`, but for damaged arrays, which are not opened.
+    Arguments and errors are those of `load_orbax`. The arrays are not opened, so a damaged one
+    raises no error.
     """
     if (checkpoint / "identity").is_dir() and (checkpoint / "progress").is_dir():
         raise InputError(

@@ -101,10 +101,10 @@ class PromptFile:
         the name of its folder alone.
 
         Args:
-            repo_id: namespace/name; the repository is made if there is none.
+            repo_id: namespace/name; the repository is created if it does not exist.
             private: whether a new repository is private; None: as the namespace's settings say.
             token: default: HF_TOKEN, or that of `hf auth login`.
-            revision: the branch, which is made if there is none; None: the default branch.
+            revision: the branch, created if it does not exist; None: the default branch.
 
         Returns:
             the URL of the commit.

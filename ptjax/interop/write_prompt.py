@@ -141,7 +141,7 @@ def check_folder(folder: epath.Path) -> None:
         raise InputError(f"{folder} is a file; name a folder, or a file that ends in .safetensors")
     card = folder / model_card.CARD
     if card.exists() and not model_card.is_card(card.read_bytes().decode(errors="replace")):
-        raise InputError(f"{card} exists, and is no model card of ptjax; name another folder")
+        raise InputError(f"{card} exists, and is not a model card of ptjax; name another folder")
 
 
 def write_card(

@@ -83,12 +83,12 @@ def test_what_cannot_be_exported_is_refused(t5_1_1):
     for to in ("npy", "peft", "t5x"):
         with pytest.raises(InputError, match=f"does not see its input, which --to={to} cannot"):
             ptjax.export(blind, "new", to=to, backbone=t5_1_1)
-    with pytest.raises(InputError, match="no such format; did you mean t5x"):
+    with pytest.raises(InputError, match="not a format of export; did you mean t5x"):
         ptjax.export(PROMPT, "new", to="t5")  # pyright: ignore[reportArgumentType]
     for to, needed in (("peft", "sizes"), ("t5x", "T5X checkpoint")):
         with pytest.raises(InputError, match=f"--to={to} needs the backbone's {needed}; name it"):
             ptjax.export(PROMPT, "new", to=to)
-    with pytest.raises(InputError, match=r"t5_1_1 is no T5X checkpoint, which --to=t5x adds to"):
+    with pytest.raises(InputError, match=r"t5_1_1 is not a T5X checkpoint, which --to=t5x adds to"):
         ptjax.export(PROMPT[:, :16], "new", to="t5x", backbone=HF)
     for to in ("peft", "t5x"):
         with pytest.raises(InputError, match=r"the prompt \[3, 8\] does not fit .* width is 32"):
@@ -109,6 +109,6 @@ def test_nothing_is_overwritten_unasked():
         ptjax.export(PROMPT, "folder", to="npy", force=True)
     with pytest.raises(InputError, match=r"p\.npy is a file; name a folder"):
         ptjax.export(PROMPT, "p.npy", to="peft", backbone=T5X, force=True)
-    with pytest.raises(InputError, match="is no model card of ptjax; name another folder"):
+    with pytest.raises(InputError, match="is not a model card of ptjax; name another folder"):
         ptjax.export(PROMPT, "folder", to="peft", backbone=T5X, force=True)
     assert Path("folder/README.md").read_text() == "# Mine"

@@ -273,7 +273,9 @@ def test_a_path_with_a_suffix_is_a_file(run, tmp_path):
 def test_save_replaces_nothing_of_others(run, tmp_path):
     prompt = load_prompt(run)
     (tmp_path / "README.md").write_text("# Mine")
-    with pytest.raises(InputError, match=r"README\.md exists, and is no model card of ptjax; name"):
+    with pytest.raises(
+        InputError, match=r"README\.md exists, and is not a model card of ptjax; name"
+    ):
         prompt.save(tmp_path)
     assert card_of(tmp_path) == "# Mine" and not (tmp_path / "prompt.safetensors").exists()
     (tmp_path / "file").write_text("")
