@@ -49,7 +49,7 @@ def record_of_run(results: Metadata, member: str = "") -> JsonObject:
         results: the content of `results.json`.
         member: the name of a member of a sweep; "" in an ordinary run.
     """
-    own = _mapping(_mapping(results.get("members")).get(member)) if member else results
+    own = results_of(results, member)
     record = {key: own[key] for key in (*_SCORES, "examples") if key in own}
     recipe: JsonObject = {}
     for name, path in _RECIPE.items():
@@ -59,6 +59,11 @@ def record_of_run(results: Metadata, member: str = "") -> JsonObject:
         if value is not _ABSENT and not (member and name in _OF_MEMBERS):
             recipe[name] = shareable(value)
     return record | {"recipe": recipe}
+
+
+def results_of(results: Metadata, member: str) -> Metadata:
+    """Returns the part of `results.json` with a member's scores: all of it in an ordinary run."""
+    return _mapping(_mapping(results.get("members")).get(member)) if member else results
 
 
 def shareable(value: Any) -> Any:

@@ -94,8 +94,8 @@ def with_run(metadata: Metadata, source: str | None) -> JsonObject:
         return dict(metadata)
     run, member = of_run
     results = run.read_results() or {}
-    own = results.get("members", {}).get(member, {}) if member else results
     # After a restart the results may be those of an earlier best prompt.
+    own = model_card.results_of(results, member)
     if not own or own.get("step") != metadata.get("step"):
         return dict(metadata)
     return {**metadata, model_card.RUN: model_card.record_of_run(results, member)}

@@ -185,6 +185,9 @@ def test_a_card_of_a_sweep_s_member_has_the_member_s_scores(tmp_path):
     load_prompt(best).save(tmp_path / "saved")
     card = card_of(tmp_path / "saved")
     assert "| **this prompt**, f1 | 0.875 |" in card and "- Steps: 500" in card
+    (tmp_path / "results.json").write_text('{"members": ["low"]}')
+    load_prompt(best).save(tmp_path / "saved")
+    assert "**this prompt**" not in card_of(tmp_path / "saved")
     # A member may have a rate and an initialiser of its own, which the results do not tell.
     assert record_of_run(results, "low")["recipe"] == {
         "method": "PromptTuning",
