@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ptjax.data.tokenizer import load_tokenizer
     from ptjax.errors import InputError
     from ptjax.inference.bank import make_bank
+    from ptjax.inference.export_prompt import export
     from ptjax.inference.forward import forward, loss_and_prompt_gradient
     from ptjax.inference.generate import generate
     from ptjax.interop.prompt_file import FromFile, load_prompt, load_prompts, save_prompt
@@ -85,6 +86,7 @@ _HOMES = {
     "TokenFile": "ptjax.data.mixture",
     "TrainSchedule": "ptjax.settings",
     "Uniform": "ptjax.methods.initializers",
+    "export": "ptjax.inference.export_prompt",
     "flax_module": "ptjax.models.module_family",
     "forward": "ptjax.inference.forward",
     "generate": "ptjax.inference.generate",
@@ -133,6 +135,7 @@ __all__ = [
     "TokenFile",
     "TrainSchedule",
     "Uniform",
+    "export",
     "flax_module",
     "forward",
     "generate",

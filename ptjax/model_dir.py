@@ -96,6 +96,21 @@ runs/quickstart/prompts/seed_0/best.safetensors
         """The file of a member's best prompt; `member` is "" in an ordinary run."""
         return self.prompts(member) / f"{BEST}{PROMPT_SUFFIX}"
 
+    @classmethod
+    def of_best_prompt(cls, path: PathLike) -> tuple[ModelDir, str] | None:
+        """Returns the run that a best prompt is of, and the member's name; None for other files.
+
+        >>> ModelDir.of_best_prompt("runs/a/prompts/seed_0/best.safetensors")[1]
+        'seed_0'
+        """
+        path, folder = epath.Path(path), _EXPORTS["prompt"][0]
+        if path.name == f"{BEST}{PROMPT_SUFFIX}":
+            if path.parent.name == folder:
+                return cls(path.parent.parent), ""
+            if path.parent.parent.name == folder:
+                return cls(path.parent.parent.parent), path.parent.name
+        return None
+
     @property
     def best_model(self) -> epath.Path:
         """The folder of the best tuned backbone."""
