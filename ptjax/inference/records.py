@@ -129,6 +129,14 @@ def format_record(record: Record, task: Task | None) -> tuple[str, JsonObject]:
         raise InputError(f"{record.where}: {error}") from error
 
 
+def recorded_lengths(metadata: Metadata) -> dict[str, int]:
+    """Returns the maximum lengths that a prompt's metadata record: "inputs", "targets" or both."""
+    sides = {"inputs": "input_length", "targets": "target_length"}
+    return {
+        side: metadata[key] for side, key in sides.items() if isinstance(metadata.get(key), int)
+    }
+
+
 def task_of(metadata: Metadata, fallback: Task | None = None) -> Task | None:
     """Makes the task that a prompt was tuned for, from its metadata.
 

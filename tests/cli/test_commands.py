@@ -455,7 +455,7 @@ def test_export_reads_back(call, fails, run_dir, place, kind):
     again = ("export", place / "bare.npy", f"--to={kind}", "--output=out/p")
     if kind == "huggingface":
         again += (f"--backbone={place / 'backbone'}",)
-    assert fails(*again) == "out/p already exists; overwrite it with --force"
+    assert fails(*again) == "out/p already exists; overwrite it with --force (force=True)"
     code, out, err = call(*again, "--force")
     assert code == 0, err
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 
 import pytest
 
-from ptjax.cli import plans
+from ptjax.planning import show
 from ptjax.planning.workload import ParallelConfig
 
 XXL = ("--gin_file=models/t5_1_1_xxl.gin", "--gin_file=runs/prompt_tune.gin")
@@ -215,8 +216,9 @@ def report(verdict, dtype="bfloat16", quantize=None):
 )
 def test_what_is_concluded_without_a_best(capsys, verdicts, searched, says):
     own, *tried = map(report, verdicts)
-    plans.show_slice(
-        {"slice": "v5e-8", "own": own, "searched": searched, "tried": tried, "best": None}
+    show.show_slice(
+        show.make_console(),
+        {"slice": "v5e-8", "own": own, "searched": searched, "tried": tried, "best": None},
     )
     out = capsys.readouterr().out
     assert ("nothing" in out) == (says is not None)
@@ -227,8 +229,9 @@ def test_the_best_that_rounds_less_is_shown_too(capsys):
     own, plain = report("does not fit", "float32"), report("fits")
     best = report("fits", quantize="int8")
     found = {"slice": "v5e-8", "own": own, "searched": True, "best": best}
-    plans.show_slice(found | {"tried": [own, plain, best]})
+    lines = importlib.import_module("ptjax.plan").gin_lines
+    show.show_slice(show.make_console(), found | {"tried": [own, plain, best]}, setting_lines=lines)
     _, less = capsys.readouterr().out.split("rounding the weights less:")
     assert "ptjax.load_backbone.dtype = 'bfloat16'" in less and "quantize = None" in less
-    plans.show_slice(found | {"tried": [own, best]})
+    show.show_slice(show.make_console(), found | {"tried": [own, best]})
     assert "rounding" not in capsys.readouterr().out
