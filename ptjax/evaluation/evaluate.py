@@ -12,12 +12,11 @@ from ptjax.data.examples import Example
 from ptjax.data.hard_prompt import HardPrompt
 from ptjax.data.memory import RecordsInMemory
 from ptjax.data.tasks import Task
-from ptjax.errors import InputError
+from ptjax.errors import InputError, check_arguments
 from ptjax.evaluation.evaluator import Evaluator, reported_split
 from ptjax.files import JsonObject
 from ptjax.inference.bank import PromptBank
 from ptjax.inference.generate import tokenizer_of
-from ptjax.inference.infer import check_names
 from ptjax.inference.model import bind
 from ptjax.inference.prompts import Prompt, PromptLike, load_any, open_prompt
 from ptjax.inference.records import recorded_lengths
@@ -76,7 +75,7 @@ def evaluate(
             cannot be used, prompts of a bank were tuned for different tasks or lengths, or
             `output` cannot or must not be written.
     """
-    check_names("evaluate", writing, Writing.__optional_keys__)
+    check_arguments("evaluate", writing, Writing.__optional_keys__)
     if not isinstance(task, Task):
         raise InputError(f"evaluate needs a ptjax.Task to score on, got {type(task).__name__}")
     if (path := writing.get("output")) is not None:

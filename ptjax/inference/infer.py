@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Unpack
 
 from absl import logging
@@ -12,7 +12,7 @@ from absl import logging
 from ptjax.backbones.load import Backbone
 from ptjax.data.sources import OnBadRecord, find_files
 from ptjax.data.tasks import Task
-from ptjax.errors import near
+from ptjax.errors import check_arguments
 from ptjax.files import JsonObject, PathLike
 from ptjax.inference.bank import PromptBank, PromptIds
 from ptjax.inference.generate import Settings
@@ -81,7 +81,7 @@ def predict(
             not fit the backbone, a bank does not have a prompt of that name, or a setting of
             generation is set although all labels are ranked.
     """
-    check_names("predict", settings, Settings.__optional_keys__)
+    check_arguments("predict", settings, Settings.__optional_keys__)
     opened = open_prompt(backbone, prompt, allow_mismatch=allow_mismatch)
     requests = make_requests(
         records_in_memory(inputs, "predict"),
@@ -133,7 +133,7 @@ def infer(
         InputError: as for `predict`, a record cannot be used (the message has its file and line),
             no record is left, or `output` cannot or must not be written.
     """
-    check_names("infer", options, Options.__optional_keys__)
+    check_arguments("infer", options, Options.__optional_keys__)
     reading = {name: options.pop(name) for name in Reading.__optional_keys__ & options.keys()}
     if output is not None:
         files = find_files(source) if isinstance(source, str | os.PathLike) else ()
@@ -142,7 +142,8 @@ def infer(
     records = read_inputs(source, on_bad_record=on_bad_record, **reading)
     format_of = functools.partial(make_format, task=task)
     requests = make_requests(records, loaded, format_of, raw=raw, prefix=prefix)
-    check_left_out(requests, records.bad, "infer")
+    name = os.fspath(source) if isinstance(source, str | os.PathLike) else "inputs"
+    check_left_out(requests, records.bad, name)
     rows = answer(backbone, requests, loaded, prefix, allow_mismatch=allow_mismatch, **options)
     if output is not None:
         write_rows(output, rows)
@@ -204,10 +205,3 @@ def write_rows(path: PathLike, rows: Sequence[JsonObject]) -> None:
     if processes.first():
         write(path, json_lines(rows))
         logging.info("wrote %s predictions to %s", f"{len(rows):,}", path)
-
-
-def check_names(function: str, given: Iterable[str], known: Collection[str]) -> None:
-    """Raises TypeError for an argument that a function does not have; Python checks no `**`."""
-    for name in given:
-        if name not in known:
-            raise TypeError(f"{function}() has no argument {name!r}{near(name, known)}")

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypedDict, Unpack
 
 from ptjax.backbones.load import Backbone, check_dtypes
 from ptjax.backbones.open import open_backbone, would_download
-from ptjax.errors import InputError, check_at_least, near
+from ptjax.errors import InputError, check_arguments, check_at_least
 from ptjax.files import PathLike, gin_configs
 from ptjax.models.config import Dtype, T5Config
 from ptjax.planning.compiler import Compiler, check_compiler
@@ -104,10 +104,7 @@ def plan(
         InputError: nothing gives the network's sizes, a slice is unknown, its compiler is not
             installed, or the settings contradict each other.
     """
-    for name in planning:
-        if name not in Planning.__optional_keys__:
-            known = near(name, Planning.__optional_keys__)
-            raise TypeError(f"plan() has no argument {name!r}{known}")
+    check_arguments("plan", planning, Planning.__optional_keys__)
     settings = RunSettings() if settings is None else settings
     config = find_config(backbone, dtype, quantize)
     parallel = ParallelConfig(mesh, fsdp, config.scan_layers, config.remat, quantize)
