@@ -15,7 +15,7 @@ from ptjax.backbones.load import Backbone, check_dtypes
 from ptjax.backbones.open import open_backbone, would_download
 from ptjax.errors import InputError, check_arguments, check_at_least
 from ptjax.files import PathLike, gin_configs
-from ptjax.models.config import Dtype, T5Config
+from ptjax.models.config import Dtype, Remat, T5Config
 from ptjax.planning.compiler import Compiler, check_compiler
 from ptjax.planning.estimate import Report, count
 from ptjax.planning.search import search as search_configurations
@@ -77,6 +77,8 @@ def plan(
     mesh: str = "auto",
     fsdp: bool = False,
     quantize: Literal["int8"] | None = None,
+    scan_layers: bool | None = None,
+    remat: Remat | None = None,
     dtype: Dtype | None = None,
     **planning: Unpack[Planning],
 ) -> Plan:
@@ -94,6 +96,7 @@ def plan(
         settings: of the run; default: `RunSettings()`.
         members: the number of prompts that a sweep trains; default: an ordinary run.
         mesh, fsdp, quantize: as for `load_backbone`; they are the run's own configuration.
+        scan_layers, remat: as in `T5Config`; default: those of the network.
         dtype: as for `load_backbone`; default: that of a `T5Config`, else bfloat16, which is the
             default on TPUs and GPUs.
         planning: quick (count only: seconds, without compiler and verdict), search (False compiles
@@ -107,6 +110,9 @@ def plan(
     check_arguments("plan", planning, Planning.__optional_keys__)
     settings = RunSettings() if settings is None else settings
     config = find_config(backbone, dtype, quantize)
+    given = {"scan_layers": scan_layers, "remat": remat}
+    changes = {name: value for name, value in given.items() if value is not None}
+    config = dataclasses.replace(config, **changes)
     parallel = ParallelConfig(mesh, fsdp, config.scan_layers, config.remat, quantize)
     spec = make_spec(config, settings, parallel, members)
     chosen = find_slices([slices] if isinstance(slices, str) else slices)

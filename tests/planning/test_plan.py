@@ -261,9 +261,10 @@ def settings_of(call, *flags):
 
 def test_the_function_plans_what_the_command_plans(call):
     flags = ("--slice=v5e-8,h100x8", "--gin.MICROBATCHES=2", "--gin.MESH='1x8'")
+    flags += ("--gin.SCAN_LAYERS=True", "--gin.REMAT='dots'")
     settings, out, reports = settings_of(call, *XXL, *flags)
     environment = os.environ.copy()
-    given = {"mesh": "1x8", "quick": True}
+    given = {"mesh": "1x8", "scan_layers": True, "remat": "dots", "quick": True}
     plan = ptjax.plan("t5_1_1_xxl", "v5e-8, h100x8", settings, **given)
     assert os.environ == environment
     assert json.loads(json.dumps(list(plan.slices.values()))) == reports
