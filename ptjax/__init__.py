@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from ptjax.trainer.callbacks import Callback
     from ptjax.trainer.pretrain import pretrain
     from ptjax.trainer.sweep import MemberOverrides, sweep
+    from ptjax.trainer.trackers import MlflowTracker, WandbTracker
     from ptjax.trainer.tune import Run, tune
     from ptjax.training.loss import Loss
     from ptjax.training.optimizer import Adafactor
@@ -71,6 +72,7 @@ _HOMES = {
     "MemberOverrides": "ptjax.trainer.sweep",
     "Method": "ptjax.methods.base",
     "MixtureComponent": "ptjax.data.mixture",
+    "MlflowTracker": "ptjax.trainer.trackers",
     "ModelTuning": "ptjax.methods.model_tuning",
     "PrefixLM": "ptjax.data.mixture",
     "PromptTuning": "ptjax.methods.prompt_tuning",
@@ -85,6 +87,7 @@ _HOMES = {
     "TokenFile": "ptjax.data.mixture",
     "TrainSchedule": "ptjax.settings",
     "Uniform": "ptjax.methods.initializers",
+    "WandbTracker": "ptjax.trainer.trackers",
     "flax_module": "ptjax.models.module_family",
     "forward": "ptjax.inference.forward",
     "generate": "ptjax.inference.generate",
@@ -119,6 +122,7 @@ __all__ = [
     "MemberOverrides",
     "Method",
     "MixtureComponent",
+    "MlflowTracker",
     "ModelTuning",
     "PrefixLM",
     "PromptTuning",
@@ -133,6 +137,7 @@ __all__ = [
     "TokenFile",
     "TrainSchedule",
     "Uniform",
+    "WandbTracker",
     "flax_module",
     "forward",
     "generate",
