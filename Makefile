@@ -80,3 +80,11 @@ docs: .venv-docs/installed  ## the documentation as a site, in site/; warnings a
 .venv-docs/installed: Makefile
 	$(PYTHON) -m venv $(@D) && $(@D)/bin/python -m pip install --quiet --disable-pip-version-check \
 	  mkdocs==1.6.1 mkdocs-material==9.8.2 mkdocstrings-python==2.0.11 ruff==0.17.6 && touch $@
+
+# Outside CI: the packages are large, and nothing else needs them.
+trackers: .venv-trackers/installed  ## the trackers with the real wandb and MLflow, offline
+	$(<D)/bin/python -m pytest -m trackers -W default tests/trackers
+
+.venv-trackers/installed: pyproject.toml
+	$(PYTHON) -m venv $(@D) && $(@D)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  -e '.[dev,wandb,mlflow]' && touch $@

@@ -134,7 +134,7 @@ def test_only_the_first_process_sends(tmp_path, monkeypatch):
 
 
 def test_a_missing_package_is_named_with_its_extra(tmp_path, monkeypatch):
-    """Also beside a folder of its name, which Python takes for a package; wandb itself makes one."""
+    """Also beside a folder of its name, as wandb makes one; Python takes it for a package."""
     (tmp_path / "no_such_tracker").mkdir()
     monkeypatch.syspath_prepend(str(tmp_path))
     importlib.import_module("no_such_tracker")
