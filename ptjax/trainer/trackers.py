@@ -8,6 +8,7 @@ one, and commands that only read such a run must not connect to anything. `on_st
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import importlib.util
 import json
@@ -207,12 +208,13 @@ class MlflowTracker(Tracker):
         self._client: Any = None
         self._run_id, self._continues = "", False
         self._sent: dict[str, int] = {}
+        self._pending: list[Any] = []
 
     def open(self, model_dir: epath.Path, settings: JsonObject, run_id: str | None) -> str:
         """Creates or continues a run; settings that were changed on resuming become tags."""
         tracking = importlib.import_module("mlflow.tracking")
         self._client = client = tracking.MlflowClient(self._uri)
-        self._sent, self._continues = {}, run_id is not None
+        self._sent, self._continues, self._pending = {}, run_id is not None, []
         if run_id is None:
             experiment = client.get_experiment_by_name(self._experiment)
             number = experiment.experiment_id if experiment else None
@@ -230,7 +232,10 @@ class MlflowTracker(Tracker):
         return run_id
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Logs the metrics, except steps that MLflow already has, as after a resume."""
+        """Logs the metrics, except steps that MLflow already has, as after a resume.
+
+        A thread of MLflow sends them, so that a slow server does not slow down the run.
+        """
         new, now = [], int(time.time() * 1000)
         for name, value in metrics.items():
             name = re.sub(r"[^\w\-. /]", "_", name)
@@ -239,15 +244,24 @@ class MlflowTracker(Tracker):
                 self._sent[name] = max((point.step for point in history), default=-1)
             if step > self._sent.get(name, -1):
                 new.append(_entity("Metric", name, value, now, step))
-        self._send("metrics", new)
+        self._pending += self._send("metrics", new, synchronous=False)
 
-    def _send(self, kind: str, entities: list[object]) -> None:
-        for start in range(0, len(entities), _MLFLOW_BATCH):
-            part = entities[start : start + _MLFLOW_BATCH]
-            self._client.log_batch(self._run_id, **{kind: part})
+    def _send(self, kind: str, entities: list[object], *, synchronous: bool = True) -> list[Any]:
+        parts = [
+            entities[start : start + _MLFLOW_BATCH]
+            for start in range(0, len(entities), _MLFLOW_BATCH)
+        ]
+        send = functools.partial(self._client.log_batch, self._run_id, synchronous=synchronous)
+        return [send(**{kind: part}) for part in parts]
 
     def close(self, error: BaseException | None) -> None:
-        """Sets the run's status: FINISHED, KILLED after a signal, or FAILED."""
+        """Waits until all is sent, and sets the run's status: FINISHED, FAILED, or KILLED.
+
+        KILLED is a run that was stopped by a signal. If the server does not answer, the wait is
+        that of MLflow's retries, minutes by default (MLFLOW_HTTP_REQUEST_MAX_RETRIES).
+        """
+        for operation in self._pending:
+            operation.wait()
         stopped = isinstance(error, SystemExit | KeyboardInterrupt)
         status = "FINISHED" if error is None else "KILLED" if stopped else "FAILED"
         self._client.set_terminated(self._run_id, status)
