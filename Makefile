@@ -13,7 +13,7 @@ ORACLES := 4 5
 TRANSFORMERS_4 := 4.57.6
 TRANSFORMERS_5 := 5.24.0
 
-.PHONY: quickstart test test-all test-lowest faults mutation lint oracle docs trackers
+.PHONY: quickstart test test-all test-lowest wheels constraints faults mutation lint oracle docs trackers
 
 quickstart: $(VENV)/installed  ## tune a prompt on the shipped backbone, on CPU
 	$(BIN)/python -m ptjax.train --gin_file=quickstart.gin
@@ -23,6 +23,16 @@ test: $(VENV)/installed-dev  ## everything but the markers slow, oracle, tpu, cu
 
 test-all: $(VENV)/installed-oracle  ## everything
 	$(PYTEST) -m "$(shell $(BIN)/python tests/markers.py)"
+
+wheels: $(VENV)/installed-dev  ## the wheel alone, on each Python from 3.11 to 3.13 that is here
+	$(PYTEST) -n 0 -m slow tests/project/test_wheel.py
+
+# After .ci/run: what its environments hold, and what Python 3.12 would.
+constraints: $(VENV)/installed-oracle  ## writes constraints.txt
+	for version in 3.12 3.13; do $(MAKE) VENV=.venv-$$version PYTHON=python$$version \
+	  .venv-$$version/installed-dev || exit; done
+	$(BIN)/python .ci/constraints.py $(BIN)/python .venv-3.12/bin/python .venv-3.13/bin/python \
+	  > constraints.new && mv constraints.new constraints.txt
 
 # Outside CI: with the oldest release of each direct dependency that pyproject.toml allows.
 test-lowest: .venv-lowest/installed  ## the quickstart and the tests with the oldest releases
@@ -46,13 +56,14 @@ oracle: $(ORACLES:%=.venv-oracle-%/installed)  ## record what transformers 4 and
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && \
 	$(BIN)/pyright --pythonpath $(BIN)/python && \
-	$(BIN)/shellcheck -x tpu_scripts/*.sh tpu_scripts/*.sbatch findings/*.sh benchmarks/on_gpu/*.sh .ci/run
+	$(BIN)/shellcheck -x tpu_scripts/*.sh tpu_scripts/*.sbatch findings/*.sh benchmarks/*.sh \
+	  benchmarks/on_gpu/*.sh .ci/run
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/installed: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e . && touch $@
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[report]' && touch $@
 
 $(VENV)/installed-dev: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' && touch $@ $(VENV)/installed
