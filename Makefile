@@ -13,7 +13,7 @@ ORACLES := 4 5
 TRANSFORMERS_4 := 4.57.6
 TRANSFORMERS_5 := 5.24.0
 
-.PHONY: quickstart test test-all test-lowest wheels constraints faults mutation lint oracle
+.PHONY: quickstart test test-all test-lowest wheels constraints faults mutation lint oracle docs trackers
 
 quickstart: $(VENV)/installed  ## tune a prompt on the shipped backbone, on CPU
 	$(BIN)/python -m ptjax.train --gin_file=quickstart.gin
@@ -83,3 +83,19 @@ $(VENV)/installed-mutation: $(VENV)/installed-dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv && \
 	$(BIN)/uv venv --quiet --clear --python 3.11 $(@D) && \
 	$(BIN)/uv pip install --quiet --python $(@D) --resolution lowest-direct -e '.[dev]' && touch $@
+
+# In an environment of its own, for it needs nothing of ptjax: the API page is read from the source.
+docs: .venv-docs/installed  ## the documentation as a site, in site/; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(<D)/bin/mkdocs build --strict
+
+.venv-docs/installed: Makefile
+	$(PYTHON) -m venv $(@D) && $(@D)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  mkdocs==1.6.1 mkdocs-material==9.8.2 mkdocstrings-python==2.0.11 ruff==0.17.6 && touch $@
+
+# Outside CI: the packages are large, and nothing else needs them.
+trackers: .venv-trackers/installed  ## the trackers with the real wandb and MLflow, offline
+	$(<D)/bin/python -m pytest -m trackers -W default tests/trackers
+
+.venv-trackers/installed: pyproject.toml
+	$(PYTHON) -m venv $(@D) && $(@D)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  -e '.[dev,wandb,mlflow]' && touch $@

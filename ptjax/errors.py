@@ -207,3 +207,16 @@ def check_share(of: str, **settings: float) -> None:
     for name, value in settings.items():
         if not 0 <= value < 1:
             raise InputError(f"{of}.{name} must be >= 0 and < 1, got {value}")
+
+
+def check_arguments(function: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Raises TypeError for an argument that a function with `**settings` does not have.
+
+    >>> check_arguments("predict", {"num_beam": 4}, ["num_beams", "seed"])
+    Traceback (most recent call last):
+    TypeError: predict() has no argument 'num_beam'; did you mean num_beams?
+    """
+    choices = sorted(known)
+    for name in given:
+        if name not in choices:
+            raise TypeError(f"{function}() has no argument {name!r}{near(name, choices)}")

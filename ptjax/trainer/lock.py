@@ -9,8 +9,7 @@ A killed run does not remove its lock. On the same machine, the next run looks u
 starts immediately. On another machine it watches the lock: if it does not change for SILENCE
 seconds by the watcher's own clock, the run is dead and the lock is taken over. Clocks of two
 machines are compared in one case only: a lock older than ABANDONED seconds by the storage's clock
-is not watched. The clocks would have to disagree by most of that to affect a running process, which
-would then notice and stop.
+is not watched. If the clocks disagree by most of that, a running process notices and stops.
 """
 
 from __future__ import annotations
