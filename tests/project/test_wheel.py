@@ -161,8 +161,8 @@ def test_what_is_missing_is_named_in_one_line(install):
     parquet = str(installed.elsewhere / "a.parquet")
     line = installed.refusal(*train, "--gin.ptjax.Task.splits=" + splits % (parquet, parquet))
     assert line.endswith(f"{parquet}: Parquet needs pyarrow; pip install 'ptjax[parquet]'")
-    line = installed.refusal(*train, "--gin.ptjax.Task.metrics='f1'")
-    assert line.endswith("the metric f1 needs sklearn; pip install 'ptjax[report]'")
+    line = installed.refusal(*train, "--gin.ptjax.Task.metrics='mean_f1'")
+    assert line.endswith("the metric mean_f1 needs sklearn; pip install 'ptjax[report]'")
     words = "--gin.ptjax.PromptTuning.initializer=@ptjax.FrequentWords()"
     line = installed.refusal(*train, words)
     assert line.endswith("ptjax.FrequentWords needs sklearn; pip install 'ptjax[report]'")
