@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from ptjax.errors import InputError
     from ptjax.evaluation.evaluate import evaluate
     from ptjax.inference.bank import make_bank
+    from ptjax.inference.export_prompt import export
     from ptjax.inference.forward import forward, loss_and_prompt_gradient
     from ptjax.inference.generate import generate
     from ptjax.inference.infer import infer, predict
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from ptjax.trainer.callbacks import Callback
     from ptjax.trainer.pretrain import pretrain
     from ptjax.trainer.sweep import MemberOverrides, sweep
+    from ptjax.trainer.trackers import MlflowTracker, WandbTracker
     from ptjax.trainer.tune import Run, tune
     from ptjax.training.loss import Loss
     from ptjax.training.optimizer import Adafactor
@@ -75,6 +77,7 @@ _HOMES = {
     "MemberOverrides": "ptjax.trainer.sweep",
     "Method": "ptjax.methods.base",
     "MixtureComponent": "ptjax.data.mixture",
+    "MlflowTracker": "ptjax.trainer.trackers",
     "ModelTuning": "ptjax.methods.model_tuning",
     "Prediction": "ptjax.inference.predict",
     "PrefixLM": "ptjax.data.mixture",
@@ -90,7 +93,9 @@ _HOMES = {
     "TokenFile": "ptjax.data.mixture",
     "TrainSchedule": "ptjax.settings",
     "Uniform": "ptjax.methods.initializers",
+    "WandbTracker": "ptjax.trainer.trackers",
     "evaluate": "ptjax.evaluation.evaluate",
+    "export": "ptjax.inference.export_prompt",
     "flax_module": "ptjax.models.module_family",
     "forward": "ptjax.inference.forward",
     "generate": "ptjax.inference.generate",
@@ -128,6 +133,7 @@ __all__ = [
     "MemberOverrides",
     "Method",
     "MixtureComponent",
+    "MlflowTracker",
     "ModelTuning",
     "Prediction",
     "PrefixLM",
@@ -143,7 +149,9 @@ __all__ = [
     "TokenFile",
     "TrainSchedule",
     "Uniform",
+    "WandbTracker",
     "evaluate",
+    "export",
     "flax_module",
     "forward",
     "generate",

@@ -32,7 +32,7 @@ from absl import logging
 from etils import epath
 
 from ptjax import files
-from ptjax.errors import InputError, TrainingError, one_line
+from ptjax.errors import InputError, TrainingError, check_system, one_line
 from ptjax.model_dir import LOCK, ModelDir
 from ptjax.sharding import processes
 
@@ -104,6 +104,7 @@ class Lock:
     """The lock file of one MODEL_DIR. Use `hold` to take it; only the first process writes it."""
 
     def __init__(self, model_dir: epath.Path) -> None:
+        check_system()
         self.model_dir, self.holder = model_dir, Holder.here()
         self._path = ModelDir(model_dir).lock
         self._mutex = threading.Lock()
