@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from etils import epath
 from tiny_prompts import RECORDS, save_prompts, write_mood
 
 import ptjax
@@ -139,7 +141,10 @@ def test_a_prompt_may_be_given_in_every_form(place, backbone, bank):
     loaded = ptjax.load_prompt(path)
     task = Task.from_description(loaded.metadata["task"])
     expected = ptjax.predict(backbone, TEXTS, path)
-    for prompt in (str(path), loaded):
+    run = ptjax.Run(epath.Path("run"), {"value": 1.0})  # its MODEL_DIR, and its prompt
+    shutil.copytree(place / "mixed" / "copy", run.model_dir)
+    shutil.copy(path, run.model_dir / "prompts" / "best.safetensors")
+    for prompt in (str(path), loaded, "run", run.model_dir, run.prompt):
         assert ptjax.predict(backbone, TEXTS, prompt) == expected
     # An array does not say how its inputs are written; the labels are as short as the length.
     assert ptjax.predict(backbone, TEXTS, loaded.prompt, task=task) == expected
