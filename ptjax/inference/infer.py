@@ -90,8 +90,8 @@ def predict(
         prompt_ids=prompt_ids,
         raw=raw,
     )
-    how: Answering = {"decode": decode, "max_new_tokens": max_new_tokens}
-    return predict_requests(backbone, requests, opened, batch_size=batch_size, **how, **settings)
+    how = {"decode": decode, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    return predict_requests(backbone, requests, opened, **cast("Answering", how | settings))
 
 
 def infer(
