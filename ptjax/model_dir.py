@@ -30,7 +30,8 @@ class ModelDir:
     """The paths of the files of a run; the files need not exist.
 
     No other code contains these paths. A run writes `metrics`, `tensorboard`, `checkpoints` and the
-    exports, and at the end `results`. A run that a command started first writes `config`.
+    exports, and at the end `results`. A run that a command started first writes `config`, one
+    with trackers `trackers`.
 
     >>> run = ModelDir("runs/quickstart")
     >>> print(run.results, run.best_prompt(), run.best_prompt("seed_0"))
@@ -65,6 +66,11 @@ runs/quickstart/prompts/seed_0/best.safetensors
     def tensorboard(self) -> epath.Path:
         """The folder of TensorBoard's files."""
         return self.path / "tensorboard"
+
+    @property
+    def trackers(self) -> epath.Path:
+        """The JSON file with the ids of the run in trackers such as MLflow, by package."""
+        return self.path / "trackers.json"
 
     @property
     def lock(self) -> epath.Path:

@@ -198,8 +198,8 @@ def place(tmp_path_factory, backbone) -> Path:
     np.save(place / "t5x_prompt.npy", np.ones((5, 32), np.float32))
     (place / "ptjax").mkdir()
     (place / "ptjax" / "assets").symlink_to(ROOT / "ptjax" / "assets")
-    write_jsonl(place / "texts.jsonl", [{"text": text} for text in texts[:4]])
-    mixed = [{"text": texts[0], "prompt": name} for name in ("sst2", "other")]
+    write_jsonl(place / "texts.jsonl", [{"body": text} for text in texts[:4]])
+    mixed = [{"body": texts[0], "prompt": name} for name in ("sst2", "other")]
     write_jsonl(place / "mixed.jsonl", [*mixed, {"inputs": texts[0], "prompt": "none"}])
     return place
 
