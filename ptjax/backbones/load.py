@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args
 
 import jax
@@ -23,7 +24,7 @@ from ptjax.models.layers import Quantized
 from ptjax.models.stacking import GatherFn, stack_paths
 from ptjax.models.t5_family import T5_FAMILY
 from ptjax.sharding.arrays import gather_layer, stack_layers
-from ptjax.sharding.meshes import choose_mesh
+from ptjax.sharding.meshes import choose_mesh, mesh_name
 from ptjax.sharding.quantize import quantize_sharded
 from ptjax.sharding.rules import check_rules, sharding_of
 from ptjax.trees import unflatten_paths
@@ -49,6 +50,8 @@ class Backbone:
         fingerprint_v1: "sha256:...", the only fingerprint that older prompts record; see the
             module `fingerprint`.
         family: the kind of network.
+        arguments: the arguments of `load_backbone`, without defaults, that loaded it; empty if it
+            was made otherwise.
     """
 
     config: Any
@@ -63,6 +66,7 @@ class Backbone:
     assumed: tuple[str, ...] = ()
     fingerprint_v1: str = ""
     family: Family = T5_FAMILY
+    arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def fingerprints(self) -> Fingerprints:
@@ -130,6 +134,16 @@ def load_backbone(
         InputError: the path holds no backbone, or an incomplete or damaged one; a setting does
             not fit the backbone, or its sizes are not divisible by those of the mesh axes.
     """
+    arguments = {
+        "path": path,
+        "dtype": dtype,
+        "mesh": _named_mesh(mesh),
+        "fsdp": fsdp or None,
+        "quantize": quantize,
+        "tokenizer": tokenizer,
+        "family": family,
+        **config_overrides,
+    }
     first = mesh.devices.flat[0] if isinstance(mesh, Mesh) else jax.local_devices()[0]
     dtype = dtype or ("float32" if first.platform == "cpu" else "bfloat16")
     check_dtypes(dtype, quantize)
@@ -162,7 +176,15 @@ def load_backbone(
         assumed=opened.assumed,
         fingerprint_v1=fingerprints.v1,
         family=family,
+        arguments={name: value for name, value in arguments.items() if value is not None},
     )
+
+
+def _named_mesh(mesh: Mesh | str | None) -> str | None:
+    """The name of a mesh of all devices; None for others, which no name makes."""
+    if not isinstance(mesh, Mesh):
+        return mesh
+    return mesh_name(mesh) if mesh.size == jax.device_count() else None
 
 
 def check_dtypes(dtype: str, quantize: str | None) -> None:

@@ -18,8 +18,6 @@ from etils import epath
 from ptjax import files
 from ptjax.errors import InputError
 from ptjax.files import Metadata, PathLike
-from ptjax.model_dir import ModelDir
-from ptjax.trainer.callbacks import Callback
 
 _DESCRIPTORS = {"-": 1, "/dev/stdout": 1, "/dev/stderr": 2}
 
@@ -203,26 +201,3 @@ def check_fields(fields: Metadata, added: Metadata, location: str) -> None:
                 f"{location}: the record has a field '{name}', which the output would replace; "
                 "--prefix=TEXT adds a prefix to the names of the new fields"
             )
-
-
-class ConfigFile(Callback):
-    """Writes the settings of a run to `MODEL_DIR/config.gin` when it starts.
-
-    Args:
-        text: the result of `config_text`.
-    """
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-
-    def on_start(self, model_dir: epath.Path, step: int) -> None:
-        """Writes config.gin on the first process; a resumed run replaces its earlier file.
-
-        Args:
-            model_dir: the run's folder.
-            step: unused.
-        """
-        from ptjax.sharding import processes
-
-        if processes.first():
-            files.write_bytes(ModelDir(model_dir).config, self.text.encode())

@@ -18,15 +18,18 @@ from ptjax.backbones.load import Backbone
 from ptjax.data.tasks import Task
 from ptjax.errors import check_path, one_line
 from ptjax.files import JsonObject, PathLike
+from ptjax.gin_text import describe_call
 from ptjax.interop.prompt_file import PromptFile, load_prompt
 from ptjax.methods.base import run_with
 from ptjax.model_dir import BEST, ModelDir
 from ptjax.settings import RunSettings
 from ptjax.sharding import processes
 from ptjax.sharding.arrays import check_batch_size, replicate_key, replicated
-from ptjax.trainer import lock
+from ptjax.trainer import lock, signals
 from ptjax.trainer.callbacks import Callback
+from ptjax.trainer.config_file import ConfigFile
 from ptjax.trainer.identity import make_identity
+from ptjax.trainer.interrupted import best_so_far, returns_best
 from ptjax.trainer.loop import TrainingLoop
 from ptjax.trainer.progress import RunProgress
 from ptjax.trainer.results import Scores, describe_run, of_sweep
@@ -42,21 +45,30 @@ from ptjax.trees import Tree
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A finished run: its folder and its results.
+    """A run: its folder and its results.
 
     Attributes:
         model_dir: MODEL_DIR, with `~` expanded.
-        results: the content of `results.json`; empty after a dry run.
+        results: the content of `results.json`; empty after a dry run. Of a run that was
+            interrupted, the validation scores of the best so far (see `finished`).
     """
 
     model_dir: epath.Path
     results: JsonObject
 
+    @property
+    def finished(self) -> bool:
+        """Whether the run has trained to its end; False after Ctrl-C, and after a dry run.
+
+        The same call of `tune` resumes a run that has not finished.
+        """
+        return bool(self.results) and self.results.get("finished", True)
+
     @functools.cached_property
     def prompt(self) -> PromptFile | None:
         """The best prompt, read from its file; in a sweep the best member's.
 
-        None if no prompt was tuned, or after a dry run.
+        None if no prompt was tuned, before the first evaluation, and after a dry run.
         """
         member = self.results["best"]["member"] if "members" in self.results else ""
         path = ModelDir(self.model_dir).best_prompt(member)
@@ -95,7 +107,8 @@ def tune(
             or one already past `train_steps` (`identity.FREE` lists which settings may change).
         TrainingError: a loss, score or trained variable is not finite (in a sweep: of every
             member), the disk is full, or another run took over `model_dir`.
-        SystemExit: after SIGTERM or Ctrl-C, when a checkpoint has been saved.
+        SystemExit: after SIGTERM or Ctrl-C, when a checkpoint has been saved. In an interactive
+            session (a notebook, Python's prompt) Ctrl-C returns the best so far instead.
     """
     settings = RunSettings() if settings is None else settings
     if steps is not None:
@@ -103,6 +116,11 @@ def tune(
         settings = dataclasses.replace(settings, schedule=schedule)
     _check(backbone, model_dir, settings, members or {})
     directory = epath.Path(model_dir).expanduser()
+
+    given = {"backbone": backbone, "task": task, "settings": settings, "members": members or None}
+    if not any(isinstance(callback, ConfigFile) for callback in callbacks):  # a command has its own
+        text = describe_call("ptjax.tune", {"model_dir": model_dir, **given})
+        callbacks = [*callbacks, ConfigFile(text)]
 
     def attempt(run_lock: lock.Lock | None) -> JsonObject | None:
         """The results. Without the lock it writes nothing: it returns those of a dry run or of a
@@ -117,7 +135,7 @@ def tune(
             directory,
             settings.schedule,
             [setup.member for setup in setups],
-            identity=_identify(backbone, task, settings, members, setups),
+            identity=_identify(given, setups),
             callbacks=callbacks,
             lock=run_lock,
             check_weights=lambda: check_weights(backbone.variables["params"], backbone.name),
@@ -130,10 +148,15 @@ def tune(
             return results
         _check_used(backbone, setups[0], settings)
         sizes = _counts(state.trainable, frozen)  # the first step takes the state's arrays
-        run.fit(state, frozen, step, backbone.mesh, dry_run=dry_run)
+        try:
+            run.fit(state, frozen, step, backbone.mesh, dry_run=dry_run)
+            scores = {} if dry_run else _score_best(backbone, setups, settings, run)
+        except (signals.StoppedError, KeyboardInterrupt) as stop:
+            if not returns_best(stop, run):
+                raise
+            return best_so_far(run, setups)
         if dry_run:
             return {}
-        scores = _score_best(backbone, setups, settings, run)
         results = scores | sizes | describe_run(backbone, settings, run.progress.seconds)
         _write(ModelDir(directory).results, json.dumps(results, indent=2) + "\n", run_lock)
         return results
@@ -232,15 +255,8 @@ def _counts(trainable: Tree, frozen: Tree) -> dict[str, int]:
     }
 
 
-def _identify(
-    backbone: Backbone,
-    task: Task,
-    settings: RunSettings,
-    members: Mapping[str, MemberOverrides] | None,
-    setups: Sequence[MemberSetup],
-) -> JsonObject:
+def _identify(given: Mapping[str, object], setups: Sequence[MemberSetup]) -> JsonObject:
     """The identity of a run: these arguments of `tune`, and the data that it read."""
-    given = {"backbone": backbone, "task": task, "settings": settings, "members": members or None}
     read: JsonObject = {}
     for number, data in enumerate(dict.fromkeys(setup.data for setup in setups)):
         for name, parts in data.describe().items():

@@ -34,6 +34,7 @@ ROOMS = (
     "backbones",
     "methods",
     "settings",
+    "gin_text",
     "planning",
     "inference",
     "evaluation",
