@@ -16,11 +16,8 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import numpy as np
-
 import ptjax
 from ptjax.data import catalogue
-from ptjax.data.memory import RecordsInMemory, in_memory
 
 MACROS: Mapping[str, str] = {
     "ptjax.tune.model_dir": "MODEL_DIR",
@@ -122,8 +119,8 @@ class _Objects:
 
     def value(self, value: Any) -> Any:
         """A value as a literal, an `_Object` or a `_Function`, or containers of them."""
-        if isinstance(value, np.generic) or (hasattr(value, "__array__") and value.ndim == 0):
-            value = np.asarray(value).item()
+        if hasattr(value, "__array__") and getattr(value, "ndim", None) == 0:
+            value = value.item()  # a number of NumPy or JAX
         if isinstance(value, float) and not math.isfinite(value):
             raise _UnsayableError(f"the number {value}")
         if type(value) in (bool, int, float, str) or value is None:
@@ -154,6 +151,8 @@ class _Objects:
         }
         if selector != "ptjax.Task":
             return self._object(selector, self.bindings(selector, fields))
+        from ptjax.data.memory import RecordsInMemory, in_memory  # late: it imports NumPy
+
         splits = {
             name: in_memory(source) if isinstance(source, RecordsInMemory) else source
             for name, source in value.splits.items()

@@ -24,6 +24,7 @@ from ptjax.models.layers import Quantized
 from ptjax.models.stacking import GatherFn, stack_paths
 from ptjax.models.t5_family import T5_FAMILY
 from ptjax.sharding.arrays import gather_layer, stack_layers
+from ptjax.sharding.devices import use_compile_cache
 from ptjax.sharding.meshes import choose_mesh, mesh_name
 from ptjax.sharding.quantize import quantize_sharded
 from ptjax.sharding.rules import check_rules, sharding_of
@@ -134,16 +135,9 @@ def load_backbone(
         InputError: the path holds no backbone, or an incomplete or damaged one; a setting does
             not fit the backbone, or its sizes are not divisible by those of the mesh axes.
     """
-    arguments = {
-        "path": path,
-        "dtype": dtype,
-        "mesh": _named_mesh(mesh),
-        "fsdp": fsdp or None,
-        "quantize": quantize,
-        "tokenizer": tokenizer,
-        "family": family,
-        **config_overrides,
-    }
+    use_compile_cache()
+    given = dict(path=path, dtype=dtype, mesh=mesh, fsdp=fsdp, quantize=quantize)
+    given |= dict(tokenizer=tokenizer, family=family, **config_overrides)
     first = mesh.devices.flat[0] if isinstance(mesh, Mesh) else jax.local_devices()[0]
     dtype = dtype or ("float32" if first.platform == "cpu" else "bfloat16")
     check_dtypes(dtype, quantize)
@@ -176,15 +170,17 @@ def load_backbone(
         assumed=opened.assumed,
         fingerprint_v1=fingerprints.v1,
         family=family,
-        arguments={name: value for name, value in arguments.items() if value is not None},
+        arguments=_arguments(given),
     )
 
 
-def _named_mesh(mesh: Mesh | str | None) -> str | None:
-    """The name of a mesh of all devices; None for others, which no name makes."""
-    if not isinstance(mesh, Mesh):
-        return mesh
-    return mesh_name(mesh) if mesh.size == jax.device_count() else None
+def _arguments(given: Mapping[str, Any]) -> dict[str, Any]:
+    """`Backbone.arguments`: a mesh by its name, which only one of all devices has."""
+    mesh = given["mesh"]
+    if isinstance(mesh, Mesh):
+        mesh = mesh_name(mesh) if mesh.size == jax.device_count() else None
+    arguments = {**given, "mesh": mesh, "fsdp": given["fsdp"] or None}
+    return {name: value for name, value in arguments.items() if value is not None}
 
 
 def check_dtypes(dtype: str, quantize: str | None) -> None:

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 from absl import logging
 
-from ptjax import files
 from ptjax.files import JsonObject
 from ptjax.model_dir import ModelDir
 from ptjax.trainer.loop import TrainingLoop
+from ptjax.trainer.metrics_log import read_rows
 from ptjax.trainer.setup import MemberSetup
 from ptjax.trainer.signals import StoppedError
 
@@ -76,9 +76,7 @@ def best_so_far(run: TrainingLoop, setups: Sequence[MemberSetup]) -> JsonObject:
 def _validation_metrics(run: TrainingLoop) -> dict[tuple[int, str], dict[str, float]]:
     """(step, name of the member) -> the metrics in the rows of `metrics.jsonl`."""
     found: dict[tuple[int, str], dict[str, float]] = {}
-    path = ModelDir(run.model_dir).metrics
-    for line in path.read_bytes().splitlines() if path.exists() else ():
-        row = files.parse_json(line)
+    for row in read_rows(ModelDir(run.model_dir).metrics):
         for key, value in row.items():
             kind, _, rest = key.partition("/")
             metric, _, member = rest.partition("/")  # without a member: of the run, or the mean

@@ -72,12 +72,15 @@ class TrainingLoop:
         self.checkpoints.check_identity(identity)
         self.checkpoints.check_steps(schedule.train_steps)
         self._identity, self._lock = identity, lock
-        self._callbacks = CallbackList([MetricsLog(), *callbacks, Display(schedule.train_steps)])
+        metric = None if self.members.is_sweep else members[0].metric
+        display = Display(schedule.train_steps, metric)
+        self._callbacks = CallbackList([MetricsLog(), *callbacks, display])
         self._failures = Failures(self.members, check_weights)
         self._metrics = TrainMetrics(self.members, self._failures)
         limits = {"patience": schedule.patience, "keep": schedule.keep}
         self._selection = Selection(self.members, self._failures, **limits)
         self._since = time.perf_counter()
+        self._has_evaluated = False
 
     @property
     def progress(self) -> RunProgress:
@@ -110,6 +113,7 @@ class TrainingLoop:
         """
 
         def compile_all(state: TrainState) -> dict[Shape, TrainStep]:
+            logging.info("compiling the train step")
             return compile_steps(train_step, state, frozen, self.members.batches().shapes, mesh)
 
         if dry_run:
@@ -190,6 +194,9 @@ class TrainingLoop:
         """Evaluates, exports, and removes exports that are no longer needed."""
         self._metrics.flush()
         self._failures.check_trainable(state)
+        if not self._has_evaluated:
+            logging.info("evaluating at step %d; the first time compiles too", self.progress.step)
+            self._has_evaluated = True
         started = time.perf_counter()
         scores = self._selection.evaluate(state)
         if scores:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
@@ -116,18 +117,14 @@ def tune(
         settings = dataclasses.replace(settings, schedule=schedule)
     _check(backbone, model_dir, settings, members or {})
     directory = epath.Path(model_dir).expanduser()
-
     given = {"backbone": backbone, "task": task, "settings": settings, "members": members or None}
-    if not any(isinstance(callback, ConfigFile) for callback in callbacks):  # a command has its own
-        text = describe_call("ptjax.tune", {"model_dir": model_dir, **given})
-        callbacks = [*callbacks, ConfigFile(text)]
+    callbacks = _with_config(callbacks, {"model_dir": model_dir, **given})
 
     def attempt(run_lock: lock.Lock | None) -> JsonObject | None:
         """The results. Without the lock it writes nothing: it returns those of a dry run or of a
         finished run, else None."""
         report_steps(settings.schedule.train_steps, backbone)
-        overrides = members or {"": MemberOverrides()}
-        setups = set_up_members(backbone, task, directory, settings, overrides)
+        setups = _set_up(backbone, task, directory, settings, members)
         state, step = _make_step(backbone, setups, settings, sweep=bool(members))
         frozen = setups[0].frozen
         report_sizes(settings.method, backbone, state.trainable, state.opt_state, frozen)
@@ -198,11 +195,37 @@ def _check(
         check_batch_size(batching.batch_size, backbone.mesh, batching.microbatches)
 
 
+def _with_config(
+    callbacks: Sequence[Callback], arguments: Mapping[str, object]
+) -> Sequence[Callback]:
+    """The callbacks, with one that writes config.gin; a command has its own."""
+    if any(isinstance(callback, ConfigFile) for callback in callbacks):
+        return callbacks
+    return [*callbacks, ConfigFile(describe_call("ptjax.tune", arguments))]
+
+
+def _set_up(
+    backbone: Backbone,
+    task: Task,
+    directory: epath.Path,
+    settings: RunSettings,
+    members: Mapping[str, MemberOverrides] | None,
+) -> list[MemberSetup]:
+    """Sets up the members; an ordinary run has one, without a name."""
+    logging.info("preparing data and variables")
+    started = time.perf_counter()
+    overrides = members or {"": MemberOverrides()}
+    setups = set_up_members(backbone, task, directory, settings, overrides)
+    logging.info("prepared data and variables in %.1f s", time.perf_counter() - started)
+    return setups
+
+
 def _score_best(
     backbone: Backbone, setups: Sequence[MemberSetup], settings: RunSettings, run: TrainingLoop
 ) -> JsonObject:
     """The scores of a finished run."""
     sweep = run.members.is_sweep
+    logging.info("scoring the best and what it is compared with")
     scores = {setup.data: Scores(backbone, settings, setup.data) for setup in setups}
     members, prompts = {}, []
     for setup, progress in zip(setups, run.progress.members, strict=True):
