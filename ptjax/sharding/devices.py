@@ -93,7 +93,8 @@ def usable_memory(device: DeviceLike) -> int | None:
 def use_compile_cache() -> None:
     """Sets the folder of JAX's persistent compile cache, unless the user has set one.
 
-    It is ~/.cache/ptjax/xla, or ptjax/xla in XDG_CACHE_HOME.
+    It is ~/.cache/ptjax/xla, or ptjax/xla in XDG_CACHE_HOME. It then also keeps programs that
+    compile in less than a second, JAX's default: a run starts with dozens of them.
     """
     import jax
     from jax.experimental.compilation_cache import compilation_cache
@@ -102,4 +103,5 @@ def use_compile_cache() -> None:
     if not config.jax_compilation_cache_dir:
         cache = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
         config.update("jax_compilation_cache_dir", os.path.join(cache, "ptjax", "xla"))
+        config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
         compilation_cache.reset_cache()  # JAX looks once, when it first compiles anything

@@ -94,23 +94,40 @@ def notebook_display() -> Callable[[object], Any] | None:
     return lambda shown: display(shown, display_id=True)
 
 
+class _Clock:
+    """Measures the steps from the second one on: the first waits for what was prepared."""
+
+    def __init__(self) -> None:
+        self._first: tuple[int, float] | None = None
+
+    def tick(self, step: int) -> None:
+        """To be called after each step."""
+        self._first = self._first or (step, time.perf_counter())
+
+    def left(self, run: Progressed) -> str:
+        """How long the rest takes, in words; "" if that is not known, or nothing is left."""
+        if self._first is None or not self._first[0] < run.step < run.steps:
+            return ""
+        step, began = self._first
+        seconds = time.perf_counter() - began
+        return _duration((run.steps - run.step) * seconds / (run.step - step))
+
+
 class Lines:
     """A line of the log for everything measured, and one after `SILENCE` seconds without any."""
 
     def __init__(self, run: Progressed) -> None:
-        self._run = run
+        self._run, self._clock = run, _Clock()
 
     def start(self) -> None:
-        self._began = self._said = time.perf_counter()
-        self._first = self._run.step
+        self._said = time.perf_counter()
 
     def step(self) -> None:
         """Says how far the run is if nothing was said for a while."""
-        run, now = self._run, time.perf_counter()
-        if now - self._said >= SILENCE:
-            rate = (run.step - self._first) / (now - self._began)
-            left = _duration((run.steps - run.step) / rate)
-            self._say("step %d/%d  %.3g steps a second, %s left", run.step, run.steps, rate, left)
+        self._clock.tick(self._run.step)
+        if time.perf_counter() - self._said >= SILENCE:
+            left = self._clock.left(self._run)
+            self._say("step %d/%d%s", self._run.step, self._run.steps, left and f"  {left} left")
 
     def logged(self, fresh: Mapping[str, float]) -> None:
         self._say("step %d/%d  %s", self._run.step, self._run.steps, _text(fresh))
@@ -183,15 +200,14 @@ class Notebook:
 
     def __init__(self, run: Progressed, display: Callable[[object], Any]) -> None:
         self._run, self._display = run, display
-        self._began, self._drawn = time.perf_counter(), 0.0
+        self._clock, self._drawn = _Clock(), 0.0
         self._handle: Any = None
 
     def start(self) -> None:
-        self._began = time.perf_counter()
-        self._first = self._run.step
         self._draw()
 
     def step(self) -> None:
+        self._clock.tick(self._run.step)
         if time.perf_counter() - self._drawn >= _REFRESH:
             self._draw()
 
@@ -215,11 +231,9 @@ class Notebook:
             self._handle.update(picture)
 
     def _status(self) -> str:
-        run, seconds = self._run, time.perf_counter() - self._began
-        done = run.step - self._first
-        left = f", {_duration((run.steps - run.step) * seconds / done)} left" if done else ""
-        status = f"step {run.step}/{run.steps}, {_duration(seconds)}"
-        return f"{status}{left if run.step < run.steps else ''}  {_text(run.latest)}"
+        run, left = self._run, self._clock.left(self._run)
+        status = f"step {run.step}/{run.steps}{left and f', {left} left'}"
+        return f"{status}  {_text(run.latest)}".rstrip()
 
 
 class Picture:
