@@ -16,7 +16,7 @@ from ptjax.trainer.setup import MemberSetup
 from ptjax.trainer.signals import StoppedError
 
 
-def returns_best(stop: BaseException, run: TrainingLoop) -> bool:
+def _returns(stop: BaseException, run: TrainingLoop) -> bool:
     """Whether `tune` returns the best so far after `stop`, which Ctrl-C or a signal raised.
 
     It does after Ctrl-C in a notebook or at Python's prompt, which must survive that, if the run
@@ -28,16 +28,22 @@ def returns_best(stop: BaseException, run: TrainingLoop) -> bool:
     return interactive and isinstance(stop, KeyboardInterrupt) and run.has_finished()
 
 
-def best_so_far(run: TrainingLoop, setups: Sequence[MemberSetup]) -> JsonObject:
-    """Describes a run that was interrupted and saved, and logs how to go on.
+def best_so_far(
+    stop: BaseException, run: TrainingLoop, setups: Sequence[MemberSetup]
+) -> JsonObject:
+    """Describes a run that was interrupted and saved, and logs how to go on; or raises `stop`.
 
-    Nothing is computed: the scores are those by which the best export was selected.
+    It raises `stop` unless that is Ctrl-C in a notebook or at Python's prompt, which must survive
+    it: a script or a command ends. Nothing is computed: the scores are those by which the best
+    export was selected.
 
     Returns:
         "finished": False, "trained_steps" and, once the run has been evaluated, "task", "split",
         "metric", "value", "metrics" and "step" of the best export. In a sweep the latter are by
         name of a member in "members", with the best one's name and value in "best".
     """
+    if not _returns(stop, run):
+        raise stop
     metrics = _validation_metrics(run)
     members: JsonObject = {}
     for setup, progress in zip(setups, run.progress.members, strict=True):

@@ -30,7 +30,7 @@ from ptjax.trainer import lock, signals
 from ptjax.trainer.callbacks import Callback
 from ptjax.trainer.config_file import ConfigFile
 from ptjax.trainer.identity import make_identity
-from ptjax.trainer.interrupted import best_so_far, returns_best
+from ptjax.trainer.interrupted import best_so_far
 from ptjax.trainer.loop import TrainingLoop
 from ptjax.trainer.progress import RunProgress
 from ptjax.trainer.results import Scores, describe_run, of_sweep
@@ -117,13 +117,12 @@ def tune(
         settings = dataclasses.replace(settings, schedule=schedule)
     _check(backbone, model_dir, settings, members or {})
     directory = epath.Path(model_dir).expanduser()
-    given = {"backbone": backbone, "task": task, "settings": settings, "members": members or None}
+    given = _given(backbone, task, settings, members)
     callbacks = _with_config(callbacks, {"model_dir": model_dir, **given})
 
     def attempt(run_lock: lock.Lock | None) -> JsonObject | None:
         """The results. Without the lock it writes nothing: it returns those of a dry run or of a
         finished run, else None."""
-        report_steps(settings.schedule.train_steps, backbone)
         setups = _set_up(backbone, task, directory, settings, members)
         state, step = _make_step(backbone, setups, settings, sweep=bool(members))
         frozen = setups[0].frozen
@@ -132,7 +131,7 @@ def tune(
             directory,
             settings.schedule,
             [setup.member for setup in setups],
-            identity=_identify(given, setups),
+            identity=_identify(backbone, task, settings, members, setups),
             callbacks=callbacks,
             lock=run_lock,
             check_weights=lambda: check_weights(backbone.variables["params"], backbone.name),
@@ -149,9 +148,7 @@ def tune(
             run.fit(state, frozen, step, backbone.mesh, dry_run=dry_run)
             scores = {} if dry_run else _score_best(backbone, setups, settings, run)
         except (signals.StoppedError, KeyboardInterrupt) as stop:
-            if not returns_best(stop, run):
-                raise
-            return best_so_far(run, setups)
+            return best_so_far(stop, run, setups)
         if dry_run:
             return {}
         results = scores | sizes | describe_run(backbone, settings, run.progress.seconds)
@@ -195,6 +192,16 @@ def _check(
         check_batch_size(batching.batch_size, backbone.mesh, batching.microbatches)
 
 
+def _given(
+    backbone: Backbone,
+    task: Task,
+    settings: RunSettings,
+    members: Mapping[str, MemberOverrides] | None,
+) -> dict[str, object]:
+    """The arguments of `tune` that its identity and its config.gin have in common."""
+    return {"backbone": backbone, "task": task, "settings": settings, "members": members or None}
+
+
 def _with_config(
     callbacks: Sequence[Callback], arguments: Mapping[str, object]
 ) -> Sequence[Callback]:
@@ -212,6 +219,7 @@ def _set_up(
     members: Mapping[str, MemberOverrides] | None,
 ) -> list[MemberSetup]:
     """Sets up the members; an ordinary run has one, without a name."""
+    report_steps(settings.schedule.train_steps, backbone)
     logging.info("preparing data and variables")
     started = time.perf_counter()
     overrides = members or {"": MemberOverrides()}
@@ -278,8 +286,15 @@ def _counts(trainable: Tree, frozen: Tree) -> dict[str, int]:
     }
 
 
-def _identify(given: Mapping[str, object], setups: Sequence[MemberSetup]) -> JsonObject:
+def _identify(
+    backbone: Backbone,
+    task: Task,
+    settings: RunSettings,
+    members: Mapping[str, MemberOverrides] | None,
+    setups: Sequence[MemberSetup],
+) -> JsonObject:
     """The identity of a run: these arguments of `tune`, and the data that it read."""
+    given = _given(backbone, task, settings, members)
     read: JsonObject = {}
     for number, data in enumerate(dict.fromkeys(setup.data for setup in setups)):
         for name, parts in data.describe().items():
