@@ -24,8 +24,10 @@ def main() -> None:
         from ptjax.trainer import config_file, pretrain
 
         cli.load_gin(arguments)
+        callbacks = cli.settings(pretrain.pretrain, "callbacks").get("callbacks", ())
         cli.bound(pretrain.pretrain)(
-            callbacks=[config_file.ConfigFile(cli.config_text())], dry_run=arguments.dry_run
+            callbacks=[config_file.ConfigFile(cli.config_text()), *callbacks],
+            dry_run=arguments.dry_run,
         )
 
     cli.run(body, arguments)

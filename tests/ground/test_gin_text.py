@@ -165,7 +165,11 @@ def test_members_of_a_sweep_come_back_each_with_its_own():
 
 
 def test_a_backbone_is_loaded_with_the_same_arguments(backbone):
-    given = {"path": backbone.name, "scan_layers": True, "tokenizer": "package:nano"}
+    given: dict[str, Any] = {
+        "path": backbone.name,
+        "scan_layers": True,
+        "tokenizer": "package:nano",
+    }
     tokenizer = ptjax.load_tokenizer("package:nano/spiece.model")
     loaded = ptjax.load_backbone(**given | {"tokenizer": tokenizer})
     assert loaded.arguments == given | {"tokenizer": tokenizer}
@@ -227,13 +231,15 @@ def test_what_a_gin_file_cannot_say_is_a_comment_that_train_repeats(name):
 
 
 def test_an_object_that_would_be_another_one_without_it_is_left_out_as_a_whole(backbone):
-    task = ptjax.Task(name="t", inputs="{a}", targets="{b}", preprocess=lambda fields: [fields])
+    def own(fields: dict[str, Any]) -> list[dict[str, Any]]:
+        return [fields]
+
+    task = ptjax.Task(name="t", inputs="{a}", targets="{b}", preprocess=own)
     made = dataclasses.replace(backbone, arguments={})
     text = gin_text.describe_call("ptjax.tune", {"backbone": made, "task": task})
     assert gin_text.left_out(text) == {
         "ptjax.tune.backbone": "a backbone that load_backbone did not load",
-        "ptjax.tune.task": "a task whose preprocess is "
-        f"the function {__name__}.{task.preprocess.__qualname__}",
+        "ptjax.tune.task": f"a task whose preprocess is the function {__name__}.{own.__qualname__}",
     }
     read(text)
     assert cli.settings("ptjax.tune", "task", "backbone") == {}
