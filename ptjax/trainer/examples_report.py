@@ -73,9 +73,11 @@ def _shown(row: np.ndarray, text: str, tokenizer: Tokenizer) -> tuple[str, str]:
     """The text that a row of ids encodes, and its pieces; both with a mark where it is cut."""
     missing = _missing(row, text, tokenizer)
     mark = f" [CUT: {missing} more tokens]" if missing else ""
-    pieces = [_printable(tokenizer.id_to_piece(int(index))) for index in row]
-    if (left := len(pieces) - _FIRST - _LAST) > 0:
-        pieces[_FIRST : _FIRST + left] = [f"... {left} tokens ..."]
+    left = max(len(row) - _FIRST - _LAST, 0)
+    shown = np.concatenate([row[:_FIRST], row[_FIRST + left :]]) if left else row
+    pieces = [_printable(tokenizer.id_to_piece(int(index))) for index in shown]
+    if left:
+        pieces.insert(_FIRST, f"... {left} tokens ...")
     read = _printable(tokenizer.decode(row))
     if len(read) > _CHARACTERS:
         read = f"{read[: _CHARACTERS * 3 // 4]} ... {read[-_CHARACTERS // 4 :]}"

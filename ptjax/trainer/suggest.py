@@ -25,7 +25,7 @@ _LEARNING_RATE = 0.03
 _SAMPLED = 10_000
 """Examples of a split whose tokens are counted."""
 _SHORT, _USUAL, _LONG = 64, 512, 1024
-"""Tokens: never cut; the longest input, usually; and if most inputs are longer than that."""
+"""Tokens: the least length; the largest, usually; and if most inputs are longer than that."""
 _MULTIPLE = 16
 """Lengths are multiples of it, like the last bucket of `make_buckets`."""
 _ROWS = 20
@@ -51,10 +51,11 @@ def suggest_settings(backbone: Backbone, task: Task) -> RunSettings:
 
     - Learning rate: 0.03 of the embedding's RMS, which on T5 1.1 (RMS 10) is the paper's 0.3. It
       fits other backbones too; 0.3 would not (`Adafactor`).
-    - Lengths: the 99th percentile of the inputs, rounded up to a multiple of 16, but no input of up
-      to 64 tokens is cut, and none is longer than 512 (1,024 if most are longer than 512: T5 was
-      pre-trained on 512, mT5 and ByT5 on 1,024). A few long texts would make the largest batches
-      slow, and need memory. Targets: the longest label, exactly. Open text as the inputs.
+    - Lengths: the 99th percentile of the inputs, rounded up to a multiple of 16, but at least 64
+      and at most 512 (1,024 if most inputs are longer than 512: T5 was pre-trained on 512, mT5 and
+      ByT5 on 1,024). A few long texts would make the largest batches slow and take memory; below 64
+      it costs nothing, since a batch is as long as its own examples, and leaves room for texts that
+      are yet to come. Targets: the longest label, exactly. Open text as the inputs, without room.
     - Prompt: 20 rows, since the paper finds that more gain little (section 3.2) and every row costs
       as much time as a token of the input; at least one row per label. Labels initialise their
       rows, sampled vocabulary the others: the best in the paper for all but the largest T5.
@@ -126,7 +127,7 @@ def suggest(backbone: Backbone, tasks: Sequence[Task], steps: int | None = None)
             feature_lengths={
                 "inputs": max(_length(count.inputs) for count in counts),
                 "targets": max(
-                    max([count.label, *map(_length, count.open_targets)]) for count in counts
+                    max([count.label, *map(_target_length, count.open_targets)]) for count in counts
                 ),
             },
         ),
@@ -170,7 +171,12 @@ class _Counts:
 def _length(tokens: np.ndarray) -> int:
     """The length for texts of these numbers of tokens."""
     most = _LONG if np.median(tokens) > _USUAL else _USUAL
-    return min(_rounded(tokens.max()), max(_SHORT, _rounded(np.percentile(tokens, 99))), most)
+    return min(max(_SHORT, _rounded(np.percentile(tokens, 99))), most)
+
+
+def _target_length(tokens: np.ndarray) -> int:
+    """As `_length`, but no longer than the longest: generation may run to the end of it."""
+    return min(_length(tokens), _rounded(tokens.max()))
 
 
 def _rounded(tokens: float) -> int:
@@ -221,16 +227,16 @@ def _reasons(
     lengths = batching.lengths
     inputs = np.concatenate([count.inputs for count in counts])
     cut = (inputs > lengths["inputs"]).mean()
-    targets = "the longest label" if labels else "of the texts"
+    targets = ", no label" if labels else ""
+    share = f"{cut:.1%} of them are" if cut else "none of them is"
     passes = schedule.train_steps * batching.batch_size / train
-    asked = "as asked" if steps is not None else f"{passes:.0f} passes over {train:,} examples"
+    asked = "as asked" if steps is not None else f"{passes:.0f} passes over {train:,}"
+    named = f"the first {labels} from the labels" if labels else "all from sampled vocabulary"
     return (
         f"learning rate {_LEARNING_RATE} of the embedding's RMS: on T5 1.1 it is the paper's 0.3",
         f"lengths {lengths['inputs']} + {lengths['targets']} tokens: 99% of the inputs have at "
-        f"most {math.ceil(np.percentile(inputs, 99))} ({cut:.1%} are cut), {targets}",
-        f"a prompt of {method.length} rows, "
-        + (f"{labels} of them labels" if labels else "from sampled vocabulary")
-        + ": more rows gain little and cost time",
+        f"most {math.ceil(np.percentile(inputs, 99))}; {share} cut{targets}",
+        f"a prompt of {method.length} rows, {named}: more rows gain little and cost time",
         f"{schedule.train_steps:,} steps of {batching.batch_size} examples: {asked}",
         f"evaluation every {schedule.eval_period} steps, the best is kept; ends early after "
         f"{schedule.patience} without a better one",

@@ -35,12 +35,11 @@ def suggested(texts: list[str], labels: list[str], **how: Any) -> RunSettings:
 @pytest.mark.parametrize(
     ("lengths", "length"),
     [
-        ([10] * 200, 16),
-        ([10] * 199 + [50], 64),  # short texts are not cut, however rare
+        ([10] * 200, 64),  # with room for longer ones
         ([10] * 199 + [400], 64),  # 99.5% fit
         ([10] * 190 + [400] * 10, 416),
-        ([47] * 200, 48),
-        ([48] * 200, 64),  # EOS counts
+        ([79] * 200, 80),
+        ([80] * 200, 96),  # EOS counts
         ([300] * 150 + [900] * 50, 512),  # T5's own length
         ([300] * 50 + [900] * 150, 912),
         ([3000] * 200, 1024),
@@ -67,8 +66,10 @@ def test_no_label_is_cut_and_each_one_has_a_row() -> None:
 
 def test_open_targets_have_a_length_like_inputs_and_a_prompt_of_sampled_vocabulary() -> None:
     settings = suggested(["x" * 40] * 200, ["a", "b"], targets="{text} and {text}")
-    assert settings.batching.lengths == {"inputs": 48, "targets": 96}
+    assert settings.batching.lengths == {"inputs": 64, "targets": 96}
     assert settings.method.initializer == SampledVocabulary()
+    short = suggested(["x"] * 10, ["a", "b"], targets="{text}")
+    assert short.batching.lengths == {"inputs": 64, "targets": 16}
 
 
 def test_the_rate_is_in_units_of_the_embedding() -> None:
