@@ -37,15 +37,15 @@ def _report_task(data: TaskData) -> None:
         third = int(np.argmax(source.input_lengths))
     chosen = list(dict.fromkeys((0, third, len(source) // 2)))
     logging.info(
-        "%s: %d of %d training examples as the model reads them; %d inputs are cut to %d tokens, "
-        "%d targets to %d",
+        "%s: %d of %d training examples as the model reads them; inputs cut to %d tokens: %d, "
+        "targets cut to %d: %d",
         data.task.name,
         len(chosen),
         len(source),
-        source.inputs.truncated,
         lengths["inputs"],
-        source.targets.truncated,
+        source.inputs.truncated,
         lengths["targets"],
+        source.targets.truncated,
     )
     for i in sorted(chosen):
         text, tokens = _shown(source.inputs[i], inputs[i], tokenizer)

@@ -63,8 +63,9 @@ def suggest_settings(backbone: Backbone, task: Task) -> RunSettings:
     - Steps: 30 passes over the examples, 500 at least, since a prompt needs some hundred steps
       however few examples there are, and the paper's 30,000 at most.
     - Evaluation: 20 times in the run, or less often if the validation split is so large that
-      evaluating would take a third of the time. The run ends early after half of its evaluations
-      without a better one; sooner would end runs that stay at chance for a while, as prompts do.
+      evaluating would take more than a quarter of the time. The run ends early after half of its
+      evaluations without a better one; sooner would end runs that stay at chance for a while, as
+      prompts do.
 
     Raises:
         InputError: the backbone has no tokenizer, or the data cannot be used.

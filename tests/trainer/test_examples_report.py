@@ -25,24 +25,24 @@ def of_bytes(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return load_backbone(save_tiny(folder, tiny_config(384), tokenizer=ByteTokenizer()))
 
 
-def shown(backbone: Any, texts: list[str], inputs: int, caplog, targets: int = 5, **task: Any):
+def shown(backbone: Any, texts: list[str], inputs: int, caplog, cut: int = 5, **task: Any):
     """The logged lines for these texts, with inputs cut to this length."""
     records = [{"text": text, "label": "bad" if i % 2 else "good"} for i, text in enumerate(texts)]
-    how = task or {"label": "label", "verbalizer": VERBALIZER}
-    task = ptjax.Task.from_records(records, records[:2], inputs="say: {text}", **how)
-    settings = make_settings(feature_lengths={"inputs": inputs, "targets": targets})
-    data = load_task_data(task, backbone, settings)
+    how: Any = task or {"label": "label", "verbalizer": VERBALIZER}
+    made = ptjax.Task.from_records(records, records[:2], inputs="say: {text}", **how)
+    settings = make_settings(feature_lengths={"inputs": inputs, "targets": cut})
+    data = load_task_data(made, backbone, settings)
     caplog.clear()
     with caplog.at_level("INFO", logger="absl"):
         report_examples_read([data, data])
-    return [line for line in caplog.messages if line.startswith(("  ", f"{task.name}: "))][-10:]
+    return [line for line in caplog.messages if line.startswith(("  ", f"{made.name}: "))][-10:]
 
 
 def test_the_template_the_tokens_and_the_cut_are_shown(of_bytes, caplog) -> None:
     lines = shown(of_bytes, ["a", "bc", "abcdefghij", "d"], 12, caplog)
     assert lines == [
-        "label: 2 of 4 training examples as the model reads them; 1 inputs are cut to 12 tokens, "
-        "0 targets to 5",
+        "label: 2 of 4 training examples as the model reads them; inputs cut to 12 tokens: 1, "
+        "targets cut to 5: 0",
         "  1. say: a",
         "     tokens: s a y : <0x20> a </s>",
         "     target: good = g o o d </s>",
@@ -77,7 +77,7 @@ def test_a_cut_target_is_marked(of_bytes, caplog) -> None:
 
 
 def test_what_a_text_holds_cannot_change_the_terminal(of_bytes, caplog) -> None:
-    lines = shown(of_bytes, ["a\x1b[31m\nb\t\x9b"], 64, caplog)
+    lines = shown(of_bytes, ["a\x1b[31m\nb\t\x9b", "c"], 64, caplog)
     assert "  1. say: a\\x1b[31m\\nb\\t\\x9b" in lines
 
 

@@ -14,7 +14,7 @@ from ptjax.data.byte_tokenizer import ByteTokenizer
 from ptjax.data.preprocess import check_labels
 from ptjax.errors import InputError
 from ptjax.methods.initializers import ClassLabels, SampledVocabulary
-from ptjax.settings import RunSettings, TrainSchedule
+from ptjax.settings import TrainSchedule
 from ptjax.trainer import suggest
 from ptjax.trainer.identity import describe
 
@@ -22,10 +22,10 @@ SOURCE: Any = types.SimpleNamespace(tokenizer=ByteTokenizer())
 """All that a suggestion needs of a backbone. A text of n letters has n + 1 tokens."""
 
 
-def suggested(texts: list[str], labels: list[str], **how: Any) -> RunSettings:
+def suggested(texts: list[str], labels: list[str], **how: Any) -> Any:
     """The settings for records of these texts, with the labels in turns."""
     records = [{"text": text, "label": labels[i % len(labels)]} for i, text in enumerate(texts)] * 2
-    column = {} if how else {"label": "label"}
+    column: Any = {} if how else {"label": "label"}
     # The validation split holds one record of each label, so its share is negligible.
     held_out = [{"text": "x", "label": label} for label in labels]
     task = ptjax.Task.from_records(records, held_out, inputs="{text}", **column, **how)
@@ -110,7 +110,7 @@ def test_a_sweep_of_tasks_gets_lengths_that_suit_them_all(backbone, task) -> Non
         }
     )  # fmt: skip
     alone = [suggest.suggest(backbone, [each]).settings for each in (task, other)]
-    both = suggest.suggest(backbone, [task, other]).settings
+    both: Any = suggest.suggest(backbone, [task, other]).settings
     lengths = [settings.batching.lengths for settings in alone]
     assert lengths[0]["targets"] < lengths[1]["targets"]
     assert both.batching.lengths == {
@@ -127,8 +127,8 @@ def test_a_backbone_without_a_tokenizer_is_refused(backbone, task) -> None:
 
 def test_tune_without_settings_suggests_them_and_resumes(backbone, task, tmp_path, caplog) -> None:
     settings = ptjax.suggest_settings(backbone, task)
-    with caplog.at_level("INFO", logger="absl"):
-        first = ptjax.tune(backbone, task, tmp_path, steps=2)
+    caplog.set_level("INFO", logger="absl")
+    first = ptjax.tune(backbone, task, tmp_path, steps=2)
     lines = [line for line in caplog.messages if line.startswith("suggested: ")]
     assert len(lines) == 5 and all(len(line) < 150 for line in lines)
     assert "2 steps of 16 examples: as asked" in lines[3]
