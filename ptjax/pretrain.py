@@ -24,8 +24,9 @@ def main() -> None:
         from ptjax.trainer import pretrain
 
         cli.load_gin(arguments)
+        callbacks = cli.settings(pretrain.pretrain, "callbacks").get("callbacks", ())
         cli.bound(pretrain.pretrain)(
-            callbacks=[output.ConfigFile(cli.config_text())], dry_run=arguments.dry_run
+            callbacks=[output.ConfigFile(cli.config_text()), *callbacks], dry_run=arguments.dry_run
         )
 
     cli.run(body, arguments)

@@ -29,8 +29,9 @@ def main() -> None:
         from ptjax.trainer import tune
 
         cli.load_gin(arguments)
+        callbacks = cli.settings(tune.tune, "callbacks").get("callbacks", ())
         run = cli.bound(tune.tune)(
-            callbacks=[output.ConfigFile(cli.config_text())], dry_run=arguments.dry_run
+            callbacks=[output.ConfigFile(cli.config_text()), *callbacks], dry_run=arguments.dry_run
         )
         if run.results and processes.first():
             output.show(summary(run.results, cli.macro("MODEL_DIR")))

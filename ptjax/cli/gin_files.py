@@ -24,9 +24,9 @@ from etils import epath
 import ptjax
 from ptjax.cli import gin_types, old_config, t5x_names, trust
 from ptjax.cli.gin_macros import check_macros, macro, used_and_set
-from ptjax.cli.gin_mistakes import IMPORTS, PUBLIC_NAMES, check_depth, explained, gin_configs
+from ptjax.cli.gin_mistakes import IMPORTS, PUBLIC_NAMES, check_depth, explained
 from ptjax.errors import InputError, near
-from ptjax.files import JsonObject, Metadata
+from ptjax.files import JsonObject, Metadata, gin_configs
 
 # gin's registry, its bindings and its printer have no public names.
 _gin: Any = gin.config

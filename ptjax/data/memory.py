@@ -114,7 +114,7 @@ def read_table(
         return Table(list(records), path)
     if reading:
         raise InputError(f"{next(iter(reading))} applies to files, and {split} is not one; drop it")
-    rows = _rows(source, split)
+    rows = rows_of(source, split)
     for number, row in enumerate(rows, 1):
         if not isinstance(row, Mapping):
             raise InputError(
@@ -127,8 +127,12 @@ def read_table(
     return Table(records, None, _class_names(source))
 
 
-def _rows(source: Any, split: str) -> list[Any]:
-    """The rows of a table or an iterable."""
+def rows_of(source: Any, split: str) -> list[Any]:
+    """Returns the rows of a table, such as a DataFrame, or the items of an iterable.
+
+    Raises:
+        InputError: it is neither, or two of its columns have the same name.
+    """
     if hasattr(source, "to_pylist"):  # pyarrow
         return source.to_pylist()
     if hasattr(source, "to_dicts"):  # polars

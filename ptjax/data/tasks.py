@@ -246,7 +246,7 @@ def _find_preprocess(description: Metadata) -> Preprocess | None:
     if preprocess is None:
         raise InputError(
             f"task {description.get('name')}: its records were prepared by {name}, which is not "
-            "part of ptjax; give the task's gin file"
+            "part of ptjax; give the task's gin file, or in Python the task"
         )
     return preprocess
 

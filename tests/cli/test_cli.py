@@ -208,7 +208,7 @@ def test_required_bindings_count_within_their_scope(fails):
 def test_an_input_error_inside_gin_keeps_its_first_line_only(fails):
     quick = "--gin_file=quickstart.gin"
     assert fails(quick, "--gin.ptjax.Task.metrics=('accurracy',)") == (
-        "task sentiment: no metric is called 'accurracy'; did you mean accuracy?"
+        "task tickets: no metric is called 'accurracy'; did you mean accuracy?"
     )
 
 
@@ -422,7 +422,7 @@ RANGES = {
     "TASK_FEATURE_LENGTHS={'input': 64}": "TASK_FEATURE_LENGTHS has 'input', not 'inputs' or "
     "'targets'",
     # Not after thousands of steps, when the first evaluation comes.
-    "ptjax.Evaluation.split='dev'": "task sentiment: no split 'dev' (splits: train, "
+    "ptjax.Evaluation.split='dev'": "task tickets: no split 'dev' (splits: train, "
     "validation, test)",
 }
 
