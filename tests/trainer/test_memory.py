@@ -36,6 +36,7 @@ def letters(inputs: str) -> ptjax.Task:
     return ptjax.Task.from_records(records, records, inputs=inputs, label="label")
 
 
+@pytest.mark.slow
 def test_a_step_without_memory_names_a_batch_that_fits(of_bytes, tmp_path) -> None:
     """A row needs a few GiB, all of them more than the 2^47 bytes that a process can address."""
     rows, length = 207_127, 32  # a prime: all rows together or one at a time
