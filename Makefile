@@ -13,7 +13,7 @@ ORACLES := 4 5
 TRANSFORMERS_4 := 4.57.6
 TRANSFORMERS_5 := 5.24.0
 
-.PHONY: quickstart test test-all test-lowest faults mutation lint oracle
+.PHONY: quickstart test test-all test-lowest wheels constraints faults mutation lint oracle docs trackers
 
 quickstart: $(VENV)/installed  ## tune a prompt on the shipped backbone, on CPU
 	$(BIN)/python -m ptjax.train --gin_file=quickstart.gin
@@ -23,6 +23,16 @@ test: $(VENV)/installed-dev  ## everything but the markers slow, oracle, tpu, cu
 
 test-all: $(VENV)/installed-oracle  ## everything
 	$(PYTEST) -m "$(shell $(BIN)/python tests/markers.py)"
+
+wheels: $(VENV)/installed-dev  ## the wheel alone, on each Python from 3.11 to 3.13 that is here
+	$(PYTEST) -n 0 -m slow tests/project/test_wheel.py
+
+# After .ci/run: what its environments hold, and what Python 3.12 would.
+constraints: $(VENV)/installed-oracle  ## writes constraints.txt
+	for version in 3.12 3.13; do $(MAKE) VENV=.venv-$$version PYTHON=python$$version \
+	  .venv-$$version/installed-dev || exit; done
+	$(BIN)/python .ci/constraints.py $(BIN)/python .venv-3.12/bin/python .venv-3.13/bin/python \
+	  > constraints.new && mv constraints.new constraints.txt
 
 # Outside CI: with the oldest release of each direct dependency that pyproject.toml allows.
 test-lowest: .venv-lowest/installed  ## the quickstart and the tests with the oldest releases
@@ -46,13 +56,14 @@ oracle: $(ORACLES:%=.venv-oracle-%/installed)  ## record what transformers 4 and
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && \
 	$(BIN)/pyright --pythonpath $(BIN)/python && \
-	$(BIN)/shellcheck -x tpu_scripts/*.sh tpu_scripts/*.sbatch findings/*.sh benchmarks/on_gpu/*.sh .ci/run
+	$(BIN)/shellcheck -x tpu_scripts/*.sh tpu_scripts/*.sbatch findings/*.sh benchmarks/*.sh \
+	  benchmarks/on_gpu/*.sh .ci/run
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/installed: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e . && touch $@
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[report]' && touch $@
 
 $(VENV)/installed-dev: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' && touch $@ $(VENV)/installed
@@ -72,3 +83,19 @@ $(VENV)/installed-mutation: $(VENV)/installed-dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv && \
 	$(BIN)/uv venv --quiet --clear --python 3.11 $(@D) && \
 	$(BIN)/uv pip install --quiet --python $(@D) --resolution lowest-direct -e '.[dev]' && touch $@
+
+# In an environment of its own, for it needs nothing of ptjax: the API page is read from the source.
+docs: .venv-docs/installed  ## the documentation as a site, in site/; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(<D)/bin/mkdocs build --strict
+
+.venv-docs/installed: Makefile
+	$(PYTHON) -m venv $(@D) && $(@D)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  mkdocs==1.6.1 mkdocs-material==9.8.2 mkdocstrings-python==2.0.11 ruff==0.17.6 && touch $@
+
+# Outside CI: the packages are large, and nothing else needs them.
+trackers: .venv-trackers/installed  ## the trackers with the real wandb and MLflow, offline
+	$(<D)/bin/python -m pytest -m trackers -W default tests/trackers
+
+.venv-trackers/installed: pyproject.toml
+	$(PYTHON) -m venv $(@D) && $(@D)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  -e '.[dev,wandb,mlflow]' && touch $@

@@ -30,9 +30,13 @@ if TYPE_CHECKING:
     from ptjax.data.tasks import Task
     from ptjax.data.tokenizer import load_tokenizer
     from ptjax.errors import InputError
+    from ptjax.evaluation.evaluate import evaluate
     from ptjax.inference.bank import make_bank
+    from ptjax.inference.export_prompt import export
     from ptjax.inference.forward import forward, loss_and_prompt_gradient
     from ptjax.inference.generate import generate
+    from ptjax.inference.infer import infer, predict
+    from ptjax.inference.predict import Prediction
     from ptjax.interop.prompt_file import FromFile, load_prompt, load_prompts, save_prompt
     from ptjax.methods.base import InitContext, Method
     from ptjax.methods.initializers import (
@@ -46,11 +50,14 @@ if TYPE_CHECKING:
     from ptjax.methods.prompt_tuning import PromptTuning
     from ptjax.models.config import T5Config
     from ptjax.models.module_family import flax_module
+    from ptjax.planning.plan import plan
     from ptjax.reports.report import Comparison, Report
     from ptjax.settings import Evaluation, RunSettings, TrainSchedule
     from ptjax.trainer.callbacks import Callback
     from ptjax.trainer.pretrain import pretrain
+    from ptjax.trainer.suggest import suggest_settings
     from ptjax.trainer.sweep import MemberOverrides, sweep
+    from ptjax.trainer.trackers import MlflowTracker, WandbTracker
     from ptjax.trainer.tune import Run, tune
     from ptjax.training.loss import Loss
     from ptjax.training.optimizer import Adafactor
@@ -73,7 +80,9 @@ _HOMES = {
     "MemberOverrides": "ptjax.trainer.sweep",
     "Method": "ptjax.methods.base",
     "MixtureComponent": "ptjax.data.mixture",
+    "MlflowTracker": "ptjax.trainer.trackers",
     "ModelTuning": "ptjax.methods.model_tuning",
+    "Prediction": "ptjax.inference.predict",
     "PrefixLM": "ptjax.data.mixture",
     "PromptTuning": "ptjax.methods.prompt_tuning",
     "Report": "ptjax.reports.report",
@@ -88,18 +97,25 @@ _HOMES = {
     "TokenFile": "ptjax.data.mixture",
     "TrainSchedule": "ptjax.settings",
     "Uniform": "ptjax.methods.initializers",
+    "WandbTracker": "ptjax.trainer.trackers",
+    "evaluate": "ptjax.evaluation.evaluate",
+    "export": "ptjax.inference.export_prompt",
     "flax_module": "ptjax.models.module_family",
     "forward": "ptjax.inference.forward",
     "generate": "ptjax.inference.generate",
+    "infer": "ptjax.inference.infer",
     "load_backbone": "ptjax.backbones.load",
     "load_prompt": "ptjax.interop.prompt_file",
     "load_prompts": "ptjax.interop.prompt_file",
     "load_tokenizer": "ptjax.data.tokenizer",
     "loss_and_prompt_gradient": "ptjax.inference.forward",
     "make_bank": "ptjax.inference.bank",
+    "plan": "ptjax.planning.plan",
+    "predict": "ptjax.inference.infer",
     "pretrain": "ptjax.trainer.pretrain",
     "save_backbone": "ptjax.backbones.save",
     "save_prompt": "ptjax.interop.prompt_file",
+    "suggest_settings": "ptjax.trainer.suggest",
     "sweep": "ptjax.trainer.sweep",
     "tune": "ptjax.trainer.tune",
 }
@@ -123,7 +139,9 @@ __all__ = [
     "MemberOverrides",
     "Method",
     "MixtureComponent",
+    "MlflowTracker",
     "ModelTuning",
+    "Prediction",
     "PrefixLM",
     "PromptTuning",
     "Report",
@@ -138,29 +156,37 @@ __all__ = [
     "TokenFile",
     "TrainSchedule",
     "Uniform",
+    "WandbTracker",
+    "evaluate",
+    "export",
     "flax_module",
     "forward",
     "generate",
+    "infer",
     "load_backbone",
     "load_prompt",
     "load_prompts",
     "load_tokenizer",
     "loss_and_prompt_gradient",
     "make_bank",
+    "plan",
+    "predict",
     "preprocessors",
     "pretrain",
     "save_backbone",
     "save_prompt",
+    "suggest_settings",
     "sweep",
     "tune",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name not in _HOMES and name not in _MODULES:
+        raise AttributeError(f"module 'ptjax' has no attribute {name!r}")
+    importlib.import_module("ptjax.messages").show()
     if name in _MODULES:
         return importlib.import_module(_MODULES[name])
-    if name not in _HOMES:
-        raise AttributeError(f"module 'ptjax' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import re
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Iterator
 
 _LISTED_CHARACTERS = 300
 """Length limit for a list of names in a message, about four lines of a terminal."""
@@ -29,6 +31,34 @@ def missing(what: str, path: object) -> InputError:
         what: the thing that should be there, such as "prompt".
     """
     return InputError(f"no {what} at {path}: the path does not exist; correct it")
+
+
+def check_system() -> None:
+    """Raises InputError on Windows, where `os.kill(pid, 0)` of a run's lock would end processes."""
+    if sys.platform == "win32":
+        raise InputError("ptjax does not train or run commands on Windows; use it under WSL2")
+
+
+@contextlib.contextmanager
+def needs(extra: str, what: str) -> Iterator[None]:
+    """Around the import of a package that the base installation leaves out.
+
+    If a package is missing, raises an InputError that names it and the extra that installs it.
+
+    Args:
+        extra: its name in pyproject.toml, such as "tfds".
+        what: what the package is needed for, such as "the metric f1".
+
+    >>> with needs("report", "the metric f1"):
+    ...     import sklearn_is_missing
+    Traceback (most recent call last):
+    ptjax.errors.InputError: the metric f1 needs sklearn_is_missing; pip install 'ptjax[report]'
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or one_line(error)).split(".")[0]
+        raise InputError(f"{what} needs {package}; pip install 'ptjax[{extra}]'") from error
 
 
 def one_line(error: BaseException) -> str:
@@ -177,3 +207,16 @@ def check_share(of: str, **settings: float) -> None:
     for name, value in settings.items():
         if not 0 <= value < 1:
             raise InputError(f"{of}.{name} must be >= 0 and < 1, got {value}")
+
+
+def check_arguments(function: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Raises TypeError for an argument that a function with `**settings` does not have.
+
+    >>> check_arguments("predict", {"num_beam": 4}, ["num_beams", "seed"])
+    Traceback (most recent call last):
+    TypeError: predict() has no argument 'num_beam'; did you mean num_beams?
+    """
+    choices = sorted(known)
+    for name in given:
+        if name not in choices:
+            raise TypeError(f"{function}() has no argument {name!r}{near(name, choices)}")

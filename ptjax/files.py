@@ -19,6 +19,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from importlib import resources
 from typing import IO, Any
 
 from etils import epath
@@ -251,3 +252,10 @@ _STRICT: JsonObject = {
     "parse_float": _finite,
     "parse_int": lambda text: -0.0 if text == "-0" else int(text),
 }
+
+
+def gin_configs() -> epath.Path:
+    """The folder of ptjax's own gin files: in the installed package, or at the top of a clone."""
+    package = epath.Path(os.fspath(resources.files("ptjax")))  # type: ignore[arg-type]
+    inside = package / "gin_configs"
+    return inside if inside.exists() else package.parent / "gin_configs"

@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
-import re
 import sys
 from typing import TYPE_CHECKING
-
-from absl import logging
 
 from ptjax import cli
 from ptjax.cli import distributed, model_flags, output
 from ptjax.errors import InputError, check_at_least
-from ptjax.files import JsonObject, Metadata
 
 if TYPE_CHECKING:
     from ptjax.data.sources import Records
-    from ptjax.inference.bank import PromptBank
-    from ptjax.inference.predict import Prediction
-    from ptjax.inference.records import InputFormat
-    from ptjax.interop.prompt_file import PromptFile
+    from ptjax.inference.inputs import Reading
 
 FORMATS = ("jsonl", "text", "csv", "tsv")
 ON_BAD_RECORD = ("error", "skip")
 QUOTING = {"true": True, "false": False}
+ANSWERING = (
+    "decode", "max_new_tokens", "batch_size", "num_beams", "temperature", "top_p", "seed"
+)  # fmt: skip
+"""The flags that are arguments of `ptjax.infer` too."""
 
 
 def main() -> None:
@@ -135,10 +131,14 @@ def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
 def infer(arguments: argparse.Namespace) -> None:
     """Predicts for the inputs that the flags name, and writes the results.
 
+    `ptjax.infer` with a difference: the inputs are read before the backbone is loaded, so that a
+    bad line is reported in a second, not after minutes.
+
     Args:
         arguments: the parsed flags.
     """
-    from ptjax.inference import predict, prompts
+    from ptjax import output as writing
+    from ptjax.inference import infer, requests
     from ptjax.sharding import processes
 
     if arguments.input == "-" and processes.several():
@@ -148,58 +148,55 @@ def infer(arguments: argparse.Namespace) -> None:
         output.check(arguments.output, force=arguments.force, inputs=inputs_of(arguments))
     model_flags.load(arguments)
     many = arguments.prompts is not None
-    bank: PromptBank | None = model_flags.load_bank(arguments) if many else None
-    single: PromptFile | None = None if many else model_flags.load_prompt(arguments)
-    if bank is not None:
-        # The backbone alone comes last, where -1 finds it.
-        of_prompts = [metadata or {} for metadata in (*bank.metadata, None)]
-    else:
-        of_prompts = [{} if single is None else single.metadata]
-    # Before the backbone is loaded: a bad line is reported in a second, not after minutes.
-    requests = read_requests(arguments, of_prompts, bank)
-    named = next((metadata for metadata in of_prompts if metadata.get("backbone_name")), {})
-    loaded = model_flags.load_backbone(arguments, named)
-    prompt = bank if many else single
-    prompt = prompts.open_prompt(loaded, prompt, allow_mismatch=arguments.allow_mismatch)
-    predictions = predict.predict(
-        loaded,
-        [request.text for request in requests],
-        [request.input_format for request in requests],
+    prompt = model_flags.load_bank(arguments) if many else model_flags.load_prompt(arguments)
+    records = read_records(arguments)
+    asked = requests.make_requests(
+        records,
         prompt,
-        None if bank is None else [request.prompt_id for request in requests],
-        decode_all=arguments.decode,
-        max_new_tokens=arguments.max_new_tokens,
-        batch_size=arguments.batch_size,
-        num_beams=arguments.num_beams,
-        temperature=arguments.temperature,
-        top_p=arguments.top_p,
-        seed=arguments.seed,
+        lambda metadata: model_flags.input_format(metadata, raw=arguments.raw),
+        raw=arguments.raw,
+        prefix=arguments.prefix,
     )
-    if processes.first():
-        pairs = zip(requests, predictions, strict=True)
-        write(arguments, [row_of(*pair, arguments.prefix) for pair in pairs])
+    requests.check_left_out(asked, records.bad, arguments.input or "the command line")
+    of_prompts = requests.metadata_of(prompt)
+    named = next((metadata for metadata in of_prompts if metadata.get("backbone_name")), {})
+    rows = infer.answer(
+        model_flags.load_backbone(arguments, named),
+        asked,
+        prompt,
+        arguments.prefix,
+        allow_mismatch=arguments.allow_mismatch,
+        **{name: getattr(arguments, name) for name in ANSWERING},
+    )
+    if arguments.output:
+        infer.write_rows(arguments.output, rows)
+    elif processes.first():
+        output.show(writing.json_lines(rows))
 
 
-def row_of(request: Request, prediction: Prediction, prefix: str) -> JsonObject:
-    """Makes the JSON object for an input: the record's fields, and those of the prediction.
+def read_records(arguments: argparse.Namespace) -> Records:
+    """Reads the inputs that the flags name, as records.
 
-    Args:
-        prefix: prepended to the names of the prediction's fields.
+    Raises:
+        InputError: the input is missing or empty, or a record in it cannot be read.
     """
-    new = {"inputs": request.text, "prediction": prediction.text, "score": prediction.score}
-    if prediction.probabilities is not None:
-        new["probabilities"] = prediction.probabilities
-    return request.fields | prefixed(new, prefix)
+    from ptjax.inference import inputs
 
-
-def write(arguments: argparse.Namespace, rows: list[JsonObject]) -> None:
-    """Writes `rows` as JSON lines to --output, else to standard output."""
-    text = "".join(output.as_json(row, ensure_ascii=False) + "\n" for row in rows)
-    if not arguments.output:
-        output.show(text)
-        return
-    output.write(arguments.output, text)
-    logging.info("wrote %s predictions to %s", f"{len(rows):,}", arguments.output)
+    if arguments.texts:
+        records = inputs.records_of_texts(arguments.texts, "the command line, text")
+        records.bad.policy = arguments.on_bad_record
+        return records
+    reading: Reading = {
+        "format": arguments.format,
+        "columns": arguments.columns,
+        "quoting": QUOTING.get(arguments.quoting),
+        "encoding": arguments.encoding,
+    }
+    policy = arguments.on_bad_record
+    if arguments.input == "-":
+        data = sys.stdin.buffer.read()
+        return inputs.read_stream(data, "standard input", on_bad_record=policy, **reading)
+    return inputs.read_inputs(arguments.input, on_bad_record=policy, **reading)
 
 
 def inputs_of(arguments: argparse.Namespace) -> list[str]:
@@ -208,169 +205,6 @@ def inputs_of(arguments: argparse.Namespace) -> list[str]:
 
     files = [] if arguments.input in (None, "-") else sources.find_files(arguments.input)
     return [*map(os.fspath, files), *model_flags.inputs(arguments)]
-
-
-def prefixed(fields: JsonObject, prefix: str) -> JsonObject:
-    """Returns `fields` with `prefix` prepended to their names."""
-    return {f"{prefix}{name}": value for name, value in fields.items()}
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """An input to predict for.
-
-    Attributes:
-        text: the model's input, formatted by the template.
-        fields: the fields of the input's record, which are copied to the output.
-        input_format: the template and lengths of the prompt for this input.
-        prompt_id: with a bank, the index of the prompt for this input, or -1 for the backbone
-            alone; without a bank, 0.
-    """
-
-    text: str
-    fields: JsonObject
-    input_format: InputFormat
-    prompt_id: int
-
-
-def read_requests(
-    arguments: argparse.Namespace, of_prompts: list[JsonObject], bank: PromptBank | None
-) -> list[Request]:
-    """Reads the inputs in order, without those that --on_bad_record skips.
-
-    Args:
-        arguments: the parsed flags.
-        of_prompts: the metadata of every prompt. With a bank, the last entry is {}, which is for
-            inputs to the backbone alone.
-        bank: the bank of prompts; None with a single prompt.
-
-    Raises:
-        InputError: a record cannot be used (the message has its file and line), or all records are
-            skipped.
-    """
-    from ptjax.data import sources
-    from ptjax.inference import records as reading
-
-    records = records_of(arguments)
-    bad = records.bad
-    formats: dict[int, InputFormat] = {}
-    kept, requests = [], []
-    for record in records:
-        try:
-            number = 0 if bank is None else reading.prompt_of(record, bank)
-            if number not in formats:
-                formats[number] = format_of(of_prompts[number], raw=arguments.raw)
-            task = None if arguments.raw else formats[number].task
-            text, fields = reading.format_record(record, task)
-            new = {"inputs": text, "prediction": None, "score": None, "probabilities": None}
-            output.check_fields(fields, prefixed(new, arguments.prefix), record.where)
-        except InputError as error:
-            if bad.policy == "error":
-                raise
-            bad.report(record.where, str(error).removeprefix(f"{record.where}: "))
-            continue
-        kept.append(record)
-        requests.append(Request(text, fields, formats[number], number))
-    ids = None if bank is None else [request.prompt_id for request in requests]
-    reading.check_prompt_fields(kept, [request.input_format for request in requests], ids)
-    sources.non_empty(sources.Records(kept, bad), arguments.input or "the command line")
-    if bad.count:
-        total = len(kept) + bad.count
-        logging.warning("left out %d of %d records; the first: %s", bad.count, total, bad.first)
-    return requests
-
-
-def format_of(metadata: Metadata, *, raw: bool) -> InputFormat:
-    """Makes the input format of a prompt: the task that formats its inputs, and their lengths.
-
-    Both are taken from the prompt's metadata or, if it lacks them, from the gin files.
-
-    Args:
-        metadata: the prompt's metadata.
-        raw: whether inputs are formatted already, so that no task is needed.
-    """
-    from ptjax.inference import records
-
-    lengths = model_flags.lengths(metadata)
-    task = records.task_of(metadata, model_flags.task(metadata, needed=not raw))
-    return records.InputFormat(task, lengths.get("inputs"), lengths.get("targets"))
-
-
-def records_of(arguments: argparse.Namespace) -> Records:
-    """Reads the inputs that the flags name, as records.
-
-    A text on the command line, or a line of plain text input, becomes a record whose only field
-    is `PLAIN`.
-
-    Raises:
-        InputError: the input is missing or empty, or a record in it cannot be read.
-    """
-    from ptjax.data import sources
-    from ptjax.inference.records import PLAIN
-
-    bad = sources.BadRecords(arguments.on_bad_record)
-    if arguments.texts:
-        plain = [
-            sources.Record({PLAIN: text}, "the command line, text", i)
-            for i, text in enumerate(arguments.texts, 1)
-        ]
-        return sources.Records(plain, bad)
-    name, kind = arguments.input, arguments.format
-    columns, encoding = arguments.columns, arguments.encoding
-    quoting = QUOTING.get(arguments.quoting)
-    if name == "-":
-        name, data = "standard input", sys.stdin.buffer.read()
-        kind = kind or ("jsonl" if is_json(data, encoding) else "text")
-        parsed = sources.parse_records(
-            data, name, kind, bad, columns=columns, quoting=quoting, encoding=encoding
-        )
-        records = sources.non_empty(sources.Records(parsed, bad), name)
-    else:
-        records = sources.read_records(
-            name,
-            format=kind,
-            on_bad_record=arguments.on_bad_record,
-            columns=columns,
-            quoting=quoting,
-            encoding=encoding,
-        )
-        stem = name.removesuffix(".gz").removesuffix(".xz").removesuffix(".bz2")
-        kind = kind or ("text" if os.path.splitext(stem)[1] == ".txt" else None)
-    if records.bad.blank:
-        logging.warning(
-            "%s: %d of %d lines are blank and left out; the others are answered in order",
-            name,
-            records.bad.blank,
-            records.bad.blank + records.bad.count + len(records),
-        )
-    if kind != "text":
-        return records
-    plain = [sources.Record({PLAIN: r.fields["text"]}, r.file, r.line) for r in records]
-    return sources.Records(plain, records.bad)
-
-
-def is_json(data: bytes, encoding: str) -> bool:
-    """Returns whether `data` is meant as JSON rather than plain text.
-
-    True if it starts with "{" or "[{", or if all of it is a JSON array. The reader of JSON lines
-    then rejects an array with a clear message.
-
-    Args:
-        encoding: the name of the encoding of `data`; the result is False if Python lacks it.
-    """
-    from ptjax import files
-
-    try:
-        start = data.decode(encoding, "replace").lstrip("\ufeff \t\r\n")
-    except LookupError:  # no such encoding, which the reader reports
-        return False
-    if not start.startswith("["):
-        return start.startswith("{")
-    try:
-        return isinstance(files.parse_json(start), list)
-    except ValueError:
-        # Broken, or a line of plain text such as "[1] a footnote".
-        return re.match(r"\[\s*\{", start) is not None
 
 
 if __name__ == "__main__":

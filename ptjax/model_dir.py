@@ -31,7 +31,7 @@ class ModelDir:
 
     No other code contains these paths. A run writes `metrics`, `tensorboard`, `checkpoints` and the
     exports, and at the end `report_data`, `results` and, if its libraries are installed, `report`.
-    A run that a command started first writes `config`.
+    A run that a command started first writes `config`, one with trackers `trackers`.
 
     >>> run = ModelDir("runs/quickstart")
     >>> print(run.results, run.best_prompt(), run.best_prompt("seed_0"))
@@ -78,6 +78,11 @@ runs/quickstart/prompts/seed_0/best.safetensors
         return self.path / "tensorboard"
 
     @property
+    def trackers(self) -> epath.Path:
+        """The JSON file with the ids of the run in trackers such as MLflow, by package."""
+        return self.path / "trackers.json"
+
+    @property
     def lock(self) -> epath.Path:
         """The path of the lock file. The run that writes to this folder holds the lock."""
         return self.path / LOCK
@@ -106,6 +111,21 @@ runs/quickstart/prompts/seed_0/best.safetensors
     def best_prompt(self, member: str = "") -> epath.Path:
         """The file of a member's best prompt; `member` is "" in an ordinary run."""
         return self.prompts(member) / f"{BEST}{PROMPT_SUFFIX}"
+
+    @classmethod
+    def of_best_prompt(cls, path: PathLike) -> tuple[ModelDir, str] | None:
+        """Returns the run that a best prompt is of, and the member's name; None for other files.
+
+        >>> ModelDir.of_best_prompt("runs/a/prompts/seed_0/best.safetensors")[1]
+        'seed_0'
+        """
+        path, folder = epath.Path(path), _EXPORTS["prompt"][0]
+        if path.name == f"{BEST}{PROMPT_SUFFIX}":
+            if path.parent.name == folder:
+                return cls(path.parent.parent), ""
+            if path.parent.parent.name == folder:
+                return cls(path.parent.parent.parent), path.parent.name
+        return None
 
     @property
     def best_model(self) -> epath.Path:

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ptjax import cli
 from ptjax.cli import model_flags, output
 from ptjax.errors import InputError, check_at_least
 from ptjax.files import Metadata
+from ptjax.planning import slices
 
 if TYPE_CHECKING:
     from ptjax.models.config import T5Config
     from ptjax.planning.estimate import Report
-    from ptjax.planning.slices import Slice
+    from ptjax.planning.plan import Planning
     from ptjax.planning.workload import ParallelConfig, StepSpec
 
 # Macros of a run's gin files that planning does not need, with values for `load_gin`.
@@ -75,15 +74,11 @@ def main() -> None:
     )
     parser.add_argument(
         "--cache_dir",
-        default=os.path.join(
-            os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "ptjax", "plan"
-        ),
+        default=slices.default_cache(),
         metavar="DIR",
         help="cache of results, keyed by settings, ptjax and compiler; '' disables it; "
         "default: %(default)s",
     )
-    # The job of a compiling process, see planning/compiler.py.
-    parser.add_argument("--compile", help=argparse.SUPPRESS)
     arguments = cli.parse(parser)
     cli.run(lambda: plan(arguments))
 
@@ -97,27 +92,26 @@ def plan(arguments: argparse.Namespace) -> None:
     Args:
         arguments: the parsed flags.
     """
-    from ptjax.planning.slices import ENVIRONMENT, parse_slice
-
-    os.environ |= ENVIRONMENT
-    names = [name.strip() for text in arguments.slice for name in text.split(",") if name.strip()]
-    slices = [parse_slice(name) for name in names or [""]]
+    os.environ |= slices.ENVIRONMENT
+    chosen = slices.find_slices(arguments.slice)
     check_at_least(1, **{"--timeout_seconds": arguments.timeout_seconds})
     cli.load_gin(arguments, defaults=NOT_NEEDED)
-    from ptjax.planning import compiler
+    from ptjax.planning import plan
 
     spec, parallel = read_spec()
-    if arguments.compile is not None:
-        print(json.dumps(compiler.answer(spec, slices[0], arguments.compile)))
-        return
-    if not arguments.quick:
-        for slice_ in slices:
-            compiler.check_compiler(slice_)
-    plans = (plan_slice(spec, parallel, slice_, arguments) for slice_ in slices)
+    how: Planning = {
+        "quick": arguments.quick,
+        "search": not arguments.no_search,
+        "exact": arguments.exact,
+        "timeout_seconds": arguments.timeout_seconds,
+        "cache_dir": arguments.cache_dir,
+    }
+    plan.check_planning(chosen, **how)
+    reports = (plan.plan_slice(spec, parallel, slice_, **how) for slice_ in chosen)
     if arguments.json:
-        output.show(output.as_json(list(plans), indent=2))
+        output.show(output.as_json(list(reports), indent=2))
     else:
-        _show(spec, plans)
+        show(spec, reports)
 
 
 def read_spec() -> tuple[StepSpec, ParallelConfig]:
@@ -129,7 +123,8 @@ def read_spec() -> tuple[StepSpec, ParallelConfig]:
         InputError: the gin files do not configure a run (`ptjax.tune.settings`), neither they nor
             a checkpoint give the network's sizes, or the settings contradict each other.
     """
-    from ptjax.planning.workload import ParallelConfig, PlannedBackbone, StepSpec
+    from ptjax.planning.plan import make_spec
+    from ptjax.planning.workload import ParallelConfig
     from ptjax.settings import RunSettings
     from ptjax.trainer.sweep import check_members
 
@@ -145,12 +140,15 @@ def read_spec() -> tuple[StepSpec, ParallelConfig]:
         *_config_fields(),
     )  # fmt: skip
     check_members(members or {}, settings)
-    spec = StepSpec.from_settings(_config(loaded), settings, len(members) if members else None)
-    config, quantize = spec.config, loaded.get("quantize")
-    settings.method.check(PlannedBackbone(config, quantize), settings.batching)
-    mesh = loaded.get("mesh") or "auto"
-    fsdp = loaded.get("fsdp", False)
-    return spec, ParallelConfig(mesh, fsdp, config.scan_layers, config.remat, quantize)
+    config = _config(loaded)
+    parallel = ParallelConfig(
+        loaded.get("mesh") or "auto",
+        loaded.get("fsdp", False),
+        config.scan_layers,
+        config.remat,
+        loaded.get("quantize"),
+    )
+    return make_spec(config, settings, parallel, len(members) if members else None), parallel
 
 
 def _config_fields() -> list[str]:
@@ -169,8 +167,8 @@ def _config(loaded: Metadata) -> T5Config:
         InputError: nothing gives the sizes.
     """
     from ptjax.backbones.load import check_dtypes
-    from ptjax.backbones.open import open_backbone, would_download
     from ptjax.models.config import T5Config
+    from ptjax.planning.plan import read_config
 
     others = ("path", "dtype", "mesh", "fsdp", "quantize")
     overrides = {name: value for name, value in loaded.items() if name not in others}
@@ -185,70 +183,28 @@ def _config(loaded: Metadata) -> T5Config:
             "which T5? Add its sizes (--gin_file=models/t5_1_1_xxl.gin) or the checkpoint "
             "(--gin.INITIAL_CHECKPOINT_PATH=\"'...'\")"
         )
-    if would_download(loaded["path"]):
-        raise InputError(
-            f"{loaded['path']} is not on this machine, and planning downloads no weights; add its "
-            "sizes instead (--gin_file=models/t5_1_1_xxl.gin or the like)"
-        )
-    return open_backbone(loaded["path"], dtype=dtype, **overrides).config
+    return read_config(loaded["path"], dtype, **overrides)
 
 
-def plan_slice(
-    spec: StepSpec, parallel: ParallelConfig, slice_: Slice, arguments: argparse.Namespace
-) -> Report:
-    """Makes the plan for one slice; unless --quick is set, it compiles the step.
+def show(spec: StepSpec, reports: Iterable[Report]) -> None:
+    """Prints the plan for each slice as soon as it is made."""
+    from ptjax.planning import show
+    from ptjax.planning.plan import counted
 
-    Args:
-        spec, parallel: the results of `read_spec`.
-        arguments: the parsed flags.
-
-    Returns:
-        "slice": the name of the slice; "own": the report for the gin file's configuration; "tried":
-        the reports for other configurations that were compiled; "best": the report for the best
-        configuration that fits, or None; "searched": whether other configurations were tried.
-    """
-    from ptjax.planning.compiler import Compiler
-    from ptjax.planning.estimate import count
-    from ptjax.planning.search import search
-    from ptjax.planning.workload import ParallelConfig, resolve
-
-    searched = not (arguments.quick or arguments.no_search)
-    plan: Report = {"slice": slice_.name, "own": {}, "searched": searched, "tried": []}
-    plan["best"] = None
-    compiler = Compiler(
-        spec,
-        slice_,
-        cli.config_text(),
-        exact=arguments.exact,
-        timeout=arguments.timeout_seconds,
-        cache=Path(arguments.cache_dir).expanduser() if arguments.cache_dir else None,
-    )
-    try:
-        parallel = resolve(spec, parallel, slice_)
-    except InputError as error:
-        plan["own"] = {"verdict": "refused", "reason": str(error)}
-    else:
-        quick = arguments.quick
-        plan["own"] = count(spec, parallel, slice_) if quick else compiler(parallel, timed=True)
-    if not searched:
-        return plan
-    tried, best = search(spec, slice_, parallel.quantize, compiler)
-    if best:
-        timed = compiler(ParallelConfig.from_settings(best["settings"]), timed=True)
-        best = timed if timed["verdict"] == "fits" else best
-    return plan | {"tried": tried, "best": best}
-
-
-def _show(spec: StepSpec, slice_plans: Iterable[Report]) -> None:
-    """Prints each plan as soon as it is made."""
-    from ptjax.cli import plans
-
-    for i, slice_plan in enumerate(slice_plans):
+    console = show.make_console()
+    for i, report in enumerate(reports):
         if i == 0:
-            reports = (slice_plan["own"], *slice_plan["tried"])
-            counted = [report for report in reports if "flops" in report]
-            plans.show_run(spec, counted[0] if counted else None)
-        plans.show_slice(slice_plan)
+            show.show_run(console, spec, counted(report))
+        show.show_slice(console, report, own="gin file", setting_lines=gin_lines)
+
+
+def gin_lines(settings: Metadata) -> list[str]:
+    """Returns settings as lines of gin: macros that the gin files have, else arguments."""
+    return [
+        f"{name if cli.has_macro(name) else f'ptjax.load_backbone.{name.lower()}'} = {value!r}"
+        for name, value in settings.items()
+        if name != "dtype" or value is not None  # None keeps the dtype of the gin file
+    ]
 
 
 if __name__ == "__main__":

@@ -53,6 +53,13 @@ def unpack_msgpack(data: bytes) -> Any:
     raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
 
 
+def pack_msgpack(tree: Any) -> bytes:
+    """Writes a tree as Flax's msgpack; `unpack_msgpack` is the inverse."""
+    from flax import serialization  # imported late: most formats do not need it
+
+    return serialization.msgpack_serialize(tree)
+
+
 @dataclasses.dataclass(frozen=True)
 class Member:
     """An uncompressed member of a zip: `size` bytes from byte `offset` of the file.

@@ -20,6 +20,8 @@ def missing() -> dict[str, str]:
         lacks["cuda"] = "XLA's CUDA plugin"
     if not all(map(importlib.util.find_spec, ("torch", "peft", "pandas", "datasets"))):
         lacks["oracle"] = "torch, peft, pandas and datasets"
+    if not all(map(importlib.util.find_spec, ("wandb", "mlflow"))):
+        lacks["trackers"] = "wandb and mlflow (make trackers)"
     return lacks
 
 

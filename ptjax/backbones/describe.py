@@ -20,6 +20,7 @@ from ptjax.data.tokenizer import Tokenizer
 from ptjax.errors import InputError, check_path
 from ptjax.files import JsonObject
 from ptjax.interop import peft, t5x
+from ptjax.interop.hub import PROMPT
 from ptjax.interop.prompt_file import PromptFile, load_prompt, prompts_below, wrong_width
 from ptjax.model_dir import ModelDir
 
@@ -48,7 +49,8 @@ def describe(
         return {"kind": "run"} | describe_run(place)
     if (place / "identity").is_dir() and (place / "state").is_dir():
         return {"kind": "checkpoint"} | describe_checkpoint(place)
-    if peft.is_peft(place) or (place.is_file() and place.name != "checkpoint"):
+    saved = (place / PROMPT).exists() or peft.is_peft(place)
+    if saved or (place.is_file() and place.name != "checkpoint"):
         return {"kind": "prompt", "path": os.fspath(path)} | describe_prompt(load_prompt(place))
     backbone_here = t5x.is_t5x(place) or (place / "config.json").exists()
     if place.is_dir() and not backbone_here and (below := prompts_below(place)):

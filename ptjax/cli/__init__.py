@@ -22,7 +22,7 @@ from typing import NoReturn
 from ptjax.cli import distributed, gin_types, logs, t5x_names
 from ptjax.cli.gin_files import bound, config_text, load_gin, settings
 from ptjax.cli.gin_macros import has_macro, macro
-from ptjax.errors import InputError, TrainingError, near
+from ptjax.errors import InputError, TrainingError, check_system, near
 
 __all__ = [
     "EXIT_CODES",
@@ -187,12 +187,18 @@ def _run(body: Callable[[], object], processes: argparse.Namespace | None) -> No
     # Outside of the training loop, which saves first and exits with 143 too.
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
+        check_system()
         distributed.start(processes)
         body()
         sys.stdout.flush()
     except InputError as error:
         # gin appends lines to errors that pass through it.
         raise SystemExit(_say("error", error, 2)) from None
+    except ImportError as error:
+        if "gcsfs" not in str(error):  # fsspec's own sentence, from wherever a path is used first
+            raise
+        missing = InputError("paths of gs:// need gcsfs; pip install 'ptjax[gcs]'")
+        raise SystemExit(_say("error", missing, 2)) from None
     except BrokenPipeError:
         # The reader is gone; Python must not flush to it when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -12,8 +12,9 @@ import gin.config
 from etils import epath
 
 from ptjax.cli import gin_types, t5x_names
-from ptjax.cli.gin_mistakes import gin_configs, own_files
+from ptjax.cli.gin_mistakes import own_files
 from ptjax.errors import InputError, near
+from ptjax.files import gin_configs
 
 _gin: Any = gin.config
 

@@ -10,7 +10,6 @@ import sys
 import tokenize
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib import resources
 from typing import Any
 
 import gin.config
@@ -57,13 +56,6 @@ def check_depth(text: str, source: str) -> None:
             line = text.count("\n", 0, mark.start()) + 1
             place = source if source.startswith("command line") else f"{source}:{line}"
             raise InputError(f"{place}: a value is nested deeper than {MAX_DEPTH} levels")
-
-
-def gin_configs() -> epath.Path:
-    """The folder of ptjax's own gin files: in the installed package, or at the top of a clone."""
-    package = epath.Path(os.fspath(resources.files("ptjax")))  # type: ignore[arg-type]
-    inside = package / "gin_configs"
-    return inside if inside.exists() else package.parent / "gin_configs"
 
 
 def own_files(folder: epath.Path) -> list[str]:

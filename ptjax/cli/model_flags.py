@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
-from ptjax.cli.gin_files import TASK, configured, declared, load_gin, settings
+from ptjax.cli.gin_files import TASK, configured, declared, left_out, load_gin, settings
 from ptjax.cli.gin_macros import macro
 from ptjax.errors import InputError, missing
 from ptjax.files import Metadata
@@ -19,6 +19,7 @@ from ptjax.model_dir import BEST_PROMPT, BEST_PROMPTS, ModelDir
 if TYPE_CHECKING:
     from ptjax.backbones.load import Backbone
     from ptjax.data.tasks import Task
+    from ptjax.inference.records import InputFormat
 
 # Public names, with which `settings` and `configured` need no import.
 TUNE = "ptjax.tune"
@@ -224,6 +225,8 @@ def load_backbone(arguments: argparse.Namespace, metadata: Metadata) -> Backbone
     bound = settings(LOAD_BACKBONE, "path")
     named = metadata.get("backbone_name")
     if path is None and not bound:
+        if reason := left_out(f"{TUNE}.backbone"):
+            raise InputError(f"{reason}; use it there, or give the backbone with --backbone=PATH")
         if named is None:
             raise InputError("which backbone? Name it with --backbone=PATH or a --gin_file")
         with naming_it(named):
@@ -317,9 +320,23 @@ def lengths(metadata: Metadata) -> dict[str, int]:
     Args:
         metadata: the prompt's metadata, which take precedence over the gin files.
     """
+    from ptjax.inference.records import recorded_lengths
+
     of_run = settings("ptjax.Batching", "feature_lengths").get("feature_lengths")
-    known = dict(of_run or macro("TASK_FEATURE_LENGTHS") or {})
-    for side, key in (("inputs", "input_length"), ("targets", "target_length")):
-        if isinstance(metadata.get(key), int):
-            known[side] = metadata[key]
-    return known
+    return dict(of_run or macro("TASK_FEATURE_LENGTHS") or {}) | recorded_lengths(metadata)
+
+
+def input_format(metadata: Metadata, *, raw: bool) -> InputFormat:
+    """Makes the input format of a prompt: the task that formats its inputs, and their lengths.
+
+    Both are taken from the prompt's metadata or, if it lacks them, from the gin files.
+
+    Args:
+        metadata: the prompt's metadata.
+        raw: whether inputs are formatted already, so that no task is needed.
+    """
+    from ptjax.inference import records
+
+    known = lengths(metadata)
+    fallback = records.task_of(metadata, task(metadata, needed=not raw))
+    return records.InputFormat(fallback, known.get("inputs"), known.get("targets"))

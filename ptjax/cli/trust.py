@@ -45,6 +45,9 @@ MADE: Mapping[str, tuple[str, ...]] = {
         "load_backbone",
         "load_tokenizer",
         "sweep",
+        # They contact a server when a run starts, not when they are made.
+        "MlflowTracker",
+        "WandbTracker",
     ),
     "ptjax.preprocessors": tuple(name.rpartition(".")[2] for name in CATALOGUE),
     # Learning rate schedules: pure functions of numbers.

@@ -14,11 +14,13 @@ import math
 import re
 import string
 import warnings
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+from ptjax.errors import needs
 
 Texts = Sequence[str]
 
@@ -33,11 +35,10 @@ def mean_f1(predictions: Texts, targets: Texts, *, labels: Texts) -> float:
 
     The classes are `labels`.
     """
-    from sklearn.metrics import f1_score  # slow to import
-
     given, wanted = _class_ids(predictions, targets, labels)
     classes = list(range(len(labels)))
     zero: Any = 0.0  # its annotation knows only the default, 'warn'
+    f1_score = _sklearn("mean_f1").f1_score
     return float(f1_score(wanted, given, labels=classes, average="macro", zero_division=zero))
 
 
@@ -54,12 +55,11 @@ def f1(
         labels: the two labels.
         positive_label: the label whose F1 is computed (default: the last of `labels`).
     """
-    from sklearn.metrics import f1_score  # slow to import
-
     given, wanted = _class_ids(predictions, targets, labels)
     given = np.where(given < 0, 1 - wanted, given)
     positive = 1 if positive_label is None else list(labels).index(positive_label)
     zero: Any = 0.0  # its annotation knows only the default, 'warn'
+    f1_score = _sklearn("f1").f1_score
     return float(f1_score(wanted, given, pos_label=positive, average="binary", zero_division=zero))
 
 
@@ -69,12 +69,10 @@ def matthews(predictions: Texts, targets: Texts, *, labels: Texts) -> float:
     The classes are `labels`; predictions that are not in `labels` form one more class. Returns 0
     if all predictions are of one class, or all targets.
     """
-    from sklearn.metrics import matthews_corrcoef  # slow to import
-
     given, wanted = _class_ids(predictions, targets, labels)
     if (given == given[0]).all() or (wanted == wanted[0]).all():
         return 0.0
-    return float(matthews_corrcoef(wanted, given))
+    return float(_sklearn("matthews").matthews_corrcoef(wanted, given))
 
 
 def pearson(predictions: Texts, targets: Texts) -> float:
@@ -178,17 +176,19 @@ class Metric:
     Attributes:
         needs: the names of these arguments: 'labels' (the task's label texts), 'positive_label'
             (one of them), 'answers', 'groups' or 'label_values' (each with one entry per example).
+        by_sklearn: whether scikit-learn computes it, which the base installation leaves out.
     """
 
     function: Callable[..., float]
     needs: tuple[str, ...] = ()
+    by_sklearn: bool = False
 
 
 METRICS: Mapping[str, Metric] = {
     "accuracy": Metric(accuracy),
-    "mean_f1": Metric(mean_f1, ("labels",)),
-    "f1": Metric(f1, ("labels", "positive_label")),
-    "matthews": Metric(matthews, ("labels",)),
+    "mean_f1": Metric(mean_f1, ("labels",), by_sklearn=True),
+    "f1": Metric(f1, ("labels", "positive_label"), by_sklearn=True),
+    "matthews": Metric(matthews, ("labels",), by_sklearn=True),
     "pearson": Metric(pearson),
     "spearman": Metric(spearman),
     "exact_match": Metric(exact_match, ("answers",)),
@@ -196,6 +196,17 @@ METRICS: Mapping[str, Metric] = {
     "group_exact_match": Metric(group_exact_match, ("groups",)),
     "referent_accuracy": Metric(referent_accuracy, ("label_values",)),
 }
+
+
+def check_installed(names: Iterable[str]) -> None:
+    """Raises InputError if a metric needs scikit-learn, and it is not installed.
+
+    Args:
+        names: of `METRICS`.
+    """
+    for name in names:
+        if METRICS[name].by_sklearn:
+            _sklearn(name)
 
 
 def normalize_answer(text: str) -> str:
@@ -217,6 +228,12 @@ def _mean(values: Sequence[bool | float]) -> float:
     if not values:
         raise ValueError("a metric needs at least one example")
     return float(np.mean(values))
+
+
+def _sklearn(metric: str) -> Any:
+    with needs("report", f"the metric {metric}"):
+        from sklearn import metrics  # slow to import
+    return metrics
 
 
 def _class_ids(predictions: Texts, targets: Texts, labels: Texts) -> tuple[np.ndarray, np.ndarray]:

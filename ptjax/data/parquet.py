@@ -6,7 +6,7 @@ import io
 
 from ptjax import untrusted
 from ptjax.data.plain import plain_rows
-from ptjax.errors import InputError, one_line
+from ptjax.errors import InputError, needs, one_line
 from ptjax.files import JsonObject
 
 _ROWS = 1024  # a batch: a dictionary-encoded column may expand a small file without bound
@@ -23,10 +23,8 @@ def parquet_rows(data: bytes, name: str) -> list[JsonObject]:
         InputError: pyarrow is not installed, or the file is damaged, is not a Parquet file or
             expands beyond the limit of `untrusted.inflate`.
     """
-    try:
+    with needs("parquet", f"{name}: Parquet"):
         import pyarrow.parquet as arrow  # slow to import, and few data are Parquet
-    except ImportError as error:
-        raise InputError(f"{name}: Parquet files need pyarrow; pip install pyarrow") from error
     limit = max(untrusted.MAX_RATIO * len(data), untrusted.MIN_INFLATED)
     rows, size = [], 0
     try:

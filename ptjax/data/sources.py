@@ -243,7 +243,7 @@ def parse_records(
     text, clean = _decode(data, encoding, name, bad)
     for line, row, lines in _rows(text, format, columns, quoting, name, bad):
         # JSON can contain lone surrogates as escapes, even if every byte is valid text.
-        if isinstance(row, dict) and (format == "jsonl" or not clean) and not _is_text(row):
+        if isinstance(row, dict) and (format == "jsonl" or not clean) and not is_text(row):
             row = (
                 f"characters that are not {encoding} text; correct it or set {setting('encoding')}"
             )
@@ -327,8 +327,11 @@ def _decode(data: bytes, encoding: str, name: str, bad: BadRecords) -> tuple[str
     return text.removeprefix("\ufeff"), clean
 
 
-def _is_text(row: files.JsonObject) -> bool:
-    """Whether all strings can be written as UTF-8: lone surrogates would crash a tokenizer."""
+def is_text(row: files.JsonObject) -> bool:
+    """Whether all strings of a record can be written as UTF-8.
+
+    Lone surrogates cannot, and would crash a tokenizer.
+    """
     try:
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError:

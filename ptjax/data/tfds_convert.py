@@ -15,7 +15,7 @@ from etils import epath
 
 from ptjax import files
 from ptjax.data import tfds_files
-from ptjax.errors import InputError, listing, near, one_line
+from ptjax.errors import InputError, listing, near, needs, one_line
 from ptjax.files import PathLike
 
 if TYPE_CHECKING:
@@ -75,7 +75,8 @@ def convert_to_array_record(
 
 
 def _open(folder: epath.Path) -> DatasetBuilder:
-    import tensorflow_datasets as tfds
+    with needs("tfds", "the conversion of TFDS data sets"):
+        import tensorflow_datasets as tfds
 
     if not (folder / INFO).exists():
         below = [*folder.glob(f"*/{INFO}"), *folder.glob(f"*/*/{INFO}")] if folder.is_dir() else []

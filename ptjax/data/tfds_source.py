@@ -13,7 +13,7 @@ from etils import epath
 from ptjax.data import tfds_files
 from ptjax.data.plain import plain_rows
 from ptjax.data.sources import Record, Records, non_empty
-from ptjax.errors import InputError, gin_flag
+from ptjax.errors import InputError, gin_flag, needs
 
 _TFDS_SOURCE = re.compile(r"tfds:(?P<name>[^@]+)(?:@(?P<split>.+))?")
 _VERSION = r"(?:\d+|\*)(?:\.(?:\d+|\*)){2}"
@@ -50,8 +50,9 @@ def read_tfds(source: str, *, split: str, data_dir: str | None = None) -> Record
             f"{source}: write tfds:NAME[/CONFIG][:VERSION][@SPLIT], such as "
             "tfds:glue/sst2:2.0.0@train; a version has three numbers, and 2.*.* is the newest 2"
         )
-    import tensorflow_datasets as tfds  # slow to import, and few tasks need it
-    from tensorflow_datasets.core import constants
+    with needs("tfds", source):
+        import tensorflow_datasets as tfds  # slow to import, and few tasks need it
+        from tensorflow_datasets.core import constants
 
     name, split = match["name"], match["split"] or split
     file = f"tfds:{name}@{split}"

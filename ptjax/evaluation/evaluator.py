@@ -15,6 +15,7 @@ from jaxtyping import Array
 from ptjax.backbones.damage import check_scores
 from ptjax.backbones.load import Backbone
 from ptjax.data.examples import Example, Examples
+from ptjax.data.metrics import check_installed
 from ptjax.data.pipeline import ExampleSource
 from ptjax.data.preprocess import TokenizedExamples, check_labels, tokenize_examples
 from ptjax.data.tasks import Task
@@ -69,10 +70,10 @@ class Evaluator:
             backbone.config.special_ids,
             tokenizer,
         )
-        self.task, self.backbone, self.tokenizer = task, backbone, tokenizer
-        self.lengths, self.settings = lengths, settings
-        self.metric = task.metrics[0] if len(task.metrics) == 1 else "mean"
-        self.reported_split = "test" if "test" in task.splits else settings.split
+        self.task, self.backbone, self.tokenizer, self.lengths = task, backbone, tokenizer, lengths
+        check_installed(task.metrics)  # now, not after the first steps of a run
+        self.settings, self.metric = settings, "mean" if task.metrics[1:] else task.metrics[0]
+        self.reported_split = reported_split(task, settings.split)
         closed = task.labels is not None
         self.ranks = settings.predict == "rank" or (settings.predict == "auto" and closed)
         if self.ranks and not closed:
@@ -239,6 +240,11 @@ class Evaluator:
         report_cut(source, self.lengths)
         report_lost(self.task, examples, source, self.tokenizer)
         return source
+
+
+def reported_split(task: Task, selected: str = "validation") -> str:
+    """Returns the split whose scores are reported: "test", or without it the one `selected` on."""
+    return "test" if "test" in task.splits else selected
 
 
 def report_examples(task: Task, split: str, examples: Examples, note: str = "") -> None:

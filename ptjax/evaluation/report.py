@@ -35,24 +35,35 @@ def write_report(
     folder: PathLike,
     scores: Metadata,
     records: Mapping[str, JsonObject],
-    run: PathLike | None = None,
 ) -> None:
     """Writes `report.json` and, if the libraries for it are installed, `report.html`.
 
     Args:
-        folder: where to; it is created if needed.
-        scores: what the command prints: "task", "split", "metric", "backbone" and either "value"
-            and "metrics", or those of several prompts, see `Evaluator.score_ensemble`.
+        folder: where to; it is created if needed. If it is the folder of the run that made the
+            prompts, the run's results add the settings and, of the same split, the baselines.
+        scores: the result of `ptjax.evaluate`.
         records: the recorded predictions by the prompt's name; "" if there is only one.
-        run: the folder of the run whose best prompts these are. Its results add the settings and,
-            of the same split, the baselines.
     """
     directory = epath.Path(folder).expanduser()
-    trained = ModelDir(epath.Path(run).expanduser()).read_results() if run is not None else None
-    results = _results(scores, trained or {})
+    trained = ModelDir(directory).read_results() or {}
+    results = _results(scores, trained if _made_by(trained, scores) else {})
     content = make_content(results, records)
     files.write_bytes(ModelDir(directory).report_data, as_json(content).encode())
     write_page(directory)
+
+
+def _made_by(trained: JsonObject, scores: Metadata) -> bool:
+    """Whether the scores are of what the run with these results has tuned."""
+    if "members" in scores or "members" in trained:
+        members = trained.get("members")
+        return isinstance(members, dict) and {*members} == {*scores.get("members", ())}
+    if trained.get("task") != scores["task"] or "hard_prompt" in scores:
+        return False
+    settings = trained.get("settings")
+    method = settings.get("method") if isinstance(settings, dict) else None
+    if isinstance(method, dict) and method.get("is") == "ModelTuning":
+        return scores.get("prompt") is None
+    return scores.get("step") is not None and scores.get("step") == trained.get("step")
 
 
 def _results(scores: Metadata, trained: JsonObject) -> JsonObject:

@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
+from ptjax.data.hard_prompt import HardPrompt
 from ptjax.errors import InputError, near
 from ptjax.files import JsonObject, PathLike
 from ptjax.inference.capacity import bank_capacity
@@ -40,21 +41,37 @@ class BarePrompt(PromptFile):
 
 
 def wrap_prompt(prompt: SinglePrompt) -> PromptFile:
-    """Converts a prompt in any form to a `PromptFile`. A path is loaded with `load_prompt`.
+    """Converts a prompt in any form to a `PromptFile`. A string or path goes to `load_prompt`.
 
     Raises:
-        InputError: the file at the path is missing or not a valid prompt.
+        InputError: `load_prompt` refuses the path, or the prompt has another form.
     """
     if isinstance(prompt, PromptFile):
         return prompt
     if isinstance(prompt, str | os.PathLike):
         return load_prompt(prompt)
     if not isinstance(prompt, HasPrompt):
+        if not hasattr(prompt, "ndim"):
+            raise _not_a_prompt(prompt)
         return BarePrompt(prompt, {})
+    if not hasattr(prompt.prompt, "ndim"):  # a `Run`, whose prompt is a `PromptFile`
+        raise _not_a_prompt(prompt, "; pass its .prompt")
     metadata = getattr(prompt, "metadata", None)
     if metadata is None:
         return BarePrompt(prompt.prompt, {"sees_input": getattr(prompt, "attends_to_input", True)})
     return PromptFile(prompt.prompt, metadata, getattr(prompt, "states", None))
+
+
+def _not_a_prompt(prompt: object, advice: str = "") -> InputError:
+    name = type(prompt).__name__
+    if isinstance(prompt, Mapping):
+        advice = "; make a bank of several prompts with ptjax.make_bank"
+    elif isinstance(prompt, HardPrompt):
+        advice = "; ptjax.evaluate scores it"
+    return InputError(
+        f"a {name} is not a prompt: give an array [P, D], the result of load_prompt, a path or "
+        f"name that load_prompt takes, or a bank{advice}"
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

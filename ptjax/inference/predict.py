@@ -12,12 +12,13 @@ from scipy.special import softmax
 from ptjax.backbones.damage import check_scores
 from ptjax.backbones.load import Backbone
 from ptjax.data.preprocess import check_labels
-from ptjax.errors import InputError
+from ptjax.errors import InputError, check_at_least
 from ptjax.inference.bank import PromptIds, choose_prompts
 from ptjax.inference.batches import tokenize_inputs
 from ptjax.inference.generate import (
     INPUT_LENGTH,
     MAX_NEW_TOKENS,
+    Decoding,
     Settings,
     generate_with_scores,
     tokenizer_of,
@@ -31,7 +32,10 @@ LABEL_LENGTH = 16
 """The maximum number of tokens of a label if neither the caller nor the prompt's format sets it."""
 
 
-@dataclasses.dataclass(frozen=True)
+_SHOWN = 5
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
 class Prediction:
     """The prediction for one input.
 
@@ -45,6 +49,20 @@ class Prediction:
     text: str
     score: float
     probabilities: dict[str, float] | None = None
+
+    def __repr__(self) -> str:
+        """Rounds numbers to four digits, and shows the likeliest `_SHOWN` labels, likeliest first.
+
+        >>> Prediction("billing", -0.11909, {"no": 0.1122, "billing": 0.8878})
+        Prediction(text='billing', score=-0.1191, probabilities={'billing': 0.8878, 'no': 0.1122})
+        """
+        parts = [f"text={self.text!r}", f"score={self.score:.4g}"]
+        if self.probabilities is not None:
+            likeliest = sorted(self.probabilities.items(), key=lambda item: -item[1])
+            shown = [f"{label!r}: {share:.4g}" for label, share in likeliest[:_SHOWN]]
+            more = ["..."] * (len(likeliest) > _SHOWN)
+            parts.append(f"probabilities={{{', '.join(shown + more)}}}")
+        return f"Prediction({', '.join(parts)})"
 
 
 def rank(
@@ -111,7 +129,7 @@ def _sets_of(labels: Sequence[str] | Sequence[Sequence[str]], count: int) -> lis
     return [tuple(labels_of_text) for labels_of_text in labels]
 
 
-def decode(
+def generate_answers(
     backbone: Backbone,
     texts: Sequence[str],
     prompt: PromptLike = None,
@@ -136,14 +154,14 @@ def decode(
     return [Prediction(text, float(score)) for text, score in zip(generated, scores, strict=True)]
 
 
-def predict(
+def predict_texts(
     backbone: Backbone,
     texts: Sequence[str],
     formats: Sequence[InputFormat],
     prompt: PromptLike = None,
     prompt_ids: PromptIds = None,
     *,
-    decode_all: bool = False,
+    decode: bool = False,
     max_new_tokens: int | None = None,
     batch_size: int = 32,
     **settings: Unpack[Settings],
@@ -154,21 +172,23 @@ def predict(
         texts: formatted inputs.
         formats: the task and the maximum lengths for each text.
         prompt, prompt_ids: as for `ptjax.forward`.
-        decode_all: generate even if the task has a closed set of labels.
+        decode: generate even if the task has a closed set of labels.
         max_new_tokens: the maximum length of generated texts; default: the formats' target lengths.
         settings: the settings of generation, as for `ptjax.generate`.
 
     Raises:
-        InputError: as for `rank` and `decode`; or all texts are ranked, but `num_beams`,
+        InputError: as for `rank` and `generate_answers`; or all texts are ranked, but `num_beams`,
             `temperature` or `top_p` differs from its default.
     """
-    labels = [None if x.task is None or decode_all else x.task.labels for x in formats]
+    Decoding(**settings)  # refuses bad values even if nothing is generated
+    check_at_least(1, batch_size=batch_size)
+    labels = [None if x.task is None or decode else x.task.labels for x in formats]
     ranked = [i for i, labels_of_text in enumerate(labels) if labels_of_text is not None]
     generated = sorted(set(range(len(texts))) - set(ranked))
     if ranked and not generated and _changes_generation(settings):
         raise InputError(
             f"the task has a closed set of labels ({', '.join(labels[0] or ())}), which are ranked;"
-            " --num_beams, --temperature and --top_p need --decode"
+            " --num_beams, --temperature and --top_p need --decode (decode=True)"
         )
     opened = open_prompt(backbone, prompt)
 
@@ -195,7 +215,7 @@ def predict(
     if generated:
         chosen, lengths = inputs_of(generated)
         longest = [formats[i].target_length or MAX_NEW_TOKENS for i in generated]
-        answers = decode(
+        answers = generate_answers(
             backbone,
             chosen,
             opened,

@@ -49,9 +49,9 @@ def open_prompt(backbone: Backbone, prompt: PromptLike, *, allow_mismatch: bool 
         InputError: the file at the path is missing or not a valid prompt, or the prompt is not a
             matrix [P, D] or does not fit the backbone.
     """
-    if prompt is None:
+    wrapped = load_any(prompt)
+    if wrapped is None:
         return None
-    wrapped = prompt if isinstance(prompt, PromptBank) else wrap_prompt(prompt)
     opened, key = _OPENED.setdefault(wrapped, {}), _key(backbone, allow_mismatch)
     if key not in opened:
         if isinstance(wrapped, PromptBank):
@@ -60,6 +60,15 @@ def open_prompt(backbone: Backbone, prompt: PromptLike, *, allow_mismatch: bool 
             checked = check_prompt(backbone, wrapped, allow_mismatch=allow_mismatch)
         opened[key] = None if checked is wrapped else checked  # a value must not keep its key alive
     return opened[key] or wrapped
+
+
+def load_any(prompt: PromptLike) -> Prompt:
+    """Loads a prompt in any form that callers may pass; checks it against no backbone.
+
+    Raises:
+        InputError: as for `wrap_prompt`.
+    """
+    return prompt if prompt is None or isinstance(prompt, PromptBank) else wrap_prompt(prompt)
 
 
 def open_single(backbone: Backbone, prompt: PromptLike) -> PromptFile | None:

@@ -51,7 +51,10 @@ def prompt_of(record: Record, bank: PromptBank) -> int:
     """
     try:
         if PLAIN in record.fields:
-            raise InputError("a plain text names no prompt of many; give records, or one --prompt")
+            raise InputError(
+                "a plain text names no prompt of many; give records, or one --prompt "
+                "(in Python prompt_ids)"
+            )
         if PROMPT_FIELD not in record.fields:
             raise InputError(
                 f"no field '{PROMPT_FIELD}', which names one of the prompts ('{NO_PROMPT}' for the "
@@ -87,12 +90,13 @@ def check_prompt_fields(
         if read and prompt_ids is not None:
             raise InputError(
                 f"{record.where}: the field '{PROMPT_FIELD}' names the prompt, but the template of "
-                f"its task reads a field of that name too, {template!r}; use --prompt for it"
+                f"its task reads a field of that name too, {template!r}; use --prompt for it "
+                "(in Python prompt_ids)"
             )
         unread += PROMPT_FIELD in record.fields and not read
     if unread and prompt_ids is None:
         logging.warning(
-            "%d of %d records have a field '%s', which is ignored without --prompts",
+            "%d of %d records have a field '%s', which is ignored without --prompts (a bank)",
             unread,
             len(records),
             PROMPT_FIELD,
@@ -127,6 +131,14 @@ def format_record(record: Record, task: Task | None) -> tuple[str, JsonObject]:
         return task.format_inputs(fields), fields
     except InputError as error:
         raise InputError(f"{record.where}: {error}") from error
+
+
+def recorded_lengths(metadata: Metadata) -> dict[str, int]:
+    """Returns the maximum lengths that a prompt's metadata record: "inputs", "targets" or both."""
+    sides = {"inputs": "input_length", "targets": "target_length"}
+    return {
+        side: metadata[key] for side, key in sides.items() if isinstance(metadata.get(key), int)
+    }
 
 
 def task_of(metadata: Metadata, fallback: Task | None = None) -> Task | None:

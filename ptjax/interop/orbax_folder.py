@@ -171,6 +171,15 @@ def load_orbax(checkpoint: epath.Path, family: Family) -> dict[str, LazyArray]:
         InputError: the checkpoint contains none or several such networks, was written by a run of
             ptjax (which saves no backbone), is incomplete, or is damaged.
     """
+    return _open(*find_model(checkpoint, family))
+
+
+def find_model(checkpoint: epath.Path, family: Family) -> tuple[Item, str]:
+    """Returns the item that holds the network, and the prefix of its names: "target", or "".
+
+    Arguments and errors are those of `load_orbax`. The arrays are not opened, so a damaged one
+    raises no error.
+    """
     if (checkpoint / "identity").is_dir() and (checkpoint / "progress").is_dir():
         raise InputError(
             f"{checkpoint}: the checkpoint holds no model; it is a checkpoint of a run of ptjax, "
@@ -195,8 +204,7 @@ def load_orbax(checkpoint: epath.Path, family: Family) -> dict[str, LazyArray]:
         raise InputError(
             f"{checkpoint}: several models in this checkpoint, {places}; name the folder of one"
         )
-    [(item, prefix)] = models
-    return _open(item, prefix)
+    return models[0]
 
 
 def open_item(folder: epath.Path) -> Item:

@@ -114,8 +114,8 @@ def export_peft(
     directory: str | os.PathLike[str],
     prompt: np.ndarray,
     *,
-    num_heads: int,
-    num_layers: int,
+    num_heads: int | None = None,
+    num_layers: int | None = None,
     base_model: str | None = None,
     revision: str | None = None,
     metadata: Metadata | None = None,
@@ -126,8 +126,9 @@ def export_peft(
 
     Args:
         prompt: [P, D], written as float32.
-        num_heads: the backbone's number of attention heads, only recorded in the config.
-        num_layers: the number of layers of its encoder, only recorded in the config.
+        num_heads: the backbone's number of attention heads, only recorded in the config; PEFT
+            takes it from the backbone if it is None.
+        num_layers: the number of layers of its encoder; the same.
         base_model: the backbone's name on the hub; PEFT does not check it.
         revision: its commit there.
         metadata: JSON values for the header of the weights file, which `load_peft` reads and PEFT

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import pathlib
+import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,16 +22,14 @@ from jaxtyping import Array
 
 from ptjax import untrusted
 from ptjax.errors import InputError, check_path, gin_flag, missing
-from ptjax.files import JsonObject, Metadata
-from ptjax.interop import peft, prompt_header, safetensors_file, t5x
+from ptjax.files import JsonObject
+from ptjax.interop import hub, model_card, peft, prompt_header, safetensors_file, t5x
 from ptjax.interop.lazy_array import LazyArray
+from ptjax.interop.t5x import T5X_PROMPT
+from ptjax.interop.write_prompt import KINDS, TENSOR, checked, save_folder, save_prompt, with_run
 from ptjax.model_dir import BEST_PROMPTS, PROMPT_SUFFIX, ModelDir
 from ptjax.models.t5 import PromptStates
 
-TENSOR = "prompt"
-_KINDS = ("keys", "values")
-T5X_PROMPT = "encoder/prompt/prompt/prompt"
-"""The parameter that holds the prompt in a T5X checkpoint of google-research/prompt-tuning."""
 NO_PROMPT = "none"
 """The name that means "no prompt" in commands and records; no prompt may be called that."""
 _SUFFIXES = (PROMPT_SUFFIX, ".npy")
@@ -45,74 +45,143 @@ class PromptFile:
             empty for other formats.
         states: the keys and values from `precompute_prompt_kv`, which hold only for the backbone
             that the metadata name; None if they were not computed.
+        source: where it was loaded from: the absolute path of its file or folder, or its name on
+            the Hugging Face hub with the commit, "me/tickets-prompt@COMMIT".
     """
 
     prompt: np.ndarray | Array
     metadata: JsonObject
     states: PromptStates | None = None
+    source: str | None = None
 
     @property
     def attends_to_input(self) -> bool:
         """Whether prompt positions attend to the input; True unless the metadata say otherwise."""
         return bool(self.metadata.get("sees_input", True))
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the prompt to a folder with its model card, or to a single file.
 
-def save_prompt(
-    path: str | os.PathLike[str],
-    prompt: np.ndarray,
-    metadata: Metadata,
-    states: PromptStates | None = None,
-) -> None:
-    """Writes ptjax's prompt file: `prompt` [P, D] as float32, in one atomic write.
+        The folder gets ptjax's `prompt.safetensors`, which `load_prompt` finds there, README.md,
+        and the files of PEFT, for `peft.PeftModel.from_pretrained`. (PEFT cannot use a prompt whose
+        positions do not attend to the input.) Such files in an existing folder are replaced.
+
+        If the prompt is the best one of a finished run, its scores and recipe are read from there
+        and saved too, for the card.
+
+        Args:
+            path: a folder; or a file, whose name ends in .safetensors, for the prompt alone.
+
+        Raises:
+            InputError: `path` has another suffix of a file, or is a folder with a README.md that
+                ptjax did not write; or the results of the run are damaged.
+        """
+        check_path("the path of the prompt", path)
+        target = epath.Path(path).expanduser()
+        metadata, array = with_run(self.metadata, self.source), np.asarray(self.prompt)
+        if target.suffix == PROMPT_SUFFIX and not target.is_dir():
+            return save_prompt(target, array, metadata, self.states)
+        if target.suffix in _SUFFIXES:
+            raise InputError(f"{path}: save() writes .safetensors; ptjax.export writes other files")
+        name = target.name or os.path.basename(os.path.abspath(target))
+        save_folder(target, array, metadata, self.states, name=name)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload a prompt of ptjax",
+    ) -> str:
+        """Uploads what `save` writes to the Hugging Face hub, in one commit.
+
+        Paths of this machine are not uploaded: a backbone that is not from the hub is recorded with
+        the name of its folder alone.
+
+        Args:
+            repo_id: namespace/name; the repository is created if it does not exist.
+            private: whether a new repository is private; None: as the namespace's settings say.
+            token: default: HF_TOKEN, or that of `hf auth login`.
+            revision: the branch, created if it does not exist; None: the default branch.
+
+        Returns:
+            the URL of the commit.
+
+        Raises:
+            InputError: the id is invalid, you are not logged in or may not write there, or the hub
+                cannot be reached.
+        """
+        metadata = with_run(self.metadata, self.source)
+        if model_card.hub_model(metadata) is None and isinstance(
+            backbone := metadata.get("backbone_name"), str
+        ):
+            metadata["backbone_name"] = model_card.file_name(backbone)
+        with tempfile.TemporaryDirectory() as folder:
+            array = np.asarray(self.prompt)
+            save_folder(epath.Path(folder), array, metadata, self.states, name=repo_id)
+            return hub.upload(
+                pathlib.Path(folder),
+                repo_id,
+                ours=(hub.PROMPT, *peft.FILES),
+                private=private,
+                token=token,
+                revision=revision,
+                commit_message=commit_message,
+            )
+
+
+def load_prompt(path: str | os.PathLike[str], revision: str | None = None) -> PromptFile:
+    """Loads a prompt in any supported format, from a local path, gs:// or the Hugging Face hub.
+
+    Formats are ptjax's file, a folder that `PromptFile.save` wrote, a numpy file of
+    google-research/prompt-tuning (with or without .npy), a PEFT directory (or a file in it), a T5X
+    checkpoint that holds a prompt, and a MODEL_DIR, whose best prompt is loaded.
 
     Args:
-        metadata: JSON values by name; `load_prompt` returns them.
-        states: the keys and values from `precompute_prompt_kv`, [layers, P, H, K] each, to store
-            with the prompt; written in their own dtype.
+        path: a path; or, if it does not exist, a name on the hub, "me/tickets-prompt" or
+            "me/tickets-prompt@REVISION". Only the files of the prompt are downloaded, no pickle.
+        revision: a branch, tag or commit on the hub; None: the default branch.
 
     Raises:
-        InputError: the prompt is not finite or not [P, D], or a metadata value that ptjax reads
-            has the wrong type or is out of range.
+        InputError: the path has none of these formats, or is the MODEL_DIR of a sweep or of model
+            tuning; the prompt is damaged, not finite or not [P, D]; or the hub has no such prompt
+            or cannot be reached.
     """
     check_path("the path of the prompt", path)
-    if problem := prompt_header.wrong_value(metadata):
-        raise InputError(f"{path}: a prompt cannot be saved with this metadata, {problem}")
-    tensors = {TENSOR: _checked(np.asarray(prompt), os.fspath(path))}
-    if states is not None:
-        for stack, arrays in states._asdict().items():
-            for kind, array in zip(_KINDS, arrays, strict=True):
-                tensors[f"{stack}_{kind}"] = np.asarray(array)
-    safetensors_file.save_safetensors(
-        path,
-        tensors.items(),
-        {name: (array.shape, array.dtype.name) for name, array in tensors.items()},
-        prompt_header.seal(safetensors_file.to_header(metadata), tensors),
-    )
+    local = epath.Path(path).expanduser()
+    if local.exists():
+        if revision is not None:
+            raise InputError(f"{path}: a local path has no revisions; leave {revision!r} out")
+        return _load(local)
+    name = os.fspath(path)
+    if not hub.may_be_name(name):
+        raise missing("prompt", local)
+    folder, name = hub.download(name, revision)
+    return dataclasses.replace(_load(folder), source=name)
 
 
-def load_prompt(path: str | os.PathLike[str]) -> PromptFile:
-    """Loads a prompt in any supported format.
-
-    Formats are ptjax's file, a numpy file of google-research/prompt-tuning (with or without .npy),
-    a PEFT directory (or a file in it), and a T5X checkpoint that holds a prompt; local or gs://.
-
-    Raises:
-        InputError: the path has none of these formats, or the prompt is damaged, not finite or
-            not [P, D].
-    """
-    check_path("the path of the prompt", path)
-    path = epath.Path(path).expanduser()
-    if not path.exists():
-        raise missing("prompt", path)
+def _load(path: epath.Path) -> PromptFile:
+    """Loads the prompt at a path that exists."""
     if path.name in peft.FILES:
         path = path.parent
     if path.is_dir() or path.name == "checkpoint":
+        path = _file_in(path)
+    if path.is_dir() or path.name == "checkpoint":
         prompt, metadata = _load_directory(path)
-        return PromptFile(_checked(prompt, os.fspath(path)), metadata)
+        file = PromptFile(checked(prompt, os.fspath(path)), metadata)
+    else:
+        file = _load_file(path)
+    source = path if "://" in os.fspath(path) else os.path.abspath(path)
+    return dataclasses.replace(file, source=os.fspath(source))
+
+
+def _load_file(path: epath.Path) -> PromptFile:
     with path.open("rb") as stream:
         start = stream.read(9)
     if start.startswith(b"\x93NUMPY"):
-        return PromptFile(_checked(_load_numpy(path), os.fspath(path)), {})
+        return PromptFile(checked(_load_numpy(path), os.fspath(path)), {})
     if start[8:] == b"{":
         return _load_safetensors(path)
     kind = {b"\x80": "a pickle, which could run any code", b"P": "a zip (.npz or torch)"}
@@ -120,6 +189,28 @@ def load_prompt(path: str | os.PathLike[str]) -> PromptFile:
         f"{path}: not a prompt file: {kind.get(start[:1], 'unknown format')}; ptjax reads "
         "safetensors, .npy, PEFT directories and T5X checkpoints"
     )
+
+
+def _file_in(folder: epath.Path) -> epath.Path:
+    """ptjax's own file in a folder that `save` wrote or a run; else `folder` itself."""
+    run = ModelDir(folder)
+    for file in (folder / hub.PROMPT, run.best_prompt()):
+        if file.exists():
+            return file
+    if names := run.members():
+        raise InputError(
+            f"{folder}: the run is a sweep of {', '.join(names)}; name the prompt of one, such as "
+            f"{run.best_prompt(names[0])}"
+        )
+    if run.best_model.exists():
+        raise InputError(
+            f"{folder}: the run tuned the whole model, and has no prompt; load the model, "
+            f"{run.best_model}, with ptjax.load_backbone"
+        )
+    # A MODEL_DIR of T5X has a config.gin too.
+    if run.config.exists() and not peft.is_peft(folder) and not t5x.is_t5x(folder):
+        raise InputError(f"{folder}: the run has saved no best prompt yet; let it evaluate once")
+    return folder
 
 
 def wrong_width(
@@ -183,7 +274,8 @@ def _prompts_at(path: epath.Path) -> list[epath.Path]:
     if not path.is_dir():
         return [path] if path.suffix in _SUFFIXES else []
     inside = [path / best for best in BEST_PROMPTS if (path / best).exists()]
-    inside += [path] if peft.is_peft(path) else []
+    saved = (path / hub.PROMPT).exists() or peft.is_peft(path)
+    inside += [path] if saved else []
     if not inside:
         logging.warning("%s: no prompt in this folder, skipped", path)
     return inside
@@ -236,7 +328,7 @@ def _load_safetensors(path: epath.Path) -> PromptFile:
     sealed = prompt_header.is_sealed(header)
     tensors = {name: x.read_all() for name, x in arrays.items() if sealed or name == TENSOR}
     metadata = prompt_header.unseal(header, tensors, os.fspath(path))
-    prompt = _checked(tensors[TENSOR], os.fspath(path))
+    prompt = checked(tensors[TENSOR], os.fspath(path))
     file = PromptFile(prompt, metadata, _load_states(path, arrays))
     if file.states is not None and file.attends_to_input:
         raise InputError(
@@ -252,7 +344,7 @@ def _load_safetensors(path: epath.Path) -> PromptFile:
 
 def _load_states(path: epath.Path, arrays: Mapping[str, LazyArray]) -> PromptStates | None:
     """The states of a compiled prompt, if the file has any."""
-    names = [[f"{stack}_{kind}" for kind in _KINDS] for stack in PromptStates._fields]
+    names = [[f"{stack}_{kind}" for kind in KINDS] for stack in PromptStates._fields]
     if not any(name in arrays for pair in names for name in pair):
         return None
     stacks = []
@@ -268,21 +360,6 @@ def _load_states(path: epath.Path, arrays: Mapping[str, LazyArray]) -> PromptSta
             raise InputError(f"{path}: {pair[0]} or {pair[1]} is not finite")
         stacks.append((keys, values))
     return PromptStates(*stacks)
-
-
-def _checked(prompt: np.ndarray, where: str) -> np.ndarray:
-    """`prompt` as float32 [P, D]."""
-    floating = np.issubdtype(prompt.dtype, np.floating) or prompt.dtype == ml_dtypes.bfloat16
-    if not floating:
-        raise InputError(f"{where}: the prompt has dtype {prompt.dtype}, not floating point")
-    if prompt.ndim != 2 or 0 in prompt.shape:
-        raise InputError(f"{where}: the prompt has shape {list(prompt.shape)}, not [P, D]")
-    with np.errstate(over="ignore"):
-        prompt = np.ascontiguousarray(prompt, np.float32)
-    if not np.isfinite(prompt).all():
-        row = int(np.flatnonzero(~np.isfinite(prompt).all(axis=1))[0])
-        raise InputError(f"{where}: the prompt is not finite (row {row})")
-    return prompt
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,6 +17,9 @@ from ptjax.interop.orbax_folder import COMMITTED, names_in, step_of
 from ptjax.models.family import Family
 from ptjax.models.t5_family import T5_FAMILY
 
+T5X_PROMPT = "encoder/prompt/prompt/prompt"
+"""The parameter that holds the prompt in a checkpoint of google-research/prompt-tuning."""
+
 
 def is_t5x(path: str | os.PathLike[str]) -> bool:
     """Whether `path` is a T5X or Orbax checkpoint, or a folder of checkpoints, complete or not."""
@@ -108,13 +111,23 @@ def load_t5x(path: str | os.PathLike[str], family: Family = T5_FAMILY) -> dict[s
 
 
 def _load(checkpoint: epath.Path, family: Family) -> dict[str, LazyArray]:
+    if (contents := legacy_contents(checkpoint)) is not None:
+        return t5x_legacy.load_legacy(checkpoint / "checkpoint", contents)
+    return orbax_folder.load_orbax(checkpoint, family)
+
+
+def legacy_contents(checkpoint: epath.Path) -> t5x_legacy.Contents | None:
+    """Reads the msgpack of a checkpoint older than Orbax; None if Orbax wrote the checkpoint.
+
+    Raises:
+        InputError: the file is damaged, or TensorFlow's.
+    """
     names = names_in(checkpoint)
     if "checkpoint" in names and not orbax_folder.is_item(names):
-        file = checkpoint / "checkpoint"
-        contents = t5x_legacy.read_container(file)
+        contents = t5x_legacy.read_container(checkpoint / "checkpoint")
         if not orbax_folder.has_placeholder(contents):
-            return t5x_legacy.load_legacy(file, contents)
-    return orbax_folder.load_orbax(checkpoint, family)
+            return contents
+    return None
 
 
 def _is_checkpoint(path: epath.Path) -> bool:

@@ -150,7 +150,7 @@ def _target(contents: Contents, file: epath.Path) -> Contents:
         )
     optimizer = contents["optimizer"]
     target = optimizer.get("target") if isinstance(optimizer, dict) else None
-    if not isinstance(target, dict) or _is_spec(target):
+    if not isinstance(target, dict) or is_spec(target):
         raise InputError(f"{file}: the checkpoint has no weights (`optimizer/target`)")
     state = optimizer.get("state")
     if isinstance(state, dict) and isinstance(state.get("param_states"), dict):
@@ -166,7 +166,7 @@ def _trained(states: Contents) -> list[str]:
 
 def _leaves(target: Contents, file: epath.Path) -> dict[str, Any]:
     """Name -> array or tensorstore spec of each leaf."""
-    leaves = flatten_paths(target, is_leaf=_is_spec)
+    leaves = flatten_paths(target, is_leaf=is_spec)
     for name, leaf in leaves.items():
         if isinstance(leaf, dict) and _holds_array(leaf):
             raise InputError(
@@ -181,7 +181,8 @@ def _leaves(target: Contents, file: epath.Path) -> dict[str, Any]:
     return leaves
 
 
-def _is_spec(node: Mapping[Any, Any]) -> bool:
+def is_spec(node: Mapping[Any, Any]) -> bool:
+    """Whether a node of the tree is the tensorstore spec of an array."""
     return {"driver", "kvstore"} <= set(node)
 
 

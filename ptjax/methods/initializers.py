@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ptjax.errors import InputError
+from ptjax.errors import InputError, needs
 from ptjax.methods.base import InitContext
 
 
@@ -121,7 +121,8 @@ class FrequentWords:
     def words(self, count: int, texts: Iterable[str]) -> list[str]:
         """Returns the `count` most frequent words; ties are in alphabetical order."""
         # Imported here: scikit-learn takes a second to load, and nothing else needs it.
-        from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
+        with needs("report", "ptjax.FrequentWords"):
+            from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
         pattern = re.compile(rf"[^\W\d_]{{{self.minimum_letters},}}")
         counts = collections.Counter(w for text in texts for w in pattern.findall(text.lower()))

@@ -6,18 +6,20 @@ Each compilation runs in a process of its own, because the compiler may crash or
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
+import cloudpickle
 import jax
 from jax.sharding import Mesh
 
@@ -26,13 +28,15 @@ from ptjax.errors import InputError
 from ptjax.files import JsonObject, Metadata
 from ptjax.planning.estimate import TIGHT, Report, count, link_seconds, step_seconds
 from ptjax.planning.hlo import bytes_accessed, collectives
-from ptjax.planning.slices import Slice
+from ptjax.planning.slices import ENVIRONMENT, Slice, parse_slice
 from ptjax.planning.workload import ParallelConfig, StepSpec, abstract_step
 from ptjax.sharding import meshes
 from ptjax.sharding.devices import FRACTIONS, GIB
 from ptjax.sharding.meshes import make_mesh
 
 _CRASHED, _LATE = "compiler crashed", "compiler took too long"
+_REFUSED = 2
+"""The exit code of a compiling process that raised an InputError."""
 _PACKAGES = re.compile("jax.*|flax|optax|libtpu.*")
 
 FAST: JsonObject = {"exec_time_optimization_effort": -1.0}
@@ -187,9 +191,8 @@ class Compiler:
     """Runs `compile_ahead` for one slice, each time in a new process; caches the reports.
 
     Args:
-        spec: the train step. It is only used to report failed compilations.
-        gin: the text of a gin file with all settings of the run. `ptjax.plan --compile` reads it in
-            the new process.
+        spec: the train step. The new process reads it from a pipe, pickled: only this package can
+            write to that pipe.
         exact: see `compile_ahead`.
         timeout: seconds that one compilation may take.
         cache: the folder for cached reports; None caches them in memory only.
@@ -199,15 +202,25 @@ class Compiler:
         self,
         spec: StepSpec,
         slice_: Slice,
-        gin: str,
         *,
         exact: bool = False,
         timeout: int = 900,
         cache: Path | None = None,
     ) -> None:
-        self.spec, self.slice_, self.gin = spec, slice_, gin
+        self.spec, self.slice_ = spec, slice_
         self.exact, self.timeout, self.cache = exact, timeout, cache
         self.reports: dict[str, Report] = {}
+
+    @functools.cached_property
+    def _pickled(self) -> bytes:
+        """The step and the slice, for the process that compiles."""
+        try:
+            return cloudpickle.dumps((self.spec, self.slice_.name))
+        except Exception as error:  # a method of the user's may hold anything
+            raise InputError(
+                f"the run's settings cannot be sent to the process that compiles ({error}); plan "
+                "with quick=True, or with settings that can be pickled"
+            ) from error
 
     def __call__(self, parallel: ParallelConfig, timed: bool = False) -> Report:
         """Returns the report for one configuration, from the cache or compiled now.
@@ -255,26 +268,23 @@ class Compiler:
             self.cache = None
 
     def _compile(self, parallel: ParallelConfig, job: Metadata) -> Report:
-        with tempfile.TemporaryDirectory() as folder:
-            config = Path(folder) / "plan.gin"
-            config.write_text(self.gin, "utf-8")
-            command = [sys.executable, "-m", "ptjax.plan", f"--gin_file={config}"]
-            command += [f"--slice={self.slice_.name}", f"--compile={json.dumps(job)}"]
-            try:
-                done = subprocess.run(
-                    command,
-                    env=os.environ | {"JAX_TRACEBACK_FILTERING": "off"},
-                    capture_output=True,
-                    text=True,
-                    timeout=self.timeout,
-                )
-            except subprocess.TimeoutExpired:
-                counted = count(self.spec, parallel, self.slice_)
-                return counted | {"verdict": _LATE, "reason": f"more than {self.timeout} s"}
+        # What this process can import, the new one can: a method may be in the user's own module.
+        environment = os.environ | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(sys.path)}
+        try:
+            done = subprocess.run(
+                [sys.executable, "-c", f"from {__name__} import answer; answer()"],
+                input=cloudpickle.dumps((self._pickled, json.dumps(job))),
+                env=environment | {"JAX_TRACEBACK_FILTERING": "off"},
+                capture_output=True,
+                timeout=self.timeout,
+            )
+        except subprocess.TimeoutExpired:
+            counted = count(self.spec, parallel, self.slice_)
+            return counted | {"verdict": _LATE, "reason": f"more than {self.timeout} s"}
         if done.returncode == 0:
             return json.loads(done.stdout.splitlines()[-1])
-        if done.returncode == 2:  # not the run's settings, which were checked before
-            raise InputError(done.stderr.strip().splitlines()[-1].removeprefix("error: "))
+        if done.returncode == _REFUSED:  # not the run's settings, which were checked before
+            raise InputError(done.stderr.decode(errors="replace").strip().splitlines()[-1])
         counted = count(self.spec, parallel, self.slice_)
         return counted | {"verdict": _CRASHED, "reason": _reason(done)}
 
@@ -287,27 +297,35 @@ class Compiler:
             if _PACKAGES.fullmatch(package.name)
         ]
         flags = [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS", *FRACTIONS)]
-        for part in (self.gin, self.slice_.name, json.dumps(job), *sorted(versions), *flags):
+        digest.update(self._pickled)
+        for part in (json.dumps(job), *sorted(versions), *flags):
             digest.update(part.encode() + b"\0")
         for source in sorted(Path(__file__).parent.rglob("*.py")):
             digest.update(source.read_bytes())
         return f"{digest.hexdigest()[:32]}.json"
 
 
-def answer(spec: StepSpec, slice_: Slice, job: str) -> Report:
-    """Runs `compile_ahead` in the process that `Compiler` has started; returns the report.
+def answer() -> None:
+    """Runs `compile_ahead` in the process that `Compiler` has started; prints the report as JSON.
 
-    Args:
-        job: the arguments `parallel`, `exact` and `timed` as JSON, from the flag `--compile`.
+    Standard input is what `Compiler` has pickled.
     """
-    wanted = json.loads(job)
+    pickled, job = pickle.load(sys.stdin.buffer)
+    (spec, name), wanted = pickle.loads(pickled), json.loads(job)
     parallel = ParallelConfig.from_settings(wanted["parallel"])
-    return compile_ahead(spec, parallel, slice_, exact=wanted["exact"], timed=wanted["timed"])
+    how = {"exact": wanted["exact"], "timed": wanted["timed"]}
+    try:
+        report = compile_ahead(spec, parallel, parse_slice(name), **how)
+    except InputError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(_REFUSED) from None
+    print(json.dumps(report))
 
 
-def _reason(done: subprocess.CompletedProcess[str]) -> str:
+def _reason(done: subprocess.CompletedProcess[bytes]) -> str:
     """Why a compilation ended: its signal, and the most informative line of its errors."""
-    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    stderr = done.stderr.decode(errors="replace")
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     telling = [x for x in lines if re.match(r"F\d{4} |.*(Check failed|Error|STACK OVERFLOW)", x)]
     last = (telling or lines or [""])[-1][:300]
     if done.returncode >= 0:

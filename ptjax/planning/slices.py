@@ -6,7 +6,7 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from ptjax.errors import InputError, near
@@ -325,3 +325,19 @@ def _target_config(generation: Generation) -> str:
             }
         )
     )
+
+
+def find_slices(names: Iterable[str]) -> list[Slice]:
+    """Returns the slices of these names, of which each may be several with commas.
+
+    Raises:
+        InputError: a name is unknown, or none is given.
+    """
+    parts = [part.strip() for name in names for part in name.split(",") if part.strip()]
+    return [parse_slice(part) for part in parts or [""]]
+
+
+def default_cache() -> str:
+    """Returns the folder that caches results: ptjax/plan in XDG_CACHE_HOME, else in ~/.cache."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return os.path.join(cache, "ptjax", "plan")

@@ -13,8 +13,10 @@ def names_of(results: JsonObject) -> tuple[str, str]:
     """Returns how to call what was scored, and the same before training."""
     settings = results.get("settings")
     if not isinstance(settings, dict):
-        hard = "hard prompt" if "hard_prompt" in results else "prompt"
-        return (hard if results.get("prompt") or "hard_prompt" in results else "backbone"), ""
+        if "hard_prompt" in results:
+            return "hard prompt", ""
+        tuned = results.get("step") is not None or "members" in results
+        return ("prompt" if tuned or results.get("prompt") else "backbone"), ""
     method = str((settings.get("method") or {}).get("is"))
     return _TUNED.get(method, (f"tuned ({method})", "before training"))
 

@@ -9,8 +9,7 @@ A killed run does not remove its lock. On the same machine, the next run looks u
 starts immediately. On another machine it watches the lock: if it does not change for SILENCE
 seconds by the watcher's own clock, the run is dead and the lock is taken over. Clocks of two
 machines are compared in one case only: a lock older than ABANDONED seconds by the storage's clock
-is not watched. The clocks would have to disagree by most of that to affect a running process, which
-would then notice and stop.
+is not watched. If the clocks disagree by most of that, a running process notices and stops.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from absl import logging
 from etils import epath
 
 from ptjax import files
-from ptjax.errors import InputError, TrainingError, one_line
+from ptjax.errors import InputError, TrainingError, check_system, one_line
 from ptjax.model_dir import LOCK, ModelDir
 from ptjax.sharding import processes
 
@@ -104,6 +103,7 @@ class Lock:
     """The lock file of one MODEL_DIR. Use `hold` to take it; only the first process writes it."""
 
     def __init__(self, model_dir: epath.Path) -> None:
+        check_system()
         self.model_dir, self.holder = model_dir, Holder.here()
         self._path = ModelDir(model_dir).lock
         self._mutex = threading.Lock()

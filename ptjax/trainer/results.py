@@ -32,6 +32,11 @@ class Scores:
         self.split = self.evaluator.reported_split
         self._hard_prompt = functools.cache(self._score_hard_prompt)
 
+    def _counts(self) -> dict[str, int]:
+        """The number of examples in each split that the run uses."""
+        splits = (self.evaluator.settings.split, self.split)
+        return {"train": len(self.train)} | {s: len(self.evaluator.examples(s)) for s in splits}
+
     def _score_hard_prompt(self, hard_prompt: HardPrompt) -> dict[str, float]:
         rewording = hard_prompt.rewording(self.train, self.settings.seed)
         return self.evaluator(self.backbone.variables, self.split, rewording)
@@ -67,6 +72,7 @@ class Scores:
                 for name, hard_prompt in hard_prompts.items()
             },
             "selected_on": self.evaluator.settings.split,
+            "examples": self._counts(),
         }
         return results, record
 

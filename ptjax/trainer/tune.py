@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
@@ -15,9 +16,11 @@ from etils import epath
 from ptjax import files
 from ptjax.backbones.damage import check_weights
 from ptjax.backbones.load import Backbone
+from ptjax.data.pipeline import Shape
 from ptjax.data.tasks import Task
 from ptjax.errors import InputError, check_path, one_line
 from ptjax.files import JsonObject, PathLike
+from ptjax.gin_text import describe_call
 from ptjax.interop.prompt_file import PromptFile, load_prompt
 from ptjax.methods.base import run_with
 from ptjax.model_dir import BEST, ModelDir
@@ -27,17 +30,22 @@ from ptjax.reports.report import Report
 from ptjax.settings import RunSettings
 from ptjax.sharding import processes
 from ptjax.sharding.arrays import check_batch_size, replicate_key, replicated
-from ptjax.trainer import lock
+from ptjax.trainer import lock, signals
 from ptjax.trainer.callbacks import Callback
+from ptjax.trainer.config_file import ConfigFile
+from ptjax.trainer.examples_report import report_examples_read
 from ptjax.trainer.identity import make_identity
+from ptjax.trainer.interrupted import best_so_far
 from ptjax.trainer.loop import TrainingLoop
+from ptjax.trainer.memory import Lower, explain_no_memory
 from ptjax.trainer.progress import RunProgress
 from ptjax.trainer.results import Scores, describe_run, of_sweep
 from ptjax.trainer.setup import MemberSetup, load_best, set_up_members
 from ptjax.trainer.startup_report import report_sizes, report_steps
+from ptjax.trainer.suggest import resolve_settings
 from ptjax.trainer.sweep import MemberOverrides, check_members
 from ptjax.training import freeze as freezing
-from ptjax.training.compile import batch_shapes
+from ptjax.training.compile import batch_shapes, lower_step
 from ptjax.training.dependence import check_used
 from ptjax.training.step import TrainState, TrainStep
 from ptjax.trees import Tree
@@ -45,21 +53,30 @@ from ptjax.trees import Tree
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A finished run: its folder and its results.
+    """A run: its folder and its results.
 
     Attributes:
         model_dir: MODEL_DIR, with `~` expanded.
-        results: the content of `results.json`; empty after a dry run.
+        results: the content of `results.json`; empty after a dry run. Of a run that was
+            interrupted, the validation scores of the best so far (see `finished`).
     """
 
     model_dir: epath.Path
     results: JsonObject
 
+    @property
+    def finished(self) -> bool:
+        """Whether the run has trained to its end; False after Ctrl-C, and after a dry run.
+
+        The same call of `tune` resumes a run that has not finished.
+        """
+        return bool(self.results) and self.results.get("finished", True)
+
     @functools.cached_property
     def prompt(self) -> PromptFile | None:
         """The best prompt, read from its file; in a sweep the best member's.
 
-        None if no prompt was tuned, or after a dry run.
+        None if no prompt was tuned, before the first evaluation, and after a dry run.
         """
         member = self.results["best"]["member"] if "members" in self.results else ""
         path = ModelDir(self.model_dir).best_prompt(member)
@@ -95,7 +112,8 @@ def tune(
     Args:
         model_dir: the folder for all files of the run. If it holds this run, unfinished, the run is
             resumed; if it holds this run, finished, its results are returned.
-        settings: default: `RunSettings()`, the settings of the prompt tuning paper.
+        settings: default: those that `suggest_settings` chooses for the backbone and the data;
+            they are logged. `RunSettings()` is the prompt tuning paper's.
         members: the members of a sweep, by name. Each trains its own prompt, all in one job, with
             the `settings` that it does not override. None means an ordinary run.
         steps: replaces `settings.schedule.train_steps`.
@@ -108,21 +126,19 @@ def tune(
             or one already past `train_steps` (`identity.FREE` lists which settings may change).
         TrainingError: a loss, score or trained variable is not finite (in a sweep: of every
             member), the disk is full, or another run took over `model_dir`.
-        SystemExit: after SIGTERM or Ctrl-C, when a checkpoint has been saved.
+        SystemExit: after SIGTERM or Ctrl-C, when a checkpoint has been saved. In an interactive
+            session (a notebook, Python's prompt) Ctrl-C returns the best so far instead.
     """
-    settings = RunSettings() if settings is None else settings
-    if steps is not None:
-        schedule = dataclasses.replace(settings.schedule, train_steps=steps)
-        settings = dataclasses.replace(settings, schedule=schedule)
-    _check(backbone, model_dir, settings, members or {})
+    check_path("MODEL_DIR", model_dir)
+    settings = resolve_settings(settings, backbone, task, members or {}, steps)
+    _check(backbone, settings, members or {})
     directory = epath.Path(model_dir).expanduser()
+    given = _given(backbone, task, settings, members)
+    callbacks = _with_config(callbacks, {"model_dir": model_dir, **given})
 
     def attempt(run_lock: lock.Lock | None) -> JsonObject | None:
-        """The results. Without the lock it writes nothing: it returns those of a dry run or of a
-        finished run, else None."""
-        report_steps(settings.schedule.train_steps, backbone)
-        overrides = members or {"": MemberOverrides()}
-        setups = set_up_members(backbone, task, directory, settings, overrides)
+        """The results; without the lock only of a dry or finished run, else None: no writing."""
+        setups = _set_up(backbone, task, directory, settings, members)
         state, step = _make_step(backbone, setups, settings, sweep=bool(members))
         frozen = setups[0].frozen
         report_sizes(settings.method, backbone, state.trainable, state.opt_state, frozen)
@@ -140,18 +156,21 @@ def tune(
         results = None if dry_run else _finished(run)
         if results is not None or (run_lock is None and not dry_run):
             run.checkpoints.close()
-            if results and run_lock is not None and processes.first():
-                write_page(directory, again=False)  # a kill may have come before it
             return results
         _check_used(backbone, setups[0], settings)
+        report_examples_read(setup.data for setup in setups)
         sizes = _counts(state.trainable, frozen)  # the first step takes the state's arrays
-        run.fit(state, frozen, step, backbone.mesh, dry_run=dry_run)
+        lower = _lowering(backbone, setups, state, sweep=bool(members))
+        try:
+            with explain_no_memory(settings, run.members.batches().shapes, lower, backbone.mesh):
+                run.fit(state, frozen, step, backbone.mesh, dry_run=dry_run)
+            scores, records = ({}, {}) if dry_run else _score_best(backbone, setups, settings, run)
+        except (signals.StoppedError, KeyboardInterrupt) as stop:
+            return best_so_far(stop, run, setups)
         if dry_run:
             return {}
-        scores, records = _score_best(backbone, setups, settings, run)
         results = scores | sizes | describe_run(backbone, settings, run.progress.seconds)
-        _write_results(directory, results, records, run_lock)
-        return results
+        return _write_results(directory, results, records, run_lock)
 
     return Run(directory, _under_lock(directory, attempt, needed=not dry_run))
 
@@ -166,6 +185,8 @@ def _under_lock(
     try:
         with lock.hold(directory, needed=needed) as run_lock:
             results = attempt(run_lock)
+            if results and processes.first():
+                write_page(directory, again=False)  # a kill may have come before it
     except lock.NotWritableError:
         # A finished run writes nothing, so its disk may be read-only.
         results = attempt(None) if ModelDir(directory).results.exists() else None
@@ -176,13 +197,9 @@ def _under_lock(
 
 
 def _check(
-    backbone: Backbone,
-    model_dir: PathLike,
-    settings: RunSettings,
-    members: Mapping[str, MemberOverrides],
+    backbone: Backbone, settings: RunSettings, members: Mapping[str, MemberOverrides]
 ) -> None:
-    """Rejects bad settings before any data are read."""
-    check_path("MODEL_DIR", model_dir)
+    """Rejects settings that the backbone or the mesh does not support."""
     settings.method.check(backbone, settings.batching)
     check_members(members, settings)
     batching = settings.batching
@@ -190,11 +207,48 @@ def _check(
         check_batch_size(batching.batch_size, backbone.mesh, batching.microbatches)
 
 
+def _given(
+    backbone: Backbone,
+    task: Task,
+    settings: RunSettings,
+    members: Mapping[str, MemberOverrides] | None,
+) -> dict[str, object]:
+    """The arguments of `tune` that its identity and its config.gin have in common."""
+    return {"backbone": backbone, "task": task, "settings": settings, "members": members or None}
+
+
+def _with_config(
+    callbacks: Sequence[Callback], arguments: Mapping[str, object]
+) -> Sequence[Callback]:
+    """The callbacks, with one that writes config.gin; a command has its own."""
+    if any(isinstance(callback, ConfigFile) for callback in callbacks):
+        return callbacks
+    return [*callbacks, ConfigFile(describe_call("ptjax.tune", arguments))]
+
+
+def _set_up(
+    backbone: Backbone,
+    task: Task,
+    directory: epath.Path,
+    settings: RunSettings,
+    members: Mapping[str, MemberOverrides] | None,
+) -> list[MemberSetup]:
+    """Sets up the members; an ordinary run has one, without a name."""
+    report_steps(settings.schedule.train_steps, backbone)
+    logging.info("preparing data and variables")
+    started = time.perf_counter()
+    overrides = members or {"": MemberOverrides()}
+    setups = set_up_members(backbone, task, directory, settings, overrides)
+    logging.info("prepared data and variables in %.1f s", time.perf_counter() - started)
+    return setups
+
+
 def _score_best(
     backbone: Backbone, setups: Sequence[MemberSetup], settings: RunSettings, run: TrainingLoop
 ) -> tuple[JsonObject, dict[str, JsonObject]]:
     """The scores of a finished run, and each member's recorded predictions."""
     sweep = run.members.is_sweep
+    logging.info("scoring the best and what it is compared with")
     scores = {setup.data: Scores(backbone, settings, setup.data) for setup in setups}
     members, records, prompts = {}, {}, []
     for setup, progress in zip(setups, run.progress.members, strict=True):
@@ -217,14 +271,7 @@ def _make_step(
 ) -> tuple[TrainState, TrainStep]:
     """The first state and its train step. In a `sweep` the state has all members, stacked."""
     first, mesh = setups[0], backbone.mesh
-    init, step = settings.step_config(sweep=sweep).make(
-        run_with(settings.method, backbone),
-        first.freeze,
-        mesh,
-        first.rms,
-        small=freezing.is_small(*_counts(first.trainable, first.frozen).values()),
-        attends_to_input=settings.method.attends_to_input,
-    )
+    init, step = _step_functions(backbone, first, settings, sweep=sweep)
     trainable, key = first.trainable, jax.random.key(first.seed)
     if sweep:
         trainable = jax.tree.map(lambda *x: jnp.stack(x), *(setup.trainable for setup in setups))
@@ -232,6 +279,35 @@ def _make_step(
         key = jnp.stack([jax.random.key(setup.seed) for setup in setups])
     # On the mesh: with a first state elsewhere the step would be compiled twice.
     return jax.jit(init)(trainable, replicate_key(key, mesh)), step
+
+
+def _step_functions(
+    backbone: Backbone, setup: MemberSetup, settings: RunSettings, *, sweep: bool
+) -> tuple[Callable[[Tree, jax.Array], TrainState], TrainStep]:
+    """The functions that `StepConfig.make` returns for a member."""
+    return settings.step_config(sweep=sweep).make(
+        run_with(settings.method, backbone),
+        setup.freeze,
+        backbone.mesh,
+        setup.rms,
+        small=freezing.is_small(*_counts(setup.trainable, setup.frozen).values()),
+        attends_to_input=settings.method.attends_to_input,
+    )
+
+
+def _lowering(
+    backbone: Backbone, setups: Sequence[MemberSetup], state: TrainState, *, sweep: bool
+) -> Lower:
+    """A function that lowers the train step with other settings, even after `state` is donated."""
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
+
+    def lower(settings: RunSettings, shape: Shape) -> jax.stages.Lowered:
+        _, step = _step_functions(backbone, setups[0], settings, sweep=sweep)
+        return lower_step(step, abstract, setups[0].frozen, shape, backbone.mesh)
+
+    return lower
 
 
 def _check_used(backbone: Backbone, setup: MemberSetup, settings: RunSettings) -> None:
@@ -256,7 +332,7 @@ def _identify(
     setups: Sequence[MemberSetup],
 ) -> JsonObject:
     """The identity of a run: these arguments of `tune`, and the data that it read."""
-    given = {"backbone": backbone, "task": task, "settings": settings, "members": members or None}
+    given = _given(backbone, task, settings, members)
     read: JsonObject = {}
     for number, data in enumerate(dict.fromkeys(setup.data for setup in setups)):
         for name, parts in data.describe().items():
@@ -306,13 +382,14 @@ def _write_results(
     results: JsonObject,
     records: Mapping[str, JsonObject],
     run_lock: lock.Lock | None,
-) -> None:
-    """Writes the results and the report. A run has finished once it has `results.json`."""
+) -> JsonObject:
+    """Writes the report and the `results`, which it returns: a run with them has finished."""
     run = ModelDir(directory)
     _write(run.report_data, as_json(make_content(results, records)), run_lock)
     _write(run.results, json.dumps(results, indent=2) + "\n", run_lock)
     if processes.first():
         write_page(directory)
+    return results
 
 
 def _write(path: epath.Path, text: str, run_lock: lock.Lock | None) -> None:

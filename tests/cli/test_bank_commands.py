@@ -8,62 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import save_tiny, tiny_config
+from tiny_prompts import RECORDS, save_prompts, write_mood
 
-from ptjax.backbones.load import load_backbone
 from ptjax.data.tasks import Task
-from ptjax.data.tokenizer import load_tokenizer
 from ptjax.interop.prompt_file import load_prompt, save_prompt
 
 pytestmark = pytest.mark.usefixtures("own_process")
 
-LABELS = {"mood": ("good", "bad"), "kind": ("book", "film", "play")}
-GIN = """
-from __gin__ import dynamic_registration
-import ptjax
-ptjax.tune.task = @ptjax.Task()
-ptjax.Task.name = 'mood'
-ptjax.Task.inputs = 'mood: {text}'
-ptjax.Task.splits = {'test': %DATA}
-ptjax.Task.label = 'label'
-ptjax.Task.verbalizer = {'0': 'good', '1': 'bad'}
-"""
-
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """A tiny backbone; `mixed`, prompts of three tasks; `seeds`, three prompts of one."""
-    folder = tmp_path_factory.mktemp("banks")
-    tokenizer = load_tokenizer("package:nano/spiece.model")
-    save_tiny(folder / "backbone", tiny_config(8192), tokenizer=tokenizer)
-    said = {
-        "backbone_name": str(folder / "backbone"),
-        "backbone_fingerprint": load_backbone(folder / "backbone").fingerprint,
-        "tokenizer_fingerprint": tokenizer.fingerprint,
-    }
-    rng = np.random.default_rng(0)
-
-    def save(name: str, length: int, task: Task, lengths: tuple[int, int], **more) -> None:
-        prompt = 2 * rng.normal(size=(length, 16)).astype(np.float32)
-        sizes = dict(zip(("input_length", "target_length"), lengths, strict=True))
-        save_prompt(folder / name, prompt, said | sizes | {"task": task.describe()} | more)
-
-    tasks = {
-        name: Task(
-            name=name,
-            inputs=f"{name}: {{text}}",
-            label="label",
-            verbalizer={str(i): text for i, text in enumerate(labels)},
-        )
-        for name, labels in LABELS.items()
-    }
-    opened = Task(name="copy", inputs="copy {text} {other}", targets="{text}")
-    save("mixed/mood/best.safetensors", 5, tasks["mood"], (24, 5))
-    save("mixed/kind.safetensors", 3, tasks["kind"], (9, 6), attends_to_input=False)
-    save("mixed/copy/prompts/best.safetensors", 4, opened, (16, 7))
-    for seed in range(3):
-        save(f"seeds/prompts/seed_{seed}/best.safetensors", 4, tasks["mood"], (24, 5), seed=seed)
-    return folder
+    return save_prompts(tmp_path_factory.mktemp("banks"))
 
 
 @pytest.fixture
@@ -77,23 +32,12 @@ def fails(call):
 
 
 @pytest.fixture
-def gin_file(place, tmp_path) -> str:
-    """The task `mood` with 12 examples of unequal lengths."""
-    rows = [{"text": f"word {'long ' * (i % 5)}{i}", "label": i % 2} for i in range(12)]
-    data = tmp_path / "test.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "mood.gin").write_text(GIN.replace("%DATA", f"'{data}'"))
-    return f"--gin_file={tmp_path / 'mood.gin'}"
+def gin_file(tmp_path) -> str:
+    return write_mood(tmp_path)
 
 
 def _rows(text: str) -> list[dict]:
     return [json.loads(line) for line in text.splitlines()]
-
-
-RECORDS = [
-    {"id": i, "prompt": name, "text": f"some {'long ' * (i % 4)}text {i}", "other": "x"}
-    for i, name in enumerate(["kind", "mood", "copy", "mood", "kind", "copy", "copy", "kind"])
-]
 
 
 def test_every_record_is_read_with_its_own_prompt(call, place):
@@ -174,6 +118,7 @@ def test_infer_refuses_what_names_no_prompt(fails, place, tmp_path):
         "--prompt and --prompts are mutually exclusive"
     )
     plain = "a plain text names no prompt of many; give records, or one --prompt"
+    plain += " (in Python prompt_ids)"
     assert fails("infer", many, "x") == f"the command line, text:1: {plain}"
     assert fails("infer", many, "--input=-", stdin=b"x\n") == f"standard input:1: {plain}"
     assert fails("infer", "--prompts=gone", "x") == (

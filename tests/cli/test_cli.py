@@ -17,7 +17,7 @@ import pytest
 from absl import logging as absl_logging
 
 import ptjax
-from ptjax import cli
+from ptjax import cli, messages
 from ptjax.cli import gin_files, logs
 from ptjax.cli.gin_mistakes import PUBLIC_NAMES
 from ptjax.errors import InputError, TrainingError
@@ -208,7 +208,7 @@ def test_required_bindings_count_within_their_scope(fails):
 def test_an_input_error_inside_gin_keeps_its_first_line_only(fails):
     quick = "--gin_file=quickstart.gin"
     assert fails(quick, "--gin.ptjax.Task.metrics=('accurracy',)") == (
-        "task sentiment: no metric is called 'accurracy'; did you mean accuracy?"
+        "task tickets: no metric is called 'accurracy'; did you mean accuracy?"
     )
 
 
@@ -315,8 +315,8 @@ def test_log_lines_are_plain_and_only_ours(capsys, tmp_path):
     logs.prepare()
     logs.prepare()  # a second time adds nothing
     records = [
-        (logs._PACKAGE + "/tuning.py", "absl", logging.INFO, "we start"),
-        (logs._PACKAGE + "/tuning.py", "absl", logging.WARNING, "we wonder"),
+        (messages.PACKAGE + "/tuning.py", "absl", logging.INFO, "we start"),
+        (messages.PACKAGE + "/tuning.py", "absl", logging.WARNING, "we wonder"),
         ("/x/orbax/checkpoint.py", "absl", logging.INFO, "orbax info"),
         ("/x/orbax/checkpoint.py", "absl", logging.WARNING, "orbax warns"),
         ("/x/orbax/checkpoint.py", "absl", logging.ERROR, "orbax fails"),
@@ -422,7 +422,7 @@ RANGES = {
     "TASK_FEATURE_LENGTHS={'input': 64}": "TASK_FEATURE_LENGTHS has 'input', not 'inputs' or "
     "'targets'",
     # Not after thousands of steps, when the first evaluation comes.
-    "ptjax.Evaluation.split='dev'": "task sentiment: no split 'dev' (splits: train, "
+    "ptjax.Evaluation.split='dev'": "task tickets: no split 'dev' (splits: train, "
     "validation, test)",
 }
 

@@ -191,7 +191,7 @@ def test_case_4_10_infer_says_where_its_output_is(infer):
 def test_case_5_9_a_file_that_is_there_is_kept_unless_forced(infer, refused):
     Path("out.jsonl").write_text("mine")
     assert refused("x", "--output=out.jsonl") == (
-        "out.jsonl already exists; overwrite it with --force"
+        "out.jsonl already exists; overwrite it with --force (force=True)"
     )
     assert Path("out.jsonl").read_text() == "mine"
     code, _, err = infer("x", "--output=out.jsonl", "--force")
@@ -282,7 +282,7 @@ def test_case_5_9_export_keeps_links_fifos_and_its_input(call, prompt, fifo):
 
 def test_case_5_12_what_is_not_finite_is_null(infer, monkeypatch):
     answer = predict.Prediction("good", math.nan, {"good": math.nan, "bad": math.inf})
-    monkeypatch.setattr(predict, "predict", lambda *_, **__: [answer])
+    monkeypatch.setattr("ptjax.inference.infer.predict_texts", lambda *_, **__: [answer])
     record = b'{"text": "a", "kept": 0.5}'
     _, rows, err = infer("--input=-", stdin=record)
     assert rows[0]["score"] is None and rows[0]["kept"] == 0.5, err

@@ -172,3 +172,20 @@ def test_case_5_1_the_list_is_whole_and_true():
 
 INTERNAL = {"InitContext"}
 """Classes that a run makes itself."""
+
+
+def test_a_downloaded_config_may_name_a_tracker_and_starts_none(call, model_dir, monkeypatch):
+    """As the config.gin of a tracked run does; a package that is imported could phone home."""
+    for package in ("wandb", "mlflow"):
+        Path(package).mkdir()
+        Path(package, "__init__.py").write_text("raise ConnectionError('phones home')")
+        monkeypatch.delitem(sys.modules, package, raising=False)
+    monkeypatch.syspath_prepend(str(Path.cwd()))
+    config = f"{HEADER}{TASK}ptjax.tune.callbacks = [@ptjax.WandbTracker(), @ptjax.MlflowTracker()]"
+    (model_dir / "config.gin").write_text(config)
+    code, out, err = call("infer", f"--model_dir={model_dir}", "x")
+    assert code == 0 and '"inputs": "mood: x"' in out, err
+    more = "\nptjax.Task.metrics = @ptjax.WandbTracker()\nptjax.WandbTracker.mode = 'online'"
+    (model_dir / "config.gin").write_text(config + more)
+    code, _, err = call("infer", f"--model_dir={model_dir}", "x")
+    assert code == 2 and "phones home" not in err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import gin
@@ -12,11 +13,17 @@ import pytest
 from markers import SHARED
 
 from ptjax.data import tasks
+from ptjax.data.sources import read_records
 
 CONFIGS = Path(__file__).parents[2] / "gin_configs" / "tasks"
 DATA = SHARED / "data"
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.gin"))
 
+# Examples per split of the sets that ship with ptjax.
+OWN = {
+    "sentiment": {"train": 800, "validation": 200, "test": 200},
+    "tickets": {"train": 480, "validation": 150, "test": 180},
+}
 # Examples per split. WSC's training set holds the true ones of its 554 records.
 COUNTS = {
     "sst2": {"train": 67_349, "validation": 872, "test": 1_821},
@@ -50,25 +57,40 @@ def _build(name: str, data_dir: Path | str) -> tasks.Task:
 def test_every_task_builds_and_its_description_formats_alike(name, tmp_path):
     task = _build(name, tmp_path)
     assert task.name == name
-    assert task.data_dir == ("package:sentiment" if name == "sentiment" else str(tmp_path))
+    assert task.data_dir == (f"package:{name}" if name in OWN else str(tmp_path))
     assert {"train"} <= set(task.splits) <= {"train", "validation", "test"}
     described = tasks.Task.from_description(json.loads(json.dumps(task.describe())))
     assert described.describe() == task.describe()
     assert described.labels == task.labels
 
 
-def test_the_projects_own_set():
-    task = _build("sentiment", "")
-    assert {split: len(task.load(split)) for split in task.splits} == {
-        "train": 800, "validation": 200, "test": 200
-    }  # fmt: skip
-    for split in task.splits:
+@pytest.mark.parametrize("name", OWN)
+def test_the_projects_own_sets(name):
+    task = _build(name, "")
+    assert {split: len(task.load(split)) for split in task.splits} == OWN[name]
+    for split, size in OWN[name].items():
         counts = collections.Counter(example.targets for example in task.load(split))
-        assert counts["negative"] == counts["positive"]
+        assert set(counts) == set(task.verbalizer.values())
+        assert set(counts.values()) == {size // len(counts)}
+
+
+def _five_words_on(text: str) -> set[tuple[str, ...]]:
+    words = re.sub(r"[^a-z0-9' ]", " ", text.lower()).split()
+    return {tuple(words[i : i + 5]) for i in range(len(words) - 4)}
+
+
+def test_no_ticket_repeats_another():
+    """As its README says. A text that stands in two splits would make the test score too good."""
+    records = [r.fields for s in OWN["tickets"] for r in read_records(f"package:tickets/{s}.jsonl")]
+    runs = collections.Counter(run for r in records for run in _five_words_on(r["body"]))
+    assert len({r["body"].lower() for r in records}) == len(records) == 810
+    assert [run for run, times in runs.items() if times > 1] == []
+    cells = collections.Counter((r["category"], r["topic"]) for r in records)
+    assert len(cells) == 3 * 5 and set(cells.values()) == {54}
 
 
 def test_counts_are_stated_for_every_task():
-    assert set(COUNTS) == set(NAMES) - {"sentiment"}
+    assert set(COUNTS) == set(NAMES) - set(OWN)
 
 
 @pytest.mark.shared

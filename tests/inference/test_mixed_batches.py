@@ -227,17 +227,19 @@ def test_predictions_rank_or_write_as_each_prompts_task_wants(backbone, bank):
     formats = [InputFormat(tasks[i % 3], 20, 4 + i % 2) for i in range(9)]
     ids = [i % 5 - 1 for i in range(9)]
     settings: dict[str, Any] = dict(num_beams=2, temperature=0.0, top_p=1.0)
-    found = predict.predict(backbone, texts, formats, bank, ids, **settings)
+    found = predict.predict_texts(backbone, texts, formats, bank, ids, **settings)
     own: dict[str, Any] = dict(prompt_ids=ids, input_length=20)
     ranked = predict.rank(backbone, texts, ("no", "yes"), bank, **own)
     longest = [4 + i % 2 for i in range(9)]
-    wrote = predict.decode(backbone, texts, bank, max_new_tokens=longest, **own, **settings)
+    wrote = predict.generate_answers(
+        backbone, texts, bank, max_new_tokens=longest, **own, **settings
+    )
     for i, one in enumerate(found):
         want = wrote[i] if i % 3 else ranked[i]
         assert (one.text, one.probabilities is None) == (want.text, i % 3 > 0)
         assert one.score == pytest.approx(want.score, abs=1e-4)
-    written = predict.predict(
-        backbone, texts, formats, bank, ids, decode_all=True, max_new_tokens=2, **settings
+    written = predict.predict_texts(
+        backbone, texts, formats, bank, ids, decode=True, max_new_tokens=2, **settings
     )
     assert all(one.probabilities is None and len(one.text) <= 2 for one in written)
 
@@ -245,19 +247,19 @@ def test_predictions_rank_or_write_as_each_prompts_task_wants(backbone, bank):
 @pytest.mark.parametrize("setting", [{"num_beams": 2}, {"temperature": 0.5}, {"top_p": 0.5}])
 def test_settings_of_generation_need_a_text_to_generate(backbone, setting):
     closed = Task(name="c", inputs="{t}", label="l", verbalizer={"0": "no", "1": "yes"})
-    run = functools.partial(predict.predict, backbone, ["ab"])
+    run = functools.partial(predict.predict_texts, backbone, ["ab"])
     with pytest.raises(InputError, match=r"closed set of labels \(no, yes\), .* need --decode"):
         run([InputFormat(closed)], **setting)
     # What generates as ever does not matter, nor does the seed of a sample that nobody draws.
     plain: dict[str, Any] = {"num_beams": 1, "temperature": 0.0, "top_p": 1.0, "seed": 3}
     assert run([InputFormat(closed)], **plain) == predict.rank(backbone, ["ab"], ("no", "yes"))
-    [written] = run([InputFormat(closed)], decode_all=True, max_new_tokens=2, **setting)
-    assert written == predict.decode(backbone, ["ab"], max_new_tokens=2, **setting)[0]
+    [written] = run([InputFormat(closed)], decode=True, max_new_tokens=2, **setting)
+    assert written == predict.generate_answers(backbone, ["ab"], max_new_tokens=2, **setting)[0]
 
 
 def test_nothing_to_predict(backbone, bank):
     assert predict.rank(backbone, [], ("no", "yes"), bank, prompt_ids=[]) == []
-    assert predict.predict(backbone, [], [], bank, []) == []
+    assert predict.predict_texts(backbone, [], [], bank, []) == []
 
 
 def test_a_bank_is_placed_and_checked_once(backbone, bank, caplog):

@@ -69,7 +69,7 @@ def said_of(caplog, records: list[Record], task: Task | None, prompt_ids: Any = 
 
 def test_a_field_prompt_that_nothing_reads_is_said(caplog):
     records = [record(prompt="first", text="a"), record(text="b"), record(prompt=None, text="c")]
-    ignored = "2 of 3 records have a field 'prompt', which is ignored without --prompts"
+    ignored = "2 of 3 records have a field 'prompt', which is ignored without --prompts (a bank)"
     changed = dataclasses.replace(TASK, preprocess=shout)  # which fields it reads is not known
     for task in (TASK, None, changed):
         assert said_of(caplog, records, task) == [ignored]

@@ -6,6 +6,7 @@ Nothing is recorded: transformers and PEFT run beside ptjax, float32 on both sid
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,34 @@ def _infer(call: Any, *texts: str) -> list[str]:
     code, out, err = call("infer", "--prompt=peft", *texts)
     assert code == 0 and "warning" not in err, err
     return out.splitlines()
+
+
+def test_the_code_of_a_model_card_runs_as_it_stands(backbone, capsys):
+    """With ptjax, and with PEFT; both say the same of the same input."""
+    assert backbone.tokenizer is not None
+    save_backbone(
+        "words-t5", backbone.config, backbone.variables["params"],
+        tokenizer=backbone.tokenizer, dtype="float32",
+    )  # fmt: skip
+    task = ptjax.Task(name="words", inputs="text: {text}", targets="{answer}")
+    metadata = {
+        "ptjax_version": ptjax.__version__,
+        "backbone_name": "/elsewhere/words-t5",
+        **backbone.fingerprints.as_metadata(),
+        "task": task.describe(),
+        "input_length": 32,
+        "target_length": 20,
+    }
+    prompt = np.random.default_rng(0).normal(size=(4, 16)).astype(np.float32)
+    PromptFile(prompt, metadata).save("tickets")
+    card = Path("tickets/README.md").read_text()
+    answers = []
+    for code in re.findall(r"^```python\n(.*?)^```$", card, re.DOTALL | re.MULTILINE):
+        capsys.readouterr()
+        exec(compile(code, "README.md", "exec"), {})
+        answers.append(capsys.readouterr().out.strip())
+    ours, theirs = answers
+    assert f"[Prediction(text={theirs!r}, " in ours
 
 
 @pytest.mark.parametrize("name", ["t5_1_1_tiny_legacy", "t5_1_0_tiny_legacy"])

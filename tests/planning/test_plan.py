@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import json
 import os
+from pathlib import Path
+from typing import Any
 
+import jax
+import optax
 import pytest
+from conftest import make_settings
+from step_specs import TOY, V5E
 
-from ptjax.cli import plans
+import ptjax
+from ptjax import cli
+from ptjax.errors import InputError
+from ptjax.files import gin_configs
+from ptjax.planning import compiler, show
+from ptjax.planning.plan import model_sizes
 from ptjax.planning.workload import ParallelConfig
 
 XXL = ("--gin_file=models/t5_1_1_xxl.gin", "--gin_file=runs/prompt_tune.gin")
@@ -215,8 +228,9 @@ def report(verdict, dtype="bfloat16", quantize=None):
 )
 def test_what_is_concluded_without_a_best(capsys, verdicts, searched, says):
     own, *tried = map(report, verdicts)
-    plans.show_slice(
-        {"slice": "v5e-8", "own": own, "searched": searched, "tried": tried, "best": None}
+    show.show_slice(
+        show.make_console(),
+        {"slice": "v5e-8", "own": own, "searched": searched, "tried": tried, "best": None},
     )
     out = capsys.readouterr().out
     assert ("nothing" in out) == (says is not None)
@@ -227,8 +241,118 @@ def test_the_best_that_rounds_less_is_shown_too(capsys):
     own, plain = report("does not fit", "float32"), report("fits")
     best = report("fits", quantize="int8")
     found = {"slice": "v5e-8", "own": own, "searched": True, "best": best}
-    plans.show_slice(found | {"tried": [own, plain, best]})
+    lines = importlib.import_module("ptjax.plan").gin_lines
+    show.show_slice(show.make_console(), found | {"tried": [own, plain, best]}, setting_lines=lines)
     _, less = capsys.readouterr().out.split("rounding the weights less:")
     assert "ptjax.load_backbone.dtype = 'bfloat16'" in less and "quantize = None" in less
-    plans.show_slice(found | {"tried": [own, best]})
+    show.show_slice(show.make_console(), found | {"tried": [own, best]})
     assert "rounding" not in capsys.readouterr().out
+
+
+# The function
+
+
+def settings_of(call, *flags):
+    """(the settings of a run of these flags, what the command prints, its JSON)."""
+    code, out, err = call("plan", *flags, "--quick")
+    assert code == 0, err
+    _, as_json, _ = call("plan", *flags, "--quick", "--json")
+    return cli.settings("ptjax.tune", "settings")["settings"], out, json.loads(as_json)
+
+
+def test_the_function_plans_what_the_command_plans(call):
+    flags = ("--slice=v5e-8,h100x8", "--gin.MICROBATCHES=2", "--gin.MESH='1x8'")
+    flags += ("--gin.SCAN_LAYERS=True", "--gin.REMAT='dots'")
+    settings, out, reports = settings_of(call, *XXL, *flags)
+    environment = os.environ.copy()
+    given = {"mesh": "1x8", "scan_layers": True, "remat": "dots", "quick": True}
+    plan = ptjax.plan("t5_1_1_xxl", "v5e-8, h100x8", settings, **given)
+    assert os.environ == environment
+    assert json.loads(json.dumps(list(plan.slices.values()))) == reports
+    assert str(plan).split() == out.replace("gin file", "own").split()
+    assert repr(plan) == str(plan)
+    listed = ptjax.plan("t5_1_1_xxl", ["v5e-8", "h100x8"], settings, **given)
+    assert listed.slices == plan.slices
+    bank = ptjax.plan("t5_1_1_xxl", "v5e-8", settings, members=3, **given).slices["v5e-8"]["own"]
+    assert bank["trainable"] == 3 * reports[0]["own"]["trainable"]
+
+
+def test_the_network_may_be_given_in_every_form(backbone):
+    """A float32 backbone on a CPU is planned as devices load it: in bfloat16."""
+    half = dataclasses.replace(backbone.config, dtype="bfloat16")
+    plans = [
+        ptjax.plan(network, "v5e-1", quick=True).slices
+        for network in (backbone, half, backbone.name, Path(backbone.name))
+    ]
+    assert plans[0]["v5e-1"]["own"]["dtype"] == "bfloat16"
+    assert all(plan == plans[0] for plan in plans)
+    whole = ptjax.plan(backbone.config, "v5e-1", quick=True).slices["v5e-1"]["own"]
+    assert whole["dtype"] == "float32"
+    again = ptjax.plan(half, "v5e-1", dtype="float32", quick=True).slices["v5e-1"]["own"]
+    assert again == whole
+
+
+def test_sizes_by_name_are_those_of_the_gin_files():
+    names = [file.stem for file in gin_configs().glob("models/*.gin")]
+    assert len(names) > 20
+    fields = [field.name for field in dataclasses.fields(ptjax.T5Config)]
+    for name in names:
+        flags = [f"--gin_file=models/{name}.gin"]
+        cli.load_gin(cli.parse(cli.make_parser("x", ""), flags))
+        assert model_sizes(name) == cli.settings(ptjax.T5Config, *fields), name
+    assert model_sizes("../models/t5_1_1_xxl") is None
+
+
+class Locked(ptjax.PromptTuning):
+    """A method that cannot be sent to another process."""
+
+    def __reduce__(self):
+        raise TypeError("it holds a lock")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        (("t5_1_1_xxl", "v5e-3"), {}, "v5e-3: unknown size"),
+        (("t5_1_1_xxl", []), {}, "unknown slice"),
+        ((3, "v5e-8"), {}, "which T5.*not a int"),
+        (("t5_1_1_xxll", "v5e-8"), {}, "is not on this machine.* t5_1_1_xxl"),
+        (("google/t5-xxl-lm-adapt", "v5e-8"), {}, "is not on this machine.* t5_1_1_xxl"),
+        (("t5_1_1_small", "v5e-8"), {"members": 0}, "members must be >= 1, got 0"),
+        (("t5_1_1_small", "v5e-8"), {"dtype": "float16"}, "dtype must be one of"),
+        (("t5_1_1_small", "v5e-8"), {"timeout_seconds": 0}, "timeout_seconds must be >= 1"),
+    ],
+)
+def test_what_the_function_refuses(arguments, options, message):
+    with pytest.raises(InputError, match=message):
+        ptjax.plan(*arguments, **{"quick": True} | options)
+
+
+def test_a_mesh_that_a_run_would_refuse_is_an_answer_too():
+    plan = ptjax.plan("t5_1_1_small", "v5e-8", mesh="1x8", quick=True)
+    assert "  own: num_heads = 6 is not a multiple of 8, the model axis of the mesh" in str(plan)
+
+
+def test_a_misspelt_argument_is_refused():
+    misspelt: dict[str, Any] = {"quik": True}
+    with pytest.raises(TypeError, match=r"no argument 'quik'; did you mean quick\?"):
+        ptjax.plan("t5_1_1_small", "v5e-8", **misspelt)
+
+
+def test_settings_that_cannot_be_sent_to_the_compiler_are_refused():
+    spec = dataclasses.replace(TOY, method=Locked())
+    with pytest.raises(InputError, match=r"\(it holds a lock\); plan with quick=True"):
+        compiler.Compiler(spec, V5E)(ParallelConfig("8x1"))
+
+
+@pytest.mark.tpu
+def test_any_code_reaches_the_process_that_compiles(monkeypatch):
+    """A schedule is a closure, and a class of a notebook is in no module. JAX stays as it was."""
+    monkeypatch.setattr(Locked, "__reduce__", object.__reduce__)
+    monkeypatch.setattr(Locked, "__module__", "__main__")
+    schedule = optax.linear_schedule(0.3, 0.0, 100)
+    settings = make_settings(method=Locked(length=4), optimizer=ptjax.Adafactor(schedule))
+    platform = jax.default_backend()
+    plan = ptjax.plan(TOY.config, "v5e-4", settings, search=False, cache_dir=None)
+    assert plan.slices["v5e-4"]["own"]["verdict"] == "fits", plan
+    assert "fits" in str(plan) and jax.default_backend() == platform

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 from conftest import FIXTURES
 
@@ -49,6 +50,8 @@ FILLED = {
     "--model_dir=DIR": "--model_dir={place}/runs/quickstart",
     "--input=FILE": "--input={place}/texts.jsonl",
     "--output=FILE": "--output=answers.jsonl",
+    "/path/to/prompt.npy": "{place}/t5x_prompt.npy",
+    "/path/to/new_checkpoint": "{new}/checkpoint",
     "PROMPT": "{place}/runs/quickstart/prompts/best.safetensors",
     "RUN/prompts/best.safetensors": "{place}/sees_no_input.safetensors",
     "gs://t5-data/vocabs/cc_all.32000.100extra/sentencepiece.model": "{place}/spiece.model",
@@ -194,10 +197,11 @@ def place(tmp_path_factory, backbone) -> Path:
         "include 'quickstart.gin'\n"
         f"MODEL_DIR = 'runs/own'\nINITIAL_CHECKPOINT_PATH = '{backbone.name}'\n"
     )
+    np.save(place / "t5x_prompt.npy", np.ones((5, 32), np.float32))
     (place / "ptjax").mkdir()
     (place / "ptjax" / "assets").symlink_to(ROOT / "ptjax" / "assets")
-    write_jsonl(place / "texts.jsonl", [{"text": text} for text in texts[:4]])
-    mixed = [{"text": texts[0], "prompt": name} for name in ("sst2", "other")]
+    write_jsonl(place / "texts.jsonl", [{"body": text} for text in texts[:4]])
+    mixed = [{"body": texts[0], "prompt": name} for name in ("sst2", "other")]
     write_jsonl(place / "mixed.jsonl", [*mixed, {"inputs": texts[0], "prompt": "none"}])
     return place
 

@@ -24,6 +24,7 @@ from ptjax.methods.base import InitContext
 from ptjax.methods.initializers import Uniform
 from ptjax.settings import Evaluation, TrainSchedule
 from ptjax.trainer.display import Display
+from ptjax.trainer.tune import Run
 from ptjax.training.optimizer import Adafactor, embedding_rms
 
 STILL = Adafactor(learning_rate=0.0, weight_decay=0.0)
@@ -172,3 +173,21 @@ def test_a_long_row_costs_more_than_short_ones_of_as_many_positions():
     assert short.shape.rows * short.shape.targets == long.shape.rows * long.shape.targets
     # Attention over T positions adds T / 4096 to the cost of each.
     assert long.cost - short.cost == 8192 * (8192 - 1024) / 4096
+
+
+def test_the_prompt_of_a_run_is_shared_with_what_the_run_knew(every_step, tmp_path):
+    """By whatever way it is reached."""
+    directory = epath.Path(every_step[0])
+    results = json.loads((directory / "results.json").read_text())
+    assert results["examples"] == {"train": 48, "validation": 16, "test": 16}
+    prompt = Run(directory, results).prompt
+    assert prompt is not None
+    prompt.save(tmp_path / "a" / "words")
+    load_prompt(directory).save(tmp_path / "b" / "words")
+    cards = {(tmp_path / folder / "words" / "README.md").read_text() for folder in "ab"}
+    assert len(cards) == 1
+    card = cards.pop()
+    assert "- Examples: 48 in `train`, 16 in `validation`, 16 in `test`" in card
+    assert "- Method: `PromptTuning`, 4 rows" in card and "- Steps: 4\n" in card
+    assert f"| before training, accuracy | {results['before']:.4g} |" in card
+    assert str(tmp_path.parent) not in card

@@ -56,10 +56,13 @@ def test_public_functions_take_few_arguments():
 
 
 def test_public_names_are_what_they_say_also_beside_modules_of_the_same_name():
-    import ptjax.pretrain  # a command
+    import ptjax.evaluate  # commands
+    import ptjax.infer
+    import ptjax.plan
+    import ptjax.pretrain
     import ptjax.trainer.sweep  # a room
 
-    for name in ("pretrain", "sweep"):
+    for name in ("pretrain", "sweep", "infer", "evaluate", "plan"):
         assert inspect.isfunction(getattr(ptjax, name))
     assert set(ptjax.__all__) <= set(dir(ptjax))
     assert all(getattr(ptjax, name) is not None for name in ptjax.__all__)

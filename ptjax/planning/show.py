@@ -1,11 +1,14 @@
-"""Prints plans: a table for each slice, and the best settings as lines of a gin file."""
+"""Prints plans: a table for each slice, and the best settings."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import IO
 
 from rich.console import Console
 from rich.table import Table
 
-from ptjax.cli.gin_macros import has_macro
+from ptjax.files import Metadata
 from ptjax.planning.estimate import Report
 from ptjax.planning.workload import ParallelConfig, StepSpec
 
@@ -14,7 +17,24 @@ _COLUMNS = (
 )  # fmt: skip
 
 
-def show_run(spec: StepSpec, counted: Report | None) -> None:
+SettingLines = Callable[[Metadata], Sequence[str]]
+"""Makes the lines that set a configuration, from the result of `ParallelConfig.settings`."""
+
+
+def as_arguments(settings: Metadata) -> list[str]:
+    """Returns the call of `load_backbone` that sets a configuration.
+
+    >>> as_arguments({"MESH": "8x1", "FSDP": False, "dtype": None})
+    ["ptjax.load_backbone(..., mesh='8x1', fsdp=False)"]
+    """
+    given = {name.lower(): value for name, value in settings.items()}
+    if given.get("dtype", "") is None:  # that of the run
+        del given["dtype"]
+    listed = "".join(f", {name}={value!r}" for name, value in given.items())
+    return [f"ptjax.load_backbone(...{listed})"]
+
+
+def show_run(console: Console, spec: StepSpec, counted: Report | None) -> None:
     """Prints the run that is planned: the network, the trainable parameters, the FLOPs of a step.
 
     Args:
@@ -23,7 +43,7 @@ def show_run(spec: StepSpec, counted: Report | None) -> None:
             FLOPs are printed. None omits them.
     """
     config, shape = spec.config, spec.shape()
-    console, method = _console(), spec.method
+    method = spec.method
     layers = f"{config.num_encoder_layers}+{config.num_decoder_layers} layers"
     console.print(f"T5 of {layers}, D = {config.emb_dim}, {config.dtype}; {method.name}")
     if counted:
@@ -43,20 +63,27 @@ def show_run(spec: StepSpec, counted: Report | None) -> None:
     console.print("s a step: estimates from published rates, from all overlapping to none hidden")
 
 
-def show_slice(plan: Report) -> None:
+def show_slice(
+    console: Console,
+    plan: Report,
+    *,
+    own: str = "own",
+    setting_lines: SettingLines = as_arguments,
+) -> None:
     """Prints the plan for one slice of devices: a table of configurations, and the best settings.
 
-    The rows of the table are the gin file's configuration, those that were tried, and the best.
+    The rows of the table are the run's own configuration, those that were tried, and the best.
 
     Args:
-        plan: the result of `ptjax.plan.plan_slice`.
+        plan: the result of `planning.plan.plan_slice`.
+        own: the label of the run's own configuration.
+        setting_lines: how the best settings are written.
     """
-    own, tried, best = plan["own"], plan["tried"], plan["best"]
-    console = _console()
+    first, tried, best = plan["own"], plan["tried"], plan["best"]
     table = Table(box=None, pad_edge=False, header_style="")
     for name in (plan["slice"], *_COLUMNS):
         table.add_column(name, no_wrap=name not in ("layout", "MB sent"))
-    rows = [("gin file", own), *(("tried", report) for report in tried)]
+    rows = [(own, first), *(("tried", report) for report in tried)]
     for label, report in rows + [("best", best)] * (best is not None):
         table.add_row(label, *_row(report))
     console.print()
@@ -66,13 +93,13 @@ def show_slice(plan: Report) -> None:
         reason = report.get("reason")
         if reason and reason not in reasons:  # on a slice that is too small, many share one
             reasons.add(reason)
-            console.print(f"  {label if report is own else _row(report)[0]}: {reason}")
+            console.print(f"  {label if report is first else _row(report)[0]}: {reason}")
     if best:
-        _show_settings(console, "best:", best)
+        _show_settings(console, "best:", best, setting_lines)
         # The highest precision is tried first.
         fitting = [report for report in tried if report["verdict"] == "fits"]
         if fitting and _rounding(fitting[0]) != _rounding(best):
-            _show_settings(console, "rounding the weights less:", fitting[0])
+            _show_settings(console, "rounding the weights less:", fitting[0], setting_lines)
     elif plan["searched"]:
         verdicts = {report.get("verdict") for _, report in rows}
         if "fits" in verdicts:
@@ -83,22 +110,28 @@ def show_slice(plan: Report) -> None:
             console.print("nothing fits: more devices, a smaller batch, or shorter inputs")
 
 
-def _console() -> Console:
-    console = Console(highlight=False, markup=False)
-    return console if console.is_terminal else Console(highlight=False, markup=False, width=140)
+def make_console(file: IO[str] | None = None) -> Console:
+    """Makes the console to show plans on: standard output, or a file; 140 columns, or a terminal's.
+
+    Args:
+        file: None means standard output.
+    """
+    console = Console(file=file, highlight=False, markup=False)
+    if console.is_terminal:
+        return console
+    return Console(file=file, highlight=False, markup=False, width=140)
 
 
 def _rounding(report: Report) -> tuple[str, str | None]:
     return report["dtype"], report["settings"]["QUANTIZE"]
 
 
-def _show_settings(console: Console, title: str, report: Report) -> None:
-    """Prints settings as lines of gin: macros that the gin files have, else arguments."""
+def _show_settings(
+    console: Console, title: str, report: Report, setting_lines: SettingLines
+) -> None:
     console.print(title)
-    for name, value in report["settings"].items():
-        bound = name if has_macro(name) else f"ptjax.load_backbone.{name.lower()}"
-        if name != "dtype" or value is not None:  # None keeps the dtype of the gin file
-            console.print(f"  {bound} = {value!r}")
+    for line in setting_lines(report["settings"]):
+        console.print(f"  {line}")
 
 
 def _row(report: Report) -> tuple[str, ...]:
