@@ -177,10 +177,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name not in _HOMES and name not in _MODULES:
+        raise AttributeError(f"module 'ptjax' has no attribute {name!r}")
+    importlib.import_module("ptjax.messages").show()
     if name in _MODULES:
         return importlib.import_module(_MODULES[name])
-    if name not in _HOMES:
-        raise AttributeError(f"module 'ptjax' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)
 
 

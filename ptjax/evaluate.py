@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ptjax import cli
 from ptjax.cli import distributed, model_flags, output
+from ptjax.cli.gin_files import left_out
 from ptjax.errors import InputError
 from ptjax.files import Metadata
 
@@ -114,13 +115,13 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 def no_task(metadata: Metadata) -> InputError:
     """The error if nothing names the task; the prompt's metadata may say why."""
+    from ptjax.data.memory import not_in_a_file
+
     described = metadata.get("task")
     if isinstance(described, dict) and described.get("in_memory"):
-        return InputError(
-            f"the records of task {described.get('name')} were given in Python "
-            "(Task.from_records) and are in no file; evaluate there, or write them to files and "
-            "name a --gin_file with a task that reads them"
-        )
+        return not_in_a_file(str(described.get("name")))
+    if reason := left_out("ptjax.tune.task"):
+        return InputError(f"{reason}; evaluate there, or name a --gin_file with the task")
     return InputError("which task? Name it with a --gin_file or --model_dir (see --help)")
 
 

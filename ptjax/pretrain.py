@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ptjax import cli
-from ptjax.cli import distributed, output
+from ptjax.cli import distributed
 
 
 def main() -> None:
@@ -21,12 +21,13 @@ def main() -> None:
     arguments = cli.parse(parser)
 
     def body() -> None:
-        from ptjax.trainer import pretrain
+        from ptjax.trainer import config_file, pretrain
 
         cli.load_gin(arguments)
         callbacks = cli.settings(pretrain.pretrain, "callbacks").get("callbacks", ())
         cli.bound(pretrain.pretrain)(
-            callbacks=[output.ConfigFile(cli.config_text()), *callbacks], dry_run=arguments.dry_run
+            callbacks=[config_file.ConfigFile(cli.config_text()), *callbacks],
+            dry_run=arguments.dry_run,
         )
 
     cli.run(body, arguments)

@@ -26,12 +26,13 @@ def main() -> None:
 
     def body() -> None:
         from ptjax.sharding import processes
-        from ptjax.trainer import tune
+        from ptjax.trainer import config_file, tune
 
         cli.load_gin(arguments)
         callbacks = cli.settings(tune.tune, "callbacks").get("callbacks", ())
         run = cli.bound(tune.tune)(
-            callbacks=[output.ConfigFile(cli.config_text()), *callbacks], dry_run=arguments.dry_run
+            callbacks=[config_file.ConfigFile(cli.config_text()), *callbacks],
+            dry_run=arguments.dry_run,
         )
         if run.results and processes.first():
             output.show(summary(run.results, cli.macro("MODEL_DIR")))

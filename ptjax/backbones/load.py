@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args
 
 import jax
@@ -23,7 +24,8 @@ from ptjax.models.layers import Quantized
 from ptjax.models.stacking import GatherFn, stack_paths
 from ptjax.models.t5_family import T5_FAMILY
 from ptjax.sharding.arrays import gather_layer, stack_layers
-from ptjax.sharding.meshes import choose_mesh
+from ptjax.sharding.devices import use_compile_cache
+from ptjax.sharding.meshes import choose_mesh, mesh_name
 from ptjax.sharding.quantize import quantize_sharded
 from ptjax.sharding.rules import check_rules, sharding_of
 from ptjax.trees import unflatten_paths
@@ -49,6 +51,8 @@ class Backbone:
         fingerprint_v1: "sha256:...", the only fingerprint that older prompts record; see the
             module `fingerprint`.
         family: the kind of network.
+        arguments: the arguments of `load_backbone`, without defaults, that loaded it; empty if it
+            was made otherwise.
     """
 
     config: Any
@@ -63,6 +67,7 @@ class Backbone:
     assumed: tuple[str, ...] = ()
     fingerprint_v1: str = ""
     family: Family = T5_FAMILY
+    arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def fingerprints(self) -> Fingerprints:
@@ -130,6 +135,9 @@ def load_backbone(
         InputError: the path holds no backbone, or an incomplete or damaged one; a setting does
             not fit the backbone, or its sizes are not divisible by those of the mesh axes.
     """
+    use_compile_cache()
+    given = dict(path=path, dtype=dtype, mesh=mesh, fsdp=fsdp, quantize=quantize)
+    given |= dict(tokenizer=tokenizer, family=family, **config_overrides)
     first = mesh.devices.flat[0] if isinstance(mesh, Mesh) else jax.local_devices()[0]
     dtype = dtype or ("float32" if first.platform == "cpu" else "bfloat16")
     check_dtypes(dtype, quantize)
@@ -162,7 +170,17 @@ def load_backbone(
         assumed=opened.assumed,
         fingerprint_v1=fingerprints.v1,
         family=family,
+        arguments=_arguments(given),
     )
+
+
+def _arguments(given: Mapping[str, Any]) -> dict[str, Any]:
+    """`Backbone.arguments`: a mesh by its name, which only one of all devices has."""
+    mesh = given["mesh"]
+    if isinstance(mesh, Mesh):
+        mesh = mesh_name(mesh) if mesh.size == jax.device_count() else None
+    arguments = {**given, "mesh": mesh, "fsdp": given["fsdp"] or None}
+    return {name: value for name, value in arguments.items() if value is not None}
 
 
 def check_dtypes(dtype: str, quantize: str | None) -> None:

@@ -22,6 +22,7 @@ from absl import logging
 from etils import epath
 
 import ptjax
+from ptjax import gin_text
 from ptjax.cli import gin_types, old_config, t5x_names, trust
 from ptjax.cli.gin_macros import check_macros, macro, used_and_set
 from ptjax.cli.gin_mistakes import IMPORTS, PUBLIC_NAMES, check_depth, explained
@@ -30,6 +31,9 @@ from ptjax.files import JsonObject, Metadata, gin_configs
 
 # gin's registry, its bindings and its printer have no public names.
 _gin: Any = gin.config
+
+_left_out: dict[str, str] = {}
+"""Settings that the gin files leave out, as a file of a run from Python may -> why, in words."""
 
 TASK = "ptjax.Task"
 """The public name of the class of tasks, for `declared`."""
@@ -63,6 +67,7 @@ def load_gin(
             misspelt name, the nearest valid one.
     """
     gin.clear_config()
+    _left_out.clear()
     paths = ["", *filter(None, arguments.gin_search_paths.split(",")), os.fspath(gin_configs())]
     for path in paths:
         gin.add_config_file_search_path(path)
@@ -143,6 +148,11 @@ def _open(path: str, of_run: str | None = None) -> IO[str]:
         if path != of_run:
             raise InputError(f"{path}:{line}: {PUBLIC_NAMES}")
         text = old_config.translate(text)
+    for name, what in gin_text.left_out(text).items():
+        _left_out[name] = (
+            f"{path}: the run was started from Python, and {name} was {what}, which no gin file "
+            "can say"
+        )
     stream = io.StringIO(text)
     stream.name = path  # type: ignore[attr-defined]  # gin's parser uses it in its messages
     return stream
@@ -201,11 +211,28 @@ def bound(function: Callable[..., Any], *, given: Sequence[str] = ()) -> Callabl
 
     Raises:
         InputError: an argument without a default is neither bound nor in `given`; checked for
-            `function`, and for the functions that gin calls for its arguments (`@f()`).
+            `function`, and for the functions that gin calls for its arguments (`@f()`). Or a gin
+            file says that it leaves out a setting.
     """
     selector = _selector(function)
+    for name in _left_out:
+        if name.startswith("ptjax.") and (reason := left_out(name)):
+            raise InputError(f"{reason}; call ptjax.tune there, or set it in another gin file")
     _check_required(function, [], given)
     return function if selector is None else gin.get_configurable(function)
+
+
+def left_out(name: str) -> str | None:
+    """Why the gin files do not set `name`, such as "ptjax.tune.task"; None if they do.
+
+    A file of a run from Python says what it leaves out; another file or a flag may set it.
+    """
+    selector, _, argument = name.rpartition(".")
+    is_set = any(
+        _full_name(key) == selector and argument in bindings
+        for (_, key), bindings in _gin._CONFIG.items()
+    )
+    return None if is_set else _left_out.get(name)
 
 
 def _selector(function: Callable[..., object]) -> str | None:

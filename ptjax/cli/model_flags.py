@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
-from ptjax.cli.gin_files import TASK, configured, declared, load_gin, settings
+from ptjax.cli.gin_files import TASK, configured, declared, left_out, load_gin, settings
 from ptjax.cli.gin_macros import macro
 from ptjax.errors import InputError, missing
 from ptjax.files import Metadata
@@ -225,6 +225,8 @@ def load_backbone(arguments: argparse.Namespace, metadata: Metadata) -> Backbone
     bound = settings(LOAD_BACKBONE, "path")
     named = metadata.get("backbone_name")
     if path is None and not bound:
+        if reason := left_out(f"{TUNE}.backbone"):
+            raise InputError(f"{reason}; use it there, or give the backbone with --backbone=PATH")
         if named is None:
             raise InputError("which backbone? Name it with --backbone=PATH or a --gin_file")
         with naming_it(named):

@@ -6,15 +6,9 @@ import argparse
 import os
 import sys
 
-from etils import epath
-
-from ptjax import files
-from ptjax.model_dir import ModelDir
 from ptjax.output import as_json, check, check_place, is_stream, target, write
-from ptjax.trainer.callbacks import Callback
 
 __all__ = [
-    "ConfigFile",
     "add_flags",
     "add_prefix_flag",
     "as_json",
@@ -54,26 +48,3 @@ def add_prefix_flag(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help="a prefix for the names of the fields that are added to each record",
     )
-
-
-class ConfigFile(Callback):
-    """Writes the settings of a run to `MODEL_DIR/config.gin` when it starts.
-
-    Args:
-        text: the result of `config_text`.
-    """
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-
-    def on_start(self, model_dir: epath.Path, step: int) -> None:
-        """Writes config.gin on the first process; a resumed run replaces its earlier file.
-
-        Args:
-            model_dir: the run's folder.
-            step: unused.
-        """
-        from ptjax.sharding import processes
-
-        if processes.first():
-            files.write_bytes(ModelDir(model_dir).config, self.text.encode())

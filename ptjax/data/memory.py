@@ -16,6 +16,7 @@ from ptjax.data.sources import Record, Records, read_records
 from ptjax.data.tfds_source import is_tfds, read_tfds
 from ptjax.errors import InputError, listing
 
+_IN_MEMORY = "in memory: "
 _VALIDATION = ("validation", "valid", "val", "dev")
 
 
@@ -166,3 +167,21 @@ def _class_names(source: object) -> dict[str, list[str]]:
 def as_records(source: RecordsInMemory) -> Records:
     """The records as a split reads them."""
     return Records(list(source), digest=source.fingerprint)
+
+
+def in_memory(records: RecordsInMemory) -> str:
+    """What a config.gin has as the source of a split in place of records that are in no file."""
+    return f"{_IN_MEMORY}{len(records)} records"
+
+
+def was_in_memory(source: object) -> bool:
+    """Whether a source is in no file: it is records, or what `in_memory` wrote in their place."""
+    return isinstance(source, RecordsInMemory) or str(source).startswith(_IN_MEMORY)
+
+
+def not_in_a_file(name: str) -> InputError:
+    """The error if the records of the task `name` were in the memory of another process."""
+    return InputError(
+        f"the records of task {name} were given in Python (Task.from_records) and are in no file; "
+        "evaluate there, or write them to files and name a --gin_file with a task that reads them"
+    )

@@ -17,7 +17,7 @@ from ptjax.data.catalogue import Preprocess
 from ptjax.data.examples import Example, Examples, Fields, apply_preprocess, make_examples
 from ptjax.data.from_records import FromRecords
 from ptjax.data.labels import verbalized
-from ptjax.data.memory import RecordsInMemory, as_records
+from ptjax.data.memory import RecordsInMemory, as_records, not_in_a_file, was_in_memory
 from ptjax.data.metrics import METRICS
 from ptjax.data.sources import BadRecords, Format, OnBadRecord, Records, read_records
 from ptjax.data.templates import RecordError, Template, as_text, find_field, parse_template
@@ -117,7 +117,7 @@ class Task(FromRecords):
     @property
     def in_memory(self) -> bool:
         """Whether a split is in no file, so that only this object can load it."""
-        return any(isinstance(source, RecordsInMemory) for source in self.splits.values())
+        return any(map(was_in_memory, self.splits.values()))
 
     def load(self, split: str, limit: int | None = None) -> Examples:
         """Reads the examples of a split, in the order of the files.
@@ -325,6 +325,8 @@ def _read(task: Task, split: str) -> Records:
     source = task.splits[split]
     if isinstance(source, RecordsInMemory):
         return as_records(source)
+    if was_in_memory(source):
+        raise not_in_a_file(task.name)
     source = os.fspath(source)
     if is_tfds(source):
         return read_tfds(source, split=split, data_dir=task.data_dir)

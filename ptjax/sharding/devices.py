@@ -1,9 +1,9 @@
-"""How much memory a program may use on a device."""
+"""What a device may use: its memory, and compiled programs of earlier processes."""
 
 from __future__ import annotations
 
 import os
-from typing import Protocol
+from typing import Any, Protocol
 
 from ptjax.errors import InputError
 
@@ -88,3 +88,20 @@ def usable_memory(device: DeviceLike) -> int | None:
                 limit = (local.memory_stats() or {}).get("bytes_limit")
                 return None if limit is None else limit // GIB * GIB
     return known_memory(device.device_kind)
+
+
+def use_compile_cache() -> None:
+    """Sets the folder of JAX's persistent compile cache, unless the user has set one.
+
+    It is ~/.cache/ptjax/xla, or ptjax/xla in XDG_CACHE_HOME. It then also keeps programs that
+    compile in less than a second, JAX's default: a run starts with dozens of them.
+    """
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    config: Any = jax.config
+    if not config.jax_compilation_cache_dir:
+        cache = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
+        config.update("jax_compilation_cache_dir", os.path.join(cache, "ptjax", "xla"))
+        config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+        compilation_cache.reset_cache()  # JAX looks once, when it first compiles anything

@@ -1,4 +1,4 @@
-"""Shows a run's progress: a bar on a terminal, else plain lines, and TensorBoard's files."""
+"""Shows a run's progress, and writes its metrics for TensorBoard."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from absl import logging
 from etils import epath
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ptjax.model_dir import ModelDir
 from ptjax.sharding import processes
 from ptjax.trainer.callbacks import Callback
+from ptjax.trainer.metrics_log import read_rows
+from ptjax.trainer.screen import Lines, Progressed, View, choose_view
 
 if TYPE_CHECKING:
     from tensorboardX import SummaryWriter
@@ -24,22 +23,23 @@ HIDDEN = {"gradient_norm", "learning_rate", "evaluation_seconds"}
 
 
 class Display(Callback):
-    """Shows a run as a progress bar or as log lines, and writes its metrics for TensorBoard.
+    """Shows a run (see `screen`), and writes its metrics for TensorBoard.
 
-    Only the first process makes the bar and TensorBoard's file.
+    Only the first process shows more than lines and makes TensorBoard's file.
 
     Args:
         steps: the step at which the run ends.
+        metric: the name of the metric that selects the best export; None marks no best.
     """
 
-    def __init__(self, steps: int) -> None:
-        self._steps = steps
-        self._latest: dict[str, float] = {}
+    def __init__(self, steps: int, metric: str | None = None) -> None:
+        self._run = Progressed(steps)
+        self._selects = None if metric is None else f"validation {metric}"
         self._events: SummaryWriter | None = None
-        self._bar: Progress | None = None
+        self._view: View | None = None
 
     def on_start(self, model_dir: epath.Path, step: int) -> None:
-        """Opens TensorBoard's file, and starts the bar if standard error is a terminal."""
+        """Opens TensorBoard's file, and shows the run as far as it is."""
         if processes.first():
             with _without_torch():
                 import tensorboardX
@@ -47,28 +47,23 @@ class Display(Callback):
             self._events = tensorboardX.SummaryWriter(
                 logdir=str(ModelDir(model_dir).tensorboard), purge_step=step + 1 if step else None
             )
-        if processes.first() and sys.stderr.isatty():
-            self._bar = Progress(
-                TextColumn("step"),
-                MofNCompleteColumn(),
-                BarColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[shown]}"),
-                console=Console(stderr=True),
-            )
-            self._task = self._bar.add_task("train", total=self._steps, completed=step, shown="")
-            self._bar.start()
+        self._run.step = step
+        for row in read_rows(ModelDir(model_dir).metrics) if step and processes.first() else ():
+            if row["step"] <= step:
+                self._add(row.pop("step"), row)
+        self._view = choose_view(self._run) if processes.first() else Lines(self._run)
+        self._view.start()
 
     def on_end(self, step: int) -> None:
-        """Stops the bar and closes TensorBoard's file.
+        """Ends the picture and closes TensorBoard's file.
 
         Raises:
             OSError: the file cannot be written. Not raised while another exception is being
                 handled.
         """
         failing = sys.exc_info()[0] is not None
-        if self._bar:
-            self._bar.stop()
+        if self._view:
+            self._view.stop()
         if self._events:
             try:
                 self._events.close()
@@ -78,33 +73,43 @@ class Display(Callback):
                     raise
 
     def on_step(self, step: int) -> None:
-        """Moves the bar to `step`."""
-        if self._bar:
-            self._bar.update(self._task, completed=step)
+        """Shows that the run has reached `step`."""
+        self._run.step = step
+        if self._view:
+            self._view.step()
 
     def on_log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Shows the metrics, and adds them to TensorBoard's file."""
-        self._show(step, metrics)
+        self._write(step, metrics)
+        fresh, _ = self._add(step, metrics)
+        if self._view:
+            self._view.logged(fresh)
 
     def on_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Shows the metrics, and adds them to TensorBoard's file."""
-        self._show(step, metrics)
+        self._write(step, metrics)
+        fresh, is_best = self._add(step, metrics)
+        if self._view:
+            self._view.evaluated(fresh, is_best)
 
-    def _show(self, step: int, metrics: Mapping[str, float]) -> None:
+    def _write(self, step: int, metrics: Mapping[str, float]) -> None:
         if self._events:
             for name, value in metrics.items():
                 self._events.add_scalar(name, value, step)
+
+    def _add(self, step: int, metrics: Mapping[str, float]) -> tuple[dict[str, float], bool]:
+        """Adds metrics to what is shown: (those to show, whether they are of the best)."""
         fresh = {
             name.removeprefix("train/").removeprefix("time/").replace("/", " "): value
             for name, value in metrics.items()
             if name.count("/") < 2  # of a sweep only the means, not every member
         }
         fresh = {name: value for name, value in fresh.items() if name not in HIDDEN}
-        self._latest |= fresh
-        if self._bar:
-            self._bar.update(self._task, completed=step, shown=_text(self._latest))
-        else:
-            logging.info("step %d/%d  %s", step, self._steps, _text(fresh))
+        self._run.step = max(self._run.step, step)
+        self._run.latest |= fresh
+        if not any(name.startswith("validation ") for name in fresh):
+            return fresh, False
+        return fresh, self._run.add_evaluation(step, fresh, self._selects)
 
 
 def _give_up(events: SummaryWriter) -> None:
@@ -114,10 +119,6 @@ def _give_up(events: SummaryWriter) -> None:
     with contextlib.suppress(OSError):
         writer.close()
     writer.close = lambda: None
-
-
-def _text(values: dict[str, float]) -> str:
-    return "  ".join(f"{name} {value:.4g}" for name, value in values.items())
 
 
 @contextlib.contextmanager

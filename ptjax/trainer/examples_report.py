@@ -20,7 +20,7 @@ def report_examples_read(data: Iterable[TaskData]) -> None:
     """Logs three training examples of each task: text, tokens and target, as they are read.
 
     Where the lengths cut a text, the line says how many tokens are missing. The first and the
-    middle example are shown, and one that is cut or, if there is none, the longest.
+    middle example are shown, and one that is cut or, without a cut, the longest.
     """
     for of_task in dict.fromkeys(data):
         _report_task(of_task)

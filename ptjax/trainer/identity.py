@@ -58,6 +58,7 @@ FREE: Mapping[str, str] = {
     "Backbone.apply_fn": "the config counts",
     "Backbone.name": _CONTENT,
     "Backbone.fingerprint_v1": "the newer fingerprint counts",
+    "Backbone.arguments": "what they loaded counts",
     "Backbone.assumed": "the config counts",
     "Backbone.family": "the fingerprint and the config count",
     "Backbone.mesh": _PLACE,

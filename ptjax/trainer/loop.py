@@ -72,12 +72,15 @@ class TrainingLoop:
         self.checkpoints.check_identity(identity)
         self.checkpoints.check_steps(schedule.train_steps)
         self._identity, self._lock = identity, lock
-        self._callbacks = CallbackList([MetricsLog(), *callbacks, Display(schedule.train_steps)])
+        metric = None if self.members.is_sweep else members[0].metric
+        display = Display(schedule.train_steps, metric)
+        self._callbacks = CallbackList([MetricsLog(), *callbacks, display])
         self._failures = Failures(self.members, check_weights)
         self._metrics = TrainMetrics(self.members, self._failures)
         limits = {"patience": schedule.patience, "keep": schedule.keep}
         self._selection = Selection(self.members, self._failures, **limits)
         self._since = time.perf_counter()
+        self._has_evaluated = False
 
     @property
     def progress(self) -> RunProgress:
@@ -106,10 +109,11 @@ class TrainingLoop:
                 checkpoints or exports to resume from are damaged.
             TrainingError: a loss, score or trained variable is not finite (in a sweep: of every
                 member), or MODEL_DIR's lock was lost.
-            SystemExit: after SIGTERM (143) or Ctrl-C (130), when a checkpoint has been saved.
+            StoppedError: after SIGTERM (143) or Ctrl-C (130), when a checkpoint has been saved.
         """
 
         def compile_all(state: TrainState) -> dict[Shape, TrainStep]:
+            logging.info("compiling the train step")
             return compile_steps(train_step, state, frozen, self.members.batches().shapes, mesh)
 
         if dry_run:
@@ -122,9 +126,9 @@ class TrainingLoop:
             with self._callbacks.started(self.model_dir, self.progress):
                 steps = compile_all(state)
                 with signals.caught() as stop:
-                    while not self._has_finished():
+                    while not self.has_finished():
                         state = self._train(state, frozen, steps, mesh, stop)
-                        if not self._has_finished():  # the sweep has shrunk
+                        if not self.has_finished():  # the sweep has shrunk
                             steps = compile_all(state)
             self.checkpoints.wait()
             self._check_lock()
@@ -147,7 +151,7 @@ class TrainingLoop:
         data = make_iterator(self.members.batches(), schedule.train_steps, start=progress.step)
         places = len(progress.member_ids)
         self._metrics.restart_clock()
-        while not self._has_finished() and len(progress.member_ids) == places:
+        while not self.has_finished() and len(progress.member_ids) == places:
             batch, sweep_inputs = next(data), self.members.sweep_inputs()
             arrays = put_batch(batch, mesh), *put_replicated(sweep_inputs, mesh)
             state, metrics = steps[Shape.of(batch)](state, frozen, *arrays)
@@ -159,7 +163,7 @@ class TrainingLoop:
             evaluating = self._is_due(schedule.eval_period)
             if evaluating:
                 self._evaluate(state)
-                if not self._has_finished():
+                if not self.has_finished():
                     state = self.members.shrink(state)
                 self._metrics.restart_clock()
             stopping = stop.after(progress.step)
@@ -167,11 +171,12 @@ class TrainingLoop:
                 self._save(state)
             if stopping:
                 self.checkpoints.wait()
-                logging.info("saved at step %d; rerun the same command to resume", progress.step)
-                raise SystemExit(stop.exit_code)
+                logging.info("saved at step %d; the same command or call resumes", progress.step)
+                raise signals.StoppedError(stop)
         return state
 
-    def _has_finished(self) -> bool:
+    def has_finished(self) -> bool:
+        """Whether the last step has been trained, or no member trains any more."""
         progress = self.progress
         return progress.step >= self.schedule.train_steps or not progress.running
 
@@ -189,6 +194,9 @@ class TrainingLoop:
         """Evaluates, exports, and removes exports that are no longer needed."""
         self._metrics.flush()
         self._failures.check_trainable(state)
+        if not self._has_evaluated:
+            logging.info("evaluating at step %d; the first time compiles too", self.progress.step)
+            self._has_evaluated = True
         started = time.perf_counter()
         scores = self._selection.evaluate(state)
         if scores:

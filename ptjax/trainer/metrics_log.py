@@ -54,7 +54,7 @@ class MetricsLog(Callback):
         The file itself is written now only if it had damaged lines, else with the next row.
         """
         lines = self._path.read_bytes().splitlines() if self._path.exists() else []
-        rows = [row for row in map(_parse, lines) if row is not None]
+        rows = read_rows(self._path)
         if len(rows) < len(lines):
             number = len(lines) - len(rows)
             logging.warning("%s: dropped %d damaged line(s)", self._path, number)
@@ -65,6 +65,12 @@ class MetricsLog(Callback):
     def _write(self) -> None:
         text = "".join(json.dumps(row) + "\n" for row in self._rows)
         files.write_bytes(self._path, text.encode())
+
+
+def read_rows(path: epath.Path) -> list[JsonObject]:
+    """Reads the rows of a `metrics.jsonl`, without damaged lines; none if it does not exist."""
+    lines = path.read_bytes().splitlines() if path.exists() else ()
+    return [row for row in map(_parse, lines) if row is not None]
 
 
 def _parse(line: bytes) -> JsonObject | None:

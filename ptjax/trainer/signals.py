@@ -39,6 +39,18 @@ class Stop:
         return 128 + (self.caught or signal.SIGTERM)
 
 
+class StoppedError(SystemExit):
+    """The run was stopped by a signal and has been saved; without a handler it ends Python.
+
+    Attributes:
+        number: the signal's number; SIGTERM if another process received it.
+    """
+
+    def __init__(self, stop: Stop) -> None:
+        super().__init__(stop.exit_code)
+        self.number = stop.exit_code - 128
+
+
 @contextmanager
 def caught() -> Iterator[Stop]:
     """Catches SIGTERM and Ctrl-C inside a `with` block, and restores the old handlers after it.

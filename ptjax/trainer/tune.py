@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import jax
 import jax.numpy as jnp
@@ -19,16 +21,19 @@ from ptjax.data.pipeline import Shape
 from ptjax.data.tasks import Task
 from ptjax.errors import check_path, one_line
 from ptjax.files import JsonObject, PathLike
+from ptjax.gin_text import describe_call
 from ptjax.interop.prompt_file import PromptFile, load_prompt
 from ptjax.methods.base import run_with
 from ptjax.model_dir import BEST, ModelDir
 from ptjax.settings import RunSettings
 from ptjax.sharding import processes
 from ptjax.sharding.arrays import check_batch_size, replicate_key, replicated
-from ptjax.trainer import lock
+from ptjax.trainer import lock, signals
 from ptjax.trainer.callbacks import Callback
+from ptjax.trainer.config_file import ConfigFile
 from ptjax.trainer.examples_report import report_examples_read
 from ptjax.trainer.identity import make_identity
+from ptjax.trainer.interrupted import best_so_far
 from ptjax.trainer.loop import TrainingLoop
 from ptjax.trainer.memory import Lower, explain_no_memory
 from ptjax.trainer.progress import RunProgress
@@ -46,21 +51,30 @@ from ptjax.trees import Tree
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A finished run: its folder and its results.
+    """A run: its folder and its results.
 
     Attributes:
         model_dir: MODEL_DIR, with `~` expanded.
-        results: the content of `results.json`; empty after a dry run.
+        results: the content of `results.json`; empty after a dry run. Of a run that was
+            interrupted, the validation scores of the best so far (see `finished`).
     """
 
     model_dir: epath.Path
     results: JsonObject
 
+    @property
+    def finished(self) -> bool:
+        """Whether the run has trained to its end; False after Ctrl-C, and after a dry run.
+
+        The same call of `tune` resumes a run that has not finished.
+        """
+        return bool(self.results) and self.results.get("finished", True)
+
     @functools.cached_property
     def prompt(self) -> PromptFile | None:
         """The best prompt, read from its file; in a sweep the best member's.
 
-        None if no prompt was tuned, or after a dry run.
+        None if no prompt was tuned, before the first evaluation, and after a dry run.
         """
         member = self.results["best"]["member"] if "members" in self.results else ""
         path = ModelDir(self.model_dir).best_prompt(member)
@@ -86,8 +100,7 @@ def tune(
     Args:
         model_dir: the folder for all files of the run. If it holds this run, unfinished, the run is
             resumed; if it holds this run, finished, its results are returned.
-        settings: default: those that `suggest_settings` chooses for the backbone and the data;
-            they are logged. `RunSettings()` is the prompt tuning paper's.
+        settings: default: those of `suggest_settings`, logged. `RunSettings()` is the paper's.
         members: the members of a sweep, by name. Each trains its own prompt, all in one job, with
             the `settings` that it does not override. None means an ordinary run.
         steps: replaces `settings.schedule.train_steps`.
@@ -100,19 +113,20 @@ def tune(
             or one already past `train_steps` (`identity.FREE` lists which settings may change).
         TrainingError: a loss, score or trained variable is not finite (in a sweep: of every
             member), the disk is full, or another run took over `model_dir`.
-        SystemExit: after SIGTERM or Ctrl-C, when a checkpoint has been saved.
+        SystemExit: after SIGTERM or Ctrl-C, when a checkpoint has been saved. In an interactive
+            session (a notebook, Python's prompt) Ctrl-C returns the best so far instead.
     """
     check_path("MODEL_DIR", model_dir)
     settings = resolve_settings(settings, backbone, task, members or {}, steps)
     _check(backbone, settings, members or {})
     directory = epath.Path(model_dir).expanduser()
+    given = _given(backbone, task, settings, members)
+    callbacks = _with_config(callbacks, {"model_dir": model_dir, **given})
 
     def attempt(run_lock: lock.Lock | None) -> JsonObject | None:
         """The results. Without the lock it writes nothing: it returns those of a dry run or of a
         finished run, else None."""
-        report_steps(settings.schedule.train_steps, backbone)
-        overrides = members or {"": MemberOverrides()}
-        setups = set_up_members(backbone, task, directory, settings, overrides)
+        setups = _set_up(backbone, task, directory, settings, members)
         state, step = _make_step(backbone, setups, settings, sweep=bool(members))
         frozen = setups[0].frozen
         report_sizes(settings.method, backbone, state.trainable, state.opt_state, frozen)
@@ -131,15 +145,17 @@ def tune(
         if results is not None or (run_lock is None and not dry_run):
             run.checkpoints.close()
             return results
-        _check_used(backbone, setups[0], settings)
-        report_examples_read(setup.data for setup in setups)
+        _check_used(backbone, setups, settings)
         sizes = _counts(state.trainable, frozen)  # the first step takes the state's arrays
-        lower = _lowering(backbone, setups, state, sweep=bool(members))
-        with explain_no_memory(settings, run.members.batches().shapes, lower, backbone.mesh):
-            run.fit(state, frozen, step, backbone.mesh, dry_run=dry_run)
+        explained = _explain_no_memory(backbone, setups, settings, state, run)
+        try:
+            with explained:
+                run.fit(state, frozen, step, backbone.mesh, dry_run=dry_run)
+            scores = {} if dry_run else _score_best(backbone, setups, settings, run)
+        except (signals.StoppedError, KeyboardInterrupt) as stop:
+            return best_so_far(stop, run, setups)
         if dry_run:
             return {}
-        scores = _score_best(backbone, setups, settings, run)
         results = scores | sizes | describe_run(backbone, settings, run.progress.seconds)
         _write(ModelDir(directory).results, json.dumps(results, indent=2) + "\n", run_lock)
         return results
@@ -177,11 +193,48 @@ def _check(
         check_batch_size(batching.batch_size, backbone.mesh, batching.microbatches)
 
 
+def _given(
+    backbone: Backbone,
+    task: Task,
+    settings: RunSettings,
+    members: Mapping[str, MemberOverrides] | None,
+) -> dict[str, object]:
+    """The arguments of `tune` that its identity and its config.gin have in common."""
+    return {"backbone": backbone, "task": task, "settings": settings, "members": members or None}
+
+
+def _with_config(
+    callbacks: Sequence[Callback], arguments: Mapping[str, object]
+) -> Sequence[Callback]:
+    """The callbacks, with one that writes config.gin; a command has its own."""
+    if any(isinstance(callback, ConfigFile) for callback in callbacks):
+        return callbacks
+    return [*callbacks, ConfigFile(describe_call("ptjax.tune", arguments))]
+
+
+def _set_up(
+    backbone: Backbone,
+    task: Task,
+    directory: epath.Path,
+    settings: RunSettings,
+    members: Mapping[str, MemberOverrides] | None,
+) -> list[MemberSetup]:
+    """Sets up the members; an ordinary run has one, without a name."""
+    report_steps(settings.schedule.train_steps, backbone)
+    logging.info("preparing data and variables")
+    started = time.perf_counter()
+    overrides = members or {"": MemberOverrides()}
+    setups = set_up_members(backbone, task, directory, settings, overrides)
+    logging.info("prepared data and variables in %.1f s", time.perf_counter() - started)
+    return setups
+
+
 def _score_best(
     backbone: Backbone, setups: Sequence[MemberSetup], settings: RunSettings, run: TrainingLoop
 ) -> JsonObject:
     """The scores of a finished run."""
     sweep = run.members.is_sweep
+    logging.info("scoring the best and what it is compared with")
     scores = {setup.data: Scores(backbone, settings, setup.data) for setup in setups}
     members, prompts = {}, []
     for setup, progress in zip(setups, run.progress.members, strict=True):
@@ -242,8 +295,22 @@ def _lowering(
     return lower
 
 
-def _check_used(backbone: Backbone, setup: MemberSetup, settings: RunSettings) -> None:
-    """InputError if the loss does not depend on every trainable variable."""
+def _explain_no_memory(
+    backbone: Backbone,
+    setups: Sequence[MemberSetup],
+    settings: RunSettings,
+    state: TrainState,
+    run: TrainingLoop,
+) -> AbstractContextManager[None]:
+    """The context that explains that a device has no memory for a step; see `memory`."""
+    lower = _lowering(backbone, setups, state, sweep=run.members.is_sweep)
+    return explain_no_memory(settings, run.members.batches().shapes, lower, backbone.mesh)
+
+
+def _check_used(backbone: Backbone, setups: Sequence[MemberSetup], settings: RunSettings) -> None:
+    """InputError if the loss does not depend on every trainable variable. Shows three examples."""
+    report_examples_read(setup.data for setup in setups)
+    setup = setups[0]
     batch = batch_shapes(min(setup.member.batches.shapes), backbone.mesh)
     apply_fn = run_with(settings.method, backbone)
     check_used(apply_fn, settings.loss, setup.trainable, setup.frozen, batch)
@@ -264,7 +331,7 @@ def _identify(
     setups: Sequence[MemberSetup],
 ) -> JsonObject:
     """The identity of a run: these arguments of `tune`, and the data that it read."""
-    given = {"backbone": backbone, "task": task, "settings": settings, "members": members or None}
+    given = _given(backbone, task, settings, members)
     read: JsonObject = {}
     for number, data in enumerate(dict.fromkeys(setup.data for setup in setups)):
         for name, parts in data.describe().items():

@@ -17,7 +17,7 @@ import pytest
 from absl import logging as absl_logging
 
 import ptjax
-from ptjax import cli
+from ptjax import cli, messages
 from ptjax.cli import gin_files, logs
 from ptjax.cli.gin_mistakes import PUBLIC_NAMES
 from ptjax.errors import InputError, TrainingError
@@ -315,8 +315,8 @@ def test_log_lines_are_plain_and_only_ours(capsys, tmp_path):
     logs.prepare()
     logs.prepare()  # a second time adds nothing
     records = [
-        (logs._PACKAGE + "/tuning.py", "absl", logging.INFO, "we start"),
-        (logs._PACKAGE + "/tuning.py", "absl", logging.WARNING, "we wonder"),
+        (messages.PACKAGE + "/tuning.py", "absl", logging.INFO, "we start"),
+        (messages.PACKAGE + "/tuning.py", "absl", logging.WARNING, "we wonder"),
         ("/x/orbax/checkpoint.py", "absl", logging.INFO, "orbax info"),
         ("/x/orbax/checkpoint.py", "absl", logging.WARNING, "orbax warns"),
         ("/x/orbax/checkpoint.py", "absl", logging.ERROR, "orbax fails"),

@@ -9,10 +9,10 @@ from conftest import tune
 from etils import epath
 
 from ptjax import model_dir
-from ptjax.cli.output import ConfigFile
 from ptjax.errors import InputError
 from ptjax.model_dir import ModelDir, steps_in
 from ptjax.settings import TrainSchedule
+from ptjax.trainer.config_file import ConfigFile
 
 
 def test_a_run_writes_what_the_class_names_and_nothing_else(backbone, task, tmp_path):

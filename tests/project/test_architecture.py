@@ -18,7 +18,7 @@ import ptjax
 
 PACKAGE = Path(ptjax.__file__).parent
 
-GROUND = ("errors", "trees", "files", "output", "model_dir")
+GROUND = ("errors", "trees", "files", "messages", "output", "model_dir")
 """What everybody may use, and what needs no arrays."""
 
 # From the data to the commands; a module imports from its own room and from those before it.
@@ -34,6 +34,7 @@ ROOMS = (
     "backbones",
     "methods",
     "settings",
+    "gin_text",
     "planning",
     "inference",
     "evaluation",

@@ -27,7 +27,6 @@ from tiny import save_tiny, tiny_config
 from ptjax import files
 from ptjax.backbones.load import Backbone, load_backbone
 from ptjax.backbones.save import save_backbone
-from ptjax.cli.output import ConfigFile
 from ptjax.data.batching import Batching
 from ptjax.data.tasks import Task
 from ptjax.data.tokenizer import load_tokenizer
@@ -39,6 +38,7 @@ from ptjax.settings import Evaluation, RunSettings, TrainSchedule
 from ptjax.trainer import lock
 from ptjax.trainer import tune as tuning
 from ptjax.trainer.callbacks import Callback
+from ptjax.trainer.config_file import ConfigFile
 from ptjax.training.optimizer import Adafactor
 from ptjax.trees import flatten_paths
 

@@ -22,7 +22,6 @@ from conftest import tune
 from tiny import tiny_config
 
 from ptjax.backbones.load import Backbone
-from ptjax.cli.output import ConfigFile
 from ptjax.data import mixture
 from ptjax.data.batching import Batching
 from ptjax.data.hard_prompt import HardPrompt
@@ -48,6 +47,7 @@ from ptjax.settings import Evaluation, RunSettings, TrainSchedule
 from ptjax.sharding.meshes import make_mesh
 from ptjax.trainer import tune as tuning
 from ptjax.trainer.checkpoints import SUMS
+from ptjax.trainer.config_file import ConfigFile
 from ptjax.trainer.identity import FREE, check_same, describe, make_identity
 from ptjax.trainer.pretrain import pretrain
 from ptjax.trainer.sweep import MemberOverrides

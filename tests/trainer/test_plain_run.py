@@ -104,7 +104,7 @@ def test_stopped_before_the_first_evaluation_it_goes_on_from_there(tmp_path, cap
     start(whole)
     assert stopped_by_sigterm(1, lambda callbacks: start(parts, callbacks)) == 143
     assert "signal 15: saving at the end of this step" in caplog.messages
-    assert "saved at step 1; rerun the same command to resume" in caplog.messages
+    assert "saved at step 1; the same command or call resumes" in caplog.messages
     assert names(parts / "checkpoints") == {"1"} and not (parts / "exports").exists()
     before = json.loads((parts / "checkpoints" / "1" / "progress" / "data.json").read_text())
     run = start(parts)
