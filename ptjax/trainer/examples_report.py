@@ -60,8 +60,8 @@ def _first_cut(rows: TokenRows, texts: Sequence[str], tokenizer: Tokenizer) -> i
     if not rows.truncated:
         return None
     longest = rows.lengths.max()  # a row of this length may just fit
-    at_limit = np.flatnonzero(rows.lengths == longest)
-    return next(int(i) for i in at_limit if _missing(rows[i], texts[i], tokenizer))
+    at_limit: list[int] = np.flatnonzero(rows.lengths == longest).tolist()
+    return next(i for i in at_limit if _missing(rows[i], texts[i], tokenizer))
 
 
 def _missing(row: np.ndarray, text: str, tokenizer: Tokenizer) -> int:
