@@ -207,10 +207,10 @@ def _given(
 def _with_config(
     callbacks: Sequence[Callback], arguments: Mapping[str, object]
 ) -> Sequence[Callback]:
-    """The callbacks, with one that writes config.gin; a command has its own."""
+    """The callbacks, after one that writes config.gin; a command has its own."""
     if any(isinstance(callback, ConfigFile) for callback in callbacks):
         return callbacks
-    return [*callbacks, ConfigFile(describe_call("ptjax.tune", arguments))]
+    return [ConfigFile(describe_call("ptjax.tune", arguments)), *callbacks]
 
 
 def _set_up(
