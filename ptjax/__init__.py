@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from ptjax.settings import Evaluation, RunSettings, TrainSchedule
     from ptjax.trainer.callbacks import Callback
     from ptjax.trainer.pretrain import pretrain
+    from ptjax.trainer.suggest import suggest_settings
     from ptjax.trainer.sweep import MemberOverrides, sweep
     from ptjax.trainer.trackers import MlflowTracker, WandbTracker
     from ptjax.trainer.tune import Run, tune
@@ -111,6 +112,7 @@ _HOMES = {
     "pretrain": "ptjax.trainer.pretrain",
     "save_backbone": "ptjax.backbones.save",
     "save_prompt": "ptjax.interop.prompt_file",
+    "suggest_settings": "ptjax.trainer.suggest",
     "sweep": "ptjax.trainer.sweep",
     "tune": "ptjax.trainer.tune",
 }
@@ -168,6 +170,7 @@ __all__ = [
     "pretrain",
     "save_backbone",
     "save_prompt",
+    "suggest_settings",
     "sweep",
     "tune",
 ]

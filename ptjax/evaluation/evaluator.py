@@ -70,10 +70,9 @@ class Evaluator:
             backbone.config.special_ids,
             tokenizer,
         )
-        self.task, self.backbone, self.tokenizer = task, backbone, tokenizer
-        self.lengths, self.settings = lengths, settings
+        self.task, self.backbone, self.tokenizer, self.lengths = task, backbone, tokenizer, lengths
         check_installed(task.metrics)  # now, not after the first steps of a run
-        self.metric = task.metrics[0] if len(task.metrics) == 1 else "mean"
+        self.settings, self.metric = settings, "mean" if task.metrics[1:] else task.metrics[0]
         self.reported_split = reported_split(task, settings.split)
         closed = task.labels is not None
         self.ranks = settings.predict == "rank" or (settings.predict == "auto" and closed)

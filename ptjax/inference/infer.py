@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Unpack
+from typing import Any, Unpack, cast
 
 from absl import logging
 
@@ -90,8 +90,8 @@ def predict(
         prompt_ids=prompt_ids,
         raw=raw,
     )
-    how: Answering = {"decode": decode, "max_new_tokens": max_new_tokens}
-    return predict_requests(backbone, requests, opened, batch_size=batch_size, **how, **settings)
+    how = {"decode": decode, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    return predict_requests(backbone, requests, opened, **cast("Answering", how | settings))
 
 
 def infer(
@@ -134,17 +134,18 @@ def infer(
             no record is left, or `output` cannot or must not be written.
     """
     check_arguments("infer", options, Options.__optional_keys__)
-    reading = {name: options.pop(name) for name in Reading.__optional_keys__ & options.keys()}
+    of_files = {k: v for k, v in options.items() if k in Reading.__optional_keys__}
+    how = cast("Answering", {k: v for k, v in options.items() if k not in of_files})
     if output is not None:
         files = find_files(source) if isinstance(source, str | os.PathLike) else ()
         check_output(output, force=force, inputs=files)
     loaded = load_any(prompt)
-    records = read_inputs(source, on_bad_record=on_bad_record, **reading)
+    records = read_inputs(source, on_bad_record=on_bad_record, **cast("Reading", of_files))
     format_of = functools.partial(make_format, task=task)
     requests = make_requests(records, loaded, format_of, raw=raw, prefix=prefix)
     name = os.fspath(source) if isinstance(source, str | os.PathLike) else "inputs"
     check_left_out(requests, records.bad, name)
-    rows = answer(backbone, requests, loaded, prefix, allow_mismatch=allow_mismatch, **options)
+    rows = answer(backbone, requests, loaded, prefix, allow_mismatch=allow_mismatch, **how)
     if output is not None:
         write_rows(output, rows)
     return rows

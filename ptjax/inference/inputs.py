@@ -68,9 +68,12 @@ def read_stream(
         name: the stream's name, for messages.
         reading: without a format, it is JSON lines or plain lines by the first character.
     """
-    bad, kind = BadRecords(on_bad_record), reading.pop("format", None)
-    kind = kind or ("jsonl" if is_json(data, reading.get("encoding", "utf-8")) else "text")
-    parsed = parse_records(data, name, kind, bad, **reading)
+    bad, encoding = BadRecords(on_bad_record), reading.get("encoding", "utf-8")
+    kind = reading.get("format") or ("jsonl" if is_json(data, encoding) else "text")
+    columns, quoting = reading.get("columns"), reading.get("quoting")
+    parsed = parse_records(
+        data, name, kind, bad, columns=columns, quoting=quoting, encoding=encoding
+    )
     return _checked(non_empty(Records(parsed, bad), name), name, lines=kind == "text")
 
 

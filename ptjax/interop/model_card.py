@@ -248,7 +248,7 @@ class _Card:
             "",
             f"backbone = ptjax.load_backbone({string(name)})",
             f"prompt = ptjax.load_prompt({string(self.name)})",
-            f"print(ptjax.generate(backbone, [{self._example()}], prompt))",
+            f"print(ptjax.predict(backbone, {self._arguments()}))",
         ]
         text = f"## Use it with ptjax\n\n{block(lines, 'python')}"
         if self.described:
@@ -287,15 +287,28 @@ class _Card:
             )
         return text
 
-    def _example(self) -> str:
-        """An input as Python code: the template, with "..." in place of its fields."""
+    def _parts(self) -> tuple[tuple[str, str | None], ...]:
+        """The template in pieces, as those of `Template`; () without a template."""
         inputs = self.described.get("inputs")
         try:
-            parts = parse_template(inputs).parts if isinstance(inputs, str) else ()
+            return parse_template(inputs).parts if isinstance(inputs, str) else ()
         except ValueError:
-            parts = ()
-        text = "".join(literal + ("..." if field else "") for literal, field in parts)
+            return ()
+
+    def _example(self) -> str:
+        """An input as Python code: the template, with "..." in place of its fields."""
+        text = "".join(literal + ("..." if field else "") for literal, field in self._parts())
         return string(text or "...")
+
+    def _arguments(self) -> str:
+        """The arguments of `ptjax.predict` behind the backbone, as Python code."""
+        fields = [*dict.fromkeys(field for _, field in self._parts() if field)]
+        if self.described.get("preprocess") or not all(map(str.isidentifier, fields)):
+            return f"[{self._example()}], prompt, raw=True"
+        if len(fields) == 1:
+            return '["..."], prompt'
+        record = ", ".join(f'{string(field)}: "..."' for field in fields)
+        return f"[{{{record}}}], prompt" if fields else f"[{self._example()}], prompt, raw=True"
 
     def limits(self) -> str:
         named = f", those of {code(self.model)}" if self.backbone != "BACKBONE" else ""

@@ -16,7 +16,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -149,7 +149,7 @@ def _legacy_spec(embedding: Metadata, prompt: np.ndarray) -> JsonObject:
     return spec
 
 
-def _put(tree: dict[str, Any], path: list[str], leaf: object) -> None:
+def _put(tree: dict[str, Any], path: Sequence[str], leaf: object) -> None:
     for key in path[:-1]:
         tree = tree.setdefault(key, {})
     tree[path[-1]] = leaf

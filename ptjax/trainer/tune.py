@@ -16,6 +16,7 @@ from etils import epath
 from ptjax import files
 from ptjax.backbones.damage import check_weights
 from ptjax.backbones.load import Backbone
+from ptjax.data.pipeline import Shape
 from ptjax.data.tasks import Task
 from ptjax.errors import check_path, one_line
 from ptjax.files import JsonObject, PathLike
@@ -29,16 +30,19 @@ from ptjax.sharding.arrays import check_batch_size, replicate_key, replicated
 from ptjax.trainer import lock, signals
 from ptjax.trainer.callbacks import Callback
 from ptjax.trainer.config_file import ConfigFile
+from ptjax.trainer.examples_report import report_examples_read
 from ptjax.trainer.identity import make_identity
 from ptjax.trainer.interrupted import best_so_far
 from ptjax.trainer.loop import TrainingLoop
+from ptjax.trainer.memory import Lower, explain_no_memory
 from ptjax.trainer.progress import RunProgress
 from ptjax.trainer.results import Scores, describe_run, of_sweep
 from ptjax.trainer.setup import MemberSetup, load_best, set_up_members
 from ptjax.trainer.startup_report import report_sizes, report_steps
+from ptjax.trainer.suggest import resolve_settings
 from ptjax.trainer.sweep import MemberOverrides, check_members
 from ptjax.training import freeze as freezing
-from ptjax.training.compile import batch_shapes
+from ptjax.training.compile import batch_shapes, lower_step
 from ptjax.training.dependence import check_used
 from ptjax.training.step import TrainState, TrainStep
 from ptjax.trees import Tree
@@ -95,7 +99,8 @@ def tune(
     Args:
         model_dir: the folder for all files of the run. If it holds this run, unfinished, the run is
             resumed; if it holds this run, finished, its results are returned.
-        settings: default: `RunSettings()`, the settings of the prompt tuning paper.
+        settings: default: those that `suggest_settings` chooses for the backbone and the data;
+            they are logged. `RunSettings()` is the prompt tuning paper's.
         members: the members of a sweep, by name. Each trains its own prompt, all in one job, with
             the `settings` that it does not override. None means an ordinary run.
         steps: replaces `settings.schedule.train_steps`.
@@ -111,11 +116,9 @@ def tune(
         SystemExit: after SIGTERM or Ctrl-C, when a checkpoint has been saved. In an interactive
             session (a notebook, Python's prompt) Ctrl-C returns the best so far instead.
     """
-    settings = RunSettings() if settings is None else settings
-    if steps is not None:
-        schedule = dataclasses.replace(settings.schedule, train_steps=steps)
-        settings = dataclasses.replace(settings, schedule=schedule)
-    _check(backbone, model_dir, settings, members or {})
+    check_path("MODEL_DIR", model_dir)
+    settings = resolve_settings(settings, backbone, task, members or {}, steps)
+    _check(backbone, settings, members or {})
     directory = epath.Path(model_dir).expanduser()
     given = _given(backbone, task, settings, members)
     callbacks = _with_config(callbacks, {"model_dir": model_dir, **given})
@@ -143,9 +146,12 @@ def tune(
             run.checkpoints.close()
             return results
         _check_used(backbone, setups[0], settings)
+        report_examples_read(setup.data for setup in setups)
         sizes = _counts(state.trainable, frozen)  # the first step takes the state's arrays
+        lower = _lowering(backbone, setups, state, sweep=bool(members))
         try:
-            run.fit(state, frozen, step, backbone.mesh, dry_run=dry_run)
+            with explain_no_memory(settings, run.members.batches().shapes, lower, backbone.mesh):
+                run.fit(state, frozen, step, backbone.mesh, dry_run=dry_run)
             scores = {} if dry_run else _score_best(backbone, setups, settings, run)
         except (signals.StoppedError, KeyboardInterrupt) as stop:
             return best_so_far(stop, run, setups)
@@ -178,13 +184,9 @@ def _under_lock(
 
 
 def _check(
-    backbone: Backbone,
-    model_dir: PathLike,
-    settings: RunSettings,
-    members: Mapping[str, MemberOverrides],
+    backbone: Backbone, settings: RunSettings, members: Mapping[str, MemberOverrides]
 ) -> None:
-    """Rejects bad settings before any data are read."""
-    check_path("MODEL_DIR", model_dir)
+    """Rejects settings that the backbone or the mesh does not support."""
     settings.method.check(backbone, settings.batching)
     check_members(members, settings)
     batching = settings.batching
@@ -255,14 +257,7 @@ def _make_step(
 ) -> tuple[TrainState, TrainStep]:
     """The first state and its train step. In a `sweep` the state has all members, stacked."""
     first, mesh = setups[0], backbone.mesh
-    init, step = settings.step_config(sweep=sweep).make(
-        run_with(settings.method, backbone),
-        first.freeze,
-        mesh,
-        first.rms,
-        small=freezing.is_small(*_counts(first.trainable, first.frozen).values()),
-        attends_to_input=settings.method.attends_to_input,
-    )
+    init, step = _step_functions(backbone, first, settings, sweep=sweep)
     trainable, key = first.trainable, jax.random.key(first.seed)
     if sweep:
         trainable = jax.tree.map(lambda *x: jnp.stack(x), *(setup.trainable for setup in setups))
@@ -270,6 +265,35 @@ def _make_step(
         key = jnp.stack([jax.random.key(setup.seed) for setup in setups])
     # On the mesh: with a first state elsewhere the step would be compiled twice.
     return jax.jit(init)(trainable, replicate_key(key, mesh)), step
+
+
+def _step_functions(
+    backbone: Backbone, setup: MemberSetup, settings: RunSettings, *, sweep: bool
+) -> tuple[Callable[[Tree, jax.Array], TrainState], TrainStep]:
+    """The functions that `StepConfig.make` returns for a member."""
+    return settings.step_config(sweep=sweep).make(
+        run_with(settings.method, backbone),
+        setup.freeze,
+        backbone.mesh,
+        setup.rms,
+        small=freezing.is_small(*_counts(setup.trainable, setup.frozen).values()),
+        attends_to_input=settings.method.attends_to_input,
+    )
+
+
+def _lowering(
+    backbone: Backbone, setups: Sequence[MemberSetup], state: TrainState, *, sweep: bool
+) -> Lower:
+    """A function that lowers the train step with other settings, even after `state` is donated."""
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
+
+    def lower(settings: RunSettings, shape: Shape) -> jax.stages.Lowered:
+        _, step = _step_functions(backbone, setups[0], settings, sweep=sweep)
+        return lower_step(step, abstract, setups[0].frozen, shape, backbone.mesh)
+
+    return lower
 
 
 def _check_used(backbone: Backbone, setup: MemberSetup, settings: RunSettings) -> None:

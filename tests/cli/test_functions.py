@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from etils import epath
 from tiny_prompts import RECORDS, save_prompts, write_mood
 
 import ptjax
@@ -139,7 +141,10 @@ def test_a_prompt_may_be_given_in_every_form(place, backbone, bank):
     loaded = ptjax.load_prompt(path)
     task = Task.from_description(loaded.metadata["task"])
     expected = ptjax.predict(backbone, TEXTS, path)
-    for prompt in (str(path), loaded):
+    run = ptjax.Run(epath.Path("run"), {"value": 1.0})  # its MODEL_DIR, and its prompt
+    shutil.copytree(place / "mixed" / "copy", run.model_dir)
+    shutil.copy(path, run.model_dir / "prompts" / "best.safetensors")
+    for prompt in (str(path), loaded, "run", run.model_dir, run.prompt):
         assert ptjax.predict(backbone, TEXTS, prompt) == expected
     # An array does not say how its inputs are written; the labels are as short as the length.
     assert ptjax.predict(backbone, TEXTS, loaded.prompt, task=task) == expected
@@ -224,9 +229,10 @@ def test_what_is_no_prompt_is_refused(place, backbone, function, make, message):
 
 def test_settings_that_mean_nothing_are_refused(place, backbone, bank):
     path = place / "mixed" / "kind.safetensors"
+    misspelt: JsonObject = {"num_beam": 2}
     for function in (ptjax.predict, ptjax.infer):
         with pytest.raises(TypeError, match=r"no argument 'num_beam'; did you mean num_beams\?"):
-            function(backbone, ["a"], path, num_beam=2)
+            function(backbone, ["a"], path, **misspelt)
         with pytest.raises(InputError, match=r"closed set .* need --decode \(decode=True\)"):
             function(backbone, ["a"], path, num_beams=2)
         with pytest.raises(InputError, match="batch_size must be >= 1, got 0"):
@@ -323,7 +329,8 @@ def test_records_in_memory_are_scored(place, backbone, scores_of, mood):
 def test_evaluate_says_what_is_wrong(place, backbone, bank, mood, scores_of):
     path = place / "seeds" / "prompts" / "seed_1" / "best.safetensors"
     data = str(mood.splits["test"])
-    for arguments, options, message in (
+    misspelt: JsonObject = {"outputs": "x"}
+    refused: list[tuple[Any, JsonObject, str]] = [
         (("mood",), {}, "evaluate needs a ptjax.Task to score on, got str"),
         ((mood, path), {"split": "dev"}, "task mood: no split 'dev'"),
         ((mood, path), {"examples": 0}, "EVAL_EXAMPLES must be >= 1"),
@@ -332,11 +339,12 @@ def test_evaluate_says_what_is_wrong(place, backbone, bank, mood, scores_of):
         ((mood, path), {"output": data, "force": True}, f"this is the input {data}"),
         ((mood, path), {"output": data}, "already exists"),
         ((mood, {"a": path}), {}, "a dict is not a prompt"),
-    ):
+    ]
+    for arguments, options, message in refused:
         with pytest.raises(InputError, match=message):
             ptjax.evaluate(backbone, *arguments, **options)
     with pytest.raises(TypeError, match=r"no argument 'outputs'; did you mean output\?"):
-        ptjax.evaluate(backbone, mood, path, outputs="x")
+        ptjax.evaluate(backbone, mood, path, **misspelt)
     assert not Path("x").exists()
 
 

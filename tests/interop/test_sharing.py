@@ -146,6 +146,7 @@ def test_a_card_says_what_the_run_knew(run, tmp_path):
         - Seed: 5
         backbone = ptjax.load_backbone("my-t5")
         prompt = ptjax.load_prompt("tickets")
+        print(ptjax.predict(backbone, ["..."], prompt))
         model = PeftModel.from_pretrained(model, "tickets")
     """
     for line in filter(None, map(str.strip, expected.splitlines())):
@@ -233,6 +234,20 @@ def test_a_card_of_a_header_that_anybody_wrote_stays_whole(metadata):
     assert text.count("\n```") % 2 == 0 and "nan" not in text
     for code in blocks(text, "python"):
         ast.parse(code)
+
+
+@pytest.mark.parametrize(
+    ("task", "arguments"),
+    [
+        ({"inputs": "{a} {{and}} {b}, {a}"}, '[{"a": "...", "b": "..."}], prompt'),
+        ({"inputs": "x: {a.0}"}, '["x: ..."], prompt, raw=True'),
+        ({"inputs": "x: {a}", "preprocess": "multirc"}, '["x: ..."], prompt, raw=True'),
+        ({}, '["..."], prompt, raw=True'),
+    ],
+)
+def test_a_card_predicts_with_the_fields_of_the_template(task, arguments):
+    card = make_card("me/x", (3, 8), {"task": task}, peft=True)
+    assert f"print(ptjax.predict(backbone, {arguments}))\n" in blocks(card, "python")[0]
 
 
 # Folders and files

@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import jax
 import optax
@@ -333,8 +334,9 @@ def test_a_mesh_that_a_run_would_refuse_is_an_answer_too():
 
 
 def test_a_misspelt_argument_is_refused():
+    misspelt: dict[str, Any] = {"quik": True}
     with pytest.raises(TypeError, match=r"no argument 'quik'; did you mean quick\?"):
-        ptjax.plan("t5_1_1_small", "v5e-8", quik=True)
+        ptjax.plan("t5_1_1_small", "v5e-8", **misspelt)
 
 
 def test_settings_that_cannot_be_sent_to_the_compiler_are_refused():

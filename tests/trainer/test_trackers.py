@@ -173,7 +173,7 @@ def test_settings_are_read_without_gin(tmp_path, own_process):
     assert settings["Evaluation"]["examples"] is None
     assert settings["RunSettings"]["method"] == "@ptjax.PromptTuning()"
     assert settings["Task"]["splits"]["test"] == "test.jsonl"  # on a line of its own
-    assert settings["name/HardPrompt"] == {"text": "sentiment:"}
+    assert settings["name/HardPrompt"] == {"text": "imdb sentiment:"}
     assert "secret" not in str(settings) and "callbacks" not in settings["tune"]
     assert read_settings(path / "none") == {}
 
