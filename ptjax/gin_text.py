@@ -2,7 +2,7 @@
 
 `describe_call` is the inverse of what the commands do with such a file: the text names the public
 names of ptjax and optax's schedules alone, so that it is read without trusting its author. What a
-gin file cannot say (a function or a method of one's own, an array, records in memory) is left out,
+gin file cannot say (a custom function or method, an array, records in memory) is left out,
 with a comment; `left_out` reads these comments.
 """
 

@@ -31,7 +31,7 @@ def _returns(stop: BaseException, run: TrainingLoop) -> bool:
 def best_so_far(
     stop: BaseException, run: TrainingLoop, setups: Sequence[MemberSetup]
 ) -> JsonObject:
-    """Describes a run that was interrupted and saved, and logs how to go on; or raises `stop`.
+    """Describes a run that was interrupted and saved, and logs how to resume; or raises `stop`.
 
     It raises `stop` unless that is Ctrl-C in a notebook or at Python's prompt, which must survive
     it: a script or a command ends. Nothing is computed: the scores are those by which the best

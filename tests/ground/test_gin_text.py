@@ -170,7 +170,7 @@ def test_a_backbone_is_loaded_with_the_same_arguments(backbone):
         "tokenizer": "package:nano",
     }
     tokenizer = ptjax.load_tokenizer("package:nano/spiece.model")
-    loaded = ptjax.load_backbone(**given | {"tokenizer": tokenizer})
+    loaded = ptjax.load_backbone(backbone.name, scan_layers=True, tokenizer=tokenizer)
     assert loaded.arguments == given | {"tokenizer": tokenizer}
     read(gin_text.describe_call("ptjax.tune", {"backbone": loaded, "model_dir": Path("runs/x")}))
     assert cli.macro("INITIAL_CHECKPOINT_PATH") == backbone.name
