@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from ptjax.errors import needs
 from ptjax.files import JsonObject
 from ptjax.reports.markup import escape, number, shorten
 
@@ -85,8 +86,9 @@ def _draw(
     Args:
         label: describes the figure to readers who cannot see it.
     """
-    import matplotlib
-    from matplotlib.figure import Figure
+    with needs("report", "a report"):
+        import matplotlib
+        from matplotlib.figure import Figure
 
     width, height = size
     left, bottom, right, top = margins
@@ -172,7 +174,8 @@ def curves(
 
 
 def _few_ticks(axes: Axes) -> None:
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+    with needs("report", "a report"):
+        from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
@@ -250,7 +253,8 @@ def confusion(label: str, matrix: JsonObject) -> str:
     longest = 18
 
     def paint(axes: Axes) -> None:
-        from matplotlib.patches import Rectangle
+        with needs("report", "a report"):
+            from matplotlib.patches import Rectangle
 
         if not numbered:  # there may be thousands of empty cells
             frame = (len(columns), len(rows))

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ptjax.errors import needs
 from ptjax.files import JsonObject
 
 BINS = 10
@@ -56,7 +57,8 @@ def class_scores(
         examples with this target), and rows for the averages over labels: "macro" (unweighted) and
         "weighted" (by support).
     """
-    from sklearn.metrics import precision_recall_fscore_support  # slow to import
+    with needs("report", "a report"):
+        from sklearn.metrics import precision_recall_fscore_support  # slow to import
 
     zero: Any = 0.0  # its annotation knows only the default, 'warn'
 
@@ -90,7 +92,8 @@ def confusion(
         "rows", the labels; "columns", the labels and `OTHER` if there are predictions that are not
         labels; "counts", a row for each target with the number of each prediction.
     """
-    from sklearn.metrics import confusion_matrix  # slow to import
+    with needs("report", "a report"):
+        from sklearn.metrics import confusion_matrix  # slow to import
 
     ids = {label: number for number, label in enumerate(labels)}
     count = len(labels)
@@ -116,7 +119,8 @@ def calibrate(right: np.ndarray, confidences: Sequence[float]) -> JsonObject:
         right ones ("accuracy"); "ece", the expected calibration error: the mean over examples of
         the distance between the two in their bin (Guo et al. 2017); "confidence", the mean.
     """
-    from sklearn.calibration import calibration_curve  # slow to import
+    with needs("report", "a report"):
+        from sklearn.calibration import calibration_curve  # slow to import
 
     given = np.clip(np.asarray(confidences, np.float64), 0, 1)
     shares, means = calibration_curve(right.astype(int), given, n_bins=BINS, pos_label=1)

@@ -41,7 +41,7 @@ def scored_on(member: Member) -> str:
     results, record = member.results, member.record
     count = len(record["targets"]) if record else results.get("examples")
     text = f"{results.get('metric')} on the split {results.get('split')}"
-    return text if count is None else f"{text}, {count:,} examples"
+    return f"{text}, {count:,} examples" if isinstance(count, int) else text
 
 
 def error_of(member: Member) -> float | None:

@@ -178,7 +178,7 @@ def test_model_tuning_is_called_so_and_has_no_prompt_rows(tmp_path):
 
 
 def test_an_old_run_says_what_is_missing_and_how_to_get_it(tmp_path):
-    run = save_run(tmp_path / "old")
+    run = save_run(tmp_path / "old", results=RESULTS | {"examples": {"test": 8, "train": 4}})
     advice = f"python -m ptjax.evaluate --model_dir={run} --report={run} adds them"
     assert advice in str(Report.read(run))
     page = Report.read(run).to_html()

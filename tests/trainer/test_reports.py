@@ -310,6 +310,7 @@ def test_results_have_the_scores_of_the_best_the_first_and_the_baselines(backbon
         "before": 0.5,
         "hard_prompts": {"asked": 0.25},
         "selected_on": "validation",
+        "examples": {"train": 0, "validation": 2, "test": 2},
     }
     if positive is None:
         del expected["positive_label"]
