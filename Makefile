@@ -98,4 +98,4 @@ trackers: .venv-trackers/installed  ## the trackers with the real wandb and MLfl
 
 .venv-trackers/installed: pyproject.toml
 	$(PYTHON) -m venv $(@D) && $(@D)/bin/python -m pip install --quiet --disable-pip-version-check \
-	  -e '.[dev,wandb,mlflow]' && touch $@
+	  -e '.[dev,wandb,mlflow]' mlflow && touch $@

@@ -20,7 +20,7 @@ def report_examples_read(data: Iterable[TaskData]) -> None:
     """Logs three training examples of each task: text, tokens and target, as they are read.
 
     Where the lengths cut a text, the line says how many tokens are missing. The first and the
-    middle example are shown, and one that is cut or, if there is none, the longest.
+    middle example are shown, and one that is cut or, without a cut, the longest.
     """
     for of_task in dict.fromkeys(data):
         _report_task(of_task)
@@ -60,8 +60,8 @@ def _first_cut(rows: TokenRows, texts: Sequence[str], tokenizer: Tokenizer) -> i
     if not rows.truncated:
         return None
     longest = rows.lengths.max()  # a row of this length may just fit
-    at_limit = np.flatnonzero(rows.lengths == longest)
-    return next(int(i) for i in at_limit if _missing(rows[i], texts[i], tokenizer))
+    at_limit: list[int] = np.flatnonzero(rows.lengths == longest).tolist()
+    return next(i for i in at_limit if _missing(rows[i], texts[i], tokenizer))
 
 
 def _missing(row: np.ndarray, text: str, tokenizer: Tokenizer) -> int:

@@ -58,7 +58,7 @@ def suggest_settings(backbone: Backbone, task: Task) -> RunSettings:
       are yet to come. Targets: the longest label, exactly. Open text as the inputs, without room.
     - Prompt: 20 rows, since the paper finds that more gain little (section 3.2) and every row costs
       as much time as a token of the input; at least one row per label. Labels initialise their
-      rows, sampled vocabulary the others: the best in the paper for all but the largest T5.
+      rows, sampled vocabulary the others: the best in the paper, except for the largest T5.
     - Batch: 32, the paper's; fewer for fewer than 64 examples, so that an epoch has two batches.
     - Steps: 30 passes over the examples, 500 at least, since a prompt needs some hundred steps
       however few examples there are (ptjax-nano, 800 sentences, mean of seeds 0-2: validation
@@ -230,7 +230,7 @@ def _reasons(
     inputs = np.concatenate([count.inputs for count in counts])
     cut = (inputs > lengths["inputs"]).mean()
     targets = ", no label" if labels else ""
-    share = f"{cut:.1%} of them are" if cut else "none of them is"
+    share = f"{cut:.1%} are" if cut else "no input is"
     passes = schedule.train_steps * batching.batch_size / train
     asked = "as asked" if steps is not None else f"{passes:.0f} passes over {train:,}"
     named = f"the first {labels} from the labels" if labels else "all from sampled vocabulary"

@@ -7,6 +7,7 @@ import functools
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import jax
 import jax.numpy as jnp
@@ -99,8 +100,7 @@ def tune(
     Args:
         model_dir: the folder for all files of the run. If it holds this run, unfinished, the run is
             resumed; if it holds this run, finished, its results are returned.
-        settings: default: those that `suggest_settings` chooses for the backbone and the data;
-            they are logged. `RunSettings()` is the prompt tuning paper's.
+        settings: default: those of `suggest_settings`, logged. `RunSettings()` is the paper's.
         members: the members of a sweep, by name. Each trains its own prompt, all in one job, with
             the `settings` that it does not override. None means an ordinary run.
         steps: replaces `settings.schedule.train_steps`.
@@ -143,12 +143,11 @@ def tune(
         if results is not None or (run_lock is None and not dry_run):
             run.checkpoints.close()
             return results
-        _check_used(backbone, setups[0], settings)
-        report_examples_read(setup.data for setup in setups)
+        _check_used(backbone, setups, settings)
         sizes = _counts(state.trainable, frozen)  # the first step takes the state's arrays
-        lower = _lowering(backbone, setups, state, sweep=bool(members))
+        explained = _explain_no_memory(backbone, setups, settings, state, run)
         try:
-            with explain_no_memory(settings, run.members.batches().shapes, lower, backbone.mesh):
+            with explained:
                 run.fit(state, frozen, step, backbone.mesh, dry_run=dry_run)
             scores = {} if dry_run else _score_best(backbone, setups, settings, run)
         except (signals.StoppedError, KeyboardInterrupt) as stop:
@@ -205,10 +204,11 @@ def _given(
 def _with_config(
     callbacks: Sequence[Callback], model_dir: PathLike, given: Mapping[str, object]
 ) -> Sequence[Callback]:
-    """The callbacks, with one that writes config.gin; a command has its own."""
+    """The callbacks, after one that writes config.gin; a command has its own."""
     if any(isinstance(callback, ConfigFile) for callback in callbacks):
         return callbacks
-    return [*callbacks, ConfigFile(describe_call("ptjax.tune", {"model_dir": model_dir, **given}))]
+    own = ConfigFile(describe_call("ptjax.tune", {"model_dir": model_dir, **given}))
+    return [own, *callbacks]
 
 
 def _set_up(
@@ -294,8 +294,22 @@ def _lowering(
     return lower
 
 
-def _check_used(backbone: Backbone, setup: MemberSetup, settings: RunSettings) -> None:
-    """InputError if the loss does not depend on every trainable variable."""
+def _explain_no_memory(
+    backbone: Backbone,
+    setups: Sequence[MemberSetup],
+    settings: RunSettings,
+    state: TrainState,
+    run: TrainingLoop,
+) -> AbstractContextManager[None]:
+    """The context that explains that a device has no memory for a step; see `memory`."""
+    lower = _lowering(backbone, setups, state, sweep=run.members.is_sweep)
+    return explain_no_memory(settings, run.members.batches().shapes, lower, backbone.mesh)
+
+
+def _check_used(backbone: Backbone, setups: Sequence[MemberSetup], settings: RunSettings) -> None:
+    """InputError if the loss does not depend on every trainable variable. Shows three examples."""
+    report_examples_read(setup.data for setup in setups)
+    setup = setups[0]
     batch = batch_shapes(min(setup.member.batches.shapes), backbone.mesh)
     apply_fn = run_with(settings.method, backbone)
     check_used(apply_fn, settings.loss, setup.trainable, setup.frozen, batch)

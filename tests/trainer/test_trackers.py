@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import At, stopped_by_sigterm
+from conftest import At, stopped_by_sigterm, tune
 from etils import epath
 from plain_members import plain_member, plain_run, rows_of
 
@@ -206,3 +206,13 @@ def test_gin_files_name_callbacks(call, backbone, own_process, monkeypatch):
     sys.modules.pop("mine", None)
     assert code == 0, err
     assert "ptjax.tune.callbacks = [@mine.Mine()]" in Path("seen").read_text()
+
+
+def test_a_run_from_python_sends_its_settings(tmp_path, backbone, task):
+    tracker = Noting(fails="open")
+    with pytest.raises(InputError, match="cannot start"):
+        tune(tmp_path, task, backbone, callbacks=[tracker], length=4)
+    settings = tracker.notes[0][1]
+    assert settings["PromptTuning"]["length"] == 4
+    assert settings["TrainSchedule"]["train_steps"] == 12
+    assert "callbacks" not in settings["tune"]
