@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from ptjax.models.config import T5Config
     from ptjax.models.module_family import flax_module
     from ptjax.planning.plan import plan
+    from ptjax.reports.report import Comparison, Report
     from ptjax.settings import Evaluation, RunSettings, TrainSchedule
     from ptjax.trainer.callbacks import Callback
     from ptjax.trainer.pretrain import pretrain
@@ -67,6 +68,7 @@ _HOMES = {
     "Batching": "ptjax.data.batching",
     "Callback": "ptjax.trainer.callbacks",
     "ClassLabels": "ptjax.methods.initializers",
+    "Comparison": "ptjax.reports.report",
     "Evaluation": "ptjax.settings",
     "FrequentWords": "ptjax.methods.initializers",
     "FromFile": "ptjax.interop.prompt_file",
@@ -83,6 +85,7 @@ _HOMES = {
     "Prediction": "ptjax.inference.predict",
     "PrefixLM": "ptjax.data.mixture",
     "PromptTuning": "ptjax.methods.prompt_tuning",
+    "Report": "ptjax.reports.report",
     "Run": "ptjax.trainer.tune",
     "RunSettings": "ptjax.settings",
     "SampledVocabulary": "ptjax.methods.initializers",
@@ -124,6 +127,7 @@ __all__ = [
     "Batching",
     "Callback",
     "ClassLabels",
+    "Comparison",
     "Evaluation",
     "FrequentWords",
     "FromFile",
@@ -140,6 +144,7 @@ __all__ = [
     "Prediction",
     "PrefixLM",
     "PromptTuning",
+    "Report",
     "Run",
     "RunSettings",
     "SampledVocabulary",

@@ -11,6 +11,7 @@ COMMANDS = {
     "train": "prompt tuning, model tuning, scoring a hard prompt",
     "evaluate": "scores a prompt on a split, or many and their ensemble",
     "infer": "texts or JSON lines in, JSON lines out",
+    "report": "a page about a run, or a comparison of several",
     "inspect": "describes a checkpoint or a prompt",
     "export": "a prompt as safetensors, numpy or for Hugging Face PEFT",
     "convert": "a TFDS data set in tfrecord as array_record",

@@ -36,6 +36,7 @@ def main() -> None:
           python -m ptjax.evaluate --model_dir=runs/seeds
           python -m ptjax.evaluate --gin_file=quickstart.gin --prompt=none --split=validation
           python -m ptjax.evaluate --gin_file=quickstart.gin --hard_prompt='Good or bad?' --shots=4
+          python -m ptjax.evaluate --model_dir=runs/old --report=runs/old
         """,
         gin_help="It names task and backbone; --model_dir brings its own.",
     )
@@ -60,6 +61,12 @@ def main() -> None:
     parser.add_argument(
         "--split", metavar="NAME", help="a split of the task; default: test if it has one"
     )
+    parser.add_argument(
+        "--report",
+        metavar="DIR",
+        help="write a report on the predictions to DIR, report.json and report.html; DIR may be "
+        "the run's own folder",
+    )
     output.add_flags(parser, "write inputs, targets and predictions as JSON lines")
     output.add_prefix_flag(parser)
     distributed.add_flags(parser)
@@ -75,11 +82,14 @@ def evaluate(arguments: argparse.Namespace) -> None:
     """
     from ptjax.evaluation import evaluate
     from ptjax.evaluation.evaluator import reported_split
+    from ptjax.evaluation.report import check_report
     from ptjax.settings import RunSettings
     from ptjax.sharding import processes
 
     if arguments.output:
         output.check(arguments.output, force=arguments.force, inputs=model_flags.inputs(arguments))
+    if arguments.report is not None:
+        check_report(arguments.report, force=arguments.force)
     hard_prompt = read_hard_prompt(arguments)
     model_flags.load(arguments, reads_data=True)
     if arguments.prompt is None and arguments.prompts is None:
@@ -103,6 +113,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         feature_lengths=model_flags.lengths(metadata),
         seed=settings.seed,
         allow_mismatch=arguments.allow_mismatch,
+        report=arguments.report,
         output=arguments.output,
         force=arguments.force,
         prefix=arguments.prefix,

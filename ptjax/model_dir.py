@@ -30,8 +30,8 @@ class ModelDir:
     """The paths of the files of a run; the files need not exist.
 
     No other code contains these paths. A run writes `metrics`, `tensorboard`, `checkpoints` and the
-    exports, and at the end `results`. A run that a command started first writes `config`, one
-    with trackers `trackers`.
+    exports, and at the end `report_data`, `results` and, if its libraries are installed, `report`.
+    A run that a command started first writes `config`, one with trackers `trackers`.
 
     >>> run = ModelDir("runs/quickstart")
     >>> print(run.results, run.best_prompt(), run.best_prompt("seed_0"))
@@ -56,6 +56,16 @@ runs/quickstart/prompts/seed_0/best.safetensors
     def metrics(self) -> epath.Path:
         """The JSON lines file with a row for every logged step and every evaluation."""
         return self.path / "metrics.jsonl"
+
+    @property
+    def report(self) -> epath.Path:
+        """The page about a finished run: one HTML file."""
+        return self.path / "report.html"
+
+    @property
+    def report_data(self) -> epath.Path:
+        """The JSON file from which `report` is made: the predictions and what follows from them."""
+        return self.path / "report.json"
 
     @property
     def checkpoints(self) -> epath.Path:

@@ -167,10 +167,12 @@ def without_seconds(results: dict[str, Any]) -> dict[str, Any]:
 def outcome(directory: Any) -> dict[str, Any]:
     """Everything that an interrupted run has to share with an uninterrupted one: all but times."""
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    report = json.loads((directory / "report.json").read_text())
     return {
         "prompts": {p.name: p.read_bytes() for p in (directory / "prompts").iterdir()},
         "metrics": [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows],
         "results": without_seconds(json.loads((directory / "results.json").read_text())),
+        "report": report | {"results": without_seconds(report["results"])},
         "checkpoints": sorted(p.name for p in (directory / "checkpoints").iterdir()),
     }
 

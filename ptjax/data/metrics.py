@@ -215,6 +215,15 @@ def normalize_answer(text: str) -> str:
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
+def as_number(text: str) -> float:
+    """Returns the number that a text says; -1 if it is not a finite number, as in t5."""
+    try:
+        value = float(text)
+    except ValueError:
+        return -1.0
+    return value if math.isfinite(value) else -1.0
+
+
 def _mean(values: Sequence[bool | float]) -> float:
     if not values:
         raise ValueError("a metric needs at least one example")
@@ -237,17 +246,9 @@ def _class_ids(predictions: Texts, targets: Texts, labels: Texts) -> tuple[np.nd
     return ids[:, 0], ids[:, 1]
 
 
-def _number(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        return -1.0
-    return value if math.isfinite(value) else -1.0
-
-
 def _correlation(function: Callable, predictions: Texts, targets: Texts) -> float:
-    given = np.array([_number(text) for text in predictions])
-    wanted = np.array([_number(text) for text in targets])
+    given = np.array([as_number(text) for text in predictions])
+    wanted = np.array([as_number(text) for text in targets])
     if len(given) != len(wanted):
         raise ValueError(f"{len(given)} predictions for {len(wanted)} targets")
     if len(given) < 2:

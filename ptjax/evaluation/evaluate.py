@@ -14,7 +14,9 @@ from ptjax.data.memory import RecordsInMemory
 from ptjax.data.tasks import Task
 from ptjax.errors import InputError, check_arguments
 from ptjax.evaluation.evaluator import Evaluator, reported_split
-from ptjax.files import JsonObject
+from ptjax.evaluation.record import nearest_to_rows, record_predictions
+from ptjax.evaluation.report import check_report, write_report
+from ptjax.files import JsonObject, PathLike
 from ptjax.inference.bank import PromptBank
 from ptjax.inference.generate import tokenizer_of
 from ptjax.inference.model import bind
@@ -39,6 +41,7 @@ def evaluate(
     feature_lengths: Mapping[str, int] | None = None,
     seed: int = 0,
     allow_mismatch: bool = False,
+    report: PathLike | None = None,
     **writing: Unpack[Writing],
 ) -> JsonObject:
     """Scores a prompt on a split of a task, as `python -m ptjax.evaluate` does.
@@ -61,6 +64,8 @@ def evaluate(
             whose metadata lack them, and for the backbone alone; default: 512 and 16.
         seed: determines which training examples are the shots of a hard prompt.
         allow_mismatch: only warn if a prompt was tuned on another backbone or tokenizer.
+        report: a folder for `report.json` and `report.html`; that of the prompt's own run adds its
+            settings, baselines and curves. An existing report is replaced only with `force`.
         writing: output (a path: one JSON line for each example, with its record's fields,
             "inputs", "targets" and "prediction"), force and prefix, as for `ptjax.infer`.
 
@@ -78,8 +83,7 @@ def evaluate(
     check_arguments("evaluate", writing, Writing.__optional_keys__)
     if not isinstance(task, Task):
         raise InputError(f"evaluate needs a ptjax.Task to score on, got {type(task).__name__}")
-    if (path := writing.get("output")) is not None:
-        check_output(path, force=writing.get("force", False))
+    _check_places(report, **writing)
     hard_prompt = prompt if isinstance(prompt, HardPrompt) else None
     loaded = None if isinstance(prompt, HardPrompt) else load_any(prompt)
     metadata = metadata_of(loaded)
@@ -95,18 +99,36 @@ def evaluate(
     split = split or reported_split(task)
     check_rows(evaluator, split, many=isinstance(opened, PromptBank), **writing)
     if isinstance(opened, PromptBank):
-        scores, predictions = evaluate_bank(evaluator, opened, split)
+        scores, predictions, records = evaluate_bank(evaluator, opened, split)
     else:
         rewording = rewording_of(hard_prompt, task, seed)
-        scores, predictions = evaluate_prompt(evaluator, opened, split, rewording)
+        scores, predictions, records = evaluate_prompt(evaluator, opened, split, rewording)
     write_rows(evaluator.examples(split), predictions, **writing)
-    source: JsonObject = {"backbone": backbone.name}
-    if not isinstance(opened, PromptBank):
-        path = os.fspath(prompt) if isinstance(prompt, str | os.PathLike) else None
-        source |= {"prompt": path, "step": metadata.get("step")}
-    if hard_prompt is not None:
-        source |= {"hard_prompt": hard_prompt.text, "shots": hard_prompt.shots}
-    return _described(evaluator, split) | scores | source
+    source = {"backbone": backbone.name} | _origin(prompt, opened)
+    scores = _described(evaluator, split) | scores | source
+    if report is not None and processes.first():
+        write_report(report, scores, records)
+    return scores
+
+
+def _check_places(report: PathLike | None, **writing: Unpack[Writing]) -> None:
+    """InputError if the report or the output cannot or must not be written."""
+    force = writing.get("force", False)
+    if (path := writing.get("output")) is not None:
+        check_output(path, force=force)
+    if report is not None:
+        check_report(report, force=force)
+
+
+def _origin(prompt: PromptLike | HardPrompt, opened: Prompt) -> JsonObject:
+    """Where what is scored comes from, by the names in the result of `evaluate`."""
+    if isinstance(opened, PromptBank):
+        return {}
+    path = os.fspath(prompt) if isinstance(prompt, str | os.PathLike) else None
+    source: JsonObject = {"prompt": path, "step": metadata_of(opened).get("step")}
+    if isinstance(prompt, HardPrompt):
+        source |= {"hard_prompt": prompt.text, "shots": prompt.shots}
+    return source
 
 
 def _described(evaluator: Evaluator, split: str) -> JsonObject:
@@ -196,7 +218,7 @@ def evaluate_prompt(
     prompt: PromptFile | None,
     split: str,
     rewording: Callable[[str], str] | None = None,
-) -> tuple[JsonObject, list[JsonObject]]:
+) -> tuple[JsonObject, list[JsonObject], dict[str, JsonObject]]:
     """Scores a prompt, or the backbone alone, on a split.
 
     If a run has several processes, all of them must call it.
@@ -206,25 +228,29 @@ def evaluate_prompt(
         rewording: adds a hard prompt to the text of an input; None leaves inputs unchanged.
 
     Returns:
-        (scores, a row {"prediction": text} for each example). In the scores, "metrics" maps the
-        names of metrics to values, and "value" is the value of `evaluator.metric`.
+        (scores, a row {"prediction": text} for each example, {"": a record for a report}). In the
+        scores, "metrics" maps the names of metrics to values, and "value" is the value of
+        `evaluator.metric`.
     """
     variables = bind(evaluator.backbone, prompt, evaluator.apply_fn).variables
-    predictions = evaluator.predict(variables, split, rewording)
+    predictions, likelihoods = evaluator.predict_with_scores(variables, split, rewording)
     metrics = evaluator.score(predictions, split)
     scores = {"value": metrics[evaluator.metric], "metrics": metrics}
-    return scores, [{"prediction": prediction} for prediction in predictions]
+    record = record_predictions(evaluator, split, predictions, likelihoods)
+    record["prompt_rows"] = nearest_to_rows(evaluator.backbone, prompt and prompt.prompt)
+    return scores, [{"prediction": prediction} for prediction in predictions], {"": record}
 
 
 def evaluate_bank(
     evaluator: Evaluator, bank: PromptBank, split: str
-) -> tuple[JsonObject, list[JsonObject]]:
+) -> tuple[JsonObject, list[JsonObject], dict[str, JsonObject]]:
     """Scores each prompt of a bank, and the ensembles of all, on a split.
 
     Returns:
-        (scores, rows). The scores are the result of `Evaluator.score_ensemble`. There is a row for
-        each example: "predictions" maps each prompt's name to its text, "majority_vote" and (only
-        if labels are ranked) "mean_likelihood" are the texts that the ensembles predict.
+        (scores, rows, records). The scores are the result of `Evaluator.score_ensemble`. There is a
+        row for each example: "predictions" maps each prompt's name to its text, "majority_vote" and
+        (only if labels are ranked) "mean_likelihood" are the texts that the ensembles predict. A
+        record is for a report: one by each prompt's name, without probabilities.
     """
     predictions = evaluator.predict_bank(bank, split)
     together = {"majority_vote": predictions.majority_vote}
@@ -235,7 +261,11 @@ def evaluate_bank(
         | {way: texts[i] for way, texts in together.items()}
         for i, members in enumerate(zip(*predictions.members, strict=True))
     ]
-    return evaluator.score_ensemble(predictions, split, bank.names), rows
+    records = {
+        name: record_predictions(evaluator, split, members)
+        for name, members in zip(bank.names, predictions.members, strict=True)
+    }
+    return evaluator.score_ensemble(predictions, split, bank.names), rows, records
 
 
 def shared_metadata(bank: PromptBank) -> JsonObject:

@@ -104,19 +104,23 @@ class Evaluator:
     def predict(
         self, variables: Variables, split: str, rewording: Callable[[str], str] | None = None
     ) -> list[str]:
-        """Predicts a text for every example of `split`, in order.
+        """Returns the texts of `predict_with_scores`."""
+        return self.predict_with_scores(variables, split, rewording)[0]
 
-        `variables` include any prompt (see `with_prompt`); `rewording` replaces each input.
+    def predict_with_scores(
+        self, variables: Variables, split: str, rewording: Callable[[str], str] | None = None
+    ) -> tuple[list[str], np.ndarray]:
+        """Predicts a text for every example of `split`, in order; also returns log-likelihoods.
+
+        They are [N, C] of the task's labels if these are ranked, else [N] of the texts. `variables`
+        include any prompt (see `with_prompt`); `rewording` replaces each input.
 
         Raises:
-            InputError: a weight of the backbone is not finite; the message names it.
-            NotFiniteError: a score is not finite, although all weights are.
+            InputError, NotFiniteError: a score is not finite; see `check_scores`.
         """
-        if rewording is None:
-            source = self._source(split)
-        else:
-            source = self._tokenize(self.examples(split), rewording)
-        return self._predict(self.model.with_variables(variables), source)[0]
+        reworded = rewording and self._tokenize(self.examples(split), rewording)
+        source = self._source(split) if reworded is None else reworded
+        return self._predict(self.model.with_variables(variables), source)
 
     def ensemble(
         self,
@@ -127,8 +131,8 @@ class Evaluator:
         """Scores N prompts and their ensembles on `split`; returns the dict of `score_ensemble`.
 
         Args:
-            prompts: matrices [P_i, D] or an array [N, P, D]. They are applied with this evaluator's
-                `attends_to_input`.
+            prompts: matrices [P_i, D] or an array [N, P, D]; this evaluator's `attends_to_input`
+                applies to them.
             names: the names of the prompts; default: their numbers.
         """
         names = names or [str(number) for number in range(len(prompts))]
@@ -162,17 +166,13 @@ class Evaluator:
         )
 
     def score_ensemble(
-        self,
-        predictions: EnsemblePredictions,
-        split: str,
-        names: Sequence[str] | None = None,
+        self, predictions: EnsemblePredictions, split: str, names: Sequence[str] | None = None
     ) -> JsonObject:
         """Scores the predictions of N prompts and their ensembles on `split` (paper, Table 3).
 
-        Returns:
-            a dict: "members": each prompt's metrics, by its name; "average": their means; "best":
-            "name" and "value" of the prompt with the highest `metric` on `split` (so optimistic);
-            "ensemble": metrics of "majority_vote" and, if labels were ranked, "mean_likelihood".
+        Returns "members", each prompt's metrics by its name; "average", their means; "best", the
+        "name" and "value" of the prompt with the highest `metric` on `split` (so optimistic); and
+        "ensemble", metrics of "majority_vote" and, if labels were ranked, "mean_likelihood".
         """
         names = names or [str(number) for number in range(len(predictions.members))]
         scores = [self.score(member, split) for member in predictions.members]

@@ -1,4 +1,4 @@
-"""Computes the content of `results.json`."""
+"""Computes the content of `results.json`, and the records for `report.json`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from ptjax.backbones.load import Backbone
 from ptjax.data.hard_prompt import HardPrompt
+from ptjax.evaluation.record import nearest_to_rows, record_predictions
 from ptjax.files import JsonObject
 from ptjax.settings import RunSettings
 from ptjax.trainer.identity import describe, versions
@@ -40,8 +41,10 @@ class Scores:
         rewording = hard_prompt.rewording(self.train, self.settings.seed)
         return self.evaluator(self.backbone.variables, self.split, rewording)
 
-    def tuned(self, best: Tree, before: Tree, seed: int) -> JsonObject:
-        """Scores a member and the baselines; returns the member's part of `results.json`.
+    def tuned(self, best: Tree, before: Tree, seed: int) -> tuple[JsonObject, JsonObject]:
+        """Scores a member and the baselines.
+
+        Returns the member's parts of `results.json` and of `report.json`.
 
         Args:
             best: all variables of the network, the trained ones from the member's best export.
@@ -50,8 +53,11 @@ class Scores:
         """
         task, hard_prompts = self.evaluator.task, self.settings.evaluation.hard_prompts
         before_value = self.evaluator(before, self.split)[self.metric]
-        metrics = self.evaluator(best, self.split)
-        return {
+        predictions, scores = self.evaluator.predict_with_scores(best, self.split)
+        metrics = self.evaluator.score(predictions, self.split)
+        record = record_predictions(self.evaluator, self.split, predictions, scores)
+        record["prompt_rows"] = nearest_to_rows(self.backbone, best.get("prompt", {}).get("prompt"))
+        results = {
             "task": task.name,
             "split": self.split,
             "metric": self.metric,
@@ -68,6 +74,7 @@ class Scores:
             "selected_on": self.evaluator.settings.split,
             "examples": self._counts(),
         }
+        return results, record
 
 
 def describe_run(backbone: Backbone, settings: RunSettings, seconds: float) -> JsonObject:

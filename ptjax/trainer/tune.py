@@ -19,12 +19,15 @@ from ptjax.backbones.damage import check_weights
 from ptjax.backbones.load import Backbone
 from ptjax.data.pipeline import Shape
 from ptjax.data.tasks import Task
-from ptjax.errors import check_path, one_line
+from ptjax.errors import InputError, check_path, one_line
 from ptjax.files import JsonObject, PathLike
 from ptjax.gin_text import describe_call
 from ptjax.interop.prompt_file import PromptFile, load_prompt
 from ptjax.methods.base import run_with
 from ptjax.model_dir import BEST, ModelDir
+from ptjax.reports.content import as_json, make_content
+from ptjax.reports.files import write_page
+from ptjax.reports.report import Report
 from ptjax.settings import RunSettings
 from ptjax.sharding import processes
 from ptjax.sharding.arrays import check_batch_size, replicate_key, replicated
@@ -80,6 +83,16 @@ class Run:
         path = ModelDir(self.model_dir).best_prompt(member)
         return load_prompt(path) if self.results and path.exists() else None
 
+    def report(self) -> Report:
+        """Reads the run's report: print it, or show it in a notebook.
+
+        Raises:
+            InputError: it was a dry run, or a library that reports need is not installed.
+        """
+        if not self.results:
+            raise InputError(f"{self.model_dir}: a dry run has no report; train without dry_run")
+        return Report.read(self.model_dir)
+
 
 def tune(
     backbone: Backbone,
@@ -122,8 +135,7 @@ def tune(
     callbacks = _with_config(callbacks, model_dir, _given(backbone, task, settings, members))
 
     def attempt(run_lock: lock.Lock | None) -> JsonObject | None:
-        """The results. Without the lock it writes nothing: it returns those of a dry run or of a
-        finished run, else None."""
+        """The results; without the lock only of a dry or finished run, else None: no writing."""
         setups = _set_up(backbone, task, directory, settings, members)
         state, step = _make_step(backbone, setups, settings, sweep=bool(members))
         frozen = setups[0].frozen
@@ -149,14 +161,13 @@ def tune(
         try:
             with explained:
                 run.fit(state, frozen, step, backbone.mesh, dry_run=dry_run)
-            scores = {} if dry_run else _score_best(backbone, setups, settings, run)
+            scores, records = ({}, {}) if dry_run else _score_best(backbone, setups, settings, run)
         except (signals.StoppedError, KeyboardInterrupt) as stop:
             return best_so_far(stop, run, setups)
         if dry_run:
             return {}
         results = scores | sizes | describe_run(backbone, settings, run.progress.seconds)
-        _write(ModelDir(directory).results, json.dumps(results, indent=2) + "\n", run_lock)
-        return results
+        return _write_results(directory, results, records, run_lock)
 
     return Run(directory, _under_lock(directory, attempt, needed=not dry_run))
 
@@ -171,6 +182,8 @@ def _under_lock(
     try:
         with lock.hold(directory, needed=needed) as run_lock:
             results = attempt(run_lock)
+            if results and processes.first():
+                write_page(directory, again=False)  # a kill may have come before it
     except lock.NotWritableError:
         # A finished run writes nothing, so its disk may be read-only.
         results = attempt(None) if ModelDir(directory).results.exists() else None
@@ -230,24 +243,25 @@ def _set_up(
 
 def _score_best(
     backbone: Backbone, setups: Sequence[MemberSetup], settings: RunSettings, run: TrainingLoop
-) -> JsonObject:
-    """The scores of a finished run."""
+) -> tuple[JsonObject, dict[str, JsonObject]]:
+    """The scores of a finished run, and each member's recorded predictions."""
     sweep = run.members.is_sweep
     logging.info("scoring the best and what it is compared with")
     scores = {setup.data: Scores(backbone, settings, setup.data) for setup in setups}
-    members, prompts = {}, []
+    members, records, prompts = {}, {}, []
     for setup, progress in zip(setups, run.progress.members, strict=True):
         if progress.best_step is not None:
             best = load_best(setup, settings)
-            tuned = scores[setup.data].tuned(best, setup.variables, setup.seed)
-            members[setup.member.name] = tuned | {"step": progress.best_step}
+            name = setup.member.name
+            tuned, records[name] = scores[setup.data].tuned(best, setup.variables, setup.seed)
+            members[name] = tuned | {"step": progress.best_step}
             prompts.append(best.get("prompt", {}).get("prompt"))
     results = of_sweep(members, run) if sweep else members[""]
     if sweep and len(scores) == 1 and settings.method.supports_rows:
         evaluator = setups[0].data.evaluator
         together = evaluator.ensemble(prompts, evaluator.reported_split)
         results["ensemble"] = together["ensemble"]
-    return results | {"trained_steps": run.progress.step}
+    return results | {"trained_steps": run.progress.step}, records
 
 
 def _make_step(
@@ -372,6 +386,21 @@ def _read_results(model_dir: epath.Path) -> JsonObject | None:
     except ValueError as error:
         logging.warning("%s: damaged (%s); it is written again", path, one_line(error))
         return None
+    return results
+
+
+def _write_results(
+    directory: epath.Path,
+    results: JsonObject,
+    records: Mapping[str, JsonObject],
+    run_lock: lock.Lock | None,
+) -> JsonObject:
+    """Writes the report and the `results`, which it returns: a run with them has finished."""
+    run = ModelDir(directory)
+    _write(run.report_data, as_json(make_content(results, records)), run_lock)
+    _write(run.results, json.dumps(results, indent=2) + "\n", run_lock)
+    if processes.first():
+        write_page(directory)
     return results
 
 

@@ -22,7 +22,9 @@ def test_a_run_writes_what_the_class_names_and_nothing_else(backbone, task, tmp_
     callbacks = [ConfigFile("A = 1\n")]
     results = tune(tmp_path, task, backbone, schedule=schedule, callbacks=callbacks)
     named = [run.config, run.results, run.metrics, run.checkpoints, run.tensorboard, run.prompts()]
-    names = "checkpoints config.gin metrics.jsonl prompts results.json tensorboard"
+    named += [run.report, run.report_data]
+    names = "checkpoints config.gin metrics.jsonl prompts report.html report.json results.json"
+    names += " tensorboard"
     assert sorted(path.name for path in named) == names.split()  # for good: runs of before have it
     assert sorted(tmp_path.iterdir()) == sorted(named)  # the lock is gone
     assert run.is_run() and run.read_results() == results

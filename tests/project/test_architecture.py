@@ -27,6 +27,7 @@ ROOMS = (
     "hub",
     "untrusted",
     "data",
+    "reports",
     "models",
     "sharding",
     "training",
@@ -52,6 +53,7 @@ COMMANDS = {
     "pretrain",
     "launch",
     "plan",
+    "report",
 }
 MAX_LINES_OF_A_FILE = 400
 MAX_LINES_OF_A_CLASS = 200
@@ -179,7 +181,7 @@ def test_ptjax_and_the_ground_floor_import_nothing_heavy(imported: str) -> None:
 
 
 FILES_OF_A_RUN = re.compile(
-    r"(\S*/)?(config\.gin|results\.json|metrics\.jsonl|run\.lock|"
+    r"(\S*/)?(config\.gin|results\.json|report\.(?:json|html)|metrics\.jsonl|run\.lock|"
     r"best\.safetensors)"
 )
 FOLDERS_OF_A_RUN = re.compile(r"(checkpoints|prompts|models|arrays|tensorboard|best)(/\S*)?")

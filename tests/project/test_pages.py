@@ -75,6 +75,8 @@ FILLED = {
     # docs/tfds.md
     "DATA_DIR/glue/sst2/2.0.0": "{tfds}/all_features/small/1.2.3",
     "NEW_DIR/glue/sst2/2.0.0": "{new}/all_features/small/1.2.3",
+    # docs/report.md
+    "runs/seed_1": "{place}/runs/quickstart",
     # Python
     "/path/to/tensorflow_datasets": "{tfds}",
     '"DIR"': '"{place}/prompts"',

@@ -21,6 +21,7 @@ from plain_members import plain_member, several
 from tensorboardX.proto import event_pb2
 
 from ptjax.data.batching import Batching
+from ptjax.data.examples import Example
 from ptjax.data.hard_prompt import HardPrompt
 from ptjax.errors import InputError
 from ptjax.interop.prompt_file import save_prompt
@@ -260,10 +261,11 @@ class Scored:
     """An evaluator: its scores are dictated, and what it is asked is noted."""
 
     metric, reported_split = "accuracy", "test"
-    settings = Evaluation(split="validation")
+    settings, ranks = Evaluation(split="validation"), True
 
     def __init__(self, positive: str | None) -> None:
-        self.task = types.SimpleNamespace(name="words", positive=positive)
+        labels = ("good", "bad")
+        self.task = types.SimpleNamespace(name="words", positive=positive, labels=labels)
         self.asked: list[Any] = []
 
     def __call__(self, variables: Any, split: str, rewording: Any = None) -> dict[str, float]:
@@ -271,6 +273,17 @@ class Scored:
         assert split == "test"
         value = {"best": 0.9, "before": 0.5}.get(variables, 0.25)
         return {"accuracy": value, "f1": value / 2}
+
+    def predict_with_scores(self, variables: Any, split: str) -> Any:
+        assert (variables["of"], split) == ("best", "test")
+        return ["good", "bad"], np.log([[0.75, 0.25], [0.25, 0.75]])
+
+    def score(self, predictions: Any, split: str) -> dict[str, float]:
+        assert (predictions, split) == (["good", "bad"], "test")
+        return self("best", split)
+
+    def examples(self, split: str) -> list[Any]:
+        return [Example("a", "good", {}, "", 1), Example("b", "good", {}, "", 2)]
 
     def majority(self, train: Any, split: str) -> float:
         assert split == "test"
@@ -297,11 +310,15 @@ def test_results_have_the_scores_of_the_best_the_first_and_the_baselines(backbon
         "before": 0.5,
         "hard_prompts": {"asked": 0.25},
         "selected_on": "validation",
+        "examples": {"train": 0, "validation": 2, "test": 2},
     }
     if positive is None:
         del expected["positive_label"]
-    assert scores.tuned("best", "before", 3) == expected
-    scores.tuned("best", "before", 4)
+    found, record = scores.tuned({"of": "best"}, "before", 3)
+    assert found == expected
+    assert record["predictions"] == ["good", "bad"] and record["confidences"] == [0.75, 0.75]
+    assert record["prompt_rows"] is None  # no prompt among the variables
+    scores.tuned({"of": "best"}, "before", 4)
     assert evaluator.asked.count("frozen") == 1  # baselines are the same for all members
 
 

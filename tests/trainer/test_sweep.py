@@ -25,6 +25,7 @@ from ptjax.interop.prompt_file import load_prompt
 from ptjax.methods.initializers import Uniform
 from ptjax.methods.model_tuning import ModelTuning
 from ptjax.methods.prompt_tuning import PromptTuning
+from ptjax.reports.report import Report
 from ptjax.settings import Evaluation, TrainSchedule
 from ptjax.trainer.sweep import MemberOverrides, sweep
 from ptjax.training.loss import Loss
@@ -226,6 +227,11 @@ def test_a_bank_end_to_end(backbone, task, tmp_path) -> None:
     assert results["ensemble"] == evaluator.ensemble(files, "test")["ensemble"]
     assert set(results["ensemble"]) == {"majority_vote", "mean_likelihood"}
     assert results == json.loads((tmp_path / "whole" / "results.json").read_text())
+    report = Report.read(tmp_path / "whole")
+    assert report.members[0].name == results["best"]["member"]
+    accuracies = {m.name: m.statistics["accuracy"] for m in report.members if m.statistics}
+    assert accuracies == {name: found["value"] for name, found in results["members"].items()}
+    assert "3 members" in (tmp_path / "whole" / "report.html").read_text()
     for name, found in results["members"].items():
         file = load_prompt(tmp_path / "whole" / "prompts" / name / "best.safetensors")
         assert file.metadata["seed"] == found["seed"] == BANK[name].seed
