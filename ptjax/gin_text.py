@@ -127,8 +127,10 @@ class _Objects:
             return value
         if isinstance(value, Mapping):
             return {self.value(key): self.value(item) for key, item in value.items()}
-        if type(value) in (list, tuple):
-            return type(value)(map(self.value, value))
+        if type(value) is list:
+            return [self.value(item) for item in value]
+        if type(value) is tuple:
+            return tuple(map(self.value, value))
         if isinstance(value, os.PathLike):
             return os.fspath(value)
         if dataclasses.is_dataclass(value) and (selector := _public_name(type(value))):

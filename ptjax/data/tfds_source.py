@@ -58,6 +58,7 @@ def read_tfds(source: str, *, split: str, data_dir: str | None = None) -> Record
     file = f"tfds:{name}@{split}"
     try:
         builder: Any = tfds.builder(name, data_dir=data_dir or None)
+        rows: Any
         if tfds_files.reads_tfrecord(builder):
             decode = builder.info.features.deserialize_example_np
             rows = tfds_files.read_records(builder, split, decode)

@@ -60,8 +60,7 @@ class Tracker(Callback):
         # A folder of that name in the current folder is found too, but has no origin.
         if spec is None or spec.origin is None:
             raise InputError(
-                f"{type(self).__name__} needs the package {self.package}: "
-                f"pip install 'ptjax[{self.package}]'"
+                f"{type(self).__name__} needs {self.package}; pip install 'ptjax[{self.package}]'"
             )
         self._active = False
         self._best: dict[str, float] = {}

@@ -125,15 +125,13 @@ def tune(
             or one already past `train_steps` (`identity.FREE` lists which settings may change).
         TrainingError: a loss, score or trained variable is not finite (in a sweep: of every
             member), the disk is full, or another run took over `model_dir`.
-        SystemExit: after SIGTERM or Ctrl-C, when a checkpoint has been saved. In an interactive
-            session (a notebook, Python's prompt) Ctrl-C returns the best so far instead.
+        SystemExit: after SIGTERM or Ctrl-C, when saved; in a notebook Ctrl-C returns the best.
     """
     check_path("MODEL_DIR", model_dir)
     settings = resolve_settings(settings, backbone, task, members or {}, steps)
     _check(backbone, settings, members or {})
     directory = epath.Path(model_dir).expanduser()
-    given = _given(backbone, task, settings, members)
-    callbacks = _with_config(callbacks, {"model_dir": model_dir, **given})
+    callbacks = _with_config(callbacks, model_dir, _given(backbone, task, settings, members))
 
     def attempt(run_lock: lock.Lock | None) -> JsonObject | None:
         """The results; without the lock only of a dry or finished run, else None: no writing."""
@@ -216,12 +214,13 @@ def _given(
 
 
 def _with_config(
-    callbacks: Sequence[Callback], arguments: Mapping[str, object]
+    callbacks: Sequence[Callback], model_dir: PathLike, given: Mapping[str, object]
 ) -> Sequence[Callback]:
     """The callbacks, after one that writes config.gin; a command has its own."""
     if any(isinstance(callback, ConfigFile) for callback in callbacks):
         return callbacks
-    return [ConfigFile(describe_call("ptjax.tune", arguments)), *callbacks]
+    own = ConfigFile(describe_call("ptjax.tune", {"model_dir": model_dir, **given}))
+    return [own, *callbacks]
 
 
 def _set_up(

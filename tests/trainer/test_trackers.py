@@ -145,7 +145,7 @@ def test_a_missing_package_is_named_with_its_extra(tmp_path, monkeypatch):
     with pytest.raises(InputError) as error:
         Missing()
     assert str(error.value) == (
-        "Missing needs the package no_such_tracker: pip install 'ptjax[no_such_tracker]'"
+        "Missing needs no_such_tracker; pip install 'ptjax[no_such_tracker]'"
     )
 
 
