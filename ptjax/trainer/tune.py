@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -25,7 +24,6 @@ from ptjax.gin_text import describe_call
 from ptjax.interop.prompt_file import PromptFile, load_prompt
 from ptjax.methods.base import run_with
 from ptjax.model_dir import BEST, ModelDir
-from ptjax.reports.content import as_json, make_content
 from ptjax.reports.files import write_page
 from ptjax.reports.report import Report
 from ptjax.settings import RunSettings
@@ -45,6 +43,7 @@ from ptjax.trainer.setup import MemberSetup, load_best, set_up_members
 from ptjax.trainer.startup_report import report_sizes, report_steps
 from ptjax.trainer.suggest import resolve_settings
 from ptjax.trainer.sweep import MemberOverrides, check_members
+from ptjax.trainer.written import write_results
 from ptjax.training import freeze as freezing
 from ptjax.training.compile import batch_shapes, lower_step
 from ptjax.training.dependence import check_used
@@ -167,7 +166,7 @@ def tune(
         if dry_run:
             return {}
         results = scores | sizes | describe_run(backbone, settings, run.progress.seconds)
-        return _write_results(directory, results, records, run_lock)
+        return write_results(directory, results, records, run_lock)
 
     return Run(directory, _under_lock(directory, attempt, needed=not dry_run))
 
@@ -387,25 +386,3 @@ def _read_results(model_dir: epath.Path) -> JsonObject | None:
         logging.warning("%s: damaged (%s); it is written again", path, one_line(error))
         return None
     return results
-
-
-def _write_results(
-    directory: epath.Path,
-    results: JsonObject,
-    records: Mapping[str, JsonObject],
-    run_lock: lock.Lock | None,
-) -> JsonObject:
-    """Writes the report and the `results`, which it returns: a run with them has finished."""
-    run = ModelDir(directory)
-    _write(run.report_data, as_json(make_content(results, records)), run_lock)
-    _write(run.results, json.dumps(results, indent=2) + "\n", run_lock)
-    if processes.first():
-        write_page(directory)
-    return results
-
-
-def _write(path: epath.Path, text: str, run_lock: lock.Lock | None) -> None:
-    if run_lock is not None:
-        run_lock.check()
-    if processes.first():
-        files.write_bytes(path, text.encode())
