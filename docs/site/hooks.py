@@ -29,6 +29,7 @@ OUTSIDE = (
     "findings/README.md",
     "models/README.md",
     "ptjax/assets/nano/README.md",
+    "ptjax/assets/tickets/README.md",
     "tpu_scripts/README.md",
 )
 PREFIX = "repository/"
@@ -40,8 +41,11 @@ GROUPS = {
     "methods": "Methods and initial prompts",
     "models": "Backbones",
     "backbones": "Backbones",
-    "inference": "Inference",
-    "interop": "Prompts in and out",
+    "inference": "Predicting and scoring",
+    "evaluation": "Predicting and scoring",
+    "reports": "Reports",
+    "interop": "Prompt files",
+    "planning": "Planning",
 }
 """The room that defines a public name -> its heading; others are "More"."""
 LINK = re.compile(r"(!?)\[((?:[^\]`]|`[^`]*`)*)\]\(([^)#\s]*)(#[^)\s]*)?\)")
