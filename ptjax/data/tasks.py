@@ -33,18 +33,24 @@ class Task(FromRecords):
     Args:
         name: for messages, results and exported prompts.
         inputs: template of the model's input, filled with the record's fields.
-        splits: split name -> file or glob below `data_dir`, or a TFDS data set; see
-            `ptjax.data.tfds_source.read_tfds`; or records in memory.
+        splits: split name -> file or glob below `data_dir`; or a TFDS data set,
+            `tfds:NAME[/CONFIG][:VERSION][@SPLIT]`; or records in memory.
         label: the field that holds the label.
         verbalizer: label value -> target text. Values are compared as text (1 and '1' are equal),
             True also as 'true'. The texts are all labels that the task has.
         targets: template of the target, in place of `label` and `verbalizer`.
-        metrics: names in `ptjax.data.metrics.METRICS`; several are averaged for model selection.
+        metrics: 'accuracy', 'mean_f1', 'f1', 'matthews', 'pearson', 'spearman', 'exact_match',
+            'squad_f1', 'group_exact_match' or 'referent_accuracy'; several are averaged to select
+            the best prompt.
         positive_label: the label text that counts as positive for the metric f1 (default: the
             verbalizer's last).
         data_dir: base of relative paths ('package:NAME' is data shipped with ptjax), and TFDS's
             folder of prepared data sets.
-        format, columns, quoting, encoding: see `ptjax.data.sources.read_records`.
+        format: 'jsonl', 'csv', 'tsv', 'parquet' or 'text' (one record per line, with the field
+            'text'); None infers it from the suffix.
+        columns: the field names of a CSV or TSV without a header line, or of 'text' (one name).
+        quoting: whether double quotes enclose fields; None: in CSV they do, in TSV they do not.
+        encoding: of the files.
         on_bad_record: 'error' raises at a record that cannot be used, 'skip' leaves it out.
         preprocess: takes a record's fields (dict), returns one dict of fields per example.
         train_preprocess: used instead of `preprocess` for the split 'train'.

@@ -49,8 +49,9 @@ def evaluate(
     Every example counts exactly once. With a bank, every prompt is scored, and the ensembles of
     all, in one forward pass. If a run has several processes, all of them must call it.
 
-    >>> evaluate(backbone, task, run.prompt)["metrics"]  # doctest: +SKIP
-    {'accuracy': 0.94}
+    Examples:
+        >>> evaluate(backbone, task, run.prompt)["metrics"]  # doctest: +SKIP
+        {'accuracy': 0.94}
 
     Args:
         prompt: as for `ptjax.forward`; or a `ptjax.HardPrompt`, whose text and shots are scored
