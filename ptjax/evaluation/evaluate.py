@@ -71,10 +71,9 @@ def evaluate(
             "inputs", "targets" and "prediction"), force and prefix, as for `ptjax.infer`.
 
     Returns:
-        What the command prints: "task", "split", "examples" (their number), "metric" (by which
-        prompts are selected), "backbone" and the scores. For a prompt these are "value", of
-        "metric", and "metrics"; in addition "prompt" (its path, if one was given) and "step", and
-        for a hard prompt "hard_prompt" and "shots". For a bank: see `Evaluator.score_ensemble`.
+        What the command prints: "task", "split", "examples" (their number), "metric", "backbone"
+        and the scores: "value", of "metric", and "metrics"; in addition "prompt" (its path) and
+        "step", or "hard_prompt" and "shots". For a bank: see `Evaluator.score_ensemble`.
 
     Raises:
         InputError: the prompt does not fit the backbone, the task does not have the split, a record
