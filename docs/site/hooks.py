@@ -48,6 +48,8 @@ GROUPS = {
     "planning": "Planning",
 }
 """The room that defines a public name -> its heading; others are "More"."""
+FIRST = ("tune", "RunSettings", "Task", "PromptTuning", "load_backbone", "predict", "load_prompt")
+"""The names that begin their headings; after them come functions, then classes, by name."""
 RETURNED = {
     "PromptFile": "ptjax.interop.prompt_file.PromptFile",
     "Plan": "ptjax.planning.plan.Plan",
@@ -110,7 +112,9 @@ def public_names() -> str:
         and node.targets[0].id in ("_HOMES", "_MODULES", "__all__")
     }
     groups: dict[str, list[str]] = {title: [] for title in (*GROUPS.values(), "More")}
-    for name in sorted(tables["__all__"], key=lambda name: (name[0].isupper(), name)):
+    for name in sorted(
+        tables["__all__"], key=lambda name: (name not in FIRST, name[0].isupper(), name)
+    ):
         home = tables["_HOMES"].get(name)
         path = tables["_MODULES"][name] if home is None else f"{home}.{name}"
         entries = groups[GROUPS.get(path.split(".")[1], "More")]
