@@ -73,7 +73,7 @@ def evaluate(
     Returns:
         What the command prints: "task", "split", "examples" (their number), "metric", "backbone"
         and the scores: "value", of "metric", and "metrics"; in addition "prompt" (its path) and
-        "step", or "hard_prompt" and "shots". For a bank: see `Evaluator.score_ensemble`.
+        "step", or "hard_prompt" and "shots". For a bank: "members", "average", "best", "ensemble".
 
     Raises:
         InputError: the prompt does not fit the backbone, the task does not have the split, a record
