@@ -77,7 +77,12 @@ class RunSettings:
     """Every setting of a run; `RunSettings()` is the paper's (Lester et al. 2021, appendix A).
 
     Attributes:
-        method: prompt tuning, model tuning, or a custom `Method`.
+        method: what is trained: prompt tuning, model tuning, or a custom `Method`.
+        optimizer: Adafactor with the learning rate.
+        loss: the loss, with z-loss, label smoothing and class weights.
+        schedule: how long the run is, and when it evaluates, logs and stops early.
+        batching: batch size, and the lengths at which texts are cut.
+        evaluation: how the best prompt is selected, and with what it is compared.
         seed: determines the data order, the initial prompt, dropout, and the shots of hard prompts.
     """
 

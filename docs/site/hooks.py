@@ -29,6 +29,7 @@ OUTSIDE = (
     "findings/README.md",
     "models/README.md",
     "ptjax/assets/nano/README.md",
+    "ptjax/assets/tickets/README.md",
     "tpu_scripts/README.md",
 )
 PREFIX = "repository/"
@@ -40,10 +41,20 @@ GROUPS = {
     "methods": "Methods and initial prompts",
     "models": "Backbones",
     "backbones": "Backbones",
-    "inference": "Inference",
-    "interop": "Prompts in and out",
+    "inference": "Predicting and scoring",
+    "evaluation": "Predicting and scoring",
+    "reports": "Reports",
+    "interop": "Prompt files",
+    "planning": "Planning",
 }
 """The room that defines a public name -> its heading; others are "More"."""
+FIRST = ("tune", "RunSettings", "Task", "PromptTuning", "load_backbone", "predict", "load_prompt")
+"""The names that begin their headings; after them come functions, then classes, by name."""
+RETURNED = {
+    "PromptFile": "ptjax.interop.prompt_file.PromptFile",
+    "Plan": "ptjax.planning.plan.Plan",
+}
+"""Classes that are not public names; public functions return them, and users call their methods."""
 LINK = re.compile(r"(!?)\[((?:[^\]`]|`[^`]*`)*)\]\(([^)#\s]*)(#[^)\s]*)?\)")
 
 
@@ -101,11 +112,35 @@ def public_names() -> str:
         and node.targets[0].id in ("_HOMES", "_MODULES", "__all__")
     }
     groups: dict[str, list[str]] = {title: [] for title in (*GROUPS.values(), "More")}
-    for name in tables["__all__"]:
+    for name in sorted(
+        tables["__all__"], key=lambda name: (name not in FIRST, name[0].isupper(), name)
+    ):
         home = tables["_HOMES"].get(name)
         path = tables["_MODULES"][name] if home is None else f"{home}.{name}"
-        title = GROUPS.get(path.split(".")[1], "More")
-        entry = f"::: {path}\n    options:\n      heading: ptjax.{name}\n      toc_label: {name}\n"
-        groups[title].append(entry)
+        entries = groups[GROUPS.get(path.split(".")[1], "More")]
+        entries.append(_entry(path, f"ptjax.{name}", module=home is None))
+        if home is None:
+            entries += [_entry(p, f"ptjax.{name}.{p.split('.')[-1]}") for p in _imported(path)]
+    for name, path in RETURNED.items():
+        groups[GROUPS[path.split(".")[1]]].append(_entry(path, name))
     parts = [f"## {title}\n\n" + "\n".join(entries) for title, entries in groups.items() if entries]
     return "\n".join(parts)
+
+
+def _entry(path: str, heading: str, module: bool = False) -> str:
+    """An entry of mkdocstrings; of a module the docstring alone."""
+    options = {"heading": heading, "toc_label": heading.removeprefix("ptjax.")}
+    if module:
+        options["members"] = "false"
+    return f"::: {path}\n    options:\n" + "".join(f"      {k}: {v}\n" for k, v in options.items())
+
+
+def _imported(module: str) -> list[str]:
+    """The functions that a package imports from its own modules, with the path of each."""
+    tree = ast.parse((ROOT.joinpath(*module.split(".")) / "__init__.py").read_text())
+    return sorted(
+        f"{node.module}.{name.name}"
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(module)
+        for name in node.names
+    )

@@ -119,11 +119,11 @@ def load_backbone(
             complete one is loaded.
         dtype: for weights and activations; None is bfloat16 on TPU and GPU and float32 on CPU.
         mesh: the devices to load onto; 'auto', '8x1', '2x4' (data x model) or '2x2x2' (replica x
-            data x model) use all devices (`meshes.choose_mesh`); None uses the first device or,
+            data x model) use all devices (docs/sharding.md); None uses the first device or,
             with several processes, all devices.
         fsdp: shard weights over the mesh axis `data` too, and gather them layer by layer; needs
             `scan_layers`.
-        quantize: "int8" stores kernels at one byte per entry; see `sharding.quantize`.
+        quantize: "int8" stores kernels at one byte per entry; see docs/sharding.md.
         tokenizer: a tokenizer or its path; None looks in the folder of the weights.
         family: the kind of network, if it is not ptjax's own T5, such as `flax_module(...)`.
             A family without Hugging Face names is also loaded from a `model.safetensors` with the

@@ -150,11 +150,17 @@ def _needs_text(stream: np.ndarray | None) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class SpanCorruption:
-    """T5's span corruption of the plain text; see `SpanCorruptionSource`.
+    """T5's span corruption of the plain text.
+
+    In the input, sentinels replace random spans. The target has these spans, each after its
+    sentinel.
 
     Attributes:
         rate: its weight in the mixture, relative to the rates of the other components.
+        batch_size: examples per batch.
         input_length: the maximum number of input tokens of an example.
+        noise_density: the fraction of tokens that are replaced.
+        mean_span: the mean number of tokens per span.
     """
 
     rate: float
@@ -182,10 +188,15 @@ class SpanCorruption:
 
 @dataclasses.dataclass(frozen=True)
 class PrefixLM:
-    """Prefix LM on the plain text, the paper's LM adaptation; see `PrefixLMSource`.
+    """Prefix language modelling on the plain text, the paper's LM adaptation.
+
+    The input is a piece of text of random length, the target are the tokens that follow it.
 
     Attributes:
         rate: its weight in the mixture, relative to the rates of the other components.
+        batch_size: examples per batch.
+        input_length: the maximum number of input tokens of an example.
+        target_length: the number of target tokens of an example.
     """
 
     rate: float

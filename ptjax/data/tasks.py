@@ -33,18 +33,19 @@ class Task(FromRecords):
     Args:
         name: for messages, results and exported prompts.
         inputs: template of the model's input, filled with the record's fields.
-        splits: split name -> file or glob below `data_dir`, or a TFDS data set; see
-            `ptjax.data.tfds_source.read_tfds`; or records in memory.
+        splits: split name -> file or glob below `data_dir`; or a TFDS data set,
+            `tfds:NAME[/CONFIG][:VERSION][@SPLIT]`; or records in memory.
         label: the field that holds the label.
         verbalizer: label value -> target text. Values are compared as text (1 and '1' are equal),
             True also as 'true'. The texts are all labels that the task has.
         targets: template of the target, in place of `label` and `verbalizer`.
-        metrics: names in `ptjax.data.metrics.METRICS`; several are averaged for model selection.
-        positive_label: the label text that counts as positive for the metric f1 (default: the
-            verbalizer's last).
+        metrics: names such as 'accuracy', 'f1' and 'squad_f1'; docs/tasks.md lists all. Several are
+            averaged to select the best prompt.
+        positive_label: the label text that is positive for f1; default: the verbalizer's last.
         data_dir: base of relative paths ('package:NAME' is data shipped with ptjax), and TFDS's
             folder of prepared data sets.
-        format, columns, quoting, encoding: see `ptjax.data.sources.read_records`.
+        format, columns, quoting, encoding: of files. format is 'jsonl', 'csv', 'tsv', 'parquet' or
+            'text', by default what the suffix says; columns are for files without a header line.
         on_bad_record: 'error' raises at a record that cannot be used, 'skip' leaves it out.
         preprocess: takes a record's fields (dict), returns one dict of fields per example.
         train_preprocess: used instead of `preprocess` for the split 'train'.
@@ -52,8 +53,7 @@ class Task(FromRecords):
         group: the field that says to which group an example belongs, for group_exact_match.
         sentinels: treat `<extra_id_N>` in a record's field as T5's sentinel, as in a template; by
             default it is ordinary text there.
-        held_out: for tasks without a split 'validation': make one of this many examples, taken
-            evenly out of 'train'.
+        held_out: take this many examples, evenly, out of 'train' for a split 'validation'.
 
     Raises:
         InputError: contradictory settings, an unknown metric or an invalid template.

@@ -46,7 +46,7 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Tokenizer:
     """Loads a tokenizer; the first use of a hub id downloads its files.
 
     Args:
-        source: a SentencePiece file '*.model', 'byt5', a folder (see `find_tokenizer`), or the
+        source: a SentencePiece file '*.model', 'byt5', a folder as transformers saves it, or the
             id of a model on the Hugging Face hub. Paths may be remote (gs://...) or
             'package:NAME', data shipped with ptjax.
 

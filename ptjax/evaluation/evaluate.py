@@ -49,8 +49,9 @@ def evaluate(
     Every example counts exactly once. With a bank, every prompt is scored, and the ensembles of
     all, in one forward pass. If a run has several processes, all of them must call it.
 
-    >>> evaluate(backbone, task, run.prompt)["metrics"]  # doctest: +SKIP
-    {'accuracy': 0.94}
+    Examples:
+        >>> evaluate(backbone, task, run.prompt)["metrics"]  # doctest: +SKIP
+        {'accuracy': 0.94}
 
     Args:
         prompt: as for `ptjax.forward`; or a `ptjax.HardPrompt`, whose text and shots are scored
@@ -70,10 +71,9 @@ def evaluate(
             "inputs", "targets" and "prediction"), force and prefix, as for `ptjax.infer`.
 
     Returns:
-        What the command prints: "task", "split", "examples" (their number), "metric" (by which
-        prompts are selected), "backbone" and the scores. For a prompt these are "value", of
-        "metric", and "metrics"; in addition "prompt" (its path, if one was given) and "step", and
-        for a hard prompt "hard_prompt" and "shots". For a bank: see `Evaluator.score_ensemble`.
+        What the command prints: "task", "split", "examples" (their number), "metric", "backbone"
+        and the scores: "value", of "metric", and "metrics"; in addition "prompt" (its path) and
+        "step", or "hard_prompt" and "shots". For a bank: "members", "average", "best", "ensemble".
 
     Raises:
         InputError: the prompt does not fit the backbone, the task does not have the split, a record

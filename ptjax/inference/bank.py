@@ -118,10 +118,11 @@ class PromptBank:
 def make_bank(prompts: Mapping[str, SinglePrompt]) -> PromptBank:
     """Makes a bank of named prompts, each of any length and in any form that `ptjax.forward` takes.
 
-    >>> bank = make_bank(load_prompts("runs/prompts"))  # doctest: +SKIP
-
     Keys and values that a prompt file has precomputed are ignored: with a bank, each row of a batch
     runs its prompt through the encoder.
+
+    Examples:
+        >>> bank = make_bank(load_prompts("runs/prompts"))  # doctest: +SKIP
 
     Raises:
         InputError: `prompts` is empty, or a prompt cannot be loaded, is not a matrix, or differs in

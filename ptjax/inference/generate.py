@@ -94,11 +94,12 @@ def generate(
 ) -> list[str]:
     """Generates a text for each input, and returns them in order.
 
-    >>> generate(backbone, ["a text"], prompt=prompt)  # doctest: +SKIP
-    ['positive']
-
     The number and length of texts, the size of a bank, and `max_new_tokens` are rounded up
     internally, so that calls of similar sizes share one compiled program.
+
+    Examples:
+        >>> generate(backbone, ["a text"], prompt=prompt)  # doctest: +SKIP
+        ['positive']
 
     Args:
         texts: formatted inputs; a prompt's template is not applied here.

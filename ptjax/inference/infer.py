@@ -57,13 +57,15 @@ def predict(
     length and tokenised as in training. Where the task has a closed set of labels, they are ranked
     by likelihood; otherwise a text is generated.
 
-    >>> predict(backbone, ["I was charged twice"], run.prompt)  # doctest: +SKIP
-    [Prediction(text='billing', score=-0.119, probabilities={'billing': 0.888, 'other': 0.112})]
+    Examples:
+        >>> predict(backbone, ["I was charged twice"], run.prompt)  # doctest: +SKIP
+        [Prediction(text='billing', score=-0.119, probabilities={'billing': 0.888, 'other': 0.112})]
 
     Args:
         inputs: texts, each of which fills the only field of the template, or records (dicts): a
             list, a generator, a DataFrame, a `datasets.Dataset`. [] has no predictions.
-        prompt: as for `ptjax.forward`.
+        prompt: what `load_prompt` returns, such as `run.prompt`; a path or name that it takes; an
+            array [P, D]; a bank of `make_bank`; or None for the backbone alone.
         prompt_ids: with a bank, the prompt of each input, by name or number. Default: the field
             "prompt" of each record names it (None or "none": the backbone alone).
         decode: generate, even where a closed set of labels is known.
@@ -112,7 +114,8 @@ def infer(
 
     With a bank, the field "prompt" of every record names the prompt that it is read with.
 
-    >>> infer(backbone, "new.jsonl", run.prompt, output="answers.jsonl")  # doctest: +SKIP
+    Examples:
+        >>> infer(backbone, "new.jsonl", run.prompt, output="answers.jsonl")  # doctest: +SKIP
 
     Args:
         source: the path or glob of JSON lines, CSV, TSV, Parquet or plain lines (.txt), or inputs

@@ -133,7 +133,8 @@ class Method(Protocol):
         """Returns which variables are frozen, as rules for `training.freeze.make_freeze`.
 
         A rule maps a regular expression, which must match a variable's whole path, to True if the
-        variable is frozen, or False if it is trained: {"params/.*": True, "prompt/.*": False}.
+        variable is frozen, or False if it is trained: `{"params/.*": True,
+        "prompt/.*": False}`.
         """
         ...
 

@@ -87,7 +87,8 @@ def plan(
     As `python -m ptjax.plan`: no weights, no data and no such device are needed. By default the
     train step is compiled for the slice, in a process of its own; this one is left as it is.
 
-    >>> print(plan("t5_1_1_xxl", "v5e-8", quick=True))  # doctest: +SKIP
+    Examples:
+        >>> print(plan("t5_1_1_xxl", "v5e-8", quick=True))  # doctest: +SKIP
 
     Args:
         backbone: a loaded backbone, a `T5Config`, the path of a checkpoint (only its headers are

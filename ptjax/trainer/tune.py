@@ -111,13 +111,13 @@ def tune(
         members: the members of a sweep, by name. Each trains its own prompt, all in one job, with
             the `settings` that it does not override. None means an ordinary run.
         steps: replaces `settings.schedule.train_steps`.
-        callbacks: notified of events, see `ptjax.trainer.callbacks.Callback`.
+        callbacks: notified of events, see `ptjax.Callback`.
         dry_run: load the data, compile the train step and log sizes, but do not train, and write
             nothing to `model_dir`.
 
     Raises:
         InputError: the settings, data or backbone cannot be used, or `model_dir` holds another run
-            or one already past `train_steps` (`identity.FREE` lists which settings may change).
+            or one already past `train_steps`; the message names a setting that must not change.
         TrainingError: a loss, score or trained variable is not finite (in a sweep: of every
             member), the disk is full, or another run took over `model_dir`.
         SystemExit: after SIGTERM or Ctrl-C, when saved; in a notebook Ctrl-C returns the best.

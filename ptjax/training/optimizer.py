@@ -36,6 +36,8 @@ class Adafactor:
             in prompt-tuning's gin file that disables this for prompts never takes effect (T5X falls
             back to the heuristic for rank 2), so a prompt of 128 rows or more is factored.
         multiply_by_parameter_scale: False for prompts, True for T5X's own fine-tuning.
+        decay_rate: the exponent of the second moments' decay, 1 - step^-decay_rate.
+        clipping_threshold: the RMS above which an update is scaled down.
     """
 
     learning_rate: float | optax.Schedule = 0.3

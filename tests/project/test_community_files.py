@@ -16,7 +16,7 @@ import ptjax
 from ptjax.__main__ import COMMANDS
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("AGENTS.md", "CONTRIBUTING.md", "SECURITY.md")
+PAGES = ("AGENTS.md", "CONTRIBUTING.md", "SECURITY.md", "docs/architecture.md")
 PACKAGES = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
 
 
@@ -29,13 +29,13 @@ def test_paths_targets_and_commands_exist(page):
     code = re.findall(r"`([\w./-]+/|[\w./-]+\.(?:py|md|toml|gin))`", text)
     code += re.findall(r"\]\(([^)#]+)\)", text)
     for path in set(code) - {"config.gin", "utils.py"}:  # of a run; one that must not exist
-        bases = (ROOT, PACKAGE, ROOT / "gin_configs")
+        bases = (ROOT, PACKAGE, ROOT / "gin_configs", (ROOT / page).parent)
         assert any((base / path).exists() for base in bases), path
     assert set(re.findall(r"python -m ptjax\.(\w+)", text)) <= set(COMMANDS)
 
 
-def test_the_tree_of_the_readme_names_every_package_and_no_other():
-    text = (ROOT / "README.md").read_text()
+def test_the_tree_of_the_docs_names_every_package_and_no_other():
+    text = (ROOT / "docs" / "architecture.md").read_text()
     assert set(re.findall(r"^ptjax/(\w+)/ +\S", text, re.MULTILINE)) == PACKAGES
 
 

@@ -1,7 +1,8 @@
-"""The code speaks an engineer's English: phrases that a reader stumbles over do not come back.
+"""Code and docs speak an engineer's English: phrases that a reader stumbles over do not come back.
 
 Each row is a phrase, and what to write instead. Comments, docstrings and messages are searched, a
-room at a time. A phrase that is right somewhere is not in the list: what is listed has no good use.
+room at a time, and the pages of docs/. A phrase that is right somewhere is not in the list: what is
+listed has no good use.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ ROOMS = sorted(
     for entry in PACKAGE.iterdir()
     if entry.suffix == ".py" or (entry.is_dir() and any(entry.glob("*.py")))
 )
+DOCS = Path(__file__).parents[2] / "docs"
+PAGES = sorted(page.name for page in DOCS.glob("*.md"))
 INSTEAD = {
     r"\b(is|are|was|were) no (?!longer|more|less|one\b)\w+": "is not a",
     r"\bha(s|ve) to be (at least|at most|of|a|an|from|one|in|the|texts|[A-Z\d{])": "must be",
@@ -105,6 +108,11 @@ def test_no_phrase_of_the_list_is_left(room: str) -> None:
     files = [place] if place.is_file() else sorted(place.rglob("*.py"))
     found = {file.name: hits(file.read_text("utf-8")) for file in files}
     assert not {name: phrases for name, phrases in found.items() if phrases}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_no_phrase_of_the_list_is_left_in_a_page(page: str) -> None:
+    assert not hits((DOCS / page).read_text("utf-8"))
 
 
 @pytest.mark.parametrize(
