@@ -137,7 +137,7 @@ class _Card:
         self.backbone = file_name(backbone) if isinstance(backbone, str) else "BACKBONE"
         self.model = self.on_hub[0] if self.on_hub else self.backbone
         verbalizer = _mapping(self.described.get("verbalizer"))
-        self.labels = [text for text in verbalizer.values() if isinstance(text, str)]
+        self.labels = [(x, text) for x, text in verbalizer.items() if isinstance(text, str)]
         task = self.described.get("name")
         self.task_name = task if isinstance(task, str) and task else None
         self.split = str(self.run.get("split") or "validation")
@@ -166,7 +166,11 @@ class _Card:
         if self.labels:
             label = self.described.get("label")
             field = f" (field {code(label)})" if isinstance(label, str) else ""
-            lines.append(f"- Labels{field}: {', '.join(map(code, self.labels))}")
+            labels = [
+                code(text) + (f" for {code(value)}" if value != text else "")
+                for value, text in self.labels
+            ]
+            lines.append(f"- Labels{field}: {', '.join(labels)}")
         elif isinstance(targets := self.described.get("targets"), str):
             lines.append(f"- Target: {code(targets)}")
         for side, key in (("Input", "input_length"), ("Target", "target_length")):
