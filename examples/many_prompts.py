@@ -25,8 +25,9 @@ BATCH = (  # (message, prompt)
 
 def read(folder: str) -> dict[str, list[dict[str, str]]]:
     """The records of each split of data that come with ptjax."""
-    texts = {s: files(ptjax) / "assets" / folder / f"{s}.jsonl" for s in ("train", "validation")}
-    return {s: [json.loads(row) for row in x.open(encoding="utf-8")] for s, x in texts.items()}
+    place = files(ptjax) / "assets" / folder
+    texts = {split: (place / f"{split}.jsonl").read_text() for split in ("train", "validation")}
+    return {split: [json.loads(row) for row in text.splitlines()] for split, text in texts.items()}
 
 
 def make_tasks() -> list[ptjax.Task]:

@@ -16,7 +16,11 @@ WORDS = {"complaint": "negative", "praise": "positive", "question": "unknown"}
 STEPS = 200
 MODEL_DIR = "runs/tickets"  # a second call resumes the run in it, or returns its results
 SHARED = "tickets"
-MESSAGES = ("The parcel came broken.", "Thank you for the quick reply!", "When do you open?")
+MESSAGES = (
+    "The parcel came broken and nobody answers my letters.",
+    "Thank you, the technician was wonderful.",
+    "When does the shop in the station open?",
+)
 
 
 def main() -> None:
@@ -27,9 +31,8 @@ def main() -> None:
     )
     run = ptjax.tune(backbone, task, MODEL_DIR, steps=STEPS)
     print(run.report())
-    for message, prediction in zip(
-        MESSAGES, ptjax.predict(backbone, MESSAGES, run.prompt), strict=True
-    ):
+    predictions = ptjax.predict(backbone, MESSAGES, run.prompt)
+    for message, prediction in zip(MESSAGES, predictions, strict=True):
         print(message, prediction, sep="\n  ")
     run.prompt.save(SHARED)  # a folder with a model card
     # run.prompt.push_to_hub("me/tickets-prompt")

@@ -19,6 +19,7 @@ import ptjax
 from ptjax.interop.prompt_file import PromptFile
 
 PATHS = sorted(notebooks.EXAMPLES.glob("*.ipynb"))
+COLAB = notebooks.EXAMPLES / "colab.ipynb"
 OBJECTS = {"ptjax": ptjax, "run": ptjax.Run, "run.prompt": PromptFile}
 """What an expression of a cell stands for, where calls of its attributes are looked up."""
 MOST_BYTES = 300_000
@@ -63,7 +64,11 @@ def test_a_name_or_argument_that_does_not_exist_fails():
         inspect.signature(called).bind(*call.args, **{call.keywords[0].arg or "": 3})
 
 
-@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path",
+    [notebooks.QUICKSTART, pytest.param(COLAB, marks=pytest.mark.slow)],
+    ids=lambda path: path.name,
+)
 def test_the_cells_run_on_a_random_backbone(path, backbone, tmp_path, monkeypatch):
     """In this process; what a cell needs from the network has a stand-in."""
     monkeypatch.chdir(tmp_path)
@@ -72,7 +77,7 @@ def test_the_cells_run_on_a_random_backbone(path, backbone, tmp_path, monkeypatc
     hub = types.SimpleNamespace(load_dataset=lambda _: {"train": rows, "validation": rows[:8]})
     monkeypatch.setitem(sys.modules, "datasets", hub)  # pyright: ignore[reportArgumentType]
     notebook = nbformat.read(path, as_version=4)
-    small = {"STEPS": 2} | ({"BACKBONE": backbone.name} if path.name == "colab.ipynb" else {})
+    small = {"STEPS": 2} | ({"BACKBONE": backbone.name} if path == COLAB else {})
     notebooks.set_parameters(notebook, small)
     names: dict[str, Any] = {}
     for source in codes(notebook):
@@ -97,7 +102,7 @@ def test_the_outputs_are_those_of_one_whole_execution_and_hold_no_times():
 
 
 def test_the_notebook_that_was_not_executed_has_no_outputs_and_says_so():
-    notebook = nbformat.read(notebooks.EXAMPLES / "colab.ipynb", as_version=4)
+    notebook = nbformat.read(COLAB, as_version=4)
     assert not [cell for cell in notebook.cells if cell.get("outputs")]
     assert "**Not run there.**" in notebook.cells[0].source
 
