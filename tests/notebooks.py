@@ -69,7 +69,7 @@ def _joined(outputs: list[Any]) -> list[Any]:
     """The outputs with adjacent texts of one stream as one, however the kernel cut them."""
     joined: list[Any] = []
     for output in outputs:
-        last = joined[-1] if joined else {}
+        last: Any = joined[-1] if joined else {}
         if output.output_type == "stream" and last.get("name") == output.name:
             last.text += output.text
         else:

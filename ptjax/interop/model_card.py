@@ -124,6 +124,11 @@ def make_card(name: str, shape: tuple[int, int], metadata: Metadata, *, peft: bo
     return f"---\n{_front_matter(card)}\n---\n\n" + "\n\n".join(filter(None, sections)) + "\n"
 
 
+def _label(value: str, text: str) -> str:
+    """A label's text, and the value in the data that it is the text of, if that is another."""
+    return code(text) + (f" for {code(value)}" if value != text else "")
+
+
 class _Card:
     """The sections of a card; "" where nothing is known."""
 
@@ -166,11 +171,7 @@ class _Card:
         if self.labels:
             label = self.described.get("label")
             field = f" (field {code(label)})" if isinstance(label, str) else ""
-            labels = [
-                code(text) + (f" for {code(value)}" if value != text else "")
-                for value, text in self.labels
-            ]
-            lines.append(f"- Labels{field}: {', '.join(labels)}")
+            lines.append(f"- Labels{field}: {', '.join(_label(*pair) for pair in self.labels)}")
         elif isinstance(targets := self.described.get("targets"), str):
             lines.append(f"- Target: {code(targets)}")
         for side, key in (("Input", "input_length"), ("Target", "target_length")):
