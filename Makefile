@@ -13,7 +13,7 @@ ORACLES := 4 5
 TRANSFORMERS_4 := 4.57.6
 TRANSFORMERS_5 := 5.24.0
 
-.PHONY: quickstart test test-all test-lowest wheels constraints faults mutation lint oracle docs trackers
+.PHONY: quickstart test test-all test-lowest wheels constraints faults mutation lint oracle docs trackers notebooks
 
 quickstart: $(VENV)/installed  ## tune a prompt on the shipped backbone, on CPU
 	$(BIN)/python -m ptjax.train --gin_file=quickstart.gin
@@ -99,3 +99,6 @@ trackers: .venv-trackers/installed  ## the trackers with the real wandb and MLfl
 .venv-trackers/installed: pyproject.toml
 	$(PYTHON) -m venv $(@D) && $(@D)/bin/python -m pip install --quiet --disable-pip-version-check \
 	  -e '.[dev,wandb,mlflow]' mlflow && touch $@
+
+notebooks: $(VENV)/installed-dev  ## executes the notebook of examples/ and writes its outputs into it
+	$(BIN)/python tests/notebooks.py

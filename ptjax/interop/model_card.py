@@ -124,6 +124,11 @@ def make_card(name: str, shape: tuple[int, int], metadata: Metadata, *, peft: bo
     return f"---\n{_front_matter(card)}\n---\n\n" + "\n\n".join(filter(None, sections)) + "\n"
 
 
+def _label(value: str, text: str) -> str:
+    """A label's text, and the value in the data that it is the text of, if that is another."""
+    return code(text) + (f" for {code(value)}" if value != text else "")
+
+
 class _Card:
     """The sections of a card; "" where nothing is known."""
 
@@ -137,7 +142,7 @@ class _Card:
         self.backbone = file_name(backbone) if isinstance(backbone, str) else "BACKBONE"
         self.model = self.on_hub[0] if self.on_hub else self.backbone
         verbalizer = _mapping(self.described.get("verbalizer"))
-        self.labels = [text for text in verbalizer.values() if isinstance(text, str)]
+        self.labels = [(x, text) for x, text in verbalizer.items() if isinstance(text, str)]
         task = self.described.get("name")
         self.task_name = task if isinstance(task, str) and task else None
         self.split = str(self.run.get("split") or "validation")
@@ -166,7 +171,7 @@ class _Card:
         if self.labels:
             label = self.described.get("label")
             field = f" (field {code(label)})" if isinstance(label, str) else ""
-            lines.append(f"- Labels{field}: {', '.join(map(code, self.labels))}")
+            lines.append(f"- Labels{field}: {', '.join(_label(*pair) for pair in self.labels)}")
         elif isinstance(targets := self.described.get("targets"), str):
             lines.append(f"- Target: {code(targets)}")
         for side, key in (("Input", "input_length"), ("Target", "target_length")):

@@ -73,7 +73,8 @@ def _shown(row: np.ndarray, text: str, tokenizer: Tokenizer) -> tuple[str, str]:
     """The text that a row of ids encodes, and its pieces; both with a mark where it is cut."""
     missing = _missing(row, text, tokenizer)
     mark = f" [CUT: {missing} more tokens]" if missing else ""
-    left = max(len(row) - _FIRST - _LAST, 0)
+    left = len(row) - _FIRST - _LAST
+    left = left if left > 1 else 0  # one is as short as the words in its place
     shown = np.concatenate([row[:_FIRST], row[_FIRST + left :]]) if left else row
     pieces = [_printable(tokenizer.id_to_piece(int(index))) for index in shown]
     if left:

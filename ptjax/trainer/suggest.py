@@ -14,6 +14,7 @@ from ptjax.data.batching import Batching
 from ptjax.data.tasks import Task
 from ptjax.data.tokenizer import Tokenizer
 from ptjax.data.vocabularies import missing_tokenizer
+from ptjax.errors import check_at_least
 from ptjax.methods.initializers import ClassLabels, SampledVocabulary
 from ptjax.methods.prompt_tuning import PromptTuning
 from ptjax.settings import Evaluation, RunSettings, TrainSchedule
@@ -45,10 +46,11 @@ class Suggestion:
     reasons: tuple[str, ...]
 
 
-def suggest_settings(backbone: Backbone, task: Task) -> RunSettings:
+def suggest_settings(backbone: Backbone, task: Task, *, steps: int | None = None) -> RunSettings:
     """Suggests the settings of a prompt tuning run from its backbone and its data.
 
-    `tune` uses them if it gets none. Equal data give equal settings, so a run resumes. The rules:
+    `tune` uses them if it gets none. What was chosen is logged, and why. Equal data give equal
+    settings, so a run resumes. The rules:
 
     - Learning rate: 0.03 of the embedding's RMS, which on T5 1.1 (RMS 10) is the paper's 0.3. It
       fits other backbones too; 0.3 would not (`Adafactor`).
@@ -70,10 +72,17 @@ def suggest_settings(backbone: Backbone, task: Task) -> RunSettings:
       evaluations without a better one; sooner would end runs that stay at chance for a while, as
       prompts do.
 
+    Args:
+        steps: the number of steps, if it is already known. How often the run evaluates suits it,
+            as it would not if `tune` replaced the number later.
+
     Raises:
-        InputError: the backbone has no tokenizer, or the data cannot be used.
+        InputError: `steps` is not a positive number, the backbone has no tokenizer, or the data
+            cannot be used.
     """
-    return suggest(backbone, [task]).settings
+    if steps is not None:
+        check_at_least(1, "suggest_settings", steps=steps)
+    return _logged(suggest(backbone, [task], steps))
 
 
 def resolve_settings(
@@ -91,14 +100,18 @@ def resolve_settings(
     """
     if settings is None:
         tasks = [member.task or task for member in members.values()] or [task]
-        suggestion = suggest(backbone, tasks, steps)
-        for reason in suggestion.reasons:
-            logging.info("suggested: %s", reason)
-        return suggestion.settings
+        return _logged(suggest(backbone, tasks, steps))
     if steps is None:
         return settings
     schedule = dataclasses.replace(settings.schedule, train_steps=steps)
     return dataclasses.replace(settings, schedule=schedule)
+
+
+def _logged(suggestion: Suggestion) -> RunSettings:
+    """The settings, once their reasons are logged."""
+    for reason in suggestion.reasons:
+        logging.info("suggested: %s", reason)
+    return suggestion.settings
 
 
 def suggest(backbone: Backbone, tasks: Sequence[Task], steps: int | None = None) -> Suggestion:

@@ -128,7 +128,7 @@ def test_a_card_says_what_the_run_knew(run, tmp_path):
     lines = card_of(tmp_path / "tickets").splitlines()
     expected = """
         - Input: `ticket: {body}`
-        - Labels (field `category`): `billing`, `bug`
+        - Labels (field `category`): `billing` for `0`, `bug` for `1`
         - Input length: at most 64 tokens
         - Examples: 1,200 in `train`, 150 in `validation`, 140 in `test`
         | on `test`, 140 examples | |
@@ -152,6 +152,12 @@ def test_a_card_says_what_the_run_knew(run, tmp_path):
     for line in filter(None, map(str.strip, expected.splitlines())):
         assert line in lines, line
     assert SECRET not in "\n".join(lines) and "someone" not in "\n".join(lines)
+
+
+def test_a_card_says_what_a_label_stands_for_where_its_text_is_another():
+    task = {"label": "category", "verbalizer": {"complaint": "negative", "other": "other"}}
+    card = make_card("me/tickets", (3, 8), ON_HUB | {"task": task}, peft=True)
+    assert "- Labels (field `category`): `negative` for `complaint`, `other`\n" in card
 
 
 def test_a_card_names_a_backbone_of_the_hub_with_its_commit():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -19,8 +20,8 @@ import ptjax
 from ptjax.models.decoding import decode
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-PUBLIC = {"__future__", "dataclasses", "flax", "jax", "ptjax", "sys", "typing"}
-MOST_LINES = {"own_method.py": 60, "own_network.py": 150}
+PUBLIC = {"__future__", "dataclasses", "flax", "importlib", "jax", "json", "ptjax", "sys", "typing"}
+MOST_LINES = {"own_method.py": 60, "own_network.py": 150, "tickets.py": 45, "many_prompts.py": 75}
 
 
 @pytest.fixture
@@ -86,6 +87,47 @@ def test_a_method_of_one_s_own_trains_evaluates_exports_and_loads(
     assert best.metadata["task"]["name"] == task.name
     texts = ["text: lovely great", "text: awful"]
     assert len(ptjax.generate(backbone, texts, best, max_new_tokens=4)) == 2
+
+
+@pytest.fixture
+def script(monkeypatch, tmp_path, backbone) -> Callable[[str], ModuleType]:
+    """`script("tickets")` -> the module, for two steps of a random backbone in an own folder."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.chdir(tmp_path)
+
+    def load(name: str) -> ModuleType:
+        module = importlib.import_module(name)
+        monkeypatch.setattr(module, "BACKBONE", backbone.name)
+        monkeypatch.setattr(module, "STEPS", 2)
+        return module
+
+    return load
+
+
+def test_the_script_of_tickets_reports_predicts_and_saves(script, capsys):
+    tickets = script("tickets")
+    tickets.main()
+    said = capsys.readouterr().out
+    assert "tickets: accuracy on the split test, 180 examples" in said
+    for message in tickets.MESSAGES:
+        assert f"{message}\n  Prediction(text=" in said
+    assert Path(tickets.SHARED, "README.md").exists()
+    tickets.main()  # the run is finished, and the folder is ptjax's own
+    assert capsys.readouterr().out == said
+
+
+@pytest.mark.slow
+def test_the_script_of_many_prompts_answers_as_each_prompt_alone(script, backbone, capsys):
+    many = script("many_prompts")
+    many.main()
+    answers = capsys.readouterr().out.splitlines()[3:]
+    prompts = ptjax.load_prompts(many.PROMPTS)
+    assert list(prompts) == ["asks", "sentiment", "tickets"]
+    for (message, name), answer in zip(many.BATCH, answers, strict=True):
+        (alone,) = ptjax.predict(backbone, [message], prompts[name])
+        assert answer.split() == [
+            name, *message.split(), alone.text, f"({alone.probabilities[alone.text]:.2f})"
+        ]  # fmt: skip
 
 
 def test_its_cache_decodes_as_whole_targets_do(own_network):

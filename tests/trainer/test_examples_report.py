@@ -68,6 +68,13 @@ def test_without_a_cut_the_longest_is_shown_and_a_long_one_in_excerpts(of_bytes,
     assert f"     tokens: {tokens}" in lines
 
 
+def test_an_excerpt_leaves_out_two_tokens_or_more(of_bytes, caplog) -> None:
+    fits = "     tokens: s a y : <0x20>" + " d" * 31 + " </s>"
+    assert fits in shown(of_bytes, ["a", "b", "d" * 31], 512, caplog)
+    less = "     tokens: s a y : <0x20>" + " d" * 23 + " ... 2 tokens ..." + " d" * 7 + " </s>"
+    assert less in shown(of_bytes, ["a", "b", "d" * 32], 512, caplog)
+
+
 def test_a_cut_target_is_marked(of_bytes, caplog) -> None:
     lines = shown(of_bytes, ["a", "b", "abcdefghij"], 32, caplog, 8, targets="{text}")
     assert (

@@ -126,9 +126,22 @@ def test_a_backbone_without_a_tokenizer_is_refused(backbone, task) -> None:
         ptjax.suggest_settings(bare, task)
 
 
+def test_a_suggestion_says_why_and_takes_the_number_of_steps(backbone, task, caplog) -> None:
+    caplog.set_level("INFO", logger="absl")
+    settings = ptjax.suggest_settings(backbone, task, steps=60)
+    assert settings.schedule == suggest.make_schedule(48, 16, 16, 60)
+    usual = ptjax.suggest_settings(backbone, task)
+    assert settings.schedule.eval_period < usual.schedule.eval_period
+    lines = [line for line in caplog.messages if line.startswith("suggested: ")]
+    assert len(lines) == 10 and "60 steps of 16 examples: as asked" in lines[3]
+    with pytest.raises(InputError, match=r"suggest_settings\.steps must be >= 1, got 0"):
+        ptjax.suggest_settings(backbone, task, steps=0)
+
+
 def test_tune_without_settings_suggests_them_and_resumes(backbone, task, tmp_path, caplog) -> None:
     settings = ptjax.suggest_settings(backbone, task)
     caplog.set_level("INFO", logger="absl")
+    caplog.clear()
     first = ptjax.tune(backbone, task, tmp_path, steps=2)
     lines = [line for line in caplog.messages if line.startswith("suggested: ")]
     assert len(lines) == 5 and all(len(line) < 150 for line in lines)
