@@ -11,6 +11,9 @@ from collections.abc import Callable, Iterable, Iterator
 _LISTED_CHARACTERS = 300
 """Length limit for a list of names in a message, about four lines of a terminal."""
 
+_QUOTED_CHARACTERS = 80
+"""Length limit for one text in a message, a line of a terminal."""
+
 
 class InputError(ValueError):
     """A setting, argument or file of the user cannot be used.
@@ -152,12 +155,19 @@ def near(
     return f"; there are {listing(choices)}" if listed and choices else ""
 
 
+def shortened(text: str) -> str:
+    """A text of the user as a message quotes it: on one line, cut after 80 characters."""
+    line = text.replace("\n", "\\n")
+    return line if len(line) <= _QUOTED_CHARACTERS else line[:_QUOTED_CHARACTERS] + "..."
+
+
 def listing(names: Iterable[str]) -> str:
     """Joins names with commas.
 
-    After 300 characters, the other names are replaced by "..." and the number of all names.
+    After 300 characters, the other names are replaced by "..." and the number of all names. Long
+    names are `shortened`.
     """
-    choices = list(names)
+    choices = list(map(shortened, names))
     shown: list[str] = []
     for name in choices:
         if sum(map(len, shown)) + len(name) > _LISTED_CHARACTERS:

@@ -14,6 +14,7 @@ from ptjax.data.batching import Batching
 from ptjax.data.tasks import Task
 from ptjax.data.tokenizer import Tokenizer
 from ptjax.data.vocabularies import missing_tokenizer
+from ptjax.errors import shortened
 from ptjax.methods.initializers import ClassLabels, SampledVocabulary
 from ptjax.methods.prompt_tuning import PromptTuning
 from ptjax.settings import Evaluation, RunSettings, TrainSchedule
@@ -28,6 +29,8 @@ _SHORT, _USUAL, _LONG = 64, 512, 1024
 """Tokens: the least length; the largest, usually; and if most inputs are longer than that."""
 _MULTIPLE = 16
 """Lengths are multiples of it, like the last bucket of `make_buckets`."""
+_LONGEST_LABEL = 256
+"""Tokens; every label is scored for every input, so longer ones would fill the memory."""
 _ROWS = 20
 _BATCH = 32
 _PASSES = 30
@@ -165,6 +168,12 @@ class _Counts:
             return np.array([len(ids) + added for ids in tokenizer.encode_batch(texts)])
 
         labels = [] if task.labels is None else count(task.labels)
+        if max(labels, default=0) > _LONGEST_LABEL:
+            label = (task.labels or ())[int(np.argmax(labels))]
+            raise task.error(
+                f"the label '{shortened(label)}' has {max(labels):,} tokens; give a verbalizer "
+                "with short texts or, for open text, targets instead of a label"
+            )
         open_targets = [count([e.targets for e in sampled])] if task.labels is None else []
         inputs = count([example.inputs for example in sampled])
         return cls(len(train), len(validation), inputs, open_targets, int(max(labels, default=0)))
