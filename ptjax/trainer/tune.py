@@ -4,33 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 
-import jax
-import jax.numpy as jnp
 from absl import logging
 from etils import epath
 
 from ptjax import files
 from ptjax.backbones.damage import check_weights
 from ptjax.backbones.load import Backbone
-from ptjax.data.pipeline import Shape
 from ptjax.data.tasks import Task
 from ptjax.errors import InputError, check_path, one_line
 from ptjax.files import JsonObject, PathLike
 from ptjax.gin_text import describe_call
 from ptjax.interop.prompt_file import PromptFile, load_prompt
-from ptjax.methods.base import run_with
 from ptjax.model_dir import BEST, ModelDir
-from ptjax.reports.content import as_json, make_content
 from ptjax.reports.files import write_page
 from ptjax.reports.report import Report
 from ptjax.settings import RunSettings
 from ptjax.sharding import processes
-from ptjax.sharding.arrays import check_batch_size, replicate_key, replicated
+from ptjax.sharding.arrays import check_batch_size
 from ptjax.trainer import lock, signals
 from ptjax.trainer.callbacks import Callback
 from ptjax.trainer.config_file import ConfigFile
@@ -38,18 +31,19 @@ from ptjax.trainer.examples_report import report_examples_read
 from ptjax.trainer.identity import make_identity
 from ptjax.trainer.interrupted import best_so_far
 from ptjax.trainer.loop import TrainingLoop
-from ptjax.trainer.memory import Lower, explain_no_memory
+from ptjax.trainer.make_step import (
+    check_dependence,
+    count_parameters,
+    make_step,
+    no_memory_explained,
+)
 from ptjax.trainer.progress import RunProgress
 from ptjax.trainer.results import Scores, describe_run, of_sweep
 from ptjax.trainer.setup import MemberSetup, load_best, set_up_members
 from ptjax.trainer.startup_report import report_sizes, report_steps
 from ptjax.trainer.suggest import resolve_settings
 from ptjax.trainer.sweep import MemberOverrides, check_members
-from ptjax.training import freeze as freezing
-from ptjax.training.compile import batch_shapes, lower_step
-from ptjax.training.dependence import check_used
-from ptjax.training.step import TrainState, TrainStep
-from ptjax.trees import Tree
+from ptjax.trainer.written import write_results
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +131,7 @@ def tune(
     def attempt(run_lock: lock.Lock | None) -> JsonObject | None:
         """The results; without the lock only of a dry or finished run, else None: no writing."""
         setups = _set_up(backbone, task, directory, settings, members)
-        state, step = _make_step(backbone, setups, settings, sweep=bool(members))
+        state, step = make_step(backbone, setups, settings, sweep=bool(members))
         frozen = setups[0].frozen
         report_sizes(settings.method, backbone, state.trainable, state.opt_state, frozen)
         run = TrainingLoop(
@@ -155,9 +149,10 @@ def tune(
         if results is not None or (run_lock is None and not dry_run):
             run.checkpoints.close()
             return results
-        _check_used(backbone, setups, settings)
-        sizes = _counts(state.trainable, frozen)  # the first step takes the state's arrays
-        explained = _explain_no_memory(backbone, setups, settings, state, run)
+        check_dependence(backbone, setups, settings)
+        report_examples_read(setup.data for setup in setups)
+        sizes = count_parameters(state.trainable, frozen)  # the first step takes the state's arrays
+        explained = no_memory_explained(backbone, setups, settings, state, run)
         try:
             with explained:
                 run.fit(state, frozen, step, backbone.mesh, dry_run=dry_run)
@@ -167,7 +162,7 @@ def tune(
         if dry_run:
             return {}
         results = scores | sizes | describe_run(backbone, settings, run.progress.seconds)
-        return _write_results(directory, results, records, run_lock)
+        return write_results(directory, results, records, run_lock)
 
     return Run(directory, _under_lock(directory, attempt, needed=not dry_run))
 
@@ -264,78 +259,6 @@ def _score_best(
     return results | {"trained_steps": run.progress.step}, records
 
 
-def _make_step(
-    backbone: Backbone, setups: Sequence[MemberSetup], settings: RunSettings, *, sweep: bool
-) -> tuple[TrainState, TrainStep]:
-    """The first state and its train step. In a `sweep` the state has all members, stacked."""
-    first, mesh = setups[0], backbone.mesh
-    init, step = _step_functions(backbone, first, settings, sweep=sweep)
-    trainable, key = first.trainable, jax.random.key(first.seed)
-    if sweep:
-        trainable = jax.tree.map(lambda *x: jnp.stack(x), *(setup.trainable for setup in setups))
-        trainable = jax.device_put(trainable, replicated(mesh))
-        key = jnp.stack([jax.random.key(setup.seed) for setup in setups])
-    # On the mesh: with a first state elsewhere the step would be compiled twice.
-    return jax.jit(init)(trainable, replicate_key(key, mesh)), step
-
-
-def _step_functions(
-    backbone: Backbone, setup: MemberSetup, settings: RunSettings, *, sweep: bool
-) -> tuple[Callable[[Tree, jax.Array], TrainState], TrainStep]:
-    """The functions that `StepConfig.make` returns for a member."""
-    return settings.step_config(sweep=sweep).make(
-        run_with(settings.method, backbone),
-        setup.freeze,
-        backbone.mesh,
-        setup.rms,
-        small=freezing.is_small(*_counts(setup.trainable, setup.frozen).values()),
-        attends_to_input=settings.method.attends_to_input,
-    )
-
-
-def _lowering(
-    backbone: Backbone, setups: Sequence[MemberSetup], state: TrainState, *, sweep: bool
-) -> Lower:
-    """A function that lowers the train step with other settings, even after `state` is donated."""
-    abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
-    )
-
-    def lower(settings: RunSettings, shape: Shape) -> jax.stages.Lowered:
-        _, step = _step_functions(backbone, setups[0], settings, sweep=sweep)
-        return lower_step(step, abstract, setups[0].frozen, shape, backbone.mesh)
-
-    return lower
-
-
-def _explain_no_memory(
-    backbone: Backbone,
-    setups: Sequence[MemberSetup],
-    settings: RunSettings,
-    state: TrainState,
-    run: TrainingLoop,
-) -> AbstractContextManager[None]:
-    """The context that explains that a device has no memory for a step; see `memory`."""
-    lower = _lowering(backbone, setups, state, sweep=run.members.is_sweep)
-    return explain_no_memory(settings, run.members.batches().shapes, lower, backbone.mesh)
-
-
-def _check_used(backbone: Backbone, setups: Sequence[MemberSetup], settings: RunSettings) -> None:
-    """InputError if the loss does not depend on every trainable variable. Shows three examples."""
-    report_examples_read(setup.data for setup in setups)
-    setup = setups[0]
-    batch = batch_shapes(min(setup.member.batches.shapes), backbone.mesh)
-    apply_fn = run_with(settings.method, backbone)
-    check_used(apply_fn, settings.loss, setup.trainable, setup.frozen, batch)
-
-
-def _counts(trainable: Tree, frozen: Tree) -> dict[str, int]:
-    return {
-        "trainable_parameters": freezing.sizes(trainable)[0],
-        "frozen_parameters": freezing.sizes(frozen)[0],
-    }
-
-
 def _identify(
     backbone: Backbone,
     task: Task,
@@ -387,25 +310,3 @@ def _read_results(model_dir: epath.Path) -> JsonObject | None:
         logging.warning("%s: damaged (%s); it is written again", path, one_line(error))
         return None
     return results
-
-
-def _write_results(
-    directory: epath.Path,
-    results: JsonObject,
-    records: Mapping[str, JsonObject],
-    run_lock: lock.Lock | None,
-) -> JsonObject:
-    """Writes the report and the `results`, which it returns: a run with them has finished."""
-    run = ModelDir(directory)
-    _write(run.report_data, as_json(make_content(results, records)), run_lock)
-    _write(run.results, json.dumps(results, indent=2) + "\n", run_lock)
-    if processes.first():
-        write_page(directory)
-    return results
-
-
-def _write(path: epath.Path, text: str, run_lock: lock.Lock | None) -> None:
-    if run_lock is not None:
-        run_lock.check()
-    if processes.first():
-        files.write_bytes(path, text.encode())

@@ -18,7 +18,7 @@ from ptjax.data.byte_tokenizer import ByteTokenizer
 from ptjax.data.pipeline import Shape
 from ptjax.errors import InputError
 from ptjax.sharding.devices import GIB
-from ptjax.trainer import memory, setup, tune
+from ptjax.trainer import make_step, memory, setup
 
 HEADS = 2**17
 """The logits of attention have four bytes for each head and pair of positions of a row."""
@@ -69,8 +69,8 @@ def lowering(backbone: Any, tmp_path: Any, settings: ptjax.RunSettings) -> memor
     """What `tune` passes for a run of one short text."""
     overrides = {"": ptjax.MemberOverrides()}
     setups = setup.set_up_members(backbone, letters("{text}"), tmp_path, settings, overrides)
-    state, _ = tune._make_step(backbone, setups, settings, sweep=False)
-    return tune._lowering(backbone, setups, state, sweep=False)
+    state, _ = make_step.make_step(backbone, setups, settings, sweep=False)
+    return make_step.lowering(backbone, setups, state, sweep=False)
 
 
 def test_an_evaluation_without_memory_is_not_blamed_on_the_batch(of_bytes, tmp_path) -> None:
