@@ -94,7 +94,7 @@ def test_labels_have_to_come_back(nano):
     with pytest.raises(InputError, match="; it needs 7; or give it another text in the task's ver"):
         check_labels(["positive", "not_equivalent"], nano, 3)
     with pytest.raises(
-        InputError, match="the label '正' comes back as .* 8 target tokens; give it"
+        InputError, match=r"the label '正' comes back as .* 8 target tokens; give it"
     ):
         check_labels(["正"], nano, 8)
     with pytest.raises(InputError) as raised:
