@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import numbers
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -97,7 +99,7 @@ def is_empty(path: object) -> bool:
 
 
 def check_path(name: str, path: object) -> None:
-    """Raises InputError if a path is empty; `name` is the name of the setting, for the message.
+    """Raises InputError if a path is empty or none; `name` is the setting's, for the message.
 
     >>> check_path("MODEL_DIR", "")
     Traceback (most recent call last):
@@ -105,6 +107,8 @@ def check_path(name: str, path: object) -> None:
     """
     if is_empty(path):
         raise InputError(f"{name} is empty; name a path ('.' is the current folder)")
+    if not isinstance(path, str | os.PathLike):
+        raise InputError(f"{name} is {path!r}, not a path; name one")
 
 
 def setting(name: str, *value: object) -> str:
@@ -188,9 +192,25 @@ def check_at_least(least: float, of: str = "", **settings: float | None) -> None
     ptjax.errors.InputError: TrainSchedule.keep must be >= 1, got 0
     """
     for name, value in settings.items():
+        name = f"{of}.{name}" if of else name
+        if value is not None and not isinstance(value, numbers.Real):
+            raise InputError(f"{name} must be a number, got {value!r}")
         if value is not None and not value >= least:
-            name = f"{of}.{name}" if of else name
             raise InputError(f"{name} must be >= {least}, got {value}")
+
+
+def check_whole(of: str = "", **settings: object) -> None:
+    """Raises InputError for the first setting that is not an integer >= 1; None passes.
+
+    >>> check_whole("TrainSchedule", train_steps=1e4)
+    Traceback (most recent call last):
+    ptjax.errors.InputError: TrainSchedule.train_steps must be a whole number, got 10000.0
+    """
+    for name, value in settings.items():
+        if value is not None and not isinstance(value, numbers.Integral):
+            name = f"{of}.{name}" if of else name
+            raise InputError(f"{name} must be a whole number, got {value!r}")
+        check_at_least(1, of, **{name: value})
 
 
 def check_choice(choices: Iterable[object], of: str = "", **settings: object) -> None:

@@ -12,6 +12,7 @@ from etils import epath
 from ptjax import files
 from ptjax.errors import InputError, check_path, missing
 from ptjax.files import JsonObject, PathLike
+from ptjax.output import check_place
 from ptjax.reports.comparison import comparison_page, comparison_text
 from ptjax.reports.content import Member, members_of, read_content, read_rows
 from ptjax.reports.libraries import check_libraries
@@ -73,7 +74,8 @@ class Report:
         return whole_page(escape(f"{task} \u2013 ptjax report"), self._body())
 
     def save(self, path: PathLike) -> None:
-        """Writes the page to a file, atomically."""
+        """Writes the page to a file, atomically. InputError if it cannot be written there."""
+        check_place(path, "path")
         files.write_bytes(path, self.to_html().encode("utf-8", "replace"))
 
     def _body(self) -> str:
@@ -102,7 +104,8 @@ class Comparison:
         return whole_page(escape(title), comparison_page(self._runs()))
 
     def save(self, path: PathLike) -> None:
-        """Writes the page to a file, atomically."""
+        """Writes the page to a file, atomically. InputError if it cannot be written there."""
+        check_place(path, "path")
         files.write_bytes(path, self.to_html().encode("utf-8", "replace"))
 
     def _runs(self) -> list[tuple[str, JsonObject, list[Member], Sequence[JsonObject]]]:

@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from absl import logging
 
-from ptjax.backbones.load import Backbone
+from ptjax.backbones.load import Backbone, check_backbone
 from ptjax.data.batching import Batching
 from ptjax.data.tasks import Task
 from ptjax.data.tokenizer import Tokenizer
 from ptjax.data.vocabularies import missing_tokenizer
-from ptjax.errors import shortened
+from ptjax.errors import InputError, check_whole, shortened
 from ptjax.methods.initializers import ClassLabels, SampledVocabulary
 from ptjax.methods.prompt_tuning import PromptTuning
 from ptjax.settings import Evaluation, RunSettings, TrainSchedule
@@ -74,6 +74,9 @@ def suggest_settings(backbone: Backbone, task: Task) -> RunSettings:
     Raises:
         InputError: the backbone has no tokenizer, or the data cannot be used.
     """
+    check_backbone(backbone)
+    if not isinstance(task, Task):
+        raise InputError(f"suggest_settings needs a ptjax.Task, got a {type(task).__name__}")
     return suggest(backbone, [task]).settings
 
 
@@ -90,6 +93,7 @@ def resolve_settings(
         members: of a sweep; the suggestion suits the tasks of all of them.
         steps: replaces `settings.schedule.train_steps`; None does not.
     """
+    check_whole("tune", steps=steps)
     if settings is None:
         tasks = [member.task or task for member in members.values()] or [task]
         suggestion = suggest(backbone, tasks, steps)
