@@ -146,7 +146,8 @@ def load_prompt(path: str | os.PathLike[str], revision: str | None = None) -> Pr
 
     Formats are ptjax's file, a folder that `PromptFile.save` wrote, a numpy file of
     google-research/prompt-tuning (with or without .npy), a PEFT directory (or a file in it), a T5X
-    checkpoint that holds a prompt, and a MODEL_DIR, whose best prompt is loaded.
+    checkpoint that holds a prompt, and a MODEL_DIR, or a member's folder in it, whose best prompt
+    is loaded.
 
     Args:
         path: a path; or, if it does not exist, a name on the hub, "me/tickets-prompt" or
@@ -203,7 +204,7 @@ def _load_file(path: epath.Path) -> PromptFile:
 def _file_in(folder: epath.Path) -> epath.Path:
     """ptjax's own file in a folder that `save` wrote or a run; else `folder` itself."""
     run = ModelDir(folder)
-    for file in (folder / hub.PROMPT, run.best_prompt()):
+    for file in (folder / hub.PROMPT, *(folder / best for best in BEST_PROMPTS)):
         if file.exists():
             return file
     if names := run.members():

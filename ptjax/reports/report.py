@@ -7,6 +7,7 @@ import functools
 import os
 from collections.abc import Sequence
 
+from absl import logging
 from etils import epath
 
 from ptjax import files
@@ -52,7 +53,16 @@ class Report:
         content = read_content(directory)
         if content is None:
             raise InputError(f"{os.fspath(model_dir)}: no finished run; train it to the end first")
-        return cls(os.fspath(model_dir), content, read_rows(directory))
+        rows = read_rows(directory)
+        ended = content["results"].get("trained_steps")
+        if isinstance(ended, int) and rows and rows[-1]["step"] > ended:
+            logging.warning(
+                "%s: the run was continued after step %d and has not finished again; the report "
+                "is of that step",
+                os.fspath(model_dir),
+                ended,
+            )
+        return cls(os.fspath(model_dir), content, rows)
 
     @functools.cached_property
     def members(self) -> list[Member]:
