@@ -36,6 +36,7 @@ _BATCH = 32
 _PASSES = 30
 _FEWEST_STEPS, _MOST_STEPS = 500, 30_000
 _EVALUATIONS = 20
+_LEAST_PERIOD = 20
 _LEAST_PATIENCE = 5
 
 
@@ -66,8 +67,9 @@ def suggest_settings(backbone: Backbone, task: Task) -> RunSettings:
     - Steps: 30 passes over the examples, 500 at least, since a prompt needs some hundred steps
       however few examples there are (ptjax-nano, 800 sentences, mean of seeds 0-2: validation
       accuracy 0.69 after 50 and 100 steps, 0.715 after 150), and the paper's 30,000 at most.
-    - Evaluation: 20 times in the run, or less often if the validation split is so large that
-      evaluating would take more than a quarter of the time. The run ends early after half of its
+    - Evaluation: 20 times in the run, but at most every 20 steps: the best of many noisy scores is
+      often a lucky one. Less often if the validation split is so large that evaluating would take
+      more than a quarter of the time. The run ends early after half of its
       evaluations without a better one; sooner would end runs that stay at chance for a while, as
       prompts do.
 
@@ -213,13 +215,13 @@ def make_schedule(train: int, validation: int, batch: int, steps: int | None) ->
         passes = _PASSES * train / batch
         steps = int(min(max(math.ceil(passes / 50) * 50, _FEWEST_STEPS), _MOST_STEPS))
     # A step goes forward and backward, an evaluation forward only: half of a step's time per batch.
-    often = max(steps / _EVALUATIONS, 1.5 * validation / batch)
+    often = max(steps / _EVALUATIONS, _LEAST_PERIOD, 1.5 * validation / batch)
     period = min(_round_number(often), steps)
     half = math.ceil(steps / period / 2)
     return TrainSchedule(
         train_steps=steps,
         eval_period=period,
-        log_period=max(1, period // 5),
+        log_period=min(max(1, period // 2), TrainSchedule().log_period),
         patience=max(_LEAST_PATIENCE, half),
     )
 

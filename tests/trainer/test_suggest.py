@@ -90,12 +90,13 @@ def test_an_epoch_has_two_batches_unless_there_are_very_few_examples(train, batc
     ("train", "validation", "steps", "schedule"),
     [
         # 30 passes over 800 examples
-        (800, 200, None, TrainSchedule(750, 50, 10, patience=8)),
-        (20, 10, None, TrainSchedule(500, 50, 10, patience=5)),
+        (800, 200, None, TrainSchedule(750, 50, 25, patience=8)),
+        (20, 10, None, TrainSchedule(500, 50, 25, patience=5)),
         # the paper's 30,000; an evaluation costs about 150 steps
-        (400_000, 10_000, None, TrainSchedule(30_000, 2000, 400, patience=8)),
+        (400_000, 10_000, None, TrainSchedule(30_000, 2000, 100, patience=8)),
         (800, 10_000, None, TrainSchedule(750, 500, 100, patience=5)),
-        (800, 200, 60, TrainSchedule(60, 10, 2, patience=5)),
+        # at most every 20 steps
+        (800, 200, 60, TrainSchedule(60, 20, 10, patience=5)),
         (800, 200, 1, TrainSchedule(1, 1, 1, patience=5)),
     ],
 )
