@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import numbers
+import operator
 import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 _LISTED_CHARACTERS = 300
 """Length limit for a list of names in a message, about four lines of a terminal."""
@@ -168,10 +169,10 @@ def shortened(text: str) -> str:
 def listing(names: Iterable[str]) -> str:
     """Joins names with commas.
 
-    After 300 characters, the other names are replaced by "..." and the number of all names. Long
-    names are `shortened`.
+    After 300 characters, the other names are replaced by "..." and the number of all names. A name
+    that is longer alone is `shortened`.
     """
-    choices = list(map(shortened, names))
+    choices = [shortened(x) if len(x) > _LISTED_CHARACTERS else x for x in names]
     shown: list[str] = []
     for name in choices:
         if sum(map(len, shown)) + len(name) > _LISTED_CHARACTERS:
@@ -193,13 +194,15 @@ def check_at_least(least: float, of: str = "", **settings: float | None) -> None
     """
     for name, value in settings.items():
         name = f"{of}.{name}" if of else name
-        if value is not None and not isinstance(value, numbers.Real):
-            raise InputError(f"{name} must be a number, got {value!r}")
-        if value is not None and not value >= least:
+        try:
+            large = value is None or value >= least
+        except TypeError as error:  # a text, for example
+            raise InputError(f"{name} must be a number, got {value!r}") from error
+        if not large:
             raise InputError(f"{name} must be >= {least}, got {value}")
 
 
-def check_whole(of: str = "", **settings: object) -> None:
+def check_whole(of: str = "", **settings: Any) -> None:
     """Raises InputError for the first setting that is not an integer >= 1; None passes.
 
     >>> check_whole("TrainSchedule", train_steps=1e4)
@@ -207,9 +210,11 @@ def check_whole(of: str = "", **settings: object) -> None:
     ptjax.errors.InputError: TrainSchedule.train_steps must be a whole number, got 10000.0
     """
     for name, value in settings.items():
-        if value is not None and not isinstance(value, numbers.Integral):
+        try:
+            operator.index(0 if value is None else value)
+        except TypeError as error:
             name = f"{of}.{name}" if of else name
-            raise InputError(f"{name} must be a whole number, got {value!r}")
+            raise InputError(f"{name} must be a whole number, got {value!r}") from error
         check_at_least(1, of, **{name: value})
 
 

@@ -71,7 +71,7 @@ class Backbone:
 
     def __repr__(self) -> str:
         """Its name and size; the weights would fill the screen."""
-        count = sum(x.size for x in jax.tree.leaves(self.variables["params"]))
+        count = sum(x.size for x in jax.tree.leaves(self.variables.get("params")))
         return f"<Backbone {self.name}: {count:,} parameters, width {self.config.emb_dim}>"
 
     @property

@@ -20,7 +20,7 @@ from ptjax.data.labels import (
 from ptjax.data.memory import RecordsInMemory, Table
 from ptjax.data.record_fields import RecordFields, Row, usable_rows
 from ptjax.data.templates import RecordError, find_field
-from ptjax.errors import InputError, listing
+from ptjax.errors import InputError, listing, shortened
 
 _IMBALANCE = 10
 """The ratio of the most to the least frequent label beyond which a warning is logged."""
@@ -96,7 +96,13 @@ def _verbalizer(
         )
     numbers = all(label.lstrip("-").isdecimal() for label in labels)
     hint = "; words learn better than numbers: give a verbalizer" if numbers else ""
-    logging.info("%s: %d labels from the data: %s%s", name, len(labels), listing(labels), hint)
+    logging.info(
+        "%s: %d labels from the data: %s%s",
+        name,
+        len(labels),
+        listing(map(shortened, labels)),
+        hint,
+    )
     if len(labels) > max(_MANY_LABELS, len(rows["train"]) / 2):
         logging.warning(
             "%s: %d labels for %d records; for open text give targets='{%s}' instead of a label",
@@ -184,7 +190,7 @@ def _warn_validation(
 
 def _counts(count: Counter[str]) -> str:
     """ "billing (120), login (77)": labels with their counts, most frequent first."""
-    return listing(f"{text} ({number})" for text, number in count.most_common())
+    return listing(f"{shortened(text)} ({number})" for text, number in count.most_common())
 
 
 def _warn_overlap(fields: RecordFields, rows: Mapping[str, list[Row]], name: str) -> None:

@@ -50,5 +50,15 @@ def test_a_validation_split_that_selects_by_chance_is_a_warning(warnings):
     assert few.startswith("kind: validation has only 1 records; accuracies on them differ by up ")
 
 
-def test_long_names_in_a_list_are_cut_and_stay_on_a_line():
-    assert listing(["x" * 2000, "a\nb"]) == f"{'x' * 80}..., a\\nb"
+def test_long_names_in_a_list_are_cut_and_paths_are_not():
+    path = "/" + 299 * "p"
+    assert listing(["x" * 2000, "y"]) == f"{'x' * 80}..., y" and listing([path]) == path
+
+
+def test_long_labels_are_cut_in_messages(caplog):
+    caplog.set_level(logging.INFO, logger="absl")
+    Task.from_records(rows("x" * 90, "y"), **HOW)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"kind: 2 labels from the data: {'x' * 80}..., y",
+        f"kind, split train: 2 records: {'x' * 80}... (1), y (1)",
+    ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -86,7 +87,8 @@ def test_numbers_that_are_texts_or_not_whole_are_refused():
     whole: Any = 100.0
     with pytest.raises(InputError, match=r"TrainSchedule\.eval_period must be a whole number, go"):
         ptjax.TrainSchedule(eval_period=whole)
-    check_at_least(1, a=np.int64(1), b=np.float32(2), c=None)
+    check_at_least(1, a=np.int64(1), b=np.float32(2), c=None, d=jnp.ones(()))
+    ptjax.TrainSchedule(train_steps=np.int64(3))  # pyright: ignore[reportArgumentType]
 
 
 def test_what_a_cell_shows_is_a_line(backbone, task):
