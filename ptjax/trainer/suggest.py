@@ -74,7 +74,8 @@ def suggest_settings(backbone: Backbone, task: Task) -> RunSettings:
       prompts do.
 
     Raises:
-        InputError: the backbone has no tokenizer, or the data cannot be used.
+        InputError: the backbone has no tokenizer, the data cannot be used, or a label is so long
+            that it must be open text.
     """
     check_backbone(backbone)
     if not isinstance(task, Task):
