@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import operator
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 _LISTED_CHARACTERS = 300
 """Length limit for a list of names in a message, about four lines of a terminal."""
+
+_QUOTED_CHARACTERS = 80
+"""Length limit for one text in a message, a line of a terminal."""
 
 
 class InputError(ValueError):
@@ -94,7 +100,7 @@ def is_empty(path: object) -> bool:
 
 
 def check_path(name: str, path: object) -> None:
-    """Raises InputError if a path is empty; `name` is the name of the setting, for the message.
+    """Raises InputError if a path is empty or none; `name` is the setting's, for the message.
 
     >>> check_path("MODEL_DIR", "")
     Traceback (most recent call last):
@@ -102,6 +108,8 @@ def check_path(name: str, path: object) -> None:
     """
     if is_empty(path):
         raise InputError(f"{name} is empty; name a path ('.' is the current folder)")
+    if not isinstance(path, str | os.PathLike):
+        raise InputError(f"{name} is {path!r}, not a path; name one")
 
 
 def setting(name: str, *value: object) -> str:
@@ -152,12 +160,19 @@ def near(
     return f"; there are {listing(choices)}" if listed and choices else ""
 
 
+def shortened(text: str) -> str:
+    """A text of the user as a message quotes it: on one line, cut after 80 characters."""
+    line = text.replace("\n", "\\n")
+    return line if len(line) <= _QUOTED_CHARACTERS else line[:_QUOTED_CHARACTERS] + "..."
+
+
 def listing(names: Iterable[str]) -> str:
     """Joins names with commas.
 
-    After 300 characters, the other names are replaced by "..." and the number of all names.
+    After 300 characters, the other names are replaced by "..." and the number of all names. A name
+    that is longer alone is `shortened`.
     """
-    choices = list(names)
+    choices = [shortened(x) if len(x) > _LISTED_CHARACTERS else x for x in names]
     shown: list[str] = []
     for name in choices:
         if sum(map(len, shown)) + len(name) > _LISTED_CHARACTERS:
@@ -178,9 +193,29 @@ def check_at_least(least: float, of: str = "", **settings: float | None) -> None
     ptjax.errors.InputError: TrainSchedule.keep must be >= 1, got 0
     """
     for name, value in settings.items():
-        if value is not None and not value >= least:
-            name = f"{of}.{name}" if of else name
+        name = f"{of}.{name}" if of else name
+        try:
+            large = value is None or value >= least
+        except TypeError as error:  # a text, for example
+            raise InputError(f"{name} must be a number, got {value!r}") from error
+        if not large:
             raise InputError(f"{name} must be >= {least}, got {value}")
+
+
+def check_whole(of: str = "", **settings: Any) -> None:
+    """Raises InputError for the first setting that is not an integer >= 1; None passes.
+
+    >>> check_whole("TrainSchedule", train_steps=1e4)
+    Traceback (most recent call last):
+    ptjax.errors.InputError: TrainSchedule.train_steps must be a whole number, got 10000.0
+    """
+    for name, value in settings.items():
+        try:
+            operator.index(0 if value is None else value)
+        except TypeError as error:
+            name = f"{of}.{name}" if of else name
+            raise InputError(f"{name} must be a whole number, got {value!r}") from error
+        check_at_least(1, of, **{name: value})
 
 
 def check_choice(choices: Iterable[object], of: str = "", **settings: object) -> None:

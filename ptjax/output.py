@@ -66,15 +66,18 @@ def check(path: PathLike, *, force: bool, inputs: Iterable[PathLike] = ()) -> No
     check_place(path)
 
 
-def check_place(path: str, flag: str = "--output") -> None:
+def check_place(path: PathLike, flag: str = "--output") -> None:
     """Raises InputError if a local file or folder cannot be created at `path`.
 
     Reasons are a name in the path that is too long, a parent that is a file, and missing
     permissions.
 
     Args:
+        path: of another file system, such as gs://, nothing is checked.
         flag: the flag that set `path`, for messages.
     """
+    if "://" in (path := os.fspath(path)):
+        return
     real = os.path.realpath(epath.Path(path).expanduser())
     folder = real
     while not os.path.exists(folder):

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 from ptjax.data.batching import Batching
 from ptjax.data.hard_prompt import HardPrompt
-from ptjax.errors import InputError, check_at_least, check_choice
+from ptjax.errors import InputError, check_at_least, check_choice, check_whole
 from ptjax.methods.base import Method
 from ptjax.methods.model_tuning import ModelTuning
 from ptjax.methods.prompt_tuning import PromptTuning
@@ -43,7 +43,7 @@ class TrainSchedule:
     keep: int = 2
 
     def __post_init__(self) -> None:
-        check_at_least(1, "TrainSchedule", **dataclasses.asdict(self))
+        check_whole("TrainSchedule", **dataclasses.asdict(self))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +72,16 @@ class Evaluation:
         check_at_least(1, "Evaluation", batch_size=self.batch_size)
 
 
+_PARTS = {
+    "optimizer": Adafactor,
+    "loss": Loss,
+    "schedule": TrainSchedule,
+    "batching": Batching,
+    "evaluation": Evaluation,
+}
+"""The settings of `RunSettings` that are of one class, with that class."""
+
+
 @dataclasses.dataclass(frozen=True)
 class RunSettings:
     """Every setting of a run; `RunSettings()` is the paper's (Lester et al. 2021, appendix A).
@@ -96,6 +106,11 @@ class RunSettings:
 
     def __post_init__(self) -> None:
         check_at_least(0, RANDOM_SEED=self.seed)
+        for name, kind in _PARTS.items():
+            if not isinstance(value := getattr(self, name), kind):
+                raise InputError(
+                    f"RunSettings.{name} is a {type(value).__name__}; give a ptjax.{kind.__name__}"
+                )
         if isinstance(self.method, type) or not isinstance(self.method, Method):
             raise InputError(
                 f"RunSettings.method = {self.method!r} is not a method; see ptjax.Method"

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from ptjax.backbones.fingerprint import Fingerprints, Sample, digest, exchange, sample_of
 from ptjax.backbones.open import OpenBackbone, open_backbone
 from ptjax.data.tokenizer import Tokenizer
-from ptjax.errors import check_choice
+from ptjax.errors import InputError, check_choice
 from ptjax.interop.lazy_array import Index, LazyArray, cast
 from ptjax.models.config import Dtype, T5Config
 from ptjax.models.family import ApplyFn, Family, check_supported
@@ -31,7 +31,7 @@ from ptjax.sharding.rules import check_rules, sharding_of
 from ptjax.trees import unflatten_paths
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Backbone:
     """A frozen network, ready for a prompt.
 
@@ -69,6 +69,11 @@ class Backbone:
     family: Family = T5_FAMILY
     arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        """Its name and size; the weights would fill the screen."""
+        count = sum(x.size for x in jax.tree.leaves(self.variables.get("params")))
+        return f"<Backbone {self.name}: {count:,} parameters, width {self.config.emb_dim}>"
+
     @property
     def fingerprints(self) -> Fingerprints:
         """Both fingerprints, to compare with those in a prompt's metadata."""
@@ -95,6 +100,19 @@ class Backbone:
     def embedding(self) -> jax.Array:
         """The embedding [V, D] of the input's tokens."""
         return self.family.embedding(self.variables["params"])
+
+
+def check_backbone(backbone: object) -> None:
+    """Raises InputError for what is no backbone, such as the path of one."""
+    if isinstance(backbone, str | os.PathLike):
+        path = os.fspath(backbone)
+        raise InputError(
+            f"the backbone is {path!r}, which is not loaded; give ptjax.load_backbone({path!r})"
+        )
+    if not hasattr(backbone, "tokenizer"):
+        raise InputError(
+            f"the backbone is a {type(backbone).__name__}; give the result of ptjax.load_backbone"
+        )
 
 
 def load_backbone(

@@ -20,11 +20,13 @@ from ptjax.data.labels import (
 from ptjax.data.memory import RecordsInMemory, Table
 from ptjax.data.record_fields import RecordFields, Row, usable_rows
 from ptjax.data.templates import RecordError, find_field
-from ptjax.errors import InputError, listing
+from ptjax.errors import InputError, listing, shortened
 
 _IMBALANCE = 10
 """The ratio of the most to the least frequent label beyond which a warning is logged."""
 _MANY_LABELS = 100
+_FEW = 8
+"""Records of validation below which a warning is logged."""
 
 
 def label_splits(fields: RecordFields, tables: Mapping[str, Table], name: str) -> dict[str, Any]:
@@ -84,9 +86,23 @@ def _verbalizer(
     names = tables["train"].class_names.get(fields.label or "", [])
     verbalizer = infer_verbalizer(values, names)
     labels = list(dict.fromkeys(verbalizer.values()))
+    alike = Counter(label.casefold() for label in labels)
+    if written := [label for label in labels if alike[label.casefold()] > 1]:
+        logging.warning(
+            "%s: labels that only their case tells apart: %s; if they mean the same, give a "
+            "verbalizer",
+            name,
+            listing(map(repr, written)),
+        )
     numbers = all(label.lstrip("-").isdecimal() for label in labels)
     hint = "; words learn better than numbers: give a verbalizer" if numbers else ""
-    logging.info("%s: %d labels from the data: %s%s", name, len(labels), listing(labels), hint)
+    logging.info(
+        "%s: %d labels from the data: %s%s",
+        name,
+        len(labels),
+        listing(map(shortened, labels)),
+        hint,
+    )
     if len(labels) > max(_MANY_LABELS, len(rows["train"]) / 2):
         logging.warning(
             "%s: %d labels for %d records; for open text give targets='{%s}' instead of a label",
@@ -138,6 +154,7 @@ def _say_counts(
         )
     if absent := [text for text in dict.fromkeys(verbalizer.values()) if text not in count]:
         logging.warning("%s: train has no record of %s", name, listing(map(repr, absent)))
+    _warn_validation(words.get("validation"), count, name)
     (most, many), (least, few) = count.most_common()[0], count.most_common()[-1]
     if many > _IMBALANCE * few:
         logging.warning(
@@ -152,9 +169,28 @@ def _say_counts(
         )
 
 
+def _warn_validation(
+    words: Mapping[int, tuple[str, ...]] | None, train: Iterable[str], name: str
+) -> None:
+    """Warns about a validation split that selects by chance: a label is absent, or few records."""
+    if words is None:
+        return
+    count = counted(words.values())
+    if absent := [text for text in train if text not in count]:
+        logging.warning("%s: validation has no record of %s", name, listing(map(repr, absent)))
+    if 0 < len(words) < _FEW:
+        logging.warning(
+            "%s: validation has only %d records; accuracies on them differ by up to %.2f by chance "
+            "(one standard error), so the best step is little more than a guess",
+            name,
+            len(words),
+            0.5 / len(words) ** 0.5,
+        )
+
+
 def _counts(count: Counter[str]) -> str:
     """ "billing (120), login (77)": labels with their counts, most frequent first."""
-    return listing(f"{text} ({number})" for text, number in count.most_common())
+    return listing(f"{shortened(text)} ({number})" for text, number in count.most_common())
 
 
 def _warn_overlap(fields: RecordFields, rows: Mapping[str, list[Row]], name: str) -> None:

@@ -14,12 +14,12 @@ NO_LABEL = "none"
 
 
 def label_text(value: object) -> str:
-    """The target text of a label: a text itself, True 'true', 1 and 1.0 '1'."""
+    """The target text of a label: True is 'true', 1 and 1.0 are '1', white space is one space."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float) and value.is_integer():  # a column of integers with a gap
         value = int(value)
-    return str(value).strip()
+    return " ".join(str(value).split())  # SentencePiece writes no other white space
 
 
 def verbalized(verbalizer: Mapping[str, str], value: object, label: str) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 
 from ptjax.data.examples import Example
 from ptjax.data.tokenizer import Tokenizer
-from ptjax.errors import InputError
+from ptjax.errors import InputError, shortened
 
 CHUNK = 4096  # texts per call: the ids of a chunk are temporarily Python integers
 
@@ -115,13 +115,17 @@ def check_labels(labels: Sequence[str], tokenizer: Tokenizer, target_length: int
         InputError: encoding and decoding changes a label, or two labels have the same tokens.
     """
     rows = tokenize_texts(labels, tokenizer, target_length)
+    room = target_length - len(tokenizer.prefix) - 1  # EOS
     seen: dict[bytes, str] = {}
     for i, label in enumerate(labels):
         text = tokenizer.decode(rows[i])
         if text.strip() != label.strip():
+            needed = len(tokenizer.encode_batch([label])[0]) + target_length - room
             raise InputError(
-                f"the label '{label}' comes back as '{text}' from {tokenizer.name} with "
-                f"{target_length} target tokens; choose another text or a larger target length"
+                f"the label '{shortened(label)}' comes back as '{shortened(text)}' from "
+                f"{tokenizer.name} with {target_length} target tokens; "
+                + (f"it needs {needed}; or " if needed > target_length else "")
+                + "give it another text in the task's verbalizer"
             )
         tokens = rows[i].tobytes()
         if tokens in seen:

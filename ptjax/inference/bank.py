@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
 from ptjax.data.hard_prompt import HardPrompt
-from ptjax.errors import InputError, near
+from ptjax.errors import InputError, listing, near
 from ptjax.files import JsonObject, PathLike
 from ptjax.inference.capacity import bank_capacity
 from ptjax.interop.prompt_file import NO_PROMPT, PromptFile, load_prompt
@@ -74,7 +74,7 @@ def _not_a_prompt(prompt: object, advice: str = "") -> InputError:
     )
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class PromptBank:
     """Named prompts, from which each example of a batch chooses one; `make_bank` makes it.
 
@@ -87,6 +87,9 @@ class PromptBank:
     names: tuple[str, ...]
     arrays: Bank
     metadata: tuple[JsonObject | None, ...]
+
+    def __repr__(self) -> str:
+        return f"<PromptBank of {len(self.names)}: {listing(self.names)}>"
 
     def id_of(self, prompt: str | int | None) -> int:
         """Returns the number of a prompt given by name or number.
@@ -188,8 +191,9 @@ def choose_prompts(
         return None
     if prompt_ids is None:
         raise InputError("a bank of prompts needs prompt_ids: a name, or None, for every example")
-    if isinstance(prompt_ids, str) or len(prompt_ids) != count:
-        got = repr(prompt_ids) if isinstance(prompt_ids, str) else len(prompt_ids)
+    several = hasattr(prompt_ids, "__len__") and not isinstance(prompt_ids, str)
+    if not several or len(prompt_ids) != count:
+        got = len(prompt_ids) if several else repr(prompt_ids)
         raise InputError(f"prompt_ids must have one entry per example ({count}), got {got}")
     ids = np.zeros(count, np.int32)
     for i, prompt_id in enumerate(prompt_ids):

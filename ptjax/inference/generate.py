@@ -155,8 +155,8 @@ def generate_with_scores(
     """
     if isinstance(texts, str):
         raise InputError("generate needs a list of texts, not one string: write [text]")
-    tokenizer, how = tokenizer_of(backbone), Decoding(**settings)
     opened = open_prompt(backbone, prompt)
+    tokenizer, how = tokenizer_of(backbone), Decoding(**settings)
     model, ids = bind(backbone, opened), choose_prompts(opened, prompt_ids, len(texts))
     metadata = _metadata(opened, ids, len(texts))
     longest = _for_each(max_new_tokens, metadata, "target_length", MAX_NEW_TOKENS)

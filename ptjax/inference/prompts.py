@@ -12,7 +12,7 @@ import numpy as np
 from absl import logging
 from jaxtyping import Array
 
-from ptjax.backbones.load import Backbone
+from ptjax.backbones.load import Backbone, check_backbone
 from ptjax.errors import InputError
 from ptjax.files import JsonObject, Metadata
 from ptjax.inference.bank import BarePrompt, PromptBank, SinglePrompt, place_bank, wrap_prompt
@@ -46,9 +46,10 @@ def open_prompt(backbone: Backbone, prompt: PromptLike, *, allow_mismatch: bool 
         allow_mismatch: as for `check_prompt`.
 
     Raises:
-        InputError: the file at the path is missing or not a valid prompt, or the prompt is not a
-            matrix [P, D] or does not fit the backbone.
+        InputError: `backbone` is none; the file at the path is missing or not a valid prompt; or
+            the prompt is not a matrix [P, D] or does not fit the backbone.
     """
+    check_backbone(backbone)
     wrapped = load_any(prompt)
     if wrapped is None:
         return None

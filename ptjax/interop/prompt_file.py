@@ -29,13 +29,14 @@ from ptjax.interop.t5x import T5X_PROMPT
 from ptjax.interop.write_prompt import KINDS, TENSOR, checked, save_folder, save_prompt, with_run
 from ptjax.model_dir import BEST_PROMPTS, PROMPT_SUFFIX, ModelDir
 from ptjax.models.t5 import PromptStates
+from ptjax.output import check_place
 
 NO_PROMPT = "none"
 """The name that means "no prompt" in commands and records; no prompt may be called that."""
 _SUFFIXES = (PROMPT_SUFFIX, ".npy")
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class PromptFile:
     """A prompt and the metadata in its file.
 
@@ -53,6 +54,13 @@ class PromptFile:
     metadata: JsonObject
     states: PromptStates | None = None
     source: str | None = None
+
+    def __repr__(self) -> str:
+        """Its shape, task and backbone; the numbers would fill the screen."""
+        task, name = self.metadata.get("task"), self.metadata.get("backbone_name")
+        of = f", task {task.get('name')}" if isinstance(task, dict) else ""
+        on = f", tuned on {name}" if name else ""
+        return f"<PromptFile {list(np.shape(self.prompt))}{of}{on}>"
 
     @property
     def attends_to_input(self) -> bool:
@@ -73,10 +81,11 @@ class PromptFile:
             path: a folder; or a file, whose name ends in .safetensors, for the prompt alone.
 
         Raises:
-            InputError: `path` has another suffix of a file, or is a folder with a README.md that
-                ptjax did not write; or the results of the run are damaged.
+            InputError: `path` cannot be written, has another suffix of a file, or is a folder with
+                a README.md that ptjax did not write; or the results of the run are damaged.
         """
         check_path("the path of the prompt", path)
+        check_place(path, "path")
         target = epath.Path(path).expanduser()
         metadata, array = with_run(self.metadata, self.source), np.asarray(self.prompt)
         if target.suffix == PROMPT_SUFFIX and not target.is_dir():
@@ -137,7 +146,8 @@ def load_prompt(path: str | os.PathLike[str], revision: str | None = None) -> Pr
 
     Formats are ptjax's file, a folder that `PromptFile.save` wrote, a numpy file of
     google-research/prompt-tuning (with or without .npy), a PEFT directory (or a file in it), a T5X
-    checkpoint that holds a prompt, and a MODEL_DIR, whose best prompt is loaded.
+    checkpoint that holds a prompt, and a MODEL_DIR, or a member's folder in it, whose best prompt
+    is loaded.
 
     Args:
         path: a path; or, if it does not exist, a name on the hub, "me/tickets-prompt" or
@@ -194,7 +204,7 @@ def _load_file(path: epath.Path) -> PromptFile:
 def _file_in(folder: epath.Path) -> epath.Path:
     """ptjax's own file in a folder that `save` wrote or a run; else `folder` itself."""
     run = ModelDir(folder)
-    for file in (folder / hub.PROMPT, run.best_prompt()):
+    for file in (folder / hub.PROMPT, *(folder / best for best in BEST_PROMPTS)):
         if file.exists():
             return file
     if names := run.members():

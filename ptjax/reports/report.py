@@ -7,11 +7,13 @@ import functools
 import os
 from collections.abc import Sequence
 
+from absl import logging
 from etils import epath
 
 from ptjax import files
 from ptjax.errors import InputError, check_path, missing
 from ptjax.files import JsonObject, PathLike
+from ptjax.output import check_place
 from ptjax.reports.comparison import comparison_page, comparison_text
 from ptjax.reports.content import Member, members_of, read_content, read_rows
 from ptjax.reports.libraries import check_libraries
@@ -51,7 +53,16 @@ class Report:
         content = read_content(directory)
         if content is None:
             raise InputError(f"{os.fspath(model_dir)}: no finished run; train it to the end first")
-        return cls(os.fspath(model_dir), content, read_rows(directory))
+        rows = read_rows(directory)
+        ended = content["results"].get("trained_steps")
+        if isinstance(ended, int) and rows and rows[-1]["step"] > ended:
+            logging.warning(
+                "%s: the run was continued after step %d and has not finished again; the report "
+                "is of that step",
+                os.fspath(model_dir),
+                ended,
+            )
+        return cls(os.fspath(model_dir), content, rows)
 
     @functools.cached_property
     def members(self) -> list[Member]:
@@ -73,7 +84,8 @@ class Report:
         return whole_page(escape(f"{task} \u2013 ptjax report"), self._body())
 
     def save(self, path: PathLike) -> None:
-        """Writes the page to a file, atomically."""
+        """Writes the page to a file, atomically. InputError if it cannot be written there."""
+        check_place(path, "path")
         files.write_bytes(path, self.to_html().encode("utf-8", "replace"))
 
     def _body(self) -> str:
@@ -102,7 +114,8 @@ class Comparison:
         return whole_page(escape(title), comparison_page(self._runs()))
 
     def save(self, path: PathLike) -> None:
-        """Writes the page to a file, atomically."""
+        """Writes the page to a file, atomically. InputError if it cannot be written there."""
+        check_place(path, "path")
         files.write_bytes(path, self.to_html().encode("utf-8", "replace"))
 
     def _runs(self) -> list[tuple[str, JsonObject, list[Member], Sequence[JsonObject]]]:

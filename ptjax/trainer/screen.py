@@ -82,7 +82,9 @@ def choose_view(run: Progressed) -> View:
     """The view that fits where this process writes to."""
     if (display := notebook_display()) is not None:
         return Notebook(run, display)
-    return Terminal(run) if sys.stderr.isatty() else Lines(run)
+    # A dumb terminal cannot draw over what it shows: the bar would appear at the end alone.
+    draws = sys.stderr.isatty() and not Console(stderr=True).is_dumb_terminal
+    return Terminal(run) if draws else Lines(run)
 
 
 def notebook_display() -> Callable[[object], Any] | None:

@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from absl import logging
 
-from ptjax.backbones.load import Backbone
+from ptjax.backbones.load import Backbone, check_backbone
 from ptjax.data.batching import Batching
 from ptjax.data.tasks import Task
 from ptjax.data.tokenizer import Tokenizer
 from ptjax.data.vocabularies import missing_tokenizer
-from ptjax.errors import check_at_least
+from ptjax.errors import InputError, check_at_least, check_whole, shortened
 from ptjax.methods.initializers import ClassLabels, SampledVocabulary
 from ptjax.methods.prompt_tuning import PromptTuning
 from ptjax.settings import Evaluation, RunSettings, TrainSchedule
@@ -29,6 +29,8 @@ _SHORT, _USUAL, _LONG = 64, 512, 1024
 """Tokens: the least length; the largest, usually; and if most inputs are longer than that."""
 _MULTIPLE = 16
 """Lengths are multiples of it, like the last bucket of `make_buckets`."""
+_LONGEST_LABEL = 256
+"""Tokens; every label is scored for every input, so longer ones would fill the memory."""
 _ROWS = 20
 _BATCH = 32
 _PASSES = 30
@@ -77,11 +79,15 @@ def suggest_settings(backbone: Backbone, task: Task, *, steps: int | None = None
             as it would not if `tune` replaced the number later.
 
     Raises:
-        InputError: `steps` is not a positive number, the backbone has no tokenizer, or the data
-            cannot be used.
+        InputError: `steps` is not a positive whole number, the backbone has no tokenizer, the data
+            cannot be used, or a label is so long that it must be open text.
     """
+    check_whole("suggest_settings", steps=steps)
     if steps is not None:
         check_at_least(1, "suggest_settings", steps=steps)
+    check_backbone(backbone)
+    if not isinstance(task, Task):
+        raise InputError(f"suggest_settings needs a ptjax.Task, got a {type(task).__name__}")
     return _logged(suggest(backbone, [task], steps))
 
 
@@ -98,6 +104,7 @@ def resolve_settings(
         members: of a sweep; the suggestion suits the tasks of all of them.
         steps: replaces `settings.schedule.train_steps`; None does not.
     """
+    check_whole("tune", steps=steps)
     if settings is None:
         tasks = [member.task or task for member in members.values()] or [task]
         return _logged(suggest(backbone, tasks, steps))
@@ -180,6 +187,12 @@ class _Counts:
             return np.array([len(ids) + added for ids in tokenizer.encode_batch(texts)])
 
         labels = [] if task.labels is None else count(task.labels)
+        if max(labels, default=0) > _LONGEST_LABEL:
+            label = (task.labels or ())[int(np.argmax(labels))]
+            raise task.error(
+                f"the label '{shortened(label)}' has {max(labels):,} tokens; give a verbalizer "
+                "with short texts or, for open text, targets instead of a label"
+            )
         open_targets = [count([e.targets for e in sampled])] if task.labels is None else []
         inputs = count([example.inputs for example in sampled])
         return cls(len(train), len(validation), inputs, open_targets, int(max(labels, default=0)))

@@ -104,7 +104,7 @@ def sweep(
 
 
 def check_members(members: Mapping[str, MemberOverrides], settings: RunSettings) -> None:
-    """Raises InputError if the method does not support sweeps, or a name cannot name a folder.
+    """Raises InputError if the method does not support sweeps, or a member cannot be used.
 
     Args:
         members: the overrides of each member by name; empty if the run is not a sweep.
@@ -114,6 +114,10 @@ def check_members(members: Mapping[str, MemberOverrides], settings: RunSettings)
             f"{type(settings.method).__name__} does not support sweeps, whose members each train "
             "variables of their own; remove tune.members, or use PromptTuning"
         )
-    for name in members:
-        if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name):
+    for name, member in members.items():
+        if not isinstance(member, MemberOverrides):
+            raise InputError(
+                f"member {name!r} is a {type(member).__name__}; give ptjax.MemberOverrides"
+            )
+        if not (isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name)):
             raise InputError(f"invalid name of a member: {name!r}; use letters, digits, _ . + -")

@@ -12,7 +12,7 @@ from etils import epath
 
 from ptjax import files
 from ptjax.backbones.damage import check_weights
-from ptjax.backbones.load import Backbone
+from ptjax.backbones.load import Backbone, check_backbone
 from ptjax.data.tasks import Task
 from ptjax.errors import InputError, check_path, one_line
 from ptjax.files import JsonObject, PathLike
@@ -46,7 +46,7 @@ from ptjax.trainer.sweep import MemberOverrides, check_members
 from ptjax.trainer.written import write_results
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Run:
     """A run: its folder and its results.
 
@@ -58,6 +58,18 @@ class Run:
 
     model_dir: epath.Path
     results: JsonObject
+
+    def __repr__(self) -> str:
+        """Its folder, its step and its score; the results would fill the screen."""
+        results = self.results
+        if not results:
+            return f"<Run {self.model_dir}: dry>"
+        said = "finished at" if self.finished else "interrupted at"
+        of = results["members"][results["best"]["member"]] if "best" in results else results
+        text = f"<Run {self.model_dir}: {said} step {results.get('trained_steps')}"
+        if "metric" not in of:
+            return f"{text}>"
+        return f"{text}, {of['metric']} {of['value']:.3f} on {of['split']}>"
 
     @property
     def finished(self) -> bool:
@@ -81,10 +93,16 @@ class Run:
         """Reads the run's report: print it, or show it in a notebook.
 
         Raises:
-            InputError: it was a dry run, or a library that reports need is not installed.
+            InputError: it was a dry run or was interrupted, a file is damaged, or a library that
+                reports need is not installed.
         """
         if not self.results:
             raise InputError(f"{self.model_dir}: a dry run has no report; train without dry_run")
+        if not self.finished:  # MODEL_DIR may have the report of a shorter run before it
+            raise InputError(
+                f"{self.model_dir}: interrupted at step {self.results['trained_steps']}; the same "
+                "call of tune resumes, and its end has a report"
+            )
         return Report.read(self.model_dir)
 
 
@@ -123,6 +141,7 @@ def tune(
         SystemExit: after SIGTERM or Ctrl-C, when saved; in a notebook Ctrl-C returns the best.
     """
     check_path("MODEL_DIR", model_dir)
+    _check_kinds(backbone, task, settings, members)
     settings = resolve_settings(settings, backbone, task, members or {}, steps)
     _check(backbone, settings, members or {})
     directory = epath.Path(model_dir).expanduser()
@@ -186,6 +205,25 @@ def _under_lock(
             raise
     assert results is not None  # with the lock, `attempt` always returns results
     return results
+
+
+def _check_kinds(backbone: object, task: object, settings: object, members: object) -> None:
+    """Rejects arguments of `tune` of another kind, before they fail somewhere else."""
+    check_backbone(backbone)
+    if not isinstance(task, Task):
+        raise InputError(
+            f"tune needs a ptjax.Task to train on, got a {type(task).__name__}; make one with "
+            "ptjax.Task.from_records"
+        )
+    if settings is not None and not isinstance(settings, RunSettings):
+        raise InputError(
+            f"tune needs ptjax.RunSettings as settings, got a {type(settings).__name__}"
+        )
+    if members is not None and not isinstance(members, Mapping):
+        raise InputError(
+            f"members is a {type(members).__name__}; give a dict of name to MemberOverrides, such "
+            "as ptjax.sweep makes"
+        )
 
 
 def _check(

@@ -91,8 +91,15 @@ def test_labels_have_to_come_back(nano):
     check_labels(["positive", "Sci/Tech", "not_equivalent"], nano, 12)
     with pytest.raises(InputError, match="the label 'not_equivalent' comes back as 'not"):
         check_labels(["positive", "not_equivalent"], nano, 3)
-    with pytest.raises(InputError, match="the label '正' comes back as"):
+    with pytest.raises(InputError, match="; it needs 7; or give it another text in the task's ver"):
+        check_labels(["positive", "not_equivalent"], nano, 3)
+    with pytest.raises(
+        InputError, match=r"the label '正' comes back as .* 8 target tokens; give it"
+    ):
         check_labels(["正"], nano, 8)
+    with pytest.raises(InputError) as raised:
+        check_labels(["a\nb" + 200 * "x"], nano, 300)
+    assert "\n" not in str(raised.value) and f"'a\\nb{76 * 'x'}...' comes" in str(raised.value)
 
 
 @pytest.mark.parametrize("labels", [["good", "bad", "good "], ["good", "good"]])

@@ -12,7 +12,7 @@ from ptjax.inference.forward import forward, loss_and_prompt_gradient
 from ptjax.inference.generate import generate
 from ptjax.inference.predict import rank
 from ptjax.inference.prompts import check_bank
-from ptjax.interop.prompt_file import PromptFile, save_prompt
+from ptjax.interop.prompt_file import PromptFile, load_prompt, load_prompts, save_prompt
 
 
 @pytest.fixture
@@ -63,3 +63,10 @@ def test_case_4_11_a_prompt_without_metadata_is_said_once(backbone, matrix, capl
     for _ in range(2):
         check_bank(backbone, bank)
     assert count() == 4 and "prompt 'b' does not say" in caplog.text
+
+
+def test_the_folder_of_a_sweeps_member_is_a_prompt(matrix, tmp_path):
+    member = tmp_path / "run" / "prompts" / "a"
+    save_prompt(member / "best.safetensors", matrix, {})
+    np.testing.assert_array_equal(load_prompt(member).prompt, matrix)
+    assert list(load_prompts(member.parent)) == ["a"]

@@ -442,3 +442,18 @@ def test_what_the_hub_refuses_is_one_line(run, hub, monkeypatch, tmp_path):
         load_prompt("you/other")
     with pytest.raises(InputError, match=r"cannot be reached; .* with save\(path\)"):
         prompt.push_to_hub("me/tickets", token=TOKEN)
+
+
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
+    prompt = PromptFile(np.ones((2, 4), np.float32), {})
+    (tmp_path / "file").write_text("mine")
+    for path in (tmp_path / "file" / "inside", tmp_path / "file" / "x.safetensors"):
+        with pytest.raises(InputError) as raised:
+            prompt.save(path)
+        assert str(raised.value) == (
+            f"path={path}: {tmp_path}/file is a file, not a folder; name another"
+        )
+    wrong: Any = None
+    with pytest.raises(InputError, match="the path of the prompt is None, not a path; name one"):
+        prompt.save(wrong)
+    assert [x.name for x in tmp_path.iterdir()] == ["file"]

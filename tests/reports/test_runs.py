@@ -227,3 +227,16 @@ def test_of_numbers_the_most_distant_come_first(tmp_path):
         ("1.5", -0.5),
     ]
     assert record["confidences"] is None
+
+
+def test_a_report_of_a_run_that_trained_on_says_so(tmp_path, caplog):
+    save_run(tmp_path)
+    Report.read(tmp_path)
+    assert not caplog.records
+    with (tmp_path / "metrics.jsonl").open("a") as rows:
+        rows.write(json.dumps({"step": 50, "train/loss": 0.1}) + "\n")
+    Report.read(tmp_path)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path}: the run was continued after step 40 and has not finished again; the report "
+        "is of that step"
+    ]

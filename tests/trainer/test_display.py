@@ -143,11 +143,21 @@ def test_a_long_table_has_the_newest_rows_and_the_best(tmp_path):
     assert "a &lt;b&gt;" in screen.Picture(run, "")._repr_html_()
 
 
+def test_a_terminal_that_cannot_redraw_gets_lines(monkeypatch):
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    for name, kind in (("dumb", screen.Lines), ("xterm", screen.Terminal)):
+        monkeypatch.setenv("TERM", name)
+        assert isinstance(screen.choose_view(screen.Progressed(3)), kind)
+
+
 def test_a_terminal_shows_the_table_above_the_bar(tmp_path, monkeypatch):
     terminal = io.StringIO()
     monkeypatch.setattr(terminal, "isatty", lambda: True)
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("TERM", "xterm")
     display = Display(8, "accuracy")
     display.on_start(epath.Path(tmp_path), 0)
     evaluated(display, 2, 0.75)

@@ -155,3 +155,13 @@ def test_tune_without_settings_suggests_them_and_resumes(backbone, task, tmp_pat
     assert "resuming from step 2" in caplog.text
     assert [run.results["trained_steps"] for run in (first, again)] == [2, 3]
     assert ptjax.tune(backbone, task, tmp_path, steps=3).results == again.results
+
+
+def test_a_label_that_is_a_text_is_refused_before_it_fills_the_memory() -> None:
+    assert suggested(["x", "y"], ["a" * 255, "b"]).batching.lengths["targets"] == 256
+    with pytest.raises(InputError) as raised:
+        suggested(["x", "y"], ["a" * 256, "b"])
+    assert str(raised.value) == (
+        f"task label: the label '{'a' * 80}...' has 257 tokens; give a verbalizer with short texts "
+        "or, for open text, targets instead of a label"
+    )
