@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -211,6 +212,26 @@ UNSAID = {
         None,
     ),
 }
+
+
+class Narrow:
+    """A user's own initialiser, an object that is called."""
+
+    def __call__(self, key: Any, length: int, context: Any) -> Any:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(
+    ("initializer", "what"),
+    [
+        (Narrow(), f"an object of the class {__name__}.Narrow"),
+        (functools.partial(mine, length=3), "an object of the class functools.partial"),
+    ],
+)
+def test_an_object_that_is_called_like_a_function_is_left_out_too(initializer, what):
+    made = dataclasses.replace(PLAIN, method=ptjax.PromptTuning(initializer=initializer))
+    text = gin_text.describe_call("ptjax.tune", {"settings": made, "model_dir": "x"})
+    assert gin_text.left_out(text) == {"ptjax.PromptTuning.initializer": what}
 
 
 @pytest.mark.parametrize("name", UNSAID)

@@ -39,13 +39,15 @@ def name_of(function: Preprocess) -> str:
     """Returns the name by which gin files and prompt headers refer to a function.
 
     For a function in `CATALOGUE`, this is 'ptjax.preprocessors.NAME', which `find` maps back to
-    the function. For any other function, it is 'MODULE.QUALIFIED_NAME'.
+    the function. For any other function, it is 'MODULE.QUALIFIED_NAME'; for an object that is
+    called like one, such as a `functools.partial`, that of its class.
     """
     ours = inspect.unwrap(function)  # gin wraps functions that its files name
     name = _PUBLIC + getattr(ours, "__name__", "")
     if CATALOGUE.get(name) is ours:
         return name
-    return f"{function.__module__}.{function.__qualname__}"
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 def find(name: str) -> Preprocess | None:
