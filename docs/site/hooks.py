@@ -26,6 +26,7 @@ OUTSIDE = (
     "AGENTS.md",
     "SECURITY.md",
     "benchmarks/README.md",
+    "examples/README.md",
     "findings/README.md",
     "models/README.md",
     "ptjax/assets/nano/README.md",

@@ -103,7 +103,7 @@ class Backbone:
 
 
 def check_backbone(backbone: object) -> None:
-    """Raises InputError for what is no backbone, such as the path of one."""
+    """Raises InputError for what is not a backbone, such as the path of one."""
     if isinstance(backbone, str | os.PathLike):
         path = os.fspath(backbone)
         raise InputError(

@@ -46,7 +46,7 @@ def open_prompt(backbone: Backbone, prompt: PromptLike, *, allow_mismatch: bool 
         allow_mismatch: as for `check_prompt`.
 
     Raises:
-        InputError: `backbone` is none; the file at the path is missing or not a valid prompt; or
+        InputError: `backbone` is not one; the file at the path is missing or not a valid prompt; or
             the prompt is not a matrix [P, D] or does not fit the backbone.
     """
     check_backbone(backbone)

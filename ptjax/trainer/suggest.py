@@ -14,7 +14,7 @@ from ptjax.data.batching import Batching
 from ptjax.data.tasks import Task
 from ptjax.data.tokenizer import Tokenizer
 from ptjax.data.vocabularies import missing_tokenizer
-from ptjax.errors import InputError, check_at_least, check_whole, shortened
+from ptjax.errors import InputError, check_whole, shortened
 from ptjax.methods.initializers import ClassLabels, SampledVocabulary
 from ptjax.methods.prompt_tuning import PromptTuning
 from ptjax.settings import Evaluation, RunSettings, TrainSchedule
@@ -83,8 +83,6 @@ def suggest_settings(backbone: Backbone, task: Task, *, steps: int | None = None
             cannot be used, or a label is so long that it must be open text.
     """
     check_whole("suggest_settings", steps=steps)
-    if steps is not None:
-        check_at_least(1, "suggest_settings", steps=steps)
     check_backbone(backbone)
     if not isinstance(task, Task):
         raise InputError(f"suggest_settings needs a ptjax.Task, got a {type(task).__name__}")
