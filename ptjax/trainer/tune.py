@@ -141,7 +141,7 @@ def tune(
         SystemExit: after SIGTERM or Ctrl-C, when saved; in a notebook Ctrl-C returns the best.
     """
     check_path("MODEL_DIR", model_dir)
-    _check_kinds(backbone, task, settings, members)
+    _check_kinds(backbone, task, settings, members, callbacks)
     settings = resolve_settings(settings, backbone, task, members or {}, steps)
     _check(backbone, settings, members or {})
     directory = epath.Path(model_dir).expanduser()
@@ -207,7 +207,9 @@ def _under_lock(
     return results
 
 
-def _check_kinds(backbone: object, task: object, settings: object, members: object) -> None:
+def _check_kinds(
+    backbone: object, task: object, settings: object, members: object, callbacks: object
+) -> None:
     """Rejects arguments of `tune` of another kind, before they fail somewhere else."""
     check_backbone(backbone)
     if not isinstance(task, Task):
@@ -224,6 +226,10 @@ def _check_kinds(backbone: object, task: object, settings: object, members: obje
             f"members is a {type(members).__name__}; give a dict of name to MemberOverrides, such "
             "as ptjax.sweep makes"
         )
+    if not isinstance(callbacks, Sequence) or any(
+        isinstance(x, type) or not hasattr(x, "on_step") for x in callbacks
+    ):
+        raise InputError(f"callbacks is {callbacks!r}; give a list of objects of ptjax.Callback")
 
 
 def _check(

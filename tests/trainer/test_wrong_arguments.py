@@ -17,6 +17,10 @@ pytestmark = pytest.mark.usefixtures("own_process")
 SETTINGS = make_settings()
 
 
+class Silent(ptjax.Callback):
+    pass
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -38,6 +42,9 @@ SETTINGS = make_settings()
         ),
         ({"members": {"a": 1}}, "member 'a' is a int; give ptjax.MemberOverrides"),
         ({"members": {1: ptjax.MemberOverrides()}}, "invalid name of a member: 1; use letters"),
+        ({"callbacks": Silent()}, "callbacks is <test_wrong_arguments.Silent object"),
+        ({"callbacks": [ptjax.Callback]}, "callbacks is [<class 'ptjax"),
+        ({"callbacks": [print]}, "callbacks is [<built-in function print>]; give a list of obj"),
         ({"steps": 0}, "tune.steps must be >= 1, got 0"),
         ({"steps": 1e4}, "tune.steps must be a whole number, got 10000.0"),
         ({"steps": 0, "settings": None}, "tune.steps must be >= 1, got 0"),
