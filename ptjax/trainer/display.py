@@ -13,7 +13,7 @@ from ptjax.model_dir import ModelDir
 from ptjax.sharding import processes
 from ptjax.trainer.callbacks import Callback
 from ptjax.trainer.metrics_log import read_rows
-from ptjax.trainer.screen import Lines, Progressed, View, choose_view
+from ptjax.trainer.screen import Lines, ShownProgress, View, choose_view
 
 if TYPE_CHECKING:
     from tensorboardX import SummaryWriter
@@ -33,7 +33,7 @@ class Display(Callback):
     """
 
     def __init__(self, steps: int, metric: str | None = None) -> None:
-        self._run = Progressed(steps)
+        self._run = ShownProgress(steps)
         self._selects = None if metric is None else f"validation {metric}"
         self._events: SummaryWriter | None = None
         self._view: View | None = None

@@ -25,7 +25,7 @@ _ROWS = 12
 
 
 @dataclasses.dataclass
-class Progressed:
+class ShownProgress:
     """What there is to show of a run.
 
     Attributes:
@@ -78,7 +78,7 @@ class View(Protocol):
     def stop(self) -> None: ...
 
 
-def choose_view(run: Progressed) -> View:
+def choose_view(run: ShownProgress) -> View:
     """The view that fits where this process writes to."""
     if (display := notebook_display()) is not None:
         return Notebook(run, display)
@@ -106,7 +106,7 @@ class _Clock:
         """To be called after each step."""
         self._first = self._first or (step, time.perf_counter())
 
-    def left(self, run: Progressed) -> str:
+    def left(self, run: ShownProgress) -> str:
         """How long the rest takes, in words; "" if that is not known, or nothing is left."""
         if self._first is None or not self._first[0] < run.step < run.steps:
             return ""
@@ -118,7 +118,7 @@ class _Clock:
 class Lines:
     """A line of the log for everything measured, and one after `SILENCE` seconds without any."""
 
-    def __init__(self, run: Progressed) -> None:
+    def __init__(self, run: ShownProgress) -> None:
         self._run, self._clock = run, _Clock()
 
     def start(self) -> None:
@@ -149,7 +149,7 @@ class Lines:
 class Terminal:
     """The table of evaluations, and below it the bar, on standard error."""
 
-    def __init__(self, run: Progressed) -> None:
+    def __init__(self, run: ShownProgress) -> None:
         self._run = run
         self._console = Console(stderr=True)
         self._bar = Progress(
@@ -200,7 +200,7 @@ class Notebook:
         display: shows an object and returns what updates it (`notebook_display`).
     """
 
-    def __init__(self, run: Progressed, display: Callable[[object], Any]) -> None:
+    def __init__(self, run: ShownProgress, display: Callable[[object], Any]) -> None:
         self._run, self._display = run, display
         self._clock, self._drawn = _Clock(), 0.0
         self._handle: Any = None
@@ -241,7 +241,7 @@ class Notebook:
 class Picture:
     """What a notebook shows of a run at one time, as HTML and, for other readers, as text."""
 
-    def __init__(self, run: Progressed, status: str) -> None:
+    def __init__(self, run: ShownProgress, status: str) -> None:
         self._status, self._share = status, run.step / run.steps
         self._names, self._rows = run.table() if run.rows else ([], [])
 

@@ -84,15 +84,13 @@ def test_case_5_4_damaged_results_are_made_again(whole, backbone, task, tmp_path
 
 @pytest.mark.parametrize("how", ["emptied", "cut", "removed"])
 def test_case_5_5_a_damaged_prompt_of_the_best_step_is_made_again(
-    whole, backbone, task, tmp_path, monkeypatch, how
+    whole, backbone, task, tmp_path, how
 ):
     """From the best one, which is the same."""
     directory, made = whole
     copy = tmp_path / "run"
     shutil.copytree(directory, copy)
     damage(copy / "prompts" / f"{made['results']['step']}.safetensors", how)
-    # The run is over, and scoring is not what is tested.
-    monkeypatch.setattr("ptjax.trainer.results.Scores.tuned", lambda *args: {})
     tune(copy, task, backbone)
     assert outcome(copy)["prompts"] == made["prompts"]
 

@@ -131,7 +131,7 @@ def test_a_notebook_shows_the_table_as_it_grows(tmp_path, monkeypatch):
 
 
 def test_a_long_table_has_the_newest_rows_and_the_best(tmp_path):
-    run = screen.Progressed(100)
+    run = screen.ShownProgress(100)
     values = [0.5, 0.9, *(0.01 * n for n in range(30))]
     marked = [run.add_evaluation(n, {"a <b>": x}, "a <b>") for n, x in enumerate(values)]
     assert [n for n, is_best in enumerate(marked) if is_best] == [0, 1]
@@ -149,7 +149,7 @@ def test_a_terminal_that_cannot_redraw_gets_lines(monkeypatch):
     monkeypatch.setattr(sys, "stderr", terminal)
     for name, kind in (("dumb", screen.Lines), ("xterm", screen.Terminal)):
         monkeypatch.setenv("TERM", name)
-        assert isinstance(screen.choose_view(screen.Progressed(3)), kind)
+        assert isinstance(screen.choose_view(screen.ShownProgress(3)), kind)
 
 
 def test_a_terminal_shows_the_table_above_the_bar(tmp_path, monkeypatch):

@@ -214,6 +214,7 @@ MAY_CHANGE: dict[str, Any] = {
     "Backbone.fingerprint_v1": "sha256:other",
     "Backbone.mesh": None,
     "Backbone.fsdp": True,
+    "Backbone.arguments": {"path": "/moved"},
     "Backbone.assumed": ("dropout_rate",),
     "Backbone.family": "another",
     "T5Config.scan_layers": True,

@@ -455,14 +455,12 @@ def test_where_nothing_can_be_written_only_a_finished_run_is_read(tmp_path, monk
 
 def test_settings_that_do_not_fit_are_refused_before_any_data_are_read(backbone):
     two = dataclasses.replace(backbone, mesh=make_mesh(devices=jax.devices()[:2]))
-    tune._check(two, "run", make_settings(batch_size=6), {})
+    tune._check(two, make_settings(batch_size=6), {})
     with pytest.raises(InputError, match="batch size 3 is not a multiple of the 2 devices"):
-        tune._check(two, "run", make_settings(batch_size=3), {})
-    tune._check(two, "run", make_settings(batch_size=3, pack=True), {})  # whose rows follow
+        tune._check(two, make_settings(batch_size=3), {})
+    tune._check(two, make_settings(batch_size=3, pack=True), {})  # whose rows follow
     with pytest.raises(InputError, match="batch size 6, in 2 microbatches,"):
-        tune._check(two, "run", make_settings(batch_size=6, microbatches=2), {})
-    with pytest.raises(InputError, match="MODEL_DIR is empty"):
-        tune._check(two, "", make_settings(), {})
+        tune._check(two, make_settings(batch_size=6, microbatches=2), {})
 
 
 @pytest.mark.parametrize("name", ["../x", "", ".hidden", "-x", "a/b", "a b", "ä\n"])

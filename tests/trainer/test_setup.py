@@ -40,5 +40,5 @@ def test_tasks_that_differ_in_the_order_of_their_labels_share_nothing(
 
 
 def test_settings_and_values_do_not_change_after_they_were_made() -> None:
-    """Except how far a run has got, and whether a signal came."""
-    assert_frozen("ptjax.trainer", "MemberProgress", "RunProgress", "Stop")
+    """Except how far a run has got, what of it is shown, and whether a signal came."""
+    assert_frozen("ptjax.trainer", "MemberProgress", "RunProgress", "ShownProgress", "Stop")
