@@ -202,6 +202,16 @@ def check_at_least(least: float, of: str = "", **settings: float | None) -> None
             raise InputError(f"{name} must be >= {least}, got {value}")
 
 
+def kind_of(value: object) -> str:
+    """The name of a value's class with its article, for messages.
+
+    >>> kind_of([]), kind_of(3)
+    ('a list', 'an int')
+    """
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeiouAEIO' else 'a'} {name}"
+
+
 def check_whole(of: str = "", **settings: Any) -> None:
     """Raises InputError for the first setting that is not an integer >= 1; None passes.
 

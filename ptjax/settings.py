@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 from ptjax.data.batching import Batching
 from ptjax.data.hard_prompt import HardPrompt
-from ptjax.errors import InputError, check_at_least, check_choice, check_whole
+from ptjax.errors import InputError, check_at_least, check_choice, check_whole, kind_of
 from ptjax.methods.base import Method
 from ptjax.methods.model_tuning import ModelTuning
 from ptjax.methods.prompt_tuning import PromptTuning
@@ -109,7 +109,7 @@ class RunSettings:
         for name, kind in _PARTS.items():
             if not isinstance(value := getattr(self, name), kind):
                 raise InputError(
-                    f"RunSettings.{name} is a {type(value).__name__}; give a ptjax.{kind.__name__}"
+                    f"RunSettings.{name} is {kind_of(value)}; give a ptjax.{kind.__name__}"
                 )
         if isinstance(self.method, type) or not isinstance(self.method, Method):
             raise InputError(

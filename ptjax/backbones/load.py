@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from ptjax.backbones.fingerprint import Fingerprints, Sample, digest, exchange, sample_of
 from ptjax.backbones.open import OpenBackbone, open_backbone
 from ptjax.data.tokenizer import Tokenizer
-from ptjax.errors import InputError, check_choice
+from ptjax.errors import InputError, check_choice, kind_of
 from ptjax.interop.lazy_array import Index, LazyArray, cast
 from ptjax.models.config import Dtype, T5Config
 from ptjax.models.family import ApplyFn, Family, check_supported
@@ -111,7 +111,7 @@ def check_backbone(backbone: object) -> None:
         )
     if not hasattr(backbone, "tokenizer"):
         raise InputError(
-            f"the backbone is a {type(backbone).__name__}; give the result of ptjax.load_backbone"
+            f"the backbone is {kind_of(backbone)}; give the result of ptjax.load_backbone"
         )
 
 

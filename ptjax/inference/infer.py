@@ -12,7 +12,7 @@ from absl import logging
 from ptjax.backbones.load import Backbone
 from ptjax.data.sources import OnBadRecord, find_files
 from ptjax.data.tasks import Task
-from ptjax.errors import InputError, check_arguments
+from ptjax.errors import InputError, check_arguments, kind_of
 from ptjax.files import JsonObject, PathLike
 from ptjax.inference.bank import PromptBank, PromptIds
 from ptjax.inference.generate import Settings
@@ -86,7 +86,7 @@ def predict(
     check_arguments("predict", settings, Settings.__optional_keys__)
     opened = open_prompt(backbone, prompt, allow_mismatch=allow_mismatch)
     if task is not None and not isinstance(task, Task):
-        raise InputError(f"predict needs a ptjax.Task as task, got a {type(task).__name__}")
+        raise InputError(f"predict needs a ptjax.Task as task, got {kind_of(task)}")
     requests = make_requests(
         records_in_memory(inputs, "predict"),
         opened,

@@ -14,7 +14,7 @@ from ptjax.data.batching import Batching
 from ptjax.data.tasks import Task
 from ptjax.data.tokenizer import Tokenizer
 from ptjax.data.vocabularies import missing_tokenizer
-from ptjax.errors import InputError, check_whole, shortened
+from ptjax.errors import InputError, check_whole, kind_of, shortened
 from ptjax.methods.initializers import ClassLabels, SampledVocabulary
 from ptjax.methods.prompt_tuning import PromptTuning
 from ptjax.settings import Evaluation, RunSettings, TrainSchedule
@@ -85,7 +85,7 @@ def suggest_settings(backbone: Backbone, task: Task, *, steps: int | None = None
     check_whole("suggest_settings", steps=steps)
     check_backbone(backbone)
     if not isinstance(task, Task):
-        raise InputError(f"suggest_settings needs a ptjax.Task, got a {type(task).__name__}")
+        raise InputError(f"suggest_settings needs a ptjax.Task, got {kind_of(task)}")
     return _logged(suggest(backbone, [task], steps))
 
 

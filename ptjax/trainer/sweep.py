@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from ptjax.data.tasks import Task
-from ptjax.errors import InputError, check_at_least
+from ptjax.errors import InputError, check_at_least, kind_of
 from ptjax.methods.base import Method
 from ptjax.methods.initializers import Initializer
 from ptjax.settings import RunSettings
@@ -116,8 +116,6 @@ def check_members(members: Mapping[str, MemberOverrides], settings: RunSettings)
         )
     for name, member in members.items():
         if not isinstance(member, MemberOverrides):
-            raise InputError(
-                f"member {name!r} is a {type(member).__name__}; give ptjax.MemberOverrides"
-            )
+            raise InputError(f"member {name!r} is {kind_of(member)}; give ptjax.MemberOverrides")
         if not (isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name)):
             raise InputError(f"invalid name of a member: {name!r}; use letters, digits, _ . + -")

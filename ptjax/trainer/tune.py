@@ -14,7 +14,7 @@ from ptjax import files
 from ptjax.backbones.damage import check_weights
 from ptjax.backbones.load import Backbone, check_backbone
 from ptjax.data.tasks import Task
-from ptjax.errors import InputError, check_path, one_line
+from ptjax.errors import InputError, check_path, kind_of, one_line
 from ptjax.files import JsonObject, PathLike
 from ptjax.gin_text import describe_call
 from ptjax.interop.prompt_file import PromptFile, load_prompt
@@ -214,16 +214,14 @@ def _check_kinds(
     check_backbone(backbone)
     if not isinstance(task, Task):
         raise InputError(
-            f"tune needs a ptjax.Task to train on, got a {type(task).__name__}; make one with "
+            f"tune needs a ptjax.Task to train on, got {kind_of(task)}; make one with "
             "ptjax.Task.from_records"
         )
     if settings is not None and not isinstance(settings, RunSettings):
-        raise InputError(
-            f"tune needs ptjax.RunSettings as settings, got a {type(settings).__name__}"
-        )
+        raise InputError(f"tune needs ptjax.RunSettings as settings, got {kind_of(settings)}")
     if members is not None and not isinstance(members, Mapping):
         raise InputError(
-            f"members is a {type(members).__name__}; give a dict of name to MemberOverrides, such "
+            f"members is {kind_of(members)}; give a dict of name to MemberOverrides, such "
             "as ptjax.sweep makes"
         )
     if not isinstance(callbacks, Sequence) or any(

@@ -29,7 +29,7 @@ class Silent(ptjax.Callback):
             "the backbone is 'ptjax-nano', which is not loaded; give "
             "ptjax.load_backbone('ptjax-nano')",
         ),
-        ({"backbone": 3}, "the backbone is a int; give the result of ptjax.load_backbone"),
+        ({"backbone": 3}, "the backbone is an int; give the result of ptjax.load_backbone"),
         (
             {"task": [{"text": "a"}]},
             "tune needs a ptjax.Task to train on, got a list; make one with ptjax.Task."
@@ -40,7 +40,7 @@ class Silent(ptjax.Callback):
             {"members": ["a"]},
             "members is a list; give a dict of name to MemberOverrides, such as ptjax.sweep makes",
         ),
-        ({"members": {"a": 1}}, "member 'a' is a int; give ptjax.MemberOverrides"),
+        ({"members": {"a": 1}}, "member 'a' is an int; give ptjax.MemberOverrides"),
         ({"members": {1: ptjax.MemberOverrides()}}, "invalid name of a member: 1; use letters"),
         ({"callbacks": Silent()}, "callbacks is <test_wrong_arguments.Silent object"),
         ({"callbacks": [ptjax.Callback]}, "callbacks is [<class 'ptjax"),
@@ -83,7 +83,7 @@ def test_suggestions_and_predictions_need_a_task(backbone):
 @pytest.mark.parametrize("part", ["optimizer", "loss", "schedule", "batching", "evaluation"])
 def test_settings_of_another_kind_are_refused_by_name(part):
     values: Any = {part: optax.sgd(0.1) if part == "optimizer" else "a"}
-    with pytest.raises(InputError, match=rf"RunSettings\.{part} is a \w+; give a ptjax\.\w+$"):
+    with pytest.raises(InputError, match=rf"RunSettings\.{part} is an? \w+; give a ptjax\.\w+$"):
         ptjax.RunSettings(**values)
 
 
