@@ -6,15 +6,17 @@
 Two programs do the same: `first_prompt_ptjax.py`, and `first_prompt_peft.py`, which follows PEFT's
 guides (AdamW with a linear schedule, an initial text, the best epoch on validation). Both read the
 same files (300 rows of SST-2's train split, 100 others for validation, its validation split of 872
-as the test), tune 20 rows in as many steps, and save the prompt. PEFT's program runs with each
-learning rate of `RATES`. The one that is better on validation counts, and finding it costs nothing.
+as the test), tune 20 rows in as many steps of 32 examples, and save the prompt. PEFT's program runs
+with each learning rate of `RATES`. The one that is better on validation counts, and finding it is
+free.
 
 Lines are counted without blank ones, comments, docstrings, and lines that only this benchmark
 needs, as ruff formats the files. Seconds are those of the whole process, with warm compile and file
 caches: each program runs once before the clock. F1 is the mean of the two labels'. Its standard
 error comes from 1,000 bootstrap samples of the test rows.
 
-Backbones: ptjax-nano, and one with the shapes of T5 1.1 small and random weights, for time alone.
+Backbones: ptjax-nano, and one with the shapes of T5 1.1 small, its vocabulary excepted, and random
+weights, for time alone.
 With --install both are also installed into new environments, from pip's cache if it has them.
 
 Writes OUTPUT_DIR/first_prompt.json. DATA_DIR is laid out as the tasks' gin files say.
@@ -42,11 +44,11 @@ import ptjax
 from ptjax.models.config import T5Config
 
 HERE = Path(__file__).parent
-TRAIN, VALIDATION, BATCH, EPOCHS = 300, 100, 16, 10
+TRAIN, VALIDATION, BATCH, EPOCHS = 300, 100, 32, 20
 STEPS = EPOCHS * -(-TRAIN // BATCH)
 RATES = (0.03, 0.3)
 SMALL = T5Config(
-    vocab_size=32128,
+    vocab_size=8192,  # ptjax-nano's, whose tokenizer it takes
     emb_dim=512,
     num_heads=6,
     num_encoder_layers=8,
@@ -123,7 +125,7 @@ def nano(folder: Path) -> str:
 
 def small(folder: Path) -> str:
     """Random weights of T5 1.1 small's shapes, with ptjax-nano's tokenizer."""
-    path = random_checkpoints.written(folder, "huggingface", SMALL)
+    path = random_checkpoints.written(folder, "Hugging Face", SMALL)
     for name in ("spiece.model", "tokenizer_config.json"):
         source = Path(nano(folder)) / name
         if source.exists():

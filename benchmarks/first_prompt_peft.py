@@ -59,7 +59,7 @@ config = PromptTuningConfig(
 )
 model = get_peft_model(AutoModelForSeq2SeqLM.from_pretrained(backbone), config)
 model.print_trainable_parameters()
-loader = DataLoader(train, batch_size=16, shuffle=True, collate_fn=collate)
+loader = DataLoader(train, batch_size=32, shuffle=True, collate_fn=collate)
 optimizer = torch.optim.AdamW(model.parameters(), lr=float(rate))
 schedule = get_linear_schedule_with_warmup(optimizer, 0, len(loader) * int(epochs))
 best = -1.0
