@@ -211,12 +211,14 @@ def test_prompts_out_and_in(folder):
     np.testing.assert_array_equal(
         load_prompt(upload(local, folder / "peft")).prompt, load_prompt(local).prompt
     )
-    with pytest.raises(InputError, match=f"did you mean {folder}/ours"):
-        load_prompt(folder)
+    np.testing.assert_array_equal(load_prompt(folder).prompt, prompt)  # its best.safetensors
     save_prompt(folder / "seed" / "best.safetensors", prompt - 1, {})
     found = load_prompts(folder)
     assert list(found) == ["best", "ours", "peft", "seed"]
     np.testing.assert_array_equal(found["seed"].prompt, prompt - 1)
+    export_peft(folder / "outer" / "inner", prompt, num_heads=2, num_layers=1, metadata={})
+    with pytest.raises(InputError, match=f"did you mean {folder}/outer/inner"):
+        load_prompt(folder / "outer")
 
 
 def test_a_file_is_whole_or_the_one_before(folder):

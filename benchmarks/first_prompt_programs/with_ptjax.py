@@ -1,6 +1,6 @@
 """Tunes a prompt for SST-2 with ptjax, and saves it.
 
-python first_prompt_ptjax.py BACKBONE TRAIN.tsv VALIDATION.tsv TEST.tsv OUTPUT STEPS
+python with_ptjax.py BACKBONE TRAIN.tsv VALIDATION.tsv TEST.tsv OUTPUT STEPS
 """
 
 import sys

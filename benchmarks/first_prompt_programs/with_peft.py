@@ -1,6 +1,6 @@
 """Tunes a prompt for SST-2 with Hugging Face PEFT, in the steps of its own guide, and saves it.
 
-python peft_script.py BACKBONE TRAIN.tsv VALIDATION.tsv TEST.tsv OUTPUT EPOCHS RATE
+python with_peft.py BACKBONE TRAIN.tsv VALIDATION.tsv TEST.tsv OUTPUT EPOCHS RATE
 """
 
 import csv
