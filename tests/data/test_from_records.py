@@ -110,7 +110,7 @@ def test_values_of_other_libraries_become_plain(logged):
         "truth": np.bool_(True),
         "day": datetime.date(2024, 5, 1),
         "moment": np.datetime64("2024-05-01T10:00"),
-        "never": np.datetime64("NaT"),
+        "never": np.datetime64("NaT", "s"),
         "price": decimal.Decimal("1.50"),
         "list": np.array([[1, 2]]),
         "set": {"b", "a"},
