@@ -82,7 +82,7 @@ def main() -> None:
         action="store_true",
         help="inputs are formatted already: plain lines, or the field 'inputs' of each record",
     )
-    output.add_flags(parser, "written whole or not at all; default: standard output")
+    output.add_flags(parser, "written atomically; default: standard output")
     output.add_prefix_flag(parser)
     model_flags.add_flags(
         parser,

@@ -1,4 +1,4 @@
-"""Writes results to a path of the user's: checked before any work, written whole or not at all."""
+"""Writes results to a path of the user's, checked before any work, in one atomic write."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Writing(TypedDict, total=False):
     """The optional arguments of functions that write results for records.
 
     Attributes:
-        output: the path of the JSON lines to write, whole or not at all; None writes no file.
+        output: the path of the JSON lines, written atomically; None writes no file.
         force: whether an existing file may be overwritten; default: False.
         prefix: prepended to the names of the fields that are added to each record; default: "".
     """

@@ -123,7 +123,7 @@ def infer(
         source: the path or glob of JSON lines, CSV, TSV, Parquet or plain lines (.txt), or inputs
             in memory as for `predict`.
         prompt, raw, task, allow_mismatch: as for `predict`.
-        output: a path to write the rows to, as JSON lines, whole or not at all.
+        output: a path to write the rows to, as JSON lines, in one atomic write.
         force: overwrite `output` if it exists.
         prefix: prepended to the names of the fields that are added to each record.
         on_bad_record: 'skip' leaves out records that cannot be used, and counts them in a warning.

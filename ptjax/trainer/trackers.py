@@ -7,6 +7,7 @@ one, and commands that only read such a run must not connect to anything. `on_st
 
 from __future__ import annotations
 
+import abc
 import ast
 import functools
 import importlib
@@ -65,6 +66,7 @@ class Tracker(Callback):
         self._active = False
         self._best: dict[str, float] = {}
 
+    @abc.abstractmethod
     def open(self, model_dir: epath.Path, settings: JsonObject, run_id: str | None) -> str | None:
         """Opens the tracker's run; called on the first process only.
 
@@ -75,15 +77,14 @@ class Tracker(Callback):
         Returns:
             the id of the tracker's run; None: a resumed run must not continue it.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Sends the metrics of a step."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def close(self, error: BaseException | None) -> None:
         """Closes the tracker's run; `error` is the exception that ends the run, if any."""
-        raise NotImplementedError
 
     def on_start(self, model_dir: epath.Path, step: int) -> None:
         """Opens the tracker's run, with the settings, and records its id in `model_dir`."""

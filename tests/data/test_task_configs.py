@@ -80,7 +80,7 @@ def _five_words_on(text: str) -> set[tuple[str, ...]]:
 
 
 def test_no_ticket_repeats_another():
-    """As its README says. A text that stands in two splits would make the test score too good."""
+    """The counts in its README. A text in two splits would make the test score too good."""
     records = [r.fields for s in OWN["tickets"] for r in read_records(f"package:tickets/{s}.jsonl")]
     runs = collections.Counter(run for r in records for run in _five_words_on(r["body"]))
     assert len({r["body"].lower() for r in records}) == len(records) == 810

@@ -86,7 +86,7 @@ def test_what_comes_from_data_is_text_in_the_page(page):
     text = "".join(checked(page).texts)
     assert text.count(EVIL) >= 3 and "\x00" not in page
     assert "text <script>alert('x')</script> \ufffd of $\\frac{a}$" in text
-    # Dollars are no mathematics, neither in labels of the matrix nor beside bars.
+    # Dollar signs do not start mathematics, in labels of the matrix or beside bars.
     assert LABELS[2] in text and "hard prompt: asked $politely$" in text
 
 

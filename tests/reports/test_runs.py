@@ -112,7 +112,7 @@ def test_evaluate_adds_the_report_of_an_old_run(run, tmp_path, call):
     assert "Against the baselines" in (old / "report.html").read_text()
     code, _, err = call(*arguments)
     assert code == 2 and "report.json already exists; overwrite it with --force" in err
-    # Of another split there are no baselines.
+    # The baselines were scored on the run's split alone.
     code, _, err = call(*arguments, "--force", "--split=validation")
     assert code == 0, err
     results = json.loads((old / "report.json").read_text())["results"]
