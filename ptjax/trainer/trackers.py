@@ -18,6 +18,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Mapping
+from importlib import metadata
 from typing import Any, ClassVar
 
 from absl import logging
@@ -213,7 +214,15 @@ class MlflowTracker(Tracker):
     def open(self, model_dir: epath.Path, settings: JsonObject, run_id: str | None) -> str:
         """Creates or continues a run; settings that were changed on resuming become tags."""
         tracking = importlib.import_module("mlflow.tracking")
-        self._client = client = tracking.MlflowClient(self._uri)
+        try:
+            self._client = client = tracking.MlflowClient(self._uri)
+        except Exception as error:
+            if any(metadata.distributions(name="mlflow")):
+                raise
+            raise InputError(
+                'mlflow-skinny knows servers alone: give tracking_uri="http://HOST:5000", or pip '
+                f"install mlflow ({one_line(error)})"
+            ) from error
         self._sent, self._continues, self._pending = {}, run_id is not None, []
         if run_id is None:
             experiment = client.get_experiment_by_name(self._experiment)

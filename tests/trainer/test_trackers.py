@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -149,16 +150,45 @@ def test_a_missing_package_is_named_with_its_extra(tmp_path, monkeypatch):
     )
 
 
+@pytest.fixture
+def put(tmp_path, monkeypatch) -> Iterator[Callable[[str, dict[str, str]], None]]:
+    """Puts a package, {file: its text}, in place of the installed one until the test ends."""
+    aside: dict[str, Any] = {}
+    names = set()
+
+    def move(target: dict[str, Any], source: dict[str, Any]) -> None:
+        for module in [module for module in source if module.split(".")[0] in names]:
+            target[module] = source.pop(module)
+
+    def place(name: str, texts: dict[str, str]) -> None:
+        for file, text in texts.items():
+            path = tmp_path / name / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        monkeypatch.syspath_prepend(str(tmp_path))
+        names.add(name)
+        move(aside, sys.modules)
+
+    yield place
+    move({}, sys.modules)
+    move(sys.modules, aside)
+
+
 @pytest.mark.parametrize("package", ["wandb", "mlflow"])
-def test_making_a_tracker_imports_nothing(tmp_path, monkeypatch, package):
+def test_making_a_tracker_imports_nothing(tmp_path, put, package):
     """A downloaded config.gin may name one. `on_start` alone imports the package."""
-    (tmp_path / package).mkdir()
-    (tmp_path / package / "__init__.py").write_text("raise ConnectionError('imported')")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, package, raising=False)
+    put(package, {"__init__.py": "raise ConnectionError('imported')"})
     tracker = ptjax.WandbTracker("p") if package == "wandb" else ptjax.MlflowTracker("p")
     with pytest.raises(InputError, match="Tracker cannot start: imported; run without it"):
         tracker.on_start(epath.Path(tmp_path / "run"), 0)
+
+
+def test_a_local_store_of_mlflow_needs_more_than_its_client(tmp_path, put):
+    """ptjax's extra is mlflow-skinny, which raises where MLflow would open its default store."""
+    client = "def MlflowClient(uri):\n    import alembic_of_mlflow\n"
+    put("mlflow", {"__init__.py": "", "tracking/__init__.py": client})
+    with pytest.raises(InputError, match=r"servers alone: .* pip install mlflow \(No module"):
+        ptjax.MlflowTracker("p").on_start(epath.Path(tmp_path / "run"), 0)
 
 
 def test_settings_are_read_without_gin(tmp_path, own_process):
