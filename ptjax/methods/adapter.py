@@ -27,7 +27,11 @@ if TYPE_CHECKING:
     from ptjax.backbones.load import Backbone
     from ptjax.backbones.open import OpenBackbone
 
-ADAPTERS: dict[str, tuple[str, str]] = {"bitfit": ("ptjax.methods.bitfit", "BitFit")}
+ADAPTERS: dict[str, tuple[str, str]] = {
+    "bitfit": ("ptjax.methods.bitfit", "BitFit"),
+    "ia3": ("ptjax.methods.ia3", "IA3"),
+    "lora": ("ptjax.methods.lora", "LoRA"),
+}
 """The names of the methods of adapter files -> the module and the name of the class.
 
 A file names its method; nothing outside of this table is imported for a file.
@@ -152,18 +156,26 @@ class Adapter:
 
 
 def load_adapter(path: PathLike) -> Adapter:
-    """Loads an adapter from its file, or the best one of a run from its MODEL_DIR.
+    """Loads an adapter from its file, the best one of a run from its MODEL_DIR, or PEFT's folder.
+
+    Of PEFT's adapters, LoRA and IA3 for a T5 are read (`interop.peft_adapters`).
 
     Raises:
         InputError: the path is missing, damaged, or holds something else, such as a prompt; or the
             file is of a method that this version does not know.
     """
     from ptjax.interop.adapter_file import METHOD, read_adapter
+    from ptjax.interop.peft_adapters import is_peft_adapter, load_peft_adapter
 
     check_path("the path of the adapter", path)
     file = epath.Path(path).expanduser()
     if not file.exists():
         raise missing("adapter", file)
+    if is_peft_adapter(file):
+        read = load_peft_adapter(file)
+        described = {"name": read.method, **read.fields}
+        method, metadata = _make_method(described, os.fspath(file)), read.metadata
+        return Adapter(method, read.arrays, {**metadata, METHOD: described}, _absolute(file))
     if file.is_dir():
         best = ModelDir(file).best_adapter
         if not best.exists():
@@ -171,8 +183,11 @@ def load_adapter(path: PathLike) -> Adapter:
         file = best
     arrays, metadata = read_adapter(file)
     method = _make_method(metadata[METHOD], os.fspath(file))
-    source = os.fspath(file) if "://" in os.fspath(file) else os.path.abspath(file)
-    return Adapter(method, arrays, metadata, source)
+    return Adapter(method, arrays, metadata, _absolute(file))
+
+
+def _absolute(file: epath.Path) -> str:
+    return os.fspath(file) if "://" in os.fspath(file) else os.path.abspath(file)
 
 
 def _make_method(described: Metadata, where: str) -> AdapterMethod:
@@ -220,7 +235,7 @@ def place(adapter: Adapter, backbone: Backbone) -> Variables:
 def to_paths(variables: Variables) -> dict[str, np.ndarray]:
     """Returns arrays by path, those of stacked layers one by one. Inverse of `from_paths`."""
     view = UnstackedView(flatten_paths(variables))
-    return {path: view[path] for path in view}
+    return {path: view[path] for path in sorted(view)}
 
 
 def from_paths(arrays: Mapping[str, np.ndarray], config: Config) -> Variables:

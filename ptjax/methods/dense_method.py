@@ -6,36 +6,29 @@ import abc
 import dataclasses
 import zlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import jax
 import numpy as np
 from jaxtyping import Array
 
 from ptjax.data.batching import Batching
-from ptjax.errors import InputError
-from ptjax.files import JsonObject, Metadata, PathLike
-from ptjax.methods.base import FrozenNetwork, InitContext, Method
-from ptjax.model_dir import ExportKind
+from ptjax.methods.adapter import AdapterMethod
+from ptjax.methods.base import FrozenNetwork, InitContext
 from ptjax.models.config import T5Config
 from ptjax.models.dense_changes import DenseFn, KeyFn, change_dense
 from ptjax.models.family import ApplyFn, Config
-from ptjax.models.stacking import UnstackedView, stack_paths
-from ptjax.sharding import processes
-from ptjax.trees import Variables, flatten_paths, unflatten_paths
-
-if TYPE_CHECKING:
-    from ptjax.backbones.load import Backbone
+from ptjax.models.stacking import UnstackedView
+from ptjax.trees import Variables, unflatten_paths
 
 
-class DenseMethod(Method, abc.ABC):
+class DenseMethod(AdapterMethod, abc.ABC):
     """A method that trains small arrays for chosen linear maps; the backbone is frozen.
 
     The arrays of a map are at the path of its module, one per layer, or with a leading axis where
-    layers are stacked. A file always has one per layer, so it loads into both.
+    layers are stacked.
     """
 
-    exports: ClassVar[ExportKind] = "arrays"
     supports_sweep: ClassVar[bool] = True
 
     @abc.abstractmethod
@@ -91,35 +84,3 @@ class DenseMethod(Method, abc.ABC):
         count, *of_layer = shape
         keys = jax.random.split(key, count)
         return np.stack([np.asarray(self.first_value(name, k, tuple(of_layer))) for k in keys])
-
-    # Files are imported late: settings and plans do not need them.
-
-    def save(
-        self, path: PathLike, trainable: Variables, metadata: Metadata, backbone: Backbone
-    ) -> None:
-        from ptjax.interop import safetensors_file
-
-        if processes.first():
-            unstacked = UnstackedView(flatten_paths(trainable))
-            arrays = {name: np.asarray(unstacked[name]) for name in sorted(unstacked)}
-            layout = {name: (x.shape, x.dtype.name) for name, x in arrays.items()}
-            header = safetensors_file.to_header(metadata)
-            safetensors_file.save_safetensors(path, arrays.items(), layout, header)
-
-    def read_metadata(self, path: PathLike) -> JsonObject:
-        from ptjax.interop import safetensors_file
-
-        return safetensors_file.from_header(safetensors_file.open_safetensors(path)[1])
-
-    def load(self, path: PathLike, backbone: Backbone) -> Variables:
-        from ptjax.interop import safetensors_file
-
-        lazy, _ = safetensors_file.open_safetensors(path)
-        config = backbone.config
-        assert isinstance(config, T5Config)
-        unstacked = self.variable_shapes(dataclasses.replace(config, scan_layers=False))
-        wanted = flatten_paths(unstacked)
-        if {name: x.shape for name, x in lazy.items()} != {n: x.shape for n, x in wanted.items()}:
-            raise InputError(f"{path}: its arrays are not those of {self}")
-        arrays = {name: lazy[name].read_all() for name in wanted}
-        return unflatten_paths(stack_paths(arrays, np.stack) if config.scan_layers else arrays)

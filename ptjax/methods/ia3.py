@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from etils import epath
 from jaxtyping import Array, Float
 
-from ptjax.files import Metadata
+from ptjax.interop.write_prompt import hub_id
 from ptjax.methods.dense_method import DenseMethod
 from ptjax.models.dense_changes import DenseFn, KeyFn, check_targets, chosen_dense, dense_shapes
 from ptjax.models.family import Config
+
+if TYPE_CHECKING:
+    from ptjax.backbones.load import Backbone
+    from ptjax.backbones.open import OpenBackbone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +74,16 @@ class IA3(DenseMethod):
         y = dense(x)
         return _scaled(y, arrays["outputs"]) if "outputs" in arrays else y
 
-    def describe(self) -> Metadata:
-        return {"outputs": list(self.outputs), "inputs": list(self.inputs)}
+    def export_peft(
+        self,
+        folder: epath.Path,
+        arrays: Mapping[str, np.ndarray],
+        backbone: OpenBackbone | Backbone,
+    ) -> None:
+        from ptjax.interop.peft_adapters import export_peft_ia3
+
+        base_model, revision = hub_id(backbone.name)
+        export_peft_ia3(folder, arrays, base_model=base_model, revision=revision)
 
 
 # In float32: near 1 bfloat16 has steps of 0.004 to 0.008, which no learning rate would cross.

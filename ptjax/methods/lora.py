@@ -5,17 +5,23 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from etils import epath
 from jaxtyping import Array, Float
 
 from ptjax.errors import InputError, check_share, check_whole
-from ptjax.files import Metadata
+from ptjax.interop.write_prompt import hub_id
 from ptjax.methods.dense_method import DenseMethod
 from ptjax.models.dense_changes import DenseFn, KeyFn, check_targets, chosen_dense, dense_shapes
 from ptjax.models.family import Config
+
+if TYPE_CHECKING:
+    from ptjax.backbones.load import Backbone
+    from ptjax.backbones.open import OpenBackbone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,13 +93,17 @@ class LoRA(DenseMethod):
         update = _low_rank(dropped, arrays["a"], arrays["b"])
         return y + (self.alpha / self.rank * update).astype(y.dtype)
 
-    def describe(self) -> Metadata:
-        return {
-            "rank": self.rank,
-            "alpha": self.alpha,
-            "targets": list(self.targets),
-            "dropout": self.dropout,
-        }
+    def export_peft(
+        self,
+        folder: epath.Path,
+        arrays: Mapping[str, np.ndarray],
+        backbone: OpenBackbone | Backbone,
+    ) -> None:
+        from ptjax.interop.peft_adapters import export_peft_lora
+
+        base_model, revision = hub_id(backbone.name)
+        fields = {"rank": self.rank, "alpha": self.alpha, "dropout": self.dropout}
+        export_peft_lora(folder, arrays, **fields, base_model=base_model, revision=revision)
 
 
 # In float32, or the gradients of all devices would be summed in the activations' bfloat16.

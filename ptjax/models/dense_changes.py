@@ -33,7 +33,7 @@ _PEFT_NAMES = {"q": "query", "k": "key", "v": "value", "o": "out"}
 
 @runtime_checkable
 class DenseChange(Protocol):
-    """A method that changes linear maps. It must be hashable.
+    """A method that changes linear maps.
 
     Attributes:
         collection: the Flax collection of its arrays.
@@ -58,12 +58,10 @@ class DenseChange(Protocol):
         ...
 
 
-@functools.cache
 def change_dense(apply_fn: ApplyFn, method: DenseChange) -> ApplyFn:
     """Returns the network `apply_fn` with `method` around every `Dense` that has arrays for it.
 
-    Without its collection in the variables, the result computes what `apply_fn` computes. Equal
-    arguments return the same object, so that `jax.jit` finds it in its cache.
+    Without its collection in the variables, the result computes what `apply_fn` computes.
     """
 
     def apply(variables: Tree, *args: Any, **settings: Any) -> Any:
