@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from ptjax.methods.base import InitContext, Method
     from ptjax.methods.bitfit import BitFit
     from ptjax.methods.from_file import FromFile
+    from ptjax.methods.ia3 import IA3
     from ptjax.methods.initializers import (
         ClassLabels,
         FrequentWords,
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
         SampledVocabulary,
         Uniform,
     )
+    from ptjax.methods.lora import LoRA
     from ptjax.methods.model_tuning import ModelTuning
     from ptjax.methods.prompt_tuning import PromptTuning
     from ptjax.models.config import T5Config
@@ -79,8 +81,10 @@ _HOMES = {
     "FromFile": "ptjax.methods.from_file",
     "FromText": "ptjax.methods.initializers",
     "HardPrompt": "ptjax.data.hard_prompt",
+    "IA3": "ptjax.methods.ia3",
     "InitContext": "ptjax.methods.base",
     "InputError": "ptjax.errors",
+    "LoRA": "ptjax.methods.lora",
     "Loss": "ptjax.training.loss",
     "MemberOverrides": "ptjax.trainer.sweep",
     "Method": "ptjax.methods.base",
@@ -128,6 +132,7 @@ _HOMES = {
 _MODULES = {"preprocessors": "ptjax.data.catalogue"}
 
 __all__ = [
+    "IA3",
     "Adafactor",
     "Adapter",
     "Backbone",
@@ -143,6 +148,7 @@ __all__ = [
     "HardPrompt",
     "InitContext",
     "InputError",
+    "LoRA",
     "Loss",
     "MemberOverrides",
     "Method",

@@ -28,6 +28,8 @@ MADE: Mapping[str, tuple[str, ...]] = {
         "FromFile",
         "FromText",
         "HardPrompt",
+        "IA3",
+        "LoRA",
         "Loss",
         "MemberOverrides",
         "ModelTuning",

@@ -332,7 +332,7 @@ def _named_alike(
     by_name: dict[str, list[str]] = {}
     for path in known:
         by_name.setdefault(path.rpartition(separator)[2], []).append(path)
-    short = [name for name, paths in by_name.items() if set(paths) <= set(chosen)]
+    short = sorted(name for name, paths in by_name.items() if set(paths) <= set(chosen))
     return short, sorted(path for path in chosen if path.rpartition(separator)[2] not in short)
 
 

@@ -13,9 +13,13 @@ import numpy as np
 import pytest
 from conftest import tune
 from t5_ids import T5_IDS, decode
+from tiny import tiny_config, tiny_params
 
+import ptjax
+from ptjax.backbones.describe import describe
 from ptjax.data.batch import make_packed_batch
-from ptjax.methods.adapter import load_adapter
+from ptjax.errors import InputError
+from ptjax.methods.adapter import Adapter, load_adapter
 from ptjax.methods.base import InitContext, run_with
 from ptjax.methods.ia3 import IA3
 from ptjax.methods.lora import LoRA
@@ -28,6 +32,7 @@ from ptjax.sharding.arrays import gather_layer, put_batch, replicated
 from ptjax.sharding.meshes import make_mesh
 from ptjax.sharding.quantize import dequantize, quantize_sharded
 from ptjax.sharding.rules import shardings_of
+from ptjax.train import sweep_summary
 from ptjax.training.loss import Loss
 from ptjax.training.optimizer import Adafactor
 from ptjax.training.step import batch_loss
@@ -205,12 +210,14 @@ def test_equal_methods_make_one_function_for_jits_cache(plain) -> None:
     assert run_with(LoRA(3), backbone) is not run_with(LoRA(4), backbone)
 
 
-def test_decoding_through_the_cache_is_that_of_merged_kernels(plain, tiny, adapters) -> None:
+def test_decoding_through_the_cache_is_that_of_merged_kernels() -> None:
     """The keys and values of cross-attention are computed once, outside of the decoder's pass."""
+    config = tiny_config(dropout_rate=0.0)
+    params, adapters = tiny_params(config), drawn(config)
     tokens = np.arange(2, 14).reshape(3, 4)
     both = (
-        (changed(plain), {"params": tiny.params, **adapters}),
-        (make_apply_fn(plain), {"params": merged(tiny.params, adapters)}),
+        (changed(config), {"params": params, **adapters}),
+        (make_apply_fn(config), {"params": merged(params, adapters)}),
     )
     (ids, scores), (wanted, of_wanted) = (decode(*each, tokens, max_length=5)[:2] for each in both)
     np.testing.assert_array_equal(ids, wanted)
@@ -263,3 +270,63 @@ def test_a_file_loads_into_stacked_layers_and_into_single_ones(method, plain, ad
     first, second = (path.read_bytes() for path in tmp_path.iterdir())
     assert first == second
     assert load_adapter(tmp_path / "True.safetensors").method == method
+
+
+def test_peft_gets_an_adapter_and_gives_it_back(backbone, tmp_path) -> None:
+    """Exported under PEFT's names and loaded from there: the same predictions."""
+    for method in (LoRA(rank=2, targets=["query", "wo"]), IA3()):
+        shapes = flatten_paths(method.variable_shapes(backbone.config))
+        rng, mean = np.random.default_rng(0), method.name == "ia3"
+        arrays = {k: rng.normal(mean, 0.3, x.shape).astype(np.float32) for k, x in shapes.items()}
+        adapter = Adapter(method, arrays, dict(method.describe()))
+        folder = ptjax.export(adapter, tmp_path / method.name, to="peft", backbone=backbone)
+        again = load_adapter(folder)
+        assert again.method == method and again.source == str(folder)
+        assert again.metadata["backbone_name"] == backbone.name
+        for path, array in arrays.items():
+            np.testing.assert_array_equal(again.arrays[path], array)
+        again.save(tmp_path / "copy.safetensors")
+        assert load_adapter(tmp_path / "copy.safetensors").method == method
+        kind = describe(folder)
+        assert kind["kind"] == "adapter" and kind["method"]["name"] == method.name
+        assert kind["parameters"] == sum(x.size for x in arrays.values())
+        with pytest.raises(InputError, match="it changes the network; give it as an adapter"):
+            ptjax.load_prompt(folder)
+
+
+def test_an_adapter_of_another_shape_is_refused_by_name(backbone) -> None:
+    method = LoRA(rank=2, targets=["encoder/.*/query"])
+    arrays = {f"lora/encoder/layers_0/attention/query/{x}": np.ones((2, 2)) for x in "ab"}
+    wrong = Adapter(method, arrays, dict(method.describe()))
+    message = r"query/a has shape \[2, 2\], the network needs \[16, 2\]"
+    with pytest.raises(InputError, match=message):
+        ptjax.forward(backbone, {}, wrong)
+
+
+def test_rows_of_a_batch_cannot_take_adapters_of_their_own(backbone) -> None:
+    method = IA3(inputs=())
+    shapes = flatten_paths(method.variable_shapes(backbone.config))
+    adapter = Adapter(method, {k: np.ones(x.shape, np.float32) for k, x in shapes.items()}, {})
+    assert not LoRA.supports_rows and not IA3.supports_rows
+    message = "ia3 changes the network for all rows of a batch, so it runs alone"
+    with pytest.raises(InputError, match=f"prompt_ids choose prompts; {message}"):
+        ptjax.predict(backbone, ["a"], adapter, prompt_ids=[0])
+    with pytest.raises(InputError, match="ia3 changes the network"):
+        ptjax.make_bank({"one": adapter})  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.slow
+def test_members_of_a_sweep_train_as_they_do_alone(backbone, task, tmp_path) -> None:
+    schedule = TrainSchedule(train_steps=4, eval_period=4, log_period=4)
+    settings = {"method": LoRA(rank=2, dropout=0.1), "schedule": schedule}
+    settings |= {"optimizer": Adafactor(0.001)}
+    results = tune(tmp_path / "both", task, backbone, members=ptjax.sweep(seeds=(3, 4)), **settings)
+    assert set(results["members"]) == {"seed3", "seed4"}
+    tune(tmp_path / "one", task, backbone, seed=4, **settings)
+    alone = load_adapter(tmp_path / "one").arrays
+    best = tmp_path / "both" / "adapters" / "seed4" / "best.safetensors"
+    for path, array in load_adapter(best).arrays.items():
+        # Adafactor divides by roots of small gradients; a step is 0.001.
+        np.testing.assert_allclose(array, alone[path], rtol=0, atol=1e-4)
+    said = sweep_summary(results, str(tmp_path / "both"))
+    assert f"ptjax.infer --adapter={tmp_path}/both/adapters/seed" in said
