@@ -161,7 +161,7 @@ def check_targets(of: str, **targets: Sequence[str]) -> None:
                 re.compile(pattern)
             except re.error as error:
                 raise InputError(
-                    f"{of}.{setting}: {pattern!r} is no regular expression ({error})"
+                    f"{of}.{setting}: {pattern!r} is not a regular expression ({error})"
                 ) from error
     if not any(targets.values()):
         raise InputError(f"{of}.{' and '.join(targets)} name nothing to train; such as ['query']")

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from tiny import tiny_config
 
 from ptjax.data.batching import Batching
 from ptjax.errors import InputError
 from ptjax.methods.base import InitContext
 from ptjax.methods.lora import LoRA
+from ptjax.models.layers import Dense
 from ptjax.models.module_family import ModuleConfig
 from ptjax.models.stacking import stack_paths
 from ptjax.planning.workload import PlannedBackbone
@@ -75,7 +78,7 @@ def test_a_target_is_the_end_of_a_path(targets, chosen) -> None:
             "'token_embedder' matches no linear map; there are key, out, query, value, wi_0",
         ),
         ("encoder/layers_0/mlp/wo", "all layers alike: write encoder/layers/... without a number$"),
-        ("(", r"LoRA\.targets: '\(' is no regular expression"),
+        ("(", r"LoRA\.targets: '\(' is not a regular expression"),
     ],
 )
 def test_a_target_that_matches_nothing_is_refused_before_the_run(target, message) -> None:
@@ -160,6 +163,29 @@ def test_dropout_is_of_the_updates_input_and_in_training_alone() -> None:
     kept = dropped > 0
     assert abs(kept.mean() - 0.75) < 0.05 and (kept[:, 0] != kept[:, 1]).any()
     np.testing.assert_allclose(dropped[kept], 1 / 0.75, rtol=1e-6)
+
+
+class OneMap(nn.Module):
+    """A network of one linear map."""
+
+    def setup(self) -> None:
+        self.query = Dense(2, "float32")
+
+    def __call__(self, x: Any, train: bool = False) -> Any:
+        return self.query(x)
+
+
+def test_a_network_drops_in_training_and_only_then() -> None:
+    method = LoRA(rank=2, alpha=2, targets=["query"], dropout=0.25)
+    x, eye = jnp.ones((50, 2)), jnp.eye(2)
+    variables = {"params": {"query": {"kernel": 10 * eye}}}
+    with_arrays = variables | {"lora": {"query": {"a": eye, "b": eye}}}
+    apply_fn = method.wrap(OneMap().apply)
+    np.testing.assert_array_equal(apply_fn(variables, x), 10 * x)
+    np.testing.assert_array_equal(apply_fn(with_arrays, x), 11 * x)
+    rngs = {"dropout": jax.random.key(0)}
+    trained = np.asarray(apply_fn(with_arrays, x, train=True, rngs=rngs))
+    assert {round(float(y), 4) for y in trained.ravel()} == {10, round(10 + 1 / 0.75, 4)}
 
 
 def test_a_bfloat16_backbone_gets_float32_updates() -> None:
