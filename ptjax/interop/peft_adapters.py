@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import os
 import re
 from collections.abc import Collection, Iterable, Mapping
 
@@ -18,7 +19,7 @@ from etils import epath
 
 from ptjax.errors import InputError, check_path
 from ptjax.files import JsonObject, Metadata, PathLike
-from ptjax.interop import peft, safetensors_file
+from ptjax.interop import peft, prompt_header, safetensors_file
 from ptjax.interop.lazy_array import LazyArray
 from ptjax.models.stacking import split_path
 from ptjax.models.t5_family import T5_FAMILY
@@ -30,9 +31,15 @@ _A, _B, _SCALE = "lora_A.weight", "lora_B.weight", "ia3_l"
 # read below. Any other entry with a value is refused: it may be of a variant of LoRA.
 _HARMLESS = {
     *("peft_type", "task_type", "peft_version", "auto_mapping", "inference_mode", "runtime_config"),
-    *("base_model_name_or_path", "revision", "target_modules", "exclude_modules"),
+    *("base_model_name_or_path", "revision", "target_modules", "exclude_modules", "eva_config"),
     *("layers_pattern", "r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights"),
-    *("megatron_core", "qalora_group_size", "feedforward_modules", "init_ia3_weights"),
+    *(
+        "eva_config",
+        "megatron_core",
+        "qalora_group_size",
+        "feedforward_modules",
+        "init_ia3_weights",
+    ),
 }
 _VARIANTS = {
     "use_dora": "DoRA scales the whole kernel",
@@ -91,7 +98,11 @@ def load_peft_adapter(directory: PathLike) -> PeftAdapter:
     arrays = _lora_arrays(tensors, config, file, weights) if lora else _ia3_arrays(tensors, weights)
     if not arrays:
         raise InputError(f"{weights}: the file is empty")
+    for path, array in arrays.items():
+        if not np.isfinite(array).all():
+            raise InputError(f"{weights}: the array of {path} is not finite")
     metadata = peft.read_metadata(config, header)
+    prompt_header.check_types(metadata, os.fspath(weights))
     if lora:
         rank = peft.size_of(config, "r", 8, file)
         alpha = _number(config, "lora_alpha", 8, file)

@@ -182,6 +182,23 @@ def test_other_tensors_are_refused(tmp_path, tensors, message) -> None:
     assert "adapter_model.safetensors" in str(raised.value)
 
 
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_numbers_that_are_not_finite_are_refused(tmp_path, value) -> None:
+    tensors = lora_tensors()
+    tensors[f"{BLOCK}.lora_B.weight"][1, 1] = value
+    with pytest.raises(InputError, match=r"the array of encoder/.*/query/b is not finite"):
+        load_peft_adapter(write(tmp_path, LORA, tensors))
+
+
+def test_a_header_of_the_wrong_types_is_damaged(tmp_path) -> None:
+    """Only ptjax writes such a header; a value in it that cannot be used is said here."""
+    write(tmp_path, LORA, lora_tensors())
+    header = {"ptjax_version": '"1"', "input_length": '"many"'}
+    save_file(lora_tensors(), tmp_path / "adapter_model.safetensors", header)
+    with pytest.raises(InputError, match=r"adapter_model\.safetensors: .*input_length"):
+        load_peft_adapter(tmp_path)
+
+
 @pytest.mark.parametrize("shape", [(4,), (2, 3), (1, 1), (0, 1)])
 def test_a_vector_of_ia3_is_a_row_or_a_column(tmp_path, shape) -> None:
     with pytest.raises(InputError, match=r"ia3_l has shape .*\[n, 1\] or \[1, n\]"):

@@ -191,7 +191,7 @@ def test_a_network_drops_in_training_and_only_then() -> None:
 def test_a_bfloat16_backbone_gets_float32_updates() -> None:
     """The output has the backbone's dtype; the sum over positions of a gradient is float32."""
     method = LoRA(rank=1, alpha=1, targets=["query"])
-    x = jnp.full((1000, 2), 1.0, jnp.bfloat16)
+    x = jnp.ones((1001, 2), jnp.bfloat16)
     arrays = {"a": jnp.full((2, 1), 0.5), "b": jnp.full((1, 2), 2**-9)}
 
     def total(arrays):
@@ -200,7 +200,7 @@ def test_a_bfloat16_backbone_gets_float32_updates() -> None:
         return y.astype(jnp.float32).sum(), y
 
     (_, y), grads = jax.value_and_grad(total, has_aux=True)(arrays)
-    np.testing.assert_array_equal(y, jnp.full((1000, 2), 2**-9, jnp.bfloat16))
+    np.testing.assert_array_equal(y, jnp.full((1001, 2), 2**-9, jnp.bfloat16))
     assert {x.dtype.name for x in grads.values()} == {"float32"}
-    # 1000 rows of 1: bfloat16 has 1000 only, but not 1001.
-    np.testing.assert_array_equal(grads["b"], np.full((1, 2), 1000.0))
+    # The sum of 1001 ones, a number that bfloat16 does not have.
+    np.testing.assert_array_equal(grads["b"], np.full((1, 2), 1001.0))
