@@ -38,7 +38,9 @@ if TYPE_CHECKING:
     from ptjax.inference.infer import infer, predict
     from ptjax.inference.predict import Prediction
     from ptjax.interop.prompt_file import FromFile, load_prompt, load_prompts, save_prompt
+    from ptjax.methods.adapter import Adapter, load_adapter
     from ptjax.methods.base import InitContext, Method
+    from ptjax.methods.bitfit import BitFit
     from ptjax.methods.initializers import (
         ClassLabels,
         FrequentWords,
@@ -64,8 +66,10 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Adafactor": "ptjax.training.optimizer",
+    "Adapter": "ptjax.methods.adapter",
     "Backbone": "ptjax.backbones.load",
     "Batching": "ptjax.data.batching",
+    "BitFit": "ptjax.methods.bitfit",
     "Callback": "ptjax.trainer.callbacks",
     "ClassLabels": "ptjax.methods.initializers",
     "Comparison": "ptjax.reports.report",
@@ -104,6 +108,7 @@ _HOMES = {
     "forward": "ptjax.inference.forward",
     "generate": "ptjax.inference.generate",
     "infer": "ptjax.inference.infer",
+    "load_adapter": "ptjax.methods.adapter",
     "load_backbone": "ptjax.backbones.load",
     "load_prompt": "ptjax.interop.prompt_file",
     "load_prompts": "ptjax.interop.prompt_file",
@@ -123,8 +128,10 @@ _MODULES = {"preprocessors": "ptjax.data.catalogue"}
 
 __all__ = [
     "Adafactor",
+    "Adapter",
     "Backbone",
     "Batching",
+    "BitFit",
     "Callback",
     "ClassLabels",
     "Comparison",
@@ -163,6 +170,7 @@ __all__ = [
     "forward",
     "generate",
     "infer",
+    "load_adapter",
     "load_backbone",
     "load_prompt",
     "load_prompts",

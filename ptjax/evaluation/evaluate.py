@@ -23,6 +23,8 @@ from ptjax.inference.model import bind
 from ptjax.inference.prompts import Prompt, PromptLike, load_any, open_prompt
 from ptjax.inference.records import recorded_lengths
 from ptjax.interop.prompt_file import PromptFile
+from ptjax.methods.adapter import Adapter
+from ptjax.methods.base import run_with
 from ptjax.output import Writing, check_fields, json_lines, prefixed, write
 from ptjax.output import check as check_output
 from ptjax.settings import Evaluation, Predict
@@ -95,6 +97,7 @@ def evaluate(
         {**FEATURE_LENGTHS, **(feature_lengths or {}), **recorded_lengths(metadata)},
         Evaluation(examples=examples, predict=predict, batch_size=batch_size),
         isinstance(opened, PromptBank) or opened is None or opened.attends_to_input,
+        run_with(opened.method, backbone) if isinstance(opened, Adapter) else None,
     )
     split = split or reported_split(task)
     check_rows(evaluator, split, many=isinstance(opened, PromptBank), **writing)
@@ -215,7 +218,7 @@ def rewording_of(
 
 def evaluate_prompt(
     evaluator: Evaluator,
-    prompt: PromptFile | None,
+    prompt: PromptFile | Adapter | None,
     split: str,
     rewording: Callable[[str], str] | None = None,
 ) -> tuple[JsonObject, list[JsonObject], dict[str, JsonObject]]:
@@ -237,7 +240,7 @@ def evaluate_prompt(
     metrics = evaluator.score(predictions, split)
     scores = {"value": metrics[evaluator.metric], "metrics": metrics}
     record = record_predictions(evaluator, split, predictions, likelihoods)
-    record["prompt_rows"] = nearest_to_rows(evaluator.backbone, prompt and prompt.prompt)
+    record["prompt_rows"] = nearest_to_rows(evaluator.backbone, getattr(prompt, "prompt", None))
     return scores, [{"prediction": prediction} for prediction in predictions], {"": record}
 
 

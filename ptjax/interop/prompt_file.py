@@ -217,6 +217,11 @@ def _file_in(folder: epath.Path) -> epath.Path:
             f"{folder}: the run tuned the whole model, and has no prompt; load the model, "
             f"{run.best_model}, with ptjax.load_backbone"
         )
+    if run.best_adapter.exists():
+        raise InputError(
+            f"{folder}: the run has an adapter, {run.best_adapter}, and no prompt; load it with "
+            "ptjax.load_adapter"
+        )
     # A MODEL_DIR of T5X has a config.gin too.
     if run.config.exists() and not peft.is_peft(folder) and not t5x.is_t5x(folder):
         raise InputError(f"{folder}: the run has saved no best prompt yet; let it evaluate once")
@@ -333,6 +338,11 @@ def _load_numpy(path: epath.Path) -> np.ndarray:
 
 def _load_safetensors(path: epath.Path) -> PromptFile:
     arrays, header = safetensors_file.open_safetensors(path)
+    if "method" in header:
+        raise InputError(
+            f"{path} holds an adapter, not a prompt; give it with --adapter, or load it with "
+            "ptjax.load_adapter"
+        )
     if TENSOR not in arrays:
         raise InputError(f"{path}: the file holds {sorted(arrays)[:3]}, not the tensor {TENSOR!r}")
     sealed = prompt_header.is_sealed(header)
