@@ -32,6 +32,7 @@ MADE: Mapping[str, tuple[str, ...]] = {
         "MemberOverrides",
         "ModelTuning",
         "PrefixLM",
+        "PrefixTuning",
         "PromptTuning",
         "RunSettings",
         "SampledVocabulary",

@@ -27,7 +27,10 @@ if TYPE_CHECKING:
     from ptjax.backbones.load import Backbone
     from ptjax.backbones.open import OpenBackbone
 
-ADAPTERS: dict[str, tuple[str, str]] = {"bitfit": ("ptjax.methods.bitfit", "BitFit")}
+ADAPTERS: dict[str, tuple[str, str]] = {
+    "bitfit": ("ptjax.methods.bitfit", "BitFit"),
+    "prefix_tuning": ("ptjax.methods.prefix_tuning", "PrefixTuning"),
+}
 """The names of the methods of adapter files -> the module and the name of the class.
 
 A file names its method; nothing outside of this table is imported for a file.
