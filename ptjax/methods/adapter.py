@@ -157,22 +157,27 @@ class Adapter:
 def load_adapter(path: PathLike) -> Adapter:
     """Loads an adapter from its file, or the best one of a run from its MODEL_DIR.
 
+    Also reads a directory of PEFT that holds a prefix.
+
     Raises:
         InputError: the path is missing, damaged, or holds something else, such as a prompt; or the
             file is of a method that this version does not know.
     """
+    from ptjax.interop import peft
     from ptjax.interop.adapter_file import METHOD, read_adapter
+    from ptjax.interop.peft_prefix import load_peft_prefix
 
     check_path("the path of the adapter", path)
     file = epath.Path(path).expanduser()
     if not file.exists():
         raise missing("adapter", file)
-    if file.is_dir():
+    of_peft = peft.is_peft(file)
+    if file.is_dir() and not of_peft:
         best = ModelDir(file).best_adapter
         if not best.exists():
             raise InputError(f"{file}: no adapter in this folder ({best} is missing)")
         file = best
-    arrays, metadata = read_adapter(file)
+    arrays, metadata = load_peft_prefix(file) if of_peft else read_adapter(file)
     method = _make_method(metadata[METHOD], os.fspath(file))
     source = os.fspath(file) if "://" in os.fspath(file) else os.path.abspath(file)
     return Adapter(method, arrays, metadata, source)

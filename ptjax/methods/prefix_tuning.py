@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jaxtyping import Array
 
 from ptjax.data.batching import Batching
@@ -25,6 +26,10 @@ from ptjax.models.prefix import KeysValues, PromptStates
 from ptjax.models.prompted import with_prompt
 from ptjax.sharding import processes
 from ptjax.trees import Tree, Variables
+
+if TYPE_CHECKING:
+    from ptjax.backbones.load import Backbone
+    from ptjax.backbones.open import OpenBackbone
 
 # The parts of a prefix and the fields of `PromptStates`, in which attention reads them.
 _FIELDS = {"encoder": "encoder", "decoder": "targets", "cross": "decoder"}
@@ -172,6 +177,19 @@ class PrefixTuning(AdapterMethod):
 
     def exported(self) -> PrefixTuning:
         return dataclasses.replace(self, initializer=None, reparameterization=None)
+
+    def export_peft(
+        self,
+        folder: epath.Path,
+        arrays: Mapping[str, np.ndarray],
+        backbone: OpenBackbone | Backbone,
+    ) -> None:
+        """Writes PEFT's files, for a prefix of the decoder alone: PEFT has no other for a T5."""
+        from ptjax.interop.peft_prefix import export_peft_prefix
+        from ptjax.interop.write_prompt import hub_id
+
+        base_model, revision = hub_id(backbone.name)
+        export_peft_prefix(folder, arrays, base_model=base_model, revision=revision)
 
 
 def _t5(config: Config) -> T5Config:

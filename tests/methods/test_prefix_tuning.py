@@ -208,9 +208,7 @@ def test_a_run_trains_every_part_and_its_adapter_predicts(whole, backbone, conte
     plain = ptjax.predict(backbone, texts)
     assert all(a.score != b.score for a, b in zip(tuned, plain, strict=True))
     assert method.describe() == {"method": whole.adapter.metadata["method"]}
-    with pytest.raises(
-        InputError, match="prompt_ids choose prompts; prefix_tuning changes"
-    ):
+    with pytest.raises(InputError, match="prompt_ids choose prompts; prefix_tuning changes"):
         ptjax.predict(backbone, texts, whole.adapter, prompt_ids=[0, 0])
     with pytest.raises(InputError, match="prefix_tuning changes the network for all rows"):
         ptjax.make_bank({"a": whole.adapter})
@@ -218,7 +216,5 @@ def test_a_run_trains_every_part_and_its_adapter_predicts(whole, backbone, conte
 
 def test_a_sweep_is_refused(backbone, task, tmp_path) -> None:
     members = ptjax.sweep(seeds=(0, 1))
-    with pytest.raises(
-        InputError, match="PrefixTuning does not support sweeps, whose members"
-    ):
+    with pytest.raises(InputError, match="PrefixTuning does not support sweeps, whose members"):
         tune(tmp_path, task, backbone, members=members, method=PrefixTuning(3))
