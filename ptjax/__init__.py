@@ -37,10 +37,11 @@ if TYPE_CHECKING:
     from ptjax.inference.generate import generate
     from ptjax.inference.infer import infer, predict
     from ptjax.inference.predict import Prediction
-    from ptjax.interop.prompt_file import FromFile, load_prompt, load_prompts, save_prompt
+    from ptjax.interop.prompt_file import load_prompt, load_prompts, save_prompt
     from ptjax.methods.adapter import Adapter, load_adapter
     from ptjax.methods.base import InitContext, Method
     from ptjax.methods.bitfit import BitFit
+    from ptjax.methods.from_file import FromFile
     from ptjax.methods.initializers import (
         ClassLabels,
         FrequentWords,
@@ -76,7 +77,7 @@ _HOMES = {
     "Comparison": "ptjax.reports.report",
     "Evaluation": "ptjax.settings",
     "FrequentWords": "ptjax.methods.initializers",
-    "FromFile": "ptjax.interop.prompt_file",
+    "FromFile": "ptjax.methods.from_file",
     "FromText": "ptjax.methods.initializers",
     "HardPrompt": "ptjax.data.hard_prompt",
     "InitContext": "ptjax.methods.base",

@@ -281,9 +281,9 @@ def load_prompt(arguments: argparse.Namespace) -> Any:
     path = prompt_path(arguments)
     if path is None:
         return None
-    run = model_dir(arguments)
-    of_run = arguments.prompt is None and run is not None
-    if arguments.adapter is not None or (of_run and path == os.fspath(ModelDir(run).best_adapter)):
+    directory = model_dir(arguments)
+    of_run = None if directory is None else os.fspath(ModelDir(directory).best_adapter)
+    if arguments.adapter is not None or (arguments.prompt is None and path == of_run):
         return load_adapter(path)
     return prompt_file.load_prompt(path)
 

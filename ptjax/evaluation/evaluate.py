@@ -56,15 +56,14 @@ def evaluate(
         {'accuracy': 0.94}
 
     Args:
-        prompt: as for `ptjax.forward`; or a `ptjax.HardPrompt`, whose text and shots are scored
-            with the backbone alone.
+        prompt: as for `ptjax.forward`; or a `ptjax.HardPrompt`, scored with the backbone alone.
         split: a split of the task; default: "test" if the task has it, else "validation".
         examples: score at most this many, evenly spread over the split; default: all.
         predict: "rank" compares the likelihoods of a closed set of labels, "decode" generates
             greedily; "auto" ranks if the task has a closed set.
         batch_size: the number of examples that are computed at once.
-        feature_lengths: the maximum numbers of tokens, {"inputs": T, "targets": L}, for a prompt
-            whose metadata lack them, and for the backbone alone; default: 512 and 16.
+        feature_lengths: the maximum numbers of tokens, {"inputs": T, "targets": L}, if a prompt's
+            metadata lack them; default: 512 and 16.
         seed: determines which training examples are the shots of a hard prompt.
         allow_mismatch: only warn if a prompt was tuned on another backbone or tokenizer.
         report: a folder for `report.json` and `report.html`; that of the prompt's own run adds its

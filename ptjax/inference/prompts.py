@@ -25,8 +25,8 @@ from ptjax.models.t5 import PromptStates
 
 Opened = PromptFile | PromptBank | Adapter
 Prompt = Opened | None
-"""What inference works with: a prompt, a bank from which each row chooses one, what another method
-has tuned, or none of them."""
+"""What inference works with: a prompt, a bank from which each row chooses one, an adapter, or the
+backbone alone (None)."""
 PromptLike = SinglePrompt | PromptBank | Adapter | None
 """What callers may pass: a `Prompt`, an array [P, D], an object with a `.prompt`, or a path."""
 

@@ -40,7 +40,7 @@ class BitFit(AdapterMethod):
 
     def check(self, backbone: FrozenNetwork, batching: Batching) -> None:
         if not isinstance(backbone.config, T5Config):
-            raise InputError("BitFit trains the scales of T5's layer norms; this is no T5")
+            raise InputError("BitFit trains the scales of T5's layer norms; this is not a T5")
 
     def variable_shapes(self, config: Config) -> Variables:
         shapes = parameter_shapes(config)
