@@ -52,7 +52,7 @@ class PrefixTuning(AdapterMethod):
         initializer: makes P vectors as for `PromptTuning`. The frozen network runs on them, and the
             prefix starts as their keys and values: the encoder and the cross-attention then do what
             they do with that prompt in front, if its positions do not attend to the input; in the
-            decoder, the vectors stand before the start id. None as for `PromptTuning`. "random"
+            decoder, the vectors precede the start id. None as for `PromptTuning`. "random"
             draws keys and values from N(0, 1) instead, as PEFT does.
         reparameterization: as in the paper, an MLP per part, with one tanh layer of this width,
             computes the keys and values from a matrix [P, D]. The MLP and the matrix are trained,

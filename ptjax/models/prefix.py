@@ -1,7 +1,7 @@
 """Keys and values that all examples share: those of an input-independent prompt, or of a prefix.
 
-A prefix (Li and Liang 2021) is trained; the network computes those of a prompt. Both stand in front
-of the positions that attend to them. Letters as in `layers`.
+A prefix (Li and Liang 2021) is trained; the network computes those of a prompt. Their positions
+precede those of every example. Letters as in `layers`.
 """
 
 from __future__ import annotations
