@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     )
     from ptjax.methods.lora import LoRA
     from ptjax.methods.model_tuning import ModelTuning
+    from ptjax.methods.prefix_tuning import PrefixTuning
     from ptjax.methods.prompt_tuning import PromptTuning
     from ptjax.models.config import T5Config
     from ptjax.models.module_family import flax_module
@@ -93,6 +94,7 @@ _HOMES = {
     "ModelTuning": "ptjax.methods.model_tuning",
     "Prediction": "ptjax.inference.predict",
     "PrefixLM": "ptjax.data.mixture",
+    "PrefixTuning": "ptjax.methods.prefix_tuning",
     "PromptTuning": "ptjax.methods.prompt_tuning",
     "Report": "ptjax.reports.report",
     "Run": "ptjax.trainer.tune",
@@ -157,6 +159,7 @@ __all__ = [
     "ModelTuning",
     "Prediction",
     "PrefixLM",
+    "PrefixTuning",
     "PromptTuning",
     "Report",
     "Run",

@@ -34,6 +34,7 @@ MADE: Mapping[str, tuple[str, ...]] = {
         "MemberOverrides",
         "ModelTuning",
         "PrefixLM",
+        "PrefixTuning",
         "PromptTuning",
         "RunSettings",
         "SampledVocabulary",
