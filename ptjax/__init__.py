@@ -47,7 +47,9 @@ if TYPE_CHECKING:
         Uniform,
     )
     from ptjax.methods.model_tuning import ModelTuning
+    from ptjax.methods.p_tuning import PTuning
     from ptjax.methods.prompt_tuning import PromptTuning
+    from ptjax.methods.residual import ResidualPromptTuning
     from ptjax.models.config import T5Config
     from ptjax.models.module_family import flax_module
     from ptjax.planning.plan import plan
@@ -82,10 +84,12 @@ _HOMES = {
     "MixtureComponent": "ptjax.data.mixture",
     "MlflowTracker": "ptjax.trainer.trackers",
     "ModelTuning": "ptjax.methods.model_tuning",
+    "PTuning": "ptjax.methods.p_tuning",
     "Prediction": "ptjax.inference.predict",
     "PrefixLM": "ptjax.data.mixture",
     "PromptTuning": "ptjax.methods.prompt_tuning",
     "Report": "ptjax.reports.report",
+    "ResidualPromptTuning": "ptjax.methods.residual",
     "Run": "ptjax.trainer.tune",
     "RunSettings": "ptjax.settings",
     "SampledVocabulary": "ptjax.methods.initializers",
@@ -141,10 +145,12 @@ __all__ = [
     "MixtureComponent",
     "MlflowTracker",
     "ModelTuning",
+    "PTuning",
     "Prediction",
     "PrefixLM",
     "PromptTuning",
     "Report",
+    "ResidualPromptTuning",
     "Run",
     "RunSettings",
     "SampledVocabulary",
