@@ -37,8 +37,11 @@ if TYPE_CHECKING:
     from ptjax.inference.generate import generate
     from ptjax.inference.infer import infer, predict
     from ptjax.inference.predict import Prediction
-    from ptjax.interop.prompt_file import FromFile, load_prompt, load_prompts, save_prompt
+    from ptjax.interop.prompt_file import load_prompt, load_prompts, save_prompt
+    from ptjax.methods.adapter import Adapter, load_adapter
     from ptjax.methods.base import InitContext, Method
+    from ptjax.methods.bitfit import BitFit
+    from ptjax.methods.from_file import FromFile
     from ptjax.methods.initializers import (
         ClassLabels,
         FrequentWords,
@@ -66,14 +69,16 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Adafactor": "ptjax.training.optimizer",
+    "Adapter": "ptjax.methods.adapter",
     "Backbone": "ptjax.backbones.load",
     "Batching": "ptjax.data.batching",
+    "BitFit": "ptjax.methods.bitfit",
     "Callback": "ptjax.trainer.callbacks",
     "ClassLabels": "ptjax.methods.initializers",
     "Comparison": "ptjax.reports.report",
     "Evaluation": "ptjax.settings",
     "FrequentWords": "ptjax.methods.initializers",
-    "FromFile": "ptjax.interop.prompt_file",
+    "FromFile": "ptjax.methods.from_file",
     "FromText": "ptjax.methods.initializers",
     "HardPrompt": "ptjax.data.hard_prompt",
     "InitContext": "ptjax.methods.base",
@@ -108,6 +113,7 @@ _HOMES = {
     "forward": "ptjax.inference.forward",
     "generate": "ptjax.inference.generate",
     "infer": "ptjax.inference.infer",
+    "load_adapter": "ptjax.methods.adapter",
     "load_backbone": "ptjax.backbones.load",
     "load_prompt": "ptjax.interop.prompt_file",
     "load_prompts": "ptjax.interop.prompt_file",
@@ -127,8 +133,10 @@ _MODULES = {"preprocessors": "ptjax.data.catalogue"}
 
 __all__ = [
     "Adafactor",
+    "Adapter",
     "Backbone",
     "Batching",
+    "BitFit",
     "Callback",
     "ClassLabels",
     "Comparison",
@@ -169,6 +177,7 @@ __all__ = [
     "forward",
     "generate",
     "infer",
+    "load_adapter",
     "load_backbone",
     "load_prompt",
     "load_prompts",

@@ -92,7 +92,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         check_report(arguments.report, force=arguments.force)
     hard_prompt = read_hard_prompt(arguments)
     model_flags.load(arguments, reads_data=True)
-    if arguments.prompt is None and arguments.prompts is None:
+    if arguments.prompt is None and arguments.prompts is None and arguments.adapter is None:
         arguments.prompts = model_flags.trained_bank(arguments)
     many = arguments.prompts is not None
     prompt = model_flags.load_bank(arguments) if many else model_flags.load_prompt(arguments)
@@ -143,8 +143,8 @@ def read_hard_prompt(arguments: argparse.Namespace) -> HardPrompt | None:
     the backbone is scored without a tuned prompt.
 
     Raises:
-        InputError: --hard_prompt is combined with --prompt or --prompts, --shots is negative, or
-            it is set without --hard_prompt.
+        InputError: --hard_prompt is combined with --prompt, --prompts or --adapter, --shots is
+            negative, or it is set without --hard_prompt.
     """
     from ptjax.data.hard_prompt import HardPrompt
 
@@ -152,9 +152,9 @@ def read_hard_prompt(arguments: argparse.Namespace) -> HardPrompt | None:
         if arguments.shots:
             raise InputError("--shots belongs to a hard prompt: add --hard_prompt=TEXT")
         return None
-    for flag, value in (("--prompt", arguments.prompt), ("--prompts", arguments.prompts)):
-        if value is not None:
-            raise InputError(f"--hard_prompt and {flag} are mutually exclusive")
+    for name in ("prompt", "prompts", "adapter"):
+        if getattr(arguments, name) is not None:
+            raise InputError(f"--hard_prompt and --{name} are mutually exclusive")
     arguments.prompt = "none"
     return HardPrompt(arguments.hard_prompt, arguments.shots)
 

@@ -20,8 +20,9 @@ def main() -> None:
     parser = cli.make_parser(
         "export",
         """
-        Writes a prompt in another format. safetensors: ptjax's own file, one tensor `prompt` [P, D]
-        with its metadata in the header. kv_cache: the same file with precomputed keys and values of
+        Writes a prompt, or with --adapter what another method tuned, in another format.
+        safetensors: ptjax's own file, for a prompt one tensor `prompt` [P, D] with its metadata in
+        the header. kv_cache: the same file with precomputed keys and values of
         every layer of its backbone, for a prompt that does not see its input (SEES_INPUT = False).
         npy: the numpy file that google-research/prompt-tuning reads, without metadata. peft, or
         huggingface: a directory for peft.PeftModel.from_pretrained, with a model card; it needs
@@ -40,6 +41,11 @@ def main() -> None:
         help="any prompt that ptjax reads; default: the best one of MODEL_DIR",
     )
     parser.add_argument("--prompt", metavar="PATH", help="the same, as the flag of other commands")
+    parser.add_argument(
+        "--adapter",
+        metavar="FILE",
+        help="instead of a prompt: what another method tuned; for safetensors and peft",
+    )
     parser.add_argument("--to", required=True, choices=FORMATS, help="the format")
     parser.add_argument("--output", required=True, metavar="PATH", help="a file, or a directory")
     parser.add_argument("--model_dir", metavar="DIR", help="what `python -m ptjax.train` wrote")
@@ -81,13 +87,15 @@ def run_export(arguments: argparse.Namespace) -> None:
         read = [os.path.expanduser(source), *model_flags.inputs(arguments)]
         output.check(arguments.output, force=arguments.force, inputs=read)
         backbone = None
-        if arguments.to == "kv_cache" and not prompt.attends_to_input:
+        if arguments.to == "kv_cache" and not getattr(prompt, "attends_to_input", True):
             backbone = model_flags.load_backbone(arguments, prompt.metadata)
         with output.target(arguments.output) as real:
             write(real, backbone=backbone, force=True)
     path = os.path.expanduser(arguments.output)
     # The file itself may go to standard output.
-    report = f"{path}: {arguments.to}, {list(prompt.prompt.shape)} from {source}"
+    written = getattr(prompt, "prompt", None)
+    what = prompt.method.name if written is None else list(written.shape)
+    report = f"{path}: {arguments.to}, {what} from {source}"
     logging.info("%s", report) if output.is_stream(arguments.output) else output.show(report)
 
 

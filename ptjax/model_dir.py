@@ -16,10 +16,12 @@ BEST_PROMPT = f"prompts/{BEST}{PROMPT_SUFFIX}"
 BEST_PROMPTS = (f"{BEST}{PROMPT_SUFFIX}", BEST_PROMPT)
 """The paths of the best prompt within the folder of a sweep's member, and of a run."""
 LOCK = "run.lock"
-ExportKind = Literal["prompt", "model", "arrays"]
-"""The kind of a run's exports: prompts, tuned backbones, or arrays that only its method reads."""
+ExportKind = Literal["prompt", "adapter", "model", "arrays"]
+"""The kind of a run's exports: prompts, adapters, tuned backbones, or arrays that only the run's
+method reads."""
 _EXPORTS: dict[ExportKind, tuple[str, str]] = {
     "prompt": ("prompts", PROMPT_SUFFIX),
+    "adapter": ("adapters", PROMPT_SUFFIX),
     "model": ("models", ""),
     "arrays": ("arrays", PROMPT_SUFFIX),
 }
@@ -88,12 +90,12 @@ runs/quickstart/prompts/seed_0/best.safetensors
         return self.path / LOCK
 
     def exports(self, kind: ExportKind, member: str = "") -> epath.Path:
-        """The folder of a run's exports: the tuned prompts, backbones or arrays that it saves.
+        """The folder of a run's exports: the prompts, adapters, backbones or arrays that it saves.
 
         Each evaluation adds one, named after the training step; the best is copied to "best".
 
         Args:
-            kind: "prompt", "model" or "arrays", which determines the folder's name.
+            kind: "prompt", "adapter", "model" or "arrays", which determines the folder's name.
             member: the name of a member of a sweep, which has its own subfolder; "" in an ordinary
                 run.
         """
@@ -111,6 +113,11 @@ runs/quickstart/prompts/seed_0/best.safetensors
     def best_prompt(self, member: str = "") -> epath.Path:
         """The file of a member's best prompt; `member` is "" in an ordinary run."""
         return self.prompts(member) / f"{BEST}{PROMPT_SUFFIX}"
+
+    @property
+    def best_adapter(self) -> epath.Path:
+        """The file of the best adapter, of a run whose method exports adapters."""
+        return self.exports("adapter") / f"{BEST}{PROMPT_SUFFIX}"
 
     @classmethod
     def of_best_prompt(cls, path: PathLike) -> tuple[ModelDir, str] | None:

@@ -20,6 +20,7 @@ from ptjax.data.tokenizer import Tokenizer
 from ptjax.errors import InputError, check_path
 from ptjax.files import JsonObject
 from ptjax.interop import peft, t5x
+from ptjax.interop.adapter_file import METHOD, is_adapter, read_adapter
 from ptjax.interop.hub import PROMPT
 from ptjax.interop.prompt_file import PromptFile, load_prompt, prompts_below, wrong_width
 from ptjax.model_dir import ModelDir
@@ -31,13 +32,14 @@ def describe(
     """Describes a file or folder as JSON values. Reads only a sample of a backbone's weights.
 
     Args:
-        path: a prompt, MODEL_DIR, one of its checkpoints, or a backbone (as for `load_backbone`).
+        path: a prompt, an adapter, MODEL_DIR, one of its checkpoints, or a backbone (as for
+            `load_backbone`).
         tokenizer: a backbone's tokenizer, as for `load_backbone`.
         **config_overrides: as for `load_backbone`.
 
     Returns:
-        the entry "kind" ("prompt", "run", "checkpoint" or "backbone"), and the entries that the
-        function for this kind returns, such as `describe_prompt`.
+        the entry "kind" ("prompt", "adapter", "run", "checkpoint" or "backbone"), and the entries
+        that the function for this kind returns, such as `describe_prompt`.
 
     Raises:
         InputError: the path is of no such kind, or its content is damaged.
@@ -50,6 +52,8 @@ def describe(
     if (place / "identity").is_dir() and (place / "state").is_dir():
         return {"kind": "checkpoint"} | describe_checkpoint(place)
     saved = (place / PROMPT).exists() or peft.is_peft(place)
+    if place.is_file() and is_adapter(place):
+        return {"kind": "adapter"} | describe_adapter(place)
     if saved or (place.is_file() and place.name != "checkpoint"):
         return {"kind": "prompt", "path": os.fspath(path)} | describe_prompt(load_prompt(place))
     backbone_here = t5x.is_t5x(place) or (place / "config.json").exists()
@@ -123,12 +127,27 @@ def describe_prompt(file: PromptFile) -> JsonObject:
     }
 
 
+def describe_adapter(path: epath.Path) -> JsonObject:
+    """Describes an adapter file: its method, size, arrays and metadata."""
+    arrays, metadata = read_adapter(path)
+    method = metadata.pop(METHOD)
+    return {
+        "path": os.fspath(path),
+        "method": method,
+        "parameters": sum(array.size for array in arrays.values()),
+        "bytes": sum(array.nbytes for array in arrays.values()),
+        "arrays": {name: list(array.shape) for name, array in arrays.items()},
+        "metadata": metadata,
+    }
+
+
 def describe_run(model_dir: epath.Path) -> JsonObject:
     """Describes the run in a MODEL_DIR: its results, and the step of its newest checkpoint.
 
     These are None if they do not exist. If the run has saved a best prompt, best prompts of the
-    members of a sweep, or a best model, the entries "best_prompt", "best_prompts" or "best_model"
-    contain their paths. "best_prompt" also has the entries of `describe_prompt`.
+    members of a sweep, a best adapter or a best model, the entries "best_prompt", "best_prompts",
+    "best_adapter" or "best_model" contain their paths. "best_prompt" also has the entries of
+    `describe_prompt`, "best_adapter" those of `describe_adapter`.
     """
     run = ModelDir(model_dir)
     described: JsonObject = {
@@ -141,6 +160,8 @@ def describe_run(model_dir: epath.Path) -> JsonObject:
         described["best_prompts"] = {name: os.fspath(run.best_prompt(name)) for name in members}
     if (best := run.best_prompt()).exists():
         described["best_prompt"] = {"path": os.fspath(best)} | describe_prompt(load_prompt(best))
+    if run.best_adapter.exists():
+        described["best_adapter"] = describe_adapter(run.best_adapter)
     if run.best_model.exists():
         described["best_model"] = os.fspath(run.best_model)
     return described

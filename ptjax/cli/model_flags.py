@@ -29,6 +29,8 @@ _PROMPTS = (
     "*.safetensors", "*.npy", "*/adapter_*", *(f"*/{best}" for best in BEST_PROMPTS)
 )  # fmt: skip
 """Patterns of the files that --prompts=DIR reads."""
+_CHOICES = ("prompt", "prompts", "adapter")
+"""The flags of which one at most may be set."""
 
 
 def add_flags(parser: argparse.ArgumentParser, many: str) -> None:
@@ -42,7 +44,7 @@ def add_flags(parser: argparse.ArgumentParser, many: str) -> None:
         "--model_dir",
         metavar="DIR",
         help="what `python -m ptjax.train` wrote: its config.gin (unless --gin_file is given) "
-        "and its best prompt are used",
+        "and its best prompt or adapter are used",
     )
     group.add_argument(
         "--prompt",
@@ -58,6 +60,11 @@ def add_flags(parser: argparse.ArgumentParser, many: str) -> None:
     )
     add_tokenizer_flag(group)
     group.add_argument("--prompts", metavar="DIR", help=many)
+    group.add_argument(
+        "--adapter",
+        metavar="FILE",
+        help="instead of a prompt: what another method tuned, such as LoRA",
+    )
     group.add_argument(
         "--allow_mismatch",
         action="store_true",
@@ -103,11 +110,12 @@ def load(arguments: argparse.Namespace, *, reads_data: bool = False) -> None:
         reads_data: whether the command reads the task's splits, which needs DATA_DIR.
 
     Raises:
-        InputError: --prompt and --prompts are both set, MODEL_DIR does not exist, or `load_gin`
-            finds a mistake in a gin file or binding.
+        InputError: two of --prompt, --prompts and --adapter are set, MODEL_DIR does not exist, or
+            `load_gin` finds a mistake in a gin file or binding.
     """
-    if arguments.prompts is not None and arguments.prompt is not None:
-        raise InputError("--prompt and --prompts are mutually exclusive")
+    chosen = [name for name in _CHOICES if getattr(arguments, name) is not None]
+    if len(chosen) > 1:
+        raise InputError(f"--{chosen[0]} and --{chosen[1]} are mutually exclusive")
     macros, config = {}, None
     if arguments.model_dir is not None:
         model_dir = epath.Path(arguments.model_dir).expanduser()
@@ -133,11 +141,17 @@ def inputs(arguments: argparse.Namespace) -> list[str]:
 
     They are the inputs of the command, which --output must not overwrite.
     """
-    flags = [arguments.prompt, arguments.backbone, arguments.tokenizer, *arguments.gin_file]
+    flags = [
+        arguments.prompt,
+        arguments.adapter,
+        arguments.backbone,
+        arguments.tokenizer,
+        *arguments.gin_file,
+    ]
     paths = [epath.Path(name).expanduser() for name in flags if name and "://" not in name]
     if arguments.model_dir is not None and "://" not in arguments.model_dir:
         run = ModelDir(epath.Path(arguments.model_dir).expanduser())
-        paths += [run.config, run.best_prompt(), run.best_model]
+        paths += [run.config, run.best_prompt(), run.best_adapter, run.best_model]
         paths += map(run.best_prompt, run.members())
     if arguments.prompts is not None and "://" not in arguments.prompts:
         directory = epath.Path(arguments.prompts).expanduser()
@@ -158,15 +172,17 @@ def model_dir(arguments: argparse.Namespace) -> epath.Path | None:
 
 
 def prompt_path(arguments: argparse.Namespace) -> str | None:
-    """The path of the prompt: --prompt, else the best one in MODEL_DIR.
+    """The path of the prompt or adapter: --prompt or --adapter, else the best one in MODEL_DIR.
 
-    None if no prompt is used: --prompt is "none", or the run in MODEL_DIR tuned the whole model.
+    None if neither is used: --prompt is "none", or the run in MODEL_DIR tuned the whole model.
 
     Raises:
         InputError: neither --prompt nor MODEL_DIR is set, or MODEL_DIR holds no prompt or a sweep.
     """
     if arguments.prompt is not None:
         return None if arguments.prompt == "none" else arguments.prompt
+    if arguments.adapter is not None:
+        return arguments.adapter
     directory = model_dir(arguments)
     if directory is None:
         raise InputError(
@@ -174,8 +190,9 @@ def prompt_path(arguments: argparse.Namespace) -> str | None:
             "backbone alone"
         )
     run = ModelDir(directory)
-    if run.best_prompt().exists():
-        return os.fspath(run.best_prompt())
+    for best in (run.best_prompt(), run.best_adapter):
+        if best.exists():
+            return os.fspath(best)
     if run.best_model.exists():
         return None
     if names := run.members():
@@ -204,8 +221,8 @@ def load_backbone(arguments: argparse.Namespace, metadata: Metadata) -> Backbone
     """Loads the backbone, with the gin files' settings of `load_backbone`.
 
     Its path is the first of these that exists: --backbone; the model that the run in MODEL_DIR
-    tuned (ignored if --prompt or --prompts is set); the path in the gin files; the name of the
-    backbone in the prompt's metadata.
+    tuned (ignored if --prompt, --prompts or --adapter is set); the path in the gin files; the name
+    of the backbone in the prompt's metadata.
 
     Args:
         arguments: the parsed flags.
@@ -217,7 +234,7 @@ def load_backbone(arguments: argparse.Namespace, metadata: Metadata) -> Backbone
     from ptjax.backbones import load
 
     path, directory = arguments.backbone, model_dir(arguments)
-    named_here = arguments.prompt is not None or arguments.prompts is not None
+    named_here = any(getattr(arguments, name) is not None for name in _CHOICES)
     if path is None and not named_here and directory is not None:
         run = ModelDir(directory)
         if run.best_model.exists() and not run.best_prompt().exists():
@@ -257,11 +274,18 @@ def naming_it(name: str) -> Iterator[None]:
 
 
 def load_prompt(arguments: argparse.Namespace) -> Any:
-    """Loads the prompt at `prompt_path`, as a `PromptFile`; None if no prompt is used."""
+    """Loads what is at `prompt_path`, a `PromptFile` or an `Adapter`; None if neither is used."""
     from ptjax.interop import prompt_file
+    from ptjax.methods.adapter import load_adapter
 
     path = prompt_path(arguments)
-    return None if path is None else prompt_file.load_prompt(path)
+    if path is None:
+        return None
+    directory = model_dir(arguments)
+    of_run = None if directory is None else os.fspath(ModelDir(directory).best_adapter)
+    if arguments.adapter is not None or (arguments.prompt is None and path == of_run):
+        return load_adapter(path)
+    return prompt_file.load_prompt(path)
 
 
 def load_bank(arguments: argparse.Namespace) -> Any:

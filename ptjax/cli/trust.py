@@ -21,6 +21,7 @@ MADE: Mapping[str, tuple[str, ...]] = {
     "ptjax": (
         "Adafactor",
         "Batching",
+        "BitFit",
         "ClassLabels",
         "Evaluation",
         "FrequentWords",

@@ -23,6 +23,8 @@ from ptjax.inference.model import bind
 from ptjax.inference.prompts import Prompt, PromptLike, load_any, open_prompt
 from ptjax.inference.records import recorded_lengths
 from ptjax.interop.prompt_file import PromptFile
+from ptjax.methods.adapter import Adapter
+from ptjax.methods.base import run_with
 from ptjax.output import Writing, check_fields, json_lines, prefixed, write
 from ptjax.output import check as check_output
 from ptjax.settings import Evaluation, Predict
@@ -54,15 +56,14 @@ def evaluate(
         {'accuracy': 0.94}
 
     Args:
-        prompt: as for `ptjax.forward`; or a `ptjax.HardPrompt`, whose text and shots are scored
-            with the backbone alone.
+        prompt: as for `ptjax.forward`; or a `ptjax.HardPrompt`, scored with the backbone alone.
         split: a split of the task; default: "test" if the task has it, else "validation".
         examples: score at most this many, evenly spread over the split; default: all.
         predict: "rank" compares the likelihoods of a closed set of labels, "decode" generates
             greedily; "auto" ranks if the task has a closed set.
         batch_size: the number of examples that are computed at once.
-        feature_lengths: the maximum numbers of tokens, {"inputs": T, "targets": L}, for a prompt
-            whose metadata lack them, and for the backbone alone; default: 512 and 16.
+        feature_lengths: the maximum numbers of tokens, {"inputs": T, "targets": L}, if a prompt's
+            metadata lack them; default: 512 and 16.
         seed: determines which training examples are the shots of a hard prompt.
         allow_mismatch: only warn if a prompt was tuned on another backbone or tokenizer.
         report: a folder for `report.json` and `report.html`; that of the prompt's own run adds its
@@ -95,6 +96,7 @@ def evaluate(
         {**FEATURE_LENGTHS, **(feature_lengths or {}), **recorded_lengths(metadata)},
         Evaluation(examples=examples, predict=predict, batch_size=batch_size),
         isinstance(opened, PromptBank) or opened is None or opened.attends_to_input,
+        run_with(opened.method, backbone) if isinstance(opened, Adapter) else None,
     )
     split = split or reported_split(task)
     check_rows(evaluator, split, many=isinstance(opened, PromptBank), **writing)
@@ -215,7 +217,7 @@ def rewording_of(
 
 def evaluate_prompt(
     evaluator: Evaluator,
-    prompt: PromptFile | None,
+    prompt: PromptFile | Adapter | None,
     split: str,
     rewording: Callable[[str], str] | None = None,
 ) -> tuple[JsonObject, list[JsonObject], dict[str, JsonObject]]:
@@ -237,7 +239,7 @@ def evaluate_prompt(
     metrics = evaluator.score(predictions, split)
     scores = {"value": metrics[evaluator.metric], "metrics": metrics}
     record = record_predictions(evaluator, split, predictions, likelihoods)
-    record["prompt_rows"] = nearest_to_rows(evaluator.backbone, prompt and prompt.prompt)
+    record["prompt_rows"] = nearest_to_rows(evaluator.backbone, getattr(prompt, "prompt", None))
     return scores, [{"prediction": prediction} for prediction in predictions], {"": record}
 
 

@@ -17,6 +17,7 @@ from ptjax.errors import InputError, listing, near
 from ptjax.files import JsonObject, PathLike
 from ptjax.inference.capacity import bank_capacity
 from ptjax.interop.prompt_file import NO_PROMPT, PromptFile, load_prompt
+from ptjax.methods.adapter import Adapter
 from ptjax.models.prompt import NO_PROMPT_ID, Bank, stack_prompts
 from ptjax.sharding.arrays import replicated
 
@@ -62,8 +63,14 @@ def wrap_prompt(prompt: SinglePrompt) -> PromptFile:
     return PromptFile(prompt.prompt, metadata, getattr(prompt, "states", None))
 
 
+def _alone(adapter: Adapter) -> str:
+    return f"{adapter.method.name} changes the network for all rows of a batch, so it runs alone"
+
+
 def _not_a_prompt(prompt: object, advice: str = "") -> InputError:
     name = type(prompt).__name__
+    if isinstance(prompt, Adapter):
+        advice = f"; {_alone(prompt)}"
     if isinstance(prompt, Mapping):
         advice = "; make a bank of several prompts with ptjax.make_bank"
     elif isinstance(prompt, HardPrompt):
@@ -171,7 +178,7 @@ def place_bank(bank: Bank, mesh: Mesh) -> Bank:
 
 
 def choose_prompts(
-    prompt: PromptFile | PromptBank | None, prompt_ids: PromptIds, count: int
+    prompt: PromptFile | PromptBank | Adapter | None, prompt_ids: PromptIds, count: int
 ) -> Int[np.ndarray, " B"] | None:
     """Converts `prompt_ids` to the numbers of a bank's prompts, int32 [count].
 
@@ -186,6 +193,8 @@ def choose_prompts(
             entries, or has an entry that is not in the bank (the message names its index).
     """
     if not isinstance(prompt, PromptBank):
+        if prompt_ids is not None and isinstance(prompt, Adapter):
+            raise InputError(f"prompt_ids choose prompts; {_alone(prompt)}")
         if prompt_ids is not None:
             raise InputError("prompt_ids choose from a bank of prompts; make one with make_bank")
         return None

@@ -19,8 +19,10 @@ from ptjax.inference.bank import SinglePrompt, wrap_prompt
 from ptjax.inference.prompt_kv import precompute_prompt_kv
 from ptjax.inference.prompts import check_prompt
 from ptjax.interop import peft, t5x, t5x_write
+from ptjax.interop.adapter_file import save_adapter
 from ptjax.interop.prompt_file import PromptFile, save_prompt, wrong_width
 from ptjax.interop.write_prompt import check_folder, hub_id, with_run, write_card
+from ptjax.methods.adapter import Adapter
 
 ExportFormat = Literal["safetensors", "kv_cache", "npy", "peft", "huggingface", "t5x"]
 """The formats of `export`; "peft" and "huggingface" are two names of one."""
@@ -33,14 +35,14 @@ _NEEDED_FOR = {"t5x": "T5X checkpoint"}
 
 
 def export(
-    prompt: SinglePrompt,
+    prompt: SinglePrompt | Adapter,
     output: PathLike,
     *,
     to: ExportFormat,
     backbone: Backbone | PathLike | None = None,
     force: bool = False,
 ) -> epath.Path:
-    """Writes a prompt in another format; returns the path, with `~` expanded.
+    """Writes a prompt or an adapter in another format; returns the path, with `~` expanded.
 
     - "safetensors": ptjax's own file, with the metadata in its header.
     - "kv_cache": the same file with the keys and values that every layer of the backbone computes
@@ -52,7 +54,8 @@ def export(
       `encoder/prompt/prompt/prompt`. It shares its other files with the original by hard links.
 
     Args:
-        prompt: as for `ptjax.forward`: a prompt, a path or name that `load_prompt` takes, an array.
+        prompt: as for `ptjax.forward`: a prompt, a path or name that `load_prompt` takes, an array;
+            or the result of `load_adapter`, for "safetensors" and, if PEFT has the method, "peft".
         output: a file; for "peft" a folder, for "t5x" a new one.
         backbone: the backbone or its path, which "kv_cache", "peft" and "t5x" need; default: the
             one that the prompt was tuned on. For "t5x" it must be a T5X checkpoint.
@@ -66,6 +69,8 @@ def export(
     if to not in FORMATS:
         raise InputError(f"to = {to!r}: not a format of export{near(str(to), FORMATS)}")
     check_path("the path of the output", output)
+    if isinstance(prompt, Adapter):
+        return _export_adapter(prompt, epath.Path(output).expanduser(), to, backbone, force=force)
     wrapped = wrap_prompt(prompt)
     array, metadata = np.asarray(wrapped.prompt, np.float32), getattr(wrapped, "metadata", {})
     file = PromptFile(array, metadata, getattr(wrapped, "states", None))
@@ -96,6 +101,25 @@ def export(
         save_prompt(target, array, {**compiled.metadata, **metadata}, compiled.states)
     else:
         save_prompt(target, array, metadata)
+    return target
+
+
+def _export_adapter(
+    adapter: Adapter,
+    target: epath.Path,
+    to: ExportFormat,
+    backbone: Backbone | PathLike | None,
+    *,
+    force: bool,
+) -> epath.Path:
+    if to not in ("safetensors", *PEFT):
+        raise InputError(f"--to={to} is a format of prompts, not of {adapter.method.name}")
+    _check_output(target, force=force, folder=to in PEFT)
+    if to in PEFT:
+        opened = _open(backbone, adapter.metadata, to)
+        adapter.method.export_peft(target, adapter.arrays, opened)
+    else:
+        save_adapter(target, adapter.arrays, adapter.metadata)
     return target
 
 

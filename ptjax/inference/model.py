@@ -14,6 +14,8 @@ from ptjax.data.batch import SpecialIds
 from ptjax.data.tokenizer import Tokenizer
 from ptjax.inference.bank import PromptBank
 from ptjax.inference.prompts import Prompt
+from ptjax.methods.adapter import Adapter
+from ptjax.methods.base import run_with
 from ptjax.models.family import ApplyFn, check_supported
 from ptjax.models.prompted import with_prompt
 from ptjax.sharding.arrays import replicated
@@ -44,12 +46,12 @@ class Model:
 
 
 def bind(backbone: Backbone, prompt: Prompt = None, apply_fn: ApplyFn | None = None) -> Model:
-    """Makes the model of a backbone with a prompt, or without one.
+    """Makes the model of a backbone with a prompt, with what another method tuned, or alone.
 
     Args:
         prompt: the result of `open_prompt`.
         apply_fn: the network's function, if a method has wrapped it. None builds the backbone's
-            function for this kind of prompt.
+            function for this kind of prompt. That of an adapter is always its method's.
 
     Raises:
         InputError: the network does not support prompts that do not attend to the input.
@@ -61,6 +63,10 @@ def bind(backbone: Backbone, prompt: Prompt = None, apply_fn: ApplyFn | None = N
         variables = with_prompt(backbone.variables, prompt.arrays)
     elif prompt is None:
         variables = with_prompt(backbone.variables, None)
+    elif isinstance(prompt, Adapter):
+        assert prompt.variables is not None  # `open_prompt` has placed them
+        apply_fn = run_with(prompt.method, backbone)
+        variables = with_prompt(backbone.variables, None) | prompt.variables
     else:
         attends, place = prompt.attends_to_input, replicated(backbone.mesh)
         if prompt.states is None:

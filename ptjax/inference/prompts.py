@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import weakref
@@ -13,23 +14,25 @@ from absl import logging
 from jaxtyping import Array
 
 from ptjax.backbones.load import Backbone, check_backbone
+from ptjax.data.batching import Batching
 from ptjax.errors import InputError
 from ptjax.files import JsonObject, Metadata
 from ptjax.inference.bank import BarePrompt, PromptBank, SinglePrompt, place_bank, wrap_prompt
 from ptjax.interop import prompt_header
 from ptjax.interop.prompt_file import PromptFile, wrong_width
+from ptjax.methods.adapter import Adapter, place
 from ptjax.models.t5 import PromptStates
 
-Prompt = PromptFile | PromptBank | None
-"""What inference works with: a prompt, a bank from which each row chooses one, or no prompt."""
-PromptLike = SinglePrompt | PromptBank | None
+Opened = PromptFile | PromptBank | Adapter
+Prompt = Opened | None
+"""What inference works with: a prompt, a bank from which each row chooses one, an adapter, or the
+backbone alone (None)."""
+PromptLike = SinglePrompt | PromptBank | Adapter | None
 """What callers may pass: a `Prompt`, an array [P, D], an object with a `.prompt`, or a path."""
 
-T = TypeVar("T", PromptFile, PromptBank)
+T = TypeVar("T", PromptFile, PromptBank, Adapter)
 
-_OPENED: weakref.WeakKeyDictionary[
-    PromptFile | PromptBank, dict[Hashable, PromptFile | PromptBank | None]
-] = weakref.WeakKeyDictionary()
+_OPENED: weakref.WeakKeyDictionary[Opened, dict[Hashable, Prompt]] = weakref.WeakKeyDictionary()
 """Prompt -> backbone -> the prompt as `open_prompt` returned it; None is the prompt itself."""
 WARNED: set[bytes] = set()
 """Digests of the warnings about a prompt on a backbone: each is logged once, also when the same
@@ -57,6 +60,8 @@ def open_prompt(backbone: Backbone, prompt: PromptLike, *, allow_mismatch: bool 
     if key not in opened:
         if isinstance(wrapped, PromptBank):
             checked = check_bank(backbone, wrapped, allow_mismatch=allow_mismatch)
+        elif isinstance(wrapped, Adapter):
+            checked = check_adapter(backbone, wrapped, allow_mismatch=allow_mismatch)
         else:
             checked = check_prompt(backbone, wrapped, allow_mismatch=allow_mismatch)
         opened[key] = None if checked is wrapped else checked  # a value must not keep its key alive
@@ -69,18 +74,20 @@ def load_any(prompt: PromptLike) -> Prompt:
     Raises:
         InputError: as for `wrap_prompt`.
     """
-    return prompt if prompt is None or isinstance(prompt, PromptBank) else wrap_prompt(prompt)
+    return prompt if isinstance(prompt, PromptBank | Adapter | None) else wrap_prompt(prompt)
 
 
 def open_single(backbone: Backbone, prompt: PromptLike) -> PromptFile | None:
-    """Opens a prompt like `open_prompt`, but accepts no bank; returns None for None.
+    """Opens a prompt like `open_prompt`, but no bank or adapter; returns None for None.
 
     Raises:
-        InputError: as for `open_prompt`, or `prompt` is a bank.
+        InputError: as for `open_prompt`, or `prompt` is a bank or an adapter.
     """
     opened = open_prompt(backbone, prompt)
     if isinstance(opened, PromptBank):
         raise InputError("one prompt is needed here, not a bank of them")
+    if isinstance(opened, Adapter):
+        raise InputError(f"a prompt is needed here, not an adapter ({opened.method.name})")
     return opened
 
 
@@ -153,6 +160,30 @@ def check_bank(backbone: Backbone, bank: PromptBank, *, allow_mismatch: bool = F
     return _remember(backbone, PromptBank(bank.names, arrays, tuple(checked)))
 
 
+def check_adapter(backbone: Backbone, adapter: Adapter, *, allow_mismatch: bool = False) -> Adapter:
+    """Checks that a method's adapter was tuned on this backbone, like `check_prompt`.
+
+    Returns:
+        The adapter with this backbone's fingerprints; its arrays are on the backbone's mesh.
+
+    Raises:
+        InputError: the network cannot run the method, or shapes, fingerprints or special ids
+            differ from the backbone's.
+    """
+    adapter.method.check(backbone, Batching())
+    variables = place(adapter, backbone)
+    checked = _check_origin(
+        backbone,
+        None,
+        lambda: next(iter(adapter.arrays.values())),
+        adapter.metadata,
+        f"the adapter ({adapter.method.name})",
+        allow_mismatch,
+    )
+    opened = dataclasses.replace(adapter, metadata=checked, variables=variables)
+    return _remember(backbone, opened)
+
+
 def _key(backbone: Backbone, allow_mismatch: bool) -> Hashable:
     """What the checks of a prompt depend on."""
     tokenizer = backbone.tokenizer
@@ -162,6 +193,7 @@ def _key(backbone: Backbone, allow_mismatch: bool) -> Hashable:
         tokenizer.fingerprint if tokenizer else None,
         backbone.config.special_ids,
         backbone.mesh,
+        getattr(backbone.config, "scan_layers", None),  # an adapter's arrays are stacked like it
         allow_mismatch,
     )
 
@@ -184,7 +216,7 @@ def _log_partial_check(called: str, backbone: Backbone) -> None:
 
 def _check_origin(
     backbone: Backbone,
-    shape: Sequence[int],
+    shape: Sequence[int] | None,
     matrix: Callable[[], np.ndarray | Array],
     metadata: Metadata,
     called: str,
@@ -193,7 +225,8 @@ def _check_origin(
     """`check_prompt` of a prompt's metadata.
 
     Args:
-        shape, matrix: of the prompt; the matrix is fetched for a warning alone.
+        shape, matrix: of the prompt; the matrix is fetched for a warning alone. None: the shape
+            was checked before.
         called: the prompt's name in messages.
 
     Returns:
@@ -201,7 +234,7 @@ def _check_origin(
     """
     warn = functools.partial(_warn_once, backbone, matrix)
     width = backbone.config.emb_dim
-    if shape[-1] != width:
+    if shape is not None and shape[-1] != width:
         raise wrong_width(called, shape, backbone.name, width, metadata.get("backbone_name"))
     tokenizer = backbone.tokenizer
     name = metadata.get("backbone_name")

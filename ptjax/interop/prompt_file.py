@@ -12,7 +12,6 @@ import os
 import pathlib
 import tempfile
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -21,7 +20,7 @@ from etils import epath
 from jaxtyping import Array
 
 from ptjax import untrusted
-from ptjax.errors import InputError, check_path, gin_flag, missing
+from ptjax.errors import InputError, check_path, missing
 from ptjax.files import JsonObject
 from ptjax.interop import hub, model_card, peft, prompt_header, safetensors_file, t5x
 from ptjax.interop.lazy_array import LazyArray
@@ -217,6 +216,11 @@ def _file_in(folder: epath.Path) -> epath.Path:
             f"{folder}: the run tuned the whole model, and has no prompt; load the model, "
             f"{run.best_model}, with ptjax.load_backbone"
         )
+    if run.best_adapter.exists():
+        raise InputError(
+            f"{folder}: the run has an adapter, {run.best_adapter}, and no prompt; load it with "
+            "ptjax.load_adapter"
+        )
     # A MODEL_DIR of T5X has a config.gin too.
     if run.config.exists() and not peft.is_peft(folder) and not t5x.is_t5x(folder):
         raise InputError(f"{folder}: the run has saved no best prompt yet; let it evaluate once")
@@ -333,6 +337,11 @@ def _load_numpy(path: epath.Path) -> np.ndarray:
 
 def _load_safetensors(path: epath.Path) -> PromptFile:
     arrays, header = safetensors_file.open_safetensors(path)
+    if "method" in header:
+        raise InputError(
+            f"{path} holds an adapter, not a prompt; give it with --adapter, or load it with "
+            "ptjax.load_adapter"
+        )
     if TENSOR not in arrays:
         raise InputError(f"{path}: the file holds {sorted(arrays)[:3]}, not the tensor {TENSOR!r}")
     sealed = prompt_header.is_sealed(header)
@@ -370,31 +379,3 @@ def _load_states(path: epath.Path, arrays: Mapping[str, LazyArray]) -> PromptSta
             raise InputError(f"{path}: {pair[0]} or {pair[1]} is not finite")
         stacks.append((keys, values))
     return PromptStates(*stacks)
-
-
-@dataclasses.dataclass(frozen=True)
-class FromFile:
-    """Initialises a prompt from any file that `load_prompt` reads, as SPoT (Vu et al. 2022) does.
-
-    A `FromFile` is called to make the initial prompt. It raises an `InputError` if the prompt in
-    the file does not have the run's prompt length.
-    """
-
-    path: str | os.PathLike[str]
-
-    def __call__(self, key: Any, length: int, context: Any) -> np.ndarray:
-        prompt = np.asarray(load_prompt(self.path).prompt)
-        if len(prompt) != length:
-            raise InputError(
-                f"{self.path}: {len(prompt)} rows, but the run expects {length}; set "
-                + gin_flag("PROMPT_LENGTH", len(prompt))
-            )
-        return prompt
-
-    def identity(self) -> JsonObject:
-        """Returns {"path": array}: the prompt in the file, in place of the file's path.
-
-        `identity.describe` adds it to the identity of a run. Only a run with the same identity can
-        resume a MODEL_DIR; the file may have moved, but must hold the same prompt.
-        """
-        return {"path": load_prompt(self.path).prompt}

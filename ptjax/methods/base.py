@@ -7,7 +7,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
 import jax
@@ -43,6 +44,8 @@ class InitContext:
             template.
         config: the network's config.
         member: in a sweep, the name of the member, for messages; "" in an ordinary run.
+        backbone: the frozen network itself, for a method that starts from its parameters or from
+            what it computes.
     """
 
     embedding: jax.Array
@@ -51,6 +54,7 @@ class InitContext:
     texts: Callable[[], Iterable[str]]
     config: Config | None = None
     member: str = ""
+    backbone: Backbone | None = None
 
     def rows(self, ids: Sequence[int] | np.ndarray | Array) -> Float[Array, "n D"]:
         """Returns the embeddings of token ids, in float32."""
@@ -108,8 +112,8 @@ class Method(Protocol):
             weights; any other collection starts with the values of `init`, replicated on every
             device.
         exports: what `save` writes (an "export"). "prompt": a file that `load_prompt` reads;
-            "model": a folder that `load_backbone` reads; "arrays": a safetensors file that only
-            `load` reads.
+            "adapter": a file that `load_adapter` reads, of an `AdapterMethod`; "model": a folder
+            that `load_backbone` reads; "arrays": a safetensors file that only `load` reads.
         supports_rows: whether the rows of a batch may use different prompts; if so, `load` must
             return a prompt [P, D].
         supports_sweep: whether a sweep may train many members at once with one frozen network.
@@ -209,4 +213,13 @@ def run_with(method: Method, backbone: FrozenNetwork) -> ApplyFn:
     The network's modules can read the method's own collection (`Method.collection`).
     """
     collections = () if method.collection in BUILT_IN else (method.collection,)
-    return method.wrap(backbone.make_apply_fn(method.attends_to_input, collections))
+    apply_fn = backbone.make_apply_fn(method.attends_to_input, collections)
+    if isinstance(method, Hashable) and isinstance(apply_fn, Hashable):
+        return _wrapped(method, apply_fn)
+    return method.wrap(apply_fn)
+
+
+@functools.lru_cache(maxsize=64)
+def _wrapped(method: Method, apply_fn: ApplyFn) -> ApplyFn:
+    """Equal methods give the same function, so that `jax.jit` finds it in its cache."""
+    return method.wrap(apply_fn)

@@ -129,6 +129,7 @@ def _init(method: Method, data: TaskData, seed: int, name: str) -> Tree:
         texts=lambda: (example.inputs for example in data.train),
         config=backbone.config,
         member=name,
+        backbone=backbone,
     )
     # A stream of its own: the same seed drives dropout through the train state's key.
     key = jax.random.fold_in(jax.random.key(seed), 1)

@@ -18,6 +18,7 @@ from ptjax.errors import InputError, check_path, kind_of, one_line
 from ptjax.files import JsonObject, PathLike
 from ptjax.gin_text import describe_call
 from ptjax.interop.prompt_file import PromptFile, load_prompt
+from ptjax.methods.adapter import Adapter, load_adapter
 from ptjax.model_dir import BEST, ModelDir
 from ptjax.reports.files import write_page
 from ptjax.reports.report import Report
@@ -83,11 +84,18 @@ class Run:
     def prompt(self) -> PromptFile | None:
         """The best prompt, read from its file; in a sweep the best member's.
 
-        None if no prompt was tuned, before the first evaluation, and after a dry run.
+        None if another method was used (see `adapter`), before the first evaluation, and after a
+        dry run.
         """
         member = self.results["best"]["member"] if "members" in self.results else ""
         path = ModelDir(self.model_dir).best_prompt(member)
         return load_prompt(path) if self.results and path.exists() else None
+
+    @functools.cached_property
+    def adapter(self) -> Adapter | None:
+        """The best adapter, of a run whose method exports adapters; otherwise as `prompt`."""
+        path = ModelDir(self.model_dir).best_adapter
+        return load_adapter(path) if self.results and path.exists() else None
 
     def report(self) -> Report:
         """Reads the run's report: print it, or show it in a notebook.

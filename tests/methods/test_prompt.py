@@ -10,8 +10,9 @@ import pytest
 
 from ptjax.data.tokenizer import load_tokenizer
 from ptjax.errors import InputError
-from ptjax.interop.prompt_file import FromFile, save_prompt
+from ptjax.interop.prompt_file import save_prompt
 from ptjax.methods.base import InitContext
+from ptjax.methods.from_file import FromFile
 from ptjax.methods.initializers import (
     ClassLabels,
     FrequentWords,

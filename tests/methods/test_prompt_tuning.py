@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from ptjax.errors import InputError
-from ptjax.interop.prompt_file import FromFile, save_prompt
+from ptjax.interop.prompt_file import save_prompt
 from ptjax.methods.base import InitContext
+from ptjax.methods.from_file import FromFile
 from ptjax.methods.initializers import ClassLabels, SampledVocabulary, Uniform
 from ptjax.methods.prompt_tuning import PromptTuning
 from ptjax.training.freeze import make_freeze

@@ -31,8 +31,9 @@ from ptjax.data.tasks import Task
 from ptjax.data.tokenizer import load_tokenizer
 from ptjax.errors import InputError
 from ptjax.interop import prompt_file
-from ptjax.interop.prompt_file import FromFile, load_prompt, save_prompt
+from ptjax.interop.prompt_file import load_prompt, save_prompt
 from ptjax.methods import initializers
+from ptjax.methods.from_file import FromFile
 from ptjax.methods.initializers import (
     ClassLabels,
     FrequentWords,

@@ -1,0 +1,71 @@
+"""BitFit: only the scales of the backbone's layer norms are trained (Ben Zaken et al. 2022).
+
+The paper trains every bias. T5's layers have none (section 2.1 of Raffel et al. 2020), so what is
+left of a layer norm, its scale, takes their place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+import numpy as np
+from jaxtyping import Array
+
+from ptjax.data.batching import Batching
+from ptjax.errors import InputError
+from ptjax.methods.adapter import AdapterMethod
+from ptjax.methods.base import FrozenNetwork, InitContext
+from ptjax.models.config import T5Config
+from ptjax.models.family import ApplyFn, Config
+from ptjax.models.t5 import parameter_shapes
+from ptjax.sharding import processes
+from ptjax.trees import Variables, flatten_paths, unflatten_paths
+
+_SCALE = "/scale"
+
+
+@dataclasses.dataclass(frozen=True)
+class BitFit(AdapterMethod):
+    """Trains a float32 copy of the scale of every layer norm [D], of a T5.
+
+    The copies are the collection `bitfit`, under the names of the originals; the network runs with
+    them in the place of these.
+    """
+
+    name: ClassVar[str] = "bitfit"
+    collection: ClassVar[str] = "bitfit"
+
+    def check(self, backbone: FrozenNetwork, batching: Batching) -> None:
+        if not isinstance(backbone.config, T5Config):
+            raise InputError("BitFit trains the scales of T5's layer norms; this is not a T5")
+
+    def variable_shapes(self, config: Config) -> Variables:
+        shapes = parameter_shapes(config)
+        return _scales(shapes, lambda x: jax.ShapeDtypeStruct(x.shape, np.float32))
+
+    def init(self, key: Array, context: InitContext) -> Variables:
+        assert context.backbone is not None
+        on_host = lambda x: processes.on_host(x).astype(np.float32)  # noqa: E731
+        return _scales(context.backbone.variables["params"], on_host)
+
+    def freeze_rules(self) -> Mapping[str, bool]:
+        return {"params/.*": True, "bitfit/.*": False}
+
+    def wrap(self, apply_fn: ApplyFn) -> ApplyFn:
+        def apply(variables: Variables, *args: Any, **settings: Any) -> Any:
+            if scales := variables.get("bitfit"):
+                params = flatten_paths(variables["params"]) | flatten_paths(scales)
+                variables = {name: x for name, x in variables.items() if name != "bitfit"}
+                variables |= {"params": unflatten_paths(params)}
+            return apply_fn(variables, *args, **settings)
+
+        return apply
+
+
+def _scales(params: Any, function: Any) -> Variables:
+    """The norms' scales among `params`, mapped by a function, as the collection `bitfit`."""
+    scales = {path: x for path, x in flatten_paths(params).items() if path.endswith(_SCALE)}
+    return {"bitfit": unflatten_paths({path: function(x) for path, x in scales.items()})}
