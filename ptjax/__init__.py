@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     )
     from ptjax.methods.model_tuning import ModelTuning
     from ptjax.methods.p_tuning import PTuning
+    from ptjax.methods.per_layer import PerLayerPrompts
     from ptjax.methods.prompt_tuning import PromptTuning
     from ptjax.methods.residual import ResidualPromptTuning
     from ptjax.models.config import T5Config
@@ -90,6 +91,7 @@ _HOMES = {
     "MlflowTracker": "ptjax.trainer.trackers",
     "ModelTuning": "ptjax.methods.model_tuning",
     "PTuning": "ptjax.methods.p_tuning",
+    "PerLayerPrompts": "ptjax.methods.per_layer",
     "Prediction": "ptjax.inference.predict",
     "PrefixLM": "ptjax.data.mixture",
     "PromptTuning": "ptjax.methods.prompt_tuning",
@@ -154,6 +156,7 @@ __all__ = [
     "MlflowTracker",
     "ModelTuning",
     "PTuning",
+    "PerLayerPrompts",
     "Prediction",
     "PrefixLM",
     "PromptTuning",

@@ -32,6 +32,7 @@ MADE: Mapping[str, tuple[str, ...]] = {
         "MemberOverrides",
         "ModelTuning",
         "PTuning",
+        "PerLayerPrompts",
         "PrefixLM",
         "PromptTuning",
         "ResidualPromptTuning",

@@ -27,7 +27,10 @@ if TYPE_CHECKING:
     from ptjax.backbones.load import Backbone
     from ptjax.backbones.open import OpenBackbone
 
-ADAPTERS: dict[str, tuple[str, str]] = {"bitfit": ("ptjax.methods.bitfit", "BitFit")}
+ADAPTERS: dict[str, tuple[str, str]] = {
+    "bitfit": ("ptjax.methods.bitfit", "BitFit"),
+    "per_layer_prompts": ("ptjax.methods.per_layer", "PerLayerPrompts"),
+}
 """The names of the methods of adapter files -> the module and the name of the class.
 
 A file names its method; nothing outside of this table is imported for a file.

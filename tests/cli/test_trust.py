@@ -160,6 +160,7 @@ def test_case_5_1_the_list_is_whole_and_true():
         "methods.initializers",
         "methods.model_tuning",
         "methods.p_tuning",
+        "methods.per_layer",
         "methods.prompt_tuning",
         "methods.residual",
         "training.loss",
