@@ -50,6 +50,7 @@ if TYPE_CHECKING:
         Uniform,
     )
     from ptjax.methods.model_tuning import ModelTuning
+    from ptjax.methods.nearest_prompt import NearestPrompt, prompt_similarity
     from ptjax.methods.p_tuning import PTuning
     from ptjax.methods.per_layer import PerLayerPrompts
     from ptjax.methods.prompt_tuning import PromptTuning
@@ -90,6 +91,7 @@ _HOMES = {
     "MixtureComponent": "ptjax.data.mixture",
     "MlflowTracker": "ptjax.trainer.trackers",
     "ModelTuning": "ptjax.methods.model_tuning",
+    "NearestPrompt": "ptjax.methods.nearest_prompt",
     "PTuning": "ptjax.methods.p_tuning",
     "PerLayerPrompts": "ptjax.methods.per_layer",
     "Prediction": "ptjax.inference.predict",
@@ -125,6 +127,7 @@ _HOMES = {
     "plan": "ptjax.planning.plan",
     "predict": "ptjax.inference.infer",
     "pretrain": "ptjax.trainer.pretrain",
+    "prompt_similarity": "ptjax.methods.nearest_prompt",
     "save_backbone": "ptjax.backbones.save",
     "save_prompt": "ptjax.interop.prompt_file",
     "suggest_settings": "ptjax.trainer.suggest",
@@ -155,6 +158,7 @@ __all__ = [
     "MixtureComponent",
     "MlflowTracker",
     "ModelTuning",
+    "NearestPrompt",
     "PTuning",
     "PerLayerPrompts",
     "Prediction",
@@ -191,6 +195,7 @@ __all__ = [
     "predict",
     "preprocessors",
     "pretrain",
+    "prompt_similarity",
     "save_backbone",
     "save_prompt",
     "suggest_settings",
