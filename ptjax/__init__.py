@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from ptjax.inference.generate import generate
     from ptjax.inference.infer import infer, predict
     from ptjax.inference.predict import Prediction
+    from ptjax.interop.multitask import MultitaskPrompts, load_multitask
     from ptjax.interop.prompt_file import load_prompt, load_prompts, save_prompt
     from ptjax.methods.adapter import Adapter, load_adapter
     from ptjax.methods.base import InitContext, Method
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
         Uniform,
     )
     from ptjax.methods.model_tuning import ModelTuning
+    from ptjax.methods.multitask import MultitaskPromptTuning
     from ptjax.methods.nearest_prompt import NearestPrompt, prompt_similarity
     from ptjax.methods.p_tuning import PTuning
     from ptjax.methods.per_layer import PerLayerPrompts
@@ -91,6 +93,8 @@ _HOMES = {
     "MixtureComponent": "ptjax.data.mixture",
     "MlflowTracker": "ptjax.trainer.trackers",
     "ModelTuning": "ptjax.methods.model_tuning",
+    "MultitaskPromptTuning": "ptjax.methods.multitask",
+    "MultitaskPrompts": "ptjax.interop.multitask",
     "NearestPrompt": "ptjax.methods.nearest_prompt",
     "PTuning": "ptjax.methods.p_tuning",
     "PerLayerPrompts": "ptjax.methods.per_layer",
@@ -119,6 +123,7 @@ _HOMES = {
     "infer": "ptjax.inference.infer",
     "load_adapter": "ptjax.methods.adapter",
     "load_backbone": "ptjax.backbones.load",
+    "load_multitask": "ptjax.interop.multitask",
     "load_prompt": "ptjax.interop.prompt_file",
     "load_prompts": "ptjax.interop.prompt_file",
     "load_tokenizer": "ptjax.data.tokenizer",
@@ -158,6 +163,8 @@ __all__ = [
     "MixtureComponent",
     "MlflowTracker",
     "ModelTuning",
+    "MultitaskPromptTuning",
+    "MultitaskPrompts",
     "NearestPrompt",
     "PTuning",
     "PerLayerPrompts",
@@ -186,6 +193,7 @@ __all__ = [
     "infer",
     "load_adapter",
     "load_backbone",
+    "load_multitask",
     "load_prompt",
     "load_prompts",
     "load_tokenizer",

@@ -31,6 +31,7 @@ MADE: Mapping[str, tuple[str, ...]] = {
         "Loss",
         "MemberOverrides",
         "ModelTuning",
+        "MultitaskPromptTuning",
         "NearestPrompt",
         "PTuning",
         "PerLayerPrompts",

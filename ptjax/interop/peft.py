@@ -26,14 +26,14 @@ FILES = (CONFIG, WEIGHTS, TORCH_WEIGHTS)
 PROMPTS = ("PROMPT_TUNING", "P_TUNING")
 _TENSOR = "prompt_embeddings"
 _FORMAT = {"format": "pt"}  # in every header that PEFT writes
-_PEFT_VERSION = "0.21.2"  # the version whose layout `export_peft` writes
+_PEFT_VERSION = "0.21.2"  # the version whose layout is written
 _REFUSED = {
-    "PREFIX_TUNING": "it holds keys and values for the decoder's layers, which no input prompt can "
-    "express; train with PROMPT_TUNING instead",
+    "PREFIX_TUNING": "it holds keys and values for the decoder's layers, not an input prompt; "
+    "load_adapter (--adapter) reads it",
     "CARTRIDGE": "it holds keys and values for the decoder's layers, which no input prompt can "
     "express; train with PROMPT_TUNING instead",
-    "MULTITASK_PROMPT_TUNING": "it holds a prompt per task; in PEFT, multiply prompt_embeddings by "
-    "prefix_task_cols[t] @ prefix_task_rows[t] and save that as PROMPT_TUNING",
+    "MULTITASK_PROMPT_TUNING": "it holds a prompt per task; "
+    "ptjax.load_multitask(path).prompt(t).save(file) makes that of task t a prompt",
     "CPT": "it belongs to decoder-only models",
 }
 
@@ -49,7 +49,7 @@ def method_of(directory: str | os.PathLike[str]) -> str:
     Raises:
         InputError: its `adapter_config.json` is missing or damaged.
     """
-    return str(_read_config(epath.Path(directory) / CONFIG).get("peft_type"))
+    return str(read_config(epath.Path(directory) / CONFIG).get("peft_type"))
 
 
 def load_peft(directory: str | os.PathLike[str]) -> tuple[np.ndarray, JsonObject]:
@@ -70,15 +70,15 @@ def load_peft(directory: str | os.PathLike[str]) -> tuple[np.ndarray, JsonObject
     """
     directory = epath.Path(directory)
     file = directory / CONFIG
-    config = _read_config(file)
+    config = read_config(file)
     _check_method(config, file)
     if config.get("modules_to_save"):
         raise InputError(
             f"{file}: modules_to_save names {config['modules_to_save']}, parts of the backbone that"
             " were trained with this prompt; ptjax cannot load them, and the prompt needs them"
         )
-    length = _size(config, "num_virtual_tokens", None, file)
-    copies = _size(config, "num_transformer_submodules", 2, file)
+    length = size_of(config, "num_virtual_tokens", None, file)
+    copies = size_of(config, "num_transformer_submodules", 2, file)
     # PEFT 0.4, which stopped using the second prompt, is the first to write this key.
     if copies > 1 and "auto_mapping" not in config:
         raise InputError(
@@ -87,7 +87,7 @@ def load_peft(directory: str | os.PathLike[str]) -> tuple[np.ndarray, JsonObject
             "the decoder, which ptjax does not support. PEFT since 0.4 uses the first half alone; "
             'to do the same, add "auto_mapping": null'
         )
-    tensors, header, weights = _open_weights(directory)
+    tensors, header, weights = open_weights(directory)
     if _TENSOR not in tensors:
         raise InputError(f"{weights}: the tensor {_TENSOR} is missing")
     if others := sorted(set(tensors) - {_TENSOR}):
@@ -107,7 +107,7 @@ def load_peft(directory: str | os.PathLike[str]) -> tuple[np.ndarray, JsonObject
             f"{weights}: {_TENSOR} has rows of {shape[1]}, but {CONFIG} says {config['token_dim']}"
         )
     prompt = tensors[_TENSOR].read((slice(0, length), slice(0, shape[1])))
-    return prompt, _metadata(config, header)
+    return prompt, read_metadata(config, header)
 
 
 def export_peft(
@@ -147,7 +147,6 @@ def export_peft(
         "num_transformer_submodules": 1,  # PEFT's default, 2, needs 2 * P rows
         "num_virtual_tokens": length,
         "peft_type": "PROMPT_TUNING",
-        "peft_version": _PEFT_VERSION,
         "prompt_tuning_init": "RANDOM",  # TEXT needs a tokenizer, even for loading
         "prompt_tuning_init_text": None,
         "revision": revision,
@@ -156,20 +155,42 @@ def export_peft(
         "tokenizer_kwargs": None,
         "tokenizer_name_or_path": None,
     }
+    write_directory(directory, config, {_TENSOR: prompt}, metadata)
+
+
+def write_directory(
+    directory: str | os.PathLike[str],
+    config: Metadata,
+    tensors: Mapping[str, np.ndarray],
+    metadata: Metadata | None = None,
+) -> None:
+    """Writes the two files of a PEFT directory: its config last.
+
+    Args:
+        config: the entries of `adapter_config.json`, without the version of PEFT.
+        tensors: float32 arrays by PEFT's names.
+        metadata: as for `export_peft`.
+    """
     directory = epath.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / CONFIG).unlink(missing_ok=True)
     safetensors_file.save_safetensors(
         directory / WEIGHTS,
-        [(_TENSOR, prompt)],
-        {_TENSOR: (prompt.shape, "float32")},
+        tensors.items(),
+        {name: (tensor.shape, "float32") for name, tensor in tensors.items()},
         safetensors_file.to_header(metadata or {}) | _FORMAT,
     )
+    config = {**config, "peft_version": _PEFT_VERSION}
     with written_whole(directory / CONFIG) as stream:
         stream.write(json.dumps(config, indent=2, sort_keys=True).encode())
 
 
-def _read_config(file: epath.Path) -> JsonObject:
+def read_config(file: epath.Path) -> JsonObject:
+    """Reads `adapter_config.json`.
+
+    Raises:
+        InputError: it is missing or damaged.
+    """
     if not file.exists():
         raise InputError(f"{file}: the file is missing; a PEFT directory has one")
     return files.read_object(file)
@@ -195,17 +216,26 @@ def _check_method(config: Metadata, file: epath.Path) -> None:
         )
 
 
-def _size(config: Metadata, key: str, default: int | None, file: epath.Path) -> int:
+def size_of(config: Metadata, key: str, default: int | None, file: epath.Path) -> int:
+    """Returns the integer `key` of a PEFT config; `default` if it has none.
+
+    Raises:
+        InputError: it is not an integer >= 1.
+    """
     value = default if config.get(key) is None else config[key]
     if type(value) is not int or value < 1:
         raise InputError(f"{file}: {key} must be an integer >= 1, got {config.get(key)!r}")
     return value
 
 
-def _open_weights(
+def open_weights(
     directory: epath.Path,
 ) -> tuple[dict[str, LazyArray], dict[str, str], epath.Path]:
-    """(name -> array, header, the file)."""
+    """Opens the weights of a PEFT directory: (name -> array, header, the file).
+
+    Raises:
+        InputError: they are missing or damaged.
+    """
     file = directory / WEIGHTS
     if file.exists():
         return *safetensors_file.open_safetensors(file), file
@@ -215,7 +245,8 @@ def _open_weights(
     raise InputError(f"{directory}: it holds neither {WEIGHTS} nor {TORCH_WEIGHTS}")
 
 
-def _metadata(config: Metadata, header: Mapping[str, str]) -> JsonObject:
+def read_metadata(config: Metadata, header: Mapping[str, str]) -> JsonObject:
+    """Returns the metadata in the header of a weights file, and the backbone that PEFT names."""
     metadata = safetensors_file.from_header(
         {key: text for key, text in header.items() if key not in _FORMAT}
     )

@@ -1,4 +1,4 @@
-"""Networks that make prompts, beside PEFT's own with equal weights."""
+"""Methods that compute a prompt, beside PEFT's own with equal weights."""
 
 from __future__ import annotations
 

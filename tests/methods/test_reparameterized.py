@@ -16,6 +16,7 @@ import ptjax
 from ptjax.errors import InputError
 from ptjax.methods.base import InitContext
 from ptjax.methods.initializers import Uniform
+from ptjax.methods.multitask import MultitaskPromptTuning
 from ptjax.methods.p_tuning import PTuning
 from ptjax.methods.prompt_method import PromptMethod
 from ptjax.methods.residual import ResidualPromptTuning
@@ -27,6 +28,7 @@ METHODS = {
     "residual, a network a row": ResidualPromptTuning(3, bottleneck=4, shared=False),
     "p_tuning": PTuning(3, hidden=5),
     "p_tuning, lstm": PTuning(3, "lstm", hidden=5),
+    "multitask": MultitaskPromptTuning(3, rank=2),
 }
 EACH = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 
@@ -68,13 +70,8 @@ def test_the_network_reads_the_prompt_that_the_export_holds(
     np.testing.assert_array_equal(seen(made)["prompt"]["prompt"], loaded["prompt"]["prompt"])
 
 
-@pytest.mark.parametrize(
-    "method",
-    [
-        pytest.param(method, marks=() if name == "p_tuning, lstm" else pytest.mark.slow, id=name)
-        for name, method in METHODS.items()
-    ],
-)
+@pytest.mark.slow
+@EACH
 def test_a_run_resumes_bitwise_with_its_network(method, backbone, task, tmp_path) -> None:
     """A run that a signal stopped, and one that nothing stopped."""
 

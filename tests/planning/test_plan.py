@@ -65,6 +65,7 @@ def test_sizes_may_come_from_the_checkpoint(call):
 
 OF_METHODS = {
     "runs/residual.gin": 100 * 128 + (128 * 400 + 400) + (400 * 128 + 128) + 2 * 128,
+    "runs/multitask.gin": 100 * 128 + 100 + 128,
     "runs/per_layer.gin": 4 * 100 * 128,
     "runs/p_tune.gin": 100 * 128 + 3 * (128 * 128 + 128),
 }
