@@ -34,8 +34,8 @@ _REFUSED = {
     "load_adapter (--adapter) reads it",
     "CARTRIDGE": "it holds keys and values for the decoder's layers, which no input prompt can "
     "express; train with PROMPT_TUNING instead",
-    "MULTITASK_PROMPT_TUNING": "it holds a prompt per task; in PEFT, multiply prompt_embeddings by "
-    "prefix_task_cols[t] @ prefix_task_rows[t] and save that as PROMPT_TUNING",
+    "MULTITASK_PROMPT_TUNING": "it holds a prompt per task; "
+    "ptjax.load_multitask(path).prompt(t).save(file) makes that of task t a prompt",
     "CPT": "it belongs to decoder-only models",
 }
 

@@ -32,6 +32,7 @@ ADAPTERS: dict[str, tuple[str, str]] = {
     "ia3": ("ptjax.methods.ia3", "IA3"),
     "lora": ("ptjax.methods.lora", "LoRA"),
     "prefix_tuning": ("ptjax.methods.prefix_tuning", "PrefixTuning"),
+    "per_layer_prompts": ("ptjax.methods.per_layer", "PerLayerPrompts"),
 }
 """The names of the methods of adapter files -> the module and the name of the class.
 

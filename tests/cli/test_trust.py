@@ -159,7 +159,12 @@ def test_case_5_1_the_list_is_whole_and_true():
         "methods.base",
         "methods.initializers",
         "methods.model_tuning",
+        "methods.multitask",
+        "methods.nearest_prompt",
+        "methods.p_tuning",
+        "methods.per_layer",
         "methods.prompt_tuning",
+        "methods.residual",
         "training.loss",
     ):
         home = importlib.import_module(f"ptjax.{module}")
