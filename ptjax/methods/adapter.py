@@ -21,7 +21,7 @@ from ptjax.models.family import Config
 from ptjax.models.stacking import UnstackedView, stack_paths
 from ptjax.sharding import processes
 from ptjax.sharding.arrays import replicated
-from ptjax.trees import Variables, flatten_paths, unflatten_paths
+from ptjax.trees import Tree, Variables, flatten_paths, unflatten_paths
 
 if TYPE_CHECKING:
     from ptjax.backbones.load import Backbone
@@ -80,6 +80,17 @@ class AdapterMethod(Method):
             InputError: PEFT cannot run this method on a T5 as ptjax does.
         """
         raise InputError(f"PEFT cannot run {self.name} as ptjax does; --to=safetensors can")
+
+    def merge(self, params: Tree, variables: Variables) -> Tree:
+        """Returns a backbone's parameters with the method's effect in them; by default refuses.
+
+        Args:
+            params, variables: as the network takes them.
+
+        Raises:
+            InputError: no parameters of the backbone have this effect, or they are int8.
+        """
+        raise InputError(f"{self.name} cannot be merged into a backbone's weights")
 
     def describe(self) -> Metadata:
         return {"method": {"name": self.name, **self.exported().to_file_fields()}}

@@ -10,16 +10,18 @@ from typing import ClassVar
 
 import jax
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from ptjax.data.batching import Batching
+from ptjax.errors import InputError
 from ptjax.methods.adapter import AdapterMethod
 from ptjax.methods.base import FrozenNetwork, InitContext
 from ptjax.models.config import T5Config
 from ptjax.models.dense_changes import DenseFn, KeyFn, change_dense
 from ptjax.models.family import ApplyFn, Config
+from ptjax.models.layers import Quantized
 from ptjax.models.stacking import UnstackedView
-from ptjax.trees import Variables, unflatten_paths
+from ptjax.trees import Tree, Variables, flatten_paths, unflatten_paths
 
 
 class DenseMethod(AdapterMethod, abc.ABC):
@@ -48,6 +50,26 @@ class DenseMethod(AdapterMethod, abc.ABC):
         self, dense: DenseFn, x: Array, arrays: Mapping[str, Array], dropout_key: KeyFn | None
     ) -> Array:
         """Computes the linear map with this method; see `models.dense_changes.DenseChange`."""
+
+    @abc.abstractmethod
+    def merge_kernel(
+        self, kernel: Float[Array, "*L i o"], arrays: Mapping[str, Array]
+    ) -> Float[Array, "*L i o"]:
+        """Returns the float32 kernel that has the method's effect in it."""
+
+    def merge(self, params: Tree, variables: Variables) -> Tree:
+        merged, by_module = flatten_paths(params), {}
+        for path, array in flatten_paths(variables[self.collection]).items():
+            module, _, name = path.rpartition("/")
+            by_module.setdefault(module, {})[name] = array
+        for module, arrays in by_module.items():
+            kernel = merged[f"{module}/kernel"]
+            if isinstance(kernel, Quantized):
+                raise InputError(
+                    "int8 kernels are rounded; load the backbone without quantize to merge"
+                )
+            merged[f"{module}/kernel"] = self.merge_kernel(kernel.astype(np.float32), arrays)
+        return unflatten_paths(merged)
 
     def check(self, backbone: FrozenNetwork, batching: Batching) -> None:
         self.array_shapes(backbone.config)

@@ -74,6 +74,13 @@ class IA3(DenseMethod):
         y = dense(x)
         return _scaled(y, arrays["outputs"]) if "outputs" in arrays else y
 
+    def merge_kernel(
+        self, kernel: Float[Array, "*L i o"], arrays: Mapping[str, Array]
+    ) -> Float[Array, "*L i o"]:
+        if "inputs" in arrays:
+            kernel = kernel * arrays["inputs"][..., None]
+        return kernel * arrays["outputs"][..., None, :] if "outputs" in arrays else kernel
+
     def export_peft(
         self,
         folder: epath.Path,

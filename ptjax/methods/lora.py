@@ -93,6 +93,11 @@ class LoRA(DenseMethod):
         update = _low_rank(dropped, arrays["a"], arrays["b"])
         return y + (self.alpha / self.rank * update).astype(y.dtype)
 
+    def merge_kernel(
+        self, kernel: Float[Array, "*L i o"], arrays: Mapping[str, Array]
+    ) -> Float[Array, "*L i o"]:
+        return kernel + self.alpha / self.rank * (arrays["a"] @ arrays["b"])
+
     def export_peft(
         self,
         folder: epath.Path,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 from flax import linen as nn
@@ -39,8 +39,7 @@ class DenseChange(Protocol):
         collection: the Flax collection of its arrays.
     """
 
-    @property
-    def collection(self) -> str: ...
+    collection: ClassVar[str]
 
     def change(
         self,
@@ -73,7 +72,8 @@ def change_dense(apply_fn: ApplyFn, method: DenseChange) -> ApplyFn:
             if not arrays:
                 return call(*args, **kwargs)
             key = functools.partial(module.make_rng, "dropout") if settings.get("train") else None
-            return method.change(call, *args, arrays, key)
+            [x] = args
+            return method.change(call, x, arrays, key)
 
         with nn.intercept_methods(intercept):
             return apply_fn(variables, *args, **settings)

@@ -275,10 +275,8 @@ def test_a_file_loads_into_stacked_layers_and_into_single_ones(method, plain, ad
 def test_peft_gets_an_adapter_and_gives_it_back(backbone, tmp_path) -> None:
     """Exported under PEFT's names and loaded from there: the same predictions."""
     for method in (LoRA(rank=2, targets=["query", "wo"]), IA3()):
-        shapes = flatten_paths(method.variable_shapes(backbone.config))
-        rng, mean = np.random.default_rng(0), method.name == "ia3"
-        arrays = {k: rng.normal(mean, 0.3, x.shape).astype(np.float32) for k, x in shapes.items()}
-        adapter = Adapter(method, arrays, dict(method.describe()))
+        adapter = some_adapter(method, backbone.config)
+        arrays = adapter.arrays
         folder = ptjax.export(adapter, tmp_path / method.name, to="peft", backbone=backbone)
         again = load_adapter(folder)
         assert again.method == method and again.source == str(folder)
@@ -303,10 +301,45 @@ def test_an_adapter_of_another_shape_is_refused_by_name(backbone) -> None:
         ptjax.forward(backbone, {}, wrong)
 
 
+def some_adapter(method, config) -> Adapter:
+    shapes = flatten_paths(method.variable_shapes(config))
+    rng, mean = np.random.default_rng(0), method.name == "ia3"
+    arrays = {k: rng.normal(mean, 0.3, x.shape).astype(np.float32) for k, x in shapes.items()}
+    return Adapter(method, arrays, dict(method.describe()))
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_merged_weights_are_a_backbone_of_their_own(backbone, tmp_path, scan_layers) -> None:
+    """The kernels are those that the network's tests compare it with."""
+    loaded = ptjax.load_backbone(backbone.name, scan_layers=scan_layers)
+    params = backbone.variables["params"]
+    lora, ia3 = (some_adapter(method, backbone.config) for method in METHODS)
+    folder = ptjax.export(lora, tmp_path / "lora", to="merged", backbone=loaded)
+    both = ptjax.export(ia3, tmp_path / "both", to="merged", backbone=ptjax.load_backbone(folder))
+    found = flatten_paths(ptjax.load_backbone(both).variables["params"])
+    arrays = {x.method.name: unflatten_paths(x.arrays)[x.method.name] for x in (lora, ia3)}
+    for path, expected in flatten_paths(merged(params, arrays)).items():
+        # One operation's rounding.
+        np.testing.assert_allclose(found[path], expected, rtol=1e-6, atol=1e-7, err_msg=path)
+
+
+def test_what_is_not_part_of_the_weights_is_not_merged(backbone, tmp_path) -> None:
+    prompt = np.zeros((2, 16), np.float32)
+    with pytest.raises(InputError, match="merged is for adapters; a prompt is not part of the wei"):
+        ptjax.export(prompt, tmp_path / "x", to="merged", backbone=backbone)
+    rounded = ptjax.load_backbone(backbone.name, quantize="int8")
+    with pytest.raises(InputError, match="int8 kernels are rounded; load the backbone without q"):
+        ptjax.export(
+            some_adapter(LORA, backbone.config), tmp_path / "x", to="merged", backbone=rounded
+        )
+    norms = some_adapter(ptjax.BitFit(), backbone.config)
+    with pytest.raises(InputError, match="bitfit cannot be merged into a backbone's weights"):
+        ptjax.export(norms, tmp_path / "x", to="merged", backbone=backbone)
+    assert not (tmp_path / "x").exists()
+
+
 def test_rows_of_a_batch_cannot_take_adapters_of_their_own(backbone) -> None:
-    method = IA3(inputs=())
-    shapes = flatten_paths(method.variable_shapes(backbone.config))
-    adapter = Adapter(method, {k: np.ones(x.shape, np.float32) for k, x in shapes.items()}, {})
+    adapter = some_adapter(IA3(inputs=()), backbone.config)
     assert not LoRA.supports_rows and not IA3.supports_rows
     message = "ia3 changes the network for all rows of a batch, so it runs alone"
     with pytest.raises(InputError, match=f"prompt_ids choose prompts; {message}"):
