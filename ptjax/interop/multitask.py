@@ -63,7 +63,7 @@ class MultitaskPrompts:
         """Returns the prompt of a task, an ordinary prompt: use it, or `save` it.
 
         Raises:
-            InputError: there is no such task.
+            InputError: the number is not that of a task.
         """
         if not 0 <= task < len(self.cols):
             raise InputError(f"task {task} of multitask prompts of {len(self.cols)} tasks")
