@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -128,4 +129,8 @@ def table(name: str, folder: Path) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ptjax.InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

@@ -161,7 +161,7 @@ def tiny_batch() -> Batch:
 
 def without_seconds(results: dict[str, Any]) -> dict[str, Any]:
     """The results of a run, without what another run of the same cannot share."""
-    return {name: value for name, value in results.items() if name != "seconds"}
+    return {name: value for name, value in results.items() if name not in ("seconds", "costs")}
 
 
 def outcome(directory: Any) -> dict[str, Any]:

@@ -38,7 +38,11 @@ def count_flops(function: Callable[..., object], *shapes: Tree) -> int:
     >>> count_flops(jnp.dot, jax.ShapeDtypeStruct((2, 3), "float32"), jnp.ones((3, 5)))
     60
     """
-    jaxpr = jax.make_jaxpr(function)(*shapes).jaxpr
+    return count_jaxpr_flops(jax.make_jaxpr(function)(*shapes).jaxpr)
+
+
+def count_jaxpr_flops(jaxpr: Jaxpr) -> int:
+    """Counts the FLOPs of a jaxpr like `count_flops`, with the same errors."""
     used, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
     return _jaxpr_flops(used)
 

@@ -28,6 +28,7 @@ from ptjax.sharding.arrays import put_batch, put_replicated
 from ptjax.trainer import signals
 from ptjax.trainer.callbacks import Callback, CallbackList
 from ptjax.trainer.checkpoints import Checkpoints
+from ptjax.trainer.costs import state_costs, step_costs
 from ptjax.trainer.display import Display
 from ptjax.trainer.failures import Failures
 from ptjax.trainer.lock import Lock
@@ -37,7 +38,7 @@ from ptjax.trainer.progress import RunProgress
 from ptjax.trainer.resume import remove_leftovers, resume
 from ptjax.trainer.selection import Selection
 from ptjax.trainer.train_metrics import TrainMetrics
-from ptjax.training.compile import compile_steps
+from ptjax.training.compile import CompiledStep, compile_steps
 from ptjax.training.step import TrainState, TrainStep
 from ptjax.trees import Tree
 
@@ -81,6 +82,7 @@ class TrainingLoop:
         self._selection = Selection(self.members, self._failures, **limits)
         self._since = time.perf_counter()
         self._has_evaluated = False
+        self.costs: JsonObject = {}  # of the first step that `fit` compiled for the largest batches
 
     @property
     def progress(self) -> RunProgress:
@@ -112,7 +114,7 @@ class TrainingLoop:
             StoppedError: after SIGTERM (143) or Ctrl-C (130), when a checkpoint has been saved.
         """
 
-        def compile_all(state: TrainState) -> dict[Shape, TrainStep]:
+        def compile_all(state: TrainState) -> dict[Shape, CompiledStep]:
             logging.info("compiling the train step")
             return compile_steps(train_step, state, frozen, self.members.batches().shapes, mesh)
 
@@ -125,6 +127,7 @@ class TrainingLoop:
             self._check_lock()
             with self._callbacks.started(self.model_dir, self.progress):
                 steps = compile_all(state)
+                self.costs = state_costs(state) | step_costs(steps[max(steps)])
                 with signals.caught() as stop:
                     while not self.has_finished():
                         state = self._train(state, frozen, steps, mesh, stop)
@@ -142,7 +145,7 @@ class TrainingLoop:
         self,
         state: TrainState,
         frozen: Tree,
-        steps: dict[Shape, TrainStep],
+        steps: dict[Shape, CompiledStep],
         mesh: Mesh,
         stop: signals.Stop,
     ) -> TrainState:

@@ -28,6 +28,7 @@ from ptjax.sharding.arrays import check_batch_size
 from ptjax.trainer import lock, signals
 from ptjax.trainer.callbacks import Callback
 from ptjax.trainer.config_file import ConfigFile
+from ptjax.trainer.costs import run_costs
 from ptjax.trainer.examples_report import report_examples_read
 from ptjax.trainer.identity import make_identity
 from ptjax.trainer.interrupted import best_so_far
@@ -188,7 +189,9 @@ def tune(
             return best_so_far(stop, run, setups)
         if dry_run:
             return {}
-        results = scores | sizes | describe_run(backbone, settings, run.progress.seconds)
+        costs = run.costs | run_costs(directory, run.members[0].exports)
+        results = scores | sizes | {"costs": costs}
+        results |= describe_run(backbone, settings, run.progress.seconds)
         return write_results(directory, results, records, run_lock)
 
     return Run(directory, _under_lock(directory, attempt, needed=not dry_run))

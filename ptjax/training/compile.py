@@ -20,6 +20,7 @@ from ptjax.training import freeze as freezing
 from ptjax.training.loss import Loss
 from ptjax.training.optimizer import Adafactor
 from ptjax.training.step import (
+    Metrics,
     TrainState,
     TrainStep,
     init_train_state,
@@ -98,10 +99,10 @@ class StepConfig:
         return init, make_train_step(apply_fn, make_optimizer(), self.loss, **parts)
 
 
-def lower_step(
+def trace_step(
     train_step: TrainStep, state: TrainState, frozen: Tree, shape: Shape, mesh: Mesh
-) -> jax.stages.Lowered:
-    """Lowers the step for batches of `shape`. The compiled step donates its argument `state`.
+) -> jax.stages.Traced:
+    """Traces the step for batches of `shape`. The compiled step donates its argument `state`.
 
     Args:
         state, frozen: arrays on the mesh, or `jax.ShapeDtypeStruct`s with their shardings.
@@ -110,7 +111,30 @@ def lower_step(
     shardings = jax.tree.map(lambda x: x.sharding, state)
     jitted = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
     inputs = batch_shapes(shape, mesh), *sweep_shapes(shape.members, mesh)
-    return jitted.lower(state, frozen, *inputs)
+    return jitted.trace(state, frozen, *inputs)
+
+
+def lower_step(
+    train_step: TrainStep, state: TrainState, frozen: Tree, shape: Shape, mesh: Mesh
+) -> jax.stages.Lowered:
+    """Lowers the step for batches of `shape`; arguments as for `trace_step`."""
+    return trace_step(train_step, state, frozen, shape, mesh).lower()
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledStep:
+    """A compiled train step, which is called like the step itself, and what it was compiled from.
+
+    Attributes:
+        traced: the step's jaxpr.
+        compiled: the program.
+    """
+
+    traced: jax.stages.Traced
+    compiled: jax.stages.Compiled
+
+    def __call__(self, *arguments: Tree) -> tuple[TrainState, Metrics]:
+        return self.compiled(*arguments)
 
 
 def batch_shapes(shape: Shape, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
@@ -148,7 +172,7 @@ def compile_steps(
     frozen: Tree,
     shapes: Sequence[Shape],
     mesh: Mesh,
-) -> dict[Shape, TrainStep]:
+) -> dict[Shape, CompiledStep]:
     """Compiles the step for each of `shapes`.
 
     A compiled step rejects any other shape, so nothing is recompiled during the run.
@@ -157,9 +181,10 @@ def compile_steps(
         state, frozen: arrays on the mesh, or `jax.ShapeDtypeStruct`s with their shardings.
     """
     started = time.perf_counter()
-    compiled = {
-        shape: lower_step(train_step, state, frozen, shape, mesh).compile() for shape in shapes
-    }
+    compiled = {}
+    for shape in shapes:
+        traced = trace_step(train_step, state, frozen, shape, mesh)
+        compiled[shape] = CompiledStep(traced, traced.lower().compile())
     logging.info(
         "compiled the step for %d batch shapes in %.1f s: %s",
         len(shapes),

@@ -23,6 +23,8 @@ from ptjax.errors import InputError, TrainingError
 from ptjax.evaluation.evaluator import Evaluator
 from ptjax.interop.prompt_file import load_prompt
 from ptjax.methods.model_tuning import ModelTuning
+from ptjax.planning.flops import count_flops
+from ptjax.planning.workload import ParallelConfig, StepSpec, abstract_step
 from ptjax.settings import Evaluation, TrainSchedule
 from ptjax.sharding.arrays import replicated
 from ptjax.sharding.meshes import make_mesh
@@ -32,7 +34,8 @@ from ptjax.training.optimizer import Adafactor
 from ptjax.trees import flatten_paths
 
 # Batches of two shapes.
-tune = functools.partial(conftest.tune, feature_lengths={"inputs": 64, "targets": 4})
+LONG = {"feature_lengths": {"inputs": 64, "targets": 4}}
+tune = functools.partial(conftest.tune, **LONG)
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +67,19 @@ def test_a_run_leaves_what_the_documentation_lists(whole, backbone, task):
     assert best.metadata["task"]["inputs"] == task.inputs
     steps = [row["step"] for row in made["metrics"]]
     assert steps == [2, 3, 4, 6, 6, 8, 9, 10, 12, 12]
+    costs = json.loads((directory / "results.json").read_text())["costs"]
+    assert costs["checkpoint_bytes"] - costs["optimizer_bytes"] == 4 * 16 * 4
+    assert costs["export_bytes"] == (directory / "prompts" / "best.safetensors").stat().st_size
+    weights = sum(x.nbytes for x in jax.tree.leaves(backbone.variables))
+    assert weights < costs["step_bytes"] < 20 * weights
+    assert costs["examples_per_second"] > 0
+    spec = StepSpec.from_settings(backbone.config, conftest.make_settings(**LONG))
+    spec = dataclasses.replace(spec, inputs=48, targets=2)  # the larger of the two buckets
+    step = abstract_step(
+        spec, ParallelConfig("1x1", scan_layers=False), make_mesh((1, 1), jax.devices()[:1])
+    )
+    flops = count_flops(step.step, step.state, step.frozen, *step.inputs())
+    assert costs["flops_per_step"] == flops > 1e6
     # The prompt as exported is what was scored.
     kept = {int(n.split(".")[0]) for n in made["prompts"] if n[0].isdigit()}
     assert kept == {results["step"], 9, 12}
