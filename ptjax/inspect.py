@@ -115,11 +115,12 @@ def add_similarity(described: JsonObject | None, arguments: argparse.Namespace) 
     names of the prompts.
 
     Args:
-        described: the prompt's description; the entries are added to it. None if it is no prompt.
+        described: the prompt's description; the entries are added to it. None if a backbone or an
+            adapter is described.
         arguments: the parsed flags.
 
     Raises:
-        InputError: there is no prompt to compare, or no other prompt.
+        InputError: a prompt is missing on one side, or their widths differ.
     """
     from ptjax.methods.nearest_prompt import prompt_similarity
 

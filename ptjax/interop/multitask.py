@@ -24,7 +24,7 @@ from ptjax.model_dir import ModelDir
 
 PEFT_TYPE = "MULTITASK_PROMPT_TUNING"
 _PEFT_NAMES = ("prompt_embeddings", "prefix_task_cols", "prefix_task_rows")
-OWN_NAMES = ("multitask_shared", "multitask_cols", "multitask_rows")
+OWN_NAMES: tuple[str, ...] = ("multitask_shared", "multitask_cols", "multitask_rows")
 """The tensors of a prompt file that holds its factors: shared [P, D], cols [P, r], rows [r, D]."""
 
 
@@ -63,7 +63,7 @@ class MultitaskPrompts:
         """Returns the prompt of a task, an ordinary prompt: use it, or `save` it.
 
         Raises:
-            InputError: there is no such task.
+            InputError: the number is not that of a task.
         """
         if not 0 <= task < len(self.cols):
             raise InputError(f"task {task} of multitask prompts of {len(self.cols)} tasks")
@@ -214,8 +214,8 @@ def _from_arrays(
     for name, array in arrays.items():
         if not np.isfinite(array.astype(np.float32)).all():
             raise InputError(f"{where}: {name} is not finite")
-    factors = (np.ascontiguousarray(array, np.float32) for array in arrays.values())
+    shared, cols, rows = (np.ascontiguousarray(x, np.float32) for x in arrays.values())
     try:
-        return MultitaskPrompts(*factors, metadata)
+        return MultitaskPrompts(shared, cols, rows, metadata)
     except InputError as error:
         raise InputError(f"{where}: {error}") from error

@@ -39,7 +39,7 @@ def prompt_similarity(
         The similarities, in [-1, 1], by name.
 
     Raises:
-        InputError: a prompt cannot be read or has another width, or there is no source.
+        InputError: a prompt cannot be read or has another width, or the sources are empty.
     """
     check_choice(get_args(SimilarityBy), "prompt_similarity", by=by)
     target = prompt if isinstance(prompt, PromptFile) else load_prompt(prompt)

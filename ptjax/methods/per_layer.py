@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from ptjax.models.config import T5Config
 from ptjax.models.family import ApplyFn, Config
 from ptjax.models.per_layer import PROMPT, layer_prompts
 from ptjax.models.prompted import with_prompt
-from ptjax.trees import Variables
+from ptjax.trees import Tree, Variables
 
 Combine = Literal["replace", "add"]
 
@@ -67,7 +67,7 @@ class PerLayerPrompts(AdapterMethod):
             layers = {f"layers_{layer}": of_layer for layer in range(count)}
         return self._variables(layers)
 
-    def _variables(self, layers: Mapping[str, Any]) -> Variables:
+    def _variables(self, layers: Mapping[str, Tree]) -> Variables:
         return {self.collection: {"encoder": {name: {PROMPT: x} for name, x in layers.items()}}}
 
     def init(self, key: Array, context: InitContext) -> Variables:
@@ -94,7 +94,7 @@ class PerLayerPrompts(AdapterMethod):
     def wrap(self, apply_fn: ApplyFn) -> ApplyFn:
         """Puts P rows of zeros before the input, which the layers replace or add to."""
 
-        def apply(variables: Variables, *args: Any, **settings: Any) -> Any:
+        def apply(variables: Variables, *args: Tree, **settings: Tree) -> Tree:
             if self.collection not in variables:
                 return apply_fn(variables, *args, **settings)
             with layer_prompts(self.collection, add=self.combine == "add"):

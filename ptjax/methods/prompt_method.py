@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import jax
 import numpy as np
@@ -57,7 +57,7 @@ class PromptMethod(Method):
     def wrap(self, apply_fn: ApplyFn) -> ApplyFn:
         """Puts the prompt into the variables; an export, in which it is already, stays as it is."""
 
-        def apply(variables: Variables, *args: Any, **settings: Any) -> Any:
+        def apply(variables: Variables, *args: Tree, **settings: Tree) -> Tree:
             if self.collection in variables:
                 variables = with_prompt(variables, self._precise(variables[self.collection]))
             return apply_fn(variables, *args, **settings)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -13,7 +12,9 @@ from jaxtyping import Array, Bool, Float
 from ptjax.data.batch import PADDING_SEGMENT
 from ptjax.models.layers import EncoderLayer
 from ptjax.models.prompt import Prompt
+from ptjax.trees import Tree
 
+_Context = nn.module.InterceptorContext
 PROMPT = "prompt"
 """The name of a layer's array."""
 
@@ -28,7 +29,7 @@ def layer_prompts(collection: str, *, add: bool) -> Iterator[None]:
     """
     packed: list[tuple[Array, Array]] = []  # the last call's own
 
-    def combine(call: Any, args: tuple[Any, ...], kwargs: dict[str, Any], context: Any) -> Any:
+    def combine(call: Tree, args: Tree, kwargs: Tree, context: _Context) -> Tree:
         module = context.module
         if isinstance(module, Prompt) and context.method_name == "inside":
             _, segment_ids, positions = args

@@ -10,16 +10,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import make_settings, outcome, stopped_by_sigterm
+from conftest import make_settings, stopped_by_sigterm, without_seconds
 
 import ptjax
 from ptjax.errors import InputError
-from ptjax.methods.base import InitContext
+from ptjax.methods.base import InitContext, Method
 from ptjax.methods.initializers import Uniform
 from ptjax.methods.multitask import MultitaskPromptTuning
 from ptjax.methods.p_tuning import PTuning
 from ptjax.methods.prompt_method import PromptMethod
 from ptjax.methods.residual import ResidualPromptTuning
+from ptjax.model_dir import ModelDir
 from ptjax.training.optimizer import Adafactor, embedding_rms
 
 KEY = jax.random.key(0)
@@ -70,26 +71,61 @@ def test_the_network_reads_the_prompt_that_the_export_holds(
     np.testing.assert_array_equal(seen(made)["prompt"]["prompt"], loaded["prompt"]["prompt"])
 
 
+def settings_of(method: Method) -> ptjax.RunSettings:
+    """Those of a run of three steps, evaluated once."""
+    schedule = ptjax.TrainSchedule(train_steps=3, eval_period=3, log_period=1)
+    optimizer = Adafactor(0.05, multiply_by_parameter_scale=True)
+    return make_settings(method=method, schedule=schedule, optimizer=optimizer)
+
+
 @pytest.mark.slow
-@EACH
+@pytest.mark.parametrize(
+    "method",
+    [METHODS["residual"], METHODS["p_tuning, lstm"], ptjax.PerLayerPrompts(3)],
+    ids=lambda method: method.name,
+)
 def test_a_run_resumes_bitwise_with_its_network(method, backbone, task, tmp_path) -> None:
     """A run that a signal stopped, and one that nothing stopped."""
 
     def train(name: str, callbacks: Any = ()) -> Any:
-        schedule = ptjax.TrainSchedule(train_steps=3, eval_period=3, log_period=1)
-        optimizer = Adafactor(0.05, multiply_by_parameter_scale=True)
-        settings = make_settings(method=method, schedule=schedule, optimizer=optimizer)
+        settings = settings_of(method)
         return ptjax.tune(backbone, task, tmp_path / name, settings, callbacks=callbacks)
 
     whole = train("whole")
     assert stopped_by_sigterm(2, functools.partial(train, "stopped")) == 143
-    assert train("stopped").finished
-    resumed, straight = (outcome(tmp_path / name) for name in ("stopped", "whole"))
-    for part in ("prompts", "metrics", "results"):
-        assert resumed[part] == straight[part]
+    stopped = train("stopped")
+    assert stopped.finished
+    assert without_seconds(stopped.results) == without_seconds(whole.results)
+    exports = [
+        {
+            file.name: file.read_bytes()
+            for file in ModelDir(x.model_dir).exports(method.exports).iterdir()
+        }
+        for x in (stopped, whole)
+    ]
+    assert set(exports[0]) == {"3.safetensors", "best.safetensors"} and exports[0] == exports[1]
     sizes = jax.tree.leaves(method.variable_shapes(backbone.config))
     assert whole.results["trainable_parameters"] == sum(x.size for x in sizes)
-    assert whole.prompt is not None and whole.prompt.prompt.shape == (3, 16)
+
+
+@pytest.mark.slow
+def test_the_members_of_a_sweep_have_networks_of_their_own(backbone, task, tmp_path) -> None:
+    """Each prompt is that of a run of its own; rows of one batch may take either."""
+    settings = settings_of(METHODS["p_tuning"])
+    members = ptjax.sweep(seeds=(3, 4))
+    run = ptjax.tune(backbone, task, tmp_path / "sweep", settings, members=members)
+    best = ModelDir(run.model_dir).best_prompt
+    prompts = {name: ptjax.load_prompt(best(name)) for name in members}
+    alone = ptjax.tune(backbone, task, tmp_path / "alone", settings).prompt
+    assert alone is not None
+    # Adafactor amplifies the rounding of sums in another order.
+    np.testing.assert_allclose(prompts["seed3"].prompt, alone.prompt, atol=1e-2)
+    assert np.abs(prompts["seed4"].prompt - alone.prompt).max() > 0.1
+    texts = ["text: lovely great", "text: awful"]
+    bank = ptjax.make_bank(prompts)
+    mixed = ptjax.generate(backbone, texts, bank, prompt_ids=[0, 1], max_new_tokens=3)
+    own = [ptjax.generate(backbone, texts, x, max_new_tokens=3) for x in prompts.values()]
+    assert mixed == [own[0][0], own[1][1]]
 
 
 @pytest.mark.parametrize("shared", [True, False])
