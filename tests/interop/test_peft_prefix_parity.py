@@ -34,10 +34,12 @@ def make_model(layers: int) -> Any:
     import torch
     import transformers
 
-    config = transformers.T5Config(
-        vocab_size=90, d_ff=20, d_model=16, d_kv=8, num_heads=3, num_layers=2,
-        num_decoder_layers=layers, feed_forward_proj="gated-gelu", tie_word_embeddings=True,
-    )  # fmt: skip
+    settings: dict[str, Any] = {
+        **{"d_model": 16, "d_kv": 8, "num_heads": 3, "d_ff": 20, "vocab_size": 90},
+        **{"num_layers": 2, "num_decoder_layers": layers, "feed_forward_proj": "gated-gelu"},
+        "tie_word_embeddings": True,
+    }
+    config = transformers.T5Config(**settings)
     torch.manual_seed(layers)
     model = transformers.T5ForConditionalGeneration(config).eval()
     with torch.no_grad():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -186,7 +187,7 @@ def test_a_prompt_s_own_activations_are_that_prompt(dtype, int8) -> None:
 
     @jax.jit
     def run(variables, batch):
-        made = apply_fn(variables, method="prefix_states")
+        made: Any = apply_fn(variables, method="prefix_states")
         float32 = jax.tree.map(lambda x: x.astype(jnp.float32), made._replace(targets=None))
         found = [
             with_lengths(apply_fn)(
