@@ -82,7 +82,6 @@ def test_it_starts_as_a_prompt_that_does_not_see_its_input(context, tmp_path) ->
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
     plain = run(run_with(method, backbone), params)
     assert np.abs(plain - want).max() > 0.01
-    np.testing.assert_array_equal(plain, run(make_apply_fn(backbone.config), params))
 
 
 def test_labels_or_common_tokens_are_the_default_as_for_a_prompt(context) -> None:
@@ -90,8 +89,6 @@ def test_labels_or_common_tokens_are_the_default_as_for_a_prompt(context) -> Non
     made = PrefixTuning(4).init(KEY, labelled)
     chosen = PrefixTuning(4, initializer=ptjax.ClassLabels()).init(KEY, labelled)
     jax.tree.map(np.testing.assert_array_equal, made, chosen)
-    other = PrefixTuning(4, initializer=ptjax.FromText("a text")).init(KEY, labelled)
-    assert np.abs(made["prefix"]["decoder"]["key"] - other["prefix"]["decoder"]["key"]).max() > 0.1
 
 
 def test_random_starts_need_no_backbone(context) -> None:
@@ -182,6 +179,7 @@ def whole(tmp_path_factory, backbone, task):
     return ptjax.Run(model_dir, results)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_resumes_to_the_bit(whole, backbone, task, tmp_path) -> None:
     """The MLP is in the checkpoints, though not in the exports."""
 
