@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from ptjax.inference.generate import generate
     from ptjax.inference.infer import infer, predict
     from ptjax.inference.predict import Prediction
+    from ptjax.interop.multitask import MultitaskPrompts, load_multitask
     from ptjax.interop.prompt_file import load_prompt, load_prompts, save_prompt
     from ptjax.methods.adapter import Adapter, load_adapter
     from ptjax.methods.base import InitContext, Method
@@ -52,7 +53,13 @@ if TYPE_CHECKING:
     )
     from ptjax.methods.lora import LoRA
     from ptjax.methods.model_tuning import ModelTuning
+    from ptjax.methods.multitask import MultitaskPromptTuning
+    from ptjax.methods.nearest_prompt import NearestPrompt, prompt_similarity
+    from ptjax.methods.p_tuning import PTuning
+    from ptjax.methods.per_layer import PerLayerPrompts
+    from ptjax.methods.prefix_tuning import PrefixTuning
     from ptjax.methods.prompt_tuning import PromptTuning
+    from ptjax.methods.residual import ResidualPromptTuning
     from ptjax.models.config import T5Config
     from ptjax.models.module_family import flax_module
     from ptjax.planning.plan import plan
@@ -91,10 +98,17 @@ _HOMES = {
     "MixtureComponent": "ptjax.data.mixture",
     "MlflowTracker": "ptjax.trainer.trackers",
     "ModelTuning": "ptjax.methods.model_tuning",
+    "MultitaskPromptTuning": "ptjax.methods.multitask",
+    "MultitaskPrompts": "ptjax.interop.multitask",
+    "NearestPrompt": "ptjax.methods.nearest_prompt",
+    "PTuning": "ptjax.methods.p_tuning",
+    "PerLayerPrompts": "ptjax.methods.per_layer",
     "Prediction": "ptjax.inference.predict",
     "PrefixLM": "ptjax.data.mixture",
+    "PrefixTuning": "ptjax.methods.prefix_tuning",
     "PromptTuning": "ptjax.methods.prompt_tuning",
     "Report": "ptjax.reports.report",
+    "ResidualPromptTuning": "ptjax.methods.residual",
     "Run": "ptjax.trainer.tune",
     "RunSettings": "ptjax.settings",
     "SampledVocabulary": "ptjax.methods.initializers",
@@ -115,6 +129,7 @@ _HOMES = {
     "infer": "ptjax.inference.infer",
     "load_adapter": "ptjax.methods.adapter",
     "load_backbone": "ptjax.backbones.load",
+    "load_multitask": "ptjax.interop.multitask",
     "load_prompt": "ptjax.interop.prompt_file",
     "load_prompts": "ptjax.interop.prompt_file",
     "load_tokenizer": "ptjax.data.tokenizer",
@@ -123,6 +138,7 @@ _HOMES = {
     "plan": "ptjax.planning.plan",
     "predict": "ptjax.inference.infer",
     "pretrain": "ptjax.trainer.pretrain",
+    "prompt_similarity": "ptjax.methods.nearest_prompt",
     "save_backbone": "ptjax.backbones.save",
     "save_prompt": "ptjax.interop.prompt_file",
     "suggest_settings": "ptjax.trainer.suggest",
@@ -155,10 +171,17 @@ __all__ = [
     "MixtureComponent",
     "MlflowTracker",
     "ModelTuning",
+    "MultitaskPromptTuning",
+    "MultitaskPrompts",
+    "NearestPrompt",
+    "PTuning",
+    "PerLayerPrompts",
     "Prediction",
     "PrefixLM",
+    "PrefixTuning",
     "PromptTuning",
     "Report",
+    "ResidualPromptTuning",
     "Run",
     "RunSettings",
     "SampledVocabulary",
@@ -179,6 +202,7 @@ __all__ = [
     "infer",
     "load_adapter",
     "load_backbone",
+    "load_multitask",
     "load_prompt",
     "load_prompts",
     "load_tokenizer",
@@ -188,6 +212,7 @@ __all__ = [
     "predict",
     "preprocessors",
     "pretrain",
+    "prompt_similarity",
     "save_backbone",
     "save_prompt",
     "suggest_settings",

@@ -37,6 +37,11 @@ def main() -> None:
     parser.add_argument(
         "--tokens", type=int, default=3, metavar="N", help="nearest tokens per row; default: 3"
     )
+    parser.add_argument(
+        "--similar_to",
+        metavar="DIR",
+        help="rank the prompts in DIR by their cosine similarity to the prompt, as SPoT does",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = cli.parse(parser)
     cli.run(lambda: inspect(arguments))
@@ -58,6 +63,8 @@ def inspect(arguments: argparse.Namespace) -> None:
     prompt = described.get("best_prompt") or (described if described["kind"] == "prompt" else None)
     if prompt is not None:
         add_tokens(prompt, arguments, bound)
+    if arguments.similar_to is not None:
+        add_similarity(prompt, arguments)
     as_json = output.as_json(described, indent=2, ensure_ascii=False)
     output.show(as_json if arguments.json else show(described))
 
@@ -99,6 +106,29 @@ def add_tokens(described: JsonObject, arguments: argparse.Namespace, bound: Meta
         described["not_compared"] = f"{str(error).splitlines()[0]}; name it with --backbone"
         return
     described["compared_with"] = name
+
+
+def add_similarity(described: JsonObject | None, arguments: argparse.Namespace) -> None:
+    """Adds the prompts of `--similar_to=DIR`, ranked, to a prompt's description.
+
+    Adds the entries "similarity" (of the average rows) and "similarity_per_token": cosines by the
+    names of the prompts.
+
+    Args:
+        described: the prompt's description; the entries are added to it. None if a backbone or an
+            adapter is described.
+        arguments: the parsed flags.
+
+    Raises:
+        InputError: a prompt is missing on one side, or their widths differ.
+    """
+    from ptjax.methods.nearest_prompt import prompt_similarity
+
+    if described is None:
+        raise InputError(f"--similar_to compares prompts; {arguments.path} is not a prompt")
+    own, folder = described["path"], arguments.similar_to
+    described["similarity"] = prompt_similarity(own, folder)
+    described["similarity_per_token"] = prompt_similarity(own, folder, "per_token")
 
 
 def show(described: Metadata, indent: int = 0) -> str:

@@ -30,12 +30,12 @@ _PEFT_VERSION = "0.21.2"  # the version whose layout is written
 _REFUSED = {
     "LORA": "it changes the network; give it as an adapter (ptjax.load_adapter, --adapter)",
     "IA3": "it changes the network; give it as an adapter (ptjax.load_adapter, --adapter)",
-    "PREFIX_TUNING": "it holds keys and values for the decoder's layers, which no input prompt can "
-    "express; train with PROMPT_TUNING instead",
+    "PREFIX_TUNING": "it holds keys and values for the decoder's layers, not an input prompt; "
+    "load_adapter (--adapter) reads it",
     "CARTRIDGE": "it holds keys and values for the decoder's layers, which no input prompt can "
     "express; train with PROMPT_TUNING instead",
-    "MULTITASK_PROMPT_TUNING": "it holds a prompt per task; in PEFT, multiply prompt_embeddings by "
-    "prefix_task_cols[t] @ prefix_task_rows[t] and save that as PROMPT_TUNING",
+    "MULTITASK_PROMPT_TUNING": "it holds a prompt per task; "
+    "ptjax.load_multitask(path).prompt(t).save(file) makes that of task t a prompt",
     "CPT": "it belongs to decoder-only models",
 }
 
@@ -89,7 +89,7 @@ def load_peft(directory: str | os.PathLike[str]) -> tuple[np.ndarray, JsonObject
             "the decoder, which ptjax does not support. PEFT since 0.4 uses the first half alone; "
             'to do the same, add "auto_mapping": null'
         )
-    tensors, header, weights = _open_weights(directory)
+    tensors, header, weights = open_weights(directory)
     if _TENSOR not in tensors:
         raise InputError(f"{weights}: the tensor {_TENSOR} is missing")
     if others := sorted(set(tensors) - {_TENSOR}):
@@ -230,10 +230,14 @@ def size_of(config: Metadata, key: str, default: int | None, file: epath.Path) -
     return value
 
 
-def _open_weights(
+def open_weights(
     directory: epath.Path,
 ) -> tuple[dict[str, LazyArray], dict[str, str], epath.Path]:
-    """(name -> array, header, the file)."""
+    """Opens the weights of a PEFT directory: (name -> array, header, the file).
+
+    Raises:
+        InputError: they are missing or damaged.
+    """
     file = directory / WEIGHTS
     if file.exists():
         return *safetensors_file.open_safetensors(file), file

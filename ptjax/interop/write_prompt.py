@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 
 import ml_dtypes
 import numpy as np
@@ -27,6 +28,8 @@ def save_prompt(
     prompt: np.ndarray,
     metadata: Metadata,
     states: PromptStates | None = None,
+    *,
+    factors: Mapping[str, np.ndarray] | None = None,
 ) -> None:
     """Writes ptjax's prompt file: `prompt` [P, D] as float32, in one atomic write.
 
@@ -34,6 +37,7 @@ def save_prompt(
         metadata: JSON values by name; `load_prompt` returns them.
         states: the keys and values from `precompute_prompt_kv`, [layers, P, H, K] each, to store
             with the prompt; written in their own dtype.
+        factors: further float32 tensors by name, from which the prompt was computed.
 
     Raises:
         InputError: the prompt is not finite or not [P, D], or a metadata value that ptjax reads
@@ -42,9 +46,9 @@ def save_prompt(
     check_path("the path of the prompt", path)
     if problem := prompt_header.wrong_value(metadata):
         raise InputError(f"{path}: a prompt cannot be saved with this metadata, {problem}")
-    tensors = {TENSOR: checked(np.asarray(prompt), os.fspath(path))}
+    tensors = {TENSOR: checked(np.asarray(prompt), os.fspath(path)), **(factors or {})}
     if states is not None:
-        for stack, arrays in states._asdict().items():
+        for stack, arrays in states.present().items():
             for kind, array in zip(KINDS, arrays, strict=True):
                 tensors[f"{stack}_{kind}"] = np.asarray(array)
     safetensors_file.save_safetensors(

@@ -31,6 +31,8 @@ ADAPTERS: dict[str, tuple[str, str]] = {
     "bitfit": ("ptjax.methods.bitfit", "BitFit"),
     "ia3": ("ptjax.methods.ia3", "IA3"),
     "lora": ("ptjax.methods.lora", "LoRA"),
+    "prefix_tuning": ("ptjax.methods.prefix_tuning", "PrefixTuning"),
+    "per_layer_prompts": ("ptjax.methods.per_layer", "PerLayerPrompts"),
 }
 """The names of the methods of adapter files -> the module and the name of the class.
 
@@ -171,12 +173,16 @@ def load_adapter(path: PathLike) -> Adapter:
 
     Of PEFT's adapters, LoRA and IA3 for a T5 are read (`interop.peft_adapters`).
 
+    Also reads a directory of PEFT that holds a prefix.
+
     Raises:
         InputError: the path is missing, damaged, or holds something else, such as a prompt; or the
             file is of a method that this version does not know.
     """
+    from ptjax.interop import peft
     from ptjax.interop.adapter_file import METHOD, read_adapter
     from ptjax.interop.peft_adapters import is_peft_adapter, load_peft_adapter
+    from ptjax.interop.peft_prefix import load_peft_prefix
 
     check_path("the path of the adapter", path)
     file = epath.Path(path).expanduser()
@@ -187,12 +193,13 @@ def load_adapter(path: PathLike) -> Adapter:
         described = {"name": read.method, **read.fields}
         method, metadata = _make_method(described, os.fspath(file)), read.metadata
         return Adapter(method, read.arrays, {**metadata, METHOD: described}, _absolute(file))
-    if file.is_dir():
+    of_peft = peft.is_peft(file)
+    if file.is_dir() and not of_peft:
         best = ModelDir(file).best_adapter
         if not best.exists():
             raise InputError(f"{file}: no adapter in this folder ({best} is missing)")
         file = best
-    arrays, metadata = read_adapter(file)
+    arrays, metadata = load_peft_prefix(file) if of_peft else read_adapter(file)
     method = _make_method(metadata[METHOD], os.fspath(file))
     return Adapter(method, arrays, metadata, _absolute(file))
 

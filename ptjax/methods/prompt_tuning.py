@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import jax
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
-from ptjax.errors import InputError, check_at_least
-from ptjax.files import JsonObject, Metadata, PathLike
-from ptjax.methods.base import InitContext, Method
-from ptjax.methods.initializers import ClassLabels, Initializer, SampledVocabulary
-from ptjax.model_dir import ExportKind
-from ptjax.models.family import Config
-from ptjax.models.prompted import with_prompt
-from ptjax.sharding import processes
-from ptjax.trees import Variables
-
-if TYPE_CHECKING:
-    from ptjax.backbones.load import Backbone
+from ptjax.errors import check_at_least
+from ptjax.methods.base import InitContext
+from ptjax.methods.initializers import Initializer
+from ptjax.methods.prompt_method import PromptMethod, initial_prompt
+from ptjax.models.family import ApplyFn, Config
+from ptjax.trees import Tree, Variables
 
 
 @dataclasses.dataclass(frozen=True)
-class PromptTuning(Method):
+class PromptTuning(PromptMethod):
     """Trains a soft prompt; the backbone is frozen.
 
     Attributes:
@@ -38,9 +31,6 @@ class PromptTuning(Method):
 
     name: ClassVar[str] = "prompt_tuning"
     collection: ClassVar[str] = "prompt"
-    exports: ClassVar[ExportKind] = "prompt"
-    supports_rows: ClassVar[bool] = True
-    supports_sweep: ClassVar[bool] = True
 
     length: int = 100
     initializer: Initializer | None = None
@@ -57,50 +47,13 @@ class PromptTuning(Method):
         """Makes the initial prompt: {"prompt": {"prompt": a numpy array, float32 [P, D]}}.
 
         Raises:
-            InputError: the initialiser cannot be used, or its result does not have shape [P, D].
+            InputError: as for `initial_prompt`.
         """
-        initializer = self.initializer
-        if initializer is None:
-            initializer = ClassLabels() if context.labels else SampledVocabulary()
-        prompt = processes.on_host(initializer(key, self.length, context)).astype(np.float32)
-        shape = (self.length, context.embedding.shape[1])
-        if prompt.shape != shape:
-            owner = f" of {context.member}" if context.member else ""
-            raise InputError(
-                f"the initial prompt{owner} has shape {prompt.shape}, but the run needs {shape}; "
-                "change PROMPT_LENGTH or the initialiser"
-            )
-        return {"prompt": {"prompt": prompt}}
+        return {"prompt": {"prompt": initial_prompt(self.initializer, self.length, key, context)}}
 
-    def freeze_rules(self) -> Mapping[str, bool]:
-        return {"params/.*": True, "prompt/.*": False}
+    def matrix(self, own: Tree) -> Float[Array, "P D"]:
+        return own["prompt"]
 
-    def extra_positions(self) -> int:
-        """Returns P, or 0 for a prompt that does not attend to the input.
-
-        All examples share the states of such a prompt.
-        """
-        return self.length if self.attends_to_input else 0
-
-    def describe(self) -> Metadata:
-        return {"sees_input": self.attends_to_input}
-
-    # Prompt files are imported late: settings and plans do not need them.
-
-    def save(
-        self, path: PathLike, trainable: Variables, metadata: Metadata, backbone: Backbone
-    ) -> None:
-        from ptjax.interop.prompt_file import save_prompt
-
-        if processes.first():
-            save_prompt(path, np.asarray(trainable["prompt"]["prompt"]), metadata)
-
-    def read_metadata(self, path: PathLike) -> JsonObject:
-        from ptjax.interop.prompt_file import load_prompt
-
-        return load_prompt(path).metadata
-
-    def load(self, path: PathLike, backbone: Backbone) -> Variables:
-        from ptjax.interop.prompt_file import load_prompt
-
-        return with_prompt({}, load_prompt(path).prompt)
+    def wrap(self, apply_fn: ApplyFn) -> ApplyFn:
+        """Returns the network itself, which reads the prompt."""
+        return apply_fn

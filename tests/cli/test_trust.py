@@ -130,7 +130,7 @@ def test_case_5_1_what_our_own_runs_write_is_read():
         flags = [f"--gin_file={file}", "--gin.RunSettings.optimizer=@ptjax.Adafactor()"]
         flags.append("--gin.Adafactor.learning_rate=@optax.linear_schedule()")
         open_macros = "CORPUS_DIR CORPUS_FILES DATA_DIR INITIAL_CHECKPOINT_PATH"
-        open_macros += " MODEL_DIR PROMPT_FILE PROMPT_TEXT"
+        open_macros += " MODEL_DIR PROMPT_FILE PROMPT_TEXT SOURCE_PROMPTS TARGET_PROMPT"
         arguments = cli.parse(cli.make_parser("x", ""), flags)
         cli.load_gin(arguments, defaults=dict.fromkeys(open_macros.split(), ""))
         Path("config.gin").write_text(cli.config_text())
@@ -159,7 +159,12 @@ def test_case_5_1_the_list_is_whole_and_true():
         "methods.base",
         "methods.initializers",
         "methods.model_tuning",
+        "methods.multitask",
+        "methods.nearest_prompt",
+        "methods.p_tuning",
+        "methods.per_layer",
         "methods.prompt_tuning",
+        "methods.residual",
         "training.loss",
     ):
         home = importlib.import_module(f"ptjax.{module}")

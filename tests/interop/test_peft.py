@@ -135,8 +135,8 @@ def test_case_1_14_a_second_half_that_prompted_the_decoder_is_refused(exported, 
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"peft_type": "PREFIX_TUNING"}, "type PREFIX_TUNING.* train with PROMPT_TUNING"),
-        ({"peft_type": "MULTITASK_PROMPT_TUNING"}, r"prefix_task_cols\[t\] @ prefix_task_rows"),
+        ({"peft_type": "PREFIX_TUNING"}, "type PREFIX_TUNING.* load_adapter .--adapter. reads it"),
+        ({"peft_type": "MULTITASK_PROMPT_TUNING"}, r"load_multitask\(path\)\.prompt\(t\)"),
         ({"peft_type": "CARTRIDGE"}, "type CARTRIDGE"),
         ({"peft_type": "LORA"}, "type LORA cannot be read: it changes the network; .*--adapter"),
         ({"peft_type": "LOHA"}, "type LOHA cannot be read: it is not a soft prompt"),

@@ -63,6 +63,24 @@ def test_sizes_may_come_from_the_checkpoint(call):
     assert found["own"]["examples"] == 32
 
 
+OF_METHODS = {
+    "runs/residual.gin": 100 * 128 + (128 * 400 + 400) + (400 * 128 + 128) + 2 * 128,
+    "runs/multitask.gin": 100 * 128 + 100 + 128,
+    "runs/per_layer.gin": 4 * 100 * 128,
+    "runs/p_tune.gin": 100 * 128 + 3 * (128 * 128 + 128),
+}
+"""The gin files of methods -> how many parameters they train on ptjax-nano, D = 128."""
+
+
+@pytest.mark.parametrize("file", OF_METHODS)
+def test_a_methods_gin_file_plans_what_it_trains(call, file):
+    flags = ("--gin_file=models/ptjax_nano.gin", f"--gin_file={file}")
+    code, out, err = call("plan", *flags, "--slice=v5e-1", "--quick", "--json")
+    assert code == 0, err
+    [found] = json.loads(out)
+    assert found["own"]["trainable"] == OF_METHODS[file]
+
+
 def test_a_bank_is_as_large_as_its_members(call):
     bank = ("--gin_file=models/t5_1_1_small.gin", "--gin_file=runs/sweep.gin")
     code, out, err = call("plan", *bank, "--slice=v5e-8", "--quick", "--json")

@@ -30,9 +30,8 @@ from ptjax.data.sources import read_records
 from ptjax.data.tasks import Task
 from ptjax.data.tokenizer import load_tokenizer
 from ptjax.errors import InputError
-from ptjax.interop import prompt_file
 from ptjax.interop.prompt_file import load_prompt, save_prompt
-from ptjax.methods import initializers
+from ptjax.methods import from_file, initializers, nearest_prompt
 from ptjax.methods.from_file import FromFile
 from ptjax.methods.initializers import (
     ClassLabels,
@@ -42,6 +41,7 @@ from ptjax.methods.initializers import (
     Uniform,
 )
 from ptjax.methods.model_tuning import ModelTuning
+from ptjax.methods.nearest_prompt import NearestPrompt
 from ptjax.methods.prompt_tuning import PromptTuning
 from ptjax.models.config import T5Config
 from ptjax.settings import Evaluation, RunSettings, TrainSchedule
@@ -103,6 +103,8 @@ DECIDES: dict[str, Any] = {
     "ClassLabels.rest": Uniform(),
     "FromText.text": "another",
     "FromText.rest": Uniform(),
+    "NearestPrompt.by": "per_token",
+    "NearestPrompt.top_k": 2,
     "FrequentWords.minimum_letters": 4,
     "FrequentWords.rest": Uniform(),
     "Adafactor.learning_rate": 0.03,
@@ -221,6 +223,8 @@ MAY_CHANGE: dict[str, Any] = {
     "T5Config.scan_layers": True,
     "T5Config.remat": "full",
     "FromFile.path": "a copy",
+    "NearestPrompt.sources": "a copy",
+    "NearestPrompt.target": "a copy",
     "pretrain.model_dir": "/moved",
     "pretrain.schedule": TrainSchedule(train_steps=5),
     "pretrain.callbacks": [ConfigFile("# a comment")],
@@ -255,7 +259,7 @@ def implementations(protocol: Any) -> list[type]:
     signature = inspect.signature(getattr(protocol, method)) if method else None
     return [
         kind
-        for module in (initializers, prompt_file, mixture)
+        for module in (initializers, from_file, nearest_prompt, mixture)
         for kind in vars(module).values()
         if method and dataclasses.is_dataclass(kind) and method in vars(kind)
         and list(inspect.signature(vars(kind)[method]).parameters) == list(signature.parameters)
@@ -299,6 +303,11 @@ def saved_prompt(tmp_path_factory) -> Path:
 def start(backbone: Backbone, saved_prompt: Path) -> Callable[[str, Any], dict[str, Any]]:
     """`start(setting, value)` is the identity of a run with one setting changed."""
     shutil.copyfile(saved_prompt, saved_prompt.with_name("copy.safetensors"))
+    sources = saved_prompt.with_name("sources")
+    for seed in (1, 2):
+        prompt = np.random.default_rng(seed).random((4, 16))
+        save_prompt(sources / f"{seed}.safetensors", prompt, {})
+    shutil.copytree(sources, sources.with_name("copies"), dirs_exist_ok=True)
     tokenizer = load_tokenizer("byt5")
 
     def run(**parts: Any) -> dict[str, Any]:
@@ -329,6 +338,10 @@ def start(backbone: Backbone, saved_prompt: Path) -> Callable[[str, Any], dict[s
             FromFile(str(saved_prompt)),
             lambda x: run(method=PromptTuning(initializer=x)),
         ),
+        "NearestPrompt": (
+            NearestPrompt(sources, saved_prompt),
+            lambda x: run(method=PromptTuning(initializer=x)),
+        ),
         "FromText": (FromText("a text"), lambda x: run(method=PromptTuning(initializer=x))),
         "TextFiles": (TextFiles({"a.txt": "text"}), lambda x: {"text": x}),
         "TokenFile": (TokenFile("a.npy"), lambda x: {"text": x}),
@@ -343,6 +356,8 @@ def start(backbone: Backbone, saved_prompt: Path) -> Callable[[str, Any], dict[s
     given = {"model_dir": "/run", "task": WORDS, "backbone": backbone}
     special = {
         "FromFile.path": str(saved_prompt.with_name("copy.safetensors")),
+        "NearestPrompt.sources": sources.with_name("copies"),
+        "NearestPrompt.target": str(saved_prompt.with_name("copy.safetensors")),
         "Backbone.tokenizer": tokenizer,
         "Backbone.config": dataclasses.replace(backbone.config, dropout_rate=0.5),
         "Backbone.mesh": make_mesh(devices=jax.devices()[:2]),
