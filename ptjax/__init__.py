@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from ptjax.methods.base import InitContext, Method
     from ptjax.methods.bitfit import BitFit
     from ptjax.methods.from_file import FromFile
+    from ptjax.methods.ia3 import IA3
     from ptjax.methods.initializers import (
         ClassLabels,
         FrequentWords,
@@ -50,11 +51,13 @@ if TYPE_CHECKING:
         SampledVocabulary,
         Uniform,
     )
+    from ptjax.methods.lora import LoRA
     from ptjax.methods.model_tuning import ModelTuning
     from ptjax.methods.multitask import MultitaskPromptTuning
     from ptjax.methods.nearest_prompt import NearestPrompt, prompt_similarity
     from ptjax.methods.p_tuning import PTuning
     from ptjax.methods.per_layer import PerLayerPrompts
+    from ptjax.methods.prefix_tuning import PrefixTuning
     from ptjax.methods.prompt_tuning import PromptTuning
     from ptjax.methods.residual import ResidualPromptTuning
     from ptjax.models.config import T5Config
@@ -85,8 +88,10 @@ _HOMES = {
     "FromFile": "ptjax.methods.from_file",
     "FromText": "ptjax.methods.initializers",
     "HardPrompt": "ptjax.data.hard_prompt",
+    "IA3": "ptjax.methods.ia3",
     "InitContext": "ptjax.methods.base",
     "InputError": "ptjax.errors",
+    "LoRA": "ptjax.methods.lora",
     "Loss": "ptjax.training.loss",
     "MemberOverrides": "ptjax.trainer.sweep",
     "Method": "ptjax.methods.base",
@@ -100,6 +105,7 @@ _HOMES = {
     "PerLayerPrompts": "ptjax.methods.per_layer",
     "Prediction": "ptjax.inference.predict",
     "PrefixLM": "ptjax.data.mixture",
+    "PrefixTuning": "ptjax.methods.prefix_tuning",
     "PromptTuning": "ptjax.methods.prompt_tuning",
     "Report": "ptjax.reports.report",
     "ResidualPromptTuning": "ptjax.methods.residual",
@@ -142,6 +148,7 @@ _HOMES = {
 _MODULES = {"preprocessors": "ptjax.data.catalogue"}
 
 __all__ = [
+    "IA3",
     "Adafactor",
     "Adapter",
     "Backbone",
@@ -157,6 +164,7 @@ __all__ = [
     "HardPrompt",
     "InitContext",
     "InputError",
+    "LoRA",
     "Loss",
     "MemberOverrides",
     "Method",
@@ -170,6 +178,7 @@ __all__ = [
     "PerLayerPrompts",
     "Prediction",
     "PrefixLM",
+    "PrefixTuning",
     "PromptTuning",
     "Report",
     "ResidualPromptTuning",

@@ -11,7 +11,7 @@ from ptjax import cli
 from ptjax.cli import model_flags, output
 from ptjax.errors import InputError
 
-FORMATS = ("safetensors", "kv_cache", "npy", "peft", "huggingface", "t5x")
+FORMATS = ("safetensors", "kv_cache", "npy", "peft", "huggingface", "t5x", "merged")
 """Those of `ptjax.export`, which is imported late."""
 
 
@@ -28,7 +28,8 @@ def main() -> None:
         huggingface: a directory for peft.PeftModel.from_pretrained, with a model card; it needs
         the backbone's sizes. ptjax reads the task's template from it; PEFT does not. t5x: a copy
         of the backbone's T5X checkpoint with the prompt as a parameter of prompt-tuning, which
-        shares its other files with the original (hard links).
+        shares its other files with the original (hard links). merged: with --adapter, for LoRA and
+        IA3, a backbone whose weights have the adapter's effect in them, in Hugging Face's layout.
 
           python -m ptjax.export --model_dir=runs/quickstart --to=npy --output=prompt.npy
         """,
@@ -44,7 +45,7 @@ def main() -> None:
     parser.add_argument(
         "--adapter",
         metavar="FILE",
-        help="instead of a prompt: what another method tuned; for safetensors and peft",
+        help="instead of a prompt: what another method tuned; for safetensors, peft, merged",
     )
     parser.add_argument("--to", required=True, choices=FORMATS, help="the format")
     parser.add_argument("--output", required=True, metavar="PATH", help="a file, or a directory")

@@ -106,10 +106,10 @@ def sweep_summary(results: Metadata, model_dir: str | None) -> str:
         f"  {results['trainable_parameters']:,} trained, {results['frozen_parameters']:,} frozen"
     )
     if model_dir:
-        rows.append(
-            f"\ntry it:  python -m ptjax.infer --prompt={ModelDir(model_dir).best_prompt(best)}"
-            " 'a text of your own'"
-        )
+        prompt = ModelDir(model_dir).best_prompt(best)
+        adapter = ModelDir(model_dir).exports("adapter", best) / prompt.name
+        flag = f"--adapter={adapter}" if adapter.exists() else f"--prompt={prompt}"
+        rows.append(f"\ntry it:  python -m ptjax.infer {flag} 'a text of your own'")
     return "\n".join(rows)
 
 

@@ -22,6 +22,7 @@ from ptjax.files import JsonObject
 from ptjax.interop import peft, t5x
 from ptjax.interop.adapter_file import METHOD, is_adapter, read_adapter
 from ptjax.interop.hub import PROMPT
+from ptjax.interop.peft_adapters import is_peft_adapter, load_peft_adapter
 from ptjax.interop.prompt_file import PromptFile, load_prompt, prompts_below, wrong_width
 from ptjax.model_dir import ModelDir
 
@@ -52,7 +53,7 @@ def describe(
     if (place / "identity").is_dir() and (place / "state").is_dir():
         return {"kind": "checkpoint"} | describe_checkpoint(place)
     saved = (place / PROMPT).exists() or peft.is_peft(place)
-    if place.is_file() and is_adapter(place):
+    if is_peft_adapter(place) or (place.is_file() and is_adapter(place)):
         return {"kind": "adapter"} | describe_adapter(place)
     if saved or (place.is_file() and place.name != "checkpoint"):
         return {"kind": "prompt", "path": os.fspath(path)} | describe_prompt(load_prompt(place))
@@ -128,9 +129,14 @@ def describe_prompt(file: PromptFile) -> JsonObject:
 
 
 def describe_adapter(path: epath.Path) -> JsonObject:
-    """Describes an adapter file: its method, size, arrays and metadata."""
-    arrays, metadata = read_adapter(path)
-    method = metadata.pop(METHOD)
+    """Describes an adapter file, or PEFT's folder: its method, size, arrays and metadata."""
+    if is_peft_adapter(path):
+        read = load_peft_adapter(path)
+        arrays, metadata = read.arrays, read.metadata
+        method = {"name": read.method, **read.fields}
+    else:
+        arrays, metadata = read_adapter(path)
+        method = metadata.pop(METHOD)
     return {
         "path": os.fspath(path),
         "method": method,

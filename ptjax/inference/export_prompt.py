@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Callable
-from typing import Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 from etils import epath
@@ -13,22 +14,23 @@ from ptjax import files
 from ptjax.backbones import describe
 from ptjax.backbones.load import Backbone, load_backbone
 from ptjax.backbones.open import OpenBackbone, open_backbone
+from ptjax.backbones.save import save_backbone
 from ptjax.errors import InputError, check_path, near
 from ptjax.files import Metadata, PathLike
 from ptjax.inference.bank import SinglePrompt, wrap_prompt
 from ptjax.inference.prompt_kv import precompute_prompt_kv
-from ptjax.inference.prompts import check_prompt
+from ptjax.inference.prompts import check_adapter, check_prompt
 from ptjax.interop import peft, t5x, t5x_write
 from ptjax.interop.adapter_file import save_adapter
 from ptjax.interop.prompt_file import PromptFile, save_prompt, wrong_width
 from ptjax.interop.write_prompt import check_folder, hub_id, with_run, write_card
 from ptjax.methods.adapter import Adapter
 
-ExportFormat = Literal["safetensors", "kv_cache", "npy", "peft", "huggingface", "t5x"]
+ExportFormat = Literal["safetensors", "kv_cache", "npy", "peft", "huggingface", "t5x", "merged"]
 """The formats of `export`; "peft" and "huggingface" are two names of one."""
 FORMATS: tuple[ExportFormat, ...] = get_args(ExportFormat)
 PEFT = ("peft", "huggingface")
-FOLDERS = (*PEFT, "t5x")
+FOLDERS = (*PEFT, "t5x", "merged")
 """The formats that are folders."""
 T = TypeVar("T")
 _NEEDED_FOR = {"t5x": "T5X checkpoint"}
@@ -52,13 +54,16 @@ def export(
       metadata in it; PEFT ignores them, the template of the task for example.
     - "t5x": a T5X checkpoint, the backbone's with the prompt added as parameter
       `encoder/prompt/prompt/prompt`. It shares its other files with the original by hard links.
+    - "merged": a backbone in Hugging Face's layout, float32, whose weights have an adapter's effect
+      in them, for LoRA and IA3. `load_backbone` and `transformers` read it.
 
     Args:
         prompt: as for `ptjax.forward`: a prompt, a path or name that `load_prompt` takes, an array;
-            or the result of `load_adapter`, for "safetensors" and, if PEFT has the method, "peft".
+            or the result of `load_adapter`, for "safetensors", "merged" and, if PEFT has the
+            method, "peft".
         output: a file; for "peft" a folder, for "t5x" a new one.
-        backbone: the backbone or its path, which "kv_cache", "peft" and "t5x" need; default: the
-            one that the prompt was tuned on. For "t5x" it must be a T5X checkpoint.
+        backbone: the backbone or its path, which all except "safetensors" and "npy" need;
+            default: the one that the prompt was tuned on. For "t5x" it must be a T5X checkpoint.
         force: overwrite existing output. A T5X checkpoint is never overwritten.
 
     Raises:
@@ -80,6 +85,8 @@ def export(
             f"{source or 'the prompt'} does not see its input, which --to={to} cannot record: it "
             "would be used differently from how it was tuned"
         )
+    if to == "merged":
+        raise InputError("--to=merged is for adapters; a prompt is not part of the weights")
     metadata, target = with_run(file.metadata, source), epath.Path(output).expanduser()
     if to == "t5x":
         checkpoint = _open(backbone, metadata, to)
@@ -96,7 +103,7 @@ def export(
         np.save(stream, array, allow_pickle=False)
         files.write_bytes(target, stream.getvalue())
     elif to == "kv_cache":
-        loaded = _load(backbone, metadata)
+        loaded = _load(backbone, metadata, to)
         compiled = precompute_prompt_kv(loaded, check_prompt(loaded, file))
         save_prompt(target, array, {**compiled.metadata, **metadata}, compiled.states)
     else:
@@ -112,10 +119,17 @@ def _export_adapter(
     *,
     force: bool,
 ) -> epath.Path:
-    if to not in ("safetensors", *PEFT):
+    if to not in ("safetensors", "merged", *PEFT):
         raise InputError(f"--to={to} is a format of prompts, not of {adapter.method.name}")
-    _check_output(target, force=force, folder=to in PEFT)
-    if to in PEFT:
+    _check_output(target, force=force, folder=to in FOLDERS)
+    if to == "merged":
+        loaded = _load(backbone, adapter.metadata, to, dtype="float32")
+        variables = check_adapter(loaded, adapter).variables
+        assert variables is not None
+        params = adapter.method.merge(loaded.variables["params"], variables)
+        kept = {"tokenizer": loaded.tokenizer, "dtype": "float32", "family": loaded.family}
+        save_backbone(target, loaded.config, params, **kept)
+    elif to in PEFT:
         opened = _open(backbone, adapter.metadata, to)
         adapter.method.export_peft(target, adapter.arrays, opened)
     else:
@@ -193,15 +207,18 @@ def _open(
     return opened
 
 
-def _load(backbone: Backbone | PathLike | None, metadata: Metadata) -> Backbone:
+def _load(
+    backbone: Backbone | PathLike | None, metadata: Metadata, to: str, **settings: Any
+) -> Backbone:
+    """The backbone; if it is not loaded yet, with these settings of `load_backbone`."""
     if isinstance(backbone, Backbone):
         return backbone
     if backbone is not None:
-        return load_backbone(backbone)
+        return load_backbone(backbone, **settings)
     named = metadata.get("backbone_name")
     if named is None:
-        raise InputError("--to=kv_cache needs the backbone; name it with --backbone")
-    return _named(load_backbone, named)
+        raise InputError(f"--to={to} needs the backbone; name it with --backbone")
+    return _named(functools.partial(load_backbone, **settings), named)
 
 
 def _named(function: Callable[[str], T], name: object) -> T:

@@ -305,11 +305,9 @@ def _check_states(backbone: Backbone, states: PromptStates) -> None:
     """InputError unless precomputed keys and values have the backbone's layers and heads."""
     config = backbone.config
     heads = (config.num_heads, config.head_dim)
-    for stack, arrays, layers in (
-        ("encoder", states.encoder, config.num_encoder_layers),
-        ("decoder", states.decoder, config.num_decoder_layers),
-    ):
-        shape = arrays[0].shape
+    counts = {"encoder": config.num_encoder_layers, "decoder": config.num_decoder_layers}
+    for stack, layers in counts.items():
+        shape = states.present()[stack][0].shape
         if shape[0] != layers or shape[2:] != heads:
             raise InputError(
                 f"the prompt's keys and values were computed for another backbone: {shape[0]} "

@@ -28,6 +28,8 @@ _TENSOR = "prompt_embeddings"
 _FORMAT = {"format": "pt"}  # in every header that PEFT writes
 _PEFT_VERSION = "0.21.2"  # the version whose layout is written
 _REFUSED = {
+    "LORA": "it changes the network; give it as an adapter (ptjax.load_adapter, --adapter)",
+    "IA3": "it changes the network; give it as an adapter (ptjax.load_adapter, --adapter)",
     "PREFIX_TUNING": "it holds keys and values for the decoder's layers, not an input prompt; "
     "load_adapter (--adapter) reads it",
     "CARTRIDGE": "it holds keys and values for the decoder's layers, which no input prompt can "

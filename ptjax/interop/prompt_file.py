@@ -353,17 +353,17 @@ def _load_safetensors(path: epath.Path) -> PromptFile:
         raise InputError(
             f"{path}: a prompt that attends to its input cannot be compiled; compile it again"
         )
-    if file.states is not None and file.states.encoder[0].shape[1] != len(prompt):
-        raise InputError(
-            f"{path}: the states have {file.states.encoder[0].shape[1]} positions, the prompt "
-            f"{len(prompt)}; compile it again"
-        )
+    for keys, _ in file.states.present().values() if file.states else ():
+        if (held := keys.shape[1]) != (length := len(prompt)):
+            raise InputError(
+                f"{path}: the states have {held} positions, the prompt {length}; compile it again"
+            )
     return file
 
 
 def _load_states(path: epath.Path, arrays: Mapping[str, LazyArray]) -> PromptStates | None:
     """The states of a compiled prompt, if the file has any."""
-    names = [[f"{stack}_{kind}" for kind in KINDS] for stack in PromptStates._fields]
+    names = [[f"{stack}_{kind}" for kind in KINDS] for stack in ("encoder", "decoder")]
     if not any(name in arrays for pair in names for name in pair):
         return None
     stacks = []

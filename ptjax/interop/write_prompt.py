@@ -48,7 +48,7 @@ def save_prompt(
         raise InputError(f"{path}: a prompt cannot be saved with this metadata, {problem}")
     tensors = {TENSOR: checked(np.asarray(prompt), os.fspath(path)), **(factors or {})}
     if states is not None:
-        for stack, arrays in states._asdict().items():
+        for stack, arrays in states.present().items():
             for kind, array in zip(KINDS, arrays, strict=True):
                 tensors[f"{stack}_{kind}"] = np.asarray(array)
     safetensors_file.save_safetensors(

@@ -21,7 +21,7 @@ from ptjax.models.family import Config
 from ptjax.models.stacking import UnstackedView, stack_paths
 from ptjax.sharding import processes
 from ptjax.sharding.arrays import replicated
-from ptjax.trees import Variables, flatten_paths, unflatten_paths
+from ptjax.trees import Tree, Variables, flatten_paths, unflatten_paths
 
 if TYPE_CHECKING:
     from ptjax.backbones.load import Backbone
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 ADAPTERS: dict[str, tuple[str, str]] = {
     "bitfit": ("ptjax.methods.bitfit", "BitFit"),
+    "ia3": ("ptjax.methods.ia3", "IA3"),
+    "lora": ("ptjax.methods.lora", "LoRA"),
+    "prefix_tuning": ("ptjax.methods.prefix_tuning", "PrefixTuning"),
     "per_layer_prompts": ("ptjax.methods.per_layer", "PerLayerPrompts"),
 }
 """The names of the methods of adapter files -> the module and the name of the class.
@@ -77,6 +80,17 @@ class AdapterMethod(Method):
             InputError: PEFT cannot run this method on a T5 as ptjax does.
         """
         raise InputError(f"PEFT cannot run {self.name} as ptjax does; --to=safetensors can")
+
+    def merge(self, params: Tree, variables: Variables) -> Tree:
+        """Returns a backbone's parameters with the method's effect in them; by default refuses.
+
+        Args:
+            params, variables: as the network takes them.
+
+        Raises:
+            InputError: no parameters of the backbone have this effect, or they are int8.
+        """
+        raise InputError(f"{self.name} cannot be merged into a backbone's weights")
 
     def describe(self) -> Metadata:
         return {"method": {"name": self.name, **self.exported().to_file_fields()}}
@@ -155,27 +169,43 @@ class Adapter:
 
 
 def load_adapter(path: PathLike) -> Adapter:
-    """Loads an adapter from its file, or the best one of a run from its MODEL_DIR.
+    """Loads an adapter from its file, the best one of a run from its MODEL_DIR, or PEFT's folder.
+
+    Of PEFT's adapters, LoRA and IA3 for a T5 are read (`interop.peft_adapters`).
+
+    Also reads a directory of PEFT that holds a prefix.
 
     Raises:
         InputError: the path is missing, damaged, or holds something else, such as a prompt; or the
             file is of a method that this version does not know.
     """
+    from ptjax.interop import peft
     from ptjax.interop.adapter_file import METHOD, read_adapter
+    from ptjax.interop.peft_adapters import is_peft_adapter, load_peft_adapter
+    from ptjax.interop.peft_prefix import load_peft_prefix
 
     check_path("the path of the adapter", path)
     file = epath.Path(path).expanduser()
     if not file.exists():
         raise missing("adapter", file)
-    if file.is_dir():
+    if is_peft_adapter(file):
+        read = load_peft_adapter(file)
+        described = {"name": read.method, **read.fields}
+        method, metadata = _make_method(described, os.fspath(file)), read.metadata
+        return Adapter(method, read.arrays, {**metadata, METHOD: described}, _absolute(file))
+    of_peft = peft.is_peft(file)
+    if file.is_dir() and not of_peft:
         best = ModelDir(file).best_adapter
         if not best.exists():
             raise InputError(f"{file}: no adapter in this folder ({best} is missing)")
         file = best
-    arrays, metadata = read_adapter(file)
+    arrays, metadata = load_peft_prefix(file) if of_peft else read_adapter(file)
     method = _make_method(metadata[METHOD], os.fspath(file))
-    source = os.fspath(file) if "://" in os.fspath(file) else os.path.abspath(file)
-    return Adapter(method, arrays, metadata, source)
+    return Adapter(method, arrays, metadata, _absolute(file))
+
+
+def _absolute(file: epath.Path) -> str:
+    return os.fspath(file) if "://" in os.fspath(file) else os.path.abspath(file)
 
 
 def _make_method(described: Metadata, where: str) -> AdapterMethod:
@@ -223,7 +253,7 @@ def place(adapter: Adapter, backbone: Backbone) -> Variables:
 def to_paths(variables: Variables) -> dict[str, np.ndarray]:
     """Returns arrays by path, those of stacked layers one by one. Inverse of `from_paths`."""
     view = UnstackedView(flatten_paths(variables))
-    return {path: view[path] for path in view}
+    return {path: view[path] for path in sorted(view)}
 
 
 def from_paths(arrays: Mapping[str, np.ndarray], config: Config) -> Variables:

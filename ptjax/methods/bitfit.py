@@ -7,8 +7,8 @@ left of a layer norm, its scale, takes their place.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping
+from typing import ClassVar
 
 import jax
 import numpy as np
@@ -22,7 +22,7 @@ from ptjax.models.config import T5Config
 from ptjax.models.family import ApplyFn, Config
 from ptjax.models.t5 import parameter_shapes
 from ptjax.sharding import processes
-from ptjax.trees import Variables, flatten_paths, unflatten_paths
+from ptjax.trees import Tree, Variables, flatten_paths, unflatten_paths
 
 _SCALE = "/scale"
 
@@ -55,7 +55,7 @@ class BitFit(AdapterMethod):
         return {"params/.*": True, "bitfit/.*": False}
 
     def wrap(self, apply_fn: ApplyFn) -> ApplyFn:
-        def apply(variables: Variables, *args: Any, **settings: Any) -> Any:
+        def apply(variables: Variables, *args: Tree, **settings: Tree) -> Tree:
             if scales := variables.get("bitfit"):
                 params = flatten_paths(variables["params"]) | flatten_paths(scales)
                 variables = {name: x for name, x in variables.items() if name != "bitfit"}
@@ -65,7 +65,7 @@ class BitFit(AdapterMethod):
         return apply
 
 
-def _scales(params: Any, function: Any) -> Variables:
+def _scales(params: Tree, function: Callable[[Tree], Tree]) -> Variables:
     """The norms' scales among `params`, mapped by a function, as the collection `bitfit`."""
     scales = {path: x for path, x in flatten_paths(params).items() if path.endswith(_SCALE)}
     return {"bitfit": unflatten_paths({path: function(x) for path, x in scales.items()})}

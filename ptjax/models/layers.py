@@ -18,10 +18,8 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from ptjax.models.config import T5Config
+from ptjax.models.prefix import KeysValues, shared_einsum
 from ptjax.trees import Tree
-
-KeysValues = tuple[Array, Array]
-"""The keys and values of one attention layer, arrays of the same shape."""
 
 LayerCache = dict[str, Tree]
 """The cache of a decoder layer. T5's has self_key, self_value [B, L, H, K] and cross_key,
@@ -203,8 +201,8 @@ class Attention(nn.Module):
         """Returns the attention's output for the queries x.
 
         Args:
-            prompt: the keys and values [P, H, K] of a prompt, to which all queries attend in
-                addition, and their bias.
+            prompt: the keys and values [P, H, K] of a prompt or prefix, to which all queries attend
+                in addition, and their bias.
         """
         # Heads first: XLA's CPU matmuls over leading batch axes are twice as fast.
         queries, keys, values = (
@@ -230,7 +228,7 @@ class Attention(nn.Module):
     ) -> Float[Array, "B H q K"]:
         """One softmax over the prompt's keys and the example's own, without concatenating them."""
         prompt_keys, prompt_values = prompt
-        prompt_logits = jnp.einsum("bhqd,phd->bhqp", queries, prompt_keys) + prompt_bias
+        prompt_logits = shared_einsum("bhqd,phd->bhqp", queries, prompt_keys) + prompt_bias
         both = logits, prompt_logits
         top = functools.reduce(jnp.maximum, (x.max(-1, keepdims=True) for x in both))
         weights, prompt_weights = (jnp.exp(x - jax.lax.stop_gradient(top)) for x in both)
@@ -239,7 +237,8 @@ class Attention(nn.Module):
             self.dropout(x, deterministic=deterministic) for x in (weights, prompt_weights)
         )
         attended = jnp.einsum("bhqk,bhkd->bhqd", weights, values)
-        return (attended + jnp.einsum("bhqp,phd->bhqd", prompt_weights, prompt_values)) / total
+        attended += shared_einsum("bhqp,phd->bhqd", prompt_weights, prompt_values)
+        return attended / total
 
 
 class MLP(nn.Module):
@@ -329,13 +328,15 @@ class DecoderLayer(nn.Module):
         cross_bias: Float[Array, "B 1 #l S"],
         deterministic: bool,
         prompt: KeysValues | None = None,
+        prefix: tuple[KeysValues, Float[Array, "#B H l P"]] | None = None,
     ) -> tuple[Float[Array, "B l D"], LayerCache | None]:
         """Runs on all inputs with the encoder's output, or on the next l inputs with a cache.
 
         Args:
             x: with a cache, the decoder's inputs `position ... position + l - 1`.
             encoded: the encoder's output, or the layer's cache.
-            prompt: the keys and values [P, H, K] of an input-independent prompt.
+            prompt: `PromptStates.decoder` of this layer.
+            prefix: `PromptStates.targets` of this layer, and their bias.
 
         Returns:
             `(output, cache)`: the updated cache also has the keys and values of x; None without a
@@ -353,7 +354,7 @@ class DecoderLayer(nn.Module):
             cache = encoded | {"self_key": key, "self_value": value}
         else:
             cross_keys_values = self.encoder_decoder_attention.keys_values(encoded)
-        y = self.self_attention(y, key, value, self_bias, deterministic)
+        y = self.self_attention(y, key, value, self_bias, deterministic, prefix)
         x = x + self.dropout(y, deterministic)
         y = self.pre_cross_attention_layer_norm(x)
         # Every target attends to the whole prompt; cross-attention has no relative positions.

@@ -13,9 +13,10 @@ from ptjax.errors import InputError
 from ptjax.models.config import T5Config
 from ptjax.models.family import ApplyFn
 from ptjax.models.layers import positions_in_segments, same_segment
+from ptjax.models.prefix import PromptStates
 from ptjax.models.prompt import Bank, Prompt, check_prompt_ids
 from ptjax.models.stacking import GatherFn
-from ptjax.models.t5 import T5, Cache, Encoded, PromptStates
+from ptjax.models.t5 import T5, Cache, Encoded
 from ptjax.trees import Variables
 
 
@@ -26,7 +27,8 @@ class PromptedT5(nn.Module):
 
     The collection holds one of these: `prompt`, a matrix [P, D] or one per row, [B, P, D]; the
     arrays of a `Bank`, from which each row chooses by `prompt_ids`; or `states`, the `PromptStates`
-    of an input-independent prompt.
+    of an input-independent prompt or of a prefix, which may be float32 whatever the dtype of the
+    activations.
 
     Attributes:
         attends_to_input: as in `Prompt`.
@@ -70,7 +72,8 @@ class PromptedT5(nn.Module):
 
         Raises:
             InputError: both or neither of lengths and segments were given; `prompt_ids` without a
-                bank, a bank without `prompt_ids`, or `prompt_ids` with packed rows.
+                bank, a bank without `prompt_ids`, `prompt_ids` with packed rows, or a prefix of
+                length 0.
         """
         self._check_choice(prompt_ids, packed=encoder_segment_ids is not None)
         embedded = self.backbone.embed(encoder_input_tokens)
@@ -88,6 +91,7 @@ class PromptedT5(nn.Module):
         states = None
         if self.has_variable("prompt", "states"):
             states = self.get_variable("prompt", "states")
+            states.check()
         elif self.has_variable("prompt", "prompt"):
             matrix = self.prompt.matrix()
             if matrix.ndim == 2 and not self.attends_to_input:
@@ -110,6 +114,10 @@ class PromptedT5(nn.Module):
     def prompt_states(self) -> PromptStates:
         """Computes the states of an input-independent prompt, which all examples share."""
         return self.backbone.prompt_states(self.prompt.matrix())
+
+    def prefix_states(self) -> PromptStates:
+        """Computes a prefix for all layers from a prompt's vectors; see `t5.T5.prefix_states`."""
+        return self.backbone.prefix_states(self.prompt.matrix())
 
     def decode(
         self,

@@ -25,13 +25,14 @@ from ptjax.models.layers import (
     DecoderLayer,
     Dense,
     EncoderLayer,
-    KeysValues,
     LayerCache,
     RelativePositionBias,
     RMSNorm,
     mask_bias,
+    positions_in_segments,
     same_segment,
 )
+from ptjax.models.prefix import KeysValues, PromptStates, bias_in_front
 from ptjax.models.stacking import (
     GatherFn,
     Layers,
@@ -46,27 +47,13 @@ from ptjax.trees import Tree
 Cache = Layers[LayerCache]
 
 
-class PromptStates(NamedTuple):
-    """The keys and values [layers, P, H, K] of an input-independent prompt.
-
-    They are the same for every example, so they are computed once and shared by all rows.
-
-    Attributes:
-        encoder: (keys, values) for the self-attention of every encoder layer.
-        decoder: (keys, values) for the cross-attention of every decoder layer.
-    """
-
-    encoder: KeysValues
-    decoder: KeysValues
-
-
 class Encoded(NamedTuple):
     """The result of the encoder, which the decoder attends to.
 
     Attributes:
         states: the encoder's output [B, S, D].
         segment_ids: int32 [B, S]; 0 is padding, 1, 2, ... are the examples of a row.
-        prompt: the states of an input-independent prompt, shared by all examples.
+        prompt: the states of an input-independent prompt or prefix, shared by all examples.
     """
 
     states: Array
@@ -117,10 +104,7 @@ class Encoder(nn.Module):
             if prompt is None:
                 return bias, None
             before = prompt[0].shape[1]
-            prompt_bias = relpos_bias(length, before + length, before)[..., :before]
-            if positions is not None:
-                prompt_bias = jnp.swapaxes(prompt_bias[0][:, positions], 0, 1)
-            return bias, prompt_bias
+            return bias, bias_in_front(relpos_bias, before, length, length, positions=positions)
 
         of_stack = None if cfg.relpos_per_layer else biases(self.relpos_bias)
 
@@ -202,27 +186,36 @@ class Decoder(nn.Module):
         of_layer = cache[0] if isinstance(cache, list) else cache
         length = steps if of_layer is None else of_layer["self_key"].shape[-3]
         seen = (jnp.arange(length) <= position + jnp.arange(steps)[:, None])[None]
-        readable = (encoded.segment_ids != PADDING_SEGMENT)[:, None]
+        readable, positions = (encoded.segment_ids != PADDING_SEGMENT)[:, None], None
         if segment_ids is not None:
             seen &= same_segment(segment_ids, segment_ids)
             readable = same_segment(segment_ids, encoded.segment_ids)
+            positions = positions_in_segments(segment_ids)
         masked = mask_bias(seen, cfg.dtype)
         cross_bias = mask_bias(readable, cfg.dtype)
+        _, shared, targets = encoded.prompt or (None, None, None)
 
-        def bias(relpos_bias: RelativePositionBias) -> Array:
-            return relpos_bias(steps, length, position) + masked
+        def biases(relpos_bias: RelativePositionBias) -> tuple[Array, Tree]:
+            bias = relpos_bias(steps, length, position) + masked
+            if targets is None:
+                return bias, None
+            before = targets[0].shape[1]
+            return bias, bias_in_front(relpos_bias, before, steps, length, position, positions)
 
-        of_stack = None if cfg.relpos_per_layer else bias(self.relpos_bias)
+        of_stack = None if cfg.relpos_per_layer else biases(self.relpos_bias)
 
         def run(
-            layer: DecoderLayer, x: Array, layer_cache: LayerCache | None, prompt: KeysValues | None
+            layer: DecoderLayer,
+            x: Array,
+            layer_cache: LayerCache | None,
+            prompt: KeysValues | None,
+            targets: KeysValues | None,
         ) -> tuple[Array, LayerCache | None]:
             source = encoded.states if layer_cache is None else layer_cache
-            self_bias = bias(layer.relpos_bias) if of_stack is None else of_stack
-            return layer(x, source, position, self_bias, cross_bias, deterministic, prompt)
+            bias, prefix_bias = of_stack or biases(layer.relpos_bias)
+            prefix = None if targets is None else (targets, prefix_bias)
+            return layer(x, source, position, bias, cross_bias, deterministic, prompt, prefix)
 
-        shared = None if encoded.prompt is None else encoded.prompt.decoder
-        shared = unstack(cfg, count, shared)
         x = self.input_dropout(embedded, deterministic).astype(cfg.dtype)
         x, made = run_layers(
             cfg,
@@ -231,7 +224,8 @@ class Decoder(nn.Module):
             self.layers,
             x,
             cache,
-            shared,
+            unstack(cfg, count, shared),
+            unstack(cfg, count, targets),
             gather=self.gather,
             collections=self.collections,
         )
@@ -284,10 +278,31 @@ class T5(nn.Module):
 
     def prompt_states(self, prompt: Float[Array, "P D"], *, train: bool = False) -> PromptStates:
         """Computes the states of a prompt whose positions attend to the prompt alone."""
-        seen = jnp.ones((1, 1, len(prompt)), bool)
-        encoded, encoder = self.encoder(prompt[None], seen, not train, keep=True)
-        made: Any = (encoder, stack(self.decoder.cross_keys_values(encoded)))
+        encoded, encoder = self._encode_alone(prompt, not train)
+        made: Any = (encoder, stack(self.decoder.cross_keys_values(encoded.states)))
         return PromptStates(*jax.tree.map(lambda x: x[:, 0], made))
+
+    def prefix_states(self, prompt: Float[Array, "P D"]) -> PromptStates:
+        """Computes a prefix for all layers from vectors [P, D], such as embeddings of tokens.
+
+        In the encoder and in cross-attention it is the prompt of `prompt_states`. In the decoder's
+        self-attention, the vectors are P inputs in front of the start id, which attend to that
+        prompt alone.
+        """
+        encoded, encoder = self._encode_alone(prompt, True)
+        cache: Any = self.init_cache(encoded, len(prompt))
+        cache = stack(self.decoder(prompt[None], encoded, True, cache=cache)[1])
+        pairs = ((cache[f"{kind}_key"], cache[f"{kind}_value"]) for kind in ("cross", "self"))
+        return PromptStates(*jax.tree.map(lambda x: x[:, 0], (encoder, *pairs)))
+
+    def _encode_alone(
+        self, prompt: Float[Array, "P D"], deterministic: bool
+    ) -> tuple[Encoded, Any]:
+        """Runs the encoder on a prompt without a text; also returns its keys and values."""
+        segment_ids = jnp.ones((1, len(prompt)), jnp.int32)
+        seen = (segment_ids != PADDING_SEGMENT)[:, None]
+        encoded, keys_values = self.encoder(prompt[None], seen, deterministic, keep=True)
+        return Encoded(encoded, segment_ids), keys_values
 
     def init_cache(self, encoded: Encoded, length: int) -> Cache:
         """Makes a cache for `decode_step`, with room for `length` targets per row.

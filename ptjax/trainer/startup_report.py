@@ -73,6 +73,9 @@ def report_rate(trainable: Tree, optimizer: Adafactor, rms: float) -> None:
         rms: the RMS of the backbone's embedding, which is the scale of a prompt's entries.
     """
     rate = optimizer.rate_number(0, rms)
+    if optimizer.multiply_by_parameter_scale:
+        logging.info("learning rate %.4g: %.2g%% of each array's own RMS a step", rate, 100 * rate)
+        return
     logging.info(
         "learning rate %.4g: %.2g%% of the embedding's RMS (%.3g) a step",
         rate,

@@ -55,7 +55,7 @@ def test_prompts_of_before_the_checksum_stay_readable():
     assert not trained.attends_to_input and trained.metadata["task"]["label"] == "label"
     np.testing.assert_array_equal(compiled.prompt, ramp(2, 4))
     assert compiled.states is not None
-    for pair in compiled.states:
+    for pair in compiled.states.present().values():
         for array in pair:
             np.testing.assert_array_equal(array, ramp(1, 2, 2, 2))
 

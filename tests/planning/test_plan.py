@@ -217,6 +217,19 @@ def test_every_family_can_be_planned(call, name):
     assert json.loads(out)[0]["own"]["trainable"] > 0
 
 
+def test_adapters_are_planned_without_weights(call):
+    """T5 1.1 small: 8 + 8 layers of width 512, 6 heads of 64, 1,024 inner activations."""
+    attentions, joined = 8 + 8 + 8, 6 * 64
+    wanted = {"lora": attentions * 2 * 8 * (512 + joined)}
+    wanted |= {"ia3": attentions * 2 * joined + 16 * 1024}
+    for name, count in wanted.items():
+        flags = ("--gin_file=models/t5_1_1_small.gin", f"--gin_file=runs/{name}.gin")
+        flags += ("--gin.SCAN_LAYERS=True", "--slice=v5p-16", "--quick", "--json")
+        code, out, err = call("plan", *flags)
+        assert code == 0, err
+        assert json.loads(out)[0]["own"]["trainable"] == count
+
+
 def report(verdict, dtype="bfloat16", quantize=None):
     """As `plan_slice` puts it together, but for the numbers."""
     return {

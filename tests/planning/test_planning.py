@@ -11,7 +11,9 @@ from step_specs import SIZES, TOY, V5E, XXL, blind, changed
 
 from ptjax.cli import load_gin
 from ptjax.errors import InputError
+from ptjax.methods.bitfit import BitFit
 from ptjax.methods.model_tuning import ModelTuning
+from ptjax.methods.prefix_tuning import PrefixTuning
 from ptjax.planning import search
 from ptjax.planning.estimate import bytes_on_device, count, link_seconds
 from ptjax.planning.slices import parse_slice
@@ -85,6 +87,25 @@ def test_a_prompt_that_sees_nothing_and_a_bank_are_counted_as_they_run():
     assert unseeing < seen
     assert many["flops"]["useful"] == 3 * seen
     assert many["examples"] == 48 and many["trainable"] == 3 * 20 * 256
+
+
+@pytest.mark.parametrize("width", [None, 32])
+def test_a_prefix_takes_no_positions_but_attention(width):
+    """Its own parameters, by the formula; what its positions cost is the attention to them."""
+    config, parallel = TOY.config, ParallelConfig("8x1")
+    method = PrefixTuning(20, reparameterization=width)
+    found = count(dataclasses.replace(TOY, method=method), parallel, V5E)
+    joined, layers = config.num_heads * config.head_dim, 2 + 2 * 2
+    if width is None:
+        assert found["trainable"] == 2 * 20 * joined * layers
+    else:
+        inputs = 20 * config.emb_dim + config.emb_dim * width + width
+        assert found["trainable"] == 3 * inputs + (width + 1) * 2 * joined * layers
+        return
+    none = dataclasses.replace(TOY, method=BitFit())
+    queries = 16 * (108 * 2 + 16 * 2 * 2)  # of all rows and layers
+    grown = found["flops"]["forward"] - count(none, parallel, V5E)["flops"]["forward"]
+    assert grown == 4 * queries * 20 * joined
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,10 @@ def test_the_learning_rate_is_told_in_units_of_the_embedding(told):
     told.clear()
     startup_report.report_rate({"params": {}}, rate, 0.5)  # weights have a scale of their own
     assert len(told.messages) == 1
+    told.clear()
+    own = Adafactor(0.1, multiply_by_parameter_scale=True)
+    startup_report.report_rate({"prefix": {}}, own, 0.5)
+    assert told.messages == ["learning rate 0.1: 10% of each array's own RMS a step"]
 
 
 @pytest.mark.parametrize("pack", [False, True])
