@@ -228,6 +228,7 @@ def arrays_of(folder):
     return {path.name: path.read_bytes() for path in (folder / "adapters").iterdir()}
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_bit_by_bit_and_the_backbone_stays(backbone, task, tmp_path) -> None:
     method = LoRA(rank=2, targets=["query", "wo"], dropout=0.1)
     schedule = TrainSchedule(train_steps=4, eval_period=2, log_period=4)

@@ -136,6 +136,8 @@ def test_first_values_depend_on_neither_the_layout_nor_the_other_targets() -> No
         np.testing.assert_array_equal(array, of_stack[path])
     shapes = {path: x.shape for path, x in of_stack.items()}
     assert shapes == {k: tuple(v) for k, v in method.array_shapes(scanned).items()}
+    first, second = (made[f"encoder/layers_{i}/attention/query/a"] for i in (0, 1))
+    assert (first != second).any()
     fewer = initial(LoRA(rank=2, targets=["encoder/.*/value"]), TWO)
     assert len(fewer) == 4
     for path, array in fewer.items():
