@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
 import jax
@@ -214,9 +214,11 @@ def run_with(method: Method, backbone: FrozenNetwork) -> ApplyFn:
     """
     collections = () if method.collection in BUILT_IN else (method.collection,)
     apply_fn = backbone.make_apply_fn(method.attends_to_input, collections)
-    if isinstance(method, Hashable) and isinstance(apply_fn, Hashable):
-        return _wrapped(method, apply_fn)
-    return method.wrap(apply_fn)
+    try:
+        hash((method, apply_fn))
+    except TypeError:  # a field may hold a list, as in a gin file
+        return method.wrap(apply_fn)
+    return _wrapped(method, apply_fn)
 
 
 @functools.lru_cache(maxsize=64)

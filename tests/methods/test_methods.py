@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -164,6 +165,13 @@ def test_the_network_runs_as_the_method_wraps_it() -> None:
 
     made = run_with(Wrapped(), Recorded())  # pyright: ignore[reportArgumentType]
     assert made == ("around", (True, ("own",)))
+
+
+def test_a_method_may_hold_a_list() -> None:
+    """As a gin file gives it; such a method has no hash."""
+    labels: Any = ["good", "bad"]
+    for kind in (PromptTuning, ptjax.PrefixTuning):
+        assert run_with(kind(4, initializer=ptjax.ClassLabels(labels)), Recorded())  # pyright: ignore[reportArgumentType]
 
 
 def test_a_sweep_wants_a_method_that_has_what_its_members_set() -> None:
