@@ -25,6 +25,7 @@ _SCORES = ("split", "metric", "metrics", "majority", "before", "hard_prompts", "
 _RECIPE = {
     "method": ("settings", "method", "is"),
     "initializer": ("settings", "method", "initializer"),
+    "start": ("settings", "method", "start"),
     "optimizer": ("settings", "optimizer", "is"),
     "learning_rate": ("settings", "optimizer", "learning_rate"),
     "learning_rate_scale": ("settings", "optimizer", "learning_rate_scale"),
@@ -222,7 +223,9 @@ class _Card:
         made, lines = _mapping(self.run.get("recipe")), []
         if isinstance(method := made.get("method"), str):
             lines.append(f"- Method: {code(method)}, {self.shape[0]} rows")
-        if "initializer" in made:
+        if isinstance(start := made.get("start"), str):
+            lines.append(f"- Initialisation: from {code(start)}")
+        elif "initializer" in made:
             default = "the embeddings of " + "the labels, then of " * bool(self.labels)
             default += "sampled tokens of the vocabulary"  # as `PromptTuning` chooses
             chosen = made["initializer"]

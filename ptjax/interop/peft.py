@@ -6,6 +6,7 @@ matrix is copied unchanged. Prompts that PEFT would silently ignore or use in pa
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Mapping
@@ -38,6 +39,23 @@ _REFUSED = {
     "ptjax.load_multitask(path).prompt(t).save(file) makes that of task t a prompt",
     "CPT": "it belongs to decoder-only models",
 }
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PeftAdapter:
+    """An adapter of PEFT under ptjax's names.
+
+    Attributes:
+        method: "lora", "ia3" or "prefix_tuning".
+        fields: those of the method's class, as JSON values.
+        arrays: float32 arrays by path, "lora/encoder/layers_0/attention/query/a".
+        metadata: what ptjax wrote with it, if ptjax did, and the backbone's name.
+    """
+
+    method: str
+    fields: JsonObject
+    arrays: dict[str, np.ndarray]
+    metadata: JsonObject
 
 
 def is_peft(path: str | os.PathLike[str]) -> bool:

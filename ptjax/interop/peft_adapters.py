@@ -7,7 +7,6 @@ adapter that holds or does anything else is refused.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 import os
@@ -21,10 +20,11 @@ from ptjax.errors import InputError, check_path
 from ptjax.files import JsonObject, Metadata, PathLike
 from ptjax.interop import peft, prompt_header, safetensors_file
 from ptjax.interop.lazy_array import LazyArray
+from ptjax.interop.peft_prefix import load_peft_prefix
 from ptjax.models.stacking import split_path
 from ptjax.models.t5_family import T5_FAMILY
 
-ADAPTERS = ("LORA", "IA3")
+ADAPTERS, PREFIX = ("LORA", "IA3"), "PREFIX_TUNING"
 _PREFIX = "base_model.model."
 _A, _B, _SCALE = "lora_A.weight", "lora_B.weight", "ia3_l"
 # The entries of PEFT's config that do not change what the trained adapter computes, or that are
@@ -54,30 +54,13 @@ _VARIANTS = {
 _STARTS = (None, True, False, "gaussian", "eva")
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class PeftAdapter:
-    """A LoRA or IA3 adapter under ptjax's names.
-
-    Attributes:
-        method: "lora" or "ia3".
-        fields: those of `ptjax.LoRA` or `ptjax.IA3`, as JSON values.
-        arrays: float32 arrays by path, "lora/encoder/layers_0/attention/query/a".
-        metadata: what ptjax wrote with it, if ptjax did, and the backbone's name.
-    """
-
-    method: str
-    fields: JsonObject
-    arrays: dict[str, np.ndarray]
-    metadata: JsonObject
-
-
 def is_peft_adapter(path: PathLike) -> bool:
-    """Whether `path` is a directory that PEFT wrote for LoRA or IA3."""
-    return peft.is_peft(path) and peft.method_of(path) in ADAPTERS
+    """Whether `path` is a directory that PEFT wrote for LoRA, IA3 or a prefix."""
+    return peft.is_peft(path) and peft.method_of(path) in (*ADAPTERS, PREFIX)
 
 
-def load_peft_adapter(directory: PathLike) -> PeftAdapter:
-    """Reads a LoRA or IA3 adapter for a T5 from a PEFT directory.
+def load_peft_adapter(directory: PathLike) -> peft.PeftAdapter:
+    """Reads a LoRA or IA3 adapter or a prefix (`peft_prefix`) for a T5 from a PEFT directory.
 
     With `use_rslora`, PEFT scales by lora_alpha / sqrt(r): `alpha` is that times r.
 
@@ -86,6 +69,8 @@ def load_peft_adapter(directory: PathLike) -> PeftAdapter:
             method, another network or a variant of LoRA; or its tensors do not fit its config.
     """
     directory = epath.Path(directory)
+    if peft.method_of(directory) == PREFIX:
+        return load_peft_prefix(directory)
     file, weights = directory / peft.CONFIG, directory / peft.WEIGHTS
     config = peft.read_config(file)
     _check(config, file)
@@ -112,9 +97,9 @@ def load_peft_adapter(directory: PathLike) -> PeftAdapter:
             "dropout": _number(config, "lora_dropout", 0.0, file),
             "targets": _our_targets(_modules(arrays, "a")),
         }
-        return PeftAdapter("lora", fields, _in("lora", arrays), metadata)
+        return peft.PeftAdapter("lora", fields, _in("lora", arrays), metadata)
     fields = {side: _our_targets(_modules(arrays, side)) for side in ("outputs", "inputs")}
-    return PeftAdapter("ia3", fields, _in("ia3", arrays), metadata)
+    return peft.PeftAdapter("ia3", fields, _in("ia3", arrays), metadata)
 
 
 def export_peft_lora(
@@ -222,8 +207,8 @@ def _check(config: Metadata, file: epath.Path) -> None:
     """InputError unless the config is that of plain LoRA or IA3 for an encoder-decoder."""
     if config.get("peft_type") not in ADAPTERS:
         raise InputError(
-            f"{file}: peft_type is {config.get('peft_type')!r}; ptjax reads LORA and IA3 as "
-            "adapters, and PROMPT_TUNING and P_TUNING as prompts (--prompt)"
+            f"{file}: peft_type is {config.get('peft_type')!r}; ptjax reads LORA, IA3 and "
+            "PREFIX_TUNING as adapters, and PROMPT_TUNING and P_TUNING as prompts (--prompt)"
         )
     if config.get("task_type") not in (None, "SEQ_2_SEQ_LM"):
         raise InputError(

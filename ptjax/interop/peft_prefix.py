@@ -16,7 +16,7 @@ import numpy as np
 from etils import epath
 
 from ptjax.errors import InputError
-from ptjax.files import JsonObject, Metadata, PathLike
+from ptjax.files import Metadata, PathLike
 from ptjax.interop import peft
 
 _TENSOR = "prompt_embeddings"
@@ -26,13 +26,10 @@ _SIZES = ("num_virtual_tokens", "num_layers", "num_attention_heads", "token_dim"
 KEY, VALUE = "prefix/decoder/key", "prefix/decoder/value"
 
 
-def load_peft_prefix(directory: PathLike) -> tuple[dict[str, np.ndarray], JsonObject]:
+def load_peft_prefix(directory: PathLike) -> peft.PeftAdapter:
     """Reads a prefix for a T5 from a PEFT directory.
 
-    Returns:
-        `(arrays, metadata)`: the keys and values [N, P, H, K] of the decoder's self-attention, by
-        the paths of `methods.prefix_tuning`; and what ptjax wrote with it, if ptjax did, with
-        "backbone_name" as `peft.load_peft` gives it, and "method" as in an adapter file.
+    Its arrays are the keys and values [N, P, H, K] of the decoder's self-attention.
 
     Raises:
         InputError: it is of another method or kind of model, its sizes are inconsistent, or a file
@@ -63,8 +60,8 @@ def load_peft_prefix(directory: PathLike) -> tuple[dict[str, np.ndarray], JsonOb
         raise InputError(f"{weights}: {_LAYERS} is {used}, but the file has {layers} layers")
     keys = [_slot(layer, layers) for layer in range(used)]
     parts = {"encoder": False, "decoder": True, "cross": False}
-    metadata["method"] = {"name": "prefix_tuning", "length": length, **parts}
-    return {KEY: slots[keys], VALUE: slots[[slot + 1 for slot in keys]]}, metadata
+    arrays = {KEY: slots[keys], VALUE: slots[[slot + 1 for slot in keys]]}
+    return peft.PeftAdapter("prefix_tuning", {"length": length, **parts}, arrays, metadata)
 
 
 def export_peft_prefix(
@@ -81,7 +78,7 @@ def export_peft_prefix(
     share slots; the slots of the layer that does not exist are zero.
 
     Args:
-        arrays: as `load_peft_prefix` returns them.
+        arrays: as in the result of `load_peft_prefix`.
         base_model, revision, metadata: as for `peft.export_peft`.
 
     Raises:

@@ -171,35 +171,31 @@ class Adapter:
 def load_adapter(path: PathLike) -> Adapter:
     """Loads an adapter from its file, the best one of a run from its MODEL_DIR, or PEFT's folder.
 
-    Of PEFT's adapters, LoRA and IA3 for a T5 are read (`interop.peft_adapters`).
-
-    Also reads a directory of PEFT that holds a prefix.
+    Of PEFT's adapters, LoRA, IA3 and prefixes for a T5 are read (`interop.peft_adapters`).
 
     Raises:
         InputError: the path is missing, damaged, or holds something else, such as a prompt; or the
             file is of a method that this version does not know.
     """
-    from ptjax.interop import peft
     from ptjax.interop.adapter_file import METHOD, read_adapter
-    from ptjax.interop.peft_adapters import is_peft_adapter, load_peft_adapter
-    from ptjax.interop.peft_prefix import load_peft_prefix
+    from ptjax.interop.peft import is_peft
+    from ptjax.interop.peft_adapters import load_peft_adapter
 
     check_path("the path of the adapter", path)
     file = epath.Path(path).expanduser()
     if not file.exists():
         raise missing("adapter", file)
-    if is_peft_adapter(file):
+    if is_peft(file):
         read = load_peft_adapter(file)
         described = {"name": read.method, **read.fields}
         method, metadata = _make_method(described, os.fspath(file)), read.metadata
         return Adapter(method, read.arrays, {**metadata, METHOD: described}, _absolute(file))
-    of_peft = peft.is_peft(file)
-    if file.is_dir() and not of_peft:
+    if file.is_dir():
         best = ModelDir(file).best_adapter
         if not best.exists():
             raise InputError(f"{file}: no adapter in this folder ({best} is missing)")
         file = best
-    arrays, metadata = load_peft_prefix(file) if of_peft else read_adapter(file)
+    arrays, metadata = read_adapter(file)
     method = _make_method(metadata[METHOD], os.fspath(file))
     return Adapter(method, arrays, metadata, _absolute(file))
 

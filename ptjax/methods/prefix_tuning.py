@@ -19,7 +19,7 @@ from ptjax.files import Metadata
 from ptjax.methods.adapter import AdapterMethod
 from ptjax.methods.base import FrozenNetwork, InitContext
 from ptjax.methods.initializers import Initializer
-from ptjax.methods.prompt_tuning import PromptTuning
+from ptjax.methods.prompt_method import initial_prompt
 from ptjax.models.config import T5Config
 from ptjax.models.family import ApplyFn, Config
 from ptjax.models.prefix import KeysValues, PromptStates
@@ -61,6 +61,7 @@ class PrefixTuning(AdapterMethod):
 
     name: ClassVar[str] = "prefix_tuning"
     collection: ClassVar[str] = "prefix"
+    supports_sweep: ClassVar[bool] = True
 
     length: int = 100
     encoder: bool = True
@@ -146,8 +147,8 @@ class PrefixTuning(AdapterMethod):
                 "or set initializer='random'"
             )
         assert self.initializer != "random"
-        made = PromptTuning(self.length, self.initializer).init(key, context)
-        variables = with_prompt(backbone.variables, made["prompt"]["prompt"])
+        vectors = initial_prompt(self.initializer, self.length, key, context)
+        variables = with_prompt(backbone.variables, vectors)
         run = jax.jit(functools.partial(backbone.make_apply_fn(True), method="prefix_states"))
         return jax.tree.map(lambda x: processes.on_host(x).astype(np.float32), run(variables))
 

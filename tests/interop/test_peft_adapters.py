@@ -145,7 +145,7 @@ def test_peft_cannot_scale_both_sides_of_a_linear_map(tmp_path) -> None:
         ({"use_qalora": True}, "use_qalora is True: ptjax does not know it"),
         ({"of_a_later_version": 3}, "of_a_later_version is 3: ptjax does not know it"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', which changes the backb"),
-        ({"peft_type": "LOHA"}, "peft_type is 'LOHA'; ptjax reads LORA and IA3"),
+        ({"peft_type": "LOHA"}, "peft_type is 'LOHA'; ptjax reads LORA, IA3 and PREFIX"),
         ({"task_type": "CAUSAL_LM"}, "task_type is CAUSAL_LM; ptjax reads adapters of a T5"),
         ({"r": 3}, r"has shape \[2, 4\], but adapter_config.json says r 3"),
         ({"r": "two"}, "r must be an integer >= 1, got 'two'"),

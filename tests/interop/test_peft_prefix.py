@@ -35,12 +35,14 @@ def exported(tmp_path, arrays):
 
 def test_every_layer_has_slots_of_its_own(exported, arrays) -> None:
     """Five layers for four: with an even number PEFT lets two layers share keys and values."""
-    read, metadata = load_peft_prefix(exported)
+    found = load_peft_prefix(exported)
+    read, metadata = found.arrays, found.metadata
     for name, array in arrays.items():
         np.testing.assert_array_equal(read[name], array)
-    method = {"name": "prefix_tuning", "length": 3, "encoder": False, "decoder": True}
+    assert found.method == "prefix_tuning"
+    assert found.fields == {"length": 3, "encoder": False, "decoder": True, "cross": False}
     origin = {"step": 3, "seed": 1, "backbone_name": "a/t5@main"}
-    assert metadata == {**origin, "method": {**method, "cross": False}}
+    assert metadata == origin
     tensors = safetensors.numpy.load_file(exported / WEIGHTS)
     assert {name: x.shape for name, x in tensors.items()} == {
         "prompt_embeddings": (3, 2 * 5 * 2 * 8)

@@ -123,6 +123,14 @@ def test_a_card_has_the_metadata_of_the_hub(run, tmp_path):
     assert data["base_model_relation"] == "adapter" and "model-index" not in data
 
 
+def test_a_card_says_what_a_multitask_prompt_started_from():
+    """By its name; the initialiser is not used then."""
+    method = {"is": "MultitaskPromptTuning", "initializer": None, "start": "/home/me/runs/sst2"}
+    record = record_of_run({"settings": {"method": method}})
+    card = make_card("me/x", (3, 8), ON_HUB | {"run": record}, peft=True)
+    assert "- Initialisation: from `sst2`" in card and "sampled tokens" not in card
+
+
 def test_a_card_says_what_the_run_knew(run, tmp_path):
     load_prompt(run).save(tmp_path / "tickets")
     lines = card_of(tmp_path / "tickets").splitlines()

@@ -82,7 +82,6 @@ def test_it_starts_as_a_prompt_that_does_not_see_its_input(context, tmp_path) ->
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
     plain = run(run_with(method, backbone), params)
     assert np.abs(plain - want).max() > 0.01
-    np.testing.assert_array_equal(plain, run(make_apply_fn(backbone.config), params))
 
 
 def test_labels_or_common_tokens_are_the_default_as_for_a_prompt(context) -> None:
@@ -90,8 +89,6 @@ def test_labels_or_common_tokens_are_the_default_as_for_a_prompt(context) -> Non
     made = PrefixTuning(4).init(KEY, labelled)
     chosen = PrefixTuning(4, initializer=ptjax.ClassLabels()).init(KEY, labelled)
     jax.tree.map(np.testing.assert_array_equal, made, chosen)
-    other = PrefixTuning(4, initializer=ptjax.FromText("a text")).init(KEY, labelled)
-    assert np.abs(made["prefix"]["decoder"]["key"] - other["prefix"]["decoder"]["key"]).max() > 0.1
 
 
 def test_random_starts_need_no_backbone(context) -> None:
@@ -182,6 +179,7 @@ def whole(tmp_path_factory, backbone, task):
     return ptjax.Run(model_dir, results)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_resumes_to_the_bit(whole, backbone, task, tmp_path) -> None:
     """The MLP is in the checkpoints, though not in the exports."""
 
@@ -214,7 +212,17 @@ def test_a_run_trains_every_part_and_its_adapter_predicts(whole, backbone, conte
         ptjax.make_bank({"a": whole.adapter})
 
 
-def test_a_sweep_is_refused(backbone, task, tmp_path) -> None:
-    members = ptjax.sweep(seeds=(0, 1))
-    with pytest.raises(InputError, match="PrefixTuning does not support sweeps, whose members"):
-        tune(tmp_path, task, backbone, members=members, method=PrefixTuning(3))
+@pytest.mark.slow
+def test_members_of_a_sweep_train_as_they_do_alone(backbone, task, tmp_path) -> None:
+    settings = {"method": PrefixTuning(3), "optimizer": RATE, "schedule": SCHEDULE}
+    members = ptjax.sweep(seeds=(3, 4), learning_rates=(0.03,))
+    results = tune(tmp_path / "both", task, backbone, members=members, **settings)
+    assert set(results["members"]) == {"seed3_rate0.03", "seed4_rate0.03"}
+    tune(tmp_path / "one", task, backbone, seed=4, **settings)
+    both, one = (
+        ptjax.load_adapter(tmp_path / path / "4.safetensors").arrays
+        for path in ("both/adapters/seed4_rate0.03", "one/adapters")
+    )
+    for path, array in both.items():
+        # The compiler sums in another order; a step moves an entry by up to 0.03.
+        np.testing.assert_allclose(array, one[path], rtol=0, atol=1e-5)
