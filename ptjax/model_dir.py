@@ -114,10 +114,9 @@ runs/quickstart/prompts/seed_0/best.safetensors
         """The file of a member's best prompt; `member` is "" in an ordinary run."""
         return self.prompts(member) / f"{BEST}{PROMPT_SUFFIX}"
 
-    @property
-    def best_adapter(self) -> epath.Path:
-        """The file of the best adapter, of a run whose method exports adapters."""
-        return self.exports("adapter") / f"{BEST}{PROMPT_SUFFIX}"
+    def best_adapter(self, member: str = "") -> epath.Path:
+        """The file of a member's best adapter, if the run's method exports adapters."""
+        return self.exports("adapter", member) / f"{BEST}{PROMPT_SUFFIX}"
 
     @classmethod
     def of_best_prompt(cls, path: PathLike) -> tuple[ModelDir, str] | None:
@@ -143,9 +142,9 @@ runs/quickstart/prompts/seed_0/best.safetensors
         """Whether this is the folder of a run: it holds `config`, `results` or prompts."""
         return any(path.exists() for path in (self.config, self.results, self.prompts()))
 
-    def members(self) -> list[str]:
-        """The names of the members of a sweep that have a best prompt; empty in other runs."""
-        best = self.prompts().glob(f"*/{BEST}{PROMPT_SUFFIX}")
+    def members(self, kind: ExportKind = "prompt") -> list[str]:
+        """The names of a sweep's members that have a best prompt (adapter); empty in other runs."""
+        best = self.exports(kind).glob(f"*/{BEST}{PROMPT_SUFFIX}")
         return [path.parent.name for path in sorted(best)]
 
     def checkpoint_steps(self) -> list[int]:

@@ -151,9 +151,10 @@ def describe_run(model_dir: epath.Path) -> JsonObject:
     """Describes the run in a MODEL_DIR: its results, and the step of its newest checkpoint.
 
     These are None if they do not exist. If the run has saved a best prompt, best prompts of the
-    members of a sweep, a best adapter or a best model, the entries "best_prompt", "best_prompts",
-    "best_adapter" or "best_model" contain their paths. "best_prompt" also has the entries of
-    `describe_prompt`, "best_adapter" those of `describe_adapter`.
+    members of a sweep, a best adapter, best adapters or a best model, the entries "best_prompt",
+    "best_prompts", "best_adapter", "best_adapters" or "best_model" contain their paths.
+    "best_prompt" also has the entries of `describe_prompt`, "best_adapter" those of
+    `describe_adapter`.
     """
     run = ModelDir(model_dir)
     described: JsonObject = {
@@ -166,8 +167,10 @@ def describe_run(model_dir: epath.Path) -> JsonObject:
         described["best_prompts"] = {name: os.fspath(run.best_prompt(name)) for name in members}
     if (best := run.best_prompt()).exists():
         described["best_prompt"] = {"path": os.fspath(best)} | describe_prompt(load_prompt(best))
-    if run.best_adapter.exists():
-        described["best_adapter"] = describe_adapter(run.best_adapter)
+    if members := run.members("adapter"):
+        described["best_adapters"] = {name: os.fspath(run.best_adapter(name)) for name in members}
+    if run.best_adapter().exists():
+        described["best_adapter"] = describe_adapter(run.best_adapter())
     if run.best_model.exists():
         described["best_model"] = os.fspath(run.best_model)
     return described

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from etils import epath
@@ -14,7 +14,7 @@ from ptjax.cli.gin_files import TASK, configured, declared, left_out, load_gin, 
 from ptjax.cli.gin_macros import macro
 from ptjax.errors import InputError, missing
 from ptjax.files import Metadata
-from ptjax.model_dir import BEST_PROMPT, BEST_PROMPTS, ModelDir
+from ptjax.model_dir import BEST_PROMPT, BEST_PROMPTS, ExportKind, ModelDir
 
 if TYPE_CHECKING:
     from ptjax.backbones.load import Backbone
@@ -151,8 +151,9 @@ def inputs(arguments: argparse.Namespace) -> list[str]:
     paths = [epath.Path(name).expanduser() for name in flags if name and "://" not in name]
     if arguments.model_dir is not None and "://" not in arguments.model_dir:
         run = ModelDir(epath.Path(arguments.model_dir).expanduser())
-        paths += [run.config, run.best_prompt(), run.best_adapter, run.best_model]
+        paths += [run.config, run.best_prompt(), run.best_adapter(), run.best_model]
         paths += map(run.best_prompt, run.members())
+        paths += map(run.best_adapter, run.members("adapter"))
     if arguments.prompts is not None and "://" not in arguments.prompts:
         directory = epath.Path(arguments.prompts).expanduser()
         for pattern in _PROMPTS:
@@ -190,16 +191,21 @@ def prompt_path(arguments: argparse.Namespace) -> str | None:
             "backbone alone"
         )
     run = ModelDir(directory)
-    for best in (run.best_prompt(), run.best_adapter):
+    for best in (run.best_prompt(), run.best_adapter()):
         if best.exists():
             return os.fspath(best)
     if run.best_model.exists():
         return None
-    if names := run.members():
-        raise InputError(
-            f"the run of {directory} is a sweep of {', '.join(names)}; name one of them with "
-            f"--prompt={run.best_prompt(names[0])}"
-        )
+    kinds: dict[ExportKind, Callable[[str], epath.Path]] = {
+        "prompt": run.best_prompt,
+        "adapter": run.best_adapter,
+    }
+    for kind, best in kinds.items():
+        if names := run.members(kind):
+            raise InputError(
+                f"the run of {directory} is a sweep of {', '.join(names)}; name one of them with "
+                f"--{kind}={best(names[0])}"
+            )
     raise InputError(
         f"{directory} has no {BEST_PROMPT} (the run has not been evaluated yet, or it tuned no "
         "prompt); name one with --prompt=PATH, or --prompt=none for the backbone alone"
@@ -282,7 +288,7 @@ def load_prompt(arguments: argparse.Namespace) -> Any:
     if path is None:
         return None
     directory = model_dir(arguments)
-    of_run = None if directory is None else os.fspath(ModelDir(directory).best_adapter)
+    of_run = None if directory is None else os.fspath(ModelDir(directory).best_adapter())
     if arguments.adapter is not None or (arguments.prompt is None and path == of_run):
         return load_adapter(path)
     return prompt_file.load_prompt(path)

@@ -216,9 +216,9 @@ def _file_in(folder: epath.Path) -> epath.Path:
             f"{folder}: the run tuned the whole model, and has no prompt; load the model, "
             f"{run.best_model}, with ptjax.load_backbone"
         )
-    if run.best_adapter.exists():
+    if run.best_adapter().exists():
         raise InputError(
-            f"{folder}: the run has an adapter, {run.best_adapter}, and no prompt; load it with "
+            f"{folder}: the run has an adapter, {run.best_adapter()}, and no prompt; load it with "
             "ptjax.load_adapter"
         )
     # A MODEL_DIR of T5X has a config.gin too.

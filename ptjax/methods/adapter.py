@@ -191,7 +191,12 @@ def load_adapter(path: PathLike) -> Adapter:
         method, metadata = _make_method(described, os.fspath(file)), read.metadata
         return Adapter(method, read.arrays, {**metadata, METHOD: described}, _absolute(file))
     if file.is_dir():
-        best = ModelDir(file).best_adapter
+        run, best = ModelDir(file), ModelDir(file).best_adapter()
+        if names := run.members("adapter"):
+            raise InputError(
+                f"{file}: the run is a sweep of {', '.join(names)}; name the adapter of one, such "
+                f"as {run.best_adapter(names[0])}"
+            )
         if not best.exists():
             raise InputError(f"{file}: no adapter in this folder ({best} is missing)")
         file = best

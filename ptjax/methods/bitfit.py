@@ -37,6 +37,7 @@ class BitFit(AdapterMethod):
 
     name: ClassVar[str] = "bitfit"
     collection: ClassVar[str] = "bitfit"
+    supports_sweep: ClassVar[bool] = True
 
     def check(self, backbone: FrozenNetwork, batching: Batching) -> None:
         if not isinstance(backbone.config, T5Config):

@@ -81,6 +81,10 @@ class Run:
         """
         return bool(self.results) and self.results.get("finished", True)
 
+    @property
+    def _best_member(self) -> str:
+        return self.results["best"]["member"] if "members" in self.results else ""
+
     @functools.cached_property
     def prompt(self) -> PromptFile | None:
         """The best prompt, read from its file; in a sweep the best member's.
@@ -88,14 +92,13 @@ class Run:
         None if another method was used (see `adapter`), before the first evaluation, and after a
         dry run.
         """
-        member = self.results["best"]["member"] if "members" in self.results else ""
-        path = ModelDir(self.model_dir).best_prompt(member)
+        path = ModelDir(self.model_dir).best_prompt(self._best_member)
         return load_prompt(path) if self.results and path.exists() else None
 
     @functools.cached_property
     def adapter(self) -> Adapter | None:
-        """The best adapter, of a run whose method exports adapters; otherwise as `prompt`."""
-        path = ModelDir(self.model_dir).best_adapter
+        """The best adapter, if the run's method exports adapters; otherwise as `prompt`."""
+        path = ModelDir(self.model_dir).best_adapter(self._best_member)
         return load_adapter(path) if self.results and path.exists() else None
 
     def report(self) -> Report:

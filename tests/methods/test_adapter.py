@@ -9,7 +9,7 @@ import os
 import jax
 import numpy as np
 import pytest
-from conftest import tune
+from conftest import make_settings, tune
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from tiny import save_tiny, tiny_config
@@ -21,7 +21,7 @@ from ptjax.inference.model import bind
 from ptjax.inference.prompts import open_prompt
 from ptjax.interop import prompt_header
 from ptjax.methods.base import run_with
-from ptjax.trees import flatten_paths
+from ptjax.trees import flatten_paths, unflatten_paths
 
 TEXTS = ["a good film", "a dull film", "what a day"]
 
@@ -65,9 +65,7 @@ def test_a_run_exports_its_adapter(run, backbone):
 def test_the_network_runs_with_the_trained_scales_in_place_of_its_own(run, backbone):
     params = flatten_paths(backbone.variables["params"])
     params |= {k.removeprefix("bitfit/"): v for k, v in run.adapter.arrays.items()}
-    merged = dataclasses.replace(
-        backbone, variables={"params": ptjax.trees.unflatten_paths(params)}
-    )
+    merged = dataclasses.replace(backbone, variables={"params": unflatten_paths(params)})
     batch = {"encoder_input_tokens": np.array([[5, 6, 7]]), "decoder_input_tokens": [[0, 5]]}
     tuned = ptjax.forward(backbone, batch, run.adapter)
     np.testing.assert_array_equal(tuned, ptjax.forward(merged, batch))
@@ -198,6 +196,46 @@ def test_damaged_and_foreign_files_are_refused(run, tmp_path):
         run.adapter.save(tmp_path / "folder")
     run.adapter.save(tmp_path / "again.safetensors")
     assert (tmp_path / "again.safetensors").read_bytes() == best.read_bytes()
+
+
+def test_sharded_int8_scanned_and_packed_it_is_the_merged_network(run, backbone, folder):
+    """The norms stay float32 under int8, so that merged scales are the same network exactly."""
+    how = {"mesh": "4x2", "fsdp": True, "quantize": "int8", "scan_layers": True, "remat": "dots"}
+    sharded = ptjax.load_backbone(folder, **how)
+    scales = flatten_paths(open_prompt(sharded, run.adapter).variables["bitfit"])
+    params = flatten_paths(sharded.variables["params"]) | scales
+    merged = {"params": unflatten_paths(params)}
+    segments = np.array([[1, 1, 1, 2, 2, 0]] * 8)
+    tokens = np.arange(8 * 6).reshape(8, 6) % 40 + 4
+    batch = tokens, tokens[:, :4], segments, segments[:, :4]
+    tuned = bind(sharded, open_prompt(sharded, run.adapter))
+    found = jax.jit(tuned.apply_fn)(tuned.variables, *batch)
+    np.testing.assert_array_equal(found, jax.jit(sharded.apply_fn)(merged, *batch))
+    assert np.abs(found - jax.jit(sharded.apply_fn)(sharded.variables, *batch)).max() > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("own_process")
+def test_the_best_adapter_of_a_sweep(backbone, task, folder, call, tmp_path):
+    schedule = ptjax.TrainSchedule(train_steps=2, eval_period=1, log_period=1)
+    members, method = ptjax.sweep(seeds=(1, 2)), ptjax.BitFit()
+    run = ptjax.tune(
+        backbone, task, tmp_path, make_settings(method=method, schedule=schedule), members=members
+    )
+    best = run.results["best"]["member"]
+    file = tmp_path / "adapters" / best / "best.safetensors"
+    assert run.prompt is None and run.adapter.source == str(file)
+    with pytest.raises(InputError, match=r"the run is a sweep of seed1, seed2; name the adapter"):
+        ptjax.load_adapter(tmp_path)
+    code, _, err = call("infer", f"--model_dir={tmp_path}", *TEXTS)
+    assert code == 2 and "name one of them with --adapter=" in err.splitlines()[-1], err
+    code, out, err = call("inspect", tmp_path, "--json")
+    assert json.loads(out)["best_adapters"][best] == str(file)
+    tune(tmp_path / "alone", task, backbone, method=method, schedule=schedule, seed=2)
+    alone = ptjax.load_adapter(tmp_path / "alone" / "adapters" / "2.safetensors").arrays
+    for path, array in ptjax.load_adapter(tmp_path / "adapters/seed2/2.safetensors").arrays.items():
+        # The compiler sums in another order; a step moves an entry by up to 0.05.
+        np.testing.assert_allclose(array, alone[path], rtol=0, atol=1e-5)
 
 
 def test_a_network_that_is_no_t5_is_refused(backbone):

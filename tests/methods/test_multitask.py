@@ -134,7 +134,9 @@ def test_the_identity_is_what_the_start_holds(folder) -> None:
 
 def test_half_of_pefts_two_prompts_is_read_with_a_warning(folder, several, caplog) -> None:
     doubled = ptjax.MultitaskPrompts(
-        np.tile(several.shared, (2, 1)), np.tile(several.cols, (1, 2, 1)), several.rows
+        np.concatenate([several.shared, several.shared + 1]),
+        np.concatenate([several.cols, several.cols + 1], axis=1),
+        several.rows,
     )
     doubled.save(folder)
     config = json.loads((folder / "adapter_config.json").read_text())

@@ -81,7 +81,7 @@ def settings_of(method: Method) -> ptjax.RunSettings:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "method",
-    [METHODS["residual"], METHODS["p_tuning, lstm"], ptjax.PerLayerPrompts(3)],
+    [METHODS["residual"], METHODS["p_tuning, lstm"], ptjax.PerLayerPrompts(3), ptjax.BitFit()],
     ids=lambda method: method.name,
 )
 def test_a_run_resumes_bitwise_with_its_network(method, backbone, task, tmp_path) -> None:
