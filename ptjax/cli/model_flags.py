@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from etils import epath
@@ -14,7 +14,7 @@ from ptjax.cli.gin_files import TASK, configured, declared, left_out, load_gin, 
 from ptjax.cli.gin_macros import macro
 from ptjax.errors import InputError, missing
 from ptjax.files import Metadata
-from ptjax.model_dir import BEST_PROMPT, BEST_PROMPTS, ModelDir
+from ptjax.model_dir import BEST_PROMPT, BEST_PROMPTS, ExportKind, ModelDir
 
 if TYPE_CHECKING:
     from ptjax.backbones.load import Backbone
@@ -196,7 +196,11 @@ def prompt_path(arguments: argparse.Namespace) -> str | None:
             return os.fspath(best)
     if run.best_model.exists():
         return None
-    for kind, best in (("prompt", run.best_prompt), ("adapter", run.best_adapter)):
+    kinds: dict[ExportKind, Callable[[str], epath.Path]] = {
+        "prompt": run.best_prompt,
+        "adapter": run.best_adapter,
+    }
+    for kind, best in kinds.items():
         if names := run.members(kind):
             raise InputError(
                 f"the run of {directory} is a sweep of {', '.join(names)}; name one of them with "

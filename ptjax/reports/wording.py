@@ -5,7 +5,8 @@ from __future__ import annotations
 from ptjax.files import JsonObject
 from ptjax.reports.content import Member
 
-_TUNED = {"PromptTuning": ("tuned prompt", "untrained prompt")}
+_PROMPTS = ("PromptTuning", "PTuning", "ResidualPromptTuning", "MultitaskPromptTuning")
+_TUNED = dict.fromkeys(_PROMPTS, ("tuned prompt", "untrained prompt"))
 _TUNED |= {"ModelTuning": ("tuned model", "the backbone, untuned")}
 
 
