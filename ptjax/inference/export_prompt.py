@@ -21,7 +21,7 @@ from ptjax.inference.bank import SinglePrompt, wrap_prompt
 from ptjax.inference.prompt_kv import precompute_prompt_kv
 from ptjax.inference.prompts import check_adapter, check_prompt
 from ptjax.interop import peft, t5x, t5x_write
-from ptjax.interop.adapter_file import save_adapter
+from ptjax.interop.adapter_file import METHOD, save_adapter
 from ptjax.interop.prompt_file import PromptFile, save_prompt, wrong_width
 from ptjax.interop.write_prompt import check_folder, hub_id, with_run, write_card
 from ptjax.methods.adapter import Adapter
@@ -131,7 +131,8 @@ def _export_adapter(
         save_backbone(target, loaded.config, params, **kept)
     elif to in PEFT:
         opened = _open(backbone, adapter.metadata, to)
-        adapter.method.export_peft(target, adapter.arrays, opened)
+        metadata = {k: v for k, v in adapter.metadata.items() if k != METHOD}
+        adapter.method.export_peft(target, adapter.arrays, opened, metadata)
     else:
         save_adapter(target, adapter.arrays, adapter.metadata)
     return target

@@ -73,8 +73,11 @@ class AdapterMethod(Method):
         folder: epath.Path,
         arrays: Mapping[str, np.ndarray],
         backbone: OpenBackbone | Backbone,
+        metadata: Metadata,
     ) -> None:
         """Writes PEFT's files for arrays as in `Adapter.arrays`; by default refuses.
+
+        PEFT ignores the metadata, which `load_adapter` finds again.
 
         Raises:
             InputError: PEFT cannot run this method on a T5 as ptjax does.

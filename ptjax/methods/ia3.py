@@ -12,6 +12,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Array, Float
 
+from ptjax.files import Metadata
 from ptjax.interop.write_prompt import hub_id
 from ptjax.methods.dense_method import DenseMethod
 from ptjax.models.dense_changes import DenseFn, KeyFn, check_targets, chosen_dense, dense_shapes
@@ -86,11 +87,13 @@ class IA3(DenseMethod):
         folder: epath.Path,
         arrays: Mapping[str, np.ndarray],
         backbone: OpenBackbone | Backbone,
+        metadata: Metadata,
     ) -> None:
         from ptjax.interop.peft_adapters import export_peft_ia3
 
         base_model, revision = hub_id(backbone.name)
-        export_peft_ia3(folder, arrays, base_model=base_model, revision=revision)
+        named = {"base_model": base_model, "revision": revision}
+        export_peft_ia3(folder, arrays, metadata=metadata, **named)
 
 
 # In float32: near 1 bfloat16 has steps of 0.004 to 0.008, which no learning rate would cross.

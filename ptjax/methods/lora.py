@@ -14,6 +14,7 @@ from etils import epath
 from jaxtyping import Array, Float
 
 from ptjax.errors import InputError, check_share, check_whole
+from ptjax.files import Metadata
 from ptjax.interop.write_prompt import hub_id
 from ptjax.methods.dense_method import DenseMethod
 from ptjax.models.dense_changes import DenseFn, KeyFn, check_targets, chosen_dense, dense_shapes
@@ -103,12 +104,14 @@ class LoRA(DenseMethod):
         folder: epath.Path,
         arrays: Mapping[str, np.ndarray],
         backbone: OpenBackbone | Backbone,
+        metadata: Metadata,
     ) -> None:
         from ptjax.interop.peft_adapters import export_peft_lora
 
         base_model, revision = hub_id(backbone.name)
         fields = {"rank": self.rank, "alpha": self.alpha, "dropout": self.dropout}
-        export_peft_lora(folder, arrays, **fields, base_model=base_model, revision=revision)
+        named = {"base_model": base_model, "revision": revision}
+        export_peft_lora(folder, arrays, **fields, metadata=metadata, **named)
 
 
 # In float32, or the gradients of all devices would be summed in the activations' bfloat16.

@@ -184,13 +184,15 @@ class PrefixTuning(AdapterMethod):
         folder: epath.Path,
         arrays: Mapping[str, np.ndarray],
         backbone: OpenBackbone | Backbone,
+        metadata: Metadata,
     ) -> None:
         """Writes PEFT's files, for a prefix of the decoder alone: PEFT has no other for a T5."""
         from ptjax.interop.peft_prefix import export_peft_prefix
         from ptjax.interop.write_prompt import hub_id
 
         base_model, revision = hub_id(backbone.name)
-        export_peft_prefix(folder, arrays, base_model=base_model, revision=revision)
+        named = {"base_model": base_model, "revision": revision}
+        export_peft_prefix(folder, arrays, metadata=metadata, **named)
 
 
 def _t5(config: Config) -> T5Config:

@@ -6,6 +6,7 @@ from ptjax.files import JsonObject
 from ptjax.reports.content import Member
 
 _PROMPTS = ("PromptTuning", "PTuning", "ResidualPromptTuning", "MultitaskPromptTuning")
+_TUNED: dict[str, tuple[str, str]]
 _TUNED = dict.fromkeys(_PROMPTS, ("tuned prompt", "untrained prompt"))
 _TUNED |= {"ModelTuning": ("tuned model", "the backbone, untuned")}
 

@@ -58,7 +58,7 @@ def test_what_peft_cannot_hold_is_not_written(arrays, tmp_path) -> None:
     arrays["prefix/cross/key"] = arrays["prefix/cross/value"] = arrays["prefix/decoder/key"]
     backbone: Any = SimpleNamespace(name="a/t5")
     with pytest.raises(InputError, match="no place for prefix/cross/key, only for the decoder's"):
-        PrefixTuning(3, encoder=False).export_peft(tmp_path / "peft", arrays, backbone)
+        PrefixTuning(3, encoder=False).export_peft(tmp_path / "peft", arrays, backbone, {})
     assert not (tmp_path / "peft").exists()
 
 

@@ -272,11 +272,13 @@ def test_peft_gets_an_adapter_and_gives_it_back(backbone, tmp_path) -> None:
     """Exported under PEFT's names and loaded from there: the same predictions."""
     for method in (LoRA(rank=2, targets=["query", "wo"]), IA3()):
         adapter = some_adapter(method, backbone.config)
+        adapter.metadata["step"] = 7
         arrays = adapter.arrays
         folder = ptjax.export(adapter, tmp_path / method.name, to="peft", backbone=backbone)
         again = load_adapter(folder)
         assert again.method == method and again.source == str(folder)
         assert again.metadata["backbone_name"] == backbone.name
+        assert again.metadata["step"] == 7
         for path, array in arrays.items():
             np.testing.assert_array_equal(again.arrays[path], array)
         again.save(tmp_path / "copy.safetensors")
