@@ -92,8 +92,7 @@ class IA3(DenseMethod):
         from ptjax.interop.peft_adapters import export_peft_ia3
 
         base_model, revision = hub_id(backbone.name)
-        named = {"base_model": base_model, "revision": revision}
-        export_peft_ia3(folder, arrays, metadata=metadata, **named)
+        export_peft_ia3(folder, arrays, base_model=base_model, revision=revision, metadata=metadata)
 
 
 # In float32: near 1 bfloat16 has steps of 0.004 to 0.008, which no learning rate would cross.

@@ -109,9 +109,16 @@ class LoRA(DenseMethod):
         from ptjax.interop.peft_adapters import export_peft_lora
 
         base_model, revision = hub_id(backbone.name)
-        fields = {"rank": self.rank, "alpha": self.alpha, "dropout": self.dropout}
-        named = {"base_model": base_model, "revision": revision}
-        export_peft_lora(folder, arrays, **fields, metadata=metadata, **named)
+        export_peft_lora(
+            folder,
+            arrays,
+            rank=self.rank,
+            alpha=self.alpha,
+            dropout=self.dropout,
+            base_model=base_model,
+            revision=revision,
+            metadata=metadata,
+        )
 
 
 # In float32, or the gradients of all devices would be summed in the activations' bfloat16.

@@ -191,8 +191,9 @@ class PrefixTuning(AdapterMethod):
         from ptjax.interop.write_prompt import hub_id
 
         base_model, revision = hub_id(backbone.name)
-        named = {"base_model": base_model, "revision": revision}
-        export_peft_prefix(folder, arrays, metadata=metadata, **named)
+        export_peft_prefix(
+            folder, arrays, base_model=base_model, revision=revision, metadata=metadata
+        )
 
 
 def _t5(config: Config) -> T5Config:
