@@ -21,13 +21,25 @@ import torch
 import turns
 
 
+def load_trainable(backbone: Any, folder: str) -> Any:
+    """The backbone with the adapter in `folder`, which is trained on.
+
+    For a prefix, `PeftModel.from_pretrained(is_trainable=True)` raises ValueError; PEFT's own
+    functions for configs and weights load it all the same.
+    """
+    config = peft.PeftConfig.from_pretrained(folder)
+    config.inference_mode = False
+    model = peft.get_peft_model(backbone, config)
+    peft.set_peft_model_state_dict(model, peft.load_peft_weights(folder, device="cpu"))
+    return model.train()
+
+
 def start(folder: Path, method: str) -> turns.Side:
     """SGD steps from the adapter in `folder`; the first ones report their losses."""
     settings: dict[str, Any] = json.loads((folder / "settings.json").read_text())
     torch.set_num_threads(settings["threads"])
     backbone = peft_side.make_backbone(folder, settings)
-    model = peft.PeftModel.from_pretrained(backbone, str(folder / method), is_trainable=True)
-    model.train()
+    model = load_trainable(backbone, str(folder / method))
     trained = peft_side.trainable(model)
     optimizer = torch.optim.SGD(trained, lr=settings["learning_rates"][method])
     stored = np.load(folder / "batches.npz")
