@@ -118,5 +118,5 @@ def test_both_sides_have_equal_losses(method, tmp_path) -> None:
         torch.set_num_threads(threads)
     assert [len(one) for one in losses] == [21, 21]
     assert beside.difference(*losses) < beside.TOLERANCE
-    # It has learned: batches take turns, and both fall by far more than the tolerance.
-    assert losses[0][-1] < losses[0][0] - 0.3
+    # Of the same batch, it has fallen by far more than the tolerance (1e-3 at a loss of 10).
+    assert losses[0][-1] < losses[0][0] - 0.05
