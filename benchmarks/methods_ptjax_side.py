@@ -38,8 +38,8 @@ from ptjax.training.step import init_train_state, make_train_step
 from ptjax.trees import flatten_paths
 
 LEARNING_RATES = {"lora": 0.001, "prefix": 5.0}
-"""Of plain SGD: the loss falls by far more than the tolerance. With ten times LoRA's rate, every step
-on T5 1.1 small doubles a difference that rounding made, to 6e-3 after twenty steps."""
+"""Of plain SGD: the loss falls by far more than the tolerance. With ten times LoRA's rate, T5 1.1
+small doubles a difference that rounding made in every step, to 6e-3 after twenty."""
 
 
 def make_method(name: str, length: int) -> AdapterMethod:
