@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-NEEDS_TORCH = {"peft_side"}
+NEEDS_TORCH = {"methods_peft_side", "peft_side"}
 NAMES = sorted(file.stem for file in BENCHMARKS.glob("*.py"))
 
 

@@ -1,0 +1,137 @@
+"""ptjax's part in `methods_beside_peft.py`, and what both parts are given.
+
+    python benchmarks/methods_ptjax_side.py FOLDER METHOD        takes turns (see turns.py)
+
+FOLDER holds what `write_inputs` wrote there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import turns
+from prompt_step import t5_1_1
+from ptjax_side import describe_backbone, make_params
+from real_batches import T5_IDS
+
+from ptjax.data.batch import make_batch
+from ptjax.interop.peft_adapters import export_peft_lora
+from ptjax.interop.peft_prefix import export_peft_prefix
+from ptjax.methods.adapter import AdapterMethod, from_paths
+from ptjax.methods.base import run_with
+from ptjax.methods.lora import LoRA
+from ptjax.methods.prefix_tuning import PrefixTuning
+from ptjax.models.config import T5Config
+from ptjax.models.t5 import parameter_shapes
+from ptjax.planning.workload import PlannedBackbone
+from ptjax.training import freeze as freezing
+from ptjax.training.loss import Loss
+from ptjax.training.step import init_train_state, make_train_step
+from ptjax.trees import flatten_paths
+
+LEARNING_RATES = {"lora": 0.001, "prefix": 5.0}
+"""Of plain SGD: the loss falls by far more than the tolerance. With ten times LoRA's rate, T5 1.1
+small doubles a difference that rounding made in every step, to 6e-3 after twenty."""
+
+
+def make_method(name: str, length: int) -> AdapterMethod:
+    """LoRA (rank 8 on queries and values) or a prefix of the decoder, the only one of PEFT."""
+    if name == "lora":
+        return LoRA(rank=8, alpha=16, targets=("query", "value"))
+    return PrefixTuning(length, encoder=False, cross=False)
+
+
+def write_inputs(folder: Path, flags: argparse.Namespace) -> None:
+    """Settings, the backbone's recipe, the batches, and every method's first arrays, twice."""
+    config, rng = t5_1_1(flags.size, dropout_rate=0.0), np.random.default_rng(0)
+    (folder / "backbone.json").write_text(json.dumps(describe_backbone(config, "float32")))
+    names = ("size", "prompt", "threads", "batches", "inputs", "targets", "checked_steps")
+    about = {"device": "cpu", "dtype": "float32", "learning_rates": LEARNING_RATES}
+    given = about | {name: getattr(flags, name) for name in names}
+    (folder / "settings.json").write_text(json.dumps(given))
+    batches = {}
+    for number in range(flags.batches):
+        inputs = rng.integers(2, config.vocab_size, (flags.batch, flags.inputs), np.int32)
+        lengths = rng.integers(flags.inputs // 2, flags.inputs + 1, (flags.batch, 1))
+        lengths[0] = flags.inputs  # neither side can make the batch smaller
+        batches[f"{number}/inputs"] = np.where(np.arange(flags.inputs) < lengths, inputs, 0)
+        size = flags.batch, flags.targets
+        batches[f"{number}/targets"] = rng.integers(2, config.vocab_size, size, np.int32)
+    np.savez(folder / "batches.npz", **batches)
+    for name in flags.methods:
+        method = make_method(name, flags.prompt)
+        arrays = first_arrays(method, config, rng)
+        np.savez(folder / f"{name}.npz", **arrays)
+        if isinstance(method, LoRA):
+            export_peft_lora(folder / name, arrays, rank=method.rank, alpha=method.alpha)
+        else:
+            export_peft_prefix(folder / name, arrays)
+
+
+def first_arrays(
+    method: AdapterMethod, config: T5Config, rng: np.random.Generator
+) -> dict[str, np.ndarray]:
+    """Random arrays by path: of N(0, 1) for keys and values, small ones for LoRA, none zero."""
+    size = 0.05 if isinstance(method, LoRA) else 1.0
+    return {
+        path: (size * rng.standard_normal(leaf.shape)).astype(np.float32)
+        for path, leaf in flatten_paths(method.variable_shapes(config)).items()
+    }
+
+
+def start(folder: Path, name: str) -> turns.Side:
+    """SGD steps from the arrays in `folder`; the first ones report their losses."""
+    settings: dict[str, Any] = json.loads((folder / "settings.json").read_text())
+    config = t5_1_1(settings["size"], dropout_rate=0.0)
+    method = make_method(name, settings["prompt"])
+    params = make_params(parameter_shapes(config), config.head_dim, "float32")
+    variables = {"params": params} | from_paths(np.load(folder / f"{name}.npz"), config)
+    trainable, frozen = freezing.split(
+        variables, freezing.make_freeze(variables, method.freeze_rules())
+    )
+    optimizer = optax.sgd(settings["learning_rates"][name])
+    apply_fn = run_with(method, PlannedBackbone(config))
+    loss = Loss(z_loss=0.0, per_token=True)  # PEFT's
+    step = jax.jit(make_train_step(apply_fn, optimizer, loss), donate_argnums=0)
+    state = init_train_state(trainable, optimizer, jax.random.key(0))
+    stored = np.load(folder / "batches.npz")
+    batches = [
+        make_batch(
+            [row[row > 0] for row in stored[f"{i}/inputs"]],
+            list(stored[f"{i}/targets"]),
+            input_length=settings["inputs"],
+            target_length=settings["targets"],
+            ids=T5_IDS,
+        )
+        for i in range(settings["batches"])
+    ]
+    batches = jax.device_put(batches)
+
+    def run(numbers: Iterable[int]) -> list[float]:
+        nonlocal state
+        losses = []
+        for number in numbers:
+            state, metrics = step(state, frozen, batches[number % len(batches)])
+            losses.append(metrics["loss"])
+        jax.block_until_ready(state)
+        return [float(loss) for loss in losses]
+
+    about = {"trained": freezing.sizes(trainable)[0], "losses": []}
+    return turns.Side(
+        lambda: about["losses"].extend(run(range(settings["checked_steps"] + 1))),
+        lambda: run(range(len(batches))) and None,
+        about,
+    )
+
+
+if __name__ == "__main__":
+    where, which = sys.argv[1:]
+    turns.serve(lambda: start(Path(where), which))
