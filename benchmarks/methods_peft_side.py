@@ -58,12 +58,15 @@ def start(folder: Path, method: str) -> turns.Side:
             losses.append(loss.detach())
         return [float(loss) for loss in losses]
 
-    about = {"trained": sum(parameter.numel() for parameter in trained), "losses": []}
-    return turns.Side(
-        lambda: about["losses"].extend(run(range(settings["checked_steps"] + 1))),
-        lambda: run(range(len(batches))) and None,
-        about,
-    )
+    about: dict[str, Any] = {"trained": sum(parameter.numel() for parameter in trained)}
+
+    def warm_up() -> None:
+        about["losses"] = run(range(settings["checked_steps"] + 1))
+
+    def turn() -> None:
+        run(range(len(batches)))
+
+    return turns.Side(warm_up, turn, about)
 
 
 if __name__ == "__main__":

@@ -124,12 +124,15 @@ def start(folder: Path, name: str) -> turns.Side:
         jax.block_until_ready(state)
         return [float(loss) for loss in losses]
 
-    about = {"trained": freezing.sizes(trainable)[0], "losses": []}
-    return turns.Side(
-        lambda: about["losses"].extend(run(range(settings["checked_steps"] + 1))),
-        lambda: run(range(len(batches))) and None,
-        about,
-    )
+    about: dict[str, Any] = {"trained": freezing.sizes(trainable)[0]}
+
+    def warm_up() -> None:
+        about["losses"] = run(range(settings["checked_steps"] + 1))
+
+    def turn() -> None:
+        run(range(len(batches)))
+
+    return turns.Side(warm_up, turn, about)
 
 
 if __name__ == "__main__":

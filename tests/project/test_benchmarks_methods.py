@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,22 +26,26 @@ def _on_the_path(monkeypatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
 
 
-def test_the_study_has_every_method_that_has_a_gin_file() -> None:
-    from methods import METHODS as WAYS
+def study() -> Any:
+    """benchmarks/methods.py."""
+    return importlib.import_module("methods")
 
+
+def test_the_study_has_every_method_that_has_a_gin_file() -> None:
+    ways = study().METHODS
     tunes = "include 'runs/prompt_tune.gin'"
     files = [Path(file) for file in (gin_configs() / "runs").glob("*.gin")]
     named = {file.stem for file in files if tunes in file.read_text()} - {"sweep"}
-    assert {way.run for way in WAYS.values()} == named | {"prompt_tune"}
-    assert set(METHODS) == set(WAYS)
+    assert {way.run for way in ways.values()} == named | {"prompt_tune"}
+    assert set(METHODS) == set(ways)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_its_settings_are_those_of_the_gin_files(method) -> None:
-    from methods import gin_files, settings_of
-
-    given = settings_of("mrpc", method, seed=2, steps=300, data_dir="data") | {"MODEL_DIR": "m"}
-    flags = [f"--gin_file={file}" for file in gin_files("mrpc", method)]
+    given = study().settings_of("mrpc", method, seed=2, steps=300, data_dir="data") | {
+        "MODEL_DIR": "m"
+    }
+    flags = [f"--gin_file={file}" for file in study().gin_files("mrpc", method)]
     flags += [f"--gin.{name}={value!r}" for name, value in given.items()]
     cli.load_gin(cli.parse(cli.make_parser("x", ""), flags))
     settings = cli.settings("ptjax.tune", "settings")["settings"]
@@ -68,15 +74,13 @@ def results(accuracy: float, seed: int) -> dict[str, object]:
 
 
 def test_the_table_has_what_has_finished(tmp_path, monkeypatch, capsys) -> None:
-    from methods import main
-
     for seed, accuracy in enumerate((0.7, 0.8)):
         folder = tmp_path / "sst2_300_steps" / "lora" / str(seed)
         folder.mkdir(parents=True)
         (folder / "results.json").write_text(json.dumps(results(accuracy, seed)))
     flags = ["--data_dir=none", f"--output_dir={tmp_path}", "--methods=ia3,lora", "--show"]
     monkeypatch.setattr(sys, "argv", ["methods.py", *flags])
-    main()
+    study().main()
     rows = capsys.readouterr().out.split("\n")
     cells = "0.750 | 0.071 | 0.700, 0.800 | 2,560 | 11.3 | 10.2 | 20.5 | 13.8 | 166 | 30.0"
     assert f"| LoRA, rank 8, q and v | {cells} |" in rows
@@ -87,10 +91,8 @@ def test_the_table_has_what_has_finished(tmp_path, monkeypatch, capsys) -> None:
 
 @pytest.mark.parametrize("flag", ["--methods=lora,rola", "--tasks=sst"])
 def test_an_unknown_name_is_refused(flag, capsys) -> None:
-    from methods import parse
-
     with pytest.raises(SystemExit):
-        parse(["--data_dir=none", "--output_dir=none", flag])
+        study().parse(["--data_dir=none", "--output_dir=none", flag])
     assert f"{flag.split('=')[1].split(',')[-1]!r} is none of" in capsys.readouterr().err
 
 
@@ -99,17 +101,16 @@ def test_an_unknown_name_is_refused(flag, capsys) -> None:
 @pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
 @pytest.mark.parametrize("method", ["lora", "prefix"])
 def test_both_sides_have_equal_losses(method, tmp_path) -> None:
-    import methods_beside_peft as beside
-    import methods_peft_side
-    import methods_ptjax_side
     import torch
 
+    beside = importlib.import_module("methods_beside_peft")
+    ours, theirs = (importlib.import_module(f"methods_{side}_side") for side in ("ptjax", "peft"))
     sizes = ["--size=toy", "--batch=4", "--inputs=16", "--prompt=5", "--batches=2"]
     flags = beside.parse([*sizes, f"--methods={method}"])
-    methods_ptjax_side.write_inputs(tmp_path, flags)
+    ours.write_inputs(tmp_path, flags)
     threads, losses = torch.get_num_threads(), []
     try:
-        for part in (methods_ptjax_side, methods_peft_side):
+        for part in (ours, theirs):
             side = part.start(tmp_path, method)
             side.warm_up()
             side.steps()
