@@ -22,7 +22,7 @@ test: $(VENV)/installed-dev  ## everything but the markers slow, oracle, tpu, cu
 	$(PYTEST)
 
 test-all: $(VENV)/installed-oracle  ## everything
-	$(PYTEST) -m "$(shell $(BIN)/python tests/markers.py)"
+	$(PYTEST) --durations=40 --durations-min=10 -m "$(shell $(BIN)/python tests/markers.py)"
 
 wheels: $(VENV)/installed-dev  ## the wheel alone, on each Python from 3.11 to 3.13 that is here
 	$(PYTEST) -n 0 -m slow tests/project/test_wheel.py
