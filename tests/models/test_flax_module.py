@@ -273,8 +273,9 @@ def test_weights_under_their_own_names_come_back(tmp_path):
     assert set(opened.arrays) == set(flatten_paths(params))
     with pytest.raises(InputError, match="holds no backbone that ptjax knows"):
         load_backbone(tmp_path)  # T5 is read under T5X's or Hugging Face's names alone
+    (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"neither a T5X .* nor model.safetensors under its own"):
-        load_backbone(tmp_path.parent, family=module.family)
+        load_backbone(tmp_path / "empty", family=module.family)
 
 
 @pytest.mark.slow
