@@ -58,15 +58,8 @@ def start(folder: Path, method: str) -> turns.Side:
             losses.append(loss.detach())
         return [float(loss) for loss in losses]
 
-    about: dict[str, Any] = {"trained": sum(parameter.numel() for parameter in trained)}
-
-    def warm_up() -> None:
-        about["losses"] = run(range(settings["checked_steps"] + 1))
-
-    def turn() -> None:
-        run(range(len(batches)))
-
-    return turns.Side(warm_up, turn, about)
+    count = sum(parameter.numel() for parameter in trained)
+    return turns.training_side(run, len(batches), settings["checked_steps"], count)
 
 
 if __name__ == "__main__":

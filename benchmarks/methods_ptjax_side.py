@@ -124,15 +124,8 @@ def start(folder: Path, name: str) -> turns.Side:
         jax.block_until_ready(state)
         return [float(loss) for loss in losses]
 
-    about: dict[str, Any] = {"trained": freezing.sizes(trainable)[0]}
-
-    def warm_up() -> None:
-        about["losses"] = run(range(settings["checked_steps"] + 1))
-
-    def turn() -> None:
-        run(range(len(batches)))
-
-    return turns.Side(warm_up, turn, about)
+    count = freezing.sizes(trainable)[0]
+    return turns.training_side(run, len(batches), settings["checked_steps"], count)
 
 
 if __name__ == "__main__":

@@ -47,6 +47,28 @@ class Side:
     peak_bytes: Callable[[], int] = resident_bytes
 
 
+def training_side(
+    run: Callable[[Iterable[int]], list[float]], batches: int, checked_steps: int, trained: int
+) -> Side:
+    """A side that trains: its warm-up tells the losses, a turn is a step on each batch.
+
+    Args:
+        run: trains on the batches of these numbers, and returns the loss of each step.
+        batches: how many batches there are.
+        checked_steps: the warm-up trains one step more, whose loss is that after so many.
+        trained: the number of trained parameters.
+    """
+    about: dict[str, Any] = {"trained": trained}
+
+    def warm_up() -> None:
+        about["losses"] = run(range(checked_steps + 1))
+
+    def turn() -> None:
+        run(range(batches))
+
+    return Side(warm_up, turn, about)
+
+
 def serve(start: Callable[[], Side]) -> None:
     """The loop of a side's process: answers every line of stdin with a line of JSON.
 

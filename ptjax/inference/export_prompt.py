@@ -130,9 +130,14 @@ def _export_adapter(
         kept = {"tokenizer": loaded.tokenizer, "dtype": "float32", "family": loaded.family}
         save_backbone(target, loaded.config, params, **kept)
     elif to in PEFT:
-        opened = _open(backbone, adapter.metadata, to)
-        metadata = {k: v for k, v in adapter.metadata.items() if k != METHOD}
-        adapter.method.export_peft(target, adapter.arrays, opened, metadata)
+        base_model, revision = hub_id(_open(backbone, adapter.metadata, to).name)
+        adapter.method.export_peft(
+            target,
+            adapter.arrays,
+            base_model=base_model,
+            revision=revision,
+            metadata={k: v for k, v in adapter.metadata.items() if k != METHOD},
+        )
     else:
         save_adapter(target, adapter.arrays, adapter.metadata)
     return target

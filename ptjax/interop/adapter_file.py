@@ -50,10 +50,13 @@ def save_adapter(
 
 def is_adapter(path: epath.Path) -> bool:
     """Whether a file that exists is an adapter file, intact or not."""
+    return _is_safetensors(path) and METHOD in safetensors_file.open_safetensors(path)[1]
+
+
+def _is_safetensors(path: epath.Path) -> bool:
+    """Whether the file starts as one: with the size of a JSON header."""
     with path.open("rb") as stream:
-        if stream.read(9)[8:] != b"{":
-            return False
-    return METHOD in safetensors_file.open_safetensors(path)[1]
+        return stream.read(9)[8:] == b"{"
 
 
 def read_adapter(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], JsonObject]:
@@ -67,9 +70,8 @@ def read_adapter(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], J
         raise missing("adapter", file)
     if file.is_dir():
         raise InputError(f"{path} is a folder; name the adapter's file in it")
-    with file.open("rb") as stream:
-        if stream.read(9)[8:] != b"{":
-            raise InputError(f"{path}: not an adapter file, which is a safetensors file of ptjax")
+    if not _is_safetensors(file):
+        raise InputError(f"{path}: not an adapter file, which is a safetensors file of ptjax")
     stored, header = safetensors_file.open_safetensors(file)
     if METHOD not in header:
         what = "a prompt: load_prompt (--prompt) reads it" if TENSOR in stored else "no adapter"

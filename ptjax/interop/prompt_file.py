@@ -23,6 +23,7 @@ from ptjax import untrusted
 from ptjax.errors import InputError, check_path, missing
 from ptjax.files import JsonObject
 from ptjax.interop import hub, model_card, peft, prompt_header, safetensors_file, t5x
+from ptjax.interop.adapter_file import METHOD
 from ptjax.interop.lazy_array import LazyArray
 from ptjax.interop.t5x import T5X_PROMPT
 from ptjax.interop.write_prompt import KINDS, TENSOR, checked, save_folder, save_prompt, with_run
@@ -337,7 +338,7 @@ def _load_numpy(path: epath.Path) -> np.ndarray:
 
 def _load_safetensors(path: epath.Path) -> PromptFile:
     arrays, header = safetensors_file.open_safetensors(path)
-    if "method" in header:
+    if METHOD in header:
         raise InputError(
             f"{path} holds an adapter, not a prompt; give it with --adapter, or load it with "
             "ptjax.load_adapter"

@@ -6,7 +6,7 @@ import dataclasses
 import importlib
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,6 @@ from ptjax.trees import Tree, Variables, flatten_paths, unflatten_paths
 
 if TYPE_CHECKING:
     from ptjax.backbones.load import Backbone
-    from ptjax.backbones.open import OpenBackbone
 
 ADAPTERS: dict[str, tuple[str, str]] = {
     "bitfit": ("ptjax.methods.bitfit", "BitFit"),
@@ -38,6 +37,17 @@ ADAPTERS: dict[str, tuple[str, str]] = {
 
 A file names its method; nothing outside of this table is imported for a file.
 """
+
+
+class PeftOrigin(TypedDict):
+    """What PEFT's files record of where an adapter is from; see `interop.peft.export_peft`.
+
+    PEFT ignores the metadata, which `load_adapter` finds again.
+    """
+
+    base_model: str | None
+    revision: str | None
+    metadata: Metadata
 
 
 class AdapterMethod(Method):
@@ -69,15 +79,9 @@ class AdapterMethod(Method):
         return self
 
     def export_peft(
-        self,
-        folder: epath.Path,
-        arrays: Mapping[str, np.ndarray],
-        backbone: OpenBackbone | Backbone,
-        metadata: Metadata,
+        self, folder: epath.Path, arrays: Mapping[str, np.ndarray], **origin: Unpack[PeftOrigin]
     ) -> None:
         """Writes PEFT's files for arrays as in `Adapter.arrays`; by default refuses.
-
-        PEFT ignores the metadata, which `load_adapter` finds again.
 
         Raises:
             InputError: PEFT cannot run this method on a T5 as ptjax does.

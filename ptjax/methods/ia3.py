@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -12,15 +12,10 @@ import numpy as np
 from etils import epath
 from jaxtyping import Array, Float
 
-from ptjax.files import Metadata
-from ptjax.interop.write_prompt import hub_id
+from ptjax.methods.adapter import PeftOrigin
 from ptjax.methods.dense_method import DenseMethod
 from ptjax.models.dense_changes import DenseFn, KeyFn, check_targets, chosen_dense, dense_shapes
 from ptjax.models.family import Config
-
-if TYPE_CHECKING:
-    from ptjax.backbones.load import Backbone
-    from ptjax.backbones.open import OpenBackbone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,16 +78,11 @@ class IA3(DenseMethod):
         return kernel * arrays["outputs"][..., None, :] if "outputs" in arrays else kernel
 
     def export_peft(
-        self,
-        folder: epath.Path,
-        arrays: Mapping[str, np.ndarray],
-        backbone: OpenBackbone | Backbone,
-        metadata: Metadata,
+        self, folder: epath.Path, arrays: Mapping[str, np.ndarray], **origin: Unpack[PeftOrigin]
     ) -> None:
         from ptjax.interop.peft_adapters import export_peft_ia3
 
-        base_model, revision = hub_id(backbone.name)
-        export_peft_ia3(folder, arrays, base_model=base_model, revision=revision, metadata=metadata)
+        export_peft_ia3(folder, arrays, **origin)
 
 
 # In float32: near 1 bfloat16 has steps of 0.004 to 0.008, which no learning rate would cross.

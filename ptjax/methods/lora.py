@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +14,10 @@ from etils import epath
 from jaxtyping import Array, Float
 
 from ptjax.errors import InputError, check_share, check_whole
-from ptjax.files import Metadata
-from ptjax.interop.write_prompt import hub_id
+from ptjax.methods.adapter import PeftOrigin
 from ptjax.methods.dense_method import DenseMethod
 from ptjax.models.dense_changes import DenseFn, KeyFn, check_targets, chosen_dense, dense_shapes
 from ptjax.models.family import Config
-
-if TYPE_CHECKING:
-    from ptjax.backbones.load import Backbone
-    from ptjax.backbones.open import OpenBackbone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,24 +95,12 @@ class LoRA(DenseMethod):
         return kernel + self.alpha / self.rank * (arrays["a"] @ arrays["b"])
 
     def export_peft(
-        self,
-        folder: epath.Path,
-        arrays: Mapping[str, np.ndarray],
-        backbone: OpenBackbone | Backbone,
-        metadata: Metadata,
+        self, folder: epath.Path, arrays: Mapping[str, np.ndarray], **origin: Unpack[PeftOrigin]
     ) -> None:
         from ptjax.interop.peft_adapters import export_peft_lora
 
-        base_model, revision = hub_id(backbone.name)
         export_peft_lora(
-            folder,
-            arrays,
-            rank=self.rank,
-            alpha=self.alpha,
-            dropout=self.dropout,
-            base_model=base_model,
-            revision=revision,
-            metadata=metadata,
+            folder, arrays, rank=self.rank, alpha=self.alpha, dropout=self.dropout, **origin
         )
 
 

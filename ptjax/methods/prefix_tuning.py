@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from jaxtyping import Array
 from ptjax.data.batching import Batching
 from ptjax.errors import InputError, check_at_least
 from ptjax.files import Metadata
-from ptjax.methods.adapter import AdapterMethod
+from ptjax.methods.adapter import AdapterMethod, PeftOrigin
 from ptjax.methods.base import FrozenNetwork, InitContext
 from ptjax.methods.initializers import Initializer
 from ptjax.methods.prompt_method import initial_prompt
@@ -26,10 +26,6 @@ from ptjax.models.prefix import KeysValues, PromptStates
 from ptjax.models.prompted import with_prompt
 from ptjax.sharding import processes
 from ptjax.trees import Tree, Variables
-
-if TYPE_CHECKING:
-    from ptjax.backbones.load import Backbone
-    from ptjax.backbones.open import OpenBackbone
 
 # The parts of a prefix and the fields of `PromptStates`, in which attention reads them.
 _FIELDS = {"encoder": "encoder", "decoder": "targets", "cross": "decoder"}
@@ -180,20 +176,12 @@ class PrefixTuning(AdapterMethod):
         return dataclasses.replace(self, initializer=None, reparameterization=None)
 
     def export_peft(
-        self,
-        folder: epath.Path,
-        arrays: Mapping[str, np.ndarray],
-        backbone: OpenBackbone | Backbone,
-        metadata: Metadata,
+        self, folder: epath.Path, arrays: Mapping[str, np.ndarray], **origin: Unpack[PeftOrigin]
     ) -> None:
         """Writes PEFT's files, for a prefix of the decoder alone: PEFT has no other for a T5."""
         from ptjax.interop.peft_prefix import export_peft_prefix
-        from ptjax.interop.write_prompt import hub_id
 
-        base_model, revision = hub_id(backbone.name)
-        export_peft_prefix(
-            folder, arrays, base_model=base_model, revision=revision, metadata=metadata
-        )
+        export_peft_prefix(folder, arrays, **origin)
 
 
 def _t5(config: Config) -> T5Config:

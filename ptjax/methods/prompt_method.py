@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from ptjax.backbones.load import Backbone
 
 
-class PromptMethod(Method):
+class PromptMethod(Method, abc.ABC):
     """A method that trains some variables, from which `matrix` computes the prompt.
 
     A subclass is a frozen dataclass with a field `length`, and perhaps `attends_to_input`. It has a
@@ -37,9 +38,9 @@ class PromptMethod(Method):
 
     length: int
 
+    @abc.abstractmethod
     def matrix(self, own: Tree) -> Float[Array, "P D"]:
         """Computes the prompt from the method's own collection."""
-        raise NotImplementedError
 
     def freeze_rules(self) -> Mapping[str, bool]:
         return {"params/.*": True, f"{self.collection}/.*": False}

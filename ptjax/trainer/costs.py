@@ -13,7 +13,7 @@ from ptjax.planning.flops import count_jaxpr_flops
 from ptjax.trainer.exports import Exports
 from ptjax.trainer.metrics_log import read_rows
 from ptjax.training import freeze as freezing
-from ptjax.training.compile import CompiledStep
+from ptjax.training.compile import CompiledStep, program_bytes
 from ptjax.training.step import TrainState
 
 
@@ -31,11 +31,7 @@ def step_costs(step: CompiledStep) -> JsonObject:
     except ValueError as error:  # a network of the user's own
         logging.info("the FLOPs of a step are not counted: %s", error)
         flops = None
-    needed = None
-    if memory is not None:
-        # Not the peak: that of a CPU's program leaves out the temporary arrays.
-        made = memory.output_size_in_bytes - memory.alias_size_in_bytes
-        needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes + made
+    needed = None if memory is None else program_bytes(memory)
     return {"flops_per_step": flops, "step_bytes": needed}
 
 

@@ -19,6 +19,7 @@ from ptjax.settings import RunSettings
 from ptjax.sharding import processes
 from ptjax.sharding.arrays import rows_divisor
 from ptjax.sharding.devices import GIB, usable_memory
+from ptjax.training.compile import program_bytes
 
 _NO_MEMORY = re.compile("RESOURCE_EXHAUSTED|out of memory", re.IGNORECASE)
 """A CPU reports "INTERNAL: ... Out of memory" if the step was dispatched asynchronously."""
@@ -122,10 +123,7 @@ def _measure(lower: Lower, settings: RunSettings, shape: Shape) -> _Need | None:
         return None
     if memory is None:
         return _Need(0, None)
-    # Not the peak: that of a CPU's program leaves out the temporary arrays.
-    arguments = memory.argument_size_in_bytes
-    computed = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return _Need(arguments + computed, _available(arguments))
+    return _Need(program_bytes(memory), _available(memory.argument_size_in_bytes))
 
 
 def _available(arguments: int) -> int | None:

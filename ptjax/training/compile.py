@@ -166,6 +166,18 @@ def sweep_shapes(members: int | None, mesh: Mesh) -> tuple[jax.ShapeDtypeStruct,
     return tuple(jax.ShapeDtypeStruct((members,), x, sharding=where) for x in dtypes)
 
 
+def program_bytes(memory: Tree) -> int:
+    """Returns the memory of a device that a compiled program needs, its arguments included.
+
+    It is not the compiler's own peak: that of a CPU's program leaves out the temporary arrays.
+
+    Args:
+        memory: the result of the program's `memory_analysis`.
+    """
+    made = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return memory.argument_size_in_bytes + memory.temp_size_in_bytes + made
+
+
 def compile_steps(
     train_step: TrainStep,
     state: TrainState,

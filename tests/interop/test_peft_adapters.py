@@ -191,7 +191,7 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path, value) -> None:
 
 
 def test_a_header_of_the_wrong_types_is_damaged(tmp_path) -> None:
-    """Only ptjax writes such a header; a value in it that cannot be used is said here."""
+    """Only ptjax writes such a header; a value that cannot be used is an error of the file."""
     write(tmp_path, LORA, lora_tensors())
     header = {"ptjax_version": '"1"', "input_length": '"many"'}
     save_file(lora_tensors(), tmp_path / "adapter_model.safetensors", header)

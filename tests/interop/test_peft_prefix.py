@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -56,9 +54,9 @@ def test_every_layer_has_slots_of_its_own(exported, arrays) -> None:
 
 def test_what_peft_cannot_hold_is_not_written(arrays, tmp_path) -> None:
     arrays["prefix/cross/key"] = arrays["prefix/cross/value"] = arrays["prefix/decoder/key"]
-    backbone: Any = SimpleNamespace(name="a/t5")
+    origin = {"base_model": "a/t5", "revision": None, "metadata": {}}
     with pytest.raises(InputError, match="no place for prefix/cross/key, only for the decoder's"):
-        PrefixTuning(3, encoder=False).export_peft(tmp_path / "peft", arrays, backbone, {})
+        PrefixTuning(3, encoder=False).export_peft(tmp_path / "peft", arrays, **origin)
     assert not (tmp_path / "peft").exists()
 
 
