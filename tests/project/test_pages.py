@@ -47,6 +47,7 @@ FILLED = {
     "/path/to/sentencepiece.model": "{place}/spiece.model",
     "/path/to/t5-v1_1-base": "{hf}",
     "--prompts=DIR": "--prompts={place}/prompts",
+    "--similar_to=DIR": "--similar_to={place}/prompts",
     "--model_dir=DIR": "--model_dir={place}/runs/quickstart",
     "--input=FILE": "--input={place}/texts.jsonl",
     "--output=FILE": "--output=answers.jsonl",
