@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import jax
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from ptjax.data.batching import Batching
 from ptjax.errors import InputError
@@ -20,6 +20,8 @@ from ptjax.methods.adapter import AdapterMethod
 from ptjax.methods.base import FrozenNetwork, InitContext
 from ptjax.models.config import T5Config
 from ptjax.models.family import ApplyFn, Config
+from ptjax.models.interception import change_modules
+from ptjax.models.layers import RMSNorm, rms_norm
 from ptjax.models.t5 import parameter_shapes
 from ptjax.sharding import processes
 from ptjax.trees import Tree, Variables, flatten_paths, unflatten_paths
@@ -31,8 +33,8 @@ _SCALE = "/scale"
 class BitFit(AdapterMethod):
     """Trains a float32 copy of the scale of every layer norm [D], of a T5.
 
-    The copies are the collection `bitfit`, under the names of the originals; the network runs with
-    them in the place of these.
+    The copies are the collection `bitfit`, under the names of the originals. The network's norms
+    multiply by them in float32, whatever its dtype.
     """
 
     name: ClassVar[str] = "bitfit"
@@ -56,14 +58,18 @@ class BitFit(AdapterMethod):
         return {"params/.*": True, "bitfit/.*": False}
 
     def wrap(self, apply_fn: ApplyFn) -> ApplyFn:
-        def apply(variables: Variables, *args: Tree, **settings: Tree) -> Tree:
-            if scales := variables.get("bitfit"):
-                params = flatten_paths(variables["params"]) | flatten_paths(scales)
-                variables = {name: x for name, x in variables.items() if name != "bitfit"}
-                variables |= {"params": unflatten_paths(params)}
-            return apply_fn(variables, *args, **settings)
+        return change_modules(apply_fn, RMSNorm, self.collection, _with_own_scale)
 
-        return apply
+
+def _with_own_scale(
+    norm: RMSNorm,
+    call: Callable[[Array], Array],
+    x: Float[Array, "*b d"],
+    arrays: Mapping[str, Array],
+    train: bool,
+) -> Float[Array, "*b d"]:
+    # In float32: bfloat16 would round small changes of the scale away, and its gradient's sum.
+    return rms_norm(x, arrays["scale"], norm.epsilon, norm.dtype)
 
 
 def _scales(params: Tree, function: Callable[[Tree], Tree]) -> Variables:

@@ -1,24 +1,18 @@
-"""Changes a network's linear maps from outside: its `Dense` modules are neither edited nor copied.
-
-A method has arrays of its own for some of them, in a collection of its own, at the path of the
-module: `lora/encoder/layers_0/attention/query/a`. An interceptor runs the method's function around
-every `Dense` that has such arrays. So it also runs where layers are scanned over, rematerialised or
-gathered, and in every step of decoding.
-"""
+"""Changes a network's linear maps from outside, and finds those that a setting names."""
 
 from __future__ import annotations
 
 import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import jax
-from flax import linen as nn
 
 from ptjax.errors import InputError, listing, near
 from ptjax.models.config import T5Config
 from ptjax.models.family import ApplyFn, Config
+from ptjax.models.interception import change_modules
 from ptjax.models.layers import Dense
 from ptjax.models.stacking import split_path
 from ptjax.models.t5_family import T5_FAMILY
@@ -58,27 +52,15 @@ class DenseChange(Protocol):
 
 
 def change_dense(apply_fn: ApplyFn, method: DenseChange) -> ApplyFn:
-    """Returns the network `apply_fn` with `method` around every `Dense` that has arrays for it.
+    """Returns the network `apply_fn` with `method` around every `Dense` that has arrays for it."""
 
-    Without its collection in the variables, the result computes what `apply_fn` computes.
-    """
+    def change(
+        module: Dense, call: DenseFn, x: jax.Array, arrays: Mapping[str, jax.Array], train: bool
+    ) -> jax.Array:
+        key = functools.partial(module.make_rng, "dropout") if train else None
+        return method.change(call, x, arrays, key)
 
-    def apply(variables: Tree, *args: Any, **settings: Any) -> Any:
-        def intercept(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-            module = context.module
-            if not (isinstance(module, Dense) and context.method_name == "__call__"):
-                return call(*args, **kwargs)
-            arrays = module.variables.get(method.collection)
-            if not arrays:
-                return call(*args, **kwargs)
-            key = functools.partial(module.make_rng, "dropout") if settings.get("train") else None
-            [x] = args
-            return method.change(call, x, arrays, key)
-
-        with nn.intercept_methods(intercept):
-            return apply_fn(variables, *args, **settings)
-
-    return apply
+    return change_modules(apply_fn, Dense, method.collection, change)
 
 
 def dense_shapes(config: Config) -> dict[str, tuple[int, ...]]:

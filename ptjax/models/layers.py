@@ -105,7 +105,10 @@ class Dense(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """T5's layer norm: no mean, no bias; the mean square is taken in float32."""
+    """T5's layer norm: no mean, no bias; the mean square is taken in float32.
+
+    The scale is rounded to `dtype` before it multiplies, as in T5X.
+    """
 
     epsilon: float
     dtype: Any
@@ -113,16 +116,19 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        return rms_norm(x, scale.astype(self.dtype), self.epsilon, self.dtype)
 
-        # Recomputed in the backward pass: cheaper than storing float32 copies of every x.
-        @jax.checkpoint
-        def normalize(x: Array, scale: Array) -> Array:
-            x = x.astype(jnp.float32)
-            mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
-            normed = x * jax.lax.rsqrt(mean_square + self.epsilon)
-            return normed.astype(self.dtype) * scale.astype(self.dtype)
 
-        return normalize(x, scale)
+# Recomputed in the backward pass: cheaper than storing float32 copies of every x.
+@functools.partial(jax.checkpoint, static_argnums=(2, 3))
+def rms_norm(
+    x: Float[Array, "*b d"], scale: Float[Array, " d"], epsilon: float, dtype: Any
+) -> Float[Array, "*b d"]:
+    """Divides x by its root mean square, and multiplies by `scale` in the dtype of `scale`."""
+    x = x.astype(jnp.float32)
+    mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+    normed = x * jax.lax.rsqrt(mean_square + epsilon)
+    return (normed.astype(scale.dtype) * scale).astype(dtype)
 
 
 class RelativePositionBias(nn.Module):

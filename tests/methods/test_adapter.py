@@ -7,6 +7,7 @@ import json
 import os
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import make_settings, tune
@@ -249,3 +250,24 @@ def test_its_shapes_need_no_weights(backbone):
     made = ptjax.BitFit().init(jax.random.key(0), context)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), made)
     assert shapes == ptjax.BitFit().variable_shapes(backbone.config)
+
+
+def test_over_bfloat16_the_trained_scales_stay_float32(run, folder):
+    """Rounded to bfloat16, a change below 0.2% would have no effect, and gradients few digits."""
+    rounded = ptjax.load_backbone(folder, dtype="bfloat16")
+    tuned = bind(rounded, open_prompt(rounded, run.adapter))
+    tokens, ones = jnp.array([[5, 6, 7]] * 4), jnp.ones((4, 3), jnp.int32)
+
+    @jax.jit
+    def logits(scales):
+        variables = {**tuned.variables, "bitfit": scales}
+        return tuned.apply_fn(variables, tokens, tokens, ones, ones)
+
+    def scales_of(value):
+        return jax.tree.map(lambda x: np.full(x.shape, value, np.float32), run_scales)
+
+    run_scales = tuned.variables["bitfit"]
+    assert np.abs(logits(scales_of(1.001)) - logits(scales_of(1.0))).max() > 0
+    gradients = jax.grad(lambda scales: logits(scales).astype(jnp.float32).std())(run_scales)
+    for path, gradient in flatten_paths(gradients).items():
+        assert (gradient.astype(jnp.bfloat16) != gradient).any(), path
