@@ -1,12 +1,13 @@
 """All methods side by side on the backbone that ptjax ships: accuracy, sizes, memory and time.
 
-    python benchmarks/methods.py --data_dir=DIR --output_dir=DIR [--steps=300] [--seeds=3]
-        [--methods=lora,ia3] [--tasks=sst2,mrpc] [--show]
+    python benchmarks/methods.py --data_dir=DIR --output_dir=DIR [--results=FILE] [--steps=300]
+        [--seeds=3] [--methods=lora,ia3] [--tasks=sst2,mrpc] [--show]
 
-Every run is a `python -m ptjax.train` of its own, printed before it starts; a run that finished is
-not run again. The seeds are the outer loop, so an interrupted study has every method. The table, of
-what has finished, is printed at the end, also if a run fails; --show prints it and runs nothing.
-Writes OUTPUT_DIR/methods.json. DATA_DIR is laid out as the tasks' gin files say.
+Every run is a `python -m ptjax.train` of its own, printed before it starts. What it found goes to
+the results file; a run that is there, or has finished in OUTPUT_DIR, is not run again. The seeds
+are the outer loop, so an interrupted study has every method. The table, of what has finished, is
+printed at the end, also if a run fails; --show prints it and runs nothing. DATA_DIR is laid out as
+the tasks' gin files say.
 
 Accuracy is that of the test split; the step is chosen on validation. Learning rates are those of
 the gin files, where these are not in units of one backbone's embedding. What a step costs comes
@@ -27,8 +28,9 @@ from typing import Any
 
 import runs
 
-from ptjax.model_dir import ModelDir
-
+RESULTS = Path(__file__).parent / "results" / "methods.json"
+KEPT = ("metrics", "majority", "trainable_parameters", "costs", "versions")
+"""What the results file has of a `results.json`."""
 EVALUATIONS = 6
 COMMON = {
     "INITIAL_CHECKPOINT_PATH": "ptjax-nano",
@@ -87,7 +89,7 @@ COLUMNS = {  # of the costs in results.json; the unit and its divisor
     "examples_per_second": ("examples/s", 1),
 }
 Found = dict[str, dict[str, dict[int, dict[str, Any]]]]
-"""`results.json` by task, method and seed."""
+"""What is kept of `results.json`, by task, method and seed."""
 
 
 def gin_files(task: str, method: str) -> list[str]:
@@ -107,17 +109,31 @@ def model_dir(output_dir: Path, task: str, method: str, steps: int, seed: int) -
     return output_dir / f"{task}_{steps}_steps" / method / str(seed)
 
 
-def finished(flags: argparse.Namespace) -> Found:
-    """The results of all runs that have finished, of those that the flags name."""
-    found: Found = {}
-    for task in flags.tasks:
-        for method in flags.methods:
-            for seed in range(flags.seeds):
-                folder = model_dir(flags.output_dir, task, method, flags.steps, seed)
-                if (file := ModelDir(folder).results).exists():
-                    of_method = found.setdefault(task, {}).setdefault(method, {})
-                    of_method[seed] = json.loads(Path(file).read_text())
-    return found
+def read(file: Path, steps: int) -> Found:
+    """The results of earlier runs, none if there is no such file.
+
+    Raises:
+        SystemExit: they are of runs of another number of steps.
+    """
+    if not file.exists():
+        return {}
+    before = json.loads(file.read_text())
+    if before["steps"] != steps:
+        raise SystemExit(f"{file} has runs of {before['steps']} steps; give another --results")
+    return {
+        task: {
+            method: {int(seed): one for seed, one in by_seed.items()}
+            for method, by_seed in of_task.items()
+        }
+        for task, of_task in before["results"].items()
+    }
+
+
+def write(file: Path, steps: int, found: Found) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps({"steps": steps, "results": found}, indent=2) + "\n")
+    os.replace(partial, file)
 
 
 def table(task: str, found: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> str:
@@ -150,15 +166,17 @@ def cost(values: Sequence[float | None], name: str) -> str:
     return f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
 
 
-def report(flags: argparse.Namespace) -> None:
-    """Prints the tables of what has finished, and writes them to methods.json."""
-    found = finished(flags)
-    for task, of_task in found.items():
-        print(f"\n{table(task, of_task)}", flush=True)
-    if found:
-        about = {"steps": flags.steps, "processors": len(os.sched_getaffinity(0))}
-        file = flags.output_dir / "methods.json"
-        file.write_text(json.dumps(about | {"results": found}, indent=2) + "\n")
+def report(flags: argparse.Namespace, found: Found) -> None:
+    """Prints the tables of what has finished, of those that the flags name."""
+    for task in flags.tasks:
+        methods = {name: found.get(task, {}).get(name, {}) for name in flags.methods}
+        chosen = {
+            name: {seed: by_seed[seed] for seed in sorted(by_seed)[: flags.seeds]}
+            for name, by_seed in methods.items()
+            if by_seed
+        }
+        if chosen:
+            print(f"\n{table(task, chosen)}", flush=True)
 
 
 def names_of(known: Mapping[str, Any], given: str) -> list[str]:
@@ -173,6 +191,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data_dir", required=True, type=os.path.abspath)
     parser.add_argument("--output_dir", required=True, type=Path)
+    parser.add_argument("--results", type=Path, default=RESULTS, help=f"default: {RESULTS.name}")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=300)
     for flag, known in (("--methods", METHODS), ("--tasks", TASKS)):
@@ -185,15 +204,21 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     flags = parse()
+    found = read(flags.results, flags.steps)
     try:
         for seed in range(0 if flags.show else flags.seeds):
             for task in flags.tasks:
                 for method in flags.methods:
+                    by_seed = found.setdefault(task, {}).setdefault(method, {})
+                    if seed in by_seed:
+                        continue
                     folder = model_dir(flags.output_dir, task, method, flags.steps, seed)
                     given = settings_of(task, method, seed, flags.steps, flags.data_dir)
-                    runs.train(folder, gin_files(task, method), given)
+                    one = runs.train(folder, gin_files(task, method), given)
+                    by_seed[seed] = {name: one[name] for name in KEPT}
+                    write(flags.results, flags.steps, found)
     finally:
-        report(flags)
+        report(flags, found)
 
 
 if __name__ == "__main__":

@@ -70,23 +70,28 @@ def results(accuracy: float, seed: int) -> dict[str, object]:
         "majority": 0.499,
         "trainable_parameters": 2560,
         "costs": costs | speed | {"examples_per_second": (30.0, None)[seed]},
+        "versions": {"jax": "0.10.2"},
     }
 
 
 def test_the_table_has_what_has_finished(tmp_path, monkeypatch, capsys) -> None:
-    for seed, accuracy in enumerate((0.7, 0.8)):
-        folder = tmp_path / "sst2_300_steps" / "lora" / str(seed)
-        folder.mkdir(parents=True)
-        (folder / "results.json").write_text(json.dumps(results(accuracy, seed)))
-    flags = ["--data_dir=none", f"--output_dir={tmp_path}", "--methods=ia3,lora", "--show"]
-    monkeypatch.setattr(sys, "argv", ["methods.py", *flags])
-    study().main()
-    rows = capsys.readouterr().out.split("\n")
-    cells = "0.750 | 0.071 | 0.700, 0.800 | 2,560 | 11.3 | 10.2 | 20.5 | 13.8 | 166 | 30.0"
-    assert f"| LoRA, rank 8, q and v | {cells} |" in rows
-    assert {row.count("|") for row in rows if row} == {12}
-    kept = json.loads((tmp_path / "methods.json").read_text())
-    assert kept["results"]["sst2"]["lora"]["1"]["metrics"] == {"accuracy": 0.8}
+    """In a folder of this study, or in the results file of one on another machine."""
+    study().write(tmp_path / "kept.json", 300, {"sst2": {"lora": {0: results(0.7, 0)}}})
+    folder = tmp_path / "sst2_300_steps" / "lora" / "1"
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_text(json.dumps(results(0.8, 1) | {"more": 1}))
+    flags = ["--data_dir=none", f"--output_dir={tmp_path}", f"--results={tmp_path / 'kept.json'}"]
+    flags += ["--methods=lora", "--tasks=sst2", "--seeds=2"]
+    for more in ([], ["--show", "--methods=ia3,lora", "--seeds=9"]):
+        monkeypatch.setattr(sys, "argv", ["methods.py", *flags, *more])
+        study().main()
+        rows = capsys.readouterr().out.split("\n")
+        cells = "0.750 | 0.071 | 0.700, 0.800 | 2,560 | 11.3 | 10.2 | 20.5 | 13.8 | 166 | 30.0"
+        assert f"| LoRA, rank 8, q and v | {cells} |" in rows
+        assert {row.count("|") for row in rows if row} == {12}
+    assert study().read(tmp_path / "kept.json", 300)["sst2"]["lora"][1] == results(0.8, 1)
+    with pytest.raises(SystemExit, match="has runs of 300 steps; give another --results"):
+        study().read(tmp_path / "kept.json", 200)
 
 
 @pytest.mark.parametrize("flag", ["--methods=lora,rola", "--tasks=sst"])
