@@ -1,8 +1,8 @@
 """ptjax's part in `methods_beside_peft.py`, and what both parts are given.
 
-    python benchmarks/methods_ptjax_side.py FOLDER METHOD        takes turns (see turns.py)
+    python benchmarks/methods_ptjax_side.py FOLDER METHOD [--packed]    takes turns (see turns.py)
 
-FOLDER holds what `write_inputs` wrote there.
+FOLDER holds what `write_inputs` wrote there. --packed puts several examples into a row.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ import optax
 import turns
 from prompt_step import t5_1_1
 from ptjax_side import describe_backbone, make_params
-from real_batches import T5_IDS
+from real_batches import T5_IDS, load_examples, make_task, pad_to_longest, pick
 
-from ptjax.data.batch import make_batch
+from ptjax.data.batch import Batch, make_batch, make_packed_batch
+from ptjax.data.packing import make_template
 from ptjax.interop.peft_adapters import export_peft_lora
 from ptjax.interop.peft_prefix import export_peft_prefix
 from ptjax.methods.adapter import AdapterMethod, from_paths
@@ -53,18 +54,15 @@ def write_inputs(folder: Path, flags: argparse.Namespace) -> None:
     """Settings, the backbone's recipe, the batches, and every method's first arrays, twice."""
     config, rng = t5_1_1(flags.size, dropout_rate=0.0), np.random.default_rng(0)
     (folder / "backbone.json").write_text(json.dumps(describe_backbone(config, "float32")))
-    names = ("size", "prompt", "threads", "batches", "inputs", "targets", "checked_steps")
+    names = ("size", "prompt", "threads", "batches", "checked_steps")
     about = {"device": "cpu", "dtype": "float32", "learning_rates": LEARNING_RATES}
     given = about | {name: getattr(flags, name) for name in names}
     (folder / "settings.json").write_text(json.dumps(given))
+    source = load_examples(make_task("sst2", flags.data_dir), "package:nano", flags.inputs)
     batches = {}
-    for number in range(flags.batches):
-        inputs = rng.integers(2, config.vocab_size, (flags.batch, flags.inputs), np.int32)
-        lengths = rng.integers(flags.inputs // 2, flags.inputs + 1, (flags.batch, 1))
-        lengths[0] = flags.inputs  # neither side can make the batch smaller
-        batches[f"{number}/inputs"] = np.where(np.arange(flags.inputs) < lengths, inputs, 0)
-        size = flags.batch, flags.targets
-        batches[f"{number}/targets"] = rng.integers(2, config.vocab_size, size, np.int32)
+    for number, batch in enumerate(pick(pad_to_longest()(source, flags.batch, 0), flags.batches)):
+        batches[f"{number}/inputs"] = batch["encoder_input_tokens"]
+        batches[f"{number}/targets"] = batch["decoder_target_tokens"]
     np.savez(folder / "batches.npz", **batches)
     for name in flags.methods:
         method = make_method(name, flags.prompt)
@@ -87,7 +85,26 @@ def first_arrays(
     }
 
 
-def start(folder: Path, name: str) -> turns.Side:
+def make(inputs: np.ndarray, targets: np.ndarray, *, packed: bool) -> Batch:
+    """The batch of padded tokens [B, T] and [B, L]: these arrays, or rows of several examples."""
+    tokens, words = ([row[row > 0] for row in rows] for rows in (inputs, targets))
+    if not packed:
+        lengths = {"input_length": inputs.shape[1], "target_length": targets.shape[1]}
+        return make_batch(tokens, words, ids=T5_IDS, **lengths)
+    needs, room = (np.array([len(row) for row in rows]) for rows in (tokens, words))
+    template = make_template(needs, room)
+    return make_packed_batch(
+        [tokens[slot] for slot in template.slots],
+        [words[slot] for slot in template.slots],
+        template.rows,
+        row_count=template.shape.rows,
+        input_length=template.shape.inputs,
+        target_length=template.shape.targets,
+        ids=T5_IDS,
+    )
+
+
+def start(folder: Path, name: str, *, packed: bool = False) -> turns.Side:
     """SGD steps from the arrays in `folder`; the first ones report their losses."""
     settings: dict[str, Any] = json.loads((folder / "settings.json").read_text())
     config = t5_1_1(settings["size"], dropout_rate=0.0)
@@ -104,13 +121,7 @@ def start(folder: Path, name: str) -> turns.Side:
     state = init_train_state(trainable, optimizer, jax.random.key(0))
     stored = np.load(folder / "batches.npz")
     batches = [
-        make_batch(
-            [row[row > 0] for row in stored[f"{i}/inputs"]],
-            list(stored[f"{i}/targets"]),
-            input_length=settings["inputs"],
-            target_length=settings["targets"],
-            ids=T5_IDS,
-        )
+        make(stored[f"{i}/inputs"], stored[f"{i}/targets"], packed=packed)
         for i in range(settings["batches"])
     ]
     batches = jax.device_put(batches)
@@ -129,5 +140,5 @@ def start(folder: Path, name: str) -> turns.Side:
 
 
 if __name__ == "__main__":
-    where, which = sys.argv[1:]
-    turns.serve(lambda: start(Path(where), which))
+    where, which, *more = sys.argv[1:]
+    turns.serve(lambda: start(Path(where), which, packed="--packed" in more))
