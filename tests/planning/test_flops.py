@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -34,8 +36,10 @@ def t5_1_1(width: int, heads: int, layers: int, mlp: int) -> T5Config:
 
 
 SMALL = t5_1_1(512, 6, 8, 1024)
-BASE = t5_1_1(768, 12, 12, 2048)
-XXL = t5_1_1(4096, 64, 24, 10240)
+BASE, XXL = (  # scanned layers are traced once
+    dataclasses.replace(t5_1_1(*sizes), scan_layers=True)
+    for sizes in ((768, 12, 12, 2048), (4096, 64, 24, 10240))
+)
 
 
 def test_a_product_counts_two_per_multiplied_pair() -> None:

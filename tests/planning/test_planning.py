@@ -195,9 +195,9 @@ def test_packed_rows_follow_the_mesh():
     "extra",
     [
         [],
-        ["SEES_INPUT = False", "MICROBATCHES = 2"],
+        pytest.param(["SEES_INPUT = False", "MICROBATCHES = 2"], marks=pytest.mark.slow),
         ["SCAN_LAYERS = True", "FSDP = True", "REMAT = 'dots'"],
-        ["QUANTIZE = 'int8'"],
+        pytest.param(["QUANTIZE = 'int8'"], marks=pytest.mark.slow),
         ["ptjax.RunSettings.method = @ptjax.ModelTuning()", "LEARNING_RATE = 0.001"],
     ],
     ids=["plain", "groups", "fsdp", "int8", "model tuning"],

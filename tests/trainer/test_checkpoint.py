@@ -87,17 +87,17 @@ def reopen(directory: Path, like: TrainState):
 
 def mutations(data: bytes, rng: random.Random) -> Iterator[bytes | None]:
     """Removed, emptied, cut, and with one bit flipped."""
+    place = rng.randrange(len(data))
+    flipped = data[place] ^ 1 << rng.randrange(8)
     yield from (None, b"", data[: len(data) // 2])
-    for _ in range(2):
-        place = rng.randrange(len(data))
-        flipped = data[place] ^ 1 << rng.randrange(8)
-        yield data[:place] + bytes([flipped]) + data[place + 1 :]
+    yield data[:place] + bytes([flipped]) + data[place + 1 :]
 
 
 def write(path: Path, data: bytes | None) -> None:
     path.unlink() if data is None else path.write_bytes(data)
 
 
+@pytest.mark.slow
 # Orbax leaves coroutines behind when a read fails that its own metadata led astray.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_case_5_4_no_damaged_file_loads_another_state(tmp_path, caplog):

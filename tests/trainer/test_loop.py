@@ -99,7 +99,13 @@ def test_best_is_the_export_with_the_highest_validation_metric(whole):
 
 @pytest.mark.parametrize(
     ("where", "count"),
-    [("write_bytes", 5), ("write_bytes", 9), ("save", 1), ("save", 3), ("evaluate", 2)],
+    [
+        ("write_bytes", 5),
+        pytest.param("write_bytes", 9, marks=pytest.mark.slow),
+        ("save", 1),
+        pytest.param("save", 3, marks=pytest.mark.slow),
+        ("evaluate", 2),
+    ],
 )
 def test_killed_and_started_again_equals_never_killed(
     whole, backbone, task, tmp_path, monkeypatch, where, count
