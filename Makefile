@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 XDIST := -n 2 --dist loadfile --no-loadscope-reorder
 PYTEST := $(BIN)/python -m pytest $(XDIST)
 export JAX_PLATFORMS ?= cpu
+# Each of the many processes that the tests start would compile ptjax's source again.
+unexport PYTHONDONTWRITEBYTECODE
 
 # The releases of transformers whose behaviour the fixtures record.
 ORACLES := 4 5

@@ -6,8 +6,9 @@
 Two programs in `first_prompt_programs` do the same; the one with PEFT follows PEFT's guides (AdamW
 with a linear schedule, an initial text, the best epoch on validation). Both read the same files
 (300 rows of SST-2's train split, 100 others for validation, its validation split of 872 as the
-test), tune 20 rows in as many steps of 32 examples, and save the prompt. PEFT's runs with each
-learning rate of `RATES`. The one that is better on validation counts, and finding it is free.
+test), tune 20 rows in as many steps of 32 examples, in float32, and save the prompt. PEFT's runs
+with each learning rate of `RATES`. The one that is better on validation counts, and finding it is
+free.
 
 Lines are counted without blank ones, comments, docstrings, and lines that only this benchmark
 needs, as ruff formats the files. Seconds are those of the whole process, with warm compile and file

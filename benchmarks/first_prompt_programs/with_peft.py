@@ -57,7 +57,8 @@ config = PromptTuningConfig(
     num_transformer_submodules=1,
     tokenizer_name_or_path=backbone,
 )
-model = get_peft_model(AutoModelForSeq2SeqLM.from_pretrained(backbone), config)
+network = AutoModelForSeq2SeqLM.from_pretrained(backbone, dtype="float32")
+model = get_peft_model(network, config)
 model.print_trainable_parameters()
 loader = DataLoader(train, batch_size=32, shuffle=True, collate_fn=collate)
 optimizer = torch.optim.AdamW(model.parameters(), lr=float(rate))

@@ -312,7 +312,7 @@ def test_case_5_3_dry_run_writes_nothing(backbone, task, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("attends", [True, False])
+@pytest.mark.parametrize("attends", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_packed_rows_in_microbatches_on_two_devices(backbone, task, tmp_path, attends):
     """The same examples a batch, however the rows are cut: the same losses."""
     settings = {"pack": True, "attends_to_input": attends}

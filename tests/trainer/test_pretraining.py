@@ -106,6 +106,7 @@ def test_text_that_was_tokenised_before(corpus, tmp_path):
             TokenFile(f"{tmp_path}/{name}").tokenize(tokenizer, 3)
 
 
+@pytest.mark.slow
 def test_from_a_backbone(corpus, start, tmp_path):
     still = Adafactor(learning_rate=0.0, weight_decay=0.0)
     settings = mixture(corpus) | {
