@@ -17,7 +17,6 @@ from flax import linen as nn
 from ptjax.models.family import ApplyFn
 from ptjax.trees import Tree
 
-
 ModuleChange = Callable[
     [Any, Callable[[jax.Array], jax.Array], jax.Array, Mapping[str, jax.Array], bool], jax.Array
 ]
