@@ -52,10 +52,6 @@ TPU_CASES = {
 CUDA_CASES = {
     "h100x8": ("h100x8", TOY, ParallelConfig("4x2")),
     "h100x8, fsdp": ("h100x8", TOY, ParallelConfig("4x2", fsdp=True, remat="full")),
-    "h100x8, int8": ("h100x8", TOY, ParallelConfig("8x1", quantize="int8", remat="dots")),
-    "h100x8, groups": (
-        "h100x8", changed(blind(TOY), microbatches=2), ParallelConfig("4x2")
-    ),
     "two machines": ("h100x16", TOY, ParallelConfig("2x4x2")),
 }  # fmt: skip
 CASES = TPU_CASES | CUDA_CASES
@@ -116,23 +112,16 @@ def test_what_does_not_fit_is_refused_with_its_reason():
 
 
 # Golden: jax 0.10.2, libtpu 0.0.42.1.
-XXL_PEAKS = {
-    ParallelConfig("1x8", remat="full"): 7.22,
-    ParallelConfig("8x1", remat="full", quantize="int8"): 11.87,
-}
-
-
 @pytest.mark.tpu
 @pytest.mark.slow
-@pytest.mark.parametrize("parallel", XXL_PEAKS, ids=str)
-def test_xxl_on_eight_small_chips(parallel):
-    """Within 5% of the golden peak. That int8 compiles at all is a canary: a product that takes in
-    the cast crashed libtpu's compiler under a scan of this size."""
+def test_xxl_on_eight_small_chips():
+    """Within 5% of the golden peak. That it compiles at all is a canary: a product that takes in
+    int8's cast crashed libtpu's compiler under a scan of this size."""
+    parallel = ParallelConfig("8x1", remat="full", quantize="int8")
     found = compiler.compile_ahead(XXL, parallel, V5E)
     assert found["verdict"] == "fits"
-    assert found["peak_bytes"] / 2**30 == pytest.approx(XXL_PEAKS[parallel], rel=0.05)
-    sent = sum(one["bytes"] for one in found["collectives"])
-    assert sent < 2e6 if parallel.mesh == "8x1" else sent < 25e9
+    assert found["peak_bytes"] / 2**30 == pytest.approx(11.87, rel=0.05)
+    assert sum(one["bytes"] for one in found["collectives"]) < 2e6
     assert json.dumps(found)
 
 

@@ -269,15 +269,18 @@ def test_parity_is_rehearsed(tmp_path) -> None:
 
 
 @pytest.mark.slow
-def test_parity_runs_in_every_way() -> None:
+def test_parity_runs_in_the_ways_that_are_not_rehearsed() -> None:
     import parity
     import subjects
 
     devices = parity.Devices(*jax.devices()[:2])
     name, path = next(iter(subjects.fixtures().items()))
     subject = subjects.random_subject(name, path, devices.cpu, 4)
-    for way in subjects.WAYS:
-        row = parity.compare(subject, way, devices, generated=way.generates)
+    # What the rehearsal has not: bfloat16's texts, and the default precision. The other ways are
+    # made of the same settings, and each takes many seconds to compile.
+    _, bfloat16, default, *_ = subjects.WAYS
+    for way, generated in ((bfloat16, True), (default, False)):
+        row = parity.compare(subject, way, devices, generated=generated)
         assert row["met"] and row["fingerprint"], row
 
 

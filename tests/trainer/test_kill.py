@@ -35,14 +35,14 @@ def start(directory: Path, log: Path) -> subprocess.Popen[bytes]:
         )
 
 
-def test_killed_at_ten_random_moments(tmp_path: Path) -> None:
+def test_killed_at_random_moments(tmp_path: Path) -> None:
     log = tmp_path / "log"
     assert start(tmp_path / "whole", log).wait(timeout=PATIENCE) == 0, log.read_text()[-2000:]
 
     rng = random.Random(0)
     killed, directory = tmp_path / "killed", tmp_path / "killed"
     steps: list[int] = []
-    for number in range(10):
+    for number in range(5):
         process = start(killed, log)
         begun = newest(directory)
         # Some are killed while they start; most when they have come a little further.
@@ -54,7 +54,7 @@ def test_killed_at_ten_random_moments(tmp_path: Path) -> None:
         if process.wait() == 0:  # it was done already
             break
         steps.append(newest(directory))
-    assert len(steps) >= 5, f"the runs were over too soon to be killed: {steps}"
+    assert len(steps) >= 3, f"the runs were over too soon to be killed: {steps}"
     assert start(killed, log).wait(timeout=PATIENCE) == 0, log.read_text()[-2000:]
     assert outcome(killed) == outcome(tmp_path / "whole")
 

@@ -263,20 +263,8 @@ def test_evaluation_equals_that_of_one_process(
         ["--gin_file=bank.gin"],
         # Every weight lies across the two processes.
         ["--gin.MESH='1x8'", "--gin.INITIAL_CHECKPOINT_PATH='eight_heads'"],
-        [
-            "--gin.MESH='1x8'",
-            "--gin.INITIAL_CHECKPOINT_PATH='eight_heads'",
-            "--gin.ptjax.RunSettings.method=@ptjax.ModelTuning()",
-            "--gin.LEARNING_RATE=0.001",
-            "--gin.LEARNING_RATE_SCALE='absolute'",
-        ],
     ],
-    ids=[
-        "model tuning, rows over both",
-        "a packed bank",
-        "weights over both",
-        "model tuning, weights over both",
-    ],
+    ids=["model tuning, rows over both", "a packed bank", "weights over both"],
 )
 def test_other_ways_equal_those_of_one_process(
     machines: Machines, settings: list[str], request: pytest.FixtureRequest
