@@ -212,6 +212,18 @@ def load_adapter(path: PathLike) -> Adapter:
     return Adapter(method, arrays, metadata, _absolute(file))
 
 
+def holds_adapter(path: PathLike) -> bool:
+    """Whether `load_adapter`, not `load_prompt`, is for this path; False if it does not exist."""
+    from ptjax.interop.adapter_file import is_adapter
+    from ptjax.interop.peft_adapters import is_peft_adapter
+
+    file = epath.Path(path).expanduser()
+    if not file.is_dir():
+        return file.exists() and is_adapter(file)
+    run = ModelDir(file)
+    return is_peft_adapter(file) or run.best_adapter().exists() or bool(run.members("adapter"))
+
+
 def _absolute(file: epath.Path) -> str:
     return os.fspath(file) if "://" in os.fspath(file) else os.path.abspath(file)
 

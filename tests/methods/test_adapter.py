@@ -86,6 +86,18 @@ def test_scanned_layers_take_the_same_file(run, backbone, folder):
         assert abs(a.score - b.score) < 1e-4  # the compiler sums in another order
 
 
+def test_its_path_stands_for_it_in_python(run, backbone, tmp_path):
+    expected = ptjax.predict(backbone, TEXTS, run.adapter)
+    best = run.model_dir / "adapters" / "best.safetensors"
+    for path in (run.model_dir, best, str(best)):
+        assert ptjax.predict(backbone, TEXTS, path) == expected
+    ptjax.export(run.model_dir, tmp_path / "copy.safetensors", to="safetensors")
+    assert ptjax.predict(backbone, TEXTS, tmp_path / "copy.safetensors") == expected
+    (tmp_path / "damaged.safetensors").write_bytes(best.read_bytes()[:-1])
+    with pytest.raises(InputError, match=r"damaged\.safetensors"):
+        ptjax.predict(backbone, TEXTS, tmp_path / "damaged.safetensors")
+
+
 def test_equal_methods_share_one_compiled_program(run, backbone):
     """`jax.jit` knows a network by its function."""
     first = bind(backbone, open_prompt(backbone, run.adapter)).apply_fn
