@@ -255,7 +255,7 @@ def test_a_method_s_file_keeps_its_settings_beside_others(name):
 
     def load(*files: str) -> tuple:
         _load(*(f"--gin_file={file}" for file in files), "--gin.MODEL_DIR='x'",
-              "--gin.INITIAL_CHECKPOINT_PATH='ptjax-nano'", "--gin.SEEDS=(0,)")  # fmt: skip
+              "--gin.INITIAL_CHECKPOINT_PATH='ptjax-nano'")  # fmt: skip
         method = cli.settings("ptjax.RunSettings", "method")["method"]
         return type(method), *(cli.macro(macro) for macro in of_run)
 
