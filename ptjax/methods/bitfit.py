@@ -60,6 +60,9 @@ class BitFit(AdapterMethod):
     def wrap(self, apply_fn: ApplyFn) -> ApplyFn:
         return change_modules(apply_fn, RMSNorm, self.collection, _with_own_scale)
 
+    def merge(self, params: Tree, variables: Variables) -> Tree:
+        return unflatten_paths(flatten_paths(params) | flatten_paths(variables[self.collection]))
+
 
 def _with_own_scale(
     norm: RMSNorm,

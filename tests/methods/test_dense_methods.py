@@ -329,9 +329,10 @@ def test_what_is_not_part_of_the_weights_is_not_merged(backbone, tmp_path) -> No
         ptjax.export(
             some_adapter(LORA, backbone.config), tmp_path / "x", to="merged", backbone=rounded
         )
-    norms = some_adapter(ptjax.BitFit(), backbone.config)
-    with pytest.raises(InputError, match="bitfit cannot be merged into a backbone's weights"):
-        ptjax.export(norms, tmp_path / "x", to="merged", backbone=backbone)
+    for method in (ptjax.PrefixTuning(2), ptjax.PerLayerPrompts(2)):
+        adapter = some_adapter(method, backbone.config)
+        with pytest.raises(InputError, match=f"{method.name} cannot be merged into a backbone's w"):
+            ptjax.export(adapter, tmp_path / "x", to="merged", backbone=backbone)
     assert not (tmp_path / "x").exists()
 
 
