@@ -149,6 +149,12 @@ def test_every_command_uses_it(run, call, folder, tmp_path):
     code, out, err = call("export", f"--adapter={best}", "--to=safetensors", f"--output={copy}")
     assert code == 0 and "bitfit" in out, err
     assert copy.read_bytes() == best.read_bytes()
+    flags = ("--to=peft", f"--output={tmp_path / 'peft'}")
+    code, _, err = call("export", f"--model_dir={run.model_dir}", *flags)
+    assert code == 0, err
+    code, out, err = call("infer", f"--adapter={tmp_path / 'peft'}", *TEXTS)
+    assert code == 0, err
+    assert [json.loads(line) for line in out.splitlines()] == of_file
 
 
 @pytest.mark.usefixtures("own_process")
@@ -164,7 +170,7 @@ def test_it_is_no_prompt_and_a_prompt_is_no_adapter(run, call, folder, tmp_path)
     ):
         code, out, err = call("infer", *flags, f"--backbone={folder}", "a text")
         assert (code, out) == (2, "") and said in err.splitlines()[-1], err
-    for to in ("npy", "peft"):
+    for to in ("npy", "t5x"):
         out = f"--output={tmp_path / to}"
         code, _, err = call("export", f"--adapter={best}", f"--to={to}", out)
         assert code == 2 and "bitfit" in err.splitlines()[-1], err

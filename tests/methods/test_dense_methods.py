@@ -270,7 +270,7 @@ def test_a_file_loads_into_stacked_layers_and_into_single_ones(method, plain, ad
 
 def test_peft_gets_an_adapter_and_gives_it_back(backbone, tmp_path) -> None:
     """Exported under PEFT's names and loaded from there: the same predictions."""
-    for method in (LoRA(rank=2, targets=["query", "wo"]), IA3()):
+    for method in (LoRA(rank=2, targets=["query", "wo"]), IA3(), ptjax.BitFit()):
         adapter = some_adapter(method, backbone.config)
         adapter.metadata["step"] = 7
         arrays = adapter.arrays
