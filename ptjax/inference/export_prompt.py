@@ -56,7 +56,7 @@ def export(
     - "t5x": a T5X checkpoint, the backbone's with the prompt added as parameter
       `encoder/prompt/prompt/prompt`. It shares its other files with the original by hard links.
     - "merged": a backbone in Hugging Face's layout, float32, whose weights have an adapter's effect
-      in them, for LoRA and IA3. `load_backbone` and `transformers` read it.
+      in them, for LoRA, IA3 and BitFit. `load_backbone` and `transformers` read it.
 
     Args:
         prompt: as for `ptjax.forward`: a prompt, a path or name that `load_prompt` takes, an array;

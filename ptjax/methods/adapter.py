@@ -178,7 +178,8 @@ class Adapter:
 def load_adapter(path: PathLike) -> Adapter:
     """Loads an adapter from its file, the best one of a run from its MODEL_DIR, or PEFT's folder.
 
-    Of PEFT's adapters, LoRA, IA3 and prefixes for a T5 are read (`interop.peft_adapters`).
+    Of PEFT's adapters, LoRA, IA3, LN_TUNING (as `ptjax.BitFit`) and prefixes for a T5 are read
+    (`interop.peft_adapters`).
 
     Raises:
         InputError: the path is missing, damaged, or holds something else, such as a prompt; or the
