@@ -20,12 +20,12 @@ from ptjax.errors import InputError, check_path, near
 from ptjax.files import Metadata, PathLike
 from ptjax.inference.bank import SinglePrompt, wrap_prompt
 from ptjax.inference.prompt_kv import precompute_prompt_kv
-from ptjax.inference.prompts import check_adapter, check_prompt, load_any
+from ptjax.inference.prompts import check_adapter, check_prompt
 from ptjax.interop import peft, t5x, t5x_write
 from ptjax.interop.adapter_file import METHOD, save_adapter
 from ptjax.interop.prompt_file import PromptFile, save_prompt, wrong_width
 from ptjax.interop.write_prompt import check_folder, hub_id, with_run, write_card
-from ptjax.methods.adapter import Adapter
+from ptjax.methods.adapter import Adapter, holds_adapter, load_adapter
 
 ExportFormat = Literal["safetensors", "kv_cache", "npy", "peft", "huggingface", "t5x", "merged"]
 """The formats of `export`; "peft" and "huggingface" are two names of one."""
@@ -75,8 +75,8 @@ def export(
     if to not in FORMATS:
         raise InputError(f"to = {to!r}: not a format of export{near(str(to), FORMATS)}")
     check_path("the path of the output", output)
-    if isinstance(prompt, str | os.PathLike):
-        prompt = load_any(prompt)
+    if isinstance(prompt, str | os.PathLike) and holds_adapter(prompt):
+        prompt = load_adapter(prompt)
     if isinstance(prompt, Adapter):
         return _export_adapter(prompt, epath.Path(output).expanduser(), to, backbone, force=force)
     wrapped = wrap_prompt(prompt)

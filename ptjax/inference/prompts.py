@@ -16,7 +16,7 @@ from jaxtyping import Array
 
 from ptjax.backbones.load import Backbone, check_backbone
 from ptjax.data.batching import Batching
-from ptjax.errors import InputError, check_path
+from ptjax.errors import InputError
 from ptjax.files import JsonObject, Metadata
 from ptjax.inference.bank import BarePrompt, PromptBank, SinglePrompt, place_bank, wrap_prompt
 from ptjax.interop import prompt_header
@@ -76,10 +76,8 @@ def load_any(prompt: PromptLike) -> Prompt:
     Raises:
         InputError: as for `wrap_prompt` and `load_adapter`.
     """
-    if isinstance(prompt, str | os.PathLike):
-        check_path("the path of the prompt", prompt)
-        if holds_adapter(prompt):
-            return load_adapter(prompt)
+    if isinstance(prompt, str | os.PathLike) and holds_adapter(prompt):
+        return load_adapter(prompt)
     return prompt if isinstance(prompt, PromptBank | Adapter | None) else wrap_prompt(prompt)
 
 

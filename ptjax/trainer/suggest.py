@@ -263,7 +263,7 @@ def _round_number(least: float) -> int:
 
 
 def _method_reasons(method: Method, labels: int, asked: bool) -> tuple[str, str]:
-    """What is said of the learning rate, and of the method."""
+    """The lines about the learning rate and about the method."""
     optimizer = method.suggested_optimizer()
     rate = f"learning rate {optimizer.learning_rate}"
     if optimizer.learning_rate_scale == "embedding_rms":
