@@ -20,7 +20,7 @@ from ptjax.errors import InputError, check_choice, kind_of
 from ptjax.interop.lazy_array import Index, LazyArray, cast
 from ptjax.models.config import Dtype, T5Config
 from ptjax.models.family import ApplyFn, Family, check_supported
-from ptjax.models.layers import Quantized
+from ptjax.models.quantized import Quantized
 from ptjax.models.stacking import GatherFn, stack_paths
 from ptjax.models.t5_family import T5_FAMILY
 from ptjax.sharding.arrays import gather_layer, stack_layers

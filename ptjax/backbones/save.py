@@ -11,7 +11,7 @@ from ptjax.data.tokenizer import Tokenizer
 from ptjax.errors import InputError, check_path
 from ptjax.interop import huggingface, own_names
 from ptjax.models.family import Family
-from ptjax.models.layers import Quantized
+from ptjax.models.quantized import Quantized
 from ptjax.models.stacking import UnstackedView
 from ptjax.models.t5_family import T5_FAMILY
 from ptjax.sharding import processes

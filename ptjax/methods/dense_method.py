@@ -19,7 +19,7 @@ from ptjax.methods.base import FrozenNetwork, InitContext
 from ptjax.models.config import T5Config
 from ptjax.models.dense_changes import DenseFn, KeyFn, change_dense
 from ptjax.models.family import ApplyFn, Config
-from ptjax.models.layers import Quantized
+from ptjax.models.quantized import Quantized
 from ptjax.models.stacking import UnstackedView
 from ptjax.trees import Tree, Variables, flatten_paths, unflatten_paths
 

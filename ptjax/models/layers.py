@@ -6,7 +6,6 @@ width, J = H * K.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ptjax.models.config import T5Config
 from ptjax.models.prefix import KeysValues, shared_einsum
+from ptjax.models.quantized import Quantized, quantized_dot
 from ptjax.trees import Tree
 
 LayerCache = dict[str, Tree]
@@ -64,27 +64,10 @@ def relative_position_bucket(
     return offset + np.where(n < max_exact, n, np.minimum(far, num_buckets - 1))
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Quantized:
-    """A frozen kernel `values * scale`, stored at one byte per entry.
-
-    It is a pytree; its leaves may also be shapes or shardings in place of arrays.
-
-    Attributes:
-        values: int8 [..., in, out].
-        scale: float32 [..., 1, out].
-    """
-
-    values: Any
-    scale: Any
-
-
 class Dense(nn.Module):
     """A linear map without bias; input and kernel are cast to `dtype`.
 
-    The kernel may be `Quantized`. Its scales belong to output channels, so they multiply the
-    output, which is smaller than the kernel.
+    The kernel may be `Quantized`.
     """
 
     features: int
@@ -96,12 +79,9 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
-        if not isinstance(kernel, Quantized):
-            return jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
-        # A product that takes in the cast crashes the TPU's compiler at XXL's size under a scan.
-        values = jax.lax.optimization_barrier(kernel.values.astype(self.dtype))
-        product = jnp.dot(x.astype(self.dtype), values)
-        return (product.astype(jnp.float32) * kernel.scale[0]).astype(self.dtype)
+        if isinstance(kernel, Quantized):
+            return quantized_dot(x, kernel, self.dtype)
+        return jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
 
 
 class RMSNorm(nn.Module):
@@ -327,26 +307,27 @@ class DecoderLayer(nn.Module):
 
     def __call__(
         self,
-        x: Float[Array, "B l D"],
+        x: Float[Array, "R l D"],
         encoded: Float[Array, "B S D"] | LayerCache,
         position: Int[Array, ""] | int,
-        self_bias: Float[Array, "#B H l L"],
+        self_bias: Float[Array, "#R H l L"],
         cross_bias: Float[Array, "B 1 #l S"],
         deterministic: bool,
         prompt: KeysValues | None = None,
-        prefix: tuple[KeysValues, Float[Array, "#B H l P"]] | None = None,
-    ) -> tuple[Float[Array, "B l D"], LayerCache | None]:
+        prefix: tuple[KeysValues, Float[Array, "#R H l P"]] | None = None,
+    ) -> tuple[Float[Array, "R l D"], LayerCache | None]:
         """Runs on all inputs with the encoder's output, or on the next l inputs with a cache.
 
         Args:
-            x: with a cache, the decoder's inputs `position ... position + l - 1`.
+            x: with a cache, the decoder's inputs `position ... position + l - 1`. R = B rows, or in
+                a beam search B times the number of beams, all beams of a row one after another.
             encoded: the encoder's output, or the layer's cache.
             prompt: `PromptStates.decoder` of this layer.
             prefix: `PromptStates.targets` of this layer, and their bias.
 
         Returns:
-            `(output, cache)`: the updated cache also has the keys and values of x; None without a
-            cache.
+            `(output, cache)`: the cache's arrays of the self-attention, with the keys and values of
+            x; None without a cache.
         """
         y = self.pre_self_attention_layer_norm(x)
         key, value = self.self_attention.keys_values(y)
@@ -357,7 +338,7 @@ class DecoderLayer(nn.Module):
                 start = (0, position, 0, 0)
                 key = jax.lax.dynamic_update_slice(encoded["self_key"], key, start)
                 value = jax.lax.dynamic_update_slice(encoded["self_value"], value, start)
-            cache = encoded | {"self_key": key, "self_value": value}
+            cache = {"self_key": key, "self_value": value}
         else:
             cross_keys_values = self.encoder_decoder_attention.keys_values(encoded)
         y = self.self_attention(y, key, value, self_bias, deterministic, prefix)
@@ -365,8 +346,10 @@ class DecoderLayer(nn.Module):
         y = self.pre_cross_attention_layer_norm(x)
         # Every target attends to the whole prompt; cross-attention has no relative positions.
         shared = None if prompt is None else (prompt, jnp.zeros((1, 1, 1, 1), x.dtype))
+        # A row's beams share its keys and values: they are further queries of that row.
+        y = y.reshape(len(cross_keys_values[0]), -1, y.shape[-1])
         y = self.encoder_decoder_attention(y, *cross_keys_values, cross_bias, deterministic, shared)
-        x = x + self.dropout(y, deterministic)
+        x = x + self.dropout(y.reshape(x.shape), deterministic)
         y = self.mlp(self.pre_mlp_layer_norm(x), deterministic)
         return x + self.dropout(y, deterministic), cache
 

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from ptjax.data.batch import PER_ROW, Batch
 from ptjax.errors import InputError
-from ptjax.models.layers import Quantized
+from ptjax.models.quantized import Quantized
 from ptjax.models.stacking import gathered
 from ptjax.sharding.rules import spec_of
 from ptjax.trees import Tree

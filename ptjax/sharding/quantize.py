@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from ptjax.models.family import Config, Family
-from ptjax.models.layers import Quantized
+from ptjax.models.quantized import Quantized
 from ptjax.models.t5_family import T5_FAMILY
 from ptjax.sharding.rules import sharding_of
 from ptjax.trees import Tree, flatten_paths, unflatten_paths

@@ -23,8 +23,8 @@ from ptjax.methods.adapter import Adapter, load_adapter
 from ptjax.methods.base import InitContext, run_with
 from ptjax.methods.ia3 import IA3
 from ptjax.methods.lora import LoRA
-from ptjax.models.layers import Quantized
 from ptjax.models.prompted import make_apply_fn
+from ptjax.models.quantized import Quantized
 from ptjax.models.stacking import UnstackedView, stack_paths
 from ptjax.planning.workload import PlannedBackbone
 from ptjax.settings import TrainSchedule

@@ -18,8 +18,8 @@ from ptjax.data.tasks import Task
 from ptjax.errors import InputError
 from ptjax.inference.forward import forward, loss_and_prompt_gradient
 from ptjax.methods.model_tuning import ModelTuning
-from ptjax.models.layers import Quantized
 from ptjax.models.prompted import make_apply_fn, with_prompt
+from ptjax.models.quantized import Quantized
 from ptjax.models.stacking import UnstackedView, stack_paths
 from ptjax.models.t5_family import T5_FAMILY
 from ptjax.settings import RunSettings
@@ -76,6 +76,27 @@ def test_embeddings_norms_and_logits_stay_as_they_are(tiny) -> None:
 
 def quantized(paths, function):
     return {path: function(x) if T5_FAMILY.is_quantized(path) else x for path, x in paths.items()}
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_the_backward_pass_keeps_no_cast_kernel(tiny, scan_layers) -> None:
+    """With remat 'none', int8 would otherwise need more memory than bfloat16."""
+    config = dataclasses.replace(tiny.config, scan_layers=scan_layers, dtype="bfloat16")
+    paths = flatten_paths(tiny.params)
+    if scan_layers:
+        paths = stack_paths(paths, jnp.stack)
+    params = unflatten_paths(quantized(paths, quantize))
+    tokens = jnp.full((2, 5), 7, jnp.int32)
+
+    def logits(prompt):
+        variables = with_prompt({"params": params}, prompt)
+        return make_apply_fn(config)(variables, tokens, tokens, encoder_lengths=jnp.full(2, 5))
+
+    _, backward = jax.eval_shape(lambda prompt: jax.vjp(logits, prompt), tiny.prompt)
+    kept = {(x.dtype.name, x.shape) for x in jax.tree.leaves(backward)}
+    kernels = {x.shape for path, x in paths.items() if T5_FAMILY.is_quantized(path)}
+    assert {("int8", shape) for shape in kernels} <= kept
+    assert not {("bfloat16", shape) for shape in kernels} & kept
 
 
 @pytest.mark.parametrize("scan_layers", [False, True])
