@@ -15,7 +15,7 @@ from ptjax.models import decoding
 
 T5_IDS = SpecialIds(pad_id=0, eos_ids=(1,), decoder_start_id=0, forced_bos_id=None)
 
-_STATIC = ("apply_fn", "ids", "max_length", "num_beams")
+_STATIC = ("apply_fn", "ids", "max_length", "num_beams", "shards")
 _jitted = {
     name: jax.jit(getattr(decoding, name), static_argnames=_STATIC)
     for name in ("decode", "beam_search")

@@ -28,6 +28,7 @@ from ptjax.inference.prompts import Prompt, PromptLike, open_prompt
 from ptjax.models import decoding
 from ptjax.models.family import ApplyFn
 from ptjax.models.prompt import NO_PROMPT_ID
+from ptjax.sharding.arrays import rows_divisor
 from ptjax.trees import Variables
 
 INPUT_LENGTH, MAX_NEW_TOKENS = 512, 64
@@ -229,6 +230,7 @@ def generate_tokens(
             max_length=round_up(max_new_tokens),
             num_beams=how.num_beams,
             sample=how.temperature > 0,
+            shards=rows_divisor(model.mesh),
         )
 
     if numbers is None:
@@ -292,7 +294,7 @@ class _Traced(NamedTuple):
 
 
 @functools.partial(
-    jax.jit, static_argnames=("apply_fn", "ids", "max_length", "num_beams", "sample")
+    jax.jit, static_argnames=("apply_fn", "ids", "max_length", "num_beams", "sample", "shards")
 )
 def _decode(
     apply_fn: ApplyFn,
@@ -307,6 +309,7 @@ def _decode(
     max_length: int,
     num_beams: int,
     sample: bool,
+    shards: int,
 ) -> tuple[Array, Array]:
     sampling = None
     if sample:
@@ -324,4 +327,5 @@ def _decode(
         num_beams=num_beams,
         alpha=settings.alpha,
         sampling=sampling,
+        shards=shards,
     )

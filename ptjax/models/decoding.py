@@ -9,21 +9,17 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from ptjax.data.batch import SpecialIds
+from ptjax.models.decode_loop import Loop, Network, Source, encode, map_cache, pick, pick_rows
 from ptjax.models.family import ApplyFn
-from ptjax.models.stacking import map_layers
 from ptjax.models.t5 import Cache
 from ptjax.trees import Variables
-
-T = TypeVar("T")
-Step = Callable[[Array, Cache, Array], tuple[Array, Cache]]
 
 
 class Sampling(NamedTuple):
@@ -54,6 +50,7 @@ def decode(
     num_beams: int = 1,
     alpha: float | Array = 0.6,
     sampling: Sampling | None = None,
+    shards: int = 1,
 ) -> tuple[Int[Array, "B L"], Float[Array, " B"]]:
     """Generates a target for each row, and scores it.
 
@@ -71,6 +68,7 @@ def decode(
         prompt_ids: if the variables hold a bank of prompts, the index of each row's prompt; -1
             means no prompt.
         alpha: the exponent of the beam search's brevity penalty.
+        shards: the number of devices that share the rows, which divides them. Static, too.
 
     Returns:
         `(tokens, scores)`. The tokens are int32 [B, L], with `pad_id` after the end of sequence.
@@ -78,69 +76,64 @@ def decode(
         included, at temperature 1, or after a beam search its score (see `beam_search`). A forced
         first token adds 0.
     """
-    run = functools.partial(apply_fn, variables)
     limit = max_length if limit is None else limit
-    if num_beams == 1:
-        step, cache = _start(
-            run, (encoder_input_tokens, encoder_lengths), prompt_ids, ids, max_length, 1
+    if num_beams > 1:
+        tokens, scores = beam_search(
+            apply_fn,
+            variables,
+            encoder_input_tokens,
+            encoder_lengths,
+            ids=ids,
+            max_length=max_length,
+            limit=limit,
+            prompt_ids=prompt_ids,
+            num_beams=num_beams,
+            alpha=alpha,
+            shards=shards,
         )
-        return _decode_rows(step, cache, encoder_lengths, ids, max_length, limit, sampling)
-    tokens, scores = beam_search(
-        apply_fn,
-        variables,
-        encoder_input_tokens,
-        encoder_lengths,
-        ids=ids,
-        max_length=max_length,
-        limit=limit,
-        prompt_ids=prompt_ids,
-        num_beams=num_beams,
-        alpha=alpha,
-    )
-    return tokens[:, 0], scores[:, 0]
+        return tokens[:, 0], scores[:, 0]
+    run, inputs = functools.partial(apply_fn, variables), (encoder_input_tokens, encoder_lengths)
+    network, source = encode(run, inputs, prompt_ids, ids, max_length)
+    return _decode_rows(network, source, encoder_lengths, limit, sampling, shards)
 
 
 def _decode_rows(
-    step: Step,
-    cache: Cache,
-    encoder_lengths: Int[Array, " B"],
-    ids: SpecialIds,
-    max_length: int,
+    network: Network,
+    source: Source,
+    lengths: Int[Array, " B"],
     limit: Int[Array, ""] | int,
     sampling: Sampling | None,
+    shards: int,
 ) -> tuple[Int[Array, "B L"], Float[Array, " B"]]:
     """Greedy decoding, or sampling: `decode` without beams."""
+    ids = network.ids
+    source = source._replace(keys=sampling and sampling.keys)
 
-    def unfinished(state: _Rows) -> Array:
-        return (state.position < limit) & ~jnp.all(state.ended)
-
-    def grow(state: _Rows) -> _Rows:
-        log_probs, cache = step(state.last, state.cache, state.position)
+    def grow(position: Array, state: _Rows, cache: Cache, source: Source) -> tuple[_Rows, Cache]:
+        log_probs, cache = network.step(state.last, cache, position, source)
         if sampling is None:
             token = jnp.argmax(log_probs, axis=-1)
         else:
-            token = _sample(log_probs, sampling, state.position)
+            token = _sample(log_probs, sampling._replace(keys=source.keys), position)
         gained = jnp.take_along_axis(log_probs, token[:, None], axis=-1)[:, 0]
         token = jnp.where(state.ended, ids.pad_id, token).astype(jnp.int32)
-        return _Rows(
-            position=state.position + 1,
-            tokens=state.tokens.at[:, state.position].set(token),
+        made = _Rows(
+            tokens=state.tokens.at[:, position].set(token),
             last=token,
             log_likelihood=state.log_likelihood + jnp.where(state.ended, 0.0, gained),
             ended=state.ended | _ends(token, ids),
-            cache=cache,
         )
+        return made, cache
 
-    rows = len(encoder_lengths)
-    start = _Rows(
-        position=jnp.int32(0),
-        tokens=jnp.full((rows, max_length), ids.pad_id, jnp.int32),
+    rows = len(lengths)
+    state = _Rows(
+        tokens=jnp.full((rows, network.length), ids.pad_id, jnp.int32),
         last=jnp.full(rows, ids.decoder_start_id, jnp.int32),
         log_likelihood=jnp.zeros(rows, jnp.float32),
-        ended=encoder_lengths == 0,
-        cache=cache,
+        ended=lengths == 0,
     )
-    state = jax.lax.while_loop(unfinished, grow, start)
+    loop = Loop(network, grow, lambda state: ~state.ended, limit, shards)
+    state = loop.run(jnp.int32(0), state, source)
     return state.tokens, state.log_likelihood
 
 
@@ -156,6 +149,7 @@ def beam_search(
     limit: Int[Array, ""] | int | None = None,
     prompt_ids: Int[Array, " B"] | None = None,
     alpha: float | Array = 0.6,
+    shards: int = 1,
 ) -> tuple[Int[Array, "B K L"], Float[Array, "B K"]]:
     """Finds the K = `num_beams` best targets of each row, like T5X (`t5x/decoding.py`).
 
@@ -173,7 +167,7 @@ def beam_search(
     rows, width = len(encoder_input_tokens), num_beams
     limit = max_length if limit is None else limit
     inputs, run = (encoder_input_tokens, encoder_lengths), functools.partial(apply_fn, variables)
-    step, cache = _start(run, inputs, prompt_ids, ids, max_length, width)
+    network, source = encode(run, inputs, prompt_ids, ids, max_length, width)
 
     def penalty(length: Array | int) -> Array:
         return ((5.0 + length) / 6.0) ** jnp.float32(alpha)
@@ -181,12 +175,11 @@ def beam_search(
     def unfinished(state: _Beams) -> Array:
         # Log-likelihoods only fall and the penalty is greatest at the full length, so no live
         # beam can end with a better score than this.
-        bound = state.live_log_likelihood[:, 0] / penalty(limit)
-        return (state.position < limit) & jnp.any(state.scores[:, -1] < bound)
+        return state.scores[:, -1] < state.live_log_likelihood[:, 0] / penalty(limit)
 
-    def grow(state: _Beams) -> _Beams:
-        log_probs, cache = step(state.last.reshape(-1), state.cache, state.position)
-        vocabulary = log_probs.shape[-1]
+    def grow(position: Array, state: _Beams, cache: Cache, source: Source) -> tuple[_Beams, Cache]:
+        log_probs, cache = network.step(state.last.reshape(-1), cache, position, source)
+        rows, vocabulary = len(state.last), log_probs.shape[-1]
         log_probs = (
             log_probs.reshape(rows, width, vocabulary) + state.live_log_likelihood[..., None]
         )
@@ -194,35 +187,35 @@ def beam_search(
         ways = min(1 + len(ids.eos_ids), vocabulary)
         best, index = jax.lax.top_k(log_probs.reshape(rows, -1), ways * width)
         beam, token = jnp.divmod(index, vocabulary)
-        tokens = _pick(state.live, beam).at[:, :, state.position].set(token)
+        tokens = pick(state.live, beam).at[:, :, position].set(token)
         ended = _ends(token, ids)
-        scores = jnp.where(ended, best / penalty(state.position + 1), -jnp.inf)
+        scores = jnp.where(ended, best / penalty(position + 1), -jnp.inf)
         scores, kept = jax.lax.top_k(jnp.concatenate([state.scores, scores], axis=1), width)
-        finished = _pick(jnp.concatenate([state.finished, tokens], axis=1), kept)
+        finished = pick(jnp.concatenate([state.finished, tokens], axis=1), kept)
         live_log_likelihood, kept = jax.lax.top_k(jnp.where(ended, -jnp.inf, best), width)
-        return _Beams(
-            position=state.position + 1,
-            live=_pick(tokens, kept),
-            last=_pick(token, kept),
+        made = _Beams(
+            live=pick(tokens, kept),
+            last=pick(token, kept),
             live_log_likelihood=live_log_likelihood,
             finished=finished,
             scores=scores,
-            cache=_reorder(cache, _pick(beam, kept)),
         )
+        # Each beam gets what the beam that it continues had written.
+        kept = pick(beam, kept)
+        return made, map_cache(lambda x: pick_rows(x, kept, width), cache)
 
     # All beams start equal, so only the first counts; filler rows start without any.
     first = (encoder_lengths > 0)[:, None] & (jnp.arange(width) == 0)
     nothing = jnp.full((rows, width, max_length), ids.pad_id, jnp.int32)
-    start = _Beams(
-        position=jnp.int32(0),
+    state = _Beams(
         live=nothing,
         last=jnp.full((rows, width), ids.decoder_start_id, jnp.int32),
         live_log_likelihood=jnp.where(first, 0.0, -jnp.inf),
         finished=nothing,
         scores=jnp.full((rows, width), -jnp.inf),
-        cache=cache,
     )
-    state = jax.lax.while_loop(unfinished, grow, start)
+    loop = Loop(network, grow, unfinished, limit, shards)
+    state = loop.run(jnp.int32(0), state, source)
     finished = jnp.isfinite(state.scores[:, :1])
     # NaN ends the search: targets that were finished before it are not an answer.
     finished &= ~jnp.isnan(state.live_log_likelihood).any(axis=1, keepdims=True)
@@ -231,93 +224,27 @@ def beam_search(
 
 
 class _Rows(NamedTuple):
-    """Greedy decoding and sampling after `position` steps."""
+    """The state of greedy decoding and of sampling."""
 
-    position: Int[Array, ""]
     tokens: Int[Array, "B L"]
     last: Int[Array, " B"]
     log_likelihood: Float[Array, " B"]
-    ended: Array
-    cache: Cache
+    ended: Bool[Array, " B"]
 
 
 class _Beams(NamedTuple):
-    """Beam search after `position` steps; both halves are sorted, best first."""
+    """The state of a beam search; both halves are sorted, best first."""
 
-    position: Int[Array, ""]
     live: Int[Array, "B K L"]
     last: Int[Array, "B K"]
     live_log_likelihood: Float[Array, "B K"]
     finished: Int[Array, "B K L"]
     scores: Float[Array, "B K"]
-    cache: Cache
-
-
-def _start(
-    run: ApplyFn,
-    inputs: tuple[Int[Array, "B T"], Int[Array, " B"]],
-    prompt_ids: Int[Array, " B"] | None,
-    ids: SpecialIds,
-    max_length: int,
-    width: int,
-) -> tuple[Step, Cache]:
-    """A function (last token [B*K], cache, position) -> (log p [B*K, V], cache); the first cache.
-
-    Args:
-        run: the network's `apply_fn` with its variables.
-        inputs: tokens and lengths.
-        width: K.
-    """
-    tokens, lengths = inputs
-    encoded = run(tokens, encoder_lengths=lengths, prompt_ids=prompt_ids, method="encode")
-    cache = run(encoded, max_length, method="init_cache")
-
-    # Every beam gets its row's arrays; a prompt that all rows share is not repeated.
-    def repeat(rows: T) -> T:
-        return jax.tree.map(lambda leaf: jnp.repeat(leaf, width, axis=0), rows)
-
-    cache, segment_ids = map_layers(repeat, cache), repeat(encoded.segment_ids)
-    encoded = encoded._replace(segment_ids=segment_ids)
-
-    def step(last: Array, cache: Cache, position: Array) -> tuple[Array, Cache]:
-        logits, cache = run(last[:, None], cache, position, encoded, method="decode_step")
-        log_probs = jax.nn.log_softmax(logits[:, 0])
-        if ids.forced_bos_id is not None:
-            forced = jnp.arange(log_probs.shape[-1]) == ids.forced_bos_id
-            certain = jnp.where(forced, 0.0, -jnp.inf)
-            log_probs = jnp.where(position == 0, certain, log_probs)
-        return log_probs, cache
-
-    return step, cache
-
-
-def _reorder(cache: Cache, beam: Int[Array, "B K"]) -> Cache:
-    """The cache in which each beam has what the beam that it continues had written.
-
-    The beams of a row share its encoder states, so only self-attention's arrays move.
-    """
-    rows, width = beam.shape
-
-    def reorder(x: Array) -> Array:
-        return _pick(x.reshape(rows, width, *x.shape[1:]), beam).reshape(x.shape)
-
-    return map_layers(
-        lambda layer: {
-            name: jax.tree.map(reorder, x) if name.startswith("self_") else x
-            for name, x in layer.items()
-        },
-        cache,
-    )
 
 
 def _ends(tokens: Int[Array, "*n"], ids: SpecialIds) -> Bool[Array, "*n"]:
     """Which tokens are an end of sequence."""
     return functools.reduce(operator.or_, (tokens == eos for eos in ids.eos_ids))
-
-
-def _pick(x: Array, index: Int[Array, "B k"]) -> Array:
-    """x [B, n, ...] -> [B, k, ...]; batched over B, so a sharded batch stays where it is."""
-    return jax.vmap(lambda row, chosen: row[chosen])(x, index)
 
 
 def _sample(

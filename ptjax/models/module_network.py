@@ -209,7 +209,7 @@ class ModuleApply:
     def _init_cache(self, variables: Variables, encoded: Encoded, length: int) -> Tree:
         """A cache of one layer, as `decoding` expects it, that holds all arrays of the module.
 
-        It includes the encoder's output, because each beam needs that of its row.
+        It includes the encoder's output, which all beams of a row share.
         """
         rows = len(encoded.states)
         tokens = jnp.full((rows, length), TEXT, jnp.int32)
@@ -237,7 +237,7 @@ class ModuleApply:
         encoded: Encoded,
     ) -> tuple[jax.Array, Tree]:
         [layer] = cache
-        states, form = (layer["states"], encoded.segment_ids), layer["form"]
+        states, form = _of_beams(layer["states"], encoded, len(tokens)), layer["form"]
         if tokens.shape[1] > 1:
             if not isinstance(position, int) or position:
                 raise InputError("a module's cache takes one target at a time, or all at once")
@@ -255,6 +255,12 @@ class ModuleApply:
         cached = _flat(made["cache"])
         arrays = {path: cached[path] for path in layer["self_arrays"]}
         return logits.astype(jnp.float32), [layer | {"self_arrays": arrays}]
+
+
+def _of_beams(states: jax.Array, encoded: Encoded, rows: int) -> tuple[jax.Array, jax.Array]:
+    """The states and segment ids of the encoder's output, repeated for each row's beams."""
+    beams = rows // len(states)
+    return jnp.repeat(states, beams, axis=0), jnp.repeat(encoded.segment_ids, beams, axis=0)
 
 
 def _check_encoded(

@@ -136,11 +136,11 @@ class PromptedT5(nn.Module):
 
     def decode_step(
         self,
-        tokens: Int[Array, "B l"],
+        tokens: Int[Array, "R l"],
         cache: Cache,
         position: Int[Array, ""] | int,
         encoded: Encoded,
-    ) -> tuple[Float[Array, "B l V"], Cache]:
+    ) -> tuple[Float[Array, "R l V"], Cache]:
         """Runs the decoder on its next l inputs; see `t5.T5.decode_step`."""
         return self.backbone.decode_step(tokens, cache, position, encoded)
 

@@ -145,6 +145,13 @@ def map_layers(function: Callable[[T], Made], layers: Layers[T]) -> Layers[Made]
     return jax.vmap(function)(layers)
 
 
+def join_layers(layers: Layers[Tree], more: Layers[Tree]) -> Layers[Tree]:
+    """Joins two dicts of every layer; an entry of `more` replaces one of the same name."""
+    if isinstance(layers, list):
+        return [one | other for one, other in zip(layers, more, strict=True)]
+    return layers | more
+
+
 def split_path(path: str) -> tuple[str, int | None]:
     """Splits T5X's name of a parameter into its name in stacked layers and its layer's index.
 

@@ -36,6 +36,7 @@ from ptjax.models.prefix import KeysValues, PromptStates, bias_in_front
 from ptjax.models.stacking import (
     GatherFn,
     Layers,
+    join_layers,
     make_layers,
     map_layers,
     run_layers,
@@ -170,13 +171,13 @@ class Decoder(nn.Module):
 
     def __call__(
         self,
-        embedded: Float[Array, "B l D"],
+        embedded: Float[Array, "R l D"],
         encoded: Encoded,
         deterministic: bool,
-        segment_ids: Int[Array, "B L"] | None = None,
+        segment_ids: Int[Array, "R L"] | None = None,
         cache: Cache | None = None,
         position: Int[Array, ""] | int = 0,
-    ) -> tuple[Float[Array, "B l D"], Cache | None]:
+    ) -> tuple[Float[Array, "R l D"], Cache | None]:
         """Runs on all inputs or, with a cache, on the l inputs from `position` on.
 
         Returns the states, and the updated cache (None without a cache).
@@ -230,7 +231,7 @@ class Decoder(nn.Module):
             collections=self.collections,
         )
         states = self.output_dropout(self.decoder_norm(x), deterministic)
-        return states, None if cache is None else made
+        return states, None if cache is None else join_layers(cache, made)
 
 
 class T5(nn.Module):
@@ -321,17 +322,18 @@ class T5(nn.Module):
 
     def decode_step(
         self,
-        tokens: Int[Array, "B l"],
+        tokens: Int[Array, "R l"],
         cache: Cache,
         position: Int[Array, ""] | int,
         encoded: Encoded,
-    ) -> tuple[Float[Array, "B l V"], Cache]:
+    ) -> tuple[Float[Array, "R l V"], Cache]:
         """Runs the decoder on its next l inputs, with a cache of the previous ones.
 
         `encoded.states` is not used: its keys and values are in the cache.
 
         Args:
-            tokens: the inputs; the first input of all is the decoder's start id.
+            tokens: the inputs; the first input of all is the decoder's start id. With l = 1 they
+                may be R = B * K beams, K of each row of `encoded`; so are the cache's `self_...`.
             position: the position of the first of `tokens`, counted from 0.
 
         Returns:

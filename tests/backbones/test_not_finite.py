@@ -25,6 +25,7 @@ from ptjax.interop.prompt_file import PromptFile, load_prompt, save_prompt
 from ptjax.interop.safetensors_file import open_safetensors, save_safetensors, to_header
 from ptjax.methods.model_tuning import ModelTuning
 from ptjax.methods.prompt_tuning import PromptTuning
+from ptjax.models.t5 import Encoded
 from ptjax.settings import Evaluation
 from ptjax.trees import flatten_paths, unflatten_paths
 
@@ -93,10 +94,7 @@ def test_case_1_11_a_search_that_meets_a_nan_late_has_no_score():
     class Late:
         def __call__(self, variables, *args, method, **inputs):
             if method == "encode":
-                return types.SimpleNamespace(
-                    segment_ids=jnp.ones((2, 3), int),
-                    _replace=lambda segment_ids: self.encoded(segment_ids),
-                )
+                return Encoded(None, jnp.ones((2, 3), int))
             if method == "init_cache":
                 empty = jnp.zeros((2, args[1], 1, 1))
                 return [{"self_key": empty, "self_value": empty}]
@@ -104,9 +102,6 @@ def test_case_1_11_a_search_that_meets_a_nan_late_has_no_score():
             logits = jnp.log(jnp.array([0.1, 0.5, 0.2, 0.2]))
             logits = jnp.where(position < 2, logits, jnp.nan)
             return jnp.broadcast_to(logits, (4, 1, 4)), cache
-
-        def encoded(self, segment_ids):
-            return types.SimpleNamespace(segment_ids=segment_ids)
 
     tokens = jnp.full((2, 3), 5, jnp.int32)
     _, scores = decode(Late(), {}, tokens, max_length=6, num_beams=2, alpha=5.0)

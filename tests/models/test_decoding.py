@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from t5_ids import beam_search, decode, with_lengths
+from t5_ids import T5_IDS, beam_search, decode, with_lengths
 from tiny import tiny_config, tiny_params
 
 from ptjax.data.batch import SpecialIds, shift_right
+from ptjax.models import decode_loop, decoding
 from ptjax.models.prompted import PromptedT5, with_prompt
 from ptjax.models.t5 import Encoded
 
@@ -98,10 +99,11 @@ class Constant:
         if method == "init_cache":
             empty = jnp.zeros((len(args[0].states), args[1], 1, 1))
             return [{"self_key": empty, "self_value": empty}]
-        _, cache, position, encoded = args
+        tokens, cache, position, encoded = args
         jax.debug.callback(self.steps.append, position)
         endless = jnp.arange(len(self.logits)) * 1e3
-        real = encoded.segment_ids.any(axis=1)[:, None, None]
+        real = encoded.segment_ids.any(axis=1).repeat(len(tokens) // len(encoded.segment_ids))
+        real = real[:, None, None]
         return jnp.where(real, self.logits, endless), cache
 
 
@@ -141,6 +143,65 @@ def test_beams_live_on_whatever_ways_there_are_to_end():
         assert np.asarray(tokens)[0, 0].tolist() == [2] * 5 + [0]
         best = (5 * np.log(0.23) + np.log(0.34)) / (11 / 6) ** 4
         assert scores[0, 0] == pytest.approx(best, rel=1e-5)
+
+
+class Counting:
+    """A network that notes how many rows each step of the decoder has."""
+
+    def __init__(self, apply_fn) -> None:
+        self.apply_fn, self.rows = apply_fn, []
+
+    def __call__(self, variables, *args, **settings):
+        if settings.get("method") == "decode_step":
+            jax.debug.callback(self.rows.append, jnp.int32(len(args[0])) + 0 * args[2])
+        return self.apply_fn(variables, *args, **settings)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("how", ["greedy", "sampling", "beams"])
+def test_finished_rows_stop_costing_and_change_nothing(model, monkeypatch, how, shards):
+    """Two loops: 16 rows until three quarters of them have finished, and then four."""
+    apply_fn, variables = model
+    inputs = _inputs(16, 24)
+    settings = {"max_length": 30 if how == "sampling" else 12, "eos_id": 15, "shards": shards}
+    if how == "beams":
+        settings |= {"num_beams": 2, "alpha": 0.0}
+    if how == "sampling":
+        settings |= {"keys": jax.random.split(jax.random.key(5), 16), "temperature": 2.0}
+    found = {}
+    for fewest in (1000, 4 // shards):
+        monkeypatch.setattr(decode_loop, "FEWEST_ROWS", fewest)
+        counting = Counting(apply_fn)
+        found[fewest] = decode(counting, variables, inputs, **settings)
+        jax.effects_barrier()
+        found[fewest] += ([int(rows) for rows in counting.rows],)
+    (tokens, scores, whole), (fewer_tokens, fewer_scores, fewer) = found.values()
+    np.testing.assert_array_equal(fewer_tokens, tokens)
+    # Products of fewer rows may add in another order.
+    np.testing.assert_allclose(fewer_scores, scores, rtol=1e-5)
+    assert len(set(_lengths(np.asarray(tokens), 15))) > 2
+    beams = settings.get("num_beams", 1)
+    assert set(whole) == {16 * beams}
+    few = fewer.count(4 * beams)
+    assert fewer == [16 * beams] * (len(whole) - few) + [4 * beams] * few and 0 < few < len(whole)
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_the_loop_carries_no_array_of_the_encoder_s_output(scan_layers, num_beams):
+    """It would be in memory twice; and beams share those of their row."""
+    config = tiny_config(24, scan_layers=scan_layers, num_decoder_layers=2)
+    settings = {"max_length": 5, "num_beams": num_beams, "ids": T5_IDS}
+    run = functools.partial(decoding.decode, PromptedT5(config).apply, **settings)
+    variables = {"params": tiny_params(config)}
+    traced = jax.make_jaxpr(run)(variables, _inputs(4, 24), np.full(4, 7))
+    [loop] = [one for one in traced.eqns if one.primitive.name == "while"]
+    constants = loop.params["cond_nconsts"] + loop.params["body_nconsts"]
+    shapes = [[x.aval.shape for x in part] for part in (loop.invars[:constants], loop.outvars)]
+    kept, carried = ([s for s in part if s[-2:] == (2, 8)] for part in shapes)
+    layers = (2,) if scan_layers else ()
+    assert set(kept) == {(*layers, 4, 7, 2, 8)}
+    assert set(carried) == {(*layers, 4 * num_beams, 5, 2, 8)}
 
 
 def test_filler_rows_do_not_change_the_others(model):
