@@ -174,16 +174,28 @@ def plan_epoch(
     """
     rng = np.random.default_rng((seed, epoch))
     order = rng.permutation(len(assigned))
+    planned = _fill_batches(order, assigned, buckets, batch_size, filler=order)
+    return [planned[i] for i in rng.permutation(len(planned))]
+
+
+def _fill_batches(
+    order: np.ndarray,
+    assigned: np.ndarray,
+    buckets: Sequence[Bucket],
+    batch_size: int,
+    filler: np.ndarray,
+) -> list[PlannedBatch]:
+    """Full batches of the examples in `order`, the last one completed from `filler`, repeated."""
     planned = []
     left = order[:0]
     for index, bucket in enumerate(buckets):
         waiting = np.concatenate([left, order[assigned[order] == index]])
-        if index == len(buckets) - 1 and len(waiting) % batch_size:
-            waiting = np.concatenate([waiting, np.resize(order, -len(waiting) % batch_size)])
+        if index == len(buckets) - 1:
+            waiting = np.concatenate([waiting, np.resize(filler, -len(waiting) % batch_size)])
         full = len(waiting) - len(waiting) % batch_size
         planned += [PlannedBatch(bucket, rows) for rows in waiting[:full].reshape(-1, batch_size)]
         left = waiting[full:]
-    return [planned[i] for i in rng.permutation(len(planned))]
+    return planned
 
 
 class TrainBatches:
@@ -344,15 +356,15 @@ def plan_evaluation(
 ) -> list[PlannedBatch]:
     """Plans batches, one bucket after another, in which every example occurs exactly once.
 
-    Each bucket's last batch is completed with empty rows, which have the index -1.
+    Examples that do not fill a batch of their bucket move to the next larger
+    bucket. The last batch is completed with empty rows, which have the index -1.
+
+    Args:
+        buckets: as for `plan_epoch`.
     """
     assigned = assign_buckets(source, buckets)
-    planned = []
-    for index, bucket in enumerate(buckets):
-        rows = np.flatnonzero(assigned == index)
-        rows = np.concatenate([rows, np.full(-len(rows) % batch_size, -1)])
-        planned += [PlannedBatch(bucket, part) for part in rows.reshape(-1, batch_size)]
-    return planned
+    order = np.arange(len(assigned))
+    return _fill_batches(order, assigned, buckets, batch_size, filler=np.array([-1]))
 
 
 @dataclasses.dataclass(frozen=True)
