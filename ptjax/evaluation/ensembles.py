@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy.special import softmax
 
 from ptjax.data.pipeline import ExampleSource
+from ptjax.inference.labels import label_probabilities
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ def mean_shares(likelihoods: Float[np.ndarray, "M N C"]) -> Float[np.ndarray, "M
     Args:
         likelihoods: the log-likelihoods of C labels for M examples under each of N prompts.
     """
-    return softmax(likelihoods.astype(np.float64), axis=2).mean(axis=1)
+    return label_probabilities(likelihoods).mean(axis=1)
 
 
 def vote_on_labels(likelihoods: Float[np.ndarray, "M N C"]) -> Int[np.ndarray, " M"]:

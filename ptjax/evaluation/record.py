@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 import numpy as np
 from jax.typing import ArrayLike
-from scipy.special import softmax
 
 from ptjax.backbones.describe import nearest_tokens
 from ptjax.backbones.load import Backbone
 from ptjax.data.metrics import as_number
 from ptjax.evaluation.evaluator import Evaluator
 from ptjax.files import JsonObject
+from ptjax.inference.labels import label_probabilities
 from ptjax.sharding import processes
 
 MISTAKES = 20
@@ -90,8 +90,7 @@ def nearest_to_rows(
 
 def _confidences(scores: np.ndarray, *, ranked: bool) -> list[float]:
     """The probability of each prediction, rounded to what float32 scores can tell."""
-    scores = scores.astype(np.float64)
-    shares = softmax(scores, axis=1).max(axis=1) if ranked else np.exp(scores)
+    shares = label_probabilities(scores).max(axis=1) if ranked else np.exp(scores.astype(float))
     return [round(float(share), 6) for share in shares]
 
 

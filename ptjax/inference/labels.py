@@ -104,6 +104,13 @@ def predict_labels(
     return likelihoods.argmax(axis=1).astype(np.int32), likelihoods
 
 
+def label_probabilities(likelihoods: Float[np.ndarray, "*n C"]) -> Float[np.ndarray, "*n C"]:
+    """Normalises the log-likelihoods of C labels to probabilities, float64; -inf becomes 0."""
+    # scipy.special.softmax is the same, and a seventh of the time to import ptjax.inference.
+    shifted = np.exp(likelihoods.astype(np.float64) - likelihoods.max(axis=-1, keepdims=True))
+    return shifted / shifted.sum(axis=-1, keepdims=True)
+
+
 @functools.partial(jax.jit, static_argnames=("apply_fn", "ids"))
 def rank(
     apply_fn: ApplyFn,

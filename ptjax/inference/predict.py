@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Unpack
 
 import numpy as np
-from scipy.special import softmax
 
 from ptjax.backbones.damage import check_scores
 from ptjax.backbones.load import Backbone
@@ -23,7 +22,7 @@ from ptjax.inference.generate import (
     generate_with_scores,
     tokenizer_of,
 )
-from ptjax.inference.labels import make_label_tokens, predict_labels
+from ptjax.inference.labels import label_probabilities, make_label_tokens, predict_labels
 from ptjax.inference.model import bind
 from ptjax.inference.prompts import PromptLike, open_prompt
 from ptjax.inference.records import InputFormat
@@ -115,7 +114,7 @@ def rank(
     # A smaller set's row ends in -inf, and in probabilities of 0.
     own = [row[: len(labels_of_row)] for labels_of_row, row in zip(sets, likelihoods, strict=True)]
     check_scores(own, backbone, "the score of a label")
-    shares = softmax(likelihoods.astype(np.float64), axis=1)
+    shares = label_probabilities(likelihoods)
     return [
         Prediction(names[i], float(row[i]), dict(zip(names, map(float, share), strict=False)))
         for names, i, row, share in zip(sets, chosen, likelihoods, shares, strict=True)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import Any, Protocol
 
 from ptjax.errors import InputError
 
 GIB = 2**30
+MOST_CACHED = 2 * GIB
+"""Bytes of compiled programs that a new process leaves in the compile cache."""
 
 
 class DeviceLike(Protocol):
@@ -94,14 +97,39 @@ def use_compile_cache() -> None:
     """Sets the folder of JAX's persistent compile cache, unless the user has set one.
 
     It is ~/.cache/ptjax/xla, or ptjax/xla in XDG_CACHE_HOME. It then also keeps programs that
-    compile in less than a second, JAX's default: a run starts with dozens of them.
+    compile in less than a second, JAX's default: a run starts with dozens of them. If it has more
+    than `MOST_CACHED` bytes, those that were used least recently are removed.
+
+    JAX_ENABLE_COMPILATION_CACHE=false turns the cache off.
     """
     import jax
     from jax.experimental.compilation_cache import compilation_cache
 
     config: Any = jax.config
-    if not config.jax_compilation_cache_dir:
+    if config.jax_enable_compilation_cache and not config.jax_compilation_cache_dir:
         cache = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
-        config.update("jax_compilation_cache_dir", os.path.join(cache, "ptjax", "xla"))
+        folder = os.path.join(cache, "ptjax", "xla")
+        _remove_oldest(folder, MOST_CACHED)
+        config.update("jax_compilation_cache_dir", folder)
         config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
         compilation_cache.reset_cache()  # JAX looks once, when it first compiles anything
+
+
+def _remove_oldest(folder: str, most: int) -> None:
+    """Removes files of a folder, the least recently used first, until at most `most` bytes remain.
+
+    JAX's own limit, jax_compilation_cache_max_size, needs a second file beside each program. Up to
+    jax 0.10, no program is kept any more once one lacks it (jax-ml/jax#39880), as after a kill.
+    """
+    found = []
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(folder):
+            stat = entry.stat()
+            found.append((max(stat.st_atime, stat.st_mtime), stat.st_size, entry.path))
+    excess = sum(size for _, size, _ in found) - most
+    for _, size, path in sorted(found):
+        if excess <= 0:
+            return
+        with contextlib.suppress(OSError):  # another process removed it
+            os.unlink(path)
+        excess -= size
