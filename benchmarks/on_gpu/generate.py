@@ -1,13 +1,17 @@
 """The part `generate` of `run.sh`: ptjax against transformers, same device and weights.
 
     benchmarks/on_gpu/run.sh generate
+    python benchmarks/on_gpu/generate.py --any_device --data=DIR --output=DIR --limit=3600
 
-T5 1.1 has random bfloat16 weights and a prompt of 100 rows in front of real inputs (SST-2). Each
-side generates 16 tokens, greedily or with four beams, or chooses the likelier of the task's two
-labels. transformers gets the prompt as the first rows of `inputs_embeds` and uses PyTorch's sdpa. A
-row has the inputs a second of both sides (from the median turn), how many answers differ, how many
-distinct answers ptjax gave, and the peak memory. The weights are chosen so that no text ends early.
-Texts may still differ where two tokens nearly tie, since both sides round to bfloat16.
+T5 1.1 has random weights and a prompt of 100 rows in front of real inputs (SST-2). Each side
+generates 16 tokens, greedily or with four beams, or chooses the likelier of the task's two labels.
+transformers gets the prompt as the first rows of `inputs_embeds` and uses PyTorch's sdpa. A row has
+the inputs a second of both sides (from the median turn), how many answers differ, how many distinct
+answers ptjax gave, and the peak memory. The weights are chosen so that no text ends early.
+
+A GPU computes all inputs at once, in bfloat16. Texts may differ there where two tokens nearly tie,
+since both sides round. With --any_device, a CPU takes T5 1.1 small in float32, with one thread and
+32 inputs at a time. Both sides sort them by length; transformers pads to the longest of a batch.
 """
 
 from __future__ import annotations
@@ -52,6 +56,8 @@ class Setup:
     Attributes:
         config: the backbone's.
         inputs, labels: rows of ids.
+        batch: the inputs computed at a time; None takes all.
+        multiple: transformers' inputs are padded to a multiple of this.
         patience: seconds that a side may take for an answer, compiling included.
         restart: start new sides for every method, so that ptjax's peak memory is that method's.
     """
@@ -62,6 +68,9 @@ class Setup:
     device: str
     prompt: int = 100
     new_tokens: int = 16
+    dtype: str = "bfloat16"
+    batch: int | None = None
+    multiple: int = 16
     rounds: int = 5
     patience: float = 120
     restart: bool = True
@@ -69,15 +78,11 @@ class Setup:
     def write(self, folder: Path) -> None:
         """Writes what the sides read. A child process makes the weights, to free their memory."""
         folder.mkdir(exist_ok=True)
-        longest = max(map(len, self.inputs))
         settings = {
             "config": {f.name: getattr(self.config, f.name) for f in dataclasses.fields(T5Config)},
-            "dtype": "bfloat16",
-            "device": self.device,
-            "prompt": self.prompt,
-            "new_tokens": self.new_tokens,
             "beams": 4,
-            "input_length": -(-longest // 16) * 16,  # as ptjax's largest bucket would be
+            **{x: getattr(self, x) for x in ("dtype", "device", "prompt", "new_tokens", "batch")},
+            "multiple": self.multiple,
         }
         (folder / "settings.json").write_text(json.dumps(settings))
         rows = {"input": make_rows(self.inputs), "label": make_rows(self.labels)}
@@ -153,6 +158,11 @@ def setups(flags: argparse.Namespace) -> Iterator[tuple[str, Setup, list[tuple[s
         return
     file = flags.data / "sst2.npz"
     inputs, labels = draw_rows(file, 256)
+    rows = [(method, count) for method in METHODS for count in (64, 256)]
+    if flags.any_device:
+        how: dict[str, Any] = {"dtype": "float32", "batch": 32, "multiple": 1, "patience": 900}
+        yield "small", Setup(t5_1_1("small"), inputs, labels, "cpu", rounds=3, **how), rows
+        return
     for size, counts, methods in (
         ("base", (64, 256), METHODS),
         ("xl", (64,), ("labels", "greedy")),
@@ -164,11 +174,15 @@ def setups(flags: argparse.Namespace) -> Iterator[tuple[str, Setup, list[tuple[s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_flags(parser)
+    parser.add_argument("--any_device", action="store_true", help="generate on a CPU")
     flags = parser.parse_args()
+    if flags.any_device:  # before any library starts its threads
+        os.environ |= {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1"}
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     # Also for the sides: JAX allocates memory as it needs it, as PyTorch does.
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     with contextlib.ExitStack() as stack:
-        record = stack.enter_context(Record.open("generate", flags))
+        record = stack.enter_context(Record.open("generate", flags, any_device=flags.any_device))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         for size, setup, rows in setups(flags):
             comparison = Comparison(setup, folder / size)

@@ -139,13 +139,13 @@ def start_ptjax(folder: Path, settings: dict[str, Any]) -> tuple[Find, Any, Any]
     tokens = Labels(pad(labels, int(rows.lengths.max()), EMPTY), rows.lengths)
 
     def find(method: str, count: int) -> list[str]:
-        source = make_inputs(inputs[:count])
+        source, batch = make_inputs(inputs[:count]), settings["batch"] or count
         if method == "labels":
-            chosen, _ = predict_labels(model, source, [tokens], count)
+            chosen, _ = predict_labels(model, source, [tokens], batch)
             return [str(i) for i in chosen]
         how = Decoding(num_beams=settings["beams"] if method == "beams" else 1)
         length = settings["new_tokens"]
-        written, _ = generate_tokens(model, source, count, max_new_tokens=length, how=how)
+        written, _ = generate_tokens(model, source, batch, max_new_tokens=length, how=how)
         return decode_tokens(model, written)
 
     # JAX cannot reset the peak, so `generate.py` goes from fewer inputs to more.
@@ -168,12 +168,21 @@ def start_torch(folder: Path, settings: dict[str, Any]) -> tuple[Find, Any, Any]
     prompt = torch.from_numpy(np.load(folder / "prompt.npy")).to(device, model.dtype)
     inputs, labels = load_inputs(folder)
 
-    @torch.inference_mode()
     def find(method: str, count: int) -> list[str]:
-        ids, mask = pad_torch(inputs[:count], settings["input_length"], device)
+        batch, said = settings["batch"] or count, [""] * count
+        by_length = sorted(range(count), key=lambda i: len(inputs[i]))
+        for start in range(0, count, batch):
+            chosen = by_length[start : start + batch]
+            for i, text in zip(chosen, answer(method, [inputs[i] for i in chosen]), strict=True):
+                said[i] = text
+        return said
+
+    @torch.inference_mode()
+    def answer(method: str, rows: list[np.ndarray]) -> list[str]:
+        ids, mask = pad_torch(rows, settings["multiple"], device)
         embedded = model.get_input_embeddings()(ids)
-        embedded = torch.cat([prompt.expand(count, -1, -1), embedded], dim=1)
-        mask = torch.cat([mask.new_ones(count, len(prompt)), mask], dim=1)
+        embedded = torch.cat([prompt.expand(len(rows), -1, -1), embedded], dim=1)
+        mask = torch.cat([mask.new_ones(len(rows), len(prompt)), mask], dim=1)
         encoder = {"inputs_embeds": embedded, "attention_mask": mask}
         if method == "labels":
             return rank_torch(model, encoder, labels)
@@ -191,10 +200,11 @@ def start_torch(folder: Path, settings: dict[str, Any]) -> tuple[Find, Any, Any]
     return find, torch.cuda.max_memory_allocated, torch.cuda.reset_peak_memory_stats
 
 
-def pad_torch(rows: list[np.ndarray], length: int, device: str) -> tuple[Any, Any]:
-    """(ids, mask), int64 [B, length]."""
+def pad_torch(rows: list[np.ndarray], multiple: int, device: str) -> tuple[Any, Any]:
+    """(ids, mask), int64 [B, the longest row's length rounded up to a multiple]."""
     import torch
 
+    length = -(-max(map(len, rows)) // multiple) * multiple
     ids, mask = np.full((2, len(rows), length), EMPTY)
     for i, row in enumerate(rows):
         ids[i, : len(row)], mask[i, : len(row)] = row, 1
