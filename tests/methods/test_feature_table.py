@@ -52,10 +52,10 @@ STEMS = {
     "PrefixTuning": "prefix",
     "LoRA": "lora",
     "IA3": "ia3",
-    "BitFit": "bitfit",
+    "BitFit": "bitfit|lntuning",  # PEFT's name
     "ModelTuning": "modeltun",
 }
-"""What any spelling of a method has in common, in small letters, without spaces and underscores."""
+"""A pattern of any spelling of a method, in small letters, without spaces and underscores."""
 
 
 def test_a_row_for_every_method_and_a_test_for_every_cell() -> None:
@@ -82,7 +82,7 @@ def mentions(name: str) -> str:
     function = getattr(importlib.import_module(Path(file).stem), test)
     marks = getattr(function, "pytestmark", [])
     values = plain(repr([mark.args[1] for mark in marks if mark.name == "parametrize"]))
-    if any(stem in values for stem in STEMS.values()):
+    if any(re.search(stem, values) for stem in STEMS.values()):
         return values
     nodes = {}
     for path in (ROOT / "tests" / "conftest.py", ROOT / file):
@@ -108,7 +108,7 @@ def test_a_cell_s_tests_have_its_method(monkeypatch) -> None:
     assert set(STEMS) == {row[0].strip(" `") for row in TABLE}
     for method, *cells in TABLE:
         for key in re.findall(r"[A-Z]\d+", re.sub(r"\*[A-Z]\d+\*", "", " ".join(cells))):
-            assert STEMS[method.strip(" `")] in mentions(LEGEND[key]), (method, key)
+            assert re.search(STEMS[method.strip(" `")], mentions(LEGEND[key])), (method, key)
 
 
 def test_every_adapter_is_here() -> None:
