@@ -8,12 +8,12 @@ import sys
 import ptjax
 
 COMMANDS = {
-    "train": "prompt tuning, model tuning, scoring a hard prompt",
-    "evaluate": "scores a prompt on a split, or many and their ensemble",
+    "train": "tunes a prompt, a prefix, LoRA, IA3, BitFit or the whole model",
+    "evaluate": "scores a prompt or adapter on a split, or many prompts and their ensemble",
     "infer": "texts or JSON lines in, JSON lines out",
     "report": "a page about a run, or a comparison of several",
     "inspect": "describes a checkpoint or a prompt",
-    "export": "a prompt as safetensors, numpy or for Hugging Face PEFT",
+    "export": "a prompt or adapter as safetensors, for Hugging Face PEFT, or merged",
     "convert": "a TFDS data set in tfrecord as array_record",
     "pretrain": "a backbone from scratch, or the LM adaptation of one",
     "plan": "predicts whether a run fits a slice, and what a step costs",

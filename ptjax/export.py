@@ -28,8 +28,9 @@ def main() -> None:
         huggingface: a directory for peft.PeftModel.from_pretrained, with a model card; it needs
         the backbone's sizes. ptjax reads the task's template from it; PEFT does not. t5x: a copy
         of the backbone's T5X checkpoint with the prompt as a parameter of prompt-tuning, which
-        shares its other files with the original (hard links). merged: with --adapter, for LoRA and
-        IA3, a backbone whose weights have the adapter's effect in them, in Hugging Face's layout.
+        shares its other files with the original (hard links). merged: with --adapter, for LoRA,
+        IA3 and BitFit, a backbone whose weights have the adapter's effect in them, in Hugging
+        Face's layout.
 
           python -m ptjax.export --model_dir=runs/quickstart --to=npy --output=prompt.npy
         """,

@@ -87,8 +87,10 @@ class RunSettings:
     """Every setting of a run; `RunSettings()` is the paper's (Lester et al. 2021, appendix A).
 
     Attributes:
-        method: what is trained: prompt tuning, model tuning, or a custom `Method`.
-        optimizer: Adafactor with the learning rate.
+        method: what is trained: `PromptTuning`, another method such as `LoRA`, or a custom
+            `Method`.
+        optimizer: Adafactor with the learning rate. The default is for prompts;
+            `suggest_settings` takes the one that suits the method.
         loss: the loss, with z-loss, label smoothing and class weights.
         schedule: how long the run is, and when it evaluates, logs and stops early.
         batching: batch size, and the lengths at which texts are cut.

@@ -1,4 +1,4 @@
-"""`python -m ptjax.train`: prompt tuning or model tuning."""
+"""`python -m ptjax.train`: tunes a prompt, or what another method trains."""
 
 from __future__ import annotations
 

@@ -49,7 +49,8 @@ def load_gin(
 ) -> None:
     """Reads the gin files and bindings into gin's config, and checks macros and types of values.
 
-    It replaces what gin's config contained before.
+    It replaces what gin's config contained before. A file is included once: runs/sweep.gin, behind
+    runs/lora.gin, does not bring back the defaults of runs/prompt_tune.gin, which both include.
 
     Args:
         arguments: the parsed flags, from `parse`.
@@ -73,14 +74,18 @@ def load_gin(
         gin.add_config_file_search_path(path)
     # Replaces gin's readers, one of which reads from Python packages: it takes a local folder
     # `runs`, which any run may create, for a package and fails on `include 'runs/x.gin'`.
-    read = functools.partial(_open, of_run=of_run)
+    included: dict[str, IO[str]] = {}
+    read = functools.partial(_open, of_run=of_run, included=included)
     _gin._FILE_READERS = [(read, os.path.isfile), (read, _is_remote)]
     files = []
     for file in arguments.gin_file:
         with explained(paths, file):
             if file == of_run and not trusted:
-                with read(file) as stream:
+                with _open(file, of_run) as stream:
                     trust.check(stream, file)
+            # Named by the user, it is read once more, and overrides.
+            for path in paths:
+                included.pop(os.path.join(path, file), None)
             with _warning_of_mixed_tasks(file):
                 files = _flat(gin.parse_config_file(file), paths) + files  # later ones override
     imports = [line for line in arguments.gin_bindings if re.match(r"(import|from)\s", line)]
@@ -132,12 +137,18 @@ def _warning_of_mixed_tasks(file: str) -> Iterator[None]:
             )
 
 
-def _open(path: str, of_run: str | None = None) -> IO[str]:
+def _open(
+    path: str, of_run: str | None = None, included: dict[str, IO[str]] | None = None
+) -> IO[str]:
     """Opens and checks a gin file; gin calls it for included files too.
 
     Args:
         of_run: the file that an older ptjax may have written.
+        included: the files that were read before, by path; the result is added. A file that was
+            read to its end is empty now. If it is still open, it includes itself.
     """
+    if included is not None and path in included and included[path].closed:
+        return io.StringIO()
     try:
         text = epath.Path(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -155,6 +166,8 @@ def _open(path: str, of_run: str | None = None) -> IO[str]:
         )
     stream = io.StringIO(text)
     stream.name = path  # type: ignore[attr-defined]  # gin's parser uses it in its messages
+    if included is not None:
+        included[path] = stream
     return stream
 
 

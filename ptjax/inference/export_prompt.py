@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import os
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar, get_args
 
@@ -19,7 +20,7 @@ from ptjax.errors import InputError, check_path, near
 from ptjax.files import Metadata, PathLike
 from ptjax.inference.bank import SinglePrompt, wrap_prompt
 from ptjax.inference.prompt_kv import precompute_prompt_kv
-from ptjax.inference.prompts import check_adapter, check_prompt
+from ptjax.inference.prompts import check_adapter, check_prompt, load_any
 from ptjax.interop import peft, t5x, t5x_write
 from ptjax.interop.adapter_file import METHOD, save_adapter
 from ptjax.interop.prompt_file import PromptFile, save_prompt, wrong_width
@@ -55,7 +56,7 @@ def export(
     - "t5x": a T5X checkpoint, the backbone's with the prompt added as parameter
       `encoder/prompt/prompt/prompt`. It shares its other files with the original by hard links.
     - "merged": a backbone in Hugging Face's layout, float32, whose weights have an adapter's effect
-      in them, for LoRA and IA3. `load_backbone` and `transformers` read it.
+      in them, for LoRA, IA3 and BitFit. `load_backbone` and `transformers` read it.
 
     Args:
         prompt: as for `ptjax.forward`: a prompt, a path or name that `load_prompt` takes, an array;
@@ -74,6 +75,8 @@ def export(
     if to not in FORMATS:
         raise InputError(f"to = {to!r}: not a format of export{near(str(to), FORMATS)}")
     check_path("the path of the output", output)
+    if isinstance(prompt, str | os.PathLike):
+        prompt = load_any(prompt)
     if isinstance(prompt, Adapter):
         return _export_adapter(prompt, epath.Path(output).expanduser(), to, backbone, force=force)
     wrapped = wrap_prompt(prompt)

@@ -41,8 +41,8 @@ def forward(
             `encoder_lengths` [B], the number of real tokens in each row. Without them a row ends
             where its trailing `config.pad_id`s begin.
         prompt: an array [P, D], the result of `load_prompt` (or any object with such an array as
-            its `.prompt`), a path or name that `load_prompt` takes, a bank from `make_bank`, the
-            result of `load_adapter`, or None for the backbone alone.
+            its `.prompt`) or of `load_adapter`, a path or name that one of them takes, a bank from
+            `make_bank`, or None for the backbone alone.
         prompt_ids: each row's prompt by name or number, for a bank only. None, "none" or -1 means
             the backbone alone.
 

@@ -64,9 +64,9 @@ def predict(
     Args:
         inputs: texts, each of which fills the only field of the template, or records (dicts): a
             list, a generator, a DataFrame, a `datasets.Dataset`. [] has no predictions.
-        prompt: what `load_prompt` returns, such as `run.prompt`; a path or name that it takes; an
-            array [P, D]; a bank of `make_bank`; what `load_adapter` returns, such as `run.adapter`;
-            or None for the backbone alone.
+        prompt: what `load_prompt` or `load_adapter` returns, such as `run.prompt` and
+            `run.adapter`; a path or name that one of them takes, such as a MODEL_DIR; an array
+            [P, D]; a bank of `make_bank`; or None for the backbone alone.
         prompt_ids: with a bank, the prompt of each input, by name or number. Default: the field
             "prompt" of each record names it (None or "none": the backbone alone).
         decode: generate, even where a closed set of labels is known.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import os
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from typing import TypeVar
@@ -15,12 +16,12 @@ from jaxtyping import Array
 
 from ptjax.backbones.load import Backbone, check_backbone
 from ptjax.data.batching import Batching
-from ptjax.errors import InputError
+from ptjax.errors import InputError, check_path
 from ptjax.files import JsonObject, Metadata
 from ptjax.inference.bank import BarePrompt, PromptBank, SinglePrompt, place_bank, wrap_prompt
 from ptjax.interop import prompt_header
 from ptjax.interop.prompt_file import PromptFile, wrong_width
-from ptjax.methods.adapter import Adapter, place
+from ptjax.methods.adapter import Adapter, holds_adapter, load_adapter, place
 from ptjax.models.t5 import PromptStates
 
 Opened = PromptFile | PromptBank | Adapter
@@ -28,7 +29,8 @@ Prompt = Opened | None
 """What inference works with: a prompt, a bank from which each row chooses one, an adapter, or the
 backbone alone (None)."""
 PromptLike = SinglePrompt | PromptBank | Adapter | None
-"""What callers may pass: a `Prompt`, an array [P, D], an object with a `.prompt`, or a path."""
+"""What callers may pass: a `Prompt`, an array [P, D], an object with a `.prompt`, or the path of a
+prompt or an adapter."""
 
 T = TypeVar("T", PromptFile, PromptBank, Adapter)
 
@@ -69,11 +71,15 @@ def open_prompt(backbone: Backbone, prompt: PromptLike, *, allow_mismatch: bool 
 
 
 def load_any(prompt: PromptLike) -> Prompt:
-    """Loads a prompt in any form that callers may pass; checks it against no backbone.
+    """Loads a prompt or adapter in any form that callers may pass; checks it against no backbone.
 
     Raises:
-        InputError: as for `wrap_prompt`.
+        InputError: as for `wrap_prompt` and `load_adapter`.
     """
+    if isinstance(prompt, str | os.PathLike):
+        check_path("the path of the prompt", prompt)
+        if holds_adapter(prompt):
+            return load_adapter(prompt)
     return prompt if isinstance(prompt, PromptBank | Adapter | None) else wrap_prompt(prompt)
 
 

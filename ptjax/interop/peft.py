@@ -29,8 +29,10 @@ _TENSOR = "prompt_embeddings"
 _FORMAT = {"format": "pt"}  # in every header that PEFT writes
 _PEFT_VERSION = "0.21.2"  # the version whose layout is written
 _REFUSED = {
-    "LORA": "it changes the network; give it as an adapter (ptjax.load_adapter, --adapter)",
-    "IA3": "it changes the network; give it as an adapter (ptjax.load_adapter, --adapter)",
+    **dict.fromkeys(
+        ("LORA", "IA3", "LN_TUNING"),
+        "it changes the network; give it as an adapter (ptjax.load_adapter, --adapter)",
+    ),
     "PREFIX_TUNING": "it holds keys and values for the decoder's layers, not an input prompt; "
     "load_adapter (--adapter) reads it",
     "CARTRIDGE": "it holds keys and values for the decoder's layers, which no input prompt can "
@@ -46,7 +48,7 @@ class PeftAdapter:
     """An adapter of PEFT under ptjax's names.
 
     Attributes:
-        method: "lora", "ia3" or "prefix_tuning".
+        method: "lora", "ia3", "bitfit" or "prefix_tuning".
         fields: those of the method's class, as JSON values.
         arrays: float32 arrays by path, "lora/encoder/layers_0/attention/query/a".
         metadata: what ptjax wrote with it, if ptjax did, and the backbone's name.

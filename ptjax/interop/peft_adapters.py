@@ -1,13 +1,13 @@
-"""LoRA and IA3 adapters of Hugging Face PEFT for a T5: reads and writes their directories.
+"""LoRA, IA3 and LN_TUNING adapters of Hugging Face PEFT for a T5: reads and writes their files.
 
-PEFT computes what ptjax computes: W x + (lora_alpha / r) B A x, and products with vectors. Its
-`torch.nn.Linear` has weights [out, in], so its A [r, in] and B [out, r] are transposed here. An
-adapter that holds or does anything else is refused.
+PEFT computes what ptjax computes: W x + (lora_alpha / r) B A x, products with vectors, and norms
+with trained copies of their scales, which is BitFit. Its `torch.nn.Linear` has weights [out, in],
+so its A [r, in] and B [out, r] are transposed here. An adapter that holds or does anything else is
+refused.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 import re
@@ -20,13 +20,14 @@ from ptjax.errors import InputError, check_path
 from ptjax.files import JsonObject, Metadata, PathLike
 from ptjax.interop import peft, prompt_header, safetensors_file
 from ptjax.interop.lazy_array import LazyArray
+from ptjax.interop.peft_names import ROOT, general_name, module_names, our_module, their_module
 from ptjax.interop.peft_prefix import load_peft_prefix
-from ptjax.models.stacking import split_path
-from ptjax.models.t5_family import T5_FAMILY
 
-ADAPTERS, PREFIX = ("LORA", "IA3"), "PREFIX_TUNING"
-_PREFIX = "base_model.model."
-_A, _B, _SCALE = "lora_A.weight", "lora_B.weight", "ia3_l"
+_METHODS = {"LORA": "lora", "IA3": "ia3", "LN_TUNING": "bitfit"}
+_PREFIX_TUNING = "PREFIX_TUNING"
+_A, _B, _SCALE, _NORM = "lora_A.weight", "lora_B.weight", "ia3_l", "ln_tuning_layers.weight"
+# The ends of the names of all norms of a T5; PEFT's default for it.
+_NORMS = ("final_layer_norm", "layer_norm")
 # The entries of PEFT's config that do not change what the trained adapter computes, or that are
 # read below. Any other entry with a value is refused: it may be of a variant of LoRA.
 _HARMLESS = {
@@ -55,51 +56,41 @@ _STARTS = (None, True, False, "gaussian", "eva")
 
 
 def is_peft_adapter(path: PathLike) -> bool:
-    """Whether `path` is a directory that PEFT wrote for LoRA, IA3 or a prefix."""
-    return peft.is_peft(path) and peft.method_of(path) in (*ADAPTERS, PREFIX)
+    """Whether `path` is a directory that PEFT wrote for LoRA, IA3, norms or a prefix."""
+    return peft.is_peft(path) and peft.method_of(path) in (*_METHODS, _PREFIX_TUNING)
 
 
 def load_peft_adapter(directory: PathLike) -> peft.PeftAdapter:
-    """Reads a LoRA or IA3 adapter or a prefix (`peft_prefix`) for a T5 from a PEFT directory.
+    """Reads a LoRA, IA3 or LN_TUNING adapter or a prefix (`peft_prefix`) for a T5 from a directory.
 
     With `use_rslora`, PEFT scales by lora_alpha / sqrt(r): `alpha` is that times r.
 
     Raises:
         InputError: a file is missing or damaged or has another format; the adapter is of another
-            method, another network or a variant of LoRA; or its tensors do not fit its config.
+            method, another network or a variant of LoRA; its tensors do not fit its config; or it
+            has trained only some of the norms.
     """
     directory = epath.Path(directory)
-    if peft.method_of(directory) == PREFIX:
+    if peft.method_of(directory) == _PREFIX_TUNING:
         return load_peft_prefix(directory)
-    file, weights = directory / peft.CONFIG, directory / peft.WEIGHTS
-    config = peft.read_config(file)
-    _check(config, file)
+    weights, config = directory / peft.WEIGHTS, peft.read_config(directory / peft.CONFIG)
+    _check(config, directory / peft.CONFIG)
     if not weights.exists():
         raise InputError(
             f"{directory}: {peft.WEIGHTS} is missing; load the adapter with PEFT and save it again"
         )
     tensors, header = safetensors_file.open_safetensors(weights)
-    lora = config["peft_type"] == "LORA"
-    arrays = _lora_arrays(tensors, config, file, weights) if lora else _ia3_arrays(tensors, weights)
-    if not arrays:
+    if not tensors:
         raise InputError(f"{weights}: the file is empty")
+    method = _METHODS[config["peft_type"]]
+    read = {"lora": _read_lora, "ia3": _read_ia3, "bitfit": _read_norms}[method]
+    fields, arrays = read(tensors, config, directory)
     for path, array in arrays.items():
         if not np.isfinite(array).all():
             raise InputError(f"{weights}: the array of {path} is not finite")
     metadata = peft.read_metadata(config, header)
     prompt_header.check_types(metadata, os.fspath(weights))
-    if lora:
-        rank = peft.size_of(config, "r", 8, file)
-        alpha = _number(config, "lora_alpha", 8, file)
-        fields: JsonObject = {
-            "rank": rank,
-            "alpha": alpha * math.sqrt(rank) if config.get("use_rslora") else alpha,
-            "dropout": _number(config, "lora_dropout", 0.0, file),
-            "targets": _our_targets(_modules(arrays, "a")),
-        }
-        return peft.PeftAdapter("lora", fields, _in("lora", arrays), metadata)
-    fields = {side: _our_targets(_modules(arrays, side)) for side in ("outputs", "inputs")}
-    return peft.PeftAdapter("ia3", fields, _in("ia3", arrays), metadata)
+    return peft.PeftAdapter(method, fields, _in(method, arrays), metadata)
 
 
 def export_peft_lora(
@@ -125,6 +116,7 @@ def export_peft_lora(
     config = {
         **_common("LORA", base_model, revision),
         "bias": "none",
+        "fan_in_fan_out": False,
         "init_lora_weights": True,
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "lora_dropout": dropout,
@@ -136,7 +128,8 @@ def export_peft_lora(
     tensors = {}
     for path, array in bare.items():
         module, _, name = path.rpartition("/")
-        tensors[f"{_PREFIX}{_their_module(module)}.{_A if name == 'a' else _B}"] = array.T
+        ending = _A if name == "a" else _B
+        tensors[f"{ROOT}{their_module(module, 'kernel')}.{ending}"] = array.T
     peft.write_directory(directory, config, dict(sorted(tensors.items())), metadata)
 
 
@@ -169,6 +162,7 @@ def export_peft_ia3(
     feed_forward = _their_targets(inputs, never="o")
     config = {
         **_common("IA3", base_model, revision),
+        "fan_in_fan_out": False,
         "feedforward_modules": feed_forward,
         "init_ia3_weights": True,
         "target_modules": [*_their_targets(outputs), *feed_forward],
@@ -177,7 +171,31 @@ def export_peft_ia3(
     for path, array in bare.items():
         module, _, side = path.rpartition("/")
         shape = (-1, 1) if side == "outputs" else (1, -1)
-        tensors[f"{_PREFIX}{_their_module(module)}.{_SCALE}"] = array.reshape(shape)
+        tensors[f"{ROOT}{their_module(module, 'kernel')}.{_SCALE}"] = array.reshape(shape)
+    peft.write_directory(directory, config, dict(sorted(tensors.items())), metadata)
+
+
+def export_peft_norms(
+    directory: PathLike,
+    arrays: Mapping[str, np.ndarray],
+    *,
+    base_model: str | None = None,
+    revision: str | None = None,
+    metadata: Metadata | None = None,
+) -> None:
+    """Writes the scales of all norms as such a directory, of PEFT's method LN_TUNING.
+
+    Args:
+        arrays: as in `PeftAdapter.arrays`.
+        base_model, revision, metadata: as for `peft.export_peft`.
+    """
+    check_path("the path of the PEFT directory", directory)
+    # PEFT has no default for umT5.
+    config = {**_common("LN_TUNING", base_model, revision), "target_modules": list(_NORMS)}
+    tensors = {
+        f"{ROOT}{their_module(path.removesuffix('/scale'), 'scale')}.{_NORM}": array
+        for path, array in _bare(arrays).items()
+    }
     peft.write_directory(directory, config, dict(sorted(tensors.items())), metadata)
 
 
@@ -194,7 +212,6 @@ def _common(method: str, base_model: str | None, revision: str | None) -> JsonOb
     return {
         "auto_mapping": None,
         "base_model_name_or_path": base_model,
-        "fan_in_fan_out": False,
         "inference_mode": True,
         "modules_to_save": None,
         "peft_type": method,
@@ -204,11 +221,12 @@ def _common(method: str, base_model: str | None, revision: str | None) -> JsonOb
 
 
 def _check(config: Metadata, file: epath.Path) -> None:
-    """InputError unless the config is that of plain LoRA or IA3 for an encoder-decoder."""
-    if config.get("peft_type") not in ADAPTERS:
+    """InputError unless the config is that of a plain adapter for an encoder-decoder."""
+    method = config.get("peft_type")
+    if str(method) not in _METHODS:
         raise InputError(
-            f"{file}: peft_type is {config.get('peft_type')!r}; ptjax reads LORA, IA3 and "
-            "PREFIX_TUNING as adapters, and PROMPT_TUNING and P_TUNING as prompts (--prompt)"
+            f"{file}: peft_type is {method!r}; ptjax reads LORA, IA3, LN_TUNING and PREFIX_TUNING "
+            "as adapters, and PROMPT_TUNING and P_TUNING as prompts (--prompt)"
         )
     if config.get("task_type") not in (None, "SEQ_2_SEQ_LM"):
         raise InputError(
@@ -223,16 +241,17 @@ def _check(config: Metadata, file: epath.Path) -> None:
     for key, value in config.items():
         if key not in _HARMLESS and value not in (None, False, "none", {}, [], ""):
             why = _VARIANTS.get(key, "ptjax does not know it, and it may change the adapter")
-            raise InputError(f"{file}: {key} is {value!r}: {why}; ptjax reads plain LoRA and IA3")
+            raise InputError(f"{file}: {key} is {value!r}: {why}; ptjax reads plain {method}")
 
 
-def _lora_arrays(
-    tensors: Mapping[str, LazyArray], config: Metadata, file: epath.Path, weights: epath.Path
-) -> dict[str, np.ndarray]:
-    """Arrays [in, r] and [r, out] by path, "encoder/layers_0/attention/query/a"."""
+def _read_lora(
+    tensors: Mapping[str, LazyArray], config: Metadata, directory: epath.Path
+) -> tuple[JsonObject, dict[str, np.ndarray]]:
+    """Fields, and arrays [in, r] and [r, out] by path, "encoder/layers_0/attention/query/a"."""
+    file, weights = directory / peft.CONFIG, directory / peft.WEIGHTS
     rank, arrays = peft.size_of(config, "r", 8, file), {}
     for name, tensor in tensors.items():
-        module, ending = _our_module(name, (_A, _B), weights)
+        module, ending = our_module(name, "kernel", (_A, _B), weights)
         axis = 0 if ending == _A else 1
         if len(tensor.shape) != 2 or tensor.shape[axis] != rank:
             raise InputError(
@@ -243,14 +262,23 @@ def _lora_arrays(
         other = path[:-1] + {"a": "b", "b": "a"}[path[-1]]
         if other not in arrays:
             raise InputError(f"{weights}: it has {path}, but not {other}; the file is incomplete")
-    return arrays
+    alpha = _number(config, "lora_alpha", 8, file)
+    fields: JsonObject = {
+        "rank": rank,
+        "alpha": alpha * math.sqrt(rank) if config.get("use_rslora") else alpha,
+        "dropout": _number(config, "lora_dropout", 0.0, file),
+        "targets": _our_targets(_modules(arrays, "a")),
+    }
+    return fields, arrays
 
 
-def _ia3_arrays(tensors: Mapping[str, LazyArray], weights: epath.Path) -> dict[str, np.ndarray]:
-    """Vectors by path, "encoder/layers_0/mlp/wo/inputs"."""
-    arrays = {}
+def _read_ia3(
+    tensors: Mapping[str, LazyArray], config: Metadata, directory: epath.Path
+) -> tuple[JsonObject, dict[str, np.ndarray]]:
+    """Fields, and vectors by path, "encoder/layers_0/mlp/wo/inputs"."""
+    weights, arrays = directory / peft.WEIGHTS, {}
     for name, tensor in tensors.items():
-        module, _ = _our_module(name, (_SCALE,), weights)
+        module, _ = our_module(name, "kernel", (_SCALE,), weights)
         if len(tensor.shape) != 2 or sorted(tensor.shape)[0] != 1 or max(tensor.shape) == 1:
             raise InputError(
                 f"{weights}: {name} has shape {list(tensor.shape)}; a vector of IA3 has [n, 1] or "
@@ -258,46 +286,30 @@ def _ia3_arrays(tensors: Mapping[str, LazyArray], weights: epath.Path) -> dict[s
             )
         side = "outputs" if tensor.shape[1] == 1 else "inputs"
         arrays[f"{module}/{side}"] = tensor.read_all().astype(np.float32).reshape(-1)
-    return arrays
+    return {side: _our_targets(_modules(arrays, side)) for side in ("outputs", "inputs")}, arrays
 
 
-@functools.cache
-def _rules() -> dict[str, str]:
-    """PEFT's name of each linear map -> ptjax's, with `{i}` for the number of the layer."""
-    return {
-        rule.theirs.removesuffix(".weight"): rule.ours.removesuffix("/kernel")
-        for rule in T5_FAMILY.tensor_names({})
-        if rule.ours.endswith("/kernel")
-    }
-
-
-def _our_module(name: str, endings: Iterable[str], weights: epath.Path) -> tuple[str, str]:
-    """(the module's path in ptjax, which of `endings`) of one of PEFT's tensors."""
-    for ending in endings:
-        if not (name.startswith(_PREFIX) and name.endswith(f".{ending}")):
-            continue
-        module = name.removeprefix(_PREFIX).removesuffix(f".{ending}")
-        # As many digits as a layer's number may have: a longer one belongs to no network.
-        number = re.search(r"\.block\.(0|[1-9]\d{0,4})\.", module)
-        general = module.replace(number[0], ".block.{i}.", 1) if number else module
-        if general in _rules():
-            return _rules()[general].format(i=number and number[1]), ending
-    raise InputError(
-        f"{weights}: the tensor {name} belongs to no linear map of a T5; if it is an embedding, "
-        "save the adapter again with save_embedding_layers=False"
-    )
-
-
-def _their_module(module: str) -> str:
-    """PEFT's name of the linear map "encoder/layers_0/attention/query"."""
-    general, layer = _general(module)
-    return {ours: theirs for theirs, ours in _rules().items()}[general].format(i=layer)
-
-
-def _general(module: str) -> tuple[str, int | None]:
-    """("encoder/layers_{i}/attention/query", 0), or a path without `{i}` and None."""
-    stacked, layer = split_path(f"{module}/")
-    return stacked.rstrip("/").replace("/layers/", "/layers_{i}/"), layer
+def _read_norms(
+    tensors: Mapping[str, LazyArray], config: Metadata, directory: epath.Path
+) -> tuple[JsonObject, dict[str, np.ndarray]]:
+    """No fields, and scales [D] by path, "encoder/layers_0/pre_mlp_layer_norm/scale"."""
+    weights, arrays = directory / peft.WEIGHTS, {}
+    depth = {"encoder": 1, "decoder": 1}  # of the network that the file is for, at least
+    for name, tensor in tensors.items():
+        module, _ = our_module(name, "scale", (_NORM,), weights)
+        if len(tensor.shape) != 1:
+            raise InputError(f"{weights}: {name} has shape {list(tensor.shape)}; a scale has [n]")
+        arrays[f"{module}/scale"] = tensor.read_all().astype(np.float32)
+        stack, layer = module.partition("/")[0], general_name(module)[1]
+        depth[stack] = max(depth[stack], 1 + (layer or 0))
+    for theirs, ours in module_names("scale").items():
+        for layer in range(depth[ours.partition("/")[0]]):
+            if f"{ours.format(i=layer)}/scale" not in arrays:
+                raise InputError(
+                    f"{weights}: {theirs.format(i=layer)} is missing, so only some of the layer "
+                    "norms were trained; ptjax reads LN_TUNING of all of them, PEFT's default"
+                )
+    return {}, arrays
 
 
 def _modules(paths: Iterable[str], name: str) -> list[str]:
@@ -307,16 +319,16 @@ def _modules(paths: Iterable[str], name: str) -> list[str]:
 
 def _our_targets(modules: Iterable[str]) -> list[str]:
     """The targets that choose these modules in all layers: "query", or longer paths."""
-    chosen = {_general(module)[0] for module in modules}
-    short, rest = _named_alike(chosen, _rules().values(), "/")
+    chosen = {general_name(module)[0] for module in modules}
+    short, rest = _named_alike(chosen, module_names("kernel").values(), "/")
     return [*short, *(path.replace("layers_{i}", "layers") for path in rest)]
 
 
 def _their_targets(modules: Iterable[str], never: str = "") -> list[str]:
     """The same for PEFT: "q", or whole names. The short name `never` is not used."""
-    names = [_their_module(module) for module in modules]
+    names = [their_module(module, "kernel") for module in modules]
     generals = {re.sub(r"\.block\.\d+\.", ".block.{i}.", name) for name in names}
-    short, _ = _named_alike(generals, _rules(), ".")
+    short, _ = _named_alike(generals, module_names("kernel"), ".")
     short = [name for name in short if name != never]
     return [*short, *(name for name in names if name.rpartition(".")[2] not in short)]
 

@@ -178,7 +178,8 @@ class Adapter:
 def load_adapter(path: PathLike) -> Adapter:
     """Loads an adapter from its file, the best one of a run from its MODEL_DIR, or PEFT's folder.
 
-    Of PEFT's adapters, LoRA, IA3 and prefixes for a T5 are read (`interop.peft_adapters`).
+    Of PEFT's adapters, LoRA, IA3, LN_TUNING (as `ptjax.BitFit`) and prefixes for a T5 are read
+    (`interop.peft_adapters`).
 
     Raises:
         InputError: the path is missing, damaged, or holds something else, such as a prompt; or the
@@ -210,6 +211,18 @@ def load_adapter(path: PathLike) -> Adapter:
     arrays, metadata = read_adapter(file)
     method = _make_method(metadata[METHOD], os.fspath(file))
     return Adapter(method, arrays, metadata, _absolute(file))
+
+
+def holds_adapter(path: PathLike) -> bool:
+    """Whether `load_adapter`, not `load_prompt`, is for this path; False if it does not exist."""
+    from ptjax.interop.adapter_file import is_adapter
+    from ptjax.interop.peft_adapters import is_peft_adapter
+
+    file = epath.Path(path).expanduser()
+    if not file.is_dir():
+        return file.exists() and is_adapter(file)
+    run = ModelDir(file)
+    return is_peft_adapter(file) or run.best_adapter().exists() or bool(run.members("adapter"))
 
 
 def _absolute(file: epath.Path) -> str:

@@ -1,6 +1,6 @@
 """The `Method` protocol: which variables train, how the network uses them, how they are stored.
 
-`prompt_tuning` and `model_tuning` are ptjax's own methods. Pass a custom one as
+ptjax's own methods have a file each in this folder. Pass a custom one as
 `RunSettings(method=MyMethod())`; `examples/own_method.py` has one on a page.
 """
 
@@ -21,6 +21,7 @@ from ptjax.errors import InputError
 from ptjax.files import JsonObject, Metadata, PathLike
 from ptjax.model_dir import ExportKind
 from ptjax.models.family import ApplyFn, Config
+from ptjax.training.optimizer import Adafactor
 from ptjax.trees import Variables
 
 if TYPE_CHECKING:  # planning and settings need neither SentencePiece nor weights
@@ -205,6 +206,14 @@ class Method(Protocol):
     def describe(self) -> Metadata:
         """Returns metadata for exports: JSON values that describe the method."""
         return {}
+
+    def suggested_optimizer(self) -> Adafactor:
+        """Returns the optimizer that `suggest_settings` takes for this method.
+
+        By default it is Adafactor with the learning rate in units of each array's own RMS, which
+        suits arrays of any scale but zeros.
+        """
+        return Adafactor(0.03, multiply_by_parameter_scale=True, weight_decay=0.0)
 
 
 def run_with(method: Method, backbone: FrozenNetwork) -> ApplyFn:

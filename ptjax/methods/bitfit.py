@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import ClassVar
+from typing import ClassVar, Unpack
 
 import jax
 import numpy as np
+from etils import epath
 from jaxtyping import Array, Float
 
 from ptjax.data.batching import Batching
 from ptjax.errors import InputError
-from ptjax.methods.adapter import AdapterMethod
+from ptjax.methods.adapter import AdapterMethod, PeftOrigin
 from ptjax.methods.base import FrozenNetwork, InitContext
 from ptjax.models.config import T5Config
 from ptjax.models.family import ApplyFn, Config
@@ -59,6 +60,16 @@ class BitFit(AdapterMethod):
 
     def wrap(self, apply_fn: ApplyFn) -> ApplyFn:
         return change_modules(apply_fn, RMSNorm, self.collection, _with_own_scale)
+
+    def merge(self, params: Tree, variables: Variables) -> Tree:
+        return unflatten_paths(flatten_paths(params) | flatten_paths(variables[self.collection]))
+
+    def export_peft(
+        self, folder: epath.Path, arrays: Mapping[str, np.ndarray], **origin: Unpack[PeftOrigin]
+    ) -> None:
+        from ptjax.interop.peft_adapters import export_peft_norms
+
+        export_peft_norms(folder, arrays, **origin)
 
 
 def _with_own_scale(

@@ -16,6 +16,7 @@ from ptjax.methods.adapter import PeftOrigin
 from ptjax.methods.dense_method import DenseMethod
 from ptjax.models.dense_changes import DenseFn, KeyFn, check_targets, chosen_dense, dense_shapes
 from ptjax.models.family import Config
+from ptjax.training.optimizer import Adafactor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +77,9 @@ class IA3(DenseMethod):
         if "inputs" in arrays:
             kernel = kernel * arrays["inputs"][..., None]
         return kernel * arrays["outputs"][..., None, :] if "outputs" in arrays else kernel
+
+    def suggested_optimizer(self) -> Adafactor:
+        return Adafactor(0.03, weight_decay=0.0)  # absolute: all entries start as ones
 
     def export_peft(
         self, folder: epath.Path, arrays: Mapping[str, np.ndarray], **origin: Unpack[PeftOrigin]

@@ -18,6 +18,7 @@ from ptjax.methods.adapter import PeftOrigin
 from ptjax.methods.dense_method import DenseMethod
 from ptjax.models.dense_changes import DenseFn, KeyFn, check_targets, chosen_dense, dense_shapes
 from ptjax.models.family import Config
+from ptjax.training.optimizer import Adafactor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +94,9 @@ class LoRA(DenseMethod):
         self, kernel: Float[Array, "*L i o"], arrays: Mapping[str, Array]
     ) -> Float[Array, "*L i o"]:
         return kernel + self.alpha / self.rank * (arrays["a"] @ arrays["b"])
+
+    def suggested_optimizer(self) -> Adafactor:
+        return Adafactor(0.001, weight_decay=0.0)  # absolute: half of the arrays start as zeros
 
     def export_peft(
         self, folder: epath.Path, arrays: Mapping[str, np.ndarray], **origin: Unpack[PeftOrigin]

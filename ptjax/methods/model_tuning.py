@@ -15,6 +15,7 @@ from ptjax.files import JsonObject, Metadata, PathLike
 from ptjax.methods.base import FrozenNetwork, InitContext, Method
 from ptjax.model_dir import ExportKind
 from ptjax.models.family import Config
+from ptjax.training.optimizer import Adafactor
 from ptjax.trees import Variables
 
 if TYPE_CHECKING:
@@ -42,6 +43,10 @@ class ModelTuning(Method):
 
     def freeze_rules(self) -> Mapping[str, bool]:
         return {"params/.*": False}
+
+    def suggested_optimizer(self) -> Adafactor:
+        # T5's own fine-tuning (Raffel et al. 2020, section 3.1.2).
+        return Adafactor(0.001, multiply_by_parameter_scale=True, weight_decay=0.0)
 
     # Functions for foreign formats are imported late: settings and plans do not need them.
 

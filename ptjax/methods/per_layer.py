@@ -22,6 +22,7 @@ from ptjax.models.config import T5Config
 from ptjax.models.family import ApplyFn, Config
 from ptjax.models.per_layer import PROMPT, layer_prompts
 from ptjax.models.prompted import with_prompt
+from ptjax.training.optimizer import Adafactor
 from ptjax.trees import Tree, Variables
 
 Combine = Literal["replace", "add"]
@@ -90,6 +91,9 @@ class PerLayerPrompts(AdapterMethod):
 
     def extra_positions(self) -> int:
         return self.length
+
+    def suggested_optimizer(self) -> Adafactor:
+        return Adafactor(0.03, "embedding_rms")  # as for a prompt
 
     def wrap(self, apply_fn: ApplyFn) -> ApplyFn:
         """Puts P rows of zeros before the input, which the layers replace or add to."""

@@ -25,6 +25,7 @@ from ptjax.models.family import ApplyFn, Config
 from ptjax.models.prefix import KeysValues, PromptStates
 from ptjax.models.prompted import with_prompt
 from ptjax.sharding import processes
+from ptjax.training.optimizer import Adafactor
 from ptjax.trees import Tree, Variables
 
 # The parts of a prefix and the fields of `PromptStates`, in which attention reads them.
@@ -150,6 +151,9 @@ class PrefixTuning(AdapterMethod):
 
     def freeze_rules(self) -> Mapping[str, bool]:
         return {"params/.*": True, "prefix/.*": False}
+
+    def suggested_optimizer(self) -> Adafactor:
+        return Adafactor(0.1, multiply_by_parameter_scale=True)
 
     def wrap(self, apply_fn: ApplyFn) -> ApplyFn:
         def apply(variables: Variables, *args: Any, **settings: Any) -> Any:

@@ -14,6 +14,7 @@ from ptjax.methods.base import InitContext
 from ptjax.methods.initializers import Initializer
 from ptjax.methods.prompt_method import PromptMethod, initial_prompt
 from ptjax.models.family import ApplyFn, Config
+from ptjax.training.optimizer import Adafactor
 from ptjax.trees import Tree, Variables
 
 
@@ -53,6 +54,10 @@ class PromptTuning(PromptMethod):
 
     def matrix(self, own: Tree) -> Float[Array, "P D"]:
         return own["prompt"]
+
+    def suggested_optimizer(self) -> Adafactor:
+        # On T5 1.1, whose embedding has an RMS of 10, it is the paper's 0.3.
+        return Adafactor(0.03, "embedding_rms")
 
     def wrap(self, apply_fn: ApplyFn) -> ApplyFn:
         """Returns the network itself, which reads the prompt."""

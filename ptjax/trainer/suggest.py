@@ -15,14 +15,12 @@ from ptjax.data.tasks import Task
 from ptjax.data.tokenizer import Tokenizer
 from ptjax.data.vocabularies import missing_tokenizer
 from ptjax.errors import InputError, check_whole, kind_of, shortened
+from ptjax.methods.base import Method
 from ptjax.methods.initializers import ClassLabels, SampledVocabulary
 from ptjax.methods.prompt_tuning import PromptTuning
 from ptjax.settings import Evaluation, RunSettings, TrainSchedule
 from ptjax.trainer.sweep import MemberOverrides
-from ptjax.training.optimizer import Adafactor
 
-_LEARNING_RATE = 0.03
-"""In units of the embedding's RMS."""
 _SAMPLED = 10_000
 """Examples of a split whose tokens are counted."""
 _SHORT, _USUAL, _LONG = 64, 512, 1024
@@ -48,14 +46,17 @@ class Suggestion:
     reasons: tuple[str, ...]
 
 
-def suggest_settings(backbone: Backbone, task: Task, *, steps: int | None = None) -> RunSettings:
-    """Suggests the settings of a prompt tuning run from its backbone and its data.
+def suggest_settings(
+    backbone: Backbone, task: Task, method: Method | None = None, *, steps: int | None = None
+) -> RunSettings:
+    """Suggests the settings of a run from its backbone, its data and its method.
 
-    `tune` uses them if it gets none. What was chosen is logged, and why. Equal data give equal
-    settings, so a run resumes. The rules:
+    `tune` uses them, for a prompt, if it gets none. What was chosen is logged, and why. Equal data
+    give equal settings, so a run resumes. The rules:
 
     - Learning rate: 0.03 of the embedding's RMS, which on T5 1.1 (RMS 10) is the paper's 0.3. It
-      fits other backbones too; 0.3 would not (`Adafactor`).
+      fits other backbones too; 0.3 would not (`Adafactor`). Other methods have other rates
+      (`Method.suggested_optimizer`), those of their gin files.
     - Lengths: the 99th percentile of the inputs, rounded up to a multiple of 16, but at least 64
       and at most 512 (1,024 if most inputs are longer than 512: T5 was pre-trained on 512, mT5 and
       ByT5 on 1,024). A few long texts would make the largest batches slow and take memory; below 64
@@ -75,6 +76,7 @@ def suggest_settings(backbone: Backbone, task: Task, *, steps: int | None = None
       prompts do.
 
     Args:
+        method: what is trained, such as `LoRA()`; it is used as it is. None chooses a prompt.
         steps: the number of steps, if it is already known. How often the run evaluates suits it,
             as it would not if `tune` replaced the number later.
 
@@ -84,9 +86,11 @@ def suggest_settings(backbone: Backbone, task: Task, *, steps: int | None = None
     """
     check_whole("suggest_settings", steps=steps)
     check_backbone(backbone)
+    if method is not None and (isinstance(method, type) or not isinstance(method, Method)):
+        raise InputError(f"suggest_settings needs a ptjax.Method, got {kind_of(method)}")
     if not isinstance(task, Task):
         raise InputError(f"suggest_settings needs a ptjax.Task, got {kind_of(task)}")
-    return _logged(suggest(backbone, [task], steps))
+    return _logged(suggest(backbone, [task], steps, method))
 
 
 def resolve_settings(
@@ -119,12 +123,18 @@ def _logged(suggestion: Suggestion) -> RunSettings:
     return suggestion.settings
 
 
-def suggest(backbone: Backbone, tasks: Sequence[Task], steps: int | None = None) -> Suggestion:
+def suggest(
+    backbone: Backbone,
+    tasks: Sequence[Task],
+    steps: int | None = None,
+    method: Method | None = None,
+) -> Suggestion:
     """Suggests settings that suit all of `tasks`, by the rules of `suggest_settings`.
 
     Args:
         tasks: the task of the run; in a sweep the tasks of all members.
         steps: the number of steps, if it is already known. Only the schedule depends on it.
+        method: what is trained; None chooses a prompt.
     """
     tokenizer = backbone.tokenizer
     if tokenizer is None:
@@ -134,15 +144,18 @@ def suggest(backbone: Backbone, tasks: Sequence[Task], steps: int | None = None)
         if not any(task is earlier for earlier in tasks[:number]):
             counts.append(_Counts.of(task, tokenizer))
     labels = max(len(task.labels or ()) for task in tasks)
-    initializer = None  # as each task needs
-    if len(counts) == 1:
-        initializer = ClassLabels() if labels else SampledVocabulary()
+    asked = method is not None
+    if method is None:
+        of_one = ClassLabels() if labels else SampledVocabulary()
+        # With several tasks, None: as each of them needs.
+        initializer = of_one if len(counts) == 1 else None
+        method = PromptTuning(length=max(_ROWS, labels), initializer=initializer)
     train = max(count.train for count in counts)
     batch = batch_size(train)
     validation = max(count.validation for count in counts)
     settings = RunSettings(
-        method=PromptTuning(length=max(_ROWS, labels), initializer=initializer),
-        optimizer=Adafactor(learning_rate=_LEARNING_RATE, learning_rate_scale="embedding_rms"),
+        method=method,
+        optimizer=method.suggested_optimizer(),
         schedule=make_schedule(train, validation, batch, steps),
         batching=Batching(
             batch_size=batch,
@@ -154,7 +167,9 @@ def suggest(backbone: Backbone, tasks: Sequence[Task], steps: int | None = None)
             },
         ),
     )
-    return Suggestion(settings, _reasons(settings, counts, labels, train, steps))
+    rate, what = _method_reasons(method, labels, asked)
+    lengths, *rest = _reasons(settings, counts, labels, train, steps)
+    return Suggestion(settings, (rate, lengths, what, *rest))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,11 +262,24 @@ def _round_number(least: float) -> int:
         power *= 10
 
 
+def _method_reasons(method: Method, labels: int, asked: bool) -> tuple[str, str]:
+    """What is said of the learning rate, and of the method."""
+    optimizer = method.suggested_optimizer()
+    rate = f"learning rate {optimizer.learning_rate}"
+    if optimizer.learning_rate_scale == "embedding_rms":
+        rate += " of the embedding's RMS: on T5 1.1 it is the paper's 0.3"
+    elif optimizer.multiply_by_parameter_scale:
+        rate += " of each array's own RMS"
+    if asked or not isinstance(method, PromptTuning):
+        return rate, f"method {shortened(repr(method))}: as asked"
+    named = f"the first {labels} from the labels" if labels else "all from sampled vocabulary"
+    return rate, f"a prompt of {method.length} rows, {named}: more rows gain little and cost time"
+
+
 def _reasons(
     settings: RunSettings, counts: Sequence[_Counts], labels: int, train: int, steps: int | None
 ) -> tuple[str, ...]:
-    schedule, batching, method = settings.schedule, settings.batching, settings.method
-    assert isinstance(method, PromptTuning)
+    schedule, batching = settings.schedule, settings.batching
     lengths = batching.lengths
     inputs = np.concatenate([count.inputs for count in counts])
     cut = (inputs > lengths["inputs"]).mean()
@@ -259,12 +287,9 @@ def _reasons(
     share = f"{cut:.1%} are" if cut else "no input is"
     passes = schedule.train_steps * batching.batch_size / train
     asked = "as asked" if steps is not None else f"{passes:.0f} passes over {train:,}"
-    named = f"the first {labels} from the labels" if labels else "all from sampled vocabulary"
     return (
-        f"learning rate {_LEARNING_RATE} of the embedding's RMS: on T5 1.1 it is the paper's 0.3",
         f"lengths {lengths['inputs']} + {lengths['targets']} tokens: 99% of the inputs have at "
         f"most {math.ceil(np.percentile(inputs, 99))}; {share} cut{targets}",
-        f"a prompt of {method.length} rows, {named}: more rows gain little and cost time",
         f"{schedule.train_steps:,} steps of {batching.batch_size} examples: {asked}",
         f"evaluation every {schedule.eval_period} steps, the best is kept; ends early after "
         f"{schedule.patience} without a better one",

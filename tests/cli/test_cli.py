@@ -245,6 +245,41 @@ def test_later_files_and_bindings_win_and_search_paths_are_searched(tmp_path):
     assert (cli.macro("TRAIN_STEPS"), cli.macro("EVAL_PERIOD"), cli.macro("NO")) == (7, 3, None)
 
 
+METHODS = ("bitfit", "ia3", "lora", "multitask", "p_tune", "per_layer", "prefix_tune", "residual")
+
+
+@pytest.mark.parametrize("name", [*METHODS, "model_tune"])
+def test_a_method_s_file_keeps_its_settings_beside_others(name):
+    """Also where another file includes the same runs/prompt_tune.gin behind it."""
+    of_run = ("LEARNING_RATE", "LEARNING_RATE_SCALE", "PACK", "TRAIN_STEPS")
+
+    def load(*files: str) -> tuple:
+        _load(*(f"--gin_file={file}" for file in files), "--gin.MODEL_DIR='x'",
+              "--gin.INITIAL_CHECKPOINT_PATH='ptjax-nano'")  # fmt: skip
+        method = cli.settings("ptjax.RunSettings", "method")["method"]
+        return type(method), *(cli.macro(macro) for macro in of_run)
+
+    method, rate, scale, *_ = load("tasks/tickets.gin", f"runs/{name}.gin", "runs/sweep.gin")
+    assert method is not ptjax.PromptTuning
+    assert load("runs/sweep.gin", f"runs/{name}.gin", "tasks/tickets.gin") == (
+        *(method, rate, scale),
+        *(True, 30000),
+    )
+    expected = (0.03, "embedding_rms") if name == "per_layer" else (rate, scale)
+    assert load("quickstart.gin", f"runs/{name}.gin", "runs/sweep.gin") == (
+        *(method, *expected),
+        *(True, 200),
+    )
+    if name != "per_layer":  # whose gin file has the paper's rate, for T5
+        [optimizer] = cli.settings("ptjax.RunSettings", "optimizer").values()
+        assert method().suggested_optimizer() == optimizer
+    # A file that the user names is read again, and overrides.
+    assert load("quickstart.gin", f"runs/{name}.gin", "runs/prompt_tune.gin") == (
+        *(ptjax.PromptTuning, 0.3, "absolute"),
+        *(False, 30000),
+    )
+
+
 def test_model_dir_may_be_open_where_nothing_trains():
     Path("part.gin").write_text("include 'tasks/sentiment.gin'\ninclude 'runs/prompt_tune.gin'\n")
     flags = ("--gin_file=part.gin", "--gin.INITIAL_CHECKPOINT_PATH='ptjax-nano'")

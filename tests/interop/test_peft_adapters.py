@@ -1,4 +1,4 @@
-"""LoRA and IA3 in PEFT's files: names, transposes, scales, and what is refused in one line.
+"""LoRA, IA3 and LN_TUNING in PEFT's files: names, transposes, and what is refused in one line.
 
 `test_peft_adapters_parity` runs PEFT itself on such files.
 """
@@ -15,6 +15,7 @@ from ptjax.errors import InputError
 from ptjax.interop.peft_adapters import (
     export_peft_ia3,
     export_peft_lora,
+    export_peft_norms,
     is_peft_adapter,
     load_peft_adapter,
 )
@@ -24,7 +25,21 @@ BLOCK = "base_model.model.encoder.block.11.layer.0.SelfAttention.q"
 CROSS = "base_model.model.decoder.block.0.layer.1.EncDecAttention.v"
 WO = "base_model.model.decoder.block.3.layer.2.DenseReluDense.wo"
 LORA = {"peft_type": "LORA", "task_type": "SEQ_2_SEQ_LM", "r": 2, "lora_alpha": 6}
+NORM = "base_model.model.encoder.block.0.layer.0.layer_norm.ln_tuning_layers"
 IA3 = {"peft_type": "IA3", "task_type": "SEQ_2_SEQ_LM", "feedforward_modules": ["wo"]}
+NORMS = {"peft_type": "LN_TUNING", "task_type": "SEQ_2_SEQ_LM", "target_modules": ["layer_norm"]}
+# The norms of a T5 with two layers in the encoder and one in the decoder, in both names.
+SCALES = {
+    "encoder.block.0.layer.0.layer_norm": "encoder/layers_0/pre_attention_layer_norm",
+    "encoder.block.0.layer.1.layer_norm": "encoder/layers_0/pre_mlp_layer_norm",
+    "encoder.block.1.layer.0.layer_norm": "encoder/layers_1/pre_attention_layer_norm",
+    "encoder.block.1.layer.1.layer_norm": "encoder/layers_1/pre_mlp_layer_norm",
+    "encoder.final_layer_norm": "encoder/encoder_norm",
+    "decoder.block.0.layer.0.layer_norm": "decoder/layers_0/pre_self_attention_layer_norm",
+    "decoder.block.0.layer.1.layer_norm": "decoder/layers_0/pre_cross_attention_layer_norm",
+    "decoder.block.0.layer.2.layer_norm": "decoder/layers_0/pre_mlp_layer_norm",
+    "decoder.final_layer_norm": "decoder/decoder_norm",
+}
 
 
 def counted(*shape: int) -> np.ndarray:
@@ -37,6 +52,15 @@ def lora_tensors() -> dict[str, np.ndarray]:
 
 def ia3_tensors() -> dict[str, np.ndarray]:
     return {f"{CROSS}.ia3_l": counted(5, 1), f"{WO}.ia3_l": counted(1, 6)}
+
+
+def norm_tensors(*without: str) -> dict[str, np.ndarray]:
+    """A scale for every norm, except those whose names contain one of `without`."""
+    return {
+        f"base_model.model.{name}.ln_tuning_layers.weight": counted(4) + number
+        for number, name in enumerate(SCALES)
+        if not any(part in name for part in without)
+    }
 
 
 def write(folder, config, tensors):
@@ -72,6 +96,61 @@ def test_ia3_scales_inputs_or_outputs_by_the_shape(tmp_path) -> None:
         "outputs": ["decoder/layers/encoder_decoder_attention/value"],
         "inputs": ["decoder/layers/mlp/wo"],
     }
+
+
+def test_scales_of_norms_are_those_of_bitfit_and_back_again(tmp_path) -> None:
+    read = load_peft_adapter(write(tmp_path / "peft", NORMS, norm_tensors()))
+    assert (read.method, read.fields) == ("bitfit", {})
+    assert list(read.arrays) == sorted(f"bitfit/{path}/scale" for path in SCALES.values())
+    for number, path in enumerate(SCALES.values()):
+        np.testing.assert_array_equal(read.arrays[f"bitfit/{path}/scale"], counted(4) + number)
+    export_peft_norms(tmp_path / "again", read.arrays, base_model="me/t5", metadata={"step": 7})
+    config = json.loads((tmp_path / "again" / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LN_TUNING" and config["task_type"] == "SEQ_2_SEQ_LM"
+    assert set(config["target_modules"]) == {"layer_norm", "final_layer_norm"}
+    tensors = load_file(tmp_path / "again" / "adapter_model.safetensors")
+    assert set(tensors) == set(norm_tensors())
+    for name, scale in norm_tensors().items():
+        np.testing.assert_array_equal(tensors[name], scale)
+    metadata = load_peft_adapter(tmp_path / "again").metadata
+    assert metadata == {"step": 7, "backbone_name": "me/t5"}
+
+
+@pytest.mark.parametrize(
+    ("without", "missing"),
+    [
+        (("encoder",), "encoder.final_layer_norm"),
+        (("final",), "encoder.final_layer_norm"),
+        (("block",), "encoder.block.0.layer.0.layer_norm"),
+        (("block.0.layer.1",), "encoder.block.0.layer.1.layer_norm"),
+        (("encoder.block.1.layer.0",), "encoder.block.1.layer.0.layer_norm"),
+        (("layer.2",), "decoder.block.0.layer.2.layer_norm"),
+    ],
+)
+def test_scales_of_some_norms_are_refused(tmp_path, without, missing) -> None:
+    """BitFit trains those of all norms; these are most of PEFT's possible targets."""
+    with pytest.raises(InputError, match=f": {missing} is missing, so only some of the lay") as e:
+        load_peft_adapter(write(tmp_path, NORMS, norm_tensors(*without)))
+    assert "adapter_model.safetensors" in str(e.value) and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "tensors", "message"),
+    [
+        ({}, {f"{BLOCK}.ln_tuning_layers.weight": counted(4, 4)}, "belongs to no layer norm of a"),
+        ({}, {"base_model.model.lm_head.ln_tuning_layers.weight": counted(9, 4)}, "no layer norm"),
+        ({}, {f"{NORM}.bias": counted(4)}, "bias belongs to no layer norm of a T5"),
+        ({}, {f"{NORM}.weight": counted(1, 4)}, r"has shape \[1, 4\]; a scale has \[n\]"),
+        ({}, {f"{NORM}.weight": np.full(4, np.inf, "f4")}, "layer_norm/scale is not finite"),
+        ({"modules_to_save": ["lm_head"]}, {}, "modules_to_save is .*; ptjax reads plain LN_TUN"),
+        ({"of_a_later_version": 3}, {}, "of_a_later_version is 3: ptjax does not know it"),
+        ({"task_type": "CAUSAL_LM"}, {}, "task_type is CAUSAL_LM; ptjax reads adapters of a T5"),
+    ],
+)
+def test_modules_that_are_not_norms_are_refused(tmp_path, changes, tensors, message) -> None:
+    with pytest.raises(InputError, match=message) as raised:
+        load_peft_adapter(write(tmp_path, NORMS | changes, norm_tensors() | tensors))
+    assert str(tmp_path) in str(raised.value) and "\n" not in str(raised.value)
 
 
 def test_a_half_precision_file_is_read_in_float32(tmp_path) -> None:
@@ -145,7 +224,7 @@ def test_peft_cannot_scale_both_sides_of_a_linear_map(tmp_path) -> None:
         ({"use_qalora": True}, "use_qalora is True: ptjax does not know it"),
         ({"of_a_later_version": 3}, "of_a_later_version is 3: ptjax does not know it"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', which changes the backb"),
-        ({"peft_type": "LOHA"}, "peft_type is 'LOHA'; ptjax reads LORA, IA3 and PREFIX"),
+        ({"peft_type": "LOHA"}, "peft_type is 'LOHA'; ptjax reads LORA, IA3, LN_TUN"),
         ({"task_type": "CAUSAL_LM"}, "task_type is CAUSAL_LM; ptjax reads adapters of a T5"),
         ({"r": 3}, r"has shape \[2, 4\], but adapter_config.json says r 3"),
         ({"r": "two"}, "r must be an integer >= 1, got 'two'"),
@@ -218,6 +297,7 @@ def test_missing_files_are_named_and_pickles_are_not_read(tmp_path) -> None:
 def test_only_folders_of_peft_with_an_adapter_are_one(tmp_path) -> None:
     assert is_peft_adapter(write(tmp_path / "lora", LORA, lora_tensors()))
     assert is_peft_adapter(write(tmp_path / "ia3", IA3, ia3_tensors()))
+    assert is_peft_adapter(write(tmp_path / "norms", NORMS, norm_tensors()))
     prompt = {"peft_type": "PROMPT_TUNING"}
     assert not is_peft_adapter(write(tmp_path / "prompt", prompt, lora_tensors()))
     assert not is_peft_adapter(tmp_path)

@@ -1,4 +1,4 @@
-"""LoRA and IA3 out to PEFT and in from it: the same logits, whoever tuned the adapter.
+"""LoRA, IA3 and BitFit out to PEFT and in from it: the same logits, whoever tuned the adapter.
 
 Nothing is recorded: transformers and PEFT run beside ptjax, float32 on both sides.
 """
@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from t5_ids import with_lengths
 from test_torch_parity import (
     PARITY,
@@ -20,8 +21,9 @@ from test_torch_parity import (
 )
 
 from ptjax.backbones.load import load_backbone
-from ptjax.interop.peft_adapters import export_peft_ia3, export_peft_lora, load_peft_adapter
+from ptjax.interop.peft_adapters import load_peft_adapter
 from ptjax.methods.base import Method, run_with
+from ptjax.methods.bitfit import BitFit
 from ptjax.methods.ia3 import IA3
 from ptjax.methods.lora import LoRA
 from ptjax.trees import flatten_paths, unflatten_paths
@@ -30,11 +32,13 @@ pytestmark = [
     pytest.mark.oracle,
     # transformers 5 writes tie_word_embeddings=True for an untied T5 1.1 too.
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),
+    # PEFT says this of T5's norms, its own default targets of LN_TUNING.
+    pytest.mark.filterwarnings("ignore:Unsupported layer type .*T5LayerNorm:UserWarning"),
     # PEFT asks transformers for what that has renamed.
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
 ]
 
-METHODS = {"lora": LoRA, "ia3": IA3}
+METHODS = {"lora": LoRA, "ia3": IA3, "bitfit": BitFit}
 
 
 def assert_same_network(name: str, method: Method, arrays: Any, model: Any) -> None:
@@ -79,6 +83,8 @@ IN = {
         "IA3Config",
         {"target_modules": ["k", "v", "wi_1"], "feedforward_modules": []},
     ),
+    "norms": ("t5_1_1", "LNTuningConfig", {}),
+    "norms of stacks of two depths": ("byt5_shaped", "LNTuningConfig", {}),
 }
 
 
@@ -93,7 +99,7 @@ def test_an_adapter_of_peft_is_the_same_here(case, tmp_path) -> None:
     torch.manual_seed(0)
     with torch.no_grad():
         for path, weight in model.named_parameters():
-            if "lora_" in path or "ia3_" in path:
+            if any(name in path for name in ("lora_", "ia3_", "ln_tuning_")):
                 weight.add_((0.15 if "lora_" in path else 0.3) * torch.randn_like(weight))
     model.save_pretrained(str(tmp_path))
     read = load_peft_adapter(tmp_path)
@@ -112,6 +118,8 @@ OUT = {
         "t5_1_1",
         IA3(outputs=["wo", "logits_dense", "decoder/.*/key"], inputs=["out", "wi_0"]),
     ),
+    "BitFit": ("t5_1_0", BitFit()),
+    "BitFit of stacks of two depths": ("byt5_shaped", BitFit()),
 }
 
 
@@ -122,13 +130,10 @@ def test_an_adapter_of_ptjax_is_the_same_in_peft(case, tmp_path) -> None:
     name, method = OUT[case]
     shapes = flatten_paths(method.variable_shapes(load_backbone(PARITY / name).config))
     rng = np.random.default_rng(0)
-    mean = float(method.name == "ia3")
+    mean = float(method.name != "lora")
     arrays = {path: rng.normal(mean, 0.3, x.shape).astype(np.float32) for path, x in shapes.items()}
-    if isinstance(method, LoRA):
-        fields = {"rank": method.rank, "alpha": method.alpha, "dropout": method.dropout}
-        export_peft_lora(tmp_path, arrays, **fields)
-    else:
-        export_peft_ia3(tmp_path, arrays)
+    origin = {"base_model": None, "revision": None, "metadata": {}}
+    method.export_peft(epath.Path(tmp_path), arrays, **origin)
     model = peft.PeftModel.from_pretrained(load_into_torch(PARITY / name), str(tmp_path)).eval()
     assert_same_network(name, method, arrays, model)
     # And here again, with the same settings.

@@ -73,6 +73,30 @@ def test_the_network_runs_with_the_trained_scales_in_place_of_its_own(run, backb
     assert np.abs(tuned - ptjax.forward(backbone, batch)).max() > 1e-3
 
 
+def test_merged_into_the_weights_it_is_a_backbone_of_its_own(run, backbone, folder, tmp_path):
+    """The same logits to the bit; of scanned layers and over bfloat16, the scales in float32."""
+    batch = {"encoder_input_tokens": np.array([[5, 6, 7]]), "decoder_input_tokens": [[0, 5]]}
+    tuned = ptjax.forward(backbone, batch, run.adapter)
+    ours = flatten_paths(backbone.variables["params"])
+    for how in ({"scan_layers": True}, {"dtype": "bfloat16"}):
+        loaded, target = ptjax.load_backbone(folder, **how), tmp_path / "_".join(how)
+        ptjax.export(run.adapter, target, to="merged", backbone=loaded)
+        merged = ptjax.load_backbone(target)
+        params = flatten_paths(merged.variables["params"])
+        for path, scale in run.adapter.arrays.items():
+            np.testing.assert_array_equal(params.pop(path.removeprefix("bitfit/")), scale)
+        rounded = "dtype" in how
+        for path, array in params.items():
+            expected = ours[path].astype(jnp.bfloat16) if rounded else ours[path]
+            np.testing.assert_array_equal(array, expected, err_msg=path)
+        if not rounded:
+            np.testing.assert_array_equal(ptjax.forward(merged, batch), tuned)
+    rounded = ptjax.load_backbone(folder, quantize="int8")
+    with pytest.raises(InputError, match="int8 kernels are rounded; load the backbone without q"):
+        ptjax.export(run.adapter, tmp_path / "int8", to="merged", backbone=rounded)
+    assert not (tmp_path / "int8").exists()
+
+
 def test_scanned_layers_take_the_same_file(run, backbone, folder):
     scanned = ptjax.load_backbone(folder, scan_layers=True)
     opened = open_prompt(scanned, run.adapter)
@@ -84,6 +108,18 @@ def test_scanned_layers_take_the_same_file(run, backbone, folder):
     for a, b in zip(one, other, strict=True):
         assert a.text == b.text
         assert abs(a.score - b.score) < 1e-4  # the compiler sums in another order
+
+
+def test_its_path_stands_for_it_in_python(run, backbone, tmp_path):
+    expected = ptjax.predict(backbone, TEXTS, run.adapter)
+    best = run.model_dir / "adapters" / "best.safetensors"
+    for path in (run.model_dir, best, str(best)):
+        assert ptjax.predict(backbone, TEXTS, path) == expected
+    ptjax.export(run.model_dir, tmp_path / "copy.safetensors", to="safetensors")
+    assert ptjax.predict(backbone, TEXTS, tmp_path / "copy.safetensors") == expected
+    (tmp_path / "damaged.safetensors").write_bytes(best.read_bytes()[:-1])
+    with pytest.raises(InputError, match=r"damaged\.safetensors"):
+        ptjax.predict(backbone, TEXTS, tmp_path / "damaged.safetensors")
 
 
 def test_equal_methods_share_one_compiled_program(run, backbone):
@@ -113,6 +149,12 @@ def test_every_command_uses_it(run, call, folder, tmp_path):
     code, out, err = call("export", f"--adapter={best}", "--to=safetensors", f"--output={copy}")
     assert code == 0 and "bitfit" in out, err
     assert copy.read_bytes() == best.read_bytes()
+    flags = ("--to=peft", f"--output={tmp_path / 'peft'}")
+    code, _, err = call("export", f"--model_dir={run.model_dir}", *flags)
+    assert code == 0, err
+    code, out, err = call("infer", f"--adapter={tmp_path / 'peft'}", *TEXTS)
+    assert code == 0, err
+    assert [json.loads(line) for line in out.splitlines()] == of_file
 
 
 @pytest.mark.usefixtures("own_process")
@@ -128,7 +170,7 @@ def test_it_is_no_prompt_and_a_prompt_is_no_adapter(run, call, folder, tmp_path)
     ):
         code, out, err = call("infer", *flags, f"--backbone={folder}", "a text")
         assert (code, out) == (2, "") and said in err.splitlines()[-1], err
-    for to in ("npy", "peft"):
+    for to in ("npy", "t5x"):
         out = f"--output={tmp_path / to}"
         code, _, err = call("export", f"--adapter={best}", f"--to={to}", out)
         assert code == 2 and "bitfit" in err.splitlines()[-1], err

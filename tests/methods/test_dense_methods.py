@@ -270,7 +270,7 @@ def test_a_file_loads_into_stacked_layers_and_into_single_ones(method, plain, ad
 
 def test_peft_gets_an_adapter_and_gives_it_back(backbone, tmp_path) -> None:
     """Exported under PEFT's names and loaded from there: the same predictions."""
-    for method in (LoRA(rank=2, targets=["query", "wo"]), IA3()):
+    for method in (LoRA(rank=2, targets=["query", "wo"]), IA3(), ptjax.BitFit()):
         adapter = some_adapter(method, backbone.config)
         adapter.metadata["step"] = 7
         arrays = adapter.arrays
@@ -329,9 +329,10 @@ def test_what_is_not_part_of_the_weights_is_not_merged(backbone, tmp_path) -> No
         ptjax.export(
             some_adapter(LORA, backbone.config), tmp_path / "x", to="merged", backbone=rounded
         )
-    norms = some_adapter(ptjax.BitFit(), backbone.config)
-    with pytest.raises(InputError, match="bitfit cannot be merged into a backbone's weights"):
-        ptjax.export(norms, tmp_path / "x", to="merged", backbone=backbone)
+    for method in (ptjax.PrefixTuning(2), ptjax.PerLayerPrompts(2)):
+        adapter = some_adapter(method, backbone.config)
+        with pytest.raises(InputError, match=f"{method.name} cannot be merged into a backbone's w"):
+            ptjax.export(adapter, tmp_path / "x", to="merged", backbone=backbone)
     assert not (tmp_path / "x").exists()
 
 

@@ -241,7 +241,7 @@ def test_a_method_without_sweeps_is_refused_by_name(method) -> None:
         check_members(ptjax.sweep(seeds=(1, 2)), ptjax.RunSettings(method=method))
 
 
-@pytest.mark.parametrize("name", ["bitfit", "per_layer_prompts"])
+@pytest.mark.parametrize("name", ["per_layer_prompts"])
 def test_what_peft_cannot_run_is_refused_by_name(name, int8, tmp_path) -> None:
     adapter = adapter_of(METHODS[name], int8)
     with pytest.raises(InputError, match=f"PEFT cannot run {name} as ptjax does"):

@@ -22,14 +22,14 @@ SOURCE: Any = types.SimpleNamespace(tokenizer=ByteTokenizer())
 """All that a suggestion needs of a backbone. A text of n letters has n + 1 tokens."""
 
 
-def suggested(texts: list[str], labels: list[str], **how: Any) -> Any:
+def suggested(texts: list[str], labels: list[str], method: Any = None, **how: Any) -> Any:
     """The settings for records of these texts, with the labels in turns."""
     records = [{"text": text, "label": labels[i % len(labels)]} for i, text in enumerate(texts)] * 2
     column: Any = {} if how else {"label": "label"}
     # The validation split holds one record of each label, so its share is negligible.
     held_out = [{"text": "x", "label": label} for label in labels]
     task = ptjax.Task.from_records(records, held_out, inputs="{text}", **column, **how)
-    return ptjax.suggest_settings(SOURCE, task)
+    return ptjax.suggest_settings(SOURCE, task, method)
 
 
 @pytest.mark.parametrize(
@@ -77,6 +77,26 @@ def test_the_rate_is_in_units_of_the_embedding() -> None:
     # 10 is the RMS of T5 1.1's embedding, 0.3 the paper's learning rate.
     assert optimizer.rate_number(0, 10.0) == pytest.approx(0.3)
     assert optimizer.rate_number(0, 0.5) == pytest.approx(0.015)
+
+
+def test_a_method_is_used_as_it_is_with_a_rate_that_suits_it(caplog) -> None:
+    caplog.set_level("INFO", logger="absl")
+    method = ptjax.LoRA(rank=4)
+    settings = suggested(["x", "y"], ["a", "b"], method)
+    assert settings.method is method
+    assert settings.optimizer == ptjax.Adafactor(0.001, weight_decay=0.0)
+    prompt = suggested(["x", "y"], ["a", "b"])
+    assert settings == dataclasses.replace(
+        prompt, method=method, optimizer=method.suggested_optimizer()
+    )
+    suggested(["x", "y"], ["a", "b"], ptjax.BitFit())
+    said = [line.removeprefix("suggested: ") for line in caplog.messages]
+    assert "learning rate 0.001" in said
+    assert "learning rate 0.03 of each array's own RMS" in said
+    assert any(line.startswith("method LoRA(rank=4, ") for line in said)
+    for wrong in (ptjax.LoRA, "lora"):
+        with pytest.raises(InputError, match=r"suggest_settings needs a ptjax\.Method, got"):
+            suggested(["x", "y"], ["a", "b"], wrong)
 
 
 @pytest.mark.parametrize(
