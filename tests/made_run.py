@@ -40,6 +40,14 @@ RESULTS: dict[str, Any] = {
     "settings": {"is": "RunSettings", "method": {"is": "PromptTuning", "length": 4}},
     "backbone": "tiny",
     "fingerprint": "v2:0123",
+    "costs": {
+        "optimizer_bytes": 272,
+        "checkpoint_bytes": 528,
+        "flops_per_step": 13_790_543_872,
+        "step_bytes": 166_264_832,
+        "export_bytes": 999_500,
+        "examples_per_second": 1234.56,
+    },
     "seconds": 75.2,
     "versions": {"ptjax": "0.1.0", "jax": "0.10.2"},
 }
@@ -78,7 +86,7 @@ def make_record(**changes: Any) -> dict[str, Any]:
 
 def make_sweep(count: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Results and records of a sweep; its best member of the validation split is the first."""
-    shared = {"settings", "backbone", "seconds", "versions", "trained_steps"}
+    shared = {"settings", "backbone", "costs", "seconds", "versions", "trained_steps"}
     own = {name: x for name, x in RESULTS.items() if name not in shared}
     members = {f"seed_{i}": own | {"value": 0.625 + i / 100, "seed": i} for i in range(count)}
     results = {name: RESULTS[name] for name in sorted(shared)}

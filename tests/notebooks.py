@@ -22,7 +22,7 @@ _TIMED_LINE = re.compile(r".*( in \d[\d.]* s\b|examples_per_second).*\n")
 _TIMES = (
     (re.compile(r", \d[\d.]* (s|min|h) left"), ""),
     (re.compile(r" +examples_per_second [\d.e+]+"), ""),
-    (re.compile(r"<dt>duration</dt>\s*<dd>[^<]*</dd>"), ""),
+    (re.compile(r"<dt>(duration|examples/s)</dt>\s*<dd>[^<]*</dd>"), ""),
 )
 _KEPT = ("text/html", "text/markdown", "text/plain")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 
 import numpy as np
 
@@ -43,6 +43,31 @@ def divide(
             for index in group:
                 held_out[index] = True
     return held_out
+
+
+def connected(keys: Iterable[Sequence[Hashable]]) -> list[Hashable]:
+    """Returns the unit of each record; records with a key in common have the same, transitively.
+
+    >>> connected([["a"], ["a", "b"], ["c"], ["b"]])
+    ['a', 'a', 'c', 'a']
+
+    Args:
+        keys: of each record, at least one.
+    """
+    parents: dict[Hashable, Hashable] = {}
+
+    def root(key: Hashable) -> Hashable:
+        while parents.setdefault(key, key) != key:
+            parents[key] = parents[parents[key]]
+            key = parents[key]
+        return key
+
+    firsts = []
+    for first, *others in keys:
+        firsts.append(first)
+        for other in others:
+            parents[root(other)] = root(first)
+    return [root(first) for first in firsts]
 
 
 def _wanted(count: Counter[Hashable], share: float) -> dict[Hashable, int]:

@@ -8,7 +8,7 @@ from typing import Any, Self, cast
 
 from absl import logging
 
-from ptjax.data.division import divide
+from ptjax.data.division import connected, divide
 from ptjax.data.labelling import label_splits
 from ptjax.data.labels import label_text
 from ptjax.data.memory import Table, name_splits, read_table
@@ -63,7 +63,8 @@ class FromRecords:
             verbalizer: label value -> target text; by default each label is its own text.
             targets: template of the target, for open text instead of labels.
             group: the column whose value related records share (a customer, a document): the
-                share that is held out keeps them on one side.
+                share that is held out keeps them on one side, and with them the records of
+                other groups that have the same input.
             name: of the task; by default the label's column.
             seed: decides which records are held out.
             settings: metrics, positive_label, answers, sentinels, on_bad_record, and for files
@@ -168,12 +169,10 @@ def _named_classes(fields: RecordFields, table: Table) -> Table:
 def _divided(fields: RecordFields, table: Table, share: float, seed: int) -> dict[str, Table]:
     """Train and validation from the records of `train`."""
     rows = usable_rows(fields, "train", table.records)
-    units: list[object] = []
-    for row in rows:
-        group = None if fields.group is None else row.record.fields.get(fields.group)
-        units.append(("text", row.text) if group is None else ("group", str(group)))
+    keys = [(("input", row.text), ("group", fields.group_of(row.record))) for row in rows]
+    units = connected([key for key in of_row if key[1] is not None] for of_row in keys)
     labels = [tuple(map(label_text, row.values)) for row in rows]
-    held_out = divide(labels, units, share, seed)  # pyright: ignore[reportArgumentType]
+    held_out = divide(labels, units, share, seed)
     chosen = {id(row.record) for row, held in zip(rows, held_out, strict=True) if held}
     if not chosen:
         raise InputError(

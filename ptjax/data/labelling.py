@@ -196,7 +196,7 @@ def _counts(count: Counter[str]) -> str:
 def _warn_overlap(fields: RecordFields, rows: Mapping[str, list[Row]], name: str) -> None:
     """Warns about inputs and groups of other splits that are also in train."""
     texts = {row.text for row in rows["train"]}
-    groups = {_group(fields, row) for row in rows["train"]} - {None}
+    groups = {fields.group_of(row.record) for row in rows["train"]} - {None}
     for split, of_split in rows.items():
         if split == "train":
             continue
@@ -210,7 +210,7 @@ def _warn_overlap(fields: RecordFields, rows: Mapping[str, list[Row]], name: str
                 len(of_split),
                 split,
             )
-        related = sum(_group(fields, row) in groups for row in of_split)
+        related = sum(fields.group_of(row.record) in groups for row in of_split)
         if related:
             logging.warning(
                 "%s: %d of %d records of %s share their %s with records of train",
@@ -220,8 +220,3 @@ def _warn_overlap(fields: RecordFields, rows: Mapping[str, list[Row]], name: str
                 split,
                 fields.group,
             )
-
-
-def _group(fields: RecordFields, row: Row) -> str | None:
-    value = None if fields.group is None else row.record.fields.get(fields.group)
-    return None if value is None else str(value)

@@ -32,6 +32,10 @@ class RecordFields:
     def targets_fields(self) -> tuple[str, ...]:
         return () if self.targets is None else template_fields("targets", self.targets)
 
+    def group_of(self, record: Record) -> str | None:
+        value = None if self.group is None else record.fields.get(self.group)
+        return None if value is None else str(value)
+
     def text(self, record: Record) -> str:
         """The input of a record; RecordError if it has none."""
         sentinels = self.settings.get("sentinels", False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from ptjax.files import JsonObject
 
 
@@ -18,7 +20,9 @@ def is_sound(content: JsonObject) -> bool:
 
 def _are_results(results: JsonObject) -> bool:
     """Whether these are the results of a run, or of a sweep with all its members."""
-    if not all(isinstance(results.get(x), dict | None) for x in ("settings", "versions")):
+    if not all(isinstance(results.get(x), dict | None) for x in ("settings", "versions", "costs")):
+        return False
+    if not all(x is None or _is_number(x) for x in (results.get("costs") or {}).values()):
         return False
     if not all(_is_number(results.get(x, 0)) for x in ("seconds", "trainable_parameters")):
         return False
@@ -99,4 +103,7 @@ def _are_texts(values: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether this is a number that a float can hold."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return not abs(value) > sys.float_info.max  # NaN is one

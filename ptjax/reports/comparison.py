@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from ptjax.files import JsonObject
 from ptjax.reports.content import Member
+from ptjax.reports.costs import COSTS, costs_of
 from ptjax.reports.curves import training_figures
 from ptjax.reports.markup import (
     columns,
-    duration,
     escape,
     flat,
     meter,
@@ -25,13 +25,15 @@ Run = tuple[str, JsonObject, list[Member], Sequence[JsonObject]]
 """A run's folder, the content of `results.json`, its members and the rows of `metrics.jsonl`."""
 
 _HEAD = ("run", "task", "split", "metric", "value", "best baseline", "macro F1", "ECE")
-_HEAD += ("best step", "trainable", "duration")
+_HEAD += ("best step",)
 _TEXTS = 4
 
 
 def comparison_text(runs: Sequence[Run]) -> str:
-    """Formats a table with a line for each run, and the settings in which they differ."""
+    """Formats tables with a line for each run, and the settings in which they differ."""
     text = columns([_HEAD, *(list(map(_plain, row)) for row in _cells(runs))], texts=_TEXTS)
+    if costs := _costs(runs):
+        text += "\n\n" + columns(costs)
     if differences := _differences(runs):
         names = _names(runs)
         rows = [["setting", *names]] + [
@@ -65,6 +67,10 @@ def comparison_page(runs: Sequence[Run]) -> str:
             + table(_HEAD, cells, texts=_TEXTS),
         )
     )
+    if costs := _costs(runs):
+        head, *rows = costs
+        cells = [[*map(escape, row)] for row in rows]
+        parts.append(tag("section", tag("h2", "Costs") + table(head, cells)))
     drawn = training_figures(
         [(name, rows, members[0]) for name, (_, _, members, rows) in zip(names, runs, strict=True)]
     )
@@ -95,11 +101,20 @@ def _cells(runs: Sequence[Run]) -> list[list[str]]:
                 value_of(best),
                 number(max(baselines, default=None)),
                 *map(number, (macro_f1(best), ece(best), best.results.get("step"))),
-                number(results.get("trainable_parameters")),
-                duration(results["seconds"]) if "seconds" in results else "\u2013",
             ]
         )
     return rows
+
+
+def _costs(runs: Sequence[Run]) -> list[list[str]]:
+    """A row of titles and a row for each run, as text; [] if no run has recorded a cost."""
+    costs = [costs_of(results) for _, results, *_ in runs]
+    titles = [title for title, _ in COSTS.values() if any(title in each for each in costs)]
+    rows = [
+        [name, *(each.get(title, "\u2013") for title in titles)]
+        for name, each in zip(_names(runs), costs, strict=True)
+    ]
+    return [["run", *titles], *rows] if titles else []
 
 
 def _plain(cell: str) -> str:

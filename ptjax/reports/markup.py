@@ -35,6 +35,19 @@ def number(value: object) -> str:
     return f"{value:.3f}" if abs(value) >= 0.001 or value == 0 else f"{value:.2g}"
 
 
+def quantity(value: float, unit: str = "") -> str:
+    """Formats a number with three digits and a prefix for thousands.
+
+    >>> print(quantity(999, "B"), quantity(11_360, "B"), quantity(13_790_543_872), sep=", ")
+    999 B, 11.4 kB, 13.8 G
+    """
+    prefixes = ["", "k", "M", "G", "T", "P"]
+    while abs(value) >= 999.5 and len(prefixes) > 1:
+        value /= 1000
+        del prefixes[0]
+    return f"{value:.3g} {prefixes[0]}{unit}".rstrip()
+
+
 def duration(seconds: float) -> str:
     """Formats a duration in its two largest units.
 

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from ptjax.files import JsonObject
 from ptjax.reports import figures
 from ptjax.reports.content import Member
+from ptjax.reports.costs import costs_of
 from ptjax.reports.curves import training_figures
 from ptjax.reports.markup import (
     definitions,
-    duration,
     escape,
     flat,
     meter,
@@ -49,7 +49,7 @@ def page_of(
         sections.append(members_section(members, rows))
     sections.append(_training(best, rows, whole=len(members) == 1))
     sections += [_classes(best), _confusion_and_calibration(best), _mistakes(best)]
-    sections += [_prompt_rows(best), _settings(results), _footer(results)]
+    sections += [_prompt_rows(best), _costs(results), _settings(results), _footer(results)]
     return "\n".join(filter(None, sections))
 
 
@@ -201,13 +201,16 @@ def _piece(token: str) -> str:
     return escape(shorten(token, 24)).replace("\u2581", tag("i", "\u2581"))
 
 
+def _costs(results: JsonObject) -> str:
+    costs = costs_of(results)
+    return tag("section", tag("h2", "Costs") + definitions(costs)) if costs else ""
+
+
 def _settings(results: JsonObject) -> str:
     facts = {
         "backbone": results.get("backbone"),
         "fingerprint": results.get("fingerprint"),
-        "trainable parameters": _number(results.get("trainable_parameters")),
         "frozen parameters": _number(results.get("frozen_parameters")),
-        "duration": duration(results["seconds"]) if "seconds" in results else None,
         "prompt": results.get("prompt"),
         "hard prompt": results.get("hard_prompt"),
     }

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from ptjax.files import JsonObject
 from ptjax.reports.content import Member
+from ptjax.reports.costs import costs_of
 from ptjax.reports.markup import columns, number, shorten
 from ptjax.reports.wording import compared, error_of, how_to_add, scored_on, tendency
 
@@ -16,7 +17,7 @@ _CONFUSED = 12
 
 
 def text_of(path: str, results: JsonObject, members: Sequence[Member]) -> str:
-    """Formats a report: the scores, and the classes, confusion and calibration of the best member.
+    """Formats a report: the scores, the costs, and classes, confusion, calibration of the best.
 
     Args:
         path: the run's folder.
@@ -29,6 +30,8 @@ def text_of(path: str, results: JsonObject, members: Sequence[Member]) -> str:
         parts.append(_members(members))
         parts.append(f"the best on the validation split, {shorten(best.name, 60)}:")
     parts.append(_scores(best, results))
+    if costs := costs_of(results):
+        parts.append(columns([*map(list, costs.items())], texts=2))
     if best.record is None or best.statistics is None:
         return "\n\n".join([*parts, how_to_add(path)]) + "\n"
     statistics = best.statistics

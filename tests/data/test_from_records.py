@@ -7,13 +7,14 @@ import decimal
 import doctest
 import json
 import logging
+from collections import Counter
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 
-from ptjax.data import labels, plain
+from ptjax.data import division, labels, plain
 from ptjax.data.division import divide
 from ptjax.data.sources import read_records
 from ptjax.data.tasks import Task
@@ -138,7 +139,7 @@ def test_values_of_other_libraries_become_plain(logged):
         "t: column 'f' holds values of type builtin_function_or_method, not text or numbers; it is "
         "left out"
     ]
-    for module in (plain, labels):
+    for module in (plain, labels, division):
         result = doctest.testmod(module)
         assert result.attempted and not result.failed
 
@@ -264,6 +265,30 @@ def test_a_group_and_equal_inputs_stay_on_one_side(logged):
     assert len(task.load("validation")) == 18  # of 28, 26 and 26 records, in pairs
     assert not set(texts(task, "train")) & set(texts(task, "validation"))
     assert logged() == []
+
+
+def test_groups_that_share_an_input_stay_on_one_side_together(logged):
+    """Also through a third group, and with records that have no group."""
+    rows = [
+        {"body": f"{category} {customer}", "category": category, "customer": customer}
+        for customer in range(24)
+        for category in ("billing", "login", "other")
+    ]
+    for first in range(0, 24, 3):  # three customers: the second shares an input with either other
+        for customer, body in ((0, "a"), (1, "a"), (1, "b"), (2, "b"), (None, "a")):
+            who = None if customer is None else first + customer
+            rows.append({"body": f"{body} {first}", "category": "billing", "customer": who})
+    task = Task.from_records(rows, 0.25, **HOW, group="customer")
+    train, held_out = (task.load(split) for split in ("train", "validation"))
+    assert not {e.inputs for e in train} & {e.inputs for e in held_out}
+    customers = [
+        {e.fields["customer"] for e in examples} - {None} for examples in (train, held_out)
+    ]
+    assert not customers[0] & customers[1] and len(customers[1]) == 6
+    # Two of the eight triples: a quarter of every label.
+    assert Counter(targets(task, "validation")) == {"billing": 16, "login": 6, "other": 6}
+    assert logged() == []
+    assert Task.from_records(iter(rows), 0.25, **HOW, group="customer") == task
 
 
 @pytest.mark.parametrize(

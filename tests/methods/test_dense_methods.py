@@ -347,9 +347,10 @@ def test_rows_of_a_batch_cannot_take_adapters_of_their_own(backbone) -> None:
 
 
 @pytest.mark.slow
-def test_members_of_a_sweep_train_as_they_do_alone(backbone, task, tmp_path) -> None:
+@pytest.mark.parametrize("method", [LoRA(rank=2, dropout=0.1), IA3()], ids=lambda x: x.name)
+def test_members_of_a_sweep_train_as_they_do_alone(method, backbone, task, tmp_path) -> None:
     schedule = TrainSchedule(train_steps=4, eval_period=4, log_period=4)
-    settings = {"method": LoRA(rank=2, dropout=0.1), "schedule": schedule}
+    settings = {"method": method, "schedule": schedule}
     settings |= {"optimizer": Adafactor(0.001)}
     results = tune(tmp_path / "both", task, backbone, members=ptjax.sweep(seeds=(3, 4)), **settings)
     assert set(results["members"]) == {"seed3", "seed4"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import importlib
 import json
 import re
 from pathlib import Path
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import tune
 from tiny import save_tiny, tiny_config
 
 import ptjax
@@ -33,6 +35,27 @@ METHODS = {
     "per_layer_prompts": ptjax.PerLayerPrompts(2, initializer=ptjax.Uniform(1.0)),
     "prefix_tuning": ptjax.PrefixTuning(2, initializer="random"),
 }
+EVERY = (
+    *METHODS.values(),
+    ptjax.PromptTuning(3),
+    ptjax.ResidualPromptTuning(3, bottleneck=4),
+    ptjax.PTuning(3, hidden=5),
+    ptjax.MultitaskPromptTuning(3, rank=2),
+    ptjax.ModelTuning(),
+)
+STEMS = {
+    "PromptTuning": "prompt",
+    "ResidualPromptTuning": "residual",
+    "PTuning": "ptun",
+    "MultitaskPromptTuning": "multitask",
+    "PerLayerPrompts": "perlayer",
+    "PrefixTuning": "prefix",
+    "LoRA": "lora",
+    "IA3": "ia3",
+    "BitFit": "bitfit|lntuning",  # PEFT's name
+    "ModelTuning": "modeltun",
+}
+"""A pattern of any spelling of a method, in small letters, without spaces and underscores."""
 
 
 def test_a_row_for_every_method_and_a_test_for_every_cell() -> None:
@@ -50,6 +73,42 @@ def test_the_tests_are_there_and_refusals_are_asserted() -> None:
         tree = ast.parse((ROOT / file).read_text("utf-8"))
         [found] = [x for x in tree.body if isinstance(x, ast.FunctionDef) and x.name == test]
         assert key not in refused or "pytest.raises(InputError" in ast.unparse(found), name
+
+
+@functools.cache
+def mentions(name: str) -> str:
+    """A test's parameters if they choose methods, else its source with the helpers it uses."""
+    file, _, test = name.partition("::")
+    function = getattr(importlib.import_module(Path(file).stem), test)
+    marks = getattr(function, "pytestmark", [])
+    values = plain(repr([mark.args[1] for mark in marks if mark.name == "parametrize"]))
+    if any(re.search(stem, values) for stem in STEMS.values()):
+        return values
+    nodes = {}
+    for path in (ROOT / "tests" / "conftest.py", ROOT / file):
+        for node in ast.parse(path.read_text("utf-8")).body:
+            targets = node.targets if isinstance(node, ast.Assign) else [node]
+            nodes |= {getattr(x, "name", getattr(x, "id", "")): node for x in targets}
+    used, names = set(), [test]
+    while names:
+        if (node := nodes.get(names.pop())) is not None and node not in used:
+            used.add(node)
+            names += [getattr(x, "id", getattr(x, "arg", "")) for x in ast.walk(node)]
+    return plain(" ".join(map(ast.unparse, used)))
+
+
+def plain(text: str) -> str:
+    return re.sub("[ _]", "", text).lower()
+
+
+def test_a_cell_s_tests_have_its_method(monkeypatch) -> None:
+    """Those in italics show something else, from which the feature follows."""
+    for folder in {(ROOT / name).parent for name in LEGEND.values()}:
+        monkeypatch.syspath_prepend(folder)
+    assert set(STEMS) == {row[0].strip(" `") for row in TABLE}
+    for method, *cells in TABLE:
+        for key in re.findall(r"[A-Z]\d+", re.sub(r"\*[A-Z]\d+\*", "", " ".join(cells))):
+            assert re.search(STEMS[method.strip(" `")], mentions(LEGEND[key])), (method, key)
 
 
 def test_every_adapter_is_here() -> None:
@@ -80,20 +139,46 @@ def adapter_of(method: AdapterMethod, backbone) -> Adapter:
     return Adapter(method, arrays, {"backbone_name": backbone.name})
 
 
-@pytest.mark.parametrize("name", ["per_layer_prompts", "prefix_tuning"])
+def logits_and_gradients(backbone, adapter: Adapter, tokens) -> dict[str, np.ndarray]:
+    """The logits, and the gradients of their mean square by the arrays of the file."""
+    model, name = bind(backbone, open_prompt(backbone, adapter)), adapter.method.collection
+
+    @jax.jit
+    def run(variables, tokens, lengths):
+        def loss(own):
+            tuned = {**variables, name: own}
+            logits = model.apply_fn(tuned, tokens, tokens[:, :3], encoder_lengths=lengths)
+            return jnp.square(logits).mean(), logits
+
+        return jax.grad(loss, has_aux=True)(variables[name])
+
+    gradients, logits = run(model.variables, tokens, np.arange(8) % 5 + 1)
+    return to_paths({name: gradients}) | {"logits": np.asarray(logits)}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("bitfit", marks=pytest.mark.slow),
+        "per_layer_prompts",
+        pytest.param("prefix_tuning", marks=pytest.mark.slow),
+    ],
+)
 def test_a_mesh_and_int8_change_nothing(name, folder, int8) -> None:
     how = {"mesh": "4x2", "fsdp": True, "quantize": "int8", "scan_layers": True, "remat": "full"}
     tokens = np.arange(8 * 5).reshape(8, 5) % 40 + 4
-    batch = {"encoder_input_tokens": tokens, "decoder_input_tokens": tokens[:, :3]}
     adapter = adapter_of(METHODS[name], int8)
-    expected = ptjax.forward(int8, batch, adapter)
-    found = ptjax.forward(ptjax.load_backbone(folder, **how), batch, adapter)
-    # To float32 rounding: devices and scans sum in another order.
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
-    assert np.abs(expected - ptjax.forward(int8, batch)).max() > 0.01 * np.abs(expected).max()
+    expected = logits_and_gradients(int8, adapter, tokens)
+    found = logits_and_gradients(ptjax.load_backbone(folder, **how), adapter, tokens)
+    assert set(found) == set(expected) == {*adapter.arrays, "logits"}
+    for path, array in expected.items():
+        assert np.abs(array).max() > 0, path
+        # To float32 rounding: devices and scans sum in another order.
+        atol = 1e-4 * np.abs(array).max()
+        np.testing.assert_allclose(found[path], array, rtol=0, atol=atol, err_msg=path)
 
 
-@pytest.mark.parametrize("name", ["per_layer_prompts"])
+@pytest.mark.parametrize("name", ["bitfit", "per_layer_prompts"])
 def test_it_decodes_as_it_is_taught(name, int8) -> None:
     """Target by target through the cache, and all at once."""
     model = bind(int8, open_prompt(int8, adapter_of(METHODS[name], int8)))
@@ -110,6 +195,37 @@ def test_it_decodes_as_it_is_taught(name, int8) -> None:
 
     steps, whole = both(model.variables, jnp.arange(4, 8)[None])
     np.testing.assert_allclose(steps, whole, rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", EVERY, ids=lambda method: method.name)
+def test_an_export_predicts_and_is_evaluated_as_in_its_run(
+    method, backbone, task, tmp_path
+) -> None:
+    """From its file: the score, and the label of every example with its probability."""
+    schedule = ptjax.TrainSchedule(train_steps=2, eval_period=2, log_period=2)
+    lengths = {"inputs": 512, "targets": 16}  # those of a backbone without a prompt
+    settings = {"method": method, "schedule": schedule, "feature_lengths": lengths}
+    run = ptjax.Run(tmp_path / "run", tune(tmp_path / "run", task, backbone, **settings))
+    tuned = run.adapter if run.prompt is None else run.prompt
+    network = backbone
+    if tuned is None:
+        network = ptjax.load_backbone(tmp_path / "run" / "models" / "best", dtype="float32")
+    scores = ptjax.evaluate(network, task, tuned, report=tmp_path / "again")
+    assert scores["value"] == run.results["value"]
+    recorded, again = (
+        json.loads((tmp_path / name / "report.json").read_text())["members"][""]
+        for name in ("run", "again")
+    )
+    assert again == recorded
+    texts = [example.fields["text"] for example in task.load("test")]
+    predictions = ptjax.predict(network, texts, tuned, task=task)
+    assert [prediction.text for prediction in predictions] == recorded["predictions"]
+    shares = [max(prediction.probabilities.values()) for prediction in predictions]
+    # Batches of another shape: the compiler sums in another order.
+    np.testing.assert_allclose(shares, recorded["confidences"], rtol=0, atol=1e-4)
+    untuned = ptjax.predict(backbone, texts, task=task)
+    assert all(a.score != b.score for a, b in zip(predictions, untuned, strict=True))
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -133,26 +249,8 @@ def test_what_peft_cannot_run_is_refused_by_name(name, int8, tmp_path) -> None:
     assert not (tmp_path / "peft").exists()
 
 
-def test_a_tuned_model_is_no_prompt(tmp_path) -> None:
+def test_model_tuning_has_no_prompt(tmp_path) -> None:
     (tmp_path / "models" / "best").mkdir(parents=True)
     for use in (ptjax.make_bank, lambda one: ptjax.export(one["a"], tmp_path / "x", to="peft")):
         with pytest.raises(InputError, match="the run tuned the whole model, and has no prompt"):
             use({"a": tmp_path})
-
-
-@pytest.mark.parametrize(
-    ("file", "trained"),
-    [
-        # ptjax-nano: D = 128, F = 512, 4 layers in the encoder and 2, each with two attentions,
-        # in the decoder.
-        ("runs/prefix_tune.gin", 2 * 100 * 128 * (4 + 2 + 2)),
-        ("runs/lora.gin", 8 * (128 + 128) * 2 * (4 + 2 + 2)),
-        ("runs/ia3.gin", 2 * 128 * (4 + 2 + 2) + 512 * (4 + 2)),
-        ("runs/bitfit.gin", 128 * (4 * 2 + 1 + 2 * 3 + 1)),
-    ],
-)
-def test_a_gin_file_plans_what_it_trains(call, file, trained) -> None:
-    flags = ("--gin_file=models/ptjax_nano.gin", f"--gin_file={file}")
-    code, out, err = call("plan", *flags, "--slice=v5e-1", "--quick", "--json")
-    assert code == 0, err
-    assert json.loads(out)[0]["own"]["trainable"] == trained

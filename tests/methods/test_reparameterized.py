@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -81,7 +82,14 @@ def settings_of(method: Method) -> ptjax.RunSettings:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "method",
-    [METHODS["residual"], METHODS["p_tuning, lstm"], ptjax.PerLayerPrompts(3), ptjax.BitFit()],
+    [
+        METHODS["residual"],
+        METHODS["p_tuning, lstm"],
+        ptjax.PerLayerPrompts(3),
+        ptjax.IA3(),
+        ptjax.BitFit(),
+        ptjax.ModelTuning(),
+    ],
     ids=lambda method: method.name,
 )
 def test_a_run_resumes_bitwise_with_its_network(method, backbone, task, tmp_path) -> None:
@@ -96,22 +104,23 @@ def test_a_run_resumes_bitwise_with_its_network(method, backbone, task, tmp_path
     stopped = train("stopped")
     assert stopped.finished
     assert without_seconds(stopped.results) == without_seconds(whole.results)
+    folders = [Path(ModelDir(x.model_dir).exports(method.exports)) for x in (stopped, whole)]
     exports = [
-        {
-            file.name: file.read_bytes()
-            for file in ModelDir(x.model_dir).exports(method.exports).iterdir()
-        }
-        for x in (stopped, whole)
+        {str(file.relative_to(x)): file.read_bytes() for file in x.rglob("*") if file.is_file()}
+        for x in folders
     ]
-    assert set(exports[0]) == {"3.safetensors", "best.safetensors"} and exports[0] == exports[1]
-    sizes = jax.tree.leaves(method.variable_shapes(backbone.config))
-    assert whole.results["trainable_parameters"] == sum(x.size for x in sizes)
+    assert {entry.stem for entry in folders[0].iterdir()} == {"3", "best"}
+    assert exports[0] == exports[1]
+    trained = method.variable_shapes(backbone.config) or backbone.variables["params"]
+    sizes = [x.size for x in jax.tree.leaves(trained)]
+    assert whole.results["trainable_parameters"] == sum(sizes)
 
 
 @pytest.mark.slow
-def test_the_members_of_a_sweep_have_networks_of_their_own(backbone, task, tmp_path) -> None:
+@pytest.mark.parametrize("name", ["residual", "p_tuning", "multitask"])
+def test_the_members_of_a_sweep_have_networks_of_their_own(name, backbone, task, tmp_path) -> None:
     """Each prompt is that of a run of its own; rows of one batch may take either."""
-    settings = settings_of(METHODS["p_tuning"])
+    settings = settings_of(METHODS[name])
     members = ptjax.sweep(seeds=(3, 4))
     run = ptjax.tune(backbone, task, tmp_path / "sweep", settings, members=members)
     best = ModelDir(run.model_dir).best_prompt

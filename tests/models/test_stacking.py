@@ -18,12 +18,15 @@ from ptjax.backbones.load import load_backbone
 from ptjax.backbones.save import save_backbone
 from ptjax.data.batch import make_batch, make_packed_batch
 from ptjax.errors import InputError
+from ptjax.methods.base import run_with
+from ptjax.methods.model_tuning import ModelTuning
 from ptjax.methods.prompt_tuning import PromptTuning
 from ptjax.models.config import T5Config
 from ptjax.models.prompted import make_apply_fn, with_prompt
 from ptjax.models.stacking import UnstackedView, make_layers, run_layers, stack, stack_paths
 from ptjax.models.t5 import init_params, parameter_shapes
 from ptjax.planning.flops import step_flops
+from ptjax.planning.workload import PlannedBackbone
 from ptjax.training import freeze as freezing
 from ptjax.training.loss import Loss
 from ptjax.training.optimizer import Adafactor
@@ -86,6 +89,30 @@ def test_what_is_made_again_is_what_was_dropped(tiny, stacked, remat, scan_layer
     params = stacked if scan_layers else tiny.params
     want = value_and_grad(tiny.config, tiny.params, tiny.prompt, batch)
     assert_same(value_and_grad(config, params, tiny.prompt, batch), want)
+
+
+def test_packed_and_made_again_model_tuning_has_the_same_gradients(tiny, stacked) -> None:
+    """Of every weight: unrolled and unpacked, and with packed rows in scanned layers."""
+
+    def value_and_grads(params, batch, **changes):
+        config = dataclasses.replace(tiny.config, dropout_rate=0.0, **changes)
+        apply_fn = run_with(ModelTuning(), PlannedBackbone(config))
+
+        @jax.jit
+        @jax.value_and_grad
+        def loss(params, batch):
+            return batch_loss(apply_fn, Loss(), {"params": params}, batch, jax.random.key(0))
+
+        return loss(params, batch)
+
+    value, grads = value_and_grads(tiny.params, batch_of("unpacked", 0))
+    packed = batch_of("packed", 0)
+    again, of_stack = value_and_grads(stacked, packed, scan_layers=True, remat="full")
+    wanted, found = stack_paths(flatten_paths(grads), jnp.stack), flatten_paths(of_stack)
+    assert set(found) == set(wanted)
+    for path, gradient in wanted.items():
+        assert np.abs(gradient).max() > 0, path
+        assert_same((again, found[path]), (value, gradient))
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])

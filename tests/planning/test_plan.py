@@ -68,8 +68,13 @@ OF_METHODS = {
     "runs/multitask.gin": 100 * 128 + 100 + 128,
     "runs/per_layer.gin": 4 * 100 * 128,
     "runs/p_tune.gin": 100 * 128 + 3 * (128 * 128 + 128),
+    "runs/prefix_tune.gin": 2 * 100 * 128 * (4 + 2 + 2),
+    "runs/lora.gin": 8 * (128 + 128) * 2 * (4 + 2 + 2),
+    "runs/ia3.gin": 2 * 128 * (4 + 2 + 2) + 512 * (4 + 2),
+    "runs/bitfit.gin": 128 * (4 * 2 + 1 + 2 * 3 + 1),
 }
-"""The gin files of methods -> how many parameters they train on ptjax-nano, D = 128."""
+"""The gin files of methods -> how many parameters they train on ptjax-nano: D = 128, F = 512, 4
+layers in the encoder and 2, each with two attentions, in the decoder."""
 
 
 @pytest.mark.parametrize("file", OF_METHODS)

@@ -191,6 +191,18 @@ def test_packed_rows_follow_the_mesh():
 # It is the step of a real run
 
 
+OTHERS = (
+    "ResidualPromptTuning",
+    "PTuning",
+    "MultitaskPromptTuning",
+    "PerLayerPrompts",
+    "PrefixTuning",
+    "LoRA",
+    "IA3",
+    "BitFit",
+)
+
+
 @pytest.mark.parametrize(
     "extra",
     [
@@ -199,8 +211,12 @@ def test_packed_rows_follow_the_mesh():
         ["SCAN_LAYERS = True", "FSDP = True", "REMAT = 'dots'"],
         pytest.param(["QUANTIZE = 'int8'"], marks=pytest.mark.slow),
         ["ptjax.RunSettings.method = @ptjax.ModelTuning()", "LEARNING_RATE = 0.001"],
+        *(
+            pytest.param([f"ptjax.RunSettings.method = @ptjax.{name}()"], marks=pytest.mark.slow)
+            for name in OTHERS
+        ),
     ],
-    ids=["plain", "groups", "fsdp", "int8", "model tuning"],
+    ids=["PromptTuning", "groups", "fsdp", "int8", "ModelTuning", *OTHERS],
 )
 def test_the_plan_lowers_the_step_that_a_run_compiles(own_process, monkeypatch, extra):
     """Word for word, with the same arguments on the same devices."""

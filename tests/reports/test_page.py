@@ -13,7 +13,7 @@ from made_run import EVIL, LABELS, RESULTS, ROWS, make_record, make_sweep, save_
 from ptjax.errors import InputError
 from ptjax.reports import figures, members
 from ptjax.reports.files import write_page
-from ptjax.reports.markup import columns, duration, number, shorten
+from ptjax.reports.markup import columns, duration, number, quantity, shorten
 from ptjax.reports.report import Comparison, Report
 from ptjax.trainer.tune import Run
 
@@ -96,7 +96,7 @@ def test_what_comes_from_data_is_text_in_the_page(page):
         "Against the baselines", "untrained prompt", "majority label", "Validation accuracy",
         "best 0.750", "Training loss", "Learning rate", "Per class", "macro average", "Confusion",
         "Calibration", "Expected calibration error 0.200", "Most confident mistakes",
-        "Prompt rows", "10 more rows", "method.length", "v2:0123", "1 min 15 s", "0.10.2",
+        "Prompt rows", "10 more rows", "method.length", "v2:0123", "166 MB", "1 min 15 s", "0.10.2",
         "\u00b1 0.171", "words", "accuracy on the split test, 8 examples",
     ],
 )  # fmt: skip
@@ -141,6 +141,14 @@ def test_the_text_is_a_table(run):
         "majority label                 0.500\n"
         "hard prompt: asked $politely$  0.375\n"
         "best step                      20\n\n"
+        "trainable parameters      64\n"
+        "export                    1 MB\n"
+        "optimizer state           272 B\n"
+        "checkpoint                528 B\n"
+        "FLOPs a step              13.8 G\n"
+        "memory (compiler's plan)  166 MB\n"
+        "examples/s                1,234.6\n"
+        "duration                  1 min 15 s\n\n"
         "class             precision  recall     F1  support\n"
         "good                  0.750   0.750  0.750        4\n"
         "bad                   0.500   0.500  0.500        2\n"
@@ -219,10 +227,34 @@ def test_a_comparison_has_a_line_for_each_run(tmp_path, run):
     assert method == ["method.length", "4", "8", "4"]
     page = comparison.to_html()
     text = "".join(checked(page).texts)
-    for part in ("3 runs compared", "compare with care", "F1 per class", "Settings that differ"):
+    for part in (
+        "3 runs compared", "compare with care", "Costs", "F1 per class", "Settings that differ",
+    ):  # fmt: skip
         assert part in text
     assert "http" not in page and EVIL not in page and comparison.to_html() == page
     checked(comparison._repr_html_())
+
+
+def test_costs_beside_those_of_a_run_that_recorded_none(tmp_path, run):
+    """Before `costs` existed a run recorded its parameters and its duration."""
+    old = {name: value for name, value in RESULTS.items() if name != "costs"}
+    save_run(tmp_path / "old", {"": make_record()}, old | {"trainable_parameters": 1_000_000})
+    reports = [Report.read(path) for path in (tmp_path / "old", run)]
+    lines = str(Comparison(reports)).splitlines()
+    assert [re.split("  +", line) for line in lines[4:7]] == [
+        ["run", "trainable parameters", "export", "optimizer state", "checkpoint", "FLOPs a step",
+         "memory (compiler's plan)", "examples/s", "duration"],
+        ["old", "1,000,000", *["\u2013"] * 6, "1 min 15 s"],
+        ["words", "64", "1 MB", "272 B", "528 B", "13.8 G", "166 MB", "1,234.6", "1 min 15 s"],
+    ]  # fmt: skip
+    assert '<th class="number">examples/s</th>' in Comparison(reports).to_html()
+    of_old, page = str(reports[0]), reports[0].to_html()
+    assert "duration              1 min 15 s\n" in of_old and "checkpoint" not in of_old
+    assert "<dd>1,000,000</dd>" in page and "checkpoint" not in page
+    bare = {name: RESULTS[name] for name in ("task", "split", "metric", "value")}
+    bare = Report.read(save_run(tmp_path / "bare", {"": make_record()}, bare))
+    assert "Costs" not in bare.to_html() + Comparison([bare, bare]).to_html()
+    assert str(Comparison([bare, bare])).count("\n") == 3
 
 
 def test_many_classes_and_labels_of_any_script(tmp_path):
@@ -238,6 +270,8 @@ def test_pieces_of_text():
     assert [number(x) for x in (1234, 0.5, 0.0001, 0.0, None, "x")] == [
         "1,234", "0.500", "0.0001", "0.000", "\u2013", "x",
     ]  # fmt: skip
+    values = ((0, "B"), (999.4, "B"), (999.5, "B"), (11_360, "B"), (7.21e14, ""))
+    assert [quantity(*x) for x in values] == ["0 B", "999 B", "1 kB", "11.4 kB", "721 T"]
     assert [duration(x) for x in (59.4, 125, 7300)] == ["59 s", "2 min 5 s", "2 h 1 min"]
     assert shorten("a\nb  c", 4) == "a b\u2026" and shorten("abcd", 4) == "abcd"
     assert columns([["\u30e9", "1"], ["abc", "22"]]) == "\u30e9    1\nabc  22"
@@ -294,6 +328,9 @@ def test_a_folder_without_a_finished_run_is_refused(tmp_path):
         (["results", "value"], "0.5"),
         (["results", "settings"], 1),
         (["results", "seconds"], "long"),
+        (["results", "costs"], [1]),
+        (["results", "costs", "step_bytes"], "<b>"),
+        (["results", "costs", "step_bytes"], 10**400),
         (["results", "before"], EVIL),
         (["results", "hard_prompts"], {"a": "b"}),
         (["results", "members"], {"a": {"value": 1}}),
