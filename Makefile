@@ -20,8 +20,9 @@ TRANSFORMERS_5 := 5.24.0
 quickstart: $(VENV)/installed  ## tune a prompt on the shipped backbone, on CPU
 	$(BIN)/python -m ptjax.train --gin_file=quickstart.gin
 
+# TESTS="tests/models tests/cli" runs these folders alone.
 test: $(VENV)/installed-dev  ## everything but the markers slow, oracle, tpu, cuda, shared
-	$(PYTEST)
+	$(PYTEST) $(TESTS)
 
 test-all: $(VENV)/installed-oracle  ## everything
 	$(PYTEST) --durations=40 --durations-min=10 -m "$(shell $(BIN)/python tests/markers.py)"

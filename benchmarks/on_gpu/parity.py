@@ -48,8 +48,8 @@ from ptjax.data.batch import pad
 from ptjax.inference.generate import Decoding, decode_tokens, generate_tokens
 from ptjax.inference.labels import Labels, predict_labels
 from ptjax.inference.model import Model
-from ptjax.models.quantized import Quantized
 from ptjax.models.prompted import with_prompt
+from ptjax.models.quantized import Quantized
 from ptjax.sharding.arrays import replicated
 from ptjax.sharding.meshes import make_mesh
 from ptjax.training.loss import Loss

@@ -298,6 +298,7 @@ def test_a_run_trains_scores_and_exports_as_that_of_ptjax(tmp_path, backbone, ta
     assert len(texts[0]) == len(texts[1]) == 1
 
 
+@pytest.mark.slow
 def test_model_tuning_exports_a_model_that_loads_back(tmp_path, backbone, task):
     """A whole run; the same command then returns the same results, and notices a cut export."""
     family = ptjax.flax_module(Transformer(backbone.config))

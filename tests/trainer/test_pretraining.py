@@ -68,6 +68,7 @@ def made(model_dir: Path) -> tuple[bytes, list]:
     return (model_dir / "models" / "best" / "model.safetensors").read_bytes(), kept
 
 
+@pytest.mark.slow
 def test_from_scratch_stopped_and_gone_on(corpus, tmp_path):
     scratch = {"tokenizer": "package:nano", **mixture(corpus)}
     pretrain(CONFIG, model_dir=tmp_path / "whole", **scratch)
