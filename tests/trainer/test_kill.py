@@ -15,6 +15,7 @@ from conftest import PATIENCE, outcome
 
 pytestmark = pytest.mark.slow
 REPOSITORY = Path(__file__).parents[2]
+STEPS = 64
 
 
 def start(directory: Path, log: Path) -> subprocess.Popen[bytes]:
@@ -22,7 +23,8 @@ def start(directory: Path, log: Path) -> subprocess.Popen[bytes]:
     command = [
         *(sys.executable, "-m", "ptjax.train", "--gin_file=quickstart.gin"),
         f"--gin.MODEL_DIR='{directory}'",
-        "--gin.TRAIN_STEPS=120",
+        f"--gin.TRAIN_STEPS={STEPS}",
+        "--gin.ptjax.Evaluation.hard_prompts={}",
         "--gin.EVAL_PERIOD=8",
         "--gin.EVAL_EXAMPLES=24",
         "--gin.DROPOUT_RATE=0.1",
@@ -87,5 +89,5 @@ def test_case_5_3_of_two_at_once_one_trains(tmp_path: Path) -> None:
     winner, loser = codes.index(0), codes.index(2)
     refused = logs[loser].read_text().splitlines()[-1]
     assert f"MODEL_DIR = {tmp_path / 'run'}: in use by process {both[winner].pid} on " in refused
-    assert newest(tmp_path / "run") == 120
+    assert newest(tmp_path / "run") == STEPS
     assert (tmp_path / "run" / "results.json").exists()
