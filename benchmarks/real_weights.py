@@ -23,10 +23,11 @@ TARGETS = "das Haus ist wunderbar, positive and Paris"
 NEW_TOKENS = 12
 MOST_DIFFERENCE = 1e-4
 """Of a logit, over the spread of all: both sides compute in float32, in another order."""
-PUBLISHED = (
-    "Lester et al. 2021 have no SST-2. Their results on SuperGLUE are what to compare runs of "
-    "tasks/boolq.gin, cb.gin, copa.gin and so on with."
-)
+PUBLISHED = {
+    "published: SST-2 validation, prompt-tuning's own prompt for the LM-adapted T5 1.1 base": 0.951
+}
+"""google-research/prompt-tuning, pretrained_prompts/t5_1_1_lm100k_base/README.md: 100 rows, which
+start as the class labels, batch 128. The paper itself has no SST-2."""
 
 
 def main() -> None:
@@ -113,7 +114,7 @@ def write_sst2(folder: Path) -> None:
 
 
 def table(name: str, folder: Path) -> str:
-    """The results, and which published ones there are to compare with."""
+    """The results, and the published one to compare them with."""
     found = json.loads((folder / "parity.json").read_text())
     results = json.loads((folder / "sst2" / "results.json").read_text())
     rows = {
@@ -123,9 +124,10 @@ def table(name: str, folder: Path) -> str:
         "SST-2 validation, always the majority": f"{results['majority']:.3f}",
         "SST-2 validation, the untrained prompt": f"{results['before']:.3f}",
         "SST-2 validation, the tuned prompt": f"{results['value']:.3f}",
+        **PUBLISHED,
     }
     lines = [f"| {name} | |", "|---|--:|", *(f"| {row} | {value} |" for row, value in rows.items())]
-    return "\n".join([*lines, "", PUBLISHED])
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import subprocess
 from pathlib import Path
 
@@ -35,3 +36,10 @@ def test_parity_holds_on_random_weights(tmp_path, monkeypatch):
     found = real_weights.parity(str(folder), None, tmp_path)
     assert found["relative_difference"] < real_weights.MOST_DIFFERENCE
     assert found["generated_equal"] and found["texts"] == 4
+    (tmp_path / "parity.json").write_text(json.dumps(found))
+    (tmp_path / "sst2").mkdir()
+    results = {"majority": 0.509, "before": 0.5, "value": 0.9}
+    (tmp_path / "sst2" / "results.json").write_text(json.dumps(results))
+    *_, tuned, published = real_weights.table("t5", tmp_path).splitlines()
+    assert tuned == "| SST-2 validation, the tuned prompt | 0.900 |"
+    assert published.startswith("| published: SST-2 ") and published.endswith(" | 0.951 |")
