@@ -25,11 +25,11 @@ def main() -> None:
         the header. kv_cache: the same file with precomputed keys and values of
         every layer of its backbone, for a prompt that does not see its input (SEES_INPUT = False).
         npy: the numpy file that google-research/prompt-tuning reads, without metadata. peft, or
-        huggingface: a directory for peft.PeftModel.from_pretrained, with a model card; it needs
-        the backbone's sizes. ptjax reads the task's template from it; PEFT does not. t5x: a copy
-        of the backbone's T5X checkpoint with the prompt as a parameter of prompt-tuning, which
-        shares its other files with the original (hard links). merged: with --adapter, for LoRA,
-        IA3 and BitFit, a backbone whose weights have the adapter's effect in them, in Hugging
+        huggingface: a directory for peft.PeftModel.from_pretrained, for a prompt with a model card;
+        it needs the backbone's sizes. ptjax reads the task's template from it; PEFT does not. t5x:
+        a copy of the backbone's T5X checkpoint with the prompt as a parameter of prompt-tuning,
+        which shares its other files with the original (hard links). merged: with --adapter, for
+        LoRA, IA3 and BitFit, a backbone whose weights have the adapter's effect in them, in Hugging
         Face's layout.
 
           python -m ptjax.export --model_dir=runs/quickstart --to=npy --output=prompt.npy

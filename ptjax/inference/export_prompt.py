@@ -51,8 +51,8 @@ def export(
     - "kv_cache": the same file with the keys and values that every layer of the backbone computes
       from the prompt, which must be one that does not attend to its input.
     - "npy": the numpy file that google-research/prompt-tuning reads, without metadata.
-    - "peft": a folder for `peft.PeftModel.from_pretrained`, with a model card. ptjax finds the
-      metadata in it; PEFT ignores them, the template of the task for example.
+    - "peft": a folder for `peft.PeftModel.from_pretrained`; of a prompt, with a model card. ptjax
+      finds the metadata in it; PEFT ignores them, the template of the task for example.
     - "t5x": a T5X checkpoint, the backbone's with the prompt added as parameter
       `encoder/prompt/prompt/prompt`. It shares its other files with the original by hard links.
     - "merged": a backbone in Hugging Face's layout, float32, whose weights have an adapter's effect
