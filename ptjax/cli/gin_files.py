@@ -24,6 +24,7 @@ from etils import epath
 import ptjax
 from ptjax import gin_text
 from ptjax.cli import gin_types, old_config, t5x_names, trust
+from ptjax.cli.gin_includes import ReadFiles, is_remote
 from ptjax.cli.gin_macros import check_macros, macro, used_and_set
 from ptjax.cli.gin_mistakes import IMPORTS, PUBLIC_NAMES, check_depth, explained
 from ptjax.errors import InputError, near
@@ -72,22 +73,20 @@ def load_gin(
     paths = ["", *filter(None, arguments.gin_search_paths.split(",")), os.fspath(gin_configs())]
     for path in paths:
         gin.add_config_file_search_path(path)
-    # Replaces gin's readers, one of which reads from Python packages: it takes a local folder
-    # `runs`, which any run may create, for a package and fails on `include 'runs/x.gin'`.
-    included: dict[str, IO[str]] = {}
-    read = functools.partial(_open, of_run=of_run, included=included)
-    _gin._FILE_READERS = [(read, os.path.isfile), (read, _is_remote)]
-    files = []
-    for file in arguments.gin_file:
-        with explained(paths, file):
-            if file == of_run and not trusted:
-                with _open(file, of_run) as stream:
-                    trust.check(stream, file)
-            # Named by the user, it is read once more, and overrides.
-            for path in paths:
-                included.pop(os.path.join(path, file), None)
-            with _warning_of_mixed_tasks(file):
-                files = _flat(gin.parse_config_file(file), paths) + files  # later ones override
+    files: list[epath.Path] = []
+    with _reading_once(of_run) as read_files:
+        for file in arguments.gin_file:
+            with explained(paths, file):
+                if file == of_run and not trusted:
+                    with _open(file, of_run) as stream:
+                        trust.check(stream, file)
+                # Named by the user, it is read once more, and overrides.
+                for path in paths:
+                    read_files.remove(os.path.join(path, file))
+                with _warning_of_mixed_tasks(file):
+                    named, *inner = _flat(gin.parse_config_file(file), paths)
+                    # Later ones override; an included file that was read before was left out.
+                    files = [named, *(path for path in inner if path not in files), *files]
     imports = [line for line in arguments.gin_bindings if re.match(r"(import|from)\s", line)]
     for line in arguments.gin_bindings:
         with explained(paths, f"command line, {line}", line):
@@ -137,17 +136,33 @@ def _warning_of_mixed_tasks(file: str) -> Iterator[None]:
             )
 
 
-def _open(
-    path: str, of_run: str | None = None, included: dict[str, IO[str]] | None = None
-) -> IO[str]:
+@contextlib.contextmanager
+def _reading_once(of_run: str | None) -> Iterator[ReadFiles]:
+    """Replaces gin's readers, one of which reads from Python packages; of one file once, inside.
+
+    It takes a local folder `runs`, which any run may create, for a package and fails on
+    `include 'runs/x.gin'`.
+    """
+    read_files = ReadFiles()
+    try:
+        _use_reader(functools.partial(_open, of_run=of_run, read_files=read_files))
+        yield read_files
+    finally:
+        _use_reader(functools.partial(_open, of_run=of_run))
+
+
+def _use_reader(read: Callable[[str], IO[str]]) -> None:
+    _gin._FILE_READERS = [(read, os.path.isfile), (read, _is_remote)]
+
+
+def _open(path: str, of_run: str | None = None, read_files: ReadFiles | None = None) -> IO[str]:
     """Opens and checks a gin file; gin calls it for included files too.
 
     Args:
         of_run: the file that an older ptjax may have written.
-        included: the files that were read before, by path; the result is added. A file that was
-            read to its end is empty now. If it is still open, it includes itself.
+        read_files: those that were read before, which are empty now; this one is added.
     """
-    if included is not None and path in included and included[path].closed:
+    if read_files is not None and path in read_files:
         return io.StringIO()
     try:
         text = epath.Path(path).read_bytes().decode("utf-8-sig")
@@ -166,8 +181,8 @@ def _open(
         )
     stream = io.StringIO(text)
     stream.name = path  # type: ignore[attr-defined]  # gin's parser uses it in its messages
-    if included is not None:
-        included[path] = stream
+    if read_files is not None:
+        read_files.add(path, stream)
     return stream
 
 
@@ -193,7 +208,7 @@ def _apply_t5x_flags(arguments: argparse.Namespace) -> None:
 
 def _is_remote(path: str) -> bool:
     # gin prepends the search paths to any name: "folder/gs://..." is not a remote file.
-    return re.match(r"\w+://", path) is not None and epath.Path(path).exists()
+    return is_remote(path) and epath.Path(path).exists()
 
 
 def _bind(line: str, imports: str) -> None:

@@ -356,8 +356,8 @@ def plan_evaluation(
 ) -> list[PlannedBatch]:
     """Plans batches, one bucket after another, in which every example occurs exactly once.
 
-    Examples that do not fill a batch of their bucket move to the next larger
-    bucket. The last batch is completed with empty rows, which have the index -1.
+    Examples that do not fill a batch of their bucket move to the next larger bucket. The last batch
+    is completed with empty rows, which have the index -1.
 
     Args:
         buckets: as for `plan_epoch`.

@@ -59,9 +59,9 @@ def export(
       in them, for LoRA, IA3 and BitFit. `load_backbone` and `transformers` read it.
 
     Args:
-        prompt: as for `ptjax.forward`: a prompt, a path or name that `load_prompt` takes, an array;
-            or the result of `load_adapter`, for "safetensors", "merged" and, if PEFT has the
-            method, "peft".
+        prompt: as for `ptjax.forward`: a prompt or an adapter, a path or name that `load_prompt` or
+            `load_adapter` takes, or an array. An adapter is for "safetensors", "merged" and, if
+            PEFT has the method, "peft".
         output: a file; for "peft" a folder, for "t5x" a new one.
         backbone: the backbone or its path, which all except "safetensors" and "npy" need;
             default: the one that the prompt was tuned on. For "t5x" it must be a T5X checkpoint.

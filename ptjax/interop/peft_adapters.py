@@ -67,8 +67,8 @@ def load_peft_adapter(directory: PathLike) -> peft.PeftAdapter:
 
     Raises:
         InputError: a file is missing or damaged or has another format; the adapter is of another
-            method, another network or a variant of LoRA; its tensors do not fit its config; or it
-            has trained only some of the norms.
+            method, another network or a variant of LoRA; its tensors do not fit its config; or
+            only some of the norms were trained.
     """
     directory = epath.Path(directory)
     if peft.method_of(directory) == _PREFIX_TUNING:

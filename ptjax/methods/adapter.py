@@ -218,7 +218,7 @@ def holds_adapter(path: PathLike) -> bool:
     from ptjax.interop.adapter_file import is_adapter
     from ptjax.interop.peft_adapters import is_peft_adapter
 
-    check_path("the path of the prompt", path)
+    check_path("the path of the prompt or adapter", path)
     file = epath.Path(path).expanduser()
     if not file.is_dir():
         return file.exists() and is_adapter(file)

@@ -26,7 +26,7 @@ State = TypeVar("State", bound=tuple[Any, ...])
 SHRINKAGE = 4
 """A loop ends once at most 1 / SHRINKAGE of its rows are unfinished; another decodes these."""
 FEWEST_ROWS = 8
-"""The rows of the last loop on each device: each loop is compiled, and few rows cost little."""
+"""No further loop has fewer rows a device: each loop is compiled, and few rows cost little."""
 
 
 class Source(NamedTuple):
@@ -35,8 +35,8 @@ class Source(NamedTuple):
     Attributes:
         states, segment_ids: of `Encoded`.
         keys: the keys [B] of `Sampling`, or None.
-        cross: the arrays of the cache that are of the encoder's output, which a row's beams share;
-            None before a loop begins. They are not in a loop's state, which takes twice its memory.
+        cross: the cache's keys and values of the encoder's output, which a row's beams share; None
+            before a loop begins. A loop's state is in memory twice, so they are kept out of it.
     """
 
     states: Array

@@ -68,7 +68,7 @@ def decode(
         prompt_ids: if the variables hold a bank of prompts, the index of each row's prompt; -1
             means no prompt.
         alpha: the exponent of the beam search's brevity penalty.
-        shards: the number of devices that share the rows, which divides them. Static, too.
+        shards: the number of parts in which the mesh divides the rows. Static, too.
 
     Returns:
         `(tokens, scores)`. The tokens are int32 [B, L], with `pad_id` after the end of sequence.

@@ -42,6 +42,10 @@ def quantized_dot(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _dot(x: Array, values: Array, scale: Array, dtype: DTypeLike) -> Array:
+    return _product(x, values, scale, dtype)
+
+
+def _product(x: Array, values: Array, scale: Array, dtype: DTypeLike) -> Array:
     product = jnp.dot(x, _cast(values, dtype))
     return (product.astype(jnp.float32) * scale).astype(dtype)
 
@@ -54,13 +58,14 @@ def _cast(values: Array, dtype: DTypeLike) -> Array:
 def _dot_forward(
     x: Array, values: Array, scale: Array, dtype: DTypeLike
 ) -> tuple[Array, tuple[Array, Array]]:
-    return _dot(x, values, scale, dtype), (values, scale)
+    # Not `_dot`, in which REMAT = 'dots' would not see the product, whose result it keeps.
+    return _product(x, values, scale, dtype), (values, scale)
 
 
 def _dot_backward(
     dtype: DTypeLike, kept: tuple[Array, Array], gradient: Array
 ) -> tuple[Array, np.ndarray, Array]:
-    """Casts the values again: the cast ones, kept, would need more memory than a whole backbone."""
+    """Casts the values again: to keep the cast ones takes more memory than a bfloat16 backbone."""
     values, scale = kept
     scaled = (gradient.astype(jnp.float32) * scale).astype(dtype)
     nothing = np.zeros(values.shape, jax.dtypes.float0)

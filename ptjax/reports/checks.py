@@ -103,7 +103,7 @@ def _are_texts(values: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    """Whether this is a number that a float can hold."""
+    """Whether this is a float, or a whole number that a float can hold."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
-    return not abs(value) > sys.float_info.max  # NaN is one
+    return isinstance(value, float) or abs(value) <= sys.float_info.max

@@ -17,7 +17,7 @@ _CONFUSED = 12
 
 
 def text_of(path: str, results: JsonObject, members: Sequence[Member]) -> str:
-    """Formats a report: the scores, the costs, and classes, confusion, calibration of the best.
+    """Formats a report: scores and costs, and of the best its classes, confusion and calibration.
 
     Args:
         path: the run's folder.

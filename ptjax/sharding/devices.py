@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 from typing import Any, Protocol
 
@@ -107,7 +108,7 @@ def use_compile_cache() -> None:
 
     config: Any = jax.config
     if config.jax_enable_compilation_cache and not config.jax_compilation_cache_dir:
-        cache = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
+        cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         folder = os.path.join(cache, "ptjax", "xla")
         _remove_oldest(folder, MOST_CACHED)
         config.update("jax_compilation_cache_dir", folder)
@@ -122,14 +123,15 @@ def _remove_oldest(folder: str, most: int) -> None:
     jax 0.10, no program is kept any more once one lacks it (jax-ml/jax#39880), as after a kill.
     """
     found = []
-    with contextlib.suppress(OSError):
-        for entry in os.scandir(folder):
-            stat = entry.stat()
-            found.append((max(stat.st_atime, stat.st_mtime), stat.st_size, entry.path))
+    for path in glob.iglob(os.path.join(glob.escape(folder), "*")):
+        with contextlib.suppress(OSError):  # another process removes files too
+            stat = os.stat(path)
+            if os.path.isfile(path):
+                found.append((max(stat.st_atime, stat.st_mtime), stat.st_size, path))
     excess = sum(size for _, size, _ in found) - most
     for _, size, path in sorted(found):
         if excess <= 0:
             return
-        with contextlib.suppress(OSError):  # another process removed it
+        with contextlib.suppress(OSError):
             os.unlink(path)
-        excess -= size
+            excess -= size

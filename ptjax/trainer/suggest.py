@@ -55,8 +55,8 @@ def suggest_settings(
     give equal settings, so a run resumes. The rules:
 
     - Learning rate: 0.03 of the embedding's RMS, which on T5 1.1 (RMS 10) is the paper's 0.3. It
-      fits other backbones too; 0.3 would not (`Adafactor`). Other methods have other rates
-      (`Method.suggested_optimizer`), those of their gin files.
+      fits other backbones too; 0.3 would not (`Adafactor`). Other methods than prompts have the
+      rates of their gin files (`Method.suggested_optimizer`).
     - Lengths: the 99th percentile of the inputs, rounded up to a multiple of 16, but at least 64
       and at most 512 (1,024 if most inputs are longer than 512: T5 was pre-trained on 512, mT5 and
       ByT5 on 1,024). A few long texts would make the largest batches slow and take memory; below 64
@@ -270,8 +270,9 @@ def _method_reasons(method: Method, labels: int, asked: bool) -> tuple[str, str]
         rate += " of the embedding's RMS: on T5 1.1 it is the paper's 0.3"
     elif optimizer.multiply_by_parameter_scale:
         rate += " of each array's own RMS"
-    if asked or not isinstance(method, PromptTuning):
+    if asked:
         return rate, f"method {shortened(repr(method))}: as asked"
+    assert isinstance(method, PromptTuning)
     named = f"the first {labels} from the labels" if labels else "all from sampled vocabulary"
     return rate, f"a prompt of {method.length} rows, {named}: more rows gain little and cost time"
 

@@ -438,6 +438,21 @@ def test_a_value_of_the_wrong_type_is_one_line_with_its_place(fails, line):
     assert fails("--gin_file=bad.gin") == f"bad.gin:4: {WRONG[line]}"
 
 
+def test_a_file_that_is_not_read_again_is_not_blamed_and_has_one_spelling(fails, tmp_path):
+    """Both include runs/prompt_tune.gin, whose LEARNING_RATE is right."""
+    Path("base.gin").write_text("A = 1\n")
+    Path("one.gin").write_text(f"{HEADER}include 'base.gin'\ninclude 'runs/lora.gin'\nA = 2\n")
+    Path("two.gin").write_text(f"include './base.gin'\ninclude '{tmp_path / 'base.gin'}'\n")
+    with pytest.raises(InputError, match=r"^two\.gin:3: the macro A|^the macro A|base\.gin:1: "):
+        _load("--gin_file=one.gin", "--gin_file=two.gin")
+    assert cli.macro("A") == 2
+    Path("one.gin").write_text(f"{HEADER}include 'runs/lora.gin'\nLEARNING_RATE = 'x'\n")
+    files = ("tasks/tickets.gin", "one.gin", "runs/sweep.gin")
+    said = fails(*(f"--gin_file={file}" for file in files), "--gin.MODEL_DIR='x'",
+                 "--gin.INITIAL_CHECKPOINT_PATH='ptjax-nano'")  # fmt: skip
+    assert said.startswith("one.gin:4: "), said
+
+
 RANGES = {
     "EVAL_PERIOD=0": "TrainSchedule.eval_period must be >= 1, got 0",
     "ptjax.TrainSchedule.patience=0": "TrainSchedule.patience must be >= 1, got 0",

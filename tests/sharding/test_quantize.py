@@ -88,15 +88,22 @@ def test_the_backward_pass_keeps_no_cast_kernel(tiny, scan_layers) -> None:
     params = unflatten_paths(quantized(paths, quantize))
     tokens = jnp.full((2, 5), 7, jnp.int32)
 
-    def logits(prompt):
-        variables = with_prompt({"params": params}, prompt)
-        return make_apply_fn(config)(variables, tokens, tokens, encoder_lengths=jnp.full(2, 5))
+    def kept(remat):
+        apply_fn = make_apply_fn(dataclasses.replace(config, remat=remat))
 
-    _, backward = jax.eval_shape(lambda prompt: jax.vjp(logits, prompt), tiny.prompt)
-    kept = {(x.dtype.name, x.shape) for x in jax.tree.leaves(backward)}
+        def logits(prompt):
+            variables = with_prompt({"params": params}, prompt)
+            return apply_fn(variables, tokens, tokens, encoder_lengths=jnp.full(2, 5))
+
+        _, backward = jax.eval_shape(lambda prompt: jax.vjp(logits, prompt), tiny.prompt)
+        return [(x.dtype.name, x.shape) for x in jax.tree.leaves(backward)]
+
     kernels = {x.shape for path, x in paths.items() if T5_FAMILY.is_quantized(path)}
-    assert {("int8", shape) for shape in kernels} <= kept
-    assert not {("bfloat16", shape) for shape in kernels} & kept
+    assert {("int8", shape) for shape in kernels} <= set(kept("none"))
+    assert not {("bfloat16", shape) for shape in kernels} & set(kept("none"))
+    # 'dots' keeps the products' results, [2, 5 + 5, 16] in the encoder; 'full' none of them.
+    wide = (2,) * scan_layers + (2, 10, 16)
+    assert kept("dots").count(("bfloat16", wide)) > kept("full").count(("bfloat16", wide))
 
 
 @pytest.mark.parametrize("scan_layers", [False, True])
