@@ -314,7 +314,7 @@ def task(metadata: Metadata, *, needed: bool = True) -> Task | None:
     """Returns the task that gin binds to `ptjax.tune`, else one that the gin files declare.
 
     If the files declare several tasks, the one that the prompt was tuned on is chosen. Returns None
-    if the files declare no task, or if none of several is the prompt's.
+    if the files declare no task, or several of which the prompt's is not one.
 
     Args:
         metadata: the prompt's metadata.
