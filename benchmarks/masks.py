@@ -15,7 +15,7 @@ from jaxtyping import Array, Int
 
 from ptjax.backbones.load import Backbone
 from ptjax.errors import InputError
-from ptjax.models.layers import EncoderLayer, mask_bias
+from ptjax.models.layers import EncoderLayer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,10 +47,10 @@ def hide(
             layer = isinstance(context.module, EncoderLayer) and context.method_name == "__call__"
             if not layer or context.module.name not in names:
                 return call(*args, **kwargs)
-            x, bias, *rest = args
+            x, bias, mask, *rest = args
             first = jnp.arange(x.shape[1]) < start(tokens)[:, None]
             seen = first[:, None, :] | ~first[:, :, None]
-            return call(x, bias + mask_bias(seen, bias.dtype), *rest, **kwargs)
+            return call(x, bias, mask._replace(seen=seen), *rest, **kwargs)
 
         with nn.intercept_methods(intercept):
             return apply_fn(variables, tokens, *args, **kwargs)

@@ -136,7 +136,7 @@ def read_spec() -> tuple[StepSpec, ParallelConfig]:
         )
     settings, members = run.get("settings") or RunSettings(), run.get("members")
     loaded = cli.settings(
-        model_flags.LOAD_BACKBONE, "path", "dtype", "mesh", "fsdp", "quantize",
+        model_flags.LOAD_BACKBONE, "path", "dtype", "mesh", "fsdp", "quantize", "attention",
         *_config_fields(),
     )  # fmt: skip
     check_members(members or {}, settings)
@@ -147,6 +147,7 @@ def read_spec() -> tuple[StepSpec, ParallelConfig]:
         config.scan_layers,
         config.remat,
         loaded.get("quantize"),
+        attention=loaded.get("attention", "auto"),
     )
     return make_spec(config, settings, parallel, len(members) if members else None), parallel
 
@@ -166,14 +167,14 @@ def _config(loaded: Metadata) -> T5Config:
     Raises:
         InputError: nothing gives the sizes.
     """
-    from ptjax.backbones.load import check_dtypes
+    from ptjax.backbones.load import check_numerics
     from ptjax.models.config import T5Config
     from ptjax.planning.plan import read_config
 
-    others = ("path", "dtype", "mesh", "fsdp", "quantize")
+    others = ("path", "dtype", "mesh", "fsdp", "quantize", "attention")
     overrides = {name: value for name, value in loaded.items() if name not in others}
     dtype = loaded.get("dtype") or "bfloat16"
-    check_dtypes(dtype, loaded.get("quantize"))
+    check_numerics(dtype, loaded.get("quantize"), loaded.get("attention", "auto"))
     sizes = cli.settings(T5Config, *_config_fields())
     if sizes:
         config = cli.bound(T5Config, given=list(overrides))(**overrides, dtype=dtype)

@@ -24,6 +24,7 @@ from ptjax.models.quantized import Quantized
 from ptjax.models.stacking import GatherFn, stack_paths
 from ptjax.models.t5_family import T5_FAMILY
 from ptjax.sharding.arrays import gather_layer, stack_layers
+from ptjax.sharding.attention import Attention, choose_attention, make_attend
 from ptjax.sharding.devices import use_compile_cache
 from ptjax.sharding.meshes import choose_mesh, mesh_name
 from ptjax.sharding.quantize import quantize_sharded
@@ -47,6 +48,7 @@ class Backbone:
         mesh: the mesh of the variables.
         fsdp: whether the variables are sharded over the mesh axis `data` too.
         quantize: "int8" if kernels are `Quantized`, else None.
+        attention: "plain" or "fused".
         assumed: config fields that the files do not state, set to the family's defaults.
         fingerprint_v1: "sha256:...", the only fingerprint that older prompts record; see the
             module `fingerprint`.
@@ -64,6 +66,7 @@ class Backbone:
     mesh: Mesh
     fsdp: bool = False
     quantize: str | None = None
+    attention: str = "plain"
     assumed: tuple[str, ...] = ()
     fingerprint_v1: str = ""
     family: Family = T5_FAMILY
@@ -92,9 +95,13 @@ class Backbone:
         """
         if not attends_to_input:
             check_supported(self.family, "blind prompts")
-        gather = _gather(self.mesh, self.fsdp)
-        kept = {"gather": gather, "collections": collections}
-        return self.family.build(self.config, attends_to_input=attends_to_input, **kept)
+        return self.family.build(
+            self.config,
+            attends_to_input=attends_to_input,
+            attend=make_attend(self.attention, self.mesh),
+            gather=_gather(self.mesh, self.fsdp),
+            collections=collections,
+        )
 
     @property
     def embedding(self) -> jax.Array:
@@ -122,6 +129,7 @@ def load_backbone(
     mesh: Mesh | str | None = None,
     fsdp: bool = False,
     quantize: Literal["int8"] | None = None,
+    attention: Attention = "auto",
     tokenizer: str | os.PathLike[str] | Tokenizer | None = None,
     family: Family | None = None,
     **config_overrides: Annotated[Any, T5Config],
@@ -142,6 +150,8 @@ def load_backbone(
         fsdp: shard weights over the mesh axis `data` too, and gather them layer by layer; needs
             `scan_layers`.
         quantize: "int8" stores kernels at one byte per entry; see docs/sharding.md.
+        attention: "fused" computes attention in one kernel, on a TPU; elsewhere that runs in a slow
+            interpreter. "auto" is "fused" on a TPU and "plain" elsewhere.
         tokenizer: a tokenizer or its path; None looks in the folder of the weights.
         family: the kind of network, if it is not ptjax's own T5, such as `flax_module(...)`.
             A family without Hugging Face names is also loaded from a `model.safetensors` with the
@@ -155,15 +165,21 @@ def load_backbone(
     """
     use_compile_cache()
     given = dict(path=path, dtype=dtype, mesh=mesh, fsdp=fsdp, quantize=quantize)
+    given |= dict(attention=None if attention == "auto" else attention)
     given |= dict(tokenizer=tokenizer, family=family, **config_overrides)
     first = mesh.devices.flat[0] if isinstance(mesh, Mesh) else jax.local_devices()[0]
     dtype = dtype or ("float32" if first.platform == "cpu" else "bfloat16")
-    check_dtypes(dtype, quantize)
+    check_numerics(dtype, quantize, attention)
     family = family or T5_FAMILY
     if fsdp:
         check_supported(family, "fsdp")
     if quantize:
         check_supported(family, "int8")
+    if attention == "fused":
+        check_supported(family, "fused attention")
+    if "fused attention" in family.lacks:
+        attention = "plain"
+    attention = choose_attention(attention, first.platform)
     opened = open_backbone(
         path, dtype=dtype, tokenizer=tokenizer, family=family, **config_overrides
     )
@@ -178,13 +194,16 @@ def load_backbone(
     return Backbone(
         config=opened.config,
         variables={"params": unflatten_paths(params)},
-        apply_fn=family.build(opened.config, gather=_gather(mesh, fsdp)),
+        apply_fn=family.build(
+            opened.config, attend=make_attend(attention, mesh), gather=_gather(mesh, fsdp)
+        ),
         tokenizer=opened.tokenizer,
         fingerprint=fingerprints.v2,
         name=opened.name,
         mesh=mesh,
         fsdp=fsdp,
         quantize=quantize,
+        attention=attention,
         assumed=opened.assumed,
         fingerprint_v1=fingerprints.v1,
         family=family,
@@ -201,10 +220,11 @@ def _arguments(given: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if value is not None}
 
 
-def check_dtypes(dtype: str, quantize: str | None) -> None:
+def check_numerics(dtype: str, quantize: str | None, attention: str = "auto") -> None:
     """Raises InputError unless `load_backbone` supports these values of its arguments."""
     check_choice(get_args(Dtype), "load_backbone", dtype=dtype)  # T5 overflows in float16
     check_choice(("int8", None), "load_backbone", quantize=quantize)
+    check_choice(get_args(Attention), "load_backbone", attention=attention)
 
 
 def _gather(mesh: Mesh, fsdp: bool) -> GatherFn | None:

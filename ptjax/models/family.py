@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec
 from ptjax.data.batch import SpecialIds
 from ptjax.errors import InputError
 from ptjax.files import JsonObject, Metadata
+from ptjax.models.attention import AttendFn, plain_attention
 from ptjax.models.stacking import GatherFn
 from ptjax.trees import Tree
 
@@ -24,7 +25,9 @@ Rules = Sequence[tuple[str, PartitionSpec]]
 """Rows (pattern of a variable's whole path, spec); the first match wins. The axis `fsdp` in a spec
 means `data` if weights are also sharded over `data`, otherwise it is dropped."""
 
-Feature = Literal["packing", "blind prompts", "fsdp", "int8", "scanned layers", "remat"]
+Feature = Literal[
+    "packing", "blind prompts", "fsdp", "int8", "scanned layers", "remat", "fused attention"
+]
 
 
 class NameRule(NamedTuple):
@@ -183,6 +186,7 @@ class Family(Protocol):
         config: Any,
         *,
         attends_to_input: bool = True,
+        attend: AttendFn = plain_attention,
         gather: GatherFn | None = None,
         collections: tuple[str, ...] = (),
     ) -> ApplyFn:
@@ -195,6 +199,7 @@ class Family(Protocol):
 
         Args:
             attends_to_input: whether a prompt's positions attend to the input.
+            attend: computes the attention, in place of `plain_attention`.
             gather: gathers sharded weights before they are used; see `stacking.GatherFn`.
             collections: the names of further Flax collections that the network reads, in
                 addition to "params" and "prompt", such as a tuning method's own.
@@ -230,6 +235,7 @@ _SETTINGS: Mapping[Feature, str] = {
     "int8": "QUANTIZE = 'int8'",
     "scanned layers": "SCAN_LAYERS = True",
     "remat": "REMAT",
+    "fused attention": "ATTENTION = 'fused'",
 }
 
 

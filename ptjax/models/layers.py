@@ -14,18 +14,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
+from ptjax.models.attention import AttendFn, Mask, Source, plain_attention
 from ptjax.models.config import T5Config
-from ptjax.models.prefix import KeysValues, shared_einsum
+from ptjax.models.prefix import KeysValues
 from ptjax.models.quantized import Quantized, quantized_dot
 from ptjax.trees import Tree
 
 LayerCache = dict[str, Tree]
 """The cache of a decoder layer. T5's has self_key, self_value [B, L, H, K] and cross_key,
 cross_value [B, S, H, K]; other networks keep their own trees here."""
-
-MASKED = -1e10
 
 # The names in `T5Config.mlp_activations` that Flax has no function for.
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -151,6 +150,7 @@ class Attention(nn.Module):
     """
 
     config: T5Config
+    attend: AttendFn = plain_attention
 
     def setup(self) -> None:
         cfg = self.config
@@ -180,9 +180,10 @@ class Attention(nn.Module):
         x: Float[Array, "B q D"],
         keys: Float[Array, "B k H K"],
         values: Float[Array, "B k H K"],
-        bias: Float[Array, "#B #H #q k"],
+        bias: Float[Array, "1 #H q k"] | None,
+        mask: Mask,
         deterministic: bool,
-        prompt: tuple[KeysValues, Float[Array, "#B #H #q P"]] | None = None,
+        prompt: tuple[KeysValues, Float[Array, "#B #H #q P"] | None] | None = None,
     ) -> Float[Array, "B q D"]:
         """Returns the attention's output for the queries x.
 
@@ -190,41 +191,19 @@ class Attention(nn.Module):
             prompt: the keys and values [P, H, K] of a prompt or prefix, to which all queries attend
                 in addition, and their bias.
         """
-        # Heads first: XLA's CPU matmuls over leading batch axes are twice as fast.
-        queries, keys, values = (
-            jnp.swapaxes(y, 1, 2) for y in (self._split(self.query(x)), keys, values)
-        )
-        logits = jnp.einsum("bhqd,bhkd->bhqk", queries, keys) + bias
-        if prompt is None:
-            weights = jax.nn.softmax(logits).astype(self.config.dtype)
-            weights = self.dropout(weights, deterministic=deterministic)
-            attended = jnp.einsum("bhqk,bhkd->bhqd", weights, values)
-        else:
-            attended = self._attend_to_both(queries, logits, values, *prompt, deterministic)
-        return self.out(jnp.swapaxes(attended, 1, 2).reshape(*x.shape[:2], -1))
 
-    def _attend_to_both(
-        self,
-        queries: Float[Array, "B H q K"],
-        logits: Float[Array, "B H q k"],
-        values: Float[Array, "B H k K"],
-        prompt: KeysValues,
-        prompt_bias: Float[Array, "#B #H #q P"],
-        deterministic: bool,
-    ) -> Float[Array, "B H q K"]:
-        """One softmax over the prompt's keys and the example's own, without concatenating them."""
-        prompt_keys, prompt_values = prompt
-        prompt_logits = shared_einsum("bhqd,phd->bhqp", queries, prompt_keys) + prompt_bias
-        both = logits, prompt_logits
-        top = functools.reduce(jnp.maximum, (x.max(-1, keepdims=True) for x in both))
-        weights, prompt_weights = (jnp.exp(x - jax.lax.stop_gradient(top)) for x in both)
-        total = weights.sum(-1, keepdims=True) + prompt_weights.sum(-1, keepdims=True)
-        weights, prompt_weights = (
-            self.dropout(x, deterministic=deterministic) for x in (weights, prompt_weights)
-        )
-        attended = jnp.einsum("bhqk,bhkd->bhqd", weights, values)
-        attended += shared_einsum("bhqp,phd->bhqd", prompt_weights, prompt_values)
-        return attended / total
+        def keep(keys: int) -> Array | None:
+            if deterministic or not self.config.dropout_rate:
+                return None
+            # Drawn as for the weights themselves; in float32, in which 1 / (1 - rate) is exact.
+            return self.dropout(jnp.ones((len(x), self.config.num_heads, 1, keys)), False)
+
+        sources = [Source(keys, values, bias, mask, keep(keys.shape[1]))]
+        if prompt is not None:
+            (keys, values), bias = prompt
+            sources.append(Source(keys, values, bias, keep=keep(len(keys))))
+        attended = self.attend(self._split(self.query(x)), tuple(sources))
+        return self.out(attended.reshape(*x.shape[:2], -1))
 
 
 class MLP(nn.Module):
@@ -261,13 +240,14 @@ class EncoderLayer(nn.Module):
     """A layer of T5's encoder: self-attention and feed-forward block, each with a residual."""
 
     config: T5Config
+    attend: AttendFn = plain_attention
 
     def setup(self) -> None:
         cfg = self.config
         if cfg.relpos_per_layer:
             self.relpos_bias = RelativePositionBias(cfg, bidirectional=True)
         self.pre_attention_layer_norm = RMSNorm(cfg.layer_norm_epsilon, cfg.dtype)
-        self.attention = Attention(cfg)
+        self.attention = Attention(cfg, self.attend)
         self.pre_mlp_layer_norm = RMSNorm(cfg.layer_norm_epsilon, cfg.dtype)
         self.mlp = MLP(cfg)
         self.dropout = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
@@ -275,14 +255,15 @@ class EncoderLayer(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B S D"],
-        bias: Float[Array, "#B H S S"],
+        bias: Float[Array, "1 H S S"],
+        mask: Mask,
         deterministic: bool,
         prompt: tuple[KeysValues, Float[Array, "#B H S P"]] | None = None,
     ) -> tuple[Float[Array, "B S D"], KeysValues]:
         """Returns the layer's output, and its attention's keys and values [B, S, H, K]."""
         y = self.pre_attention_layer_norm(x)
         keys_values = self.attention.keys_values(y)
-        y = self.attention(y, *keys_values, bias, deterministic, prompt)
+        y = self.attention(y, *keys_values, bias, mask, deterministic, prompt)
         x = x + self.dropout(y, deterministic)
         y = self.mlp(self.pre_mlp_layer_norm(x), deterministic)
         return x + self.dropout(y, deterministic), keys_values
@@ -292,15 +273,16 @@ class DecoderLayer(nn.Module):
     """A layer of T5's decoder: self-attention, cross-attention and feed-forward block."""
 
     config: T5Config
+    attend: AttendFn = plain_attention
 
     def setup(self) -> None:
         cfg = self.config
         if cfg.relpos_per_layer:
             self.relpos_bias = RelativePositionBias(cfg, bidirectional=False)
         self.pre_self_attention_layer_norm = RMSNorm(cfg.layer_norm_epsilon, cfg.dtype)
-        self.self_attention = Attention(cfg)
+        self.self_attention = Attention(cfg, self.attend)
         self.pre_cross_attention_layer_norm = RMSNorm(cfg.layer_norm_epsilon, cfg.dtype)
-        self.encoder_decoder_attention = Attention(cfg)
+        self.encoder_decoder_attention = Attention(cfg, self.attend)
         self.pre_mlp_layer_norm = RMSNorm(cfg.layer_norm_epsilon, cfg.dtype)
         self.mlp = MLP(cfg)
         self.dropout = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
@@ -310,8 +292,9 @@ class DecoderLayer(nn.Module):
         x: Float[Array, "R l D"],
         encoded: Float[Array, "B S D"] | LayerCache,
         position: Int[Array, ""] | int,
-        self_bias: Float[Array, "#R H l L"],
-        cross_bias: Float[Array, "B 1 #l S"],
+        bias: Float[Array, "1 H l L"],
+        mask: Mask,
+        cross_mask: Mask,
         deterministic: bool,
         prompt: KeysValues | None = None,
         prefix: tuple[KeysValues, Float[Array, "#R H l P"]] | None = None,
@@ -322,6 +305,8 @@ class DecoderLayer(nn.Module):
             x: with a cache, the decoder's inputs `position ... position + l - 1`. R = B rows, or in
                 a beam search B times the number of beams, all beams of a row one after another.
             encoded: the encoder's output, or the layer's cache.
+            bias, mask: of the self-attention.
+            cross_mask: of the cross-attention, which has no bias.
             prompt: `PromptStates.decoder` of this layer.
             prefix: `PromptStates.targets` of this layer, and their bias.
 
@@ -341,39 +326,16 @@ class DecoderLayer(nn.Module):
             cache = {"self_key": key, "self_value": value}
         else:
             cross_keys_values = self.encoder_decoder_attention.keys_values(encoded)
-        y = self.self_attention(y, key, value, self_bias, deterministic, prefix)
+        y = self.self_attention(y, key, value, bias, mask, deterministic, prefix)
         x = x + self.dropout(y, deterministic)
         y = self.pre_cross_attention_layer_norm(x)
         # Every target attends to the whole prompt; cross-attention has no relative positions.
-        shared = None if prompt is None else (prompt, jnp.zeros((1, 1, 1, 1), x.dtype))
+        shared = None if prompt is None else (prompt, None)
         # A row's beams share its keys and values: they are further queries of that row.
         y = y.reshape(len(cross_keys_values[0]), -1, y.shape[-1])
-        y = self.encoder_decoder_attention(y, *cross_keys_values, cross_bias, deterministic, shared)
+        y = self.encoder_decoder_attention(
+            y, *cross_keys_values, None, cross_mask, deterministic, shared
+        )
         x = x + self.dropout(y.reshape(x.shape), deterministic)
         y = self.mlp(self.pre_mlp_layer_norm(x), deterministic)
         return x + self.dropout(y, deterministic), cache
-
-
-def mask_bias(mask: Bool[Array, "#B #q k"], dtype: Any) -> Float[Array, "#B 1 #q k"]:
-    """Returns the attention bias of a mask: 0 where a query may attend to a key, else -1e10.
-
-    T5X masks padded queries too; here they are not masked, because their outputs reach neither
-    the loss nor any real position.
-    """
-    return jnp.where(mask, 0.0, MASKED).astype(dtype)[:, None]
-
-
-def same_segment(queries: Int[Array, "B q"], keys: Int[Array, "B k"]) -> Bool[Array, "B q k"]:
-    """Returns an attention mask for packed rows: True where query and key have equal segment ids.
-
-    Args:
-        queries, keys: the segment id of every query's position and of every key's.
-    """
-    return queries[:, :, None] == keys[:, None, :]
-
-
-def positions_in_segments(segment_ids: Int[Array, "B t"]) -> Int[Array, "B t"]:
-    """Returns the position of each token within its example, counted from 0."""
-    index = jnp.arange(segment_ids.shape[1])
-    before = jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)))
-    return index - jax.lax.cummax(jnp.where(segment_ids != before, index, 0), axis=1)

@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 from ptjax.data.batch import SpecialIds
 from ptjax.errors import InputError, check_share
 from ptjax.files import JsonObject, Metadata
+from ptjax.models.attention import AttendFn, plain_attention
 from ptjax.models.config import Dtype, T5Config, check_ids
 from ptjax.models.family import (
     ApplyFn,
@@ -124,6 +125,7 @@ class ModuleFamily:
         "int8",
         "scanned layers",
         "remat",
+        "fused attention",
     )
     old_fields: Sequence[str] = ("vocab_size", "emb_dim")
     not_computed: Collection[str] = (
@@ -190,11 +192,14 @@ class ModuleFamily:
         config: ModuleConfig,
         *,
         attends_to_input: bool = True,
+        attend: AttendFn = plain_attention,
         gather: GatherFn | None = None,
         collections: tuple[str, ...] = (),
     ) -> ApplyFn:
         if not attends_to_input:
             check_supported(self, "blind prompts")
+        if attend is not plain_attention:
+            check_supported(self, "fused attention")
         if gather is not None:
             check_supported(self, "fsdp")
         module_config = getattr(self.module, "config", None)

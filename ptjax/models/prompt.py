@@ -89,7 +89,7 @@ class Prompt(nn.Module):
         embedded: Float[Array, "B T D"],
         segment_ids: Int[Array, "B T"],
         prompt_ids: Int[Array, " B"] | None = None,
-    ) -> tuple[Float[Array, "B S D"], Int[Array, "B S"], Bool[Array, "#B #S S"]]:
+    ) -> tuple[Float[Array, "B S D"], Int[Array, "B S"], Bool[Array, "#B S S"] | None]:
         """Prepends each row's prompt to the embedded input.
 
         Args:
@@ -98,20 +98,19 @@ class Prompt(nn.Module):
             prompt_ids: for a bank, the index of every row's prompt; -1 means no prompt.
 
         Returns:
-            `(rows, segment_ids, mask)`: the rows [P; E] with S = P + T positions, their segment
-            ids, and the attention mask, True where a query (last axis but one) may attend to a
-            key (last axis).
+            `(rows, segment_ids, seen)`: the rows [P; E] with S = P + T positions, their segment
+            ids, and `Mask.seen`, None if all prompts attend to their input.
         """
         prompt, real, attends_to_input = self.rows(len(embedded), prompt_ids)
         length = prompt.shape[1]
         prompt = prompt.astype(embedded.dtype)
         segment_ids = jnp.concatenate([real.astype(segment_ids.dtype), segment_ids], axis=1)
-        mask = (segment_ids != PADDING_SEGMENT)[:, None]
+        seen = None
         if attends_to_input is not True:
             of_prompt = jnp.arange(segment_ids.shape[1]) < length
             seen = of_prompt[None, :] | ~of_prompt[:, None]
-            mask = mask & (seen | jnp.reshape(attends_to_input, (-1, 1, 1)))
-        return jnp.concatenate([prompt, embedded], axis=1), segment_ids, mask
+            seen = seen | jnp.reshape(attends_to_input, (-1, 1, 1))
+        return jnp.concatenate([prompt, embedded], axis=1), segment_ids, seen
 
     def rows(
         self, count: int, prompt_ids: Int[Array, " B"] | None = None
@@ -147,7 +146,7 @@ class Prompt(nn.Module):
         These positions are reserved for it (`data.batch.make_packed_batch`).
 
         Args:
-            positions: each token's position within its segment (`layers.positions_in_segments`).
+            positions: each token's position within its segment (`attention.positions_in_segments`).
 
         Raises:
             InputError: the prompt is not a single matrix [P, D].

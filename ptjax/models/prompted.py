@@ -10,9 +10,9 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from ptjax.errors import InputError
+from ptjax.models.attention import AttendFn, Mask, plain_attention, positions_in_segments
 from ptjax.models.config import T5Config
 from ptjax.models.family import ApplyFn
-from ptjax.models.layers import positions_in_segments, same_segment
 from ptjax.models.prefix import PromptStates
 from ptjax.models.prompt import Bank, Prompt, check_prompt_ids
 from ptjax.models.stacking import GatherFn
@@ -32,16 +32,17 @@ class PromptedT5(nn.Module):
 
     Attributes:
         attends_to_input: as in `Prompt`.
-        gather, collections: as in `make_apply_fn`.
+        attend, gather, collections: as in `make_apply_fn`.
     """
 
     config: T5Config
     attends_to_input: bool = True
+    attend: AttendFn = plain_attention
     gather: GatherFn | None = None
     collections: tuple[str, ...] = ()
 
     def setup(self) -> None:
-        self.backbone = T5(self.config, self.gather, self.collections)
+        self.backbone = T5(self.config, self.attend, self.gather, self.collections)
         nn.share_scope(self, self.backbone)
         self.prompt = Prompt(self.attends_to_input)
         nn.share_scope(self, self.prompt)
@@ -79,16 +80,15 @@ class PromptedT5(nn.Module):
         embedded = self.backbone.embed(encoder_input_tokens)
         if encoder_lengths is not None and encoder_segment_ids is None:
             real = jnp.arange(encoder_input_tokens.shape[1]) < encoder_lengths[:, None]
-            segment_ids, positions, mask = real.astype(jnp.int32), None, real[:, None]
+            segment_ids, positions = real.astype(jnp.int32), None
         elif encoder_segment_ids is not None and encoder_lengths is None:
             segment_ids, positions = encoder_segment_ids, positions_in_segments(encoder_segment_ids)
-            mask = same_segment(segment_ids, segment_ids)
         else:
             raise InputError(
                 "rows of one example need encoder_lengths, packed rows need encoder_segment_ids; "
                 "give one of the two"
             )
-        states = None
+        states = seen = None
         if self.has_variable("prompt", "states"):
             states = self.get_variable("prompt", "states")
             states.check()
@@ -99,7 +99,8 @@ class PromptedT5(nn.Module):
             elif positions is not None:
                 embedded = self.prompt.inside(embedded, segment_ids, positions)
             else:
-                embedded, segment_ids, mask = self.prompt.before(embedded, segment_ids, prompt_ids)
+                embedded, segment_ids, seen = self.prompt.before(embedded, segment_ids, prompt_ids)
+        mask = Mask(segment_ids, None if positions is None else segment_ids, seen)
         encoded = self.backbone.encode_embedded(
             embedded, mask, prompt=states, positions=positions, train=train
         )
@@ -173,6 +174,7 @@ class PromptedT5(nn.Module):
 def make_apply_fn(
     config: T5Config,
     attends_to_input: bool = True,
+    attend: AttendFn = plain_attention,
     gather: GatherFn | None = None,
     collections: tuple[str, ...] = (),
 ) -> ApplyFn:
@@ -181,11 +183,12 @@ def make_apply_fn(
     Equal settings return the same object, so that `jax.jit` finds it in its cache.
 
     Args:
+        attend: computes the attention, such as `sharding.attention.FusedAttention`.
         gather: gathers weights that are sharded along D too (`sharding.arrays.gather_layer`).
         collections: names of the collections, other than `params`, that hold arrays of the layers;
             a scan over layers must carry them.
     """
-    return PromptedT5(config, attends_to_input, gather, collections).apply
+    return PromptedT5(config, attends_to_input, attend, gather, collections).apply
 
 
 def with_prompt(

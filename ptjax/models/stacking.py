@@ -36,15 +36,15 @@ _POLICIES = {
 _OF_LAYER = re.compile(r"(.*/layers)_(\d+)/(.*)")
 
 
-def make_layers(kind: type[nn.Module], config: T5Config, count: int) -> Tree:
-    """Makes the modules of `count` layers, for `run_layers`.
+def make_layers(kind: type[nn.Module], config: T5Config, count: int, *settings: Tree) -> Tree:
+    """Makes the modules of `count` layers, each `kind(config, *settings)`, for `run_layers`.
 
     Returns a list of modules or, with `config.scan_layers`, a single module that represents all
     layers. Assign the result to an attribute named `layers`.
     """
     if config.scan_layers:
-        return kind(config)  # pyright: ignore[reportCallIssue]
-    return [kind(config) for _ in range(count)]  # pyright: ignore[reportCallIssue]
+        return kind(config, *settings)  # pyright: ignore[reportCallIssue]
+    return [kind(config, *settings) for _ in range(count)]  # pyright: ignore[reportCallIssue]
 
 
 def run_layers(

@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from ptjax.data.batch import PADDING_SEGMENT
+from ptjax.models.attention import AttendFn, Mask, plain_attention, positions_in_segments
 from ptjax.models.config import T5Config
 from ptjax.models.layers import (
     DecoderLayer,
@@ -28,9 +28,6 @@ from ptjax.models.layers import (
     LayerCache,
     RelativePositionBias,
     RMSNorm,
-    mask_bias,
-    positions_in_segments,
-    same_segment,
 )
 from ptjax.models.prefix import KeysValues, PromptStates, bias_in_front
 from ptjax.models.stacking import (
@@ -66,6 +63,7 @@ class Encoder(nn.Module):
     """T5's encoder without its embedding: dropout, the layers and the final norm."""
 
     config: T5Config
+    attend: AttendFn = plain_attention
     gather: GatherFn | None = None
     collections: tuple[str, ...] = ()
 
@@ -73,7 +71,7 @@ class Encoder(nn.Module):
         cfg = self.config
         if not cfg.relpos_per_layer:
             self.relpos_bias = RelativePositionBias(cfg, bidirectional=True)
-        self.layers = make_layers(EncoderLayer, cfg, cfg.num_encoder_layers)
+        self.layers = make_layers(EncoderLayer, cfg, cfg.num_encoder_layers, self.attend)
         self.encoder_norm = RMSNorm(cfg.layer_norm_epsilon, cfg.dtype)
         self.input_dropout = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
         self.output_dropout = nn.Dropout(cfg.dropout_rate)
@@ -81,7 +79,7 @@ class Encoder(nn.Module):
     def __call__(
         self,
         embedded: Float[Array, "B S D"],
-        mask: Bool[Array, "#B #S S"],
+        mask: Mask,
         deterministic: bool,
         prompt: KeysValues | None = None,
         positions: Int[Array, "B S"] | None = None,
@@ -91,17 +89,15 @@ class Encoder(nn.Module):
         """Returns the output, and with `keep` the keys and values [layers, B, S, H, K].
 
         Args:
-            mask: which keys a query may attend to.
             prompt: `PromptStates.encoder`, shared by all examples.
             positions: positions inside an example, for packed rows.
         """
         cfg = self.config
         x = self.input_dropout(embedded, deterministic).astype(cfg.dtype)
         length = x.shape[1]
-        masked = mask_bias(mask, cfg.dtype)
 
         def biases(relpos_bias: RelativePositionBias) -> tuple[Array, Tree]:
-            bias = relpos_bias(length, length) + masked
+            bias = relpos_bias(length, length)
             if prompt is None:
                 return bias, None
             before = prompt[0].shape[1]
@@ -112,7 +108,7 @@ class Encoder(nn.Module):
         def run(layer: EncoderLayer, x: Array, prompt: KeysValues | None) -> tuple[Array, Tree]:
             bias, prompt_bias = of_stack or biases(layer.relpos_bias)
             shared = None if prompt is None else (prompt, prompt_bias)
-            x, keys_values = layer(x, bias, deterministic, shared)
+            x, keys_values = layer(x, bias, mask, deterministic, shared)
             return x, keys_values if keep else None
 
         count = cfg.num_encoder_layers
@@ -137,6 +133,7 @@ class Decoder(nn.Module):
     """
 
     config: T5Config
+    attend: AttendFn = plain_attention
     gather: GatherFn | None = None
     collections: tuple[str, ...] = ()
 
@@ -144,7 +141,7 @@ class Decoder(nn.Module):
         cfg = self.config
         if not cfg.relpos_per_layer:
             self.relpos_bias = RelativePositionBias(cfg, bidirectional=False)
-        self.layers = make_layers(DecoderLayer, cfg, cfg.num_decoder_layers)
+        self.layers = make_layers(DecoderLayer, cfg, cfg.num_decoder_layers, self.attend)
         self.decoder_norm = RMSNorm(cfg.layer_norm_epsilon, cfg.dtype)
         self.input_dropout = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
         self.output_dropout = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
@@ -187,17 +184,15 @@ class Decoder(nn.Module):
         of_layer = cache[0] if isinstance(cache, list) else cache
         length = steps if of_layer is None else of_layer["self_key"].shape[-3]
         seen = (jnp.arange(length) <= position + jnp.arange(steps)[:, None])[None]
-        readable, positions = (encoded.segment_ids != PADDING_SEGMENT)[:, None], None
-        if segment_ids is not None:
-            seen &= same_segment(segment_ids, segment_ids)
-            readable = same_segment(segment_ids, encoded.segment_ids)
-            positions = positions_in_segments(segment_ids)
-        masked = mask_bias(seen, cfg.dtype)
-        cross_bias = mask_bias(readable, cfg.dtype)
+        mask, cross_mask = (
+            Mask(ids, segment_ids, part)
+            for ids, part in ((segment_ids, seen), (encoded.segment_ids, None))
+        )
+        positions = None if segment_ids is None else positions_in_segments(segment_ids)
         _, shared, targets = encoded.prompt or (None, None, None)
 
         def biases(relpos_bias: RelativePositionBias) -> tuple[Array, Tree]:
-            bias = relpos_bias(steps, length, position) + masked
+            bias = relpos_bias(steps, length, position)
             if targets is None:
                 return bias, None
             before = targets[0].shape[1]
@@ -215,7 +210,8 @@ class Decoder(nn.Module):
             source = encoded.states if layer_cache is None else layer_cache
             bias, prefix_bias = of_stack or biases(layer.relpos_bias)
             prefix = None if targets is None else (targets, prefix_bias)
-            return layer(x, source, position, bias, cross_bias, deterministic, prompt, prefix)
+            masks = mask, cross_mask
+            return layer(x, source, position, bias, *masks, deterministic, prompt, prefix)
 
         x = self.input_dropout(embedded, deterministic).astype(cfg.dtype)
         x, made = run_layers(
@@ -238,10 +234,12 @@ class T5(nn.Module):
     """The encoder-decoder in separate steps, so that a prompt can be inserted between them.
 
     Attributes:
+        attend: computes the attention.
         gather, collections: see `stacking.run_layers`.
     """
 
     config: T5Config
+    attend: AttendFn = plain_attention
     gather: GatherFn | None = None
     collections: tuple[str, ...] = ()
 
@@ -250,8 +248,8 @@ class T5(nn.Module):
         self.token_embedder = nn.Embed(
             cfg.vocab_size, cfg.emb_dim, embedding_init=nn.initializers.normal(1.0)
         )
-        self.encoder = Encoder(cfg, self.gather, self.collections)
-        self.decoder = Decoder(cfg, self.gather, self.collections)
+        self.encoder = Encoder(cfg, self.attend, self.gather, self.collections)
+        self.decoder = Decoder(cfg, self.attend, self.gather, self.collections)
 
     def embed(self, tokens: Int[Array, "B t"]) -> Float[Array, "B t D"]:
         """Looks up the embeddings of tokens, in the activations' dtype."""
@@ -260,7 +258,7 @@ class T5(nn.Module):
     def encode_embedded(
         self,
         embedded: Float[Array, "B S D"],
-        mask: Bool[Array, "#B #S S"],
+        mask: Mask,
         *,
         prompt: PromptStates | None = None,
         positions: Int[Array, "B S"] | None = None,
@@ -269,7 +267,6 @@ class T5(nn.Module):
         """Runs the encoder on embedded tokens.
 
         Args:
-            mask: True where a query (last axis but one) may attend to a key (last axis).
             prompt: the states of an input-independent prompt, shared by all examples.
             positions: for packed rows with such a prompt, each token's position in its example.
             train: whether to apply dropout.
@@ -301,8 +298,8 @@ class T5(nn.Module):
     ) -> tuple[Encoded, Any]:
         """Runs the encoder on a prompt without a text; also returns its keys and values."""
         segment_ids = jnp.ones((1, len(prompt)), jnp.int32)
-        seen = (segment_ids != PADDING_SEGMENT)[:, None]
-        encoded, keys_values = self.encoder(prompt[None], seen, deterministic, keep=True)
+        mask = Mask(segment_ids)
+        encoded, keys_values = self.encoder(prompt[None], mask, deterministic, keep=True)
         return Encoded(encoded, segment_ids), keys_values
 
     def init_cache(self, encoded: Encoded, length: int) -> Cache:
@@ -377,7 +374,7 @@ def init_params(config: T5Config, key: Array) -> Tree:
 
     def everything(module: T5) -> None:
         tokens = jnp.ones((1, 2), jnp.int32)
-        states = module.encode_embedded(module.embed(tokens), jnp.ones((1, 1, 2), bool))
+        states = module.encode_embedded(module.embed(tokens), Mask(tokens))
         module.decode(Encoded(states, tokens), tokens)
 
     variables: Any = nn.init(everything, T5(config))(key)

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from ptjax.errors import InputError
 from ptjax.files import JsonObject, Metadata
 from ptjax.models import t5
+from ptjax.models.attention import AttendFn, plain_attention
 from ptjax.models.config import T5Config
 from ptjax.models.family import (
     ApplyFn,
@@ -227,10 +228,11 @@ class T5Family:
         config: T5Config,
         *,
         attends_to_input: bool = True,
+        attend: AttendFn = plain_attention,
         gather: GatherFn | None = None,
         collections: tuple[str, ...] = (),
     ) -> ApplyFn:
-        return make_apply_fn(config, attends_to_input, gather, collections)
+        return make_apply_fn(config, attends_to_input, attend, gather, collections)
 
     def embedding(self, params: Tree) -> jax.Array:
         return embedding_of(params, EMBEDDING)

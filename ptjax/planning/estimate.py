@@ -23,6 +23,7 @@ from ptjax.planning.workload import (
     mesh_of_sizes,
 )
 from ptjax.sharding.arrays import rows_axes, rows_divisor
+from ptjax.sharding.attention import Attention
 from ptjax.training import freeze as freezing
 from ptjax.trees import Tree
 
@@ -55,7 +56,7 @@ def count(spec: StepSpec, parallel: ParallelConfig, slice_: Slice) -> Report:
         "state": bytes_on_device(abstract.state),
         "batch": bytes_on_device(abstract.inputs()),
     }
-    forward, useful, executed = _flops(spec, parallel.remat, abstract.groups)
+    forward, useful, executed = _flops(spec, parallel.remat, parallel.attention, abstract.groups)
     # Each microbatch reads the weights in the forward pass, in the backward pass, and once more
     # where the forward pass is recomputed. With FSDP they are gathered first.
     passes = (3 if parallel.remat == "full" else 2) * spec.step_config.microbatches
@@ -103,7 +104,7 @@ def bytes_on_device(tree: Tree) -> int:
 
 
 @functools.lru_cache(maxsize=64)
-def _flops(spec: StepSpec, remat: Remat, groups: int) -> tuple[int, int, int]:
+def _flops(spec: StepSpec, remat: Remat, attention: Attention, groups: int) -> tuple[int, int, int]:
     """FLOPs of a step on all devices: (forward, useful, executed).
 
     Useful FLOPs leave out recomputation.
@@ -116,9 +117,10 @@ def _flops(spec: StepSpec, remat: Remat, groups: int) -> tuple[int, int, int]:
     once = abstract_step(spec, ParallelConfig("", remat="none"), mesh)
     arguments = once.state, once.frozen, *once.inputs()
     forward, useful = count_flops(once.forward, *arguments), count_flops(once.step, *arguments)
-    if remat == "none":
+    if (remat, attention) == ("none", "plain"):
         return forward, useful, useful
-    recomputing = abstract_step(spec, ParallelConfig("", remat=remat), mesh)
+    parallel = ParallelConfig("", remat=remat, attention=attention)
+    recomputing = abstract_step(spec, parallel, mesh)
     return forward, useful, count_flops(recomputing.step, *arguments)
 
 

@@ -15,7 +15,7 @@ from ptjax.training.loss import Loss
 from ptjax.training.step import batch_loss, init_train_state, make_train_step
 from ptjax.trees import Tree
 
-_UNKNOWN = ("conv_general_dilated", "ragged_dot_general", "pallas_call", "shard_map")
+_UNKNOWN = ("conv_general_dilated", "ragged_dot_general")
 
 
 def count_flops(function: Callable[..., object], *shapes: Tree) -> int:
@@ -23,8 +23,9 @@ def count_flops(function: Callable[..., object], *shapes: Tree) -> int:
 
     Every `dot_general` counts 2 x (elements of the result) x (contracted length); `jnp.dot`, `@`
     and `jnp.einsum` lower to it. The body of a `scan` counts once per iteration (XLA's own
-    `cost_analysis()` counts it once), recomputed activations count every time, a `cond` counts as
-    its most expensive branch. Dead code does not count, since the compiler removes it. Elementwise
+    `cost_analysis()` counts it once), that of a `pallas_call` once per point of its grid, that of a
+    `shard_map` once per device. Recomputed activations count every time, a `cond` counts as its
+    most expensive branch. Dead code does not count, since the compiler removes it. Elementwise
     operations, reductions and gathers do not count: together they are about 1% of a T5.
 
     Args:
@@ -96,6 +97,10 @@ def _equation_flops(equation: JaxprEqn) -> int:
     inner = [_jaxpr_flops(jaxpr) for jaxpr in _inner_jaxprs(equation)]
     if name == "scan":
         return equation.params["length"] * sum(inner)
+    if name == "shard_map":
+        return equation.params["mesh"].size * sum(inner)
+    if name == "pallas_call":
+        return math.prod(equation.params["grid_mapping"].grid) * sum(inner)
     if name == "cond":
         return max(inner)
     if name == "while" and sum(inner):

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
 
-from ptjax.backbones.load import Backbone, check_dtypes
+from ptjax.backbones.load import Backbone, check_numerics
 from ptjax.backbones.open import open_backbone, would_download
 from ptjax.errors import InputError, check_arguments, check_at_least
 from ptjax.files import PathLike, gin_configs
@@ -23,6 +23,7 @@ from ptjax.planning.show import make_console, show_run, show_slice
 from ptjax.planning.slices import Slice, default_cache, find_slices
 from ptjax.planning.workload import ParallelConfig, PlannedBackbone, StepSpec, resolve
 from ptjax.settings import RunSettings
+from ptjax.sharding.attention import Attention
 
 
 class Planning(TypedDict, total=False):
@@ -77,6 +78,7 @@ def plan(
     mesh: str = "auto",
     fsdp: bool = False,
     quantize: Literal["int8"] | None = None,
+    attention: Attention = "auto",
     scan_layers: bool | None = None,
     remat: Remat | None = None,
     dtype: Dtype | None = None,
@@ -96,7 +98,7 @@ def plan(
         slices: "v5e-8", "v4-16", "h100x8", ...; several with commas, or a list.
         settings: of the run; default: `RunSettings()`.
         members: the number of prompts that a sweep trains; default: an ordinary run.
-        mesh, fsdp, quantize: as for `load_backbone`; they are the run's own configuration.
+        mesh, fsdp, quantize, attention: as for `load_backbone`; the run's own configuration.
         scan_layers, remat: as in `T5Config`; default: those of the network.
         dtype: as for `load_backbone`; default: that of a `T5Config`, else bfloat16, which is the
             default on TPUs and GPUs.
@@ -110,27 +112,26 @@ def plan(
     """
     check_arguments("plan", planning, Planning.__optional_keys__)
     settings = RunSettings() if settings is None else settings
-    config = find_config(backbone, dtype, quantize)
+    check_numerics(dtype or "bfloat16", quantize, attention)
+    config = find_config(backbone, dtype)
     given = {"scan_layers": scan_layers, "remat": remat}
     changes = {name: value for name, value in given.items() if value is not None}
     config = dataclasses.replace(config, **changes)
-    parallel = ParallelConfig(mesh, fsdp, config.scan_layers, config.remat, quantize)
+    parallel = ParallelConfig(
+        mesh, fsdp, config.scan_layers, config.remat, quantize, attention=attention
+    )
     spec = make_spec(config, settings, parallel, members)
     chosen = find_slices([slices] if isinstance(slices, str) else slices)
     check_planning(chosen, **planning)
     return Plan(spec, {x.name: plan_slice(spec, parallel, x, **planning) for x in chosen})
 
 
-def find_config(
-    backbone: Backbone | T5Config | PathLike, dtype: Dtype | None, quantize: str | None = None
-) -> T5Config:
+def find_config(backbone: Backbone | T5Config | PathLike, dtype: Dtype | None) -> T5Config:
     """Returns the config of the network to plan for; arguments as for `plan`.
 
     Raises:
-        InputError: the network is not a T5, the path holds none or would be downloaded, or
-            a dtype is not supported.
+        InputError: the network is not a T5, or the path holds none or would be downloaded.
     """
-    check_dtypes(dtype or "bfloat16", quantize)
     if isinstance(backbone, T5Config):
         return backbone if dtype is None else dataclasses.replace(backbone, dtype=dtype)
     if isinstance(backbone, Backbone):
@@ -232,7 +233,9 @@ def plan_slice(
         plan["own"] = count(spec, parallel, slice_) if quick else compiler(parallel, timed=True)
     if not searched:
         return plan
-    tried, best = search_configurations(spec, slice_, parallel.quantize, compiler)
+    tried, best = search_configurations(
+        spec, slice_, parallel.quantize, parallel.attention, compiler
+    )
     if best:
         timed = compiler(ParallelConfig.from_settings(best["settings"]), timed=True)
         best = timed if timed["verdict"] == "fits" else best

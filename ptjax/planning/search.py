@@ -14,6 +14,7 @@ from ptjax.planning.slices import Slice
 from ptjax.planning.workload import ParallelConfig, StepSpec, abstract_mesh, resolve
 from ptjax.sharding import meshes
 from ptjax.sharding.arrays import rows_divisor
+from ptjax.sharding.attention import Attention
 from ptjax.training import freeze as freezing
 
 WORTH = 0.95
@@ -37,6 +38,7 @@ def search(
     spec: StepSpec,
     slice_: Slice,
     quantize: str | None,
+    attention: Attention,
     compile_one: Callable[[ParallelConfig], Report],
 ) -> tuple[list[Report], Report | None]:
     """Finds the fastest configuration that fits: compiles the one with the best estimate first.
@@ -49,17 +51,18 @@ def search(
 
     Args:
         quantize: the run's QUANTIZE, "int8" or None.
+        attention: the run's ATTENTION.
         compile_one: compiles a configuration and returns its report, such as a `Compiler`.
 
     Returns:
         `(tried, best)`: the reports of all compiled configurations; and the report of the fastest
         that fits, or None.
     """
-    precisions: list[JsonObject] = [{"quantize": quantize}]
+    precisions: list[JsonObject] = [{"quantize": quantize, "attention": attention}]
     if spec.method.collection != "params":
         rounded = {"dtype": "bfloat16"} if spec.config.dtype == "float32" else {}
-        precisions += [rounded | {"quantize": quantize}] if rounded else []
-        precisions += [rounded | {"quantize": "int8"}] if quantize is None else []
+        precisions += [precisions[0] | rounded] if rounded else []
+        precisions += [precisions[-1] | {"quantize": "int8"}] if quantize is None else []
     tried: list[Report] = []
     best: Report | None = None
     for precision in precisions:
@@ -89,7 +92,7 @@ def _by_time(
             for remat in ("none", "dots", "full"):
                 parallel = ParallelConfig(mesh, fsdp, True, remat, **precision)
                 try:
-                    resolve(spec, parallel, slice_)
+                    parallel = resolve(spec, parallel, slice_)
                 except InputError:
                     continue
                 if fsdp and abstract_mesh(parallel, slice_).shape["data"] == 1:
@@ -124,6 +127,6 @@ def _saved_bytes(spec: StepSpec, parallel: ParallelConfig, mesh: Mesh) -> int:
     if parallel.remat != "full":  # queries, keys, values, both inputs of the gated feed-forward
         entries += (3 * heads + len(config.mlp_activations) * config.mlp_dim) / model
     total = entries * (config.num_encoder_layers * encoder + config.num_decoder_layers * decoder)
-    if parallel.remat == "none":  # the attention weights
+    if (parallel.remat, parallel.attention) == ("none", "plain"):  # the attention weights
         total += config.num_encoder_layers * config.num_heads / model * encoder**2
     return int(rows * total * np.dtype(config.dtype).itemsize)

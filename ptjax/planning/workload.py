@@ -18,6 +18,7 @@ from ptjax.data.pipeline import Shape
 from ptjax.errors import check_at_least
 from ptjax.files import JsonObject, Metadata
 from ptjax.methods.base import Method, run_with
+from ptjax.models.attention import AttendFn, plain_attention
 from ptjax.models.config import Remat, T5Config
 from ptjax.models.family import ApplyFn
 from ptjax.models.stacking import GatherFn
@@ -26,6 +27,7 @@ from ptjax.planning.slices import Slice
 from ptjax.settings import RunSettings
 from ptjax.sharding import meshes
 from ptjax.sharding.arrays import check_batch_size, gather_layer, replicated, rows_divisor
+from ptjax.sharding.attention import Attention, choose_attention, make_attend
 from ptjax.sharding.meshes import check_shape
 from ptjax.sharding.quantize import sharded_shapes, weight_shapes
 from ptjax.sharding.rules import AXES
@@ -111,12 +113,12 @@ class StepSpec:
 
 @dataclasses.dataclass(frozen=True)
 class ParallelConfig:
-    """How a step is laid out on a slice: MESH, FSDP, SCAN_LAYERS, REMAT and QUANTIZE.
+    """How a step runs on a slice: MESH, FSDP, SCAN_LAYERS, REMAT, QUANTIZE and ATTENTION.
 
     Attributes:
         mesh: 'auto', or the sizes of the mesh axes: data x model, such as "2x4", or replica x data
             x model.
-        fsdp, quantize: as for `load_backbone`.
+        fsdp, quantize, attention: as for `load_backbone`.
         scan_layers, remat: as in `T5Config`.
         dtype: the dtype of the weights; None keeps that of the `StepSpec`.
     """
@@ -127,6 +129,7 @@ class ParallelConfig:
     remat: Remat = "none"
     quantize: str | None = None
     dtype: str | None = None
+    attention: Attention = "plain"
 
     def settings(self) -> JsonObject:
         """The fields as a dict with their names in gin files; `from_settings` is the inverse."""
@@ -137,6 +140,7 @@ class ParallelConfig:
             "REMAT": self.remat,
             "QUANTIZE": self.quantize,
             "dtype": self.dtype,
+            "ATTENTION": self.attention,
         }
 
     @classmethod
@@ -154,11 +158,14 @@ class ParallelConfig:
 
     def __str__(self) -> str:
         parts = [self.mesh, *filter(None, (self.dtype, self.quantize)), f"remat {self.remat}"]
+        parts += ["fused"] * (self.attention == "fused")
         return ", ".join(parts + ["fsdp"] * self.fsdp + ["unrolled"] * (not self.scan_layers))
 
 
 def resolve(spec: StepSpec, parallel: ParallelConfig, slice_: Slice) -> ParallelConfig:
-    """Checks `parallel`; returns it with the mesh 'auto' replaced by the sizes that a run chooses.
+    """Checks `parallel`; returns it with 'auto' replaced by what a run chooses.
+
+    That is the sizes of the mesh, and the kind of attention.
 
     Raises:
         InputError: the mesh does not fit the slice, the network or the batch size. `ptjax.train`
@@ -169,6 +176,8 @@ def resolve(spec: StepSpec, parallel: ParallelConfig, slice_: Slice) -> Parallel
         weights = weight_shapes(config, config.dtype, parallel.quantize)
         shape, _ = meshes.smallest_that_fits(config, weights, slice_.devices(), parallel.fsdp)
         parallel = dataclasses.replace(parallel, mesh="x".join(map(str, shape)))
+    attention = choose_attention(parallel.attention, "tpu" if slice_.is_tpu else "gpu")
+    parallel = dataclasses.replace(parallel, attention=attention)
     mesh = abstract_mesh(parallel, slice_)
     meshes.check_mesh(config, mesh, fsdp=parallel.fsdp)
     if not spec.pack:
@@ -201,16 +210,23 @@ class PlannedBackbone:
         config: the network's config.
         quantize: "int8" if kernels are quantized.
         gather: the result of `gather_layer`; None without FSDP.
+        attend: the result of `make_attend`.
     """
 
     config: T5Config
     quantize: str | None = None
     gather: GatherFn | None = None
+    attend: AttendFn = plain_attention
 
     def make_apply_fn(self, attends_to_input: bool, collections: tuple[str, ...]) -> ApplyFn:
         """Makes the network's function, like `Backbone.make_apply_fn`."""
-        settings = {"gather": self.gather, "collections": collections}
-        return T5_FAMILY.build(self.config, attends_to_input=attends_to_input, **settings)
+        return T5_FAMILY.build(
+            self.config,
+            attends_to_input=attends_to_input,
+            attend=self.attend,
+            gather=self.gather,
+            collections=collections,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,7 +274,8 @@ def abstract_step(spec: StepSpec, parallel: ParallelConfig, mesh: Mesh) -> Abstr
     freeze = freezing.make_freeze(variables, spec.method.freeze_rules())
     trainable, frozen = freezing.split(variables, freeze)
     gather = gather_layer(mesh) if parallel.fsdp else None
-    apply_fn = run_with(spec.method, PlannedBackbone(config, parallel.quantize, gather))
+    attend = make_attend(parallel.attention, mesh)
+    apply_fn = run_with(spec.method, PlannedBackbone(config, parallel.quantize, gather, attend))
     kind = {
         "small": freezing.is_small(freezing.sizes(trainable)[0], freezing.sizes(frozen)[0]),
         "attends_to_input": spec.method.attends_to_input,

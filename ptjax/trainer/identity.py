@@ -63,6 +63,7 @@ FREE: Mapping[str, str] = {
     "Backbone.family": "the fingerprint and the config count",
     "Backbone.mesh": _PLACE,
     "Backbone.fsdp": _PLACE,
+    "Backbone.attention": _PLACE,
     "T5Config.scan_layers": _PLACE,
     "T5Config.remat": _PLACE,
 }

@@ -12,6 +12,7 @@ import pytest
 from t5_ids import T5_IDS, decode, with_lengths
 
 from ptjax.data.batch import make_batch, make_packed_batch
+from ptjax.models.attention import Mask
 from ptjax.models.config import T5Config
 from ptjax.models.prompted import make_apply_fn, with_prompt
 from ptjax.models.t5 import T5, Encoded, parameter_shapes
@@ -76,7 +77,9 @@ def masked_network(tiny, prompt, batch):
     def run(module, prompt):
         embedded = module.embed(jnp.asarray(tokens))
         prompt = jnp.broadcast_to(prompt, (rows, *prompt.shape))
-        states = module.encode_embedded(jnp.concatenate([prompt, embedded], axis=1), mask)
+        states = module.encode_embedded(
+            jnp.concatenate([prompt, embedded], axis=1), Mask(seen=mask)
+        )
         encoded = Encoded(states, jnp.asarray(real, jnp.int32))
         return module.decode(encoded, jnp.asarray(batch["decoder_input_tokens"]))
 
