@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, get_args
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, get_args
 
 import jax
 from absl import logging
@@ -17,11 +17,12 @@ from ptjax.backbones.fingerprint import Fingerprints, Sample, digest, exchange, 
 from ptjax.backbones.open import OpenBackbone, open_backbone
 from ptjax.data.tokenizer import Tokenizer
 from ptjax.errors import InputError, check_choice, kind_of
+from ptjax.files import JsonObject
 from ptjax.interop.lazy_array import Index, LazyArray, cast
 from ptjax.models.config import Dtype, T5Config
-from ptjax.models.family import ApplyFn, Family, check_supported
-from ptjax.models.quantized import Quantized
-from ptjax.models.stacking import GatherFn, stack_paths
+from ptjax.models.family import ApplyFn, Family, Feature, check_supported
+from ptjax.models.quantized import Quantization, Quantized, has_factors
+from ptjax.models.stacking import stack_paths
 from ptjax.models.t5_family import T5_FAMILY
 from ptjax.sharding.arrays import gather_layer, stack_layers
 from ptjax.sharding.attention import Attention, choose_attention, make_attend
@@ -47,7 +48,7 @@ class Backbone:
         name: where it was loaded from: a path, a hub id with its revision, or "ptjax-nano".
         mesh: the mesh of the variables.
         fsdp: whether the variables are sharded over the mesh axis `data` too.
-        quantize: "int8" if kernels are `Quantized`, else None.
+        quantize: the `Quantization` if kernels are `Quantized`, else None.
         attention: "plain" or "fused".
         assumed: config fields that the files do not state, set to the family's defaults.
         fingerprint_v1: "sha256:...", the only fingerprint that older prompts record; see the
@@ -95,13 +96,9 @@ class Backbone:
         """
         if not attends_to_input:
             check_supported(self.family, "blind prompts")
-        return self.family.build(
-            self.config,
-            attends_to_input=attends_to_input,
-            attend=make_attend(self.attention, self.mesh),
-            gather=_gather(self.mesh, self.fsdp),
-            collections=collections,
-        )
+        kept: JsonObject = {"collections": collections}
+        kept |= _on_mesh(self.mesh, self.fsdp, self.attention)
+        return self.family.build(self.config, attends_to_input=attends_to_input, **kept)
 
     @property
     def embedding(self) -> jax.Array:
@@ -128,7 +125,7 @@ def load_backbone(
     dtype: Dtype | None = None,
     mesh: Mesh | str | None = None,
     fsdp: bool = False,
-    quantize: Literal["int8"] | None = None,
+    quantize: Quantization | None = None,
     attention: Attention = "auto",
     tokenizer: str | os.PathLike[str] | Tokenizer | None = None,
     family: Family | None = None,
@@ -149,7 +146,9 @@ def load_backbone(
             with several processes, all devices.
         fsdp: shard weights over the mesh axis `data` too, and gather them layer by layer; needs
             `scan_layers`.
-        quantize: "int8" stores kernels at one byte per entry; see docs/sharding.md.
+        quantize: "int8" stores kernels at one byte per entry and casts them for each product;
+            "int8_products" rounds what they multiply too, and computes in int8;
+            "int8_products_but_wo" casts the kernels `wo` alone. See docs/sharding.md.
         attention: "fused" computes attention in one kernel, on a TPU; elsewhere that runs in a slow
             interpreter. "auto" is "fused" on a TPU and "plain" elsewhere.
         tokenizer: a tokenizer or its path; None looks in the folder of the weights.
@@ -165,20 +164,13 @@ def load_backbone(
     """
     use_compile_cache()
     given = dict(path=path, dtype=dtype, mesh=mesh, fsdp=fsdp, quantize=quantize)
-    given |= dict(attention=None if attention == "auto" else attention)
-    given |= dict(tokenizer=tokenizer, family=family, **config_overrides)
+    given |= dict(attention=attention, tokenizer=tokenizer, family=family, **config_overrides)
     first = mesh.devices.flat[0] if isinstance(mesh, Mesh) else jax.local_devices()[0]
     dtype = dtype or ("float32" if first.platform == "cpu" else "bfloat16")
     check_numerics(dtype, quantize, attention)
     family = family or T5_FAMILY
-    if fsdp:
-        check_supported(family, "fsdp")
-    if quantize:
-        check_supported(family, "int8")
-    if attention == "fused":
-        check_supported(family, "fused attention")
-    if "fused attention" in family.lacks:
-        attention = "plain"
+    check_supported(family, *_features(fsdp, quantize, attention))
+    attention = "plain" if "fused attention" in family.lacks else attention
     attention = choose_attention(attention, first.platform)
     opened = open_backbone(
         path, dtype=dtype, tokenizer=tokenizer, family=family, **config_overrides
@@ -194,9 +186,7 @@ def load_backbone(
     return Backbone(
         config=opened.config,
         variables={"params": unflatten_paths(params)},
-        apply_fn=family.build(
-            opened.config, attend=make_attend(attention, mesh), gather=_gather(mesh, fsdp)
-        ),
+        apply_fn=family.build(opened.config, **_on_mesh(mesh, fsdp, attention)),
         tokenizer=opened.tokenizer,
         fingerprint=fingerprints.v2,
         name=opened.name,
@@ -216,19 +206,32 @@ def _arguments(given: Mapping[str, Any]) -> dict[str, Any]:
     mesh = given["mesh"]
     if isinstance(mesh, Mesh):
         mesh = mesh_name(mesh) if mesh.size == jax.device_count() else None
-    arguments = {**given, "mesh": mesh, "fsdp": given["fsdp"] or None}
+    attention = None if given["attention"] == "auto" else given["attention"]
+    arguments = {**given, "mesh": mesh, "fsdp": given["fsdp"] or None, "attention": attention}
     return {name: value for name, value in arguments.items() if value is not None}
 
 
 def check_numerics(dtype: str, quantize: str | None, attention: str = "auto") -> None:
     """Raises InputError unless `load_backbone` supports these values of its arguments."""
     check_choice(get_args(Dtype), "load_backbone", dtype=dtype)  # T5 overflows in float16
-    check_choice(("int8", None), "load_backbone", quantize=quantize)
+    check_choice((*get_args(Quantization), None), "load_backbone", quantize=quantize)
     check_choice(get_args(Attention), "load_backbone", attention=attention)
 
 
-def _gather(mesh: Mesh, fsdp: bool) -> GatherFn | None:
-    return gather_layer(mesh) if fsdp else None
+def _features(fsdp: bool, quantize: str | None, attention: str) -> Iterator[Feature]:
+    """What a family has to support for these arguments of `load_backbone`."""
+    if fsdp:
+        yield "fsdp"
+    if quantize:
+        yield "int8"
+    if attention == "fused":
+        yield "fused attention"
+
+
+def _on_mesh(mesh: Mesh, fsdp: bool, attention: str) -> JsonObject:
+    """How the network computes on the mesh: arguments of `Family.build`."""
+    gather = gather_layer(mesh) if fsdp else None
+    return {"gather": gather, "attend": make_attend(attention, mesh)}
 
 
 def _load_params(
@@ -242,7 +245,9 @@ def _load_params(
         # Popped to free memory: an array of a T5X msgpack is already in memory.
         array = place(cast(opened.arrays.pop(path), dtype), sharding)
         samples.update(sample_of(path, array, family))
-        return quantize_sharded(array) if quantize and family.is_quantized(path) else array
+        if quantize and family.is_quantized(path):
+            return quantize_sharded(array, has_factors(quantize, path))
+        return array
 
     def find_sharding(name: str, shape: tuple[int, ...]) -> NamedSharding:
         return sharding_of(f"params/{name}", shape, mesh, fsdp=fsdp, rules=rules)

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ptjax.data.batch import PADDING_SEGMENT
 from ptjax.models.prefix import shared_einsum
+from ptjax.trees import Tree
 
 MASKED = -1e10
 
@@ -33,9 +34,9 @@ class Mask(NamedTuple):
         seen: bool [#B, q, k], a further restriction, such as the decoder's to earlier positions.
     """
 
-    ids: Array | None = None
-    query_ids: Array | None = None
-    seen: Array | None = None
+    ids: Tree = None
+    query_ids: Tree = None
+    seen: Tree = None
 
     def allowed(self) -> Bool[Array, "#B #q k"] | None:
         """Returns True where a query may attend to a key; None if every query sees all keys."""
@@ -50,6 +51,8 @@ class Mask(NamedTuple):
 class Source(NamedTuple):
     """Keys and values to attend to: those of every row, or a prompt's, which all rows share.
 
+    Its leaves may also be specs of shardings in place of arrays.
+
     Attributes:
         keys, values: [B, k, H, K] of every row, or [k, H, K] for all of them.
         bias: [#B, H, q, k], added to the logits.
@@ -58,11 +61,11 @@ class Source(NamedTuple):
             queries as in T5X.
     """
 
-    keys: Array
-    values: Array
-    bias: Array | None = None
+    keys: Tree
+    values: Tree
+    bias: Tree = None
     mask: Mask = Mask()
-    keep: Array | None = None
+    keep: Tree = None
 
     @property
     def is_shared(self) -> bool:

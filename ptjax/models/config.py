@@ -9,7 +9,7 @@ from ptjax.data.batch import SpecialIds
 from ptjax.errors import InputError, check_choice, check_share
 
 Dtype = Literal["float32", "bfloat16"]
-Remat = Literal["none", "dots", "full"]
+Remat = Literal["none", "dots", "attention", "full"]
 
 
 @runtime_checkable
@@ -63,8 +63,9 @@ class T5Config:
         dtype: of the activations; the parameters' dtype is chosen on loading.
         scan_layers: compile one layer of a stack and scan over the layers; see `models.stacking`.
         remat: rematerialisation: which activations a layer recomputes in the backward pass:
-            "none", "dots" (all except the outputs of its projections; 0.5% more work) or "full"
-            (all except its input; 40% more work).
+            "none", "dots" (all except the outputs of its projections; 0.5% more work), "attention"
+            (all except the outputs of attention's projections; 20% more work) or "full" (all except
+            its input; 40% more work).
         pad_id: fills rows up to their length. Lengths say which positions are padding, never this
             id.
         eos_ids: any of them ends a generated text. The tokenizer's EOS, which ends inputs and

@@ -211,7 +211,7 @@ class Family(Protocol):
         ...
 
     def is_quantized(self, path: str) -> bool:
-        """Whether `quantize="int8"` quantizes this parameter."""
+        """Whether `load_backbone(quantize=...)` quantizes this parameter."""
         ...
 
     def fingerprint_parts(self, path: str, shape: tuple[int, ...]) -> Parts:
@@ -232,7 +232,7 @@ _SETTINGS: Mapping[Feature, str] = {
     "packing": "PACK = True",
     "blind prompts": "SEES_INPUT = False",
     "fsdp": "FSDP = True",
-    "int8": "QUANTIZE = 'int8'",
+    "int8": "QUANTIZE",
     "scanned layers": "SCAN_LAYERS = True",
     "remat": "REMAT",
     "fused attention": "ATTENTION = 'fused'",

@@ -13,15 +13,17 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from ptjax.data.batch import PADDING_SEGMENT
 from ptjax.models.attention import MASKED, Source
 from ptjax.models.prefix import KeysValues
 from ptjax.trees import Tree
@@ -32,7 +34,7 @@ _QUERIES = 128
 
 
 def fused_forward(
-    queries: Float[Array, "B q H K"], sources: tuple[Source, ...], interpret: Any = False
+    queries: Float[Array, "B q H K"], sources: tuple[Source, ...], interpret: bool = False
 ) -> Float[Array, "B q H K"]:
     """Computes `plain_attention`; logits and softmax are float32 whatever the queries' dtype.
 
@@ -50,7 +52,7 @@ def fused_backward(
     queries: Float[Array, "B q H K"],
     sources: tuple[Source, ...],
     gradient: Float[Array, "B q H K"],
-    interpret: Any = False,
+    interpret: bool = False,
 ) -> tuple[Float[Array, "B q H K"], tuple[KeysValues, ...]]:
     """Computes the gradients of the queries, and of every source's keys and values.
 
@@ -126,7 +128,7 @@ def _join(x: Array) -> Array:
     return x.reshape(*x.shape[:2], -1)
 
 
-def _shape(x: Array, dtype: Any = None) -> jax.ShapeDtypeStruct:
+def _shape(x: Array, dtype: DTypeLike | None = None) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, dtype or x.dtype)
 
 
@@ -137,7 +139,9 @@ def _heads_of_block(num_heads: int, head_dim: int) -> int:
     return heads if filled else num_heads
 
 
-def _call(kernel: Any, inputs: Tree, outputs: Tree, num_heads: int, interpret: Any) -> Tree:
+def _call(
+    kernel: Callable[..., None], inputs: Tree, outputs: Tree, num_heads: int, interpret: bool
+) -> Tree:
     """Runs a kernel for every block of heads and every row, the rows of a block in sequence.
 
     So the biases, which all rows share, are read once for a block of heads.
@@ -149,7 +153,7 @@ def _call(kernel: Any, inputs: Tree, outputs: Tree, num_heads: int, interpret: A
     lengths = [block.keys.shape[1] for block in blocks]
     backward = "gradient" in inputs
 
-    def row_of(x: Tree, row: Any) -> Any:
+    def row_of(x: Tree, row: Tree) -> Tree:
         return 0 if len(x) == 1 else row
 
     def joined_heads(x: Tree) -> pl.BlockSpec:
@@ -217,7 +221,7 @@ def _weights(refs: Tree, rows: slice, head: int, lanes: slice) -> list[Array]:
             x += source.bias[0, head, rows, :].astype(jnp.float32)
         if source.ids is not None:
             ids, query_ids = source.ids[0], refs["query_ids"]
-            seen = ids != 0 if query_ids is None else query_ids[0, rows, :] == ids
+            seen = ids != PADDING_SEGMENT if query_ids is None else query_ids[0, rows, :] == ids
             x += jnp.where(seen, 0.0, MASKED)
         logits.append(x)
     top = functools.reduce(jnp.maximum, (x.max(-1, keepdims=True) for x in logits))
@@ -236,9 +240,9 @@ def _dropped(x: Array, source: _Block, head: int) -> Array:
     return x if source.keep is None else x * source.keep[0, head]
 
 
-def _forward_kernel(refs: Tree, outputs: Tree, *, head_lanes: list[slice], shared: Any) -> None:
+def _forward_kernel(refs: Tree, outputs: Tree, *, head_lanes: list[slice], shared: Tree) -> None:
     for rows, head, lanes in _blocks(refs, head_lanes):
-        attended = 0.0
+        attended: Tree = 0.0
         for source, weights in zip(refs["sources"], _weights(refs, rows, head, lanes), strict=True):
             values = source.values[0, :, lanes]
             attended += _dot(_dropped(weights, source, head).astype(values.dtype), values, 1, 0)
@@ -270,7 +274,7 @@ def _backward_kernel(
         mean = sum(
             (x * of_x).sum(-1, keepdims=True) for x, of_x in zip(weights, of_weights, strict=True)
         )
-        of_query = 0.0
+        of_query: Tree = 0.0
         for source, x, of_x, (of_keys, of_values) in zip(
             sources, weights, of_weights, sums, strict=True
         ):

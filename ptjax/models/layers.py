@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from ptjax.models.attention import AttendFn, Mask, Source, plain_attention
@@ -79,8 +80,10 @@ class Dense(nn.Module):
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
         if isinstance(kernel, Quantized):
-            return quantized_dot(x, kernel, self.dtype)
-        return jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
+            y = quantized_dot(x, kernel, self.dtype)
+        else:
+            y = jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
+        return checkpoint_name(y, self.name or "")  # for rematerialisation, see `stacking`
 
 
 class RMSNorm(nn.Module):

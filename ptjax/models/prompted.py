@@ -174,19 +174,19 @@ class PromptedT5(nn.Module):
 def make_apply_fn(
     config: T5Config,
     attends_to_input: bool = True,
-    attend: AttendFn = plain_attention,
     gather: GatherFn | None = None,
     collections: tuple[str, ...] = (),
+    attend: AttendFn = plain_attention,
 ) -> ApplyFn:
     """Returns `PromptedT5(...).apply`.
 
     Equal settings return the same object, so that `jax.jit` finds it in its cache.
 
     Args:
-        attend: computes the attention, such as `sharding.attention.FusedAttention`.
         gather: gathers weights that are sharded along D too (`sharding.arrays.gather_layer`).
         collections: names of the collections, other than `params`, that hold arrays of the layers;
             a scan over layers must carry them.
+        attend: computes the attention, such as `sharding.attention.FusedAttention`.
     """
     return PromptedT5(config, attends_to_input, attend, gather, collections).apply
 

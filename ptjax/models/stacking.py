@@ -28,9 +28,12 @@ GatherFn = Callable[[Any], Any]
 """Maps a layer's parameters to ones replicated over the mesh axis `data`; see `gathered`."""
 
 _GATHERED = "gathered"
+# The outputs that are kept, by the name of the `Dense` module. Attention's own (large, cheap) are
+# computed again.
+_ATTENTION = ("query", "key", "value", "out")
 _POLICIES = {
-    # Projections' outputs are kept; attention's (large, cheap) are recomputed.
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(*_ATTENTION, "wi", "wi_0", "wi_1", "wo"),
+    "attention": jax.checkpoint_policies.save_only_these_names(*_ATTENTION),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 _OF_LAYER = re.compile(r"(.*/layers)_(\d+)/(.*)")

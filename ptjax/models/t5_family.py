@@ -232,13 +232,13 @@ class T5Family:
         gather: GatherFn | None = None,
         collections: tuple[str, ...] = (),
     ) -> ApplyFn:
-        return make_apply_fn(config, attends_to_input, attend, gather, collections)
+        return make_apply_fn(config, attends_to_input, gather, collections, attend)
 
     def embedding(self, params: Tree) -> jax.Array:
         return embedding_of(params, EMBEDDING)
 
     def is_quantized(self, path: str) -> bool:
-        """Whether `quantize="int8"` quantizes this parameter: every kernel except the logits'.
+        """Whether `load_backbone(quantize=...)` quantizes it: every kernel except the logits'.
 
         The embedding, whose scale the prompt shares, and the logits, which T5 computes in float32,
         are 2% of XXL and are not quantized.

@@ -59,7 +59,7 @@ def count(spec: StepSpec, parallel: ParallelConfig, slice_: Slice) -> Report:
     forward, useful, executed = _flops(spec, parallel.remat, parallel.attention, abstract.groups)
     # Each microbatch reads the weights in the forward pass, in the backward pass, and once more
     # where the forward pass is recomputed. With FSDP they are gathered first.
-    passes = (3 if parallel.remat == "full" else 2) * spec.step_config.microbatches
+    passes = (3 if parallel.remat in ("attention", "full") else 2) * spec.step_config.microbatches
     weights, trained = _gathered_bytes(spec, parallel, mesh)
     dtype = parallel.applied(spec.config).dtype
     peak = mesh.size * slice_.flops(dtype)

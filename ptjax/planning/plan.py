@@ -9,13 +9,14 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 from ptjax.backbones.load import Backbone, check_numerics
 from ptjax.backbones.open import open_backbone, would_download
 from ptjax.errors import InputError, check_arguments, check_at_least
 from ptjax.files import PathLike, gin_configs
 from ptjax.models.config import Dtype, Remat, T5Config
+from ptjax.models.quantized import Quantization
 from ptjax.planning.compiler import Compiler, check_compiler
 from ptjax.planning.estimate import Report, count
 from ptjax.planning.search import search as search_configurations
@@ -77,7 +78,7 @@ def plan(
     members: int | None = None,
     mesh: str = "auto",
     fsdp: bool = False,
-    quantize: Literal["int8"] | None = None,
+    quantize: Quantization | None = None,
     attention: Attention = "auto",
     scan_layers: bool | None = None,
     remat: Remat | None = None,
@@ -234,7 +235,7 @@ def plan_slice(
     if not searched:
         return plan
     tried, best = search_configurations(
-        spec, slice_, parallel.quantize, parallel.attention, compiler
+        spec, slice_, parallel.quantize, compiler, parallel.attention
     )
     if best:
         timed = compiler(ParallelConfig.from_settings(best["settings"]), timed=True)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import get_args
 
 import numpy as np
 from jax.sharding import Mesh
 
 from ptjax.errors import InputError
 from ptjax.files import JsonObject, Metadata
+from ptjax.models.config import Remat
 from ptjax.planning.estimate import TIGHT, Report, count
 from ptjax.planning.slices import Slice
 from ptjax.planning.workload import ParallelConfig, StepSpec, abstract_mesh, resolve
@@ -38,8 +40,8 @@ def search(
     spec: StepSpec,
     slice_: Slice,
     quantize: str | None,
-    attention: Attention,
     compile_one: Callable[[ParallelConfig], Report],
+    attention: Attention = "auto",
 ) -> tuple[list[Report], Report | None]:
     """Finds the fastest configuration that fits: compiles the one with the best estimate first.
 
@@ -50,9 +52,9 @@ def search(
     that of the best so far.
 
     Args:
-        quantize: the run's QUANTIZE, "int8" or None.
-        attention: the run's ATTENTION.
+        quantize: the run's QUANTIZE.
         compile_one: compiles a configuration and returns its report, such as a `Compiler`.
+        attention: the run's ATTENTION.
 
     Returns:
         `(tried, best)`: the reports of all compiled configurations; and the report of the fastest
@@ -89,7 +91,7 @@ def _by_time(
     candidates = []
     for mesh in _mesh_names(spec, slice_):
         for fsdp in (False, True):
-            for remat in ("none", "dots", "full"):
+            for remat in get_args(Remat):
                 parallel = ParallelConfig(mesh, fsdp, True, remat, **precision)
                 try:
                     parallel = resolve(spec, parallel, slice_)
@@ -124,8 +126,10 @@ def _saved_bytes(spec: StepSpec, parallel: ParallelConfig, mesh: Mesh) -> int:
     encoder, decoder = spec.positions(), spec.targets
     heads = config.num_heads * config.head_dim
     entries = config.emb_dim  # the layer's input
-    if parallel.remat != "full":  # queries, keys, values, both inputs of the gated feed-forward
-        entries += (3 * heads + len(config.mlp_activations) * config.mlp_dim) / model
+    if parallel.remat != "full":  # queries, keys, values and what attention adds
+        entries += 3 * heads / model + config.emb_dim
+    if parallel.remat in ("none", "dots"):  # both inputs of the gated feed-forward
+        entries += len(config.mlp_activations) * config.mlp_dim / model
     total = entries * (config.num_encoder_layers * encoder + config.num_decoder_layers * decoder)
     if (parallel.remat, parallel.attention) == ("none", "plain"):  # the attention weights
         total += config.num_encoder_layers * config.num_heads / model * encoder**2

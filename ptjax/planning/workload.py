@@ -208,7 +208,7 @@ class PlannedBackbone:
 
     Attributes:
         config: the network's config.
-        quantize: "int8" if kernels are quantized.
+        quantize: as for `load_backbone`.
         gather: the result of `gather_layer`; None without FSDP.
         attend: the result of `make_attend`.
     """

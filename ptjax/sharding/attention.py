@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 from absl import logging
@@ -33,7 +33,7 @@ def choose_attention(attention: Attention, platform: str) -> Literal["plain", "f
     return attention
 
 
-def make_attend(attention: str, mesh: Any) -> AttendFn:
+def make_attend(attention: str, mesh: Mesh) -> AttendFn:
     """Returns the function for "plain" or "fused" attention; equal arguments give equal ones.
 
     Args:
@@ -51,7 +51,7 @@ class FusedAttention:
     prompts of which some do not attend to their input, and where the biases are trained.
     """
 
-    mesh: Any
+    mesh: Mesh
 
     def __call__(
         self, queries: Float[Array, "B q H K"], sources: tuple[Source, ...]
@@ -72,7 +72,7 @@ class FusedAttention:
 
 # Outside of shard_map, which has no rule for symbolic zeros.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _attend(queries: Array, sources: tuple[Source, ...], mesh: Any) -> Array:
+def _attend(queries: Array, sources: tuple[Source, ...], mesh: Mesh) -> Array:
     rows = _rows(queries, mesh)
     of_rows, of_sources = P(rows, None, "model"), tuple(_specs(x, rows) for x in sources)
     attend = functools.partial(fused_forward, interpret=_interpreted(mesh))
@@ -82,7 +82,7 @@ def _attend(queries: Array, sources: tuple[Source, ...], mesh: Any) -> Array:
     return attend(queries, sources)
 
 
-def _forward(queries: Tree, sources: Tree, mesh: Any) -> tuple[Array, Tree]:
+def _forward(queries: Tree, sources: Tree, mesh: Mesh) -> tuple[Array, Tree]:
     trained = any(x.perturbed for source in sources for x in jax.tree.leaves(source.bias))
     queries, sources = jax.tree.map(lambda x: x.value, (queries, sources))
     if not trained:
@@ -92,7 +92,7 @@ def _forward(queries: Tree, sources: Tree, mesh: Any) -> tuple[Array, Tree]:
     return jax.vjp(plain_attention, queries, sources)
 
 
-def _backward(mesh: Any, kept: Tree, gradient: Array) -> Tree:
+def _backward(mesh: Mesh, kept: Tree, gradient: Array) -> Tree:
     if not isinstance(kept, tuple):
         return kept(gradient)
     queries, sources = kept
@@ -123,11 +123,11 @@ def _backward(mesh: Any, kept: Tree, gradient: Array) -> Tree:
 _attend.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _interpreted(mesh: Any) -> bool:
+def _interpreted(mesh: Mesh) -> bool:
     return isinstance(mesh, Mesh) and mesh.devices.flat[0].platform != "tpu"
 
 
-def _rows(queries: Array, mesh: Any) -> tuple[str, ...] | None:
+def _rows(queries: Array, mesh: Mesh) -> tuple[str, ...] | None:
     """The mesh axes that divide the rows; a batch of one, such as a prompt alone, is whole."""
     return rows_axes(mesh) if len(queries) % rows_divisor(mesh) == 0 else None
 
@@ -135,7 +135,7 @@ def _rows(queries: Array, mesh: Any) -> tuple[str, ...] | None:
 def _specs(source: Source, rows: tuple[str, ...] | None) -> Source:
     """How the arrays of a source are divided: rows over `rows`, heads over `model`."""
 
-    def of(x: Array | None, *spec: Any) -> Any:
+    def of(x: Array | None, *spec: str) -> Tree:
         return None if x is None else P(None if len(x) == 1 else rows, *spec)
 
     pair = P(None, "model") if source.is_shared else P(rows, None, "model")

@@ -215,7 +215,7 @@ def test_in_the_network(name: str) -> None:
     batch = jax.tree.map(jnp.asarray, batch)
 
     def run(attend: Any) -> Any:
-        apply_fn = make_apply_fn(config, not blind, attend)
+        apply_fn = make_apply_fn(config, not blind, attend=attend)
 
         @jax.jit
         @jax.value_and_grad

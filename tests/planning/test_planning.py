@@ -265,10 +265,10 @@ def compiler(spec, slice_, fits):
 def test_the_fastest_that_fits_is_found_first():
     compile_one, asked = compiler(XXL, V5E, lambda parallel: True)
     tried, best = search.search(XXL, V5E, None, compile_one)
-    # In bfloat16 even what has to be kept of 4x2 is too much; with int8 kernels it is not.
+    # In bfloat16 8x1 does not even hold the weights; with int8 kernels it does.
     assert [(parallel.mesh, parallel.quantize) for parallel in asked] == [
-        ("2x4", None),
-        ("4x2", "int8"),
+        ("4x2", None),
+        ("8x1", "int8"),
     ]
     assert best == tried[1]
     seconds = [search.expected_seconds(one) for one in tried]
@@ -319,7 +319,7 @@ def test_a_mesh_that_is_full_is_left():
     for mesh in {parallel.mesh for parallel in asked}:
         remats = [x.remat for x in asked if x.mesh == mesh and not x.fsdp and not x.quantize]
         assert len(set(remats)) == len(remats)
-    assert len(asked) < 30
+    assert len(asked) < 40
 
 
 def test_nothing_fits():

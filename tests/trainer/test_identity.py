@@ -217,6 +217,7 @@ MAY_CHANGE: dict[str, Any] = {
     "Backbone.fingerprint_v1": "sha256:other",
     "Backbone.mesh": None,
     "Backbone.fsdp": True,
+    "Backbone.attention": "fused",
     "Backbone.arguments": {"path": "/moved"},
     "Backbone.assumed": ("dropout_rate",),
     "Backbone.family": "another",
