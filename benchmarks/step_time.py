@@ -46,8 +46,7 @@ Row = dict[str, Any]
 
 "size", "inputs" (T), "batch" (rows), "dtype", "quantize", "remat", "steps" (of a turn), "turns".
 Optional: "targets" (L), "prompt" (P), "pack", "sees_input", "dropout", "scan" (layers; default:
-yes), "options" (of XLA's compiler), "profile" (whether to list the slowest kernels), "timed"
-(whether a plan estimates both ends of the time; default: yes).
+yes), "options" (of XLA's compiler), "profile" (whether to list the slowest kernels).
 """
 
 
@@ -182,8 +181,7 @@ def slice_of(kind: str, devices: int) -> Slice | None:
 def plan(row: Row, where: Slice) -> dict[str, Any]:
     """The prediction of `ptjax.plan` for the row; the devices need not be present."""
     spec, parallel = wanted(row, len(where.devices()))
-    timed = row.get("timed", True)
-    return compiler.compile_ahead(spec, parallel, where, exact=True, timed=timed)
+    return compiler.compile_ahead(spec, parallel, where, exact=True)
 
 
 def main() -> None:

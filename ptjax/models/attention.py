@@ -115,7 +115,8 @@ def _logits(queries: Float[Array, "B H q K"], source: Source) -> Float[Array, "B
 
 def _attended(weights: Float[Array, "B H q k"], source: Source) -> Float[Array, "B H q K"]:
     if source.keep is not None:
-        weights = (weights * source.keep).astype(weights.dtype)
+        # Cast first: a float32 product crashes libtpu 0.0.42's compiler with FSDP and remat 'full'.
+        weights = weights * source.keep.astype(weights.dtype)
     if source.is_shared:
         return shared_einsum("bhqp,phd->bhqd", weights, source.values)
     return jnp.einsum("bhqk,bhkd->bhqd", weights, jnp.swapaxes(source.values, 1, 2))

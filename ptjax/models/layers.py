@@ -198,7 +198,7 @@ class Attention(nn.Module):
         def keep(keys: int) -> Array | None:
             if deterministic or not self.config.dropout_rate:
                 return None
-            # Drawn as for the weights themselves; in float32, in which 1 / (1 - rate) is exact.
+            # Drawn as for the weights themselves.
             return self.dropout(jnp.ones((len(x), self.config.num_heads, 1, keys)), False)
 
         sources = [Source(keys, values, bias, mask, keep(keys.shape[1]))]

@@ -34,9 +34,9 @@ class Quantized:
     Attributes:
         values: int8 [..., in, out].
         scale: float32 [..., 1, out].
-        factors: float32 [..., in, 1] if products with the kernel are computed in int8: what they
-            multiply is rounded too, after multiplication with the factors. None means that the
-            kernel is cast.
+        factors: float32 [..., in, 1], powers of two, if products with the kernel are computed in
+            int8: what they multiply is rounded too, after multiplication with the factors. None
+            means that the kernel is cast.
     """
 
     values: Any
@@ -63,14 +63,15 @@ def round_rows(x: Float[Array, "*b i"]) -> tuple[Int8[Array, "*b i"], Float[Arra
 
     A row with a NaN or an infinity has it as its scale.
     """
-    largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+    largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True).astype(jnp.float32)
     scale = jnp.where(largest == 0, 1.0, largest / LARGEST)
-    return jnp.round(x / scale).astype(jnp.int8), scale
+    return jnp.round(x.astype(jnp.float32) / scale).astype(jnp.int8), scale
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _int8_dot(x: Array, kernel: Quantized, dtype: DTypeLike) -> Array:
-    rows, row_scale = round_rows(x.astype(jnp.float32) * kernel.factors[:, 0])
+    # Exact, for the factors are powers of two: no float32 copy of x is made.
+    rows, row_scale = round_rows(x * kernel.factors[:, 0].astype(x.dtype))
     return (_product8(rows, kernel.values, 0) * row_scale * kernel.scale[0]).astype(dtype)
 
 

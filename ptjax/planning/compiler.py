@@ -5,7 +5,6 @@ Each compilation runs in a process of its own, because the compiler may crash or
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 import importlib.metadata
@@ -21,13 +20,20 @@ from pathlib import Path
 
 import cloudpickle
 import jax
-from jax.sharding import Mesh
 
 from ptjax import files
 from ptjax.errors import InputError
 from ptjax.files import JsonObject, Metadata
-from ptjax.planning.estimate import TIGHT, Report, count, link_seconds, step_seconds
-from ptjax.planning.hlo import bytes_accessed, collectives
+from ptjax.planning.estimate import (
+    TIGHT,
+    Report,
+    count,
+    kernel_seconds,
+    link_seconds,
+    step_seconds,
+)
+from ptjax.planning.hlo import collectives
+from ptjax.planning.kernels import kernels
 from ptjax.planning.slices import ENVIRONMENT, Slice, parse_slice
 from ptjax.planning.workload import ParallelConfig, StepSpec, abstract_step
 from ptjax.sharding import meshes
@@ -63,7 +69,6 @@ def compile_ahead(
     slice_: Slice,
     *,
     exact: bool = False,
-    timed: bool = False,
 ) -> Report:
     """Compiles the step for the slice's devices; returns the report of `count` with more keys.
 
@@ -72,8 +77,6 @@ def compile_ahead(
     Args:
         parallel: the result of `resolve`.
         exact: for TPUs, compile with the options of a real run instead of the options `FAST`.
-        timed: also bound the time of a step from above ("high"), by the bytes that it reads and
-            writes. That takes two or three more compilations, of shallow networks.
 
     Returns:
         The report of `count` with "verdict" and, if the step was compiled, the compiler's measures
@@ -106,6 +109,7 @@ def compile_ahead(
             f"needs {peak / GIB:.2f} GiB; JAX gives a program {usable / GIB:.2f} of this GPU "
             f"({FRACTIONS[0]})"
         )
+    found = kernels(compiled.as_text() or "")
     traffic: dict[tuple[str, ...], list[int]] = {}
     for collective in collectives(compiled, mesh):
         total = traffic.setdefault((collective.kind, *collective.axes), [0, 0, 0])
@@ -119,6 +123,7 @@ def compile_ahead(
         "temporary_bytes": memory.temp_size_in_bytes,
         "aliased_bytes": memory.alias_size_in_bytes,
         "output_bytes": memory.output_size_in_bytes,
+        "accessed_bytes": sum(kernel.times * kernel.bytes for kernel in found),
         "collectives": [
             {"kind": kind, "axes": list(axes), "places": n, "times": times, "bytes": size}
             for (kind, *axes), (n, times, size) in traffic.items()
@@ -128,13 +133,8 @@ def compile_ahead(
     seconds = {name: estimate[name] for name in ("compute", "memory")}
     sent = {key: size for key, (*_, size) in traffic.items()}
     seconds["links"] = link_seconds(sent, mesh, slice_)
-    if timed:
-        try:
-            accessed = _accessed_bytes(spec, parallel, mesh, slice_, options)
-        except jax.errors.JaxRuntimeError:
-            pass  # the step itself compiled, so its verdict is valid, without an upper bound
-        else:
-            seconds["memory_most"] = accessed / slice_.generation.memory_rate
+    seconds["kernels"] = kernel_seconds(found, slice_)
+    seconds["memory_most"] = report["accessed_bytes"] / slice_.generation.memory_rate
     return report | {"estimate": step_seconds(seconds, estimate["ideal"])}
 
 
@@ -149,42 +149,6 @@ def compiler_options(slice_: Slice, exact: bool = False) -> JsonObject:
     if not slice_.is_tpu:
         return UNTUNED
     return {} if exact else FAST
-
-
-def _accessed_bytes(
-    spec: StepSpec, parallel: ParallelConfig, mesh: Mesh, slice_: Slice, options: JsonObject
-) -> float:
-    """Bytes that a device's program reads and writes, in all its memories.
-
-    Extrapolated from one and two layers, unrolled, and from one microbatch: the TPU's compiler
-    counts the body of a loop once, and a GPU's loop slices stacked weights, which would count as
-    reads of the whole stack.
-    """
-    config, step_config, parts = spec.config, spec.step_config, spec.step_config.microbatches
-    encoder, decoder = config.num_encoder_layers, config.num_decoder_layers
-    unrolled = dataclasses.replace(parallel, scan_layers=False, fsdp=False)
-
-    def accessed(layers: tuple[int, int]) -> float:
-        sizes = {"num_encoder_layers": layers[0], "num_decoder_layers": layers[1]}
-        shallow = dataclasses.replace(
-            spec,
-            config=dataclasses.replace(config, **sizes),
-            step_config=dataclasses.replace(step_config, microbatches=1),
-            batch_size=spec.batch_size // parts,
-        )
-        lowered = abstract_step(shallow, unrolled, mesh).lower()
-        compiled = lowered.compile(compiler_options=options)
-        if slice_.is_tpu:
-            cost = compiled.cost_analysis()
-            assert cost is not None
-            return parts * float(cost["bytes accessed"])
-        return parts * bytes_accessed(compiled)
-
-    single = accessed((1, 1))
-    if encoder == decoder:
-        return single + (encoder - 1) * (accessed((2, 2)) - single)
-    per_encoder, per_decoder = accessed((2, 1)) - single, accessed((1, 2)) - single
-    return single + (encoder - 1) * per_encoder + (decoder - 1) * per_decoder
 
 
 class Compiler:
@@ -222,33 +186,25 @@ class Compiler:
                 "with quick=True, or with settings that can be pickled"
             ) from error
 
-    def __call__(self, parallel: ParallelConfig, timed: bool = False) -> Report:
+    def __call__(self, parallel: ParallelConfig) -> Report:
         """Returns the report for one configuration, from the cache or compiled now.
 
         If the compiler crashes or takes too long, the report has that "verdict", and a "reason".
 
-        Args:
-            timed: see `compile_ahead`.
-
         Raises:
             InputError: the compiler does not support the slice.
         """
-        jobs = [
-            {"parallel": parallel.settings(), "exact": self.exact, "timed": with_time}
-            for with_time in ((True,) if timed else (True, False))  # a timed report has all keys
-        ]
-        keys = [self._key(job) for job in jobs]
-        for key in keys:
-            if key not in self.reports and (cached := self._read(key)):
-                self.reports[key] = cached
-            if key in self.reports:
-                return self.reports[key]
+        job = {"parallel": parallel.settings(), "exact": self.exact}
+        key = self._key(job)
+        if key not in self.reports and (cached := self._read(key)):
+            self.reports[key] = cached
+        if key in self.reports:
+            return self.reports[key]
         print(f"{self.slice_.name}: compiling {parallel} ...", file=sys.stderr, flush=True)
-        report = self._compile(parallel, jobs[-1])
-        self.reports[keys[-1]] = report
+        report = self.reports[key] = self._compile(parallel, job)
         # This machine may have caused a crash or a timeout, so the next run tries again.
         if report["verdict"] not in (_CRASHED, _LATE):
-            self._write(keys[-1], report)
+            self._write(key, report)
         return report
 
     def _read(self, key: str) -> Report | None:
@@ -313,9 +269,8 @@ def answer() -> None:
     pickled, job = pickle.load(sys.stdin.buffer)
     (spec, name), wanted = pickle.loads(pickled), json.loads(job)
     parallel = ParallelConfig.from_settings(wanted["parallel"])
-    how = {"exact": wanted["exact"], "timed": wanted["timed"]}
     try:
-        report = compile_ahead(spec, parallel, parse_slice(name), **how)
+        report = compile_ahead(spec, parallel, parse_slice(name), exact=wanted["exact"])
     except InputError as error:
         print(error, file=sys.stderr)
         raise SystemExit(_REFUSED) from None

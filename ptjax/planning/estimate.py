@@ -5,15 +5,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from ptjax.files import JsonObject
-from ptjax.models.config import Remat
-from ptjax.planning.flops import count_flops
+from ptjax.planning.flops import count_flops, flops_by_dtype
+from ptjax.planning.kernels import Kernel
 from ptjax.planning.slices import Slice
 from ptjax.planning.workload import (
     ParallelConfig,
@@ -23,7 +23,6 @@ from ptjax.planning.workload import (
     mesh_of_sizes,
 )
 from ptjax.sharding.arrays import rows_axes, rows_divisor
-from ptjax.sharding.attention import Attention
 from ptjax.training import freeze as freezing
 from ptjax.trees import Tree
 
@@ -56,7 +55,8 @@ def count(spec: StepSpec, parallel: ParallelConfig, slice_: Slice) -> Report:
         "state": bytes_on_device(abstract.state),
         "batch": bytes_on_device(abstract.inputs()),
     }
-    forward, useful, executed = _flops(spec, parallel.remat, parallel.attention, abstract.groups)
+    plain = dataclasses.replace(parallel, mesh="", fsdp=False, scan_layers=True)
+    forward, useful, executed = _flops(spec, plain, abstract.groups)
     # Each microbatch reads the weights in the forward pass, in the backward pass, and once more
     # where the forward pass is recomputed. With FSDP they are gathered first.
     passes = (3 if parallel.remat in ("attention", "full") else 2) * spec.step_config.microbatches
@@ -65,7 +65,7 @@ def count(spec: StepSpec, parallel: ParallelConfig, slice_: Slice) -> Report:
     peak = mesh.size * slice_.flops(dtype)
     traffic = _expected_traffic(spec, parallel, mesh, weights, trained)
     seconds = {
-        "compute": executed / peak,
+        "compute": sum(n / slice_.flops(dtype) for dtype, n in executed.items()) / mesh.size,
         "memory": passes * weights / slice_.generation.memory_rate,
         "links": link_seconds(traffic, mesh, slice_),
     }
@@ -76,7 +76,7 @@ def count(spec: StepSpec, parallel: ParallelConfig, slice_: Slice) -> Report:
         "dtype": dtype,
         "parameters": trainable + frozen,
         "trainable": trainable,
-        "flops": {"forward": forward, "useful": useful, "executed": executed},
+        "flops": {"forward": forward, "useful": useful, "executed": sum(executed.values())},
         "bytes_per_device": device_bytes,
         "usable_bytes": slice_.usable_bytes,
         "examples": spec.batch_size * (spec.members or 1),
@@ -104,24 +104,23 @@ def bytes_on_device(tree: Tree) -> int:
 
 
 @functools.lru_cache(maxsize=64)
-def _flops(spec: StepSpec, remat: Remat, attention: Attention, groups: int) -> tuple[int, int, int]:
-    """FLOPs of a step on all devices: (forward, useful, executed).
+def _flops(
+    spec: StepSpec, parallel: ParallelConfig, groups: int
+) -> tuple[int, int, dict[str, int]]:
+    """FLOPs of a step on all devices: (forward, useful, executed by dtype).
 
     Useful FLOPs leave out recomputation.
 
     Args:
+        parallel: without a mesh; shardings do not change the count, and scanned layers trace fast.
         groups: as in `AbstractStep`.
     """
-    # Neither shardings nor the weights' dtype change the count; scanned layers trace fast.
     mesh = mesh_of_sizes((groups, 1))
     once = abstract_step(spec, ParallelConfig("", remat="none"), mesh)
     arguments = once.state, once.frozen, *once.inputs()
     forward, useful = count_flops(once.forward, *arguments), count_flops(once.step, *arguments)
-    if (remat, attention) == ("none", "plain"):
-        return forward, useful, useful
-    parallel = ParallelConfig("", remat=remat, attention=attention)
-    recomputing = abstract_step(spec, parallel, mesh)
-    return forward, useful, count_flops(recomputing.step, *arguments)
+    real = abstract_step(spec, parallel, mesh)
+    return forward, useful, flops_by_dtype(real.step, real.state, real.frozen, *real.inputs())
 
 
 def _expected_traffic(
@@ -177,15 +176,32 @@ def link_seconds(traffic: Mapping[tuple[str, ...], int], mesh: Mesh, slice_: Sli
     return seconds
 
 
+def kernel_seconds(kernels: Iterable[Kernel], slice_: Slice) -> float:
+    """Estimates how long a program's kernels take, one after another.
+
+    Each takes as long as its products at the devices' peak rate, or as its bytes at their memory's
+    rate, whichever is longer.
+    """
+    return sum(
+        kernel.times
+        * max(
+            sum(flops / slice_.flops(dtype) for dtype, flops in kernel.flops.items()),
+            kernel.bytes / slice_.generation.memory_rate,
+        )
+        for kernel in kernels
+    )
+
+
 def step_seconds(seconds: Mapping[str, float], ideal: float) -> Report:
     """Bounds the seconds of a step from below and above.
 
     The lower bound assumes that computation, memory access and communication overlap completely.
-    The upper bound assumes that communication overlaps with nothing.
+    The upper bound assumes that kernels run one after another, and communication after them.
 
     Args:
-        seconds: the time of each part alone: "compute", "memory" and "links". Optionally
-            "memory_most", an upper bound of "memory"; without it, "high" is None.
+        seconds: the time of each part alone: "compute", "memory" (of the weights alone) and
+            "links". Of a compiled program also "memory_most" (of all that its kernels access) and
+            "kernels", the result of `kernel_seconds`; without that, "high" is None.
         ideal: the seconds that the useful FLOPs would take at the devices' peak.
 
     Returns:
@@ -193,8 +209,6 @@ def step_seconds(seconds: Mapping[str, float], ideal: float) -> Report:
         [ideal / high, ideal / low].
     """
     low = max(seconds["compute"], seconds["memory"], seconds["links"])
-    high = None
-    if "memory_most" in seconds:
-        high = max(seconds["compute"], seconds["memory_most"]) + seconds["links"]
+    high = seconds["kernels"] + seconds["links"] if "kernels" in seconds else None
     utilisation = [ideal / x if x else None for x in (high, low)]
     return {**seconds, "ideal": ideal, "low": low, "high": high, "utilisation": utilisation}

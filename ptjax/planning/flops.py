@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import math
 from collections.abc import Callable, Iterator
 
@@ -15,6 +16,8 @@ from ptjax.training.loss import Loss
 from ptjax.training.step import batch_loss, init_train_state, make_train_step
 from ptjax.trees import Tree
 
+_Flops = collections.Counter[str]
+"""FLOPs by the dtype of the operands."""
 _UNKNOWN = ("conv_general_dilated", "ragged_dot_general")
 
 
@@ -42,8 +45,17 @@ def count_flops(function: Callable[..., object], *shapes: Tree) -> int:
     return count_jaxpr_flops(jax.make_jaxpr(function)(*shapes).jaxpr)
 
 
+def flops_by_dtype(function: Callable[..., object], *shapes: Tree) -> dict[str, int]:
+    """Counts like `count_flops`, by the dtype of the products' operands."""
+    return dict(_used_flops(jax.make_jaxpr(function)(*shapes).jaxpr))
+
+
 def count_jaxpr_flops(jaxpr: Jaxpr) -> int:
     """Counts the FLOPs of a jaxpr like `count_flops`, with the same errors."""
+    return _used_flops(jaxpr).total()
+
+
+def _used_flops(jaxpr: Jaxpr) -> _Flops:
     used, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
     return _jaxpr_flops(used)
 
@@ -81,11 +93,15 @@ def step_flops(
     return count_flops(forward, variables, batch, key), count_flops(step, state, frozen, batch)
 
 
-def _jaxpr_flops(jaxpr: Jaxpr) -> int:
-    return sum(_equation_flops(equation) for equation in jaxpr.eqns)
+def _jaxpr_flops(jaxpr: Jaxpr) -> _Flops:
+    return sum((_equation_flops(equation) for equation in jaxpr.eqns), _Flops())
 
 
-def _equation_flops(equation: JaxprEqn) -> int:
+def _times(count: int, flops: _Flops) -> _Flops:
+    return _Flops({dtype: count * number for dtype, number in flops.items()})
+
+
+def _equation_flops(equation: JaxprEqn) -> _Flops:
     name = equation.primitive.name
     if name in _UNKNOWN:
         raise ValueError(f"count_flops does not support {name!r}")
@@ -93,19 +109,21 @@ def _equation_flops(equation: JaxprEqn) -> int:
         (contracted, _), _ = equation.params["dimension_numbers"]
         left: Tree = equation.invars[0].aval
         result: Tree = equation.outvars[0].aval
-        return 2 * math.prod(result.shape) * math.prod(left.shape[axis] for axis in contracted)
+        length = math.prod(left.shape[axis] for axis in contracted)
+        return _Flops({left.dtype.name: 2 * math.prod(result.shape) * length})
     inner = [_jaxpr_flops(jaxpr) for jaxpr in _inner_jaxprs(equation)]
-    if name == "scan":
-        return equation.params["length"] * sum(inner)
-    if name == "shard_map":
-        return equation.params["mesh"].size * sum(inner)
-    if name == "pallas_call":
-        return math.prod(equation.params["grid_mapping"].grid) * sum(inner)
     if name == "cond":
-        return max(inner)
-    if name == "while" and sum(inner):
+        return max(inner, key=_Flops.total)
+    total = sum(inner, _Flops())
+    if name == "scan":
+        return _times(equation.params["length"], total)
+    if name == "shard_map":
+        return _times(equation.params["mesh"].size, total)
+    if name == "pallas_call":
+        return _times(math.prod(equation.params["grid_mapping"].grid), total)
+    if name == "while" and total:
         raise ValueError("count_flops cannot count the iterations of a while loop; use lax.scan")
-    return sum(inner)
+    return total
 
 
 def _inner_jaxprs(equation: JaxprEqn) -> Iterator[Jaxpr]:

@@ -1,4 +1,4 @@
-"""Reads from a compiled program's HLO which collectives it runs and how many bytes it accesses."""
+"""Reads from a compiled program's HLO which collectives it runs."""
 
 from __future__ import annotations
 
@@ -13,9 +13,6 @@ from jax.sharding import Mesh
 # Operations by which devices communicate, under their names in HLO.
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "send")
 _BITS = {"pred": 8, "bf16": 16, "token": 0, "opaque": 0}
-# Operations that move no bytes themselves: aliases, and calls whose bodies are counted.
-_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call",
-         "conditional", "opt-barrier", "after-all", "partition-id", "replica-id"}  # fmt: skip
 
 
 class Collective(NamedTuple):
@@ -41,7 +38,7 @@ class Collective(NamedTuple):
     @property
     def bytes(self) -> int:
         """The bytes of the result on one device, summed over all `times` that it runs."""
-        return self.times * _array_bytes(self.dtype, self.shape)
+        return self.times * array_bytes(self.dtype, self.shape)
 
 
 def collectives(compiled: jax.stages.Compiled, mesh: Mesh) -> list[Collective]:
@@ -50,12 +47,11 @@ def collectives(compiled: jax.stages.Compiled, mesh: Mesh) -> list[Collective]:
     Args:
         mesh: the mesh that the function was compiled for.
     """
-    computations, entry = _computations(compiled.as_text() or "")
-    loops = _loops(computations, entry)
+    lines, entry = computations(compiled.as_text() or "")
     results = []
     pattern = re.compile(rf" = (.*?) ({'|'.join(KINDS)})(?:-start)?\(")
-    for name, (times, in_loop) in loops.items():
-        for line in computations[name]:
+    for name, (times, in_loop) in loops(lines, entry).items():
+        for line in lines[name]:
             if not (match := pattern.search(line)):
                 continue
             result, kind = match.groups()
@@ -63,71 +59,44 @@ def collectives(compiled: jax.stages.Compiled, mesh: Mesh) -> list[Collective]:
                 axes, result = mesh.axis_names[:1], result.partition("}")[0]
             else:
                 axes = _axes(_groups(line, mesh.size), mesh)
-            arrays = _arrays(result)
+            made = arrays(result)
             pair = kind in ("all-gather", "collective-permute") or result.startswith("((")
             if pair and f"{kind}-start(" in line:
                 # (operands, results), followed by 32-bit counters.
-                arrays = [array for array in arrays if array != ("u32", ())]
-                arrays = arrays[len(arrays) // 2 :]
-            for dtype, shape in arrays:
+                made = [array for array in made if array != ("u32", ())]
+                made = made[len(made) // 2 :]
+            for dtype, shape in made:
                 results.append(Collective(kind, dtype, shape, axes, times, in_loop))
     return results
 
 
-def bytes_accessed(compiled: jax.stages.Compiled) -> int:
-    """Counts the bytes that a program for a GPU accesses: operands and results of all its kernels.
-
-    The body of a loop counts once per iteration.
-    """
-    computations, entry = _computations(compiled.as_text() or "")
-    bodies = computations.values()
-    lines = (line for body in bodies for line in body if " call(" not in line)
-    in_kernels = {x for line in lines for x in re.findall(r"(?:calls|to_apply)=(%[\w.\-]+)", line)}
-    total = 0
-    for name, (times, _) in _loops(computations, entry).items():
-        if name in in_kernels:
-            continue
-        sizes: dict[str, int] = {}
-        for line in computations[name]:
-            match = re.match(r"\s*(?:ROOT )?(%[\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*?)\)", line)
-            if match is None:
-                continue
-            result, type_, operation, operands = match.groups()
-            if operation == "custom-call":  # without the scratch space of cuBLAS
-                type_ = re.sub(r"s8\[\d+\]", "", type_)
-            sizes[result] = sum(_array_bytes(dtype, shape) for dtype, shape in _arrays(type_))
-            if operation not in _FREE and not operation.endswith("-done"):
-                read = re.findall(r"%[\w.\-]+", operands)
-                total += times * (sizes[result] + sum(sizes.get(operand, 0) for operand in read))
-    return total
-
-
-def _arrays(text: str) -> list[tuple[str, tuple[int, ...]]]:
+def arrays(text: str) -> list[tuple[str, tuple[int, ...]]]:
     """(dtype, shape) of the arrays in a type such as "(f32[4,8]{1,0}, u32[])"."""
-    arrays = re.findall(r"(\w+)\[([\d,]*)\]", text)
-    return [(dtype, tuple(map(int, filter(None, sizes.split(","))))) for dtype, sizes in arrays]
+    found = re.findall(r"(\w+)\[([\d,]*)\]", text)
+    return [(dtype, tuple(map(int, filter(None, sizes.split(","))))) for dtype, sizes in found]
 
 
-def _array_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+def array_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """The bytes of an array, whose dtype has HLO's name."""
     bits = _BITS[dtype] if dtype in _BITS else int(re.sub(r"\D*(\d+).*", r"\1", dtype))
     return math.prod(shape) * bits // 8
 
 
-def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+def computations(text: str) -> tuple[dict[str, list[str]], str]:
     """(computation -> its lines, the name of the entry computation)."""
-    computations: dict[str, list[str]] = {}
+    found: dict[str, list[str]] = {}
     entry = name = ""
     for line in text.splitlines():
         if line.endswith("{") and (match := re.match(r"(ENTRY )?(%[\w.\-]+) ", line)):
             name = match[2]
-            computations[name] = []
+            found[name] = []
             entry = name if match[1] else entry
         elif name:
-            computations[name].append(line)
-    return computations, entry
+            found[name].append(line)
+    return found, entry
 
 
-def _loops(computations: dict[str, list[str]], entry: str) -> dict[str, tuple[int, bool]]:
+def loops(computations: dict[str, list[str]], entry: str) -> dict[str, tuple[int, bool]]:
     """Computation -> (how often it runs, whether in a loop), for all reachable from the entry."""
     reached = {entry: (1, False)}
     for name in reversed(computations):  # a computation precedes its callers

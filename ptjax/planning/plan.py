@@ -231,15 +231,12 @@ def plan_slice(
     except InputError as error:
         plan["own"] = {"verdict": "refused", "reason": str(error)}
     else:
-        plan["own"] = count(spec, parallel, slice_) if quick else compiler(parallel, timed=True)
+        plan["own"] = count(spec, parallel, slice_) if quick else compiler(parallel)
     if not searched:
         return plan
     tried, best = search_configurations(
         spec, slice_, parallel.quantize, compiler, parallel.attention
     )
-    if best:
-        timed = compiler(ParallelConfig.from_settings(best["settings"]), timed=True)
-        best = timed if timed["verdict"] == "fits" else best
     return plan | {"tried": tried, "best": best}
 
 

@@ -49,6 +49,7 @@ class Generation:
         cores: the number of cores per chip that a slice's name counts ("v4-8" has four chips).
         axes: the number of axes of the slice's torus.
         most: the number of chips in the largest slice; for GPUs, the number in a machine.
+        int8: int8 operations per second over `flops`; 1 where none is published.
         options: for a TPU, options of `get_topology_desc`; for a GPU, its properties under the
             names of XLA's `GpuDeviceInfoProto`.
     """
@@ -64,6 +65,7 @@ class Generation:
     axes: int = 2
     most: int = 256
     options: Metadata = dataclasses.field(default_factory=dict)
+    int8: float = 2.0
 
 
 def _gpu(
@@ -106,17 +108,17 @@ def _gpu(
 
 
 GENERATIONS = {
-    "v2": Generation("TPU v2", "v2", 22.5e12, 350e9, 31e9, 1.56e9, 2, 2),
-    "v3": Generation("TPU v3", "v3", 61.5e12, 450e9, 41e9, 1.56e9, 2, 2, most=1024),
+    "v2": Generation("TPU v2", "v2", 22.5e12, 350e9, 31e9, 1.56e9, 2, 2, int8=1.0),
+    "v3": Generation("TPU v3", "v3", 61.5e12, 450e9, 41e9, 1.56e9, 2, 2, most=1024, int8=1.0),
     "v4": Generation(
         "TPU v4", "v4", 275e12, 1228e9, 90e9, 6.25e9, cores=2, axes=3, most=4096,
         # Without it libtpu describes a chip as two devices, unlike real TPU v4.
-        options={"chip_config_name": "megacore"},
+        options={"chip_config_name": "megacore"}, int8=1.0,
     ),
     "v5e": Generation("TPU v5 lite", "v5e", 197e12, 819e9, 90e9, 3.12e9),
     "v5p": Generation("TPU v5", "v5p", 459e12, 2765e9, 180e9, 6.25e9, cores=2, axes=3, most=8192),
     "v6e": Generation("TPU v6 lite", "v6e", 918e12, 1640e9, 180e9, 12.5e9),
-    "tpu7x": Generation("TPU7x", "tpu7x", 1153e12, 3690e9, 180e9, 6.25e9, 2, 2, 3, 8192),
+    "tpu7x": Generation("TPU7x", "tpu7x", 1153e12, 3690e9, 180e9, 6.25e9, 2, 2, 3, 8192, int8=1.0),
     "a100": Generation(
         "NVIDIA A100-SXM4-80GB", "", 312e12, 2039e9, 300e9, 25e9, most=8,
         options=_gpu((8, 0), cores=108, lanes=64, clock=1.41, shared=164, cache=40),
@@ -178,8 +180,13 @@ class Slice:
         """The peak FLOPs per second and device, for matrix products at JAX's default precision.
 
         For float32, a TPU multiplies in bfloat16, a GPU in TF32 at half the rate of bfloat16.
+
+        Args:
+            dtype: of the operands, under JAX's name or HLO's.
         """
-        halved = dtype == "float32" and not self.is_tpu
+        if dtype in ("int8", "s8"):
+            return self.generation.flops * self.generation.int8
+        halved = dtype in ("float32", "f32") and not self.is_tpu
         return self.generation.flops / (2 if halved else 1)
 
     @property

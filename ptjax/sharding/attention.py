@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -18,6 +19,8 @@ from ptjax.sharding.arrays import rows_axes, rows_divisor
 from ptjax.trees import Tree
 
 Attention = Literal["auto", "plain", "fused"]
+Rows = tuple[str, ...] | None
+"""The mesh axes that divide the rows."""
 
 _FEWEST_QUERIES = 8
 """Rows of a TPU's registers: fewer queries, as in a step of decoding, would fill them badly."""
@@ -73,13 +76,10 @@ class FusedAttention:
 # Outside of shard_map, which has no rule for symbolic zeros.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _attend(queries: Array, sources: tuple[Source, ...], mesh: Mesh) -> Array:
-    rows = _rows(queries, mesh)
-    of_rows, of_sources = P(rows, None, "model"), tuple(_specs(x, rows) for x in sources)
-    attend = functools.partial(fused_forward, interpret=_interpreted(mesh))
-    attend = jax.shard_map(
-        attend, mesh=mesh, in_specs=(of_rows, of_sources), out_specs=of_rows, check_vma=False
-    )
-    return attend(queries, sources)
+    def attend(rows: Rows, queries: Array, sources: tuple[Source, ...]) -> Array:
+        return fused_forward(queries, sources, _interpreted(mesh))
+
+    return _on_mesh(attend, mesh, lambda rows, *_: P(rows, None, "model"), queries, sources)
 
 
 def _forward(queries: Tree, sources: Tree, mesh: Mesh) -> tuple[Array, Tree]:
@@ -96,22 +96,20 @@ def _backward(mesh: Mesh, kept: Tree, gradient: Array) -> Tree:
     if not isinstance(kept, tuple):
         return kept(gradient)
     queries, sources = kept
-    rows = _rows(queries, mesh)
 
-    def local(queries: Array, sources: tuple[Source, ...], gradient: Array) -> Tree:
+    def attend(
+        rows: Rows, queries: Array, sources: tuple[Source, ...], gradient: Array
+    ) -> tuple[Array, Tree]:
         of_queries, pairs = fused_backward(queries, sources, gradient, _interpreted(mesh))
         return of_queries, tuple(
             jax.lax.psum(pair, rows) if source.is_shared and rows else pair
             for source, pair in zip(sources, pairs, strict=True)
         )
 
-    of_rows, of_sources = P(rows, None, "model"), tuple(_specs(x, rows) for x in sources)
-    out_specs = of_rows, tuple(x[:2] for x in of_sources)
-    in_specs = of_rows, of_sources, of_rows
-    sharded = jax.shard_map(
-        local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
-    )
-    of_queries, pairs = sharded(queries, sources, gradient)
+    def made(rows: Rows, of_queries: P, of_sources: tuple[Source, ...], _: P) -> Tree:
+        return of_queries, tuple(source[:2] for source in of_sources)
+
+    of_queries, pairs = _on_mesh(attend, mesh, made, queries, sources, gradient)
     # The other parts of a source get no gradient.
     nothing: Tree = (None,) * (len(Source._fields) - 2)
     return of_queries, tuple(
@@ -123,16 +121,73 @@ def _backward(mesh: Mesh, kept: Tree, gradient: Array) -> Tree:
 _attend.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
+def _on_mesh(
+    function: Callable[..., Tree],
+    mesh: Mesh,
+    out_specs: Callable[..., Tree],
+    queries: Array,
+    sources: tuple[Source, ...],
+    *more: Array,
+) -> Tree:
+    """Runs `function(rows, queries, sources, *more)` on each device's rows and heads.
+
+    Args:
+        out_specs: makes the specs of the results from `rows` and those of the other arguments.
+        more: arrays of the queries' shape.
+    """
+
+    def run(rows: Rows, batched: Tree, *arrays: Tree) -> Tree:
+        """With `batched`, its arrays have an axis in front that `rows_axes` divide."""
+        of_rows = P(rows, None, "model")
+        specs: Tree = (of_rows, tuple(_specs(x, rows) for x in sources), *[of_rows] * len(more))
+        results = out_specs(rows, *specs)
+        local = functools.partial(function, rows)
+        if batched is not None:
+            lead = rows_axes(mesh)
+            specs = jax.tree.map(
+                lambda spec, has: P(lead, *spec) if has else spec,
+                specs,
+                batched,
+                is_leaf=lambda x: isinstance(x, P),
+            )
+            results = jax.tree.map(
+                lambda spec: P(lead, *spec), results, is_leaf=lambda x: isinstance(x, P)
+            )
+            local = functools.partial(_of_group, local, batched)
+        sharded = jax.shard_map(
+            local, mesh=mesh, in_specs=specs, out_specs=results, check_vma=False
+        )
+        return sharded(*arrays)
+
+    # A batch of one, such as a prompt alone, is not divided.
+    rows = rows_axes(mesh) if len(queries) % rows_divisor(mesh) == 0 else None
+    call = jax.custom_batching.custom_vmap(functools.partial(run, rows, None))
+
+    @call.def_vmap
+    def _(size: int, batched: Tree, *arrays: Tree) -> tuple[Tree, Tree]:
+        batched = tuple(batched)
+        # A step's groups of rows lie on a device each (`make_train_step`): no array moves.
+        if size == rows_divisor(mesh) > 1 and batched[0]:
+            made = run(None, batched, *arrays)
+        else:
+            axes = jax.tree.map(lambda has: 0 if has else None, batched)
+            made = jax.vmap(functools.partial(run, rows, None), axes)(*arrays)
+        return made, jax.tree.map(lambda _: True, made)
+
+    return call(queries, sources, *more)
+
+
+def _of_group(function: Callable[..., Tree], batched: Tree, *arrays: Tree) -> Tree:
+    """`function` for a device's group: the axis in front, of one, goes and comes back."""
+    arrays = jax.tree.map(lambda x, has: x[0] if has else x, arrays, batched)
+    return jax.tree.map(lambda x: x[None], function(*arrays))
+
+
 def _interpreted(mesh: Mesh) -> bool:
     return isinstance(mesh, Mesh) and mesh.devices.flat[0].platform != "tpu"
 
 
-def _rows(queries: Array, mesh: Mesh) -> tuple[str, ...] | None:
-    """The mesh axes that divide the rows; a batch of one, such as a prompt alone, is whole."""
-    return rows_axes(mesh) if len(queries) % rows_divisor(mesh) == 0 else None
-
-
-def _specs(source: Source, rows: tuple[str, ...] | None) -> Source:
+def _specs(source: Source, rows: Rows) -> Source:
     """How the arrays of a source are divided: rows over `rows`, heads over `model`."""
 
     def of(x: Array | None, *spec: str) -> Tree:

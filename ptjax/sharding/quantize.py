@@ -82,15 +82,16 @@ def quantize_kernel(kernel: Float[Array, "*L i o"], factors: bool = False) -> Qu
 
     Args:
         factors: divide each row, the weights of an input channel, by its largest magnitude first
-            (or by 1), and keep that as the row's factor. Then what multiplies the kernel is weighed
-            by what it contributes before it is rounded itself, so an input channel that is large
-            and has small weights does not take the range of all others. Exact in real numbers
+            (or by 1), to the next power of two, and keep that as the row's factor. Then what
+            multiplies the kernel is weighed by what it contributes before it is rounded itself, so
+            an input channel that is large and has small weights does not take the range of all
+            others. Exact but for the rounding
             (SmoothQuant, Xiao et al. 2023, section 4, without measured activations).
     """
     kernel = kernel.astype(jnp.float32)
     rows = None
     if factors:
-        rows = _largest(kernel, -1)
+        rows = jnp.exp2(jnp.round(jnp.log2(_largest(kernel, -1))))
         kernel = kernel / rows
     scale = _largest(kernel, -2, LARGEST)
     return Quantized(jnp.round(kernel / scale).astype(jnp.int8), scale, rows)

@@ -122,6 +122,42 @@ def test_on_a_mesh(case: str) -> None:
     assert_close(fused(queries, sources), plain_attention(queries, sources))
 
 
+def with_row_groups(attend: Any, queries: jax.Array, own: Source, prompts: Any) -> Any:
+    """Output and gradients of groups of rows, each with a prompt of its own, under `vmap`."""
+
+    def group(queries: jax.Array, keys: jax.Array, values: jax.Array, mask: Mask, prompt: Any):
+        def loss(prompt: Any) -> Any:
+            row = own._replace(keys=keys, values=values, mask=mask)
+            out = attend(queries, (row, Source(*prompt)))
+            return (out**2).sum(), out
+
+        return jax.value_and_grad(loss, has_aux=True)(prompt)
+
+    groups = len(prompts[0])
+
+    def split(x: jax.Array) -> jax.Array:
+        return x.reshape(groups, -1, *x.shape[1:])
+
+    arguments = jax.tree.map(split, (queries, own.keys, own.values, own.mask))
+    return jax.jit(jax.vmap(group))(*arguments, prompts)
+
+
+@pytest.mark.parametrize("shape", [(4, 1), (2, 1)], ids=["a group a device", "members"])
+def test_under_vmap(shape: tuple[int, int]) -> None:
+    """A step's groups stay where they are: nothing is gathered. A sweep's members are any vmap."""
+    rng = np.random.default_rng(0)
+    own = Source(*(draw(rng, 8, 30, 2, 64) for _ in range(2)), draw(rng, 1, 2, 30, 30))
+    own = own._replace(mask=row_mask(rng, 8, 30, 30, packed=False))
+    prompts = tuple(draw(rng, 4, 5, 2, 64) for _ in range(2))
+    arguments = draw(rng, 8, 30, 2, 64) / 16, own, prompts
+    fused = FusedAttention(make_mesh(shape, jax.devices()[: shape[0]]))
+    found = with_row_groups(fused, *arguments)
+    assert_close(found, with_row_groups(plain_attention, *arguments))
+    if shape == (4, 1):
+        text = str(jax.make_jaxpr(lambda *x: with_row_groups(fused, *x))(*arguments))
+        assert "psum" not in text
+
+
 def test_float32_keys_beside_bfloat16_queries() -> None:
     """A prefix: its gradient is the float32 sum of the rows' gradients."""
     queries, sources = inputs("a shared prompt")

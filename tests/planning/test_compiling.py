@@ -13,8 +13,9 @@ import pytest
 from step_specs import TOY, V5E, XXL, blind, changed
 
 from ptjax.planning import compiler
-from ptjax.planning.estimate import bytes_on_device
-from ptjax.planning.hlo import bytes_accessed, collectives
+from ptjax.planning.estimate import bytes_on_device, count
+from ptjax.planning.hlo import collectives
+from ptjax.planning.kernels import kernels, totals
 from ptjax.planning.slices import Slice, parse_slice
 from ptjax.planning.workload import ParallelConfig, StepSpec, abstract_step
 from ptjax.sharding import meshes
@@ -40,12 +41,14 @@ TPU_CASES = {
     "v5e-8, unrolled": ("v5e-8", TOY, ParallelConfig("4x2", scan_layers=False)),
     "v5e-8, fsdp": ("v5e-8", TOY, ParallelConfig("4x2", fsdp=True, remat="full")),
     "v5e-8, int8": ("v5e-8", TOY, ParallelConfig("8x1", quantize="int8", remat="dots")),
-    "v5e-8, int8, fsdp": ("v5e-8", TOY, ParallelConfig("4x2", fsdp=True, quantize="int8")),
-    "v5e-8, groups": (
-        "v5e-8", changed(blind(TOY), microbatches=2), ParallelConfig("4x2")
+    "v5e-8, int8 products, fsdp": (
+        "v5e-8", TOY, ParallelConfig("4x2", fsdp=True, quantize="int8_products", attention="fused")
     ),
-    "v4-16": ("v4-16", TOY, ParallelConfig("4x2")),
-    "v6e-8": ("v6e-8", TOY, ParallelConfig("8x1")),
+    "v5e-8, groups": (
+        "v5e-8", changed(blind(TOY), microbatches=2), ParallelConfig("4x2", attention="fused")
+    ),
+    "v4-16": ("v4-16", TOY, ParallelConfig("4x2", attention="fused")),
+    "v6e-8": ("v6e-8", TOY, ParallelConfig("8x1", remat="attention", attention="fused")),
     "tpu7x-8": ("tpu7x-8", TOY, ParallelConfig("4x2")),
     "two slices": ("2xv5e-4", TOY, ParallelConfig("2x2x2")),
 }  # fmt: skip
@@ -135,6 +138,19 @@ def test_a_gpu_that_is_too_small_is_said():
     assert found["reason"].startswith(f"needs {needed} GiB; JAX gives a program 59.00 of this GPU")
 
 
+@pytest.mark.tpu
+def test_what_a_tpu_computes():
+    """The FLOPs in the compiled step are those of its jaxpr, the kernel's among them."""
+    for parallel in (ParallelConfig("8x1"), ParallelConfig("4x2", attention="fused")):
+        mesh = make_mesh(meshes.parse_mesh(parallel.mesh), V5E.topology_devices())
+        abstract = abstract_step(TOY, parallel, mesh)
+        compiled = abstract.lower().compile(compiler_options=compiler.FAST)
+        moved, flops = totals(kernels(compiled.as_text()))
+        counted = count(TOY, parallel, V5E)["flops"]["executed"]
+        assert 8 * sum(flops.values()) == pytest.approx(counted, rel=0.02)
+        assert moved > 0
+
+
 @pytest.mark.cuda
 def test_what_a_gpu_reads_and_writes():
     """Arguments and result of a kernel, whatever it does inside, every time that its loop turns."""
@@ -153,13 +169,14 @@ def test_what_a_gpu_reads_and_writes():
     wide = jax.ShapeDtypeStruct((512, 512), "float32", sharding=sharding)
     options = compiler.compiler_options(parse_slice("h100x1"))
     once, one_kernel, seven = (
-        bytes_accessed(jax.jit(f).lower(wide, wide).compile(compiler_options=options))
+        totals(kernels(jax.jit(f).lower(wide, wide).compile(compiler_options=options).as_text()))
         for f in (product, fused, chain)
     )
-    array = 4 * 512 * 512
-    assert once == one_kernel == 3 * array
+    array, flops = 4 * 512 * 512, 2 * 512**3
+    assert once == (3 * array, {"f32": flops}) and one_kernel == (3 * array, {})
     # And copies of what the loop carries.
-    assert 7 * once < seven < 7 * (once + 2 * array) + 4 * array
+    assert 7 * 3 * array < seven[0] < 7 * 5 * array + 4 * array
+    assert seven[1] == {"f32": 7 * flops}
 
 
 # Golden: jax 0.10.2.
