@@ -24,7 +24,7 @@ from sees_input import COMMON, LENGTHS, STEPS
 from ptjax.backbones.open import open_backbone
 from ptjax.models.config import T5Config
 from ptjax.models.t5_family import T5_FAMILY
-from ptjax.sharding.quantize import quantize, weight_shapes
+from ptjax.sharding.quantize import quantize_kernel, weight_shapes
 from ptjax.trees import flatten_paths
 
 DTYPE = "bfloat16"
@@ -34,7 +34,9 @@ HELD = {DTYPE: None, "int8": "int8"}  # QUANTIZE
 def held_bytes(config: T5Config, quantized: str | None) -> int:
     """What the frozen weights take, scales included; nothing is computed."""
     held = {
-        path: jax.eval_shape(quantize, leaf) if quantized and T5_FAMILY.is_quantized(path) else leaf
+        path: jax.eval_shape(quantize_kernel, leaf)
+        if quantized and T5_FAMILY.is_quantized(path)
+        else leaf
         for path, leaf in flatten_paths(weight_shapes(config, DTYPE)).items()
     }
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(held))

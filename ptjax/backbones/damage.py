@@ -29,7 +29,7 @@ def check_weights(params: Tree, name: str) -> None:
     """
     arrays = UnstackedView({k: x for k, x in flatten_paths(params).items() if not _is_deleted(x)})
     for path in sorted(arrays):
-        # A NaN or infinity in a channel of an int8 kernel shows in its scale.
+        # A NaN or infinity in an int8 kernel shows in the scale of its channel, or all of them.
         for array in jax.tree.leaves(arrays[path]):
             if jnp.issubdtype(array.dtype, jnp.floating) and (bad := int(_count(array))):
                 what = "NaN" if bool(_has_nan(array)) else "infinity"

@@ -171,7 +171,7 @@ def load_backbone(
     family = family or T5_FAMILY
     check_supported(family, *_features(fsdp, quantize, attention))
     attention = "plain" if "fused attention" in family.lacks else attention
-    attention = choose_attention(attention, first.platform)
+    attention = choose_attention(attention, first.device_kind)
     opened = open_backbone(
         path, dtype=dtype, tokenizer=tokenizer, family=family, **config_overrides
     )

@@ -58,7 +58,8 @@ class Source(NamedTuple):
         bias: [#B, H, q, k], added to the logits.
         mask: `Mask`.
         keep: float32 [B, H, 1, k], multiplied with the weights: dropout, with one mask for all
-            queries as in T5X.
+            queries as in T5X. `plain_attention` rounds it to the weights' dtype, as Flax does. It
+            gets no gradient.
     """
 
     keys: Tree

@@ -130,7 +130,9 @@ def _show_settings(
     console: Console, title: str, report: Report, setting_lines: SettingLines
 ) -> None:
     console.print(title)
-    for line in setting_lines(report["settings"]):
+    # Attention is not searched: what a gin file says of it, or 'auto', is as good elsewhere.
+    settings = {k: value for k, value in report["settings"].items() if k != "ATTENTION"}
+    for line in setting_lines(settings):
         console.print(f"  {line}")
 
 

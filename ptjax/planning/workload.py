@@ -15,7 +15,7 @@ import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from ptjax.data.pipeline import Shape
-from ptjax.errors import check_at_least
+from ptjax.errors import InputError, check_at_least
 from ptjax.files import JsonObject, Metadata
 from ptjax.methods.base import Method, run_with
 from ptjax.models.attention import AttendFn, plain_attention
@@ -176,7 +176,9 @@ def resolve(spec: StepSpec, parallel: ParallelConfig, slice_: Slice) -> Parallel
         weights = weight_shapes(config, config.dtype, parallel.quantize)
         shape, _ = meshes.smallest_that_fits(config, weights, slice_.devices(), parallel.fsdp)
         parallel = dataclasses.replace(parallel, mesh="x".join(map(str, shape)))
-    attention = choose_attention(parallel.attention, "tpu" if slice_.is_tpu else "gpu")
+    if parallel.attention == "fused" and not slice_.is_tpu:
+        raise InputError(f"ATTENTION = 'fused' needs a TPU from v4 on, not {slice_.name}")
+    attention = choose_attention(parallel.attention, slice_.generation.device_kind)
     parallel = dataclasses.replace(parallel, attention=attention)
     mesh = abstract_mesh(parallel, slice_)
     meshes.check_mesh(config, mesh, fsdp=parallel.fsdp)

@@ -72,7 +72,7 @@ def gather_layer(mesh: Mesh) -> Callable[[Tree], Tree]:
 
     def gather(variables: Tree) -> Tree:
         def whole(path: jax.tree_util.KeyPath, weights: Tree) -> Tree:
-            if isinstance(weights, Quantized):  # its scales are never divided over `data`
+            if isinstance(weights, Quantized):  # `data` never divides the rest
                 return dataclasses.replace(weights, values=whole(path, weights.values))
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             sharding = NamedSharding(mesh, spec_of(name, weights.ndim))
@@ -95,6 +95,19 @@ def reduction_groups(mesh: Mesh, *, microbatches: int, attends_to_input: bool) -
             its own copy of the prompt.
     """
     return 1 if microbatches == 1 and attends_to_input else rows_divisor(mesh)
+
+
+GROUPS = "groups"
+"""The name of the axis under which `make_train_step` computes its groups of rows."""
+
+
+def is_grouped() -> bool:
+    """Whether a function is being traced for a group of rows."""
+    try:
+        jax.lax.axis_size(GROUPS)
+    except NameError:  # JAX's for an axis that is not bound
+        return False
+    return True
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

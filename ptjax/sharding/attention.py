@@ -13,9 +13,10 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
+from ptjax.errors import InputError
 from ptjax.models.attention import AttendFn, Mask, Source, plain_attention
 from ptjax.models.fused_attention import fused_backward, fused_forward, vmem_bytes
-from ptjax.sharding.arrays import rows_axes, rows_divisor
+from ptjax.sharding.arrays import is_grouped, rows_axes, rows_divisor
 from ptjax.trees import Tree
 
 Attention = Literal["auto", "plain", "fused"]
@@ -24,15 +25,24 @@ Rows = tuple[str, ...] | None
 
 _FEWEST_QUERIES = 8
 """Rows of a TPU's registers: fewer queries, as in a step of decoding, would fill them badly."""
-_VMEM = 20 * 2**20
-"""The largest `vmem_bytes`, of a TPU's 32 MiB or more: T5 with heads of 64 then has up to 1,100
-keys. The compiler may need more than the estimate, up to twice as much."""
+_VMEM = 15 * 2**20
+"""The largest `vmem_bytes`: a TPU v4 has 16 MiB. T5 with heads of 64 then has up to 960 keys."""
 
 
-def choose_attention(attention: Attention, platform: str) -> Literal["plain", "fused"]:
-    """Returns the kind of attention; "auto" is "fused" on the platform "tpu", else "plain"."""
+def choose_attention(attention: Attention, device_kind: str) -> Literal["plain", "fused"]:
+    """Returns the kind of attention; "auto" is "fused" on a TPU from v4 on, else "plain".
+
+    Args:
+        device_kind: JAX's name for the kind of device.
+
+    Raises:
+        InputError: "fused" on a TPU v2 or v3, whose matrix units lack its products.
+    """
+    old = device_kind.startswith(("TPU v2", "TPU v3"))
+    if attention == "fused" and old:
+        raise InputError(f"ATTENTION = 'fused' needs a TPU from v4 on, not {device_kind}")
     if attention == "auto":
-        return "fused" if platform == "tpu" else "plain"
+        return "fused" if device_kind.startswith("TPU") and not old else "plain"
     return attention
 
 
@@ -50,8 +60,9 @@ class FusedAttention:
     """Attention in one kernel on a TPU, and in Pallas's slow interpreter elsewhere.
 
     Where it has no advantage or cannot be used, it is `plain_attention`: for the decoder's
-    self-attention and steps of decoding, for rows with more than about 1,100 keys, for a batch of
-    prompts of which some do not attend to their input, and where the biases are trained.
+    self-attention and decoding with fewer than eight beams, for rows with more than about 960 keys,
+    for a prompt or an input of length 1, for a batch of prompts of which some do not attend to
+    their input, and where the biases are trained.
     """
 
     mesh: Mesh
@@ -70,7 +81,8 @@ class FusedAttention:
         heads //= self.mesh.shape["model"]
         needed = vmem_bytes(count, keys, heads, head_dim, queries.dtype.itemsize)
         seen = any(source.mask.seen is not None for source in sources)
-        return not seen and count >= _FEWEST_QUERIES and needed <= _VMEM
+        # The TPU's compiler cannot broadcast a single key.
+        return not seen and count >= _FEWEST_QUERIES and min(keys) > 1 and needed <= _VMEM
 
 
 # Outside of shard_map, which has no rule for symbolic zeros.
@@ -161,13 +173,14 @@ def _on_mesh(
 
     # A batch of one, such as a prompt alone, is not divided.
     rows = rows_axes(mesh) if len(queries) % rows_divisor(mesh) == 0 else None
+    grouped = is_grouped()
     call = jax.custom_batching.custom_vmap(functools.partial(run, rows, None))
 
     @call.def_vmap
     def _(size: int, batched: Tree, *arrays: Tree) -> tuple[Tree, Tree]:
         batched = tuple(batched)
         # A step's groups of rows lie on a device each (`make_train_step`): no array moves.
-        if size == rows_divisor(mesh) > 1 and batched[0]:
+        if grouped and size == rows_divisor(mesh) > 1 and batched[0]:
             made = run(None, batched, *arrays)
         else:
             axes = jax.tree.map(lambda has: 0 if has else None, batched)

@@ -1,4 +1,4 @@
-"""Frozen kernels in int8, with a scale per output channel."""
+"""Frozen kernels in int8, with a scale per output channel, and perhaps a factor per input one."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def quantize_kernel(kernel: Float[Array, "*L i o"], factors: bool = False) -> Qu
 
     Args:
         factors: divide each row, the weights of an input channel, by its largest magnitude first
-            (or by 1), to the next power of two, and keep that as the row's factor. Then what
+            (or by 1), to the nearest power of two, and keep that as the row's factor. Then what
             multiplies the kernel is weighed by what it contributes before it is rounded itself, so
             an input channel that is large and has small weights does not take the range of all
             others. Exact but for the rounding
@@ -91,10 +91,16 @@ def quantize_kernel(kernel: Float[Array, "*L i o"], factors: bool = False) -> Qu
     kernel = kernel.astype(jnp.float32)
     rows = None
     if factors:
-        rows = jnp.exp2(jnp.round(jnp.log2(_largest(kernel, -1))))
+        rows = _power_of_two(_largest(kernel, -1))
         kernel = kernel / rows
     scale = _largest(kernel, -2, LARGEST)
     return Quantized(jnp.round(kernel / scale).astype(jnp.int8), scale, rows)
+
+
+def _power_of_two(x: Array) -> Array:
+    """The nearest power of two, exactly; `jnp.exp2` is off by an ulp on some devices."""
+    share, exponent = jnp.frexp(x)
+    return jnp.ldexp(jnp.ones_like(x), exponent - (share < 0.75))
 
 
 def _largest(kernel: Array, axis: int, divisor: int = 1) -> Array:

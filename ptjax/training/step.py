@@ -11,6 +11,7 @@ import optax
 from jaxtyping import Array, Bool, Float
 
 from ptjax.models.family import ApplyFn
+from ptjax.sharding.arrays import GROUPS
 from ptjax.training import freeze as freezing
 from ptjax.training.loss import Loss
 from ptjax.trees import Tree
@@ -105,7 +106,8 @@ def make_train_step(
             return value_and_grad(trainable, frozen, batch, key)
         grouped = jax.tree.map(lambda x: x.reshape(groups, -1, *x.shape[1:]), batch)
         keys = jax.random.split(key, groups)
-        return jax.vmap(value_and_grad, (None, None, 0, 0))(trainable, frozen, grouped, keys)
+        of_groups = jax.vmap(value_and_grad, (None, None, 0, 0), axis_name=GROUPS)
+        return of_groups(trainable, frozen, grouped, keys)
 
     def train_step(state: TrainState, frozen: Tree, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)

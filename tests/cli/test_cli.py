@@ -403,7 +403,8 @@ WRONG = {
     "ptjax.Adafactor.learning_rate_scale takes one of 'absolute', 'embedding_rms'",
     "TASK_FEATURE_LENGTHS = {'inputs': 'a'}": "TASK_FEATURE_LENGTHS = {'inputs': 'a'}: "
     "ptjax.Batching.feature_lengths takes a dict {a text in quotes: a whole number} or None",
-    "REMAT = 'x'": "REMAT = 'x': ptjax.load_backbone.remat takes one of 'none', 'dots', 'full'",
+    "REMAT = 'x'": "REMAT = 'x': ptjax.load_backbone.remat takes one of 'none', 'dots', "
+    "'attention', 'full'",
     "SCAN_LAYERS = 1": "SCAN_LAYERS = 1: ptjax.load_backbone.scan_layers takes True or False",
     "ptjax.load_backbone.dtype = 'float16'": "ptjax.load_backbone.dtype = 'float16': it "
     "takes one of 'float32', 'bfloat16' or None",

@@ -16,11 +16,13 @@ from t5_ids import T5_IDS
 from tiny import tiny_config, tiny_params
 
 from ptjax.data.batch import make_batch, make_packed_batch
+from ptjax.errors import InputError
 from ptjax.models.attention import Mask, Source, plain_attention
 from ptjax.models.fused_attention import vmem_bytes
 from ptjax.models.prompted import make_apply_fn
 from ptjax.planning.flops import count_flops
-from ptjax.sharding.attention import FusedAttention
+from ptjax.sharding.arrays import GROUPS
+from ptjax.sharding.attention import FusedAttention, choose_attention
 from ptjax.sharding.meshes import make_mesh
 from ptjax.training.loss import Loss
 from ptjax.training.step import batch_loss
@@ -122,7 +124,9 @@ def test_on_a_mesh(case: str) -> None:
     assert_close(fused(queries, sources), plain_attention(queries, sources))
 
 
-def with_row_groups(attend: Any, queries: jax.Array, own: Source, prompts: Any) -> Any:
+def with_row_groups(
+    attend: Any, queries: jax.Array, own: Source, prompts: Any, axis_name: str | None = GROUPS
+) -> Any:
     """Output and gradients of groups of rows, each with a prompt of its own, under `vmap`."""
 
     def group(queries: jax.Array, keys: jax.Array, values: jax.Array, mask: Mask, prompt: Any):
@@ -139,23 +143,24 @@ def with_row_groups(attend: Any, queries: jax.Array, own: Source, prompts: Any) 
         return x.reshape(groups, -1, *x.shape[1:])
 
     arguments = jax.tree.map(split, (queries, own.keys, own.values, own.mask))
-    return jax.jit(jax.vmap(group))(*arguments, prompts)
+    (_, out), gradients = jax.jit(jax.vmap(group, axis_name=axis_name))(*arguments, prompts)
+    return out, gradients
 
 
-@pytest.mark.parametrize("shape", [(4, 1), (2, 1)], ids=["a group a device", "members"])
-def test_under_vmap(shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize("axis_name", [GROUPS, None], ids=["a group a device", "members"])
+def test_under_vmap(axis_name: str | None) -> None:
     """A step's groups stay where they are: nothing is gathered. A sweep's members are any vmap."""
     rng = np.random.default_rng(0)
-    own = Source(*(draw(rng, 8, 30, 2, 64) for _ in range(2)), draw(rng, 1, 2, 30, 30))
-    own = own._replace(mask=row_mask(rng, 8, 30, 30, packed=False))
+    own = Source(*(draw(rng, 16, 30, 2, 64) for _ in range(2)), draw(rng, 1, 2, 30, 30))
+    own = own._replace(mask=row_mask(rng, 16, 30, 30, packed=False))
     prompts = tuple(draw(rng, 4, 5, 2, 64) for _ in range(2))
-    arguments = draw(rng, 8, 30, 2, 64) / 16, own, prompts
-    fused = FusedAttention(make_mesh(shape, jax.devices()[: shape[0]]))
-    found = with_row_groups(fused, *arguments)
-    assert_close(found, with_row_groups(plain_attention, *arguments))
-    if shape == (4, 1):
-        text = str(jax.make_jaxpr(lambda *x: with_row_groups(fused, *x))(*arguments))
-        assert "psum" not in text
+    arguments = draw(rng, 16, 30, 2, 64) / 16, own, prompts
+    # As many members as devices are not taken for groups: the rows of each are divided.
+    fused = FusedAttention(make_mesh((4, 1), jax.devices()[:4]))
+    found = with_row_groups(fused, *arguments, axis_name)
+    assert_close(found, with_row_groups(plain_attention, *arguments, axis_name))
+    text = str(jax.make_jaxpr(lambda *x: with_row_groups(fused, *x, axis_name))(*arguments))
+    assert ("psum" in text) == (axis_name is None)
 
 
 def test_float32_keys_beside_bfloat16_queries() -> None:
@@ -168,7 +173,7 @@ def test_float32_keys_beside_bfloat16_queries() -> None:
     arguments = queries.astype("bfloat16"), (low, shared)
     out, (_, (of_own, of_shared)) = with_gradients(FUSED, *arguments)
     wanted, (_, (of_own_wanted, of_shared_wanted)) = with_gradients(plain_attention, *arguments)
-    exact, _ = with_gradients(plain_attention, queries, sources)
+    exact, (_, (_, of_shared_exact)) = with_gradients(plain_attention, queries, sources)
     assert (out.dtype, of_own[0].dtype, of_shared[0].dtype) == (
         wanted.dtype,
         of_own_wanted[0].dtype,
@@ -176,6 +181,9 @@ def test_float32_keys_beside_bfloat16_queries() -> None:
     )
     # Nearer to float32, since the softmax is.
     assert jnp.abs(out - exact).max() < jnp.abs(wanted - exact).max()
+    for found, plain, want in zip(of_shared, of_shared_wanted, of_shared_exact, strict=True):
+        error = jnp.linalg.norm(found - want) / jnp.linalg.norm(want)
+        assert error < 0.01 and error < 1.2 * jnp.linalg.norm(plain - want) / jnp.linalg.norm(want)
 
 
 def test_a_trained_bias_has_its_gradient() -> None:
@@ -199,6 +207,8 @@ def test_where_plain_attention_is_used() -> None:
 
     assert kernels(queries, sources) == 1
     assert kernels(queries, (seen,)) == 0
+    prompt = Source(*(x[0, :1] for x in sources[0][:2]))
+    assert kernels(queries, (*sources, prompt)) == 0
     one = sources[0]._replace(bias=sources[0].bias[:, :, :1])
     assert kernels(queries[:, :1], (one,)) == 0
     long = jax.ShapeDtypeStruct((1, 2048, 4, 64), jnp.bfloat16)
@@ -280,8 +290,16 @@ def test_flops_of_the_kernels() -> None:
         assert count_flops(jax.grad(loss, (0, 1)), queries, sources[0][:2]) == 5 * product
 
 
+def test_what_auto_chooses() -> None:
+    kinds = {kind: choose_attention("auto", kind) for kind in ("TPU v3", "TPU v4", "TPU7x", "cpu")}
+    assert list(kinds.values()) == ["plain", "fused", "fused", "plain"]
+    assert choose_attention("plain", "TPU v4") == "plain"
+    with pytest.raises(InputError, match="needs a TPU from v4 on, not TPU v2"):
+        choose_attention("fused", "TPU v2")
+
+
 def test_dataclass_is_hashable() -> None:
-    """So that equal meshes find `make_apply_fn`'s function, and jit's program, again."""
+    """So that equal meshes find `make_apply_fn`'s function again."""
     mesh = make_mesh((2, 1), jax.devices()[:2])
     assert FusedAttention(mesh) == FusedAttention(make_mesh((2, 1), jax.devices()[:2]))
     assert hash(FusedAttention(mesh)) == hash(dataclasses.replace(FusedAttention(mesh)))

@@ -215,7 +215,8 @@ def test_what_is_no_such_module_is_refused():
     ("settings", "message"),
     [
         ({"fsdp": True}, "FSDP = True"),
-        ({"quantize": "int8"}, "QUANTIZE = 'int8'"),
+        ({"quantize": "int8"}, "QUANTIZE"),
+        ({"attention": "fused"}, "ATTENTION = 'fused'"),
         ({"scan_layers": True}, "SCAN_LAYERS = True"),
         ({"remat": "full"}, "REMAT"),
     ],
@@ -226,8 +227,9 @@ def test_what_only_ptjax_s_own_network_can_do_is_refused_by_name(settings, messa
         load_backbone(FIXTURES / NAMES[0], family=family, **settings)
     # What a gin file binds for any backbone says nothing.
     plain = {"fsdp": False, "quantize": None, "scan_layers": False, "remat": "none"}
+    plain["attention"] = "auto"
     opened = plain | dict.fromkeys(settings) | plain
-    del opened["fsdp"], opened["quantize"]
+    del opened["fsdp"], opened["quantize"], opened["attention"]
     assert open_backbone(FIXTURES / NAMES[0], family=family, **opened).config.vocab_size == 256
 
 

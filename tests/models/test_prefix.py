@@ -27,7 +27,7 @@ from ptjax.models.t5 import Encoded
 from ptjax.models.t5_family import T5_FAMILY
 from ptjax.sharding.arrays import gather_layer
 from ptjax.sharding.meshes import make_mesh
-from ptjax.sharding.quantize import quantize
+from ptjax.sharding.quantize import quantize_kernel
 from ptjax.sharding.rules import shardings_of
 from ptjax.training.loss import Loss
 from ptjax.training.step import batch_loss
@@ -167,7 +167,7 @@ def test_a_prompt_s_own_activations_are_that_prompt() -> None:
     config = config_of("t5", dtype="bfloat16")
     whole = jax.jit(lambda p: jax.tree.map(lambda x: x.astype("bfloat16"), p))(params_of(config))
     in_int8 = jax.jit(
-        lambda p: {k: quantize(x) if T5_FAMILY.is_quantized(k) else x for k, x in p.items()}
+        lambda p: {k: quantize_kernel(x) if T5_FAMILY.is_quantized(k) else x for k, x in p.items()}
     )
     params = unflatten_paths(in_int8(flatten_paths(whole)))
     variables = {

@@ -39,7 +39,7 @@ def test_quick_answers_without_weights_data_or_compiler(call):
     assert "11,135,741,952 parameters, 409,600 train (0.0037%)" in out
     assert "prompts of 100: forward 2.235e+14 FLOPs, step 4.517e+14 (2.02 forward)" in out
     assert [out.count(name) for name in ("v5e-8 ", "v4-16 ", "h100x8 ")] == [1, 1, 1]
-    assert "4x2, remat none, unrolled  counted  > 10.37 of 15.75" in out
+    assert "4x2, remat none, fused, unrolled  counted  > 10.37 of 15.75" in out
 
 
 def test_json_has_all_of_it(call):
@@ -49,7 +49,7 @@ def test_json_has_all_of_it(call):
     assert code == 0 and found["best"] is None and found["tried"] == []
     assert own["settings"] == {
         "MESH": "1x8", "FSDP": False, "SCAN_LAYERS": False, "REMAT": "none", "QUANTIZE": None,
-        "dtype": None,
+        "dtype": None, "ATTENTION": "fused",
     }  # fmt: skip
     assert own["flops"]["forward"] == 223_450_438_303_744
     norms = (24 * 2 + 24 * 3 + 2) * 4096  # whole on every device
