@@ -125,7 +125,7 @@ def _called(instruction: _Instruction, bodies: _Bodies) -> Sequence[_Instruction
 
 
 def _read(instruction: _Instruction, index: int, bodies: _Bodies, elements: int) -> float:
-    """The share of an operand, of so many `elements`, that an instruction reads."""
+    """The share of an operand with `elements` entries that an instruction reads."""
     operation = instruction.operation
     if operation in _SLICES and index == 0:
         return _elements(instruction.type) / elements

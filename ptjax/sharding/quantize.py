@@ -85,7 +85,7 @@ def quantize_kernel(kernel: Float[Array, "*L i o"], factors: bool = False) -> Qu
             (or by 1), to the nearest power of two, and keep that as the row's factor. Then what
             multiplies the kernel is weighed by what it contributes before it is rounded itself, so
             an input channel that is large and has small weights does not take the range of all
-            others. Exact but for the rounding
+            others. Exact except for the rounding
             (SmoothQuant, Xiao et al. 2023, section 4, without measured activations).
     """
     kernel = kernel.astype(jnp.float32)

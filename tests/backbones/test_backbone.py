@@ -308,7 +308,7 @@ def test_dtype_is_of_weights_and_activations(t5_1_1):
     ("platform", "dtype"), [("cpu", "float32"), ("gpu", "bfloat16"), ("tpu", "bfloat16")]
 )
 def test_the_mesh_decides_the_default_dtype(monkeypatch, platform, dtype):
-    device = type("Device", (), {"platform": platform})()
+    device = type("Device", (), {"platform": platform, "device_kind": platform})()
     mesh = Mesh(np.array([[device]]), ("data", "model"))
     placed = []
 
