@@ -262,7 +262,9 @@ def compile_row(row: step_time.Row) -> Compiled:
     mesh = make_mesh((1, 1), [device])
     limit = (device.memory_stats() or {}).get("bytes_limit", float("inf"))
     for remat in step_time.REMATS[step_time.REMATS.index(row["remat"]) :]:
-        abstract = abstract_step(*step_time.wanted(row | {"remat": remat}, 1), mesh)
+        abstract = abstract_step(
+            *step_time.wanted(row | {"remat": remat}, 1, device.device_kind), mesh
+        )
         step = abstract.lower().compile(compiler_options=row.get("options"))
         memory: Any = step.memory_analysis()
         if memory is None or memory.peak_memory_in_bytes <= FITS * limit:
@@ -293,7 +295,7 @@ def start(folder: Path, side: str) -> turns.Side:
     for row in rows.values():
         row["remat"] = settings.get("remats", {}).get(step_time.name_of(row), row["remat"])
     compiled = compile_all(rows)
-    spec, parallel = step_time.wanted(rows[shapes[0]], 1)
+    spec, parallel = step_time.wanted(rows[shapes[0]], 1, jax.devices()[0].device_kind)
     config, (abstract, *_) = parallel.applied(spec.config), compiled[shapes[0]]
     frozen = {"params": make_params(abstract.frozen["params"], config.head_dim, settings["dtype"])}
     logits = jax.jit(make_apply_fn(config, attends_to_input))(

@@ -34,19 +34,21 @@ from ptjax.planning import compiler
 from ptjax.planning.slices import ENVIRONMENT, GENERATIONS, Slice, parse_slice
 from ptjax.planning.workload import AbstractStep, ParallelConfig, StepSpec, abstract_step
 from ptjax.sharding.arrays import put_batch
+from ptjax.sharding.attention import choose_attention
 from ptjax.sharding.meshes import make_mesh
 from ptjax.training.compile import StepConfig
 from ptjax.training.loss import Loss
 from ptjax.training.optimizer import Adafactor
 
-REMATS = ("none", "dots", "full")
+REMATS = ("none", "dots", "attention", "full")
 
 Row = dict[str, Any]
 """Settings of a measurement, and later its results, as JSON.
 
 "size", "inputs" (T), "batch" (rows), "dtype", "quantize", "remat", "steps" (of a turn), "turns".
 Optional: "targets" (L), "prompt" (P), "pack", "sees_input", "dropout", "scan" (layers; default:
-yes), "options" (of XLA's compiler), "profile" (whether to list the slowest kernels).
+yes), "attention" (default: as `load_backbone`), "options" (of XLA's compiler), "profile" (whether
+to list the slowest kernels).
 """
 
 
@@ -61,6 +63,7 @@ def name_of(row: Row) -> str:
         "" if row.get("sees_input", True) else "unseeing",
         f"dropout {row['dropout']}" if row.get("dropout") else "",
         "" if row.get("scan", True) else "unrolled",
+        f"{row['attention']} attention" if row.get("attention") else "",
     ]
     return ", ".join(filter(None, words))
 
@@ -84,12 +87,14 @@ def random_arrays(shapes: Any, seed: int = 0) -> Any:
     return jax.tree.unflatten(tree, made)
 
 
-def wanted(row: Row, devices: int) -> tuple[StepSpec, ParallelConfig]:
+def wanted(row: Row, devices: int, kind: str) -> tuple[StepSpec, ParallelConfig]:
+    """The step of a row on that many devices of a kind (JAX's name)."""
     config = t5_1_1(row["size"], dtype=row["dtype"], dropout_rate=row.get("dropout", 0.0))
     attends_to_input, pack = row.get("sees_input", True), row.get("pack", False)
     method = PromptTuning(row.get("prompt", 100), attends_to_input=attends_to_input)
     step_config = StepConfig(Adafactor(), Loss())
-    kept = {"remat": row["remat"], "quantize": row["quantize"]}
+    attention = choose_attention(row.get("attention", "auto"), kind)
+    kept = {"remat": row["remat"], "quantize": row["quantize"], "attention": attention}
     parallel = ParallelConfig(f"{devices}x1", scan_layers=row.get("scan", True), **kept)
     sizes = {"batch_size": row["batch"], "inputs": row["inputs"], "targets": row.get("targets", 16)}
     packed = {"pack": pack, "row_length": row["inputs"] if pack else None}
@@ -99,7 +104,7 @@ def wanted(row: Row, devices: int) -> tuple[StepSpec, ParallelConfig]:
 def measure(row: Row) -> Row:
     """One row, in this process."""
     devices = jax.devices()
-    spec, parallel = wanted(row, len(devices))
+    spec, parallel = wanted(row, len(devices), devices[0].device_kind)
     abstract = abstract_step(spec, parallel, make_mesh((len(devices), 1)))
     started = time.perf_counter()
     step = abstract.lower().compile(compiler_options=row.get("options"))
@@ -180,7 +185,7 @@ def slice_of(kind: str, devices: int) -> Slice | None:
 
 def plan(row: Row, where: Slice) -> dict[str, Any]:
     """The prediction of `ptjax.plan` for the row; the devices need not be present."""
-    spec, parallel = wanted(row, len(where.devices()))
+    spec, parallel = wanted(row, len(where.devices()), where.generation.device_kind)
     return compiler.compile_ahead(spec, parallel, where, exact=True)
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-import huggingface_hub
-import huggingface_hub.errors
+from etils import epy
 
 from ptjax.errors import InputError, near
+
+with epy.lazy_imports():
+    import huggingface_hub
+    import huggingface_hub.errors
 
 TOKENIZER_FILES = (
     "spiece.model",

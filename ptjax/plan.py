@@ -201,8 +201,13 @@ def show(spec: StepSpec, reports: Iterable[Report]) -> None:
 
 def gin_lines(settings: Metadata) -> list[str]:
     """Returns settings as lines of gin: macros that the gin files have, else arguments."""
+    homes = {"MICROBATCHES": "Batching"}
+
+    def argument(name: str) -> str:
+        return f"ptjax.{homes.get(name, 'load_backbone')}.{name.lower()}"
+
     return [
-        f"{name if cli.has_macro(name) else f'ptjax.load_backbone.{name.lower()}'} = {value!r}"
+        f"{name if cli.has_macro(name) else argument(name)} = {value!r}"
         for name, value in settings.items()
         if name != "dtype" or value is not None  # None keeps the dtype of the gin file
     ]

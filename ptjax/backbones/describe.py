@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from etils import epath
-from orbax.checkpoint import v1 as ocp
 
 from ptjax import files
 from ptjax.backbones.fingerprint import Fingerprints, digest
@@ -192,6 +191,8 @@ def describe_checkpoint(folder: epath.Path) -> JsonObject:
     """
     if not (folder / "state" / "manifest.ocdbt").exists():
         raise InputError(f"{folder}: the checkpoint is incomplete, its arrays are missing")
+    from orbax.checkpoint import v1 as ocp  # imported late: it takes long
+
     # Orbax needs an absolute path, and `absolute` does not work for gs://.
     remote = "://" in os.fspath(folder)
     try:

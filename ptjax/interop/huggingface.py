@@ -6,12 +6,10 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 
-import huggingface_hub
-import huggingface_hub.errors
 import jax
 import numpy as np
 from absl import logging
-from etils import epath
+from etils import epath, epy
 from jaxtyping import Array
 
 from ptjax import hub
@@ -35,6 +33,10 @@ from ptjax.interop.special_ids import GENERATION_CONFIG, SPECIAL_IDS
 from ptjax.models.config import T5Config
 from ptjax.models.t5_family import EMBEDDING, LOGITS
 from ptjax.sharding.processes import on_host
+
+with epy.lazy_imports():
+    import huggingface_hub
+    import huggingface_hub.errors
 
 _WEIGHTS = "model.safetensors"
 _TORCH = "pytorch_model.bin"

@@ -14,8 +14,7 @@ import re
 from collections.abc import Iterable
 
 import numpy as np
-import tensorstore as ts
-from etils import epath
+from etils import epath, epy
 
 from ptjax import files
 from ptjax.errors import InputError
@@ -32,6 +31,9 @@ from ptjax.interop.zarr_arrays import (
 )
 from ptjax.models.family import Family
 from ptjax.trees import Tree, flatten_paths
+
+with epy.lazy_imports():
+    import tensorstore as ts
 
 COMMITTED = "commit_success.txt"
 """Orbax writes this file last on file systems where it cannot rename a folder."""

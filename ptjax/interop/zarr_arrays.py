@@ -14,12 +14,14 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
-import tensorstore as ts
-from etils import epath
+from etils import epath, epy
 
 from ptjax.errors import InputError
 from ptjax.files import JsonObject, Metadata
 from ptjax.interop.lazy_array import Index, LazyArray, ReadParts
+
+with epy.lazy_imports():
+    import tensorstore as ts
 
 # A checkpoint does not change while it is read: skip the requests that revalidate caches.
 _FINISHED = {"open": True, "recheck_cached_data": False, "recheck_cached_metadata": False}

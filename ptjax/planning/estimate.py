@@ -16,6 +16,7 @@ from ptjax.planning.flops import count_flops, flops_by_dtype
 from ptjax.planning.kernels import Kernel
 from ptjax.planning.slices import Slice
 from ptjax.planning.workload import (
+    AbstractStep,
     ParallelConfig,
     StepSpec,
     abstract_mesh,
@@ -55,12 +56,23 @@ def count(spec: StepSpec, parallel: ParallelConfig, slice_: Slice) -> Report:
         "state": bytes_on_device(abstract.state),
         "batch": bytes_on_device(abstract.inputs()),
     }
+    # Tracing takes a second: what does not change the products is left out.
     plain = dataclasses.replace(parallel, mesh="", fsdp=False, scan_layers=True)
-    forward, useful, executed = _flops(spec, plain, abstract.groups)
+    groups = abstract.groups
+    if spec.method.attends_to_input:  # else every group and microbatch computes the prompt's states
+        groups, plain = 1, dataclasses.replace(plain, microbatches=None)
+    if parallel.quantize == "int8":  # cast before the products
+        plain = dataclasses.replace(plain, quantize=None)
+    forward, useful = _useful_flops(spec, groups)
+    executed = _executed_flops(spec, plain, groups)
     # Each microbatch reads the weights in the forward pass, in the backward pass, and once more
     # where the forward pass is recomputed. With FSDP they are gathered first.
-    passes = (3 if parallel.remat in ("attention", "full") else 2) * spec.step_config.microbatches
-    weights, trained = _gathered_bytes(spec, parallel, mesh)
+    passes = 3 if parallel.remat in ("attention", "full") else 2
+    passes *= parallel.step_config(spec).microbatches
+    gathered = dataclasses.replace(parallel, fsdp=False)
+    weights, trained = _network_bytes(
+        abstract_step(spec, gathered, mesh) if parallel.fsdp else abstract
+    )
     dtype = parallel.applied(spec.config).dtype
     peak = mesh.size * slice_.flops(dtype)
     traffic = _expected_traffic(spec, parallel, mesh, weights, trained)
@@ -84,11 +96,10 @@ def count(spec: StepSpec, parallel: ParallelConfig, slice_: Slice) -> Report:
     }
 
 
-def _gathered_bytes(spec: StepSpec, parallel: ParallelConfig, mesh: Mesh) -> tuple[int, int]:
-    """Bytes on a device after FSDP's gathers: (of the network, of the trainable variables)."""
-    gathered = abstract_step(spec, dataclasses.replace(parallel, fsdp=False), mesh)
-    trained = gathered.state.trainable
-    network = sum(bytes_on_device(tree.get("params", {})) for tree in (gathered.frozen, trained))
+def _network_bytes(step: AbstractStep) -> tuple[int, int]:
+    """Bytes on a device: (of the network, of the trainable variables)."""
+    trained = step.state.trainable
+    network = sum(bytes_on_device(tree.get("params", {})) for tree in (step.frozen, trained))
     return network, bytes_on_device(trained)
 
 
@@ -104,23 +115,27 @@ def bytes_on_device(tree: Tree) -> int:
 
 
 @functools.lru_cache(maxsize=64)
-def _flops(
-    spec: StepSpec, parallel: ParallelConfig, groups: int
-) -> tuple[int, int, dict[str, int]]:
-    """FLOPs of a step on all devices: (forward, useful, executed by dtype).
+def _useful_flops(spec: StepSpec, groups: int) -> tuple[int, int]:
+    """FLOPs on all devices of a forward pass, and of a step without recomputation.
 
-    Useful FLOPs leave out recomputation.
+    Args:
+        groups: as in `AbstractStep`.
+    """
+    once = abstract_step(spec, ParallelConfig("", remat="none"), mesh_of_sizes((groups, 1)))
+    arguments = once.state, once.frozen, *once.inputs()
+    return count_flops(once.forward, *arguments), count_flops(once.step, *arguments)
+
+
+@functools.lru_cache(maxsize=64)
+def _executed_flops(spec: StepSpec, parallel: ParallelConfig, groups: int) -> dict[str, int]:
+    """FLOPs of a step on all devices, by dtype.
 
     Args:
         parallel: without a mesh; shardings do not change the count, and scanned layers trace fast.
         groups: as in `AbstractStep`.
     """
-    mesh = mesh_of_sizes((groups, 1))
-    once = abstract_step(spec, ParallelConfig("", remat="none"), mesh)
-    arguments = once.state, once.frozen, *once.inputs()
-    forward, useful = count_flops(once.forward, *arguments), count_flops(once.step, *arguments)
-    real = abstract_step(spec, parallel, mesh)
-    return forward, useful, flops_by_dtype(real.step, real.state, real.frozen, *real.inputs())
+    real = abstract_step(spec, parallel, mesh_of_sizes((groups, 1)))
+    return flops_by_dtype(real.step, real.state, real.frozen, *real.inputs())
 
 
 def _expected_traffic(
@@ -132,7 +147,8 @@ def _expected_traffic(
     pass and once per sublayer in the backward pass; remat "full" repeats the forward ones.
 
     Args:
-        weights, trained: see `_gathered_bytes`.
+        weights, trained: bytes of the network and of the trainable variables on a device, after
+            FSDP's gathers.
     """
     config, shape, sizes = parallel.applied(spec.config), spec.shape(), mesh.shape
     traffic: dict[tuple[str, str], int] = {}
@@ -144,7 +160,7 @@ def _expected_traffic(
         decoder = config.num_decoder_layers * ((6 + 2 * again) * shape.targets + spec.positions())
         traffic["all-reduce", "model"] = int(rows * width * (encoder + decoder))
     if parallel.fsdp:
-        traffic["all-gather", "data"] = 2 * spec.step_config.microbatches * weights
+        traffic["all-gather", "data"] = 2 * parallel.step_config(spec).microbatches * weights
     for axis in rows_axes(mesh):
         if sizes[axis] > 1:
             traffic["all-reduce", axis] = traffic.get(("all-reduce", axis), 0) + trained

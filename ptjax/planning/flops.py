@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 
 import jax
-import optax
+from etils import epy
 from jax.extend.core import Jaxpr, JaxprEqn
 from jax.interpreters import partial_eval
 
@@ -15,6 +15,9 @@ from ptjax.training import freeze as freezing
 from ptjax.training.loss import Loss
 from ptjax.training.step import batch_loss, init_train_state, make_train_step
 from ptjax.trees import Tree
+
+with epy.lazy_imports():
+    import optax
 
 _Flops = collections.Counter[str]
 """FLOPs by the dtype of the operands."""

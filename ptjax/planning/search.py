@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import get_args
 
@@ -20,8 +21,13 @@ from ptjax.sharding.attention import Attention
 from ptjax.training import freeze as freezing
 
 WORTH = 0.95
-"""Lower-precision weights (bfloat16 for a float32 run, or int8) must be at least 5% faster to be
-chosen."""
+"""Lower-precision weights (bfloat16 for a float32 run, or int8) and more microbatches must be at
+least 5% faster to be chosen."""
+_AFTER_ONE = 4
+"""The most configurations of a precision and a number of microbatches that are compiled once one
+fits."""
+_PARTS = (1, 2, 4)
+"""The multiples of the run's microbatches that are tried."""
 
 
 def expected_seconds(report: Report) -> float:
@@ -45,11 +51,12 @@ def search(
 ) -> tuple[list[Report], Report | None]:
     """Finds the fastest configuration that fits: compiles the one with the best estimate first.
 
-    It searches at the run's own precision, until one fits. If the network's weights are not
-    trained, it then repeats the search at lower precisions: with bfloat16 weights if the run has
-    float32, and with int8 kernels (other float32 weights become bfloat16) if `quantize` is None.
-    Once a configuration fits, it only compiles those whose estimated time is at most `WORTH` times
-    that of the best so far.
+    It searches at the run's own precision and microbatches, until one fits, and then with more
+    microbatches. If the network's weights are not trained, it repeats this at lower precisions:
+    with bfloat16 weights if the run has float32, and with int8 kernels (other float32 weights
+    become bfloat16) if `quantize` is None; on TPUs also with int8 products.
+    Once a configuration fits, it only compiles the fastest, and only those whose estimated time is
+    at most `WORTH` times that of the best so far.
 
     Args:
         quantize: the run's QUANTIZE.
@@ -64,35 +71,39 @@ def search(
     if spec.method.collection != "params":
         rounded = {"dtype": "bfloat16"} if spec.config.dtype == "float32" else {}
         precisions += [precisions[0] | rounded] if rounded else []
-        precisions += [precisions[-1] | {"quantize": "int8"}] if quantize is None else []
+        kinds = ["int8", *["int8_products"] * slice_.is_tpu] if quantize is None else []
+        precisions += [precisions[-1] | {"quantize": kind} for kind in kinds]
     tried: list[Report] = []
     best: Report | None = None
-    for precision in precisions:
-        full: set[tuple[str, bool]] = set()
-        for parallel, counted in _by_time(spec, slice_, precision):
+    for precision, parts in itertools.product(precisions, _PARTS):
+        candidates = _by_time(spec, slice_, precision, parts)
+        for parallel, counted in itertools.islice(candidates, _AFTER_ONE if best else None):
             if best and expected_seconds(counted) > WORTH * expected_seconds(best):
                 break
-            if (parallel.mesh, parallel.fsdp) in full:
+            if best is None and parts > 1 and parallel.remat != "full":  # does anything fit?
                 continue
             report = compile_one(parallel)
             tried.append(report)
             if report["verdict"] == "fits":
                 best = report
                 break
-            if parallel.remat == "full":
-                full.add((parallel.mesh, parallel.fsdp))
     return tried, best
 
 
 def _by_time(
-    spec: StepSpec, slice_: Slice, precision: Metadata
+    spec: StepSpec, slice_: Slice, precision: Metadata, parts: int
 ) -> Iterator[tuple[ParallelConfig, Report]]:
     """The configurations whose weights and saved activations can fit, fastest estimate first."""
     candidates = []
+    microbatches = parts * spec.step_config.microbatches
+    if spec.batch_size % microbatches:  # `Batching` refuses it
+        return
     for mesh in _mesh_names(spec, slice_):
         for fsdp in (False, True):
             for remat in get_args(Remat):
-                parallel = ParallelConfig(mesh, fsdp, True, remat, **precision)
+                parallel = ParallelConfig(
+                    mesh, fsdp, True, remat, microbatches=microbatches, **precision
+                )
                 try:
                     parallel = resolve(spec, parallel, slice_)
                 except InputError:
@@ -121,7 +132,7 @@ def _mesh_names(spec: StepSpec, slice_: Slice) -> Iterator[str]:
 def _saved_bytes(spec: StepSpec, parallel: ParallelConfig, mesh: Mesh) -> int:
     """A lower bound of the activations that a device saves for the backward pass."""
     config, model = parallel.applied(spec.config), mesh.shape["model"]
-    rows = spec.batch_size / (rows_divisor(mesh) * spec.step_config.microbatches)
+    rows = spec.batch_size / (rows_divisor(mesh) * parallel.step_config(spec).microbatches)
     rows *= spec.members or 1
     encoder, decoder = spec.positions(), spec.targets
     heads = config.num_heads * config.head_dim

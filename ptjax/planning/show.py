@@ -22,16 +22,18 @@ SettingLines = Callable[[Metadata], Sequence[str]]
 
 
 def as_arguments(settings: Metadata) -> list[str]:
-    """Returns the call of `load_backbone` that sets a configuration.
+    """Returns the calls that set a configuration.
 
-    >>> as_arguments({"MESH": "8x1", "FSDP": False, "dtype": None})
-    ["ptjax.load_backbone(..., mesh='8x1', fsdp=False)"]
+    >>> as_arguments({"MESH": "8x1", "FSDP": False, "dtype": None, "MICROBATCHES": 2})
+    ["ptjax.load_backbone(..., mesh='8x1', fsdp=False)", 'ptjax.Batching(..., microbatches=2)']
     """
     given = {name.lower(): value for name, value in settings.items()}
     if given.get("dtype", "") is None:  # that of the run
         del given["dtype"]
+    microbatches = given.pop("microbatches", None) or 1
     listed = "".join(f", {name}={value!r}" for name, value in given.items())
-    return [f"ptjax.load_backbone(...{listed})"]
+    parts = [f"ptjax.Batching(..., microbatches={microbatches})"] * (microbatches > 1)
+    return [f"ptjax.load_backbone(...{listed})", *parts]
 
 
 def show_run(console: Console, spec: StepSpec, counted: Report | None) -> None:
@@ -96,10 +98,11 @@ def show_slice(
             console.print(f"  {label if report is first else _row(report)[0]}: {reason}")
     if best:
         _show_settings(console, "best:", best, setting_lines)
-        # The highest precision is tried first.
+        # The highest precision is tried first, and of each the fastest last.
         fitting = [report for report in tried if report["verdict"] == "fits"]
-        if fitting and _rounding(fitting[0]) != _rounding(best):
-            _show_settings(console, "rounding the weights less:", fitting[0], setting_lines)
+        highest = [report for report in fitting if _rounding(report) == _rounding(fitting[0])]
+        if highest and _rounding(highest[0]) != _rounding(best):
+            _show_settings(console, "rounding the weights less:", highest[-1], setting_lines)
     elif plan["searched"]:
         verdicts = {report.get("verdict") for _, report in rows}
         if "fits" in verdicts:

@@ -113,7 +113,7 @@ class StepSpec:
 
 @dataclasses.dataclass(frozen=True)
 class ParallelConfig:
-    """How a step runs on a slice: MESH, FSDP, SCAN_LAYERS, REMAT, QUANTIZE and ATTENTION.
+    """How a step runs on a slice: MESH, FSDP, SCAN_LAYERS, REMAT, QUANTIZE and so on.
 
     Attributes:
         mesh: 'auto', or the sizes of the mesh axes: data x model, such as "2x4", or replica x data
@@ -121,6 +121,7 @@ class ParallelConfig:
         fsdp, quantize, attention: as for `load_backbone`.
         scan_layers, remat: as in `T5Config`.
         dtype: the dtype of the weights; None keeps that of the `StepSpec`.
+        microbatches: as in `Batching`; None keeps those of the `StepSpec`.
     """
 
     mesh: str
@@ -130,6 +131,7 @@ class ParallelConfig:
     quantize: str | None = None
     dtype: str | None = None
     attention: Attention = "plain"
+    microbatches: int | None = None
 
     def settings(self) -> JsonObject:
         """The fields as a dict with their names in gin files; `from_settings` is the inverse."""
@@ -141,6 +143,7 @@ class ParallelConfig:
             "QUANTIZE": self.quantize,
             "dtype": self.dtype,
             "ATTENTION": self.attention,
+            "MICROBATCHES": self.microbatches,
         }
 
     @classmethod
@@ -156,16 +159,22 @@ class ParallelConfig:
         changes = {"scan_layers": self.scan_layers, "remat": self.remat}
         return dataclasses.replace(config, **changes, dtype=self.dtype or config.dtype)
 
+    def step_config(self, spec: StepSpec) -> StepConfig:
+        """Returns the `step_config` of `spec` with the microbatches of this configuration."""
+        number = self.microbatches or spec.step_config.microbatches
+        return dataclasses.replace(spec.step_config, microbatches=number)
+
     def __str__(self) -> str:
         parts = [self.mesh, *filter(None, (self.dtype, self.quantize)), f"remat {self.remat}"]
         parts += ["fused"] * (self.attention == "fused")
+        parts += [f"{self.microbatches} microbatches"] * ((self.microbatches or 1) > 1)
         return ", ".join(parts + ["fsdp"] * self.fsdp + ["unrolled"] * (not self.scan_layers))
 
 
 def resolve(spec: StepSpec, parallel: ParallelConfig, slice_: Slice) -> ParallelConfig:
     """Checks `parallel`; returns it with 'auto' replaced by what a run chooses.
 
-    That is the sizes of the mesh, and the kind of attention.
+    That is the sizes of the mesh, the kind of attention, and the number of microbatches.
 
     Raises:
         InputError: the mesh does not fit the slice, the network or the batch size. `ptjax.train`
@@ -179,11 +188,12 @@ def resolve(spec: StepSpec, parallel: ParallelConfig, slice_: Slice) -> Parallel
     if parallel.attention == "fused" and not slice_.is_tpu:
         raise InputError(f"ATTENTION = 'fused' needs a TPU from v4 on, not {slice_.name}")
     attention = choose_attention(parallel.attention, slice_.generation.device_kind)
-    parallel = dataclasses.replace(parallel, attention=attention)
+    microbatches = parallel.step_config(spec).microbatches
+    parallel = dataclasses.replace(parallel, attention=attention, microbatches=microbatches)
     mesh = abstract_mesh(parallel, slice_)
     meshes.check_mesh(config, mesh, fsdp=parallel.fsdp)
     if not spec.pack:
-        check_batch_size(spec.batch_size, mesh, spec.step_config.microbatches)
+        check_batch_size(spec.batch_size, mesh, microbatches)
     return parallel
 
 
@@ -269,7 +279,7 @@ def abstract_step(spec: StepSpec, parallel: ParallelConfig, mesh: Mesh) -> Abstr
         parallel: the result of `resolve`.
         mesh: the mesh of `parallel`, with devices or as an `AbstractMesh`.
     """
-    step_config, config = spec.step_config, parallel.applied(spec.config)
+    step_config, config = parallel.step_config(spec), parallel.applied(spec.config)
     quantization = {"fsdp": parallel.fsdp, "quantize": parallel.quantize}
     variables: Tree = {"params": sharded_shapes(config, config.dtype, mesh, **quantization)}
     variables |= _replicated_shapes(spec.method.variable_shapes(config), mesh)

@@ -8,16 +8,20 @@ from collections.abc import Callable
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 from absl import logging
+from etils import epy
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from ptjax.errors import InputError
 from ptjax.models.attention import AttendFn, Mask, Source, plain_attention
-from ptjax.models.fused_attention import fused_backward, fused_forward, vmem_bytes
 from ptjax.sharding.arrays import is_grouped, rows_axes, rows_divisor
 from ptjax.trees import Tree
+
+with epy.lazy_imports():  # Pallas
+    from ptjax.models import fused_attention
 
 Attention = Literal["auto", "plain", "fused"]
 Rows = tuple[str, ...] | None
@@ -71,6 +75,11 @@ class FusedAttention:
         self, queries: Float[Array, "B q H K"], sources: tuple[Source, ...]
     ) -> Float[Array, "B q H K"]:
         """Computes what `plain_attention` does."""
+        if queries.shape[1] == 1:
+            # Greedy decoding. With one query, the TPU's compiler makes a product and a sum out of a
+            # matrix product, and keeps a copy of all layers' keys and values in their layout.
+            twice = jnp.repeat(queries, 2, axis=1)
+            return plain_attention(twice, sources)[:, :1]
         if not self._suits(queries, sources):
             return plain_attention(queries, sources)
         return _attend(queries, sources, self.mesh)
@@ -79,7 +88,7 @@ class FusedAttention:
         _, count, heads, head_dim = queries.shape
         keys = [source.keys.shape[-3] for source in sources]
         heads //= self.mesh.shape["model"]
-        needed = vmem_bytes(count, keys, heads, head_dim, queries.dtype.itemsize)
+        needed = fused_attention.vmem_bytes(count, keys, heads, head_dim, queries.dtype.itemsize)
         seen = any(source.mask.seen is not None for source in sources)
         # The TPU's compiler cannot broadcast a single key.
         return not seen and count >= _FEWEST_QUERIES and min(keys) > 1 and needed <= _VMEM
@@ -89,7 +98,7 @@ class FusedAttention:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _attend(queries: Array, sources: tuple[Source, ...], mesh: Mesh) -> Array:
     def attend(rows: Rows, queries: Array, sources: tuple[Source, ...]) -> Array:
-        return fused_forward(queries, sources, _interpreted(mesh))
+        return fused_attention.fused_forward(queries, sources, _interpreted(mesh))
 
     return _on_mesh(attend, mesh, lambda rows, *_: P(rows, None, "model"), queries, sources)
 
@@ -112,7 +121,9 @@ def _backward(mesh: Mesh, kept: Tree, gradient: Array) -> Tree:
     def attend(
         rows: Rows, queries: Array, sources: tuple[Source, ...], gradient: Array
     ) -> tuple[Array, Tree]:
-        of_queries, pairs = fused_backward(queries, sources, gradient, _interpreted(mesh))
+        of_queries, pairs = fused_attention.fused_backward(
+            queries, sources, gradient, _interpreted(mesh)
+        )
         return of_queries, tuple(
             jax.lax.psum(pair, rows) if source.is_shared and rows else pair
             for source, pair in zip(sources, pairs, strict=True)

@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 from etils import epath
-from orbax.checkpoint import v1 as ocp
 
 from ptjax.errors import InputError, gin_flag, one_line
 from ptjax.files import JsonObject
@@ -48,6 +47,8 @@ class Checkpoints:
     """
 
     def __init__(self, directory: epath.Path, *, keep: int = 2, clean: bool = True) -> None:
+        from orbax.checkpoint import v1 as ocp  # imported late: infer names the trainer in gin
+
         self.directory = directory
         context = ocp.Context()
         context.checkpointables.registry = ocp.handlers.local_registry()

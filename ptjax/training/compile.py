@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from absl import logging
+from etils import epy
 from jax.sharding import Mesh
 
 from ptjax.data.pipeline import Shape
@@ -28,6 +28,9 @@ from ptjax.training.step import (
     make_train_step,
 )
 from ptjax.trees import Tree
+
+with epy.lazy_imports():
+    import optax
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,10 +11,13 @@ import re
 from collections.abc import Mapping
 
 import jax
-import optax
+from etils import epy
 
 from ptjax.errors import InputError
 from ptjax.trees import Tree, flatten_paths, unflatten_paths
+
+with epy.lazy_imports():
+    import optax
 
 Freeze = Tree
 """A bool, or a dict of `Freeze` with the keys of the variables."""

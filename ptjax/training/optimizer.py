@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
+from etils import epy
 
 from ptjax.errors import check_at_least, check_choice
 from ptjax.files import JsonObject
 from ptjax.trees import Tree
 
+with epy.lazy_imports():
+    import optax
+
 Scale = Literal["absolute", "embedding_rms"]
+Schedule = Callable[[jax.typing.ArrayLike], jax.typing.ArrayLike]
+"""A schedule of optax: step -> number."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +46,7 @@ class Adafactor:
         clipping_threshold: the RMS above which an update is scaled down.
     """
 
-    learning_rate: float | optax.Schedule = 0.3
+    learning_rate: float | Schedule = 0.3
     learning_rate_scale: Scale = "absolute"
     weight_decay: float = 1e-5
     step_offset: int = 0

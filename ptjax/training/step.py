@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
-import optax
+from etils import epy
 from jaxtyping import Array, Bool, Float
 
 from ptjax.models.family import ApplyFn
@@ -15,6 +15,9 @@ from ptjax.sharding.arrays import GROUPS
 from ptjax.training import freeze as freezing
 from ptjax.training.loss import Loss
 from ptjax.trees import Tree
+
+with epy.lazy_imports():
+    import optax
 
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]

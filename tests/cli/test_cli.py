@@ -80,6 +80,20 @@ def test_help_waits_for_nothing_heavy():
     assert done.stdout.splitlines()[-1] == "[] 0", done.stderr
 
 
+def test_infer_imports_nothing_that_only_training_needs():
+    """Its gin file names the trainer."""
+    heavy = ("optax", "orbax", "grain", "httpx", "jax.experimental.pallas", "scipy", "transformers")
+    done = _python(
+        "-c",
+        "import contextlib, runpy, sys\n"
+        "sys.argv = ['x', '--gin_file=quickstart.gin', '--prompt=none', 'a fine film']\n"
+        "with contextlib.suppress(SystemExit):\n"
+        "  runpy.run_module('ptjax.infer', run_name='__main__')\n"
+        f"print([m for m in {heavy} if m in sys.modules], 'ptjax.trainer.tune' in sys.modules)",
+    )
+    assert done.stdout.splitlines()[1:] == ["[] True"], done.stderr
+
+
 def test_a_command_runs_as_a_module_and_shadows_nothing():
     """`python -m ptjax.inspect` beside the standard library's `inspect`."""
     done = _python("-m", "ptjax.inspect", "--nope")

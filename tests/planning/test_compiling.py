@@ -10,8 +10,15 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 from step_specs import TOY, V5E, XXL, blind, changed
+from t5_ids import T5_IDS
 
+from ptjax.models import decoding
+from ptjax.models.config import T5Config
+from ptjax.models.prompted import make_apply_fn
+from ptjax.models.t5 import parameter_shapes
 from ptjax.planning import compiler
 from ptjax.planning.estimate import bytes_on_device, count
 from ptjax.planning.hlo import collectives
@@ -20,7 +27,9 @@ from ptjax.planning.slices import Slice, parse_slice
 from ptjax.planning.workload import ParallelConfig, StepSpec, abstract_step
 from ptjax.sharding import meshes
 from ptjax.sharding.arrays import rows_axes
+from ptjax.sharding.attention import make_attend
 from ptjax.sharding.meshes import make_mesh
+from ptjax.trees import Tree
 
 
 @functools.cache
@@ -200,3 +209,28 @@ def test_a_mesh_that_the_devices_do_not_make_is_an_answer(monkeypatch):
     assert found["verdict"] == "refused"
     assert found["reason"].startswith("a mesh of 4x2 is 8 devices, and there are 4")
     assert "peak_bytes" not in found
+
+
+@pytest.mark.tpu
+def test_greedy_decoding_keeps_the_keys_and_values_once():
+    """Those of the cross-attention; with single queries there would be a copy, in float32."""
+    config = T5Config(
+        128, 256, 4, 1, 24, head_dim=64, mlp_dim=256, dtype="bfloat16", scan_layers=True
+    )
+    slice_ = parse_slice("v6e-1")
+    mesh = make_mesh(meshes.parse_mesh("1x1"), slice_.topology_devices())
+    rows, length = 32, 511
+
+    def array(shape: tuple[int, ...], dtype: DTypeLike) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+
+    def decode(params: Tree, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
+        apply_fn = make_apply_fn(config, attend=make_attend("fused", mesh))
+        variables = {"params": params, "prompt": {"prompt": jnp.zeros((1, config.emb_dim))}}
+        return decoding.decode(apply_fn, variables, tokens, lengths, ids=T5_IDS, max_length=8)[0]
+
+    params = jax.tree.map(lambda x: array(x.shape, jnp.bfloat16), parameter_shapes(config))
+    lowered = jax.jit(decode).lower(params, array((rows, length), "int32"), array((rows,), "int32"))
+    memory = lowered.compile(compiler_options=compiler.compiler_options(slice_)).memory_analysis()
+    of_layer = 2 * rows * (1 + length) * config.emb_dim * 2  # the prompt has length 1
+    assert memory.temp_size_in_bytes < 1.5 * config.num_decoder_layers * of_layer

@@ -49,7 +49,7 @@ def test_json_has_all_of_it(call):
     assert code == 0 and found["best"] is None and found["tried"] == []
     assert own["settings"] == {
         "MESH": "1x8", "FSDP": False, "SCAN_LAYERS": False, "REMAT": "none", "QUANTIZE": None,
-        "dtype": None, "ATTENTION": "fused",
+        "dtype": None, "ATTENTION": "fused", "MICROBATCHES": 1,
     }  # fmt: skip
     assert own["flops"]["forward"] == 223_450_438_303_744
     norms = (24 * 2 + 24 * 3 + 2) * 4096  # whole on every device
@@ -173,18 +173,18 @@ def test_without_the_compiler_it_says_what_to_install(call, monkeypatch, name, m
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("name", "compiled"),
     [
-        pytest.param("v5e-4", marks=pytest.mark.tpu),
-        pytest.param("h100x4", marks=pytest.mark.cuda),
+        pytest.param("v5e-4", 2, marks=pytest.mark.tpu),  # int8 products too
+        pytest.param("h100x4", 1, marks=pytest.mark.cuda),
     ],
 )
-def test_compiled_searched_and_remembered(call, tmp_path, name):
+def test_compiled_searched_and_remembered(call, tmp_path, name, compiled):
     flags = (*NANO, f"--slice={name}", f"--cache_dir={tmp_path}", "--gin.SCAN_LAYERS=True")
     code, out, err = call("plan", *flags)
     assert code == 0, err
     # The gin file's own layout is the fastest here, and was compiled already.
-    assert err.count("compiling") == len(list(tmp_path.iterdir())) == 1
+    assert err.count("compiling") == len(list(tmp_path.iterdir())) == compiled
     assert "fits" in out and "MESH = '4x1'" in out
     *_, used = [line for line in out.splitlines() if line.startswith("best ")]
     assert " - " in used
@@ -276,12 +276,16 @@ def test_what_is_concluded_without_a_best(capsys, verdicts, searched, says):
 
 def test_the_best_that_rounds_less_is_shown_too(capsys):
     own, plain = report("does not fit", "float32"), report("fits")
+    slow = report("fits") | {"settings": ParallelConfig("1x8").settings()}
     best = report("fits", quantize="int8")
     found = {"slice": "v5e-8", "own": own, "searched": True, "best": best}
     lines = importlib.import_module("ptjax.plan").gin_lines
-    show.show_slice(show.make_console(), found | {"tried": [own, plain, best]}, setting_lines=lines)
+    show.show_slice(
+        show.make_console(), found | {"tried": [own, slow, plain, best]}, setting_lines=lines
+    )
     _, less = capsys.readouterr().out.split("rounding the weights less:")
     assert "ptjax.load_backbone.dtype = 'bfloat16'" in less and "quantize = None" in less
+    assert "mesh = '8x1'" in less  # the faster one
     show.show_slice(show.make_console(), found | {"tried": [own, best]})
     assert "rounding" not in capsys.readouterr().out
 

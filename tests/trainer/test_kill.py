@@ -44,7 +44,7 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
     rng = random.Random(0)
     killed, directory = tmp_path / "killed", tmp_path / "killed"
     steps: list[int] = []
-    for number in range(5):
+    for number in range(4):
         process = start(killed, log)
         begun = newest(directory)
         # Some are killed while they start; most when they have come a little further.
