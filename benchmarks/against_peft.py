@@ -29,10 +29,8 @@ Writes OUTPUT_DIR/against_peft.json and .png. DATA_DIR is laid out as the tasks'
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -41,6 +39,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import machine
 import numpy as np
 from turns import SideError, Turns
 
@@ -216,8 +215,7 @@ def measure_accuracy(flags: argparse.Namespace) -> dict[str, list[dict[str, Any]
 
 
 def describe_machine(flags: argparse.Namespace) -> dict[str, Any]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    here = machine.describe()
     code = (
         "import importlib.metadata as m, json; "
         "print(json.dumps({n: m.version(n) for n in ('torch', 'transformers', 'peft')}))"
@@ -227,21 +225,14 @@ def describe_machine(flags: argparse.Namespace) -> dict[str, Any]:
     if flags.device == "gpu":
         query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
         gpu = subprocess.run(query, capture_output=True, check=True, text=True).stdout.splitlines()
-    return {
-        "processor": models[0] if models else platform.processor(),
-        "gpu": gpu and gpu[0],
-        "cores": os.cpu_count(),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "versions": {n: importlib.metadata.version(n) for n in ("jax", "jaxlib", "flax", "optax")}
-        | json.loads(theirs.stdout),
-    }
+    versions = here["versions"] | json.loads(theirs.stdout)
+    return here | {"gpu": gpu and gpu[0], "versions": versions}
 
 
-def peak_flops(flags: argparse.Namespace, machine: dict[str, Any]) -> float | None:
+def peak_flops(flags: argparse.Namespace, where: dict[str, Any]) -> float | None:
     if flags.peak_tflops:
         return flags.peak_tflops * 1e12
-    return next((peak for n, peak in PEAK_FLOPS.items() if n in (machine["gpu"] or "")), None)
+    return next((peak for n, peak in PEAK_FLOPS.items() if n in (where["gpu"] or "")), None)
 
 
 def show_speed(results: list[dict[str, Any]], peak: float | None) -> None:
@@ -304,9 +295,9 @@ def draw(file: Path, result: dict[str, Any]) -> None:
         axis.spines[["top", "right", "left"]].set_visible(False)
         axis.tick_params(left=False)
     axes[0].set_yticks(list(places.values()), [NAMES[side] for side in sides])
-    machine, settings = result["machine"], result["settings"]
+    device, settings = result["machine"], result["settings"]
     what = f"T5 1.1 {settings['size']}, {settings['dtype']}, P = {settings['prompt']}"
-    where = machine["gpu"] or f"{machine['processor']}, threads: {settings['threads']}"
+    where = device["gpu"] or f"{device['processor']}, threads: {settings['threads']}"
     what = f"{what}, {settings['batch']} examples a step"
     figure.suptitle(f"Prompt tuning, {what}\n{where}", fontsize=10)
     figure.savefig(file, dpi=150)
@@ -343,6 +334,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     flags = parse()
+    machine.require("matplotlib")
     # Before any library starts its threads: XLA makes as many as it may use processors.
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: flags.threads])
     os.environ["JAX_PLATFORMS"] = "cpu"  # this process only prepares
@@ -356,12 +348,13 @@ def main() -> None:
             "machine": describe_machine(flags),
             "settings": {name: getattr(flags, name) for name in names},
         }
-        print(json.dumps(now, indent=2))
+        load = machine.load()
+        print(json.dumps(now | {"load": load}, indent=2))
         speed = measure_speed(flags)
         if now == {name: result.get(name) for name in now}:
             measured = {one["task"] for one in speed}
             speed = [one for one in result["speed"] if one["task"] not in measured] + speed
-        result |= now | {"speed": speed}
+        result |= now | {"load": load, "speed": speed}
         show_speed(result["speed"], peak_flops(flags, result["machine"]))
     if flags.part != "speed":
         result["accuracy"] = measure_accuracy(flags)

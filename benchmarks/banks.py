@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import machine
 import numpy as np
 from prompt_step import t5_1_1
 
@@ -123,7 +123,8 @@ def main() -> None:
     params = jax.jit(init_params, static_argnums=0)(CONFIG, jax.random.key(0))
     flags.frozen = {"params": params}
     size = sum(x.nbytes for x in jax.tree.leaves(params))
-    print(f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, jax {jax.__version__}")
+    print(jax.devices()[0].device_kind)
+    machine.show()
     print(f"backbone {size / 1e9:.2f} GB, held once; batch {flags.batch}, T {flags.inputs}\n")
     print("| sees_input | N | N runs, s/step | bank, s/step | ratio | one run, GB | bank, GB |")
     print("|---|--:|--:|--:|--:|--:|--:|")

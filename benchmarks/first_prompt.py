@@ -37,6 +37,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import machine
 import numpy as np
 import random_checkpoints
 from sklearn.metrics import f1_score
@@ -67,6 +68,7 @@ def main() -> None:
     parser.add_argument("--peft_python", default=sys.executable)
     parser.add_argument("--install", action="store_true")
     flags = parser.parse_args()
+    machine.show()
     folder = flags.output_dir.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     files = write_splits(flags.data_dir / "sst2", folder)

@@ -19,6 +19,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import machine
+
 
 class FirstStepError(Exception):
     """Ends the run after its first step."""
@@ -77,6 +79,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             print(json.dumps(measure(Path(folder))))
         return
+    machine.show()
     with tempfile.TemporaryDirectory() as cache:
         environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
         environment["XDG_CACHE_HOME"] = cache

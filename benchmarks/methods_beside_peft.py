@@ -25,6 +25,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import machine
 from turns import SideError, Turns
 
 HERE = Path(__file__).resolve().parent
@@ -132,6 +133,7 @@ def main() -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"  # this process only prepares
     from methods_ptjax_side import write_inputs
 
+    machine.show()
     results = []
     with tempfile.TemporaryDirectory() as folder:
         write_inputs(Path(folder), flags)

@@ -21,13 +21,13 @@ import collections
 import dataclasses
 import json
 import os
-import platform
 import statistics
 import sys
 import time
 from typing import Any
 
 import jax
+import machine
 import numpy as np
 from prompt_step import make_step, t5_1_1
 from real_batches import bucket, epoch, load_examples, make_task, pack, pad_to, pad_to_longest
@@ -199,6 +199,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="least time of a turn")
     parser.add_argument("--output", help="a JSON file to write")
     flags = parser.parse_args()
+    machine.show()
+    where = machine.describe() | {"load": machine.load()}
     config = t5_1_1(flags.size, dtype=flags.dtype)
     params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
     params = jax.tree.map(lambda x: x.astype(flags.dtype), params)
@@ -209,13 +211,8 @@ def main() -> None:
     ]
     show(rows)
     if flags.output:
-        machine = {
-            "device": jax.devices()[0].device_kind,
-            "cores": os.cpu_count(),
-            "system": platform.platform(),
-            "jax": jax.__version__,
-        }
-        text = json.dumps({"machine": machine, "settings": vars(flags), "rows": rows}, indent=2)
+        where |= {"device": jax.devices()[0].device_kind}
+        text = json.dumps({"machine": where, "settings": vars(flags), "rows": rows}, indent=2)
         with open(flags.output, "w", encoding="utf-8") as file:
             file.write(text + "\n")
 

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import machine
 import numpy as np
 import runs
 from packing import Steps, survey
@@ -154,6 +155,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=5, help="turns of the time measurement")
     flags = parser.parse_args()
+    machine.require("matplotlib")
+    machine.show()
     ratios = measured_ratios(flags)
     tests, curves = [], {}
     for task in flags.tasks:
