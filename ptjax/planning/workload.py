@@ -188,6 +188,8 @@ def resolve(spec: StepSpec, parallel: ParallelConfig, slice_: Slice) -> Parallel
     if parallel.attention == "fused" and not slice_.is_tpu:
         raise InputError(f"ATTENTION = 'fused' needs a TPU from v4 on, not {slice_.name}")
     attention = choose_attention(parallel.attention, slice_.generation.device_kind)
+    if spec.method.collection == "params":  # it trains the biases, which fused attention leaves
+        attention = "plain"
     microbatches = parallel.step_config(spec).microbatches
     parallel = dataclasses.replace(parallel, attention=attention, microbatches=microbatches)
     mesh = abstract_mesh(parallel, slice_)

@@ -132,6 +132,11 @@ def test_auto_is_what_a_run_would_take():
     assert resolve(XXL, ParallelConfig("auto"), V5E).mesh == "4x2"
     assert resolve(XXL, ParallelConfig("auto"), parse_slice("2xv5e-16")).mesh == "2x8x2"
     assert resolve(XXL, ParallelConfig("auto"), parse_slice("h100x8")).mesh == "8x1"
+    auto = ParallelConfig("8x1", attention="auto")
+    assert resolve(XXL, auto, V5E).attention == "fused"
+    whole = dataclasses.replace(XXL, method=ModelTuning())  # its biases train
+    assert resolve(whole, auto, V5E).attention == "plain"
+    assert resolve(changed(XXL, microbatches=2), auto, V5E).microbatches == 2
 
 
 def test_estimates_follow_from_the_published_rates():
