@@ -40,7 +40,7 @@ from ptjax.training.compile import StepConfig
 from ptjax.training.loss import Loss
 from ptjax.training.optimizer import Adafactor
 
-REMATS = ("none", "dots", "attention", "full")
+REMATS = ("none", "dots", "full")
 
 Row = dict[str, Any]
 """Settings of a measurement, and later its results, as JSON.
