@@ -1,21 +1,25 @@
-"""What frozen kernels in int8 cost a prompt, and what they save.
+"""What frozen kernels in int8, and products in int8, cost a prompt, and what they save.
 
     python benchmarks/int8.py --data_dir=DIR --output_dir=DIR
 
-SST-2 on the shipped backbone with the recipe of `sees_input.py`, in bfloat16: prompts that were
-tuned on its kernels as they are and on int8 ones, each scored on both, accuracy on the test split.
+SST-2 and IMDb on the shipped backbone with the recipe of `sees_input.py`. Prompts are tuned in
+bfloat16 and on each kind of int8 kernels, and scored there; those of bfloat16 are scored on int8
+kernels too. Differences to bfloat16 are of the same examples (SST-2: validation and test; IMDb:
+test), with the mean over the seeds for each; the standard error is that of the mean over examples.
 Then the bytes of the frozen weights, counted from shapes. Every run is a `python -m ptjax.train` or
 `python -m ptjax.evaluate` of its own, printed before it starts; one that finished is not run again.
-DATA_DIR is laid out as the task's gin file says.
+DATA_DIR is laid out as the tasks' gin files say.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from pathlib import Path
 
 import jax
+import numpy as np
 import runs
 from prompt_step import t5_1_1
 from real_batches import TASKS
@@ -28,7 +32,15 @@ from ptjax.sharding.quantize import quantize_kernel, weight_shapes
 from ptjax.trees import flatten_paths
 
 DTYPE = "bfloat16"
-HELD = {DTYPE: None, "int8": "int8"}  # QUANTIZE
+HELD = {  # QUANTIZE
+    DTYPE: None,
+    "int8": "int8",
+    "int8_products": "int8_products",
+    "int8_products_but_wo": "int8_products_but_wo",
+}
+SPLITS = {"sst2": ("validation", "test"), "imdb": ("test",)}
+ALLOWED = 0.005
+"""How much of the accuracy a kind may lose, beside one standard error."""
 
 
 def held_bytes(config: T5Config, quantized: str | None) -> int:
@@ -42,24 +54,48 @@ def held_bytes(config: T5Config, quantized: str | None) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(held))
 
 
-def accuracy(flags: argparse.Namespace, tuned: str, scored: str, seed: int) -> float:
-    """Test accuracy of a prompt that was tuned on one backbone, on that or on the other one."""
+def correct(flags: argparse.Namespace, task: str, tuned: str, scored: str, seed: int) -> list[bool]:
+    """Which examples a prompt that was tuned on one kind of kernels gets right on another."""
     settings = COMMON | {
         "INITIAL_CHECKPOINT_PATH": flags.backbone,
         "DATA_DIR": flags.data_dir,
-        "ptjax.Task.inputs": TASKS["sst2"]["inputs"],
-        "TASK_FEATURE_LENGTHS": LENGTHS["sst2"],
-        "TRAIN_STEPS": STEPS,
+        "ptjax.Task.inputs": TASKS[task]["inputs"],
+        "ptjax.Task.verbalizer": TASKS[task]["verbalizer"],
+        "TASK_FEATURE_LENGTHS": LENGTHS[task],
+        "TRAIN_STEPS": flags.steps,
         "RANDOM_SEED": seed,
         "QUANTIZE": HELD[tuned],
         "ptjax.load_backbone.dtype": DTYPE,
     }
-    model_dir = flags.output_dir / tuned / str(seed)
-    own = runs.train(model_dir, ["tasks/sst2.gin", "runs/prompt_tune.gin"], settings)
-    if scored == tuned:
-        return own["value"]
-    file = flags.output_dir / f"{tuned}_on_{scored}" / f"{seed}.json"
-    return runs.evaluate(file, [], {"QUANTIZE": HELD[scored]}, f"--model_dir={model_dir}")["value"]
+    model_dir = flags.output_dir / task / tuned / str(seed)
+    runs.train(model_dir, [f"tasks/{task}.gin", "runs/prompt_tune.gin"], settings)
+    found = []
+    for split in SPLITS[task]:
+        file = model_dir / f"{split}_on_{scored}.json"
+        rows = file.with_suffix(".jsonl")
+        where = (f"--model_dir={model_dir}", f"--split={split}", f"--output={rows}", "--force")
+        runs.evaluate(file, [], {"QUANTIZE": HELD[scored]}, *where)
+        with open(rows, encoding="utf-8") as lines:
+            found += [row["prediction"] == row["targets"] for row in map(json.loads, lines)]
+    return found
+
+
+def compare(flags: argparse.Namespace, task: str, tuned: str, scored: str) -> str:
+    """A row of the table: accuracy of each seed, and the difference to bfloat16."""
+
+    def all_seeds(tuned: str, scored: str) -> np.ndarray:
+        return np.array(
+            [correct(flags, task, tuned, scored, seed) for seed in range(flags.seeds)], float
+        )
+
+    plain, rounded = all_seeds(DTYPE, DTYPE), all_seeds(tuned, scored)
+    paired = (rounded - plain).mean(axis=0)
+    mean, error = paired.mean(), paired.std(ddof=1) / np.sqrt(paired.size)
+    verdict = "" if tuned == scored == DTYPE else f"{100 * mean:+.2f} | {100 * error:.2f}"
+    if verdict and mean < -(ALLOWED + error):
+        verdict += ", too low"
+    accuracies = runs.show(rounded.mean(axis=1).tolist())
+    return f"| {task} | {tuned} | {scored} | {accuracies} | {verdict or ' | '} |"
 
 
 def main() -> None:
@@ -67,20 +103,20 @@ def main() -> None:
     parser.add_argument("--data_dir", required=True, type=os.path.abspath)
     parser.add_argument("--output_dir", required=True, type=Path)
     parser.add_argument("--backbone", default="ptjax-nano", help="what load_backbone takes")
+    parser.add_argument("--tasks", default=list(SPLITS), type=lambda text: text.split(","))
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seeds", type=int, default=3)
     flags = parser.parse_args()
-    rows = []
-    for tuned in HELD:
-        for scored in HELD:
-            values = [accuracy(flags, tuned, scored, seed) for seed in range(flags.seeds)]
-            rows.append(f"| {tuned} | {scored} | {runs.show(values)} |")
-    print("\n| tuned on | test accuracy on | mean | std | seeds |\n|---|---|--:|--:|---|")
+    pairs = [(DTYPE, scored) for scored in HELD] + [(kind, kind) for kind in HELD if HELD[kind]]
+    rows = [compare(flags, task, *pair) for task in flags.tasks for pair in pairs]
+    print("\n| task | tuned on | scored on | mean | std | seeds | difference, points | its error |")
+    print("|---|---|---|--:|--:|---|--:|--:|")
     print("\n".join(rows))
     configs = {flags.backbone: open_backbone(flags.backbone).config}
     configs |= {f"T5 1.1 {size.upper()}": t5_1_1(size) for size in ("xl", "xxl")}
-    print(f"\n| frozen weights, MB | {' | '.join(HELD)} | ratio |\n|---|--:|--:|--:|")
+    print(f"\n| frozen weights, MB | {DTYPE} | int8 | ratio |\n|---|--:|--:|--:|")
     for name, config in configs.items():
-        plain, rounded = (held_bytes(config, quantized) / 1e6 for quantized in HELD.values())
+        plain, rounded = (held_bytes(config, quantized) / 1e6 for quantized in (None, "int8"))
         print(f"| {name} | {plain:,.1f} | {rounded:,.1f} | {rounded / plain:.2f} |")
 
 

@@ -49,7 +49,7 @@ class Backbone:
         mesh: the mesh of the variables.
         fsdp: whether the variables are sharded over the mesh axis `data` too.
         quantize: the `Quantization` if kernels are `Quantized`, else None.
-        attention: "plain" or "fused".
+        attention: "plain", "fused" or, on GPUs, "cudnn".
         assumed: config fields that the files do not state, set to the family's defaults.
         fingerprint_v1: "sha256:...", the only fingerprint that older prompts record; see the
             module `fingerprint`.
@@ -149,8 +149,8 @@ def load_backbone(
         quantize: "int8" stores kernels at one byte per entry and casts them for each product;
             "int8_products" rounds what they multiply too, and computes in int8;
             "int8_products_but_wo" casts the kernels `wo` alone. See docs/sharding.md.
-        attention: "fused" computes attention in one kernel, on a TPU; elsewhere that runs in a slow
-            interpreter. "auto" is "fused" on a TPU and "plain" elsewhere.
+        attention: "fused" computes attention in one kernel: ptjax's on a TPU, cuDNN's on GPUs, and
+            in a slow interpreter on CPUs. "auto" is "fused" on a TPU and "plain" elsewhere.
         tokenizer: a tokenizer or its path; None looks in the folder of the weights.
         family: the kind of network, if it is not ptjax's own T5, such as `flax_module(...)`.
             A family without Hugging Face names is also loaded from a `model.safetensors` with the
@@ -171,7 +171,7 @@ def load_backbone(
     family = family or T5_FAMILY
     check_supported(family, *_features(fsdp, quantize, attention))
     attention = "plain" if "fused attention" in family.lacks else attention
-    attention = choose_attention(attention, first.device_kind)
+    kind = choose_attention(attention, first.device_kind)
     opened = open_backbone(
         path, dtype=dtype, tokenizer=tokenizer, family=family, **config_overrides
     )
@@ -186,14 +186,14 @@ def load_backbone(
     return Backbone(
         config=opened.config,
         variables={"params": unflatten_paths(params)},
-        apply_fn=family.build(opened.config, **_on_mesh(mesh, fsdp, attention)),
+        apply_fn=family.build(opened.config, **_on_mesh(mesh, fsdp, kind)),
         tokenizer=opened.tokenizer,
         fingerprint=fingerprints.v2,
         name=opened.name,
         mesh=mesh,
         fsdp=fsdp,
         quantize=quantize,
-        attention=attention,
+        attention=kind,
         assumed=opened.assumed,
         fingerprint_v1=fingerprints.v1,
         family=family,

@@ -32,11 +32,14 @@ class Mask(NamedTuple):
         query_ids: int32 [B, q] for packed rows: a query attends to the keys with its own id.
             Without it, it attends to all that are not padding.
         seen: bool [#B, q, k], a further restriction, such as the decoder's to earlier positions.
+        lengths: int32 [B], where `ids` leave the first keys of every row alone: how many. For
+            kernels that take lengths; `allowed` follows from the other parts.
     """
 
     ids: Tree = None
     query_ids: Tree = None
     seen: Tree = None
+    lengths: Tree = None
 
     def allowed(self) -> Bool[Array, "#B #q k"] | None:
         """Returns True where a query may attend to a key; None if every query sees all keys."""

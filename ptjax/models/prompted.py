@@ -80,9 +80,10 @@ class PromptedT5(nn.Module):
         embedded = self.backbone.embed(encoder_input_tokens)
         if encoder_lengths is not None and encoder_segment_ids is None:
             real = jnp.arange(encoder_input_tokens.shape[1]) < encoder_lengths[:, None]
-            segment_ids, positions = real.astype(jnp.int32), None
+            segment_ids, positions, lengths = real.astype(jnp.int32), None, encoder_lengths
         elif encoder_segment_ids is not None and encoder_lengths is None:
             segment_ids, positions = encoder_segment_ids, positions_in_segments(encoder_segment_ids)
+            lengths = None
         else:
             raise InputError(
                 "rows of one example need encoder_lengths, packed rows need encoder_segment_ids; "
@@ -100,7 +101,10 @@ class PromptedT5(nn.Module):
                 embedded = self.prompt.inside(embedded, segment_ids, positions)
             else:
                 embedded, segment_ids, seen = self.prompt.before(embedded, segment_ids, prompt_ids)
-        mask = Mask(segment_ids, None if positions is None else segment_ids, seen)
+                # The prompts of a bank differ in length: their padding is in front of the text.
+                if lengths is not None:
+                    lengths = lengths + len(matrix) if matrix.ndim == 2 else None
+        mask = Mask(segment_ids, None if positions is None else segment_ids, seen, lengths)
         encoded = self.backbone.encode_embedded(
             embedded, mask, prompt=states, positions=positions, train=train
         )

@@ -195,6 +195,12 @@ def _flops(
     for x in body:
         found += _flops(x, inner, bodies)
     estimate = re.search(r'"cost_estimate":\{"flops":"(\d+)"', line)
+    if "__cudnn$fmha" in line:  # attention: two products, and five in the backward pass
+        logits = re.search(r'"dimensions":\s*\[([\d", ]+)\]', line)
+        [(dtype, result), *_] = arrays(instruction.type)
+        size = math.prod(map(int, re.findall(r"\d+", logits[1]))) if logits else 0
+        found[dtype] += (5 if "Backward" in line else 2) * 2 * size * result[-1]
+        return found
     contracted = re.search(r'lhs_contracting_dim\w*"?[=:][\[{]?"?([\d,"]*)', line)
     if instruction.operation not in _PRODUCTS and not estimate and "gemm" not in line:
         return found

@@ -17,7 +17,7 @@ from ptjax.planning.slices import Slice
 from ptjax.planning.workload import ParallelConfig, StepSpec, abstract_mesh, resolve
 from ptjax.sharding import meshes
 from ptjax.sharding.arrays import rows_divisor
-from ptjax.sharding.attention import Attention
+from ptjax.sharding.attention import Attention, Kind
 from ptjax.training import freeze as freezing
 
 WORTH = 0.95
@@ -47,7 +47,7 @@ def search(
     slice_: Slice,
     quantize: str | None,
     compile_one: Callable[[ParallelConfig], Report],
-    attention: Attention = "auto",
+    attention: Attention | Kind = "auto",
 ) -> tuple[list[Report], Report | None]:
     """Finds the fastest configuration that fits: compiles the one with the best estimate first.
 

@@ -15,7 +15,7 @@ import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from ptjax.data.pipeline import Shape
-from ptjax.errors import InputError, check_at_least
+from ptjax.errors import check_at_least
 from ptjax.files import JsonObject, Metadata
 from ptjax.methods.base import Method, run_with
 from ptjax.models.attention import AttendFn, plain_attention
@@ -27,7 +27,7 @@ from ptjax.planning.slices import Slice
 from ptjax.settings import RunSettings
 from ptjax.sharding import meshes
 from ptjax.sharding.arrays import check_batch_size, gather_layer, replicated, rows_divisor
-from ptjax.sharding.attention import Attention, choose_attention, make_attend
+from ptjax.sharding.attention import Attention, Kind, choose_attention, make_attend
 from ptjax.sharding.meshes import check_shape
 from ptjax.sharding.quantize import sharded_shapes, weight_shapes
 from ptjax.sharding.rules import AXES
@@ -130,7 +130,7 @@ class ParallelConfig:
     remat: Remat = "none"
     quantize: str | None = None
     dtype: str | None = None
-    attention: Attention = "plain"
+    attention: Attention | Kind = "plain"
     microbatches: int | None = None
 
     def settings(self) -> JsonObject:
@@ -166,7 +166,7 @@ class ParallelConfig:
 
     def __str__(self) -> str:
         parts = [self.mesh, *filter(None, (self.dtype, self.quantize)), f"remat {self.remat}"]
-        parts += ["fused"] * (self.attention == "fused")
+        parts += [self.attention] * (self.attention in ("fused", "cudnn"))
         parts += [f"{self.microbatches} microbatches"] * ((self.microbatches or 1) > 1)
         return ", ".join(parts + ["fsdp"] * self.fsdp + ["unrolled"] * (not self.scan_layers))
 
@@ -185,8 +185,6 @@ def resolve(spec: StepSpec, parallel: ParallelConfig, slice_: Slice) -> Parallel
         weights = weight_shapes(config, config.dtype, parallel.quantize)
         shape, _ = meshes.smallest_that_fits(config, weights, slice_.devices(), parallel.fsdp)
         parallel = dataclasses.replace(parallel, mesh="x".join(map(str, shape)))
-    if parallel.attention == "fused" and not slice_.is_tpu:
-        raise InputError(f"ATTENTION = 'fused' needs a TPU from v4 on, not {slice_.name}")
     attention = choose_attention(parallel.attention, slice_.generation.device_kind)
     if spec.method.collection == "params":  # it trains the biases, which fused attention leaves
         attention = "plain"

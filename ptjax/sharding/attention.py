@@ -24,6 +24,9 @@ with epy.lazy_imports():  # Pallas
     from ptjax.models import fused_attention
 
 Attention = Literal["auto", "plain", "fused"]
+"""What a user chooses."""
+Kind = Literal["plain", "fused", "cudnn"]
+"""What that is on a kind of device."""
 Rows = tuple[str, ...] | None
 """The mesh axes that divide the rows."""
 
@@ -33,8 +36,10 @@ _VMEM = 15 * 2**20
 """The largest `vmem_bytes`: a TPU v4 has 16 MiB. T5 with heads of 64 then has up to 960 keys."""
 
 
-def choose_attention(attention: Attention, device_kind: str) -> Literal["plain", "fused"]:
+def choose_attention(attention: Attention | Kind, device_kind: str) -> Kind:
     """Returns the kind of attention; "auto" is "fused" on a TPU from v4 on, else "plain".
+
+    On GPUs, "fused" is "cudnn".
 
     Args:
         device_kind: JAX's name for the kind of device.
@@ -47,16 +52,20 @@ def choose_attention(attention: Attention, device_kind: str) -> Literal["plain",
         raise InputError(f"ATTENTION = 'fused' needs a TPU from v4 on, not {device_kind}")
     if attention == "auto":
         return "fused" if device_kind.startswith("TPU") and not old else "plain"
+    if attention == "fused" and device_kind != "cpu" and not device_kind.startswith("TPU"):
+        return "cudnn"
     return attention
 
 
 def make_attend(attention: str, mesh: Mesh) -> AttendFn:
-    """Returns the function for "plain" or "fused" attention; equal arguments give equal ones.
+    """Returns the function for a `Kind` of attention; equal arguments give equal functions.
 
     Args:
         mesh: a `Mesh`, or an `AbstractMesh` of TPUs.
     """
-    return FusedAttention(mesh) if attention == "fused" else plain_attention
+    if attention == "fused":
+        return FusedAttention(mesh)
+    return CudnnAttention() if attention == "cudnn" else plain_attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +101,58 @@ class FusedAttention:
         seen = any(source.mask.seen is not None for source in sources)
         # The TPU's compiler cannot broadcast a single key.
         return not seen and count >= _FEWEST_QUERIES and min(keys) > 1 and needed <= _VMEM
+
+
+@dataclasses.dataclass(frozen=True)
+class CudnnAttention:
+    """Attention in cuDNN's kernels, on an NVIDIA GPU from Ampere on.
+
+    Where they cannot be used, it is `plain_attention`: outside of bfloat16, for packed rows, for
+    rows with shared prompts or a bank's prompts, for odd lengths, and for the decoder's
+    self-attention. It keeps the log-sum-exp and the output for the backward pass, and gives the
+    biases their gradient.
+
+    Attributes:
+        implementation: of `jax.nn.dot_product_attention`; "xla" computes the same on any device.
+    """
+
+    implementation: Literal["cudnn", "xla"] = "cudnn"
+
+    def __call__(
+        self, queries: Float[Array, "B q H K"], sources: tuple[Source, ...]
+    ) -> Float[Array, "B q H K"]:
+        """Computes what `plain_attention` does."""
+        if not self._suits(queries, sources):
+            return plain_attention(queries, sources)
+        [source] = sources
+        values = source.values
+        if source.keep is not None:  # one mask for all queries: it may multiply the values instead
+            values *= jnp.einsum("bhqk->bkhq", source.keep).astype(values.dtype)
+        return jax.nn.dot_product_attention(
+            queries,
+            source.keys,
+            values,
+            bias=source.bias,
+            key_value_seq_lengths=source.mask.lengths,
+            scale=1.0,
+            implementation=self.implementation,
+        )
+
+    def _suits(self, queries: Array, sources: tuple[Source, ...]) -> bool:
+        source, (_, count, _, head_dim) = sources[0], queries.shape
+        mask = source.mask
+        lengths_say_all = mask.ids is None or mask.lengths is not None
+        return (
+            len(sources) == 1
+            and (queries.dtype == jnp.bfloat16 or self.implementation == "xla")
+            and lengths_say_all
+            and mask.query_ids is None
+            and mask.seen is None
+            and count >= _FEWEST_QUERIES
+            and count % 2 == source.keys.shape[1] % 2 == 0
+            and head_dim <= 128
+            and head_dim % 8 == 0
+        )
 
 
 # Outside of shard_map, which has no rule for symbolic zeros.
@@ -218,5 +279,5 @@ def _specs(source: Source, rows: Rows) -> Source:
         return None if x is None else P(None if len(x) == 1 else rows, *spec)
 
     pair = P(None, "model") if source.is_shared else P(rows, None, "model")
-    mask = Mask(of(source.mask.ids), of(source.mask.query_ids))
+    mask = Mask(of(source.mask.ids), of(source.mask.query_ids), lengths=of(source.mask.lengths))
     return Source(pair, pair, of(source.bias, "model"), mask, of(source.keep, "model"))

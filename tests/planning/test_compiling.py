@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 from step_specs import TOY, V5E, XXL, blind, changed
 from t5_ids import T5_IDS
 
+from ptjax.errors import InputError
 from ptjax.models import decoding
 from ptjax.models.config import T5Config
 from ptjax.models.prompted import make_apply_fn
@@ -24,7 +25,13 @@ from ptjax.planning.estimate import bytes_on_device, count
 from ptjax.planning.hlo import collectives
 from ptjax.planning.kernels import kernels, totals
 from ptjax.planning.slices import Slice, parse_slice
-from ptjax.planning.workload import ParallelConfig, StepSpec, abstract_step
+from ptjax.planning.workload import (
+    AbstractStep,
+    ParallelConfig,
+    StepSpec,
+    abstract_step,
+    resolve,
+)
 from ptjax.sharding import meshes
 from ptjax.sharding.arrays import rows_axes
 from ptjax.sharding.attention import make_attend
@@ -209,6 +216,19 @@ def test_a_mesh_that_the_devices_do_not_make_is_an_answer(monkeypatch):
     assert found["verdict"] == "refused"
     assert found["reason"].startswith("a mesh of 4x2 is 8 devices, and there are 4")
     assert "peak_bytes" not in found
+
+
+@pytest.mark.cuda
+def test_without_cudnn_it_says_what_to_install(monkeypatch):
+    def lower(step):
+        raise RuntimeError("cuDNN is not detected.")
+
+    monkeypatch.setattr(AbstractStep, "lower", lower)
+    slice_ = parse_slice("h100x8")
+    parallel = resolve(TOY, ParallelConfig("8x1", attention="fused"), slice_)
+    assert parallel.attention == "cudnn"
+    with pytest.raises(InputError, match="with cuDNN: pip install nvidia-cudnn-cu13"):
+        compiler.compile_ahead(TOY, parallel, slice_)
 
 
 @pytest.mark.tpu

@@ -96,6 +96,23 @@ def test_a_program_counted_by_hand() -> None:
     )
 
 
+CUDNN = """ENTRY %main (x: bf16[2,6,3,8]) -> bf16[2,3,6,8] {
+  %x = bf16[2,6,3,8]{3,2,1,0} parameter(0)
+  %forward = (bf16[2,3,6,8]{3,1,2,0}, f32[2,3,6]{2,1,0}, u8[0]{0}) custom-call(%x, %x, %x), custom_call_target="__cudnn$fmhaSoftmax", backend_config={"cudnn_fmha_backend_config": {"intermediate_tensor_shape": {"element_type": "BF16", "dimensions": ["2", "3", "6", "6"]}}}
+  %out = bf16[2,3,6,8]{3,1,2,0} get-tuple-element(%forward), index=0
+  %backward = (bf16[2,3,6,8]{3,1,2,0}, bf16[2,3,6,8]{3,1,2,0}, bf16[2,3,6,8]{3,1,2,0}, u8[0]{0}) custom-call(%x, %x, %x, %out), custom_call_target="__cudnn$fmhaSoftmaxBackward", backend_config={"cudnn_fmha_backend_config": {"intermediate_tensor_shape": {"element_type": "BF16", "dimensions": ["2", "3", "6", "6"]}}}
+  ROOT %result = bf16[2,3,6,8]{3,1,2,0} get-tuple-element(%backward), index=0
+}
+"""  # noqa: E501
+
+
+def test_cudnns_attention_is_two_products_and_five_in_the_backward_pass() -> None:
+    product, array, statistics = 2 * 2 * 3 * 6 * 6 * 8, 2 * 6 * 3 * 8 * 2, 2 * 3 * 6 * 4
+    forward, backward = kernels(CUDNN)
+    assert forward == ("%forward", 1, 4 * array + statistics, {"bf16": 2 * product})
+    assert backward == ("%backward", 1, 7 * array, {"bf16": 5 * product})
+
+
 def test_a_kernel_takes_the_longer_of_products_and_memory() -> None:
     slice_ = parse_slice("v5e-1")
     rate, memory = slice_.generation.flops, slice_.generation.memory_rate
