@@ -186,8 +186,8 @@ def resolve(spec: StepSpec, parallel: ParallelConfig, slice_: Slice) -> Parallel
         shape, _ = meshes.smallest_that_fits(config, weights, slice_.devices(), parallel.fsdp)
         parallel = dataclasses.replace(parallel, mesh="x".join(map(str, shape)))
     attention = choose_attention(parallel.attention, slice_.generation.device_kind)
-    if spec.method.collection == "params":  # it trains the biases, which fused attention leaves
-        attention = "plain"
+    if attention == "fused" and spec.method.collection == "params":
+        attention = "plain"  # the biases train, and that kernel gives them no gradient
     microbatches = parallel.step_config(spec).microbatches
     parallel = dataclasses.replace(parallel, attention=attention, microbatches=microbatches)
     mesh = abstract_mesh(parallel, slice_)

@@ -39,13 +39,14 @@ _VMEM = 15 * 2**20
 def choose_attention(attention: Attention | Kind, device_kind: str) -> Kind:
     """Returns the kind of attention; "auto" is "fused" on a TPU from v4 on, else "plain".
 
-    On GPUs, "fused" is "cudnn".
+    On NVIDIA's GPUs, "fused" is "cudnn".
 
     Args:
         device_kind: JAX's name for the kind of device.
 
     Raises:
-        InputError: "fused" on a TPU v2 or v3, whose matrix units lack its products.
+        InputError: "fused" on a TPU v2 or v3, whose matrix units lack its products, or on a device
+            that is neither a TPU nor a CPU, nor NVIDIA's.
     """
     old = device_kind.startswith(("TPU v2", "TPU v3"))
     if attention == "fused" and old:
@@ -53,6 +54,8 @@ def choose_attention(attention: Attention | Kind, device_kind: str) -> Kind:
     if attention == "auto":
         return "fused" if device_kind.startswith("TPU") and not old else "plain"
     if attention == "fused" and device_kind != "cpu" and not device_kind.startswith("TPU"):
+        if not device_kind.startswith("NVIDIA"):
+            raise InputError(f"ATTENTION = 'fused' needs a TPU or an NVIDIA GPU, not {device_kind}")
         return "cudnn"
     return attention
 

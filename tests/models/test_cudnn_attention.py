@@ -13,6 +13,7 @@ from t5_ids import T5_IDS
 from tiny import tiny_config, tiny_params
 
 from ptjax.data.batch import make_batch
+from ptjax.errors import InputError
 from ptjax.models.attention import Mask, Source, plain_attention
 from ptjax.models.prompted import make_apply_fn
 from ptjax.sharding.attention import CudnnAttention, choose_attention
@@ -117,3 +118,9 @@ def test_a_prompt_in_front_keeps_the_lengths(calls) -> None:
 def test_gpus_take_cudnn_where_fused_attention_is_asked_for() -> None:
     chosen = [choose_attention(x, "NVIDIA H200") for x in ("auto", "plain", "fused")]
     assert chosen == ["plain", "plain", "cudnn"]
+
+
+def test_other_gpus_have_no_fused_attention() -> None:
+    assert choose_attention("auto", "AMD Instinct MI300X") == "plain"
+    with pytest.raises(InputError, match="needs a TPU or an NVIDIA GPU, not AMD Instinct"):
+        choose_attention("fused", "AMD Instinct MI300X")
