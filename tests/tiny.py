@@ -6,11 +6,13 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from ptjax.backbones.save import save_backbone
 from ptjax.data.tokenizer import Tokenizer
 from ptjax.models.config import T5Config
-from ptjax.models.t5 import init_params
+from ptjax.models.t5 import parameter_shapes
 
 
 def tiny_config(vocab_size: int = 64, **changes: Any) -> T5Config:
@@ -28,8 +30,21 @@ def tiny_config(vocab_size: int = 64, **changes: Any) -> T5Config:
 
 @functools.cache
 def tiny_params(config: T5Config, seed: int = 0) -> Any:
-    """Random float32 weights of the scales that T5X draws; the same arrays for every test."""
-    return jax.jit(init_params, static_argnums=0)(config, jax.random.key(seed))
+    """Random float32 weights of T5X's scales, the same for every test.
+
+    Drawn by NumPy: to compile `init_params` takes seconds.
+    """
+    rng = np.random.default_rng(seed)
+
+    def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        owner, name = (entry.key for entry in path[-2:])
+        if name == "scale":
+            return jnp.ones(leaf.shape)
+        fan = {"kernel": leaf.shape[-2], "rel_embedding": sum(leaf.shape) / 2, "embedding": 1}[name]
+        scale = (fan * (config.head_dim if owner == "query" else 1)) ** -0.5
+        return jnp.asarray(rng.normal(0, scale, leaf.shape), jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, parameter_shapes(config))
 
 
 def save_tiny(

@@ -241,6 +241,7 @@ def test_damaged_and_foreign_files_are_refused(run, tmp_path):
     assert (tmp_path / "again.safetensors").read_bytes() == best.read_bytes()
 
 
+@pytest.mark.slow
 def test_sharded_int8_scanned_and_packed_it_is_the_merged_network(run, backbone, folder):
     """The norms stay float32 under int8, so that merged scales are the same network exactly."""
     how = {"mesh": "4x2", "fsdp": True, "quantize": "int8", "scan_layers": True, "remat": "dots"}

@@ -144,6 +144,7 @@ def test_scanned_layers_made_again_are_the_same_network(
     assert_same(got, (want[0], grads))
 
 
+@pytest.mark.slow
 def test_sharded_int8_kernels_are_the_dequantised_ones(plain, tiny, tiny_batch, adapters) -> None:
     """On a data x model mesh with FSDP; the methods' arrays are whole on every device."""
     config = dataclasses.replace(plain, scan_layers=True)

@@ -156,14 +156,8 @@ def logits_and_gradients(backbone, adapter: Adapter, tokens) -> dict[str, np.nda
     return to_paths({name: gradients}) | {"logits": np.asarray(logits)}
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param("bitfit", marks=pytest.mark.slow),
-        "per_layer_prompts",
-        pytest.param("prefix_tuning", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bitfit", "per_layer_prompts", "prefix_tuning"])
 def test_a_mesh_and_int8_change_nothing(name, folder, int8) -> None:
     how = {"mesh": "4x2", "fsdp": True, "quantize": "int8", "scan_layers": True, "remat": "full"}
     tokens = np.arange(8 * 5).reshape(8, 5) % 40 + 4

@@ -110,6 +110,7 @@ def test_replaced_prompts_that_are_a_prompts_states_are_that_prompt(config, tiny
     np.testing.assert_array_equal(run(without), plain(without)[0])
 
 
+@pytest.mark.slow
 def test_scanned_and_rematerialised_layers_take_the_same_prompts(config, tiny, packed) -> None:
     """With the same loss and gradients, packed and not."""
     method = PerLayerPrompts(P)

@@ -196,6 +196,7 @@ def test_an_interrupted_run_resumes_to_the_bit(whole, backbone, task, tmp_path) 
         assert export.read_bytes() == (tmp_path / "adapters" / export.name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_run_trains_every_part_and_its_adapter_predicts(whole, backbone, context) -> None:
     assert whole.results["trainable_parameters"] == 3 * (3 * 16 + 16 * 4 + 4 + 4 * 32 + 32)
     method = whole.adapter.method

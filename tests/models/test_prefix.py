@@ -139,6 +139,7 @@ def packed():
     return make_packed_batch(INPUTS, TARGETS, rows, ids=T5_IDS, prompt_slots=0, **sizes)
 
 
+@pytest.mark.slow
 def test_packed_rows_are_the_same_examples_on_a_mesh() -> None:
     """Packed, written out, against one by one: scanned, rematerialised, with FSDP on 4x2."""
     plain, scanned = config_of("t5"), config_of("t5", scan_layers=True, remat="full")
