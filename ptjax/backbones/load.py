@@ -49,7 +49,7 @@ class Backbone:
         mesh: the mesh of the variables.
         fsdp: whether the variables are sharded over the mesh axis `data` too.
         quantize: the `Quantization` if kernels are `Quantized`, else None.
-        attention: "plain", "fused" or, on GPUs, "cudnn".
+        attention: "plain", "fused" or, on GPUs, "gpu".
         assumed: config fields that the files do not state, set to the family's defaults.
         fingerprint_v1: "sha256:...", the only fingerprint that older prompts record; see the
             module `fingerprint`.
@@ -171,7 +171,8 @@ def load_backbone(
     family = family or T5_FAMILY
     check_supported(family, *_features(fsdp, quantize, attention))
     attention = "plain" if "fused attention" in family.lacks else attention
-    kind = choose_attention(attention, first.device_kind)
+    capability = getattr(first, "compute_capability", None)
+    kind = choose_attention(attention, first.device_kind, capability)
     opened = open_backbone(
         path, dtype=dtype, tokenizer=tokenizer, family=family, **config_overrides
     )

@@ -61,9 +61,7 @@ def count(spec: StepSpec, parallel: ParallelConfig, slice_: Slice) -> Report:
     groups = abstract.groups
     if spec.method.attends_to_input:  # else every group and microbatch computes the prompt's states
         groups, plain = 1, dataclasses.replace(plain, microbatches=None)
-    if (
-        parallel.attention == "cudnn"
-    ):  # traced where cuDNN is; what it computes again is not counted
+    if parallel.attention == "gpu":  # traced where cuDNN is; what it computes again is not counted
         plain = dataclasses.replace(plain, attention="plain")
     if parallel.quantize == "int8":  # cast before the products
         plain = dataclasses.replace(plain, quantize=None)

@@ -54,7 +54,8 @@ _Bodies = Mapping[str, Sequence[_Instruction]]
 def kernels(text: str) -> list[Kernel]:
     """Lists the kernels in the HLO of a compiled program (`Compiled.as_text`).
 
-    The FLOPs of a Pallas call are those of its `cost_estimate`. Those of collectives, sums and
+    The FLOPs of a Pallas call are those of its `cost_estimate`; on a GPU, those of a scope's name,
+    "flops=". Those of collectives, sums and
     elementwise operations do not count.
     """
     lines, entry = computations(text)
@@ -194,7 +195,7 @@ def _flops(
     inner = {x.name: x.type for x in body}
     for x in body:
         found += _flops(x, inner, bodies)
-    estimate = re.search(r'"cost_estimate":\{"flops":"(\d+)"', line)
+    estimate = re.search(r'"cost_estimate":\{"flops":"(\d+)"|/flops=(\d+)/pallas_call"', line)
     if "__cudnn$fmha" in line:  # attention: two products, and five in the backward pass
         logits = re.search(r'"dimensions":\s*\[([\d", ]+)\]', line)
         [(dtype, result), *_] = arrays(instruction.type)
@@ -207,7 +208,7 @@ def _flops(
     [(dtype, left), *_] = arrays(types.get(instruction.operands[0], "")) or [("", ())]
     result = arrays(instruction.type)[0][1]
     if estimate:
-        found[dtype] += int(estimate[1])
+        found[dtype] += int(estimate[1] or estimate[2])
     elif instruction.operation == "convolution":
         found[dtype] += 2 * _multiplications(line, types, instruction, result)
     elif contracted and left:

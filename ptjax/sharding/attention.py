@@ -1,11 +1,11 @@
-"""The fused attention on a mesh: each device runs the kernel on its rows and heads."""
+"""The fused attentions on a mesh: each device runs the kernels on its rows and heads."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,32 +21,37 @@ from ptjax.sharding.arrays import is_grouped, rows_axes, rows_divisor
 from ptjax.trees import Tree
 
 with epy.lazy_imports():  # Pallas
-    from ptjax.models import fused_attention
+    from ptjax.models import fused_attention, triton_attention
 
 Attention = Literal["auto", "plain", "fused"]
 """What a user chooses."""
-Kind = Literal["plain", "fused", "cudnn"]
+Kind = Literal["plain", "fused", "gpu"]
 """What that is on a kind of device."""
 Rows = tuple[str, ...] | None
 """The mesh axes that divide the rows."""
 
+_NVIDIA = ("NVIDIA", "Tesla", "Quadro", "GeForce")
+"""What the kinds of NVIDIA's GPUs begin with; older ones do not have its name."""
 _FEWEST_QUERIES = 8
 """Rows of a TPU's registers: fewer queries, as in a step of decoding, would fill them badly."""
 _VMEM = 15 * 2**20
 """The largest `vmem_bytes`: a TPU v4 has 16 MiB. T5 with heads of 64 then has up to 960 keys."""
 
 
-def choose_attention(attention: Attention | Kind, device_kind: str) -> Kind:
+def choose_attention(
+    attention: Attention | Kind, device_kind: str, compute_capability: str | None = None
+) -> Kind:
     """Returns the kind of attention; "auto" is "fused" on a TPU from v4 on, else "plain".
 
-    On NVIDIA's GPUs, "fused" is "cudnn".
+    On NVIDIA's GPUs, "fused" is "gpu".
 
     Args:
         device_kind: JAX's name for the kind of device.
+        compute_capability: of an NVIDIA GPU, where it is known.
 
     Raises:
-        InputError: "fused" on a TPU v2 or v3, whose matrix units lack its products, or on a device
-            that is neither a TPU nor a CPU, nor NVIDIA's.
+        InputError: "fused" on a TPU v2 or v3, whose matrix units lack its products, on an NVIDIA
+            GPU before Ampere, or on a device that is neither a TPU nor a CPU, nor NVIDIA's.
     """
     old = device_kind.startswith(("TPU v2", "TPU v3"))
     if attention == "fused" and old:
@@ -54,9 +59,14 @@ def choose_attention(attention: Attention | Kind, device_kind: str) -> Kind:
     if attention == "auto":
         return "fused" if device_kind.startswith("TPU") and not old else "plain"
     if attention == "fused" and device_kind != "cpu" and not device_kind.startswith("TPU"):
-        if not device_kind.startswith("NVIDIA"):
+        if not device_kind.startswith(_NVIDIA):
             raise InputError(f"ATTENTION = 'fused' needs a TPU or an NVIDIA GPU, not {device_kind}")
-        return "cudnn"
+        if compute_capability is not None and float(compute_capability) < 8:
+            raise InputError(
+                "ATTENTION = 'fused' needs an NVIDIA GPU from Ampere on (compute capability 8.0), "
+                f"not {device_kind} ({compute_capability})"
+            )
+        return "gpu"
     return attention
 
 
@@ -64,11 +74,11 @@ def make_attend(attention: str, mesh: Mesh) -> AttendFn:
     """Returns the function for a `Kind` of attention; equal arguments give equal functions.
 
     Args:
-        mesh: a `Mesh`, or an `AbstractMesh` of TPUs.
+        mesh: a `Mesh`, or an `AbstractMesh` of the devices that `attention` is for.
     """
     if attention == "fused":
         return FusedAttention(mesh)
-    return CudnnAttention() if attention == "cudnn" else plain_attention
+    return GpuAttention(mesh) if attention == "gpu" else plain_attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +104,7 @@ class FusedAttention:
             return plain_attention(twice, sources)[:, :1]
         if not self._suits(queries, sources):
             return plain_attention(queries, sources)
-        return _attend(queries, sources, self.mesh)
+        return _attend(queries, sources, self.mesh, "tpu")
 
     def _suits(self, queries: Array, sources: tuple[Source, ...]) -> bool:
         _, count, heads, head_dim = queries.shape
@@ -107,18 +117,19 @@ class FusedAttention:
 
 
 @dataclasses.dataclass(frozen=True)
-class CudnnAttention:
-    """Attention in cuDNN's kernels, on an NVIDIA GPU from Ampere on.
+class GpuAttention:
+    """Attention in cuDNN's kernels or in Triton's, on an NVIDIA GPU from Ampere on.
 
-    Where they cannot be used, it is `plain_attention`: outside of bfloat16, for packed rows, for
-    rows with shared prompts or a bank's prompts, for odd lengths, and for the decoder's
-    self-attention. It keeps the log-sum-exp and the output for the backward pass, and gives the
-    biases their gradient.
+    Triton's are for packed rows, for rows with shared prompts, for odd lengths and for masks that
+    are no lengths. For the decoder's self-attention, for few queries and outside of bfloat16, it is
+    `plain_attention`. cuDNN keeps the log-sum-exp and the output for the backward pass, and gives
+    the biases their gradient.
 
     Attributes:
         implementation: of `jax.nn.dot_product_attention`; "xla" computes the same on any device.
     """
 
+    mesh: Mesh
     implementation: Literal["cudnn", "xla"] = "cudnn"
 
     def __call__(
@@ -127,57 +138,73 @@ class CudnnAttention:
         """Computes what `plain_attention` does."""
         if not self._suits(queries, sources):
             return plain_attention(queries, sources)
+        if not self._suits_cudnn(queries, sources):
+            return _attend(queries, sources, self.mesh, "gpu")
         [source] = sources
         values = source.values
         if source.keep is not None:  # one mask for all queries: it may multiply the values instead
             values *= jnp.einsum("bhqk->bkhq", source.keep).astype(values.dtype)
-        return jax.nn.dot_product_attention(
-            queries,
-            source.keys,
-            values,
-            bias=source.bias,
-            key_value_seq_lengths=source.mask.lengths,
-            scale=1.0,
-            implementation=self.implementation,
-        )
+        try:
+            return jax.nn.dot_product_attention(
+                queries,
+                source.keys,
+                values,
+                bias=source.bias,
+                key_value_seq_lengths=source.mask.lengths,
+                scale=1.0,
+                implementation=self.implementation,
+            )
+        except RuntimeError as error:
+            raise InputError(
+                f"ATTENTION = 'fused' needs cuDNN on GPUs ({str(error).rstrip('.')}): pip install "
+                "nvidia-cudnn-cu13, or set ATTENTION = 'plain'"
+            ) from error
 
     def _suits(self, queries: Array, sources: tuple[Source, ...]) -> bool:
-        source, (_, count, _, head_dim) = sources[0], queries.shape
-        mask = source.mask
-        lengths_say_all = mask.ids is None or mask.lengths is not None
+        _, count, _, head_dim = queries.shape
+        return (
+            (queries.dtype == jnp.bfloat16 or self.implementation == "xla")
+            and all(source.mask.seen is None for source in sources)
+            and count >= _FEWEST_QUERIES
+            and head_dim in (16, 32, 64, 128)
+        )
+
+    def _suits_cudnn(self, queries: Array, sources: tuple[Source, ...]) -> bool:
+        source, mask = sources[0], sources[0].mask
         return (
             len(sources) == 1
-            and (queries.dtype == jnp.bfloat16 or self.implementation == "xla")
-            and lengths_say_all
+            and (mask.ids is None or mask.lengths is not None)
             and mask.query_ids is None
-            and mask.seen is None
-            and count >= _FEWEST_QUERIES
-            and count % 2 == source.keys.shape[1] % 2 == 0
-            and head_dim <= 128
-            and head_dim % 8 == 0
+            and queries.shape[1] % 2 == source.keys.shape[1] % 2 == 0
         )
 
 
 # Outside of shard_map, which has no rule for symbolic zeros.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _attend(queries: Array, sources: tuple[Source, ...], mesh: Mesh) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _attend(
+    queries: Array, sources: tuple[Source, ...], mesh: Mesh, kernels: Literal["tpu", "gpu"]
+) -> Array:
     def attend(rows: Rows, queries: Array, sources: tuple[Source, ...]) -> Array:
-        return fused_attention.fused_forward(queries, sources, _interpreted(mesh))
+        return _module(kernels).fused_forward(queries, sources, _interpreted(mesh))
 
     return _on_mesh(attend, mesh, lambda rows, *_: P(rows, None, "model"), queries, sources)
 
 
-def _forward(queries: Tree, sources: Tree, mesh: Mesh) -> tuple[Array, Tree]:
+def _module(kernels: str) -> Any:
+    return fused_attention if kernels == "tpu" else triton_attention
+
+
+def _forward(queries: Tree, sources: Tree, mesh: Mesh, kernels: Any) -> tuple[Array, Tree]:
     trained = any(x.perturbed for source in sources for x in jax.tree.leaves(source.bias))
     queries, sources = jax.tree.map(lambda x: x.value, (queries, sources))
     if not trained:
-        return _attend(queries, sources, mesh), (queries, sources)
+        return _attend(queries, sources, mesh, kernels), (queries, sources)
     message = "the relative position biases are trained: plain attention in place of the fused one"
     logging.log_first_n(logging.INFO, message, 1)
     return jax.vjp(plain_attention, queries, sources)
 
 
-def _backward(mesh: Mesh, kept: Tree, gradient: Array) -> Tree:
+def _backward(mesh: Mesh, kernels: str, kept: Tree, gradient: Array) -> Tree:
     if not isinstance(kept, tuple):
         return kept(gradient)
     queries, sources = kept
@@ -185,7 +212,7 @@ def _backward(mesh: Mesh, kept: Tree, gradient: Array) -> Tree:
     def attend(
         rows: Rows, queries: Array, sources: tuple[Source, ...], gradient: Array
     ) -> tuple[Array, Tree]:
-        of_queries, pairs = fused_attention.fused_backward(
+        of_queries, pairs = _module(kernels).fused_backward(
             queries, sources, gradient, _interpreted(mesh)
         )
         return of_queries, tuple(
@@ -272,7 +299,7 @@ def _of_group(function: Callable[..., Tree], batched: Tree, *arrays: Tree) -> Tr
 
 
 def _interpreted(mesh: Mesh) -> bool:
-    return isinstance(mesh, Mesh) and mesh.devices.flat[0].platform != "tpu"
+    return isinstance(mesh, Mesh) and mesh.devices.flat[0].platform == "cpu"
 
 
 def _specs(source: Source, rows: Rows) -> Source:

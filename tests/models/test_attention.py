@@ -1,6 +1,6 @@
-"""The fused attention computes what plain attention does, forward and backward.
+"""The fused attentions compute what plain attention does, forward and backward.
 
-It runs in Pallas's interpreter; `tests/planning/test_compiling.py` compiles it for TPUs.
+They run in Pallas's interpreter; `tests/planning/test_compiling.py` compiles them for devices.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ from ptjax.models.fused_attention import vmem_bytes
 from ptjax.models.prompted import make_apply_fn
 from ptjax.planning.flops import count_flops
 from ptjax.sharding.arrays import GROUPS
-from ptjax.sharding.attention import FusedAttention, choose_attention
+from ptjax.sharding.attention import FusedAttention, GpuAttention, choose_attention
 from ptjax.sharding.meshes import make_mesh
 from ptjax.training.loss import Loss
 from ptjax.training.step import batch_loss
 
-FUSED = FusedAttention(make_mesh((1, 1), jax.devices()[:1]))
+KINDS = {"tpu": FusedAttention, "gpu": lambda mesh: GpuAttention(mesh, "xla")}
+ONE = make_mesh((1, 1), jax.devices()[:1])
+FUSED = FusedAttention(ONE)
 TOLERANCE = 1e-6
 """float32 sums in another order, relative to the largest entry."""
 
@@ -104,23 +106,25 @@ def with_gradients(attend: Any, queries: jax.Array, sources: tuple[Source, ...])
     return out, gradients
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", CASES)
-def test_equals_plain_attention(case: str) -> None:
+def test_equals_plain_attention(case: str, kind: str) -> None:
     queries, sources = inputs(case)
-    found = with_gradients(FUSED, queries, sources)
+    found = with_gradients(KINDS[kind](ONE), queries, sources)
     assert_close(found, with_gradients(plain_attention, queries, sources))
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", ["a shared prompt, packed", "odd lengths, one head of 128"])
-def test_on_a_mesh(case: str) -> None:
+def test_on_a_mesh(case: str, kind: str) -> None:
     """Rows and heads are divided; the gradients of what rows share are summed over devices."""
     queries, sources = inputs(case)
     rows = len(queries)
-    fused = FusedAttention(make_mesh((rows, 2), jax.devices()[: 2 * rows]))
+    fused = KINDS[kind](make_mesh((rows, 2), jax.devices()[: 2 * rows]))
     found = with_gradients(fused, queries, sources)
     assert_close(found, with_gradients(plain_attention, queries, sources))
     # A batch that does not divide is computed whole on every device.
-    fused = FusedAttention(make_mesh((4, 2), jax.devices()))
+    fused = KINDS[kind](make_mesh((4, 2), jax.devices()))
     assert_close(fused(queries, sources), plain_attention(queries, sources))
 
 
@@ -223,26 +227,30 @@ def examples() -> tuple[list[np.ndarray], list[np.ndarray]]:
     return [rng.integers(2, 64, n) for n in lengths], [rng.integers(2, 64, 9) for _ in lengths]
 
 
-SCAN = {"scan_layers": True}
+SCAN = {"scan_layers": True, "num_encoder_layers": 2}
 NETWORKS: dict[str, dict[str, Any]] = {
-    "biases of each layer": {"relpos_per_layer": True},
+    "biases of each layer": {"relpos_per_layer": True, "num_encoder_layers": 2},
     "scan, full": SCAN | {"remat": "full"},
     "scan, dots, 2 x 2 devices": SCAN | {"remat": "dots", "mesh": (2, 2)},
-    "packed": SCAN | {"packed": True},
+    "packed": {"packed": True},
     "blind, packed": SCAN | {"packed": True, "blind": True},
+    "blind, packed, on a GPU": {"packed": True, "blind": True, "kind": "gpu", "head_dim": 16},
 }
 NETWORK_TOLERANCE = 3e-6
 """On the prompt's gradient. Plain attention's own is 1.1e-6 from that of float64, the fused one's
 0.7e-6."""
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=[pytest.mark.slow] * ("packed" in x)) for x in NETWORKS]
+)
 def test_in_the_network(name: str) -> None:
     """The loss with dropout, and the prompt's gradient."""
     changes = dict(NETWORKS[name])
+    kind = changes.pop("kind", "tpu")
     packed, blind = changes.pop("packed", False), changes.pop("blind", False)
     shape = changes.pop("mesh", (1, 1))
-    config = tiny_config(num_heads=4, num_encoder_layers=2, num_decoder_layers=2, **changes)
+    config = tiny_config(**changes)
     params = tiny_params(config)
     prompt = jax.random.normal(jax.random.key(1), (5, config.emb_dim))
     lengths = {"input_length": 40 if packed else 12, "target_length": 24 if packed else 9}
@@ -271,7 +279,7 @@ def test_in_the_network(name: str) -> None:
 
         return loss(prompt)
 
-    fused = FusedAttention(make_mesh(shape, jax.devices()[: shape[0] * shape[1]]))
+    fused = KINDS[kind](make_mesh(shape, jax.devices()[: shape[0] * shape[1]]))
     assert_close(run(fused), run(plain_attention), NETWORK_TOLERANCE)
 
 

@@ -15,8 +15,8 @@ from jax.typing import DTypeLike
 from step_specs import TOY, V5E, XXL, blind, changed
 from t5_ids import T5_IDS
 
-from ptjax.errors import InputError
 from ptjax.models import decoding
+from ptjax.models.attention import Mask, Source
 from ptjax.models.config import T5Config
 from ptjax.models.prompted import make_apply_fn
 from ptjax.models.t5 import parameter_shapes
@@ -26,15 +26,13 @@ from ptjax.planning.hlo import collectives
 from ptjax.planning.kernels import kernels, totals
 from ptjax.planning.slices import Slice, parse_slice
 from ptjax.planning.workload import (
-    AbstractStep,
     ParallelConfig,
     StepSpec,
     abstract_step,
-    resolve,
 )
 from ptjax.sharding import meshes
 from ptjax.sharding.arrays import rows_axes
-from ptjax.sharding.attention import make_attend
+from ptjax.sharding.attention import GpuAttention, make_attend
 from ptjax.sharding.meshes import make_mesh
 from ptjax.trees import Tree
 
@@ -219,16 +217,24 @@ def test_a_mesh_that_the_devices_do_not_make_is_an_answer(monkeypatch):
 
 
 @pytest.mark.cuda
-def test_without_cudnn_it_says_what_to_install(monkeypatch):
-    def lower(step):
-        raise RuntimeError("cuDNN is not detected.")
+def test_triton_kernels_for_packed_rows():
+    """Compiled for an H100: no array of logits, and the FLOPs of the estimates."""
+    slice_ = parse_slice("h100x1")
+    mesh = make_mesh((1, 1), slice_.topology_devices())
+    attend, options = GpuAttention(mesh), compiler.compiler_options(slice_)
+    sharding = NamedSharding(mesh, PartitionSpec())
+    shaped = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
+    array, ids = shaped((2, 612, 4, 64), jnp.bfloat16), shaped((2, 612), jnp.int32)
+    bias = shaped((1, 4, 612, 612), jnp.bfloat16)
 
-    monkeypatch.setattr(AbstractStep, "lower", lower)
-    slice_ = parse_slice("h100x8")
-    parallel = resolve(TOY, ParallelConfig("8x1", attention="fused"), slice_)
-    assert parallel.attention == "cudnn"
-    with pytest.raises(InputError, match="with cuDNN: pip install nvidia-cudnn-cu13"):
-        compiler.compile_ahead(TOY, parallel, slice_)
+    def loss(queries, keys, values, bias, ids):
+        return attend(queries, (Source(keys, values, bias, Mask(ids, ids)),)).sum()
+
+    step = jax.jit(jax.grad(loss, (0, 1, 2))).lower(array, array, array, bias, ids)
+    text = step.compile(compiler_options=options).as_text() or ""
+    assert text.count('custom_call_target="__gpu$xla.gpu.triton"') == 2  # without the output
+    assert "[2,4,640,640]" not in text and "[2,4,612,612]" not in text
+    assert totals(kernels(text))[1] == {"bf16": (5 + 4) * 2 * 2 * 4 * 640 * 640 * 64}
 
 
 @pytest.mark.tpu

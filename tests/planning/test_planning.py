@@ -137,7 +137,7 @@ def test_auto_is_what_a_run_would_take():
     whole = dataclasses.replace(XXL, method=ModelTuning())  # its biases train
     assert resolve(whole, auto, V5E).attention == "plain"
     fused = ParallelConfig("8x1", attention="fused")  # cuDNN gives the biases their gradient
-    assert resolve(whole, fused, parse_slice("h100x8")).attention == "cudnn"
+    assert resolve(whole, fused, parse_slice("h100x8")).attention == "gpu"
     assert resolve(changed(XXL, microbatches=2), auto, V5E).microbatches == 2
 
 

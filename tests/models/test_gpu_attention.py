@@ -1,8 +1,12 @@
-"""What cuDNN is asked to compute is plain attention; here jax computes it without cuDNN."""
+"""What cuDNN is asked to compute is plain attention; here jax computes it without cuDNN.
+
+`test_attention.py` has the Triton kernels.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -16,11 +20,13 @@ from ptjax.data.batch import make_batch
 from ptjax.errors import InputError
 from ptjax.models.attention import Mask, Source, plain_attention
 from ptjax.models.prompted import make_apply_fn
-from ptjax.sharding.attention import CudnnAttention, choose_attention
+from ptjax.sharding.attention import GpuAttention, choose_attention
+from ptjax.sharding.meshes import make_mesh
 from ptjax.training.loss import Loss
 from ptjax.training.step import batch_loss
 
-SAME = CudnnAttention("xla")
+MESH = make_mesh((1, 1), jax.devices()[:1])
+SAME = GpuAttention(MESH, "xla")
 LENGTHS = np.array([[12], [5]])
 
 
@@ -78,46 +84,70 @@ def test_output_and_gradients_are_those_of_plain_attention(changes, calls) -> No
 
 @pytest.mark.parametrize(
     "changes",
-    [
-        {"queries": 2},
-        {"keys": 13, "bias": None},
-        {"mask": Mask(jnp.ones((2, 12), jnp.int32))},
-        {"mask": Mask(jnp.ones((2, 12), jnp.int32), jnp.ones((2, 12), jnp.int32))},
-        {"mask": Mask(seen=jnp.ones((1, 12, 12), bool))},
-    ],
-    ids=["few queries", "odd keys", "no lengths", "packed", "causal"],
+    [{"queries": 2}, {"mask": Mask(seen=jnp.ones((1, 12, 12), bool))}],
+    ids=["few queries", "causal"],
 )
 def test_where_it_cannot_be_used_it_is_plain_attention(changes, calls) -> None:
     queries, source = inputs(**changes)
     found, wanted = SAME(queries, (source,)), plain_attention(queries, (source,))
     assert not calls and (found == wanted).all()
-    assert (CudnnAttention()(queries, (source,)) == wanted).all()  # float32, too
+    assert (GpuAttention(MESH)(queries, (source,)) == wanted).all()  # float32, too
+
+
+ONES = jnp.ones((2, 12), jnp.int32)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"keys": 13, "bias": None}, {"mask": Mask(ONES)}, {"mask": Mask(ONES, ONES)}],
+    ids=["odd keys", "no lengths", "packed"],
+)
+def test_what_cudnn_cannot_compute_is_tritons(changes, calls) -> None:
+    queries, source = inputs(**changes)
+    found = jax.make_jaxpr(lambda x: SAME(x, (source,)))(queries)
+    assert not calls and "pallas_call" in str(found)
 
 
 def test_a_prompt_in_front_keeps_the_lengths(calls) -> None:
     """In a T5, and for the prompt's gradient; cross-attention and the decoder stay plain."""
-    config = dataclasses.replace(tiny_config(num_encoder_layers=2), dropout_rate=0.0)
-    prompt = jax.random.normal(jax.random.key(1), (4, config.emb_dim))
+    config = dataclasses.replace(tiny_config(num_encoder_layers=2, head_dim=16), dropout_rate=0.0)
+    params, prompt = tiny_params(config), jax.random.normal(jax.random.key(1), (4, config.emb_dim))
     rng = np.random.default_rng(0)
     texts = [rng.integers(2, 64, n) for n in (12, 7, 1)]
     batch = make_batch(texts, texts, input_length=12, target_length=12, ids=T5_IDS)
     batch = jax.tree.map(jnp.asarray, batch)
 
+    @functools.partial(jax.jit, static_argnums=1)
+    @jax.value_and_grad
     def loss(prompt: jax.Array, attend: Any) -> jax.Array:
-        variables = {"params": tiny_params(config), "prompt": {"prompt": prompt}}
+        variables = {"params": params, "prompt": {"prompt": prompt}}
         apply_fn = make_apply_fn(config, attend=attend)
         return batch_loss(apply_fn, Loss(), variables, batch, jax.random.key(0))
 
-    found = jax.value_and_grad(loss)(prompt, SAME)
+    found = loss(prompt, SAME)
     assert len(calls) == config.num_encoder_layers
-    assert calls[0]["key_value_seq_lengths"].tolist() == [4 + 12, 4 + 7, 4 + 1]
-    wanted = jax.value_and_grad(loss)(prompt, plain_attention)
+    assert all(call["key_value_seq_lengths"] is not None for call in calls)
+    wanted = loss(prompt, plain_attention)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5), found, wanted)
 
 
-def test_gpus_take_cudnn_where_fused_attention_is_asked_for() -> None:
+def test_gpus_have_kernels_of_their_own_where_fused_attention_is_asked_for() -> None:
     chosen = [choose_attention(x, "NVIDIA H200") for x in ("auto", "plain", "fused")]
-    assert chosen == ["plain", "plain", "cudnn"]
+    assert chosen == ["plain", "plain", "gpu"]
+
+
+def test_without_cudnn_it_says_what_to_install() -> None:
+    queries, source = inputs()
+    low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (queries, source[:3]))
+    with pytest.raises(InputError, match=r"needs cuDNN on GPUs .*: pip install nvidia-c"):
+        GpuAttention(MESH)(low[0], (Source(*low[1], source.mask),))
+
+
+def test_gpus_before_ampere_are_refused() -> None:
+    assert choose_attention("fused", "NVIDIA A100-SXM4-40GB", "8.0") == "gpu"
+    assert choose_attention("auto", "Tesla V100-SXM2-16GB", "7.0") == "plain"
+    with pytest.raises(InputError, match=r"Ampere on .* not Tesla V100.* \(7\.0\)"):
+        choose_attention("fused", "Tesla V100-SXM2-16GB", "7.0")
 
 
 def test_other_gpus_have_no_fused_attention() -> None:
