@@ -15,7 +15,7 @@ ORACLES := 4 5
 TRANSFORMERS_4 := 4.57.6
 TRANSFORMERS_5 := 5.24.0
 
-.PHONY: quickstart test test-all test-lowest wheels constraints faults mutation lint oracle docs trackers notebooks
+.PHONY: quickstart test test-all test-lowest wheels constraints faults mutation lint oracle docs trackers rehearse notebooks
 
 quickstart: $(VENV)/installed  ## tune a prompt on the shipped backbone, on CPU
 	$(BIN)/python -m ptjax.train --gin_file=quickstart.gin
@@ -102,6 +102,10 @@ trackers: .venv-trackers/installed  ## the trackers with the real wandb and MLfl
 .venv-trackers/installed: pyproject.toml
 	$(PYTHON) -m venv $(@D) && $(@D)/bin/python -m pip install --quiet --disable-pip-version-check \
 	  -e '.[dev,wandb,mlflow]' mlflow && touch $@
+
+# Outside CI, before a machine with a GPU is used: it must work there the first time.
+rehearse: $(VENV)/installed-oracle  ## the benchmarks for GPUs with toy sizes on a CPU
+	$(PYTEST) -m rehearsal
 
 notebooks: $(VENV)/installed-dev  ## executes the notebook of examples/ and writes its outputs into it
 	$(BIN)/python tests/notebooks.py

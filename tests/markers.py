@@ -1,5 +1,7 @@
 """Prints the marker expression for `make test-all`: everything whose needs this machine has.
 
+Rehearsals are left out: they test benchmarks, not ptjax.
+
 What is left out is said by `conftest.pytest_report_header`.
 """
 
@@ -28,4 +30,4 @@ def missing() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    print(" and ".join(f"not {marker}" for marker in missing()) or "slow or not slow")
+    print(" and ".join(f"not {marker}" for marker in (*missing(), "rehearsal")))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from etils import epath
 
@@ -31,15 +31,16 @@ def write_results(
         run_lock: the lock of MODEL_DIR, which is checked before each write.
     """
     run = ModelDir(directory)
-    _write(run.report_data, as_json(make_content(results, records)), run_lock)
-    _write(run.results, json.dumps(results, indent=2) + "\n", run_lock)
+
+    def write(path: epath.Path, make: Callable[[], str]) -> None:
+        if run_lock is not None:
+            run_lock.check()
+        if processes.first():
+            files.write_bytes(path, make().encode())
+
+    # The statistics' libraries take seconds to import: one process does.
+    write(run.report_data, lambda: as_json(make_content(results, records)))
+    write(run.results, lambda: json.dumps(results, indent=2) + "\n")
     if processes.first():
         write_page(directory)
     return results
-
-
-def _write(path: epath.Path, text: str, run_lock: lock.Lock | None) -> None:
-    if run_lock is not None:
-        run_lock.check()
-    if processes.first():
-        files.write_bytes(path, text.encode())

@@ -51,10 +51,7 @@ def compile_for(name: str, spec: StepSpec, parallel: ParallelConfig):
 
 
 TPU_CASES = {
-    "v5e-8": ("v5e-8", TOY, ParallelConfig("4x2")),
-    "v5e-8, unrolled": ("v5e-8", TOY, ParallelConfig("4x2", scan_layers=False)),
     "v5e-8, fsdp": ("v5e-8", TOY, ParallelConfig("4x2", fsdp=True, remat="full")),
-    "v5e-8, int8": ("v5e-8", TOY, ParallelConfig("8x1", quantize="int8", remat="dots")),
     "v5e-8, int8 products, fsdp": (
         "v5e-8", TOY, ParallelConfig("4x2", fsdp=True, quantize="int8_products", attention="fused")
     ),
@@ -67,7 +64,6 @@ TPU_CASES = {
     "two slices": ("2xv5e-4", TOY, ParallelConfig("2x2x2")),
 }  # fmt: skip
 CUDA_CASES = {
-    "h100x8": ("h100x8", TOY, ParallelConfig("4x2")),
     "h100x8, fsdp": ("h100x8", TOY, ParallelConfig("4x2", fsdp=True, remat="full")),
     "two machines": ("h100x16", TOY, ParallelConfig("2x4x2")),
 }  # fmt: skip
@@ -142,11 +138,13 @@ def test_xxl_on_eight_small_chips():
     assert json.dumps(found)
 
 
+# Golden: jax 0.10.2.
 @pytest.mark.cuda
 def test_a_gpu_that_is_too_small_is_said():
     """Its compiler refuses nothing."""
     found = compiler.compile_ahead(XXL, ParallelConfig("1x1"), parse_slice("h100x1"))
     assert found["verdict"] == "does not fit"
+    assert found["peak_bytes"] / 2**30 == pytest.approx(145.1, rel=0.05)
     assert found["peak_bytes"] > found["usable_bytes"] == 59 * 2**30
     needed = f"{found['peak_bytes'] / 2**30:.2f}"
     assert found["reason"].startswith(f"needs {needed} GiB; JAX gives a program 59.00 of this GPU")
@@ -155,12 +153,11 @@ def test_a_gpu_that_is_too_small_is_said():
 @pytest.mark.tpu
 def test_what_a_tpu_computes():
     """The FLOPs in the compiled step are those of its jaxpr, the kernel's among them."""
-    for parallel in (ParallelConfig("8x1"), ParallelConfig("4x2", attention="fused")):
-        mesh = make_mesh(meshes.parse_mesh(parallel.mesh), V5E.topology_devices())
-        abstract = abstract_step(TOY, parallel, mesh)
-        compiled = abstract.lower().compile(compiler_options=compiler.FAST)
+    for case in ("v4-16", "tpu7x-8"):
+        name, spec, parallel = CASES[case]
+        compiled, _, _ = compile_for(name, spec, parallel)
         moved, flops = totals(kernels(compiled.as_text()))
-        counted = count(TOY, parallel, V5E)["flops"]["executed"]
+        counted = count(spec, parallel, parse_slice(name))["flops"]["executed"]
         assert 8 * sum(flops.values()) == pytest.approx(counted, rel=0.02)
         assert moved > 0
 
@@ -191,16 +188,6 @@ def test_what_a_gpu_reads_and_writes():
     # And copies of what the loop carries.
     assert 7 * 3 * array < seven[0] < 7 * 5 * array + 4 * array
     assert seven[1] == {"f32": 7 * flops}
-
-
-# Golden: jax 0.10.2.
-@pytest.mark.cuda
-@pytest.mark.slow
-def test_xxl_on_eight_gpus():
-    found = compiler.compile_ahead(XXL, ParallelConfig("8x1", remat="dots"), parse_slice("h100x8"))
-    assert found["verdict"] == "fits"
-    assert found["peak_bytes"] / 2**30 == pytest.approx(27.04, rel=0.05)
-    assert sum(one["bytes"] for one in found["collectives"]) < 2e6
 
 
 def test_room_has_to_be_left_for_what_else_is_there():

@@ -241,7 +241,7 @@ for name in {names}:
 # The parts pretrain, parity and generate
 
 
-@pytest.mark.slow
+@pytest.mark.rehearsal
 def test_pretrain_is_rehearsed(tmp_path) -> None:
     text = run(tmp_path, "--rehearse", "--limit=2000", "pretrain")
     assert "### pretrain: complete" in text
@@ -254,7 +254,7 @@ def test_pretrain_is_rehearsed(tmp_path) -> None:
     assert weights == {"toy-span", "toy-lm"}
 
 
-@pytest.mark.slow
+@pytest.mark.rehearsal
 def test_parity_is_rehearsed(tmp_path) -> None:
     text = run(tmp_path, "--rehearse", "--limit=2000", "parity")
     assert "### parity: complete" in text
@@ -268,7 +268,7 @@ def test_parity_is_rehearsed(tmp_path) -> None:
     assert 0 < int8["logits_float32"] <= int8["logits_limit"] < 1
 
 
-@pytest.mark.slow
+@pytest.mark.rehearsal
 def test_parity_runs_in_the_ways_that_are_not_rehearsed() -> None:
     import parity
     import subjects
@@ -366,6 +366,7 @@ def test_inputs_come_from_a_file_of_prepare(tmp_path) -> None:
         draw_rows(tmp_path / "imdb.npz", 5)
 
 
+@pytest.mark.rehearsal
 @pytest.mark.oracle
 def test_generate_is_rehearsed(tmp_path) -> None:
     text = run(tmp_path, "--rehearse", "--limit=2000", "generate")

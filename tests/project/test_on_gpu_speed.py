@@ -274,12 +274,13 @@ def rehearse(part: str, folder: Path) -> list[dict]:
     return json.loads((folder / f"rehearsal_{part}.json").read_text())["rows"]
 
 
-@pytest.mark.slow
+@pytest.mark.rehearsal
 def test_the_step_is_rehearsed(tmp_path) -> None:
     (row,) = rehearse("step", tmp_path)
     assert row["seconds"] > 0 and row["remat"] == "none" and row["kernels"]["all"] > 0
 
 
+@pytest.mark.rehearsal
 @pytest.mark.oracle
 def test_the_comparison_with_peft_is_rehearsed(tmp_path) -> None:
     rows = rehearse("peft", tmp_path)

@@ -58,7 +58,7 @@ ptjax.tune.members = @ptjax.sweep()
 ptjax.sweep.seeds = (1, 2)
 PACK = True
 """
-STEPS = 90
+STEPS = 45
 
 
 class Machines:
