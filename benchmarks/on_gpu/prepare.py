@@ -5,7 +5,7 @@
 
 The gin files of the tasks and of the family define the layout of --data_dir and --corpus_dir. The
 part `pretrain` reads `family` (36 MB, written in about five minutes), `peft` reads `sst2` and
-`imdb`, `generate` reads `sst2`; `parity` and `step` read nothing.
+`imdb`, `generate` reads `sst2`; `parity`, `step` and `attention` read nothing.
 """
 
 from __future__ import annotations

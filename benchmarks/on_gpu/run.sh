@@ -3,10 +3,10 @@
 #
 #   benchmarks/on_gpu/run.sh [--rehearse] [--data=DIR] [--output=DIR] [--limit=SECONDS] [PART...]
 #
-# PART: pretrain, parity, step, peft, generate; default: those without a complete result, in this
-# order. --data is the folder that `python benchmarks/on_gpu/prepare.py` wrote. Each part writes
-# gpu_PART.json to --output, with every row that it finished; the same command keeps those rows and
-# continues. --limit: seconds for each part (default: 240). --rehearse: toy sizes on the CPU, written
+# PART: pretrain, parity, step, attention, peft, generate; default: those without a complete result,
+# in this order. --data is the folder that `python benchmarks/on_gpu/prepare.py` wrote. Each part
+# writes gpu_PART.json to --output, with every row that it finished; the same command keeps those
+# rows and continues. --limit: seconds for each part (default: 240). --rehearse: toy sizes on the CPU, written
 # to rehearsal_PART.json. The exit code is 0 if every part is complete.
 set -uo pipefail
 
@@ -21,7 +21,7 @@ for word in "$@"; do
         --output=*) output=${word#*=} ;;
         --limit=*) limit=${word#*=} ;;
         -h | --help) sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "$0"; exit 0 ;;
-        pretrain | parity | step | peft | generate) parts+=("$word") ;;
+        pretrain | parity | step | attention | peft | generate) parts+=("$word") ;;
         *) echo "run.sh: $word is neither a flag nor a part; see --help" >&2; exit 2 ;;
     esac
 done
@@ -36,7 +36,7 @@ else
     kind=gpu
 fi
 if [ ${#parts[@]} -eq 0 ]; then
-    for part in pretrain parity step peft generate; do
+    for part in pretrain parity step attention peft generate; do
         grep -qs '"status": "complete"' "$output/${kind}_$part.json" || parts+=("$part")
     done
     [ ${#parts[@]} -gt 0 ] || echo "every part has a complete result in $output" >&2

@@ -18,7 +18,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 ON_GPU = ROOT / "benchmarks" / "on_gpu"
-PARTS = ("pretrain", "parity", "step", "peft", "generate")
+PARTS = ("pretrain", "parity", "step", "attention", "peft", "generate")
 # Packages that the GPU machine may lack.
 ABSENT = (
     "tensorflow_datasets",
@@ -136,10 +136,10 @@ def test_without_a_name_run_sh_takes_the_parts_that_are_not_complete(tmp_path) -
     run(tmp_path, "--rehearse", code=1, script=script)
     assert (tmp_path / "order").read_text().split() == [
         *("generate", "parity"),
-        *("pretrain", "step", "peft"),
+        *("pretrain", "step", "attention", "peft"),
     ]
     run(tmp_path, "--rehearse", code=1, script=script)
-    assert (tmp_path / "order").read_text().split()[5:] == ["peft"]
+    assert (tmp_path / "order").read_text().split()[6:] == ["peft"]
 
 
 def test_a_row_that_fails_leaves_the_others_and_is_tried_again(tmp_path) -> None:

@@ -258,6 +258,18 @@ def test_a_side_that_waits_has_not_touched_the_device() -> None:
     assert said.stdout == b"False\n", said.stderr.decode()
 
 
+def test_the_fused_step_is_compared_with_the_plain_ones_around_it() -> None:
+    import attention
+
+    def row(seconds: float) -> dict[str, object]:
+        return {"seconds": seconds, "compiled_peak_bytes": 3 * 2**30}
+
+    found = attention.describe(row(1.0), row(0.8), row(1.21), goal=True)
+    assert found["ratio"] == pytest.approx(1.1 / 0.8) and found["ratio_met"] is True
+    assert found["fused_compiled_peak_gib"] == 3
+    assert attention.describe(row(1.0), row(0.9), row(1.0), goal=True)["ratio_met"] is False
+
+
 # Rehearsals
 
 
@@ -278,6 +290,12 @@ def rehearse(part: str, folder: Path) -> list[dict]:
 def test_the_step_is_rehearsed(tmp_path) -> None:
     (row,) = rehearse("step", tmp_path)
     assert row["seconds"] > 0 and row["remat"] == "none" and row["kernels"]["all"] > 0
+
+
+@pytest.mark.rehearsal
+def test_the_attentions_are_rehearsed(tmp_path) -> None:
+    (row,) = rehearse("attention", tmp_path)
+    assert row["ratio"] > 0 and "ratio_met" not in row
 
 
 @pytest.mark.rehearsal
