@@ -3,8 +3,8 @@
     python benchmarks/slice_table.py
 
 Prints the table of docs/planning.md. Every row is a `python -m ptjax.plan --no_search --json`,
-which keeps its answers, so an interrupted table goes on. Needs libtpu and XLA's CUDA plugin, no
-TPU and no GPU.
+which keeps its answers, so an interrupted table goes on. Needs libtpu, XLA's CUDA plugin and
+cuDNN (`pip install nvidia-cudnn-cu13`), no TPU and no GPU.
 """
 
 from __future__ import annotations
@@ -15,28 +15,33 @@ import sys
 
 ROWS = (  # size, slice, batch, mesh, settings
     ("xl", "v5e-1", 32, "1x1", "REMAT='full'"),
-    ("xxl", "v5e-1", 2, "1x1", "REMAT='full' QUANTIZE='int8'"),
+    ("xxl", "v5e-1", 8, "1x1", "REMAT='full' QUANTIZE='int8'"),
+    ("xxl", "v5e-1", 8, "1x1", "REMAT='full' QUANTIZE='int8_products'"),
+    ("xxl", "v5e-1", 32, "1x1", "REMAT='full' QUANTIZE='int8_products' MICROBATCHES=4"),
     ("xxl", "v5e-4", 32, "1x4", "REMAT='full'"),
     ("xxl", "v5e-4", 32, "1x4", "REMAT='full' QUANTIZE='int8'"),
     ("xxl", "v5e-8", 32, "1x8", "REMAT='full'"),
     ("xxl", "v5e-8", 32, "1x8", "REMAT='dots'"),
-    ("xxl", "v5e-8", 32, "1x8", "REMAT='full' QUANTIZE='int8'"),
     ("xxl", "v5e-8", 32, "2x4", "REMAT='full'"),
     ("xxl", "v5e-8", 32, "2x4", "REMAT='dots'"),
     ("xxl", "v5e-8", 32, "2x4", "REMAT='full' FSDP=True"),
     ("xxl", "v5e-8", 32, "4x2", "REMAT='full'"),
     ("xxl", "v5e-8", 32, "4x2", "REMAT='dots' QUANTIZE='int8'"),
     ("xxl", "v5e-8", 32, "8x1", "REMAT='full' QUANTIZE='int8'"),
+    ("xxl", "v5e-8", 32, "8x1", "REMAT='full' QUANTIZE='int8_products'"),
+    ("xxl", "v5e-8", 32, "8x1", "REMAT='none' QUANTIZE='int8_products' MICROBATCHES=2"),
     ("xxl", "v5e-16", 32, "2x8", "REMAT='full'"),
     ("xxl", "v5e-16", 32, "4x4", "REMAT='dots'"),
     ("xxl", "v5e-16", 32, "8x2", "REMAT='full'"),
     ("xxl", "v5e-16", 32, "8x2", "REMAT='dots' QUANTIZE='int8'"),
     ("xxl", "v5e-16", 32, "16x1", "REMAT='full' FSDP=True"),
     ("xxl", "2xv5e-16", 32, "2x2x8", "REMAT='full'"),
+    ("xl", "v6e-1", 32, "1x1", "REMAT='full'"),
     ("xxl", "v6e-8", 32, "1x8", "REMAT='full'"),
     ("xxl", "v6e-8", 32, "8x1", "REMAT='full'"),
     ("xxl", "v6e-8", 32, "8x1", "REMAT='dots'"),
-    ("xxl", "v6e-8", 32, "8x1", "REMAT='dots' QUANTIZE='int8'"),
+    ("xxl", "v6e-8", 32, "8x1", "REMAT='none'"),
+    ("xxl", "v6e-8", 32, "8x1", "REMAT='none' QUANTIZE='int8_products'"),
     ("xxl", "v4-16", 32, "2x4", "REMAT='full'"),
     ("xxl", "v4-16", 32, "8x1", "REMAT='full'"),
     ("xxl", "v4-16", 32, "8x1", "REMAT='dots' QUANTIZE='int8'"),
@@ -45,6 +50,7 @@ ROWS = (  # size, slice, batch, mesh, settings
     ("xxl", "v5p-8", 32, "4x1", "REMAT='dots' QUANTIZE='int8'"),
     ("xxl", "tpu7x-8", 32, "8x1", "REMAT='dots'"),
     ("xl", "h100x1", 32, "1x1", "REMAT='dots'"),
+    ("xl", "h100x1", 32, "1x1", "REMAT='dots' ATTENTION='fused'"),
     ("xxl", "h100x1", 32, "1x1", "REMAT='full' QUANTIZE='int8'"),
     ("xxl", "h200x1", 32, "1x1", "REMAT='full'"),
     ("xxl", "a100x8", 32, "8x1", "REMAT='none'"),

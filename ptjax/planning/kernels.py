@@ -106,10 +106,12 @@ def _moved(instruction: _Instruction, types: Mapping[str, str], bodies: _Bodies)
     operation, type_ = instruction.operation, instruction.type
     if operation.endswith("-start") and type_.startswith("("):
         type_ = re.sub(r"[us]32\[\]", "", type_)  # its counters
-        if operation.removesuffix("-start") in (*KINDS, "copy"):
-            return _memory_bytes(type_)  # (operands, results), or (result, operand)
-        sizes = [_memory_bytes(f"{dtype}{list(shape)}") for dtype, shape in arrays(type_)]
-        return 2 * min(size for size in sizes if size)  # a slice
+        # (operands, results), or (result, operand). A "call": a collective on a TPU's SparseCores.
+        if operation.removesuffix("-start") in (*KINDS, "copy", "call"):
+            return _memory_bytes(type_)
+        sizes = (array_bytes(dtype, shape) for dtype, shape in arrays(type_))
+        slice_ = min(size for size in sizes if size)
+        return slice_ if "S(1)" in type_ else 2 * slice_
     if operation == "custom-call" and "gemm" in instruction.line:
         type_ = re.sub(r"s8\[\d+\]", "", type_)  # cuBLAS's scratch space
     total = _written(instruction, types, bodies, type_)

@@ -12,6 +12,11 @@ from ptjax.planning.slices import parse_slice
 # call; an update in place; and a product that the TPU's compiler writes as a convolution.
 PROGRAM = """HloModule jit_step
 
+%all_reduce (p.7: bf16[3,8,16]) -> bf16[3,8,16] {
+  %p.7 = bf16[3,8,16]{2,1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %sum = bf16[3,8,16]{2,1,0:T(8,128)(2,1)} all-reduce(%p.7), replica_groups={{0,1}}, to_apply=%add
+}
+
 %slice_of_copy (p.0: bf16[3,8,16]) -> bf16[3,8,16] {
   %p.0 = bf16[3,8,16]{2,1,0:T(8,128)(2,1)} parameter(0)
   ROOT %copy.9 = bf16[3,8,16]{2,1,0} copy(%p.0)
@@ -63,6 +68,9 @@ ENTRY %main (x.0: bf16[4,8], stack.0: bf16[3,8,16], rows.0: f32[3,4], heads.0: b
   %more.0 = bf16[2,4,8]{2,1,0} parameter(4)
   %prefetch = (bf16[4,8]{1,0:T(8,128)(2,1)S(1)}, bf16[4,8]{1,0}, u32[]{:S(2)}) copy-start(%x.0)
   %near = bf16[4,8]{1,0:T(8,128)(2,1)S(1)} copy-done(%prefetch)
+  %first = ((bf16[3,8,16]{2,1,0}), bf16[1,8,16]{2,1,0:T(8,128)(2,1)S(1)}, s32[]{:T(128)}) slice-start(%stack.0), slice={[0:1], [0:8], [0:16]}
+  %second = ((bf16[3,8,16]{2,1,0}), bf16[1,8,16]{2,1,0}, s32[]) slice-start(%stack.0), slice={[1:2], [0:8], [0:16]}
+  %summed = ((bf16[3,8,16]{2,1,0:T(8,128)(2,1)}, token[]), bf16[3,8,16]{2,1,0:T(8,128)(2,1)}) call-start(%stack.0, %prepared), async_execution_thread="sparsecore", to_apply=%all_reduce
   %negated = bf16[4,8]{1,0} negate(%near)
   %logits = f32[2,4,4]{2,1,0} convolution(%heads.0, %more.0), window={size=2 stride=1 lhs_dilate=2}, dim_labels=0bf_0oi->0bf
   %start = s32[] constant(0)
@@ -83,6 +91,10 @@ def test_a_program_counted_by_hand() -> None:
     assert found["%pallas"] == ("%pallas", 3, layer + row, {"bf16": 1000})
     assert found["%written"] == ("%written", 3, row + counter + row, {})
     assert found["%prefetch"] == ("%prefetch", 1, x, {})
+    assert found["%first"] == ("%first", 1, one_of_stack, {})
+    assert found["%second"] == ("%second", 1, 2 * one_of_stack, {})
+    stack = 3 * one_of_stack
+    assert found["%summed"] == ("%summed", 1, 2 * stack, {}) and "%sum" not in found
     assert found["%negated"] == ("%negated", 1, x, {})
     # Two products [4, 8] x [8, 4], one per head: the window's other positions hold no weights.
     heads, logits = 2 * 4 * 8 * 2, 2 * 4 * 4 * 4
@@ -91,7 +103,7 @@ def test_a_program_counted_by_hand() -> None:
     per_turn = sum(found[name].bytes for name in ("%layer", "%pallas", "%written"))
     in_condition = 4 + 4 + 1  # two counters and a bool; counted once
     assert totals(list(found.values())) == (
-        3 * per_turn + in_condition + x + x + 2 * heads + logits,
+        3 * per_turn + in_condition + x + x + 3 * one_of_stack + 2 * stack + 2 * heads + logits,
         {"bf16": 3 * (2 * 4 * 16 * 8 + 1000) + 2 * 2 * 4 * 4 * 8},
     )
 
