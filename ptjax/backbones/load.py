@@ -25,7 +25,7 @@ from ptjax.models.quantized import Quantization, Quantized, has_factors
 from ptjax.models.stacking import stack_paths
 from ptjax.models.t5_family import T5_FAMILY
 from ptjax.sharding.arrays import gather_layer, stack_layers
-from ptjax.sharding.attention import Attention, choose_attention, make_attend
+from ptjax.sharding.attention import Attention, Kind, choose_attention, make_attend
 from ptjax.sharding.devices import use_compile_cache
 from ptjax.sharding.meshes import choose_mesh, mesh_name
 from ptjax.sharding.quantize import quantize_sharded
@@ -171,8 +171,7 @@ def load_backbone(
     family = family or T5_FAMILY
     check_supported(family, *_features(fsdp, quantize, attention))
     attention = "plain" if "fused attention" in family.lacks else attention
-    capability = getattr(first, "compute_capability", None)
-    kind = choose_attention(attention, first.device_kind, capability)
+    kind = _attention_on(first, attention)
     opened = open_backbone(
         path, dtype=dtype, tokenizer=tokenizer, family=family, **config_overrides
     )
@@ -200,6 +199,12 @@ def load_backbone(
         family=family,
         arguments=_arguments(given),
     )
+
+
+def _attention_on(device: jax.Device, attention: Attention) -> Kind:
+    # Of NVIDIA's GPUs alone.
+    capability = getattr(device, "compute_capability", None)
+    return choose_attention(attention, device.device_kind, capability)
 
 
 def _arguments(given: Mapping[str, Any]) -> dict[str, Any]:

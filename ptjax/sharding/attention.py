@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from types import ModuleType
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,8 @@ Attention = Literal["auto", "plain", "fused"]
 """What a user chooses."""
 Kind = Literal["plain", "fused", "gpu"]
 """What that is on a kind of device."""
+Kernels = Literal["tpu", "gpu"]
+"""The devices that they are written for."""
 Rows = tuple[str, ...] | None
 """The mesh axes that divide the rows."""
 
@@ -120,10 +123,10 @@ class FusedAttention:
 class GpuAttention:
     """Attention in cuDNN's kernels or in Triton's, on an NVIDIA GPU from Ampere on.
 
-    Triton's are for packed rows, for rows with shared prompts, for odd lengths and for masks that
-    are no lengths. For the decoder's self-attention, for few queries and outside of bfloat16, it is
-    `plain_attention`. cuDNN keeps the log-sum-exp and the output for the backward pass, and gives
-    the biases their gradient.
+    Triton's are for packed rows, for rows with shared prompts, for odd lengths and for masks
+    without lengths. For the decoder's self-attention, for few queries and outside of bfloat16, it
+    is `plain_attention`. cuDNN keeps the log-sum-exp and the output for the backward pass, and
+    gives the biases their gradient.
 
     Attributes:
         implementation: of `jax.nn.dot_product_attention`; "xla" computes the same on any device.
@@ -181,20 +184,18 @@ class GpuAttention:
 
 # Outside of shard_map, which has no rule for symbolic zeros.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _attend(
-    queries: Array, sources: tuple[Source, ...], mesh: Mesh, kernels: Literal["tpu", "gpu"]
-) -> Array:
+def _attend(queries: Array, sources: tuple[Source, ...], mesh: Mesh, kernels: Kernels) -> Array:
     def attend(rows: Rows, queries: Array, sources: tuple[Source, ...]) -> Array:
         return _module(kernels).fused_forward(queries, sources, _interpreted(mesh))
 
     return _on_mesh(attend, mesh, lambda rows, *_: P(rows, None, "model"), queries, sources)
 
 
-def _module(kernels: str) -> Any:
+def _module(kernels: Kernels) -> ModuleType:
     return fused_attention if kernels == "tpu" else triton_attention
 
 
-def _forward(queries: Tree, sources: Tree, mesh: Mesh, kernels: Any) -> tuple[Array, Tree]:
+def _forward(queries: Tree, sources: Tree, mesh: Mesh, kernels: Kernels) -> tuple[Array, Tree]:
     trained = any(x.perturbed for source in sources for x in jax.tree.leaves(source.bias))
     queries, sources = jax.tree.map(lambda x: x.value, (queries, sources))
     if not trained:
@@ -204,7 +205,7 @@ def _forward(queries: Tree, sources: Tree, mesh: Mesh, kernels: Any) -> tuple[Ar
     return jax.vjp(plain_attention, queries, sources)
 
 
-def _backward(mesh: Mesh, kernels: str, kept: Tree, gradient: Array) -> Tree:
+def _backward(mesh: Mesh, kernels: Kernels, kept: Tree, gradient: Array) -> Tree:
     if not isinstance(kept, tuple):
         return kept(gradient)
     queries, sources = kept

@@ -54,7 +54,7 @@ def place(tmp_path_factory) -> Path:
     """A tiny backbone, another one, and prompts for the first."""
     folder = tmp_path_factory.mktemp("commands")
     tokenizer = load_tokenizer("package:nano/spiece.model")
-    for seed, name in enumerate(("backbone", "other")):
+    for seed, name in enumerate(("backbone", "other"), start=1):
         save_tiny(folder / name, tiny_config(8192), seed=seed, tokenizer=tokenizer)
     backbone = load_backbone(folder / "backbone")
     embedding = np.asarray(backbone.variables["params"]["token_embedder"]["embedding"])

@@ -15,7 +15,7 @@ from tiny import tiny_config, tiny_params
 from ptjax.data.batch import SpecialIds, shift_right
 from ptjax.models import decode_loop, decoding
 from ptjax.models.prompted import PromptedT5, with_prompt
-from ptjax.models.t5 import Encoded
+from ptjax.models.t5 import Encoded, init_params
 
 EOS = 1
 
@@ -24,7 +24,9 @@ EOS = 1
 def _model(vocab_size: int):
     config = tiny_config(vocab_size)
     prompt = jax.random.normal(jax.random.key(4), (3, 16))
-    return PromptedT5(config).apply, with_prompt({"params": tiny_params(config, seed=3)}, prompt)
+    # These end some of the sequences that the tests decode, early and late.
+    params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(3))
+    return PromptedT5(config).apply, with_prompt({"params": params}, prompt)
 
 
 @pytest.fixture

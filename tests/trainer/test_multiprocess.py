@@ -58,7 +58,7 @@ ptjax.tune.members = @ptjax.sweep()
 ptjax.sweep.seeds = (1, 2)
 PACK = True
 """
-STEPS = 45
+STEPS = 48
 
 
 class Machines:

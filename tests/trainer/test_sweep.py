@@ -102,7 +102,7 @@ def test_twenty_steps_of_sgd_equal_those_of_each_member_alone(tiny, batches) -> 
         alone = [s(a, frozen, b)[0] for s, a, b in zip(steps, alone, batches, strict=True)]
     for number, state in enumerate(alone):
         np.testing.assert_allclose(prompts(together)[number], prompts(state), rtol=0, atol=1e-5)
-        assert np.abs(prompts(state) - prompts(states(tiny, optax.sgd)[0][number])).max() > 1e-2
+        assert np.abs(prompts(state) - prompts(states(tiny, optax.sgd)[0][number])).max() > 1e-3
 
 
 def test_adafactor_of_a_member_is_that_of_the_prompt_alone() -> None:
