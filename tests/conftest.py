@@ -65,20 +65,22 @@ PATIENCE = 900
 
 
 LONGEST_FIRST = (
-    "test_multiprocess",
-    "test_on_gpu",
-    "test_plan",
-    "test_pages",
-    "test_sweep",
-    "test_sharding",
-    "test_compiling",
-    "test_commands",
-    "test_family",
-    "test_kill",
-    "test_predictions",
-    "test_on_gpu_speed",
-    "test_bank_commands",
     "test_wheel",
+    "test_multiprocess",
+    "test_compiling",
+    "test_pages",
+    "test_plan",
+    "test_planning",
+    "test_sweep",
+    "test_kill",
+    "test_loop",
+    "test_feature_table",
+    "test_attention",
+    "test_reparameterized",
+    "test_sharding",
+    "test_pretraining",
+    "test_mixed_batches",
+    "test_quickstart",
 )
 """Files of more than a minute of CPU each when nothing is in the compile cache."""
 

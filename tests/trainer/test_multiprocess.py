@@ -253,18 +253,18 @@ def test_evaluation_equals_that_of_one_process(
 @pytest.mark.parametrize(
     "settings",
     [
-        # Rows lie across the two processes, weights over the devices of each.
+        # Every weight lies across the two processes.
         [
-            "--gin.MESH='4x2'",
+            "--gin.MESH='1x8'",
+            "--gin.INITIAL_CHECKPOINT_PATH='eight_heads'",
             "--gin.ptjax.RunSettings.method=@ptjax.ModelTuning()",
             "--gin.LEARNING_RATE=0.001",
             "--gin.LEARNING_RATE_SCALE='absolute'",
         ],
-        ["--gin_file=bank.gin"],
-        # Every weight lies across the two processes.
-        ["--gin.MESH='1x8'", "--gin.INITIAL_CHECKPOINT_PATH='eight_heads'"],
+        # Rows lie across the two processes, weights over the devices of each.
+        ["--gin_file=bank.gin", "--gin.MESH='4x2'"],
     ],
-    ids=["model tuning, rows over both", "a packed bank", "weights over both"],
+    ids=["model tuning, weights over both", "a packed bank, rows over both"],
 )
 def test_other_ways_equal_those_of_one_process(
     machines: Machines, settings: list[str], request: pytest.FixtureRequest
