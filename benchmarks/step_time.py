@@ -41,6 +41,8 @@ from ptjax.training.loss import Loss
 from ptjax.training.optimizer import Adafactor
 
 REMATS = ("none", "dots", "full")
+PACKED = 3
+"""The examples of a packed row."""
 
 Row = dict[str, Any]
 """Settings of a measurement, and later its results, as JSON.
@@ -133,7 +135,11 @@ def make_turn(
         else rng.integers(2, spec.config.vocab_size, shape).astype(dtype)
         for name, (shape, dtype) in abstract.shape.arrays().items()
     }
-    arrays["encoder_lengths"][:] = abstract.shape.inputs
+    for name, array in arrays.items():
+        if name == "encoder_lengths":
+            array[:] = abstract.shape.inputs
+        elif name.endswith("segment_ids"):  # packed: examples of the same length
+            array[:] = 1 + np.arange(array.shape[-1]) * PACKED // array.shape[-1]
     batch = put_batch(arrays, abstract.mesh)
     jax.block_until_ready((frozen, state, batch))
 

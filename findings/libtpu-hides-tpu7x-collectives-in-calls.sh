@@ -1,15 +1,14 @@
 #!/usr/bin/env bash
 # Software: jax 0.10.2 with libtpu 0.0.42.1, which compiles for TPUs without having one
 #
-# Behaviour: on TPU v5e and v6e the sum over a mesh's model axis is an instruction `all-reduce` of the
-# loop's body in the compiled program's text. For tpu7x the body has a `call-start` on the thread
-# "sparsecore" instead, and the `all-reduce` stands in a computation that it names with to_apply, as a
-# sum names its addition. The result of `call-start` is ((operand, token[]), result), and nothing in
-# its line but its name says that it communicates.
+# Behaviour: on TPU v5e and v6e, the sum over a mesh's model axis is an `all-reduce` instruction in the
+# loop's body in the compiled program. For tpu7x the body has a `call-start` on the thread "sparsecore"
+# instead. The `all-reduce` is in the computation that `call-start` names with `to_apply`, the attribute
+# with which an `all-reduce` names its reduction. The result has the type ((operand, token[]), result).
 #
 # Expected: `all-reduce` or `all-reduce-start` where the program communicates, as on v5e. A tool that
 # looks for these in the bodies of loops, or that takes to_apply for a scalar function, finds nothing
-# sent on a tpu7x; one that expects (operand, result) of a -start misreads the token.
+# sent on a tpu7x; one that expects (operand, result) from a -start instruction misreads the tuple.
 #
 # Seen (instructions of the loop's body):
 #   v5e: all-reduce; v6e: all-reduce; tpu7x: call-start
@@ -57,6 +56,10 @@ def communicating(topology):
     text = jax.jit(run).lower(*arguments).compile().as_text()
     body = re.search(r"body=(%[\w.\-]+)", text)[1]
     [lines] = re.findall(rf"^{re.escape(body)} .*?^}}", text, re.M | re.S)
+    for line in lines.splitlines():
+        if called := re.search(r"token\[\]\).* call-start\(.*to_apply=(%[\w.\-]+)", line):
+            [computation] = re.findall(rf"^{re.escape(called[1])} .*?^}}", text, re.M | re.S)
+            assert '"sparsecore"' in line and " all-reduce(" in computation
     return sorted(set(re.findall(r" (all-reduce(?:-start)?|call-start)\(", lines)))
 
 

@@ -1,9 +1,9 @@
-"""Attention in Triton kernels, for a frozen T5 on an NVIDIA GPU: no array [B, H, q, k] in memory.
+"""Attention in Triton kernels, for a frozen T5 on an NVIDIA GPU: logits never reach memory.
 
-For what cuDNN's attention lacks, such as packed rows and the keys that all rows of a batch share.
-As in `fused_attention`, the bias is frozen, and the backward pass starts from queries, keys and
-values alone. Rows of keys do not fit a GPU's shared memory: the softmax is that of FlashAttention,
-over one block of keys after the other (Dao et al. 2022, algorithm 1).
+These kernels cover what cuDNN's attention does not: packed rows, keys that all rows share, odd
+lengths, masks without lengths. As in `fused_attention`, the bias is frozen, and the backward pass
+starts from queries, keys and values alone. A row's keys do not fit in a GPU's shared memory, so the
+softmax is computed one block of keys at a time (FlashAttention, Dao et al. 2022, algorithm 1).
 
 Letters: B batch, q queries, k keys, H heads, K head width.
 """
@@ -26,9 +26,10 @@ from ptjax.models.prefix import KeysValues
 from ptjax.trees import Tree
 
 _BLOCK = 64
-"""The queries, and the keys, of a block."""
-_PADDED = 1e30
-"""Taken from the logits of keys that only fill a block: far more than a mask takes."""
+"""The number of queries, and of keys, in a block."""
+_BEYOND = 1e30
+"""Subtracted from the logits of padding keys; far more than `MASKED`, so that their weight is 0
+even where every real key is masked."""
 
 
 def fused_forward(
@@ -61,17 +62,18 @@ def fused_backward(
     Args:
         gradient: that of the result of `fused_forward`.
     """
-    inputs = _inputs(queries, sources) | {"gradient": _filled(gradient.astype(queries.dtype))}
+    inputs = _inputs(queries, sources) | {"gradient": _padded(gradient.astype(queries.dtype))}
     batch, count, heads, _ = inputs["queries"].shape
     per_query = jax.ShapeDtypeStruct((batch, heads, count), jnp.float32)
-    outputs = {"queries": _shape(inputs["queries"]), "top": per_query, "mean": per_query}
+    sums = dict.fromkeys(("top", "total", "mean"), per_query)
+    outputs = {"queries": _shape(inputs["queries"]), **sums}
     counts = _counts(sources)
     made = _call(_queries_kernel, inputs, outputs, counts, products=5, interpret=interpret)
     of_sources = []
     for source, block, own in zip(sources, inputs["sources"], counts, strict=True):
         dtype = jnp.float32 if source.is_shared else block.keys.dtype
         shape = jax.ShapeDtypeStruct((batch, *block.keys.shape[1:]), dtype)
-        of_one = inputs | {"sources": (block,), "top": made["top"], "mean": made["mean"]}
+        of_one = inputs | {"sources": (block,)} | {name: made[name] for name in sums}
         made_of_keys = _call(
             _keys_kernel,
             of_one,
@@ -87,13 +89,14 @@ def fused_backward(
 
 
 class _Block(NamedTuple):
-    """A `Source` as the kernels read it, filled up to whole blocks of queries and keys.
+    """A `Source` as the kernels read it, padded to whole blocks of queries and keys.
 
     Attributes:
         keys, values: [#B, k, H, K].
         bias: as in `Source`.
         keep: [B, H, k].
         ids: int32 [B, k].
+        query_ids: int32 [B, q].
     """
 
     keys: Any
@@ -101,28 +104,27 @@ class _Block(NamedTuple):
     bias: Any
     keep: Any
     ids: Any
+    query_ids: Any
 
 
-def _filled(x: Array, *axes: int) -> Array:
-    """`x` with zeros behind it, so that blocks divide these axes (by default the first after B)."""
+def _padded(x: Array, *axes: int) -> Array:
+    """`x` with zeros appended, so that these axes (default: 1) are multiples of `_BLOCK`."""
     widths = [(0, -n % _BLOCK if axis in (axes or (1,)) else 0) for axis, n in enumerate(x.shape)]
     return jnp.pad(x, widths)
 
 
 def _inputs(queries: Array, sources: tuple[Source, ...]) -> Tree:
     """What all kernels read, keys and values in the queries' dtype."""
-    blocks, query_ids = [], None
+    blocks = []
     for source in sources:
         keys, values = (
-            _filled((x[None] if source.is_shared else x).astype(queries.dtype)) for x in source[:2]
+            _padded((x[None] if source.is_shared else x).astype(queries.dtype)) for x in source[:2]
         )
-        bias = None if source.bias is None else _filled(source.bias, 2, 3)
-        keep = None if source.keep is None else _filled(source.keep[:, :, 0], 2)
-        ids = None if source.mask.ids is None else _filled(source.mask.ids)
-        blocks.append(_Block(keys, values, bias, keep, ids))
-        if source.mask.query_ids is not None:
-            query_ids = _filled(source.mask.query_ids)
-    return {"queries": _filled(queries), "sources": tuple(blocks), "query_ids": query_ids}
+        bias = None if source.bias is None else _padded(source.bias, 2, 3)
+        keep = None if source.keep is None else _padded(source.keep[:, :, 0], 2)
+        ids = jax.tree.map(_padded, source.mask[:2])
+        blocks.append(_Block(keys, values, bias, keep, *ids))
+    return {"queries": _padded(queries), "sources": tuple(blocks)}
 
 
 def _counts(sources: tuple[Source, ...]) -> list[int]:
@@ -143,17 +145,17 @@ def _call(
     interpret: bool,
     by_keys: bool = False,
 ) -> Tree:
-    """Runs a kernel for every head of every row, and every block of queries (of keys: `by_keys`).
+    """Runs a kernel once per row, head and block of queries (of keys, with `by_keys`).
 
     Args:
-        counts: the keys of every source, without the filling.
-        products: how many products [q, k] x K it computes.
+        counts: the number of keys of every source, without padding.
+        products: the number of its matrix products, of 2 q k K FLOPs each.
     """
     batch, queries, heads, head_dim = inputs["queries"].shape
     keys = [block.keys.shape[1] for block in inputs["sources"]]
 
     def spec(x: Tree, axes: str) -> pl.BlockSpec:
-        """`axes`: a letter for every axis: of the row, the head, or queries, keys or all of it."""
+        """`axes` has a letter per axis: b row, h head, q queries, k keys, "." the head's width."""
         blocked = "k" if by_keys else "q"
         shape = tuple(
             None if axis in "bh" else _BLOCK if axis == blocked else size
@@ -166,9 +168,9 @@ def _call(
 
         return pl.BlockSpec(shape, place)
 
-    of_block = _Block("bkh.", "bkh.", "bhqk", "bhk", "bk")
-    axes = {"queries": "bqh.", "gradient": "bqh.", "query_ids": "bq", "top": "bhq", "mean": "bhq"}
-    arrays = {name: x for name, x in inputs.items() if name in axes and x is not None}
+    of_block = _Block("bkh.", "bkh.", "bhqk", "bhk", "bk", "bq")
+    axes = {"queries": "bqh.", "gradient": "bqh."} | dict.fromkeys(("top", "total", "mean"), "bhq")
+    arrays = {name: x for name, x in inputs.items() if name in axes}
     in_specs: Tree = {name: spec(x, axes[name]) for name, x in arrays.items()}
     in_specs["sources"] = [
         _Block(*(None if x is None else spec(x, y) for x, y in zip(block, of_block, strict=True)))
@@ -187,7 +189,8 @@ def _call(
         cost_estimate=pl.CostEstimate(flops=flops, transcendentals=size, bytes_accessed=0),
         interpret=interpret,
     )
-    # Compiled for a GPU, the estimate is lost: `planning.kernels` reads the scope's name.
+    # XLA drops the estimate when it compiles for a GPU, so `planning.kernels` reads the FLOPs from
+    # this scope's name: under `vmap`, as for a sweep, those of one member.
     with jax.named_scope(f"flops={flops}"):
         return call(arrays | {"sources": list(inputs["sources"])})
 
@@ -196,19 +199,19 @@ def _logits(refs: Tree, source: _Block, count: int, rows: Tree, keys: Tree, firs
     """The float32 logits [q, k] of a block.
 
     Args:
-        rows, keys: where its queries and keys lie in the references.
-        first: the number of its first key.
+        rows, keys: the indices of its queries and keys in the refs.
+        first: the index of its first key in the source.
     """
     x = plgpu.dot(refs["queries"][rows, :], source.keys[keys, :].T)
     if source.bias is not None:
         x += source.bias[rows, keys].astype(jnp.float32)
     if source.ids is not None:
         ids = source.ids[keys][None, :]
-        packed = "query_ids" in refs
-        seen = refs["query_ids"][rows][:, None] == ids if packed else ids != PADDING_SEGMENT
+        packed = source.query_ids is not None
+        seen = source.query_ids[rows][:, None] == ids if packed else ids != PADDING_SEGMENT
         x += jnp.where(seen, 0.0, MASKED)
     if count % _BLOCK:
-        x -= jnp.where(first + jnp.arange(_BLOCK) < count, 0.0, _PADDED)[None, :]
+        x -= jnp.where(first + jnp.arange(_BLOCK) < count, 0.0, _BEYOND)[None, :]
     return x
 
 
@@ -217,7 +220,7 @@ def _dropped(x: Array, source: _Block, keys: Tree) -> Array:
 
 
 def _over_keys(refs: Tree, counts: list[int], step: Callable[..., Tree], carry: Tree) -> Tree:
-    """`carry` after `step(source, keys, logits, carry)` of every block of every source's keys."""
+    """Folds `step(source, keys, logits, carry)` over all blocks of all sources' keys."""
     for source, count in zip(refs["sources"], counts, strict=True):
 
         def body(i: Tree, carry: Tree, source: Tree = source, count: int = count) -> Tree:
@@ -229,57 +232,74 @@ def _over_keys(refs: Tree, counts: list[int], step: Callable[..., Tree], carry: 
     return carry
 
 
-def _start(refs: Tree) -> tuple[Array, Array]:
-    """The largest logit and the sum of weights of no key."""
-    count = refs["queries"].shape[0]
-    return jnp.full(count, -jnp.inf, jnp.float32), jnp.zeros(count, jnp.float32)
+class _Softmax(NamedTuple):
+    """The softmax of the keys so far.
+
+    Attributes:
+        top, total: float32 [q], the largest logit and the sum of exp(logit - top).
+        summed: float32 [q, ..], what the weights, before the division by `total`, add up.
+    """
+
+    top: Array
+    total: Array
+    summed: Array
+
+    @classmethod
+    def start(cls, *shape: int) -> _Softmax:
+        """Returns that of no key, with `summed` of this shape."""
+        top = jnp.full(shape[0], -jnp.inf, jnp.float32)
+        return cls(top, jnp.zeros(shape[0], jnp.float32), jnp.zeros(shape, jnp.float32))
+
+    def after(self, x: Array, add: Callable[[Array], Array]) -> _Softmax:
+        """Returns it after a block with the logits `x`, whose weights `add` maps to a summand."""
+        top = jnp.maximum(self.top, x.max(-1))
+        shrink, weights = jnp.exp(self.top - top), jnp.exp(x - top[:, None])
+        kept = self.summed * shrink.reshape(-1, *[1] * (self.summed.ndim - 1))
+        return _Softmax(top, self.total * shrink + weights.sum(-1), kept + add(weights))
 
 
 def _forward_kernel(refs: Tree, outputs: Tree, *, counts: list[int]) -> None:
-    def step(source: _Block, keys: Tree, x: Array, carry: Tree) -> Tree:
-        top, total, attended = carry
-        new = jnp.maximum(top, x.max(-1))
-        shrink, weights = jnp.exp(top - new), jnp.exp(x - new[:, None])
+    def step(source: _Block, keys: Tree, x: Array, softmax: _Softmax) -> _Softmax:
         values = source.values[keys, :]
-        dropped = _dropped(weights, source, keys).astype(values.dtype)
-        attended = attended * shrink[:, None] + plgpu.dot(dropped, values)
-        return new, total * shrink + weights.sum(-1), attended
 
-    nothing = jnp.zeros(refs["queries"].shape, jnp.float32)
-    _, total, attended = _over_keys(refs, counts, step, (*_start(refs), nothing))
-    outputs["out"][...] = (attended / total[:, None]).astype(outputs["out"].dtype)
+        def attended(weights: Array) -> Array:
+            return plgpu.dot(_dropped(weights, source, keys).astype(values.dtype), values)
+
+        return softmax.after(x, attended)
+
+    softmax = _over_keys(refs, counts, step, _Softmax.start(*refs["queries"].shape))
+    out = softmax.summed / softmax.total[:, None]
+    outputs["out"][...] = out.astype(outputs["out"].dtype)
 
 
 def _queries_kernel(refs: Tree, outputs: Tree, *, counts: list[int]) -> None:
-    """The gradient of the queries.
+    """The gradient of the queries, and what the kernel of keys and values needs of each of them.
 
-    Also `top`, the logarithm of the sum of a query's weights, and `mean`, that of its weights'
-    gradients: the kernel of keys and values needs them.
+    That is `top` and `total` of its softmax, and `mean`, the mean of its weights' gradients,
+    weighted by the weights.
     """
     gradient = refs["gradient"][...]
 
     def of_weights(source: _Block, keys: Tree) -> Array:
         return _dropped(plgpu.dot(gradient, source.values[keys, :].T), source, keys)
 
-    def sums(source: _Block, keys: Tree, x: Array, carry: Tree) -> Tree:
-        top, total, weighted = carry
-        new = jnp.maximum(top, x.max(-1))
-        shrink, weights = jnp.exp(top - new), jnp.exp(x - new[:, None])
-        weighted = weighted * shrink + (weights * of_weights(source, keys)).sum(-1)
-        return new, total * shrink + weights.sum(-1), weighted
+    def add(source: _Block, keys: Tree, x: Array, softmax: _Softmax) -> _Softmax:
+        return softmax.after(x, lambda weights: (weights * of_weights(source, keys)).sum(-1))
 
-    top, total, weighted = _over_keys(refs, counts, sums, (*_start(refs), _start(refs)[1]))
-    top, mean = top + jnp.log(total), weighted / total
+    top, total, summed = _over_keys(refs, counts, add, _Softmax.start(len(gradient)))
+    mean = summed / total
 
     def step(source: _Block, keys: Tree, x: Array, of_queries: Array) -> Array:
-        of_logits = jnp.exp(x - top[:, None]) * (of_weights(source, keys) - mean[:, None])
+        weights = jnp.exp(x - top[:, None]) / total[:, None]
+        of_logits = weights * (of_weights(source, keys) - mean[:, None])
         array = source.keys[keys, :]
         return of_queries + plgpu.dot(of_logits.astype(array.dtype), array)
 
-    nothing = jnp.zeros(refs["queries"].shape, jnp.float32)
+    nothing = jnp.zeros(gradient.shape, jnp.float32)
     of_queries = _over_keys(refs, counts, step, nothing)
     outputs["queries"][...] = of_queries.astype(outputs["queries"].dtype)
-    outputs["top"][...], outputs["mean"][...] = top, mean
+    for name, x in {"top": top, "total": total, "mean": mean}.items():
+        outputs[name][...] = x
 
 
 def _keys_kernel(refs: Tree, outputs: Tree, *, counts: list[int]) -> None:
@@ -292,7 +312,7 @@ def _keys_kernel(refs: Tree, outputs: Tree, *, counts: list[int]) -> None:
         rows = pl.ds(i * _BLOCK, _BLOCK)
         query, gradient = refs["queries"][rows, :], refs["gradient"][rows, :]
         x = _logits(refs, source, count, rows, every, first)
-        weights = jnp.exp(x - refs["top"][rows][:, None])
+        weights = jnp.exp(x - refs["top"][rows][:, None]) / refs["total"][rows][:, None]
         dropped = _dropped(weights, source, every).astype(gradient.dtype)
         of_weights = _dropped(plgpu.dot(gradient, source.values[...].T), source, every)
         of_logits = weights * (of_weights - refs["mean"][rows][:, None])

@@ -27,16 +27,17 @@ with epy.lazy_imports():  # Pallas
 Attention = Literal["auto", "plain", "fused"]
 """What a user chooses."""
 Kind = Literal["plain", "fused", "gpu"]
-"""What that is on a kind of device."""
+"""What that choice means on a given device."""
 Kernels = Literal["tpu", "gpu"]
-"""The devices that they are written for."""
+"""The device for which the Pallas kernels are written."""
 Rows = tuple[str, ...] | None
 """The mesh axes that divide the rows."""
 
 _NVIDIA = ("NVIDIA", "Tesla", "Quadro", "GeForce")
-"""What the kinds of NVIDIA's GPUs begin with; older ones do not have its name."""
+"""How JAX's `device_kind` of an NVIDIA GPU begins; that of older ones lacks the maker's name."""
 _FEWEST_QUERIES = 8
-"""Rows of a TPU's registers: fewer queries, as in a step of decoding, would fill them badly."""
+"""Rows of a TPU's registers: fewer queries, as in a step of decoding, would fill them badly. On a
+GPU most of a block would be padding."""
 _VMEM = 15 * 2**20
 """The largest `vmem_bytes`: a TPU v4 has 16 MiB. T5 with heads of 64 then has up to 960 keys."""
 
@@ -54,7 +55,7 @@ def choose_attention(
 
     Raises:
         InputError: "fused" on a TPU v2 or v3, whose matrix units lack its products, on an NVIDIA
-            GPU before Ampere, or on a device that is neither a TPU nor a CPU, nor NVIDIA's.
+            GPU before Ampere, or on a device that is not a TPU, a CPU or an NVIDIA GPU.
     """
     old = device_kind.startswith(("TPU v2", "TPU v3"))
     if attention == "fused" and old:
@@ -123,10 +124,12 @@ class FusedAttention:
 class GpuAttention:
     """Attention in cuDNN's kernels or in Triton's, on an NVIDIA GPU from Ampere on.
 
-    Triton's are for packed rows, for rows with shared prompts, for odd lengths and for masks
-    without lengths. For the decoder's self-attention, for few queries and outside of bfloat16, it
-    is `plain_attention`. cuDNN keeps the log-sum-exp and the output for the backward pass, and
-    gives the biases their gradient.
+    cuDNN's are for the encoder's self-attention over rows of one example of an even length;
+    Triton's for packed rows, shared prompts, prefixes, odd lengths and cross-attention. It is
+    `plain_attention` for the decoder's self-attention, for a bank's prompts that do not attend to
+    their input, for fewer than eight queries, in other dtypes than bfloat16, for heads of other
+    widths than 16, 32, 64 and 128, and instead of Triton's where the biases are trained. cuDNN
+    keeps the log-sum-exp and the output for the backward pass, and gives the biases their gradient.
 
     Attributes:
         implementation: of `jax.nn.dot_product_attention`; "xla" computes the same on any device.

@@ -151,8 +151,9 @@ def with_row_groups(
     return out, gradients
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("axis_name", [GROUPS, None], ids=["a group a device", "members"])
-def test_under_vmap(axis_name: str | None) -> None:
+def test_under_vmap(axis_name: str | None, kind: str) -> None:
     """A step's groups stay where they are: nothing is gathered. A sweep's members are any vmap."""
     rng = np.random.default_rng(0)
     own = Source(*(draw(rng, 16, 30, 2, 64) for _ in range(2)), draw(rng, 1, 2, 30, 30))
@@ -160,14 +161,27 @@ def test_under_vmap(axis_name: str | None) -> None:
     prompts = tuple(draw(rng, 4, 5, 2, 64) for _ in range(2))
     arguments = draw(rng, 16, 30, 2, 64) / 16, own, prompts
     # As many members as devices are not taken for groups: the rows of each are divided.
-    fused = FusedAttention(make_mesh((4, 1), jax.devices()[:4]))
+    fused = KINDS[kind](make_mesh((4, 1), jax.devices()[:4]))
     found = with_row_groups(fused, *arguments, axis_name)
     assert_close(found, with_row_groups(plain_attention, *arguments, axis_name))
     text = str(jax.make_jaxpr(lambda *x: with_row_groups(fused, *x, axis_name))(*arguments))
     assert ("psum" in text) == (axis_name is None)
 
 
-def test_float32_keys_beside_bfloat16_queries() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_without_visible_keys_attends_to_all(kind: str) -> None:
+    """As in plain attention: the mask adds the same to every logit."""
+    queries, (own,) = inputs("two heads of 64")
+    own = own._replace(mask=Mask(own.mask.ids * jnp.array([[0], [1]])))
+    found = with_gradients(KINDS[kind](ONE), queries, (own,))
+    wanted = with_gradients(plain_attention, queries, (own,))
+    # Logits near -1e10 are rounded to multiples of 1024, so that every weight is 1 / k exactly.
+    assert_close(found, wanted)
+    assert jnp.abs(found[1][1][0][1][0]).max() > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_float32_keys_beside_bfloat16_queries(kind: str) -> None:
     """A prefix: its gradient is the float32 sum of the rows' gradients."""
     queries, sources = inputs("a shared prompt")
     own, shared = sources
@@ -175,7 +189,7 @@ def test_float32_keys_beside_bfloat16_queries() -> None:
     low = own._replace(keys=keys, values=values, bias=bias)
     shared = shared._replace(bias=shared.bias.astype("bfloat16"))
     arguments = queries.astype("bfloat16"), (low, shared)
-    out, (_, (of_own, of_shared)) = with_gradients(FUSED, *arguments)
+    out, (_, (of_own, of_shared)) = with_gradients(KINDS[kind](ONE), *arguments)
     wanted, (_, (of_own_wanted, of_shared_wanted)) = with_gradients(plain_attention, *arguments)
     exact, (_, (_, of_shared_exact)) = with_gradients(plain_attention, queries, sources)
     assert (out.dtype, of_own[0].dtype, of_shared[0].dtype) == (

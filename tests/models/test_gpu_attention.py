@@ -109,7 +109,7 @@ def test_what_cudnn_cannot_compute_is_tritons(changes, calls) -> None:
 
 
 def test_a_prompt_in_front_keeps_the_lengths(calls) -> None:
-    """In a T5, and for the prompt's gradient; cross-attention and the decoder stay plain."""
+    """In a T5, and for the prompt's gradient; the decoder's self-attention stays plain."""
     config = dataclasses.replace(tiny_config(num_encoder_layers=2, head_dim=16), dropout_rate=0.0)
     params, prompt = tiny_params(config), jax.random.normal(jax.random.key(1), (4, config.emb_dim))
     rng = np.random.default_rng(0)

@@ -212,16 +212,19 @@ def test_triton_kernels_for_packed_rows():
     sharding = NamedSharding(mesh, PartitionSpec())
     shaped = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
     array, ids = shaped((2, 612, 4, 64), jnp.bfloat16), shaped((2, 612), jnp.int32)
+    shared, keep = shaped((100, 4, 64), jnp.bfloat16), shaped((2, 4, 1, 612), jnp.float32)
     bias = shaped((1, 4, 612, 612), jnp.bfloat16)
 
-    def loss(queries, keys, values, bias, ids):
-        return attend(queries, (Source(keys, values, bias, Mask(ids, ids)),)).sum()
+    def loss(queries, keys, values, shared, bias, ids, keep):
+        own = Source(keys, values, bias, Mask(ids, ids), keep)
+        return attend(queries, (own, Source(shared, shared))).sum()
 
-    step = jax.jit(jax.grad(loss, (0, 1, 2))).lower(array, array, array, bias, ids)
+    step = jax.jit(jax.grad(loss, (0, 1, 2, 3))).lower(array, array, array, shared, bias, ids, keep)
     text = step.compile(compiler_options=options).as_text() or ""
-    assert text.count('custom_call_target="__gpu$xla.gpu.triton"') == 2  # without the output
+    assert text.count('custom_call_target="__gpu$xla.gpu.triton"') == 3  # without the output
     assert "[2,4,640,640]" not in text and "[2,4,612,612]" not in text
-    assert totals(kernels(text))[1] == {"bf16": (5 + 4) * 2 * 2 * 4 * 640 * 640 * 64}
+    found = totals(kernels(text))[1]["bf16"]
+    assert found == (5 + 4) * 2 * 2 * 4 * 640 * (640 + 128) * 64
 
 
 @pytest.mark.tpu
