@@ -3,7 +3,7 @@
     python benchmarks/slice_table.py
 
 Prints the table of docs/planning.md. Every row is a `python -m ptjax.plan --no_search --json`,
-which keeps its answers, so an interrupted table goes on. Needs libtpu, XLA's CUDA plugin and
+which caches its answers: an interrupted table resumes. Needs libtpu, XLA's CUDA plugin and
 cuDNN (`pip install nvidia-cudnn-cu13`), no TPU and no GPU.
 """
 

@@ -6,8 +6,8 @@
 # PART: pretrain, parity, step, attention, peft, generate; default: those without a complete result,
 # in this order. --data is the folder that `python benchmarks/on_gpu/prepare.py` wrote. Each part
 # writes gpu_PART.json to --output, with every row that it finished; the same command keeps those
-# rows and continues. --limit: seconds for each part (default: 240). --rehearse: toy sizes on the CPU, written
-# to rehearsal_PART.json. The exit code is 0 if every part is complete.
+# rows and continues. --limit: seconds for each part (default: 240). --rehearse: toy sizes on the
+# CPU, written to rehearsal_PART.json. The exit code is 0 if every part is complete.
 set -uo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)

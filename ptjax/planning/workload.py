@@ -166,7 +166,7 @@ class ParallelConfig:
 
     def __str__(self) -> str:
         parts = [self.mesh, *filter(None, (self.dtype, self.quantize)), f"remat {self.remat}"]
-        parts += [self.attention] * (self.attention in ("fused", "gpu"))
+        parts += ["fused"] * (self.attention in ("fused", "gpu"))
         parts += [f"{self.microbatches} microbatches"] * ((self.microbatches or 1) > 1)
         return ", ".join(parts + ["fsdp"] * self.fsdp + ["unrolled"] * (not self.scan_layers))
 

@@ -160,7 +160,9 @@ class GpuAttention:
                 scale=1.0,
                 implementation=self.implementation,
             )
-        except RuntimeError as error:
+        except RuntimeError as error:  # XLA's own errors are among these
+            if not str(error).startswith("cuDNN"):
+                raise
             raise InputError(
                 f"ATTENTION = 'fused' needs cuDNN on GPUs ({str(error).rstrip('.')}): pip install "
                 "nvidia-cudnn-cu13, or set ATTENTION = 'plain'"
