@@ -1,7 +1,8 @@
-"""The part `generate` of `run.sh`: ptjax against transformers, same device and weights.
+r"""The part `generate` of `run.sh`: ptjax against transformers, same device and weights.
 
     benchmarks/on_gpu/run.sh generate
-    python benchmarks/on_gpu/generate.py --any_device --data=DIR --output=DIR --limit=3600
+    PYTHONPATH=benchmarks python benchmarks/on_gpu/generate.py --any_device --data=DIR \
+        --output=DIR --limit=7000
 
 T5 1.1 has random weights and a prompt of 100 rows in front of real inputs (SST-2). Each side
 generates 16 tokens, greedily or with four beams, or chooses the likelier of the task's two labels.

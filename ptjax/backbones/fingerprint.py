@@ -87,7 +87,7 @@ class Sample(NamedTuple):
     """
 
     shape: tuple[int, ...]
-    held: list[tuple[tuple[slice, ...], jax.Array]]
+    held: list[tuple[tuple[slice, ...], np.ndarray | jax.Array]]
 
 
 def fingerprint(
@@ -181,8 +181,16 @@ def _sample(array: jax.Array, part: tuple[slice, ...]) -> Sample:
     return Sample(tuple(map(len, picked)), held)
 
 
+def _pick(shard: jax.Array, indices: list[np.ndarray]) -> np.ndarray | jax.Array:
+    """The values at the crossings of `indices`, in bfloat16."""
+    if next(iter(shard.devices())).platform == "cpu":  # compiling would take longer than the rest
+        return np.asarray(shard)[np.ix_(*indices)].astype(jnp.bfloat16)
+    return pick_on_device(shard, indices)
+
+
 @jax.jit
-def _pick(shard: jax.Array, indices: list[np.ndarray]) -> jax.Array:
+def pick_on_device(shard: jax.Array, indices: list[np.ndarray]) -> jax.Array:
+    """As `_pick`, without copying the shard to the host."""
     return shard[jnp.ix_(*indices)].astype(jnp.bfloat16)
 
 

@@ -169,16 +169,17 @@ class ModuleFamily:
 
     @functools.cached_property
     def _shapes(self) -> Tree:
-        def init(key: jax.Array) -> Tree:
+        def init() -> Tree:
             tokens = jnp.full((1, 2), TEXT, jnp.int32)
 
             def everything(module: Any) -> None:
                 encoded = module.encode(tokens, enable_dropout=False)
                 module.decode(encoded, tokens, tokens, tokens, enable_dropout=False)
 
-            return meta.unbox(self.module.init(key, method=everything))["params"]
+            variables = self.module.init(jax.random.key(0), method=everything)
+            return meta.unbox(variables)["params"]
 
-        return jax.eval_shape(init, jax.random.key(0))
+        return jax.eval_shape(init)
 
     def tensor_names(self, fields: Metadata) -> Sequence[NameRule]:
         """Returns an empty sequence, whatever the config's `fields`: no name needs a translation.

@@ -385,10 +385,10 @@ def init_params(config: T5Config, key: Array) -> Tree:
 def parameter_shapes(config: T5Config) -> Tree:
     """Returns the parameter tree as float32 `jax.ShapeDtypeStruct`s; computes no parameter."""
     if config.scan_layers:
-        return jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
+        return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     # All layers of a stack have the same shapes; tracing dozens of them takes seconds.
     short = dataclasses.replace(config, num_encoder_layers=1, num_decoder_layers=1)
-    shapes = jax.eval_shape(functools.partial(init_params, short), jax.random.key(0))
+    shapes = jax.eval_shape(lambda: init_params(short, jax.random.key(0)))
     counts = {"encoder": config.num_encoder_layers, "decoder": config.num_decoder_layers}
     for name, count in counts.items():
         layer = shapes[name].pop("layers_0")

@@ -13,7 +13,14 @@ from conftest import FIXTURES
 from tiny import save_tiny, tiny_config
 
 from ptjax.backbones import describe
-from ptjax.backbones.fingerprint import V1_KEY, V2_KEY, Fingerprints, fingerprint
+from ptjax.backbones.fingerprint import (
+    V1_KEY,
+    V2_KEY,
+    Fingerprints,
+    fingerprint,
+    pick_on_device,
+    sample_of,
+)
 from ptjax.backbones.load import load_backbone
 from ptjax.backbones.open import open_backbone
 from ptjax.backbones.save import save_backbone
@@ -72,6 +79,22 @@ def test_case_1_13_a_head_of_a_large_kernel_is_sampled():
         )["grid"]
         picked = range(size)[rows]
         assert picked.step <= 61 and len(picked) >= min(size, 64) and columns.start is None
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_accelerators_sample_the_same_values_as_the_cpu(dtype):
+    """On a CPU, NumPy picks the values; elsewhere, a compiled function. Also halfway values."""
+    bits = np.random.default_rng(0).integers(0, 2**31, (256, 128), np.uint32)
+    bits[::2] = bits[::2] & 0xFFFF0000 | 0x8000  # halfway between two values of bfloat16
+    finite = np.where(np.isfinite(x := bits.view(np.float32)), x, 1.0)
+    array = jnp.asarray(finite, dtype)
+    path = "decoder/layers_0/mlp/wi_0/kernel"
+    parts = T5_FAMILY.fingerprint_parts("wi_0/kernel", array.shape)
+    for kind, part in parts.items():
+        ((_, held),) = sample_of(path, array, T5_FAMILY)[path][kind].held
+        indices = [np.arange(size)[along] for size, along in zip(array.shape, part, strict=True)]
+        picked = np.asarray(pick_on_device(array, indices))
+        assert isinstance(held, np.ndarray) and held.tobytes() == picked.tobytes()
 
 
 def test_case_1_13_every_field_of_the_config_is_classified(t5_1_1):
