@@ -90,7 +90,7 @@ def plain_attention(
         sources: each row's own keys first, then those that all rows share.
     """
     # Heads first: XLA's CPU matmuls over leading batch axes are twice as fast.
-    queries = jnp.swapaxes(queries, 1, 2)
+    queries = swap_heads(queries)
     logits = [_logits(queries, source) for source in sources]
     dtype = queries.dtype
     if len(sources) == 1:
@@ -102,15 +102,19 @@ def plain_attention(
         total = sum(x.sum(-1, keepdims=True) for x in weights)
         attended = sum(_attended(x, source) for x, source in zip(weights, sources, strict=True))
         attended /= total
-    return jnp.swapaxes(attended, 1, 2)
+    return swap_heads(attended)
+
+
+def swap_heads(x: Array) -> Array:
+    """[..., t, H, K] -> [..., H, t, K], and back."""
+    return jnp.swapaxes(x, -3, -2)
 
 
 def _logits(queries: Float[Array, "B H q K"], source: Source) -> Float[Array, "B H q k"]:
     if source.is_shared:
         logits = shared_einsum("bhqd,phd->bhqp", queries, source.keys)
     else:
-        keys = jnp.swapaxes(source.keys, 1, 2)
-        logits = jnp.einsum("bhqd,bhkd->bhqk", queries, keys)
+        logits = jnp.einsum("bhqd,bhkd->bhqk", queries, swap_heads(source.keys))
     if source.bias is not None:
         logits += source.bias
     allowed = source.mask.allowed()
@@ -123,7 +127,7 @@ def _attended(weights: Float[Array, "B H q k"], source: Source) -> Float[Array, 
         weights = weights * source.keep.astype(weights.dtype)
     if source.is_shared:
         return shared_einsum("bhqp,phd->bhqd", weights, source.values)
-    return jnp.einsum("bhqk,bhkd->bhqd", weights, jnp.swapaxes(source.values, 1, 2))
+    return jnp.einsum("bhqk,bhkd->bhqd", weights, swap_heads(source.values))
 
 
 def mask_bias(allowed: Bool[Array, "#B #q k"], dtype: DTypeLike) -> Float[Array, "#B 1 #q k"]:

@@ -17,15 +17,16 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from ptjax.models.attention import AttendFn, Mask, Source, plain_attention
+from ptjax.models.attention import AttendFn, Mask, Source, plain_attention, swap_heads
 from ptjax.models.config import T5Config
 from ptjax.models.prefix import KeysValues
 from ptjax.models.quantized import Quantized, quantized_dot
 from ptjax.trees import Tree
 
 LayerCache = dict[str, Tree]
-"""The cache of a decoder layer. T5's has self_key, self_value [B, L, H, K] and cross_key,
-cross_value [B, S, H, K]; other networks keep their own trees here."""
+"""The cache of a decoder layer. T5's has self_key, self_value [B, H, L, K] and cross_key,
+cross_value [B, H, S, K], in the order in which products read them, since every step does; other
+networks keep their own trees here."""
 
 Initializer = Callable[..., Array]
 """(key, shape, dtype) -> a parameter's first value."""
@@ -333,12 +334,15 @@ class DecoderLayer(nn.Module):
         key, value = self.self_attention.keys_values(y)
         cache = None
         if isinstance(encoded, dict):
-            cross_keys_values = encoded["cross_key"], encoded["cross_value"]
-            if key.shape != encoded["self_key"].shape:
-                start = (0, position, 0, 0)
-                key = jax.lax.dynamic_update_slice(encoded["self_key"], key, start)
-                value = jax.lax.dynamic_update_slice(encoded["self_value"], value, start)
-            cache = {"self_key": key, "self_value": value}
+            cross_keys_values = tuple(swap_heads(encoded[f"cross_{x}"]) for x in ("key", "value"))
+            cache = {"self_key": swap_heads(key), "self_value": swap_heads(value)}
+            if key.shape[1] != encoded["self_key"].shape[2]:
+                start = (0, 0, position, 0)
+                cache = {
+                    name: jax.lax.dynamic_update_slice(encoded[name], x, start)
+                    for name, x in cache.items()
+                }
+            key, value = map(swap_heads, cache.values())
         else:
             cross_keys_values = self.encoder_decoder_attention.keys_values(encoded)
         y = self.self_attention(y, key, value, bias, mask, deterministic, prefix)

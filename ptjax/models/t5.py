@@ -19,7 +19,13 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from ptjax.models.attention import AttendFn, Mask, plain_attention, positions_in_segments
+from ptjax.models.attention import (
+    AttendFn,
+    Mask,
+    plain_attention,
+    positions_in_segments,
+    swap_heads,
+)
 from ptjax.models.config import T5Config
 from ptjax.models.layers import (
     DecoderLayer,
@@ -182,7 +188,7 @@ class Decoder(nn.Module):
         cfg, count = self.config, self.config.num_decoder_layers
         steps = embedded.shape[1]
         of_layer = cache[0] if isinstance(cache, list) else cache
-        length = steps if of_layer is None else of_layer["self_key"].shape[-3]
+        length = steps if of_layer is None else of_layer["self_key"].shape[-2]
         seen = (jnp.arange(length) <= position + jnp.arange(steps)[:, None])[None]
         mask, cross_mask = (
             Mask(ids, segment_ids, part)
@@ -290,6 +296,7 @@ class T5(nn.Module):
         encoded, encoder = self._encode_alone(prompt, True)
         cache: Any = self.init_cache(encoded, len(prompt))
         cache = stack(self.decoder(prompt[None], encoded, True, cache=cache)[1])
+        cache = jax.tree.map(swap_heads, cache)
         pairs = ((cache[f"{kind}_key"], cache[f"{kind}_value"]) for kind in ("cross", "self"))
         return PromptStates(*jax.tree.map(lambda x: x[:, 0], (encoder, *pairs)))
 
@@ -308,11 +315,11 @@ class T5(nn.Module):
         It holds the keys and values of the cross-attention.
         """
         cfg = self.config
-        shape = (len(encoded.states), length, cfg.num_heads, cfg.head_dim)
+        shape = (len(encoded.states), cfg.num_heads, length, cfg.head_dim)
         empty = jnp.zeros(shape, cfg.dtype)
 
         def of_layer(cross: KeysValues) -> LayerCache:
-            key, value = cross
+            key, value = map(swap_heads, cross)
             return {"self_key": empty, "self_value": empty, "cross_key": key, "cross_value": value}
 
         return map_layers(of_layer, self.decoder.cross_keys_values(encoded.states))

@@ -19,6 +19,7 @@ from tiny import tiny_config, tiny_params
 from ptjax.data.batch import make_batch, make_packed_batch
 from ptjax.errors import InputError
 from ptjax.models import t5
+from ptjax.models.attention import swap_heads
 from ptjax.models.config import T5Config
 from ptjax.models.prefix import PromptStates, shared_einsum
 from ptjax.models.prompted import PromptedT5, with_prompt
@@ -70,7 +71,7 @@ def typed_and_prefixed(module: PromptedT5, rest) -> tuple[jax.Array, ...]:
 
     _, cache = module.decode_step(typed[:1], module.init_cache(one, 5), 0, one)
     made = stack(cache)
-    targets = made["self_key"][:, 0], made["self_value"][:, 0]
+    targets = (swap_heads(made["self_key"][:, 0]), swap_heads(made["self_value"][:, 0]))
     prefixed = two._replace(prompt=PromptStates(None, None, targets))
     forced = module.decode(prefixed, rest)
 
@@ -212,8 +213,12 @@ def test_the_decoder_s_part_is_that_of_tokens_in_front(tiny) -> None:
 
     made, cache = jax.jit(lambda v: PromptedT5(tiny.config).apply(v, method=run))(variables)
     # Rounding: the encoder's states are read as a prompt, or from the cache.
-    np.testing.assert_allclose(made.targets[0], cache["self_key"][:, 0], rtol=0, atol=1e-5)
-    np.testing.assert_allclose(made.targets[1], cache["self_value"][:, 0], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(
+        made.targets[0], swap_heads(cache["self_key"][:, 0]), rtol=0, atol=1e-5
+    )
+    np.testing.assert_allclose(
+        made.targets[1], swap_heads(cache["self_value"][:, 0]), rtol=0, atol=1e-5
+    )
 
 
 def test_the_gradient_over_bfloat16_adds_up_in_float32() -> None:
