@@ -122,6 +122,8 @@ def result(
         statistics.median(them[name] / us[name] for us, them in zip(ours, theirs, strict=True))
         for name in ("seconds", "cpu_seconds")
     )
+    found = [one.get("product_flops_per_second") for one in ours]
+    products = None if None in found else statistics.median(found)
     return {
         "side": side,
         "examples_per_second": rate,
@@ -130,6 +132,7 @@ def result(
         "peak_bytes": max(one["peak_bytes"] for one in ours),
         "flops_per_example": flops,
         "flops_per_second": flops * rate,
+        "product_flops_per_second": products,
         "seconds": taken,
         "cpu_seconds": cpu,
     }
@@ -238,10 +241,13 @@ def peak_flops(flags: argparse.Namespace, where: dict[str, Any]) -> float | None
 def show_speed(results: list[dict[str, Any]], peak: float | None) -> None:
     """A Markdown table."""
     share = "| of the peak " if peak else ""
-    print(f"\n| | | examples/s | ratio | CPU ratio | peak GB | GFLOP / example | GFLOP/s {share}|")
-    print("|---|---|" + "--:|" * (7 if peak else 6))
+    heads = "examples/s | ratio | CPU ratio | peak GB | GFLOP / example | GFLOP/s | of products"
+    print(f"\n| | | {heads} {share}|")
+    print("|---|---|" + "--:|" * (8 if peak else 7))
     for one in results:
-        share = f"| {one['flops_per_second'] / peak:.1%} " if peak else ""
+        products = one["product_flops_per_second"]
+        share = f"| {one['flops_per_second'] / products:.2f} " if products else "| "
+        share += f"| {one['flops_per_second'] / peak:.1%} " if peak else ""
         print(
             f"| {one['task']}, T <= {one['length']} | {NAMES[one['side']]} "
             f"| {one['examples_per_second']:.2f} | {one['ratio']:.2f} "

@@ -11,6 +11,7 @@ import argparse
 import functools
 import json
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -320,6 +321,9 @@ def start(folder: Path, side: str) -> turns.Side:
             state, metrics = step(state, frozen, put[number])
         jax.block_until_ready((state, metrics))
 
+    shape = max(shapes, key=lambda shape: shape.rows * shape.inputs)
+    in_front = len(prompt) if attends_to_input and not shape.packed else 0
+    beside = kernel_products(config, shape.rows * (in_front + shape.inputs), settings["dtype"])
     one_of_each = [shapes.index(shape) for shape in compiled]
     about = {
         "trained": prompt.size,
@@ -327,7 +331,39 @@ def start(folder: Path, side: str) -> turns.Side:
         "remat": "/".join(remat for *_, remat in compiled.values()),
     }
     everything = range(len(batches))
-    return turns.Side(lambda: run(one_of_each), lambda: run(everything), about, peak_bytes)
+    return turns.Side(lambda: run(one_of_each), lambda: run(everything), about, peak_bytes, beside)
+
+
+def kernel_products(config: T5Config, positions: int, dtype: str) -> Callable[[], dict[str, float]]:
+    """A function that measures how fast this device multiplies with the encoder's kernels.
+
+    It computes the products of a layer, forward and back, one at a time and with nothing between
+    them: what a step's FLOP/s may be compared with.
+    """
+    joined, branches = config.num_heads * config.head_dim, len(config.mlp_activations)
+    counts = {  # (inputs, outputs) of a product: how many of them
+        (config.emb_dim, joined): 3 + 1,  # query, key, value; back through the output
+        (joined, config.emb_dim): 1 + 3,
+        (config.emb_dim, config.mlp_dim): branches + 1,
+        (config.mlp_dim, config.emb_dim): 1 + branches,
+    }
+    multiply = jax.jit(jnp.dot)
+    arrays = {
+        shape: (jnp.ones((positions, shape[0]), dtype), jnp.ones(shape, dtype)) for shape in counts
+    }
+
+    def measure() -> dict[str, float]:
+        flops = seconds = 0.0
+        for shape, count in counts.items():
+            jax.block_until_ready(multiply(*arrays[shape]))
+            began = time.perf_counter()
+            for _ in range(count):
+                jax.block_until_ready(multiply(*arrays[shape]))
+            seconds += time.perf_counter() - began
+            flops += count * 2 * positions * shape[0] * shape[1]
+        return {"product_flops_per_second": flops / seconds}
+
+    return measure
 
 
 if __name__ == "__main__":

@@ -39,12 +39,14 @@ class Side:
         steps: one turn; returns when all its steps are done.
         about: what it reports once it is warm, for JSON.
         peak_bytes: the largest memory so far, on the device that it steps on.
+        beside: what else to measure after each turn, outside of its time, for JSON.
     """
 
     warm_up: Callable[[], None]
     steps: Callable[[], None]
     about: Mapping[str, Any]
     peak_bytes: Callable[[], int] = resident_bytes
+    beside: Callable[[], Mapping[str, Any]] = dict
 
 
 def training_side(
@@ -93,8 +95,8 @@ def serve(start: Callable[[], Side]) -> None:
             began, cpu_began = time.perf_counter(), time.process_time()
             side.steps()
             seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
-            peak = side.peak_bytes()
-            answer({"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_bytes": peak})
+            found = {"seconds": seconds, "cpu_seconds": cpu_seconds}
+            answer(found | {"peak_bytes": side.peak_bytes()} | dict(side.beside()))
     except Exception as error:
         answer({"error": f"{type(error).__name__}: {error}"[:500]})
         raise

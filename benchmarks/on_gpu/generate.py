@@ -5,7 +5,8 @@ r"""The part `generate` of `run.sh`: ptjax against transformers, same device and
         --output=DIR --limit=7000
 
 T5 1.1 has random weights and a prompt of 100 rows in front of real inputs (SST-2). Each side
-generates 16 tokens, greedily or with four beams, or chooses the likelier of the task's two labels.
+generates 16 tokens, greedily or with four beams, or chooses the likelier of the task's two labels
+(`labels_once`: with one pass of transformers' encoder instead of one for each label).
 transformers gets the prompt as the first rows of `inputs_embeds` and uses PyTorch's sdpa. A row has
 the inputs a second of both sides (from the median turn), how many answers differ, how many distinct
 answers ptjax gave, and the peak memory. The weights are chosen so that no text ends early.

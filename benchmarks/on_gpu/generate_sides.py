@@ -24,7 +24,9 @@ from typing import Any
 import numpy as np
 import turns
 
-METHODS = ("labels", "greedy", "beams")
+METHODS = ("labels", "labels_once", "greedy", "beams")
+"""For `labels`, transformers runs a forward pass for each label, as PEFT's interface asks for; for
+`labels_once`, it runs its encoder only once. ptjax does the same for both."""
 SHARPNESS = 3.0
 """Standard deviation of the logarithm of the tokens' scales; see `RandomWeights`."""
 LARGEST_SCALE = 30.0
@@ -140,7 +142,7 @@ def start_ptjax(folder: Path, settings: dict[str, Any]) -> tuple[Find, Any, Any]
 
     def find(method: str, count: int) -> list[str]:
         source, batch = make_inputs(inputs[:count]), settings["batch"] or count
-        if method == "labels":
+        if method.startswith("labels"):
             chosen, _ = predict_labels(model, source, [tokens], batch)
             return [str(i) for i in chosen]
         how = Decoding(num_beams=settings["beams"] if method == "beams" else 1)
@@ -184,8 +186,8 @@ def start_torch(folder: Path, settings: dict[str, Any]) -> tuple[Find, Any, Any]
         embedded = torch.cat([prompt.expand(len(rows), -1, -1), embedded], dim=1)
         mask = torch.cat([mask.new_ones(len(rows), len(prompt)), mask], dim=1)
         encoder = {"inputs_embeds": embedded, "attention_mask": mask}
-        if method == "labels":
-            return rank_torch(model, encoder, labels)
+        if method.startswith("labels"):
+            return rank_torch(model, encoder, labels, once=method == "labels_once")
         written = model.generate(
             **encoder,
             max_new_tokens=settings["new_tokens"],
@@ -211,19 +213,20 @@ def pad_torch(rows: list[np.ndarray], multiple: int, device: str) -> tuple[Any, 
     return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
 
 
-def rank_torch(model: Any, encoder: dict[str, Any], labels: list[np.ndarray]) -> list[str]:
-    """The index of each row's likeliest label, as text; the encoder runs once."""
+def rank_torch(
+    model: Any, encoder: dict[str, Any], labels: list[np.ndarray], once: bool
+) -> list[str]:
+    """The index of each row's likeliest label, as text; with `once`, the encoder runs once."""
     import torch
 
-    encoded, mask = model.get_encoder()(**encoder), encoder["attention_mask"]
-    likelihoods = []
+    mask, likelihoods = encoder["attention_mask"], []
+    if once:
+        encoder = {"encoder_outputs": model.get_encoder()(**encoder), "attention_mask": mask}
     for label in labels:
         start = model.config.decoder_start_token_id
         ids = torch.from_numpy(label.astype(np.int64)).to(mask.device)
         shifted = torch.cat([ids.new_tensor([start]), ids[:-1]]).expand(len(mask), -1)
-        logits = model(
-            encoder_outputs=encoded, attention_mask=mask, decoder_input_ids=shifted
-        ).logits
+        logits = model(**encoder, decoder_input_ids=shifted).logits
         each = logits.float().log_softmax(-1)[:, torch.arange(len(ids)), ids]
         likelihoods.append(each.sum(-1))
     return [str(i) for i in torch.stack(likelihoods, -1).argmax(-1).tolist()]

@@ -7,9 +7,9 @@ positions are padding, which no result depends on.
 
 from __future__ import annotations
 
-SHORTEST_INPUT = 32
+SHORTEST_INPUT = 16
 """The smallest capacity for input tokens."""
-FEWEST_LABELS = 4
+FEWEST_LABELS = 2
 """The smallest capacity for the labels of a set."""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypedDict, Unpack
 
 import jax
@@ -29,6 +29,7 @@ from ptjax.models import decoding
 from ptjax.models.family import ApplyFn
 from ptjax.models.prompt import NO_PROMPT_ID
 from ptjax.sharding.arrays import rows_divisor
+from ptjax.sharding.devices import few_rows_options
 from ptjax.trees import Variables
 
 INPUT_LENGTH, MAX_NEW_TOKENS = 512, 64
@@ -216,10 +217,12 @@ def generate_tokens(
         top_p=float(how.top_p),
     )
 
+    decode = jit_decode(model.mesh.devices.flat[0].platform)
+
     def compute(
         tokens: Array, lengths: Array, rows: tuple[Array | None, ...]
     ) -> tuple[Array, Array]:
-        return _decode(
+        return decode(
             model.apply_fn,
             model.variables,
             tokens,
@@ -293,9 +296,13 @@ class _Traced(NamedTuple):
     top_p: float
 
 
-@functools.partial(
-    jax.jit, static_argnames=("apply_fn", "ids", "max_length", "num_beams", "sample", "shards")
-)
+@functools.cache
+def jit_decode(platform: str) -> Callable[..., tuple[Array, Array]]:
+    """Returns `_decode`, compiled for a platform."""
+    static = ("apply_fn", "ids", "max_length", "num_beams", "sample", "shards")
+    return jax.jit(_decode, static_argnames=static, compiler_options=few_rows_options(platform))
+
+
 def _decode(
     apply_fn: ApplyFn,
     variables: Variables,

@@ -94,6 +94,19 @@ def usable_memory(device: DeviceLike) -> int | None:
     return known_memory(device.device_kind)
 
 
+def few_rows_options(platform: str) -> dict[str, str] | None:
+    """Returns XLA's options for programs whose products have few rows, such as decoding's.
+
+    On CPUs, jaxlib 0.10 to 0.12 multiplies with YNNPACK, which is slower than XLA's own products
+    for so few rows: a step of greedy decoding took 1.4 times as long (benchmarks/README.md).
+    Later versions, which may not know the option, keep their default.
+    """
+    import jax
+
+    affected = platform == "cpu" and jax.__version_info__ < (0, 13)
+    return {"xla_cpu_experimental_ynn_fusion_type": ""} if affected else None
+
+
 def use_compile_cache() -> None:
     """Sets the folder of JAX's persistent compile cache, unless the user has set one.
 

@@ -139,7 +139,7 @@ def test_one_compiled_function_serves_any_mix(backbone, tiny, bank):
         traced.append(kwargs.get("method"))
         return make_apply_fn(tiny.config)(*args, **kwargs)
 
-    source = text_source(random_texts(16, 20))
+    source = text_source(random_texts(16, 11))
     assert len(input_buckets(source)) == 1
     labels = [make_label_tokens(x, LETTERS, 8, T5_IDS) for x in (["a", "bc"], ["d", "e", "f"])]
     bound = bind(backbone, open_prompt(backbone, bank))

@@ -1,4 +1,4 @@
-"""The compile cache that ptjax sets up: where it is, how it is bounded and turned off."""
+"""The compile cache that ptjax sets up, how it is bounded and turned off; options for CPUs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from ptjax.sharding import devices
@@ -47,3 +49,11 @@ def test_the_cache_is_bounded_and_can_be_turned_off(
     subprocess.run([sys.executable, "-c", PROGRAM], env=environment, check=True)
     kept = {path.name for path in folder.iterdir()}
     assert {name if name == "before" else "new" for name in kept} == left
+
+
+def test_products_of_few_rows_are_xla_s_own_on_cpus() -> None:
+    options = devices.few_rows_options("cpu")
+    product = jax.jit(lambda x, w: jax.nn.relu(x) @ w, compiler_options=options)
+    compiled = product.lower(jnp.ones((32, 512)), jnp.ones((512, 1024))).compile()
+    assert "ynn" not in (compiled.as_text() or "")
+    assert devices.few_rows_options("tpu") is devices.few_rows_options("gpu") is None
