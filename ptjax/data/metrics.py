@@ -10,16 +10,26 @@ lengths raise a ValueError.
 from __future__ import annotations
 
 import collections
+import functools
 import math
 import re
 import string
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
+from ptjax.data.generation_metrics import (
+    bleu,
+    load_rouge_score,
+    load_sacrebleu,
+    mean,
+    rouge,
+    sentence_bleu,
+)
 from ptjax.errors import needs
 
 Texts = Sequence[str]
@@ -27,7 +37,7 @@ Texts = Sequence[str]
 
 def accuracy(predictions: Texts, targets: Texts) -> float:
     """The share of predictions equal to the target up to outer white space (t5's `accuracy`)."""
-    return _mean([p.strip() == t.strip() for p, t in zip(predictions, targets, strict=True)])
+    return mean([p.strip() == t.strip() for p, t in zip(predictions, targets, strict=True)])
 
 
 def mean_f1(predictions: Texts, targets: Texts, *, labels: Texts) -> float:
@@ -133,7 +143,7 @@ def group_exact_match(predictions: Texts, targets: Texts, *, groups: Sequence[Ha
     right: dict[Hashable, bool] = {}
     for prediction, target, group in zip(predictions, targets, groups, strict=True):
         right[group] = right.get(group, True) and prediction.strip() == target.strip()
-    return _mean(list(right.values()))
+    return mean(list(right.values()))
 
 
 # Words that do not decide whether two phrases name the same thing (t5's wsc_simple).
@@ -166,7 +176,7 @@ def referent_accuracy(
         # 'Bob' is not "Bob's hat".
         same = same and ("'" in " ".join(given)) == ("'" in " ".join(wanted))
         right.append(bool(given) and same == (str(label).lower() in ("true", "1")))
-    return _mean(right)
+    return mean(right)
 
 
 @dataclass(frozen=True)
@@ -176,37 +186,24 @@ class Metric:
     Attributes:
         needs: the names of these arguments: 'labels' (the task's label texts), 'positive_label'
             (one of them), 'answers', 'groups' or 'label_values' (each with one entry per example).
-        by_sklearn: whether scikit-learn computes it, which the base installation leaves out.
+        load: imports the package that computes it, for one that the base installation leaves out.
+            Takes the metric's name, for messages.
     """
 
     function: Callable[..., float]
     needs: tuple[str, ...] = ()
-    by_sklearn: bool = False
-
-
-METRICS: Mapping[str, Metric] = {
-    "accuracy": Metric(accuracy),
-    "mean_f1": Metric(mean_f1, ("labels",), by_sklearn=True),
-    "f1": Metric(f1, ("labels", "positive_label"), by_sklearn=True),
-    "matthews": Metric(matthews, ("labels",), by_sklearn=True),
-    "pearson": Metric(pearson),
-    "spearman": Metric(spearman),
-    "exact_match": Metric(exact_match, ("answers",)),
-    "squad_f1": Metric(squad_f1, ("answers",)),
-    "group_exact_match": Metric(group_exact_match, ("groups",)),
-    "referent_accuracy": Metric(referent_accuracy, ("label_values",)),
-}
+    load: Callable[[str], object] | None = None
 
 
 def check_installed(names: Iterable[str]) -> None:
-    """Raises InputError if a metric needs scikit-learn, and it is not installed.
+    """Raises InputError if a metric needs a package that is not installed.
 
     Args:
         names: of `METRICS`.
     """
     for name in names:
-        if METRICS[name].by_sklearn:
-            _sklearn(name)
+        if load := METRICS[name].load:
+            load(name)
 
 
 def normalize_answer(text: str) -> str:
@@ -224,13 +221,7 @@ def as_number(text: str) -> float:
     return value if math.isfinite(value) else -1.0
 
 
-def _mean(values: Sequence[bool | float]) -> float:
-    if not values:
-        raise ValueError("a metric needs at least one example")
-    return float(np.mean(values))
-
-
-def _sklearn(metric: str) -> Any:
+def _sklearn(metric: str) -> ModuleType:
     with needs("report", f"the metric {metric}"):
         from sklearn import metrics  # slow to import
     return metrics
@@ -274,7 +265,7 @@ def _best_over_answers(
             scores.append(max(score(given, normalize_answer(a)) for a in right))
         else:
             scores.append(float(not given))
-    return _mean(scores)
+    return mean(scores)
 
 
 def _word_f1(prediction: str, answer: str) -> float:
@@ -285,3 +276,23 @@ def _word_f1(prediction: str, answer: str) -> float:
 
 def _referent_words(text: str) -> set[str]:
     return {word for word in text.strip().lower().split() if word not in _DETERMINERS}
+
+
+METRICS: Mapping[str, Metric] = {
+    "accuracy": Metric(accuracy),
+    "mean_f1": Metric(mean_f1, ("labels",), _sklearn),
+    "f1": Metric(f1, ("labels", "positive_label"), _sklearn),
+    "matthews": Metric(matthews, ("labels",), _sklearn),
+    "pearson": Metric(pearson),
+    "spearman": Metric(spearman),
+    "exact_match": Metric(exact_match, ("answers",)),
+    "squad_f1": Metric(squad_f1, ("answers",)),
+    "group_exact_match": Metric(group_exact_match, ("groups",)),
+    "referent_accuracy": Metric(referent_accuracy, ("label_values",)),
+    **{
+        kind: Metric(functools.partial(rouge, kind=kind), ("answers",), load_rouge_score)
+        for kind in ("rouge1", "rouge2", "rougeL", "rougeLsum")
+    },
+    "bleu": Metric(bleu, ("answers",), load_sacrebleu),
+    "sentence_bleu": Metric(sentence_bleu, ("answers",), load_sacrebleu),
+}

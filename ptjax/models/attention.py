@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from ptjax.data.batch import PADDING_SEGMENT
@@ -105,7 +105,7 @@ def plain_attention(
     return swap_heads(attended)
 
 
-def swap_heads(x: Array) -> Array:
+def swap_heads(x: ArrayLike) -> Array:
     """[..., t, H, K] -> [..., H, t, K], and back."""
     return jnp.swapaxes(x, -3, -2)
 

@@ -334,7 +334,7 @@ class DecoderLayer(nn.Module):
         key, value = self.self_attention.keys_values(y)
         cache = None
         if isinstance(encoded, dict):
-            cross_keys_values = tuple(swap_heads(encoded[f"cross_{x}"]) for x in ("key", "value"))
+            cross_keys_values = swap_heads(encoded["cross_key"]), swap_heads(encoded["cross_value"])
             cache = {"self_key": swap_heads(key), "self_value": swap_heads(value)}
             if key.shape[1] != encoded["self_key"].shape[2]:
                 start = (0, 0, position, 0)

@@ -162,15 +162,8 @@ class Decoder(nn.Module):
             return None, layer.encoder_decoder_attention.keys_values(encoded)
 
         count = self.config.num_decoder_layers
-        return run_layers(
-            self.config,
-            count,
-            of_layer,
-            self.layers,
-            None,
-            gather=self.gather,
-            collections=self.collections,
-        )[1]
+        how: Any = {"gather": self.gather, "collections": self.collections}
+        return run_layers(self.config, count, of_layer, self.layers, None, **how)[1]
 
     def __call__(
         self,

@@ -234,7 +234,9 @@ def test_no_suggestion_without_likeness():
 
 
 def test_case_3_11_an_unknown_metric_lists_what_there_is():
-    with pytest.raises(InputError, match=r"called 'rouge'; there are accuracy, mean_f1, f1, .*gr"):
+    with pytest.raises(InputError, match=r"called 'wer'; there are accuracy, mean_f1, f1, .*gr"):
+        Task(name="t", inputs="{a}", targets="{b}", metrics="wer")
+    with pytest.raises(InputError, match="called 'rouge'; did you mean rougeL"):
         Task(name="t", inputs="{a}", targets="{b}", metrics="rouge")
 
 

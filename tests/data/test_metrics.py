@@ -10,6 +10,7 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 from conftest import FIXTURES
+from rouge_score import rouge_scorer
 
 from ptjax.data import metrics
 
@@ -157,6 +158,64 @@ def test_group_exact_match():
 def test_referent_accuracy(prediction, target, label, right):
     value = metrics.referent_accuracy([prediction], [target], label_values=[label])
     assert value == float(right)
+
+
+ENGLISH = [
+    ("the cat sat on the mat", "the cat is on a mat"),
+    ("It's a so-so film .\nThe end_of it", "a SO-SO film. The end"),
+    ("one . two . three", "three . two . one"),
+    ("", "words"),
+    ("?!", "words"),
+]
+
+
+@pytest.mark.parametrize("kind", ["rouge1", "rouge2", "rougeL", "rougeLsum"])
+def test_rouge_is_rouge_score_s_on_english(kind):
+    told, wanted = (list(side) for side in zip(*ENGLISH, strict=True))
+    lines = [[text.replace(" . ", " .\n") for text in side] for side in (told, wanted)]
+    scorer = rouge_scorer.RougeScorer([kind])
+    scores = [scorer.score(w, t)[kind].fmeasure for t, w in zip(*lines, strict=True)]
+    value = metrics.METRICS[kind].function(told, wanted)
+    assert value == pytest.approx(sum(scores) / len(scores), abs=1e-12) and 0 < value < 1
+
+
+@pytest.mark.parametrize(
+    ("prediction", "target", "share"),
+    [
+        ("кошка сидит на окне", "Кошка спит на окне", 3 / 4),
+        ("我喜欢猫", "我喜欢狗", 3 / 4),
+        ("हिन्दी भाषा", "हिन्दी गीत", 1 / 2),  # a vowel sign does not end a word
+        ("naïve cafe\u0301", "naïve café", 1),  # composed and decomposed
+    ],
+)
+def test_rouge_keeps_every_script(prediction, target, share):
+    assert metrics.METRICS["rouge1"].function([prediction], [target]) == pytest.approx(share)
+
+
+def test_rouge_takes_the_best_answer():
+    rouge1 = metrics.METRICS["rouge1"].function
+    answers = [["x y", "a b c d", "a"], []]
+    assert rouge1(["a b", "a"], ["", ""], answers=answers) == pytest.approx((2 / 3 + 0) / 2)
+
+
+def test_bleu_of_a_corpus_and_of_sentences():
+    assert metrics.bleu(["a b c"], ["a b c"]) == 0.0
+    assert metrics.sentence_bleu(["a b c"], ["a b c"]) == 1.0
+    # All of 4 words in a row are right, but the text has half the reference's length: e^(1 - 2).
+    half = metrics.bleu(["a b c d"], ["a b c d e f g h"])
+    assert half == pytest.approx(math.exp(-1))
+    assert metrics.sentence_bleu(["a b c d"], ["a b c d e f g h"]) == pytest.approx(half)
+    # n-grams of the corpus: 7 of 8, 5 of 6, 3 of 4, 1 of 2.
+    value = metrics.bleu(["a b c d", "e f g h"], ["a b c d", "e f g x"])
+    assert value == pytest.approx((7 / 8 * 5 / 6 * 3 / 4 * 1 / 2) ** (1 / 4))
+
+
+def test_bleu_takes_all_answers_as_references():
+    answers = [["x"], ["a b y y", "z c d e", "w"], []]
+    # Of 'a b c d', 'a b' is in one reference and 'c d' in another.
+    value = metrics.bleu(["a b c d e f"] * 3, [""] * 3, answers=[["a b c d e f"], *answers[1:]])
+    alone = metrics.bleu(["a b c d e f"] * 3, ["a b c d e f", "a b y y", ""])
+    assert 0 < alone < value < 1
 
 
 texts = st.sampled_from(["no", "yes", "maybe", "", "?", "1", "2.5", "-3", "nan"])

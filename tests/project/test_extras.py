@@ -26,7 +26,7 @@ from ptjax.trainer.lock import Lock
 PACKAGE = Path(ptjax.__file__).parent
 PROJECT = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-FOR_USERS = {"gcs", "mlflow", "parquet", "report", "tfds", "wandb"}
+FOR_USERS = {"gcs", "metrics", "mlflow", "parquet", "report", "tfds", "wandb"}
 DISTRIBUTIONS = {
     "absl": "absl-py",
     "gin": "gin-config",
@@ -125,6 +125,12 @@ CASES = {
         "report",
         lambda _: metrics.matthews(["no", "yes"], ["no", "yes"], **LABELS),
     ),
+    "rougeL": (
+        "rouge_score",
+        "metrics",
+        lambda _: metrics.METRICS["rougeL"].function(["a"], ["a"]),
+    ),
+    "sentence_bleu": ("sacrebleu", "metrics", lambda _: metrics.sentence_bleu(["a"], ["a"])),
     "FrequentWords": ("sklearn", "report", lambda _: ptjax.FrequentWords().words(2, ["a film"])),
     "Parquet": ("pyarrow", "parquet", lambda _: parquet.parquet_rows(b"PAR1", "x.parquet")),
     "tfds:": (
