@@ -245,7 +245,7 @@ def show_speed(results: list[dict[str, Any]], peak: float | None) -> None:
     print(f"\n| | | {heads} {share}|")
     print("|---|---|" + "--:|" * (8 if peak else 7))
     for one in results:
-        products = one["product_flops_per_second"]
+        products = one.get("product_flops_per_second")  # older results have none
         share = f"| {one['flops_per_second'] / products:.2f} " if products else "| "
         share += f"| {one['flops_per_second'] / peak:.1%} " if peak else ""
         print(

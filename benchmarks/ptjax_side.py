@@ -340,27 +340,26 @@ def kernel_products(config: T5Config, positions: int, dtype: str) -> Callable[[]
     It computes the products of a layer, forward and back, one at a time and with nothing between
     them: what a step's FLOP/s may be compared with.
     """
-    joined, branches = config.num_heads * config.head_dim, len(config.mlp_activations)
-    counts = {  # (inputs, outputs) of a product: how many of them
-        (config.emb_dim, joined): 3 + 1,  # query, key, value; back through the output
-        (joined, config.emb_dim): 1 + 3,
-        (config.emb_dim, config.mlp_dim): branches + 1,
-        (config.mlp_dim, config.emb_dim): 1 + branches,
-    }
+    width, joined = config.emb_dim, config.num_heads * config.head_dim
+    branches = len(config.mlp_activations)
+    products = (  # inputs, outputs, and how many of them
+        (width, joined, 3 + 1),  # query, key, value; back through the output
+        (joined, width, 1 + 3),
+        (width, config.mlp_dim, branches + 1),
+        (config.mlp_dim, width, 1 + branches),
+    )
     multiply = jax.jit(jnp.dot)
-    arrays = {
-        shape: (jnp.ones((positions, shape[0]), dtype), jnp.ones(shape, dtype)) for shape in counts
-    }
 
     def measure() -> dict[str, float]:
         flops = seconds = 0.0
-        for shape, count in counts.items():
-            jax.block_until_ready(multiply(*arrays[shape]))
+        for inputs, outputs, count in products:
+            x, kernel = jnp.ones((positions, inputs), dtype), jnp.ones((inputs, outputs), dtype)
+            jax.block_until_ready(multiply(x, kernel))
             began = time.perf_counter()
             for _ in range(count):
-                jax.block_until_ready(multiply(*arrays[shape]))
+                jax.block_until_ready(multiply(x, kernel))
             seconds += time.perf_counter() - began
-            flops += count * 2 * positions * shape[0] * shape[1]
+            flops += count * 2 * positions * inputs * outputs
         return {"product_flops_per_second": flops / seconds}
 
     return measure

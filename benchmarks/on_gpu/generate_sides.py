@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import turns
 
-METHODS = ("labels", "labels_once", "greedy", "beams")
+METHODS = ("labels", "greedy", "beams", "labels_once")
 """For `labels`, transformers runs a forward pass for each label, as PEFT's interface asks for; for
 `labels_once`, it runs its encoder only once. ptjax does the same for both."""
 SHARPNESS = 3.0

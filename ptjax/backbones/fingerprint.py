@@ -149,7 +149,7 @@ def _computed(config: DataclassInstance, family: Family) -> JsonObject:
 def sample_of(path: str, array: jax.Array, family: Family) -> dict[str, dict[str, Sample]]:
     """Copies the values that the fingerprints hash from this process's shards of one parameter.
 
-    Does not wait for other processes or for the devices. `exchange` then combines the samples of
+    Does not wait for other processes, nor for accelerators. `exchange` then combines the samples of
     all processes. Returns {path: {name of a part: sample}}; see `Sample`.
 
     Args:
@@ -184,7 +184,8 @@ def _sample(array: jax.Array, part: tuple[slice, ...]) -> Sample:
 def _pick(shard: jax.Array, indices: list[np.ndarray]) -> np.ndarray | jax.Array:
     """The values at the crossings of `indices`, in bfloat16."""
     if next(iter(shard.devices())).platform == "cpu":  # compiling would take longer than the rest
-        return np.asarray(shard)[np.ix_(*indices)].astype(jnp.bfloat16)
+        with np.errstate(invalid="ignore"):  # a damaged file may hold any bits
+            return np.asarray(shard)[np.ix_(*indices)].astype(jnp.bfloat16)
     return pick_on_device(shard, indices)
 
 

@@ -1,6 +1,7 @@
 """ROUGE and BLEU, for tasks whose answers are generated; see `metrics`.
 
-References are the targets, or with `answers` all correct answers of each example.
+References are the targets, or with `answers` all correct answers of each example. An example
+without answers scores 0.
 """
 
 from __future__ import annotations
@@ -17,8 +18,11 @@ from ptjax.errors import needs
 
 Texts = Sequence[str]
 
-_NO_SPACES = re.compile("[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\u0e00-\u0e7f]")
-"""Japanese kana, Chinese characters and Thai."""
+_NO_SPACES = re.compile(
+    "[\u0e00-\u0e7f\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+    "\uff66-\uff9f\U00020000-\U0003ffff]"
+)
+"""Thai, Japanese kana and Chinese characters."""
 
 
 def rouge(
@@ -46,7 +50,7 @@ def rouge(
 def bleu(predictions: Texts, targets: Texts, *, answers: Sequence[Texts] | None = None) -> float:
     """The BLEU of all predictions together (sacreBLEU's, with its tokeniser 13a).
 
-    It is 0 if no four words in a row are right, so three equal words give 0.
+    Longer sequences than the predictions have count as wrong, so three equal words give 0.
 
     Args:
         predictions, targets, answers: as for `exact_match`; all answers are references.
@@ -66,7 +70,7 @@ def sentence_bleu(
 ) -> float:
     """The mean BLEU of the single predictions (sacreBLEU's, with its tokeniser 13a).
 
-    Counts no sequences longer than the prediction, so three equal words give 1. Takes the same
+    Leaves out sequences longer than a prediction, so three equal words give 1. Takes the same
     arguments as `bleu`.
     """
     score = load_sacrebleu("sentence_bleu").sentence_bleu
@@ -77,18 +81,18 @@ def sentence_bleu(
 def split_words(text: str) -> list[str]:
     """Splits a text into words for ROUGE: lower case, letters and digits of any script.
 
-    Chinese, Japanese kana and Thai, which are written without spaces, are split into characters.
-    For texts in ASCII these are rouge-score's own words.
+    Chinese, Japanese and Thai, which are written without spaces, are split into letters, with the
+    marks on them. Lao, Khmer and Burmese are not. For ASCII these are rouge-score's own words.
     """
     words = [""]
     for c in unicodedata.normalize("NFC", text.lower()):
         kind = unicodedata.category(c)[0]
-        if _NO_SPACES.match(c):
-            words += [c, ""]
-        elif kind in "LN" or (kind == "M" and words[-1]):
-            words[-1] += c
-        else:
+        if kind not in "LMN":
             words.append("")
+        elif kind != "M" and (_NO_SPACES.match(c) or _NO_SPACES.match(words[-1])):
+            words.append(c)
+        else:
+            words[-1] += c
     return [word for word in words if word]
 
 

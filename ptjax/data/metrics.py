@@ -1,8 +1,8 @@
 """Metrics of predictions, as fractions.
 
 A metric takes the predicted and the target texts, both [N], and the arguments that
-`METRICS[name].needs` lists. A prediction that is not one of the task's labels is wrong in every
-metric. Correlations are in [-1, 1], everything else in [0, 1]; an undefined metric (an F1 without
+`METRICS[name].needs` lists. In a metric of labels, a prediction that is not one of the task's is
+wrong. Correlations are in [-1, 1], everything else in [0, 1]; an undefined metric (an F1 without
 positives, a correlation with constant predictions) is 0.0, never NaN. Arguments of different
 lengths raise a ValueError.
 """

@@ -49,7 +49,7 @@ class Task(FromRecords):
         on_bad_record: 'error' raises at a record that cannot be used, 'skip' leaves it out.
         preprocess: takes a record's fields (dict), returns one dict of fields per example.
         train_preprocess: used instead of `preprocess` for the split 'train'.
-        answers: the field with all correct answers, for exact_match and squad_f1.
+        answers: the field with all correct answers, for exact_match, squad_f1, ROUGE and BLEU.
         group: the field that says to which group an example belongs, for group_exact_match.
         sentinels: treat `<extra_id_N>` in a record's field as T5's sentinel, as in a template; by
             default it is ordinary text there.

@@ -373,7 +373,7 @@ def test_generate_is_rehearsed(tmp_path) -> None:
     assert "### generate: complete" in text
     rows = found(tmp_path, "generate")["rows"]
     assert [row["row"] for row in rows] == [
-        f"toy, {x}, 8 inputs" for x in ("labels", "greedy", "beams")
+        f"toy, {x}, 8 inputs" for x in ("labels", "greedy", "beams", "labels_once")
     ]
     # bfloat16: a near-tie may be decided either way, so some of the eight may differ.
     assert all(row["differ"] <= 2 and row["ratio"] > 0 for row in rows), rows
