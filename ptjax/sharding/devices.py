@@ -95,11 +95,10 @@ def usable_memory(device: DeviceLike) -> int | None:
 
 
 def few_rows_options(platform: str) -> dict[str, str] | None:
-    """Returns XLA's options for decoding, whose largest product has few rows and the vocabulary.
+    """Returns XLA's options for decoding, whose products have few rows.
 
-    On CPUs, jaxlib 0.10 to 0.12 multiplies with YNNPACK, which takes almost twice the time of XLA's
-    own product there, although it is faster for others (benchmarks/README.md). Later versions,
-    which may not know the option, keep their default.
+    On CPUs, jaxlib 0.10 to 0.12 multiplies with YNNPACK, with which greedy decoding takes longer
+    (benchmarks/README.md). Later versions, which may not know the option, keep their default.
     """
     import jax
 
