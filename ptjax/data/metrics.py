@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from ptjax.data.generation_metrics import (
+    Texts,
     bleu,
     load_rouge_score,
     load_sacrebleu,
@@ -31,8 +32,6 @@ from ptjax.data.generation_metrics import (
     sentence_bleu,
 )
 from ptjax.errors import needs
-
-Texts = Sequence[str]
 
 
 def accuracy(predictions: Texts, targets: Texts) -> float:

@@ -206,7 +206,7 @@ def test_bleu_of_a_corpus_and_of_sentences():
     half = metrics.bleu(["a b c d"], ["a b c d e f g h"])
     assert half == pytest.approx(math.exp(-1))
     assert metrics.sentence_bleu(["a b c d"], ["a b c d e f g h"]) == pytest.approx(half)
-    # Shares of a smoothed precision count for sequences that never match: 3/5, 2/4, 1/3 and 1/4.
+    # No four words in a row are right: sacreBLEU smooths 0 of 2 to 1 of 4.
     smoothed = metrics.bleu(["a b c x y"], ["a b c z w"])
     assert smoothed == pytest.approx((3 / 5 * 2 / 4 * 1 / 3 * 1 / 4) ** (1 / 4))
     # n-grams of the corpus: 7 of 8, 5 of 6, 3 of 4, 1 of 2.
